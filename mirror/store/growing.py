@@ -1,0 +1,431 @@
+"""Growing content: the meeting place of one fetch and all who want what it brings.
+
+Lives here: one writer and many followers, in this process and (through the file) in others;
+hashing beside the growth; the last bytes withheld until the digest holds. Must not know:
+upstreams, HTTP, who decides to fetch.
+
+The file never reaches its full length before its digest is verified: the final batch is hashed
+before it is written. So whatever is in the file may be handed out, by any process, and the last
+byte is the proof of the rest.
+
+Where the disk refuses (full, read-only, failing, held by a process that is stopped), the same
+content goes on growing in memory, in a window that slides with its followers: they notice nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from mirror.events import Published, Uncached
+from mirror.oci.digest import Digest, Verifier
+from mirror.oci.errors import (
+    ContentLost,
+    DigestMismatch,
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamUnavailable,
+)
+from mirror.store import disk
+from mirror.store.claim import Claim, Role, Surroundings
+from mirror.store.reader import Extent, FileExtent
+from mirror.store.window import Window
+
+PENDING_LIMIT: Final = 8 * 1024 * 1024
+"""Bytes that may wait for the disk before the read from the upstream waits for it too."""
+STALLED: Final = 10.0
+"""Seconds without a sign of life after which another process's fetch is not waited for."""
+_POLL: Final = 0.01
+_POLLS_PER_LOCK: Final = 5
+_CATCH_UP: Final = 64 * 1024 * 1024
+
+
+class Growing:
+    """Content on its way in. One fetch loop drives it; any number of followers read it."""
+
+    def __init__(self, surroundings: Surroundings, digest: Digest, size: int | None) -> None:
+        self.digest = digest
+        self.size = size
+        self.failure: MirrorError | None = None
+        self.verified = False
+        self.followers: set[Follower] = set()
+        self.last_progress = time.monotonic()
+        self.position = 0
+        """Offset of the next byte to be fed."""
+        self._began = self.last_progress
+        self._s = surroundings
+        self._claim = Claim(surroundings, digest)
+        self._loop = asyncio.get_running_loop()
+        self._on_disk = 0
+        self._window: Window | None = None
+        self._verifier = Verifier(digest)
+        self._pending: list[bytes] = []
+        self._ended = False
+        self._broken: MirrorError | None = None
+        self._job: asyncio.Future[int] | None = None
+        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._released = False
+
+    # --- for followers ----------------------------------------------------------------------
+
+    @property
+    def head(self) -> int:
+        """Bytes that may be handed out."""
+        return self._on_disk if self._window is None else self._window.stop
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing more will arrive."""
+        return self.verified or self.failure is not None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether this is served without being kept."""
+        return self._window is not None
+
+    def follow(self, start: int = 0) -> Follower | None:
+        """Read along from ``start``; None if memory no longer holds what that would need."""
+        if self._window is not None and not self._window.holds_all_from(start):
+            return None
+        return Follower(self, start)
+
+    def extent(self, start: int, stop: int) -> Extent:
+        """Bytes that are there: ``start`` is below ``head``. Raises ``ContentLost``."""
+        if self._window is not None and start >= self._on_disk:
+            return self._window.extent(start, stop)
+        if self._claim.fd is None:
+            raise ContentLost("growing content is closed")
+        return FileExtent(self._claim.fd, start, min(stop, self._on_disk))
+
+    async def progress(self, start: int) -> None:
+        """Return once there are bytes at ``start``, or there will be none."""
+        future = self._loop.create_future()
+        self._waiters.append((start, future))
+        await future
+
+    def _wake(self) -> None:
+        waiting = self._waiters
+        self._waiters = []
+        for start, future in waiting:
+            if future.done():
+                continue  # its client has left
+            if start < self.head or self.closed:
+                future.set_result(None)
+            else:
+                self._waiters.append((start, future))
+
+    def moved(self) -> None:
+        """A follower has moved on, or left: memory behind the last one can go."""
+        if self._window is not None:
+            self._window.slide(follower.position for follower in self.followers)
+        self._close_if_unused()
+
+    # --- for the fetch loop -----------------------------------------------------------------
+
+    async def lead(self) -> Role:
+        """Find out who brings the bytes; become the one if nobody does."""
+        if self.verified:
+            return Role.DONE
+        if self._claim.locked or self._window is not None:
+            return Role.LEAD
+        try:
+            role = await self._loop.run_in_executor(
+                self._s.io, self._claim.take, self.size, self._on_disk
+            )
+            if role is not Role.TAIL:
+                self._on_disk = self.position = self._claim.length
+            if role is Role.LEAD:
+                await self._claim.write_state(self._state())
+                self._claim.start_beating(self._state)
+        except OSError as error:
+            self._detach(disk.reason_of(error))
+            return Role.LEAD
+        if role is Role.DONE:
+            self.size = self._on_disk
+            self.verified = True
+        self._wake()
+        return role
+
+    def _state(self) -> disk.IngestState:
+        return disk.IngestState(self.size, self._s.boot, self._on_disk)
+
+    async def tail(self) -> None:
+        """Follow another process's fetch until it is whole, or it is for us to go on.
+
+        Raises the failure that the other process met.
+        """
+        pause, polls = _POLL, 0
+        sign, seen = 0.0, time.monotonic()
+        while not self.verified:
+            grown = self._look_at_file()
+            found = disk.read_state(self._s.layout, self.digest)
+            if found is not None:
+                state, written = found
+                self.size = state.size if self.size is None else self.size
+                if state.error is not None:
+                    raise UpstreamUnavailable(": ".join(state.error))
+                if written != sign:
+                    sign, seen = written, time.monotonic()
+            if grown:
+                self.last_progress = seen = time.monotonic()
+            self._wake()
+            if self.verified:
+                return
+            if not self._claim.path_is_ours and not self._claim.is_published:
+                self._detach("handover")
+            elif time.monotonic() - seen > STALLED:
+                self._detach("stalled")
+            polls += 1
+            if self._window is not None or (
+                polls % _POLLS_PER_LOCK == 0 and await self.lead() is not Role.TAIL
+            ):
+                return
+            pause = _POLL if grown else min(pause * 1.2, _POLL * 4)
+            await asyncio.sleep(pause)
+
+    def _look_at_file(self) -> bool:
+        end = self._claim.length
+        grown = end > self._on_disk
+        self._on_disk = self.position = max(self._on_disk, end)
+        if self._claim.is_published:
+            self.size = end
+        # An empty file says nothing yet, unless empty is what was asked for.
+        if end == self.size and (end > 0 or self._verifier.matches()):
+            self.verified = True
+        return grown
+
+    async def declare(self, size: int | None) -> None:
+        """The upstream answers; ``size`` is its word on the bytes of the whole content.
+
+        Raises :class:`UpstreamProtocolError` if that contradicts what is known.
+        """
+        if size is not None and self.size is not None and size != self.size:
+            raise UpstreamProtocolError(f"upstream offers {size} bytes, not {self.size}")
+        if size is not None and size < self.position:
+            raise UpstreamProtocolError(f"upstream offers {size} bytes, {self.position} are here")
+        self.size = size if size is not None else self.size
+        if self._window is not None:
+            return
+        try:
+            await self._claim.write_state(self._state())
+            need = (self.size or PENDING_LIMIT) - self._on_disk
+            if not await self._s.make_room(need):
+                self._detach("full")
+        except OSError as error:
+            self._detach(disk.reason_of(error))
+
+    async def feed(self, chunk: bytes) -> None:
+        """Take the next bytes. Waits only for the disk, or for memory where there is no disk.
+
+        Raises what the writer met: ``DigestMismatch``, ``ContentLost``, ``UpstreamProtocolError``.
+        """
+        if self.size is not None and self.position + len(chunk) > self.size:
+            raise UpstreamProtocolError("more bytes than were announced")
+        self._pending.append(chunk)
+        self.position += len(chunk)
+        self._pump()
+        while self._broken is None and self._backlog() > PENDING_LIMIT:
+            if self._job is not None:
+                await asyncio.wait({self._job})
+            elif self._window is not None and self.followers:
+                await self._window.room()
+            else:
+                self.moved()
+                break
+        self._raise_if_broken()
+
+    def _backlog(self) -> int:
+        held = 0 if self._window is None else len(self._window)
+        return held + sum(map(len, self._pending))
+
+    async def finish(self) -> None:
+        """The upstream has ended cleanly. Returns when the content is published, or given up.
+
+        Raises ``DigestMismatch``, or ``UpstreamUnavailable`` if it ended short.
+        """
+        if self.size is not None and self.position < self.size:
+            raise UpstreamUnavailable(f"ended at {self.position} of {self.size} bytes")
+        self._ended = True
+        self._pump()
+        while self._job is not None:
+            await asyncio.wait({self._job})
+        self._raise_if_broken()
+        if self._window is None:
+            await self._publish()
+
+    async def _publish(self) -> None:
+        try:
+            await self._claim.publish()
+        except OSError as error:
+            self._s.emit(Uncached(str(self.digest), disk.reason_of(error)))
+            return
+        await self._s.published(self.digest)
+        self._s.emit(
+            Published(str(self.digest), self._on_disk, time.monotonic() - self._began),
+        )
+
+    async def fail(self, error: MirrorError) -> None:
+        """End for everybody, in every process. Right bytes are kept for a resume."""
+        if self.closed:
+            return
+        self.failure = error
+        self._pending.clear()
+        self._wake()
+        while self._job is not None:
+            await asyncio.wait({self._job})
+        if not self._claim.locked or self._window is not None:
+            return
+        self._claim.stop_beating()
+        state = disk.IngestState(
+            self.size, self._s.boot, self._on_disk, (error.code, error.message)
+        )
+        try:
+            await self._claim.write_state(state)
+        except OSError as refused:
+            self._s.emit(Uncached(str(self.digest), disk.reason_of(refused)))
+        if isinstance(error, DigestMismatch | ContentLost):
+            disk.drop_ingest(self._s.layout, self.digest, self._claim.opened())
+
+    def release(self) -> None:
+        """The fetch loop lets go; followers may still read what is there."""
+        self._released = True
+        if not self.closed:
+            self.failure = UpstreamUnavailable("the fetch was given up")
+        self._wake()
+        self._close_if_unused()
+
+    # --- the writer ---------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        """Start the next batch if none is being written."""
+        if self._job is not None or self.closed or self._broken is not None:
+            return
+        last = self._ended or self.position == self.size
+        # Without a known size the newest chunk may be the last: it waits until that is known.
+        hold = 1 if self.size is None and not last else 0
+        batch = self._pending[: len(self._pending) - hold]
+        if not batch and not last:
+            return
+        start = self.position - sum(map(len, self._pending))
+        del self._pending[: len(batch)]
+        self._job = self._loop.run_in_executor(self._s.io, self._write, batch, start, last)
+        self._job.add_done_callback(lambda job: self._written(job, batch, start, last))
+
+    def _write(self, batch: list[bytes], start: int, last: bool) -> int:
+        """In a thread: hash beside the write, and before it where the batch is the last."""
+        verifier, keep = self._verifier, self._window is None
+        if last or not keep:
+            if verifier.position < start:
+                disk.hash_file(self._claim.opened(), verifier, start)
+            for chunk in batch:
+                verifier.update(chunk)
+            if last:
+                verifier.finish()
+            if not keep:
+                return start + sum(map(len, batch))
+        end = disk.write_all(self._claim.opened(), batch, start)
+        if not last and verifier.position == start:
+            for chunk in batch:
+                verifier.update(chunk)
+        elif not last:
+            catch_up = min(end, verifier.position + _CATCH_UP)
+            disk.hash_file(self._claim.opened(), verifier, catch_up)
+        return end
+
+    def _written(
+        self, job: asyncio.Future[int], batch: list[bytes], start: int, last: bool
+    ) -> None:
+        self._job = None
+        self.last_progress = time.monotonic()
+        try:
+            end = job.result()
+            self._arrive(batch, end, last)
+        except disk.ShortWrite as short:
+            self._on_disk = short.end
+            self._detach(disk.reason_of(short.cause))
+            rest = disk.after(batch, short.end - start)
+            if last:
+                # The hash came first: these bytes are proven, only homeless.
+                self._arrive(rest, start, last)
+            else:
+                self._pending[:0] = rest
+        except MirrorError as error:
+            self._broken = error
+        except OSError as error:
+            self._broken = ContentLost(f"growing content cannot be read: {error.strerror}")
+        self._wake()
+        self._pump()
+        self._close_if_unused()
+
+    def _arrive(self, batch: list[bytes], end: int, last: bool) -> None:
+        if self._window is None:
+            self._on_disk = end
+        else:
+            self._window.append(batch)
+            self.moved()
+        if last:
+            self.size = self.position
+            self.verified = True
+
+    def _detach(self, reason: str) -> None:
+        """Go on in memory from here: the disk keeps what it has, and gets no more."""
+        if self._window is None:
+            self._window = Window(self._on_disk)
+            self._claim.drop()
+            self._s.emit(Uncached(str(self.digest), reason))
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
+    def _close_if_unused(self) -> None:
+        if not self._released or self._job is not None:
+            return
+        self._claim.let_go()
+        if not self.followers:
+            self._claim.close()
+
+
+class Follower:
+    """One reader of growing content (see :class:`mirror.store.reader.Reader`)."""
+
+    def __init__(self, growing: Growing, position: int) -> None:
+        self._growing = growing
+        self.position = position
+        growing.followers.add(self)
+
+    @property
+    def digest(self) -> Digest:
+        """The name of the content."""
+        return self._growing.digest
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole content, once the upstream has said so."""
+        return self._growing.size
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that are there."""
+        return self._growing.head
+
+    async def wait(self, start: int, stop: int | None = None) -> Extent | None:
+        """See :meth:`mirror.store.reader.Reader.wait`."""
+        growing = self._growing
+        self.position = start
+        growing.moved()
+        while True:
+            wrong = isinstance(growing.failure, DigestMismatch)
+            if start < growing.head and not wrong:
+                return growing.extent(start, growing.head if stop is None else stop)
+            if growing.failure is not None:
+                raise growing.failure
+            if growing.verified:
+                return None
+            await growing.progress(start)
+
+    def close(self) -> None:
+        """Leave. The fetch goes on."""
+        self._growing.followers.discard(self)
+        self._growing.moved()
