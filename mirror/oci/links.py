@@ -1,0 +1,60 @@
+"""``Link`` (RFC 8288), as far as pagination needs it.
+
+Lives here: reading the next page's target out of an upstream's answer, and writing ours. Must not
+know: whether a target may be asked (the outbound guard does).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+from urllib.parse import quote, urlencode
+
+LENGTH_LIMIT: Final = 8192
+"""Characters of all ``Link`` lines of an answer."""
+
+# Link       = #link-value
+# link-value = "<" URI-Reference ">" *( OWS ";" OWS link-param )
+# link-param = token BWS [ "=" BWS ( token / quoted-string ) ]
+_TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_TARGET: Final = re.compile(r"[ \t,]*<(?P<target>[!#-;=?-\[\]_a-z~|^`{}]*)>")
+_PARAMETER: Final = re.compile(
+    rf"[ \t]*;[ \t]*(?:(?P<name>{_TOKEN})"
+    rf'(?:[ \t]*=[ \t]*(?:"(?P<quoted>(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~])*)"|(?P<bare>{_TOKEN})))?)?'
+)
+_END: Final = re.compile(r"[ \t]*(?:,|\Z)")
+
+
+def next_link(headers: str | Iterable[str]) -> str | None:
+    """The target of the first link with ``rel=next``, as it was written: maybe relative.
+
+    None if there is none, or for what is outside the grammar or too long. Never raises.
+    """
+    budget = LENGTH_LIMIT
+    for line in (headers,) if isinstance(headers, str) else headers:
+        budget -= len(line)
+        if budget < 0:
+            return None
+        position = 0
+        while (link := _TARGET.match(line, position)) is not None:
+            relation: str | None = None
+            position = link.end()
+            while (parameter := _PARAMETER.match(line, position)) is not None:
+                position = parameter.end()
+                # section 3.3: "occurrences after the first MUST be ignored"
+                if relation is None and (parameter["name"] or "").lower() == "rel":
+                    relation = parameter["quoted"] or parameter["bare"] or ""
+            if not (end := _END.match(line, position)):
+                return None
+            if relation is not None and "next" in relation.lower().split():
+                return link["target"]
+            position = end.end()
+    return None
+
+
+def build_next(path: str, query: Mapping[str, str | int | None]) -> str:
+    """A ``Link`` to the next page at ``path`` (decoded, absolute) with ``query`` (None is left out)."""
+    pairs = {name: value for name, value in query.items() if value is not None}
+    target = quote(path, safe="/:@!$&'()*+,=~")
+    return f'<{target}?{urlencode(pairs, quote_via=quote, safe="")}>; rel="next"'
