@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import Final
 
 from mirror.oci.descriptor import DEFAULT_ACCEPT
+from mirror.oci.text import TCHARS
 
 # media-range with parameters; tokens only, which is what registry clients send
-_TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _MEDIA_RANGE: Final = re.compile(
-    rf"{_TOKEN}/{_TOKEN}(?:[ \t]*;[ \t]*{_TOKEN}=(?:{_TOKEN}|\"[ !#-\[\]-~]*\"))*", re.ASCII
+    rf"{TCHARS}/{TCHARS}(?:[ \t]*;[ \t]*{TCHARS}=(?:{TCHARS}|\"[ !#-\[\]-~]*\"))*", re.ASCII
 )
 _LIMIT: Final = 64
 _LENGTH_LIMIT: Final = 4096

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from mirror.oci.text import TCHARS
+
 
 @dataclass(frozen=True, slots=True)
 class Bearer:
@@ -46,12 +48,11 @@ COUNT_LIMIT: Final = 16
 # challenge  = auth-scheme [ 1*SP ( token68 / #auth-param ) ]
 # auth-param = token BWS "=" BWS ( token / quoted-string )
 # token68    = 1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="
-_TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _QUOTED: Final = r'"(?P<quoted>(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*)"'
 # Registries leave URLs unquoted, so a bare value is more than a token.
 _BARE: Final = r"(?P<bare>[!#-+\--\[\]-~]+)"
-_PARAMETER: Final = re.compile(rf"(?P<name>{_TOKEN})[ \t]*=[ \t]*(?:{_QUOTED}|{_BARE})")
-_SCHEME: Final = re.compile(rf"(?P<scheme>{_TOKEN})(?=[ \t]*(?:,|\Z)|[ \t]+(?P<more>[^ \t,]))")
+_PARAMETER: Final = re.compile(rf"(?P<name>{TCHARS})[ \t]*=[ \t]*(?:{_QUOTED}|{_BARE})")
+_SCHEME: Final = re.compile(rf"(?P<scheme>{TCHARS})(?=[ \t]*(?:,|\Z)|[ \t]+(?P<more>[^ \t,]))")
 _TOKEN68: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*(?=[ \t]*(?:,|\Z))")
 _SPACE: Final = re.compile(r"[ \t]*")
 _SEPARATOR: Final = re.compile(r"[ \t]*(?:,[ \t]*)+|[ \t]*\Z")

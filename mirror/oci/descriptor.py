@@ -19,7 +19,6 @@ from typing import Any, Final, NoReturn, TypeAlias
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestInvalid, ManifestInvalid
-from mirror.oci.reference import Tag
 
 OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
@@ -146,9 +145,9 @@ def sniff_media_type(body: bytes) -> str:
     return OCI_MANIFEST if "config" in document else OCTET_STREAM
 
 
-def referrers_tag(digest: Digest) -> Tag:
+def referrers_tag(digest: Digest) -> str:
     """The tag that lists the referrers of ``digest`` (specification, "Referrers Tag Schema")."""
-    return Tag(f"{digest.algorithm[:32]}-{digest.hex[:64]}")
+    return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
 
 
 def referrers_index(referrers: Iterable[Referrer] = ()) -> bytes:

@@ -11,18 +11,18 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 from urllib.parse import quote, urlencode
 
+from mirror.oci.text import TCHARS
+
 LENGTH_LIMIT: Final = 8192
 """Characters of all ``Link`` lines of an answer."""
 
 # Link       = #link-value
 # link-value = "<" URI-Reference ">" *( OWS ";" OWS link-param )
 # link-param = token BWS [ "=" BWS ( token / quoted-string ) ]
-_TOKEN: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _TARGET: Final = re.compile(r"[ \t,]*<(?P<target>[!#-;=?-\[\]_a-z~|^`{}]*)>")
-_PARAMETER: Final = re.compile(
-    rf"[ \t]*;[ \t]*(?:(?P<name>{_TOKEN})"
-    rf'(?:[ \t]*=[ \t]*(?:"(?P<quoted>(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~])*)"|(?P<bare>{_TOKEN})))?)?'
-)
+_QUOTED: Final = r'"(?P<quoted>(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~])*)"'
+_VALUE: Final = rf"[ \t]*=[ \t]*(?:{_QUOTED}|(?P<bare>{TCHARS}))"
+_PARAMETER: Final = re.compile(rf"[ \t]*;[ \t]*(?:(?P<name>{TCHARS})(?:{_VALUE})?)?")
 _END: Final = re.compile(r"[ \t]*(?:,|\Z)")
 
 
@@ -54,7 +54,7 @@ def next_link(headers: str | Iterable[str]) -> str | None:
 
 
 def build_next(path: str, query: Mapping[str, str | int | None]) -> str:
-    """A ``Link`` to the next page at ``path`` (decoded, absolute) with ``query`` (None is left out)."""
+    """A ``Link`` to the next page at ``path`` (decoded); what is None in ``query`` is left out."""
     pairs = {name: value for name, value in query.items() if value is not None}
     target = quote(path, safe="/:@!$&'()*+,=~")
     return f'<{target}?{urlencode(pairs, quote_via=quote, safe="")}>; rel="next"'

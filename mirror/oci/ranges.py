@@ -72,7 +72,8 @@ _CONTENT_RANGE: Final = re.compile(
 )
 # entity-tag = [ "W/" ] DQUOTE *etagc DQUOTE. Distribution takes a digest without quotes as well.
 _ENTITY_TAG: Final = re.compile(
-    r'[ \t,]*(?:(?P<weak>W/)?"(?P<opaque>[!#-~\x80-\xff]*)"|(?P<bare>[a-z0-9]+:[a-f0-9]+))[ \t]*(?=,|\Z)'
+    r'[ \t,]*(?:(?:W/)?"(?P<opaque>[!#-~\x80-\xff]*)"|(?P<bare>[a-z0-9]+:[a-f0-9]+))'
+    r"[ \t]*(?=,|\Z)"
 )
 
 
@@ -190,8 +191,9 @@ class Multipart:
 
     def head(self, index: int) -> bytes:
         """What goes before the bytes of the span at ``index``."""
+        opening = "\r\n--" if index else "--"
         return (
-            f"{'\r\n' if index else ''}--{self.boundary}\r\n"
+            f"{opening}{self.boundary}\r\n"
             f"Content-Type: {self.media_type}\r\n"
             f"Content-Range: {content_range(self.spans[index], self.size)}\r\n\r\n"
         ).encode("ascii")

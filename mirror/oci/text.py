@@ -1,13 +1,17 @@
 """Text of strangers, made safe to show.
 
 Lives here: the one escape for what an upstream or a client wrote before it goes into a header, an
-error body or a log line. Must not know: where it is shown.
+error body or a log line, and the pattern that the grammars of headers share. Must not know: where
+it is shown.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Final
+
+# RFC 9110, section 5.6.2: token = 1*tchar
+TCHARS: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 
 _UNSAFE: Final = re.compile(r"[^ -~]")
 
@@ -22,8 +26,7 @@ def printable(text: str, limit: int = 512) -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
-    return (
-        match[0].encode("ascii", "backslashreplace").decode()
-        if match[0] > "\x7f"
-        else (f"\\x{ord(match[0]):02x}")
-    )
+    character = match[0]
+    if character < "\x80":  # the codec below leaves control characters as they are
+        return f"\\x{ord(character):02x}"
+    return character.encode("ascii", "backslashreplace").decode()

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Final, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, unquote
 
-from mirror.oci.descriptor import OCTET_STREAM, media_type_of
+from mirror.oci.descriptor import media_type_of
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     DigestInvalid,
@@ -117,7 +117,7 @@ _PATH: Final = re.compile(
 )
 # What is left is an error; these say whose.
 _UPLOAD: Final = re.compile(r"/v2/.*/blobs/uploads(?:/.*)?", re.DOTALL)
-_BROKEN: Final = re.compile(r"/v2/.*?/(?P<kind>manifests|blobs|referrers)/.*", re.DOTALL)
+_BROKEN: Final = re.compile(r"/v2/.*?/(?P<kind>manifests|blobs|referrers)/(?P<rest>.*)", re.DOTALL)
 _SUSPICIOUS: Final = re.compile(r"//|[%\\]|/\.{1,2}(?:/|\Z)|[^!-~]")
 _ENCODED_SLASH: Final = re.compile(r"%2f", re.IGNORECASE)
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
@@ -139,11 +139,11 @@ def parse(
     """
     if method not in METHODS:
         raise MethodUnsupported("a pull-through mirror takes no writes")
-    match = _PATH.fullmatch(raw_path)
-    if match is None:
-        return _FIXED[raw_path] if raw_path in _FIXED and "#" not in query else _refuse(raw_path)
     if "#" in query:
         raise InvalidRequest("a fragment in the request target")
+    match = _PATH.fullmatch(raw_path)
+    if match is None:
+        return _FIXED.get(raw_path) or _refuse(raw_path)
     name, kind, reference = match.groups()
     fields = _fields(query) if query else {}
     ns = fields.get("ns")
@@ -239,7 +239,7 @@ def _last(fields: dict[str, str]) -> str | None:
 def _artifact_type(fields: dict[str, str]) -> str | None:
     # A plus that the client did not encode reads as a space, which no media type has.
     raw = fields.get("artifactType", "").replace(" ", "+")
-    if raw and media_type_of(raw) != raw and raw != OCTET_STREAM:
+    if raw and media_type_of(raw) != raw:
         raise InvalidRequest("artifactType is not a media type")
     return raw or None
 
@@ -251,7 +251,7 @@ def _refuse(raw_path: str) -> NoReturn:
     if _UPLOAD.fullmatch(raw_path):
         raise MethodUnsupported("a pull-through mirror takes no uploads")
     if broken := _BROKEN.fullmatch(raw_path):
-        if broken["kind"] == "manifests":
+        if broken["kind"] == "manifests" and ":" not in broken["rest"]:
             raise TagInvalid("not a tag")
         raise DigestInvalid("not a sha256 or sha512 digest")
     if raw_path.startswith("/v2/") and _SUSPICIOUS.search(raw_path):
