@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Final
 
 from mirror.events import Published, Uncached
@@ -36,6 +37,7 @@ PENDING_LIMIT: Final = 8 * 1024 * 1024
 """Bytes that may wait for the disk before the read from the upstream waits for it too."""
 STALLED: Final = 10.0
 """Seconds without a sign of life after which another process's fetch is not waited for."""
+_SHARED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
 _POLL: Final = 0.01
 _POLLS_PER_LOCK: Final = 5
 _CATCH_UP: Final = 64 * 1024 * 1024
@@ -66,6 +68,8 @@ class Growing:
         self._job: asyncio.Future[int] | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
         self._released = False
+        self._give_up: Callable[[], None] = lambda: None
+        self._keep_going = True
 
     # --- for followers ----------------------------------------------------------------------
 
@@ -119,9 +123,15 @@ class Growing:
         """A follower has moved on, or left: memory behind the last one can go."""
         if self._window is not None:
             self._window.slide(follower.position for follower in self.followers)
+        if not self.followers and not self.closed and (self._window or not self._keep_going):
+            self._give_up()
         self._close_if_unused()
 
     # --- for the fetch loop -----------------------------------------------------------------
+
+    def when_abandoned(self, give_up: Callable[[], None], *, keep: bool) -> None:
+        """What to do when the last follower has left. ``keep``: go on, except in memory."""
+        self._give_up, self._keep_going = give_up, keep
 
     async def lead(self) -> Role:
         """Find out who brings the bytes; become the one if nobody does."""
@@ -163,8 +173,9 @@ class Growing:
             if found is not None:
                 state, written = found
                 self.size = state.size if self.size is None else self.size
-                if state.error is not None:
-                    raise UpstreamUnavailable(": ".join(state.error))
+                # What it was refused, it was refused for its repository: we ask for ours.
+                if state.error is not None and state.error[0] in _SHARED_FAILURES:
+                    raise UpstreamUnavailable(state.error[1])
                 if written != sign:
                     sign, seen = written, time.monotonic()
             if grown:

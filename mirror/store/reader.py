@@ -6,10 +6,13 @@ there, then send them*. A hit is the case with nothing to wait for.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from mirror.oci.digest import Digest
+from mirror.oci.errors import ContentLost
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +64,24 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """End the lease. Safe to call twice."""
+
+
+async def read_all(reader: Reader, limit: int) -> bytes:
+    """Small content as bytes, once verified. Raises ``ContentLost`` above ``limit`` bytes."""
+    loop = asyncio.get_running_loop()
+    parts: list[bytes] = []
+    position = 0
+    while (extent := await reader.wait(position)) is not None:
+        if extent.stop > limit:
+            raise ContentLost(f"content of more than {limit} bytes")
+        if isinstance(extent, MemoryExtent):
+            data = bytes(extent.data)
+        else:
+            data = await loop.run_in_executor(
+                None, os.pread, extent.fd, extent.stop - position, position
+            )
+        if not data:
+            raise ContentLost("content was cut while it was read")
+        parts.append(data)
+        position += len(data)
+    return b"".join(parts)

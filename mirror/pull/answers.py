@@ -1,0 +1,47 @@
+"""What the pull room answers, as frozen values. Must not know: HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mirror.oci.descriptor import Manifest
+from mirror.oci.digest import Digest
+from mirror.store.reader import Extent, FileExtent, MemoryExtent, Reader
+
+__all__ = [
+    "BlobAnswer",
+    "Extent",
+    "FileExtent",
+    "ManifestAnswer",
+    "MemoryExtent",
+    "Reader",
+    "TagsAnswer",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestAnswer:
+    """A manifest. ``body`` is None where only a ``HEAD`` was asked of the upstream."""
+
+    digest: Digest
+    media_type: str
+    size: int
+    body: bytes | None
+    parsed: Manifest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlobAnswer:
+    """A blob; ``reader`` is None for a ``HEAD``. The caller closes the reader."""
+
+    digest: Digest
+    size: int | None
+    reader: Reader | None
+
+
+@dataclass(frozen=True, slots=True)
+class TagsAnswer:
+    """One page of a repository's tags, in order."""
+
+    tags: tuple[str, ...]
+    more: bool

@@ -1,0 +1,286 @@
+"""Content by digest: hit, join or miss, for manifests and blobs alike.
+
+Lives here: the order of questions about one digest, and the flights that bring content in. Must
+not know: tags, freshness, HTTP.
+
+Who may read: content is stored once, but it is served under a repository only if that repository
+is known to refer to it: from a manifest pulled through it, or because the upstream says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from mirror.config import Settings
+from mirror.events import Kind, Observer, Outcome, Pull
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    BlobUnknown,
+    ContentLost,
+    Denied,
+    DigestMismatch,
+    ManifestUnknown,
+    MirrorError,
+    NotFound,
+    Unauthorized,
+)
+from mirror.oci.reference import Repository
+from mirror.pull.fetch import Source, fetch
+from mirror.pull.flights import Flights
+from mirror.pull.recent import Recent
+from mirror.store.claim import Role
+from mirror.store.growing import Follower, Growing
+from mirror.store.reader import Reader
+from mirror.store.records import Membership
+from mirror.store.store import Store
+from mirror.upstream.api import ContentStream, Registry
+
+PROVEN_FOR: Final = 86400.0
+"""Seconds for which an upstream's word that a repository has a blob is believed."""
+_SUSPECTED_FOR: Final = 600.0
+_UNKNOWN: Final[dict[Kind, type[NotFound]]] = {
+    Kind.MANIFEST: ManifestUnknown,
+    Kind.BLOB: BlobUnknown,
+}
+
+
+class ContentService:
+    """Serves digests of the configured upstreams from the store, and fetches what is missing."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        registries: dict[str, Registry],
+        flights: Flights,
+        emit: Observer,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.registries = registries
+        self.flights = flights
+        self.emit = emit
+        self.now = now
+        self._suspects: Recent[set[str]] = Recent(1000, _SUSPECTED_FOR, len)
+        self._proven: dict[Growing, set[Repository]] = {}
+
+    # --- who may read -----------------------------------------------------------------------
+
+    async def membership(
+        self, repository: Repository, digest: Digest, kind: Kind
+    ) -> Membership | None:
+        """What is known of ``digest`` in ``repository``, if it is of that kind and still valid."""
+        known = await self.store.index.membership(repository, digest)
+        if known is None or known.kind != kind.value:
+            return None
+        if known.until is not None and self.now() > known.until:
+            return None
+        return known
+
+    async def prove(self, repository: Repository, digest: Digest, kind: Kind) -> int | None:
+        """Ask the upstream whether ``repository`` has ``digest``; returns the size if it says so.
+
+        Raises what the upstream says: ``NotFound``, ``Denied``, an ``UpstreamError``.
+        """
+        await self.raise_if_negative(repository, digest, kind)
+        flight = self.flights.join(
+            ("prove", repository, digest, kind), lambda: self._ask(repository, digest, kind)
+        )
+        return await flight.outcome()
+
+    async def _ask(self, repository: Repository, digest: Digest, kind: Kind) -> int | None:
+        registry = self.registries[repository.upstream]
+        media_type = ""
+        try:
+            if kind is Kind.MANIFEST:
+                head = await registry.head_manifest(repository, digest, ())
+                size, media_type = head.size, head.media_type
+            else:
+                size = await registry.head_blob(repository, digest)
+        except NotFound as error:
+            await self.withdraw(repository, digest, kind, error)
+            raise
+        await self._grant(repository, digest, kind, media_type, size)
+        return size
+
+    async def _grant(
+        self, repository: Repository, digest: Digest, kind: Kind, media_type: str, size: int | None
+    ) -> None:
+        until = self.now() + PROVEN_FOR
+        membership = Membership(digest, kind.value, media_type, size, None, until)
+        await self.store.index.put_memberships(repository, [membership])
+
+    async def withdraw(
+        self, repository: Repository, digest: Digest, kind: Kind, error: NotFound
+    ) -> None:
+        """The upstream says that ``repository`` does not have it: believed at once, and briefly."""
+        await self.store.index.withdraw(repository, digest)
+        ttl = self.settings.upstreams[repository.upstream].negative_ttl
+        await self.store.index.put_negative(_negative(repository, digest, kind), error.message, ttl)
+
+    async def raise_if_negative(self, repository: Repository, digest: Digest, kind: Kind) -> None:
+        """Raises ``NotFound`` if the upstream said so a moment ago."""
+        message = await self.store.index.negative(_negative(repository, digest, kind))
+        if message is not None:
+            raise _UNKNOWN[kind](message)
+
+    def may_ask(self, repository: Repository) -> bool:
+        """Whether the policy allows to ask the upstream at all."""
+        return self.settings.upstreams[repository.upstream].pull_policy != "Never"
+
+    # --- content ------------------------------------------------------------------------------
+
+    async def head(self, repository: Repository, digest: Digest, pull: Pull) -> int | None:
+        """The size of a blob, for a ``HEAD``: from here if it is here, else the upstream's word."""
+        known = await self.membership(repository, digest, Kind.BLOB)
+        if known is not None:
+            reader = await self.store.contents.find(digest, known.size)
+            if reader is not None:
+                pull.outcome = Outcome.HIT
+                reader.close()
+                return reader.size
+        if not self.may_ask(repository):
+            raise BlobUnknown("not in the cache, and the policy is Never")
+        pull.outcome = Outcome.MISS
+        with pull.stage("upstream"):
+            return await self.prove(repository, digest, Kind.BLOB)
+
+    async def open(self, repository: Repository, digest: Digest, kind: Kind, pull: Pull) -> Reader:
+        """Content for reading: whole, ageing or growing. The caller closes the reader.
+
+        Returns once the first byte can be read, so that a failure before it is still an error and
+        not a broken answer. Raises ``NotFound`` and what the upstream's failure is.
+        """
+        with pull.stage("index"):
+            known = await self.membership(repository, digest, kind)
+            whole = await self.store.contents.find(digest, known.size if known else None)
+        if whole is not None:
+            try:
+                await self._authorise(repository, digest, kind, known, pull)
+            except BaseException:
+                whole.close()
+                raise
+            return whole
+        if not self.may_ask(repository):
+            raise _UNKNOWN[kind]("not in the cache, and the policy is Never")
+        await self.raise_if_negative(repository, digest, kind)
+        try:
+            return await self._follow(repository, digest, kind, known, pull)
+        except (DigestMismatch, ContentLost):
+            # Nothing has been sent yet, and the next fetch avoids who sent wrong bytes.
+            return await self._follow(repository, digest, kind, known, pull)
+        except (NotFound, Denied, Unauthorized):
+            if pull.outcome is not Outcome.JOIN:
+                raise
+            # It was said of the repository that the fetch asked through; this may be another.
+            return await self._follow(repository, digest, kind, known, pull)
+
+    async def _authorise(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        known: Membership | None,
+        pull: Pull,
+    ) -> None:
+        pull.outcome = Outcome.HIT
+        if known is not None:
+            return
+        if not self.may_ask(repository):
+            raise _UNKNOWN[kind]("not known in this repository, and the policy is Never")
+        pull.outcome = Outcome.REVALIDATED
+        with pull.stage("upstream"):
+            await self.prove(repository, digest, kind)
+
+    async def _follow(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        known: Membership | None,
+        pull: Pull,
+    ) -> Follower:
+        growing = self.store.growing.get(digest)
+        follower = growing.follow() if growing is not None and not growing.closed else None
+        pull.outcome = Outcome.JOIN
+        if follower is None or growing is None:
+            pull.outcome = Outcome.MISS
+            growing, follower = self._start(repository, digest, kind, known)
+        else:
+            pull.joined_at = growing.head
+        try:
+            with pull.stage("wait"):
+                await follower.wait(0, 1)
+            # The fetch is proof for the repository it asks through, and for no other.
+            if known is None and repository not in self._proven.get(growing, ()):
+                with pull.stage("upstream"):
+                    await self.prove(repository, digest, kind)
+        except BaseException:
+            follower.close()
+            raise
+        return follower
+
+    def _start(
+        self, repository: Repository, digest: Digest, kind: Kind, known: Membership | None
+    ) -> tuple[Growing, Follower]:
+        growing = self.store.grow(digest)
+        follower = growing.follow()
+        assert follower is not None
+        source = Source(
+            self.registries[repository.upstream],
+            repository,
+            digest,
+            kind,
+            accept=(known.media_type, "*/*") if known is not None and known.media_type else (),
+            expected_size=known.size if known is not None else None,
+            avoid=self._suspects.get(digest) or (),
+        )
+        proven = self._proven.setdefault(growing, set())
+
+        async def answered(stream: ContentStream) -> None:
+            proven.add(repository)
+            if known is None:
+                await self._grant(repository, digest, kind, stream.media_type, stream.total)
+
+        def suspect(endpoint: str) -> None:
+            self._suspects.put(digest, {endpoint, *(self._suspects.get(digest) or ())})
+
+        async def work() -> None:
+            try:
+                await fetch(growing, source, self.emit, answered, suspect)
+                if isinstance(growing.failure, NotFound):
+                    await self.withdraw(repository, digest, kind, growing.failure)
+            finally:
+                self.store.grown(growing)
+                self._proven.pop(growing, None)
+
+        try:
+            flight = self.flights.join(("fetch", digest, id(growing)), work)
+        except BaseException:
+            follower.close()
+            growing.release()
+            self.store.grown(growing)
+            raise
+        growing.when_abandoned(flight.cancel, keep=self.settings.abandoned == "finish")
+        return growing, follower
+
+    async def keep(self, digest: Digest, body: bytes) -> None:
+        """Keep small content that came by another way than its digest."""
+        growing = self.store.grow(digest)
+        try:
+            if await growing.lead() is Role.LEAD:
+                await growing.declare(len(body))
+                await growing.feed(body)
+                await growing.finish()
+        except MirrorError as error:
+            await growing.fail(error)
+        finally:
+            growing.release()
+            self.store.grown(growing)
+
+
+def _negative(repository: Repository, digest: Digest, kind: Kind) -> str:
+    return f"{kind.value} {repository}@{digest}"

@@ -1,0 +1,140 @@
+"""Single flight: one piece of work for each key, however many wait for it.
+
+Lives here: the owner of every background task of the process, and the only place that makes one.
+Must not know: what the work is.
+
+The task group lives in an owner task of its own; its children keep their outcome where waiters
+find it and never raise, so none can take the server down. A waiter that leaves cancels nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from types import TracebackType
+from typing import Generic, Self, TypeVar, cast
+
+from mirror.oci.errors import Draining
+
+T = TypeVar("T")
+
+
+class Flight(Generic[T]):
+    """Work under way. Any number of tasks may wait for it; each gets its outcome."""
+
+    def __init__(self) -> None:
+        self._done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the outcome is known."""
+        return self._done.done()
+
+    async def outcome(self) -> T:
+        """Wait for the result, or raise what ended the work."""
+        await asyncio.wait({self._done})
+        return self._done.result()
+
+    def cancel(self) -> None:
+        """Give the work up; waiters get :class:`Draining`."""
+        if self.task is not None:
+            self.task.cancel()
+
+    def land(self, result: T) -> None:
+        """Keep the result."""
+        if not self._done.done():
+            self._done.set_result(result)
+
+    def crash(self, error: Exception) -> None:
+        """Keep the error, for every waiter and for none."""
+        if not self._done.done():
+            self._done.set_exception(error)
+            self._done.exception()
+
+
+class Flights:
+    """All work in the background of one process. An async context manager."""
+
+    def __init__(self) -> None:
+        self._flights: dict[Hashable, Flight[object]] = {}
+        self._closing = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._group: asyncio.TaskGroup | None = None
+        self._owner: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._owner = asyncio.create_task(  # noqa: TID251 - this module is where tasks are made
+            self._own(), name="flights"
+        )
+        await self._ready.wait()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.drain(0.0)
+
+    async def _own(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._ready.set()
+            await self._closing.wait()
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new work is taken."""
+        return self._group is None or self._closing.is_set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def get(self, key: Hashable) -> Flight[object] | None:
+        """The flight of ``key`` that is under way, if there is one."""
+        return self._flights.get(key)
+
+    def join(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> Flight[T]:
+        """The flight of ``key``: the one under way, or a new one that does ``work``.
+
+        Raises :class:`Draining` during shutdown.
+        """
+        present = self._flights.get(key)
+        if present is not None:
+            return cast("Flight[T]", present)
+        if self._group is None or self.draining:
+            raise Draining("shutting down")
+        flight: Flight[T] = Flight()
+        self._flights[key] = cast("Flight[object]", flight)
+        flight.task = self._group.create_task(self._fly(key, flight, work), name=str(key))
+        self._tasks.add(flight.task)
+        flight.task.add_done_callback(self._tasks.discard)
+        return flight
+
+    async def _fly(
+        self, key: Hashable, flight: Flight[T], work: Callable[[], Awaitable[T]]
+    ) -> None:
+        try:
+            flight.land(await work())
+        except asyncio.CancelledError:
+            flight.crash(Draining("given up"))
+        except Exception as error:
+            flight.crash(error)
+        finally:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+
+    async def drain(self, timeout: float) -> int:
+        """Let the work end for at most ``timeout`` seconds, then cancel it; returns how much."""
+        if self._tasks and timeout > 0:
+            await asyncio.wait(set(self._tasks), timeout=timeout)
+        left = set(self._tasks)
+        self._closing.set()
+        for task in left:
+            task.cancel()
+        if self._owner is not None:
+            await asyncio.wait({self._owner})
+        return len(left)

@@ -1,0 +1,289 @@
+"""Manifests by digest and by tag: the cache first, the upstream where the policy wants it.
+
+Lives here: the order of questions about one manifest; what a manifest pulled through a repository
+says about its blobs; recency by image. Must not know: HTTP, how content is fetched.
+
+A tag is resolved by ``HEAD``, and content is fetched by digest: one way in, whatever a client
+asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
+"""
+
+from __future__ import annotations
+
+from typing import Final, assert_never
+
+from mirror.config import Upstream
+from mirror.events import Kind, Outcome, Pull
+from mirror.oci.descriptor import (
+    DEFAULT_ACCEPT,
+    MANIFEST_LIMIT,
+    parse_manifest,
+    sniff_media_type,
+)
+from mirror.oci.digest import Digest
+from mirror.oci.errors import ManifestUnknown, MirrorError, NotFound
+from mirror.oci.reference import Repository, Tag
+from mirror.pull import freshness
+from mirror.pull.answers import ManifestAnswer
+from mirror.pull.content import ContentService
+from mirror.pull.recent import Recent
+from mirror.store.reader import read_all
+from mirror.store.records import Membership, TagRecord, confirm
+from mirror.upstream.api import ManifestHead
+
+_CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
+_REMEMBERED: Final = 32 * 1024 * 1024
+_LIFETIME: Final = 1.0
+"""Seconds that one worker process may be behind another."""
+_RECENCY_STEP: Final = 60.0
+"""Seconds between two updates of the same image's recency."""
+
+
+class ManifestService:
+    """Serves manifests from the store, and brings in what is missing."""
+
+    def __init__(self, content: ContentService) -> None:
+        self._content = content
+        self._index = content.store.index
+        self._flights = content.flights
+        self._answers: Recent[ManifestAnswer] = Recent(
+            _REMEMBERED, _LIFETIME, lambda answer: 1024 + 3 * answer.size
+        )
+        self._records: Recent[TagRecord] = Recent(20_000, _LIFETIME, lambda record: 1)
+        self._used: Recent[bool] = Recent(50_000, _RECENCY_STEP, lambda used: 1)
+
+    def remembered(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
+        """An answer given a moment ago: the whole of a hot hit."""
+        answer = self._answers.get((repository, digest))
+        if answer is not None:
+            self._use(repository, answer)
+        return answer
+
+    # --- by digest ------------------------------------------------------------------------------
+
+    async def by_digest(
+        self, repository: Repository, digest: Digest, pull: Pull, *, head: bool
+    ) -> ManifestAnswer:
+        """A manifest by digest; never asks the upstream once it is cached.
+
+        Raises ``ManifestUnknown``, ``ManifestInvalid`` or what the upstream's failure is.
+        """
+        held = await self.held(repository, digest)
+        if held is not None:
+            pull.outcome = Outcome.HIT
+            return held
+        if head and self._content.may_ask(repository):
+            answer = await self._head_by_digest(repository, digest, pull)
+            if answer is not None:
+                return answer
+        reader = await self._content.open(repository, digest, Kind.MANIFEST, pull)
+        try:
+            with pull.stage("fetch"):
+                body = await read_all(reader, MANIFEST_LIMIT)
+        finally:
+            reader.close()
+        return await self._accept(repository, digest, body)
+
+    async def held(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
+        """A manifest that is here and known to belong to ``repository``."""
+        answer = self.remembered(repository, digest)
+        if answer is not None:
+            return answer
+        known = await self._content.membership(repository, digest, Kind.MANIFEST)
+        if known is None:
+            return None
+        body = await self._content.store.contents.read(digest, MANIFEST_LIMIT)
+        if body is None:
+            return None
+        media_type = known.media_type or sniff_media_type(body)
+        return self._remember(
+            repository,
+            ManifestAnswer(digest, media_type, len(body), body, parse_manifest(body, media_type)),
+        )
+
+    async def _head_by_digest(
+        self, repository: Repository, digest: Digest, pull: Pull
+    ) -> ManifestAnswer | None:
+        """A ``HEAD`` on a miss stays a ``HEAD``; None if its answer does not say enough."""
+        pull.outcome = Outcome.MISS
+        await self._content.raise_if_negative(repository, digest, Kind.MANIFEST)
+        with pull.stage("upstream"):
+            size = await self._content.prove(repository, digest, Kind.MANIFEST)
+        known = await self._content.membership(repository, digest, Kind.MANIFEST)
+        if size is None or known is None or not known.media_type:
+            return None
+        return ManifestAnswer(digest, known.media_type, size, None)
+
+    async def _accept(self, repository: Repository, digest: Digest, body: bytes) -> ManifestAnswer:
+        """Take what a manifest that was pulled through ``repository`` says of its parts."""
+        known = await self._content.membership(repository, digest, Kind.MANIFEST)
+        media_type = known.media_type if known is not None else ""
+        media_type = media_type or sniff_media_type(body)
+        parsed = parse_manifest(body, media_type)
+        parts = [Membership(digest, "manifest", media_type, len(body), None, None)]
+        parts += [
+            Membership(child.digest, kind, child.media_type, child.size, digest, None)
+            for kind, children in (("manifest", parsed.children), ("blob", parsed.blobs))
+            for child in children
+        ]
+        await self._index.put_memberships(repository, parts)
+        answer = ManifestAnswer(digest, media_type, len(body), body, parsed)
+        return self._remember(repository, answer)
+
+    def _remember(self, repository: Repository, answer: ManifestAnswer) -> ManifestAnswer:
+        self._answers.put((repository, answer.digest), answer)
+        self._use(repository, answer)
+        return answer
+
+    # --- by tag -----------------------------------------------------------------------------------
+
+    async def by_tag(
+        self,
+        repository: Repository,
+        tag: Tag,
+        accept: tuple[str, ...],
+        pull: Pull,
+        *,
+        head: bool,
+    ) -> ManifestAnswer:
+        """A manifest by tag, as fresh as the upstream's policy demands.
+
+        Raises ``ManifestUnknown`` and the upstream's other answers, or its failure where nothing
+        that is held may stand in for it.
+        """
+        upstream = self._content.settings.upstreams[repository.upstream]
+        with pull.stage("index"):
+            record, held = await self._look_up(repository, tag, accept)
+        confirmed = record.confirmed if record is not None and held is not None else None
+        match freshness.decide(confirmed, upstream, self._content.now()):
+            case freshness.Fresh():
+                assert held is not None
+                pull.outcome = Outcome.HIT
+                return held
+            case freshness.Refuse():
+                raise ManifestUnknown("not in the cache, and the policy is Never")
+            case freshness.Ask():
+                return await self._ask(repository, tag, accept, held, upstream, pull, head)
+            case unknown:
+                assert_never(unknown)
+
+    async def _look_up(
+        self, repository: Repository, tag: Tag, accept: tuple[str, ...]
+    ) -> tuple[TagRecord | None, ManifestAnswer | None]:
+        record = self._records.get((repository, tag))
+        if record is None:
+            record = await self._index.tag(repository, tag)
+            if record is None:
+                return None, None
+            self._records.put((repository, tag), record)
+        held = await self.held(repository, record.digest)
+        # A registry may answer an old client with another manifest than the one held here.
+        return record, held if held is None or accepts(accept, held.media_type) else None
+
+    async def _ask(
+        self,
+        repository: Repository,
+        tag: Tag,
+        accept: tuple[str, ...],
+        held: ManifestAnswer | None,
+        upstream: Upstream,
+        pull: Pull,
+        head: bool,
+    ) -> ManifestAnswer:
+        try:
+            with pull.stage("resolve"):
+                found = await self._resolve(repository, tag, accept)
+            if held is not None and held.digest == found.digest:
+                pull.outcome = Outcome.REVALIDATED
+                return held
+            assert found.digest is not None
+            if head and found.size is not None:
+                present = await self.held(repository, found.digest)
+                pull.outcome = Outcome.REVALIDATED if present else Outcome.MISS
+                return present or ManifestAnswer(found.digest, found.media_type, found.size, None)
+            answer = await self.by_digest(repository, found.digest, pull, head=head)
+            if pull.outcome is Outcome.HIT:
+                pull.outcome = Outcome.REVALIDATED
+            return answer
+        except MirrorError as error:
+            match freshness.after_failure(error, upstream, held=held is not None):
+                case freshness.Stale(why):
+                    assert held is not None
+                    pull.outcome, pull.warning = Outcome.STALE, why
+                    return held
+                case freshness.Fail():
+                    raise
+                case unknown:
+                    assert_never(unknown)
+
+    async def _resolve(
+        self, repository: Repository, tag: Tag, accept: tuple[str, ...]
+    ) -> ManifestHead:
+        """What the upstream says that a tag is, now; one question for all who ask at once."""
+        asked = accept if any(value.strip() != "*/*" for value in accept) else DEFAULT_ACCEPT
+        key = f"tag {repository}:{tag} {','.join(asked)}"
+        message = await self._index.negative(key)
+        if message is not None:
+            raise ManifestUnknown(message)
+        flight = self._flights.join(
+            ("resolve", key), lambda: self._resolve_now(repository, tag, asked, key)
+        )
+        return await flight.outcome()
+
+    async def _resolve_now(
+        self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str
+    ) -> ManifestHead:
+        registry = self._content.registries[repository.upstream]
+        try:
+            found = await registry.head_manifest(repository, tag, accept)
+            if found.digest is None:
+                body = await registry.get_manifest(repository, tag, accept)
+                await self._content.keep(body.digest, body.body)
+                found = ManifestHead(body.digest, body.media_type, len(body.body))
+        except NotFound as error:
+            ttl = self._content.settings.upstreams[repository.upstream].negative_ttl
+            await self._index.put_negative(key, error.message, ttl)
+            raise
+        assert found.digest is not None
+        now = self._content.now()
+        said = Membership(found.digest, "manifest", found.media_type, found.size, None, None)
+        await self._index.put_memberships(repository, [said])
+        # The answer to an old client's narrower question says nothing to the others.
+        if set(accept) >= _CURRENT:
+            record = confirm(
+                await self._index.tag(repository, tag), repository, tag, found.digest, now
+            )
+            await self._index.put_tag(record)
+            self._records.put((repository, tag), record)
+        return found
+
+    # --- recency ------------------------------------------------------------------------------
+
+    def _use(self, repository: Repository, answer: ManifestAnswer) -> None:
+        """A manifest that is served refreshes the recency of all that it refers to.
+
+        A node that has a base layer never asks for it again: by layer, those that are shared most
+        would be evicted first.
+        """
+        key = (repository, answer.digest)
+        if self._used.get(key) or self._flights.draining:
+            return
+        self._used.put(key, True)
+        self._flights.join(("use", answer.digest), lambda: self._touch(repository, answer))
+
+    async def _touch(self, repository: Repository, answer: ManifestAnswer) -> None:
+        if answer.parsed is None:
+            return
+        parts = (*answer.parsed.children, *answer.parsed.blobs)
+        await self._content.store.touch([answer.digest, *(part.digest for part in parts)])
+        for child in answer.parsed.children:
+            # Looking at it is using it, with all that it refers to.
+            await self.held(repository, child.digest)
+
+
+def accepts(accept: tuple[str, ...], media_type: str) -> bool:
+    """Whether a client that sent ``accept`` takes ``media_type`` (RFC 9110, section 12.5.1)."""
+    if not accept:
+        return True
+    family = media_type.split("/", 1)[0] + "/*"
+    ranges = {value.split(";", 1)[0].strip().lower() for value in accept}
+    return bool(ranges & {"*/*", family, media_type.lower()})

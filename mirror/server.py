@@ -1,0 +1,243 @@
+"""The server: composes the rooms, runs the worker processes, starts and stops.
+
+Lives here: the one place that knows every room. Must not know: how any of them works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import ssl
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from aiohttp import web
+
+from mirror.config import Settings, Tls
+from mirror.events import Event, Noted, Observer
+from mirror.logs import LogObserver, configure_logging
+from mirror.pull.content import ContentService
+from mirror.pull.flights import Flights
+from mirror.pull.service import PullService
+from mirror.store.store import Store
+from mirror.upstream.registry import open_registries
+from mirror.web.handlers import Handlers
+from mirror.web.health import Health
+from mirror.web.middleware import Middleware
+
+BACKLOG: Final = 1024
+KEEPALIVE: Final = 15.0
+"""Seconds that an idle connection, or one that is slow with its headers, is kept."""
+_MEASURE_EVERY: Final = 5.0
+_SAVE_EVERY: Final = 10.0
+_RESTART_PAUSE: Final = 1.0
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal says to stop; returns the exit code."""
+    try:
+        sockets = [_listen(settings, index) for index in range(settings.workers)]
+    except OSError as error:
+        print(f"listen: {settings.listen}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
+        return 1
+    try:
+        if settings.workers == 1:
+            return asyncio.run(work(settings, sockets[0]))
+        return _supervise(settings, sockets)
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def _address(listen: str) -> tuple[str, int]:
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _listen(settings: Settings, index: int) -> socket.socket:
+    host, port = _address(settings.listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if index == 0 and port:
+        # With SO_REUSEPORT a second server would share the port in silence: look first.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if settings.workers > 1:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((host, port))
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+# --- one worker ---------------------------------------------------------------------------------
+
+
+async def work(settings: Settings, listener: socket.socket) -> int:
+    """One worker process: everything, on one event loop."""
+    # Imported here: in a worker, prometheus_client reads its environment when it is imported.
+    from mirror.metrics import Metrics
+
+    configure_logging(settings.log)
+    metrics = Metrics(settings.upstreams)
+    log = LogObserver()
+
+    def emit(event: Event) -> None:
+        metrics.observe(event)
+        log.observe(event)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    store = await Store.open(settings.data_dir, settings.storage, emit)
+    health = Health(lambda: store.unwritable)
+    try:
+        async with open_registries(settings, emit) as registries, Flights() as flights:
+            service = PullService(ContentService(settings, store, registries, flights, emit))
+            handlers = Handlers(settings, service, health, metrics.render, emit)
+            middleware = Middleware(handlers, health, emit)
+            server = web.Server(
+                middleware,
+                access_log=None,
+                handler_cancellation=True,
+                keepalive_timeout=KEEPALIVE,
+                logger=logging.getLogger("aiohttp.server"),
+            )
+            runner = web.ServerRunner(server)
+            await runner.setup()
+            certificate = Certificate(settings.tls) if settings.tls else None
+            context = certificate.context if certificate else None
+            site = web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG)
+            await site.start()
+            flights.join("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
+            flights.join("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
+            if certificate:
+                flights.join("certificate", lambda: _every(5.0, certificate.refresh, emit))
+            emit(Noted("info", "serving", (("listen", settings.listen),)))
+            await stop.wait()
+            await _drain(settings, health, middleware, store, emit)
+            await runner.cleanup()
+            await flights.drain(0.0)
+    finally:
+        await store.close()
+    return 0
+
+
+async def _drain(
+    settings: Settings, health: Health, middleware: Middleware, store: Store, emit: Observer
+) -> None:
+    """Readiness off; pulls in flight may end, and what they verified is published."""
+    health.draining = True
+    emit(Noted("info", "draining", (("pulls", middleware.in_flight),)))
+    deadline = time.monotonic() + settings.drain_timeout
+    while time.monotonic() < deadline and (
+        middleware.in_flight or any(growing.verified for growing in store.growing.values())
+    ):
+        await asyncio.sleep(0.05)
+
+
+async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> None:
+    while True:
+        try:
+            result = work()
+            if asyncio.iscoroutine(result):
+                await result
+        except OSError as error:
+            emit(Noted("warning", "housekeeping failed", (("why", str(error)),)))
+        await asyncio.sleep(seconds)
+
+
+class Certificate:
+    """The listener's certificate, read again when its files change."""
+
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._seen = self._stamp()
+        self.context.load_cert_chain(tls.certificate, tls.key)
+
+    def _stamp(self) -> tuple[int, ...]:
+        files = (self._tls.certificate, self._tls.key)
+        return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
+
+    def refresh(self) -> None:
+        """New connections get the new certificate; one that does not load keeps the old one.
+
+        Raises ``OSError`` (``ssl.SSLError`` is one).
+        """
+        stamp = self._stamp()
+        if stamp != self._seen:
+            # Tried apart first: a pair that does not match would leave the context half changed.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                self._tls.certificate, self._tls.key
+            )
+            self.context.load_cert_chain(self._tls.certificate, self._tls.key)
+            self._seen = stamp
+
+
+# --- several workers ------------------------------------------------------------------------------
+
+
+def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
+    """Fork workers, start again those that die, pass signals on."""
+    from mirror.metrics_directory import prepare_multiprocess
+
+    directory = Path(tempfile.mkdtemp(prefix="oci-mirror-metrics-"))
+    prepare_multiprocess(directory)
+    workers: dict[int, int] = {}
+    stopping = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        for index in range(settings.workers):
+            workers[_fork(settings, sockets, index)] = index
+        while workers:
+            pid, _ = os.wait()
+            index = workers.pop(pid, -1)
+            if index >= 0 and not stopping:
+                # A worker that dies at once must not be started in a tight loop.
+                time.sleep(_RESTART_PAUSE)
+                if not stopping:
+                    workers[_fork(settings, sockets, index)] = index
+        return 0
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _fork(settings: Settings, sockets: list[socket.socket], index: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        for other, listener in enumerate(sockets):
+            if other != index:
+                listener.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        code = asyncio.run(work(settings, sockets[index]))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

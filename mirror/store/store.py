@@ -1,0 +1,164 @@
+"""The store: composes what is on disk, and owns its threads.
+
+Lives here: opening and closing, which content is growing in this process, recency. Must not know:
+HTTP, registries, who may read what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from mirror.config import Storage
+from mirror.events import GrowingMeasured, Noted, Observer, StorageMeasured
+from mirror.oci.digest import Digest
+from mirror.store import disk, image_layout
+from mirror.store.catalog import Catalog, touch
+from mirror.store.claim import Surroundings
+from mirror.store.content import Contents
+from mirror.store.eviction import Evictor
+from mirror.store.growing import Growing
+from mirror.store.index import Index
+from mirror.store.layout import Layout
+from mirror.store.recovery import recover
+
+_RECENCY_STEP: Final = 60.0
+"""Seconds between two updates of one content's recency."""
+_TOUCHED_LIMIT: Final = 100_000
+
+
+class Store:
+    """Everything on disk, for one process. Make it with :meth:`open`."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        index: Index,
+        settings: Storage,
+        emit: Observer,
+        now: Callable[[], float],
+    ) -> None:
+        self.layout = layout
+        self.index = index
+        self.growing: dict[Digest, Growing] = {}
+        self._emit = emit
+        self._now = now
+        self._settings = settings
+        # One pool for each kind of waiting, so that none waits for another.
+        self._opening = ThreadPoolExecutor(8, "open")
+        self._writing = ThreadPoolExecutor(8, "write")
+        self._publishing = ThreadPoolExecutor(4, "publish")
+        self._hashing = ThreadPoolExecutor(2, "hash")
+        self._touched: dict[Digest, float] = {}
+        self._unwritable: str | None = None
+        self.contents = Contents(
+            layout,
+            index,
+            reverify=settings.reverify,
+            opening=self._opening,
+            hashing=self._hashing,
+            emit=emit,
+            now=now,
+        )
+        self.catalog = Catalog(layout)
+        self.evictor = Evictor(layout, self.catalog, settings, index, emit, now)
+        self._surroundings = Surroundings(
+            layout=layout,
+            io=self._writing,
+            publishing=self._publishing,
+            emit=emit,
+            make_room=self.evictor.make_room,
+            published=self.contents.published,
+            now=now,
+            boot=disk.boot_id(),
+        )
+
+    @classmethod
+    async def open(
+        cls,
+        data_dir: str,
+        settings: Storage,
+        emit: Observer,
+        now: Callable[[], float] = time.time,
+    ) -> Store:
+        """Make of what a crash left what can be served, and open it."""
+        loop = asyncio.get_running_loop()
+        layout = Layout(Path(data_dir).absolute())
+        recovered = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
+        index = await Index.open(layout.index, emit)
+        store = cls(layout, index, settings, emit, now)
+        store._unwritable = recovered.why
+        if recovered.why is not None:
+            emit(Noted("warning", "nothing can be stored", (("why", recovered.why),)))
+        await image_layout.reseed(index, layout)
+        return store
+
+    # --- growing content ----------------------------------------------------------------------
+
+    def grow(self, digest: Digest) -> Growing:
+        """New growing content: the caller drives it, and says when it is :meth:`grown`."""
+        growing = Growing(self._surroundings, digest, None)
+        self.growing[digest] = growing
+        return growing
+
+    def grown(self, growing: Growing) -> None:
+        """The fetch of this content is over."""
+        if self.growing.get(growing.digest) is growing:
+            del self.growing[growing.digest]
+
+    # --- recency ------------------------------------------------------------------------------
+
+    async def touch(self, digests: Iterable[Digest]) -> None:
+        """Refresh the recency of content that was used, at most once a minute each."""
+        now = self._now()
+        stale = [d for d in digests if now - self._touched.get(d, 0.0) >= _RECENCY_STEP]
+        if not stale:
+            return
+        if len(self._touched) > _TOUCHED_LIMIT:
+            self._touched.clear()
+        self._touched.update(dict.fromkeys(stale, now))
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._opening, touch, self.layout, stale, now)
+
+    # --- what is here -------------------------------------------------------------------------
+
+    @property
+    def unwritable(self) -> str | None:
+        """Why nothing can be stored, or None."""
+        return self._unwritable
+
+    async def measure(self) -> None:
+        """Report what is on disk and what is growing."""
+        loop = asyncio.get_running_loop()
+        usage = await loop.run_in_executor(self._opening, self.catalog.refresh)
+        self._emit(
+            StorageMeasured(
+                usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
+            )
+        )
+        idle = (time.monotonic() - growing.last_progress for growing in self.growing.values())
+        self._emit(GrowingMeasured(len(self.growing), max(idle, default=0.0)))
+
+    async def close(self) -> None:
+        """Remember what the next start wants to know, and end the threads."""
+        await self.contents.flush()
+        await self.save_image_layout()
+        await self.index.close()
+        loop = asyncio.get_running_loop()
+        for pool in (self._opening, self._writing, self._publishing, self._hashing):
+            await loop.run_in_executor(None, pool.shutdown)
+
+    async def save_image_layout(self) -> None:
+        """Write ``index.json``, so that other tools can read the directory."""
+        entries = await self.index.manifests()
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, image_layout.write, self.layout, entries)
+        except OSError as error:
+            self._emit(
+                Noted("warning", "index.json was not written", (("why", str(error.strerror)),))
+            )

@@ -1,0 +1,263 @@
+"""Content to response: the headers of an answer, and its bytes as they become available.
+
+Lives here: ``Range``, conditions, ``HEAD``, ``sendfile``, following growing content, cutting a
+connection. Must not know: repositories, upstreams, where content comes from.
+
+Once a byte of a body is out, an error is a cut connection, never a clean end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, TypeGuard
+
+import aiofiles
+from aiohttp import HttpVersion10, web
+
+from mirror.events import BytesSent, Observer, Pull
+from mirror.oci.digest import Digest
+from mirror.oci.errors import ContentLost
+from mirror.oci.ranges import (
+    Multipart,
+    NeedsSize,
+    Ranges,
+    Span,
+    Whole,
+    content_range,
+    entity_tag,
+    not_modified,
+    parse_range,
+    parse_range_unsized,
+    range_applies,
+)
+from mirror.pull.answers import FileExtent, MemoryExtent, Reader
+
+SLICE: Final = 4 * 1024 * 1024
+"""Bytes that are handed to the kernel at once."""
+PATIENCE: Final = 120.0
+"""Seconds that a client may take for a slice."""
+_COPY: Final = 256 * 1024
+_RESET = struct.pack("ii", 1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What an answer carries: content, its type, and how long it is where that is known."""
+
+    digest: Digest
+    media_type: str
+    size: int | None
+    reader: Reader | bytes | None
+    """None: headers only."""
+
+
+def headers_of(body: Body) -> dict[str, str]:
+    """The headers of content (distribution spec, "Pulling manifests" and "Pulling blobs")."""
+    headers = {
+        "Content-Type": body.media_type,
+        "Docker-Content-Digest": str(body.digest),
+        "ETag": entity_tag(body.digest),
+        "Accept-Ranges": "bytes",
+    }
+    if body.size is not None:
+        headers["Content-Length"] = str(body.size)
+    return headers
+
+
+class _File:
+    """What ``loop.sendfile`` wants of a file."""
+
+    mode = "rb"
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+
+class Sender:
+    """Sends one answer to one client."""
+
+    def __init__(self, request: web.BaseRequest, pull: Pull, emit: Observer) -> None:
+        self._request = request
+        self._pull = pull
+        self._emit = emit
+        self._loop = asyncio.get_running_loop()
+
+    async def send(self, body: Body, extra: Mapping[str, str]) -> web.StreamResponse:
+        """Answer with ``body``, or the part of it that the request's ``Range`` asks for.
+
+        Raises :class:`mirror.oci.errors.RangeNotSatisfiable` before anything is sent.
+        """
+        request, etag = self._request, entity_tag(body.digest)
+        if not_modified(request.headers.get("If-None-Match"), etag):
+            headers = {**headers_of(body), **extra}
+            headers.pop("Content-Length", None)
+            return web.Response(status=304, headers=headers)
+        wanted = request.headers.get("Range")
+        if not range_applies(request.headers.get("If-Range"), etag):
+            wanted = None
+        if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
+            body = replace(body, size=await _wait_for_size(body.reader))
+        parts = Whole() if body.size is None else parse_range(wanted, body.size)
+        headers = {**headers_of(body), **extra}
+        if isinstance(parts, Ranges) and body.size is not None:
+            return await self._partial(body, body.size, parts.spans, headers)
+        if request.method == "HEAD" or not _is_reader(body.reader):
+            return self._small(body, headers)
+        return await self._stream(body, (), None, 200, headers)
+
+    async def _partial(
+        self, body: Body, size: int, spans: tuple[Span, ...], headers: dict[str, str]
+    ) -> web.StreamResponse:
+        multipart = None
+        if len(spans) == 1:
+            headers["Content-Range"] = content_range(spans[0], size)
+            headers["Content-Length"] = str(spans[0].length)
+        else:
+            multipart = Multipart(secrets.token_hex(16), body.media_type, spans, size)
+            headers["Content-Type"] = multipart.content_type
+            headers["Content-Length"] = str(multipart.length)
+        if self._request.method == "HEAD":
+            return web.Response(status=206, headers=headers)
+        return await self._stream(body, spans, multipart, 206, headers)
+
+    def _small(self, body: Body, headers: dict[str, str]) -> web.Response:
+        if self._request.method == "HEAD" or not isinstance(body.reader, bytes):
+            return web.Response(headers=headers)
+        self._pull.complete = True
+        self._count(len(body.reader))
+        return web.Response(headers=headers, body=body.reader)
+
+    async def _stream(
+        self,
+        body: Body,
+        spans: tuple[Span, ...],
+        multipart: Multipart | None,
+        status: int,
+        headers: dict[str, str],
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers=headers)
+        delimited = "Content-Length" in headers
+        if not delimited and self._request.version != HttpVersion10:
+            response.enable_chunked_encoding()
+        # Where bytes are framed one by one or encrypted, the kernel cannot send the file itself.
+        native = delimited and multipart is None and not self._is_tls()
+        await response.prepare(self._request)
+        try:
+            with self._pull.stage("send"):
+                for index, span in enumerate(spans):
+                    if multipart is not None:
+                        await response.write(multipart.head(index))
+                    await self._copy(response, body, span.start, span.stop, native)
+                if multipart is not None:
+                    await response.write(multipart.tail)
+                if not spans:
+                    await self._copy(response, body, 0, body.size, native)
+                await response.write_eof()
+            self._pull.complete = True
+        except BaseException:
+            self._cut(hard=not delimited)
+            raise
+        return response
+
+    async def _copy(
+        self,
+        response: web.StreamResponse,
+        body: Body,
+        start: int,
+        stop: int | None,
+        native: bool,
+    ) -> None:
+        """Wait until bytes are there, send them, until ``stop`` (or the end, if that is None)."""
+        reader = body.reader
+        if isinstance(reader, bytes):
+            await response.write(reader[start:stop])
+            self._count(len(reader[start:stop]))
+            return
+        assert _is_reader(reader)
+        position = start
+        while stop is None or position < stop:
+            extent = await reader.wait(position, stop)
+            if extent is None:
+                break
+            count = min(extent.stop - position, SLICE)
+            async with asyncio.timeout(PATIENCE):
+                if isinstance(extent, MemoryExtent):
+                    sent = await self._write(response, extent.data[:count])
+                elif native:
+                    sent = await self._sendfile(extent, position, count)
+                else:
+                    sent = await self._copy_file(response, extent, position, count)
+            if sent == 0:
+                raise ContentLost("content was cut while it was read")
+            position += sent
+            self._count(sent)
+        if stop is not None and position != stop:
+            raise ContentLost("content ended before its announced length")
+
+    async def _write(self, response: web.StreamResponse, data: memoryview) -> int:
+        await response.write(data)
+        return len(data)
+
+    async def _sendfile(self, extent: FileExtent, position: int, count: int) -> int:
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has left")
+        file = _File(extent.fd)
+        return await self._loop.sendfile(transport, file, position, count, fallback=False)  # type: ignore[arg-type] # only fileno() is used, natively
+
+    async def _copy_file(
+        self, response: web.StreamResponse, extent: FileExtent, position: int, count: int
+    ) -> int:
+        # Readers share the descriptor, so each copy opens the file anew for an offset of its own;
+        # by way of the descriptor, because its name may be gone.
+        sent = 0
+        async with aiofiles.open(f"/proc/self/fd/{extent.fd}", "rb", buffering=0) as file:
+            await file.seek(position)
+            while sent < count and (data := await file.read(min(_COPY, count - sent))):
+                await response.write(data)
+                sent += len(data)
+        return sent
+
+    def _count(self, count: int) -> None:
+        if self._pull.first_byte is None:
+            self._pull.first_byte = self._loop.time() - self._pull.started
+        self._pull.bytes_sent += count
+        self._emit(BytesSent(self._pull.upstream, count))
+
+    def _is_tls(self) -> bool:
+        transport = self._request.transport
+        return transport is not None and transport.get_extra_info("sslcontext") is not None
+
+    def _cut(self, *, hard: bool) -> None:
+        """End the connection so that nobody takes the answer for whole.
+
+        ``hard``: where nothing else tells a client that more was to come, with a reset.
+        """
+        transport = self._request.transport
+        if transport is None:
+            return
+        connection = transport.get_extra_info("socket")
+        if hard and connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        transport.abort()  # type: ignore[attr-defined] # a stream's transport can abort
+
+
+def _is_reader(source: Reader | bytes | None) -> TypeGuard[Reader]:
+    return source is not None and not isinstance(source, bytes)
+
+
+async def _wait_for_size(source: Reader | bytes | None) -> int | None:
+    """A part of content whose size nobody knows can be named only once all of it is here."""
+    if _is_reader(source):
+        while source.size is None and await source.wait(source.arrived) is not None:
+            pass
+        return source.size
+    return None
