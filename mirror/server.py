@@ -141,11 +141,10 @@ async def _drain(
     """Readiness off; pulls in flight may end, and what they verified is published."""
     health.draining = True
     emit(Noted("info", "draining", (("pulls", middleware.in_flight),)))
-    deadline = time.monotonic() + settings.drain_timeout
-    while time.monotonic() < deadline and (
-        middleware.in_flight or any(growing.verified for growing in store.growing.values())
-    ):
-        await asyncio.sleep(0.05)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(settings.drain_timeout):
+            await middleware.idle()
+            await store.settled()
 
 
 async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> None:

@@ -67,7 +67,7 @@ class Growing:
         self._broken: MirrorError | None = None
         self._job: asyncio.Future[int] | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
-        self._released = False
+        self._released = asyncio.Event()
         self._give_up: Callable[[], None] = lambda: None
         self._keep_going = True
 
@@ -300,11 +300,15 @@ class Growing:
 
     def release(self) -> None:
         """The fetch loop lets go; followers may still read what is there."""
-        self._released = True
+        self._released.set()
         if not self.closed:
             self.failure = UpstreamUnavailable("the fetch was given up")
         self._wake()
         self._close_if_unused()
+
+    async def released(self) -> None:
+        """Wait until the fetch loop has let go."""
+        await self._released.wait()
 
     # --- the writer ---------------------------------------------------------------------------
 
@@ -391,7 +395,7 @@ class Growing:
             raise self._broken
 
     def _close_if_unused(self) -> None:
-        if not self._released or self._job is not None:
+        if not self._released.is_set() or self._job is not None:
             return
         self._claim.let_go()
         if not self.followers:

@@ -7,6 +7,7 @@ HTTP, registries, who may read what.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -87,7 +88,7 @@ class Store:
     ) -> Store:
         """Make of what a crash left what can be served, and open it."""
         loop = asyncio.get_running_loop()
-        layout = Layout(Path(data_dir).absolute())
+        layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
         recovered = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
         index = await Index.open(layout.index, emit)
         store = cls(layout, index, settings, emit, now)
@@ -109,6 +110,11 @@ class Store:
         """The fetch of this content is over."""
         if self.growing.get(growing.digest) is growing:
             del self.growing[growing.digest]
+
+    async def settled(self) -> None:
+        """Wait until all content that is verified is published as well."""
+        while verified := [growing for growing in self.growing.values() if growing.verified]:
+            await verified[0].released()
 
     # --- recency ------------------------------------------------------------------------------
 

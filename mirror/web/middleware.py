@@ -36,9 +36,16 @@ class Middleware:
 
     def __init__(self, handlers: Handlers, health: Health, emit: Observer) -> None:
         self.in_flight = 0
+        self._idle: asyncio.Future[None] | None = None
         self._handlers = handlers
         self._health = health
         self._emit = emit
+
+    async def idle(self) -> None:
+        """Wait until no request is being answered."""
+        while self.in_flight:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its record's beginning to its end."""
@@ -59,6 +66,8 @@ class Middleware:
             return response
         finally:
             self.in_flight -= 1
+            if not self.in_flight and self._idle is not None and not self._idle.done():
+                self._idle.set_result(None)
             pull.duration = time.monotonic() - pull.started
             if pull.first_byte is None:
                 pull.first_byte = pull.duration
