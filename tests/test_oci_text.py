@@ -1,0 +1,26 @@
+"""Text of strangers, made safe to show (row HU15)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.text import printable
+
+
+@pytest.mark.row("HU15")
+def test_escapes_are_visible() -> None:
+    assert printable("a\r\n\x1b[31m\x7f\x9b\u202e\ud800é") == (
+        r"a\x0d\x0a\x1b[31m\x7f\x9b\u202e\ud800\xe9"
+    )
+    assert printable("plain text") == "plain text"
+    assert printable("x" * 600, 10) == "xxxxxxx..."
+
+
+@given(st.text(st.characters()), st.integers(3, 100))
+def test_the_result_is_printable_and_bounded(text: str, limit: int) -> None:
+    shown = printable(text, limit)
+    assert shown.isascii()
+    assert shown.isprintable()
+    assert len(shown) <= limit
