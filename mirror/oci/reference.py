@@ -36,10 +36,10 @@ class Repository:
 
         ``docker.io/nginx`` is ``docker.io/library/nginx``, as in every Docker client.
         """
-        if not _NAME.fullmatch(path) or len(upstream) + 1 + len(path) > _NAME_LIMIT:
-            raise NameInvalid("not a repository name")
         if upstream == "docker.io" and "/" not in path:
             path = f"library/{path}"
+        if len(upstream) + 1 + len(path) > _NAME_LIMIT or not _NAME.fullmatch(path):
+            raise NameInvalid("not a repository name")
         return cls(upstream, path)
 
     def __str__(self) -> str:

@@ -1,0 +1,84 @@
+"""Names, tags and the choice between tag and digest (row HC3)."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.digest import Digest
+from mirror.oci.errors import DigestInvalid, NameInvalid, TagInvalid
+from mirror.oci.reference import Repository, Tag, parse_reference
+
+# distribution spec, "Pulling manifests", as it stands there
+NAME = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
+TAG = r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}"
+
+
+@pytest.mark.parametrize(
+    "path", ["a", "a/b", "a.b/c_d/e__f/g---h", "blobs/manifests/tags", "0/1", "a" * 200]
+)
+def test_names(path: str) -> None:
+    assert str(Repository.parse("r.example", path)) == f"r.example/{path}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("", "/", "a/", "/a", "a//b", "A", "a.", ".a", "a..b", "a___b", "a._b", "../a", "a/../b"),
+        *("a b", "a\n", "a\x00", "a%2fb", "a\\b", "a:b", "é", "a\u0660", "a" * 250),
+    ],
+)
+def test_no_names(path: str) -> None:
+    with pytest.raises(NameInvalid):
+        Repository.parse("r.example", path)
+
+
+def test_the_length_is_that_of_host_and_name() -> None:
+    assert Repository.parse("h", "a" * 253)
+    with pytest.raises(NameInvalid):
+        Repository.parse("h", "a" * 254)
+    with pytest.raises(NameInvalid):
+        Repository.parse("docker.io", "a" * 245)
+    assert Repository.parse("docker.io", "a" * 237).path.startswith("library/")
+    with pytest.raises(NameInvalid):
+        Repository.parse("docker.io", "a" * 238)
+
+
+def test_docker_hub_has_a_library() -> None:
+    assert Repository.parse("docker.io", "nginx") == Repository("docker.io", "library/nginx")
+    assert Repository.parse("docker.io", "a/b").path == "a/b"
+    assert Repository.parse("quay.io", "nginx").path == "nginx"
+
+
+@given(st.from_regex(NAME, fullmatch=True) | st.text(alphabet="ab1._-/") | st.text())
+def test_names_are_those_of_the_specification(path: str) -> None:
+    path = path[:200]
+    valid = re.fullmatch(NAME, path, re.ASCII) is not None
+    if valid:
+        assert Repository.parse("h", path).path == path
+    else:
+        with pytest.raises(NameInvalid):
+            Repository.parse("h", path)
+
+
+@given(st.from_regex(TAG, fullmatch=True) | st.text(alphabet="aZ0._-") | st.text())
+def test_tags_are_those_of_the_specification(raw: str) -> None:
+    if re.fullmatch(TAG, raw, re.ASCII):
+        assert parse_reference(raw) == Tag(raw)
+    else:
+        with pytest.raises((TagInvalid, DigestInvalid)):
+            parse_reference(raw)
+
+
+def test_a_colon_makes_a_digest() -> None:
+    digest = Digest.of(b"x")
+    assert parse_reference(str(digest)) == digest
+    assert str(parse_reference("v1")) == "v1"
+    with pytest.raises(DigestInvalid):
+        parse_reference("sha256:baddigeststring")
+    for raw in ("", "..", ".a", "-a", "a/b", "a" * 129, "a\n"):
+        with pytest.raises(TagInvalid):
+            parse_reference(raw)
