@@ -1,0 +1,148 @@
+"""The table of errors (rows U9, U15, HU15, and the specification's error bodies)."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci import errors
+from mirror.oci.errors import (
+    Denied,
+    MirrorError,
+    NotFound,
+    RangeNotSatisfiable,
+    Unauthorized,
+    UpstreamError,
+    UpstreamRateLimited,
+)
+from mirror.web.errors import body_of, code_of, headers_of, status_of
+
+EXPECTED = {
+    "MirrorError": (500, "UNKNOWN"),
+    "InvalidRequest": (400, "UNSUPPORTED"),
+    "NameInvalid": (400, "NAME_INVALID"),
+    "TagInvalid": (400, "TAG_INVALID"),
+    "DigestInvalid": (400, "DIGEST_INVALID"),
+    "PaginationInvalid": (400, "PAGINATION_NUMBER_INVALID"),
+    "MethodUnsupported": (405, "UNSUPPORTED"),
+    "RangeNotSatisfiable": (416, "SIZE_INVALID"),
+    "NotFound": (404, "UNKNOWN"),
+    "NameUnknown": (404, "NAME_UNKNOWN"),
+    "ManifestUnknown": (404, "MANIFEST_UNKNOWN"),
+    "BlobUnknown": (404, "BLOB_UNKNOWN"),
+    "Denied": (403, "DENIED"),
+    "Unauthorized": (403, "UNAUTHORIZED"),
+    "UpstreamError": (502, "UNAVAILABLE"),
+    "UpstreamUnavailable": (502, "UNAVAILABLE"),
+    "UpstreamTimeout": (504, "UNAVAILABLE"),
+    "UpstreamRateLimited": (429, "TOOMANYREQUESTS"),
+    "UpstreamProtocolError": (502, "UNAVAILABLE"),
+    "OutboundRefused": (502, "UNAVAILABLE"),
+    "DigestMismatch": (502, "UNAVAILABLE"),
+    "ManifestInvalid": (502, "MANIFEST_INVALID"),
+    "Draining": (503, "UNAVAILABLE"),
+    "ContentLost": (503, "UNAVAILABLE"),
+    "StorageUnavailable": (503, "UNAVAILABLE"),
+}
+
+
+def every_error() -> list[type[MirrorError]]:
+    found, todo = [], [MirrorError]
+    while todo:
+        kind = todo.pop()
+        found.append(kind)
+        todo += kind.__subclasses__()
+    return [kind for kind in found if kind.__module__ == errors.__name__]
+
+
+def make(kind: type[MirrorError]) -> MirrorError:
+    return RangeNotSatisfiable(5) if kind is RangeNotSatisfiable else kind("why")
+
+
+def test_every_error_of_the_tree_is_in_the_table() -> None:
+    shown = {k.__name__: (status_of(make(k)), code_of(make(k))) for k in every_error()}
+    assert shown == EXPECTED
+
+
+@pytest.mark.row("U15")
+def test_an_upstreams_fault_is_never_a_404_nor_a_500() -> None:
+    for kind in every_error():
+        if issubclass(kind, UpstreamError | Denied | Unauthorized):
+            assert status_of(make(kind)) not in (404, 500)
+        assert (status_of(make(kind)) == 404) == issubclass(kind, NotFound)
+
+
+def test_no_answer_is_a_challenge() -> None:
+    for kind in every_error():
+        assert status_of(make(kind)) != 401
+        assert "WWW-Authenticate" not in headers_of(make(kind))
+
+
+def test_an_error_of_a_subclass_is_that_of_its_parent() -> None:
+    class Special(errors.UpstreamTimeout):
+        pass
+
+    assert status_of(Special("x")) == 504
+
+
+def test_what_is_not_ours_says_nothing() -> None:
+    error = ValueError("secret /path")
+    assert status_of(error) == 500
+    assert json.loads(body_of(error)) == {
+        "errors": [{"code": "UNKNOWN", "message": "internal error"}]
+    }
+
+
+def test_the_body_is_that_of_the_specification() -> None:
+    error = errors.ManifestUnknown("no such tag", detail="v1")
+    assert json.loads(body_of(error)) == {
+        "errors": [{"code": "MANIFEST_UNKNOWN", "message": "no such tag", "detail": "v1"}]
+    }
+    assert headers_of(error) == {"Content-Type": "application/json"}
+
+
+@pytest.mark.row("HU15")
+def test_escapes_in_a_message_are_visible_and_bounded() -> None:
+    error = errors.UpstreamError("a\x1b[31m\r\nb\u202e" + "x" * 10_000, detail="\x00" * 10_000)
+    entry = json.loads(body_of(error))["errors"][0]
+    assert entry["message"].startswith(r"a\x1b[31m\x0d\x0ab\u202exxx")
+    assert len(entry["message"]) <= 512
+    assert len(entry["detail"]) <= 512
+
+
+@given(st.text(st.characters()), st.none() | st.text(st.characters()))
+def test_every_body_is_printable_json(message: str, detail: str | None) -> None:
+    body = body_of(NotFound(message, detail=detail))
+    assert body.isascii()
+    entry = json.loads(body)["errors"][0]
+    assert entry["message"].isprintable()
+
+
+def test_headers_that_an_error_needs() -> None:
+    assert headers_of(errors.MethodUnsupported("x"))["Allow"] == "GET, HEAD"
+    assert headers_of(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
+
+
+@pytest.mark.row("U9")
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (1, "1"),
+        (1.2, "2"),
+        (0.01, "1"),
+        (1e12, "86400"),
+        (None, None),
+        (0, None),
+        (-5, None),
+        (math.nan, None),
+        (math.inf, None),
+    ],
+)
+def test_retry_after(seconds: float | None, expected: str | None) -> None:
+    error = UpstreamRateLimited("slow down", retry_after=seconds)
+    assert status_of(error) == 429
+    assert headers_of(error).get("Retry-After") == expected
