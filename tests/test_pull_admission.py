@@ -1,0 +1,29 @@
+"""Admission: allow- and deny-lists."""
+
+from __future__ import annotations
+
+import pytest
+
+from mirror.config import Upstream
+from mirror.oci.reference import Repository
+from mirror.pull.admission import Refuse, Serve, admit
+
+
+@pytest.mark.parametrize(
+    ("allow", "deny", "path", "served"),
+    [
+        ((), (), "library/nginx", True),
+        (("library/*",), (), "library/nginx", True),
+        (("library/*",), (), "evil/nginx", False),
+        (("library/*",), ("library/nginx",), "library/nginx", False),
+        ((), ("*/secret*",), "org/secret-app", False),
+        ((), ("*/secret*",), "org/app", True),
+        (("org/app",), (), "org/app/sub", False),
+    ],
+)
+def test_lists(allow: tuple[str, ...], deny: tuple[str, ...], path: str, served: bool) -> None:
+    upstream = Upstream(endpoints=("http://x",), allow=allow, deny=deny)
+    answer = admit(Repository("quay.io", path), upstream)
+    assert isinstance(answer, Serve) is served
+    if isinstance(answer, Refuse):
+        assert answer.code == "DENIED"
