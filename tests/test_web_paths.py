@@ -142,6 +142,7 @@ def test_a_part_is_decoded_once() -> None:
         ("n=0", 0, None),
         ("n=10&last=v1.0", 10, "v1.0"),
         ("last=", None, None),
+        ("n=1&n=2", 1, None),
         ("n=999999999", 999_999_999, None),
         ("unknown=1&&=&n=007", 7, None),
     ],
