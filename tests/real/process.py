@@ -1,0 +1,237 @@
+"""Starting and stopping real programs.
+
+Lives here: processes, ports, readiness, captured output. Must not know: what the programs are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+READY_TIMEOUT = 60.0
+"""Seconds a program may take until it answers; generous, since tests share their machine."""
+
+_PORTS = random.SystemRandom()
+
+
+def need(program: str) -> str:
+    """The path of an installed program; fails the test where it is missing, and never skips."""
+    found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    if found is None:
+        pytest.fail(f"{program} is not installed: `make test` as root on Debian installs it")
+    return found
+
+
+def free_port() -> int:
+    """A free loopback port below the ephemeral range.
+
+    Outgoing connections take ports of the ephemeral range, and would take that of a program which
+    is stopped and started again.
+    """
+    for _ in range(200):
+        port = _PORTS.randrange(12000, 32000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise RuntimeError("no free loopback port")
+
+
+def listening(port: int) -> bool:
+    """Whether something accepts connections on this loopback port."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = READY_TIMEOUT) -> None:
+    """Wait until ``condition`` holds; raises ``TimeoutError`` after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {timeout:.0f} s: {what}")
+        time.sleep(0.03)
+
+
+def run(
+    *argv: str | Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120.0,
+    check: bool = True,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a client to its end. ``check``: a failure fails the test, with what it said."""
+    command = [need(str(argv[0])), *map(str, argv[1:])]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode != 0:
+        said = (done.stdout + done.stderr).decode(errors="replace")
+        pytest.fail(f"{' '.join(command)}: exit code {done.returncode}\n{said[-4000:]}")
+    return done
+
+
+class Directory:
+    """A directory with a short path (a Unix socket's may have 107 bytes), removed at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=f"om-{name}-", dir="/tmp"))
+
+    def remove(self) -> None:
+        """Remove it."""
+        self.clear(self.path)
+
+    @staticmethod
+    def clear(path: Path) -> None:
+        """Remove a directory, where there is one."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Program:
+    """A real program that runs until it is stopped.
+
+    A subclass gives ``command`` and ``ready``. ``start`` after ``stop`` or ``kill`` runs it again
+    on the same port and directory. The output of all its runs is in ``output``.
+    """
+
+    name = "program"
+
+    def __init__(self) -> None:
+        self._directory = Directory(self.name)
+        self.dir = self._directory.path
+        self.port = free_port()
+        self.output = self.dir / "output.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # --- what a subclass says ---
+
+    def command(self) -> Sequence[str | Path]:
+        """The command line, the program first."""
+        raise NotImplementedError
+
+    def environment(self) -> Mapping[str, str]:
+        """Variables beside our own."""
+        return {}
+
+    def ready(self) -> bool:
+        """Whether it answers; asked again and again at the start."""
+        return listening(self.port)
+
+    # --- running it ---
+
+    @property
+    def pid(self) -> int:
+        """The process id of the running program."""
+        assert self._process is not None, f"{self.name} is not running"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, wait: bool = True) -> Self:
+        """Start it, and wait until it is ready unless told otherwise."""
+        assert not self.running, f"{self.name} is running"
+        first, *rest = self.command()
+        with self.output.open("ab") as sink:
+            self._process = subprocess.Popen(
+                [need(str(first)), *map(str, rest)],
+                cwd=self.dir,
+                env={**os.environ, **self.environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if wait:
+            try:
+                wait_until(self._ready_or_dead, f"{self.name} is not ready")
+            except TimeoutError as error:
+                self.stop()
+                pytest.fail(f"{error}\n{self.said()[-4000:]}")
+            if not self.running:
+                code = self._process.returncode
+                self.stop()
+                pytest.fail(f"{self.name} ended with {code} at its start\n{self.said()[-4000:]}")
+        return self
+
+    def _ready_or_dead(self) -> bool:
+        return not self.running or self.ready()
+
+    def stop(self, timeout: float = 20.0) -> int | None:
+        """SIGTERM, and SIGKILL to its whole group after ``timeout`` seconds. The exit code."""
+        return self._end(signal.SIGTERM, timeout)
+
+    def kill(self) -> None:
+        """SIGKILL to the program and its whole group, as a power cut would."""
+        if self._process is not None:
+            self._kill_group(self._process.pid)
+        self._end(signal.SIGKILL, 20.0)
+
+    def restart(self) -> Self:
+        """Stop it, start it: same port, same data."""
+        self.stop()
+        return self.start()
+
+    def _end(self, first: signal.Signals, timeout: float) -> int | None:
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        if process.poll() is None:
+            process.send_signal(first)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._kill_group(process.pid)
+            process.wait(timeout)
+        self._kill_group(process.pid)
+        return process.returncode
+
+    def _kill_group(self, pid: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+    def said(self) -> str:
+        """All that it wrote to stdout and stderr so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+    def close(self) -> None:
+        """Stop it and remove its directory."""
+        try:
+            self.stop()
+        finally:
+            self._directory.remove()
+
+    def __enter__(self) -> Self:
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,142 @@
+"""Our own server as users run it: a subprocess with a configuration file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.real.process import Program
+from tests.real.wire import Answer, Download, ask, download
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mirror(Program):
+    """``python -m mirror serve --config FILE`` with a data directory of its own.
+
+    ``upstreams``: as in the configuration; a bare string is the one endpoint. ``settings``: more
+    top-level keys, such as ``workers=2`` or ``storage={"reverify": 0}``. The output is JSON, one
+    object a line. ``prefix``: a command to run it under, such as strace.
+    """
+
+    name = "mirror"
+
+    def __init__(
+        self,
+        upstreams: Mapping[str, str | Mapping[str, Any]],
+        *,
+        env: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        data_dir: Path | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.data_dir = data_dir or self.dir / "data"
+        self.config_file = self.dir / "mirror.yaml"
+        self.prefix = tuple(prefix)
+        self.env = dict(env or {})
+        self.settings: dict[str, Any] = {
+            "listen": self.host,
+            "data_dir": str(self.data_dir),
+            "log": {"format": "json"},
+            "upstreams": {
+                name: {"endpoints": [value]} if isinstance(value, str) else dict(value)
+                for name, value in upstreams.items()
+            },
+            **settings,
+        }
+
+    @property
+    def host(self) -> str:
+        """``127.0.0.1:port``, as in an image reference."""
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"{'https' if self.settings.get('tls') else 'http'}://{self.host}"
+
+    def command(self) -> Sequence[str | Path]:
+        # written at each start, so that a test may change ``settings`` between two runs
+        self.config_file.write_text(yaml.safe_dump(self.settings))
+        # sys.executable, and no shim: strace injects into the process that it starts
+        return [*self.prefix, sys.executable, "-m", "mirror", "serve", "--config", self.config_file]
+
+    def environment(self) -> Mapping[str, str]:
+        # a plain-HTTP upstream on loopback is never meant to go through a proxy of the host's
+        return {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1,localhost", **self.env}
+
+    def ready(self) -> bool:
+        try:
+            return self.ask("/readyz", timeout=5).status == 200
+        except (OSError, HTTPException):
+            return False
+
+    def _ca(self) -> str | None:
+        tls = self.settings.get("tls")
+        return str(tls["certificate"]) if tls else None
+
+    def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout: float = 60.0,
+    ) -> Answer:
+        """One request to it, whole answer."""
+        return ask(self.url + path, method, headers, timeout=timeout, ca=self._ca())
+
+    def download(self, path: str, headers: Mapping[str, str] | None = None) -> Download:
+        """Stream a body from it, hashed."""
+        return download(self.url + path, headers, ca=self._ca())
+
+    def metrics(self) -> dict[str, float]:
+        """``/metrics`` by sample, such as ``requests_total{kind="blob"}``."""
+        answer = self.ask("/metrics")
+        assert answer.status == 200, answer
+        samples = {}
+        for line in answer.body.decode().splitlines():
+            if line and not line.startswith("#"):
+                sample, _, value = line.rpartition(" ")
+                samples[sample] = float(value)
+        return samples
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry these labels; 0.0 where there is none."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            value
+            for sample, value in self.metrics().items()
+            if sample.partition("{")[0] == name and all(want in sample for want in wanted)
+        )
+
+    def log(self) -> list[dict[str, Any]]:
+        """Its log lines that are JSON objects, oldest first."""
+        lines = []
+        for line in self.said().splitlines():
+            if line.startswith("{"):
+                lines.append(json.loads(line))
+        return lines
+
+    def workers(self) -> list[int]:
+        """The pids of its child processes."""
+        path = Path(f"/proc/{self.pid}/task/{self.pid}/children")
+        return [int(pid) for pid in path.read_text().split()]
+
+    def kill_worker(self, pid: int) -> None:
+        """SIGKILL to one worker."""
+        os.kill(pid, signal.SIGKILL)
+
+    def content(self, digest: str) -> Path:
+        """Where whole content lies."""
+        algorithm, _, encoded = digest.partition(":")
+        return self.data_dir / "blobs" / algorithm / encoded
