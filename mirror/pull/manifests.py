@@ -9,6 +9,7 @@ asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final, assert_never
 
 from mirror.config import Upstream
@@ -16,6 +17,7 @@ from mirror.events import Kind, Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
+    Manifest,
     parse_manifest,
     sniff_media_type,
 )
@@ -27,11 +29,12 @@ from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.recent import Recent
 from mirror.store.reader import read_all
-from mirror.store.records import Membership, TagRecord, confirm
+from mirror.store.records import Membership, TagRecord, confirm, members_of
 from mirror.upstream.api import ManifestHead
 
 _CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _REMEMBERED: Final = 32 * 1024 * 1024
+_PARSED_INLINE: Final = 128 * 1024
 _LIFETIME: Final = 1.0
 """Seconds that one worker process may be behind another."""
 _RECENCY_STEP: Final = 60.0
@@ -97,7 +100,7 @@ class ManifestService:
         media_type = known.media_type or sniff_media_type(body)
         return self._remember(
             repository,
-            ManifestAnswer(digest, media_type, len(body), body, parse_manifest(body, media_type)),
+            ManifestAnswer(digest, media_type, len(body), body, await _parse(body, media_type)),
         )
 
     async def _head_by_digest(
@@ -118,13 +121,9 @@ class ManifestService:
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
         media_type = known.media_type if known is not None else ""
         media_type = media_type or sniff_media_type(body)
-        parsed = parse_manifest(body, media_type)
-        parts = [Membership(digest, "manifest", media_type, len(body), None, None)]
-        parts += [
-            Membership(child.digest, kind, child.media_type, child.size, digest, None)
-            for kind, children in (("manifest", parsed.children), ("blob", parsed.blobs))
-            for child in children
-        ]
+        parsed = await _parse(body, media_type)
+        root = Membership(digest, "manifest", media_type, len(body), None, None)
+        parts = [root, *members_of(root, parsed)]
         await self._index.put_memberships(repository, parts)
         answer = ManifestAnswer(digest, media_type, len(body), body, parsed)
         return self._remember(repository, answer)
@@ -278,6 +277,14 @@ class ManifestService:
         for child in answer.parsed.children:
             # Looking at it is using it, with all that it refers to.
             await self.held(repository, child.digest)
+
+
+async def _parse(body: bytes, media_type: str) -> Manifest:
+    """Large manifests are parsed in a thread: 4 MiB take longer than the event loop may."""
+    if len(body) <= _PARSED_INLINE:
+        return parse_manifest(body, media_type)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, parse_manifest, body, media_type)
 
 
 def accepts(accept: tuple[str, ...], media_type: str) -> bool:

@@ -30,6 +30,7 @@ from mirror.oci.errors import (
 )
 from mirror.store import disk
 from mirror.store.claim import Claim, Role, Surroundings
+from mirror.store.follower import Follower
 from mirror.store.reader import Extent, FileExtent
 from mirror.store.window import Window
 
@@ -400,47 +401,3 @@ class Growing:
         self._claim.let_go()
         if not self.followers:
             self._claim.close()
-
-
-class Follower:
-    """One reader of growing content (see :class:`mirror.store.reader.Reader`)."""
-
-    def __init__(self, growing: Growing, position: int) -> None:
-        self._growing = growing
-        self.position = position
-        growing.followers.add(self)
-
-    @property
-    def digest(self) -> Digest:
-        """The name of the content."""
-        return self._growing.digest
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the whole content, once the upstream has said so."""
-        return self._growing.size
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that are there."""
-        return self._growing.head
-
-    async def wait(self, start: int, stop: int | None = None) -> Extent | None:
-        """See :meth:`mirror.store.reader.Reader.wait`."""
-        growing = self._growing
-        self.position = start
-        growing.moved()
-        while True:
-            wrong = isinstance(growing.failure, DigestMismatch)
-            if start < growing.head and not wrong:
-                return growing.extent(start, growing.head if stop is None else stop)
-            if growing.failure is not None:
-                raise growing.failure
-            if growing.verified:
-                return None
-            await growing.progress(start)
-
-    def close(self) -> None:
-        """Leave. The fetch goes on."""
-        self._growing.followers.discard(self)
-        self._growing.moved()

@@ -16,7 +16,10 @@ from typing import Final
 
 from mirror.config import Storage
 from mirror.events import GrowingMeasured, Noted, Observer, StorageMeasured
+from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest
 from mirror.oci.digest import Digest
+from mirror.oci.errors import ManifestInvalid
+from mirror.oci.reference import Repository
 from mirror.store import disk, image_layout
 from mirror.store.catalog import Catalog, touch
 from mirror.store.claim import Surroundings
@@ -25,6 +28,7 @@ from mirror.store.eviction import Evictor
 from mirror.store.growing import Growing
 from mirror.store.index import Index
 from mirror.store.layout import Layout
+from mirror.store.records import Membership, TagRecord, members_of
 from mirror.store.recovery import recover
 
 _RECENCY_STEP: Final = 60.0
@@ -66,7 +70,7 @@ class Store:
             now=now,
         )
         self.catalog = Catalog(layout)
-        self.evictor = Evictor(layout, self.catalog, settings, index, emit, now)
+        self.evictor = Evictor(layout, self.catalog, settings, index, self._opening, emit, now)
         self._surroundings = Surroundings(
             layout=layout,
             io=self._writing,
@@ -95,7 +99,8 @@ class Store:
         store._unwritable = recovered.why
         if recovered.why is not None:
             emit(Noted("warning", "nothing can be stored", (("why", recovered.why),)))
-        await image_layout.reseed(index, layout)
+        if not await index.tag_records():
+            await store._reseed()
         return store
 
     # --- growing content ----------------------------------------------------------------------
@@ -159,12 +164,36 @@ class Store:
             await loop.run_in_executor(None, pool.shutdown)
 
     async def save_image_layout(self) -> None:
-        """Write ``index.json``, so that other tools can read the directory."""
+        """Write ``index.json`` if there is news, so that other tools can read the directory."""
+        if not self.index.changed or self._unwritable is not None:
+            return
+        self.index.changed = False
         entries = await self.index.manifests()
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(None, image_layout.write, self.layout, entries)
+            await loop.run_in_executor(self._opening, image_layout.write, self.layout, entries)
         except OSError as error:
-            self._emit(
-                Noted("warning", "index.json was not written", (("why", str(error.strerror)),))
-            )
+            self._emit(Noted("warning", "index.json was not written", (("why", str(error)),)))
+
+    async def _reseed(self) -> None:
+        """The index was lost: what ``index.json`` names is known again, but not fresh."""
+        loop = asyncio.get_running_loop()
+        for named in await loop.run_in_executor(self._opening, image_layout.read, self.layout):
+            root = Membership(named.digest, "manifest", named.media_type, named.size, None, None)
+            await self._reseed_parts(named.repository, root)
+            if named.tag is not None:
+                record = TagRecord(named.repository, named.tag, named.digest, 0.0, 0.0)
+                await self.index.put_tag(record)
+
+    async def _reseed_parts(self, repository: Repository, root: Membership) -> None:
+        body = await self.contents.read(root.digest, MANIFEST_LIMIT)
+        if body is None:
+            return
+        try:
+            parts = members_of(root, parse_manifest(body, root.media_type))
+        except ManifestInvalid:
+            return
+        await self.index.put_memberships(repository, [root, *parts])
+        for part in parts:
+            if part.kind == "manifest":
+                await self._reseed_parts(repository, part)

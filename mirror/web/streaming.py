@@ -247,7 +247,7 @@ class Sender:
         connection = transport.get_extra_info("socket")
         if hard and connection is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        transport.abort()  # type: ignore[attr-defined] # a stream's transport can abort
+        transport.abort()
 
 
 def _is_reader(source: Reader | bytes | None) -> TypeGuard[Reader]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,6 +180,10 @@ class _Containers:
         self.mirrors = dict(mirrors or {})
         (self.dir / "policy.json").write_text(json.dumps(_POLICY))
         (self.dir / "registries.d").mkdir()
+        (self.dir / "storage.conf").write_text(
+            '[storage]\ndriver = "vfs"\n'
+            f'graphroot = "{self.dir}/root"\nrunroot = "{self.dir}/run"\n'
+        )
         lines = ['unqualified-search-registries = ["docker.io"]']
         for registry, mirror in self.mirrors.items():
             lines += [
@@ -193,7 +196,7 @@ class _Containers:
         """Variables that keep it off this machine's own settings and state."""
         return {
             "CONTAINERS_REGISTRIES_CONF": str(self.dir / "registries.conf"),
-            "CONTAINERS_STORAGE_CONF": os.devnull,
+            "CONTAINERS_STORAGE_CONF": str(self.dir / "storage.conf"),
             "REGISTRY_AUTH_FILE": str(self.dir / "auth.json"),
             "HOME": str(self.dir),
             "XDG_RUNTIME_DIR": str(self.dir),

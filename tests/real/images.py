@@ -36,6 +36,11 @@ _TYPES: Mapping[Flavour, Mapping[str, str]] = {
     },
 }
 
+ACCEPT = {
+    "Accept": ", ".join(types[kind] for types in _TYPES.values() for kind in ("manifest", "index"))
+}
+"""What a raw request for a manifest sends: a registry hides types that are not asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blob:
@@ -224,7 +229,7 @@ def artifact(
     artifact_type: str = "application/vnd.example.sbom.v1+json",
     subject: Content | None = None,
 ) -> Image:
-    """An OCI 1.1 artifact: ``artifactType``, the empty config, and a ``subject`` if one is given."""
+    """An OCI 1.1 artifact: ``artifactType``, the empty config, and a ``subject`` if given."""
     config = Blob("application/vnd.oci.empty.v1+json", b"{}")
     layer = Blob("application/vnd.example.data", random_bytes(size, seed))
     body: dict[str, Any] = {

@@ -151,6 +151,8 @@ class Program:
     def start(self, wait: bool = True) -> Self:
         """Start it, and wait until it is ready unless told otherwise."""
         assert not self.running, f"{self.name} is running"
+        if listening(self.port):
+            pytest.fail(f"{self.name}: port {self.port} is taken")
         first, *rest = self.command()
         with self.output.open("ab") as sink:
             self._process = subprocess.Popen(

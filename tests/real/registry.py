@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from tests.real import images
-from tests.real.process import Program, run
+from tests.real.process import Program, run, wait_until
 from tests.real.tokens import Certificate, TokenServer
 from tests.real.wire import ask
 
@@ -216,10 +217,20 @@ class NginxFront(Program):
         """The requests answered so far; one is logged when its body has ended."""
         if not self.access_log.exists():
             return []
-        return [Seen(**json.loads(line)) for line in self.access_log.read_text().splitlines()]
+        # the last line may still be on its way
+        whole = self.access_log.read_text().rpartition("\n")[0]
+        return [Seen(**json.loads(line)) for line in whole.splitlines()]
 
-    def blob_gets(self, digest: str) -> list[Seen]:
-        """The GETs of one blob, each with the bytes it was sent."""
+    def blob_gets(self, digest: str, expected: int = 1) -> list[Seen]:
+        """The GETs of one blob, each with the bytes it was sent.
+
+        nginx logs a request a moment after its last byte: waits up to 2 s for ``expected`` of them.
+        """
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: len(self._gets(digest)) >= expected, "logged", 2)
+        return self._gets(digest)
+
+    def _gets(self, digest: str) -> list[Seen]:
         return [
             seen
             for seen in self.seen()

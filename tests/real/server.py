@@ -121,11 +121,9 @@ class Mirror(Program):
 
     def log(self) -> list[dict[str, Any]]:
         """Its log lines that are JSON objects, oldest first."""
-        lines = []
-        for line in self.said().splitlines():
-            if line.startswith("{"):
-                lines.append(json.loads(line))
-        return lines
+        # the last line may still be on its way
+        whole = self.said().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def workers(self) -> list[int]:
         """The pids of its child processes."""

@@ -1,0 +1,156 @@
+"""What is on disk, by looking: so the accounting equals ``du``, after any crash.
+
+Lives here: one scan of the directories, kept up to date by further scans that look only at what
+is new (published content never changes its size), and recency. Must not know: who wants room.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mirror.oci.digest import Digest
+from mirror.oci.errors import DigestInvalid
+from mirror.store import disk
+from mirror.store.layout import Layout
+
+_BLOCK: Final = 512
+_NANOSECONDS: Final = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What takes up space, in bytes."""
+
+    count: int
+    bytes: int
+    reserved: int
+    """Growing content: what was announced for what is being fetched, what is there of the rest."""
+
+    @property
+    def total(self) -> int:
+        """All that counts against the quota."""
+        return self.bytes + self.reserved
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One content on disk."""
+
+    digest: Digest
+    size: int
+    used: float
+    """Last use, in seconds since the epoch."""
+
+
+class Catalog:
+    """The content of one data directory. Its methods block; threads may share it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._sizes: dict[str, dict[str, int]] = {}
+
+    def refresh(self) -> Usage:
+        """Scan. Strangers (links, pipes, directories, other names) are not counted, nor opened."""
+        with self._lock:
+            for directory in self._layout.content_directories():
+                self._scan(directory)
+            sizes = [size for known in self._sizes.values() for size in known.values()]
+            return Usage(len(sizes), sum(sizes), self._reserved())
+
+    def _scan(self, directory: Path) -> None:
+        algorithm = directory.name
+        known = self._sizes.setdefault(algorithm, {})
+        found: dict[str, int] = {}
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    size = known.get(entry.name)
+                    if size is None:
+                        size = _size_of(entry, algorithm)
+                    if size is not None:
+                        found[entry.name] = size
+        except OSError:
+            return
+        self._sizes[algorithm] = found
+
+    def _reserved(self) -> int:
+        total = 0
+        for directory in self._layout.ingest_directories():
+            try:
+                names = [entry.name for entry in os.scandir(directory)]
+            except OSError:
+                continue
+            total += sum(self._reserved_by(directory, name) for name in names)
+        return total
+
+    def _reserved_by(self, directory: Path, name: str) -> int:
+        try:
+            digest = Digest.parse(f"{directory.name}:{name}")
+            status = (directory / name).lstat()
+        except (DigestInvalid, OSError):
+            return 0
+        if not stat.S_ISREG(status.st_mode):
+            return 0
+        state = disk.read_state(self._layout, digest)
+        if state is not None and state[0].size is not None and self._is_locked(digest):
+            return max(state[0].size, status.st_size)
+        # A stale one blocks what it holds, not what it once wanted to hold.
+        return status.st_blocks * _BLOCK
+
+    def _is_locked(self, digest: Digest) -> bool:
+        try:
+            fd = os.open(self._layout.ingest(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def entries(self, now: float) -> list[Entry]:
+        """All content with its recency; one in the future (a clock was set back) is ``now``."""
+        entries = []
+        for directory in self._layout.content_directories():
+            for name in list(self._sizes.get(directory.name, ())):
+                try:
+                    status = (directory / name).lstat()
+                    digest = Digest.parse(f"{directory.name}:{name}")
+                except (OSError, DigestInvalid):
+                    continue
+                entries.append(Entry(digest, status.st_size, min(status.st_mtime, now)))
+        return entries
+
+
+def _size_of(entry: os.DirEntry[str], algorithm: str) -> int | None:
+    try:
+        Digest.parse(f"{algorithm}:{entry.name}")
+        status = entry.stat(follow_symlinks=False)
+    except (DigestInvalid, OSError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
+    """Set the last use of content, in whole seconds (``disk.set_by_us``). What is missing stays so.
+
+    A file that somebody else wrote to keeps its time: it is the evidence.
+    """
+    seconds = int(now) * _NANOSECONDS
+    for digest in digests:
+        path = layout.blob(digest)
+        try:
+            if disk.set_by_us(path.lstat()):
+                os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
+        except OSError:
+            continue

@@ -1,0 +1,80 @@
+"""One reader of growing content.
+
+Lives here: waiting for bytes, and what a reader may still have once the content has ended. Must not
+know: where the bytes come from.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mirror.oci.digest import Digest
+from mirror.oci.errors import DigestMismatch, MirrorError
+from mirror.store.reader import Extent
+
+
+class Followed(Protocol):
+    """What a follower needs of growing content."""
+
+    digest: Digest
+    size: int | None
+    failure: MirrorError | None
+    verified: bool
+    followers: set[Follower]
+
+    @property
+    def head(self) -> int:
+        """Bytes that may be handed out."""
+
+    def extent(self, start: int, stop: int) -> Extent:
+        """Bytes that are there."""
+
+    async def progress(self, start: int) -> None:
+        """Return once there are bytes at ``start``, or there will be none."""
+
+    def moved(self) -> None:
+        """A follower has moved on, or left."""
+
+
+class Follower:
+    """One reader of growing content (see :class:`mirror.store.reader.Reader`)."""
+
+    def __init__(self, growing: Followed, position: int) -> None:
+        self._growing = growing
+        self.position = position
+        growing.followers.add(self)
+
+    @property
+    def digest(self) -> Digest:
+        """The name of the content."""
+        return self._growing.digest
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole content, once the upstream has said so."""
+        return self._growing.size
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that are there."""
+        return self._growing.head
+
+    async def wait(self, start: int, stop: int | None = None) -> Extent | None:
+        """See :meth:`mirror.store.reader.Reader.wait`."""
+        growing = self._growing
+        self.position = start
+        growing.moved()
+        while True:
+            wrong = isinstance(growing.failure, DigestMismatch)
+            if start < growing.head and not wrong:
+                return growing.extent(start, growing.head if stop is None else stop)
+            if growing.failure is not None:
+                raise growing.failure
+            if growing.verified:
+                return None
+            await growing.progress(start)
+
+    def close(self) -> None:
+        """Leave. The fetch goes on."""
+        self._growing.followers.discard(self)
+        self._growing.moved()

@@ -1,0 +1,74 @@
+"""The data directory as an OCI image layout: ``index.json`` (image spec, image-layout.md).
+
+Lives here: writing what is known by name, so that ``skopeo`` can read the directory, and reading
+it back where the index was lost. Must not know: freshness; what is read back is as old as can be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from typing import Any, Final
+
+from mirror.oci.descriptor import OCI_INDEX
+from mirror.oci.digest import Digest
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.reference import Repository, Tag
+from mirror.store.layout import Layout
+from mirror.store.records import Named
+
+_NAME: Final = "org.opencontainers.image.ref.name"
+_UPSTREAM: Final = "org.oci-mirror.upstream"
+_SIZE_LIMIT: Final = 64 * 1024 * 1024
+
+
+def write(layout: Layout, entries: Iterable[Named]) -> None:
+    """Replace ``index.json`` atomically. Raises ``OSError``."""
+    manifests = [
+        {
+            "mediaType": entry.media_type,
+            "digest": str(entry.digest),
+            "size": entry.size,
+            "annotations": {_NAME: entry.name, _UPSTREAM: entry.repository.upstream},
+        }
+        for entry in sorted(entries, key=lambda entry: entry.name)
+    ]
+    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
+    path = layout.root / "index.json"
+    draft = path.with_name(f"index.json.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(document, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read(layout: Layout) -> list[Named]:
+    """What ``index.json`` says; nothing where it is missing, too large or garbage."""
+    path = layout.root / "index.json"
+    try:
+        if path.stat().st_size > _SIZE_LIMIT:
+            return []
+        document = json.loads(path.read_bytes())
+        entries = document["manifests"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return [named for entry in entries if (named := _named(entry)) is not None]
+
+
+def _named(entry: Any) -> Named | None:
+    try:
+        annotations = entry["annotations"]
+        upstream, name = annotations[_UPSTREAM], annotations[_NAME]
+        rest = name.removeprefix(f"{upstream}/")
+        path, _, tag = rest.partition("@") if "@" in rest else rest.rpartition(":")
+        return Named(
+            Repository.parse(upstream, path),
+            None if "@" in rest else Tag.parse(tag),
+            Digest.parse(entry["digest"]),
+            str(entry["mediaType"]),
+            int(entry["size"]),
+        )
+    except (TypeError, KeyError, ValueError, AttributeError, InvalidRequest):
+        return None

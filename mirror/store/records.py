@@ -1,0 +1,182 @@
+"""Small things that the index keeps: what a tag was, what a repository refers to.
+
+Lives here: frozen records, how they change, and their JSON, read strictly: garbage is a miss.
+Must not know: where they are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from mirror.oci.descriptor import Manifest
+from mirror.oci.digest import Digest
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.reference import Repository, Tag
+
+LEDGER_LIMIT: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A digest that a tag had. Times in seconds since the epoch."""
+
+    digest: Digest
+    first_seen: float
+    last_seen: float
+
+
+@dataclass(frozen=True, slots=True)
+class TagRecord:
+    """What a tag is, and was: ``ledger`` holds its earlier digests, newest first, bounded."""
+
+    repository: Repository
+    tag: Tag
+    digest: Digest
+    first_seen: float
+    confirmed: float
+    """When the upstream last said that the tag is this digest."""
+    ledger: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """That a repository refers to a digest."""
+
+    digest: Digest
+    kind: str
+    """``manifest`` or ``blob``."""
+    media_type: str
+    size: int | None
+    via: Digest | None
+    """The manifest that refers to it; None: the upstream said so."""
+    until: float | None
+    """Until when it is believed; None: as long as it is remembered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A manifest that is on disk, under a name."""
+
+    repository: Repository
+    tag: Tag | None
+    """None: it is known by its digest only."""
+    digest: Digest
+    media_type: str
+    size: int | None
+
+    @property
+    def name(self) -> str:
+        """As in an image reference."""
+        if self.tag is None:
+            return f"{self.repository}@{self.digest}"
+        return f"{self.repository}:{self.tag}"
+
+
+def confirm(
+    record: TagRecord | None, repository: Repository, tag: Tag, digest: Digest, now: float
+) -> TagRecord:
+    """The record after the upstream said that ``tag`` is ``digest``."""
+    if record is None:
+        return TagRecord(repository, tag, digest, now, now)
+    if record.digest == digest:
+        return TagRecord(repository, tag, digest, record.first_seen, now, record.ledger)
+    earlier = Entry(record.digest, record.first_seen, record.confirmed)
+    return TagRecord(repository, tag, digest, now, now, (earlier, *record.ledger)[:LEDGER_LIMIT])
+
+
+def members_of(root: Membership, manifest: Manifest) -> list[Membership]:
+    """What a repository refers to because it has the manifest ``root``."""
+    return [
+        Membership(part.digest, kind, part.media_type, part.size, root.digest, None)
+        for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
+        for part in parts
+    ]
+
+
+def repository_of(name: str) -> Repository | None:
+    """The repository of ``str(repository)``: an upstream's host has no slash."""
+    upstream, _, path = name.partition("/")
+    try:
+        return Repository.parse(upstream, path)
+    except InvalidRequest:
+        return None
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+def dump_tag(record: TagRecord) -> str:
+    """The record as text."""
+    return json.dumps(
+        {
+            "upstream": record.repository.upstream,
+            "repository": record.repository.path,
+            "tag": record.tag.name,
+            "digest": str(record.digest),
+            "first_seen": record.first_seen,
+            "confirmed": record.confirmed,
+            "ledger": [[str(e.digest), e.first_seen, e.last_seen] for e in record.ledger],
+        }
+    )
+
+
+def load_tag(text: object) -> TagRecord | None:
+    """The record, or None for what is none."""
+    try:
+        raw = _document(text)
+        return TagRecord(
+            Repository.parse(raw["upstream"], raw["repository"]),
+            Tag.parse(raw["tag"]),
+            Digest.parse(raw["digest"]),
+            float(raw["first_seen"]),
+            float(raw["confirmed"]),
+            tuple(
+                Entry(Digest.parse(digest), float(first), float(last))
+                for digest, first, last in raw["ledger"][:LEDGER_LIMIT]
+            ),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError, InvalidRequest):
+        return None
+
+
+def dump_membership(membership: Membership) -> str:
+    """The membership as text."""
+    return json.dumps(
+        {
+            "digest": str(membership.digest),
+            "kind": membership.kind,
+            "type": membership.media_type,
+            "size": membership.size,
+            "via": str(membership.via) if membership.via else None,
+            "until": membership.until,
+        }
+    )
+
+
+def load_membership(text: object) -> Membership | None:
+    """The membership, or None for what is none."""
+    try:
+        raw = _document(text)
+        if raw["kind"] not in ("manifest", "blob") or not isinstance(raw["type"], str):
+            return None
+        return Membership(
+            Digest.parse(raw["digest"]),
+            raw["kind"],
+            raw["type"],
+            None if raw["size"] is None else int(raw["size"]),
+            None if raw["via"] is None else Digest.parse(raw["via"]),
+            None if raw["until"] is None else float(raw["until"]),
+        )
+    except (ValueError, TypeError, KeyError, RecursionError, InvalidRequest):
+        return None
+
+
+def _document(text: object) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise TypeError
+    raw = json.loads(text)
+    if not isinstance(raw, dict):
+        raise TypeError
+    return raw

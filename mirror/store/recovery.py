@@ -1,0 +1,111 @@
+"""What a start makes of what a crash left: quick, without a manual step, without hashing.
+
+Must not know: the index, the event loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mirror.oci.digest import Digest
+from mirror.oci.errors import DigestInvalid
+from mirror.store import disk
+from mirror.store.layout import Layout
+
+_STALE: Final = 86400.0
+"""Seconds after which an ingest that nobody went on with is given up."""
+_QUARANTINED: Final = 16
+"""Damaged contents that are kept for whoever wants to know why."""
+_LAYOUT_VERSION: Final = {"imageLayoutVersion": "1.0.0"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What was found. ``why`` says why nothing can be stored, or is None."""
+
+    why: str | None
+    dropped: int = 0
+
+
+def recover(layout: Layout, now: float, boot: str) -> Recovered:
+    """Prepare a data directory. Raises nothing: what cannot be written is said in ``why``."""
+    try:
+        for path in (*layout.content_directories(), *layout.ingest_directories()):
+            path.mkdir(parents=True, exist_ok=True)
+        _write_marker(layout.root / "oci-layout")
+        dropped = sum(_sweep(layout, path, now, boot) for path in layout.ingest_directories())
+        _bound_quarantine(layout.root / "quarantine")
+        # Permission bits do not tell of a read-only mount, nor does root care for them.
+        for path in (*layout.content_directories(), *layout.ingest_directories()):
+            probe = path / f".probe.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        return Recovered(f"{error.filename or layout.root}: {error.strerror}")
+    return Recovered(None, dropped)
+
+
+def _write_marker(path: Path) -> None:
+    if not path.exists():
+        path.write_text(json.dumps(_LAYOUT_VERSION), encoding="utf-8")
+
+
+def _sweep(layout: Layout, directory: Path, now: float, boot: str) -> int:
+    """Drop the ingests that will not be resumed; returns how many."""
+    dropped = 0
+    names = {entry.name for entry in os.scandir(directory)}
+    for name in names:
+        path = directory / name
+        if name.endswith(".tmp") or (name.endswith(".json") and name[:-5] not in names):
+            path.unlink(missing_ok=True)
+        elif not name.endswith(".json"):
+            dropped += _sweep_one(layout, directory, path, now, boot)
+    return dropped
+
+
+def _sweep_one(layout: Layout, directory: Path, path: Path, now: float, boot: str) -> bool:
+    status = path.lstat()
+    try:
+        digest = Digest.parse(f"{directory.name}:{path.name}")
+    except DigestInvalid:
+        digest = None
+    if digest is None or not stat.S_ISREG(status.st_mode):
+        _remove(path)
+        return True
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not disk.try_lock(fd):
+            return False  # another process is fetching it
+        left = disk.read_state(layout, digest)
+        resumable = (
+            left is not None
+            and left[0].boot == boot  # after another boot unsynced bytes may be anything
+            and now - left[1] < _STALE
+            and (left[0].size is None or status.st_size <= left[0].size)
+        )
+        if not resumable:
+            disk.drop_ingest(layout, digest, fd)
+            disk.drop_state(layout, digest)
+        return not resumable
+    finally:
+        os.close(fd)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _bound_quarantine(root: Path) -> None:
+    files = [path for path in root.glob("*/*") if path.is_file()]
+    files.sort(key=lambda path: path.lstat().st_mtime, reverse=True)
+    for path in files[_QUARANTINED:]:
+        path.unlink(missing_ok=True)

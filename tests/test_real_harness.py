@@ -1,0 +1,172 @@
+"""The helpers of ``tests/real`` do what they say: every client against a registry, no mirror.
+
+When a test of the mirror fails and these hold, it is the mirror.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from tests.real import images
+from tests.real.clients import NOWHERE, Containerd, Dockerd, Podman, Skopeo
+from tests.real.process import listening
+from tests.real.registry import DockerRegistry, NginxFront
+from tests.real.tokens import Certificate, TokenServer
+from tests.real.wire import ask, download
+
+
+def test_every_client_pulls_what_was_pushed() -> None:
+    image, index = images.image(1), images.index(2)
+    with DockerRegistry() as registry:
+        registry.push("library/app", image, "1")
+        registry.push("library/app", index, "multi")
+
+        with Containerd() as containerd:
+            containerd.use("docker.io", registry.url)
+            containerd.pull("docker.io/library/app:1")
+            assert containerd.held() == image.contents()
+            assert containerd.digest_of("docker.io/library/app:1") == image.digest
+            containerd.forget()
+            containerd.pull("docker.io/library/app:multi", all_platforms=True)
+            assert containerd.held() == index.contents()
+
+        with Dockerd(registry.url) as docker:
+            docker.pull("app:1")
+            assert docker.inspect("app:1")["Id"] == image.config.digest
+            assert docker.layers("app:1") == list(image.diff_ids)
+            docker.forget()
+            docker.pull("app:multi")
+            assert docker.layers("app:multi") == list(index.images[0].diff_ids)
+
+        with Podman({"docker.io": registry.host}) as podman:
+            podman.pull("docker.io/library/app:1")
+            assert podman.inspect("app:1")["Digest"] == image.digest
+            assert podman.layers("app:1") == list(image.diff_ids)
+            podman.forget()
+
+        with Skopeo({"docker.io": registry.host}) as skopeo:
+            assert skopeo.copy("docker.io/library/app:1") == image.contents()
+            assert skopeo.copy("docker.io/library/app:multi") == index.contents()
+            assert skopeo.inspect_raw("docker.io/library/app:multi") == index.manifest.data
+
+
+def test_clients_fail_without_the_mirror() -> None:
+    """What makes the other tests mean something: nothing else can answer these pulls."""
+    with Containerd() as containerd:
+        containerd.use("docker.io", NOWHERE)
+        pulled = containerd.ctr(
+            *("images", "pull", "--hosts-dir", containerd.hosts, "docker.io/library/app:1"),
+            check=False,
+        )
+        assert pulled.returncode != 0
+        assert containerd.held() == {}
+    with Skopeo({"docker.io": NOWHERE.removeprefix("http://")}) as skopeo:
+        assert skopeo.skopeo("inspect", "docker://docker.io/app:1", check=False).returncode != 0
+
+
+def test_docker_schema_two_and_artifacts() -> None:
+    image = images.image(3, flavour="docker")
+    sbom = images.artifact(4, subject=image)
+    with DockerRegistry() as registry, Skopeo() as skopeo:
+        registry.push("org/app", image, "1")
+        registry.push("org/app", sbom, "sbom")
+        assert skopeo.copy(f"{registry.host}/org/app:1") == image.contents()
+        found = ask(f"{registry.url}/v2/org/app/manifests/sbom", headers=images.ACCEPT)
+        assert found.body == sbom.manifest.data
+        assert b'"subject"' in found.body
+
+
+def test_registry_with_basic_and_with_tokens(tmp_path: Path) -> None:
+    image = images.image(5, layers=(1000,))
+    with DockerRegistry(basic=("joe", "secret")) as registry:
+        registry.push("org/app", image, "1")
+        url = f"{registry.url}/v2/org/app/manifests/1"
+        assert ask(url).status == 401
+        headers = registry.authorization("org/app") | images.ACCEPT
+        assert ask(url, headers=headers).body == image.manifest.data
+
+    with (
+        TokenServer({"joe": "secret"}, anonymous=False) as tokens,
+        DockerRegistry(tokens=tokens) as registry,
+    ):
+        registry.push("org/app", image, "1")
+        url = f"{registry.url}/v2/org/app/manifests/1"
+        refused = ask(url)
+        assert refused.status == 401
+        assert tokens.realm in refused.headers["WWW-Authenticate"]
+        query = f"{tokens.realm}?service={tokens.service}&scope=repository:org/app:pull"
+        assert ask(query).status == 401
+        basic = base64.b64encode(b"joe:secret").decode()
+        granted = ask(query, headers={"Authorization": f"Basic {basic}"})
+        assert granted.status == 200
+        with Skopeo() as skopeo:
+            copied = skopeo.copy(f"{registry.host}/org/app:1", "--src-creds", "joe:secret")
+        assert copied == image.contents()
+        assert {call.account for call in tokens.calls if call.status == 200} == {"joe"}
+        other = f"{registry.url}/v2/org/other/manifests/1"
+        bearer = registry.authorization("org/app")
+        assert ask(other, headers=bearer).status == 401
+
+    with DockerRegistry(tls=Certificate.make(tmp_path)) as registry:
+        registry.push("org/app", image, "1")
+        url = f"{registry.url}/v2/org/app/manifests/1"
+        assert ask(url, headers=images.ACCEPT, ca=registry.ca).body == image.manifest.data
+
+
+def test_front_limits_the_rate_and_counts() -> None:
+    size = 4 << 20
+    with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=8 << 20) as front:
+        digest = registry.push_large("org/big", size)
+        got = download(f"{front.url}/v2/org/big/blobs/{digest}")
+        assert (got.size, f"sha256:{got.sha256}") == (size, digest)
+        # 4 MiB at 8 MiB/s: nginx lets the first second's share pass freely
+        assert got.ended - got.begun > 0.2
+        part = ask(f"{front.url}/v2/org/big/blobs/{digest}", headers={"Range": "bytes=0-9"})
+        assert part.status == 206
+        gets = front.blob_gets(digest, 2)
+        assert [(seen.status, seen.sent, seen.range) for seen in gets] == [
+            (200, size, ""),
+            (206, 10, "bytes=0-9"),
+        ]
+
+
+def test_layout_on_disk_is_read_by_skopeo(tmp_path: Path) -> None:
+    index = images.index(6)
+    images.write_layout(tmp_path / "layout", index, "1")
+    with Skopeo() as skopeo:
+        read = skopeo.skopeo("inspect", "--raw", f"oci:{tmp_path}/layout:1").stdout
+    assert "sha256:" + hashlib.sha256(read).hexdigest() == index.digest
+
+
+def test_a_program_starts_again_on_its_port_and_data() -> None:
+    image = images.image(7, layers=(1000,))
+    registry = DockerRegistry()
+    with registry:
+        registry.push("org/app", image, "1")
+        registry.kill()
+        assert not listening(registry.port)
+        registry.start()
+        url = f"{registry.url}/v2/org/app/manifests/1"
+        assert ask(url, headers=images.ACCEPT).body == image.manifest.data
+        directory = registry.dir
+    assert not directory.exists()
+    assert not listening(registry.port)
+
+
+def test_a_taken_port_is_no_program_of_ours() -> None:
+    with DockerRegistry() as registry:
+        second = DockerRegistry()
+        second.port = registry.port
+        with pytest.raises(pytest.fail.Exception, match="is taken"), second:
+            pass
+
+
+def test_a_program_that_ends_at_its_start_says_why() -> None:
+    front = NginxFront("not a url")
+    with pytest.raises(pytest.fail.Exception, match="invalid"), front:
+        pass
+    assert not front.dir.exists()
