@@ -179,6 +179,7 @@ class _Containers:
         self.dir = self._directory.path
         self.mirrors = dict(mirrors or {})
         (self.dir / "policy.json").write_text(json.dumps(_POLICY))
+        (self.dir / "auth.json").write_text("{}")
         (self.dir / "registries.d").mkdir()
         (self.dir / "storage.conf").write_text(
             '[storage]\ndriver = "vfs"\n'
@@ -228,15 +229,7 @@ class Podman(_Containers):
         """Run ``podman`` on this storage."""
         return run(
             "podman",
-            *("--root", self.dir / "root", "--runroot", self.dir / "run"),
-            *(
-                "--storage-driver",
-                "vfs",
-                "--events-backend",
-                "none",
-                "--cgroup-manager",
-                "cgroupfs",
-            ),
+            *("--events-backend", "none", "--cgroup-manager", "cgroupfs"),
             *argv,
             env=self.environment(),
             check=check,
