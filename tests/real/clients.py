@@ -263,6 +263,8 @@ class Skopeo(_Containers):
         """Run ``skopeo``."""
         return run(
             "skopeo",
+            # it does not read the variable that Podman reads
+            *("--registries-conf", self.dir / "registries.conf"),
             *("--policy", self.dir / "policy.json", "--registries.d", self.dir / "registries.d"),
             *argv,
             env=self.environment(),
