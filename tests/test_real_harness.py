@@ -24,12 +24,14 @@ def test_every_client_pulls_what_was_pushed() -> None:
     with DockerRegistry() as registry:
         registry.push("library/app", image, "1")
         registry.push("library/app", index, "multi")
+        assert registry.gets() == []
 
         with Containerd() as containerd:
             containerd.use("docker.io", registry.url)
             containerd.pull("docker.io/library/app:1")
             assert containerd.held() == image.contents()
             assert containerd.digest_of("docker.io/library/app:1") == image.digest
+            assert registry.gets() == sorted(image.contents())
             containerd.forget()
             containerd.pull("docker.io/library/app:multi", all_platforms=True)
             assert containerd.held() == index.contents()
@@ -74,6 +76,11 @@ def test_docker_schema_two_and_artifacts() -> None:
     with DockerRegistry() as registry, Skopeo() as skopeo:
         registry.push("org/app", image, "1")
         registry.push("org/app", sbom, "sbom")
+        assert skopeo.copy(f"{registry.host}/org/app:sbom") == sbom.contents()
+        with Containerd() as containerd:
+            containerd.use("docker.io", registry.url)
+            containerd.fetch("docker.io/org/app:sbom")
+            assert containerd.held() == sbom.contents()
         assert skopeo.copy(f"{registry.host}/org/app:1") == image.contents()
         found = ask(f"{registry.url}/v2/org/app/manifests/sbom", headers=images.ACCEPT)
         assert found.body == sbom.manifest.data

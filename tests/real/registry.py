@@ -22,7 +22,7 @@ from tests.real.wire import ask
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One request that an upstream answered. ``sent`` counts the bytes of the body."""
+    """One request that an upstream answered. ``sent``: bytes of the body, ``seconds``: it took."""
 
     method: str
     path: str
@@ -30,6 +30,8 @@ class Seen:
     sent: int
     range: str = ""
     seconds: float = 0.0
+    ended: float = 0.0
+    """When its last byte was sent, in seconds since the epoch; 0.0 where that is not known."""
 
 
 _COMBINED = re.compile(
@@ -141,6 +143,14 @@ class DockerRegistry(Program):
         """Push one blob of ``size`` random bytes; returns its digest."""
         return images.push_large(self.url, repository, size, seed, self.authorization(repository))
 
+    def gets(self) -> list[str]:
+        """What was asked for with GET so far, digests and tags, one for each request, sorted."""
+        return sorted(
+            seen.path.partition("?")[0].rpartition("/")[2]
+            for seen in self.seen()
+            if seen.method == "GET" and ("/manifests/" in seen.path or "/blobs/" in seen.path)
+        )
+
     def seen(self) -> list[Seen]:
         """The requests of its access log so far, those of the tests themselves included."""
         return [
@@ -192,7 +202,7 @@ class NginxFront(Program):
         http {{
           log_format seen escape=json '{{"method":"$request_method","path":"$request_uri",'
             '"status":$status,"sent":$body_bytes_sent,"range":"$http_range",'
-            '"seconds":$request_time}}';
+            '"seconds":$request_time,"ended":$msec}}';
           access_log {self.access_log} seen;
           client_body_temp_path {self.dir}/body; proxy_temp_path {self.dir}/proxy;
           fastcgi_temp_path {self.dir}/fastcgi; uwsgi_temp_path {self.dir}/uwsgi;

@@ -26,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What became of one streamed body. Times are ``time.monotonic()`` seconds."""
+    """What became of one streamed body. Times are seconds since the epoch."""
 
     status: int
     size: int
@@ -84,12 +84,12 @@ def download(
     """
     connection, target = _connect(url, timeout, ca)
     with closing(connection):
-        begun = time.monotonic()
+        begun = time.time()
         connection.request("GET", target, headers=dict(headers or {}))
         with connection.getresponse() as response:
             digest, size = hashlib.sha256(), 0
             first = response.read(1)
-            first_byte = time.monotonic()
+            first_byte = time.time()
             piece = first
             while piece:
                 digest.update(piece)
@@ -101,5 +101,5 @@ def download(
             if expected is not None and int(expected) != size:
                 raise http.client.IncompleteRead(b"", int(expected) - size)
             return Download(
-                response.status, size, digest.hexdigest(), begun, first_byte, time.monotonic()
+                response.status, size, digest.hexdigest(), begun, first_byte, time.time()
             )
