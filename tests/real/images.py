@@ -141,7 +141,8 @@ def stream(size: int, seed: int, chunk: int = 1 << 20) -> Iterator[bytes]:
         yield source.randbytes(min(chunk, size - start))
 
 
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """Compact JSON, as manifests are written here."""
     return json.dumps(value, separators=(",", ":")).encode()
 
 
@@ -170,7 +171,7 @@ def image(
     made = [_layer(size, seed * 1000 + n, types["layer"]) for n, size in enumerate(layers)]
     config = Blob(
         types["config"],
-        _json(
+        json_bytes(
             {
                 "architecture": architecture,
                 "os": system,
@@ -181,7 +182,7 @@ def image(
     )
     manifest = Blob(
         types["manifest"],
-        _json(
+        json_bytes(
             {
                 "schemaVersion": 2,
                 "mediaType": types["manifest"],
@@ -218,7 +219,7 @@ def index(
         )
         for made in images
     ]
-    body = _json({"schemaVersion": 2, "mediaType": types["index"], "manifests": children})
+    body = json_bytes({"schemaVersion": 2, "mediaType": types["index"], "manifests": children})
     return Index(Blob(types["index"], body), images)
 
 
@@ -242,7 +243,7 @@ def artifact(
     }
     if subject is not None:
         body["subject"] = subject.manifest.descriptor()
-    return Image(Blob(_TYPES["oci"]["manifest"], _json(body)), config, (layer,))
+    return Image(Blob(_TYPES["oci"]["manifest"], json_bytes(body)), config, (layer,))
 
 
 def write_layout(directory: Path, content: Content, tag: str = "latest") -> Path:
@@ -252,9 +253,9 @@ def write_layout(directory: Path, content: Content, tag: str = "latest") -> Path
         path = directory / "blobs" / algorithm / encoded
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    (directory / "oci-layout").write_bytes(_json({"imageLayoutVersion": "1.0.0"}))
+    (directory / "oci-layout").write_bytes(json_bytes({"imageLayoutVersion": "1.0.0"}))
     entry = content.manifest.descriptor(annotations={"org.opencontainers.image.ref.name": tag})
-    (directory / "index.json").write_bytes(_json({"schemaVersion": 2, "manifests": [entry]}))
+    (directory / "index.json").write_bytes(json_bytes({"schemaVersion": 2, "manifests": [entry]}))
     return directory
 
 

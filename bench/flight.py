@@ -1,0 +1,154 @@
+"""Eight clients ask at once for a cold blob through a slow upstream: what does each of them wait?
+
+``python -m bench.flight [--size MIB] [--rate MB/s] [--clients N] [--workers N]`` prints ratios
+against one direct download of the same blob in the same run, and fails where one misses its bound.
+The clients are curl processes, so that the measuring costs less than what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# run as a file or as a module: the helpers that start real programs are the tests'
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.real.process import need
+from tests.real.registry import DockerRegistry, NginxFront
+from tests.real.server import Mirror
+
+MEGABYTE = 1_000_000
+FIRST_BYTE_BOUND = 0.050
+"""Seconds that a client's first byte may come after the upstream's."""
+LAST_BYTE_BOUND = 1.1
+"""The last client's end, as a multiple of one direct download's time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """What one curl saw. Seconds from its start."""
+
+    status: int
+    size: int
+    first_byte: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One measurement. Bytes and seconds; ``upstream`` is what the mirror fetched."""
+
+    size: int
+    workers: int
+    direct: Timed
+    clients: tuple[Timed, ...]
+    upstream_gets: int
+    upstream_bytes: int
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Bytes from the upstream, by the blob's."""
+        return self.upstream_bytes / self.size
+
+    @property
+    def first_byte_delay(self) -> float:
+        """Seconds by which the last first byte came after that of the direct download."""
+        return max(client.first_byte for client in self.clients) - self.direct.first_byte
+
+    @property
+    def last_ratio(self) -> float:
+        """The last client's time, by that of the direct download."""
+        return max(client.total for client in self.clients) / self.direct.total
+
+    @property
+    def complete(self) -> bool:
+        """Whether every client got every byte."""
+        return all((one.status, one.size) == (200, self.size) for one in self.clients)
+
+    def misses(self) -> list[str]:
+        """Which bounds were missed."""
+        return [
+            what
+            for what, held in (
+                ("a client got less than the blob", self.complete),
+                ("more than one upstream GET", self.upstream_gets == 1),
+                ("more upstream bytes than the blob's", self.upstream_bytes == self.size),
+                ("first byte too late", self.first_byte_delay <= FIRST_BYTE_BOUND),
+                ("last byte too late", self.last_ratio <= LAST_BYTE_BOUND),
+            )
+            if not held
+        ]
+
+    def lines(self) -> list[str]:
+        """The result for people."""
+        rate = self.direct.size / self.direct.total / MEGABYTE
+        what = f"{len(self.clients)} clients, {self.workers} worker(s), {self.size >> 20} MiB"
+        return [
+            f"{what}; one direct download: {self.direct.total:.2f} s ({rate:.0f} MB/s)",
+            f"  upstream GETs          {self.upstream_gets}",
+            f"  upstream bytes         {self.bytes_ratio:.2f} x the blob",
+            f"  last first byte        {self.first_byte_delay * 1000:+.0f} ms of the upstream's",
+            f"  last client done       {self.last_ratio:.2f} x one direct download",
+            *(f"  MISSED: {miss}" for miss in self.misses()),
+        ]
+
+
+def _curl(url: str, sink: str = "/dev/null") -> subprocess.Popen[bytes]:
+    seen = '{"status":%{http_code},"size":%{size_download},"first_byte":%{time_starttransfer},'
+    return subprocess.Popen(
+        [need("curl"), "-s", "-o", sink, "-w", seen + '"total":%{time_total}}', url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+
+
+def _timed(process: subprocess.Popen[bytes]) -> Timed:
+    said, _ = process.communicate(timeout=600)
+    return Timed(**json.loads(said))
+
+
+def measure(size: int, rate: int, clients: int = 8, workers: int = 1) -> Flight:
+    """Measure one flight. ``size`` in bytes, ``rate`` in bytes per second for each connection.
+
+    Raises ``AssertionError`` where a client's bytes do not hash to the digest.
+    """
+    with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=rate) as front:
+        digest = registry.push_large("org/big", size)
+        with Mirror({"docker.io": front.url}, workers=workers) as mirror:
+            path = f"/v2/org/big/blobs/{digest}"
+            direct = _timed(_curl(front.url + path))
+            before = len(front.blob_gets(digest))
+            running = [_curl(f"{mirror.url}{path}?ns=docker.io") for _ in range(clients)]
+            done = tuple(_timed(process) for process in running)
+            fetched = front.blob_gets(digest, before + 1)[before:]
+            kept = mirror.dir / "kept"
+            _timed(_curl(f"{mirror.url}{path}?ns=docker.io", str(kept)))
+            with kept.open("rb") as file:
+                hashed = hashlib.file_digest(file, "sha256").hexdigest()
+            assert f"sha256:{hashed}" == digest, "wrong bytes"
+    return Flight(size, workers, direct, done, len(fetched), sum(seen.sent for seen in fetched))
+
+
+def main() -> int:
+    """Measure with one worker and with two, or as told; exit code 1 where a bound was missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=512, help="MiB")
+    parser.add_argument("--rate", type=int, default=100, help="MB/s")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--workers", type=int, action="append", help="default: 1 and 2")
+    asked = parser.parse_args()
+    failed = False
+    for workers in asked.workers or [1, 2]:
+        flight = measure(asked.size << 20, asked.rate * MEGABYTE, asked.clients, workers)
+        print("\n".join(flight.lines()), flush=True)
+        failed = failed or bool(flight.misses())
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

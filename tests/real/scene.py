@@ -1,0 +1,116 @@
+"""An upstream with images in it and our server in front: what the tests of clients start from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tests.real import images
+from tests.real.registry import DockerRegistry
+from tests.real.server import Mirror
+from tests.real.tokens import TokenServer
+
+Access = Literal["open", "basic", "tokens", "anonymous tokens"]
+ACCESSES: tuple[Access, ...] = ("open", "basic", "tokens", "anonymous tokens")
+USER, PASSWORD = "joe", "correct-horse"
+
+
+@dataclass(slots=True)
+class Scene:
+    """``upstream`` is docker.io for the mirror, ``other`` is ``two.example``, an open registry.
+
+    Both hold ``library/app:1``, with different content.
+    """
+
+    upstream: DockerRegistry
+    other: DockerRegistry
+    tokens: TokenServer | None
+    mirror: Mirror
+    pushed: Mapping[str, images.Content]
+    """``repository:tag`` to what the upstream holds there."""
+    elsewhere: images.Image
+    """What ``two.example/library/app:1`` is."""
+
+    def stop_upstreams(self) -> None:
+        """No registry and no token service answers from now on, and the mirror starts anew."""
+        self.mirror.stop()
+        self.upstream.stop()
+        self.other.stop()
+        if self.tokens is not None:
+            self.tokens.stop()
+        self.mirror.start()
+
+    def asked_twice(self) -> list[str]:
+        """Digests that the upstream had to send more than once."""
+        return [
+            asked
+            for asked, times in Counter(self.upstream.gets()).items()
+            if times > 1 and asked.startswith("sha256:")
+        ]
+
+
+def content() -> dict[str, images.Content]:
+    """One of each kind, by ``repository:tag``: of one and of many platforms, OCI and Docker."""
+    single = images.image(11, layers=(600_000, 20_000, 1))
+    sbom = images.artifact(15, subject=single)
+    listed = images.Blob(
+        "application/vnd.oci.image.index.v1+json",
+        images.json_bytes(
+            {
+                "schemaVersion": 2,
+                "mediaType": "application/vnd.oci.image.index.v1+json",
+                "manifests": [
+                    sbom.manifest.descriptor(artifactType="application/vnd.example.sbom.v1+json")
+                ],
+            }
+        ),
+    )
+    return {
+        "library/app:1": single,
+        "library/app:multi": images.index(12),
+        "library/app:docker": images.image(13, flavour="docker"),
+        "org/team/app:list": images.index(14, flavour="docker"),
+        # the referrers tag schema: how an upstream without the API lists them
+        f"library/app:{single.digest.replace(':', '-')}": images.Index(listed, (sbom,)),
+        "library/app:sbom": sbom,
+    }
+
+
+@contextmanager
+def scene(access: Access, **settings: Any) -> Iterator[Scene]:
+    """An upstream of this access, another one, and the mirror; ``settings`` are the mirror's."""
+    pushed = content()
+    elsewhere = images.image(21)
+    with ExitStack() as stack:
+        tokens: TokenServer | None = None
+        upstream: dict[str, Any] = {}
+        if "tokens" in access:
+            tokens = stack.enter_context(
+                TokenServer({USER: PASSWORD}, anonymous=access == "anonymous tokens")
+            )
+            upstream["token_hosts"] = [f"127.0.0.1:{tokens.port}"]
+        if access in ("basic", "tokens"):
+            upstream["credentials"] = {"username": USER, "password": PASSWORD}
+            # half of the scenes ask about a tag each time: without an upstream they serve it stale,
+            # the others serve it as fresh
+            upstream["tag_ttl"] = 0
+        basic = (USER, PASSWORD) if access == "basic" else None
+        registry = stack.enter_context(DockerRegistry(basic=basic, tokens=tokens))
+        other = stack.enter_context(DockerRegistry())
+        for name, held in pushed.items():
+            repository, _, tag = name.rpartition(":")
+            registry.push(repository, held, tag)
+        other.push("library/app", elsewhere, "1")
+        mirror = stack.enter_context(
+            Mirror(
+                {
+                    "docker.io": {"endpoints": [registry.url], **upstream},
+                    "two.example": other.url,
+                },
+                **settings,
+            )
+        )
+        yield Scene(registry, other, tokens, mirror, pushed, elsewhere)

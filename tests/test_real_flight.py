@@ -1,0 +1,50 @@
+"""Many clients, one cold blob, a slow upstream: one fetch, and nobody waits for the whole.
+
+Counts, bytes and digests are asserted here; ``bench/flight.py`` measures the times.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.real.registry import DockerRegistry, NginxFront
+from tests.real.server import Mirror
+from tests.real.wire import Download
+
+CLIENTS = 8
+SIZE = 96 << 20
+RATE = 32 << 20
+"""Bytes per second: nginx gives the first second's share at once, the rest takes two seconds."""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_fetch_feeds_all_clients_while_it_runs(workers: int) -> None:
+    with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=RATE) as front:
+        digest = registry.push_large("org/big", SIZE)
+        with Mirror({"docker.io": front.url}, workers=workers) as mirror:
+            path = f"/v2/org/big/blobs/{digest}?ns=docker.io"
+            together = threading.Barrier(CLIENTS)
+
+            def pull() -> Download:
+                together.wait(30)
+                return mirror.download(path)
+
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                done = [one.result() for one in [pool.submit(pull) for _ in range(CLIENTS)]]
+
+            assert [(one.status, one.size) for one in done] == [(200, SIZE)] * CLIENTS
+            assert {f"sha256:{one.sha256}" for one in done} == {digest}
+            (fetched,) = front.blob_gets(digest)
+            assert (fetched.status, fetched.sent) == (200, SIZE)
+            # everybody was streaming long before the upstream had sent the whole
+            assert max(one.first_byte for one in done) < fetched.ended
+
+            # and from now on the upstream is not asked at all
+            front.stop()
+            mirror.restart()
+            again = mirror.download(path)
+            assert f"sha256:{again.sha256}" == digest
