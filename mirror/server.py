@@ -29,7 +29,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.flights import Flights
 from mirror.pull.service import PullService
 from mirror.store.store import Store
-from mirror.upstream.registry import open_registries
+from mirror.upstream.registries import open_registries
 from mirror.web.handlers import Handlers
 from mirror.web.health import Health
 from mirror.web.middleware import Middleware

@@ -31,7 +31,8 @@ from mirror.pull.fetch import Source, fetch
 from mirror.pull.flights import Flights
 from mirror.pull.recent import Recent
 from mirror.store.claim import Role
-from mirror.store.growing import Follower, Growing
+from mirror.store.follower import Follower
+from mirror.store.growing import Growing
 from mirror.store.reader import Reader
 from mirror.store.records import Membership
 from mirror.store.store import Store

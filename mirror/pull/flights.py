@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Hashable
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
-from mirror.oci.errors import Draining
+from mirror.oci.errors import Draining, UpstreamTimeout
 
 T = TypeVar("T")
 
@@ -31,9 +31,14 @@ class Flight(Generic[T]):
         """Whether the outcome is known."""
         return self._done.done()
 
-    async def outcome(self) -> T:
-        """Wait for the result, or raise what ended the work."""
-        await asyncio.wait({self._done})
+    async def outcome(self, patience: float | None = None) -> T:
+        """Wait for the result, or raise what ended the work.
+
+        Raises :class:`UpstreamTimeout` after ``patience`` seconds; the work goes on.
+        """
+        await asyncio.wait({self._done}, timeout=patience)
+        if not self._done.done():
+            raise UpstreamTimeout("the upstream takes too long")
         return self._done.result()
 
     def cancel(self) -> None:

@@ -35,6 +35,8 @@ from mirror.upstream.api import ManifestHead
 _CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _REMEMBERED: Final = 32 * 1024 * 1024
 _PARSED_INLINE: Final = 128 * 1024
+_PATIENCE: Final = 5.0
+"""Seconds that an upstream may take to confirm what is held."""
 _LIFETIME: Final = 1.0
 """Seconds that one worker process may be behind another."""
 _RECENCY_STEP: Final = 60.0
@@ -190,7 +192,8 @@ class ManifestService:
     ) -> ManifestAnswer:
         try:
             with pull.stage("resolve"):
-                found = await self._resolve(repository, tag, accept)
+                patient = held is None or not upstream.serve_stale
+                found = await self._resolve(repository, tag, accept, patient=patient)
             if held is not None and held.digest == found.digest:
                 pull.outcome = Outcome.REVALIDATED
                 return held
@@ -215,9 +218,13 @@ class ManifestService:
                     assert_never(unknown)
 
     async def _resolve(
-        self, repository: Repository, tag: Tag, accept: tuple[str, ...]
+        self, repository: Repository, tag: Tag, accept: tuple[str, ...], *, patient: bool
     ) -> ManifestHead:
-        """What the upstream says that a tag is, now; one question for all who ask at once."""
+        """What the upstream says that a tag is, now; one question for all who ask at once.
+
+        Where something is held that may stand in, a slow upstream is waited for briefly; the
+        question goes on, and whoever comes after its answer profits.
+        """
         asked = accept if any(value.strip() != "*/*" for value in accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(asked)}"
         message = await self._index.negative(key)
@@ -226,7 +233,7 @@ class ManifestService:
         flight = self._flights.join(
             ("resolve", key), lambda: self._resolve_now(repository, tag, asked, key)
         )
-        return await flight.outcome()
+        return await flight.outcome(None if patient else _PATIENCE)
 
     async def _resolve_now(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str

@@ -1,0 +1,217 @@
+"""How to ask one registry: requests of the OCI Distribution specification, and what answers mean.
+
+Lives here: the questions, failover and retries between them, statuses as typed errors. Must not
+know: the store, our clients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from aiohttp import hdrs
+
+from mirror.config import Limits
+from mirror.events import BytesFetched, Kind, Observer
+from mirror.oci.descriptor import (
+    DEFAULT_ACCEPT,
+    MANIFEST_LIMIT,
+    OCI_INDEX,
+    media_type_of,
+    parse_referrers,
+)
+from mirror.oci.digest import Digest
+from mirror.oci.errors import UpstreamProtocolError
+from mirror.oci.links import next_link
+from mirror.oci.ranges import parse_content_range
+from mirror.oci.reference import Reference, Repository, Tag
+from mirror.upstream.answers import digest_of, length_of, tag_names
+from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
+from mirror.upstream.asking import Asker
+from mirror.upstream.stream import BodyStream
+from mirror.upstream.transport import read_body
+
+_LIST_LIMIT: Final = 8 * 1024 * 1024
+_PAGES: Final = 200
+_PAGE: Final = 1000
+"""Tags asked for at once: private ECR refuses more."""
+_NO_HEAD: Final = frozenset({401, 403, 405, 501})
+_NO_REFERRERS: Final = frozenset({301, 302, 303, 307, 308, 400, 404, 405, 406, 501})
+
+
+class HttpRegistry:
+    """One upstream over HTTP (see :class:`mirror.upstream.api.Registry`)."""
+
+    def __init__(self, name: str, asker: Asker, limits: Limits, emit: Observer) -> None:
+        self._name = name
+        self._asker = asker
+        self._limits = limits
+        self._emit = emit
+
+    # --- questions ----------------------------------------------------------------------------
+
+    async def head_manifest(
+        self, repository: Repository, reference: Reference, accept: Sequence[str]
+    ) -> ManifestHead:
+        """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
+        path = f"manifests/{reference}"
+        headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
+        async with self._asker.ask("HEAD", repository, path, Kind.MANIFEST, headers) as (answer, _):
+            found = answer.response.headers
+            digest = digest_of(found)
+            if isinstance(reference, Digest):
+                if digest not in (None, reference):
+                    raise UpstreamProtocolError("the answer is for another digest")
+                digest = reference
+            return ManifestHead(
+                digest, media_type_of(found.get(hdrs.CONTENT_TYPE)), length_of(found)
+            )
+
+    async def get_manifest(
+        self, repository: Repository, tag: Tag, accept: Sequence[str]
+    ) -> ManifestBody:
+        """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
+        headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
+        path = f"manifests/{tag}"
+        async with self._asker.ask("GET", repository, path, Kind.MANIFEST, headers) as (answer, _):
+            body = await read_body(answer.response, MANIFEST_LIMIT)
+            said = digest_of(answer.response.headers)
+            digest = Digest.of(body, said.algorithm if said is not None else "sha256")
+            if said not in (None, digest):
+                raise UpstreamProtocolError("a manifest that does not hash to its digest header")
+            self._emit(BytesFetched(self._name, len(body)))
+            media_type = media_type_of(answer.response.headers.get(hdrs.CONTENT_TYPE))
+            return ManifestBody(digest, media_type, body)
+
+    async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
+        """See :meth:`mirror.upstream.api.Registry.head_blob`.
+
+        Signed URLs refuse ``HEAD`` (GHCR, GitLab), and so do some registries (public ECR): there a
+        ``GET`` is begun, and ended after its headers.
+        """
+        path = f"blobs/{digest}"
+        async with self._asker.ask("HEAD", repository, path, Kind.BLOB, {}, accepted=_NO_HEAD) as (
+            answer,
+            _,
+        ):
+            if answer.response.status == 200:
+                return length_of(answer.response.headers)
+        async with self._asker.ask("GET", repository, path, Kind.BLOB, {}) as (answer, _):
+            return length_of(answer.response.headers)
+
+    @asynccontextmanager
+    async def open(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        *,
+        accept: Sequence[str] = (),
+        offset: int = 0,
+        validator: str | None = None,
+        total: int | None = None,
+        avoid: Collection[str] = (),
+    ) -> AsyncIterator[ContentStream]:
+        """See :meth:`mirror.upstream.api.Registry.open`."""
+        headers: dict[str, str] = {}
+        path = f"blobs/{digest}"
+        if kind is Kind.MANIFEST:
+            path = f"manifests/{digest}"
+            headers["Accept"] = ", ".join(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if validator is not None:
+                headers["If-Range"] = validator
+        async with self._asker.ask(
+            "GET", repository, path, kind, headers, avoid=avoid, accepted={206, 416}
+        ) as (answer, endpoint):
+            response = answer.response
+            start, whole = 0, length_of(response.headers)
+            if response.status == 416:
+                raise UpstreamProtocolError("the upstream has fewer bytes than are here")
+            if response.status == 206:
+                span = parse_content_range(response.headers.get(hdrs.CONTENT_RANGE))
+                if span is None or span.start != offset:
+                    raise UpstreamProtocolError("another range than was asked for")
+                if span.total is not None and span.stop != span.total:
+                    raise UpstreamProtocolError("a range that does not reach the end")
+                start, whole = offset, span.total if span.total is not None else span.stop
+            if total is not None and whole not in (None, total):
+                raise UpstreamProtocolError(f"upstream offers {whole} bytes, not {total}")
+            yield BodyStream(response, start, whole, str(endpoint), self._limits, self._count)
+
+    def _count(self, count: int) -> None:
+        self._emit(BytesFetched(self._name, count))
+
+    async def list_tags(
+        self, repository: Repository, count: int | None, last: str | None
+    ) -> TagsPage:
+        """See :meth:`mirror.upstream.api.Registry.list_tags`."""
+        wanted = count if count is not None else _PAGES * _PAGE
+        query: dict[str, str] = {"n": str(min(wanted, _PAGE))}
+        if last is not None:
+            query["last"] = last
+        tags: set[str] = set()
+        more = True
+        page: str | None = None
+        seen: set[str] = set()
+        while more and len(tags) < wanted and len(seen) < _PAGES:
+            async with self._asker.ask(
+                "GET", repository, "tags/list", Kind.TAGS, {}, query=query, page=page
+            ) as (answer, _):
+                names = tag_names(await read_body(answer.response, _LIST_LIMIT))
+                tags.update(name for name in names if last is None or name > last)
+                page = next_link(answer.response.headers.getall(hdrs.LINK, ()))
+                # A page that was seen already would be the next one for ever.
+                more = page is not None and page not in seen
+                seen.add(page or "")
+        ordered = sorted(tags)
+        return TagsPage(tuple(ordered[:wanted]), more or len(ordered) > wanted)
+
+    async def referrers(
+        self, repository: Repository, digest: Digest, artifact_type: str | None
+    ) -> ManifestBody | None:
+        """See :meth:`mirror.upstream.api.Registry.referrers`."""
+        query = {"artifactType": artifact_type} if artifact_type else {}
+        entries: list[Any] = []
+        page: str | None = None
+        seen: set[str] = set()
+        size = 0
+        while len(seen) < _PAGES:
+            async with self._asker.ask(
+                "GET",
+                repository,
+                f"referrers/{digest}",
+                Kind.REFERRERS,
+                {"Accept": OCI_INDEX},
+                query=query,
+                page=page,
+                accepted=_NO_REFERRERS,
+                follow=False,
+            ) as (answer, _):
+                found = answer.response.headers
+                if answer.response.status != 200:
+                    return None
+                if media_type_of(found.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
+                    return None
+                body = await read_body(answer.response, MANIFEST_LIMIT)
+                page = next_link(found.getall(hdrs.LINK, ()))
+            size += len(body)
+            if not entries and page is None:
+                return ManifestBody(Digest.of(body), OCI_INDEX, body)
+            parse_referrers(body)
+            if size > MANIFEST_LIMIT:
+                break  # more than one answer may hold
+            entries += json.loads(body)["manifests"]
+            if page is None or page in seen:
+                break
+            seen.add(page)
+        merged = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+        body = json.dumps(merged, separators=(",", ":")).encode()
+        return ManifestBody(Digest.of(body), OCI_INDEX, body)
+
+    async def close(self) -> None:
+        """Close connections."""
+        await self._asker.close()

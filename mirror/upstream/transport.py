@@ -1,0 +1,226 @@
+"""One HTTP exchange: the only place that calls the client session.
+
+Lives here: the session and its limits, redirects followed hop by hop through the guard, time limits
+as typed errors. Must not know: repositories, manifests, which endpoint is next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+from aiohttp import hdrs
+from yarl import URL
+
+from mirror.config import Limits, Upstream
+from mirror.oci.errors import OutboundRefused, UpstreamProtocolError, UpstreamTimeout
+from mirror.oci.errors import UpstreamUnavailable as Unavailable
+from mirror.upstream.outbound import (
+    REDIRECT_LIMIT,
+    Allowed,
+    GuardedResolver,
+    Policy,
+    Purpose,
+    as_url,
+    judge,
+)
+
+_READ: Final = 1024 * 1024
+_HEADER_LIMIT: Final = 32 * 1024
+_CONNECTIONS: Final = 512
+_REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_USER_AGENT: Final = "oci-mirror"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response whose headers are in. ``redirected``: it is of another origin."""
+
+    response: aiohttp.ClientResponse
+    redirected: bool
+
+
+class Transport:
+    """Sends the requests of one upstream."""
+
+    def __init__(self, settings: Upstream) -> None:
+        self._limits = settings.limits
+        endpoints = [as_url(url) for url in settings.endpoints]
+        hosts = {url.host or "" for url in endpoints}
+        private = any(Policy(url).private for url in endpoints)
+        named = hosts | {host.partition(":")[0] for host in settings.token_hosts}
+        context = ssl.create_default_context()
+        if settings.ca is not None:
+            context.load_verify_locations(cafile=settings.ca)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=GuardedResolver(named, private=private),
+                ssl=context,
+                limit=_CONNECTIONS,
+                ttl_dns_cache=30,
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+            requote_redirect_url=False,
+            headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=self._limits.connect,
+                sock_read=self._limits.idle,
+            ),
+            read_bufsize=_READ,
+            max_line_size=_HEADER_LIMIT,
+            max_field_size=_HEADER_LIMIT,
+            # netrc is not a source of credentials that the configuration names.
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._session.close()
+
+    @asynccontextmanager
+    async def exchange(
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        policy: Policy,
+        *,
+        follow: bool = True,
+        form: Mapping[str, str] | None = None,
+    ) -> AsyncIterator[Answer]:
+        """Send a request, follow its redirects, and yield the answer once its headers are in.
+
+        ``Authorization`` is shown to the endpoint's own origin only. Raises ``UpstreamTimeout``,
+        ``UpstreamUnavailable``, ``UpstreamProtocolError`` or ``OutboundRefused``.
+        """
+        sent = dict(headers)
+        crossed = False
+        for _ in range(REDIRECT_LIMIT + 1):
+            response = await self._send(method, url, sent, form)
+            try:
+                target = response.headers.get(hdrs.LOCATION)
+                if response.status not in _REDIRECTS or target is None or not follow:
+                    yield Answer(response, crossed)
+                    return
+            finally:
+                _let_go(response)
+            verdict = judge(target, Purpose.REDIRECT, url, policy)
+            if not isinstance(verdict, Allowed):
+                raise OutboundRefused(f"redirect refused: {verdict.why}")
+            if verdict.url.origin() != url.origin():
+                sent.pop("Authorization", None)
+                crossed = True
+            url = verdict.url
+        raise UpstreamProtocolError(f"more than {REDIRECT_LIMIT} redirects")
+
+    async def _send(
+        self,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        form: Mapping[str, str] | None,
+    ) -> aiohttp.ClientResponse:
+        try:
+            async with asyncio.timeout(self._limits.connect + self._limits.headers):
+                return await self._session.request(
+                    method,
+                    url,
+                    headers=headers,
+                    data=form,
+                    proxy=_proxy(url),
+                    allow_redirects=False,
+                )
+        except TimeoutError as error:
+            raise UpstreamTimeout("no answer within the time limit") from error
+        except aiohttp.ClientConnectorCertificateError as error:
+            raise Unavailable("the certificate is not valid for this upstream") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Unavailable(f"no answer: {type(error).__name__}") from error
+
+
+def _proxy(url: URL) -> str | None:
+    """``http_proxy``, ``https_proxy`` and ``no_proxy``, as every tool reads them."""
+    proxies = urllib.request.getproxies_environment()
+    proxy = proxies.get(url.scheme)
+    if proxy is None or url.host is None or urllib.request.proxy_bypass(url.host):
+        return None
+    return proxy
+
+
+def _let_go(response: aiohttp.ClientResponse) -> None:
+    """Reuse the connection if the answer was read to its end; close it otherwise."""
+    if response.content.at_eof():
+        response.release()
+    else:
+        response.close()
+
+
+async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """A body of at most ``limit`` bytes.
+
+    Raises ``UpstreamProtocolError`` for one that is larger or encoded.
+    """
+    if response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
+        raise UpstreamProtocolError("a content encoding that nobody asked for")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                raise UpstreamProtocolError(f"an answer of more than {limit} bytes")
+            parts.append(chunk)
+    except TimeoutError as error:
+        raise UpstreamTimeout("silence in the middle of an answer") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unavailable(f"the answer broke off: {type(error).__name__}") from error
+    return b"".join(parts)
+
+
+async def read_chunks(
+    response: aiohttp.ClientResponse, limits: Limits, expected: int | None
+) -> AsyncIterator[bytes]:
+    """The body as it comes.
+
+    ``expected`` bytes are to come, where that is known. Raises ``UpstreamTimeout`` for silence of
+    ``limits.idle`` seconds or a rate below ``limits.min_rate``, ``UpstreamUnavailable`` for a break
+    or an end that comes too early.
+    """
+    received = 0
+    window_start, window_bytes = time.monotonic(), 0
+    content = response.content
+    try:
+        while chunk := await content.readany():
+            received += len(chunk)
+            window_bytes += len(chunk)
+            yield chunk
+            elapsed = time.monotonic() - window_start
+            if elapsed >= limits.idle:
+                if window_bytes < limits.min_rate * elapsed:
+                    raise UpstreamTimeout("slower than the rate floor")
+                window_start, window_bytes = time.monotonic(), 0
+    except TimeoutError as error:
+        raise UpstreamTimeout("silence in the middle of a body") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise Unavailable(f"the body broke off: {type(error).__name__}") from error
+    if expected is not None and received < expected:
+        raise Unavailable(f"the body ended at {received} of {expected} bytes")
+    if expected is not None and received > expected:
+        raise UpstreamProtocolError("more bytes than were announced")
+
+
+def own_addresses(listen: str) -> Collection[tuple[str, int]]:
+    """(host, port) pairs that are ourselves, for ``listen`` (host:port)."""
+    host, _, text = listen.rpartition(":")
+    names = {host.strip("[]"), socket.gethostname()}
+    return {(name, int(text)) for name in names}
