@@ -177,3 +177,17 @@ def test_a_program_that_ends_at_its_start_says_why() -> None:
     with pytest.raises(pytest.fail.Exception, match="invalid"), front:
         pass
     assert not front.dir.exists()
+
+
+def test_the_children_of_a_killed_program_end_with_it() -> None:
+    with NginxFront("http://127.0.0.1:9") as front:
+        children = _children(front.pid)
+        assert len(children) == 2
+        front.kill()
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        front.start()
+        assert len(_children(front.pid)) == 2
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

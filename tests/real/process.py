@@ -206,11 +206,18 @@ class Program:
             self._kill_group(process.pid)
             process.wait(timeout)
         self._kill_group(process.pid)
+        self._reap_group(process.pid)
         return process.returncode
 
     def _kill_group(self, pid: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
+
+    def _reap_group(self, pid: int) -> None:
+        # a test run adopts the orphans of its programs (conftest.py): they are ours to wait for
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.waitpid(-pid, 0)
 
     def said(self) -> str:
         """All that it wrote to stdout and stderr so far."""

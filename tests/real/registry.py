@@ -187,6 +187,9 @@ class NginxFront(Program):
     def command(self) -> Sequence[str | Path]:
         for temporary in ("body", "proxy", "fastcgi", "uwsgi", "scgi", "cache"):
             (self.dir / temporary).mkdir(exist_ok=True)
+        store = (
+            f"proxy_cache_path {self.dir}/cache keys_zone=all:8m max_size=20g use_temp_path=off;"
+        )
         cached = (
             "proxy_cache all; proxy_cache_lock on; proxy_cache_lock_age 600s;"
             " proxy_cache_lock_timeout 600s; proxy_cache_valid 200 206 1h;"
@@ -207,7 +210,7 @@ class NginxFront(Program):
           client_body_temp_path {self.dir}/body; proxy_temp_path {self.dir}/proxy;
           fastcgi_temp_path {self.dir}/fastcgi; uwsgi_temp_path {self.dir}/uwsgi;
           scgi_temp_path {self.dir}/scgi; client_max_body_size 0; sendfile on;
-          proxy_cache_path {self.dir}/cache keys_zone=all:8m max_size=20g use_temp_path=off;
+          {store if self.cache else ""}
           server {{
             listen {self.host};
             location / {{
