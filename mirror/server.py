@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -86,7 +85,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
 
 async def work(settings: Settings, listener: socket.socket) -> int:
     """One worker process: everything, on one event loop."""
-    # Imported here: in a worker, prometheus_client reads its environment when it is imported.
+    # Imported here: prometheus_client looks at its environment when it is imported.
     from mirror.metrics import Metrics
 
     configure_logging(settings.log)
@@ -192,10 +191,11 @@ class Certificate:
 
 def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
     """Fork workers, start again those that die, pass signals on."""
-    from mirror.metrics_directory import prepare_multiprocess
+    directory = tempfile.mkdtemp(prefix="oci-mirror-metrics-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+    # Imported here: prometheus_client looks at its environment when it is imported.
+    from mirror.metrics import worker_died
 
-    directory = Path(tempfile.mkdtemp(prefix="oci-mirror-metrics-"))
-    prepare_multiprocess(directory)
     workers: dict[int, int] = {}
     stopping = False
 
@@ -214,6 +214,7 @@ def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
         while workers:
             pid, _ = os.wait()
             index = workers.pop(pid, -1)
+            worker_died(pid)
             if index >= 0 and not stopping:
                 # A worker that dies at once must not be started in a tight loop.
                 time.sleep(_RESTART_PAUSE)
