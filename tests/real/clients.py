@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from tests.real.process import Directory, Program, run
 
 NOWHERE = "http://127.0.0.1:9"
@@ -147,7 +149,11 @@ class Dockerd(Program):
     def docker(self, *argv: str, check: bool = True) -> Any:
         """Run the ``docker`` command against this engine."""
         env = {"DOCKER_CONFIG": str(self.dir / "client"), "DOCKER_HOST": f"unix://{self.socket}"}
-        return run("docker", *argv, env=env, check=check)
+        done = run("docker", *argv, env=env, check=False)
+        if check and done.returncode != 0:
+            # only the engine says why it left the mirror for docker.io
+            pytest.fail(f"docker {argv}: {done.stderr.decode()}\n{self.said()[-3000:]}")
+        return done
 
     def pull(self, reference: str) -> None:
         """Pull a docker.io reference, such as ``app:1`` or ``org/app@sha256:…``."""
