@@ -6,12 +6,12 @@ Lines are written without waiting: a pipe that is full or closed loses lines, ne
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final, TextIO
 
 from mirror import events
@@ -19,7 +19,7 @@ from mirror.config import Log
 from mirror.events import Event, Kind, Pull
 from mirror.oci.text import printable
 
-_LOGGER: Final = logging.getLogger("oci_mirror")
+_ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _FIELD_LIMIT: Final = 512
 _BURST: Final = 5
 """Lines of one kind that are written in a period; the others are counted."""
@@ -38,33 +38,53 @@ _LEVELS: Final = {
 }
 
 
-class _Formatter(logging.Formatter):
-    """Human-readable, or JSON; never more than one line."""
+class Lines:
+    """Writes lines to a stream; one that is closed or full loses them.
 
-    def __init__(self, *, as_json: bool) -> None:
-        super().__init__()
-        self._as_json = as_json
+    ``logging`` is for what libraries have to say: its records cost more than an answer does.
+    """
 
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        fields = getattr(record, "fields", {})
-        message = record.getMessage()
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            fields = {**fields, "error": f"{type(error).__name__}: {error}"}
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        stamp = f"{at}.{int(record.msecs):03d}Z"
-        level = record.levelname.lower()
+    def __init__(self, settings: Log, stream: TextIO) -> None:
+        self._stream = stream
+        self._level = _LEVELS[settings.level]
+        self._as_json = settings.format == "json" or (
+            settings.format == "auto" and not stream.isatty()
+        )
+        self._second = (0, "")
+
+    def enabled(self, level: int) -> bool:
+        """Whether lines of this level are written."""
+        return level >= self._level
+
+    def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
+        """Write one line, whatever is in it."""
+        line = self.format(time.time(), level, message, fields)
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            return
+
+    def format(self, at: float, level: int, message: str, fields: Mapping[str, object]) -> str:
+        """Human-readable, or JSON; never more than one line."""
+        second = int(at)
+        if second != self._second[0]:
+            self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
+        name = logging.getLevelName(level).lower()
         clean = {key: _clean(value) for key, value in fields.items()}
         if self._as_json:
-            return json.dumps({"time": stamp, "level": level, "message": _clean(message), **clean})
+            return _ENCODE({"time": stamp, "level": name, "message": _clean(message), **clean})
         rest = " ".join(f"{key}={_quoted(value)}" for key, value in clean.items())
-        return f"{stamp} {level:7} {_clean(message)} {rest}".rstrip()
+        return f"{stamp} {name:7} {_clean(message)} {rest}".rstrip()
 
 
 def _clean(value: object) -> object:
     """No control characters, no secrets, no novels."""
     if isinstance(value, str):
+        if len(value) <= _FIELD_LIMIT and value.isascii() and value.isprintable():
+            plain = "://" not in value and "uthorization" not in value.lower()
+            return value if plain else _SECRETS.sub(_mask, value)
         return _SECRETS.sub(_mask, printable(value, _FIELD_LIMIT))
     return round(value, 6) if isinstance(value, float) else value
 
@@ -78,11 +98,20 @@ def _quoted(value: object) -> str:
     return json.dumps(text) if not text or any(char in text for char in ' ="') else text
 
 
-class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to a stream; one that is closed or full loses the line."""
+class _Forward(logging.Handler):
+    """What libraries log, as lines of ours; a traceback becomes its last line."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        """Nothing: there is nowhere to say so."""
+    def __init__(self, lines: Lines) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            fields["error"] = f"{type(error).__name__}: {error}"
+        self._lines.write(record.levelno, record.getMessage(), fields)
 
 
 class _OneLine(logging.Filter):
@@ -120,30 +149,22 @@ class RateLimit:
         return 0 if count < _BURST else None
 
 
-def configure_logging(settings: Log, stream: TextIO | None = None) -> None:
-    """Set up logging of this process."""
-    stream = stream or sys.stdout
-    handler = _Handler(stream)
-    as_json = settings.format == "json"
-    if settings.format == "auto":
-        as_json = not stream.isatty()
-    handler.setFormatter(_Formatter(as_json=as_json))
+def configure_logging(settings: Log, stream: TextIO | None = None) -> Lines:
+    """Set up logging of this process, and return where lines go."""
+    lines = Lines(settings, stream or sys.stdout)
     root = logging.getLogger()
-    root.handlers = [handler]
+    root.handlers = [_Forward(lines)]
     root.setLevel(logging.WARNING)
-    _LOGGER.setLevel(_LEVELS[settings.level])
     logging.raiseExceptions = False
-    server = logging.getLogger("aiohttp.server")
-    server.filters = [_OneLine()]
-    # The interpreter flushes at its end, and would complain about a stream that is closed.
-    with contextlib.suppress(OSError, ValueError):
-        stream.flush()
+    logging.getLogger("aiohttp.server").filters = [_OneLine()]
+    return lines
 
 
 class LogObserver:
     """The observer that writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, lines: Lines) -> None:
+        self._lines = lines
         self._limit = RateLimit()
 
     def observe(self, event: Event) -> None:
@@ -152,8 +173,8 @@ class LogObserver:
             case events.PullEnded(pull):
                 quiet = pull.kind is Kind.PING and not pull.error
                 level = logging.DEBUG if quiet else logging.INFO
-                if _LOGGER.isEnabledFor(level):
-                    _log(level, "pull", pull_fields(pull))
+                if self._lines.enabled(level):
+                    self._lines.write(level, "pull", pull_fields(pull))
             case events.Noted(level, message, fields):
                 self._note(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
@@ -182,13 +203,10 @@ class LogObserver:
                 pass
 
     def _note(self, level: int, message: str, fields: dict[str, Any]) -> None:
-        suppressed = self._limit.allow(message)
+        suppressed = self._limit.allow(message) if self._lines.enabled(level) else None
         if suppressed is not None:
-            _log(level, message, {**fields, **({"suppressed": suppressed} if suppressed else {})})
-
-
-def _log(level: int, message: str, fields: dict[str, Any]) -> None:
-    _LOGGER.log(level, message, extra={"fields": fields})
+            more = {"suppressed": suppressed} if suppressed else {}
+            self._lines.write(level, message, {**fields, **more})
 
 
 def pull_fields(pull: Pull) -> dict[str, Any]:

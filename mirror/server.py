@@ -88,9 +88,8 @@ async def work(settings: Settings, listener: socket.socket) -> int:
     # Imported here: prometheus_client looks at its environment when it is imported.
     from mirror.metrics import Metrics
 
-    configure_logging(settings.log)
+    log = LogObserver(configure_logging(settings.log))
     metrics = Metrics(settings.upstreams)
-    log = LogObserver()
 
     def emit(event: Event) -> None:
         metrics.observe(event)

@@ -115,8 +115,9 @@ def test_skopeo(stage: Scene) -> None:
         def pull() -> None:
             for name, held in stage.pushed.items():
                 # as a mirror of docker.io, and by the mirror's own name
-                assert skopeo.copy(f"docker.io/{name}") == held.contents()
                 assert skopeo.inspect_raw(f"{prefix}/{name}") == held.manifest.data
+                if "sha256-" not in name:  # a list of referrers is no image to copy
+                    assert skopeo.copy(f"docker.io/{name}") == held.contents()
             copied = skopeo.copy(f"{stage.mirror.host}/two.example/library/app:1")
             assert copied == stage.elsewhere.contents()
             listed = json.loads(
