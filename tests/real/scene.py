@@ -43,13 +43,9 @@ class Scene:
             self.tokens.stop()
         self.mirror.start()
 
-    def asked_twice(self) -> list[str]:
-        """Digests that the upstream had to send more than once."""
-        return [
-            asked
-            for asked, times in Counter(self.upstream.gets()).items()
-            if times > 1 and asked.startswith("sha256:")
-        ]
+    def sent(self) -> dict[str, int]:
+        """How often the upstream had to send each content, by digest."""
+        return dict(Counter(asked for asked in self.upstream.gets() if asked.startswith("sha256:")))
 
 
 def content() -> dict[str, images.Content]:
