@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.real import images
 from tests.real.clients import NOWHERE, Containerd, Dockerd, Podman, Skopeo
-from tests.real.process import listening
+from tests.real.process import listening, wait_until
 from tests.real.registry import DockerRegistry, NginxFront
+from tests.real.server import ROOT
 from tests.real.tokens import Certificate, TokenServer
 from tests.real.wire import ask, download
 
@@ -191,3 +195,30 @@ def test_the_children_of_a_killed_program_end_with_it() -> None:
 
 def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_a_process_that_outlives_the_suite_fails_it(tmp_path: Path) -> None:
+    leak = "import subprocess\n\ndef test_leak():\n    subprocess.run(['sh', '-c', '{}'])\n"
+    for command, status in (("setsid sleep 1000 & echo $! >left", 1), ("true", 0)):
+        (tmp_path / "test_leak.py").write_text(leak.format(command))
+        inner = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "test_leak.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert inner.returncode == status, inner.stdout.decode()
+        assert (b"outlived the tests" in inner.stdout) == bool(status)
+    # what was left is ended all the same
+    left = Path("/proc", (tmp_path / "left").read_text().strip(), "cmdline")
+
+    def ended() -> bool:
+        try:
+            return b"sleep" not in left.read_bytes()
+        except OSError:
+            return True
+
+    wait_until(ended, "it runs", 5)
