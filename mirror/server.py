@@ -16,7 +16,9 @@ import ssl
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from aiohttp import web
@@ -99,12 +101,40 @@ async def work(settings: Settings, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    store = await Store.open(settings.data_dir, settings.storage, emit)
+    async with open_room(settings, listener, emit, metrics.render) as room:
+        emit(Noted("info", "serving", (("listen", settings.listen),)))
+        await stop.wait()
+        await _drain(settings, room, emit)
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A server that serves, on the event loop of this process."""
+
+    store: Store
+    flights: Flights
+    health: Health
+    middleware: Middleware
+    service: PullService
+
+
+@asynccontextmanager
+async def open_room(
+    settings: Settings,
+    listener: socket.socket,
+    emit: Observer,
+    render_metrics: Callable[[], tuple[bytes, str]],
+    now: Callable[[], float] = time.time,
+) -> AsyncIterator[Room]:
+    """Compose all rooms, and serve on ``listener`` until the context ends."""
+    store = await Store.open(settings.data_dir, settings.storage, emit, now)
     health = Health(lambda: store.unwritable)
     try:
         async with open_registries(settings, emit) as registries, Flights() as flights:
-            service = PullService(ContentService(settings, store, registries, flights, emit))
-            handlers = Handlers(settings, service, health, metrics.render, emit)
+            content = ContentService(settings, store, registries, flights, emit, now)
+            service = PullService(content)
+            handlers = Handlers(settings, service, health, render_metrics, emit)
             middleware = Middleware(handlers, health, emit)
             server = web.Server(
                 middleware,
@@ -113,36 +143,40 @@ async def work(settings: Settings, listener: socket.socket) -> int:
                 keepalive_timeout=KEEPALIVE,
                 logger=logging.getLogger("aiohttp.server"),
             )
-            runner = web.ServerRunner(server)
+            runner = web.ServerRunner(server, shutdown_timeout=1.0)
             await runner.setup()
-            certificate = Certificate(settings.tls) if settings.tls else None
-            context = certificate.context if certificate else None
+            context = _start_housekeeping(settings, store, flights, emit)
             site = web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG)
             await site.start()
-            flights.join("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
-            flights.join("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
-            if certificate:
-                flights.join("certificate", lambda: _every(5.0, certificate.refresh, emit))
-            emit(Noted("info", "serving", (("listen", settings.listen),)))
-            await stop.wait()
-            await _drain(settings, health, middleware, store, emit)
-            await runner.cleanup()
-            await flights.drain(0.0)
+            try:
+                yield Room(store, flights, health, middleware, service)
+            finally:
+                await runner.cleanup()
+                await flights.drain(0.0)
     finally:
         await store.close()
-    return 0
 
 
-async def _drain(
-    settings: Settings, health: Health, middleware: Middleware, store: Store, emit: Observer
-) -> None:
+def _start_housekeeping(
+    settings: Settings, store: Store, flights: Flights, emit: Observer
+) -> ssl.SSLContext | None:
+    flights.join("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
+    flights.join("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
+    if settings.tls is None:
+        return None
+    certificate = Certificate(settings.tls)
+    flights.join("certificate", lambda: _every(5.0, certificate.refresh, emit))
+    return certificate.context
+
+
+async def _drain(settings: Settings, room: Room, emit: Observer) -> None:
     """Readiness off; pulls in flight may end, and what they verified is published."""
-    health.draining = True
-    emit(Noted("info", "draining", (("pulls", middleware.in_flight),)))
+    room.health.draining = True
+    emit(Noted("info", "draining", (("pulls", room.middleware.in_flight),)))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(settings.drain_timeout):
-            await middleware.idle()
-            await store.settled()
+            await room.middleware.idle()
+            await room.store.settled()
 
 
 async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> None:

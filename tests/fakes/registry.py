@@ -1,0 +1,356 @@
+"""The one fake upstream: a registry that counts its calls, and fails in every way there is.
+
+It speaks HTTP over plain sockets, since what is tested are answers that no HTTP library would
+give. ``fault`` puts a :class:`Fault` before the answers of a path; each is used up by one request,
+or stays (``times=None``)::
+
+    async with FakeRegistry() as fake:
+        digest = fake.add_blob(b"...")
+        fake.fault(f"blobs/{digest}", Fault(reset_at=100))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+from urllib.parse import parse_qs, unquote
+
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.digest import Digest
+
+_RESET = struct.pack("ii", 1, 0)
+
+
+@dataclass
+class Seen:
+    """One request that arrived."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]
+    at: float
+
+
+@dataclass
+class Fault:
+    """What goes wrong with one answer. Offsets are of the body that would be sent."""
+
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | None = None
+    close: bool = False
+    """Close before any answer."""
+    reset_at: int | None = None
+    end_at: int | None = None
+    """End cleanly, short of ``Content-Length``."""
+    stall_at: int | None = None
+    drip: float | None = None
+    """Seconds between single bytes."""
+    delay: float = 0.0
+    flip: int | None = None
+    """Offset of a byte whose lowest bit is wrong."""
+    ignore_range: bool = False
+    content_range: str | None = None
+    chunked: bool = False
+    no_length: bool = False
+    http10: bool = False
+    extra: bytes = b""
+    """Bytes behind the announced length."""
+    drop_headers: tuple[str, ...] = ()
+    rate: int | None = None
+    """Bytes per second."""
+    times: int | None = 1
+
+
+class FakeRegistry:
+    """A registry on a loopback port."""
+
+    def __init__(self) -> None:
+        self.requests: list[Seen] = []
+        self.blobs: dict[tuple[str, str], bytes] = {}
+        self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}
+        self.tags: dict[tuple[str, str], str] = {}
+        self.referring: dict[str, bytes] = {}
+        self.referrers_api = True
+        self.faults: list[tuple[str, Fault]] = []
+        self.token: str | None = None
+        """The bearer token that is wanted; None: none."""
+        self.challenge = ""
+        """``WWW-Authenticate`` of a 401; the own token service where it is empty."""
+        self.token_body: bytes | None = None
+        self.token_status = 200
+        self.token_delay = 0.0
+        self.bytes_sent = 0
+        self.port = 0
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- what a test puts in ------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """The endpoint."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def add_blob(self, data: bytes, repository: str = "library/app") -> Digest:
+        digest = Digest.of(data)
+        self.blobs[repository, str(digest)] = data
+        return digest
+
+    def add_manifest(
+        self,
+        body: bytes,
+        repository: str = "library/app",
+        tag: str | None = None,
+        media_type: str = OCI_MANIFEST,
+    ) -> Digest:
+        digest = Digest.of(body)
+        self.manifests[repository, str(digest)] = body, media_type
+        if tag is not None:
+            self.tags[repository, tag] = str(digest)
+        return digest
+
+    def add_image(
+        self, *layers: bytes, repository: str = "library/app", tag: str | None = "latest"
+    ) -> Digest:
+        config = json.dumps({"layers": len(layers), "tag": tag}).encode()
+        parts = [
+            {
+                "mediaType": "application/vnd.oci.image.layer.v1.tar",
+                "digest": str(self.add_blob(layer, repository)),
+                "size": len(layer),
+            }
+            for layer in layers
+        ]
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {
+                "mediaType": "application/vnd.oci.image.config.v1+json",
+                "digest": str(self.add_blob(config, repository)),
+                "size": len(config),
+            },
+            "layers": parts,
+        }
+        return self.add_manifest(json.dumps(document).encode(), repository, tag)
+
+    def fault(self, path: str, *faults: Fault) -> None:
+        """Put faults before the answers of every path that ends with ``path``."""
+        self.faults += [(path, fault) for fault in faults]
+
+    def count(self, method: str, path: str = "") -> int:
+        """Requests of ``method`` whose path holds ``path``."""
+        return sum(1 for seen in self.requests if seen.method == method and path in seen.path)
+
+    # --- serving --------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port or 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Be gone: connections are refused from now on."""
+        if self._server is not None:
+            self._server.close()
+            tasks = set(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._server.wait_closed()
+            self._server = None
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        method, target, _ = head[0].split(" ", 2)
+        path, _, query = target.partition("?")
+        headers = {
+            name.lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in head[1:] if line)
+        }
+        if length := int(headers.get("content-length", 0)):
+            await reader.readexactly(length)
+        seen = Seen(method, unquote(path), parse_qs(query), headers, time.monotonic())
+        self.requests.append(seen)
+        fault = self._take_fault(seen.path)
+        if fault.close:
+            return False
+        await asyncio.sleep(fault.delay)
+        status, found, body = await self._answer(seen)
+        if fault.status is not None:
+            status, found, body = fault.status, {}, b"" if fault.body is None else fault.body
+        elif fault.body is not None:
+            body = fault.body
+        return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
+
+    def _take_fault(self, path: str) -> Fault:
+        for index, (suffix, fault) in enumerate(self.faults):
+            if path.endswith(suffix):
+                if fault.times is not None:
+                    fault.times -= 1
+                    if fault.times <= 0:
+                        del self.faults[index]
+                return fault
+        return Fault()
+
+    async def _send(
+        self,
+        writer: asyncio.StreamWriter,
+        seen: Seen,
+        fault: Fault,
+        status: int,
+        headers: dict[str, str],
+        body: bytes,
+    ) -> bool:
+        if fault.flip is not None and len(body) > fault.flip:
+            body = _flip(body, fault.flip)
+        wanted = seen.headers.get("range")
+        if status == 200 and wanted and not fault.ignore_range and "blobs/" in seen.path:
+            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+            total = len(body)
+            if seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
+                status, body = 206, body[start:]
+                headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+        if fault.content_range is not None and "Content-Range" in headers:
+            headers["Content-Range"] = fault.content_range
+        framed = not (fault.chunked or fault.no_length or fault.http10)
+        if framed:
+            headers.setdefault("Content-Length", str(len(body)))
+        elif fault.chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        for name in fault.drop_headers:
+            headers.pop(name, None)
+        version = "1.0" if fault.http10 else "1.1"
+        lines = [f"HTTP/{version} {status} Status", *(f"{k}: {v}" for k, v in headers.items())]
+        writer.write("\r\n".join((*lines, "", "")).encode("latin-1"))
+        await writer.drain()
+        if seen.method == "HEAD" or status in (204, 304):
+            return True
+        return await self._send_body(writer, fault, body + fault.extra, framed)
+
+    async def _send_body(
+        self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, framed: bool
+    ) -> bool:
+        stops = [n for n in (fault.reset_at, fault.end_at, fault.stall_at) if n is not None]
+        stop = min([*stops, len(body)])
+        piece = 1 if fault.drip is not None else 65_536
+        begun = time.monotonic()
+        for offset in range(0, stop, piece):
+            data = body[offset : min(offset + piece, stop)]
+            writer.write(b"%x\r\n%b\r\n" % (len(data), data) if fault.chunked else data)
+            self.bytes_sent += len(data)
+            await writer.drain()
+            if fault.drip is not None:
+                await asyncio.sleep(fault.drip)
+            if fault.rate is not None:
+                ahead = (offset + len(data)) / fault.rate - (time.monotonic() - begun)
+                await asyncio.sleep(max(0.0, ahead))
+        if fault.reset_at is not None and stop == fault.reset_at:
+            # What was written is on its way before the reset overtakes it.
+            await asyncio.sleep(0.02)
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
+            return False
+        if fault.stall_at is not None and stop == fault.stall_at:
+            await asyncio.sleep(3600)
+        if fault.chunked:
+            writer.write(b"0\r\n\r\n")
+        await writer.drain()
+        return framed and fault.end_at is None and not fault.extra
+
+    # --- answers --------------------------------------------------------------------------------
+
+    async def _answer(self, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+        if seen.path == "/token":
+            await asyncio.sleep(self.token_delay)
+            body = self.token_body
+            if body is None:
+                body = json.dumps({"token": self.token, "expires_in": 300}).encode()
+            return self.token_status, {"Content-Type": "application/json"}, body
+        if self.token and seen.headers.get("authorization") != f"Bearer {self.token}":
+            challenge = self.challenge or (
+                f'Bearer realm="{self.url}/token",service="fake",scope="placeholder"'
+            )
+            return 401, {"WWW-Authenticate": challenge}, b""
+        if not seen.path.startswith("/v2/"):
+            return 404, {}, b""
+        if seen.path == "/v2/":
+            return 200, {}, b"{}"
+        return self._content(seen)
+
+    def _content(self, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+        name, _, reference = seen.path.removeprefix("/v2/").rpartition("/")
+        repository, _, kind = name.rpartition("/")
+        if kind == "manifests":
+            digest = self.tags.get((repository, reference), reference)
+            found = self.manifests.get((repository, digest))
+            if found is None:
+                return 404, {}, b'{"errors":[{"code":"MANIFEST_UNKNOWN"}]}'
+            headers = {"Content-Type": found[1], "Docker-Content-Digest": digest}
+            return 200, headers, found[0]
+        if kind == "blobs":
+            data = self.blobs.get((repository, reference))
+            if data is None:
+                return 404, {}, b'{"errors":[{"code":"BLOB_UNKNOWN"}]}'
+            headers = {"Content-Type": "application/octet-stream", "ETag": f'"{reference}"'}
+            return 200, headers, data
+        if kind == "tags":
+            return self._tags(repository, seen)
+        if kind == "referrers" and self.referrers_api:
+            empty = json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
+            body = self.referring.get(reference, empty.encode())
+            return 200, {"Content-Type": OCI_INDEX}, body
+        return 404, {}, b""
+
+    def _tags(self, repository: str, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+        names = sorted(tag for name, tag in self.tags if name == repository)
+        if not names:
+            return 404, {}, b'{"errors":[{"code":"NAME_UNKNOWN"}]}'
+        count = int(seen.query.get("n", ["1000"])[0])
+        last = seen.query.get("last", [""])[0]
+        after = [name for name in names if name > last]
+        headers = {"Content-Type": "application/json"}
+        if len(after) > count:
+            target = f"/v2/{repository}/tags/list?n={count}&last={after[count - 1]}"
+            headers["Link"] = f'<{target}>; rel="next"'
+        body = json.dumps({"name": repository, "tags": after[:count]}).encode()
+        return 200, headers, body
+
+
+def _flip(body: bytes, offset: int) -> bytes:
+    return body[:offset] + bytes([body[offset] ^ 1]) + body[offset + 1 :]
+
+
+def digests(values: Iterable[bytes]) -> list[str]:
+    """The digests of values, as text."""
+    return [str(Digest.of(value)) for value in values]

@@ -1,0 +1,99 @@
+"""The whole server in this process, over real sockets: what the row tests drive."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from mirror.config import Limits, Settings, Storage, Upstream
+from mirror.events import Event, PullEnded
+from mirror.metrics import Metrics
+from mirror.pull.flights import Flights
+from mirror.server import Room, open_room
+from mirror.store.store import Store
+
+QUICK = Limits(connect=1.0, headers=1.0, idle=1.0)
+"""Time limits of tests that wait for them."""
+
+
+@dataclass
+class Server:
+    """A running server and a client of it."""
+
+    url: str
+    client: aiohttp.ClientSession
+    room: Room
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def store(self) -> Store:
+        return self.room.store
+
+    @property
+    def flights(self) -> Flights:
+        return self.room.flights
+
+    @property
+    def pulls(self) -> list[Any]:
+        """Records of the requests that ended."""
+        return [event.pull for event in self.events if isinstance(event, PullEnded)]
+
+    def blob(self, digest: object, repository: str = "library/app", query: str = "") -> str:
+        return f"{self.url}/v2/{repository}/blobs/{digest}{query}"
+
+    def manifest(self, reference: object, repository: str = "library/app", query: str = "") -> str:
+        return f"{self.url}/v2/{repository}/manifests/{reference}{query}"
+
+    async def get(
+        self, url: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """(status, headers, body); raises ``aiohttp.ClientError`` for a body that is cut."""
+        async with self.client.get(url, headers=headers) as response:
+            return response.status, response.headers, await response.read()
+
+
+@asynccontextmanager
+async def running(
+    root: Path,
+    *endpoints: str,
+    storage: Storage | None = None,
+    limits: Limits = QUICK,
+    abandoned: str = "finish",
+    clock: Any = None,
+    **upstream: Any,
+) -> AsyncIterator[Server]:
+    """A server with ``docker.io`` and ``other.io`` at ``endpoints``."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    one = Upstream(endpoints=endpoints or ("http://127.0.0.1:9",), limits=limits, **upstream)
+    settings = Settings.model_validate(
+        {
+            "listen": f"127.0.0.1:{port}",
+            "data_dir": str(root),
+            "storage": storage or Storage(),
+            "abandoned": abandoned,
+            "upstreams": {"docker.io": one, "other.io": one},
+        }
+    )
+    events: list[Event] = []
+    metrics = Metrics(settings.upstreams)
+
+    def emit(event: Event) -> None:
+        metrics.observe(event)
+        events.append(event)
+
+    extra = {} if clock is None else {"now": clock}
+    async with open_room(settings, listener, emit, metrics.render, **extra) as room:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(
+            connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(60)
+        ) as client:
+            yield Server(f"http://127.0.0.1:{port}", client, room, events)
+    await asyncio.sleep(0)
