@@ -15,16 +15,18 @@ from tests.real.server import Mirror
 from tests.real.wire import Download
 
 CLIENTS = 8
-SIZE = 96 << 20
-RATE = 24 << 20
-"""Bytes per second: nginx gives the first second's share at once, the rest takes three."""
+# nginx gives the first second's share at once; the rest takes three seconds
+SMALL = pytest.param(96 << 20, 24 << 20, id="96MiB")
+LARGE = pytest.param(512 << 20, 100_000_000, id="512MiB", marks=pytest.mark.long)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_one_fetch_feeds_all_clients_while_it_runs(workers: int) -> None:
-    with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=RATE) as front:
-        digest = registry.push_large("org/big", SIZE)
+@pytest.mark.parametrize(("size", "rate"), [SMALL, LARGE])
+def test_one_fetch_feeds_all_clients_while_it_runs(workers: int, size: int, rate: int) -> None:
+    """``size`` in bytes, ``rate`` in bytes per second."""
+    with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=rate) as front:
+        digest = registry.push_large("org/big", size)
         with Mirror({"docker.io": front.url}, workers=workers) as mirror:
             path = f"/v2/org/big/blobs/{digest}?ns=docker.io"
             together = threading.Barrier(CLIENTS)
