@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import cast
 
 import pytest
 
 from tests.real import images
 from tests.real.clients import Containerd, Dockerd, Podman, Skopeo
+from tests.real.registry import DockerRegistry
 from tests.real.scene import ACCESSES, Access, Scene, scene
+from tests.real.server import Mirror
+from tests.real.tokens import Certificate
 from tests.real.wire import Answer
 
 pytestmark = pytest.mark.timeout(300)
@@ -198,3 +202,23 @@ def test_a_tag_that_moves_upstream(workers: int) -> None:
         assert answer.headers["Warning"].startswith("299 ")
         old = stage.mirror.ask(f"/v2/docker.io/org/moving/manifests/{first.digest}")
         assert "sha256:" + hashlib.sha256(old.body).hexdigest() == first.digest
+
+
+def test_tls_on_both_sides(tmp_path: Path) -> None:
+    """An upstream with an authority of its own, and a listener with a certificate."""
+    held = images.image(41)
+    upstream, ours = Certificate.make(tmp_path, "upstream"), Certificate.make(tmp_path, "ours")
+    listener = {"certificate": str(ours.cert_file), "key": str(ours.key_file)}
+    trusted = tmp_path / "trusted"
+    trusted.mkdir()
+    (trusted / "ca.crt").write_bytes(ours.cert_file.read_bytes())
+    with DockerRegistry(tls=upstream) as registry, Skopeo() as skopeo:
+        registry.push("org/app", held, "1")
+        known = {"endpoints": [registry.url], "ca": registry.ca}
+        # the second upstream is the same registry, whose authority nobody vouches for
+        with Mirror({"docker.io": known, "stranger.example": registry.url}, tls=listener) as mirror:
+            more = ("--src-tls-verify=true", "--src-cert-dir", str(trusted))
+            assert skopeo.copy(f"{mirror.host}/docker.io/org/app:1", *more) == held.contents()
+            refused = mirror.ask("/v2/stranger.example/org/app/manifests/1", headers=images.ACCEPT)
+            assert refused.status == 502
+            assert registry.gets().count(held.digest) == 1
