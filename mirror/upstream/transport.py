@@ -209,9 +209,12 @@ async def read_chunks(
                 if window_bytes < limits.min_rate * elapsed:
                     raise UpstreamTimeout("slower than the rate floor")
                 window_start, window_bytes = time.monotonic(), 0
-    except TimeoutError as error:
-        raise UpstreamTimeout("silence in the middle of a body") from error
-    except (aiohttp.ClientError, OSError) as error:
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        # The reader raises before it has handed out all that came; that need not come again.
+        if rest := content._read_nowait(-1):
+            yield rest
+        if isinstance(error, TimeoutError):
+            raise UpstreamTimeout("silence in the middle of a body") from error
         raise Unavailable(f"the body broke off: {type(error).__name__}") from error
     if expected is not None and received < expected:
         raise Unavailable(f"the body ended at {received} of {expected} bytes")
