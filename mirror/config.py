@@ -24,7 +24,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mirror.config_values import (
-    NEVER,
     above_zero,
     check_endpoint,
     check_filled,
@@ -40,8 +39,6 @@ from mirror.config_values import (
     parse_part,
     parse_size,
 )
-
-__all__ = ["NEVER"]
 
 _as_duration = PlainSerializer(format_duration, return_type=str, when_used="json")
 Size = Annotated[

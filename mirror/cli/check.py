@@ -1,0 +1,101 @@
+"""``check-config``: is this configuration usable, and what does it come to.
+
+Lives here: the files that a configuration names, and its printing without secrets. Must not know:
+how a configuration is read.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import which
+from typing import Any, Final
+
+import yaml
+
+from mirror.config import Settings, Upstream
+from mirror.oci.errors import ConfigError
+
+HIDDEN: Final = "(not shown)"
+
+
+def check_files(settings: Settings, *, secrets: bool = True) -> None:
+    """Hold the files that are named to what they are for. ``secrets``: credentials too.
+
+    Raises :class:`ConfigError` for the first that will not do.
+    """
+    if settings.tls:
+        _readable("tls.certificate", settings.tls.certificate)
+        _readable("tls.key", settings.tls.key)
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            # An empty passphrase, so that nobody is asked for one.
+            context.load_cert_chain(settings.tls.certificate, settings.tls.key, password="")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or "cannot be used"
+            raise ConfigError(
+                f"tls: '{settings.tls.certificate}' and '{settings.tls.key}': {why}"
+            ) from None
+    for name, upstream in settings.upstreams.items():
+        _check_upstream(f"upstreams.{name}", upstream, secrets)
+
+
+def _check_upstream(key: str, upstream: Upstream, secrets: bool) -> None:
+    if upstream.ca is not None:
+        _readable(f"{key}.ca", upstream.ca)
+        try:
+            ssl.create_default_context(cafile=upstream.ca)
+        except (OSError, ValueError):
+            raise ConfigError(f"{key}.ca: '{upstream.ca}': holds no certificates (PEM)") from None
+    if not secrets:
+        return
+    credentials = upstream.credentials
+    if credentials.password is not None and credentials.password.startswith("file:"):
+        _readable(f"{key}.credentials.password", credentials.password.removeprefix("file:"))
+    if credentials.docker_config is not None:
+        _readable(f"{key}.credentials.docker_config", credentials.docker_config)
+    if credentials.helper is not None and which(f"docker-credential-{credentials.helper}") is None:
+        raise ConfigError(
+            f"{key}.credentials.helper: '{credentials.helper}': "
+            f"docker-credential-{credentials.helper} is not on the PATH"
+        )
+
+
+def _readable(key: str, path: str) -> None:
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ConfigError(f"{key}: '{path}': {error.strerror}") from None
+
+
+def effective(settings: Settings) -> str:
+    """The whole configuration as YAML, without passwords."""
+    tree = settings.model_dump(mode="json")
+    for name, upstream in settings.upstreams.items():
+        shown: dict[str, Any] = tree["upstreams"][name]["credentials"]
+        password = upstream.credentials.password
+        if password is not None and not password.startswith("file:"):
+            shown["password"] = HIDDEN
+    return str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in kept.items() if item != {}}
+    return value
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """What can be used, but should be looked at."""
+    for name, upstream in settings.upstreams.items():
+        if upstream.credentials.model_fields_set and not upstream.allow:
+            yield (
+                f"upstreams.{name}: credentials without an allow list open all that they open "
+                "to everybody who can reach the mirror"
+            )
+        insecure = [end for end in upstream.endpoints if end.startswith("http://")]
+        if insecure and upstream.credentials.model_fields_set:
+            yield f"upstreams.{name}: credentials are sent in the clear to {insecure[0]}"
