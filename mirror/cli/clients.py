@@ -170,8 +170,8 @@ def _podman(mirror: Mirror, upstreams: Mapping[str, Upstream]) -> Setup:
         (
             "for Podman, Buildah, skopeo and CRI-O; a file in registries.conf.d does as well",
             (
-                "the choice of a mirror is sticky: who answered for the manifest must have every blob, "
-                "a later failure does not fall back"
+                "the choice of a mirror is sticky: who answered for the manifest must have all "
+                "blobs, a later failure does not fall back"
             ),
         ),
     )

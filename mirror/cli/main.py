@@ -119,14 +119,27 @@ def _discard_output() -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's own printing is silent where standard output takes nothing."""
+
+    def print_help(self, file: object = None) -> None:
+        _print(self.format_help().rstrip("\n"))
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        _print(f"oci-mirror {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="oci-mirror",
         description="A pull-through mirror for container registries.",
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"oci-mirror {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="serve until a signal says to stop")
