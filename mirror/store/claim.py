@@ -205,6 +205,11 @@ class Claim:
             disk.drop_ingest(self._s.layout, self._digest, self.fd)
             disk.drop_state(self._s.layout, self._digest)
 
+    def begin_anew(self) -> None:
+        """What was followed came to nothing before its first byte: forget it."""
+        self.close()
+        self._tailed = False
+
     def let_go(self) -> None:
         """Unlock, so that another process may go on; this one keeps reading what is there."""
         self.stop_beating()

@@ -183,8 +183,10 @@ class Growing:
                 self.last_progress = seen = time.monotonic()
             self._wake()
             if self.verified:
-                return
+                return None
             if not self._claim.path_is_ours and not self._claim.is_published:
+                if not self._on_disk:
+                    return self._claim.begin_anew()
                 self._detach("handover")
             elif time.monotonic() - seen > STALLED:
                 self._detach("stalled")
@@ -192,9 +194,10 @@ class Growing:
             if self._window is not None or (
                 polls % _POLLS_PER_LOCK == 0 and await self.lead() is not Role.TAIL
             ):
-                return
+                return None
             pause = _POLL if grown else min(pause * 1.2, _POLL * 4)
             await asyncio.sleep(pause)
+        return None
 
     def _look_at_file(self) -> bool:
         end = self._claim.length
@@ -287,6 +290,9 @@ class Growing:
         while self._job is not None:
             await asyncio.wait({self._job})
         if not self._claim.locked or self._window is not None:
+            return
+        if not self._on_disk:
+            self._claim.drop()  # nothing to resume, and nobody else has seen a byte
             return
         self._claim.stop_beating()
         state = disk.IngestState(

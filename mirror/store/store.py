@@ -121,6 +121,12 @@ class Store:
         while verified := [growing for growing in self.growing.values() if growing.verified]:
             await verified[0].released()
 
+    async def idle(self) -> None:
+        """Wait until nothing is growing any more."""
+        while self.growing:
+            await next(iter(self.growing.values())).released()
+            await asyncio.sleep(0)
+
     # --- recency ------------------------------------------------------------------------------
 
     async def touch(self, digests: Iterable[Digest]) -> None:
