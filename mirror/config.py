@@ -143,7 +143,7 @@ class Credentials(Frozen):
 class Upstream(Frozen):
     """One registry that is mirrored. Times in seconds."""
 
-    endpoints: Annotated[tuple[Endpoint, ...], Field(min_length=1)]
+    endpoints: tuple[Endpoint, ...]
     pull_policy: PullPolicy = "IfNotPresent"
     tag_ttl: Duration = 300.0
     serve_stale: bool = True
@@ -158,7 +158,9 @@ class Upstream(Frozen):
     limits: Limits = Limits()
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _endpoints(self) -> Self:
+        if not self.endpoints:
+            raise _wrong(("endpoints",), "must not be empty")
         ends = [endpoint.rstrip("/") for endpoint in self.endpoints]
         twice = next((end for end in ends if ends.count(end) > 1), None)
         if twice is not None:
@@ -241,7 +243,6 @@ _MESSAGES: Final = {
     "int_parsing": "must be a whole number",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
-    "too_short": "must not be empty",
 }
 
 

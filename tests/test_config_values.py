@@ -1,0 +1,170 @@
+"""Sizes, durations, hosts and URLs, held to their grammars and to their own printing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror import config_values as values
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("4096", 4096),
+        ("50GiB", 50 * 2**30),
+        ("50 GiB", 50 * 2**30),
+        ("50Gi", 50 * 2**30),
+        ("500MB", 500_000_000),
+        ("500M", 500_000_000),
+        ("500mb", 500_000_000),
+        ("1.5KiB", 1536),
+        ("7B", 7),
+        (123, 123),
+    ],
+)
+def test_size(text: object, size: int) -> None:
+    assert values.parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "B",
+        "GiB",
+        "-1",
+        "1e9",
+        "1 2",
+        "1GiBB",
+        "1XB",
+        "0x10",
+        "½",
+        "٣",
+        "0",
+        "8EiB",
+        True,
+        1.5,
+        None,
+        float("nan"),
+        [],
+        "0.1B",
+        "9" * 400,
+        "1\n2",
+    ],
+)
+def test_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match="size"):
+        values.parse_size(text)
+
+
+@given(st.integers(1, 2**63 - 1))
+def test_every_size_is_read_as_it_is_printed(size: int) -> None:
+    assert values.parse_size(values.format_size(size)) == size
+    assert values.parse_size(str(size)) == size
+
+
+@given(st.integers(1, 999), st.sampled_from(["K", "M", "G", "T"]))
+def test_binary_units_are_larger(number: int, prefix: str) -> None:
+    binary = values.parse_size(f"{number}{prefix}iB")
+    decimal = values.parse_size(f"{number}{prefix}B")
+    assert binary > decimal
+    assert binary % 1024 == 0
+    assert decimal % 1000 == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0.0),
+        ("0s", 0.0),
+        ("30", 30.0),
+        ("30s", 30.0),
+        ("250ms", 0.25),
+        ("5m", 300.0),
+        ("1h30m", 5400.0),
+        ("1d", 86400.0),
+        ("2w", 1209600.0),
+        ("inf", math.inf),
+        (0, 0.0),
+        (1.5, 1.5),
+        (math.inf, math.inf),
+    ],
+)
+def test_duration(text: object, seconds: float) -> None:
+    assert values.parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "s", "-1", "-1s", "1x", "1 s", "nan", "1e3", "5 minutes", "m5", True, math.nan, -1, None],
+)
+def test_no_duration(text: object) -> None:
+    with pytest.raises(ValueError, match=r"duration|negative"):
+        values.parse_duration(text)
+
+
+@given(st.one_of(st.integers(0, 10**10), st.integers(0, 10**9).map(lambda ms: ms / 1000)))
+def test_every_duration_is_read_as_it_is_printed(seconds: float) -> None:
+    assert values.parse_duration(values.format_duration(seconds)) == pytest.approx(
+        seconds, abs=1e-6
+    )
+
+
+@given(st.lists(st.tuples(st.integers(0, 999), st.sampled_from(["d", "h", "m", "s"])), min_size=1))
+def test_parts_of_a_duration_add_up(parts: list[tuple[int, str]]) -> None:
+    whole = values.parse_duration("".join(f"{number}{unit}" for number, unit in parts))
+    assert whole == sum(values.parse_duration(f"{number}{unit}") for number, unit in parts)
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_value_or_refused(text: str) -> None:
+    for parse in (values.parse_size, values.parse_duration, values.parse_part):
+        with contextlib.suppress(ValueError):
+            assert parse(text) >= 0
+    try:
+        values.split_host(text)
+    except ValueError:
+        pass
+    else:
+        assert not set(text) & set("/?#@ \t\r\n")
+
+
+@pytest.mark.parametrize(("text", "part"), [("0.95", 0.95), ("95%", 0.95), ("1", 1.0), (0.5, 0.5)])
+def test_part(text: object, part: float) -> None:
+    assert values.parse_part(text) == pytest.approx(part)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "0%", "101%", "1.1", "95", "-1", "x", "%", True, None, math.nan]
+)
+def test_no_part(text: object) -> None:
+    with pytest.raises(ValueError, match=r"part|more than 0"):
+        values.parse_part(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("ghcr.io", ("ghcr.io", None)),
+        ("reg:5000", ("reg", 5000)),
+        ("[::1]:5100", ("::1", 5100)),
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+    ],
+)
+def test_split_host(text: str, split: tuple[str, int | None]) -> None:
+    assert values.split_host(text) == split
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":1", "a:", "a:b", "a:65536", "::1", "[::1", "[x]:1", "a/b", "u@h", "-a", "a b", "a\n"],
+)
+def test_no_host(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        values.split_host(text)
