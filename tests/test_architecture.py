@@ -21,23 +21,24 @@ Sources: TypeAlias = dict[str, str]
 """Dotted module name -> its text. A package is named without ``__init__``."""
 
 GROUND = {"", "oci", "events", "config"}
-BELOW_SERVER = {"web", "pull", "store", "upstream", "metrics", "metrics_directory", "logs", *GROUND}
+LOADING = {"config_load", "config_values"}
+BELOW_SERVER = {"web", "pull", "store", "upstream", "metrics", "logs", *GROUND}
 ARROWS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
     "events": {"oci"},
-    "config": {"oci", "config"},
+    "config": {"oci", "config", "config_values"},
+    "config_values": {"oci"},
+    "config_load": {"config", "config_values", "oci"},
     "store": {"store", *GROUND},
     "upstream": {"upstream", *GROUND},
     "pull": {"pull", "store", "upstream", *GROUND},
     # logs: Server-Timing is written from a pull's record by the same hand as the log line
     "web": {"web", "pull", "logs", *GROUND},
-    "metrics": {"metrics", "metrics_directory", *GROUND},
+    "metrics": {"metrics", *GROUND},
     "logs": {"logs", *GROUND},
-    # where the workers' shares of the metrics are, which has to be known before metrics is imported
-    "metrics_directory": {*GROUND},
     "server": {"server", *BELOW_SERVER},
-    "cli": {"cli", "server", *BELOW_SERVER},
+    "cli": {"cli", "server", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Room -> the rooms that it may import."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,6 +58,11 @@ class Verifier:
         """Take the next bytes. The interpreter lock is free while large batches are hashed."""
         self._hash.update(data)
         self.position += len(data)
+
+    def update_all(self, chunks: Iterable[bytes]) -> None:
+        """Take the next bytes, in several pieces."""
+        for chunk in chunks:
+            self.update(chunk)
 
     def matches(self) -> bool:
         """Whether all that was taken so far hashes to the expected digest."""

@@ -54,7 +54,7 @@ class ManifestService:
             _REMEMBERED, _LIFETIME, lambda answer: 1024 + 3 * answer.size
         )
         self._records: Recent[TagRecord] = Recent(20_000, _LIFETIME, lambda record: 1)
-        self._used: Recent[bool] = Recent(50_000, _RECENCY_STEP, lambda used: 1)
+        self._used: Recent[bool] = Recent(50_000, _RECENCY_STEP, lambda used: 1, content.now)
 
     def remembered(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
         """An answer given a moment ago: the whole of a hot hit."""

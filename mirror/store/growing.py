@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from mirror.events import Published, Uncached
@@ -68,7 +69,8 @@ class Growing:
         self._broken: MirrorError | None = None
         self._job: asyncio.Future[int] | None = None
         self._waiters: list[tuple[int, asyncio.Future[None]]] = []
-        self._released = asyncio.Event()
+        self.released = asyncio.Event()
+        """Set once the fetch loop has let go."""
         self._give_up: Callable[[], None] = lambda: None
         self._keep_going = True
 
@@ -248,7 +250,8 @@ class Growing:
             else:
                 self.moved()
                 break
-        self._raise_if_broken()
+        if self._broken is not None:
+            raise self._broken
 
     def _backlog(self) -> int:
         held = 0 if self._window is None else len(self._window)
@@ -265,7 +268,8 @@ class Growing:
         self._pump()
         while self._job is not None:
             await asyncio.wait({self._job})
-        self._raise_if_broken()
+        if self._broken is not None:
+            raise self._broken
         if self._window is None:
             await self._publish()
 
@@ -276,9 +280,8 @@ class Growing:
             self._s.emit(Uncached(str(self.digest), disk.reason_of(error)))
             return
         await self._s.published(self.digest)
-        self._s.emit(
-            Published(str(self.digest), self._on_disk, time.monotonic() - self._began),
-        )
+        seconds = time.monotonic() - self._began
+        self._s.emit(Published(str(self.digest), self._on_disk, seconds))
 
     async def fail(self, error: MirrorError) -> None:
         """End for everybody, in every process. Right bytes are kept for a resume."""
@@ -295,9 +298,7 @@ class Growing:
             self._claim.drop()  # nothing to resume, and nobody else has seen a byte
             return
         self._claim.stop_beating()
-        state = disk.IngestState(
-            self.size, self._s.boot, self._on_disk, (error.code, error.message)
-        )
+        state = replace(self._state(), error=(error.code, error.message))
         try:
             await self._claim.write_state(state)
         except OSError as refused:
@@ -307,15 +308,11 @@ class Growing:
 
     def release(self) -> None:
         """The fetch loop lets go; followers may still read what is there."""
-        self._released.set()
+        self.released.set()
         if not self.closed:
             self.failure = UpstreamUnavailable("the fetch was given up")
         self._wake()
         self._close_if_unused()
-
-    async def released(self) -> None:
-        """Wait until the fetch loop has let go."""
-        await self._released.wait()
 
     # --- the writer ---------------------------------------------------------------------------
 
@@ -340,16 +337,14 @@ class Growing:
         if last or not keep:
             if verifier.position < start:
                 disk.hash_file(self._claim.opened(), verifier, start)
-            for chunk in batch:
-                verifier.update(chunk)
+            verifier.update_all(batch)
             if last:
                 verifier.finish()
             if not keep:
                 return start + sum(map(len, batch))
         end = disk.write_all(self._claim.opened(), batch, start)
         if not last and verifier.position == start:
-            for chunk in batch:
-                verifier.update(chunk)
+            verifier.update_all(batch)
         elif not last:
             catch_up = min(end, verifier.position + _CATCH_UP)
             disk.hash_file(self._claim.opened(), verifier, catch_up)
@@ -397,12 +392,8 @@ class Growing:
             self._claim.drop()
             self._s.emit(Uncached(str(self.digest), reason))
 
-    def _raise_if_broken(self) -> None:
-        if self._broken is not None:
-            raise self._broken
-
     def _close_if_unused(self) -> None:
-        if not self._released.is_set() or self._job is not None:
+        if not self.released.is_set() or self._job is not None:
             return
         self._claim.let_go()
         if not self.followers:

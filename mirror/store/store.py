@@ -119,12 +119,12 @@ class Store:
     async def settled(self) -> None:
         """Wait until all content that is verified is published as well."""
         while verified := [growing for growing in self.growing.values() if growing.verified]:
-            await verified[0].released()
+            await verified[0].released.wait()
 
     async def idle(self) -> None:
         """Wait until nothing is growing any more."""
         while self.growing:
-            await next(iter(self.growing.values())).released()
+            await next(iter(self.growing.values())).released.wait()
             await asyncio.sleep(0)
 
     # --- recency ------------------------------------------------------------------------------

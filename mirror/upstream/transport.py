@@ -10,7 +10,6 @@ import asyncio
 import socket
 import ssl
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Final
 
 import aiohttp
 from aiohttp import hdrs
+from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from mirror.config import Limits, Upstream
@@ -130,6 +130,7 @@ class Transport:
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
+        proxy, proxy_auth = _proxy(url)
         try:
             async with asyncio.timeout(self._limits.connect + self._limits.headers):
                 return await self._session.request(
@@ -137,7 +138,8 @@ class Transport:
                     url,
                     headers=headers,
                     data=form,
-                    proxy=_proxy(url),
+                    proxy=proxy,
+                    proxy_auth=proxy_auth,
                     allow_redirects=False,
                 )
         except TimeoutError as error:
@@ -148,13 +150,12 @@ class Transport:
             raise Unavailable(f"no answer: {type(error).__name__}") from error
 
 
-def _proxy(url: URL) -> str | None:
+def _proxy(url: URL) -> tuple[URL | None, aiohttp.BasicAuth | None]:
     """``http_proxy``, ``https_proxy`` and ``no_proxy``, as every tool reads them."""
-    proxies = urllib.request.getproxies_environment()
-    proxy = proxies.get(url.scheme)
-    if proxy is None or url.host is None or urllib.request.proxy_bypass(url.host):
-        return None
-    return proxy
+    try:
+        return get_env_proxy_for_url(url)
+    except LookupError:
+        return None, None
 
 
 def _let_go(response: aiohttp.ClientResponse) -> None:
