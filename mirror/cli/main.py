@@ -212,7 +212,8 @@ def _clients(arguments: argparse.Namespace) -> int:
     if arguments.mirror is None and split_host(settings.listen)[0] in health.EVERYWHERE:
         return _fail(f"--mirror is needed: it listens on {settings.listen}", EX_USAGE)
     scheme = "https" if settings.tls else "http"
-    url = arguments.mirror or f"{scheme}://{settings.listen}"
+    own = f"{scheme}://{settings.listen}"
+    url = own if arguments.mirror is None else arguments.mirror
     ca = Path(arguments.ca).absolute() if arguments.ca else None
     try:
         authority = ca.read_text(encoding="utf-8") if ca else ""
@@ -220,7 +221,7 @@ def _clients(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{ca} holds no certificate (PEM)")
         mirror = clients.Mirror.parse(url, str(ca) if ca else None, authority)
     except ValueError as error:
-        return _fail(f"--mirror {url}: {error}", EX_USAGE)
+        return _fail(f"--mirror '{url}': {error}", EX_USAGE)
     chosen = clients.CLIENTS if arguments.client == "all" else (arguments.client,)
     setups = {
         client: clients.setup(client, mirror, settings.upstreams, settings.default_upstream)
