@@ -170,15 +170,23 @@ class ManifestService:
     async def _look_up(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...]
     ) -> tuple[TagRecord | None, ManifestAnswer | None]:
-        record = self._records.get((repository, tag))
+        record, held = await self._look_up_variant(repository, tag, "")
+        variant = variant_of(accept)
+        # A registry may answer an old client with another manifest than the one held here.
+        if not variant or (held is not None and accepts(accept, held.media_type)):
+            return record, held
+        return await self._look_up_variant(repository, tag, variant)
+
+    async def _look_up_variant(
+        self, repository: Repository, tag: Tag, variant: str
+    ) -> tuple[TagRecord | None, ManifestAnswer | None]:
+        record = self._records.get((repository, tag, variant))
         if record is None:
-            record = await self._index.tag(repository, tag)
+            record = await self._index.tag(repository, tag, variant)
             if record is None:
                 return None, None
-            self._records.put((repository, tag), record)
-        held = await self.held(repository, record.digest)
-        # A registry may answer an old client with another manifest than the one held here.
-        return record, held if held is None or accepts(accept, held.media_type) else None
+            self._records.put((repository, tag, variant), record)
+        return record, await self.held(repository, record.digest)
 
     async def _ask(
         self,
@@ -225,7 +233,7 @@ class ManifestService:
         Where something is held that may stand in, a slow upstream is waited for briefly; the
         question goes on, and whoever comes after its answer profits.
         """
-        asked = accept if any(value.strip() != "*/*" for value in accept) else DEFAULT_ACCEPT
+        asked = accept if _names_types(accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(asked)}"
         message = await self._index.negative(key)
         if message is not None:
@@ -253,13 +261,11 @@ class ManifestService:
         now = self._content.now()
         said = Membership(found.digest, "manifest", found.media_type, found.size, None, None)
         await self._index.put_memberships(repository, [said])
-        # The answer to an old client's narrower question says nothing to the others.
-        if set(accept) >= _CURRENT:
-            record = confirm(
-                await self._index.tag(repository, tag), repository, tag, found.digest, now
-            )
-            await self._index.put_tag(record)
-            self._records.put((repository, tag), record)
+        variant = variant_of(accept)
+        known = await self._index.tag(repository, tag, variant)
+        record = confirm(known, repository, tag, found.digest, now)
+        await self._index.put_tag(record, variant)
+        self._records.put((repository, tag, variant), record)
         return found
 
     # --- recency ------------------------------------------------------------------------------
@@ -284,6 +290,17 @@ class ManifestService:
         for child in answer.parsed.children:
             # Looking at it is using it, with all that it refers to.
             await self.held(repository, child.digest)
+
+
+def variant_of(accept: tuple[str, ...]) -> str:
+    """Names what clients accept who do not take every manifest; empty for those who do."""
+    if set(accept) >= _CURRENT or not _names_types(accept):
+        return ""
+    return f" {Digest.of(','.join(sorted(accept)).encode()).hex[:16]}"
+
+
+def _names_types(accept: tuple[str, ...]) -> bool:
+    return any(value.strip() != "*/*" for value in accept)
 
 
 async def _parse(body: bytes, media_type: str) -> Manifest:

@@ -108,13 +108,13 @@ class Index:
 
     # --- tags -----------------------------------------------------------------------------------
 
-    async def tag(self, repository: Repository, tag: Tag) -> TagRecord | None:
-        """What is known of a tag."""
-        return load_tag(await self._get(lambda: self._named, f"{repository}:{tag}"))
+    async def tag(self, repository: Repository, tag: Tag, variant: str = "") -> TagRecord | None:
+        """What is known of a tag; ``variant`` names what clients accept who take not everything."""
+        return load_tag(await self._get(lambda: self._named, f"{repository}:{tag}{variant}"))
 
-    async def put_tag(self, record: TagRecord) -> None:
+    async def put_tag(self, record: TagRecord, variant: str = "") -> None:
         """Remember a tag."""
-        key = f"{record.repository}:{record.tag}"
+        key = f"{record.repository}:{record.tag}{variant}"
         self.changed = True
         await self._put(lambda: self._named, [(key, dump_tag(record), _KEPT)])
 
@@ -124,8 +124,8 @@ class Index:
 
     async def tag_records(self) -> list[TagRecord]:
         """All tags of all repositories."""
-        rows = await self._rows()
-        return [record for _, text in rows if (record := load_tag(text)) is not None]
+        rows = [text for key, text in await self._rows() if " " not in key]
+        return [record for text in rows if (record := load_tag(text)) is not None]
 
     async def manifests(self) -> list[Named]:
         """All manifests that were pulled by a name of their own: a tag, or their digest."""
@@ -133,6 +133,8 @@ class Index:
         pulled: dict[tuple[Repository, Digest], Named] = {}
         records = []
         for key, text in rows:
+            if " " in key:
+                continue  # a variant: the name is somebody else's
             record, member = load_tag(text), load_membership(text)
             if record is not None:
                 records.append(record)

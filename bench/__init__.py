@@ -1,0 +1,1 @@
+"""Measurements against other mirrors, as ratios within one run."""
