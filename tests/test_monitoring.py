@@ -120,10 +120,10 @@ def test_a_real_prometheus_scrapes_the_running_server(workers: int) -> None:
             for _ in range(40):
                 found = prometheus.query(wanted)
                 rules = prometheus.query("oci_mirror:bytes_saved:rate5m")
-                if found and float(found[0]["value"][1]) == 6 and rules:  # type: ignore[index] # JSON
+                if found and float(found[0]["value"][1]) == 6 and rules:  # type: ignore[index] # the type of JSON
                     break
                 time.sleep(0.5)
-            assert found[0]["value"][1] == "6"  # type: ignore[index] # JSON
+            assert found[0]["value"][1] == "6"  # type: ignore[index] # the type of JSON
             assert rules
             for expression in expressions():
                 prometheus.query(expression.replace("$__rate_interval", "1m"))

@@ -87,6 +87,8 @@ async def fetch(
             except (DigestMismatch, ManifestInvalid):
                 raise
             except (UpstreamError, NotFound) as error:
+                if isinstance(error, UpstreamProtocolError) and growing.start_over():
+                    continue
                 await _pause_before_resuming(growing, source, journey, error, emit)
     except DigestMismatch as error:
         where = "resume" if journey.resumed_from else "upstream"

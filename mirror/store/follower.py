@@ -6,11 +6,36 @@ know: where the bytes come from.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, MirrorError
 from mirror.store.reader import Extent
+
+
+class Waiters:
+    """Those who wait for bytes that have not come yet."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
+
+    async def wait(self, start: int) -> None:
+        """Return once there are bytes at ``start``, or there will be none."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((start, future))
+        await future
+
+    def wake(self, head: int, closed: bool) -> None:
+        """Bytes up to ``head`` are there; ``closed``: there will be no more. Wakes no others."""
+        waiting, self._waiting = self._waiting, []
+        for start, future in waiting:
+            if future.done():
+                continue  # its client has left
+            if start < head or closed:
+                future.set_result(None)
+            else:
+                self._waiting.append((start, future))
 
 
 class Followed(Protocol):

@@ -4,17 +4,16 @@ Lives here: one writer and many followers, in this process and (through the file
 hashing beside the growth; the last bytes withheld until the digest holds. Must not know:
 upstreams, HTTP, who decides to fetch.
 
-The file never reaches its full length before its digest is verified: the final batch is hashed
-before it is written. So whatever is in the file may be handed out, by any process, and the last
-byte is the proof of the rest.
-
-Where the disk refuses (full, read-only, failing, held by a process that is stopped), the same
-content goes on growing in memory, in a window that slides with its followers: they notice nothing.
+The final batch is hashed before it is written, so the file never reaches its full length before its
+digest is verified: what is in it may be handed out, and the last byte is the proof of the rest.
+Where the disk refuses, the same content goes on growing in memory, in a window that slides with its
+followers: they notice nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +30,7 @@ from mirror.oci.errors import (
 )
 from mirror.store import disk
 from mirror.store.claim import Claim, Role, Surroundings
-from mirror.store.follower import Follower
+from mirror.store.follower import Follower, Waiters
 from mirror.store.reader import Extent, FileExtent
 from mirror.store.window import Window
 
@@ -62,13 +61,15 @@ class Growing:
         self._claim = Claim(surroundings, digest)
         self._loop = asyncio.get_running_loop()
         self._on_disk = 0
+        self._confirmed = False
+        """Whether what an earlier fetch left is known to belong: nobody is given it before."""
         self._window: Window | None = None
         self._verifier = Verifier(digest)
         self._pending: list[bytes] = []
         self._ended = False
         self._broken: MirrorError | None = None
         self._job: asyncio.Future[int] | None = None
-        self._waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._waiters = Waiters()
         self.released = asyncio.Event()
         """Set once the fetch loop has let go."""
         self._give_up: Callable[[], None] = lambda: None
@@ -79,17 +80,14 @@ class Growing:
     @property
     def head(self) -> int:
         """Bytes that may be handed out."""
+        if not self._confirmed:
+            return 0
         return self._on_disk if self._window is None else self._window.stop
 
     @property
     def closed(self) -> bool:
         """Whether nothing more will arrive."""
         return self.verified or self.failure is not None
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether this is served without being kept."""
-        return self._window is not None
 
     def follow(self, start: int = 0) -> Follower | None:
         """Read along from ``start``; None if memory no longer holds what that would need."""
@@ -107,26 +105,17 @@ class Growing:
 
     async def progress(self, start: int) -> None:
         """Return once there are bytes at ``start``, or there will be none."""
-        future = self._loop.create_future()
-        self._waiters.append((start, future))
-        await future
+        await self._waiters.wait(start)
 
     def _wake(self) -> None:
-        waiting = self._waiters
-        self._waiters = []
-        for start, future in waiting:
-            if future.done():
-                continue  # its client has left
-            if start < self.head or self.closed:
-                future.set_result(None)
-            else:
-                self._waiters.append((start, future))
+        self._waiters.wake(self.head, self.closed)
 
     def moved(self) -> None:
         """A follower has moved on, or left: memory behind the last one can go."""
         if self._window is not None:
             self._window.slide(follower.position for follower in self.followers)
-        if not self.followers and not self.closed and (self._window or not self._keep_going):
+        unkept = self._window is not None or not self._keep_going
+        if unkept and not self.followers and not self.closed:
             self._give_up()
         self._close_if_unused()
 
@@ -156,7 +145,7 @@ class Growing:
             return Role.LEAD
         if role is Role.DONE:
             self.size = self._on_disk
-            self.verified = True
+            self.verified = self._confirmed = True
         self._wake()
         return role
 
@@ -205,6 +194,7 @@ class Growing:
         end = self._claim.length
         grown = end > self._on_disk
         self._on_disk = self.position = max(self._on_disk, end)
+        self._confirmed = True
         if self._claim.is_published:
             self.size = end
         # An empty file says nothing yet, unless empty is what was asked for.
@@ -222,6 +212,8 @@ class Growing:
         if size is not None and size < self.position:
             raise UpstreamProtocolError(f"upstream offers {size} bytes, {self.position} are here")
         self.size = size if size is not None else self.size
+        self._confirmed = True
+        self._wake()
         if self._window is not None:
             return
         try:
@@ -231,6 +223,14 @@ class Growing:
                 self._detach("full")
         except OSError as error:
             self._detach(disk.reason_of(error))
+
+    def start_over(self) -> bool:
+        """Forget what an earlier fetch left, where the upstream's answer does not fit to it."""
+        if self._confirmed or not self._on_disk:
+            return False
+        os.ftruncate(self._claim.opened(), 0)
+        self._on_disk = self.position = 0
+        return True
 
     async def feed(self, chunk: bytes) -> None:
         """Take the next bytes. Waits only for the disk, or for memory where there is no disk.
@@ -254,8 +254,7 @@ class Growing:
             raise self._broken
 
     def _backlog(self) -> int:
-        held = 0 if self._window is None else len(self._window)
-        return held + sum(map(len, self._pending))
+        return sum(map(len, self._pending)) + (len(self._window) if self._window else 0)
 
     async def finish(self) -> None:
         """The upstream has ended cleanly. Returns when the content is published, or given up.
@@ -280,8 +279,8 @@ class Growing:
             self._s.emit(Uncached(str(self.digest), disk.reason_of(error)))
             return
         await self._s.published(self.digest)
-        seconds = time.monotonic() - self._began
-        self._s.emit(Published(str(self.digest), self._on_disk, seconds))
+        took = time.monotonic() - self._began
+        self._s.emit(Published(str(self.digest), self._on_disk, took))
 
     async def fail(self, error: MirrorError) -> None:
         """End for everybody, in every process. Right bytes are kept for a resume."""
@@ -298,8 +297,8 @@ class Growing:
             self._claim.drop()  # nothing to resume, and nobody else has seen a byte
             return
         self._claim.stop_beating()
-        state = replace(self._state(), error=(error.code, error.message))
         try:
+            state = replace(self._state(), error=(error.code, error.message))
             await self._claim.write_state(state)
         except OSError as refused:
             self._s.emit(Uncached(str(self.digest), disk.reason_of(refused)))

@@ -41,11 +41,10 @@ def recover(layout: Layout, now: float, boot: str) -> Recovered:
         _write_marker(layout.root / "oci-layout")
         dropped = sum(_sweep(layout, path, now, boot) for path in layout.ingest_directories())
         _bound_quarantine(layout.root / "quarantine")
-        # Permission bits do not tell of a read-only mount, nor does root care for them.
         for path in (*layout.content_directories(), *layout.ingest_directories()):
-            probe = path / f".probe.{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            # Asked of the kernel, which knows of read-only mounts as well, and leaves no file.
+            if not os.access(path, os.W_OK | os.X_OK):
+                return Recovered(f"{path}: not writable", dropped)
     except OSError as error:
         return Recovered(f"{error.filename or layout.root}: {error.strerror}")
     return Recovered(None, dropped)
