@@ -589,3 +589,23 @@ async def test_lists_are_paged_with_links_to_us(tmp_path: Path) -> None:
 
 async def test_storage_settings_of_these_tests_are_the_defaults() -> None:
     assert Storage().reverify == 86400
+
+
+@pytest.mark.row("D10")
+async def test_a_sendfile_that_fails_cuts_the_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        await server.get(server.blob(digest))
+        loop = asyncio.get_running_loop()
+
+        async def broken(*arguments: object, **named: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "sendfile", broken)
+            with pytest.raises(aiohttp.ClientError):
+                await server.get(server.blob(digest))
+        _, _, body = await server.get(server.blob(digest))
+        assert body == DATA

@@ -58,7 +58,17 @@ def trace(tmp_path: Path, mutant: str = "") -> tuple[Path, list[tuple[str, tuple
     """The operations of a pull below a data directory, in order."""
     data, log = tmp_path / "data", tmp_path / "trace"
     tmp_path.mkdir(exist_ok=True)
-    command = [need("strace"), "-f", "-qq", "-y", "-s", "120", "-e", f"trace={CALLS}"]
+    command = [
+        need("strace"),
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-y",
+        "-s",
+        "120",
+        "-e",
+        f"trace={CALLS}",
+    ]
     driver = [sys.executable, "-m", "tests.crash_driver", str(data), *([mutant] if mutant else [])]
     done = subprocess.run(
         [*command, "-o", str(log), *driver], cwd=ROOT, capture_output=True, text=True, timeout=60

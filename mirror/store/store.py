@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Final
 
 from mirror.config import Storage
-from mirror.events import GrowingMeasured, Noted, Observer, StorageMeasured
+from mirror.events import (
+    Event,
+    GrowingMeasured,
+    Noted,
+    Observer,
+    Published,
+    StorageMeasured,
+    Uncached,
+)
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid
@@ -75,7 +83,7 @@ class Store:
             layout=layout,
             io=self._writing,
             publishing=self._publishing,
-            emit=emit,
+            emit=self._notice,
             make_room=self.evictor.make_room,
             published=self.contents.published,
             now=now,
@@ -102,6 +110,14 @@ class Store:
         if not await index.tag_records():
             await store._reseed()
         return store
+
+    def _notice(self, event: Event) -> None:
+        """Readiness tells of a disk that refuses, until it takes content again."""
+        if isinstance(event, Uncached) and event.reason in ("readonly", "io"):
+            self._unwritable = f"content could not be stored ({event.reason})"
+        elif isinstance(event, Published):
+            self._unwritable = None
+        self._emit(event)
 
     # --- growing content ----------------------------------------------------------------------
 
