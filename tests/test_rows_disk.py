@@ -79,7 +79,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
             assert right(mirror, small)
             assert right(mirror, large)
             assert right(mirror, small)
-            assert mirror.metric("oci_mirror_uncached_pulls_total") >= 1
+            assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
             fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
             assert subprocess.run(fill, capture_output=True).returncode != 0
             assert right(mirror, registry.push_large("library/app", SIZE, seed=3))
@@ -133,7 +133,7 @@ def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
         with Mirror({"docker.io": registry.url}, data_dir=data) as mirror:
             assert right(mirror, digest)
             assert right(mirror, digest)
-            assert mirror.metric("oci_mirror_uncached_pulls_total") >= 1
+            assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
             report = mirror.ask("/readyz")
             assert report.status == 200
             assert b"degraded" in report.body

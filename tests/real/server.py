@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -118,6 +119,15 @@ class Mirror(Program):
             for sample, value in self.metrics().items()
             if sample.partition("{")[0] == name and all(want in sample for want in wanted)
         )
+
+    def metric_reaches(self, value: float, name: str, **labels: str) -> bool:
+        """Whether a metric is at least ``value`` soon: some count only after the client is done."""
+        deadline = time.monotonic() + 10
+        while self.metric(name, **labels) < value:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def log(self) -> list[dict[str, Any]]:
         """Its log lines that are JSON objects, oldest first."""
