@@ -11,8 +11,9 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any, Final, TextIO
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, Final, TextIO, TypeAlias
 
 from mirror import events
 from mirror.config import Log
@@ -36,6 +37,10 @@ _LEVELS: Final = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+_NAMES: Final = {level: name for name, level in _LEVELS.items()}
+
+
+Later: TypeAlias = Callable[[Callable[[], None]], object]
 
 
 class Lines:
@@ -44,8 +49,10 @@ class Lines:
     ``logging`` is for what libraries have to say: its records cost more than an answer does.
     """
 
-    def __init__(self, settings: Log, stream: TextIO) -> None:
+    def __init__(self, settings: Log, stream: TextIO, later: Later | None = None) -> None:
         self._stream = stream
+        self._later = later
+        self._held: list[str] = []
         self._level = _LEVELS[settings.level]
         self._as_json = settings.format == "json" or (
             settings.format == "auto" and not stream.isatty()
@@ -57,36 +64,53 @@ class Lines:
         return level >= self._level
 
     def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
-        """Write one line, whatever is in it."""
-        line = self.format(time.time(), level, message, fields)
+        """Write one line, whatever is in it; ``later`` brings those of one moment out together."""
+        self._held.append(self.format(time.time(), level, message, fields))
+        if self._later is None:
+            self.flush()
+        elif len(self._held) == 1:
+            self._later(self.flush)
+
+    def flush(self) -> None:
+        """Bring out what is held back."""
+        lines, self._held = self._held, []
         try:
-            self._stream.write(line + "\n")
+            self._stream.write("".join(lines))
             self._stream.flush()
         except (OSError, ValueError):
             return
 
     def format(self, at: float, level: int, message: str, fields: Mapping[str, object]) -> str:
-        """Human-readable, or JSON; never more than one line."""
+        """Human-readable, or JSON; always exactly one line."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
-        name = logging.getLevelName(level).lower()
-        clean = {key: _clean(value) for key, value in fields.items()}
+        name = _NAMES.get(level, "info")
         if self._as_json:
-            return _ENCODE({"time": stamp, "level": name, "message": _clean(message), **clean})
-        rest = " ".join(f"{key}={_quoted(value)}" for key, value in clean.items())
-        return f"{stamp} {name:7} {_clean(message)} {rest}".rstrip()
+            record = {"time": stamp, "level": name, "message": _clean(message)}
+            for key, value in fields.items():
+                record[key] = _clean(value)
+            return _ENCODE(record) + "\n"
+        rest = " ".join(f"{key}={_quoted(_clean(value))}" for key, value in fields.items())
+        return f"{stamp} {name:7} {_clean(message)} {rest}".rstrip() + "\n"
 
 
 def _clean(value: object) -> object:
     """No control characters, no secrets, no novels."""
     if isinstance(value, str):
-        if len(value) <= _FIELD_LIMIT and value.isascii() and value.isprintable():
-            plain = "://" not in value and "uthorization" not in value.lower()
-            return value if plain else _SECRETS.sub(_mask, value)
-        return _SECRETS.sub(_mask, printable(value, _FIELD_LIMIT))
+        return _clean_text(value) if len(value) <= _FIELD_LIMIT else _mask_secrets(value)
     return round(value, 6) if isinstance(value, float) else value
+
+
+@lru_cache(4096)
+def _clean_text(text: str) -> str:
+    # Most fields say the same in every line.
+    return _mask_secrets(text)
+
+
+def _mask_secrets(text: str) -> str:
+    return _SECRETS.sub(_mask, printable(text, _FIELD_LIMIT))
 
 
 def _mask(match: re.Match[str]) -> str:
@@ -149,9 +173,14 @@ class RateLimit:
         return 0 if count < _BURST else None
 
 
-def configure_logging(settings: Log, stream: TextIO | None = None) -> Lines:
-    """Set up logging of this process, and return where lines go."""
-    lines = Lines(settings, stream or sys.stdout)
+def configure_logging(
+    settings: Log, stream: TextIO | None = None, later: Later | None = None
+) -> Lines:
+    """Set up logging of this process, and return where lines go.
+
+    ``later``: an event loop's ``call_soon``; without it each line is written at once.
+    """
+    lines = Lines(settings, stream or sys.stdout, later)
     root = logging.getLogger()
     root.handlers = [_Forward(lines)]
     root.setLevel(logging.WARNING)
@@ -170,6 +199,8 @@ class LogObserver:
     def observe(self, event: Event) -> None:
         """Write what is worth a line."""
         match event:
+            case events.PullStarted() | events.BytesSent():
+                pass
             case events.PullEnded(pull):
                 quiet = pull.kind is Kind.PING and not pull.error
                 level = logging.DEBUG if quiet else logging.INFO
@@ -210,38 +241,45 @@ class LogObserver:
 
 
 def pull_fields(pull: Pull) -> dict[str, Any]:
-    """A pull's story."""
+    """A pull's story: what there is to say of it."""
     fields: dict[str, Any] = {
         "id": pull.request_id,
         "method": pull.method,
         "kind": pull.kind.value,
         "outcome": pull.outcome.value,
         "status": pull.status,
-        "upstream": pull.upstream,
-        "repository": pull.repository,
-        "reference": pull.reference,
-        "digest": pull.digest,
-        "bytes": pull.bytes_sent,
-        "seconds": pull.duration,
-        "first_byte": pull.first_byte or 0.0,
-        "joined_at": pull.joined_at,
-        "stages": {name: round(seconds, 6) for name, seconds in _totals(pull).items()},
-        "client": pull.client,
-        "user_agent": pull.user_agent,
-        "warning": pull.warning,
-        "error": pull.error,
     }
-    if not pull.repository:
+    if pull.repository:
+        fields["upstream"], fields["repository"] = pull.upstream, pull.repository
+    else:
         fields["path"] = pull.path.partition("?")[0]
-    return {key: value for key, value in fields.items() if value not in ("", None, {})}
+    for name in ("reference", "digest"):
+        if text := getattr(pull, name):
+            fields[name] = text
+    fields["bytes"] = pull.bytes_sent
+    fields["seconds"] = pull.duration
+    fields["first_byte"] = pull.first_byte or 0.0
+    if pull.joined_at is not None:
+        fields["joined_at"] = pull.joined_at
+    if pull.stages:
+        fields["stages"] = {name: round(spent, 6) for name, spent in _totals(pull).items()}
+    for name in ("client", "user_agent", "warning", "error"):
+        if text := getattr(pull, name):
+            fields[name] = text
+    return fields
 
 
 def server_timing(pull: Pull) -> str:
     """``Server-Timing`` (W3C): the stages so far, in milliseconds."""
     totals = {**_totals(pull), "total": time.monotonic() - pull.started}
     return ", ".join(
-        f"{_TOKEN.sub('-', name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items()
+        f"{_token(name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items()
     )
+
+
+@lru_cache(64)
+def _token(name: str) -> str:
+    return _TOKEN.sub("-", name)
 
 
 def _totals(pull: Pull) -> dict[str, float]:

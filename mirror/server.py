@@ -90,7 +90,9 @@ async def work(settings: Settings, listener: socket.socket) -> int:
     # Imported here: prometheus_client looks at its environment when it is imported.
     from mirror.metrics import Metrics
 
-    log = LogObserver(configure_logging(settings.log))
+    loop = asyncio.get_running_loop()
+    lines = configure_logging(settings.log, later=loop.call_soon)
+    log = LogObserver(lines)
     metrics = Metrics(settings.upstreams)
 
     def emit(event: Event) -> None:
@@ -98,13 +100,13 @@ async def work(settings: Settings, listener: socket.socket) -> int:
         log.observe(event)
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with open_room(settings, listener, emit, metrics.render) as room:
         emit(Noted("info", "serving", (("listen", settings.listen),)))
         await stop.wait()
         await _drain(settings, room, emit)
+    lines.flush()
     return 0
 
 

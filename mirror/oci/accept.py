@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from mirror.oci.descriptor import DEFAULT_ACCEPT
@@ -20,6 +21,7 @@ _MEDIA_RANGE: Final = re.compile(
 )
 _LIMIT: Final = 64
 _LENGTH_LIMIT: Final = 4096
+_CACHED_LENGTH: Final = 1024
 
 
 def parse_accept(lines: Iterable[str]) -> tuple[str, ...]:
@@ -27,6 +29,11 @@ def parse_accept(lines: Iterable[str]) -> tuple[str, ...]:
 
     What is no media range is dropped; nothing left means :data:`DEFAULT_ACCEPT`. Never raises.
     """
+    given = tuple(lines)
+    return _remembered(given) if sum(map(len, given)) <= _CACHED_LENGTH else _parse(given)
+
+
+def _parse(lines: tuple[str, ...]) -> tuple[str, ...]:
     ranges: set[str] = set()
     budget = _LENGTH_LIMIT
     for line in lines:
@@ -39,6 +46,10 @@ def parse_accept(lines: Iterable[str]) -> tuple[str, ...]:
                 return _ordered(ranges)
             ranges.add(media_range)
     return _ordered(ranges)
+
+
+# A fleet's clients send the same few values for ever.
+_remembered: Final = lru_cache(256)(_parse)
 
 
 def _ordered(ranges: set[str]) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from typing import Final, assert_never
 
 from mirror.config import Upstream
@@ -292,6 +293,7 @@ class ManifestService:
             await self.held(repository, child.digest)
 
 
+@lru_cache(256)
 def variant_of(accept: tuple[str, ...]) -> str:
     """Names what clients accept who do not take every manifest; empty for those who do."""
     if set(accept) >= _CURRENT or not _names_types(accept):
