@@ -272,9 +272,7 @@ def pull_fields(pull: Pull) -> dict[str, Any]:
 def server_timing(pull: Pull) -> str:
     """``Server-Timing`` (W3C): the stages so far, in milliseconds."""
     totals = {**_totals(pull), "total": time.monotonic() - pull.started}
-    return ", ".join(
-        f"{_token(name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items()
-    )
+    return ", ".join(f"{_token(name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items())
 
 
 @lru_cache(64)
