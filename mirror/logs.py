@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from json.encoder import encode_basestring_ascii
 from typing import Any, Final, TextIO, TypeAlias
 
 from mirror import events
@@ -30,6 +31,8 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
+_UNIQUE: Final = frozenset({"id"})
+"""Fields that are another in each line."""
 _TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -87,26 +90,50 @@ class Lines:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _NAMES.get(level, "info")
+        pairs = [self._pair(key, value) for key, value in fields.items()]
         if self._as_json:
-            record = {"time": stamp, "level": name, "message": _clean(message)}
-            for key, value in fields.items():
-                record[key] = _clean(value)
-            return _ENCODE(record) + "\n"
-        rest = " ".join(f"{key}={_quoted(_clean(value))}" for key, value in fields.items())
-        return f"{stamp} {name:7} {_clean(message)} {rest}".rstrip() + "\n"
+            head = f'{{"time":"{stamp}","level":"{name}"'
+            return ",".join((head, self._pair("message", message), *pairs)) + "}\n"
+        return " ".join((f"{stamp} {name:7} {_clean(message)}", *pairs)).rstrip() + "\n"
+
+    def _pair(self, key: str, value: object) -> str:
+        """A field with its name, as this format writes it."""
+        if type(value) is str and key not in _UNIQUE and len(value) <= _FIELD_LIMIT:
+            return _text_pair(key, value, self._as_json)
+        return _any_pair(key, value, self._as_json)
+
+
+def _any_pair(key: str, value: object, as_json: bool) -> str:
+    if as_json:
+        return f'"{key}":{_encoded(value)}'
+    return f"{key}={_quoted(_clean(value))}"
+
+
+# Most fields say the same in every line.
+_text_pair: Final = lru_cache(4096)(_any_pair)
+
+
+def _encoded(value: object) -> str:
+    """JSON (RFC 8259); the standard encoder takes longer than the answer that the line is about."""
+    match value:
+        case float():
+            return f"{value:.6f}"
+        case bool() | None:
+            return _ENCODE(value)
+        case int():
+            return repr(value)
+        case dict():
+            pairs = [f"{encode_basestring_ascii(k)}:{_encoded(v)}" for k, v in value.items()]
+            return "{" + ",".join(pairs) + "}"
+    return encode_basestring_ascii(str(_clean(value)))
 
 
 def _clean(value: object) -> object:
     """No control characters, no secrets, no novels."""
     if isinstance(value, str):
-        return _clean_text(value) if len(value) <= _FIELD_LIMIT else _mask_secrets(value)
+        plain = len(value) <= _FIELD_LIMIT and value.isascii() and value.isalnum()
+        return value if plain else _mask_secrets(value)
     return round(value, 6) if isinstance(value, float) else value
-
-
-@lru_cache(4096)
-def _clean_text(text: str) -> str:
-    # Most fields say the same in every line.
-    return _mask_secrets(text)
 
 
 def _mask_secrets(text: str) -> str:
@@ -262,7 +289,7 @@ def pull_fields(pull: Pull) -> dict[str, Any]:
     if pull.joined_at is not None:
         fields["joined_at"] = pull.joined_at
     if pull.stages:
-        fields["stages"] = {name: round(spent, 6) for name, spent in _totals(pull).items()}
+        fields["stages"] = _totals(pull)
     for name in ("client", "user_agent", "warning", "error"):
         if text := getattr(pull, name):
             fields[name] = text
