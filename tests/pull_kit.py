@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mirror.config import Settings, Storage, Upstream
-from mirror.events import Event, Kind, Pull
+from mirror.events import Event, Kind, Outcome, Pull
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, ManifestUnknown, MirrorError, NameUnknown
@@ -21,6 +21,11 @@ from mirror.pull.flights import Flights
 from mirror.pull.service import PullService
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
+from tests.store_kit import read
+
+REPO = Repository("docker.io", "library/app")
+OTHER = Repository("docker.io", "library/other")
+TAG = Tag("1.0")
 
 
 @dataclass
@@ -272,3 +277,30 @@ async def pull_kit(
 def a_pull() -> Pull:
     """The record of a request that a test makes."""
     return Pull("test", "GET", "/")
+
+
+def upstream(**changes: object) -> Upstream:
+    """Settings of an upstream that is in memory."""
+    return Upstream.model_validate({"endpoints": ("http://memory",), **changes})
+
+
+async def manifest(
+    kit: PullKit, reference: Reference = TAG, repository: Repository = REPO, head: bool = False
+) -> tuple[Digest, Outcome]:
+    """Ask for a manifest: which one came, and how."""
+    pull = a_pull()
+    answer = await kit.service.manifest(repository, reference, (), pull, head=head)
+    return answer.digest, pull.outcome
+
+
+async def blob(
+    kit: PullKit, digest: Digest, repository: Repository = REPO
+) -> tuple[bytes, Outcome]:
+    """Ask for a blob: its bytes, and how they came."""
+    pull = a_pull()
+    answer = await kit.service.blob(repository, digest, pull, head=False)
+    assert answer.reader
+    try:
+        return await read(answer.reader), pull.outcome
+    finally:
+        answer.reader.close()

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.config import Upstream
+from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     Denied,
     DigestMismatch,
@@ -19,7 +20,20 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.pull.freshness import Ask, Fail, Fresh, Refuse, Stale, after_failure, decide
+from mirror.pull.freshness import (
+    PATIENCE,
+    PROVEN_FOR,
+    Ask,
+    Fail,
+    Fresh,
+    Refuse,
+    Stale,
+    after_failure,
+    decide,
+    decide_reading,
+    patience,
+)
+from mirror.store.records import Membership
 
 
 def upstream(**changes: object) -> Upstream:
@@ -77,3 +91,39 @@ def test_a_failure_is_bridged_by_what_is_held(error: MirrorError) -> None:
 @pytest.mark.parametrize("error", [ManifestUnknown("404"), Denied("403"), Unauthorized("401")])
 def test_a_no_is_an_answer(error: MirrorError) -> None:
     assert after_failure(error, upstream(), held=True) == Fail()
+
+
+NOW = 2_000_000_000.0
+
+
+def known(left: float | None) -> Membership:
+    """A membership that is believed for so many seconds more."""
+    until = None if left is None else NOW + left
+    return Membership(Digest.of(b"x"), "blob", "", 1, None, until)
+
+
+@pytest.mark.parametrize(
+    ("membership", "expected"),
+    [
+        (None, Ask()),
+        (known(None), Fresh()),
+        (known(PROVEN_FOR), Fresh()),
+        (known(0), Fresh()),
+        (known(-1), Ask()),
+        pytest.param(known(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+        pytest.param(known(365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+    ],
+    ids=["unknown", "for good", "new", "its last second", "over", "a year", "a year ahead"],
+)
+def test_who_may_read(membership: Membership | None, expected: object) -> None:
+    assert decide_reading(membership, upstream(), NOW) == expected
+    assert decide_reading(membership, upstream(pull_policy="Always", tag_ttl=0), NOW) == expected
+    # where nothing may be asked, what was once granted holds
+    never = Refuse() if membership is None else Fresh()
+    assert decide_reading(membership, upstream(pull_policy="Never"), NOW) == never
+
+
+def test_patience_is_for_what_can_stand_in() -> None:
+    assert patience(upstream(), held=True) == PATIENCE
+    assert patience(upstream(), held=False) is None
+    assert patience(upstream(serve_stale=False), held=True) is None

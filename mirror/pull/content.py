@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, assert_never
 
-from mirror.config import Settings
+from mirror.config import Settings, Upstream
 from mirror.events import Kind, Observer, Outcome, Pull
+from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
@@ -27,6 +28,7 @@ from mirror.oci.errors import (
     Unauthorized,
 )
 from mirror.oci.reference import Repository
+from mirror.pull import freshness
 from mirror.pull.fetch import Source, fetch
 from mirror.pull.flights import Flights
 from mirror.pull.recent import Recent
@@ -38,8 +40,8 @@ from mirror.store.records import Membership
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
-PROVEN_FOR: Final = 86400.0
-"""Seconds for which an upstream's word that a repository has a blob is believed."""
+_NO: Final = (NotFound, Denied, Unauthorized)
+"""What an upstream says of a repository: it does not have it, or not for us."""
 _SUSPECTED_FOR: Final = 600.0
 _UNKNOWN: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
@@ -73,35 +75,47 @@ class ContentService:
     async def membership(
         self, repository: Repository, digest: Digest, kind: Kind
     ) -> Membership | None:
-        """What is known of ``digest`` in ``repository``, if it is of that kind and still valid."""
+        """What is known of ``digest`` in ``repository``, if it is of that kind, however old."""
         known = await self.store.index.membership(repository, digest)
-        if known is None or known.kind != kind.value:
-            return None
-        if known.until is not None and self.now() > known.until:
-            return None
-        return known
+        return known if known is not None and known.kind == kind.value else None
 
-    async def prove(self, repository: Repository, digest: Digest, kind: Kind) -> int | None:
+    def believes(self, repository: Repository, known: Membership | None) -> bool:
+        """Whether ``repository`` may be read without a question, for what is known."""
+        decision = freshness.decide_reading(known, self.upstream(repository), self.now())
+        return isinstance(decision, freshness.Fresh)
+
+    async def prove(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        accept: tuple[str, ...] = (),
+        patience: float | None = None,
+    ) -> int | None:
         """Ask the upstream whether ``repository`` has ``digest``; returns the size if it says so.
 
         Raises what the upstream says: ``NotFound``, ``Denied``, an ``UpstreamError``.
         """
         await self.raise_if_negative(repository, digest, kind)
         flight = self.flights.join(
-            ("prove", repository, digest, kind), lambda: self._ask(repository, digest, kind)
+            ("prove", repository, digest, kind),
+            lambda: self._ask(repository, digest, kind, accept),
         )
-        return await flight.outcome()
+        return await flight.outcome(patience)
 
-    async def _ask(self, repository: Repository, digest: Digest, kind: Kind) -> int | None:
+    async def _ask(
+        self, repository: Repository, digest: Digest, kind: Kind, accept: tuple[str, ...]
+    ) -> int | None:
         registry = self.registries[repository.upstream]
         media_type = ""
         try:
             if kind is Kind.MANIFEST:
-                head = await registry.head_manifest(repository, digest, ())
+                wanted = tuple(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
+                head = await registry.head_manifest(repository, digest, wanted)
                 size, media_type = head.size, head.media_type
             else:
                 size = await registry.head_blob(repository, digest)
-        except NotFound as error:
+        except _NO as error:
             await self.withdraw(repository, digest, kind, error)
             raise
         await self._grant(repository, digest, kind, media_type, size)
@@ -110,17 +124,19 @@ class ContentService:
     async def _grant(
         self, repository: Repository, digest: Digest, kind: Kind, media_type: str, size: int | None
     ) -> None:
-        until = self.now() + PROVEN_FOR
+        until = self.now() + freshness.PROVEN_FOR
         membership = Membership(digest, kind.value, media_type, size, None, until)
         await self.store.index.put_memberships(repository, [membership])
 
     async def withdraw(
-        self, repository: Repository, digest: Digest, kind: Kind, error: NotFound
+        self, repository: Repository, digest: Digest, kind: Kind, error: MirrorError
     ) -> None:
-        """The upstream says that ``repository`` does not have it: believed at once, and briefly."""
+        """The upstream says no: what it once granted has ended; a 404 is believed for a while."""
         await self.store.index.withdraw(repository, digest)
-        ttl = self.settings.upstreams[repository.upstream].negative_ttl
-        await self.store.index.put_negative(_negative(repository, digest, kind), error.message, ttl)
+        if isinstance(error, NotFound):
+            ttl = self.upstream(repository).negative_ttl
+            key = _negative(repository, digest, kind)
+            await self.store.index.put_negative(key, error.message, ttl)
 
     async def raise_if_negative(self, repository: Repository, digest: Digest, kind: Kind) -> None:
         """Raises ``NotFound`` if the upstream said so a moment ago."""
@@ -128,56 +144,94 @@ class ContentService:
         if message is not None:
             raise _UNKNOWN[kind](message)
 
+    def upstream(self, repository: Repository) -> Upstream:
+        """How the upstream of ``repository`` is configured."""
+        return self.settings.upstreams[repository.upstream]
+
     def may_ask(self, repository: Repository) -> bool:
         """Whether the policy allows to ask the upstream at all."""
-        return self.settings.upstreams[repository.upstream].pull_policy != "Never"
+        return self.upstream(repository).pull_policy != "Never"
 
     # --- content ------------------------------------------------------------------------------
 
     async def head(self, repository: Repository, digest: Digest, pull: Pull) -> int | None:
         """The size of a blob, for a ``HEAD``: from here if it is here, else the upstream's word."""
-        known = await self.membership(repository, digest, Kind.BLOB)
-        if known is not None:
-            reader = await self.store.contents.find(digest, known.size)
-            if reader is not None:
-                pull.outcome = Outcome.HIT
-                reader.close()
-                return reader.size
+        whole = await self.whole(repository, digest, Kind.BLOB, pull)
+        if whole is not None:
+            whole.close()
+            return whole.size
         if not self.may_ask(repository):
             raise BlobUnknown("not in the cache, and the policy is Never")
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
             return await self.prove(repository, digest, Kind.BLOB)
 
-    async def open(self, repository: Repository, digest: Digest, kind: Kind, pull: Pull) -> Reader:
+    async def whole(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        pull: Pull,
+        accept: tuple[str, ...] = (),
+    ) -> Reader | None:
+        """Content that is here, for a repository that may read it; None if it is not here.
+
+        Raises what stands against it. The caller closes the reader.
+        """
+        return (await self._look(repository, digest, kind, pull, accept))[1]
+
+    async def _look(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        pull: Pull,
+        accept: tuple[str, ...],
+    ) -> tuple[Membership | None, Reader | None]:
+        with pull.stage("index"):
+            known = await self.membership(repository, digest, kind)
+            whole = await self.store.contents.find(digest, known.size if known else None)
+        if whole is not None:
+            believed = self.believes(repository, known)
+            pull.outcome = Outcome.HIT if believed else Outcome.REVALIDATED
+            try:
+                await self._authorise(repository, digest, kind, known, pull, accept)
+            except BaseException:
+                whole.close()
+                raise
+        return known, whole
+
+    async def open(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        pull: Pull,
+        accept: tuple[str, ...] = (),
+    ) -> Reader:
         """Content for reading: whole, ageing or growing. The caller closes the reader.
 
         Returns once the first byte can be read, so that a failure before it is still an error and
         not a broken answer. Raises ``NotFound`` and what the upstream's failure is.
         """
-        with pull.stage("index"):
-            known = await self.membership(repository, digest, kind)
-            whole = await self.store.contents.find(digest, known.size if known else None)
+        known, whole = await self._look(repository, digest, kind, pull, accept)
         if whole is not None:
-            try:
-                await self._authorise(repository, digest, kind, known, pull)
-            except BaseException:
-                whole.close()
-                raise
             return whole
         if not self.may_ask(repository):
             raise _UNKNOWN[kind]("not in the cache, and the policy is Never")
-        await self.raise_if_negative(repository, digest, kind)
+        if known is None:
+            # What is known was learned after any 404, which would have withdrawn it.
+            await self.raise_if_negative(repository, digest, kind)
         try:
-            return await self._follow(repository, digest, kind, known, pull)
+            return await self._follow(repository, digest, kind, known, pull, accept)
         except (DigestMismatch, ContentLost):
             # Nothing has been sent yet, and the next fetch avoids who sent wrong bytes.
-            return await self._follow(repository, digest, kind, known, pull)
-        except (NotFound, Denied, Unauthorized):
+            return await self._follow(repository, digest, kind, known, pull, accept)
+        except _NO:
             if pull.outcome is not Outcome.JOIN:
                 raise
             # It was said of the repository that the fetch asked through; this may be another.
-            return await self._follow(repository, digest, kind, known, pull)
+            return await self._follow(repository, digest, kind, known, pull, accept)
 
     async def _authorise(
         self,
@@ -186,15 +240,32 @@ class ContentService:
         kind: Kind,
         known: Membership | None,
         pull: Pull,
+        accept: tuple[str, ...],
     ) -> None:
-        pull.outcome = Outcome.HIT
-        if known is not None:
-            return
-        if not self.may_ask(repository):
-            raise _UNKNOWN[kind]("not known in this repository, and the policy is Never")
-        pull.outcome = Outcome.REVALIDATED
-        with pull.stage("upstream"):
-            await self.prove(repository, digest, kind)
+        """Return if ``repository`` may read ``digest``; raise what stands against it.
+
+        An upstream that cannot be asked takes away nothing that it once granted.
+        """
+        upstream = self.upstream(repository)
+        match freshness.decide_reading(known, upstream, self.now()):
+            case freshness.Fresh():
+                return
+            case freshness.Refuse():
+                raise _UNKNOWN[kind]("not known in this repository, and the policy is Never")
+            case freshness.Ask():
+                pass
+            case unknown:
+                assert_never(unknown)
+        held = known is not None
+        try:
+            with pull.stage("upstream"):
+                patience = freshness.patience(upstream, held=held)
+                await self.prove(repository, digest, kind, accept, patience)
+        except MirrorError as error:
+            fallback = freshness.after_failure(error, upstream, held=held)
+            if isinstance(fallback, freshness.Fail):
+                raise
+            pull.outcome, pull.warning = Outcome.STALE, fallback.why
 
     async def _follow(
         self,
@@ -203,29 +274,34 @@ class ContentService:
         kind: Kind,
         known: Membership | None,
         pull: Pull,
+        accept: tuple[str, ...],
     ) -> Follower:
         growing = self.store.growing.get(digest)
         follower = growing.follow() if growing is not None and not growing.closed else None
         pull.outcome = Outcome.JOIN
         if follower is None or growing is None:
             pull.outcome = Outcome.MISS
-            growing, follower = self._start(repository, digest, kind, known)
+            growing, follower = self._start(repository, digest, kind, known, accept)
         else:
             pull.joined_at = growing.head
         try:
             with pull.stage("wait"):
                 await follower.wait(0, 1)
             # The fetch is proof for the repository it asks through, and for no other.
-            if known is None and repository not in self._proven.get(growing, ()):
-                with pull.stage("upstream"):
-                    await self.prove(repository, digest, kind)
+            if repository not in self._proven.get(growing, ()):
+                await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
             follower.close()
             raise
         return follower
 
     def _start(
-        self, repository: Repository, digest: Digest, kind: Kind, known: Membership | None
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        known: Membership | None,
+        accept: tuple[str, ...],
     ) -> tuple[Growing, Follower]:
         growing = self.store.grow(digest)
         follower = growing.follow()
@@ -235,7 +311,7 @@ class ContentService:
             repository,
             digest,
             kind,
-            accept=(known.media_type, "*/*") if known is not None and known.media_type else (),
+            accept=(known.media_type, *accept) if known and known.media_type else accept,
             expected_size=known.size if known is not None else None,
             avoid=self._suspects.get(digest) or (),
         )
@@ -243,7 +319,7 @@ class ContentService:
 
         async def answered(stream: ContentStream) -> None:
             proven.add(repository)
-            if known is None:
+            if not self.believes(repository, known):
                 await self._grant(repository, digest, kind, stream.media_type, stream.total)
 
         def suspect(endpoint: str) -> None:
@@ -252,7 +328,7 @@ class ContentService:
         async def work() -> None:
             try:
                 await fetch(growing, source, self.emit, answered, suspect)
-                if isinstance(growing.failure, NotFound):
+                if isinstance(growing.failure, _NO):
                     await self.withdraw(repository, digest, kind, growing.failure)
             finally:
                 self.store.grown(growing)

@@ -1,16 +1,23 @@
-"""May a cached tag be served as it is: pure functions of (record, policy, now, upstream answer).
+"""May what is cached be served as it is: pure functions of (record, policy, now, upstream answer).
 
 Lives here: ``pull_policy``, ``tag_ttl`` and ``serve_stale``, as typed decisions (the terms are
-those of Kubernetes' image pull policy and of RFC 9111). Must not know: I/O.
+those of Kubernetes' image pull policy and of RFC 9111), about tags and about who may read what.
+Must not know: I/O.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from mirror.config import Upstream
 from mirror.oci.errors import MirrorError, UpstreamError
+from mirror.store.records import Membership
+
+PROVEN_FOR: Final = 86400.0
+"""Seconds for which an upstream's word that a repository has a digest is believed unasked."""
+PATIENCE: Final = 5.0
+"""Seconds that an upstream may take to confirm what is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,26 @@ def decide(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
         case "IfNotPresent":
             fresh = confirmed is not None and 0 <= now - confirmed < upstream.tag_ttl
             return Fresh() if fresh else Ask()
+
+
+def decide_reading(known: Membership | None, upstream: Upstream, now: float) -> Decision:
+    """What content needs before it is read through a repository; ``known`` says why it may be.
+
+    What a manifest that was pulled through the repository refers to is known for good; the
+    upstream's word for it ends. It was given at most :data:`PROVEN_FOR` before its end: one that
+    ends later was given by a clock that ran ahead.
+    """
+    if upstream.pull_policy == "Never":
+        return Fresh() if known is not None else Refuse()
+    if known is None:
+        return Ask()
+    believed = known.until is None or 0 <= known.until - now <= PROVEN_FOR
+    return Fresh() if believed else Ask()
+
+
+def patience(upstream: Upstream, *, held: bool) -> float | None:
+    """Seconds to wait for an upstream; None (as long as it takes) where nothing may stand in."""
+    return PATIENCE if held and upstream.serve_stale else None
 
 
 def after_failure(error: MirrorError, upstream: Upstream, *, held: bool) -> Fallback:

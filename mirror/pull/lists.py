@@ -27,7 +27,7 @@ from mirror.oci.reference import Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.answers import TagsAnswer
 from mirror.pull.content import ContentService
-from mirror.pull.manifests import ManifestService
+from mirror.pull.manifests import ManifestService, parsed_beside
 
 Question: TypeAlias = Callable[[], Awaitable[str]]
 _FRESH: Final = 60.0
@@ -56,7 +56,7 @@ class ListService:
         page = min(count or PAGE, PAGE)
         key = f"tags {repository} {page} {last or ''}"
         text = await self._cached(
-            key, repository, pull, lambda: self._ask_tags(repository, page, last)
+            key, repository, pull, lambda: self._ask_tags(key, repository, page, last)
         )
         if text is not None:
             document = json.loads(text)
@@ -67,9 +67,17 @@ class ListService:
         after = [name for name in known if last is None or name > last]
         return TagsAnswer(tuple(after[:page]), len(after) > page)
 
-    async def _ask_tags(self, repository: Repository, page: int, last: str | None) -> str:
+    async def _ask_tags(self, key: str, repository: Repository, page: int, last: str | None) -> str:
+        message = await self._index.negative(key)
+        if message is not None:
+            raise NameUnknown(message)
         registry = self._content.registries[repository.upstream]
-        found = await registry.list_tags(repository, page, last)
+        try:
+            found = await registry.list_tags(repository, page, last)
+        except NotFound as error:
+            ttl = self._content.upstream(repository).negative_ttl
+            await self._index.put_negative(key, error.message, ttl)
+            raise
         return json.dumps({"tags": found.tags, "more": found.more})
 
     async def referrers(
@@ -85,8 +93,14 @@ class ListService:
             pull,
             lambda: self._ask_referrers(repository, digest, pull),
         )
-        body = base64.b64decode(text) if text is not None else referrers_index(())
-        return filter_referrers(body, artifact_type) if artifact_type else body
+        if text is not None:
+            body = base64.b64decode(text)
+        else:
+            # The policy is Never: what was pulled by the schema's tag is here all the same.
+            body = await self._by_tag_schema(repository, digest, pull)
+        if artifact_type is None:
+            return body
+        return await parsed_beside(filter_referrers, body, artifact_type)
 
     async def _ask_referrers(self, repository: Repository, digest: Digest, pull: Pull) -> str:
         registry = self._content.registries[repository.upstream]
@@ -94,7 +108,7 @@ class ListService:
         try:
             found = await registry.referrers(repository, digest, None)
             if found is not None:
-                parse_manifest(found.body, OCI_INDEX)
+                await parsed_beside(parse_manifest, found.body, OCI_INDEX)
                 body = found.body
             else:
                 body = await self._by_tag_schema(repository, digest, pull)
@@ -104,7 +118,10 @@ class ListService:
 
     async def _by_tag_schema(self, repository: Repository, digest: Digest, pull: Pull) -> bytes:
         tag = Tag.parse(referrers_tag(digest))
-        answer = await self._manifests.by_tag(repository, tag, DEFAULT_ACCEPT, pull, head=False)
+        try:
+            answer = await self._manifests.by_tag(repository, tag, DEFAULT_ACCEPT, pull, head=False)
+        except NotFound:
+            return referrers_index(())
         if answer.body is None or answer.media_type != OCI_INDEX:
             return referrers_index(())
         return answer.body
@@ -113,7 +130,7 @@ class ListService:
         self, key: str, repository: Repository, pull: Pull, ask: Question
     ) -> str | None:
         """The list as text; None where it is not known and may not be asked for."""
-        upstream = self._content.settings.upstreams[repository.upstream]
+        upstream = self._content.upstream(repository)
         now = self._content.now()
         cached = await self._index.cached_list(key)
         at, text = _unpack(cached)
@@ -128,7 +145,8 @@ class ListService:
             pull.outcome = Outcome.MISS if text is None else Outcome.REVALIDATED
             with pull.stage("upstream"):
                 flight = self._content.flights.join(("list", key), ask)
-                fresh = await flight.outcome()
+                patience = freshness.patience(upstream, held=text is not None)
+                fresh = await flight.outcome(patience)
         except MirrorError as error:
             fallback = freshness.after_failure(error, upstream, held=text is not None)
             if isinstance(fallback, freshness.Fail):

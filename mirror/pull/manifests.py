@@ -10,15 +10,15 @@ asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
 
 from mirror.config import Upstream
 from mirror.events import Kind, Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
-    Manifest,
     parse_manifest,
     sniff_media_type,
 )
@@ -29,15 +29,15 @@ from mirror.pull import freshness
 from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.recent import Recent
-from mirror.store.reader import read_all
+from mirror.store.reader import Reader, read_all
 from mirror.store.records import Membership, TagRecord, confirm, members_of
 from mirror.upstream.api import ManifestHead
+
+T = TypeVar("T")
 
 _CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _REMEMBERED: Final = 32 * 1024 * 1024
 _PARSED_INLINE: Final = 128 * 1024
-_PATIENCE: Final = 5.0
-"""Seconds that an upstream may take to confirm what is held."""
 _LIFETIME: Final = 1.0
 """Seconds that one worker process may be behind another."""
 _RECENCY_STEP: Final = 60.0
@@ -67,7 +67,13 @@ class ManifestService:
     # --- by digest ------------------------------------------------------------------------------
 
     async def by_digest(
-        self, repository: Repository, digest: Digest, pull: Pull, *, head: bool
+        self,
+        repository: Repository,
+        digest: Digest,
+        accept: tuple[str, ...],
+        pull: Pull,
+        *,
+        head: bool,
     ) -> ManifestAnswer:
         """A manifest by digest; never asks the upstream once it is cached.
 
@@ -77,58 +83,64 @@ class ManifestService:
         if held is not None:
             pull.outcome = Outcome.HIT
             return held
-        if head and self._content.may_ask(repository):
-            answer = await self._head_by_digest(repository, digest, pull)
-            if answer is not None:
-                return answer
-        reader = await self._content.open(repository, digest, Kind.MANIFEST, pull)
+        reader: Reader | None = None
+        if head:
+            reader = await self._content.whole(repository, digest, Kind.MANIFEST, pull, accept)
+            if reader is None and self._content.may_ask(repository):
+                answer = await self._head_by_digest(repository, digest, accept, pull)
+                if answer is not None:
+                    return answer
+        if reader is None:
+            reader = await self._content.open(repository, digest, Kind.MANIFEST, pull, accept)
         try:
             with pull.stage("fetch"):
                 body = await read_all(reader, MANIFEST_LIMIT)
         finally:
             reader.close()
-        return await self._accept(repository, digest, body)
+        return await self._accept(repository, digest, body, pull)
 
     async def held(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
-        """A manifest that is here and known to belong to ``repository``."""
+        """A manifest that is here, and may be read through ``repository`` without a question."""
         answer = self.remembered(repository, digest)
         if answer is not None:
             return answer
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
-        if known is None:
+        if known is None or not self._content.believes(repository, known):
             return None
         body = await self._content.store.contents.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         media_type = known.media_type or sniff_media_type(body)
+        parsed = await parsed_beside(parse_manifest, body, media_type)
         return self._remember(
-            repository,
-            ManifestAnswer(digest, media_type, len(body), body, await _parse(body, media_type)),
+            repository, ManifestAnswer(digest, media_type, len(body), body, parsed)
         )
 
     async def _head_by_digest(
-        self, repository: Repository, digest: Digest, pull: Pull
+        self, repository: Repository, digest: Digest, accept: tuple[str, ...], pull: Pull
     ) -> ManifestAnswer | None:
         """A ``HEAD`` on a miss stays a ``HEAD``; None if its answer does not say enough."""
         pull.outcome = Outcome.MISS
-        await self._content.raise_if_negative(repository, digest, Kind.MANIFEST)
         with pull.stage("upstream"):
-            size = await self._content.prove(repository, digest, Kind.MANIFEST)
+            size = await self._content.prove(repository, digest, Kind.MANIFEST, accept)
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
         if size is None or known is None or not known.media_type:
             return None
         return ManifestAnswer(digest, known.media_type, size, None)
 
-    async def _accept(self, repository: Repository, digest: Digest, body: bytes) -> ManifestAnswer:
+    async def _accept(
+        self, repository: Repository, digest: Digest, body: bytes, pull: Pull
+    ) -> ManifestAnswer:
         """Take what a manifest that was pulled through ``repository`` says of its parts."""
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
         media_type = known.media_type if known is not None else ""
         media_type = media_type or sniff_media_type(body)
-        parsed = await _parse(body, media_type)
-        root = Membership(digest, "manifest", media_type, len(body), None, None)
-        parts = [root, *members_of(root, parsed)]
-        await self._index.put_memberships(repository, parts)
+        parsed = await parsed_beside(parse_manifest, body, media_type)
         answer = ManifestAnswer(digest, media_type, len(body), body, parsed)
+        if pull.outcome is Outcome.STALE:
+            return answer  # nobody has confirmed it: the next one asks again
+        root = Membership(digest, "manifest", media_type, len(body), None, None)
+        await self._index.put_memberships(repository, [root, *members_of(root, parsed)])
         return self._remember(repository, answer)
 
     def _remember(self, repository: Repository, answer: ManifestAnswer) -> ManifestAnswer:
@@ -152,7 +164,7 @@ class ManifestService:
         Raises ``ManifestUnknown`` and the upstream's other answers, or its failure where nothing
         that is held may stand in for it.
         """
-        upstream = self._content.settings.upstreams[repository.upstream]
+        upstream = self._content.upstream(repository)
         with pull.stage("index"):
             record, held = await self._look_up(repository, tag, accept)
         confirmed = record.confirmed if record is not None and held is not None else None
@@ -174,9 +186,19 @@ class ManifestService:
         record, held = await self._look_up_variant(repository, tag, "")
         variant = variant_of(accept)
         # A registry may answer an old client with another manifest than the one held here.
-        if not variant or (held is not None and accepts(accept, held.media_type)):
+        fits = record is not None and held is not None and accepts(accept, held.media_type)
+        if not variant or (fits and self._is_fresh(repository, record)):
             return record, held
-        return await self._look_up_variant(repository, tag, variant)
+        own, theirs = await self._look_up_variant(repository, tag, variant)
+        if fits and not (theirs is not None and self._is_fresh(repository, own)):
+            return record, held
+        return own, theirs
+
+    def _is_fresh(self, repository: Repository, record: TagRecord | None) -> bool:
+        confirmed = record.confirmed if record is not None else None
+        upstream = self._content.upstream(repository)
+        decision = freshness.decide(confirmed, upstream, self._content.now())
+        return isinstance(decision, freshness.Fresh)
 
     async def _look_up_variant(
         self, repository: Repository, tag: Tag, variant: str
@@ -201,8 +223,8 @@ class ManifestService:
     ) -> ManifestAnswer:
         try:
             with pull.stage("resolve"):
-                patient = held is None or not upstream.serve_stale
-                found = await self._resolve(repository, tag, accept, patient=patient)
+                patience = freshness.patience(upstream, held=held is not None)
+                found = await self._resolve(repository, tag, accept, patience)
             if held is not None and held.digest == found.digest:
                 pull.outcome = Outcome.REVALIDATED
                 return held
@@ -211,7 +233,7 @@ class ManifestService:
                 present = await self.held(repository, found.digest)
                 pull.outcome = Outcome.REVALIDATED if present else Outcome.MISS
                 return present or ManifestAnswer(found.digest, found.media_type, found.size, None)
-            answer = await self.by_digest(repository, found.digest, pull, head=head)
+            answer = await self.by_digest(repository, found.digest, accept, pull, head=head)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
             return answer
@@ -227,7 +249,7 @@ class ManifestService:
                     assert_never(unknown)
 
     async def _resolve(
-        self, repository: Repository, tag: Tag, accept: tuple[str, ...], *, patient: bool
+        self, repository: Repository, tag: Tag, accept: tuple[str, ...], patience: float | None
     ) -> ManifestHead:
         """What the upstream says that a tag is, now; one question for all who ask at once.
 
@@ -242,7 +264,7 @@ class ManifestService:
         flight = self._flights.join(
             ("resolve", key), lambda: self._resolve_now(repository, tag, asked, key)
         )
-        return await flight.outcome(None if patient else _PATIENCE)
+        return await flight.outcome(patience)
 
     async def _resolve_now(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str
@@ -255,7 +277,7 @@ class ManifestService:
                 await self._content.keep(body.digest, body.body)
                 found = ManifestHead(body.digest, body.media_type, len(body.body))
         except NotFound as error:
-            ttl = self._content.settings.upstreams[repository.upstream].negative_ttl
+            ttl = self._content.upstream(repository).negative_ttl
             await self._index.put_negative(key, error.message, ttl)
             raise
         assert found.digest is not None
@@ -305,12 +327,12 @@ def _names_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-async def _parse(body: bytes, media_type: str) -> Manifest:
-    """Large manifests are parsed in a thread: 4 MiB take longer than the event loop may."""
+async def parsed_beside(parse: Callable[[bytes, str], T], body: bytes, what: str) -> T:
+    """``parse(body, what)``, in a thread where 4 MiB take longer than the event loop may."""
     if len(body) <= _PARSED_INLINE:
-        return parse_manifest(body, media_type)
+        return parse(body, what)
     loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, parse_manifest, body, media_type)
+    return await loop.run_in_executor(None, parse, body, what)
 
 
 def accepts(accept: tuple[str, ...], media_type: str) -> bool:

@@ -29,8 +29,7 @@ class PullService:
 
     def _admit(self, repository: Repository, pull: Pull) -> Digest | None:
         """Raises :class:`Denied`; returns the digest that is to be served instead, if any."""
-        upstream = self._content.settings.upstreams[repository.upstream]
-        match admission.admit(repository, upstream):
+        match admission.admit(repository, self._content.upstream(repository)):
             case admission.Serve():
                 return None
             case admission.Instead(digest):
@@ -53,7 +52,7 @@ class PullService:
         """A manifest by tag or digest."""
         reference = self._admit(repository, pull) or reference
         if isinstance(reference, Digest):
-            return await self._manifests.by_digest(repository, reference, pull, head=head)
+            return await self._manifests.by_digest(repository, reference, accept, pull, head=head)
         return await self._manifests.by_tag(repository, reference, accept, pull, head=head)
 
     async def blob(
