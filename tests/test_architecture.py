@@ -45,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
 
 # What only some may import: the third party -> modules, by prefix.
 KEEPERS: dict[str, tuple[str, ...]] = {
-    "diskcache": ("mirror.store.index",),
+    "diskcache": ("mirror.store.rows",),
     "prometheus_client": ("mirror.metrics",),
     "pydantic": ("mirror.config",),
     "aiohttp": ("mirror.web", "mirror.upstream", "mirror.server"),

@@ -37,7 +37,7 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     await index.put_tag(record)
     await index.put_memberships(REPO, [Membership(ONE, "manifest", "a/b", 3, None, None)])
     await index.set_verified([(ONE, 5.0)])
-    await index.pin(ONE)
+    await index.pin([ONE])
     await index.close()
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) == record
@@ -52,7 +52,7 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
     await index.withdraw(REPO, ONE)
-    await index.pin(ONE, pinned=False)
+    await index.pin([ONE], pinned=False)
     assert await index.membership(REPO, ONE) is None
     assert await index.pinned() == set()
     await index.close()
@@ -82,7 +82,7 @@ async def test_a_planted_pickle_is_refused_and_never_unpickled(tmp_path: Path) -
 async def test_a_busy_database_fails_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.store.index._BUSY", 0.1)
+    monkeypatch.setattr("mirror.store.rows._BUSY", 0.1)
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))

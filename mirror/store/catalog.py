@@ -118,6 +118,10 @@ class Catalog:
             os.close(fd)
         return False
 
+    def holds(self, digest: Digest) -> bool:
+        """Whether this content was there when somebody last looked."""
+        return digest.hex in self._sizes.get(digest.algorithm, ())
+
     def entries(self, now: float) -> list[Entry]:
         """All content with its recency; one in the future (a clock was set back) is ``now``."""
         entries = []

@@ -108,6 +108,8 @@ class Evictor:
         Never raises for a disk that refuses: then there is no room.
         """
         pinned = await self._index.pinned()
+        if pinned is None:
+            return False  # anything may be pinned
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._executor, self._make_room, need, pinned)

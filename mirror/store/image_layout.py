@@ -8,40 +8,52 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from typing import Any, Final
 
-from mirror.oci.descriptor import OCI_INDEX
+from mirror.oci.descriptor import OCI_INDEX, media_type_of
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.layout import Layout
-from mirror.store.records import Named
+from mirror.store.records import Named, size_of
 
 _NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
+_PINNED: Final = "org.oci-mirror.pinned"
 _SIZE_LIMIT: Final = 64 * 1024 * 1024
 
 
 def write(layout: Layout, entries: Iterable[Named]) -> None:
-    """Replace ``index.json`` atomically. Raises ``OSError``."""
+    """Replace ``index.json`` atomically: it names what is on disk only. Raises ``OSError``."""
+    held = [entry for entry in entries if layout.blob(entry.digest).is_file()]
     manifests = [
         {
             "mediaType": entry.media_type,
             "digest": str(entry.digest),
             "size": entry.size,
-            "annotations": {_NAME: entry.name, _UPSTREAM: entry.repository.upstream},
+            "annotations": {
+                _NAME: entry.name,
+                _UPSTREAM: entry.repository.upstream,
+                **({_PINNED: "true"} if entry.pinned else {}),
+            },
         }
-        for entry in sorted(entries, key=lambda entry: entry.name)
+        for entry in sorted(held, key=lambda entry: entry.name)
     ]
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
     path = layout.root / "index.json"
-    draft = path.with_name(f"index.json.{os.getpid()}.tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    # Its own name for each writer: several servers may share the directory.
+    draft = path.with_name(f"index.json.{secrets.token_hex(8)}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read(layout: Layout) -> list[Named]:
@@ -53,6 +65,8 @@ def read(layout: Layout) -> list[Named]:
         document = json.loads(path.read_bytes())
         entries = document["manifests"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    if not isinstance(entries, list):
         return []
     return [named for entry in entries if (named := _named(entry)) is not None]
 
@@ -67,8 +81,9 @@ def _named(entry: Any) -> Named | None:
             Repository.parse(upstream, path),
             None if "@" in rest else Tag.parse(tag),
             Digest.parse(entry["digest"]),
-            str(entry["mediaType"]),
-            int(entry["size"]),
+            media_type_of(entry["mediaType"]),
+            size_of(entry["size"]),
+            pinned=annotations.get(_PINNED) == "true",
         )
     except (TypeError, KeyError, ValueError, AttributeError, InvalidRequest):
         return None

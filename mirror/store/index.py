@@ -1,28 +1,24 @@
-"""The index: small things with a time to live, in diskcache.
+"""The index: small things about content, by key.
 
-Lives here: the only import of diskcache, behind one thread, since it blocks. Must not know:
-content. Everything in it can be lost without a wrong byte being served, so nothing in it ever fails
-a pull: what cannot be read is a miss, what cannot be written is dropped and noted.
+Lives here: what is asked and remembered, and under which keys. Must not know: content, or what a
+database is (:mod:`mirror.store.rows`). Everything in it can be lost without a wrong byte being
+served, so nothing in it ever fails a pull.
 
-diskcache unpickles rows (CVE-2025-69872), so its ``Disk`` is replaced by one that knows text only,
-when it writes and when it reads. Its own eviction, which drops rows in silence, is off.
+What is known of content stays as long as the content (:mod:`mirror.store.sweep`), whatever the
+clock does. Answers have a time to live, and a bound on their bytes.
 """
 
 from __future__ import annotations
 
-import asyncio
-import shutil
-import sqlite3
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import diskcache
-
-from mirror.events import Noted, Observer
+from mirror.events import Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
@@ -36,87 +32,63 @@ from mirror.store.records import (
     load_tag,
     repository_of,
 )
+from mirror.store.rows import Row, Rows
+from mirror.store.sweep import VERIFIED, Fate, digests_of, judge
 
 T = TypeVar("T")
 
-_BUSY: Final = 2.0
-"""Seconds to wait for another process's write."""
-_NOTE_EVERY: Final = 60.0
-_EXPIRE_EVERY: Final = 500
-_KEPT: Final = 90 * 86400.0
-"""Seconds after which what was not renewed is forgotten."""
-_RAW: Final = 1
-_FAILURES: Final = (sqlite3.Error, diskcache.Timeout, OSError, TypeError, ValueError, EOFError)
-
-
-class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
-    """Rows are text. Whatever else is in the database is refused, never interpreted."""
-
-    def put(self, key: object) -> tuple[str, bool]:
-        """A key for the database."""
-        if not isinstance(key, str):
-            raise TypeError("keys of the index are text")
-        return key, True
-
-    def get(self, key: object, raw: object) -> str:
-        """A key from the database."""
-        if not raw or not isinstance(key, str):
-            raise TypeError("a key of the index is not text")
-        return key
-
-    def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
-        """A value for the database."""
-        if read or not isinstance(value, str):
-            raise TypeError("values of the index are text")
-        return len(value), _RAW, None, value
-
-    def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> str:
-        """A value from the database."""
-        if mode != _RAW or read or filename is not None or not isinstance(value, str):
-            raise TypeError("a value of the index is not text")
-        return value
+_NAMED: Final = "named"
+"""Tag records, manifests that were pulled by name, pins: what ``index.json`` shows."""
+_MEMBERS: Final = "members"
+"""Memberships and verification times."""
+_ANSWERS: Final = "answers"
+"""Negative answers and lists."""
+_TABLES: Final = {_NAMED: None, _MEMBERS: None, _ANSWERS: 64 * 1024 * 1024}
+_PINS: Final = "pins"
 
 
 class Index:
     """Tag records, memberships, verifications, pins, negative answers, lists."""
 
-    def __init__(self, path: Path, emit: Observer) -> None:
-        self._path = path
-        self._emit = emit
-        self._thread = ThreadPoolExecutor(1, "index")
-        self._noted = 0.0
-        self._dropped = 0
-        self._writes = 0
+    def __init__(self, rows: Rows, now: Callable[[], float]) -> None:
+        self._rows = rows
+        self._now = now
+        self._swept = _NAMED, 0
+        """Where the sweep is: in which table, behind which row."""
         self.changed = False
         """Whether names were put since somebody last set this to False."""
-        self._named: Any = None
-        self._members: Any = None
-        self._notes: Any = None
 
     @classmethod
-    async def open(cls, path: Path, emit: Observer) -> Index:
-        """Open it; one that cannot be opened is put aside and begun anew."""
-        index = cls(path, emit)
-        await index._run(index._open, None)
-        return index
+    async def open(cls, path: Path, emit: Observer, now: Callable[[], float] = time.time) -> Index:
+        """Open it; one that is damaged is put aside and begun anew."""
+        rows = Rows(path, _TABLES, emit)
+        await rows.page(_NAMED, 0)
+        return cls(rows, now)
 
     async def close(self) -> None:
         """End the thread, and its databases with it."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._close)
-        await loop.run_in_executor(None, self._thread.shutdown)
+        await self._rows.close()
 
     # --- tags -----------------------------------------------------------------------------------
 
     async def tag(self, repository: Repository, tag: Tag, variant: str = "") -> TagRecord | None:
         """What is known of a tag; ``variant`` names what clients accept who take not everything."""
-        return load_tag(await self._get(lambda: self._named, f"{repository}:{tag}{variant}"))
+        return load_tag(await self._rows.get(_NAMED, f"{repository}:{tag}{variant}"))
 
     async def put_tag(self, record: TagRecord, variant: str = "") -> None:
         """Remember a tag."""
-        key = f"{record.repository}:{record.tag}{variant}"
-        self.changed = True
-        await self._put(lambda: self._named, [(key, dump_tag(record), _KEPT)])
+        await self.put_tags([record], variant)
+
+    async def put_tags(self, records: Iterable[TagRecord], variant: str = "") -> bool:
+        """Remember tags, all or none; whether they were written."""
+        return await self._put_named(
+            [(f"{r.repository}:{r.tag}{variant}", dump_tag(r)) for r in records]
+        )
+
+    async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
+        put = await self._rows.put(_NAMED, rows)
+        self.changed = self.changed or (put and bool(rows))
+        return put
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """All tags of a repository that are known."""
@@ -124,197 +96,213 @@ class Index:
 
     async def tag_records(self) -> list[TagRecord]:
         """All tags of all repositories."""
-        rows = [text for key, text in await self._rows() if " " not in key]
-        return [record for text in rows if (record := load_tag(text)) is not None]
+        found = await self._each_name(lambda row: None if " " in row.key else load_tag(row.text))
+        return found or []
 
-    async def manifests(self) -> list[Named]:
-        """All manifests that were pulled by a name of their own: a tag, or their digest."""
-        rows = await self._rows()
-        pulled: dict[tuple[Repository, Digest], Named] = {}
-        records = []
-        for key, text in rows:
-            if " " in key:
-                continue  # a variant: the name is somebody else's
-            record, member = load_tag(text), load_membership(text)
-            if record is not None:
-                records.append(record)
-            elif member is not None:
-                repository = repository_of(key.partition("@")[0])
-                if repository is not None:
-                    named = Named(repository, None, member.digest, member.media_type, member.size)
-                    pulled[repository, member.digest] = named
-        found = list(pulled.values())
-        for record in records:
-            known = pulled.get((record.repository, record.digest))
-            if known is not None:
-                found.append(replace(known, tag=record.tag))
+    async def has_tags(self) -> bool | None:
+        """Whether any tag is known; None if the index does not answer."""
+        after = 0
+        while page := await self._rows.page(_NAMED, after):
+            if any(load_tag(row.text) is not None for row in page):
+                return True
+            after = page[-1].id
+        return None if page is None else False
+
+    async def manifests(self) -> list[Named] | None:
+        """All manifests that were pulled by a name of their own: a tag, or their digest.
+
+        None if the index does not answer, which is not the same as none.
+        """
+        found: list[TagRecord | Named] | None = await self._each_name(_pulled)
+        pins = await self.pinned()
+        if found is None or pins is None:
+            return None
+        return await self._rows.run(partial(_join, found, pins), None)
+
+    async def _each_name(self, load: Callable[[Row], T | None]) -> list[T] | None:
+        """What ``load`` makes of all names, in bounded steps; None if the index does not answer."""
+        found: list[T] = []
+        after: int | None = 0
+        while after is not None:
+            step = await self._rows.run(partial(self._load_page, after, load), None)
+            if step is None:
+                return None
+            found += step[1]
+            after = step[0]
         return found
 
-    async def _rows(self) -> list[tuple[str, str]]:
-        nothing: list[tuple[str, str]] = []
-        return await self._run(self._read_named, nothing)
-
-    def _read_named(self) -> list[tuple[str, str]]:
-        return [(key, text) for key in list(self._named) if (text := self._named.get(key))]
+    def _load_page(
+        self, after: int, load: Callable[[Row], T | None]
+    ) -> tuple[int | None, list[T]] | None:
+        page = self._rows.read_page(_NAMED, after)
+        found = [value for row in page if (value := load(row)) is not None]
+        return page[-1].id if page else None, found
 
     # --- who refers to what ---------------------------------------------------------------------
 
     async def membership(self, repository: Repository, digest: Digest) -> Membership | None:
         """What ``digest`` is in ``repository``; None if that is not known."""
-        return load_membership(await self._get(lambda: self._members, f"{repository}@{digest}"))
+        return load_membership(await self._rows.get(_MEMBERS, f"{repository}@{digest}"))
 
     async def put_memberships(
         self, repository: Repository, memberships: Iterable[Membership]
-    ) -> None:
-        """Remember what ``repository`` refers to."""
-        known = list(memberships)
-        rows = [(f"{repository}@{m.digest}", dump_membership(m), _KEPT) for m in known]
-        await self._put(lambda: self._members, rows)
-        roots = [m for m in known if m.kind == "manifest" and m.via is None and m.size is not None]
-        named = [(f"{repository}@{m.digest}", dump_membership(m), _KEPT) for m in roots]
-        self.changed = self.changed or bool(named)
-        await self._put(lambda: self._named, named)
+    ) -> bool:
+        """Remember what ``repository`` refers to; whether that was written."""
+        known = [(m, f"{repository}@{m.digest}", dump_membership(m)) for m in memberships]
+        put = await self._rows.put(_MEMBERS, [(key, text) for _, key, text in known])
+        named = [
+            (key, text)
+            for m, key, text in known
+            if m.kind == "manifest" and m.via is None and m.size is not None
+        ]
+        return await self._put_named(named) and put
 
     async def withdraw(self, repository: Repository, digest: Digest) -> None:
         """Forget that ``repository`` refers to ``digest``."""
-        await self._drop(lambda: self._members, f"{repository}@{digest}")
-        await self._drop(lambda: self._named, f"{repository}@{digest}")
+        await self._rows.drop(_MEMBERS, f"{repository}@{digest}")
+        await self._rows.drop(_NAMED, f"{repository}@{digest}")
+        self.changed = True  # or it would be read back from index.json one day
 
     # --- verifications, pins ----------------------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
         """When content was last hashed, in seconds since the epoch."""
-        text = await self._get(lambda: self._notes, f"verified {digest}")
-        try:
-            return None if text is None else float(text)
-        except ValueError:
-            return None
+        return _number(await self._rows.get(_MEMBERS, f"{VERIFIED}{digest}"))
 
     async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
         """Remember when content was hashed."""
-        rows = [(f"verified {digest}", repr(at), _KEPT) for digest, at in entries]
-        await self._put(lambda: self._notes, rows)
+        rows = [(f"{VERIFIED}{digest}", repr(at)) for digest, at in entries]
+        await self._rows.put(_MEMBERS, rows)
 
-    async def pinned(self) -> set[Digest]:
-        """Manifests that are never evicted, with all that they refer to."""
-        text = await self._get(lambda: self._notes, "pins")
-        pins = set()
-        for word in (text or "").split():
-            try:
-                pins.add(Digest.parse(word))
-            except InvalidRequest:
-                continue
-        return pins
+    async def pinned(self) -> set[Digest] | None:
+        """Manifests that are never evicted, with all that they refer to.
 
-    async def pin(self, digest: Digest, *, pinned: bool = True) -> None:
-        """Pin a manifest, or end its pin."""
-        pins = await self.pinned()
-        pins = pins | {digest} if pinned else pins - {digest}
-        await self._put(lambda: self._notes, [("pins", " ".join(map(str, sorted(pins))), None)])
+        None if the index does not answer: then anything may be pinned.
+        """
+        unknown: set[Digest] | None = None
+        return await self._rows.run(lambda: _pins(self._rows.read(_NAMED, _PINS)[0]), unknown)
+
+    async def pin(self, digests: Iterable[Digest], *, pinned: bool = True) -> bool:
+        """Pin manifests, or end their pins; whether that was written."""
+        chosen = set(digests)
+
+        def write() -> bool:
+            with self._rows.transaction(_NAMED):
+                pins = _pins(self._rows.read(_NAMED, _PINS)[0])
+                pins = pins | chosen if pinned else pins - chosen
+                self._rows.write(_NAMED, _PINS, " ".join(map(str, sorted(pins))))
+            return True
+
+        done = await self._rows.run(write, False)
+        self.changed = self.changed or done
+        return done
 
     # --- answers ----------------------------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
         """The message of a 404 that the upstream gave a moment ago."""
-        return await self._get(lambda: self._notes, f"negative {key}")
+        text = await self._rows.get(_ANSWERS, f"negative {key}") or ""
+        begun, ended, message = (*text.split(" ", 2), "", "", "")[:3]
+        since, until = _number(begun), _number(ended)
+        # Not for as long as a clock was set back by.
+        if since is None or until is None or not since <= self._now() < until:
+            return None
+        return message
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
         """Remember a 404 for ``ttl`` seconds."""
         if ttl > 0:
-            await self._put(lambda: self._notes, [(f"negative {key}", message, ttl)])
+            now = self._now()
+            row = f"negative {key}", f"{now!r} {now + ttl!r} {message}"
+            await self._rows.put(_ANSWERS, [row], ttl)
 
     async def drop_negative(self, key: str) -> None:
         """Forget a 404."""
-        await self._drop(lambda: self._notes, f"negative {key}")
+        await self._rows.drop(_ANSWERS, f"negative {key}")
 
     async def cached_list(self, key: str) -> str | None:
         """A list as it was put."""
-        return await self._get(lambda: self._notes, f"list {key}")
+        return await self._rows.get(_ANSWERS, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
         """Remember a list for ``ttl`` seconds."""
-        await self._put(lambda: self._notes, [(f"list {key}", value, ttl)])
+        await self._rows.put(_ANSWERS, [(f"list {key}", value)], ttl)
 
-    # --- the thread -------------------------------------------------------------------------------
+    # --- the sweep --------------------------------------------------------------------------------
 
-    async def _get(self, cache: Callable[[], Any], key: str) -> str | None:
-        return await self._run(lambda: cache().get(key), None)
+    async def sweep(self, on_disk: Callable[[Digest], bool]) -> None:
+        """Look at the next few rows, in turn and without end, and forget those that are due."""
+        now = self._now()
+        await self._rows.run(lambda: self._sweep(on_disk, now), None)
 
-    async def _put(
-        self, cache: Callable[[], Any], rows: Sequence[tuple[str, str, float | None]]
-    ) -> None:
-        def write() -> None:
-            with cache().transact():
-                for key, value, ttl in rows:
-                    cache().set(key, value, expire=ttl)
-            self._writes += len(rows)
-            if self._writes >= _EXPIRE_EVERY:
-                self._writes = 0
-                self._notes.expire()
-                self._members.expire()
+    def _sweep(self, on_disk: Callable[[Digest], bool], now: float) -> None:
+        def fate(row: Row) -> Fate:
+            present = row.key == _PINS or any(map(on_disk, digests_of(row.key, row.text)))
+            return judge(present, _number(row.mark), now)
 
-        if rows:
-            await self._run(write, None)
+        rows, (table, after) = self._rows, self._swept
+        page = rows.read_page(table, after)
+        following = _MEMBERS if table == _NAMED else _NAMED
+        self._swept = (table, page[-1].id) if page else (following, 0)
+        due = [row for row in page if fate(row) is not Fate.KEEP]
+        if not due:
+            return
+        with rows.transaction(table):
+            for row in due:
+                # Another process may have written it since: what counts is what is there now.
+                text, mark = rows.read(table, row.key)
+                if text is None:
+                    continue
+                match fate(replace(row, text=text, mark=mark)):
+                    case Fate.MARK:
+                        rows.write(table, row.key, text, mark=repr(now))
+                    case Fate.CLEAR:
+                        rows.write(table, row.key, text)
+                    case Fate.DROP:
+                        rows.delete(table, row.key)
 
-    async def _drop(self, cache: Callable[[], Any], key: str) -> None:
-        await self._run(lambda: cache().delete(key), None)
 
-    async def _run(self, work: Callable[[], T], otherwise: T) -> T:
-        loop = asyncio.get_running_loop()
+def _pulled(row: Row) -> TagRecord | Named | None:
+    """A tag, or a manifest that was pulled by its digest."""
+    name, _, digest = row.key.partition("@")
+    if not digest:
+        # A variant's name is somebody else's.
+        return None if " " in name else load_tag(row.text)
+    member, repository = load_membership(row.text), repository_of(name)
+    if member is None or repository is None:
+        return None
+    return Named(repository, None, member.digest, member.media_type, member.size)
+
+
+def _join(found: list[TagRecord | Named], pins: set[Digest]) -> list[Named] | None:
+    """Every pulled manifest, by its digest and by each tag that it has."""
+    pulled = {
+        (named.repository, named.digest): replace(named, pinned=named.digest in pins)
+        for named in found
+        if isinstance(named, Named)
+    }
+    tagged = [
+        replace(known, tag=record.tag)
+        for record in found
+        if isinstance(record, TagRecord)
+        and (known := pulled.get((record.repository, record.digest))) is not None
+    ]
+    return [*pulled.values(), *tagged]
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
+
+
+def _pins(text: str | None) -> set[Digest]:
+    pins = set()
+    for word in (text or "").split():
         try:
-            return await loop.run_in_executor(self._thread, self._guard, work)
-        except _FAILURES as error:
-            self._note(error)
-            return otherwise
-
-    def _guard(self, work: Callable[[], T]) -> T:
-        """In the thread: a database that is none any more is begun anew, once for each call."""
-        try:
-            return work()
-        except sqlite3.OperationalError:
-            raise  # busy, or the disk refuses: nothing is wrong with the database
-        except (sqlite3.DatabaseError, AttributeError):
-            self._close()
-            self._open()
-            return work()
-
-    def _open(self) -> None:
-        try:
-            self._open_caches()
-        except _FAILURES:
-            self._close()
-            aside = self._path.with_name(f"{self._path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.unlink(missing_ok=True)
-            self._path.rename(aside)
-            self._open_caches()
-
-    def _open_caches(self) -> None:
-        for name in ("named", "members", "notes"):
-            cache = diskcache.Cache(
-                str(self._path / name),
-                disk=TextDisk,
-                timeout=_BUSY,
-                eviction_policy="none",
-                cull_limit=0,
-                size_limit=2**62,
-                statistics=0,
-                tag_index=0,
-                sqlite_synchronous=1,
-            )
-            setattr(self, f"_{name}", cache)
-            if cache._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("quick_check")
-
-    def _close(self) -> None:
-        for cache in (self._named, self._members, self._notes):
-            if cache is not None:
-                cache.close()
-        self._named = self._members = self._notes = None
-
-    def _note(self, error: Exception) -> None:
-        self._dropped += 1
-        if time.monotonic() - self._noted > _NOTE_EVERY:
-            self._noted = time.monotonic()
-            fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._dropped))
-            self._emit(Noted("warning", "the index did not answer", fields))
+            pins.add(Digest.parse(word))
+        except InvalidRequest:
+            continue
+    return pins

@@ -7,6 +7,7 @@ Must not know: where they are kept.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,10 @@ from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
 
 LEDGER_LIMIT: Final = 16
+_GARBAGE: Final = (
+    *(ValueError, TypeError, KeyError, OverflowError, RecursionError),
+    InvalidRequest,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class Named:
     digest: Digest
     media_type: str
     size: int | None
+    pinned: bool = False
+    """Whether it is never evicted, with all that it refers to."""
 
     @property
     def name(self) -> str:
@@ -130,14 +137,14 @@ def load_tag(text: object) -> TagRecord | None:
             Repository.parse(raw["upstream"], raw["repository"]),
             Tag.parse(raw["tag"]),
             Digest.parse(raw["digest"]),
-            float(raw["first_seen"]),
-            float(raw["confirmed"]),
+            _time(raw["first_seen"]),
+            _time(raw["confirmed"]),
             tuple(
-                Entry(Digest.parse(digest), float(first), float(last))
+                Entry(Digest.parse(digest), _time(first), _time(last))
                 for digest, first, last in raw["ledger"][:LEDGER_LIMIT]
             ),
         )
-    except (ValueError, TypeError, KeyError, RecursionError, InvalidRequest):
+    except _GARBAGE:
         return None
 
 
@@ -165,12 +172,26 @@ def load_membership(text: object) -> Membership | None:
             Digest.parse(raw["digest"]),
             raw["kind"],
             raw["type"],
-            None if raw["size"] is None else int(raw["size"]),
+            None if raw["size"] is None else size_of(raw["size"]),
             None if raw["via"] is None else Digest.parse(raw["via"]),
-            None if raw["until"] is None else float(raw["until"]),
+            None if raw["until"] is None else _time(raw["until"]),
         )
-    except (ValueError, TypeError, KeyError, RecursionError, InvalidRequest):
+    except _GARBAGE:
         return None
+
+
+def _time(value: Any) -> float:
+    # not isinstance: true is an int in Python
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
+
+
+def size_of(value: object) -> int:
+    """A size as JSON has it. Raises ``ValueError``."""
+    if type(value) is not int or value < 0:
+        raise ValueError
+    return value
 
 
 def _document(text: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Final
 from mirror.config import Storage
 from mirror.events import (
     Event,
+    Evicted,
     GrowingMeasured,
     Noted,
     Observer,
@@ -26,7 +27,7 @@ from mirror.events import (
 )
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest
 from mirror.oci.digest import Digest
-from mirror.oci.errors import ManifestInvalid
+from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Repository
 from mirror.store import disk, image_layout
 from mirror.store.catalog import Catalog, touch
@@ -68,17 +69,20 @@ class Store:
         self._hashing = ThreadPoolExecutor(2, "hash")
         self._touched: dict[Digest, float] = {}
         self._unwritable: str | None = None
+        self._restored = False
         self.contents = Contents(
             layout,
             index,
             reverify=settings.reverify,
             opening=self._opening,
             hashing=self._hashing,
-            emit=emit,
+            emit=self._notice,
             now=now,
         )
         self.catalog = Catalog(layout)
-        self.evictor = Evictor(layout, self.catalog, settings, index, self._opening, emit, now)
+        self.evictor = Evictor(
+            layout, self.catalog, settings, index, self._opening, self._notice, now
+        )
         self._surroundings = Surroundings(
             layout=layout,
             io=self._writing,
@@ -102,13 +106,12 @@ class Store:
         loop = asyncio.get_running_loop()
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
         recovered = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
-        index = await Index.open(layout.index, emit)
+        index = await Index.open(layout.index, emit, now)
         store = cls(layout, index, settings, emit, now)
         store._unwritable = recovered.why
         if recovered.why is not None:
             emit(Noted("warning", "nothing can be stored", (("why", recovered.why),)))
-        if not await index.tag_records():
-            await store._reseed()
+        store._restored = bool(await index.has_tags()) or await store._reseed()
         return store
 
     def _notice(self, event: Event) -> None:
@@ -117,6 +120,8 @@ class Store:
             self._unwritable = f"content could not be stored ({event.reason})"
         elif isinstance(event, Published):
             self._unwritable = None
+        elif isinstance(event, Evicted):
+            self.index.changed = True  # index.json names what is on disk
         self._emit(event)
 
     # --- growing content ----------------------------------------------------------------------
@@ -165,7 +170,7 @@ class Store:
         return self._unwritable
 
     async def measure(self) -> None:
-        """Report what is on disk and what is growing."""
+        """Report what is on disk and what is growing; forget what was known of what is gone."""
         loop = asyncio.get_running_loop()
         usage = await loop.run_in_executor(self._opening, self.catalog.refresh)
         self._emit(
@@ -173,6 +178,7 @@ class Store:
                 usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
             )
         )
+        await self.index.sweep(self.catalog.holds)
         idle = (time.monotonic() - growing.last_progress for growing in self.growing.values())
         self._emit(GrowingMeasured(len(self.growing), max(idle, default=0.0)))
 
@@ -189,33 +195,53 @@ class Store:
         """Write ``index.json`` if there is news, so that other tools can read the directory."""
         if not self.index.changed or self._unwritable is not None:
             return
+        # Until what it names is known again, index.json is all that is left of it.
+        self._restored = self._restored or await self._reseed()
+        entries = await self.index.manifests() if self._restored else None
+        if entries is None:
+            return
         self.index.changed = False
-        entries = await self.index.manifests()
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._opening, image_layout.write, self.layout, entries)
         except OSError as error:
+            self.index.changed = True
             self._emit(Noted("warning", "index.json was not written", (("why", str(error)),)))
 
-    async def _reseed(self) -> None:
-        """The index was lost: what ``index.json`` names is known again, but not fresh."""
-        loop = asyncio.get_running_loop()
-        for named in await loop.run_in_executor(self._opening, image_layout.read, self.layout):
-            root = Membership(named.digest, "manifest", named.media_type, named.size, None, None)
-            await self._reseed_parts(named.repository, root)
-            if named.tag is not None:
-                record = TagRecord(named.repository, named.tag, named.digest, 0.0, 0.0)
-                await self.index.put_tag(record)
+    async def _reseed(self) -> bool:
+        """The index was lost: what ``index.json`` names is known again, but not fresh.
 
-    async def _reseed_parts(self, repository: Repository, root: Membership) -> None:
-        body = await self.contents.read(root.digest, MANIFEST_LIMIT)
-        if body is None:
-            return
+        Whether that is done. Tags come last and all at once: where there are none, it was not.
+        """
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._opening, image_layout.read, self.layout)
+        done = True
+        for named in read:
+            root = Membership(named.digest, "manifest", named.media_type, named.size, None, None)
+            done = await self._reseed_parts(named.repository, root) and done
+        pins = {named.digest for named in read if named.pinned}
+        done = (not pins or await self.index.pin(pins)) and done
+        tags = [
+            TagRecord(named.repository, named.tag, named.digest, 0.0, 0.0)
+            for named in read
+            if named.tag is not None and await self.index.tag(named.repository, named.tag) is None
+        ]
+        return done and await self.index.put_tags(tags)
+
+    async def _reseed_parts(self, repository: Repository, root: Membership) -> bool:
+        """Whether what the manifest refers to is known again, or cannot be any more."""
         try:
-            parts = members_of(root, parse_manifest(body, root.media_type))
+            body = await self.contents.read(root.digest, MANIFEST_LIMIT)
+            parsed = parse_manifest(body, root.media_type) if body is not None else None
+        except StorageUnavailable:
+            return False
         except ManifestInvalid:
-            return
-        await self.index.put_memberships(repository, [root, *parts])
+            return True
+        if parsed is None:
+            return True
+        parts = members_of(root, parsed)
+        done = await self.index.put_memberships(repository, [root, *parts])
         for part in parts:
             if part.kind == "manifest":
-                await self._reseed_parts(repository, part)
+                done = await self._reseed_parts(repository, part) and done
+        return done
