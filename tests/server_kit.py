@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDictProxy
 
 from mirror.config import Limits, Settings, Storage, Upstream
 from mirror.events import Event, PullEnded
@@ -18,6 +20,7 @@ from mirror.metrics import Metrics
 from mirror.pull.flights import Flights
 from mirror.server import Room, open_room
 from mirror.store.store import Store
+from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=1.0, headers=1.0, idle=1.0)
 """Time limits of tests that wait for them."""
@@ -45,6 +48,11 @@ class Server:
         """Records of the requests that ended."""
         return [event.pull for event in self.events if isinstance(event, PullEnded)]
 
+    async def records(self) -> list[Any]:
+        """As ``pulls``, once no request is under way: a client is done before its record is."""
+        await self.room.middleware.idle()
+        return self.pulls
+
     def blob(self, digest: object, repository: str = "library/app", query: str = "") -> str:
         return f"{self.url}/v2/{repository}/blobs/{digest}{query}"
 
@@ -53,9 +61,15 @@ class Server:
 
     async def get(
         self, url: str, headers: Mapping[str, str] | None = None
-    ) -> tuple[int, Mapping[str, str], bytes]:
+    ) -> tuple[int, CIMultiDictProxy[str], bytes]:
         """(status, headers, body); raises ``aiohttp.ClientError`` for a body that is cut."""
-        async with self.client.get(url, headers=headers) as response:
+        return await self.ask("GET", url, headers)
+
+    async def ask(
+        self, method: str, url: str, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, CIMultiDictProxy[str], bytes]:
+        """As :meth:`get`, with another method."""
+        async with self.client.request(method, url, headers=headers) as response:
             return response.status, response.headers, await response.read()
 
 
@@ -67,9 +81,10 @@ async def running(
     limits: Limits = QUICK,
     abandoned: str = "finish",
     clock: Any = None,
+    certificate: Certificate | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
-    """A server with ``docker.io`` and ``other.io`` at ``endpoints``."""
+    """A server with ``docker.io`` and ``other.io`` at ``endpoints``; with a certificate, by TLS."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     one = Upstream(endpoints=endpoints or ("http://127.0.0.1:9",), limits=limits, **upstream)
@@ -77,6 +92,7 @@ async def running(
         {
             "listen": f"127.0.0.1:{port}",
             "data_dir": str(root),
+            "tls": _tls(certificate),
             "storage": storage or Storage(),
             "abandoned": abandoned,
             "upstreams": {"docker.io": one, "other.io": one},
@@ -91,9 +107,17 @@ async def running(
 
     extra = {} if clock is None else {"now": clock}
     async with open_room(settings, listener, emit, metrics.render, **extra) as room:
-        connector = aiohttp.TCPConnector(limit=0)
+        trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
+        connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(60)
         ) as client:
-            yield Server(f"http://127.0.0.1:{port}", client, room, events)
+            scheme = "https" if certificate else "http"
+            yield Server(f"{scheme}://127.0.0.1:{port}", client, room, events)
     await asyncio.sleep(0)
+
+
+def _tls(certificate: Certificate | None) -> dict[str, str] | None:
+    if certificate is None:
+        return None
+    return {"certificate": str(certificate.cert_file), "key": str(certificate.key_file)}
