@@ -40,7 +40,10 @@ KEEPALIVE: Final = 15.0
 """Seconds that an idle connection, or one that is slow with its headers, is kept."""
 _MEASURE_EVERY: Final = 5.0
 _SAVE_EVERY: Final = 10.0
+_REFRESH_EVERY: Final = 5.0
 _RESTART_PAUSE: Final = 1.0
+"""Seconds between two starts of the same worker at least."""
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(settings: Settings) -> int:
@@ -100,7 +103,7 @@ async def work(settings: Settings, listener: socket.socket) -> int:
         log.observe(event)
 
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
     async with open_room(settings, listener, emit, metrics.render) as room:
         emit(Noted("info", "serving", (("listen", settings.listen),)))
@@ -167,7 +170,7 @@ def _start_housekeeping(
     if settings.tls is None:
         return None
     certificate = Certificate(settings.tls)
-    flights.join("certificate", lambda: _every(5.0, certificate.refresh, emit))
+    flights.join("certificate", lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
     return certificate.context
 
 
@@ -231,36 +234,54 @@ def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
     # Imported here: prometheus_client looks at its environment when it is imported.
     from mirror.metrics import worker_died
 
-    workers: dict[int, int] = {}
+    log = LogObserver(configure_logging(settings.log))
+    workers: dict[int, tuple[int, float]] = {}
     stopping = False
 
     def stop(number: int, frame: object) -> None:
         nonlocal stopping
         stopping = True
+        end()
+
+    def end() -> None:
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    def start(index: int) -> None:
+        # A signal between the fork and its entry would be passed on to all workers but this one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            if not stopping:
+                workers[_fork(settings, sockets, index)] = index, time.monotonic()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+    for number in _SIGNALS:
         signal.signal(number, stop)
     try:
         for index in range(settings.workers):
-            workers[_fork(settings, sockets, index)] = index
+            start(index)
         while workers:
-            pid, _ = os.wait()
-            index = workers.pop(pid, -1)
+            pid, status = os.wait()
             worker_died(pid)
-            if index >= 0 and not stopping:
-                # A worker that dies at once must not be started in a tight loop.
-                time.sleep(_RESTART_PAUSE)
-                if not stopping:
-                    workers[_fork(settings, sockets, index)] = index
+            if pid not in workers:
+                continue
+            index, begun = workers.pop(pid)
+            if not stopping:
+                code = os.waitstatus_to_exitcode(status)
+                log.observe(Noted("error", "a worker ended", (("pid", pid), ("code", code))))
+                # One that dies at once must not be started in a tight loop.
+                time.sleep(max(0.0, begun + _RESTART_PAUSE - time.monotonic()))
+                start(index)
         return 0
     finally:
+        end()
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _fork(settings: Settings, sockets: list[socket.socket], index: int) -> int:
+    """The pid of a new worker, which never returns. Call it with its signals blocked."""
     pid = os.fork()
     if pid:
         return pid
@@ -269,10 +290,14 @@ def _fork(settings: Settings, sockets: list[socket.socket], index: int) -> int:
         for other, listener in enumerate(sockets):
             if other != index:
                 listener.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         code = asyncio.run(work(settings, sockets[index]))
+    except Exception as error:
+        print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)

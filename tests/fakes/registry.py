@@ -52,6 +52,8 @@ class Fault:
     end_at: int | None = None
     """End cleanly, short of ``Content-Length``."""
     stall_at: int | None = None
+    gate: asyncio.Event | None = None
+    """Ends the stall; without one it lasts."""
     drip: float | None = None
     """Seconds between single bytes."""
     delay: float = 0.0
@@ -282,7 +284,10 @@ class FakeRegistry:
             writer.transport.abort()
             return False
         if fault.stall_at is not None and stop == fault.stall_at:
-            await asyncio.sleep(3600)
+            await (fault.gate.wait() if fault.gate else asyncio.sleep(3600))
+            data = body[stop:]
+            writer.write(b"%x\r\n%b\r\n" % (len(data), data) if fault.chunked else data)
+            self.bytes_sent += len(data)
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
