@@ -63,6 +63,8 @@ class Pull:
     warning: str = ""
     """Why a stale answer was given; becomes the ``Warning`` header."""
     bytes_sent: int = 0
+    in_one_piece: bool = False
+    """Whether the body went out at once: then no :class:`BytesSent` tells of it."""
     complete: bool = False
     """Whether all that the response promised was sent."""
     joined_at: int | None = None

@@ -31,8 +31,6 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
-_UNIQUE: Final = frozenset({"id"})
-"""Fields that are another in each line."""
 _TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -44,6 +42,7 @@ _NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
 
 Later: TypeAlias = Callable[[Callable[[], None]], object]
+Steady: TypeAlias = tuple[tuple[str, str | int], ...]
 
 
 class Lines:
@@ -66,9 +65,14 @@ class Lines:
         """Whether lines of this level are written."""
         return level >= self._level
 
-    def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
-        """Write one line, whatever is in it; ``later`` brings those of one moment out together."""
-        self._held.append(self.format(time.time(), level, message, fields))
+    def write(
+        self, level: int, message: str, fields: Mapping[str, object], steady: Steady = ()
+    ) -> None:
+        """Write one line, whatever is in it; ``later`` brings those of one moment out together.
+
+        ``steady``: fields that say the same in many lines, together.
+        """
+        self._held.append(self.format(time.time(), level, message, fields, steady))
         if self._later is None:
             self.flush()
         elif len(self._held) == 1:
@@ -83,34 +87,37 @@ class Lines:
         except (OSError, ValueError):
             return
 
-    def format(self, at: float, level: int, message: str, fields: Mapping[str, object]) -> str:
+    def format(
+        self,
+        at: float,
+        level: int,
+        message: str,
+        fields: Mapping[str, object],
+        steady: Steady = (),
+    ) -> str:
         """Human-readable, or JSON; always exactly one line."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _NAMES.get(level, "info")
-        pairs = [self._pair(key, value) for key, value in fields.items()]
-        if self._as_json:
-            head = f'{{"time":"{stamp}","level":"{name}"'
-            return ",".join((head, self._pair("message", message), *pairs)) + "}\n"
+        as_json = self._as_json
+        pairs = [_remembered(steady, as_json)] if steady else []
+        pairs += [_pair(key, value, as_json) for key, value in fields.items()]
+        if as_json:
+            head = f'{{"time":"{stamp}","level":"{name}","message":{_encoded(message)}'
+            return ",".join((head, *pairs)) + "}\n"
         return " ".join((f"{stamp} {name:7} {_clean(message)}", *pairs)).rstrip() + "\n"
 
-    def _pair(self, key: str, value: object) -> str:
-        """A field with its name, as this format writes it."""
-        if type(value) is str and key not in _UNIQUE and len(value) <= _FIELD_LIMIT:
-            return _text_pair(key, value, self._as_json)
-        return _any_pair(key, value, self._as_json)
+
+def _pair(key: str, value: object, as_json: bool) -> str:
+    return f'"{key}":{_encoded(value)}' if as_json else f"{key}={_quoted(_clean(value))}"
 
 
-def _any_pair(key: str, value: object, as_json: bool) -> str:
-    if as_json:
-        return f'"{key}":{_encoded(value)}'
-    return f"{key}={_quoted(_clean(value))}"
-
-
-# Most fields say the same in every line.
-_text_pair: Final = lru_cache(4096)(_any_pair)
+@lru_cache(4096)
+def _remembered(steady: Steady, as_json: bool) -> str:
+    pairs = (_pair(key, value, as_json) for key, value in steady)
+    return ("," if as_json else " ").join(pairs)
 
 
 def _encoded(value: object) -> str:
@@ -232,7 +239,7 @@ class LogObserver:
                 quiet = pull.kind is Kind.PING and not pull.error
                 level = logging.DEBUG if quiet else logging.INFO
                 if self._lines.enabled(level):
-                    self._lines.write(level, "pull", pull_fields(pull))
+                    self._lines.write(level, "pull", pull_fields(pull), pull_names(pull))
             case events.Noted(level, message, fields):
                 self._note(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
@@ -268,32 +275,40 @@ class LogObserver:
 
 
 def pull_fields(pull: Pull) -> dict[str, Any]:
-    """A pull's story: what there is to say of it."""
+    """A pull's story: what it has of its own."""
     fields: dict[str, Any] = {
         "id": pull.request_id,
-        "method": pull.method,
-        "kind": pull.kind.value,
-        "outcome": pull.outcome.value,
-        "status": pull.status,
+        "bytes": pull.bytes_sent,
+        "seconds": pull.duration,
+        "first_byte": pull.first_byte or 0.0,
     }
-    if pull.repository:
-        fields["upstream"], fields["repository"] = pull.upstream, pull.repository
-    else:
-        fields["path"] = pull.path.partition("?")[0]
-    for name in ("reference", "digest"):
-        if text := getattr(pull, name):
-            fields[name] = text
-    fields["bytes"] = pull.bytes_sent
-    fields["seconds"] = pull.duration
-    fields["first_byte"] = pull.first_byte or 0.0
     if pull.joined_at is not None:
         fields["joined_at"] = pull.joined_at
     if pull.stages:
         fields["stages"] = _totals(pull)
-    for name in ("client", "user_agent", "warning", "error"):
+    if not pull.repository:
+        fields["path"] = pull.path.partition("?")[0]
+    for name in ("warning", "error"):
         if text := getattr(pull, name):
             fields[name] = text
     return fields
+
+
+def pull_names(pull: Pull) -> Steady:
+    """What it has in common with others: who asked for what, and how that ended."""
+    named = (
+        ("outcome", pull.outcome.value),
+        ("status", pull.status),
+        ("method", pull.method),
+        ("kind", pull.kind.value),
+        ("upstream", pull.upstream),
+        ("repository", pull.repository),
+        ("reference", pull.reference),
+        ("digest", pull.digest),
+        ("client", pull.client),
+        ("user_agent", pull.user_agent[: _FIELD_LIMIT + 1]),
+    )
+    return named if pull.digest and pull.user_agent else tuple(pair for pair in named if pair[1] != "")
 
 
 def server_timing(pull: Pull) -> str:

@@ -240,6 +240,8 @@ class Metrics:
         first, whole = self._times[pull.kind, pull.outcome]
         first.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
         whole.observe(pull.duration)
+        if pull.in_one_piece:
+            self._sent_by[upstream].inc(pull.bytes_sent)
         if pull.bytes_sent and not pull.complete:
             self._incomplete.labels(upstream).inc()
 

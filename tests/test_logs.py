@@ -46,7 +46,7 @@ def test_a_pull_is_one_line_with_its_story() -> None:
 
 def test_people_get_another_format() -> None:
     (line,) = written(events.PullEnded(a_pull(user_agent="a b")), log=Log(format="human"))
-    assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z info    pull id=0123456789abcdef method=GET", line)
+    assert re.match(r"\d{4}-\d\d-\d\dT[\d:.]+Z info    pull outcome=hit status=200 method=GET", line)
     assert 'user_agent="a b"' in line
 
 

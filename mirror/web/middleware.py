@@ -7,8 +7,8 @@ Must not know: what is asked.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
-import secrets
 import time
 from typing import Final
 
@@ -52,7 +52,7 @@ class Middleware:
         headers = request.headers
         given = headers.get("X-Request-Id")
         pull = Pull(
-            given if given and _REQUEST_ID.fullmatch(given) else secrets.token_hex(8),
+            given if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}",
             request.method,
             request.raw_path,
             client=request.remote or "",
