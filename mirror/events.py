@@ -10,8 +10,7 @@ the metrics all read it, so nothing is measured twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -76,14 +75,25 @@ class Pull:
     stages: list[tuple[str, float]] = field(default_factory=list)
     """(name, seconds): admission, index, token, resolve, upstream, wait, send …"""
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str) -> Stage:
         """Measure one stage; stages of the same name add up for ``Server-Timing``."""
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.stages.append((name, time.monotonic() - begun))
+        return Stage(self.stages, name)
+
+
+class Stage:
+    """A context whose time is one stage of a pull, however it ends."""
+
+    __slots__ = ("_begun", "_name", "_stages")
+
+    def __init__(self, stages: list[tuple[str, float]], name: str) -> None:
+        self._stages = stages
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, *ending: object) -> None:
+        self._stages.append((self._name, time.monotonic() - self._begun))
 
 
 # --- events -----------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
+_NUMBERS: Final = "id=%s bytes=%d seconds=%.6f first_byte=%.6f"
+_JSON_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
 _TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -65,14 +67,17 @@ class Lines:
         """Whether lines of this level are written."""
         return level >= self._level
 
-    def write(
-        self, level: int, message: str, fields: Mapping[str, object], steady: Steady = ()
-    ) -> None:
-        """Write one line, whatever is in it; ``later`` brings those of one moment out together.
+    def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
+        """Write one line, whatever is in its fields."""
+        self._write(level, message, [_pair(*field, self._as_json) for field in fields.items()])
 
-        ``steady``: fields that say the same in many lines, together.
-        """
-        self._held.append(self.format(time.time(), level, message, fields, steady))
+    def write_pull(self, level: int, pull: Pull) -> None:
+        """Write the line of a pull."""
+        self._write(level, "pull", pull_pairs(pull, self._as_json))
+
+    def _write(self, level: int, message: str, pairs: list[str]) -> None:
+        """Hold a line; ``later`` brings those of one moment out together."""
+        self._held.append(self._line(time.time(), level, message, pairs))
         if self._later is None:
             self.flush()
         elif len(self._held) == 1:
@@ -87,24 +92,14 @@ class Lines:
         except (OSError, ValueError):
             return
 
-    def format(
-        self,
-        at: float,
-        level: int,
-        message: str,
-        fields: Mapping[str, object],
-        steady: Steady = (),
-    ) -> str:
+    def _line(self, at: float, level: int, message: str, pairs: list[str]) -> str:
         """Human-readable, or JSON; always exactly one line."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _NAMES.get(level, "info")
-        as_json = self._as_json
-        pairs = [_remembered(steady, as_json)] if steady else []
-        pairs += [_pair(key, value, as_json) for key, value in fields.items()]
-        if as_json:
+        if self._as_json:
             head = f'{{"time":"{stamp}","level":"{name}","message":{_encoded(message)}'
             return ",".join((head, *pairs)) + "}\n"
         return " ".join((f"{stamp} {name:7} {_clean(message)}", *pairs)).rstrip() + "\n"
@@ -130,7 +125,7 @@ def _encoded(value: object) -> str:
         case int():
             return repr(value)
         case dict():
-            pairs = [f"{encode_basestring_ascii(k)}:{_encoded(v)}" for k, v in value.items()]
+            pairs = [f'"{key}":{_encoded(part)}' for key, part in value.items()]
             return "{" + ",".join(pairs) + "}"
     return encode_basestring_ascii(str(_clean(value)))
 
@@ -239,7 +234,7 @@ class LogObserver:
                 quiet = pull.kind is Kind.PING and not pull.error
                 level = logging.DEBUG if quiet else logging.INFO
                 if self._lines.enabled(level):
-                    self._lines.write(level, "pull", pull_fields(pull), pull_names(pull))
+                    self._lines.write_pull(level, pull)
             case events.Noted(level, message, fields):
                 self._note(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
@@ -274,29 +269,31 @@ class LogObserver:
             self._lines.write(level, message, {**fields, **more})
 
 
-def pull_fields(pull: Pull) -> dict[str, Any]:
-    """A pull's story: what it has of its own."""
-    fields: dict[str, Any] = {
-        "id": pull.request_id,
-        "bytes": pull.bytes_sent,
-        "seconds": pull.duration,
-        "first_byte": pull.first_byte or 0.0,
-    }
+def pull_pairs(pull: Pull, as_json: bool) -> list[str]:
+    """A pull's story, encoded: what it has in common with others first, then what is its own."""
+    # A request id is letters and digits by its pattern: nothing in it has to be escaped.
+    numbers = _JSON_NUMBERS if as_json else _NUMBERS
+    first = pull.first_byte or 0.0
+    pairs = [
+        _remembered(pull_names(pull), as_json),
+        numbers % (pull.request_id, pull.bytes_sent, pull.duration, first),
+    ]
     if pull.joined_at is not None:
-        fields["joined_at"] = pull.joined_at
+        pairs.append(_pair("joined_at", pull.joined_at, as_json))
     if pull.stages:
-        fields["stages"] = _totals(pull)
+        pairs.append(_pair("stages", _totals(pull), as_json))
     if not pull.repository:
-        fields["path"] = pull.path.partition("?")[0]
-    for name in ("warning", "error"):
-        if text := getattr(pull, name):
-            fields[name] = text
-    return fields
+        pairs.append(_pair("path", pull.path.partition("?")[0], as_json))
+    if pull.warning:
+        pairs.append(_pair("warning", pull.warning, as_json))
+    if pull.error:
+        pairs.append(_pair("error", pull.error, as_json))
+    return pairs
 
 
 def pull_names(pull: Pull) -> Steady:
     """What it has in common with others: who asked for what, and how that ended."""
-    named = (
+    named: Steady = (
         ("outcome", pull.outcome.value),
         ("status", pull.status),
         ("method", pull.method),
@@ -306,9 +303,11 @@ def pull_names(pull: Pull) -> Steady:
         ("reference", pull.reference),
         ("digest", pull.digest),
         ("client", pull.client),
-        ("user_agent", pull.user_agent[: _FIELD_LIMIT + 1]),
     )
-    return named if pull.digest and pull.user_agent else tuple(pair for pair in named if pair[1] != "")
+    if not pull.digest:
+        named = tuple(pair for pair in named if pair[1] != "")
+    agent = pull.user_agent[: _FIELD_LIMIT + 1]
+    return (*named, ("user_agent", agent)) if agent else named
 
 
 def server_timing(pull: Pull) -> str:
