@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from functools import lru_cache
@@ -26,7 +27,7 @@ from multidict import CIMultiDict
 
 from mirror.events import BytesSent, Observer, Pull
 from mirror.oci.digest import Digest
-from mirror.oci.errors import ContentLost
+from mirror.oci.errors import ContentLost, StorageUnavailable
 from mirror.oci.ranges import (
     Multipart,
     NeedsSize,
@@ -41,11 +42,14 @@ from mirror.oci.ranges import (
     range_applies,
 )
 from mirror.pull.answers import FileExtent, MemoryExtent, Reader
+from mirror.web.outlet import Outlet
 
 SLICE: Final = 4 * 1024 * 1024
-"""Bytes that are handed to the kernel at once."""
+"""Bytes that are handed to the kernel at once, at most."""
+_SMALL_SLICE: Final = 64 * 1024
 PATIENCE: Final = 120.0
-"""Seconds that a client may take for a slice."""
+"""Seconds that a client may take for a slice: less than 1 KB/s is not reading."""
+_QUICK, _SLOW = 0.1, 10.0
 _COPY: Final = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
@@ -72,18 +76,6 @@ def headers_of(body: Body) -> dict[str, str]:
     if body.size is not None:
         headers["Content-Length"] = str(body.size)
     return headers
-
-
-class _File:
-    """What ``loop.sendfile`` wants of a file."""
-
-    mode = "rb"
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def fileno(self) -> int:
-        return self._fd
 
 
 class OnePiece(web.StreamResponse):
@@ -193,19 +185,18 @@ class Sender:
         delimited = "Content-Length" in headers
         if not delimited and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
-        # Where bytes are framed one by one or encrypted, the kernel cannot send the file itself.
-        native = delimited and multipart is None and not self._is_tls()
-        await response.prepare(self._request)
+        outlet = self._outlet() if delimited and multipart is None else None
         try:
-            with self._pull.stage("send"):
+            with outlet or nullcontext(), self._pull.stage("send"):
+                await response.prepare(self._request)
                 for index, span in enumerate(spans):
                     if multipart is not None:
                         await response.write(multipart.head(index))
-                    await self._copy(response, body, span.start, span.stop, native)
+                    await self._copy(response, body, span.start, span.stop, outlet)
                 if multipart is not None:
                     await response.write(multipart.tail)
                 if not spans:
-                    await self._copy(response, body, 0, body.size, native)
+                    await self._copy(response, body, 0, body.size, outlet)
                 await response.write_eof()
             self._pull.complete = True
         except BaseException:
@@ -213,13 +204,28 @@ class Sender:
             raise
         return response
 
+    def _outlet(self) -> Outlet | None:
+        """None where bytes are encrypted, and the kernel cannot send the file itself.
+
+        Raises :class:`StorageUnavailable` without a descriptor for it: nothing has been sent yet.
+        """
+        transport = self._request.transport
+        if transport is None or transport.get_extra_info("sslcontext") is not None:
+            return None
+        try:
+            return Outlet(transport)
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise StorageUnavailable(f"nothing can be sent: {error.strerror}") from error
+
     async def _copy(
         self,
         response: web.StreamResponse,
         body: Body,
         start: int,
         stop: int | None,
-        native: bool,
+        outlet: Outlet | None,
     ) -> None:
         """Wait until bytes are there, send them, until ``stop`` (or the end, if that is None)."""
         reader = body.reader
@@ -228,36 +234,31 @@ class Sender:
             self._count(len(reader[start:stop]))
             return
         assert _is_reader(reader)
-        position = start
+        position, size = start, _SMALL_SLICE
         while stop is None or position < stop:
             extent = await reader.wait(position, stop)
             if extent is None:
                 break
-            count = min(extent.stop - position, SLICE)
+            count = min(extent.stop - position, size)
+            begun = self._loop.time()
             async with asyncio.timeout(PATIENCE):
                 if isinstance(extent, MemoryExtent):
                     sent = await self._write(response, extent.data[:count])
-                elif native:
-                    sent = await self._sendfile(extent, position, count)
+                elif outlet is not None:
+                    sent = await outlet.send(extent.fd, position, count)
                 else:
                     sent = await self._copy_file(response, extent, position, count)
             if sent == 0:
                 raise ContentLost("content was cut while it was read")
             position += sent
             self._count(sent)
+            size = next_slice(size, self._loop.time() - begun)
         if stop is not None and position != stop:
             raise ContentLost("content ended before its announced length")
 
     async def _write(self, response: web.StreamResponse, data: memoryview) -> int:
         await response.write(data)
         return len(data)
-
-    async def _sendfile(self, extent: FileExtent, position: int, count: int) -> int:
-        transport = self._request.transport
-        if transport is None:
-            raise ConnectionResetError("the client has left")
-        file = _File(extent.fd)
-        return await self._loop.sendfile(transport, file, position, count, fallback=False)  # type: ignore[arg-type] # only fileno() is used, natively
 
     async def _copy_file(
         self, response: web.StreamResponse, extent: FileExtent, position: int, count: int
@@ -278,10 +279,6 @@ class Sender:
         self._pull.bytes_sent += count
         self._emit(BytesSent(self._pull.upstream, count))
 
-    def _is_tls(self) -> bool:
-        transport = self._request.transport
-        return transport is not None and transport.get_extra_info("sslcontext") is not None
-
     def _cut(self, *, hard: bool) -> None:
         """End the connection so that nobody takes the answer for whole.
 
@@ -294,6 +291,16 @@ class Sender:
         if hard and connection is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         transport.abort()
+
+
+def next_slice(size: int, seconds: float) -> int:
+    """Bytes to hand over next, after ``size`` took ``seconds``: few to a slow client.
+
+    A time limit for each slice is then one for clients that do not read, at any rate.
+    """
+    if seconds < _QUICK:
+        return min(size * 2, SLICE)
+    return max(size // 2, _SMALL_SLICE) if seconds > _SLOW else size
 
 
 def _is_reader(source: Reader | bytes | None) -> TypeGuard[Reader]:
