@@ -600,13 +600,16 @@ async def test_a_sendfile_that_fails_cuts_the_connection(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         await server.get(server.blob(digest))
-        loop = asyncio.get_running_loop()
+        working, sent = os.sendfile, []
 
-        async def broken(*arguments: object, **named: object) -> int:
-            raise OSError(5, "Input/output error")
+        def breaks(target: int, file: int, offset: int, count: int) -> int:
+            if sent:
+                raise OSError(5, "Input/output error")
+            sent.append(working(target, file, offset, min(count, 1000)))
+            return sent[0]
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "sendfile", broken)
+            patch.setattr(os, "sendfile", breaks)
             with pytest.raises(aiohttp.ClientError):
                 await server.get(server.blob(digest))
         _, _, body = await server.get(server.blob(digest))
