@@ -105,7 +105,8 @@ async def test_how_a_request_failed_is_in_its_record(
 async def test_draining_refuses_new_work_and_ends_what_is_under_way(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
-        fake.fault(f"blobs/{DIGEST}", Fault(stall_at=300_000))
+        rest = asyncio.Event()
+        fake.fault(f"blobs/{DIGEST}", Fault(stall_at=300_000, gate=rest))
         async with server.client.get(server.blob(DIGEST)) as response:
             await response.content.readexactly(1000)
             server.room.health.draining = True
@@ -116,6 +117,7 @@ async def test_draining_refuses_new_work_and_ends_what_is_under_way(tmp_path: Pa
             assert (await server.get(f"{server.url}/healthz"))[0] == 200
             assert (await server.get(f"{server.url}/metrics"))[0] == 200
             assert server.room.middleware.in_flight == 1
+            rest.set()
             assert await response.content.read() == DATA[1000:]
         async with asyncio.timeout(20):
             await server.room.middleware.idle()

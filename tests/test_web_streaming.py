@@ -16,6 +16,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from mirror.config import Limits
 from mirror.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
@@ -54,16 +55,18 @@ def said(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
 
 @asynccontextmanager
 async def half_way(
-    root: Path, certificate: Certificate | None = None, **fault: object
-) -> AsyncIterator[tuple[FakeRegistry, Server]]:
-    """A blob that stays half arrived until its upstream breaks, after a second of silence."""
+    root: Path, certificate: Certificate | None = None, *, chunked: bool = False
+) -> AsyncIterator[tuple[FakeRegistry, Server, asyncio.Event]]:
+    """A blob that stays half arrived until the event is set."""
     async with (
         FakeRegistry() as fake,
-        running(root, fake.url, certificate=certificate) as server,
+        running(root, fake.url, limits=Limits(), certificate=certificate) as server,
     ):
         fake.add_blob(DATA)
-        fake.fault(f"blobs/{DIGEST}", Fault(stall_at=len(DATA) // 2, **fault))  # type: ignore[arg-type] # its keywords
-        yield fake, server
+        rest = asyncio.Event()
+        fault = Fault(stall_at=len(DATA) // 2, gate=rest, chunked=chunked)
+        fake.fault(f"blobs/{DIGEST}", fault)
+        yield fake, server, rest
 
 
 # --- what an answer says ------------------------------------------------------------------------
@@ -173,7 +176,7 @@ async def test_what_has_arrived_is_answered_before_the_rest_comes(
 ) -> None:
     certificate = Certificate.make(tmp_path) if tls else None
     async with (
-        half_way(tmp_path / "data", certificate) as (fake, server),
+        half_way(tmp_path / "data", certificate) as (fake, server, rest),
         server.client.get(server.blob(DIGEST)) as leading,
     ):
         assert await leading.content.readexactly(1000) == DATA[:1000]
@@ -189,37 +192,44 @@ async def test_what_has_arrived_is_answered_before_the_rest_comes(
             server.blob(DIGEST), {"Range": f"bytes={len(DATA)}-"}
         )
         assert (status, headers["Content-Range"]) == (416, f"bytes */{len(DATA)}")
-        assert fake.count("GET", "blobs/") == 1
+        rest.set()
         assert await leading.content.read() == DATA[1000:]
+        assert fake.count("GET", "blobs/") == 1
 
 
 async def test_a_range_that_has_not_arrived_waits_for_its_bytes(tmp_path: Path) -> None:
-    async with half_way(tmp_path) as (fake, server):
-        answers = await asyncio.gather(
-            *(server.get(server.blob(DIGEST), {"Range": value}) for value, _, _ in STEPS)
-        )
-        for (status, _, body), (value, start, stop) in zip(answers, STEPS, strict=True):
+    async with half_way(tmp_path) as (fake, server, rest), asyncio.TaskGroup() as group:
+        asked = [
+            group.create_task(server.get(server.blob(DIGEST), {"Range": value}))
+            for value, _, _ in STEPS
+        ]
+        assert (await asked[0])[2] == DATA[:10]
+        assert not asked[1].done()
+        assert not asked[2].done()
+        rest.set()
+        for task, (value, start, stop) in zip(asked, STEPS, strict=True):
+            status, _, body = await task
             assert (status, body == DATA[start:stop]) == (206, True), value
-        # the break, and where it was resumed
-        assert fake.count("GET", "blobs/") == 2
+        assert fake.count("GET", "blobs/") == 1
 
 
 async def test_content_of_unknown_length_is_whole_at_first_and_partial_later(
     tmp_path: Path,
 ) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        fake.add_blob(DATA)
-        fake.fault(f"blobs/{DIGEST}", Fault(chunked=True, rate=4_000_000))
-        async with server.client.get(server.blob(DIGEST), headers={"Range": "bytes=0-"}) as first:
+    async with half_way(tmp_path, chunked=True) as (_, server, rest), asyncio.TaskGroup() as group:
+        everything = {"Range": "bytes=0-"}
+        async with server.client.get(server.blob(DIGEST), headers=everything) as first:
             assert first.status == 200
             assert "Content-Length" not in first.headers
-            await first.content.readexactly(1000)
-            status, headers, body = await server.get(server.blob(DIGEST), {"Range": "bytes=-3"})
-            assert (status, body) == (206, DATA[-3:])
-            assert headers["Content-Range"].endswith(f"/{len(DATA)}")
-            assert len(await first.content.read()) == len(DATA) - 1000
+            assert await first.content.readexactly(1000) == DATA[:1000]
+            last = group.create_task(server.get(server.blob(DIGEST), {"Range": "bytes=-3"}))
+            rest.set()
+            assert await first.content.read() == DATA[1000:]
+        status, headers, body = await last
+        assert (status, body) == (206, DATA[-3:])
+        assert headers["Content-Range"].endswith(f"/{len(DATA)}")
         await server.store.idle()
-        status, headers, _ = await server.get(server.blob(DIGEST), {"Range": "bytes=0-"})
+        status, headers, _ = await server.get(server.blob(DIGEST), everything)
         assert (status, headers["Content-Length"]) == (206, str(len(DATA)))
 
 
@@ -297,10 +307,11 @@ async def test_a_record_tells_what_was_sent(tmp_path: Path) -> None:
 
 
 async def test_a_client_that_leaves_is_no_failure_of_ours(tmp_path: Path) -> None:
-    async with half_way(tmp_path) as (_, server):
+    async with half_way(tmp_path) as (_, server, rest):
         leaving = await server.client.get(server.blob(DIGEST))
         await leaving.content.readexactly(1000)
         leaving.close()
+        rest.set()
         assert (await server.get(server.blob(DIGEST)))[2] == DATA
         left = next(pull for pull in await server.records() if not pull.complete)
         assert left.error == "client left"
