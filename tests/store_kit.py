@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from pathlib import Path
 from mirror.events import Event
 from mirror.oci.digest import Digest
 from mirror.store import disk
-from mirror.store.claim import Surroundings
+from mirror.store.claim import Role, Surroundings
 from mirror.store.content import Contents
+from mirror.store.growing import Growing
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
 
@@ -23,6 +25,10 @@ from mirror.store.reader import FileExtent, Reader
 def random_bytes(size: int, seed: int = 1) -> bytes:
     """The same bytes for the same seed."""
     return random.Random(seed).randbytes(size)
+
+
+DATA = random_bytes(3_000_000)
+DIGEST = Digest.of(DATA)
 
 
 @dataclass
@@ -98,8 +104,6 @@ async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes
         if extent is None:
             break
         if isinstance(extent, FileExtent):
-            import os
-
             data = os.pread(extent.fd, extent.stop - position, position)
             assert data, "an extent was promised"
         else:
@@ -108,3 +112,60 @@ async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes
         position += len(data)
         await asyncio.sleep(0)
     return b"".join(parts)
+
+
+# --- growing content ------------------------------------------------------------------------------
+
+
+def pieces(data: bytes, size: int = 65_536) -> list[bytes]:
+    """``data`` as an upstream sends it."""
+    return [data[i : i + size] for i in range(0, len(data), size)]
+
+
+async def bring(content: Growing, data: bytes = DATA, size: int | None = len(DATA)) -> None:
+    """A fetch that goes well, from wherever it is to be resumed."""
+    assert await content.lead() is Role.LEAD
+    await content.declare(size)
+    for piece in pieces(data[content.position :]):
+        await content.feed(piece)
+        await asyncio.sleep(0)
+    await content.finish()
+    content.release()
+
+
+async def go_on(content: Growing, data: bytes = DATA) -> None:
+    """What a fetch does beside another process's: follow it, then lead where it has to."""
+    while (role := await content.lead()) is Role.TAIL:
+        await content.tail()
+    if role is Role.LEAD:
+        await bring(content, data, len(data))
+    else:
+        content.release()
+
+
+# --- whole content --------------------------------------------------------------------------------
+
+
+async def put(parts: Kit, data: bytes) -> Digest:
+    """Content as publishing leaves it."""
+    digest = Digest.of(data)
+    path = parts.layout.blob(digest)
+    path.write_bytes(data)
+    no_trace(path)
+    await parts.contents.published(digest)
+    return digest
+
+
+def flip(path: Path, offset: int) -> None:
+    """One wrong bit."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def no_trace(path: Path) -> None:
+    """Times as we set them: what was done to the file was rot, and not a stranger's write."""
+    now = int(time.time())
+    os.utime(path, (now, now))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,35 +14,10 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.store import content as content_module
 from mirror.store import disk
-from tests.store_kit import Kit, kit, random_bytes, read
+from tests.store_kit import flip, kit, no_trace, put, random_bytes, read
 
 SMALL = random_bytes(100_000, 3)
 LARGE = random_bytes(content_module.SMALL + 1_000_000, 4)
-
-
-async def put(parts: Kit, data: bytes) -> Digest:
-    """Content as publishing leaves it."""
-    digest = Digest.of(data)
-    path = parts.layout.blob(digest)
-    path.write_bytes(data)
-    now = int(time.time())
-    os.utime(path, (now, now))
-    await parts.contents.published(digest)
-    return digest
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
-
-
-def age(path: Path) -> None:
-    """Damage that leaves no trace in the times: rot, not a stranger's write."""
-    now = int(time.time())
-    os.utime(path, (now, now))
 
 
 async def test_trusted_content_is_served_without_hashing(tmp_path: Path) -> None:
@@ -97,7 +71,7 @@ async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> No
         digest = await put(parts, LARGE)
         path = parts.layout.blob(digest)
         flip(path, 1000)
-        age(path)
+        no_trace(path)
         reader = await parts.contents.find(digest)
         assert reader
         with pytest.raises(DigestMismatch):

@@ -10,8 +10,9 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -29,14 +30,20 @@ class Usage:
     """What takes up space, in bytes."""
 
     count: int
+    """Whole contents."""
     bytes: int
+    """Their bytes."""
     reserved: int
-    """Growing content: what was announced for what is being fetched, what is there of the rest."""
+    """Content that is being fetched: what was announced, or what is there if that is more."""
+    unwritten: int = 0
+    """What of that the disk has not got yet."""
+    left: int = 0
+    """What is left of fetches that nobody goes on with, and damaged content."""
 
     @property
     def total(self) -> int:
         """All that counts against the quota."""
-        return self.bytes + self.reserved
+        return self.bytes + self.reserved + self.left
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,10 @@ class Catalog:
             for directory in self._layout.content_directories():
                 self._scan(directory)
             sizes = [size for known in self._sizes.values() for size in known.values()]
-            return Usage(len(sizes), sum(sizes), self._reserved())
+            usage = Usage(len(sizes), sum(sizes), 0, left=self._quarantined())
+            for digest, status in self._ingests():
+                usage = self._with_ingest(usage, digest, status)
+            return usage
 
     def _scan(self, directory: Path) -> None:
         algorithm = directory.name
@@ -81,29 +91,44 @@ class Catalog:
             return
         self._sizes[algorithm] = found
 
-    def _reserved(self) -> int:
-        total = 0
+    def _ingests(self) -> Iterator[tuple[Digest, os.stat_result]]:
         for directory in self._layout.ingest_directories():
             try:
                 names = [entry.name for entry in os.scandir(directory)]
             except OSError:
                 continue
-            total += sum(self._reserved_by(directory, name) for name in names)
+            for name in names:
+                try:
+                    digest = Digest.parse(f"{directory.name}:{name}")
+                    status = (directory / name).lstat()
+                except (DigestInvalid, OSError):
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    yield digest, status
+
+    def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
+        if not self._is_locked(digest):
+            # A stale one blocks what it holds, not what it once wanted to hold.
+            return replace(usage, left=usage.left + status.st_blocks * _BLOCK)
+        state = disk.read_state(self._layout, digest)
+        announced = (state[0].size if state is not None else None) or 0
+        return replace(
+            usage,
+            reserved=usage.reserved + max(announced, status.st_size),
+            unwritten=usage.unwritten + max(announced - status.st_size, 0),
+        )
+
+    def _quarantined(self) -> int:
+        total = 0
+        for path in (self._layout.root / "quarantine").glob("*/*"):
+            with suppress(OSError):
+                total += path.lstat().st_size
         return total
 
-    def _reserved_by(self, directory: Path, name: str) -> int:
-        try:
-            digest = Digest.parse(f"{directory.name}:{name}")
-            status = (directory / name).lstat()
-        except (DigestInvalid, OSError):
-            return 0
-        if not stat.S_ISREG(status.st_mode):
-            return 0
-        state = disk.read_state(self._layout, digest)
-        if state is not None and state[0].size is not None and self._is_locked(digest):
-            return max(state[0].size, status.st_size)
-        # A stale one blocks what it holds, not what it once wanted to hold.
-        return status.st_blocks * _BLOCK
+    def leftovers(self) -> list[Digest]:
+        """What is left of fetches that nobody goes on with, the oldest first."""
+        found = [(status.st_mtime, digest) for digest, status in self._ingests()]
+        return [digest for _, digest in sorted(found) if not self._is_locked(digest)]
 
     def _is_locked(self, digest: Digest) -> bool:
         try:
@@ -123,7 +148,10 @@ class Catalog:
         return digest.hex in self._sizes.get(digest.algorithm, ())
 
     def entries(self, now: float) -> list[Entry]:
-        """All content with its recency; one in the future (a clock was set back) is ``now``."""
+        """All content with its recency.
+
+        One in the future (a clock was set back) is set to ``now``, so that it ages from here on.
+        """
         entries = []
         for directory in self._layout.content_directories():
             for name in list(self._sizes.get(directory.name, ())):
@@ -132,6 +160,8 @@ class Catalog:
                     digest = Digest.parse(f"{directory.name}:{name}")
                 except (OSError, DigestInvalid):
                     continue
+                if status.st_mtime > now:
+                    touch(self._layout, [digest], now)
                 entries.append(Entry(digest, status.st_size, min(status.st_mtime, now)))
         return entries
 

@@ -1,7 +1,7 @@
 """Who brings the bytes of growing content: we, another process, or nobody any more.
 
 Lives here: the lock on the growing file, what an earlier holder left, signs of life, letting go.
-Must not know: followers, memory, hashes.
+Must not know: followers, memory, hashes in progress.
 
 The lock (``flock``) dies with its holder, so a crash hands the content over by itself. A holder
 that is stopped keeps it; its missing signs of life say so.
@@ -14,19 +14,25 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from mirror.events import Observer
+from mirror.events import Observer, Published, Uncached
 from mirror.oci.digest import Digest
+from mirror.oci.errors import ContentLost, DigestMismatch
 from mirror.store import disk
 from mirror.store.layout import Layout
 
+T = TypeVar("T")
+
 HEARTBEAT: Final = 1.0
 """Seconds between signs of life."""
+_JUST_NOW: Final = 3 * HEARTBEAT
 _ATTEMPTS: Final = 1000
 
 
@@ -60,15 +66,53 @@ class Surroundings:
 class Claim:
     """One process's hold on the growing file of one digest."""
 
-    def __init__(self, surroundings: Surroundings, digest: Digest) -> None:
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        digest: Digest,
+        when_idle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.fd: int | None = None
         self.locked = False
+        self.kept = 0
+        """Bytes of an earlier fetch that were there when the lock became ours."""
         self._tailed = False
+        self._spoiled = False
         self._s = surroundings
         self._digest = digest
+        self._when_idle = when_idle
         self._loop = asyncio.get_running_loop()
+        self._jobs: set[asyncio.Future[Any]] = set()
         self._beat: asyncio.TimerHandle | None = None
         self._writing: asyncio.Future[None] | None = None
+
+    # --- threads --------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is using the file: it must stay open, and locked, until it is done."""
+        return bool(self._jobs)
+
+    def run(self, executor: Executor, work: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """``work`` in a thread. Wait for it with ``outcome``: a thread is not ended by a cancel."""
+        job = self._loop.run_in_executor(executor, work, *arguments)
+        self._jobs.add(job)
+        job.add_done_callback(self._done)
+        return job
+
+    def _done(self, job: asyncio.Future[Any]) -> None:
+        self._jobs.discard(job)
+        if not job.cancelled():
+            job.exception()  # for whoever waits; nobody may
+        if not self._jobs:
+            self._when_idle()
+
+    async def settled(self) -> None:
+        """Wait until no thread uses the file."""
+        while self._jobs:
+            await asyncio.wait(self._jobs)
+
+    # --- the file -------------------------------------------------------------------------------
 
     @property
     def path_is_ours(self) -> bool:
@@ -91,12 +135,21 @@ class Claim:
             raise OSError(errno.EBADF, "growing content is closed")
         return self.fd
 
-    def take(self, size: int | None, served: int) -> Role:
-        """Blocking: try to get hold of the lock. ``served`` bytes of it were handed out already.
+    # --- the lock -------------------------------------------------------------------------------
 
-        Raises ``OSError`` where the disk refuses, or the file was taken away.
+    async def take(self, size: int | None, served: int) -> Role:
+        """Try to get hold of the lock. ``served`` bytes of it were handed out already.
+
+        Raises ``OSError`` where the disk refuses, or the file was taken away, and ``ContentLost``
+        if it is shorter than what was handed out.
         """
+        return await outcome(self.run(self._s.io, self._take, size, served))
+
+    def _take(self, size: int | None, served: int) -> Role:
         layout, digest = self._s.layout, self._digest
+        if self._spoiled:
+            self._remove()
+            self._close()
         for _ in range(_ATTEMPTS):
             if self.fd is None:
                 self.fd = disk.open_ingest(layout, digest)
@@ -112,27 +165,49 @@ class Claim:
                 return Role.DONE
             if self._tailed:
                 raise FileNotFoundError(errno.ENOENT, "growing content was taken away")
-            self.close()
+            self._close()
         else:
             raise FileExistsError(errno.EEXIST, "growing content changes hands without end")
-        whole = disk.open_whole(layout, digest) if not self._tailed else None
+        whole = self._find_whole() if not self._tailed else None
         if whole is not None:
-            disk.drop_ingest(layout, digest, self.opened())
-            self.close()
-            self.fd = whole[0]
+            self._remove()
+            self._close()
+            self.fd = whole
             return Role.DONE
         self.locked = True
-        self._trim(size, served)
+        self.kept = self._trim(size, served)
         return Role.LEAD
 
-    def _trim(self, size: int | None, served: int) -> None:
-        """Keep of an earlier fetch's bytes only what may be resumed."""
+    def _find_whole(self) -> int | None:
+        """Content that was published before the lock was ours: hashed, since nobody else did."""
+        opened = disk.open_whole(self._s.layout, self._digest)
+        if opened is None:
+            return None
+        fd, status = opened
+        try:
+            disk.verify(fd, status.st_size, self._digest)
+        except DigestMismatch:
+            disk.quarantine(self._s.layout, self._digest, fd)
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _trim(self, size: int | None, served: int) -> int:
+        """Keep of an earlier fetch's bytes only what may be resumed; returns how many."""
         fd = self.opened()
         found = os.fstat(fd).st_size
+        if found < served:
+            raise ContentLost("growing content was cut")
         left = disk.read_state(self._s.layout, self._digest)
         state = left[0] if left is not None and left[0].boot == self._s.boot else None
         # Where nobody saw the bytes being written, only what their writer vouched for is kept.
         vouched = min(found, state.written) if state is not None else 0
+        if left is not None and state is not None and state.error is None:
+            # One that died a moment ago vouched for the rest by dying: others may have it.
+            vouched = found if 0 <= self._s.now() - left[1] <= _JUST_NOW else vouched
         keep = found if self._tailed else vouched
         known = size if size is not None else state.size if state is not None else None
         if known is not None and keep >= known:
@@ -141,6 +216,15 @@ class Claim:
         keep = max(keep, served)
         if keep != found:
             os.ftruncate(fd, keep)
+        return keep
+
+    def spoil(self) -> None:
+        """What is there does not belong: begin anew when the lock is taken next.
+
+        In another file, so that whoever is reading this one does not get a mixture.
+        """
+        self.stop_beating()
+        self.locked, self._spoiled = False, True
 
     # --- signs of life ------------------------------------------------------------------------
 
@@ -148,22 +232,18 @@ class Claim:
         """Tell other processes. Raises ``OSError`` where the disk refuses."""
         while self._writing is not None:
             await asyncio.wait({self._writing})
-        job = self._start_writing(state)
-        await asyncio.wait({job})
-        job.result()
+        await outcome(self._start_writing(state))
 
     def _start_writing(self, state: disk.IngestState) -> asyncio.Future[None]:
         arguments = (self._s.layout, self._digest, state)
-        job = self._loop.run_in_executor(self._s.io, disk.write_state, *arguments)
+        # A sign of life that could not be written is one that is missed, which others notice.
+        job = self.run(self._s.io, disk.write_state, *arguments)
         self._writing = job
         job.add_done_callback(self._written)
         return job
 
     def _written(self, job: asyncio.Future[None]) -> None:
         self._writing = None
-        # A sign of life that could not be written is one that is missed, which others notice.
-        if not job.cancelled():
-            job.exception()
 
     def start_beating(self, state: Callable[[], disk.IngestState]) -> None:
         """Write ``state()`` every second until the claim ends."""
@@ -184,26 +264,34 @@ class Claim:
 
     # --- the end --------------------------------------------------------------------------------
 
-    async def publish(self) -> None:
-        """Make the verified file durable and visible. Raises ``OSError``; then it is gone."""
-        self.stop_beating()
-        if self._writing is not None:
-            await asyncio.wait({self._writing})
-        await self._loop.run_in_executor(
-            self._s.publishing,
-            disk.publish,
-            self._s.layout,
-            self._digest,
-            self.opened(),
-            self._s.now(),
-        )
+    async def publish(self, began: float) -> None:
+        """Make the verified file durable and visible; where the disk refuses, it is gone.
 
-    def drop(self) -> None:
+        ``began``: when its fetch did, on the monotonic clock.
+        """
+        self.stop_beating()
+        await self.settled()
+        layout, digest, now = self._s.layout, self._digest, self._s.now()
+        try:
+            fd, size = self.opened(), self.length
+            await outcome(self.run(self._s.publishing, disk.publish, layout, digest, fd, now))
+        except OSError as error:
+            self._s.emit(Uncached(str(digest), disk.reason_of(error)))
+            return
+        await self._s.published(digest)
+        self._s.emit(Published(str(digest), size, time.monotonic() - began))
+
+    def drop(self, *, keep_state: bool = False) -> None:
         """Remove the file and its state: nobody shall resume it. Open descriptors go on."""
         self.stop_beating()
         if self.locked and self.fd is not None:
-            disk.drop_ingest(self._s.layout, self._digest, self.fd)
+            self.run(self._s.io, self._remove, keep_state)
+
+    def _remove(self, keep_state: bool = False) -> None:
+        # The state first: without the file, it would be somebody else's.
+        if self.path_is_ours and not keep_state:
             disk.drop_state(self._s.layout, self._digest)
+        disk.drop_ingest(self._s.layout, self._digest, self.opened())
 
     def begin_anew(self) -> None:
         """What was followed came to nothing before its first byte: forget it."""
@@ -213,13 +301,26 @@ class Claim:
     def let_go(self) -> None:
         """Unlock, so that another process may go on; this one keeps reading what is there."""
         self.stop_beating()
-        if self.fd is not None and self.locked:
+        if self.fd is not None and (self.locked or self._spoiled):
             # Shared, not none: what is published is being read here, and is not evicted.
-            fcntl.flock(self.fd, fcntl.LOCK_SH if self.is_published else fcntl.LOCK_UN)
+            kind = fcntl.LOCK_SH | fcntl.LOCK_NB if self.is_published else fcntl.LOCK_UN
+            with suppress(BlockingIOError):
+                fcntl.flock(self.fd, kind)
         self.locked = False
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        if self.fd is not None:
-            os.close(self.fd)
-            self.fd = None
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            disk.close(fd, self._s.io)
+
+    def _close(self) -> None:
+        """In the thread."""
+        fd, self.fd, self._spoiled = self.opened(), None, False
+        os.close(fd)
+
+
+async def outcome(job: asyncio.Future[T]) -> T:
+    """What a thread brings. Whoever waits may be cancelled: the thread goes on, and ends well."""
+    await asyncio.wait({job})
+    return job.result()

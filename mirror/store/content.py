@@ -28,6 +28,10 @@ SMALL: Final = 4 * 1024 * 1024
 """Bytes up to which aged content is verified before its first byte, so that damage is a miss."""
 
 
+_REMEMBERED: Final = 100_000
+"""Verification times that are kept in memory; of more, the oldest are asked for again."""
+
+
 class Verifications(Protocol):
     """Where the times of verifications are kept (the index)."""
 
@@ -72,6 +76,7 @@ class Contents:
         self._loop = asyncio.get_running_loop()
         self._leases: dict[Digest, _Lease] = {}
         self._verified: dict[Digest, float] = {}
+        self._unsaved: set[Digest] = set()
 
     async def find(self, digest: Digest, size: int | None = None) -> WholeReader | None:
         """Open content for reading; None is a miss: absent or damaged.
@@ -107,10 +112,13 @@ class Contents:
         lease = self._leases.get(digest)
         if lease is not None and os.fstat(lease.fd).st_nlink > 0:
             return lease
+        job = self._loop.run_in_executor(self._opening, disk.open_whole, self._layout, digest)
         try:
-            opened = await self._loop.run_in_executor(
-                self._opening, disk.open_whole, self._layout, digest
-            )
+            await asyncio.wait({job})
+            opened = job.result()
+        except asyncio.CancelledError:
+            job.add_done_callback(_close_opened)
+            raise
         except OSError as error:
             raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
         if opened is None:
@@ -132,7 +140,7 @@ class Contents:
         except OSError as error:
             raise StorageUnavailable(f"content cannot be read: {error.strerror}") from error
         if body is not None:
-            self._verified[digest] = self._now()
+            self._remember(digest, self._now())
         return body
 
     def _read(self, digest: Digest, limit: int) -> bytes | None:
@@ -158,8 +166,18 @@ class Contents:
         if at is None:
             at = await self._verifications.verified_at(digest)
             if at is not None:
-                self._verified[digest] = at
+                self._remember(digest, at, saved=True)
         return at is not None and 0 <= self._now() - at < self._reverify
+
+    def _remember(self, digest: Digest, at: float, *, saved: bool = False) -> None:
+        self._verified.pop(digest, None)
+        self._verified[digest] = at
+        if not saved:
+            self._unsaved.add(digest)
+        while len(self._verified) > _REMEMBERED:
+            oldest = next(iter(self._verified))
+            del self._verified[oldest]
+            self._unsaved.discard(oldest)
 
     def _start_verification(self, digest: Digest, lease: _Lease) -> None:
         lease.readers += 1  # the verification reads as well
@@ -188,12 +206,13 @@ class Contents:
             self._forget(digest, lease)
         else:
             lease.verification = None
-            self._verified[digest] = self._now()
+            self._remember(digest, self._now())
             self._emit(Reverified(str(digest), ok=True))
         self.release(digest, lease)
 
     def _report_damage(self, digest: Digest, size: int) -> None:
         self._verified.pop(digest, None)
+        self._unsaved.discard(digest)
         self._emit(DigestMismatched("", str(digest), "disk"))
         self._emit(Reverified(str(digest), ok=False))
         self._emit(Evicted(1, size, "corrupt"))
@@ -207,16 +226,27 @@ class Contents:
         lease.readers -= 1
         if lease.readers == 0:
             self._forget(digest, lease)
-            os.close(lease.fd)
+            disk.close(lease.fd, self._opening)
 
     async def published(self, digest: Digest) -> None:
         """Content was verified just now."""
-        self._verified[digest] = self._now()
-        await self._verifications.set_verified([(digest, self._verified[digest])])
+        now = self._now()
+        self._remember(digest, now, saved=True)
+        await self._verifications.set_verified([(digest, now)])
 
     async def flush(self) -> None:
         """Remember the verifications that this process did, for the next one."""
-        await self._verifications.set_verified(list(self._verified.items()))
+        times = [(digest, self._verified[digest]) for digest in self._unsaved]
+        self._unsaved.clear()
+        await self._verifications.set_verified(times)
+
+
+def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> None:
+    """Whoever wanted it has left in the meantime."""
+    if not job.cancelled() and job.exception() is None:
+        opened = job.result()
+        if opened is not None:
+            os.close(opened[0])
 
 
 class WholeReader:
@@ -244,11 +274,11 @@ class WholeReader:
 
         While a verification runs the last byte of every answer waits for it, of a range as well.
         """
+        if not self._open:
+            raise ContentLost("this reader is closed")
         limit = self.size if stop is None else min(stop, self.size)
         if start >= limit:
             return None
-        if not self._open:
-            raise ContentLost("this reader is closed")
         verification = self._lease.verification
         if verification is not None:
             if not verification.done() and start < limit - 1:

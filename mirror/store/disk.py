@@ -15,6 +15,8 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,12 +26,18 @@ from mirror.oci.errors import DigestMismatch
 from mirror.store.layout import Layout
 
 READ_SIZE: Final = 4 * 1024 * 1024
+_CATCH_UP: Final = 64 * 1024 * 1024
+QUARANTINED: Final = 16
+"""Damaged contents that are kept at most."""
 _IOV_LIMIT: Final = 512
 _NANOSECONDS: Final = 10**9
 # Not there, or not what we would have put there (a link, a directory, a socket).
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
 # fsync of a directory is not supported everywhere; there rename is as durable as it gets.
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+_GARBAGE: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
 
 def boot_id() -> str:
@@ -87,6 +95,15 @@ def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | N
     return None
 
 
+def close(fd: int, threads: Executor) -> None:
+    """Close a file; in a thread if it is the end of it: to free a few GB takes a second."""
+    if os.fstat(fd).st_nlink == 0:
+        with suppress(RuntimeError):  # the threads have ended
+            threads.submit(os.close, fd)
+            return
+    os.close(fd)
+
+
 def touch_open(fd: int, now: float) -> None:
     """Set the last use of an open file, in whole seconds: the mark that it is as we left it."""
     seconds = int(now) * _NANOSECONDS
@@ -128,8 +145,10 @@ class IngestState:
     """Bytes that were in the file when this was written (at least once a second)."""
     error: tuple[str, str] | None = None
     """(OCI code, message) of a fetch that failed."""
-    detached: bool = False
-    """The fetcher goes on in memory; the file will not grow."""
+    holder: str = ""
+    """Who writes this: another one every time somebody gets hold of the lock."""
+    kept: int = 0
+    """Bytes that were in the file when this holder began: what follows is its own."""
 
 
 def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | None:
@@ -143,14 +162,15 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
         raw = json.loads(os.read(fd, 16384))
         error = raw.get("error")
         state = IngestState(
-            size=raw["size"] if isinstance(raw["size"], int) else None,
+            size=raw["size"] if type(raw["size"]) is int and raw["size"] >= 0 else None,
             boot=str(raw.get("boot", "")),
             written=int(raw.get("written", 0)),
             error=(str(error[0]), str(error[1])) if error else None,
-            detached=bool(raw.get("detached", False)),
+            holder=str(raw.get("holder", "")),
+            kept=int(raw.get("kept", 0)),
         )
         return state, os.fstat(fd).st_mtime
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (OSError, RecursionError, *_GARBAGE):
         return None
     finally:
         os.close(fd)
@@ -165,10 +185,24 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "boot": state.boot,
         "written": state.written,
         "error": state.error,
-        "detached": state.detached,
+        "holder": state.holder,
+        "kept": state.kept,
     }
-    draft.write_text(json.dumps(document), encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(document), encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def stamp_of_state(layout: Layout, digest: Digest) -> tuple[int, int] | None:
+    """Another value whenever the state was written; None if there is none."""
+    try:
+        status = layout.ingest_state(digest).lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def open_ingest(layout: Layout, digest: Digest) -> int:
@@ -213,6 +247,43 @@ def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
         if count:
             views[0] = views[0][count:]
     return offset
+
+
+def append(
+    fd: int | None,
+    verifier: Verifier,
+    batch: list[bytes],
+    start: int,
+    *,
+    last: bool,
+    keep: bool,
+) -> int:
+    """Hash ``batch`` and, to ``keep`` it, write it at ``start``; returns its end.
+
+    ``last``: the content ends with it, so all of it is hashed before these bytes are written.
+    Raises ``DigestMismatch``, ``ShortWrite`` or ``OSError``.
+    """
+    if last or not keep:
+        if verifier.position < start:
+            hash_file(_opened(fd), verifier, start)
+        verifier.update_all(batch)
+        if last:
+            verifier.finish()
+        if not keep:
+            return start + sum(map(len, batch))
+    end = write_all(_opened(fd), batch, start)
+    if not last and verifier.position == start:
+        verifier.update_all(batch)
+    elif not last:
+        # Behind what an earlier fetch left: a part of it with each batch.
+        hash_file(_opened(fd), verifier, min(end, verifier.position + _CATCH_UP))
+    return end
+
+
+def _opened(fd: int | None) -> int:
+    if fd is None:
+        raise OSError(errno.EBADF, "growing content is closed")
+    return fd
 
 
 class ShortWrite(Exception):
@@ -292,12 +363,32 @@ def drop_state(layout: Layout, digest: Digest) -> None:
 
 
 def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
-    """Put damaged content aside, if ``fd`` is still what the digest's path names."""
-    if not is_at(fd, layout.blob(digest)):
-        return
-    target = layout.quarantine(digest)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        layout.blob(digest).rename(target)
-    except OSError:
-        layout.blob(digest).unlink(missing_ok=True)
+    """Put damaged content aside, if ``fd`` is still what the digest's path names.
+
+    Never raises: on a disk that takes nothing it stays, is hashed at every use, and never served.
+    """
+    path, target = layout.blob(digest), layout.quarantine(digest)
+    with suppress(OSError):
+        if not is_at(fd, path):
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        except OSError:
+            path.unlink(missing_ok=True)
+        drop_quarantined(layout, QUARANTINED)
+
+
+def drop_quarantined(layout: Layout, keep: int) -> int:
+    """Remove damaged content, but for the newest ``keep``; returns how many bytes that were."""
+    found = []
+    for path in (layout.root / "quarantine").glob("*/*"):
+        with suppress(OSError):
+            status = path.lstat()
+            found.append((status.st_ctime, path, status.st_size))
+    freed = 0
+    for _, path, size in sorted(found, reverse=True)[keep:]:
+        with suppress(OSError):
+            path.unlink()
+            freed += size
+    return freed

@@ -43,15 +43,16 @@ def needed(usage: Usage, need: int, disk_free: int, settings: Storage) -> tuple[
 
     ``disk_free`` is what the disk has, less what is left free.
 
-    Above the high water mark it is so many that the low water mark is reached. None: it can never
-    fit. ``usage`` counts the reservation of whoever asks already, where it could be declared.
+    Above the high water mark it is so many that the low water mark is reached. None: it cannot fit,
+    whatever went. ``usage`` counts the reservation of whoever asks already, where it could be
+    declared.
     """
     high = int(settings.max_size * settings.high_water)
     low = int(settings.max_size * settings.low_water)
-    if need > high:
+    if max(need, usage.reserved) > high:
         return None
     over_quota = usage.total - low if usage.total > high else 0
-    over_disk = need - disk_free
+    over_disk = max(need, usage.unwritten) - disk_free
     if over_quota <= 0 and over_disk <= 0:
         return 0, ""
     return max(over_quota, over_disk), "quota" if over_quota >= over_disk else "disk"
@@ -127,12 +128,12 @@ class Evictor:
                 return False
             # Another process may have made the room while we waited.
             verdict = self._look(need)
-            if verdict is not None and verdict[0] > 0:
-                self._evict(*verdict, pinned)
-                verdict = self._look(need)
+            if verdict is None or verdict[0] == 0:
+                return verdict is not None
+            self._evict(*verdict, pinned)
+            return self._fits(need)
         finally:
             os.close(fd)
-        return verdict is not None and self._fits(need)
 
     def _look(self, need: int) -> tuple[int, str] | None:
         return needed(self._catalog.refresh(), need, self._disk_free(), self._settings)
@@ -147,31 +148,65 @@ class Evictor:
         return int((status.f_bavail - status.f_blocks * _SPARE) * status.f_frsize)
 
     def _evict(self, free: int, reason: str, pinned: set[Digest]) -> None:
-        references = {digest: tuple(self._parts(digest)) for digest in pinned}
-        for digest in [part for parts in references.values() for part in parts]:
-            references.setdefault(digest, tuple(self._parts(digest)))
-        chosen = plan(self._catalog.entries(self._now()), free, pinned, references)
-        count = freed = 0
+        freed = disk.drop_quarantined(self._layout, 0)
+        for digest in self._catalog.leftovers():
+            if freed < free:
+                freed += self._drop_leftover(digest)
+        chosen = plan(
+            self._catalog.entries(self._now()), free - freed, pinned, self._references(pinned)
+        )
+        count = gained = 0
         for entry in chosen.candidates:
-            if freed >= chosen.free:
+            if gained >= chosen.free:
                 break
             if self._unlink(entry.digest):
-                count, freed = count + 1, freed + entry.size
+                count, gained = count + 1, gained + entry.size
         if count:
-            self._emit(Evicted(count, freed, reason))
+            self._emit(Evicted(count, gained, reason))
 
-    def _parts(self, digest: Digest) -> list[Digest]:
+    def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
+        """What the pinned manifests refer to, and the manifests among that, and so on."""
+        references: dict[Digest, list[Digest]] = {}
+        queue = list(pinned)
+        while queue:
+            digest = queue.pop()
+            if digest not in references:
+                manifests, blobs = self._parts(digest)
+                references[digest] = manifests + blobs
+                queue += manifests
+        return references
+
+    def _parts(self, digest: Digest) -> tuple[list[Digest], list[Digest]]:
+        """The manifests and the blobs that a manifest refers to."""
         opened = disk.open_whole(self._layout, digest)
         if opened is None:
-            return []
+            return [], []
         try:
-            body = os.read(opened[0], MANIFEST_LIMIT + 1) if opened[1].st_size else b""
+            body = os.pread(opened[0], MANIFEST_LIMIT + 1, 0)
             parsed = parse_manifest(body, sniff_media_type(body))
         except ManifestInvalid:
-            return []
+            return [], []
         finally:
             os.close(opened[0])
-        return [part.digest for part in (*parsed.children, *parsed.blobs)]
+        return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]
+
+    def _drop_leftover(self, digest: Digest) -> int:
+        """Remove what is left of a fetch, unless somebody goes on with it; returns its bytes."""
+        path = self._layout.ingest(digest)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return 0
+        try:
+            if not disk.try_lock(fd) or not disk.is_at(fd, path):
+                return 0
+            disk.drop_state(self._layout, digest)
+            disk.drop_ingest(self._layout, digest, fd)
+            return os.fstat(fd).st_size
+        except OSError:
+            return 0
+        finally:
+            os.close(fd)
 
     def _unlink(self, digest: Digest) -> bool:
         """Unlink, unless somebody is reading it."""

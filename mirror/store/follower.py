@@ -10,7 +10,7 @@ import asyncio
 from typing import Protocol
 
 from mirror.oci.digest import Digest
-from mirror.oci.errors import DigestMismatch, MirrorError
+from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.store.reader import Extent
 
 
@@ -66,6 +66,7 @@ class Follower:
 
     def __init__(self, growing: Followed, position: int) -> None:
         self._growing = growing
+        self._open = True
         self.position = position
         growing.followers.add(self)
 
@@ -87,6 +88,10 @@ class Follower:
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """See :meth:`mirror.store.reader.Reader.wait`."""
         growing = self._growing
+        if not self._open:
+            raise ContentLost("this reader is closed")
+        if stop is not None and start >= stop:
+            return None
         self.position = start
         growing.moved()
         while True:
@@ -100,6 +105,9 @@ class Follower:
             await growing.progress(start)
 
     def close(self) -> None:
-        """Leave. The fetch goes on."""
+        """Leave. The fetch goes on. Safe to call twice."""
+        if not self._open:
+            return
+        self._open = False
         self._growing.followers.discard(self)
         self._growing.moved()

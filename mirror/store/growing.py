@@ -13,13 +13,14 @@ followers: they notice nothing.
 from __future__ import annotations
 
 import asyncio
-import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final
 
-from mirror.events import Published, Uncached
+from mirror.events import Uncached
 from mirror.oci.digest import Digest, Verifier
 from mirror.oci.errors import (
     ContentLost,
@@ -32,16 +33,16 @@ from mirror.store import disk
 from mirror.store.claim import Claim, Role, Surroundings
 from mirror.store.follower import Follower, Waiters
 from mirror.store.reader import Extent, FileExtent
+from mirror.store.watch import Watch
 from mirror.store.window import Window
 
 PENDING_LIMIT: Final = 8 * 1024 * 1024
 """Bytes that may wait for the disk before the read from the upstream waits for it too."""
 STALLED: Final = 10.0
 """Seconds without a sign of life after which another process's fetch is not waited for."""
-_SHARED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
+_AT_ONCE: Final = 0.05
 _POLL: Final = 0.01
 _POLLS_PER_LOCK: Final = 5
-_CATCH_UP: Final = 64 * 1024 * 1024
 
 
 class Growing:
@@ -58,11 +59,14 @@ class Growing:
         """Offset of the next byte to be fed."""
         self._began = self.last_progress
         self._s = surroundings
-        self._claim = Claim(surroundings, digest)
+        self._claim = Claim(surroundings, digest, self._close_if_unused)
+        self._holder = secrets.token_hex(8)
         self._loop = asyncio.get_running_loop()
         self._on_disk = 0
         self._confirmed = False
         """Whether what an earlier fetch left is known to belong: nobody is given it before."""
+        self._room = 0
+        """Offset up to which room was made on the disk."""
         self._window: Window | None = None
         self._verifier = Verifier(digest)
         self._pending: list[bytes] = []
@@ -132,9 +136,7 @@ class Growing:
         if self._claim.locked or self._window is not None:
             return Role.LEAD
         try:
-            role = await self._loop.run_in_executor(
-                self._s.io, self._claim.take, self.size, self._on_disk
-            )
+            role = await self._claim.take(self.size, self._on_disk)
             if role is not Role.TAIL:
                 self._on_disk = self.position = self._claim.length
             if role is Role.LEAD:
@@ -150,28 +152,18 @@ class Growing:
         return role
 
     def _state(self) -> disk.IngestState:
-        return disk.IngestState(self.size, self._s.boot, self._on_disk)
+        return disk.IngestState(
+            self.size, self._s.boot, self._on_disk, holder=self._holder, kept=self._claim.kept
+        )
 
     async def tail(self) -> None:
         """Follow another process's fetch until it is whole, or it is for us to go on.
 
         Raises the failure that the other process met.
         """
-        pause, polls = _POLL, 0
-        sign, seen = 0.0, time.monotonic()
+        watch, pause, polls = Watch(self._s.layout, self.digest), _POLL, 0
         while not self.verified:
-            grown = self._look_at_file()
-            found = disk.read_state(self._s.layout, self.digest)
-            if found is not None:
-                state, written = found
-                self.size = state.size if self.size is None else self.size
-                # What it was refused, it was refused for its repository: we ask for ours.
-                if state.error is not None and state.error[0] in _SHARED_FAILURES:
-                    raise UpstreamUnavailable(state.error[1])
-                if written != sign:
-                    sign, seen = written, time.monotonic()
-            if grown:
-                self.last_progress = seen = time.monotonic()
+            grown = self._look_at_file(watch)
             self._wake()
             if self.verified:
                 return None
@@ -179,7 +171,7 @@ class Growing:
                 if not self._on_disk:
                     return self._claim.begin_anew()
                 self._detach("handover")
-            elif time.monotonic() - seen > STALLED:
+            elif watch.silence > STALLED:
                 self._detach("stalled")
             polls += 1
             if self._window is not None or (
@@ -190,13 +182,21 @@ class Growing:
             await asyncio.sleep(pause)
         return None
 
-    def _look_at_file(self) -> bool:
+    def _look_at_file(self, watch: Watch) -> bool:
+        # In this order: what is published is whole, so its length is its size.
+        published = self._claim.is_published
         end = self._claim.length
         grown = end > self._on_disk
-        self._on_disk = self.position = max(self._on_disk, end)
-        self._confirmed = True
-        if self._claim.is_published:
+        watch.look(self._on_disk, grown=grown)
+        if watch.state is not None and self.size is None:
+            self.size = watch.state.size
+        if published:
             self.size = end
+        self._confirmed = self._confirmed or published or watch.state is not None
+        if self._confirmed:
+            self._on_disk = self.position = max(self._on_disk, end)
+        if grown:
+            self.last_progress = time.monotonic()
         # An empty file says nothing yet, unless empty is what was asked for.
         if end == self.size and (end > 0 or self._verifier.matches()):
             self.verified = True
@@ -218,17 +218,25 @@ class Growing:
             return
         try:
             await self._claim.write_state(self._state())
-            need = (self.size or PENDING_LIMIT) - self._on_disk
-            if not await self._s.make_room(need):
-                self._detach("full")
         except OSError as error:
             self._detach(disk.reason_of(error))
+        else:
+            await self._reserve()
+
+    async def _reserve(self) -> None:
+        """Have room for what was announced, or for the next bytes where nothing was."""
+        self._room = self.size if self.size is not None else self.position + PENDING_LIMIT
+        if not await self._s.make_room(self._room - self._on_disk):
+            self._detach("full")
 
     def start_over(self) -> bool:
-        """Forget what an earlier fetch left, where the upstream's answer does not fit to it."""
+        """Forget what an earlier fetch left, where the upstream's answer does not fit to it.
+
+        Then find out anew who brings the bytes (:meth:`lead`).
+        """
         if self._confirmed or not self._on_disk:
             return False
-        os.ftruncate(self._claim.opened(), 0)
+        self._claim.spoil()
         self._on_disk = self.position = 0
         return True
 
@@ -237,10 +245,14 @@ class Growing:
 
         Raises what the writer met: ``DigestMismatch``, ``ContentLost``, ``UpstreamProtocolError``.
         """
-        if self.size is not None and self.position + len(chunk) > self.size:
+        end = self.position + len(chunk)
+        if self.size is not None and end > self.size:
             raise UpstreamProtocolError("more bytes than were announced")
+        if self._window is None and end > self._room:
+            await self._written_so_far()
+            await self._reserve()
         self._pending.append(chunk)
-        self.position += len(chunk)
+        self.position = end
         self._pump()
         while self._broken is None and self._backlog() > PENDING_LIMIT:
             if self._job is not None:
@@ -252,6 +264,10 @@ class Growing:
                 break
         if self._broken is not None:
             raise self._broken
+
+    async def _written_so_far(self) -> None:
+        while self._job is not None:
+            await asyncio.wait({self._job})
 
     def _backlog(self) -> int:
         return sum(map(len, self._pending)) + (len(self._window) if self._window else 0)
@@ -265,22 +281,12 @@ class Growing:
             raise UpstreamUnavailable(f"ended at {self.position} of {self.size} bytes")
         self._ended = True
         self._pump()
-        while self._job is not None:
-            await asyncio.wait({self._job})
+        await self._written_so_far()
         if self._broken is not None:
             raise self._broken
         if self._window is None:
-            await self._publish()
-
-    async def _publish(self) -> None:
-        try:
-            await self._claim.publish()
-        except OSError as error:
-            self._s.emit(Uncached(str(self.digest), disk.reason_of(error)))
-            return
-        await self._s.published(self.digest)
-        took = time.monotonic() - self._began
-        self._s.emit(Published(str(self.digest), self._on_disk, took))
+            await self._claim.publish(self._began)
+        await self._claim.settled()
 
     async def fail(self, error: MirrorError) -> None:
         """End for everybody, in every process. Right bytes are kept for a resume."""
@@ -288,11 +294,18 @@ class Growing:
             return
         self.failure = error
         self._pending.clear()
-        self._wake()
-        while self._job is not None:
-            await asyncio.wait({self._job})
-        if not self._claim.locked or self._window is not None:
-            return
+        # Who waits learns it when nothing is left to do, or else at once.
+        at_once = self._loop.call_later(_AT_ONCE, self._wake)
+        try:
+            await self._written_so_far()
+            if self._claim.locked and self._window is None:
+                await self._leave(error)
+            await self._claim.settled()
+        finally:
+            at_once.cancel()
+            self._wake()
+
+    async def _leave(self, error: MirrorError) -> None:
         if not self._on_disk:
             self._claim.drop()  # nothing to resume, and nobody else has seen a byte
             return
@@ -303,7 +316,7 @@ class Growing:
         except OSError as refused:
             self._s.emit(Uncached(str(self.digest), disk.reason_of(refused)))
         if isinstance(error, DigestMismatch | ContentLost):
-            disk.drop_ingest(self._s.layout, self.digest, self._claim.opened())
+            self._claim.drop(keep_state=True)  # it is what others learn the failure from
 
     def release(self) -> None:
         """The fetch loop lets go; followers may still read what is there."""
@@ -327,27 +340,10 @@ class Growing:
             return
         start = self.position - sum(map(len, self._pending))
         del self._pending[: len(batch)]
-        self._job = self._loop.run_in_executor(self._s.io, self._write, batch, start, last)
+        append = partial(disk.append, last=last, keep=self._window is None)
+        fd, verifier = self._claim.fd, self._verifier
+        self._job = self._claim.run(self._s.io, append, fd, verifier, batch, start)
         self._job.add_done_callback(lambda job: self._written(job, batch, start, last))
-
-    def _write(self, batch: list[bytes], start: int, last: bool) -> int:
-        """In a thread: hash beside the write, and before it where the batch is the last."""
-        verifier, keep = self._verifier, self._window is None
-        if last or not keep:
-            if verifier.position < start:
-                disk.hash_file(self._claim.opened(), verifier, start)
-            verifier.update_all(batch)
-            if last:
-                verifier.finish()
-            if not keep:
-                return start + sum(map(len, batch))
-        end = disk.write_all(self._claim.opened(), batch, start)
-        if not last and verifier.position == start:
-            verifier.update_all(batch)
-        elif not last:
-            catch_up = min(end, verifier.position + _CATCH_UP)
-            disk.hash_file(self._claim.opened(), verifier, catch_up)
-        return end
 
     def _written(
         self, job: asyncio.Future[int], batch: list[bytes], start: int, last: bool
@@ -392,7 +388,7 @@ class Growing:
             self._s.emit(Uncached(str(self.digest), reason))
 
     def _close_if_unused(self) -> None:
-        if not self.released.is_set() or self._job is not None:
+        if not self.released.is_set() or self._job is not None or self._claim.busy:
             return
         self._claim.let_go()
         if not self.followers:

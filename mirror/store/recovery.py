@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -20,8 +21,8 @@ from mirror.store.layout import Layout
 
 _STALE: Final = 86400.0
 """Seconds after which an ingest that nobody went on with is given up."""
-_QUARANTINED: Final = 16
-"""Damaged contents that are kept for whoever wants to know why."""
+_DRAFT: Final = 60.0
+"""Seconds after which nobody is writing a draft any more."""
 _LAYOUT_VERSION: Final = {"imageLayoutVersion": "1.0.0"}
 
 
@@ -39,8 +40,8 @@ def recover(layout: Layout, now: float, boot: str) -> Recovered:
         for path in (*layout.content_directories(), *layout.ingest_directories()):
             path.mkdir(parents=True, exist_ok=True)
         _write_marker(layout.root / "oci-layout")
-        dropped = sum(_sweep(layout, path, now, boot) for path in layout.ingest_directories())
-        _bound_quarantine(layout.root / "quarantine")
+        dropped = sweep(layout, now, boot)
+        disk.drop_quarantined(layout, disk.QUARANTINED)
         for path in (*layout.content_directories(), *layout.ingest_directories()):
             # Asked of the kernel, which knows of read-only mounts as well, and leaves no file.
             if not os.access(path, os.W_OK | os.X_OK):
@@ -51,21 +52,45 @@ def recover(layout: Layout, now: float, boot: str) -> Recovered:
 
 
 def _write_marker(path: Path) -> None:
-    if not path.exists():
-        path.write_text(json.dumps(_LAYOUT_VERSION), encoding="utf-8")
+    text = json.dumps(_LAYOUT_VERSION)
+    if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != text:
+        path.write_text(text, encoding="utf-8")
 
 
-def _sweep(layout: Layout, directory: Path, now: float, boot: str) -> int:
-    """Drop the ingests that will not be resumed; returns how many."""
+def sweep(layout: Layout, now: float, boot: str) -> int:
+    """Drop the ingests that will not be resumed, and drafts; returns how many ingests.
+
+    Others may be at work in the same directories: what they have locked, or removed themselves,
+    is left alone. Raises ``OSError`` where the disk refuses.
+    """
     dropped = 0
-    names = {entry.name for entry in os.scandir(directory)}
-    for name in names:
-        path = directory / name
-        if name.endswith(".tmp") or (name.endswith(".json") and name[:-5] not in names):
-            path.unlink(missing_ok=True)
-        elif not name.endswith(".json"):
-            dropped += _sweep_one(layout, directory, path, now, boot)
+    for directory in layout.ingest_directories():
+        for name in [entry.name for entry in os.scandir(directory)]:
+            digest_part, _, beside = name.partition(".json")
+            path, ingest = directory / name, directory / digest_part
+            with suppress(FileNotFoundError):
+                if beside or name.endswith(".json"):
+                    # A state is written beside a file that is locked: without one it is nobody's.
+                    if not ingest.exists() or (beside and not _is_locked(ingest)):
+                        path.unlink()
+                else:
+                    dropped += _sweep_one(layout, directory, path, now, boot)
+    for draft in layout.root.glob("index.json.*.tmp"):
+        with suppress(FileNotFoundError):
+            if abs(now - draft.lstat().st_mtime) > _DRAFT:
+                draft.unlink()
     return dropped
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not disk.try_lock(fd)
+    finally:
+        os.close(fd)
 
 
 def _sweep_one(layout: Layout, directory: Path, path: Path, now: float, boot: str) -> bool:
@@ -100,11 +125,4 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
-
-
-def _bound_quarantine(root: Path) -> None:
-    files = [path for path in root.glob("*/*") if path.is_file()]
-    files.sort(key=lambda path: path.lstat().st_mtime, reverse=True)
-    for path in files[_QUARANTINED:]:
         path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -38,10 +39,12 @@ from mirror.store.growing import Growing
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.records import Membership, TagRecord, members_of
-from mirror.store.recovery import recover
+from mirror.store.recovery import recover, sweep
 
 _RECENCY_STEP: Final = 60.0
 """Seconds between two updates of one content's recency."""
+_SWEEP_EVERY: Final = 3600.0
+"""Seconds between two looks for what ended fetches left behind."""
 _TOUCHED_LIMIT: Final = 100_000
 
 
@@ -70,6 +73,7 @@ class Store:
         self._touched: dict[Digest, float] = {}
         self._unwritable: str | None = None
         self._restored = False
+        self._swept = time.monotonic()
         self.contents = Contents(
             layout,
             index,
@@ -152,15 +156,15 @@ class Store:
 
     async def touch(self, digests: Iterable[Digest]) -> None:
         """Refresh the recency of content that was used, at most once a minute each."""
-        now = self._now()
-        stale = [d for d in digests if now - self._touched.get(d, 0.0) >= _RECENCY_STEP]
-        if not stale:
+        now, used = self._now(), list(digests)
+        # All of them if any: a manifest is never ahead of its parts for longer than a step.
+        if all(0 <= now - self._touched.get(d, -inf) < _RECENCY_STEP for d in used):
             return
         if len(self._touched) > _TOUCHED_LIMIT:
             self._touched.clear()
-        self._touched.update(dict.fromkeys(stale, now))
+        self._touched.update(dict.fromkeys(used, now))
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._opening, touch, self.layout, stale, now)
+        await loop.run_in_executor(self._opening, touch, self.layout, used, now)
 
     # --- what is here -------------------------------------------------------------------------
 
@@ -178,9 +182,19 @@ class Store:
                 usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
             )
         )
-        await self.index.sweep(self.catalog.holds)
+        await self._tidy()
         idle = (time.monotonic() - growing.last_progress for growing in self.growing.values())
         self._emit(GrowingMeasured(len(self.growing), max(idle, default=0.0)))
+
+    async def _tidy(self) -> None:
+        """Forget, in small steps, what was known of content that is gone."""
+        await self.index.sweep(self.catalog.holds)
+        if time.monotonic() - self._swept > _SWEEP_EVERY and self._unwritable is None:
+            self._swept = time.monotonic()
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(
+                self._opening, sweep, self.layout, self._now(), disk.boot_id()
+            )
 
     async def close(self) -> None:
         """Remember what the next start wants to know, and end the threads."""
