@@ -27,6 +27,8 @@ from tests.store_kit import random_bytes
 
 DATA = random_bytes(1_000_000, 61)
 DIGEST = Digest.of(DATA)
+LARGE = random_bytes(8_000_000, 65)
+"""Of unknown length: the newest bytes may be the last and are withheld, so half is many reads."""
 STEPS = [("bytes=0-9", 0, 10), ("bytes=-10", len(DATA) - 10, len(DATA)), ("bytes=7-", 7, len(DATA))]
 
 
@@ -55,17 +57,21 @@ def said(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
 
 @asynccontextmanager
 async def half_way(
-    root: Path, certificate: Certificate | None = None, *, chunked: bool = False
+    root: Path,
+    data: bytes = DATA,
+    *,
+    certificate: Certificate | None = None,
+    chunked: bool = False,
+    flip: int | None = None,
 ) -> AsyncIterator[tuple[FakeRegistry, Server, asyncio.Event]]:
     """A blob that stays half arrived until the event is set."""
     async with (
         FakeRegistry() as fake,
         running(root, fake.url, limits=Limits(), certificate=certificate) as server,
     ):
-        fake.add_blob(DATA)
         rest = asyncio.Event()
-        fault = Fault(stall_at=len(DATA) // 2, gate=rest, chunked=chunked)
-        fake.fault(f"blobs/{DIGEST}", fault)
+        fault = Fault(stall_at=len(data) // 2, gate=rest, chunked=chunked, flip=flip)
+        fake.fault(f"blobs/{fake.add_blob(data)}", fault)
         yield fake, server, rest
 
 
@@ -176,7 +182,7 @@ async def test_what_has_arrived_is_answered_before_the_rest_comes(
 ) -> None:
     certificate = Certificate.make(tmp_path) if tls else None
     async with (
-        half_way(tmp_path / "data", certificate) as (fake, server, rest),
+        half_way(tmp_path / "data", certificate=certificate) as (fake, server, rest),
         server.client.get(server.blob(DIGEST)) as leading,
     ):
         assert await leading.content.readexactly(1000) == DATA[:1000]
@@ -216,21 +222,25 @@ async def test_a_range_that_has_not_arrived_waits_for_its_bytes(tmp_path: Path) 
 async def test_content_of_unknown_length_is_whole_at_first_and_partial_later(
     tmp_path: Path,
 ) -> None:
-    async with half_way(tmp_path, chunked=True) as (_, server, rest), asyncio.TaskGroup() as group:
+    digest = Digest.of(LARGE)
+    async with (
+        half_way(tmp_path, LARGE, chunked=True) as (_, server, rest),
+        asyncio.TaskGroup() as group,
+    ):
         everything = {"Range": "bytes=0-"}
-        async with server.client.get(server.blob(DIGEST), headers=everything) as first:
+        async with server.client.get(server.blob(digest), headers=everything) as first:
             assert first.status == 200
             assert "Content-Length" not in first.headers
-            assert await first.content.readexactly(1000) == DATA[:1000]
-            last = group.create_task(server.get(server.blob(DIGEST), {"Range": "bytes=-3"}))
+            assert await first.content.readexactly(1000) == LARGE[:1000]
+            last = group.create_task(server.get(server.blob(digest), {"Range": "bytes=-3"}))
             rest.set()
-            assert await first.content.read() == DATA[1000:]
+            assert await first.content.read() == LARGE[1000:]
         status, headers, body = await last
-        assert (status, body) == (206, DATA[-3:])
-        assert headers["Content-Range"].endswith(f"/{len(DATA)}")
+        assert (status, body) == (206, LARGE[-3:])
+        assert headers["Content-Range"].endswith(f"/{len(LARGE)}")
         await server.store.idle()
-        status, headers, _ = await server.get(server.blob(DIGEST), everything)
-        assert (status, headers["Content-Length"]) == (206, str(len(DATA)))
+        status, headers, _ = await server.get(server.blob(digest), everything)
+        assert (status, headers["Content-Length"]) == (206, str(len(LARGE)))
 
 
 # --- TLS ----------------------------------------------------------------------------------------
@@ -266,21 +276,23 @@ async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
 @pytest.mark.row("U6")
 async def test_over_tls_a_cut_answer_is_no_clean_end(tmp_path: Path) -> None:
     """HTTP/1.0 without a length ends with the connection: there, TLS must not say goodbye."""
-    certificate = Certificate.make(tmp_path)
-    async with (
-        FakeRegistry() as fake,
-        running(tmp_path / "data", fake.url, certificate=certificate) as server,
+    made = Certificate.make(tmp_path)
+    digest, wrong = Digest.of(LARGE), len(LARGE) - 1
+    async with half_way(tmp_path / "data", LARGE, certificate=made, chunked=True, flip=wrong) as (
+        _,
+        server,
+        rest,
     ):
-        fake.add_blob(DATA)
-        # slow enough that a part of it is on its way to the client before the end is wrong
-        wrong = Fault(flip=len(DATA) - 1, chunked=True, rate=2_000_000, times=None)
-        fake.fault(f"blobs/{DIGEST}", wrong)
-        with pytest.raises(aiohttp.ClientError):
-            await server.get(server.blob(DIGEST))
         port = int(server.url.rpartition(":")[2])
-        trust = ssl.create_default_context(cafile=certificate.cert_file)
+        trust = ssl.create_default_context(cafile=made.cert_file)
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust)
-        writer.write(f"GET /v2/library/app/blobs/{DIGEST} HTTP/1.0\r\n\r\n".encode())
+        writer.write(f"GET /v2/library/app/blobs/{digest} HTTP/1.0\r\n\r\n".encode())
+        assert b" 200 OK\r\n" in await reader.readuntil(b"\r\n\r\n")
+        async with server.client.get(server.blob(digest)) as response:
+            assert response.status == 200
+            rest.set()
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
         with pytest.raises((ConnectionError, ssl.SSLError)):
             await reader.read(-1)
         writer.transport.abort()
