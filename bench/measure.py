@@ -6,10 +6,11 @@ import asyncio
 import os
 import re
 import shutil
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,20 +117,27 @@ def requests(url: str, seconds: int) -> float:
     return float(found[1])
 
 
-async def crowd(host: str, port: int, path: str, clients: int, rate: int, seconds: float) -> int:
+async def crowd(
+    host: str, port: int, path: str, clients: int, rate: int, over: Callable[[], bool]
+) -> int:
     """``clients`` that read ``rate`` bytes per second each; returns what they got in all."""
     request = f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
+    loop = asyncio.get_running_loop()
     got = 0
 
-    async def one() -> None:
+    async def one(number: int) -> None:
         nonlocal got
-        reader, writer = await asyncio.open_connection(host, port, limit=65_536)
-        writer.write(request)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            got += len(await reader.read(rate // 10))
-            await asyncio.sleep(0.1)
-        writer.transport.abort()
+        with socket.socket() as connection:
+            # A slow link has a small window: what counts is not how much loopback can hold.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            connection.setblocking(False)
+            await loop.sock_connect(connection, (host, port))
+            await loop.sock_sendall(connection, request)
+            # Twice a second: the crowd must not cost more than what it crowds.
+            await asyncio.sleep(number / clients / 2)
+            while not over():
+                got += len(await loop.sock_recv(connection, rate // 2))
+                await asyncio.sleep(0.5)
 
-    await asyncio.gather(*(one() for _ in range(clients)))
+    await asyncio.gather(*(one(number) for number in range(clients)))
     return got
