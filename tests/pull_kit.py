@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mirror.config import Settings, Storage, Upstream
 from mirror.events import Event, Kind, Outcome, Pull
@@ -244,6 +245,7 @@ async def pull_kit(
     upstream: Upstream | None = None,
     storage: Storage | None = None,
     clock: list[float] | None = None,
+    abandoned: Literal["finish", "cancel"] = "finish",
 ) -> AsyncIterator[PullKit]:
     """Everything below the web, over ``root``."""
     registry = registry or MemoryRegistry()
@@ -251,6 +253,7 @@ async def pull_kit(
     settings = Settings(
         data_dir=str(root),
         storage=storage or Storage(),
+        abandoned=abandoned,
         default_upstream="docker.io",
         upstreams={"docker.io": upstream, "other.io": upstream},
     )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -22,6 +25,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.pull.freshness import PROVEN_FOR
+from mirror.upstream.api import ContentStream
 from tests.pull_kit import (
     OTHER,
     REPO,
@@ -329,6 +333,39 @@ async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) ->
         await kit.store.idle()
         kept = sum(path.stat().st_size for path in (tmp_path / "blobs" / "sha256").iterdir())
         assert 0 < kept <= 2_000_000
+
+
+@pytest.mark.row("L1")
+@pytest.mark.parametrize("abandoned", ["finish", "cancel"])
+async def test_who_comes_while_a_fetch_is_given_up_is_served(
+    tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that left comes back at once, before the connection to the upstream is closed."""
+    async with pull_kit(tmp_path, abandoned=abandoned) as kit:
+        digest = kit.registry.add_blob(REPO.path, LAYER)
+        kit.registry.gate = asyncio.Event()
+        closing = asyncio.Event()
+        real = kit.registry.open
+
+        @asynccontextmanager
+        async def slow_to_close(*arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
+            async with real(*arguments, **named) as stream:
+                try:
+                    yield stream
+                finally:
+                    await closing.wait()
+
+        monkeypatch.setattr(kit.registry, "open", slow_to_close)
+        leaving = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        leaving.close()
+        await asyncio.sleep(0)
+        coming = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        closing.set()
+        kit.registry.gate.set()
+        assert await read(coming) == LAYER
+        coming.close()
+        expected = {"finish": 1, "cancel": 2}[abandoned]
+        assert kit.registry.calls["get_blob"] == expected
 
 
 async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:

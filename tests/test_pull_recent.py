@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,15 @@ def test_a_value_ends_with_its_lifetime() -> None:
     clock[0] = 1.0
     assert recent.get("a") == b"x"
     clock[0] = 1.01
+    assert recent.get("a") is None
+
+
+@pytest.mark.row("K1")
+def test_a_value_from_the_future_has_ended() -> None:
+    clock = [1000.0]
+    recent: Recent[bytes] = Recent(100, 60.0, len, lambda: clock[0])
+    recent.put("a", b"x")
+    clock[0] = 999.0
     assert recent.get("a") is None
 
 

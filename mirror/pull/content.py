@@ -341,7 +341,12 @@ class ContentService:
             growing.release()
             self.store.grown(growing)
             raise
-        growing.when_abandoned(flight.cancel, keep=self.settings.abandoned == "finish")
+
+        def give_up() -> None:
+            self.store.grown(growing)  # whoever comes now begins anew, and goes on where it ended
+            flight.cancel()
+
+        growing.when_abandoned(give_up, keep=self.settings.abandoned == "finish")
         return growing, follower
 
     async def keep(self, digest: Digest, body: bytes) -> None:

@@ -32,11 +32,11 @@ class Recent(Generic[V]):
         self._entries: OrderedDict[Hashable, tuple[float, int, V]] = OrderedDict()
 
     def get(self, key: Hashable) -> V | None:
-        """The value, unless it is older than the lifetime."""
+        """The value, unless it is older than the lifetime, or from a clock that was set back."""
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if self._clock() - entry[0] > self._lifetime:
+        if not 0 <= self._clock() - entry[0] <= self._lifetime:
             self.drop(key)
             return None
         self._entries.move_to_end(key)
