@@ -11,14 +11,13 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestInvalid
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 
 _BLOCK: Final = 512
@@ -70,7 +69,7 @@ class Catalog:
             for directory in self._layout.content_directories():
                 self._scan(directory)
             sizes = [size for known in self._sizes.values() for size in known.values()]
-            usage = Usage(len(sizes), sum(sizes), 0, left=self._quarantined())
+            usage = Usage(len(sizes), sum(sizes), 0, left=quarantine.size(self._layout))
             for digest, status in self._ingests():
                 usage = self._with_ingest(usage, digest, status)
             return usage
@@ -117,13 +116,6 @@ class Catalog:
             reserved=usage.reserved + max(announced, status.st_size),
             unwritten=usage.unwritten + max(announced - status.st_size, 0),
         )
-
-    def _quarantined(self) -> int:
-        total = 0
-        for path in (self._layout.root / "quarantine").glob("*/*"):
-            with suppress(OSError):
-                total += path.lstat().st_size
-        return total
 
     def leftovers(self) -> list[Digest]:
         """What is left of fetches that nobody goes on with, the oldest first."""

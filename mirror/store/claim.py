@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 from mirror.events import Observer, Published, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 
 T = TypeVar("T")
@@ -187,7 +187,7 @@ class Claim:
         try:
             disk.verify(fd, status.st_size, self._digest)
         except DigestMismatch:
-            disk.quarantine(self._s.layout, self._digest, fd)
+            quarantine.put_aside(self._s.layout, self._digest, fd)
             os.close(fd)
             return None
         except BaseException:

@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from mirror.events import DigestMismatched, Evicted, Observer, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent
 
@@ -153,7 +153,7 @@ class Contents:
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
-                disk.quarantine(self._layout, digest, fd)
+                quarantine.put_aside(self._layout, digest, fd)
                 self._loop.call_soon_threadsafe(self._report_damage, digest, status.st_size)
             return None
         finally:
@@ -192,11 +192,11 @@ class Contents:
         try:
             disk.verify(fd, size, digest)
         except DigestMismatch:
-            disk.quarantine(self._layout, digest, fd)
+            quarantine.put_aside(self._layout, digest, fd)
             raise
         except OSError as error:
             # Sectors that cannot be read are damage like any other.
-            disk.quarantine(self._layout, digest, fd)
+            quarantine.put_aside(self._layout, digest, fd)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
 

@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -27,9 +28,9 @@ from mirror.store.layout import Layout
 
 READ_SIZE: Final = 4 * 1024 * 1024
 _CATCH_UP: Final = 64 * 1024 * 1024
-QUARANTINED: Final = 16
-"""Damaged contents that are kept at most."""
 _IOV_LIMIT: Final = 512
+_PATIENCE: Final = 10.0
+"""Seconds that publishing waits for a descriptor."""
 _NANOSECONDS: Final = 10**9
 # Not there, or not what we would have put there (a link, a directory, a socket).
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
@@ -314,35 +315,46 @@ def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
     """
     source, target = layout.ingest(digest), layout.blob(digest)
     try:
-        seconds = int(now) * _NANOSECONDS
-        os.utime(fd, ns=(seconds, seconds))
-        os.fsync(fd)
-        if not is_at(fd, source):
-            raise FileNotFoundError(errno.ENOENT, "growing content was taken away", str(source))
-        # From here on it can be opened as whole content, whose readers share the lock.
-        fcntl.flock(fd, fcntl.LOCK_SH)
-        source.rename(target)
+        directory = _open_directory(target.parent)
     except OSError:
         drop_ingest(layout, digest, fd)
         raise
     try:
-        _sync_directory(target.parent)
+        _rename_durably(source, target, fd, directory, int(now) * _NANOSECONDS)
     except OSError:
-        target.unlink(missing_ok=True)
+        drop_ingest(layout, digest, fd)
         raise
     finally:
+        os.close(directory)
         drop_state(layout, digest)
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: int) -> None:
+    os.utime(fd, ns=(used, used))
+    os.fsync(fd)
+    if not is_at(fd, source):
+        raise FileNotFoundError(errno.ENOENT, "growing content was taken away", str(source))
+    # From here on it can be opened as whole content, whose readers share the lock.
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    source.rename(target)
     try:
-        os.fsync(fd)
+        os.fsync(directory)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
+            target.unlink(missing_ok=True)
             raise
-    finally:
-        os.close(fd)
+
+
+def _open_directory(path: Path) -> int:
+    """Opened before it is needed, and waited for: few descriptors are no reason to drop content."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            if reason_of(error) != "descriptors" or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
@@ -360,35 +372,3 @@ def drop_state(layout: Layout, digest: Digest) -> None:
         layout.ingest_state(digest).unlink(missing_ok=True)
     except OSError:
         return
-
-
-def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
-    """Put damaged content aside, if ``fd`` is still what the digest's path names.
-
-    Never raises: on a disk that takes nothing it stays, is hashed at every use, and never served.
-    """
-    path, target = layout.blob(digest), layout.quarantine(digest)
-    with suppress(OSError):
-        if not is_at(fd, path):
-            return
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        except OSError:
-            path.unlink(missing_ok=True)
-        drop_quarantined(layout, QUARANTINED)
-
-
-def drop_quarantined(layout: Layout, keep: int) -> int:
-    """Remove damaged content, but for the newest ``keep``; returns how many bytes that were."""
-    found = []
-    for path in (layout.root / "quarantine").glob("*/*"):
-        with suppress(OSError):
-            status = path.lstat()
-            found.append((status.st_ctime, path, status.st_size))
-    freed = 0
-    for _, path, size in sorted(found, reverse=True)[keep:]:
-        with suppress(OSError):
-            path.unlink()
-            freed += size
-    return freed

@@ -20,7 +20,7 @@ from mirror.events import Evicted, Noted, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.catalog import Catalog, Entry, Usage
 from mirror.store.index import Index
 from mirror.store.layout import Layout
@@ -148,7 +148,7 @@ class Evictor:
         return int((status.f_bavail - status.f_blocks * _SPARE) * status.f_frsize)
 
     def _evict(self, free: int, reason: str, pinned: set[Digest]) -> None:
-        freed = disk.drop_quarantined(self._layout, 0)
+        freed = quarantine.drop(self._layout, 0)
         for digest in self._catalog.leftovers():
             if freed < free:
                 freed += self._drop_leftover(digest)

@@ -16,7 +16,7 @@ from typing import Final
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestInvalid
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 
 _STALE: Final = 86400.0
@@ -41,7 +41,7 @@ def recover(layout: Layout, now: float, boot: str) -> Recovered:
             path.mkdir(parents=True, exist_ok=True)
         _write_marker(layout.root / "oci-layout")
         dropped = sweep(layout, now, boot)
-        disk.drop_quarantined(layout, disk.QUARANTINED)
+        quarantine.drop(layout, quarantine.KEPT)
         for path in (*layout.content_directories(), *layout.ingest_directories()):
             # Asked of the kernel, which knows of read-only mounts as well, and leaves no file.
             if not os.access(path, os.W_OK | os.X_OK):
