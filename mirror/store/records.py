@@ -190,7 +190,7 @@ def _time(value: Any) -> float:
 def size_of(value: object) -> int:
     """A size as JSON has it. Raises ``ValueError``."""
     if type(value) is not int or value < 0:
-        raise ValueError
+        raise ValueError("not a count of bytes")
     return value
 
 

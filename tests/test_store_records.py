@@ -1,0 +1,205 @@
+"""Records: how they change, and their JSON, of which garbage is a miss."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
+from mirror.oci.digest import ALGORITHMS, Digest
+from mirror.oci.reference import Repository, Tag
+from mirror.store.records import (
+    LEDGER_LIMIT,
+    Entry,
+    Membership,
+    Named,
+    TagRecord,
+    confirm,
+    dump_membership,
+    dump_tag,
+    load_membership,
+    load_tag,
+    members_of,
+    repository_of,
+    size_of,
+)
+
+REPO = Repository("docker.io", "library/app")
+TAG = Tag("1.0")
+ONE, TWO, THREE = (Digest.of(name) for name in (b"one", b"two", b"three"))
+
+DIGESTS = st.builds(Digest.of, st.binary(max_size=4), st.sampled_from(ALGORITHMS))
+TIMES = st.floats(allow_nan=False, allow_infinity=False)
+REPOSITORIES = st.builds(
+    Repository.parse,
+    st.sampled_from(["docker.io", "ghcr.io", "registry.example:5000"]),
+    st.from_regex(r"[a-z0-9]+([._-][a-z0-9]+)?(/[a-z0-9]+)?", fullmatch=True),
+)
+TAGS = st.builds(Tag, st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,9}", fullmatch=True))
+RECORDS = st.builds(
+    TagRecord,
+    REPOSITORIES,
+    TAGS,
+    DIGESTS,
+    TIMES,
+    TIMES,
+    st.lists(st.builds(Entry, DIGESTS, TIMES, TIMES), max_size=LEDGER_LIMIT).map(tuple),
+)
+MEMBERSHIPS = st.builds(
+    Membership,
+    DIGESTS,
+    st.sampled_from(["manifest", "blob"]),
+    st.text(max_size=20),
+    st.none() | st.integers(0, 2**63),
+    st.none() | DIGESTS,
+    st.none() | TIMES,
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+
+
+# --- what a tag was -------------------------------------------------------------------------------
+
+
+def test_a_tag_that_stays_is_confirmed_and_one_that_moves_is_remembered() -> None:
+    first = confirm(None, REPO, TAG, ONE, 1.0)
+    assert first == TagRecord(REPO, TAG, ONE, 1.0, 1.0)
+    again = confirm(first, REPO, TAG, ONE, 5.0)
+    assert again == TagRecord(REPO, TAG, ONE, 1.0, 5.0)
+    moved = confirm(again, REPO, TAG, TWO, 7.0)
+    assert moved == TagRecord(REPO, TAG, TWO, 7.0, 7.0, (Entry(ONE, 1.0, 5.0),))
+    back = confirm(moved, REPO, TAG, ONE, 9.0)
+    assert back.digest == ONE
+    assert back.first_seen == 9.0
+    assert back.ledger == (Entry(TWO, 7.0, 7.0), Entry(ONE, 1.0, 5.0))
+
+
+@given(st.lists(st.sampled_from([ONE, TWO, THREE]), min_size=1, max_size=60))
+def test_a_ledger_holds_the_newest_earlier_digests_and_is_bounded(moves: list[Digest]) -> None:
+    record: TagRecord | None = None
+    for now, digest in enumerate(moves):
+        record = confirm(record, REPO, TAG, digest, float(now))
+    assert record is not None
+    runs = [d for n, d in enumerate(moves) if n == 0 or moves[n - 1] != d]
+    assert [record.digest, *(entry.digest for entry in record.ledger)] == list(
+        reversed(runs[-LEDGER_LIMIT - 1 :])
+    )
+    assert record.confirmed == len(moves) - 1
+
+
+# --- what a repository refers to ------------------------------------------------------------------
+
+
+def test_a_manifest_makes_its_parts_members() -> None:
+    child, layer = Descriptor(OCI_MANIFEST, ONE, 7), Descriptor("a/layer", TWO, 9)
+    root = Membership(THREE, "manifest", OCI_INDEX, 100, None, None)
+    manifest = Manifest(OCI_INDEX, (child,), (layer,), None, None, ())
+    assert members_of(root, manifest) == [
+        Membership(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
+        Membership(TWO, "blob", "a/layer", 9, THREE, None),
+    ]
+
+
+@given(REPOSITORIES)
+def test_a_repository_is_known_by_its_name(repository: Repository) -> None:
+    assert repository_of(str(repository)) == repository
+
+
+@pytest.mark.parametrize("name", ["", "docker.io", "docker.io/", "docker.io/UPPER", "a/../b"])
+def test_what_is_no_name_is_no_repository(name: str) -> None:
+    assert repository_of(name) is None
+
+
+def test_a_manifest_is_named_as_in_an_image_reference() -> None:
+    named = Named(REPO, TAG, ONE, OCI_MANIFEST, 3)
+    assert named.name == "docker.io/library/app:1.0"
+    assert Named(REPO, None, ONE, OCI_MANIFEST, 3).name == f"docker.io/library/app@{ONE}"
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+@given(RECORDS)
+def test_a_tag_record_survives_its_json(record: TagRecord) -> None:
+    assert load_tag(dump_tag(record)) == record
+    assert load_membership(dump_tag(record)) is None
+
+
+@given(MEMBERSHIPS)
+def test_a_membership_survives_its_json(membership: Membership) -> None:
+    assert load_membership(dump_membership(membership)) == membership
+    assert load_tag(dump_membership(membership)) is None
+
+
+@given(st.text() | st.binary() | st.none() | JSON.map(json.dumps))
+def test_garbage_is_a_miss(text: object) -> None:
+    assert load_tag(text) is None
+    assert load_membership(text) is None
+
+
+@given(RECORDS, st.data())
+def test_a_record_with_one_field_of_another_kind_is_a_miss_or_a_record(
+    record: TagRecord, data: st.DataObject
+) -> None:
+    raw = json.loads(dump_tag(record))
+    raw[data.draw(st.sampled_from(sorted(raw)))] = data.draw(JSON)
+    found = load_tag(json.dumps(raw))
+    assert found is None or load_tag(dump_tag(found)) == found
+
+
+@given(MEMBERSHIPS, st.data())
+def test_a_membership_with_one_field_of_another_kind_is_a_miss_or_a_membership(
+    membership: Membership, data: st.DataObject
+) -> None:
+    raw = json.loads(dump_membership(membership))
+    raw[data.draw(st.sampled_from(sorted(raw)))] = data.draw(JSON)
+    found = load_membership(json.dumps(raw))
+    assert found is None or load_membership(dump_membership(found)) == found
+
+
+BASE: dict[str, Any] = json.loads(dump_membership(Membership(ONE, "blob", "a/b", 3, TWO, 4.0)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": True},
+        {"size": -1},
+        {"size": "12"},
+        {"size": 1.5},
+        {"size": float("inf")},
+        {"until": float("nan")},
+        {"until": float("inf")},
+        {"until": "5"},
+        {"until": 10**400},
+        {"kind": "layer"},
+        {"type": None},
+        {"digest": "sha256:abc"},
+        {"via": 5},
+    ],
+    ids=str,
+)
+def test_what_json_lets_through_is_read_strictly(change: dict[str, Any]) -> None:
+    assert load_membership(json.dumps(BASE)) is not None
+    assert load_membership(json.dumps({**BASE, **change})) is None
+
+
+def test_deep_nesting_is_a_miss() -> None:
+    assert load_tag("[" * 100_000) is None
+    assert load_membership('{"digest":' * 50_000) is None
+
+
+@given(JSON)
+def test_a_size_is_a_count_of_bytes(value: object) -> None:
+    if type(value) is int and value >= 0:
+        assert size_of(value) == value
+    else:
+        with pytest.raises(ValueError, match="not a count of bytes"):
+            size_of(value)

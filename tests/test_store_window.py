@@ -1,0 +1,129 @@
+"""The window: bytes in memory that slide with their readers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from mirror.oci.errors import ContentLost
+from mirror.store.window import Window
+
+
+def data_at(start: int, count: int) -> bytes:
+    """Content in which every offset has its own bytes."""
+    return bytes(n % 251 for n in range(start, start + count))
+
+
+class Sliding(RuleBasedStateMachine):
+    """Readers at any positions; the window against all that was ever appended."""
+
+    @initialize(origin=st.integers(0, 1000))
+    def begin(self, origin: int) -> None:
+        self.origin = origin
+        self.window = Window(origin)
+        self.readers: list[int] = []
+
+    @rule(sizes=st.lists(st.integers(0, 40), max_size=5))
+    def append(self, sizes: list[int]) -> None:
+        chunks, stop = [], self.window.stop
+        for size in sizes:
+            chunks.append(data_at(stop, size))
+            stop += size
+        self.window.append(chunks)
+        assert self.window.stop == stop
+
+    @precondition(lambda self: len(self.readers) < 4)
+    @rule()
+    def join(self) -> None:
+        if self.window.holds_all_from(self.origin):
+            self.readers.append(self.origin)
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data(), count=st.integers(1, 60))
+    def read(self, data: st.DataObject, count: int) -> None:
+        number = data.draw(st.integers(0, len(self.readers) - 1))
+        position = self.readers[number]
+        if position < self.window.stop:
+            extent = self.window.extent(position, position + count)
+            assert extent.start == position
+            assert 0 < len(extent.data) <= count
+            assert bytes(extent.data) == data_at(position, len(extent.data))
+            self.readers[number] = extent.stop
+        self.window.slide(self.readers)
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        self.readers.pop(data.draw(st.integers(0, len(self.readers) - 1)))
+        self.window.slide(self.readers)
+
+    @invariant()
+    def nothing_that_a_reader_needs_is_gone(self) -> None:
+        window = self.window
+        assert self.origin <= window.start <= window.stop
+        assert len(window) == window.stop - window.start
+        for position in self.readers:
+            assert window.start <= position
+            if position < window.stop:
+                first = window.extent(position, position + 1).data
+                assert bytes(first) == data_at(position, 1)
+
+
+TestSliding = Sliding.TestCase
+TestSliding.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
+def test_what_all_readers_have_behind_them_is_dropped(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    window = Window(0)
+    offsets = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
+    window.append([data_at(start, size) for start, size in zip(offsets, sizes, strict=False)])
+    positions = data.draw(st.lists(st.integers(0, offsets[-1]), max_size=3))
+    window.slide(positions)
+    floor = min(positions, default=window.stop)
+    # chunks are kept whole: what is left begins where the one does that the slowest is in
+    assert window.start == max(offset for offset in offsets if offset <= floor)
+    assert window.holds_all_from(window.start)
+    assert window.holds_all_from(0) == (window.start == 0)
+
+
+@pytest.mark.parametrize("start", [4, 9, 20, 25])
+def test_bytes_that_are_gone_or_have_not_come_are_refused(start: int) -> None:
+    window = Window(5)
+    window.append([data_at(5, 5), data_at(10, 10)])
+    window.slide([12])
+    with pytest.raises(ContentLost):
+        window.extent(start, 30)
+
+
+async def test_who_appends_waits_until_something_was_dropped() -> None:
+    window = Window(0)
+    window.append([b"x" * 10, b"y" * 10])
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        first, second = group.create_task(window.room()), group.create_task(window.room())
+        await asyncio.sleep(0)
+        window.slide([5])
+        await asyncio.sleep(0)
+        assert not first.done()
+        window.slide([10])
+    assert first.done()
+    assert second.done()
+    assert len(window) == 10
+
+
+async def test_a_wait_for_room_that_is_cancelled_takes_no_other_along() -> None:
+    window = Window(0)
+    window.append([b"x"])
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        waits = [group.create_task(window.room()) for _ in range(3)]
+        await asyncio.sleep(0)
+        waits[0].cancel()
+        await asyncio.sleep(0)
+        window.slide([])
+    assert [wait.cancelled() for wait in waits] == [True, False, False]
