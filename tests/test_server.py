@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from http.client import HTTPException
 from pathlib import Path
 
@@ -188,7 +188,7 @@ def test_a_signal_ends_it_with_0_and_leaves_nothing(workers: int, number: signal
 # --- workers ------------------------------------------------------------------------------------
 
 
-@contextmanager
+@pytest.fixture(scope="module")
 def two_workers() -> Iterator[Mirror]:
     with Mirror(NOWHERE, workers=2) as mirror:
         wait_until(lambda: len(mirror.workers()) == 2, "two workers", 20)
@@ -208,18 +208,18 @@ def answers(mirror: Mirror) -> bool:
         return False
 
 
-def test_a_worker_that_dies_is_replaced_and_its_counts_stay() -> None:
-    with two_workers() as mirror:
-        for _ in range(40):
-            assert mirror.ask("/v2/library/app/tags/list?n=0").status == 200
-        assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
-        before = mirror.workers()
-        mirror.kill_worker(before[0])
-        wait_until(lambda: len(set(mirror.workers()) - set(before)) == 1, "another worker", 20)
-        assert before[1] in mirror.workers(), "the other one is left alone"
-        wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 20)
-        assert ended(mirror) == [-signal.SIGKILL]
-        assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
+def test_a_worker_that_dies_is_replaced_and_its_counts_stay(two_workers: Mirror) -> None:
+    mirror = two_workers
+    for _ in range(40):
+        assert mirror.ask("/v2/library/app/tags/list?n=0").status == 200
+    assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
+    before = mirror.workers()
+    mirror.kill_worker(before[0])
+    wait_until(lambda: len(set(mirror.workers()) - set(before)) == 1, "another worker", 20)
+    assert before[1] in mirror.workers(), "the other one is left alone"
+    wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 20)
+    assert ended(mirror) == [-signal.SIGKILL]
+    assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
 
 
 @pytest.mark.row("M9")
@@ -227,7 +227,7 @@ def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
     made = tokens.Certificate.make(tmp_path)
     listener = {"certificate": str(made.cert_file), "key": str(made.key_file)}
     with Mirror(NOWHERE, workers=2, tls=listener) as mirror:
-        wait_until(lambda: len(mirror.workers()) == 2, "two workers", 20)
+        wait_until(lambda: all(answers(mirror) for _ in range(20)), "both serve", 20)
         key = made.key_file.read_bytes()
         made.key_file.unlink()
         begun = time.monotonic()
@@ -243,12 +243,12 @@ def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
         wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 30)
 
 
-def test_a_second_server_on_the_port_of_workers_fails_in_one_line() -> None:
+def test_a_second_server_on_the_port_of_workers_fails_in_one_line(two_workers: Mirror) -> None:
     """Workers share their port, and must not share it with a stranger."""
-    with two_workers() as mirror:
-        command = [sys.executable, "-m", "mirror", "serve", "--config", str(mirror.config_file)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 1
-        assert done.stdout == ""
-        assert done.stderr == f"listen: {mirror.host}: Address already in use\n"
-        assert mirror.ask("/readyz").status == 200
+    mirror = two_workers
+    command = [sys.executable, "-m", "mirror", "serve", "--config", str(mirror.config_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"listen: {mirror.host}: Address already in use\n"
+    assert mirror.ask("/readyz").status == 200

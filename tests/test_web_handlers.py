@@ -166,22 +166,21 @@ async def test_a_head_whose_length_nobody_says_does_not_say_zero(tmp_path: Path)
         assert headers.get("Content-Length", str(len(LAYER))) == str(len(LAYER))
 
 
-@pytest.mark.parametrize("media_type", [OCI_MANIFEST, DOCKER_MANIFEST, DOCKER_SCHEMA1_SIGNED])
-async def test_what_is_cached_by_digest_keeps_its_type_and_its_bytes(
-    tmp_path: Path, media_type: str
-) -> None:
+async def test_what_is_cached_by_digest_keeps_its_type_and_its_bytes(tmp_path: Path) -> None:
     """Whatever ``Accept`` says, and however the document is written."""
     config = {"mediaType": "a/b", "digest": str(DIGEST), "size": len(LAYER)}
-    document: dict[str, Any] = {"schemaVersion": 2, "config": config, "layers": []}
-    if media_type == DOCKER_SCHEMA1_SIGNED:
-        document = {"schemaVersion": 1, "fsLayers": [], "signatures": []}
-    body = json.dumps(document, indent=5).encode() + b"\n\n"
+    image: dict[str, Any] = {"schemaVersion": 2, "config": config, "layers": []}
+    first: dict[str, Any] = {"schemaVersion": 1, "fsLayers": [], "signatures": []}
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        digest = fake.add_manifest(body, media_type=media_type)
-        for accept in (media_type, "*/*", OCI_INDEX, "text/html"):
-            status, headers, got = await server.get(server.manifest(digest), {"Accept": accept})
-            assert (status, got) == (200, body)
-            assert headers["Content-Type"] == media_type
+        for number, (media_type, document) in enumerate(
+            [(OCI_MANIFEST, image), (DOCKER_MANIFEST, image), (DOCKER_SCHEMA1_SIGNED, first)]
+        ):
+            body = json.dumps(document, indent=5 + number).encode() + b"\n\n"
+            digest = fake.add_manifest(body, media_type=media_type)
+            for accept in (media_type, "*/*", OCI_INDEX, "text/html"):
+                status, headers, got = await server.get(server.manifest(digest), {"Accept": accept})
+                assert (status, got) == (200, body)
+                assert headers["Content-Type"] == media_type
 
 
 async def test_all_lines_of_accept_are_passed_on(tmp_path: Path) -> None:

@@ -34,11 +34,11 @@ async def test_a_request_keeps_the_id_it_came_with(tmp_path: Path) -> None:
             assert (await server.records())[-1].request_id == given
 
 
-@pytest.mark.parametrize("given", ["", "x" * 65, "a b", "<script>", "é"])
-async def test_an_id_that_could_harm_a_log_is_replaced(tmp_path: Path, given: str) -> None:
+async def test_an_id_that_could_harm_a_log_is_replaced(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
-        _, headers, _ = await server.get(f"{server.url}/v2/", {"X-Request-Id": given})
-        assert re.fullmatch(r"[0-9a-f]{16}", headers["X-Request-Id"])
+        for given in ("", "x" * 65, "a b", "<script>", "é"):
+            _, headers, _ = await server.get(f"{server.url}/v2/", {"X-Request-Id": given})
+            assert re.fullmatch(r"[0-9a-f]{16}", headers["X-Request-Id"])
 
 
 async def test_an_error_carries_the_id_as_well(tmp_path: Path) -> None:
@@ -49,14 +49,14 @@ async def test_an_error_carries_the_id_as_well(tmp_path: Path) -> None:
             assert headers["X-Request-Id"] == "find-me"
 
 
-@pytest.mark.parametrize("method", ["PUT", "POST", "PATCH", "DELETE"])
-async def test_a_write_is_told_what_is_allowed(tmp_path: Path, method: str) -> None:
+async def test_a_write_is_told_what_is_allowed(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
-        for path in (f"blobs/{DIGEST}", "manifests/latest", "blobs/uploads/"):
-            url = f"{server.url}/v2/library/app/{path}"
-            status, headers, body = await server.ask(method, url)
-            assert (status, headers["Allow"]) == (405, "GET, HEAD")
-            assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
+        for method in ("PUT", "POST", "PATCH", "DELETE"):
+            for path in (f"blobs/{DIGEST}", "manifests/latest", "blobs/uploads/"):
+                url = f"{server.url}/v2/library/app/{path}"
+                status, headers, body = await server.ask(method, url)
+                assert (status, headers["Allow"]) == (405, "GET, HEAD")
+                assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
         assert {pull.outcome for pull in await server.records()} == {Outcome.ERROR}
         assert balanced(server)
 
@@ -84,21 +84,22 @@ async def test_a_fault_of_ours_is_500_and_tells_nothing(
         assert balanced(server)
 
 
-@pytest.mark.parametrize(
-    ("status", "outcome"),
-    [(404, Outcome.NEGATIVE), (403, Outcome.DENIED), (401, Outcome.DENIED), (500, Outcome.ERROR)],
-)
-async def test_how_a_request_failed_is_in_its_record(
-    tmp_path: Path, status: int, outcome: Outcome
-) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        fake.fault(f"blobs/{DIGEST}", Fault(status=status, times=None))
-        got, _, body = await server.get(server.blob(DIGEST))
-        (pull,) = await server.records()
-        assert (pull.outcome, pull.status) == (outcome, got)
-        assert pull.error.startswith(f"{json.loads(body)['errors'][0]['code']}: ")
-        assert not pull.complete
-        assert not pull.bytes_sent
+async def test_how_a_request_failed_is_in_its_record(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.0) as server:
+        for status, outcome in [
+            (404, Outcome.NEGATIVE),
+            (403, Outcome.DENIED),
+            (401, Outcome.DENIED),
+            (500, Outcome.ERROR),
+        ]:
+            fake.fault(f"blobs/{DIGEST}", Fault(status=status, times=None))
+            got, _, body = await server.get(server.blob(DIGEST))
+            pull = (await server.records())[-1]
+            assert (pull.outcome, pull.status) == (outcome, got)
+            assert pull.error.startswith(f"{json.loads(body)['errors'][0]['code']}: ")
+            assert not pull.complete
+            assert not pull.bytes_sent
+            fake.faults.clear()
 
 
 @pytest.mark.row("C10")
