@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from mirror.store.content import Contents
 from mirror.store.growing import Growing
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
+from tests.real.process import need
 
 
 def random_bytes(size: int, seed: int = 1) -> bytes:
@@ -169,3 +171,29 @@ def no_trace(path: Path) -> None:
     """Times as we set them: what was done to the file was rot, and not a stranger's write."""
     now = int(time.time())
     os.utime(path, (now, now))
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
+    """A disk of its own. Needs root, as the suite has it in a container."""
+    path.mkdir(parents=True, exist_ok=True)
+    mount = [need("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    subprocess.run(mount, check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run([need("umount"), "-l", path], check=True)
+
+
+def make_read_only(path: Path) -> None:
+    """From now on the disk at ``path`` takes nothing."""
+    subprocess.run([need("mount"), "-o", "remount,ro", path], check=True)
+
+
+def fill_up(path: Path) -> None:
+    """Take all that the disk at ``path`` has left."""
+    fill = [need("dd"), "if=/dev/zero", f"of={path}/filler", "bs=4k"]
+    assert subprocess.run(fill, capture_output=True).returncode != 0

@@ -1,0 +1,154 @@
+"""The data directory as an OCI image layout: written for others, read back where we have to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.digest import Digest
+from mirror.oci.reference import Repository, Tag
+from mirror.store import image_layout
+from mirror.store.layout import Layout
+from mirror.store.records import Named
+
+REPO = Repository("docker.io", "library/app")
+PORT = Repository("registry.example:5000", "app")
+
+
+def named(layout: Layout, repository: Repository, tag: str | None, body: bytes) -> Named:
+    """A manifest that is on disk."""
+    digest = Digest.of(body)
+    layout.blob(digest).parent.mkdir(parents=True, exist_ok=True)
+    layout.blob(digest).write_bytes(body)
+    made = Tag(tag) if tag is not None else None
+    return Named(repository, made, digest, OCI_MANIFEST, len(body))
+
+
+def document(layout: Layout) -> dict[str, Any]:
+    found = json.loads((layout.root / "index.json").read_bytes())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_names_survive_their_json(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    entries = [
+        named(layout, REPO, "1.0", b"one"),
+        named(layout, REPO, None, b"one"),
+        named(layout, PORT, "1.0", b"two"),
+        named(layout, PORT, None, b"three"),
+    ]
+    pinned = Named(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, pinned=True)
+    image_layout.write(layout, [*entries, pinned])
+    assert set(image_layout.read(layout)) == {*entries, pinned}
+
+
+def test_it_is_an_index_of_what_others_can_find_by_name(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    entry = named(layout, REPO, "1.0", b"one")
+    image_layout.write(layout, [entry])
+    written = document(layout)
+    assert (written["schemaVersion"], written["mediaType"]) == (2, OCI_INDEX)
+    (descriptor,) = written["manifests"]
+    name = descriptor.pop("annotations")["org.opencontainers.image.ref.name"]
+    assert name == "docker.io/library/app:1.0"
+    assert descriptor == {"mediaType": OCI_MANIFEST, "digest": str(entry.digest), "size": 3}
+
+
+def test_what_is_not_on_disk_is_not_named(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    entry = named(layout, REPO, "1.0", b"one")
+    gone = Named(REPO, Tag("2.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
+    image_layout.write(layout, [gone, entry])
+    assert image_layout.read(layout) == [entry]
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(tmp_path)
+    entry = named(layout, REPO, "1.0", b"one")
+    image_layout.write(layout, [entry])
+
+    def refuse(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_layout.os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        image_layout.write(layout, [])
+    assert image_layout.read(layout) == [entry]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["index.json"]
+
+
+GOOD: dict[str, Any] = {
+    "mediaType": OCI_MANIFEST,
+    "digest": str(Digest.of(b"one")),
+    "size": 3,
+    "annotations": {
+        "org.opencontainers.image.ref.name": "docker.io/library/app:1.0",
+        "org.oci-mirror.upstream": "docker.io",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"size": -1},
+        {"size": 1e999},
+        {"size": "3"},
+        {"digest": "sha256:x"},
+        {"digest": None},
+        {"mediaType": 5},
+        {"annotations": None},
+        {"annotations": {}},
+        {"annotations": {**GOOD["annotations"], "org.opencontainers.image.ref.name": "a/../b:1"}},
+        {"annotations": {**GOOD["annotations"], "org.opencontainers.image.ref.name": 5}},
+        {"annotations": {**GOOD["annotations"], "org.oci-mirror.upstream": 5}},
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_kind_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    text = json.dumps({"manifests": [{**GOOD, **wrong}, 5, GOOD, None]})
+    (tmp_path / "index.json").write_text(text)
+    found = image_layout.read(Layout(tmp_path))
+    assert found == [Named(REPO, Tag("1.0"), Digest.of(b"one"), OCI_MANIFEST, 3)]
+
+
+def test_a_media_type_is_safe_in_a_header(tmp_path: Path) -> None:
+    wrong = {**GOOD, "mediaType": "a/b\r\nX-Header: x"}
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": [wrong]}))
+    assert [n.media_type for n in image_layout.read(Layout(tmp_path))] == [
+        "application/octet-stream"
+    ]
+
+
+@given(
+    st.binary(max_size=40)
+    | st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.just("manifests"), inner),
+        max_leaves=6,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_garbage_names_nothing(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    root = tmp_path_factory.getbasetemp()
+    (root / "index.json").write_bytes(raw)
+    assert image_layout.read(Layout(root)) == []
+
+
+def test_what_is_missing_or_too_large_names_nothing(tmp_path: Path) -> None:
+    assert image_layout.read(Layout(tmp_path)) == []
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": [GOOD]}))
+    assert image_layout.read(Layout(tmp_path))
+    with (tmp_path / "index.json").open("r+b") as file:
+        file.truncate(2**33)  # sparse, and never read
+    assert image_layout.read(Layout(tmp_path)) == []
+    (tmp_path / "index.json").write_text("[" * 200_000)
+    assert image_layout.read(Layout(tmp_path)) == []

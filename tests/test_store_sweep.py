@@ -1,0 +1,63 @@
+"""The sweep: rows go when their content has been gone for long, and for no other reason."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.digest import Digest
+from mirror.oci.reference import Repository, Tag
+from mirror.store.records import Membership, confirm, dump_membership, dump_tag
+from mirror.store.sweep import KEPT, VERIFIED, Fate, digests_of, judge
+
+REPO, TAG = Repository("docker.io", "library/app"), Tag("1.0")
+ONE, TWO = Digest.of(b"one"), Digest.of(b"two", "sha512")
+TIMES = st.floats(-1e12, 1e12)
+
+
+@pytest.mark.row("K1")
+@given(st.none() | TIMES, TIMES)
+def test_what_is_on_disk_is_known_whatever_the_clock_says(missed: float | None, now: float) -> None:
+    assert judge(True, missed, now) is (Fate.KEEP if missed is None else Fate.CLEAR)
+
+
+@given(st.none() | TIMES, TIMES)
+def test_what_is_gone_is_first_marked_and_forgotten_long_after(
+    missed: float | None, now: float
+) -> None:
+    fate = judge(False, missed, now)
+    assert (fate is Fate.MARK) == (missed is None or missed > now)
+    assert (fate is Fate.DROP) == (missed is not None and now - missed > KEPT)
+
+
+@given(st.lists(st.tuples(st.booleans(), TIMES), max_size=20))
+def test_a_row_goes_only_after_two_looks_that_missed_its_content(
+    looks: list[tuple[bool, float]],
+) -> None:
+    """Whatever the clock does in between."""
+    mark: float | None = None
+    missed_in_a_row = 0
+    for present, now in looks:
+        missed_in_a_row = 0 if present else missed_in_a_row + 1
+        match judge(present, mark, now):
+            case Fate.MARK:
+                mark = now
+            case Fate.CLEAR:
+                mark = None
+            case Fate.DROP:
+                assert missed_in_a_row >= 2
+                return
+
+
+def test_a_row_is_kept_by_the_content_that_it_is_about() -> None:
+    record = confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0)
+    assert digests_of(f"{REPO}:{TAG}", dump_tag(record)) == {ONE, TWO}, "and by what a tag was"
+    member = Membership(TWO, "blob", "a/b", 3, ONE, None)
+    assert digests_of(f"{REPO}@{TWO}", dump_membership(member)) == {TWO}
+    assert digests_of(f"{VERIFIED}{TWO}", "1.0") == {TWO}
+
+
+@pytest.mark.parametrize("key", ["x", f"{VERIFIED}x", f"{VERIFIED}sha256:abc"])
+def test_garbage_is_about_no_content(key: str) -> None:
+    assert digests_of(key, "garbage") == frozenset()
