@@ -50,6 +50,8 @@ class Pull:
     client: str = ""
     user_agent: str = ""
     kind: Kind = Kind.INVALID
+    ns: str | None = None
+    """What the client named the upstream, where it said so and we know it."""
     upstream: str = ""
     """The configured upstream's name, or empty: never what a client made up."""
     repository: str = ""
@@ -57,6 +59,7 @@ class Pull:
     digest: str = ""
     outcome: Outcome = Outcome.ERROR
     status: int = 0
+    """What the client was told; 0 until its headers are on their way."""
     error: str = ""
     """The OCI code, and why, where there was an error."""
     warning: str = ""

@@ -425,6 +425,7 @@ async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
         fake.add_blob(DATA, "library/two")
         assert (await server.get(server.blob(digest, "library/one")))[0] == 200
         assert (await server.get(server.blob(digest, "library/two")))[0] == 200
+        await server.store.idle()
         server.store.layout.blob(digest).unlink()
         del fake.blobs["library/one", str(digest)]
         assert (await server.get(server.blob(digest, "library/one")))[0] == 404

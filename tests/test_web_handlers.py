@@ -375,3 +375,14 @@ async def test_bad_pagination_is_400(tmp_path: Path) -> None:
             status, _, body = await server.get(f"{server.url}/v2/library/app/tags/list?{query}")
             assert (status, code(body)) == (400, "PAGINATION_NUMBER_INVALID")
         assert not fake.requests
+
+
+async def test_an_error_names_its_namespace_too(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for url in (server.blob(ABSENT), server.manifest("absent"), server.manifest(ABSENT)):
+            for method in ("GET", "HEAD"):
+                status, headers, _ = await server.ask(method, f"{url}?ns=docker.io")
+                assert status == 404
+                assert headers["OCI-Namespace"] == "docker.io"
+        _, headers, _ = await server.get(server.manifest("latest", query="?ns=evil.example"))
+        assert "OCI-Namespace" not in headers, "never what a client made up"

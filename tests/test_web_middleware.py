@@ -137,3 +137,16 @@ async def test_requests_end_also_where_clients_leave(tmp_path: Path) -> None:
             await server.room.middleware.idle()
         assert balanced(server)
         assert {pull.error for pull in await server.records()} == {"client left"}
+
+
+async def test_an_error_is_timed_too(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        _, headers, _ = await server.get(server.blob(Digest.of(b"absent")))
+        assert "total;dur=" in headers["Server-Timing"]
+
+
+async def test_draining_ends_kept_connections(tmp_path: Path) -> None:
+    async with running(tmp_path) as server:
+        server.room.health.draining = True
+        _, headers, _ = await server.get(f"{server.url}/v2/")
+        assert headers.get("Connection", "").lower() == "close"

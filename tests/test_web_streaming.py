@@ -329,3 +329,12 @@ async def test_a_client_that_leaves_is_no_failure_of_ours(tmp_path: Path) -> Non
         assert left.error == "client left"
         assert left.outcome is not Outcome.ERROR
         assert 1000 <= left.bytes_sent < len(DATA)
+
+
+async def test_a_range_is_for_get_only(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(b"x" * 1000)
+        for value in ("bytes=0-9", "bytes=0-1,5-6", "bytes=5000-"):
+            status, headers, body = await server.ask("HEAD", server.blob(digest), {"Range": value})
+            assert (status, headers["Content-Length"], body) == (200, "1000", b"")
+            assert "Content-Range" not in headers

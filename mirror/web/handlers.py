@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import assert_never
+from typing import TypeAlias, assert_never
 
 from aiohttp import web
 
@@ -19,7 +19,6 @@ from mirror.oci.descriptor import OCI_INDEX, OCTET_STREAM
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestUnknown
 from mirror.oci.links import build_next
-from mirror.oci.reference import Repository
 from mirror.pull.service import PullService
 from mirror.web import paths
 from mirror.web.health import Health
@@ -49,19 +48,19 @@ class Handlers:
         typed = self._route(request.method, path, query)
         match typed:
             case paths.ManifestRequest():
-                _describe(pull, Kind.MANIFEST, typed.repository, str(typed.reference))
+                _describe(pull, Kind.MANIFEST, typed, str(typed.reference))
                 return await self._manifest(typed, request, pull)
             case paths.BlobRequest():
-                _describe(pull, Kind.BLOB, typed.repository, str(typed.digest))
+                _describe(pull, Kind.BLOB, typed, str(typed.digest))
                 return await self._blob(typed, request, pull)
             case paths.Ping():
                 pull.kind = Kind.PING
                 return _json(pull, b"{}")
             case paths.TagsRequest():
-                _describe(pull, Kind.TAGS, typed.repository, "")
+                _describe(pull, Kind.TAGS, typed, "")
                 return await self._tags(typed, pull)
             case paths.ReferrersRequest():
-                _describe(pull, Kind.REFERRERS, typed.repository, str(typed.digest))
+                _describe(pull, Kind.REFERRERS, typed, str(typed.digest))
                 return await self._referrers(typed, request, pull)
             case paths.Health():
                 pull.kind = Kind.PING
@@ -93,7 +92,7 @@ class Handlers:
             raise ManifestUnknown("the manifest is gone")
         pull.digest = str(answer.digest)
         body = Body(answer.digest, answer.media_type, answer.size, answer.body)
-        return await Sender(request, pull, self._emit).send(body, _extra(pull, typed.ns))
+        return await Sender(request, pull, self._emit).send(body, frame(pull))
 
     async def _blob(
         self, typed: paths.BlobRequest, request: web.BaseRequest, pull: Pull
@@ -103,7 +102,7 @@ class Handlers:
         pull.digest = str(answer.digest)
         try:
             body = Body(answer.digest, OCTET_STREAM, answer.size, answer.reader)
-            return await Sender(request, pull, self._emit).send(body, _extra(pull, typed.ns))
+            return await Sender(request, pull, self._emit).send(body, frame(pull))
         finally:
             if answer.reader is not None:
                 answer.reader.close()
@@ -114,7 +113,6 @@ class Handlers:
         response = _json(
             pull,
             json.dumps({"name": name, "tags": list(answer.tags)}).encode(),
-            typed.ns,
         )
         if answer.more and answer.tags:
             query = {"n": typed.count, "last": answer.tags[-1], "ns": typed.ns}
@@ -128,40 +126,41 @@ class Handlers:
             typed.repository, typed.digest, typed.artifact_type, pull
         )
         body = Body(Digest.of(data), OCI_INDEX, len(data), data)
-        extra = _extra(pull, typed.ns)
+        extra = frame(pull)
         if typed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
         return await Sender(request, pull, self._emit).send(body, extra)
 
 
-def _describe(pull: Pull, kind: Kind, repository: Repository, reference: str) -> None:
+_Named: TypeAlias = (
+    paths.ManifestRequest | paths.BlobRequest | paths.TagsRequest | paths.ReferrersRequest
+)
+
+
+def _describe(pull: Pull, kind: Kind, typed: _Named, reference: str) -> None:
     pull.kind = kind
-    pull.upstream = repository.upstream
-    pull.repository = repository.path
+    pull.ns = typed.ns
+    pull.upstream = typed.repository.upstream
+    pull.repository = typed.repository.path
     pull.reference = reference
 
 
 def frame(pull: Pull) -> dict[str, str]:
-    """Headers of every answer, an error's too."""
-    return {
+    """Headers that tell of this answer rather than of content: those of an error, too."""
+    headers = {
         "Docker-Distribution-Api-Version": "registry/2.0",
         "X-Request-Id": pull.request_id,
         "Server": "oci-mirror",
+        "Server-Timing": server_timing(pull),
     }
-
-
-def _extra(pull: Pull, ns: str | None) -> dict[str, str]:
-    """Headers that tell of this answer rather than of the content."""
-    extra = {**frame(pull), "Server-Timing": server_timing(pull)}
-    if ns is not None:
-        extra["OCI-Namespace"] = ns
+    if pull.ns is not None:
+        headers["OCI-Namespace"] = pull.ns
     if pull.warning:
         # distribution spec, "Warnings": warn-code 299, warn-agent "-".
         text = pull.warning.replace("\\", "").replace('"', "'")
-        extra["Warning"] = f'299 - "served from the cache: {text[:1024]}"'
-    return extra
+        headers["Warning"] = f'299 - "served from the cache: {text[:1024]}"'
+    return headers
 
 
-def _json(pull: Pull, body: bytes, ns: str | None = None) -> web.Response:
-    headers = {"Content-Type": "application/json", **_extra(pull, ns)}
-    return web.Response(body=body, headers=headers)
+def _json(pull: Pull, body: bytes) -> web.Response:
+    return web.Response(body=body, headers={"Content-Type": "application/json", **frame(pull)})

@@ -36,7 +36,7 @@ class Middleware:
 
     def __init__(self, handlers: Handlers, health: Health, emit: Observer) -> None:
         self.in_flight = 0
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = asyncio.Event()
         self._handlers = handlers
         self._health = health
         self._emit = emit
@@ -44,8 +44,8 @@ class Middleware:
     async def idle(self) -> None:
         """Wait until no request is being answered."""
         while self.in_flight:
-            self._idle = asyncio.get_running_loop().create_future()
-            await self._idle
+            self._idle.clear()
+            await self._idle.wait()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """One request, from its record's beginning to its end."""
@@ -63,11 +63,14 @@ class Middleware:
         try:
             response = await self._answer(request, pull)
             pull.status = response.status
+            if self._health.draining:
+                # The next request of this client is for somebody else.
+                response.force_close()
             return response
         finally:
             self.in_flight -= 1
-            if not self.in_flight and self._idle is not None and not self._idle.done():
-                self._idle.set_result(None)
+            if not self.in_flight:
+                self._idle.set()
             pull.duration = time.monotonic() - pull.started
             if pull.first_byte is None:
                 pull.first_byte = pull.duration
@@ -103,8 +106,8 @@ class Middleware:
                 pull.outcome = Outcome.DENIED
             case _:
                 pull.outcome = Outcome.ERROR
-        if pull.bytes_sent > 0 and not pull.complete:
-            # The answer was on its way: its connection is cut already.
+        if pull.status:
+            # Its headers were on their way: the connection is cut already.
             raise ConnectionResetError("the answer was cut")
         body = body_of(error)
         headers = {**headers_of(error), **frame(pull), "Content-Length": str(len(body))}

@@ -134,7 +134,8 @@ class Sender:
             headers = {**headers_of(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
-        wanted = request.headers.get("Range")
+        # RFC 9110, section 14.2: only of a GET is a part asked for.
+        wanted = request.headers.get("Range") if request.method == "GET" else None
         if not range_applies(request.headers.get("If-Range"), etag):
             wanted = None
         if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
@@ -158,8 +159,6 @@ class Sender:
             multipart = Multipart(secrets.token_hex(16), body.media_type, spans, size)
             headers["Content-Type"] = multipart.content_type
             headers["Content-Length"] = str(multipart.length)
-        if self._request.method == "HEAD":
-            return web.Response(status=206, headers=headers)
         return await self._stream(body, spans, multipart, 206, headers)
 
     def _small(self, body: Body, headers: dict[str, str]) -> web.StreamResponse:
@@ -188,6 +187,7 @@ class Sender:
         outlet = self._outlet() if delimited and multipart is None else None
         try:
             with outlet or nullcontext(), self._pull.stage("send"):
+                self._pull.status = status
                 await response.prepare(self._request)
                 for index, span in enumerate(spans):
                     if multipart is not None:
