@@ -1,10 +1,12 @@
-"""The index: text only, lost without harm, refused pickles."""
+"""The index: what is asked and remembered, how long, and what becomes of what is in its way."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ import pytest
 from mirror.events import Event
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
+from mirror.store import index as index_module
 from mirror.store.index import Index
-from mirror.store.records import LEDGER_LIMIT, Membership, confirm
+from mirror.store.records import Membership, Named, confirm, dump_tag
+from mirror.store.rows import STEP
+from mirror.store.sweep import KEPT
 
+YEAR = 365 * 86400.0
 REPO = Repository("docker.io", "library/app")
 TAG = Tag("1.0")
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
@@ -28,6 +34,19 @@ class Evil:
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, (self.path,)
+
+
+@asynccontextmanager
+async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[Index]:
+    """An index that has nothing to complain of."""
+    events: list[Event] = []
+    times = clock or [1_800_000_000.0]
+    index = await Index.open(path / "index", events.append, lambda: times[0])
+    try:
+        yield index
+    finally:
+        await index.close()
+    assert not events
 
 
 async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -45,10 +64,9 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     known = await index.membership(REPO, ONE)
     assert known
     assert known.media_type == "a/b"
-    assert [named.name for named in await index.manifests()] == [
-        f"{REPO}@{ONE}",
-        "docker.io/library/app:1.0",
-    ]
+    manifests = await index.manifests()
+    assert manifests
+    assert [named.name for named in manifests] == [f"{REPO}@{ONE}", "docker.io/library/app:1.0"]
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
     await index.withdraw(REPO, ONE)
@@ -99,10 +117,256 @@ async def test_a_busy_database_fails_nothing(
     await index.close()
 
 
-def test_a_ledger_is_bounded() -> None:
-    record = None
-    for number in range(100):
-        record = confirm(record, REPO, TAG, Digest.of(str(number).encode()), float(number))
-    assert record
-    assert len(record.ledger) == LEDGER_LIMIT
-    assert record.ledger[0].digest == Digest.of(b"98")
+# --- names ----------------------------------------------------------------------------------------
+
+
+def root(digest: Digest, size: int | None = 3) -> Membership:
+    """A manifest that was pulled by a name of its own."""
+    return Membership(digest, "manifest", "a/b", size, None, None)
+
+
+async def test_only_what_was_pulled_by_a_name_of_its_own_is_named(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        parts = [
+            Membership(TWO, "manifest", "a/b", 3, ONE, None),
+            Membership(Digest.of(b"layer"), "blob", "a/b", 3, ONE, None),
+            root(Digest.of(b"of unknown size"), None),
+        ]
+        await index.put_memberships(REPO, [root(ONE), *parts])
+        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        await index.put_tag(confirm(None, REPO, Tag("child"), TWO, 1.0))
+        await index.put_tag(confirm(None, REPO, Tag("old"), ONE, 1.0), " variant")
+        await index.pin([ONE])
+        assert await index.manifests() == [
+            Named(REPO, None, ONE, "a/b", 3, pinned=True),
+            Named(REPO, TAG, ONE, "a/b", 3, pinned=True),
+        ]
+        assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
+        assert await index.tags_of(Repository("ghcr.io", "app")) == []
+        assert await index.tag(REPO, Tag("old")) is None
+        assert await index.tag(REPO, Tag("old"), " variant")
+
+
+async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        await index.put_memberships(REPO, [Membership(TWO, "blob", "a/b", 3, ONE, None)])
+        await index.set_verified([(ONE, 1.0)])
+        assert not index.changed
+        for step in (
+            lambda: index.put_memberships(REPO, [root(ONE)]),
+            lambda: index.put_tag(confirm(None, REPO, TAG, ONE, 1.0)),
+            lambda: index.pin([ONE]),
+            lambda: index.withdraw(REPO, ONE),
+        ):
+            index.changed = False
+            await step()
+            assert index.changed
+
+
+async def test_an_index_that_does_not_answer_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.store.rows._BUSY", 0.05)
+    events: list[Event] = []
+    index = await Index.open(tmp_path / "index", events.append)
+    await index.put_memberships(REPO, [root(ONE)])
+    await index.pin([ONE])
+    index.changed = False
+
+    def broken(*arguments: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index._rows, "read", broken)
+        patch.setattr(index._rows, "read_page", broken)
+        patch.setattr(index._rows, "write", broken)
+        assert await index.manifests() is None
+        assert await index.pinned() is None
+        assert await index.has_tags() is None
+        assert not await index.put_memberships(REPO, [root(TWO)])
+        assert not await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        assert not await index.pin([TWO])
+        assert not index.changed, "nothing was written"
+    assert await index.pinned() == {ONE}
+    assert await index.has_tags() is False
+    await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+    assert await index.has_tags() is True
+    await index.close()
+
+
+@pytest.mark.row("M10")
+async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        await index.put_memberships(REPO, [root(ONE), root(TWO)])
+        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+    database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
+    with database:
+        garbage = "UPDATE Cache SET mode = 4, value = x'80' WHERE key = ?"
+        database.execute(garbage, (f"{REPO}@{TWO}",))
+    database.close()
+    async with opened(tmp_path) as index:
+        assert [named.digest for named in await index.manifests() or ()] == [ONE, ONE]
+        assert await index.has_tags()
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("U15")
+@pytest.mark.row("K4")
+async def test_a_404_ends_with_its_time_and_with_a_clock_that_jumps(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        await index.put_negative("blob a@b", "not here, they say", 10.0)
+        await index.put_negative("never", "x", 0.0)
+        assert await index.negative("never") is None
+        for after, known in ((0, True), (9.9, True), (10, False), (-1, False), (YEAR, False)):
+            clock[0] = 1_800_000_000.0 + after
+            found = await index.negative("blob a@b")
+            assert found == ("not here, they say" if known else None), after
+        clock[0] = 1_800_000_000.0
+        await index.drop_negative("blob a@b")
+        assert await index.negative("blob a@b") is None
+
+
+async def test_a_list_is_what_was_put(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        await index.put_list("tags a", "1.0 [a, b]", 100.0)
+        assert await index.cached_list("tags a") == "1.0 [a, b]"
+        assert await index.cached_list("tags b") is None
+
+
+@pytest.mark.row("HC9")
+async def test_answers_are_bounded_and_take_nothing_else_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(index_module._TABLES, "answers", 500_000)
+    async with opened(tmp_path) as index:
+        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        for number in range(100):
+            await index.put_list(f"tags {number}", "x" * 20_000, 1e6)
+            await index.put_negative(f"blob {number}", "x" * 100, 1e6)
+        size = (tmp_path / "index" / "answers" / "cache.db").stat().st_size
+        assert size < 1_000_000
+        assert await index.cached_list("tags 99")
+        assert await index.cached_list("tags 0") is None
+        assert await index.tag(REPO, TAG)
+
+
+# --- what is known of content stays as long as the content ----------------------------------------
+
+
+async def rounds(index: Index, on_disk: set[Digest], steps: int = 8) -> None:
+    """So many looks that every row had its turn."""
+    for _ in range(steps):
+        await index.sweep(on_disk.__contains__)
+
+
+async def remember(index: Index, digest: Digest) -> None:
+    await index.put_memberships(REPO, [root(digest)])
+    await index.put_tag(confirm(None, REPO, Tag(digest.hex[:8]), digest, 1.0))
+    await index.set_verified([(digest, 1.0)])
+
+
+async def is_known(index: Index, digest: Digest) -> bool:
+    """All that is known of a digest, or nothing."""
+    found = {
+        await index.membership(REPO, digest) is not None,
+        await index.tag(REPO, Tag(digest.hex[:8])) is not None,
+        await index.verified_at(digest) is not None,
+        digest in {named.digest for named in await index.manifests() or ()},
+    }
+    assert len(found) == 1, "half of it is known"
+    return found.pop()
+
+
+@pytest.mark.row("K1")
+@pytest.mark.row("K2")
+@pytest.mark.parametrize("jumps", [[YEAR], [-YEAR], [YEAR, -2 * YEAR, 3 * YEAR, -YEAR]])
+async def test_what_is_known_of_content_on_disk_depends_on_no_clock(
+    tmp_path: Path, jumps: list[float]
+) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        await remember(index, ONE)
+        await index.pin([ONE])
+        for jump in jumps:
+            clock[0] += jump
+            await rounds(index, {ONE})
+            assert await is_known(index, ONE)
+        assert await index.pinned() == {ONE}
+    async with opened(tmp_path, clock) as index:
+        assert await is_known(index, ONE)
+
+
+async def test_what_is_known_of_content_that_is_gone_goes_long_after_it(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        await remember(index, ONE)
+        await remember(index, TWO)
+        clock[0] += 10 * YEAR  # never looked at before: it was gone from now on
+        await rounds(index, {TWO})
+        clock[0] += KEPT - 1
+        await rounds(index, {TWO})
+        assert await is_known(index, ONE)
+        clock[0] += 2
+        await rounds(index, {TWO})
+        assert not await is_known(index, ONE)
+        assert await is_known(index, TWO)
+
+
+async def test_what_comes_back_or_is_written_again_counts_from_anew(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        await remember(index, ONE)
+        await remember(index, TWO)
+        await rounds(index, set())
+        clock[0] += KEPT - 1
+        await rounds(index, {ONE})
+        await remember(index, TWO)
+        clock[0] += KEPT - 1
+        await rounds(index, set())
+        assert await is_known(index, ONE)
+        assert await is_known(index, TWO)
+
+
+async def test_a_tag_is_known_as_long_as_anything_that_it_was(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        await index.put_tag(confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0))
+        for on_disk, known in (({ONE}, True), ({TWO}, True), (set[Digest](), False)):
+            await rounds(index, on_disk)
+            clock[0] += KEPT + 1
+            await rounds(index, on_disk)
+            assert (await index.tag(REPO, TAG) is not None) == known
+
+
+async def test_a_step_of_the_sweep_is_bounded_and_none_is_left_out(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        digests = {Digest.of(str(number).encode()) for number in range(3 * STEP)}
+        await index.put_memberships(REPO, [root(digest) for digest in digests])
+        seen: list[Digest] = []
+        for _ in range(20):
+            before = len(seen)
+            await index.sweep(lambda digest: seen.append(digest) or True)
+            assert len(seen) - before <= STEP
+        assert set(seen) == digests
+        assert len(seen) > 3 * len(digests), "it begins again"
+
+
+async def test_a_row_that_another_process_writes_meanwhile_is_not_undone(tmp_path: Path) -> None:
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index, opened(tmp_path, clock) as other:
+        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        newer = confirm(None, REPO, TAG, TWO, 2.0)
+        real = index._rows.transaction
+
+        def too_late(table: str) -> object:
+            text = dump_tag(newer)
+            other._rows.write(table, f"{REPO}:{TAG}", text)
+            return real(table)
+
+        await other.tag(REPO, TAG)
+        index._rows.transaction = too_late  # type: ignore[method-assign] # between look and lock
+        await rounds(index, set(), 1)
+        assert await index.tag(REPO, TAG) == newer
