@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Iterable
@@ -37,6 +38,9 @@ class Seen:
     query: dict[str, list[str]]
     headers: dict[str, str]
     at: float
+    body: bytes = b""
+    target: str = ""
+    """The request's target as it was written; absolute where a proxy is asked."""
 
 
 @dataclass
@@ -70,12 +74,16 @@ class Fault:
     rate: int | None = None
     """Bytes per second."""
     times: int | None = 1
+    method: str | None = None
+    """Only for this method."""
 
 
 class FakeRegistry:
-    """A registry on a loopback port."""
+    """A registry on a loopback port, with TLS if it gets a context; plain HTTP proxy of itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
+        self.connections = 0
         self.requests: list[Seen] = []
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}
@@ -85,6 +93,8 @@ class FakeRegistry:
         self.faults: list[tuple[str, Fault]] = []
         self.token: str | None = None
         """The bearer token that is wanted; None: none."""
+        self.basic: str | None = None
+        """The ``Authorization`` that is wanted instead."""
         self.challenge = ""
         """``WWW-Authenticate`` of a 401; the own token service where it is empty."""
         self.token_body: bytes | None = None
@@ -100,7 +110,7 @@ class FakeRegistry:
     @property
     def url(self) -> str:
         """The endpoint."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def add_blob(self, data: bytes, repository: str = "library/app") -> Digest:
         digest = Digest.of(data)
@@ -155,7 +165,9 @@ class FakeRegistry:
     # --- serving --------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port or 0)
+        self._server = await asyncio.start_server(
+            self._serve, "127.0.0.1", self.port or 0, ssl=self._tls
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -182,6 +194,7 @@ class FakeRegistry:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self.connections += 1
         try:
             while await self._one(reader, writer):
                 pass
@@ -195,15 +208,17 @@ class FakeRegistry:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ", 2)
         path, _, query = target.partition("?")
+        if not path.startswith("/"):
+            path = "/" + path.partition("://")[2].partition("/")[2]
         headers = {
             name.lower(): value.strip()
             for name, _, value in (line.partition(":") for line in head[1:] if line)
         }
-        if length := int(headers.get("content-length", 0)):
-            await reader.readexactly(length)
-        seen = Seen(method, unquote(path), parse_qs(query), headers, time.monotonic())
+        sent = await reader.readexactly(int(headers.get("content-length", 0)))
+        at = time.monotonic()
+        seen = Seen(method, unquote(path), parse_qs(query), headers, at, sent, target)
         self.requests.append(seen)
-        fault = self._take_fault(seen.path)
+        fault = self._take_fault(seen.method, seen.path)
         if fault.close:
             return False
         await asyncio.sleep(fault.delay)
@@ -214,9 +229,9 @@ class FakeRegistry:
             body = fault.body
         return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
 
-    def _take_fault(self, path: str) -> Fault:
+    def _take_fault(self, method: str, path: str) -> Fault:
         for index, (suffix, fault) in enumerate(self.faults):
-            if path.endswith(suffix):
+            if path.endswith(suffix) and fault.method in (None, method):
                 if fault.times is not None:
                     fault.times -= 1
                     if fault.times <= 0:
@@ -239,7 +254,9 @@ class FakeRegistry:
         if status == 200 and wanted and not fault.ignore_range and "blobs/" in seen.path:
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
             total = len(body)
-            if seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
+            if start >= total:
+                status, body, headers = 416, b"", {"Content-Range": f"bytes */{total}"}
+            elif seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
                 status, body = 206, body[start:]
                 headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
         if fault.content_range is not None and "Content-Range" in headers:
@@ -302,10 +319,10 @@ class FakeRegistry:
             if body is None:
                 body = json.dumps({"token": self.token, "expires_in": 300}).encode()
             return self.token_status, {"Content-Type": "application/json"}, body
-        if self.token and seen.headers.get("authorization") != f"Bearer {self.token}":
-            challenge = self.challenge or (
-                f'Bearer realm="{self.url}/token",service="fake",scope="placeholder"'
-            )
+        wanted = self.basic or (f"Bearer {self.token}" if self.token else None)
+        if wanted is not None and seen.headers.get("authorization") != wanted:
+            bearer = f'Bearer realm="{self.url}/token",service="fake",scope="placeholder"'
+            challenge = self.challenge or ('Basic realm="fake"' if self.basic else bearer)
             return 401, {"WWW-Authenticate": challenge}, b""
         if not seen.path.startswith("/v2/"):
             return 404, {}, b""
