@@ -15,7 +15,13 @@ from mirror.config import Settings, Storage, Upstream
 from mirror.events import Event, Kind, Outcome, Pull
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
-from mirror.oci.errors import BlobUnknown, ManifestUnknown, MirrorError, NameUnknown
+from mirror.oci.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    MirrorError,
+    NameUnknown,
+    UpstreamProtocolError,
+)
 from mirror.oci.reference import Reference, Repository, Tag
 from mirror.pull.content import ContentService
 from mirror.pull.flights import Flights
@@ -155,7 +161,9 @@ class MemoryRegistry:
         self, repository: Repository, tag: Tag, accept: Sequence[str]
     ) -> ManifestBody:
         self._call("get_manifest")
-        digest = self.tags[repository.path, tag.name]
+        digest = self.tags.get((repository.path, tag.name))
+        if digest is None or (repository.path, digest) not in self.manifests:
+            raise ManifestUnknown("no such manifest")
         body, media_type = self.manifests[repository.path, digest]
         return ManifestBody(digest, media_type, body)
 
@@ -191,6 +199,10 @@ class MemoryRegistry:
             data, media_type = self.blobs.get((repository.path, digest), b""), "application/x"
             if (repository.path, digest) not in self.blobs:
                 raise BlobUnknown("no such blob")
+        if offset and offset >= len(data):
+            raise UpstreamProtocolError("fewer bytes than are asked for")
+        if total not in (None, len(data)):
+            raise UpstreamProtocolError("another size")
         stream = Stream(data, offset, len(data), media_type, gate=self.gate)
         if self.breaks:
             stream.break_at, stream.error = self.breaks.pop(0)

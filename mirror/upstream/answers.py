@@ -23,7 +23,6 @@ from mirror.oci.errors import (
     ManifestUnknown,
     MirrorError,
     NameUnknown,
-    NotFound,
     Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
@@ -61,15 +60,17 @@ def tag_names(body: bytes) -> list[str]:
     """The tags of a ``tags/list``; what is no tag is left out. Raises ``UpstreamProtocolError``."""
     try:
         names = json.loads(body).get("tags") or []
-        found = []
-        for name in names[:_TAGS_LIMIT]:
-            try:
-                found.append(Tag.parse(name).name)
-            except MirrorError:
-                continue
-        return found
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UpstreamProtocolError("a tag list that is none") from error
+    if not isinstance(names, list):
+        raise UpstreamProtocolError("a tag list that is none")
+    found = []
+    for name in names[:_TAGS_LIMIT]:
+        try:
+            found.append(Tag.parse(name).name)
+        except (MirrorError, TypeError):
+            continue
+    return found
 
 
 def rate_limit_of(headers: Mapping[str, str]) -> tuple[int, int, int] | None:
@@ -88,7 +89,7 @@ async def error_of(
     """The error that a status is."""
     match response.status:
         case 404:
-            return await _not_found(response, kind)
+            return await _not_found(response, kind, redirected)
         case 401 | 403 if redirected:
             return UpstreamUnavailable("the storage behind the registry refuses")
         case 401:
@@ -103,13 +104,16 @@ async def error_of(
             return UpstreamProtocolError(f"the upstream answers {status}")
 
 
-async def _not_found(response: aiohttp.ClientResponse, kind: Kind) -> NotFound:
+async def _not_found(response: aiohttp.ClientResponse, kind: Kind, redirected: bool) -> MirrorError:
     code = ""
     try:
         body = await read_body(response, _ERROR_LIMIT)
         code = str(json.loads(body)["errors"][0]["code"])
     except (UpstreamError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         code = ""  # a HEAD has no body, and Harbor's says UNKNOWN
+    if kind is Kind.BLOB and redirected and not code:
+        # The registry has said that it is there; only another registry can say that it is not.
+        return UpstreamUnavailable("the storage behind the registry does not have it")
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
         return NameUnknown("the upstream does not know this repository")
     if kind is Kind.BLOB:

@@ -60,7 +60,9 @@ class ContentStream(Protocol):
 
     @property
     def validator(self) -> str | None:
-        """A strong ``ETag``, for ``If-Range`` when resuming at the same endpoint."""
+        """What to give to ``open`` to resume, where the answer had a strong ``ETag``: with
+        ``If-Range``, at the same endpoint. Opaque.
+        """
 
     @property
     def endpoint(self) -> str:
@@ -111,7 +113,7 @@ class Registry(Protocol):
     async def list_tags(
         self, repository: Repository, count: int | None, last: str | None
     ) -> TagsPage:
-        """One page of tags after ``last`` (exclusive), at most ``count``."""
+        """One page of tags after ``last`` (exclusive), at most ``count`` (1 or more; None: all)."""
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None

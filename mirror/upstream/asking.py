@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from aiohttp import hdrs
@@ -21,19 +22,42 @@ from mirror.config import Upstream
 from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, UpstreamAnswered
 from mirror.oci.errors import (
     MirrorError,
+    OutboundRefused,
     UpstreamError,
-    UpstreamProtocolError,
     UpstreamRateLimited,
-    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
 from mirror.upstream.answers import error_of, rate_limit_of
-from mirror.upstream.auth import TOKEN_LIMIT, Authenticator
+from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, Shown, TokenAnswer
 from mirror.upstream.endpoints import Endpoints
 from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, judge
-from mirror.upstream.retry import ATTEMPTS, BUDGET, backoff, retry_after
+from mirror.upstream.retry import ATTEMPTS, BUDGET, backoff, may_pass, retry_after
 from mirror.upstream.transport import Answer, Transport, read_body
+
+
+def nothing_else(answer: Answer) -> bool:
+    """Only a 200 is an answer to the question."""
+    return False
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a repository, at whichever endpoint."""
+
+    method: str
+    repository: Repository
+    path: str
+    kind: Kind
+    headers: Mapping[str, str] = field(default_factory=dict)
+    at: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Further headers, for one endpoint only."""
+    query: Mapping[str, str] = field(default_factory=dict)
+    page: str | None = None
+    """The next page, as the answer before this one named it."""
+    takes: Callable[[Answer], bool] = nothing_else
+    """Which answers are good, beside a 200."""
+    follow: bool = True
 
 
 class Asker:
@@ -46,14 +70,18 @@ class Asker:
         transport: Transport,
         emit: Observer,
         own: Collection[tuple[str, int]] = (),
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         self._name = name
         self._transport = transport
         self._emit = emit
         self._own = own
+        self._clock = clock
+        self._jitter = jitter
         self._token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
-        self._auth = Authenticator(name, settings.credentials, self._ask_token_service, emit)
+        self._auth = Authenticator(name, settings.credentials, self._ask_token_service, emit, clock)
 
     async def close(self) -> None:
         """Close connections."""
@@ -61,139 +89,122 @@ class Asker:
 
     @asynccontextmanager
     async def ask(
-        self,
-        method: str,
-        repository: Repository,
-        path: str,
-        kind: Kind,
-        headers: Mapping[str, str],
-        *,
-        query: Mapping[str, str] | None = None,
-        page: str | None = None,
-        accepted: Collection[int] = (),
-        avoid: Collection[str] = (),
-        follow: bool = True,
+        self, question: Question, avoid: Collection[str] = ()
     ) -> AsyncIterator[tuple[Answer, URL]]:
         """The first good answer of the endpoints in order, within the attempts there are.
 
         A 4xx is the answer of an endpoint that works: the next one is not asked for another.
         """
-        deadline = time.monotonic() + BUDGET
+        deadline = self._clock() + BUDGET
         failure: MirrorError | None = None
         attempt = 0
         async with AsyncExitStack() as stack:
-            while attempt < ATTEMPTS and (attempt == 0 or time.monotonic() < deadline):
-                candidates = self._endpoints.candidates(time.monotonic(), avoid)
+            while attempt < ATTEMPTS:
+                before = attempt
+                candidates = self._endpoints.candidates(self._clock(), avoid)
                 for endpoint in candidates[: ATTEMPTS - attempt]:
+                    circuit, now = self._endpoints.circuits[endpoint], self._clock()
+                    if not circuit.permits(now):
+                        continue  # not any more: another request is the one that tries it
                     attempt += 1
-                    url = self._url(endpoint, repository, path, query, page)
                     try:
                         answer = await stack.enter_async_context(
-                            self._attempt(
-                                method, url, endpoint, repository, kind, headers, accepted, follow
-                            )
+                            self._attempt(question, endpoint, probe=circuit.claim())
                         )
                     except UpstreamError as error:
                         failure = error
                         continue
                     yield answer, endpoint
                     return
-                if not candidates or not _may_pass(failure):
+                over = attempt in (before, ATTEMPTS) or self._clock() >= deadline
+                if over or not may_pass(failure):
                     break
-                if attempt < ATTEMPTS:
-                    await asyncio.sleep(backoff(attempt, random.random()))  # noqa: S311 - jitter
-        raise failure or self._all_closed()
+                await asyncio.sleep(backoff(attempt, self._jitter()))
+        raise self._verdict(failure)
 
-    def _all_closed(self) -> MirrorError:
-        rest = self._endpoints.rests(time.monotonic())
-        if rest is not None:
-            return UpstreamRateLimited("the upstream asked for a pause", retry_after=rest)
-        return UpstreamUnavailable("all endpoints have failed; not asked again yet")
+    def _verdict(self, failure: MirrorError | None) -> MirrorError:
+        """What to say when no endpoint has answered; the last failure, if any was asked."""
+        resting = self._endpoints.resting(self._clock())
+        if resting and not isinstance(failure, UpstreamRateLimited):
+            # Who asks for a pause is listened to, also where another one merely failed.
+            named = min((seconds for seconds in resting if seconds is not None), default=None)
+            return UpstreamRateLimited("the upstream asked for a pause", retry_after=named)
+        return failure or UpstreamUnavailable("all endpoints have failed; not asked again yet")
 
-    def _policy(self, endpoint: URL) -> Policy:
-        return Policy(endpoint, self._token_hosts, self._own)
-
-    def _url(
-        self,
-        endpoint: URL,
-        repository: Repository,
-        path: str,
-        query: Mapping[str, str] | None,
-        page: str | None,
-    ) -> URL:
-        base = f"{endpoint}/v2/{quote(repository.path)}/{quote(path, safe=':/')}"
-        url = URL(base, encoded=True).with_query(dict(query or {}))
-        if page is None:
-            return url
-        verdict = judge(page, Purpose.NEXT_PAGE, url, self._policy(endpoint))
+    def _url(self, question: Question, policy: Policy) -> URL:
+        """Where to ask; every URL passes the guard. Raises ``OutboundRefused``."""
+        path = f"{quote(question.repository.path)}/{quote(question.path, safe=':/')}"
+        url = URL(f"{policy.endpoint}/v2/{path}", encoded=True).with_query(dict(question.query))
+        if question.page is None:
+            verdict = judge(str(url), Purpose.ENDPOINT, url, policy)
+        else:
+            verdict = judge(question.page, Purpose.NEXT_PAGE, url, policy)
         if not isinstance(verdict, Allowed):
-            raise UpstreamProtocolError(f"next page refused: {verdict.why}")
+            what = "endpoint" if question.page is None else "next page"
+            raise OutboundRefused(f"{what} refused: {verdict.why}")
         return verdict.url
 
     @asynccontextmanager
     async def _attempt(
-        self,
-        method: str,
-        url: URL,
-        endpoint: URL,
-        repository: Repository,
-        kind: Kind,
-        headers: Mapping[str, str],
-        accepted: Collection[int],
-        follow: bool,
+        self, question: Question, endpoint: URL, *, probe: bool
     ) -> AsyncIterator[Answer]:
         """One endpoint, with what it wants of credentials; its circuit learns how it went."""
-        circuit = self._endpoints.circuits[endpoint]
-        circuit.claim(time.monotonic())
-        policy = self._policy(endpoint)
         async with AsyncExitStack() as stack:
             try:
-                shown = await self._auth.authorization(policy, repository)
-                answer = await self._send(
-                    stack, method, url, headers, shown, policy, endpoint, kind, follow
-                )
-                for _ in range(2):
-                    if answer.response.status != 401 or answer.redirected:
-                        break
-                    wanted = answer.response.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-                    shown = await self._auth.challenged(wanted, policy, repository, shown)
-                    if shown is None:
-                        break
-                    answer = await self._send(
-                        stack, method, url, headers, shown, policy, endpoint, kind, follow
-                    )
-                if answer.redirected and answer.response.status in (401, 403):
-                    # A signed URL that has expired, or refuses this method: sign it anew.
-                    answer = await self._send(
-                        stack, method, url, headers, shown, policy, endpoint, kind, follow
-                    )
-                await self._judge_status(answer, kind, accepted)
+                answer = await self._authorized(stack, question, endpoint)
+                await self._judge_status(answer, question)
             except UpstreamError as error:
-                self._learn(endpoint, error)
+                self._learn(endpoint, error, probe)
                 raise
             except MirrorError:
-                self._learn(endpoint, None)
+                self._learn(endpoint, None, probe)
                 raise
-            self._learn(endpoint, None)
+            except BaseException:
+                self._endpoints.circuits[endpoint].abandoned(probe=probe)
+                raise
+            self._learn(endpoint, None, probe)
             yield answer
+
+    async def _authorized(self, stack: AsyncExitStack, question: Question, endpoint: URL) -> Answer:
+        """The answer to what the endpoint wants of credentials, as far as there are any."""
+        policy = Policy(endpoint, self._token_hosts, self._own, self._transport.private_hosts)
+        url = self._url(question, policy)
+        shown = await self._auth.authorization(policy, question.repository)
+        answer = await self._send(stack, question, url, policy, shown)
+        for _ in range(2):
+            if answer.response.status != 401 or answer.redirected:
+                break
+            wanted = answer.response.headers.getall(hdrs.WWW_AUTHENTICATE, ())
+            again = await self._auth.challenged(wanted, policy, question.repository, shown)
+            if again is None:
+                break
+            shown = again
+            answer = await self._send(stack, question, url, policy, shown)
+        refused = answer.redirected and answer.response.status in (401, 403)
+        if refused and not question.takes(answer):
+            # A signed URL that has expired: have it signed anew.
+            answer = await self._send(stack, question, url, policy, shown)
+        return answer
 
     async def _send(
         self,
         stack: AsyncExitStack,
-        method: str,
+        question: Question,
         url: URL,
-        headers: Mapping[str, str],
-        shown: str | None,
         policy: Policy,
-        endpoint: URL,
-        kind: Kind,
-        follow: bool,
+        shown: Shown | None,
     ) -> Answer:
-        sent = {**headers, "Authorization": shown} if shown is not None else headers
-        begun, status, error = time.monotonic(), 0, ""
+        """One exchange; the one before it on ``stack`` is over."""
+        await stack.aclose()
+        headers = {**question.headers, **question.at.get(str(policy.endpoint), {})}
+        if shown is not None:
+            headers["Authorization"] = shown.header
+        begun, status, error = self._clock(), 0, ""
         try:
             answer = await stack.enter_async_context(
-                self._transport.exchange(method, url, sent, policy, follow=follow)
+                self._transport.exchange(
+                    question.method, url, headers, policy, follow=question.follow
+                )
             )
             status = answer.response.status
             self._notice(answer.response.headers)
@@ -202,11 +213,17 @@ class Asker:
             error = failed.message
             raise
         finally:
-            seconds = time.monotonic() - begun
-            billed = method == "GET" and kind is Kind.MANIFEST and status in (200, 206)
+            billed = question.method == "GET" and question.kind is Kind.MANIFEST
             self._emit(
                 UpstreamAnswered(
-                    self._name, str(endpoint), method, kind, status, seconds, billed, error
+                    self._name,
+                    str(policy.endpoint),
+                    question.method,
+                    question.kind,
+                    status,
+                    self._clock() - begun,
+                    billed and status in (200, 206),
+                    error,
                 )
             )
 
@@ -215,21 +232,23 @@ class Asker:
         if found is not None:
             self._emit(RateLimitSeen(self._name, *found))
 
-    async def _judge_status(self, answer: Answer, kind: Kind, accepted: Collection[int]) -> None:
+    async def _judge_status(self, answer: Answer, question: Question) -> None:
         response = answer.response
-        if response.status == 200 or response.status in accepted:
+        if response.status == 200 or question.takes(answer):
             return
         pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-        raise await error_of(response, kind, answer.redirected, pause)
+        raise await error_of(response, question.kind, answer.redirected, pause)
 
-    def _learn(self, endpoint: URL, error: UpstreamError | None) -> None:
+    def _learn(self, endpoint: URL, error: UpstreamError | None, probe: bool) -> None:
         circuit = self._endpoints.circuits[endpoint]
         was_open = circuit.is_open
         match error:
+            case OutboundRefused():
+                circuit.abandoned(probe=probe)
             case UpstreamRateLimited():
-                circuit.rest(time.monotonic(), error.retry_after)
+                circuit.rest(self._clock(), error.retry_after)
             case UpstreamUnavailable():
-                circuit.failed(time.monotonic())
+                circuit.failed(self._clock(), probe=probe)
             case _:
                 circuit.succeeded()
         if circuit.is_open != was_open:
@@ -241,17 +260,12 @@ class Asker:
         url: URL,
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
-    ) -> tuple[int, bytes]:
+    ) -> TokenAnswer:
         """An exchange with a realm that the guard has allowed; its redirects are not followed."""
         policy = Policy(url.origin())
         async with self._transport.exchange(
             method, url, headers, policy, follow=False, form=form
         ) as answer:
-            return answer.response.status, await read_body(answer.response, TOKEN_LIMIT)
-
-
-def _may_pass(error: MirrorError | None) -> bool:
-    """Whether the same endpoints may be asked again at once: not those that are slow, or say no."""
-    return isinstance(error, UpstreamUnavailable) and not isinstance(
-        error, UpstreamRateLimited | UpstreamTimeout
-    )
+            response = answer.response
+            pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
+            return TokenAnswer(response.status, await read_body(response, TOKEN_LIMIT), pause)

@@ -6,7 +6,6 @@ Must not know: how requests are sent, which requests there are.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import OrderedDict
@@ -24,10 +23,13 @@ from mirror.oci.errors import (
     MirrorError,
     OutboundRefused,
     Unauthorized,
+    UpstreamError,
+    UpstreamRateLimited,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.upstream.credentials import Login, look_up
+from mirror.upstream.credentials import Found, Login, Logins
+from mirror.upstream.kept import Kept
 from mirror.upstream.outbound import Allowed, Policy, Purpose, judge
 
 DEFAULT_LIFETIME: Final = 60.0
@@ -37,29 +39,36 @@ _MARGIN: Final = 0.1
 TOKEN_LIMIT: Final = 64 * 1024
 _KEPT: Final = 10_000
 
+
+@dataclass(frozen=True, slots=True)
+class TokenAnswer:
+    """What a token service answers. ``pause``: seconds that it asks to be left alone for."""
+
+    status: int
+    body: bytes = field(repr=False)
+    pause: float | None = None
+
+
 Exchange: TypeAlias = Callable[
-    [str, URL, Mapping[str, str], Mapping[str, str] | None], Awaitable[tuple[int, bytes]]
+    [str, URL, Mapping[str, str], Mapping[str, str] | None], Awaitable[TokenAnswer]
 ]
-"""(method, url, headers, form) to (status, body of at most ``TOKEN_LIMIT`` bytes and one)."""
+"""(method, url, headers, form) to an answer; a body of more than ``TOKEN_LIMIT`` is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An ``Authorization`` header, and the look-up of credentials that is behind it."""
+
+    header: str = field(repr=False)
+    found: Found
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """A bearer token, good until ``expires`` (monotonic seconds)."""
 
-    value: str = field(repr=False)
+    shown: Shown
     expires: float
-
-
-@dataclass(slots=True)
-class _Slot:
-    """What is known of one token: the latest outcome, and who is asking."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    token: Token | None = None
-    error: MirrorError | None = None
-    at: float = -1.0
-    """When the latest outcome came."""
 
 
 class Authenticator:
@@ -74,30 +83,42 @@ class Authenticator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._upstream = upstream
-        self._credentials = credentials
+        self._logins = Logins(credentials, upstream, clock)
         self._exchange = exchange
         self._emit = emit
         self._clock = clock
         self._schemes: dict[URL, Bearer | Basic] = {}
-        self._slots: OrderedDict[tuple[str, str, str, str], _Slot] = OrderedDict()
+        self._tokens: OrderedDict[tuple[str, str, str, str], Kept[Token]] = OrderedDict()
 
-    async def authorization(self, policy: Policy, repository: Repository) -> str | None:
-        """The header to begin with: what the endpoint wanted the last time, if anything."""
+    async def authorization(self, policy: Policy, repository: Repository) -> Shown | None:
+        """What to begin with: what the endpoint wanted the last time, if anything.
+
+        Raises what :meth:`challenged` raises. The endpoint is then asked anew what it wants: its
+        token service may have moved.
+        """
         scheme = self._schemes.get(policy.endpoint)
-        return None if scheme is None else await self._answer(scheme, policy, repository, None)
+        if scheme is None:
+            return None
+        try:
+            return await self._answer(scheme, policy, repository, None)
+        except UpstreamError:
+            if self._schemes.get(policy.endpoint) is scheme:
+                del self._schemes[policy.endpoint]
+            raise
 
     async def challenged(
         self,
         headers: Sequence[str],
         policy: Policy,
         repository: Repository,
-        refused: str | None,
-    ) -> str | None:
-        """The header that answers a 401 (``WWW-Authenticate``); ``refused`` was no good.
+        refused: Shown | None,
+    ) -> Shown | None:
+        """What answers a 401 (``WWW-Authenticate``); ``refused`` was no good.
 
         None: there is nothing to answer it with. Raises ``Unauthorized`` or ``Denied`` where the
-        token service says no, ``OutboundRefused`` for a realm that is not to be asked, and
-        ``UpstreamUnavailable`` where it cannot be asked.
+        token service says no, ``OutboundRefused`` for a realm that is not to be asked,
+        ``UpstreamRateLimited`` where it asks for a pause, and ``UpstreamUnavailable`` where it
+        cannot be asked.
         """
         challenges = parse_challenges(headers)
         bearer = next((c for c in challenges if isinstance(c, Bearer)), None)
@@ -106,112 +127,117 @@ class Authenticator:
             return None
         self._schemes[policy.endpoint] = scheme
         answer = await self._answer(scheme, policy, repository, refused)
-        return None if answer == refused else answer
+        if answer is None or refused is None or answer.header != refused.header:
+            return answer
+        return None
 
     async def _answer(
-        self, scheme: Bearer | Basic, policy: Policy, repository: Repository, refused: str | None
-    ) -> str | None:
+        self,
+        scheme: Bearer | Basic,
+        policy: Policy,
+        repository: Repository,
+        refused: Shown | None,
+    ) -> Shown | None:
         endpoint = policy.endpoint
         host = endpoint.host or ""
         named = host if endpoint.is_default_port() else f"{host}:{endpoint.port}"
-        login = await look_up(self._credentials, self._upstream, named)
+        # What was refused may have been rotated: it is looked up anew, once for all.
+        found = await self._logins.get(named, refused.found if refused is not None else None)
         if isinstance(scheme, Basic):
-            return login.basic if login is not None else None
+            basic = found.login.basic if found.login is not None else None
+            return Shown(basic, found) if basic is not None else None
         # The challenge's own scope may be a placeholder, or ask for more than we may have.
         scope = "aws" if host == "public.ecr.aws" else f"repository:{repository.path}:pull"
-        token = await self._token(scheme, scope, login, policy, refused)
-        return f"Bearer {token.value}"
+        try:
+            return await self._token(scheme, scope, found, policy, refused)
+        except (Unauthorized, Denied):
+            again = await self._logins.get(named, found)
+            if again.identity == found.identity:
+                raise
+            return await self._token(scheme, scope, again, policy, refused)
 
     async def _token(
         self,
         challenge: Bearer,
         scope: str,
-        login: Login | None,
+        found: Found,
         policy: Policy,
-        refused: str | None,
-    ) -> Token:
-        identity = login.identity if login is not None else ""
-        slot = self._slot((identity, challenge.realm, challenge.service or "", scope))
-        asked = self._clock()
-        if (good := self._good(slot, refused)) is not None:
-            return good
-        async with slot.lock:
-            # While we waited for the lock another one may have asked for us, well or badly.
-            if slot.at >= asked and slot.error is not None:
-                raise slot.error
-            if (good := self._good(slot, refused)) is not None:
-                return good
-            try:
-                slot.token, slot.error = await self._fetch(challenge, scope, login, policy), None
-            except MirrorError as error:
-                slot.token, slot.error = None, error
-                raise
-            finally:
-                slot.at = self._clock()
-            return slot.token
+        refused: Shown | None,
+    ) -> Shown:
+        def good(token: Token) -> bool:
+            fresh = token.expires > self._clock()
+            return fresh and (refused is None or token.shown.header != refused.header)
 
-    def _good(self, slot: _Slot, refused: str | None) -> Token | None:
-        token = slot.token
-        if token is None or token.expires <= self._clock():
-            return None
-        return None if refused == f"Bearer {token.value}" else token
+        key = (found.identity, challenge.realm, challenge.service or "", scope)
+        kept = self._tokens.setdefault(key, Kept())
+        self._tokens.move_to_end(key)
+        if len(self._tokens) > _KEPT:
+            self._tokens.popitem(last=False)
+        token = await kept.get(good, lambda: self._fetch(challenge, scope, found, policy))
+        return token.shown
 
-    def _slot(self, key: tuple[str, str, str, str]) -> _Slot:
-        slot = self._slots.setdefault(key, _Slot())
-        self._slots.move_to_end(key)
-        if len(self._slots) > _KEPT:
-            self._slots.popitem(last=False)
-        return slot
-
-    async def _fetch(
-        self, challenge: Bearer, scope: str, login: Login | None, policy: Policy
-    ) -> Token:
+    async def _fetch(self, challenge: Bearer, scope: str, found: Found, policy: Policy) -> Token:
         verdict = judge(challenge.realm, Purpose.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
-        begun, status = self._clock(), 0
+        begun, ok = self._clock(), False
         try:
-            status, body = await self._ask(verdict.url, challenge.service, scope, login)
-            if status != 200:
-                raise _refusal(status)
-            return self._read(body)
+            answer = await self._ask(verdict.url, challenge.service, scope, found.login)
+            if answer.status != 200:
+                raise _refusal(answer)
+            value, lifetime = _read(answer.body)
+            ok = True
         finally:
-            self._emit(TokenFetched(self._upstream, status == 200, self._clock() - begun))
+            self._emit(TokenFetched(self._upstream, ok, self._clock() - begun))
+        # By our own clock from now on: issued_at is of a clock that may be off.
+        return Token(Shown(f"Bearer {value}", found), self._clock() + lifetime * (1 - _MARGIN))
 
     async def _ask(
         self, realm: URL, service: str | None, scope: str, login: Login | None
-    ) -> tuple[int, bytes]:
+    ) -> TokenAnswer:
         query = {"scope": scope, **({"service": service} if service else {})}
         if login is not None and login.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": login.identity_token, **query}
             return await self._exchange("POST", realm, {}, {"client_id": "oci-mirror", **form})
-        headers = {"Authorization": login.basic} if login is not None else {}
+        basic = login.basic if login is not None else None
+        headers = {"Authorization": basic} if basic is not None else {}
         return await self._exchange("GET", realm.update_query(query), headers, None)
 
-    def _read(self, body: bytes) -> Token:
-        """``token`` or ``access_token``; a lifetime that is missing or odd is 60 s."""
-        if len(body) > TOKEN_LIMIT:
-            raise UpstreamUnavailable("the token service answers too much")
-        try:
-            document = json.loads(body)
-            value = document.get("token") or document.get("access_token")
-            lifetime = document.get("expires_in")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UpstreamUnavailable("the token service answers nonsense") from error
-        if not isinstance(value, str) or not value.isascii() or not value.isprintable():
-            raise UpstreamUnavailable("the token service answers without a token")
-        seconds = DEFAULT_LIFETIME
-        if isinstance(lifetime, int | float) and not isinstance(lifetime, bool) and lifetime > 0:
-            seconds = min(float(lifetime), _LONGEST_LIFETIME)
-        # By our own clock from now on: issued_at is of a clock that may be off.
-        return Token(value, self._clock() + seconds * (1 - _MARGIN))
+
+def _read(body: bytes) -> tuple[str, float]:
+    """``token`` or ``access_token``, and its lifetime; one that is missing or odd is 60 s."""
+    try:
+        document = json.loads(body)
+        value = document.get("token") or document.get("access_token")
+        lifetime = document.get("expires_in")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UpstreamUnavailable("the token service answers nonsense") from error
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value:
+        raise UpstreamUnavailable("the token service answers without a token")
+    if isinstance(lifetime, int | float) and not isinstance(lifetime, bool) and lifetime > 0:
+        return value, float(min(lifetime, _LONGEST_LIFETIME))
+    return value, DEFAULT_LIFETIME
 
 
-def _refusal(status: int) -> MirrorError:
-    match status:
+def _refusal(answer: TokenAnswer) -> MirrorError:
+    match answer.status:
         case 401:
             return Unauthorized("the token service refuses")
         case 403:
             return Denied("the token service refuses")
-        case _:
+        case 400 if _is_invalid_grant(answer.body):
+            return Unauthorized("the token service refuses")
+        case 429:
+            return UpstreamRateLimited(
+                "the token service limits the rate", retry_after=answer.pause
+            )
+        case status:
             return UpstreamUnavailable(f"the token service answers {status}")
+
+
+def _is_invalid_grant(body: bytes) -> bool:
+    """Whether a refresh token is refused (RFC 6749, section 5.2): that is a 400 there."""
+    try:
+        return bool(json.loads(body).get("error") == "invalid_grant")
+    except (ValueError, AttributeError, RecursionError):
+        return False

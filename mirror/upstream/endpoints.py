@@ -16,7 +16,9 @@ THRESHOLD: Final = 3
 """Failures in a row that open a circuit."""
 FIRST_PAUSE: Final = 2.0
 LONGEST_PAUSE: Final = 60.0
-_REST_LIMIT: Final = 300.0
+BARE_REST: Final = 2.0
+"""Seconds of rest after a 429 that names none: clients repeat theirs at once, several times."""
+REST_LIMIT: Final = 300.0
 
 
 @dataclass(slots=True)
@@ -26,8 +28,12 @@ class Circuit:
     failures: int = 0
     open_until: float = 0.0
     resting_until: float = 0.0
-    """A 429 asked for this pause."""
+    """A 429 asked for a pause until then."""
+    rest_named: bool = False
+    """It said how long; otherwise the pause is ours, and is told to nobody."""
     pause: float = FIRST_PAUSE
+    probing: bool = False
+    """The one try of a half-open circuit is under way."""
 
     @property
     def is_open(self) -> bool:
@@ -36,28 +42,42 @@ class Circuit:
 
     def permits(self, now: float) -> bool:
         """Whether a request may be tried."""
-        return now >= self.resting_until and (not self.is_open or now >= self.open_until)
+        if now < self.resting_until:
+            return False
+        return not self.is_open or (not self.probing and now >= self.open_until)
 
-    def claim(self, now: float) -> None:
-        """A request is tried; in a half-open circuit the next one has to wait for its outcome."""
-        if self.is_open:
-            self.open_until = now + self.pause
+    def claim(self) -> bool:
+        """A request that is permitted is tried. True: all others wait for its outcome.
+
+        Its outcome is one of ``succeeded``, ``failed``, ``rest`` and ``abandoned``.
+        """
+        self.probing = self.is_open
+        return self.probing
 
     def succeeded(self) -> None:
         """It answered."""
-        self.failures, self.pause, self.open_until = 0, FIRST_PAUSE, 0.0
+        self.failures, self.pause, self.open_until, self.probing = 0, FIRST_PAUSE, 0.0, False
 
-    def failed(self, now: float) -> None:
-        """It did not answer."""
+    def failed(self, now: float, *, probe: bool) -> None:
+        """It did not answer. Those that were under way when the circuit opened change nothing."""
         self.failures += 1
-        if self.is_open:
+        if probe or self.failures == THRESHOLD:
             self.open_until = now + self.pause
             self.pause = min(self.pause * 2, LONGEST_PAUSE)
+        if probe:
+            self.probing = False
+
+    def abandoned(self, *, probe: bool) -> None:
+        """Whoever asked left before there was an outcome."""
+        if probe:
+            self.probing = False
 
     def rest(self, now: float, seconds: float | None) -> None:
-        """It asked for a pause (429)."""
-        if seconds is not None:
-            self.resting_until = now + min(seconds, _REST_LIMIT)
+        """It answered, and asked for a pause (429)."""
+        self.succeeded()
+        until = now + (BARE_REST if seconds is None else min(seconds, REST_LIMIT))
+        if until > self.resting_until:
+            self.resting_until, self.rest_named = until, seconds is not None
 
 
 @dataclass(slots=True)
@@ -75,7 +95,10 @@ class Endpoints:
         permitted = [url for url in self.urls if self.circuits[url].permits(now)]
         return sorted(permitted, key=lambda url: str(url) in avoid)
 
-    def rests(self, now: float) -> float | None:
-        """Seconds until an endpoint that asked for a pause may be asked; None if none did."""
-        waits = [c.resting_until - now for c in self.circuits.values() if c.resting_until > now]
-        return min(waits, default=None)
+    def resting(self, now: float) -> list[float | None]:
+        """The seconds for which endpoints rest, None where they did not say; empty: none rests."""
+        return [
+            circuit.resting_until - now if circuit.rest_named else None
+            for circuit in self.circuits.values()
+            if circuit.resting_until > now
+        ]

@@ -67,11 +67,14 @@ class Policy:
     token_hosts: tuple[str, ...] = ()
     own: Collection[tuple[str, int]] = ()
     """(host, port) at which we listen ourselves."""
+    private_hosts: Collection[str] = ()
+    """Names that were found to be those of addresses that are not public."""
 
     @property
     def private(self) -> bool:
-        """Whether the endpoint is written as an address, or a name, that is not public."""
-        return self.endpoint.host == "localhost" or is_private(self.endpoint.host or "")
+        """Whether the endpoint is on a network that is not public."""
+        host = self.endpoint.host or ""
+        return host in self.private_hosts or host == "localhost" or is_private(host)
 
 
 def judge(target: str, purpose: Purpose, source: URL, policy: Policy) -> Verdict:
@@ -141,24 +144,30 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class GuardedResolver(AbstractResolver):
-    """Resolves names; those that a public registry pointed at must not be private addresses."""
+    """Resolves names; those that a public registry pointed at must not be private addresses.
 
-    def __init__(self, trusted: Collection[str], *, private: bool) -> None:
-        """``trusted``: hosts that the configuration names; ``private``: one of them is private."""
+    What is asked through a proxy is resolved there, out of our sight.
+    """
+
+    def __init__(self, trusted: Collection[str], proxies: Collection[tuple[str, int]] = ()) -> None:
+        """``trusted``: hosts that the configuration names; ``proxies``: those of our own site."""
         self._trusted = frozenset(trusted)
-        self._private = private
+        self._proxies = frozenset(proxies)
         self._resolver = ThreadedResolver()
+        self.private_hosts = {host for host in trusted if host == "localhost" or is_private(host)}
+        """Hosts of the configuration that are on a network that is not public."""
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """See :class:`aiohttp.abc.AbstractResolver`. Raises ``OSError``."""
         results = await self._resolver.resolve(host, port, family)
-        hidden = [result for result in results if is_private(result["host"])]
+        hidden = any(is_private(result["host"]) for result in results)
         if host in self._trusted:
             # A name in the configuration that is private tells of a private network.
-            self._private = self._private or bool(hidden)
-        elif hidden and not self._private:
+            if hidden:
+                self.private_hosts.add(host)
+        elif hidden and not self.private_hosts and (host, port) not in self._proxies:
             raise OSError(None, "a public registry points at a private address")
         return results
 

@@ -6,10 +6,11 @@ know: the store, our clients.
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from aiohttp import hdrs
 
@@ -29,9 +30,9 @@ from mirror.oci.ranges import parse_content_range
 from mirror.oci.reference import Reference, Repository, Tag
 from mirror.upstream.answers import digest_of, length_of, tag_names
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
-from mirror.upstream.asking import Asker
+from mirror.upstream.asking import Asker, Question
 from mirror.upstream.stream import BodyStream
-from mirror.upstream.transport import read_body
+from mirror.upstream.transport import Answer, read_body
 
 _LIST_LIMIT: Final = 8 * 1024 * 1024
 _PAGES: Final = 200
@@ -39,6 +40,9 @@ _PAGE: Final = 1000
 """Tags asked for at once: private ECR refuses more."""
 _NO_HEAD: Final = frozenset({401, 403, 405, 501})
 _NO_REFERRERS: Final = frozenset({301, 302, 303, 307, 308, 400, 404, 405, 406, 501})
+_INLINE: Final = 64 * 1024
+"""Answers up to this size are parsed on the event loop; larger ones would hold it up."""
+T = TypeVar("T")
 
 
 class HttpRegistry:
@@ -58,7 +62,8 @@ class HttpRegistry:
         """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
         path = f"manifests/{reference}"
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        async with self._asker.ask("HEAD", repository, path, Kind.MANIFEST, headers) as (answer, _):
+        question = Question("HEAD", repository, path, Kind.MANIFEST, headers)
+        async with self._asker.ask(question) as (answer, _):
             found = answer.response.headers
             digest = digest_of(found)
             if isinstance(reference, Digest):
@@ -74,8 +79,8 @@ class HttpRegistry:
     ) -> ManifestBody:
         """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        path = f"manifests/{tag}"
-        async with self._asker.ask("GET", repository, path, Kind.MANIFEST, headers) as (answer, _):
+        question = Question("GET", repository, f"manifests/{tag}", Kind.MANIFEST, headers)
+        async with self._asker.ask(question) as (answer, _):
             body = await read_body(answer.response, MANIFEST_LIMIT)
             said = digest_of(answer.response.headers)
             digest = Digest.of(body, said.algorithm if said is not None else "sha256")
@@ -88,17 +93,19 @@ class HttpRegistry:
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`.
 
-        Signed URLs refuse ``HEAD`` (GHCR, GitLab), and so do some registries (public ECR): there a
-        ``GET`` is begun, and ended after its headers.
+        Signed URLs refuse ``HEAD`` (GHCR, GitLab), each in its own way, and so do some registries
+        (public ECR): there a ``GET`` is begun, and ended after its headers.
         """
+
+        def takes(answer: Answer) -> bool:
+            return answer.redirected or answer.response.status in _NO_HEAD
+
         path = f"blobs/{digest}"
-        async with self._asker.ask("HEAD", repository, path, Kind.BLOB, {}, accepted=_NO_HEAD) as (
-            answer,
-            _,
-        ):
+        head = Question("HEAD", repository, path, Kind.BLOB, takes=takes)
+        async with self._asker.ask(head) as (answer, _):
             if answer.response.status == 200:
                 return length_of(answer.response.headers)
-        async with self._asker.ask("GET", repository, path, Kind.BLOB, {}) as (answer, _):
+        async with self._asker.ask(Question("GET", repository, path, Kind.BLOB)) as (answer, _):
             return length_of(answer.response.headers)
 
     @asynccontextmanager
@@ -120,13 +127,14 @@ class HttpRegistry:
         if kind is Kind.MANIFEST:
             path = f"manifests/{digest}"
             headers["Accept"] = ", ".join(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
+        only: dict[str, dict[str, str]] = {}
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if validator is not None:
-                headers["If-Range"] = validator
-        async with self._asker.ask(
-            "GET", repository, path, kind, headers, avoid=avoid, accepted={206, 416}
-        ) as (answer, endpoint):
+                where, _, tag = validator.partition(" ")
+                only[where] = {"If-Range": tag}
+        question = Question("GET", repository, path, kind, headers, only, takes=_parts)
+        async with self._asker.ask(question, avoid) as (answer, endpoint):
             response = answer.response
             start, whole = 0, length_of(response.headers)
             if response.status == 416:
@@ -158,10 +166,10 @@ class HttpRegistry:
         page: str | None = None
         seen: set[str] = set()
         while more and len(tags) < wanted and len(seen) < _PAGES:
-            async with self._asker.ask(
-                "GET", repository, "tags/list", Kind.TAGS, {}, query=query, page=page
-            ) as (answer, _):
-                names = tag_names(await read_body(answer.response, _LIST_LIMIT))
+            question = Question("GET", repository, "tags/list", Kind.TAGS, query=query, page=page)
+            async with self._asker.ask(question) as (answer, _):
+                body = await read_body(answer.response, _LIST_LIMIT)
+                names = await _aside(body, tag_names)
                 tags.update(name for name in names if last is None or name > last)
                 page = next_link(answer.response.headers.getall(hdrs.LINK, ()))
                 # A page that was seen already would be the next one for ever.
@@ -180,7 +188,7 @@ class HttpRegistry:
         seen: set[str] = set()
         size = 0
         while len(seen) < _PAGES:
-            async with self._asker.ask(
+            question = Question(
                 "GET",
                 repository,
                 f"referrers/{digest}",
@@ -188,9 +196,10 @@ class HttpRegistry:
                 {"Accept": OCI_INDEX},
                 query=query,
                 page=page,
-                accepted=_NO_REFERRERS,
+                takes=_unsupported,
                 follow=False,
-            ) as (answer, _):
+            )
+            async with self._asker.ask(question) as (answer, _):
                 found = answer.response.headers
                 if answer.response.status != 200:
                     return None
@@ -201,10 +210,9 @@ class HttpRegistry:
             size += len(body)
             if not entries and page is None:
                 return ManifestBody(Digest.of(body), OCI_INDEX, body)
-            parse_referrers(body)
             if size > MANIFEST_LIMIT:
                 break  # more than one answer may hold
-            entries += json.loads(body)["manifests"]
+            entries += await _aside(body, _entries)
             if page is None or page in seen:
                 break
             seen.add(page)
@@ -215,3 +223,22 @@ class HttpRegistry:
     async def close(self) -> None:
         """Close connections."""
         await self._asker.close()
+
+
+def _parts(answer: Answer) -> bool:
+    return answer.response.status in (206, 416)
+
+
+def _unsupported(answer: Answer) -> bool:
+    return answer.response.status in _NO_REFERRERS
+
+
+def _entries(body: bytes) -> list[Any]:
+    """The entries of a referrers index, as they came. Raises ``ManifestInvalid``."""
+    parse_referrers(body)
+    return list(json.loads(body)["manifests"])
+
+
+async def _aside(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """What ``parse`` makes of a body, in a thread where it would take long."""
+    return parse(body) if len(body) <= _INLINE else await asyncio.to_thread(parse, body)

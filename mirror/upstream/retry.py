@@ -1,21 +1,36 @@
 """When to try again: pure, with time passed in.
 
-Lives here: backoff with full jitter, and what ``Retry-After`` says (RFC 9110, section 10.2.3).
+Lives here: which failures may pass, backoff with full jitter, and what ``Retry-After`` says
+(RFC 9110, section 10.2.3). Only ``GET`` and ``HEAD`` are ever tried again, and only before a byte
+of a body is out.
 """
 
 from __future__ import annotations
 
 import email.utils
 import re
+from datetime import UTC
 from typing import Final
+
+from mirror.oci.errors import MirrorError, UpstreamRateLimited, UpstreamTimeout, UpstreamUnavailable
 
 ATTEMPTS: Final = 3
 """Exchanges for one question at most, over all endpoints."""
 BUDGET: Final = 20.0
-"""Seconds after which no further exchange is begun: clients have other hosts to ask."""
-RETRYABLE: Final = frozenset({500, 502, 503, 504})
+"""Seconds after which the endpoints are not gone through again: clients have others to ask."""
 _CEILING: Final = 2.0
 _DELAY_LIMIT: Final = 86400.0
+
+
+def may_pass(error: MirrorError | None) -> bool:
+    """Whether the same endpoints may be asked again at once.
+
+    What broke, or was answered with a 5xx, may pass; what is slow, asks for a pause, or is wrong
+    may not.
+    """
+    return isinstance(error, UpstreamUnavailable) and not isinstance(
+        error, UpstreamRateLimited | UpstreamTimeout
+    )
 
 
 def backoff(attempt: int, random: float) -> float:
@@ -37,7 +52,9 @@ def retry_after(header: str | None, now: float) -> float | None:
     if re.fullmatch(r"[0-9]{1,20}", text):
         return min(float(text), _DELAY_LIMIT)
     try:
-        at = email.utils.parsedate_to_datetime(text).timestamp()
+        date = email.utils.parsedate_to_datetime(text)
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
+    # "all HTTP-date timestamps MUST be in UTC": also those that do not say so
+    at = (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()
     return min(max(0.0, at - now), _DELAY_LIMIT)

@@ -33,7 +33,8 @@ class BodyStream:
         self.endpoint = endpoint
         self.media_type = media_type_of(response.headers.get(hdrs.CONTENT_TYPE))
         tag = response.headers.get(hdrs.ETAG)
-        self.validator = tag if tag is not None and tag.startswith('"') else None
+        strong = tag is not None and tag.startswith('"')
+        self.validator = f"{endpoint} {tag}" if strong else None
         self._response = response
         self._limits = limits
         self._count = count

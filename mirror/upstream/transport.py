@@ -7,6 +7,7 @@ as typed errors. Must not know: repositories, manifests, which endpoint is next.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
 import time
@@ -17,7 +18,6 @@ from typing import Final
 
 import aiohttp
 from aiohttp import hdrs
-from aiohttp.helpers import get_env_proxy_for_url
 from yarl import URL
 
 from mirror.config import Limits, Upstream
@@ -32,12 +32,15 @@ from mirror.upstream.outbound import (
     as_url,
     judge,
 )
+from mirror.upstream.proxies import Proxies
 
 _READ: Final = 1024 * 1024
 _HEADER_LIMIT: Final = 32 * 1024
 _CONNECTIONS: Final = 512
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _USER_AGENT: Final = "oci-mirror"
+_ROUTES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
+"""Addresses that nobody has (RFC 5737, RFC 3849), to learn those by which we are reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +54,19 @@ class Answer:
 class Transport:
     """Sends the requests of one upstream."""
 
-    def __init__(self, settings: Upstream) -> None:
+    def __init__(self, settings: Upstream, environment: Mapping[str, str] = os.environ) -> None:
         self._limits = settings.limits
+        self._proxies = Proxies.of(environment)
         endpoints = [as_url(url) for url in settings.endpoints]
         hosts = {url.host or "" for url in endpoints}
-        private = any(Policy(url).private for url in endpoints)
         named = hosts | {host.partition(":")[0] for host in settings.token_hosts}
+        self._resolver = GuardedResolver(named, self._proxies.addresses)
         context = ssl.create_default_context()
         if settings.ca is not None:
             context.load_verify_locations(cafile=settings.ca)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                resolver=GuardedResolver(named, private=private),
+                resolver=self._resolver,
                 ssl=context,
                 limit=_CONNECTIONS,
                 ttl_dns_cache=30,
@@ -79,9 +83,14 @@ class Transport:
             read_bufsize=_READ,
             max_line_size=_HEADER_LIMIT,
             max_field_size=_HEADER_LIMIT,
-            # netrc is not a source of credentials that the configuration names.
+            # proxies are read by us; netrc is not a source of credentials that anybody named
             trust_env=False,
         )
+
+    @property
+    def private_hosts(self) -> Collection[str]:
+        """Configured hosts on a network that is not public; grows as names are resolved."""
+        return self._resolver.private_hosts
 
     async def close(self) -> None:
         """Close all connections."""
@@ -113,7 +122,8 @@ class Transport:
                     yield Answer(response, crossed)
                     return
             finally:
-                _let_go(response)
+                # The connection is kept for the next request if nothing more is to come on it.
+                response.release()
             verdict = judge(target, Purpose.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
                 raise OutboundRefused(f"redirect refused: {verdict.why}")
@@ -130,7 +140,10 @@ class Transport:
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
     ) -> aiohttp.ClientResponse:
-        proxy, proxy_auth = _proxy(url)
+        proxy = self._proxies.of_url(url)
+        if proxy is not None and url.scheme == "http":
+            # No tunnel is asked for here: the proxy reads the request itself.
+            headers = {**headers, **proxy.headers}
         try:
             async with asyncio.timeout(self._limits.connect + self._limits.headers):
                 return await self._session.request(
@@ -138,8 +151,8 @@ class Transport:
                     url,
                     headers=headers,
                     data=form,
-                    proxy=proxy,
-                    proxy_auth=proxy_auth,
+                    proxy=proxy.url if proxy is not None else None,
+                    proxy_headers=proxy.headers if proxy is not None else None,
                     allow_redirects=False,
                 )
         except TimeoutError as error:
@@ -148,22 +161,6 @@ class Transport:
             raise Unavailable("the certificate is not valid for this upstream") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Unavailable(f"no answer: {type(error).__name__}") from error
-
-
-def _proxy(url: URL) -> tuple[URL | None, aiohttp.BasicAuth | None]:
-    """``http_proxy``, ``https_proxy`` and ``no_proxy``, as every tool reads them."""
-    try:
-        return get_env_proxy_for_url(url)
-    except LookupError:
-        return None, None
-
-
-def _let_go(response: aiohttp.ClientResponse) -> None:
-    """Reuse the connection if the answer was read to its end; close it otherwise."""
-    if response.content.at_eof():
-        response.release()
-    else:
-        response.close()
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -195,21 +192,26 @@ async def read_chunks(
 
     ``expected`` bytes are to come, where that is known. Raises ``UpstreamTimeout`` for silence of
     ``limits.idle`` seconds or a rate below ``limits.min_rate``, ``UpstreamUnavailable`` for a break
-    or an end that comes too early.
+    or an end that comes too early. The rate is that of the upstream: only the time in which we wait
+    for it counts, not that in which our disk is waited for.
     """
     received = 0
-    window_start, window_bytes = time.monotonic(), 0
+    waited, arrived = 0.0, 0
     content = response.content
     try:
-        while chunk := await content.readany():
+        while True:
+            begun = time.monotonic()
+            chunk = await content.readany()
+            waited += time.monotonic() - begun
+            if not chunk:
+                break
             received += len(chunk)
-            window_bytes += len(chunk)
+            arrived += len(chunk)
             yield chunk
-            elapsed = time.monotonic() - window_start
-            if elapsed >= limits.idle:
-                if window_bytes < limits.min_rate * elapsed:
+            if waited >= limits.idle:
+                if arrived < limits.min_rate * waited:
                     raise UpstreamTimeout("slower than the rate floor")
-                window_start, window_bytes = time.monotonic(), 0
+                waited, arrived = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all that came; that need not come again.
         if rest := content._read_nowait(-1):
@@ -226,5 +228,18 @@ async def read_chunks(
 def own_addresses(listen: str) -> Collection[tuple[str, int]]:
     """(host, port) pairs that are ourselves, for ``listen`` (host:port)."""
     host, _, text = listen.rpartition(":")
-    names = {host.strip("[]"), socket.gethostname()}
+    host = host.strip("[]")
+    names = {host, socket.gethostname()}
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound to
+        names |= {address for family, target in _ROUTES if (address := _source(family, target))}
     return {(name, int(text)) for name in names}
+
+
+def _source(family: socket.AddressFamily, target: str) -> str | None:
+    """Our address on the way to ``target``; no packet is sent. None where there is no way."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None

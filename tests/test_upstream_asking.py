@@ -1,0 +1,349 @@
+"""Asking: failover in order, what is tried again, circuits with time passed in, pauses."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mirror.config import Limits
+from mirror.events import CircuitChanged, Kind, RateLimitSeen, UpstreamAnswered
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.errors import (
+    ManifestUnknown,
+    MirrorError,
+    OutboundRefused,
+    UpstreamError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from mirror.upstream.asking import Question
+from mirror.upstream.endpoints import BARE_REST, FIRST_PAUSE, THRESHOLD
+from mirror.upstream.retry import ATTEMPTS, BUDGET
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.upstream_kit import REPO, Kit, at_once, dead, until, upstream_kit
+
+DOWN = 503
+
+
+def registry() -> FakeRegistry:
+    """One that has an image at ``latest``."""
+    fake = FakeRegistry()
+    fake.add_manifest(b"{}", tag="latest", media_type=OCI_MANIFEST)
+    return fake
+
+
+def down(*fakes: FakeRegistry) -> None:
+    for fake in fakes:
+        fake.fault("", Fault(status=DOWN, times=None))
+
+
+def up(*fakes: FakeRegistry) -> None:
+    for fake in fakes:
+        fake.faults.clear()
+
+
+async def failure(kit: Kit, path: str = "manifests/latest") -> MirrorError:
+    with pytest.raises(MirrorError) as caught:
+        await kit.status(path)
+    return caught.value
+
+
+async def opened(kit: Kit, fake: FakeRegistry) -> None:
+    """Let the circuit of a single endpoint open."""
+    down(fake)
+    await failure(kit)
+    assert len(fake.requests) == THRESHOLD
+    fake.requests.clear()
+
+
+# --- failover, and trying again -------------------------------------------------------------------
+
+
+async def test_the_first_endpoint_is_asked_and_no_other() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        assert await kit.status() == 200
+        assert (len(one.requests), len(two.requests)) == (1, 0)
+
+
+async def test_the_next_one_answers_for_one_that_fails() -> None:
+    async with registry() as one, registry() as two:
+        down(one)
+        for first in (one.url, dead(), "http://no-such-host.invalid"):
+            async with upstream_kit(first, two.url) as kit:
+                assert await kit.status() == 200
+                answered = kit.seen(UpstreamAnswered)
+                assert [event.endpoint for event in answered] == [first, two.url]
+                assert [event.status for event in answered] == [
+                    DOWN if first == one.url else 0,
+                    200,
+                ]
+                assert answered[1].error == ""
+                assert answered[0].error or answered[0].status
+
+
+async def test_nonsense_is_passed_over_as_well() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", Fault(status=302, headers={"Location": "ftp://x/"}), Fault(status=410))
+        assert [await kit.status() for _ in range(2)] == [200, 200]
+        assert len(two.requests) == 2
+
+
+@pytest.mark.row("U15")
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_no_is_an_answer(status: int) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", Fault(status=status))
+        assert not isinstance(await failure(kit), UpstreamError)
+        assert (len(one.requests), len(two.requests)) == (1, 0)
+
+
+async def test_what_may_pass_is_tried_again_a_few_times() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=DOWN), Fault(close=True, times=2))
+        assert await kit.status() == 200, "the second close is retried by the connection's owner"
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        down(one, two)
+        assert isinstance(await failure(kit), UpstreamUnavailable)
+        assert len(one.requests) + len(two.requests) == ATTEMPTS
+
+
+async def test_what_is_wrong_is_not_tried_again() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=410, times=None))
+        assert isinstance(await failure(kit), UpstreamProtocolError)
+        assert len(fake.requests) == 1
+
+
+async def test_what_is_slow_is_not_tried_again_but_passed_over() -> None:
+    limits = Limits(connect=0.2, headers=0.2)
+    async with registry() as slow, registry() as fine:
+        slow.fault("", Fault(delay=3600, times=None))
+        async with upstream_kit(slow.url, limits=limits) as kit:
+            assert isinstance(await failure(kit), UpstreamTimeout)
+            assert len(slow.requests) == 1
+        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+            assert await kit.status() == 200
+
+
+async def test_no_more_rounds_when_the_time_is_up() -> None:
+    async with registry() as fake:
+        down(fake)
+
+        def clock() -> float:
+            return BUDGET * len(fake.requests)
+
+        async with upstream_kit(fake.url, clock=clock) as kit:
+            await failure(kit)
+            assert len(fake.requests) == 1
+
+
+async def test_endpoints_to_avoid_go_last() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        question = Question("GET", REPO, "manifests/latest", Kind.MANIFEST)
+        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+            assert str(endpoint) == two.url
+        down(two)
+        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+            assert str(endpoint) == one.url
+
+
+async def test_a_prefix_of_an_endpoint_is_kept_and_names_are_quoted() -> None:
+    async with registry() as fake, upstream_kit(f"{fake.url}/cache/") as kit:
+        with pytest.raises(ManifestUnknown):
+            await kit.status()
+        assert fake.requests[0].target == "/cache/v2/library/app/manifests/latest"
+
+
+async def test_an_endpoint_that_is_ourselves_is_not_asked() -> None:
+    async with registry() as us, registry() as other:
+        own = [("127.0.0.1", us.port)]
+        async with upstream_kit(us.url, own=own) as kit:
+            assert isinstance(await failure(kit), OutboundRefused)
+        async with upstream_kit(us.url, other.url, own=own) as kit:
+            assert await kit.status() == 200
+        assert not us.requests
+
+
+# --- circuits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("U12")
+async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await opened(kit, fake)
+        assert isinstance(await failure(kit), UpstreamUnavailable)
+        kit.clock[0] += FIRST_PAUSE - 0.01
+        await failure(kit)
+        assert not fake.requests
+        up(fake)
+        kit.clock[0] += 0.01
+        assert await kit.status() == 200
+        changes = [event.open for event in kit.seen(CircuitChanged)]
+        assert changes == [True, False]
+
+
+@pytest.mark.row("U12")
+async def test_half_open_lets_exactly_one_of_many_through() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        down(one)
+        for _ in range(THRESHOLD):
+            await kit.status()
+        one.requests.clear()
+        kit.clock[0] += FIRST_PAUSE
+        assert await at_once(20, kit.status) == [200] * 20
+        assert len(one.requests) == 1
+        up(one)
+        kit.clock[0] += 2 * FIRST_PAUSE
+        assert await at_once(20, kit.status) == [200] * 20
+        assert len(one.requests) == 2
+        two.requests.clear()
+        assert await at_once(20, kit.status) == [200] * 20
+        assert not two.requests
+
+
+async def test_the_second_endpoint_too_lets_one_through() -> None:
+    """Between the look at the circuits and the try, others have been on their way."""
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        down(one, two)
+        for _ in range(THRESHOLD):
+            await failure(kit)
+        kit.clock[0] += 60.0
+        up(one, two)
+        one.fault("", Fault(status=410, delay=0.05, times=None))
+        two.fault("", Fault(status=410, delay=0.05, times=None))
+        one.requests.clear()
+        two.requests.clear()
+        await at_once(20, kit.status)
+        assert (len(one.requests), len(two.requests)) == (1, 1)
+
+
+@pytest.mark.row("U12")
+async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=DOWN, delay=0.05, times=None))
+        await at_once(30, kit.status)
+        up(fake)
+        kit.clock[0] += FIRST_PAUSE
+        assert await kit.status() == 200
+
+
+async def test_a_try_whose_asker_left_does_not_keep_the_circuit_shut() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await opened(kit, fake)
+        up(fake)
+        fake.fault("", Fault(delay=3600))
+        kit.clock[0] += FIRST_PAUSE
+        task = asyncio.get_running_loop().create_task(kit.status())
+        await until(lambda: bool(fake.requests))
+        assert isinstance(await failure(kit), UpstreamUnavailable)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await kit.status() == 200
+
+
+async def test_each_endpoint_has_a_circuit_of_its_own() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        down(one)
+        for _ in range(THRESHOLD + 3):
+            assert await kit.status() == 200
+        assert len(one.requests) == THRESHOLD
+        assert [event.endpoint for event in kit.seen(CircuitChanged)] == [one.url]
+
+
+async def test_answers_that_are_no_failures_open_nothing() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        for status in (401, 403, 404, 410, 429):
+            fake.fault("", *(Fault(status=status) for _ in range(THRESHOLD)))
+            for _ in range(THRESHOLD):
+                await failure(kit)
+                kit.clock[0] += BARE_REST
+        assert await kit.status() == 200
+        assert not kit.seen(CircuitChanged)
+
+
+# --- pauses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("U9")
+async def test_a_pause_that_was_asked_for_is_kept_and_passed_on() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=429, headers={"Retry-After": "30"}))
+        first = await failure(kit)
+        assert isinstance(first, UpstreamRateLimited)
+        assert first.retry_after == 30
+        kit.clock[0] += 29
+        later = await failure(kit)
+        assert isinstance(later, UpstreamRateLimited)
+        assert later.retry_after == 1
+        assert len(fake.requests) == 1
+        kit.clock[0] += 1
+        assert await kit.status() == 200
+
+
+@pytest.mark.row("U9")
+async def test_a_429_that_names_no_pause_is_one_for_us_alone() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=429))
+        for _ in range(5):
+            found = await failure(kit)
+            assert isinstance(found, UpstreamRateLimited)
+            assert found.retry_after is None
+        assert len(fake.requests) == 1, "clients repeat it at once, several times"
+        kit.clock[0] += BARE_REST
+        assert await kit.status() == 200
+
+
+@pytest.mark.row("U9")
+async def test_another_endpoint_answers_for_one_that_rests() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
+        assert [await kit.status() for _ in range(3)] == [200] * 3
+        assert (len(one.requests), len(two.requests)) == (1, 3)
+
+
+@pytest.mark.row("U9")
+async def test_a_pause_is_passed_on_although_another_endpoint_is_dead() -> None:
+    async with registry() as one, upstream_kit(one.url, dead()) as kit:
+        one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
+        for _ in range(3):
+            found = await failure(kit)
+            assert isinstance(found, UpstreamRateLimited)
+            assert found.retry_after == 30
+
+
+@pytest.mark.row("U9")
+async def test_a_token_service_may_ask_for_a_pause() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.token = "t"
+        fake.fault("/token", Fault(status=429, headers={"Retry-After": "30"}, times=None))
+        found = await failure(kit)
+        assert isinstance(found, UpstreamRateLimited)
+        assert found.retry_after == 30
+        await failure(kit)
+        assert fake.count("GET", "/token") == 1
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await kit.status()
+        await kit.status(method="HEAD")
+        await failure(kit, "manifests/other")
+        async with kit.asker.ask(Question("GET", REPO, "tags/list", Kind.TAGS)):
+            pass
+        assert [event.billed for event in kit.seen(UpstreamAnswered)] == [True, False, False, False]
+
+
+async def test_what_is_left_is_told_also_of_a_refusal() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        left = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}
+        fake.fault("", Fault(headers=left), Fault(status=429, headers=left))
+        await kit.status()
+        await failure(kit)
+        assert kit.seen(RateLimitSeen) == [RateLimitSeen("docker.io", 100, 0, 21600)] * 2
