@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import aiohttp
@@ -61,13 +62,10 @@ class Transport:
         hosts = {url.host or "" for url in endpoints}
         named = hosts | {host.partition(":")[0] for host in settings.token_hosts}
         self._resolver = GuardedResolver(named, self._proxies.addresses)
-        context = ssl.create_default_context()
-        if settings.ca is not None:
-            context.load_verify_locations(cafile=settings.ca)
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 resolver=self._resolver,
-                ssl=context,
+                ssl=_system_authorities() if settings.ca is None else _authorities(settings.ca),
                 limit=_CONNECTIONS,
                 ttl_dns_cache=30,
             ),
@@ -161,6 +159,19 @@ class Transport:
             raise Unavailable("the certificate is not valid for this upstream") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise Unavailable(f"no answer: {type(error).__name__}") from error
+
+
+def _authorities(ca: str) -> ssl.SSLContext:
+    """The system's authorities, and those of a PEM file."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(cafile=ca)
+    return context
+
+
+@cache
+def _system_authorities() -> ssl.SSLContext:
+    """The system's authorities: read once, which takes longer than all else that a start does."""
+    return ssl.create_default_context()
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
