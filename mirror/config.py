@@ -114,7 +114,7 @@ class Limits(Frozen):
 
 
 class Credentials(Frozen):
-    """At most one source. ``password`` may be ``file:/path`` (read at each use)."""
+    """At most one source. ``password`` may be ``file:/path`` (see ``upstream/credentials.py``)."""
 
     username: Filled | None = None
     password: Filled | None = Field(default=None, repr=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, is_priva
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import running
 from tests.store_kit import random_bytes
+from tests.upstream_kit import rotating_helper
 
 DATA = random_bytes(300_000, 41)
 CANARY = "canary-5f2a"
@@ -232,24 +233,23 @@ async def test_one_credential_never_mints_for_another_and_no_secret_leaks(
 
 
 @pytest.mark.row("HU4")
-async def test_a_rotated_secret_and_a_helper_are_asked_at_each_use(
+async def test_a_helper_is_run_once_for_many_and_a_rotated_secret_is_taken_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    helper = tmp_path / "docker-credential-test"
-    helper.write_text(
-        '#!/bin/sh\nread server\necho "{\\"Username\\":\\"u\\",\\"Secret\\":\\"s\\"}"\n'
-    )
-    helper.chmod(helper.stat().st_mode | stat.S_IXUSR)
+    log = rotating_helper(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     async with FakeRegistry() as fake:
         config = tmp_path / "config.json"
         config.write_text(json.dumps({"credHelpers": {f"127.0.0.1:{fake.port}": "test"}}))
         credentials = Credentials(docker_config=str(config))
         async with running(tmp_path / "data", fake.url, credentials=credentials) as server:
-            fake.token = "t"
-            assert (await server.get(server.blob(fake.add_blob(DATA))))[0] == 200
-            asked = [s.headers["authorization"] for s in fake.requests if s.path == "/token"]
-            assert asked == ["Basic dTpz"]
+            for secret, runs in (("old", 1), ("new", 2)):
+                (tmp_path / "secret").write_text(secret)
+                fake.basic = "Basic " + base64.b64encode(f"u:{secret}".encode()).decode()
+                blobs = [fake.add_blob(DATA[:n] + secret.encode()) for n in range(40)]
+                answers = await asyncio.gather(*(server.get(server.blob(b)) for b in blobs))
+                assert {status for status, _, _ in answers} == {200}
+                assert log.read_text().count("get") == runs
 
 
 @pytest.mark.row("HU5")

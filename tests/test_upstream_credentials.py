@@ -17,7 +17,7 @@ from mirror.config import Credentials
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from mirror.upstream import credentials as module
 from mirror.upstream.credentials import KEPT, Login, Logins, look_up
-from tests.upstream_kit import at_once, helper, until
+from tests.upstream_kit import at_once, helper, rotating_helper, until
 
 HOST = "registry.example:5000"
 HUB = "https://index.docker.io/v1/"
@@ -282,20 +282,14 @@ async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
 # --- kept for a short while -----------------------------------------------------------------------
 
 
-def rotating(path: Path) -> Path:
-    """A helper whose secret is what a file says; returns its log."""
-    (path / "now").write_text("old")
-    return helper(path, f'echo "{{\\"Username\\":\\"u\\",\\"Secret\\":\\"$(cat {path}/now)\\"}}"')
-
-
 async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(path: Path) -> None:
-    log, clock = rotating(path), [0.0]
+    log, clock = rotating_helper(path), [0.0]
     logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: clock[0])
     found = await at_once(40, lambda: logins.get("ghcr.io"))
     assert [entry.login for entry in found if not isinstance(entry, BaseException)] == [
         Login("u", "old")
     ] * 40
-    (path / "now").write_text("new")
+    (path / "secret").write_text("new")
     clock[0] += KEPT - 0.1
     assert (await logins.get("ghcr.io")).login == Login("u", "old")
     assert log.read_text().count("get") == 1
@@ -305,10 +299,10 @@ async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(pat
 
 
 async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(path: Path) -> None:
-    log = rotating(path)
+    log = rotating_helper(path)
     logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: 0.0)
     old = await logins.get("ghcr.io")
-    (path / "now").write_text("new")
+    (path / "secret").write_text("new")
     found = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
     assert {entry.login for entry in found if not isinstance(entry, BaseException)} == {
         Login("u", "new")

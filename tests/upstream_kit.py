@@ -101,6 +101,13 @@ def helper(directory: Path, script: str, name: str = "test") -> Path:
     return log
 
 
+def rotating_helper(directory: Path, secret: str = "old") -> Path:
+    """A helper whose secret is what the file ``secret`` says; returns its log."""
+    path = directory / "secret"
+    path.write_text(secret)
+    return helper(directory, f'printf \'{{"Username":"u","Secret":"%s"}}\' "$(cat {path})"')
+
+
 async def at_once(count: int, ask: Callable[[], Awaitable[T]]) -> list[T | BaseException]:
     """The outcomes of many who ask at the same time."""
     return await asyncio.gather(*(ask() for _ in range(count)), return_exceptions=True)

@@ -125,7 +125,7 @@ class Transport:
             verdict = judge(target, Purpose.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
                 raise OutboundRefused(f"redirect refused: {verdict.why}")
-            if verdict.url.origin() != url.origin():
+            if not verdict.same_origin:
                 sent.pop("Authorization", None)
                 crossed = True
             url = verdict.url
