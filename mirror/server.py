@@ -38,6 +38,8 @@ from mirror.web.middleware import Middleware
 BACKLOG: Final = 1024
 KEEPALIVE: Final = 15.0
 """Seconds that an idle connection, or one that is slow with its headers, is kept."""
+_FIELD_LIMIT: Final = 32 * 1024
+"""Bytes of a header's value: Podman's partial pulls name a thousand ranges in one."""
 _MEASURE_EVERY: Final = 5.0
 _SAVE_EVERY: Final = 10.0
 _REFRESH_EVERY: Final = 5.0
@@ -146,6 +148,7 @@ async def open_room(
                 access_log=None,
                 handler_cancellation=True,
                 keepalive_timeout=KEEPALIVE,
+                max_field_size=_FIELD_LIMIT,
                 logger=logging.getLogger("aiohttp.server"),
             )
             runner = web.ServerRunner(server, shutdown_timeout=1.0)

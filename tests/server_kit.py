@@ -82,6 +82,7 @@ async def running(
     abandoned: str = "finish",
     clock: Any = None,
     certificate: Certificate | None = None,
+    other: Upstream | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
     """A server with ``docker.io`` and ``other.io`` at ``endpoints``; with a certificate, by TLS."""
@@ -95,7 +96,7 @@ async def running(
             "tls": _tls(certificate),
             "storage": storage or Storage(),
             "abandoned": abandoned,
-            "upstreams": {"docker.io": one, "other.io": one},
+            "upstreams": {"docker.io": one, "other.io": other or one},
         }
     )
     events: list[Event] = []

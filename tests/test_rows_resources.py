@@ -7,11 +7,9 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
@@ -25,10 +23,10 @@ from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
+from tests.rows_kit import at_once, descriptors, open_sockets, path_of, right
 from tests.server_kit import running
 from tests.store_kit import random_bytes
 
-T = TypeVar("T")
 APP = Repository.parse("docker.io", "library/app")
 NOWHERE = "http://127.0.0.1:9"
 
@@ -107,19 +105,6 @@ POOLS = 8 + 8 + 4 + 2 + 1 + min(32, (os.cpu_count() or 1) + 4)
 """Threads at most: opening, writing, publishing, hashing, the index, the loop's own pool."""
 
 
-def descriptors(pid: int) -> list[str]:
-    """What a process has open, without what its interpreter may open for a moment."""
-    found = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found.append(str(entry.readlink()))
-    return found
-
-
-def open_sockets(pid: int) -> int:
-    return sum(1 for name in descriptors(pid) if name.startswith("socket:["))
-
-
 def temporary(data: Path) -> list[Path]:
     """Files of fetches and drafts."""
     kept = [path for path in (data / "ingest").rglob("*") if path.is_file()]
@@ -134,22 +119,6 @@ def hang_up(mirror: Mirror, path: str) -> None:
         connection.recv(10_000)
 
 
-def path_of(digest: str) -> str:
-    """Where a blob is asked for."""
-    return f"/v2/library/app/blobs/{digest}"
-
-
-def right(mirror: Mirror, digest: str) -> bool:
-    got = mirror.download(path_of(digest))
-    return got.status == 200 and f"sha256:{got.sha256}" == digest
-
-
-def at_once(count: int, work: Callable[[int], T]) -> list[T]:
-    """``work`` in so many threads."""
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(work, range(count)))
-
-
 @pytest.mark.row("I7")
 def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
     with DockerRegistry() as registry:
@@ -162,7 +131,6 @@ def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
             front.stop()
             assert mirror.ask(path_of(cold[0])).status == 502
             wait_until(lambda: not temporary(mirror.data_dir), "the first pull is over", 10)
-            # the listener, and both ends by which other threads wake the loop
             wait_until(lambda: open_sockets(mirror.pid) == 3, "no connection is open", 10)
             before = descriptors(mirror.pid)
 

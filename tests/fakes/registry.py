@@ -58,6 +58,8 @@ class Fault:
     stall_at: int | None = None
     gate: asyncio.Event | None = None
     """Ends the stall; without one it lasts."""
+    endless: bool = False
+    """Spaces behind the body, for ever."""
     drip: float | None = None
     """Seconds between single bytes."""
     delay: float = 0.0
@@ -101,6 +103,8 @@ class FakeRegistry:
         self.token_status = 200
         self.token_delay = 0.0
         self.bytes_sent = 0
+        self.stalled = asyncio.Event()
+        """Set once an answer has come to its ``stall_at``."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -281,18 +285,7 @@ class FakeRegistry:
     ) -> bool:
         stops = [n for n in (fault.reset_at, fault.end_at, fault.stall_at) if n is not None]
         stop = min([*stops, len(body)])
-        piece = 1 if fault.drip is not None else 65_536
-        begun = time.monotonic()
-        for offset in range(0, stop, piece):
-            data = body[offset : min(offset + piece, stop)]
-            writer.write(b"%x\r\n%b\r\n" % (len(data), data) if fault.chunked else data)
-            self.bytes_sent += len(data)
-            await writer.drain()
-            if fault.drip is not None:
-                await asyncio.sleep(fault.drip)
-            if fault.rate is not None:
-                ahead = (offset + len(data)) / fault.rate - (time.monotonic() - begun)
-                await asyncio.sleep(max(0.0, ahead))
+        await self._send_pieces(writer, fault, body, stop)
         if fault.reset_at is not None and stop == fault.reset_at:
             # What was written is on its way before the reset overtakes it.
             await asyncio.sleep(0.02)
@@ -301,14 +294,31 @@ class FakeRegistry:
             writer.transport.abort()
             return False
         if fault.stall_at is not None and stop == fault.stall_at:
-            await (fault.gate.wait() if fault.gate else asyncio.sleep(3600))
-            data = body[stop:]
-            writer.write(b"%x\r\n%b\r\n" % (len(data), data) if fault.chunked else data)
-            self.bytes_sent += len(data)
+            self.stalled.set()
+            await (asyncio.Event() if fault.gate is None else fault.gate).wait()
+            await self._send_pieces(writer, fault, body, len(body), stop)
+        while fault.endless:
+            await self._send_pieces(writer, fault, b" " * 65_536, 65_536)
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
         return framed and fault.end_at is None and not fault.extra
+
+    async def _send_pieces(
+        self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, stop: int, start: int = 0
+    ) -> None:
+        piece = 1 if fault.drip is not None else 65_536
+        begun = time.monotonic()
+        for offset in range(start, stop, piece):
+            data = body[offset : min(offset + piece, stop)]
+            writer.write(b"%x\r\n%b\r\n" % (len(data), data) if fault.chunked else data)
+            self.bytes_sent += len(data)
+            await writer.drain()
+            if fault.drip is not None:
+                await asyncio.sleep(fault.drip)
+            if fault.rate is not None:
+                ahead = (offset - start + len(data)) / fault.rate - (time.monotonic() - begun)
+                await asyncio.sleep(max(0.0, ahead))
 
     # --- answers --------------------------------------------------------------------------------
 
