@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mirror.config import Storage
 from mirror.events import Event
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.digest import Digest
+from mirror.oci.reference import Repository, Tag
 from mirror.store import disk
 from mirror.store.claim import Role, Surroundings
 from mirror.store.content import Contents
 from mirror.store.growing import Growing
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
+from mirror.store.records import Membership, confirm, members_of
+from mirror.store.store import Store
 from tests.real.process import need
 
 
@@ -116,6 +122,15 @@ async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes
     return b"".join(parts)
 
 
+async def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Wait for what another thread or process brings about. Raises ``TimeoutError``."""
+    async with asyncio.timeout(seconds):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+
+
 # --- growing content ------------------------------------------------------------------------------
 
 
@@ -133,6 +148,14 @@ async def bring(content: Growing, data: bytes = DATA, size: int | None = len(DAT
         await asyncio.sleep(0)
     await content.finish()
     content.release()
+
+
+async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
+    """A fetch through the store that goes well; whether it is kept is the disk's affair."""
+    content = store.grow(Digest.of(data, algorithm))
+    await bring(content, data, len(data))
+    store.grown(content)
+    return content.digest
 
 
 async def go_on(content: Growing, data: bytes = DATA) -> None:
@@ -173,6 +196,72 @@ def no_trace(path: Path) -> None:
     os.utime(path, (now, now))
 
 
+# --- images -------------------------------------------------------------------------------------
+
+REPO = Repository("docker.io", "library/app")
+
+
+@asynccontextmanager
+async def opened(
+    root: Path,
+    clock: list[float] | None = None,
+    events: list[Event] | None = None,
+    settings: Storage | None = None,
+) -> AsyncIterator[Store]:
+    """A store over ``root``, at the time that ``clock`` says."""
+    times = clock if clock is not None else [1_800_000_000.0]
+    emit = (events if events is not None else []).append
+    store = await Store.open(str(root), settings or Storage(), emit, lambda: times[0])
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def _described(media_type: str, data: bytes) -> dict[str, object]:
+    return {"mediaType": media_type, "digest": str(Digest.of(data)), "size": len(data)}
+
+
+def image(*layers: bytes) -> bytes:
+    """The manifest of an image."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": _described("application/vnd.oci.image.config.v1+json", b"{}"),
+        "layers": [_described("application/vnd.oci.image.layer.v1.tar", data) for data in layers],
+    }
+    return json.dumps(document).encode()
+
+
+def index_of(*manifests: bytes) -> bytes:
+    """The index of several images."""
+    entries = [_described(OCI_MANIFEST, body) for body in manifests]
+    return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
+
+
+async def pulled(store: Store, body: bytes, tag: Tag | None, *blobs: bytes) -> None:
+    """What a pull of an image leaves: its content, and what is known of it."""
+    media_type = OCI_INDEX if b'"manifests"' in body else OCI_MANIFEST
+    parsed = parse_manifest(body, media_type)
+    for data in (*blobs, body):
+        await keep(store, data)
+    root = Membership(Digest.of(body), "manifest", media_type, len(body), None, None)
+    await store.index.put_memberships(REPO, [root, *members_of(root, parsed)])
+    if tag is not None:
+        await store.index.put_tag(confirm(None, REPO, tag, root.digest, store._now()))
+
+
+async def served(store: Store, data: bytes) -> bool:
+    """Whether this content is here, whole."""
+    reader = await store.contents.find(Digest.of(data))
+    if reader is None:
+        return False
+    try:
+        return await read(reader) == data
+    finally:
+        reader.close()
+
+
 # --- disks ----------------------------------------------------------------------------------------
 
 
@@ -180,7 +269,7 @@ def no_trace(path: Path) -> None:
 def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
     """A disk of its own. Needs root, as the suite has it in a container."""
     path.mkdir(parents=True, exist_ok=True)
-    mount = [need("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path]
+    mount = [need("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     subprocess.run(mount, check=True)
     try:
         yield path
@@ -190,7 +279,7 @@ def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
 
 def make_read_only(path: Path) -> None:
     """From now on the disk at ``path`` takes nothing."""
-    subprocess.run([need("mount"), "-o", "remount,ro", path], check=True)
+    subprocess.run([need("mount"), "-o", "remount,ro", str(path)], check=True)
 
 
 def fill_up(path: Path) -> None:

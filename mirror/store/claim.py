@@ -34,6 +34,8 @@ HEARTBEAT: Final = 1.0
 """Seconds between signs of life."""
 _JUST_NOW: Final = 3 * HEARTBEAT
 _ATTEMPTS: Final = 1000
+_SHARE_ATTEMPTS, _SHARE_PAUSE = 1200, 0.05
+"""A minute: an ``fsync`` may take half of that."""
 
 
 class Role(Enum):
@@ -292,6 +294,18 @@ class Claim:
         if self.path_is_ours and not keep_state:
             disk.drop_state(self._s.layout, self._digest)
         disk.drop_ingest(self._s.layout, self._digest, self.opened())
+
+    async def share(self) -> None:
+        """Hold what another process verified against eviction, once that one has published it."""
+        for _ in range(_SHARE_ATTEMPTS):
+            if self.fd is None or os.fstat(self.fd).st_nlink == 0:
+                return
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await asyncio.sleep(_SHARE_PAUSE)
+            else:
+                return
 
     def begin_anew(self) -> None:
         """What was followed came to nothing before its first byte: forget it."""

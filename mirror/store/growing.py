@@ -166,7 +166,7 @@ class Growing:
             grown = self._look_at_file(watch)
             self._wake()
             if self.verified:
-                return None
+                return await self._claim.share()
             if not self._claim.path_is_ours and not self._claim.is_published:
                 if not self._on_disk:
                     return self._claim.begin_anew()
