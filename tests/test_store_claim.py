@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from mirror.events import Uncached
-from mirror.store import claim, growing
+from mirror.oci.errors import UpstreamUnavailable
+from mirror.store import claim, disk, growing
 from mirror.store.claim import Role
 from mirror.store.growing import Growing
-from tests.store_kit import DATA, DIGEST, go_on, kit, read
+from tests.store_kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
 
 LEADER = textwrap.dedent(
     """
@@ -162,3 +167,141 @@ async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) ->
 
         await asyncio.gather(*(contend(250) for _ in range(4)))
         assert most == 1
+
+
+# --- a claim outlives whoever waits for it --------------------------------------------------------
+
+
+def descriptors() -> list[str]:
+    """What this process has open below an ingest or a blobs directory."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [name for name in found if "/ingest/" in name or "/blobs/" in name]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], threading.Event]]:
+    """``gate(name)``: this call of the disk waits until the event is set."""
+    gates = []
+
+    def close(name: str) -> threading.Event:
+        event, real = threading.Event(), getattr(disk, name)
+        gates.append(event)
+
+        def wait(*arguments: object) -> object:
+            event.wait(30)
+            return real(*arguments)
+
+        monkeypatch.setattr(disk, name, wait)
+        return event
+
+    yield close
+    for event in gates:
+        event.set()
+
+
+@pytest.mark.parametrize("call", ["open_ingest", "try_lock", "write_state"])
+async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
+    tmp_path: Path, call: str, gate: Callable[[str], threading.Event]
+) -> None:
+    opened = gate(call)
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        fetch = asyncio.ensure_future(content.lead())  # noqa: TID251 - a test
+        await asyncio.sleep(0.05)
+        fetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetch
+        content.release()
+        opened.set()
+        await eventually(lambda: not descriptors())
+        again = Growing(parts.surroundings, DIGEST, None)
+        await bring(again)
+        assert parts.layout.blob(DIGEST).read_bytes() == DATA
+
+
+async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
+    tmp_path: Path, gate: Callable[[str], threading.Event]
+) -> None:
+    synced = gate("publish")
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        follower = content.follow()
+        assert follower
+        fetch = asyncio.ensure_future(bring(content))  # noqa: TID251 - a test
+        assert await read(follower) == DATA
+        await asyncio.sleep(0)
+        fetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetch
+        content.release()
+        follower.close()
+        assert descriptors(), "the thread still needs it"
+        synced.set()
+        await eventually(lambda: not descriptors())
+        assert parts.layout.blob(DIGEST).read_bytes() == DATA
+
+
+async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
+    tmp_path: Path, gate: Callable[[str], threading.Event]
+) -> None:
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        followers = [content.follow() for _ in range(100)]
+        await content.lead()
+        await content.declare(len(DATA))
+        await content.feed(DATA[:1000])
+        await eventually(lambda: content.head == 1000)
+        hangs = gate("write_state")
+        waits = [asyncio.ensure_future(f.wait(1000)) for f in followers if f]  # noqa: TID251 - a test
+        await asyncio.sleep(0)
+        failing = asyncio.ensure_future(content.fail(UpstreamUnavailable("gone")))  # noqa: TID251 - a test
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*waits, return_exceptions=True)
+        assert [str(result) for result in results] == ["gone"] * 100
+        assert not failing.done()
+        hangs.set()
+        await failing
+        content.release()
+        for follower in followers:
+            assert follower
+            follower.close()
+        assert not descriptors()
+
+
+async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_believed(
+    tmp_path: Path,
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, DATA)
+        content = Growing(parts.surroundings, digest, None)
+        assert await content.lead() is Role.DONE
+        follower = content.follow()
+        assert follower
+        assert await read(follower) == DATA
+        content.release()
+        follower.close()
+        flip(parts.layout.blob(digest), 1000)
+        content = Growing(parts.surroundings, digest, None)
+        await bring(content)
+        assert parts.layout.blob(digest).read_bytes() == DATA
+        assert parts.layout.quarantine(digest).exists()
+        assert not descriptors()
+        assert not list(parts.layout.ingest(digest).parent.iterdir())
+
+
+@pytest.mark.row("D12")
+async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_bytes(b"stays")
+    with kit(tmp_path) as parts:
+        parts.layout.ingest(DIGEST).symlink_to(target)
+        content = Growing(parts.surroundings, DIGEST, None)
+        follower = content.follow()
+        assert follower
+        _, got = await asyncio.gather(bring(content), read(follower))
+        assert got == DATA, "served, and not kept"
+        follower.close()
+    assert target.read_bytes() == b"stays"

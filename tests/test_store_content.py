@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.store import content as content_module
 from mirror.store import disk
-from tests.store_kit import flip, kit, no_trace, put, random_bytes, read
+from tests.store_kit import Verified, eventually, flip, kit, no_trace, put, random_bytes, read
 
 SMALL = random_bytes(100_000, 3)
 LARGE = random_bytes(content_module.SMALL + 1_000_000, 4)
@@ -188,3 +190,86 @@ async def test_readers_share_one_descriptor_and_give_it_back(tmp_path: Path) -> 
             assert reader
             reader.close()
         assert len(os.listdir("/proc/self/fd")) <= before
+
+
+@pytest.mark.row("L2")
+async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: Path) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        before = len(os.listdir("/proc/self/fd"))
+        gate = threading.Event()
+        for _ in range(4):  # what opens waits for the gate
+            parts.pools[2].submit(gate.wait)
+        finds = [asyncio.ensure_future(parts.contents.find(digest)) for _ in range(20)]  # noqa: TID251 - a test
+        await asyncio.sleep(0)
+        for find in finds[:15]:
+            find.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        readers = await asyncio.gather(*finds[15:])
+        assert [await read(reader) == LARGE for reader in readers if reader] == [True] * 5
+        for reader in readers:
+            assert reader
+            reader.close()
+        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
+async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content_module, "_REMEMBERED", 5)
+    saved: list[Digest] = []
+
+    class Noting(Verified):
+        async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
+            saved.extend(digest for digest, _ in entries)
+            await super().set_verified(entries)
+
+    with kit(tmp_path) as parts:
+        parts.contents._verifications = Noting()
+        bodies = [str(number).encode() for number in range(9)]
+        digests = [await put(parts, body) for body in bodies]
+        assert saved == digests
+        assert len(parts.contents._verified) == 5
+        saved.clear()
+        for digest, body in zip(digests[:3], bodies, strict=False):
+            assert await parts.contents.read(digest, 100) == body
+        await parts.contents.flush()
+        await parts.contents.flush()
+        assert sorted(saved) == sorted(digests[:3]), "each once, and nothing that was saved before"
+
+
+@pytest.mark.row("K1")
+@pytest.mark.row("K4")
+@pytest.mark.parametrize("jump", [365 * 86400.0, -365 * 86400.0])
+async def test_a_clock_that_jumps_makes_content_verified_again_and_served(
+    tmp_path: Path, jump: float
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        now = time.time() + jump
+        parts.contents._now = lambda: now
+        for times in (1, 1):  # the second time its verification is of now
+            reader = await parts.contents.find(digest)
+            assert reader
+            assert await read(reader) == LARGE
+            reader.close()
+            assert [e.ok for e in parts.events if isinstance(e, Reverified)] == [True] * times
+
+
+async def test_damage_that_cannot_be_put_aside_is_a_miss_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, SMALL)
+        flip(parts.layout.blob(digest), 5)
+
+        def refuse(*arguments: object, **named: object) -> None:
+            raise OSError(30, "Read-only file system")
+
+        monkeypatch.setattr(Path, "rename", refuse)
+        monkeypatch.setattr(Path, "unlink", refuse)
+        for _ in range(2):
+            assert await parts.contents.find(digest) is None
+            assert await parts.contents.read(digest, len(SMALL)) is None
+        assert parts.layout.blob(digest).exists()

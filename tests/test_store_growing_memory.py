@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,74 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
         content.release()
         follower.close()
         late.close()
+
+
+@pytest.mark.row("R8")
+@pytest.mark.parametrize("granted", [0, 1, 3])
+async def test_content_of_unknown_size_asks_for_room_as_it_grows(
+    tmp_path: Path, granted: int
+) -> None:
+    data = random_bytes(30_000_000)
+    digest = Digest.of(data)
+    asked: list[int] = []
+    with kit(tmp_path) as parts:
+
+        async def make_room(need: int) -> bool:
+            asked.append(need)
+            return len(asked) <= granted
+
+        content = Growing(replace(parts.surroundings, make_room=make_room), digest, None)
+        follower = content.follow()
+        assert follower
+        _, got = await asyncio.gather(bring(content, data, None), read(follower))
+        assert got == data
+        assert not parts.layout.blob(digest).exists()
+        assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["full"]
+        assert len(asked) == granted + 1
+        # beside what it wants to come, a piece that waits to be known as the last one or not
+        step = range(growing.PENDING_LIMIT, growing.PENDING_LIMIT + 65_537)
+        assert all(need in step for need in asked)
+        follower.close()
+
+
+async def test_content_of_unknown_size_is_kept_where_there_is_room(tmp_path: Path) -> None:
+    data = random_bytes(30_000_000)
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, Digest.of(data), None)
+        await bring(content, data, None)
+        assert parts.layout.blob(Digest.of(data)).read_bytes() == data
+
+
+@pytest.mark.row("D1")
+async def test_a_disk_that_fills_up_while_room_is_asked_for_mixes_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal comes while a batch is on its way, of which the disk takes a part."""
+    data = random_bytes(12_000_000)
+    real, slow = disk.write_all, threading.Event()
+
+    def write_all(fd: int, chunks: list[bytes], offset: int) -> int:
+        if offset == 0:
+            return real(fd, chunks, offset)
+        slow.wait(30)
+        end = real(fd, [b"".join(chunks)[:1000]], offset)
+        raise disk.ShortWrite(OSError(errno.ENOSPC, "full"), end)
+
+    monkeypatch.setattr(disk, "write_all", write_all)
+    with kit(tmp_path) as parts:
+        asked = 0
+
+        async def make_room(need: int) -> bool:
+            nonlocal asked
+            asked += 1
+            return asked == 1
+
+        content = Growing(replace(parts.surroundings, make_room=make_room), Digest.of(data), None)
+        follower = content.follow()
+        assert follower
+        fetch = asyncio.ensure_future(bring(content, data, None))  # noqa: TID251 - a test
+        assert await read(follower, 0, 1000) == data[:1000]
+        asyncio.get_running_loop().call_later(0.05, slow.set)
+        assert await read(follower, 1000) == data[1000:]
+        await fetch
+        follower.close()
