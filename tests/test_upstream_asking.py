@@ -167,6 +167,18 @@ async def test_an_endpoint_that_is_ourselves_is_not_asked() -> None:
         assert not us.requests
 
 
+async def test_a_token_costs_no_further_connection() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.token = "t"
+        assert await kit.status() == 200
+        assert [seen.path.rpartition("/")[2] for seen in fake.requests] == [
+            "latest",
+            "token",
+            "latest",
+        ]
+        assert fake.connections == 1
+
+
 # --- circuits -------------------------------------------------------------------------------------
 
 

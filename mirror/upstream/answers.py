@@ -91,6 +91,7 @@ async def error_of(
         case 404:
             return await _not_found(response, kind, redirected)
         case 401 | 403 if redirected:
+            # Such as a signed URL that has expired: the next try has it signed anew.
             return UpstreamUnavailable("the storage behind the registry refuses")
         case 401:
             return Unauthorized("the upstream wants credentials, or refuses those it got")

@@ -180,10 +180,6 @@ class Asker:
                 break
             shown = again
             answer = await self._send(stack, question, url, policy, shown)
-        refused = answer.redirected and answer.response.status in (401, 403)
-        if refused and not question.takes(answer):
-            # A signed URL that has expired: have it signed anew.
-            answer = await self._send(stack, question, url, policy, shown)
         return answer
 
     async def _send(
