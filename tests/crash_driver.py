@@ -1,7 +1,9 @@
 """One cold pull of an image, as a program of its own: what the crash tests trace and kill.
 
-``python -m tests.crash_driver ROOT [MUTANT]``. ``MUTANT`` plants a fault in the store, to show that
-the tests which look for such faults find them. Prints what was published, at once.
+``python -m tests.crash_driver ROOT [evict | MUTANT]``. ``evict``: pulls one blob more, for which
+some of the image has to go. ``MUTANT`` plants a fault in the store, to show that the tests which
+look for such faults find them. Prints what was published, at once, and what may be evicted, before
+it is.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+from mirror.config import Storage
 from mirror.events import Published
 from mirror.oci.digest import Digest, Verifier
 from mirror.oci.reference import Repository, Tag
@@ -19,7 +22,10 @@ from tests.pull_kit import MemoryRegistry, a_pull, pull_kit
 from tests.store_kit import random_bytes, read
 
 REPOSITORY = Repository("docker.io", "library/app")
-LAYERS = (random_bytes(400_000, 61), random_bytes(90_000, 62))
+LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000))
+MORE = random_bytes(500_000, 63)
+SMALL = Storage(max_size=800_000)
+"""Room for the image, or for what comes after it."""
 
 
 def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
@@ -32,25 +38,39 @@ def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
     return made, image
 
 
-async def pull(root: Path, source: MemoryRegistry) -> None:
+async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> None:
     """Pull the image whole; every byte has to be right."""
-    async with pull_kit(root, registry=source) as kit:
+    async with pull_kit(root, registry=source, storage=SMALL if evict else None) as kit:
         emit = kit.events.append
 
         def announce(event: object) -> None:
             if isinstance(event, Published):
-                os.write(1, f"published {event.digest}\n".encode())
+                say(f"published {event.digest}")
             emit(event)  # type: ignore[arg-type] # it is an event
+
+        async def blob(data: bytes) -> None:
+            answer = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
+            assert answer.reader
+            got = await read(answer.reader)
+            assert got == data or "no-digest-check" in sys.argv
+            answer.reader.close()
 
         object.__setattr__(kit.store._surroundings, "emit", announce)
         await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), head=False)
         for layer in LAYERS:
-            answer = await kit.service.blob(REPOSITORY, Digest.of(layer), a_pull(), head=False)
-            assert answer.reader
-            got = await read(answer.reader)
-            assert got == layer or "no-digest-check" in sys.argv
-            answer.reader.close()
+            await blob(layer)
         await kit.store.idle()
+        if evict:
+            for digest in (*map(Digest.of, LAYERS), *source.tags.values()):
+                say(f"evicting {digest}")
+            source.add_blob(REPOSITORY.path, MORE)
+            await blob(MORE)
+            await kit.store.idle()
+
+
+def say(line: str) -> None:
+    """Print it at once: what was said was done."""
+    os.write(1, f"{line}\n".encode())
 
 
 def plant(mutant: str) -> None:
@@ -84,9 +104,11 @@ def plant(mutant: str) -> None:
 
 def main() -> None:
     mutant = sys.argv[2] if len(sys.argv) > 2 else ""
-    if mutant:
+    evict = mutant == "evict"
+    if mutant and not evict:
         plant(mutant)
-    asyncio.run(pull(Path(sys.argv[1]), registry(wrong=mutant == "no-digest-check")[0]))
+    source, _ = registry(wrong=mutant == "no-digest-check")
+    asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import Any, Self, TypeVar
 
 import pytest
 
+from mirror.oci.digest import Digest
+from mirror.store.layout import Layout
 from tests.real.process import need
 from tests.real.server import Mirror
 from tests.server_kit import Server
@@ -106,6 +109,23 @@ def strace(calls: str, *inject: str, log: str | Path = "/dev/null") -> Sequence[
         *(need("strace"), "-f", "-I1", "-qq", "-o", str(log), *quick),
         *("-e", f"trace={calls}", *faults),
     ]
+
+
+def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:
+    """So many small real contents, as a publish leaves them."""
+    directory = layout.content_directories()[0]
+    directory.mkdir(parents=True)
+    held = []
+    for number in range(count):
+        data = b"content %d of many\n" % number
+        name = hashlib.sha256(data).hexdigest()
+        fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(fd, data)
+        # whole seconds: the mark of content that nobody else wrote to
+        os.utime(fd, (1_700_000_000 + number // 100,) * 2)
+        os.close(fd)
+        held.append((Digest.parse(f"sha256:{name}"), len(data)))
+    return held
 
 
 class Outside:

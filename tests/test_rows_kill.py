@@ -21,7 +21,7 @@ from mirror.oci.digest import Digest
 from mirror.store.disk import IngestState, boot_id, write_state
 from mirror.store.layout import Layout
 from mirror.store.recovery import recover
-from tests.crash_driver import pull, registry
+from tests.crash_driver import LAYERS, pull, registry
 from tests.fakes.registry import FakeRegistry
 from tests.real import images
 from tests.real.process import wait_until
@@ -62,7 +62,7 @@ def kill_and_recover(root: Path, call: str, when: int) -> bool:
     every_file_hashes_to_its_name(data)
     after = {path: path.stat().st_ino for path in (data / "blobs").glob("*/*")}
     assert published.items() <= after.items()
-    assert len(after) == 3
+    assert len(after) == 1 + len(LAYERS)
     shutil.rmtree(data)
     return fired
 

@@ -1,18 +1,21 @@
-"""Rows I4, I7 and R7: a quick start, and nothing left over."""
+"""Rows I4, I7, R3 and R7: a quick start, nothing left over, pools that wait for nobody."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
+from mirror.config import Storage
 from mirror.events import Event
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
@@ -23,10 +26,11 @@ from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
-from tests.rows_kit import at_once, descriptors, open_sockets, path_of, right
+from tests.rows_kit import at_once, descriptors, fill, open_sockets, path_of, right
 from tests.server_kit import running
 from tests.store_kit import random_bytes
 
+T = TypeVar("T")
 APP = Repository.parse("docker.io", "library/app")
 NOWHERE = "http://127.0.0.1:9"
 
@@ -38,23 +42,6 @@ def cpu(pid: int) -> float:
 
 
 # --- a start ----------------------------------------------------------------------------------
-
-
-def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:
-    """So many small real contents, as a publish leaves them."""
-    directory = layout.content_directories()[0]
-    directory.mkdir(parents=True)
-    held = []
-    for number in range(count):
-        data = b"content %d of many\n" % number
-        name = hashlib.sha256(data).hexdigest()
-        fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        os.write(fd, data)
-        # whole seconds: the mark of content that nobody else wrote to
-        os.utime(fd, (1_700_000_000 + number // 100,) * 2)
-        os.close(fd)
-        held.append((Digest.parse(f"sha256:{name}"), len(data)))
-    return held
 
 
 async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) -> None:
@@ -77,24 +64,25 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
 
 @pytest.mark.row("I4")
 @pytest.mark.row("R7")
-def test_a_start_with_fifty_thousand_contents() -> None:
+@pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.long)])
+def test_a_start_with_many_contents(count: int) -> None:
     mirror = Mirror({"docker.io": NOWHERE})
     with closing(mirror):
         layout = Layout(mirror.data_dir)
-        held = fill(layout, 50_000)
+        held = fill(layout, count)
         asyncio.run(remember(layout, held, tags=2_000))
         for _ in range(2):
             begun = time.monotonic()
             mirror.start()
             used = cpu(mirror.pid)
-            for digest, size in (held[-1], held[25_000]):
+            for digest, size in (held[-1], held[count // 2]):
                 got = mirror.download(f"/v2/library/app/blobs/{digest}")
                 assert (got.status, got.size, f"sha256:{got.sha256}") == (200, size, str(digest))
             served = time.monotonic() - begun
             # the processor's time is what a busy machine does not stretch
             assert used <= 2
             assert served <= 6
-            assert mirror.metric_reaches(50_000, "oci_mirror_contents")
+            assert mirror.metric_reaches(count, "oci_mirror_contents")
             # as a power cut would: the next start has nothing that this one left in order
             mirror.kill()
 
@@ -194,3 +182,68 @@ async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) ->
         files = temporary(tmp_path)
         # a fetch that was given up leaves what a later one resumes, and nothing else
         assert not files if abandoned == "finish" else len(files) <= 2 * len(slow)
+
+
+# --- pools ----------------------------------------------------------------------------------------
+
+
+class SlowPool(ThreadPoolExecutor):
+    """One thread, whatever was asked for, and a while before every job.
+
+    A job that waited for another one of its pool would wait for ever.
+    """
+
+    made: ClassVar[list[SlowPool]] = []
+
+    def __init__(self, count: int, name: str = "") -> None:
+        super().__init__(1, f"slow-{name}")
+        self.name, self.jobs = name, 0
+        self.made.append(self)
+
+    def submit(self, work: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
+        assert threading.current_thread() not in self._threads, "a job of its own pool asks"
+        self.jobs += 1
+        return super().submit(self._after_a_while, work, *arguments, **named)
+
+    @staticmethod
+    def _after_a_while(work: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        time.sleep(0.003)
+        return work(*arguments, **named)
+
+
+@pytest.mark.row("R3")
+async def test_pools_of_one_slow_thread_never_wait_for_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
+) -> None:
+    """Cold, warm, ageing, evicting, uncached, of several parts: all at once, and all of it ends."""
+    monkeypatch.setattr("mirror.store.store.ThreadPoolExecutor", SlowPool)
+    monkeypatch.setattr("mirror.store.rows.ThreadPoolExecutor", SlowPool)
+    monkeypatch.setattr(SlowPool, "made", pools := [])
+    asyncio.get_running_loop().set_default_executor(SlowPool(1, "default"))
+    storage = Storage(max_size=5_000_000, reverify=0)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, storage=storage) as server:
+        blobs = [random_bytes(200_000, seed) for seed in range(40)] + [random_bytes(5_000_000, 99)]
+        tags = [f"v{number}" for number in range(len(blobs))]
+        for tag, blob in zip(tags, blobs, strict=True):
+            fake.add_image(blob, tag=tag)
+
+        async def ask(url: str, header: dict[str, str], expected: int) -> None:
+            assert (await server.get(url, header))[0] == expected
+            tried(1)
+
+        several = {"Range": "bytes=0-9,100-199"}
+        # the second time half of them are here, and have to be hashed again or to go
+        for first, last in ((0, 20), (0, 41)):
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                for tag, blob in zip(tags[first:last], blobs[first:last], strict=True):
+                    url = server.blob(Digest.of(blob))
+                    group.create_task(ask(url, {}, 200))
+                    group.create_task(ask(url, several, 206))
+                    group.create_task(ask(server.manifest(tag), {}, 200))
+            async with asyncio.timeout(60):
+                await server.store.idle()
+        names = {type(event).__name__ for event in server.events}
+        assert names >= {"Evicted", "Uncached", "Published", "Reverified"}
+    assert {pool.name for pool in pools if pool.jobs > 5} == {
+        *("default", "open", "write", "publish", "hash", "index"),
+    }

@@ -19,6 +19,7 @@ from mirror.events import Kind, Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
+    Manifest,
     parse_manifest,
     sniff_media_type,
 )
@@ -34,10 +35,13 @@ from mirror.store.records import Membership, TagRecord, confirm, members_of
 from mirror.upstream.api import ManifestHead
 
 T = TypeVar("T")
+W = TypeVar("W")
 
 _CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _REMEMBERED: Final = 32 * 1024 * 1024
 _PARSED_INLINE: Final = 128 * 1024
+_ROWS: Final = 1000
+"""Parts that are put into the index at once: 4 MiB name 20,000, too many for one callback."""
 _LIFETIME: Final = 1.0
 """Seconds that one worker process may be behind another."""
 _RECENCY_STEP: Final = 60.0
@@ -135,12 +139,13 @@ class ManifestService:
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
         media_type = known.media_type if known is not None else ""
         media_type = media_type or sniff_media_type(body)
-        parsed = await parsed_beside(parse_manifest, body, media_type)
+        root = Membership(digest, "manifest", media_type, len(body), None, None)
+        parsed, members = await parsed_beside(_parse, body, root)
         answer = ManifestAnswer(digest, media_type, len(body), body, parsed)
         if pull.outcome is Outcome.STALE:
             return answer  # nobody has confirmed it: the next one asks again
-        root = Membership(digest, "manifest", media_type, len(body), None, None)
-        await self._index.put_memberships(repository, [root, *members_of(root, parsed)])
+        for start in range(0, len(members), _ROWS):
+            await self._index.put_memberships(repository, members[start : start + _ROWS])
         return self._remember(repository, answer)
 
     def _remember(self, repository: Repository, answer: ManifestAnswer) -> ManifestAnswer:
@@ -327,7 +332,13 @@ def _names_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-async def parsed_beside(parse: Callable[[bytes, str], T], body: bytes, what: str) -> T:
+def _parse(body: bytes, root: Membership) -> tuple[Manifest, list[Membership]]:
+    """A manifest, and what its repository is known to have because of it: itself, and its parts."""
+    parsed = parse_manifest(body, root.media_type)
+    return parsed, [root, *members_of(root, parsed)]
+
+
+async def parsed_beside(parse: Callable[[bytes, W], T], body: bytes, what: W) -> T:
     """``parse(body, what)``, in a thread where 4 MiB take longer than the event loop may."""
     if len(body) <= _PARSED_INLINE:
         return parse(body, what)
