@@ -241,12 +241,17 @@ def index_of(*manifests: bytes) -> bytes:
 
 async def pulled(store: Store, body: bytes, tag: Tag | None, *blobs: bytes) -> None:
     """What a pull of an image leaves: its content, and what is known of it."""
-    media_type = OCI_INDEX if b'"manifests"' in body else OCI_MANIFEST
-    parsed = parse_manifest(body, media_type)
     for data in (*blobs, body):
         await keep(store, data)
+    await remember(store, body, tag)
+
+
+async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
+    """What the index knows of an image that was pulled."""
+    media_type = OCI_INDEX if b'"manifests"' in body else OCI_MANIFEST
     root = Membership(Digest.of(body), "manifest", media_type, len(body), None, None)
-    await store.index.put_memberships(REPO, [root, *members_of(root, parsed)])
+    parts = members_of(root, parse_manifest(body, media_type))
+    await store.index.put_memberships(REPO, [root, *parts])
     if tag is not None:
         await store.index.put_tag(confirm(None, REPO, tag, root.digest, store._now()))
 

@@ -100,6 +100,8 @@ def test_what_is_being_fetched_counts_as_announced(tmp_path: Path) -> None:
     assert catalog.refresh() == Usage(0, 0, 1_000_000, unwritten=990_000)
     disk.write_state(layout, digest, IngestState(5))
     assert catalog.refresh() == Usage(0, 0, 10_000), "more than was announced"
+    disk.write_state(layout, digest, IngestState(None, room=30_000))
+    assert catalog.refresh() == Usage(0, 0, 30_000, unwritten=20_000)
     assert catalog.leftovers() == []
     os.close(fd)
 

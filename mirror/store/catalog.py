@@ -110,7 +110,7 @@ class Catalog:
             # A stale one blocks what it holds, not what it once wanted to hold.
             return replace(usage, left=usage.left + status.st_blocks * _BLOCK)
         state = disk.read_state(self._layout, digest)
-        announced = (state[0].size if state is not None else None) or 0
+        announced = max(state[0].size or 0, state[0].room) if state is not None else 0
         return replace(
             usage,
             reserved=usage.reserved + max(announced, status.st_size),

@@ -150,6 +150,8 @@ class IngestState:
     """Who writes this: another one every time somebody gets hold of the lock."""
     kept: int = 0
     """Bytes that were in the file when this holder began: what follows is its own."""
+    room: int = 0
+    """Bytes that the file may take, as far as room was asked for."""
 
 
 def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | None:
@@ -169,6 +171,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             error=(str(error[0]), str(error[1])) if error else None,
             holder=str(raw.get("holder", "")),
             kept=int(raw.get("kept", 0)),
+            room=int(raw.get("room", 0)),
         )
         return state, os.fstat(fd).st_mtime
     except (OSError, RecursionError, *_GARBAGE):
@@ -188,6 +191,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "error": state.error,
         "holder": state.holder,
         "kept": state.kept,
+        "room": state.room,
     }
     try:
         draft.write_text(json.dumps(document), encoding="utf-8")

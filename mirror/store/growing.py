@@ -152,9 +152,8 @@ class Growing:
         return role
 
     def _state(self) -> disk.IngestState:
-        return disk.IngestState(
-            self.size, self._s.boot, self._on_disk, holder=self._holder, kept=self._claim.kept
-        )
+        state = disk.IngestState(self.size, self._s.boot, self._on_disk)
+        return replace(state, holder=self._holder, kept=self._claim.kept, room=self._room)
 
     async def tail(self) -> None:
         """Follow another process's fetch until it is whole, or it is for us to go on.
@@ -214,18 +213,20 @@ class Growing:
         self.size = size if size is not None else self.size
         self._confirmed = True
         self._wake()
-        if self._window is not None:
-            return
+        if self._window is None:
+            await self._reserve()
+
+    async def _reserve(self) -> None:
+        """Have room for what was announced, or for the next bytes where nothing was.
+
+        It is declared before it is made, so that whoever else makes room counts it.
+        """
+        self._room = self.size if self.size is not None else self.position + PENDING_LIMIT
         try:
             await self._claim.write_state(self._state())
         except OSError as error:
             self._detach(disk.reason_of(error))
-        else:
-            await self._reserve()
-
-    async def _reserve(self) -> None:
-        """Have room for what was announced, or for the next bytes where nothing was."""
-        self._room = self.size if self.size is not None else self.position + PENDING_LIMIT
+            return
         if not await self._s.make_room(self._room - self._on_disk):
             self._detach("full")
 
