@@ -4,7 +4,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check test-long bench packages clean
+.PHONY: run test check test-long robustness bench packages clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -22,6 +22,10 @@ check: $(VENV)/.installed-dev
 
 test-long: packages $(VENV)/.installed-dev
 	$(PYTHON) -m pytest -m long
+
+# Every row, the long ones too, and how often each was tried into docs/robustness.md.
+robustness: packages $(VENV)/.installed-dev
+	$(PYTHON) -m pytest -m row --robustness-table=docs/robustness.md
 
 bench: packages $(VENV)/.installed-dev
 	@exec bench/run

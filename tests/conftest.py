@@ -131,7 +131,7 @@ class Tried:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--robustness-table docs/robustness.md`` (see ``tests/robustness_table.py``)."""
+    """``--robustness-table=docs/robustness.md`` (see ``tests/robustness_table.py``)."""
     text = "write into FILE how often each row of the robustness table was tried"
     parser.addoption("--robustness-table", type=Path, metavar="FILE", help=text)
 

@@ -1,7 +1,7 @@
 """The rows of docs/robustness.md: what each one is, and how the table of what was tried is written.
 
 A test names its rows (``pytest.mark.row``) and says through the fixture ``tried`` how often it
-tried; a test case that says nothing tried once. ``--robustness-table FILE`` adds that up by row and
+tried; a test case that says nothing tried once. ``--robustness-table=FILE`` adds that up by row and
 writes the table. A row is counted only if all its tests of a set (normal or long) ran and passed;
 the other numbers stay as they were.
 """
@@ -16,6 +16,7 @@ from typing import Final
 
 WORDS: Final[Mapping[str, str]] = {
     "C1": "SIGKILL at the n-th changing call of a pull, until none fires",
+    "C2": "SIGKILL at the n-th changing call of a command",
     "C3": "SIGKILL at random among 8 clients, other options at each start",
     "C4": "every state that a power cut may leave of a traced pull and eviction",
     "C5": "planted faults that C4 has to find",
@@ -35,6 +36,7 @@ WORDS: Final[Mapping[str, str]] = {
     "D10": "sendfile fails in the middle of an answer",
     "D11": "content cut or unlinked under readers",
     "D12": "links, FIFOs, directories, wrong case in blobs/",
+    "D13": "out of inodes",
     "D14": "tmpfs, overlay, no fsync of directories",
     "U1": "a reset at a byte",
     "U2": "clean ends at multiples of 8 MiB",
@@ -82,12 +84,16 @@ WORDS: Final[Mapping[str, str]] = {
     "HC5": "another repository's content by digest",
     "HC6": "membership that was withdrawn",
     "HC7": "slow headers, slow reads",
+    "HC8": "limits on connections",
     "HC9": "random names and digests",
+    "HC10": "one client pulls twice the quota",
     "HC12": "write methods, TRACE, CONNECT, upgrades",
+    "HC13": "the admin API: tokens, Host, Origin",
     "HC14": "secrets and canaries in logs, metrics, errors, files",
     "R1": "64 descriptors",
     "R3": "pools of one slow thread",
     "R5": "callbacks of the event loop above 100 ms of processor time",
+    "R6": "a soak of an hour",
     "R7": "50,000 contents",
     "R8": "a blob larger than the quota, 100 pulls beyond it",
     "R9": "a stdout that takes nothing",
@@ -97,10 +103,15 @@ WORDS: Final[Mapping[str, str]] = {
     "M5": "eviction while another process opens",
     "M6": "two processes publish the same",
     "M7": "two servers in one directory",
+    "M9": "a worker that dies again and again",
     "M10": "a busy index, a planted pickle",
     "I4": "the time of a start",
     "I7": "what is left open afterwards",
-    "K1": "a confirmation from the future",
+    "K1": "a clock that is years off",
+    "K2": "a clock that jumps",
+    "K3": "recency in the future",
+    "K4": "negative ages",
+    "K5": "lifetimes of 0, -1, 10^12 seconds",
 }
 
 BOLD: Final = frozenset(
@@ -158,9 +169,8 @@ def table(old: str, cases: Iterable[Case]) -> str:
         for column, number in enumerate(numbers):
             totals[column] += int(number.replace(",", "") or 0)
         files = ", ".join(f"`{name}`" for name in sorted({case.file for case in mine}))
-        lines.append(
-            f"| {row} | {WORDS[row]} | {len(mine)} | {numbers[0]} | {numbers[1]} | {files} |\n"
-        )
+        cells = (row, WORDS.get(row, ""), str(len(mine)), *numbers, files)
+        lines.append(f"| {' | '.join(cells)} |\n")
     total = f"| all | | {len(found):,} | {totals[0]:,} | {totals[1]:,} | |\n"
     return _HEADER + "".join(lines) + total
 

@@ -53,9 +53,9 @@ class Containerd(Program):
     def ready(self) -> bool:
         return self.socket.exists() and self.ctr("version", check=False).returncode == 0
 
-    def ctr(self, *argv: str | Path, check: bool = True) -> Any:
-        """Run ``ctr`` against this daemon."""
-        return run("ctr", "--address", self.socket, "--namespace", "tests", *argv, check=check)
+    def ctr(self, *argv: str | Path, **more: Any) -> Any:
+        """Run ``ctr`` against this daemon; ``more``: as of ``run``."""
+        return run("ctr", "--address", self.socket, "--namespace", "tests", *argv, **more)
 
     def use(self, namespace: str, mirror: str, *, server: str = NOWHERE) -> None:
         """Let references of ``namespace`` (``docker.io``) be pulled through ``mirror``, a URL."""
@@ -65,15 +65,16 @@ class Containerd(Program):
             f'server = "{server}"\n[host."{mirror}"]\n  capabilities = ["pull", "resolve"]\n'
         )
 
-    def pull(self, reference: str, *, all_platforms: bool = False, user: str = "") -> None:
+    def pull(
+        self, reference: str, *, all_platforms: bool = False, user: str = "", **how: Any
+    ) -> None:
         """Pull a full reference (``docker.io/library/app:1``), and unpack it."""
         more = ["--all-platforms"] if all_platforms else ["--platform", "linux/amd64"]
         if user:
             more += ["--user", user]
         # native: layers are unpacked into plain directories, without any mount
-        self.ctr(
-            "images", "pull", "--hosts-dir", self.hosts, "--snapshotter", "native", *more, reference
-        )
+        native = ("--hosts-dir", self.hosts, "--snapshotter", "native")
+        self.ctr("images", "pull", *native, *more, reference, **how)
 
     def fetch(self, reference: str) -> None:
         """Get all content of a reference without unpacking it: works for artifacts too."""
@@ -231,20 +232,20 @@ class Podman(_Containers):
 
     name = "podman"
 
-    def podman(self, *argv: str, check: bool = True) -> Any:
-        """Run ``podman`` on this storage."""
+    def podman(self, *argv: str, **more: Any) -> Any:
+        """Run ``podman`` on this storage; ``more``: as of ``run``."""
         return run(
             "podman",
             *("--events-backend", "none", "--cgroup-manager", "cgroupfs"),
             *argv,
             env=self.environment(),
-            check=check,
+            **more,
         )
 
-    def pull(self, reference: str, *more: str) -> None:
+    def pull(self, reference: str, *more: str, **how: Any) -> None:
         """Pull a reference; ``more``: flags of ``podman pull``."""
         policy = str(self.dir / "policy.json")
-        self.podman("pull", "--quiet", "--signature-policy", policy, *more, reference)
+        self.podman("pull", "--quiet", "--signature-policy", policy, *more, reference, **how)
 
     def inspect(self, reference: str) -> dict[str, Any]:
         """``podman image inspect``: ``Id``, ``Digest``, ``RepoDigests``, ``RootFS``."""
@@ -265,8 +266,8 @@ class Skopeo(_Containers):
 
     name = "skopeo"
 
-    def skopeo(self, *argv: str | Path, check: bool = True) -> Any:
-        """Run ``skopeo``."""
+    def skopeo(self, *argv: str | Path, **more: Any) -> Any:
+        """Run ``skopeo``; ``more``: as of ``run``."""
         return run(
             "skopeo",
             # it does not read the variable that Podman reads
@@ -274,10 +275,10 @@ class Skopeo(_Containers):
             *("--policy", self.dir / "policy.json", "--registries.d", self.dir / "registries.d"),
             *argv,
             env=self.environment(),
-            check=check,
+            **more,
         )
 
-    def copy(self, reference: str, *more: str) -> dict[str, bytes]:
+    def copy(self, reference: str, *more: str, **how: Any) -> dict[str, bytes]:
         """Copy ``docker://reference`` with every platform; returns all content by digest.
 
         ``--preserve-digests`` fails where a byte would change.
@@ -286,7 +287,7 @@ class Skopeo(_Containers):
         source = f"docker://{reference}"
         flags = ("--all", "--preserve-digests", "--src-tls-verify=false")
         try:
-            self.skopeo("copy", "--quiet", *flags, *more, source, f"dir:{target}")
+            self.skopeo("copy", "--quiet", *flags, *more, source, f"dir:{target}", **how)
             files = [path for path in target.iterdir() if path.name != "version"]
             return {
                 "sha256:" + hashlib.sha256(data).hexdigest(): data

@@ -72,21 +72,41 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout: float = 120.0,
     check: bool = True,
+    kill_when: Callable[[], bool] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a client to its end. ``check``: a failure fails the test, with what it said."""
+    """Run a client to its end. ``check``: a failure fails the test, with what it said.
+
+    ``kill_when``: its end is a SIGKILL as soon as this holds; that it ended before fails the test.
+    """
     command = [need(str(argv[0])), *map(str, argv[1:])]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=timeout,
-        check=False,
-    )
-    if check and done.returncode != 0:
-        said = (done.stdout + done.stderr).decode(errors="replace")
-        pytest.fail(f"{' '.join(command)}: exit code {done.returncode}\n{said[-4000:]}")
-    return done
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+        try:
+            if kill_when is None:
+                process.wait(timeout)
+            else:
+                wait_until(
+                    lambda: process.poll() is not None or kill_when(), "it did not come to that"
+                )
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait(20)
+        for sink in (out, err):
+            sink.seek(0)
+        texts = out.read(), err.read()
+    wanted = 0 if kill_when is None else -signal.SIGKILL
+    if check and code != wanted:
+        said = b"".join(texts).decode(errors="replace")
+        pytest.fail(f"{' '.join(command)}: exit code {code}\n{said[-4000:]}")
+    return subprocess.CompletedProcess(command, code, *texts)
 
 
 class Directory:
