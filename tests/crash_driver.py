@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from mirror.config import Storage
@@ -51,9 +52,9 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
         async def blob(data: bytes) -> None:
             answer = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
             assert answer.reader
-            got = await read(answer.reader)
+            with closing(answer.reader) as reader:
+                got = await read(reader)
             assert got == data or "no-digest-check" in sys.argv
-            answer.reader.close()
 
         object.__setattr__(kit.store._surroundings, "emit", announce)
         await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), head=False)

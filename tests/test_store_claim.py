@@ -172,13 +172,13 @@ async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) ->
 # --- a claim outlives whoever waits for it --------------------------------------------------------
 
 
-def descriptors() -> list[str]:
-    """What this process has open below an ingest or a blobs directory."""
+def descriptors(root: Path) -> list[str]:
+    """What this process has open below a data directory."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return [name for name in found if "/ingest/" in name or "/blobs/" in name]
+    return [name for name in found if name.startswith(f"{root}/")]
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
             await fetch
         content.release()
         opened.set()
-        await eventually(lambda: not descriptors())
+        await eventually(lambda: not descriptors(tmp_path))
         again = Growing(parts.surroundings, DIGEST, None)
         await bring(again)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
@@ -238,9 +238,9 @@ async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
             await fetch
         content.release()
         follower.close()
-        assert descriptors(), "the thread still needs it"
+        assert descriptors(tmp_path), "the thread still needs it"
         synced.set()
-        await eventually(lambda: not descriptors())
+        await eventually(lambda: not descriptors(tmp_path))
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
@@ -268,7 +268,7 @@ async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
         for follower in followers:
             assert follower
             follower.close()
-        assert not descriptors()
+        assert not descriptors(tmp_path)
 
 
 async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_believed(
@@ -288,7 +288,7 @@ async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_beli
         await bring(content)
         assert parts.layout.blob(digest).read_bytes() == DATA
         assert parts.layout.quarantine(digest).exists()
-        assert not descriptors()
+        assert not descriptors(tmp_path)
         assert not list(parts.layout.ingest(digest).parent.iterdir())
 
 

@@ -165,17 +165,20 @@ class HttpRegistry:
         more = True
         page: str | None = None
         seen: set[str] = set()
+
+        def later(body: bytes) -> set[str]:
+            return {name for name in tag_names(body) if last is None or name > last}
+
         while more and len(tags) < wanted and len(seen) < _PAGES:
             question = Question("GET", repository, "tags/list", Kind.TAGS, query=query, page=page)
             async with self._asker.ask(question) as (answer, _):
                 body = await read_body(answer.response, _LIST_LIMIT)
-                names = await _aside(body, tag_names)
-                tags.update(name for name in names if last is None or name > last)
+                tags |= await _aside(body, later)
                 page = next_link(answer.response.headers.getall(hdrs.LINK, ()))
                 # A page that was seen already would be the next one for ever.
                 more = page is not None and page not in seen
                 seen.add(page or "")
-        ordered = sorted(tags)
+        ordered = await asyncio.to_thread(sorted, tags)
         return TagsPage(tuple(ordered[:wanted]), more or len(ordered) > wanted)
 
     async def referrers(
@@ -216,8 +219,7 @@ class HttpRegistry:
             if page is None or page in seen:
                 break
             seen.add(page)
-        merged = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
-        body = json.dumps(merged, separators=(",", ":")).encode()
+        body = await asyncio.to_thread(_merged, entries)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
     async def close(self) -> None:
@@ -237,6 +239,11 @@ def _entries(body: bytes) -> list[Any]:
     """The entries of a referrers index, as they came. Raises ``ManifestInvalid``."""
     parse_referrers(body)
     return list(json.loads(body)["manifests"])
+
+
+def _merged(entries: list[Any]) -> bytes:
+    merged = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    return json.dumps(merged, separators=(",", ":")).encode()
 
 
 async def _aside(body: bytes, parse: Callable[[bytes], T]) -> T:
