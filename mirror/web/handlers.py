@@ -5,6 +5,7 @@ Must not know: how any of it is done, which path a request came by.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import TypeAlias, assert_never
@@ -73,7 +74,8 @@ class Handlers:
                 return response
             case paths.Metrics():
                 pull.kind = Kind.PING
-                text, content_type = self._render_metrics()
+                # Thousands of lines: longer than a client waits for its first byte.
+                text, content_type = await asyncio.to_thread(self._render_metrics)
                 return web.Response(
                     body=text, headers={"Content-Type": content_type, **frame(pull)}
                 )
