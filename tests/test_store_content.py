@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import threading
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import DigestMismatched, Reverified
+from mirror.events import DigestMismatched, Noted, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.store import content as content_module
@@ -166,6 +167,42 @@ async def test_running_out_of_descriptors_is_not_corruption(
                 await parts.contents.read(digest, 1_000_000)
         assert await parts.contents.read(digest, 1_000_000) == SMALL
         assert not [e for e in parts.events if isinstance(e, DigestMismatched)]
+
+
+@pytest.mark.row("D4")
+@pytest.mark.row("D7")
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+async def test_content_that_cannot_be_opened_is_a_miss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, SMALL)
+
+        def refused(*arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "open_whole", refused)
+            assert await parts.contents.find(digest) is None
+            assert await parts.contents.read(digest, 1_000_000) is None
+        assert len([e for e in parts.events if isinstance(e, Noted)]) == 2
+        assert await parts.contents.read(digest, 1_000_000) == SMALL, "it was not put aside"
+
+
+@pytest.mark.row("D4")
+async def test_small_content_that_cannot_be_read_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, SMALL)
+
+        def broken(*arguments: object) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pread", broken)
+            assert await parts.contents.read(digest, 1_000_000) is None
+        assert parts.layout.quarantine(digest).exists()
 
 
 @pytest.mark.row("D11")

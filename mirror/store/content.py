@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mirror.events import DigestMismatched, Evicted, Observer, Reverified
+from mirror.events import DigestMismatched, Evicted, Noted, Observer, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.store import disk, quarantine
@@ -83,7 +83,7 @@ class Contents:
 
         ``size``: what a manifest says of it; content of another length is verified first.
 
-        Raises :class:`StorageUnavailable` where the disk cannot tell (out of descriptors, I/O).
+        Raises :class:`StorageUnavailable` out of descriptors.
         """
         lease = await self._lease(digest)
         if lease is None:
@@ -120,7 +120,8 @@ class Contents:
             job.add_done_callback(_close_opened)
             raise
         except OSError as error:
-            raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
+            self._miss(digest, error)
+            return None
         if opened is None:
             return None
         present = self._leases.get(digest)
@@ -138,10 +139,21 @@ class Contents:
         try:
             body = await self._loop.run_in_executor(self._opening, self._read, digest, limit)
         except OSError as error:
-            raise StorageUnavailable(f"content cannot be read: {error.strerror}") from error
+            self._miss(digest, error)
+            return None
         if body is not None:
             self._remember(digest, self._now())
         return body
+
+    def _miss(self, digest: Digest, error: OSError) -> None:
+        """Content that cannot be opened is fetched anew, and the disk is asked again next time.
+
+        Raises :class:`StorageUnavailable` out of descriptors: a fetch would want more of them.
+        """
+        if disk.reason_of(error) == "descriptors":
+            raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
+        why = (("digest", str(digest)), ("why", error.strerror or str(error)))
+        self._emit(Noted("warning", "content cannot be opened", why))
 
     def _read(self, digest: Digest, limit: int) -> bytes | None:
         opened = disk.open_whole(self._layout, digest)
@@ -149,7 +161,7 @@ class Contents:
             return None
         fd, status = opened
         try:
-            body = os.pread(fd, limit + 1, 0) if status.st_size <= limit else b""
+            body = _read_open(fd, limit) if status.st_size <= limit else b""
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
@@ -239,6 +251,13 @@ class Contents:
         times = [(digest, self._verified[digest]) for digest in self._unsaved]
         self._unsaved.clear()
         await self._verifications.set_verified(times)
+
+
+def _read_open(fd: int, limit: int) -> bytes:
+    try:
+        return os.pread(fd, limit + 1, 0)
+    except OSError:
+        return b""  # sectors that cannot be read are damage like any other
 
 
 def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> None:
