@@ -45,7 +45,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
     _apply_environment(tree, environ, source)
     _check_keys(tree, Settings, (), source)
     if not tree.get("upstreams"):
-        raise ConfigError(f"{path or 'environment'}: upstreams: there must be at least one")
+        source = path or "environment (no --config FILE was given)"
+        raise ConfigError(f"{source}: upstreams: there must be at least one")
     try:
         return build(tree)
     except Invalid as error:
