@@ -45,8 +45,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
     _apply_environment(tree, environ, source)
     _check_keys(tree, Settings, (), source)
     if not tree.get("upstreams"):
-        source = path or "environment (no --config FILE was given)"
-        raise ConfigError(f"{source}: upstreams: there must be at least one")
+        where = path or "environment (no --config FILE was given)"
+        raise ConfigError(f"{where}: upstreams: there must be at least one")
     try:
         return build(tree)
     except Invalid as error:
