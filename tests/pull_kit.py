@@ -5,11 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mirror.config import Settings, Storage, Upstream
 from mirror.events import Event, Kind, Outcome, Pull
@@ -319,3 +327,30 @@ async def blob(
         return await read(answer.reader), pull.outcome
     finally:
         answer.reader.close()
+
+
+class Cancelled(Awaitable[bool]):
+    """Awaits ``work``, and cancels it at its ``number``-th wait; whether it got that far."""
+
+    def __init__(self, work: Coroutine[Any, Any, object], number: int) -> None:
+        self._work = work
+        self._number = number
+
+    def __await__(self) -> Generator[Any, None, bool]:
+        waits = 0
+        try:
+            while True:
+                waiting = self._work.send(None)
+                if waits == self._number:
+                    break
+                waits += 1
+                yield waiting
+        except StopIteration:
+            return False
+        try:
+            waiting = self._work.throw(asyncio.CancelledError())
+            while True:
+                yield waiting
+                waiting = self._work.send(None)
+        except (StopIteration, asyncio.CancelledError):
+            return True

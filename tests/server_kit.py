@@ -36,6 +36,10 @@ class Server:
     events: list[Event] = field(default_factory=list)
 
     @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    @property
     def store(self) -> Store:
         return self.room.store
 

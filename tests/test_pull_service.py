@@ -19,7 +19,17 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Tag
 from mirror.pull.admission import Instead
-from tests.pull_kit import OTHER, REPO, TAG, a_pull, blob, manifest, pull_kit, upstream
+from tests.pull_kit import (
+    OTHER,
+    REPO,
+    TAG,
+    Cancelled,
+    a_pull,
+    blob,
+    manifest,
+    pull_kit,
+    upstream,
+)
 from tests.store_kit import random_bytes
 
 
@@ -138,3 +148,29 @@ async def test_a_refusal_is_told_in_the_record(tmp_path: Path) -> None:
         with pytest.raises(Denied, match="allow-list"):
             await kit.service.blob(REPO, Digest.of(b"x"), pull, head=True)
         assert pull.outcome is Outcome.DENIED
+
+
+@pytest.mark.row("L1")
+@pytest.mark.parametrize("warm", [False, True])
+async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
+    tmp_path: Path, warm: bool
+) -> None:
+    layer = random_bytes(300_000)
+    async with pull_kit(tmp_path, abandoned="cancel") as kit:
+        digest = kit.registry.add_blob(REPO.path, layer)
+        if warm:
+            await blob(kit, digest)
+        number = 0
+        while True:
+            if not warm:
+                await kit.store.idle()
+                kit.store.layout.blob(digest).unlink(missing_ok=True)
+            kit.clock[0] += 3600.0  # its use is noted anew
+            kit.store.contents._verified.clear()
+            left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), head=False), number)
+            if not left:
+                break
+            number += 1
+            assert not [g for g in kit.store.growing.values() if g.followers]
+            assert not kit.store.contents._leases
+        assert number >= 2

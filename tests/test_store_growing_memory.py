@@ -12,6 +12,7 @@ import pytest
 
 from mirror.events import Uncached
 from mirror.oci.digest import Digest
+from mirror.oci.errors import ContentLost
 from mirror.store import disk, growing
 from mirror.store.growing import Growing
 from mirror.store.reader import MemoryExtent
@@ -94,6 +95,71 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
         content.release()
         follower.close()
         late.close()
+
+
+@pytest.mark.row("D1")
+async def test_one_that_reads_nothing_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing, "PATIENCE", 0.05)
+    data = random_bytes(40_000_000)
+    with kit(tmp_path) as parts:
+        parts.room[0] = False
+        content = Growing(parts.surroundings, Digest.of(data), None)
+        stuck, *others = (content.follow() for _ in range(3))
+        assert stuck
+        fetch = asyncio.gather(
+            bring(content, data, len(data)), *(read(other) for other in others if other)
+        )
+        await stuck.wait(0)
+        assert (await fetch)[1:] == [data, data]
+        with pytest.raises(ContentLost):
+            await stuck.wait(1_000_000)
+        for follower in (stuck, *others):
+            assert follower
+            follower.close()
+
+
+async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_again(
+    tmp_path: Path,
+) -> None:
+    with kit(tmp_path) as parts:
+        parts.room[0] = False
+        content = Growing(parts.surroundings, DIGEST, None)
+        slow, quick = content.follow(), content.follow()
+        assert slow
+        assert quick
+        await content.lead()
+        await content.declare(len(DATA))
+        await content.feed(DATA[:65_536])
+        await quick.wait(0)
+        content.followers -= {slow}
+        await slow.wait(0)
+        await quick.wait(65_535)
+        content.moved()
+        assert await read(slow, 0, 65_536) == DATA[:65_536]
+        content.release()
+        slow.close()
+        quick.close()
+
+
+async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing, "PATIENCE", 0.01)
+    data = random_bytes(20_000_000)
+    with kit(tmp_path) as parts:
+        parts.room[0] = False
+        content = Growing(parts.surroundings, Digest.of(data), None)
+        follower = content.follow()
+        assert follower
+        fetch = asyncio.gather(bring(content, data, len(data)))
+        await follower.wait(0)
+        await asyncio.sleep(0.2)
+        assert content.followers == {follower}
+        assert await read(follower) == data
+        await fetch
+        follower.close()
 
 
 @pytest.mark.row("R8")

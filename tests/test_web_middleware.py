@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from pathlib import Path
 
 import pytest
 
+from mirror.config import Limits
 from mirror.events import Noted, Outcome, PullEnded, PullStarted
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
@@ -150,3 +152,40 @@ async def test_draining_ends_kept_connections(tmp_path: Path) -> None:
         server.room.health.draining = True
         _, headers, _ = await server.get(f"{server.url}/v2/")
         assert headers.get("Connection", "").lower() == "close"
+
+
+async def test_a_hang_up_in_the_middle_of_an_answer_is_routine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = random_bytes(16_000_000, 64)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        url = server.blob(fake.add_blob(data))
+        await server.get(url)
+        await server.store.idle()
+        path = url.removeprefix(server.url)
+        request = f"GET {path} HTTP/1.1\r\nHost: m\r\nRange: bytes=5-\r\n\r\n"
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request.encode())
+            assert await reader.read(20_000)
+            writer.transport.abort()
+            async with asyncio.timeout(30):
+                await server.records()
+        assert [pull.error for pull in server.pulls[1:]] == ["client left"] * 5
+        assert {pull.outcome for pull in server.pulls[1:]} == {Outcome.HIT}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_who_leaves_before_any_answer_has_hit_nothing(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=Limits()) as server:
+        fake.add_image(b"layer")
+        fake.fault("manifests/latest", Fault(delay=30))
+        path = server.manifest("latest").removeprefix(server.url)
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: m\r\n\r\n".encode())
+        async with asyncio.timeout(30):
+            while not fake.count("HEAD", "latest"):  # noqa: ASYNC110 - a fake tells nobody
+                await asyncio.sleep(0.01)
+        writer.transport.abort()
+        left = (await server.records())[0]
+        assert (left.outcome, left.status, left.error) == (Outcome.MISS, 0, "client left")

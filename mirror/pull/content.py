@@ -162,9 +162,18 @@ class ContentService:
             return whole.size
         if not self.may_ask(repository):
             raise BlobUnknown("not in the cache, and the policy is Never")
+        growing = self.store.growing.get(digest)
+        if growing is not None and growing.size is not None and self._is_proof(growing, repository):
+            pull.outcome = Outcome.JOIN
+            return growing.size
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
             return await self.prove(repository, digest, Kind.BLOB)
+
+    def used(self, digest: Digest) -> None:
+        """A blob that is served has been used just now; no client waits for the note of it."""
+        if not self.flights.draining:
+            self.flights.join(("touch", digest), lambda: self.store.touch([digest]))
 
     async def whole(
         self,
@@ -277,7 +286,7 @@ class ContentService:
         accept: tuple[str, ...],
     ) -> Follower:
         growing = self.store.growing.get(digest)
-        follower = growing.follow() if growing is not None and not growing.closed else None
+        follower = growing.follow() if growing is not None and growing.failure is None else None
         pull.outcome = Outcome.JOIN
         if follower is None or growing is None:
             pull.outcome = Outcome.MISS
@@ -287,13 +296,16 @@ class ContentService:
         try:
             with pull.stage("wait"):
                 await follower.wait(0, 1)
-            # The fetch is proof for the repository it asks through, and for no other.
-            if repository not in self._proven.get(growing, ()):
+            if not self._is_proof(growing, repository):
                 await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
             follower.close()
             raise
         return follower
+
+    def _is_proof(self, growing: Growing, repository: Repository) -> bool:
+        """A fetch is proof for the repository that it asks through, and for no other."""
+        return repository in self._proven.get(growing, ())
 
     def _start(
         self,

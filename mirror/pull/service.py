@@ -68,7 +68,7 @@ class PullService:
             size = await self._content.head(repository, digest, pull)
             return BlobAnswer(digest, size, None)
         reader = await self._content.open(repository, digest, Kind.BLOB, pull)
-        await self._content.store.touch([digest])
+        self._content.used(digest)
         return BlobAnswer(digest, reader.size, reader)
 
     async def tags(

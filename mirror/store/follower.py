@@ -7,11 +7,15 @@ know: where the bytes come from.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Collection
+from typing import Final, Protocol
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.store.reader import Extent
+
+PATIENCE: Final = 5.0
+"""Seconds that those who are done with what is in memory wait for one who is not."""
 
 
 class Waiters:
@@ -93,6 +97,7 @@ class Follower:
         if stop is not None and start >= stop:
             return None
         self.position = start
+        growing.followers.add(self)  # it may have been left behind as too slow
         growing.moved()
         while True:
             wrong = isinstance(growing.failure, DigestMismatch)
@@ -111,3 +116,14 @@ class Follower:
         self._open = False
         self._growing.followers.discard(self)
         self._growing.moved()
+
+
+def too_slow(followers: Collection[Follower], head: int, floor: int) -> set[Follower]:
+    """Those who hold up the others, who wait at ``head``, by what they need before ``floor``.
+
+    They are not waited for any more. One who comes back in time is counted again; later, it finds
+    its bytes gone. Alone, they have all the time.
+    """
+    if all(follower.position < head for follower in followers):
+        return set()
+    return {follower for follower in followers if follower.position < floor}

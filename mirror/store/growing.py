@@ -31,7 +31,7 @@ from mirror.oci.errors import (
 )
 from mirror.store import disk
 from mirror.store.claim import Claim, Role, Surroundings
-from mirror.store.follower import Follower, Waiters
+from mirror.store.follower import PATIENCE, Follower, Waiters, too_slow
 from mirror.store.reader import Extent, FileExtent
 from mirror.store.watch import Watch
 from mirror.store.window import Window
@@ -259,7 +259,9 @@ class Growing:
             if self._job is not None:
                 await asyncio.wait({self._job})
             elif self._window is not None and self.followers:
-                await self._window.room()
+                if not await self._window.room(PATIENCE):
+                    self.followers -= too_slow(self.followers, self.head, self._window.next_drop)
+                    self.moved()
             else:
                 self.moved()
                 break

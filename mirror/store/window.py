@@ -63,8 +63,13 @@ class Window:
             self._slid.set_result(None)
         self._slid = None
 
-    async def room(self) -> None:
-        """Wait until something was dropped."""
+    @property
+    def next_drop(self) -> int:
+        """Where the last reader has to get to before anything is dropped."""
+        return self._offsets[0] + len(self._chunks[0]) if self._chunks else self.stop
+
+    async def room(self, patience: float) -> bool:
+        """Wait until something was dropped, for at most ``patience`` seconds; whether it was."""
         if self._slid is None or self._slid.done():
             self._slid = asyncio.get_running_loop().create_future()
-        await asyncio.wait({self._slid})
+        return bool((await asyncio.wait({self._slid}, timeout=patience))[0])

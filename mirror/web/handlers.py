@@ -13,7 +13,7 @@ from typing import TypeAlias, assert_never
 from aiohttp import web
 
 from mirror.config import Settings
-from mirror.events import Kind, Observer, Pull
+from mirror.events import Kind, Observer, Outcome, Pull
 from mirror.logs import server_timing
 from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import OCI_INDEX, OCTET_STREAM
@@ -145,6 +145,7 @@ def _describe(pull: Pull, kind: Kind, typed: _Named, reference: str) -> None:
     pull.upstream = typed.repository.upstream
     pull.repository = typed.repository.path
     pull.reference = reference
+    pull.outcome = Outcome.MISS  # until it is found: a client may leave before that
 
 
 def frame(pull: Pull) -> dict[str, str]:

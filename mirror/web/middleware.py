@@ -13,6 +13,7 @@ import time
 from typing import Final
 
 from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
 
 from mirror.events import Noted, Observer, Outcome, Pull, PullEnded, PullStarted
 from mirror.oci.errors import (
@@ -62,6 +63,8 @@ class Middleware:
         self._emit(PullStarted(pull))
         try:
             response = await self._answer(request, pull)
+            if isinstance(response, _Cut):
+                return response
             pull.status = response.status
             if self._health.draining:
                 # The next request of this client is for somebody else.
@@ -85,8 +88,11 @@ class Middleware:
             return await self._handlers.answer(request, pull)
         except MirrorError as error:
             return self._failed(request, error, pull)
-        except (ConnectionError, asyncio.CancelledError, TimeoutError):
+        except (ConnectionError, TimeoutError):
             # The client has left, or does not read: routine, and nothing of ours has failed.
+            pull.error = pull.error or "client left"
+            return _Cut()
+        except asyncio.CancelledError:
             pull.error = pull.error or "client left"
             raise
         except Exception as error:
@@ -108,12 +114,23 @@ class Middleware:
                 pull.outcome = Outcome.ERROR
         if pull.status:
             # Its headers were on their way: the connection is cut already.
-            raise ConnectionResetError("the answer was cut")
+            return _Cut()
         body = body_of(error)
         headers = {**headers_of(error), **frame(pull), "Content-Length": str(len(body))}
         if request.method == "HEAD":
             return web.Response(status=status_of(error), headers=headers)
         return web.Response(status=status_of(error), headers=headers, body=body)
+
+
+class _Cut(web.StreamResponse):
+    """What is left to be said on a connection that is cut: nothing.
+
+    An exception would tell aiohttp's server that a handler failed, which it logs with a traceback.
+    """
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Raises ``ConnectionResetError``, which aiohttp's server takes for what it is."""
+        raise ConnectionResetError("the client has left")
 
 
 def _refuse_odd_framing(request: web.BaseRequest) -> None:

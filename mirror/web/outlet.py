@@ -32,6 +32,8 @@ class Outlet:
         self._offset = 0
         self._left = 0
         self._done: asyncio.Future[None] | None = None
+        self.total = 0
+        """Bytes that the socket has taken."""
 
     def __enter__(self) -> Self:
         return self
@@ -81,4 +83,5 @@ class Outlet:
             return False
         self._offset += sent
         self._left -= sent
+        self.total += sent
         return sent == 0 or self._left == 0

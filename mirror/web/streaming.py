@@ -42,14 +42,14 @@ from mirror.oci.ranges import (
     range_applies,
 )
 from mirror.pull.answers import FileExtent, MemoryExtent, Reader
+from mirror.web.attention import while_reading
 from mirror.web.outlet import Outlet
 
 SLICE: Final = 4 * 1024 * 1024
 """Bytes that are handed to the kernel at once, at most."""
-_SMALL_SLICE: Final = 64 * 1024
-PATIENCE: Final = 120.0
-"""Seconds that a client may take for a slice: less than 1 KB/s is not reading."""
-_QUICK, _SLOW = 0.1, 10.0
+_FIRST_SLICE: Final = 64 * 1024
+PATIENCE: Final = 60.0
+"""Seconds for which a client may read nothing: whoever reads at all, at any rate, is served."""
 _COPY: Final = 256 * 1024
 _RESET = struct.pack("ii", 1, 0)
 
@@ -144,7 +144,7 @@ class Sender:
         headers = {**headers_of(body), **extra}
         if isinstance(parts, Ranges) and body.size is not None:
             return await self._partial(body, body.size, parts.spans, headers)
-        if request.method == "HEAD" or not _is_reader(body.reader):
+        if request.method == "HEAD" or _is_small(body.reader):
             return self._small(body, headers)
         return await self._stream(body, (), None, 200, headers)
 
@@ -188,16 +188,17 @@ class Sender:
         try:
             with outlet or nullcontext(), self._pull.stage("send"):
                 self._pull.status = status
-                await response.prepare(self._request)
-                for index, span in enumerate(spans):
+                async with while_reading(self._request.transport, PATIENCE):
+                    await response.prepare(self._request)
+                    for index, span in enumerate(spans):
+                        if multipart is not None:
+                            await response.write(multipart.head(index))
+                        await self._copy(response, body, span.start, span.stop, outlet)
                     if multipart is not None:
-                        await response.write(multipart.head(index))
-                    await self._copy(response, body, span.start, span.stop, outlet)
-                if multipart is not None:
-                    await response.write(multipart.tail)
-                if not spans:
-                    await self._copy(response, body, 0, body.size, outlet)
-                await response.write_eof()
+                        await response.write(multipart.tail)
+                    if not spans:
+                        await self._copy(response, body, 0, body.size, outlet)
+                    await response.write_eof()
             self._pull.complete = True
         except BaseException:
             self._cut(hard=not delimited)
@@ -234,31 +235,35 @@ class Sender:
             self._count(len(reader[start:stop]))
             return
         assert _is_reader(reader)
-        position, size = start, _SMALL_SLICE
+        position = start
         while stop is None or position < stop:
             extent = await reader.wait(position, stop)
             if extent is None:
                 break
-            count = min(extent.stop - position, size)
-            begun = self._loop.time()
-            async with asyncio.timeout(PATIENCE):
-                if isinstance(extent, MemoryExtent):
-                    sent = await self._write(response, extent.data[:count])
-                elif outlet is not None:
-                    sent = await outlet.send(extent.fd, position, count)
-                else:
-                    sent = await self._copy_file(response, extent, position, count)
+            # The first slice is small, so that the time to the first byte is about that.
+            count = min(extent.stop - position, SLICE if position > start else _FIRST_SLICE)
+            if isinstance(extent, MemoryExtent):
+                await response.write(extent.data[:count])
+                self._count(count)
+                sent = count
+            elif outlet is not None:
+                sent = await self._send_file(outlet, extent, position, count)
+            else:
+                sent = await self._copy_file(response, extent, position, count)
             if sent == 0:
                 raise ContentLost("content was cut while it was read")
             position += sent
-            self._count(sent)
-            size = next_slice(size, self._loop.time() - begun)
         if stop is not None and position != stop:
             raise ContentLost("content ended before its announced length")
 
-    async def _write(self, response: web.StreamResponse, data: memoryview) -> int:
-        await response.write(data)
-        return len(data)
+    async def _send_file(
+        self, outlet: Outlet, extent: FileExtent, position: int, count: int
+    ) -> int:
+        before = outlet.total
+        try:
+            return await outlet.send(extent.fd, position, count)
+        finally:
+            self._count(outlet.total - before)
 
     async def _copy_file(
         self, response: web.StreamResponse, extent: FileExtent, position: int, count: int
@@ -270,10 +275,13 @@ class Sender:
             await file.seek(position)
             while sent < count and (data := await file.read(min(_COPY, count - sent))):
                 await response.write(data)
+                self._count(len(data))
                 sent += len(data)
         return sent
 
     def _count(self, count: int) -> None:
+        if count == 0:
+            return
         if self._pull.first_byte is None:
             self._pull.first_byte = self._loop.time() - self._pull.started
         self._pull.bytes_sent += count
@@ -293,14 +301,9 @@ class Sender:
         transport.abort()
 
 
-def next_slice(size: int, seconds: float) -> int:
-    """Bytes to hand over next, after ``size`` took ``seconds``: few to a slow client.
-
-    A time limit for each slice is then one for clients that do not read, at any rate.
-    """
-    if seconds < _QUICK:
-        return min(size * 2, SLICE)
-    return max(size // 2, _SMALL_SLICE) if seconds > _SLOW else size
+def _is_small(source: Reader | bytes | None) -> bool:
+    """Whether so little that a client that reads nothing of it is worth no time limit."""
+    return source is None or (isinstance(source, bytes) and len(source) <= _FIRST_SLICE)
 
 
 def _is_reader(source: Reader | bytes | None) -> TypeGuard[Reader]:
