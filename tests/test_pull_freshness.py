@@ -20,6 +20,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from mirror.oci.reference import Repository, Tag
 from mirror.pull.freshness import (
     PATIENCE,
     PROVEN_FOR,
@@ -31,9 +32,10 @@ from mirror.pull.freshness import (
     after_failure,
     decide,
     decide_reading,
+    decide_tag,
     patience,
 )
-from mirror.store.records import Membership
+from mirror.store.records import Entry, Membership, TagRecord
 
 
 def upstream(**changes: object) -> Upstream:
@@ -71,6 +73,27 @@ def test_a_confirmation_in_the_future_is_not_fresh() -> None:
 def test_fresh_means_younger_than_the_ttl(confirmed: float, now: float, ttl: float) -> None:
     fresh = decide(confirmed, upstream(tag_ttl=ttl), now) == Fresh()
     assert fresh == (0 <= now - confirmed < ttl)
+
+
+NEW, OLD = Digest.of(b"new"), Digest.of(b"old")
+MOVED = TagRecord(
+    *(Repository("docker.io", "app"), Tag("1.0"), NEW, 2e9, 2e9), (Entry(OLD, 1e9, 2e9),)
+)
+
+
+@pytest.mark.parametrize("serve_stale", [True, False])
+@pytest.mark.parametrize("policy", ["Always", "IfNotPresent", "Never"])
+def test_what_a_tag_was_is_never_fresh(policy: str, serve_stale: bool) -> None:
+    settings = upstream(pull_policy=policy, tag_ttl=math.inf, serve_stale=serve_stale)
+    assert decide_tag(MOVED, NEW, settings, 2e9) == decide(2e9, settings, 2e9)
+    nothing = decide(None, settings, 2e9)
+    assert decide_tag(MOVED, None, settings, 2e9) == nothing
+    assert decide_tag(None, None, settings, 2e9) == nothing
+    before = decide_tag(MOVED, OLD, settings, 2e9)
+    if policy == "Never" and serve_stale:
+        assert isinstance(before, Stale)
+    else:
+        assert before == nothing
 
 
 FAILURES = [

@@ -69,6 +69,14 @@ def test_what_is_not_on_disk_is_not_named(tmp_path: Path) -> None:
     assert image_layout.read(layout) == [entry]
 
 
+def test_of_several_digests_of_a_tag_the_first_one_that_is_on_disk_is_named(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    gone = Named(REPO, Tag("1.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
+    newer, older = (named(layout, REPO, "1.0", body) for body in (b"newer", b"older"))
+    image_layout.write(layout, [gone, newer, older])
+    assert image_layout.read(layout) == [newer]
+
+
 def test_a_write_that_fails_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import sqlite3
@@ -16,7 +17,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store import index as index_module
 from mirror.store.index import Index
-from mirror.store.records import Membership, Named, confirm, dump_tag
+from mirror.store.records import LEDGER_LIMIT, Membership, Named, confirm, dump_tag
 from mirror.store.rows import STEP
 from mirror.store.sweep import KEPT
 
@@ -147,6 +148,32 @@ async def test_only_what_was_pulled_by_a_name_of_its_own_is_named(tmp_path: Path
         assert await index.tag(REPO, Tag("old"), " variant")
 
 
+async def test_what_two_processes_learn_of_a_tag_is_in_one_ledger(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index, opened(tmp_path) as other:
+        assert await index.confirm_tag(REPO, TAG, ONE) == await other.tag(REPO, TAG)
+        steps = [(index, Digest.of(b"%d" % n)) for n in range(20)]
+        steps[1::2] = [(other, digest) for _, digest in steps[1::2]]
+        await asyncio.gather(*(i.confirm_tag(REPO, TAG, digest, keep=ONE) for i, digest in steps))
+        record = await index.tag(REPO, TAG)
+        assert record
+        assert len(set(record.digests)) == LEDGER_LIMIT + 1
+        assert ONE in record.digests
+        assert await index.tag(REPO, TAG, " variant") is None
+
+
+@pytest.mark.row("M10")
+async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        await index.confirm_tag(REPO, TAG, ONE)
+    for table in ("named", "members"):
+        with sqlite3.connect(tmp_path / "index" / table / "cache.db") as database:
+            database.execute("UPDATE Cache SET mode = 4, value = x'80'")
+        database.close()
+    async with opened(tmp_path) as index:
+        assert await index.confirm_tag(REPO, TAG, TWO)
+        assert (await index.tag_records())[0].digests == (TWO,)
+
+
 async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_memberships(REPO, [Membership(TWO, "blob", "a/b", 3, ONE, None)])
@@ -155,6 +182,7 @@ async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path
         for step in (
             lambda: index.put_memberships(REPO, [root(ONE)]),
             lambda: index.put_tag(confirm(None, REPO, TAG, ONE, 1.0)),
+            lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.pin([ONE]),
             lambda: index.withdraw(REPO, ONE),
         ):

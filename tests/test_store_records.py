@@ -92,6 +92,19 @@ def test_a_ledger_holds_the_newest_earlier_digests_and_is_bounded(moves: list[Di
         reversed(runs[-LEDGER_LIMIT - 1 :])
     )
     assert record.confirmed == len(moves) - 1
+    assert record.digests == tuple(dict.fromkeys(reversed(runs[-LEDGER_LIMIT - 1 :])))
+
+
+@given(st.integers(LEDGER_LIMIT, 3 * LEDGER_LIMIT), st.integers(0, LEDGER_LIMIT - 1))
+def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> None:
+    record = confirm(None, REPO, TAG, Digest.of(b"before"), 0.0)
+    for number in range(before + moves):
+        keep = ONE if number > before else None
+        digest = ONE if number == before else Digest.of(b"%d" % number)
+        record = confirm(record, REPO, TAG, digest, 1.0 + number, keep)
+    assert ONE in record.digests
+    assert len(record.ledger) <= LEDGER_LIMIT
+    assert record.digests[1] == Digest.of(b"%d" % (before + moves - 2)), "and the newest beside it"
 
 
 # --- what a repository refers to ------------------------------------------------------------------

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.config import Upstream
+from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, UpstreamError
-from mirror.store.records import Membership
+from mirror.store.records import Membership, TagRecord
 
 PROVEN_FOR: Final = 86400.0
 """Seconds for which an upstream's word that a repository has a digest is believed unasked."""
@@ -65,6 +66,24 @@ def decide(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
         case "IfNotPresent":
             fresh = confirmed is not None and 0 <= now - confirmed < upstream.tag_ttl
             return Fresh() if fresh else Ask()
+
+
+def decide_tag(
+    record: TagRecord | None, held: Digest | None, upstream: Upstream, now: float
+) -> Decision | Stale:
+    """What a tag needs before ``held`` is served for it: what it is, or was; None: nothing is here.
+
+    What a tag was is never fresh. Where nobody may be asked it stands in, as it does for an
+    upstream that fails.
+    """
+    if record is None or held is None:
+        return decide(None, upstream, now)
+    if held == record.digest:
+        return decide(record.confirmed, upstream, now)
+    decision = decide(None, upstream, now)
+    if isinstance(decision, Refuse) and upstream.serve_stale:
+        return Stale("the tag has moved on to what is not here")
+    return decision
 
 
 def decide_reading(known: Membership | None, upstream: Upstream, now: float) -> Decision:

@@ -24,7 +24,7 @@ from mirror.oci.descriptor import (
     sniff_media_type,
 )
 from mirror.oci.digest import Digest
-from mirror.oci.errors import ManifestUnknown, MirrorError, NotFound
+from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
 from mirror.oci.reference import Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.answers import ManifestAnswer
@@ -172,11 +172,14 @@ class ManifestService:
         upstream = self._content.upstream(repository)
         with pull.stage("index"):
             record, held = await self._look_up(repository, tag, accept)
-        confirmed = record.confirmed if record is not None and held is not None else None
-        match freshness.decide(confirmed, upstream, self._content.now()):
+        match self._decide(repository, record, held):
             case freshness.Fresh():
                 assert held is not None
                 pull.outcome = Outcome.HIT
+                return held
+            case freshness.Stale(why):
+                assert held is not None
+                pull.outcome, pull.warning = Outcome.STALE, why
                 return held
             case freshness.Refuse():
                 raise ManifestUnknown("not in the cache, and the policy is Never")
@@ -191,19 +194,25 @@ class ManifestService:
         record, held = await self._look_up_variant(repository, tag, "")
         variant = variant_of(accept)
         # A registry may answer an old client with another manifest than the one held here.
-        fits = record is not None and held is not None and accepts(accept, held.media_type)
-        if not variant or (fits and self._is_fresh(repository, record)):
+        fits = held is not None and accepts(accept, held.media_type)
+        if not variant or (fits and self._is_fresh(repository, record, held)):
             return record, held
         own, theirs = await self._look_up_variant(repository, tag, variant)
-        if fits and not (theirs is not None and self._is_fresh(repository, own)):
+        if fits and not self._is_fresh(repository, own, theirs):
             return record, held
         return own, theirs
 
-    def _is_fresh(self, repository: Repository, record: TagRecord | None) -> bool:
-        confirmed = record.confirmed if record is not None else None
+    def _is_fresh(
+        self, repository: Repository, record: TagRecord | None, held: ManifestAnswer | None
+    ) -> bool:
+        return isinstance(self._decide(repository, record, held), freshness.Fresh)
+
+    def _decide(
+        self, repository: Repository, record: TagRecord | None, held: ManifestAnswer | None
+    ) -> freshness.Decision | freshness.Stale:
         upstream = self._content.upstream(repository)
-        decision = freshness.decide(confirmed, upstream, self._content.now())
-        return isinstance(decision, freshness.Fresh)
+        digest = held.digest if held is not None else None
+        return freshness.decide_tag(record, digest, upstream, self._content.now())
 
     async def _look_up_variant(
         self, repository: Repository, tag: Tag, variant: str
@@ -214,7 +223,20 @@ class ManifestService:
             if record is None:
                 return None, None
             self._records.put((repository, tag, variant), record)
-        return record, await self.held(repository, record.digest)
+        return record, await self._newest_held(repository, record)
+
+    async def _newest_held(
+        self, repository: Repository, record: TagRecord
+    ) -> ManifestAnswer | None:
+        """What the tag is, or else the newest of what it was: the upstream may name it alone."""
+        for digest in record.digests:
+            try:
+                held = await self.held(repository, digest)
+            except ManifestInvalid:
+                continue
+            if held is not None:
+                return held
+        return None
 
     async def _ask(
         self,
@@ -286,13 +308,14 @@ class ManifestService:
             await self._index.put_negative(key, error.message, ttl)
             raise
         assert found.digest is not None
-        now = self._content.now()
         said = Membership(found.digest, "manifest", found.media_type, found.size, None, None)
         await self._index.put_memberships(repository, [said])
         variant = variant_of(accept)
-        known = await self._index.tag(repository, tag, variant)
-        record = confirm(known, repository, tag, found.digest, now)
-        await self._index.put_tag(record, variant)
+        known, held = await self._look_up_variant(repository, tag, variant)
+        keep = held.digest if held is not None else None
+        record = await self._index.confirm_tag(repository, tag, found.digest, variant, keep)
+        if record is None:
+            record = confirm(known, repository, tag, found.digest, self._content.now(), keep)
         self._records.put((repository, tag, variant), record)
         return found
 

@@ -26,8 +26,14 @@ _SIZE_LIMIT: Final = 64 * 1024 * 1024
 
 
 def write(layout: Layout, entries: Iterable[Named]) -> None:
-    """Replace ``index.json`` atomically: it names what is on disk only. Raises ``OSError``."""
-    held = [entry for entry in entries if layout.blob(entry.digest).is_file()]
+    """Replace ``index.json`` atomically: it names what is on disk only. Raises ``OSError``.
+
+    Of several entries with one name it is the first that is on disk.
+    """
+    held: dict[str, Named] = {}
+    for entry in entries:
+        if entry.name not in held and layout.blob(entry.digest).is_file():
+            held[entry.name] = entry
     manifests = [
         {
             "mediaType": entry.media_type,
@@ -39,7 +45,7 @@ def write(layout: Layout, entries: Iterable[Named]) -> None:
                 **({_PINNED: "true"} if entry.pinned else {}),
             },
         }
-        for entry in sorted(held, key=lambda entry: entry.name)
+        for _, entry in sorted(held.items())
     ]
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
     path = layout.root / "index.json"

@@ -26,6 +26,7 @@ from mirror.store.records import (
     Membership,
     Named,
     TagRecord,
+    confirm,
     dump_membership,
     dump_tag,
     load_membership,
@@ -84,6 +85,38 @@ class Index:
         return await self._put_named(
             [(f"{r.repository}:{r.tag}{variant}", dump_tag(r)) for r in records]
         )
+
+    async def confirm_tag(
+        self,
+        repository: Repository,
+        tag: Tag,
+        digest: Digest,
+        variant: str = "",
+        keep: Digest | None = None,
+    ) -> TagRecord | None:
+        """Remember that the upstream just said that ``tag`` is ``digest`` (see ``confirm``).
+
+        What another process learns at the same time is not lost. None: it was not written.
+        """
+        key, now = f"{repository}:{tag}{variant}", self._now()
+
+        def write() -> TagRecord | None:
+            with self._rows.transaction(_NAMED):
+                known = load_tag(self._text(_NAMED, key))
+                record = confirm(known, repository, tag, digest, now, keep)
+                self._rows.write(_NAMED, key, dump_tag(record))
+            self.changed = True
+            return record
+
+        unwritten: TagRecord | None = None
+        return await self._rows.run(write, unwritten)
+
+    def _text(self, table: str, key: str) -> str | None:
+        """A row that is about to be written; one of another kind is none."""
+        try:
+            return self._rows.read(table, key)[0]
+        except TypeError:
+            return None
 
     async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
         put = await self._rows.put(_NAMED, rows)
@@ -275,7 +308,7 @@ def _pulled(row: Row) -> TagRecord | Named | None:
 
 
 def _join(found: list[TagRecord | Named], pins: set[Digest]) -> list[Named] | None:
-    """Every pulled manifest, by its digest and by each tag that it has."""
+    """Every pulled manifest, by its digest and by each tag that it has or had, newest first."""
     pulled = {
         (named.repository, named.digest): replace(named, pinned=named.digest in pins)
         for named in found
@@ -285,7 +318,8 @@ def _join(found: list[TagRecord | Named], pins: set[Digest]) -> list[Named] | No
         replace(known, tag=record.tag)
         for record in found
         if isinstance(record, TagRecord)
-        and (known := pulled.get((record.repository, record.digest))) is not None
+        for digest in record.digests
+        if (known := pulled.get((record.repository, digest))) is not None
     ]
     return [*pulled.values(), *tagged]
 

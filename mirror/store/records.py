@@ -44,6 +44,11 @@ class TagRecord:
     """When the upstream last said that the tag is this digest."""
     ledger: tuple[Entry, ...] = ()
 
+    @property
+    def digests(self) -> tuple[Digest, ...]:
+        """What the tag is and was, each once, newest first."""
+        return tuple(dict.fromkeys((self.digest, *(entry.digest for entry in self.ledger))))
+
 
 @dataclass(frozen=True, slots=True)
 class Membership:
@@ -82,15 +87,27 @@ class Named:
 
 
 def confirm(
-    record: TagRecord | None, repository: Repository, tag: Tag, digest: Digest, now: float
+    record: TagRecord | None,
+    repository: Repository,
+    tag: Tag,
+    digest: Digest,
+    now: float,
+    keep: Digest | None = None,
 ) -> TagRecord:
-    """The record after the upstream said that ``tag`` is ``digest``."""
+    """The record after the upstream said that ``tag`` is ``digest``.
+
+    ``keep`` stays in the ledger however full that is: it is what can be served meanwhile.
+    """
     if record is None:
         return TagRecord(repository, tag, digest, now, now)
     if record.digest == digest:
         return TagRecord(repository, tag, digest, record.first_seen, now, record.ledger)
     earlier = Entry(record.digest, record.first_seen, record.confirmed)
-    return TagRecord(repository, tag, digest, now, now, (earlier, *record.ledger)[:LEDGER_LIMIT])
+    ledger = [earlier, *record.ledger]
+    while len(ledger) > LEDGER_LIMIT:
+        spare = (n for n in range(len(ledger) - 1, 0, -1) if ledger[n].digest != keep)
+        del ledger[next(spare, -1)]
+    return TagRecord(repository, tag, digest, now, now, tuple(ledger))
 
 
 def members_of(root: Membership, manifest: Manifest) -> list[Membership]:

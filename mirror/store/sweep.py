@@ -53,5 +53,5 @@ def digests_of(key: str, text: str) -> frozenset[Digest]:
             return frozenset()
     record, member = load_tag(text), load_membership(text)
     if record is not None:
-        return frozenset({record.digest, *(entry.digest for entry in record.ledger)})
+        return frozenset(record.digests)
     return frozenset() if member is None else frozenset({member.digest})
