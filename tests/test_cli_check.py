@@ -61,7 +61,8 @@ def pair(directory: Path, name: str) -> tuple[Path, Path]:
 
 def test_what_is_printed_is_the_same_configuration(check: Check, tmp_path: Path) -> None:
     code, out, err = check(SHIPPED.read_text())
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert not [line for line in err.splitlines() if "data_dir" not in line]
     again = tmp_path / "again.yaml"
     again.write_text(out)
     assert load(str(again), {}) == load(str(SHIPPED), {})
@@ -130,6 +131,46 @@ def test_a_file_that_will_not_do(check: Check, more: str, key: str, why: str) ->
     assert err.count("\n") == 1
     assert err.startswith(f"oci-mirror: {key}: '")
     assert why in err
+
+
+def test_a_directory_that_cannot_be_made(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("none")
+    for name in ("file", "file/below", "dangling/below"):
+        code, out, err = check(f"data_dir: {tmp_path}/{name}\n{HUB}")
+        assert (code, out) == (78, "")
+        assert err.startswith(f"oci-mirror: data_dir: '{tmp_path}/{name}': '{tmp_path}/")
+        assert err.endswith("is not a directory\n")
+    assert check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")[0] == 0
+    assert not (tmp_path / "to").exists(), "it was only looked at"
+
+
+def test_a_directory_that_takes_nothing_is_warned_of(
+    check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # root, who may write everywhere, runs these tests as well
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    code, _, err = check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")
+    assert code == 0
+    assert f"data_dir: '{tmp_path}' is not writable: nothing would be stored" in err
+
+
+@pytest.mark.parametrize(
+    ("listen", "endpoint"),
+    [
+        ("127.0.0.1:5100", "http://127.0.0.1:5100"),
+        ("127.0.0.1:5100", "http://localhost:5100"),
+        ("0.0.0.0:80", "http://127.0.0.2"),
+        ("'[::]:443'", "https://[::1]"),
+        ("mirror.example:443", "https://mirror.example/sub"),
+    ],
+)
+def test_an_endpoint_that_is_the_mirror_itself(check: Check, listen: str, endpoint: str) -> None:
+    code, out, err = check(
+        f"listen: {listen}\nupstreams: {{docker.io: {{endpoints: ['{endpoint}']}}}}\n"
+    )
+    assert (code, out) == (78, "")
+    assert err == f"oci-mirror: upstreams.docker.io.endpoints: '{endpoint}': ourselves\n"
 
 
 def test_serve_looks_at_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

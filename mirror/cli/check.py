@@ -1,13 +1,14 @@
-"""``check-config``: is this configuration usable, and what does it come to.
+"""``check-config``: is this configuration usable here, and what does it come to.
 
-Lives here: the files that a configuration names, and its printing without secrets. Must not know:
-how a configuration is read.
+Lives here: what a configuration names on this machine, and its printing without secrets. Must not
+know: how a configuration is read.
 """
 
 from __future__ import annotations
 
+import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from shutil import which
 from typing import Any, Final
@@ -16,15 +17,20 @@ import yaml
 
 from mirror.config import Settings, Upstream
 from mirror.oci.errors import ConfigError
+from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, judge
+from mirror.upstream.transport import own_addresses
 
 HIDDEN: Final = "(not shown)"
 
 
-def check_files(settings: Settings, *, secrets: bool = True) -> None:
-    """Hold the files that are named to what they are for. ``secrets``: credentials too.
+def check_here(settings: Settings, *, secrets: bool = True) -> None:
+    """Hold files and addresses that are named to what they are for. ``secrets``: credentials too.
 
     Raises :class:`ConfigError` for the first that will not do.
     """
+    directory = _nearest(settings.data_dir)
+    if not directory.is_dir():
+        raise ConfigError(f"data_dir: '{settings.data_dir}': '{directory}' is not a directory")
     if settings.tls:
         _readable("tls.certificate", settings.tls.certificate)
         _readable("tls.key", settings.tls.key)
@@ -37,8 +43,28 @@ def check_files(settings: Settings, *, secrets: bool = True) -> None:
             raise ConfigError(
                 f"tls: '{settings.tls.certificate}' and '{settings.tls.key}': {why}"
             ) from None
+    own = own_addresses(settings.listen)
     for name, upstream in settings.upstreams.items():
+        _check_endpoints(f"upstreams.{name}.endpoints", upstream.endpoints, own)
         _check_upstream(f"upstreams.{name}", upstream, secrets)
+
+
+def _nearest(path: str) -> Path:
+    """What there is already of a path that is made when it is needed."""
+    found = Path(path).absolute()
+    while not os.path.lexists(found) and found != found.parent:
+        found = found.parent
+    return found
+
+
+def _check_endpoints(
+    key: str, endpoints: tuple[str, ...], own: Collection[tuple[str, int]]
+) -> None:
+    for endpoint in endpoints:
+        url = as_url(endpoint)
+        verdict = judge(str(url), Purpose.ENDPOINT, url, Policy(url, own=own))
+        if isinstance(verdict, Refused):
+            raise ConfigError(f"{key}: '{endpoint}': {verdict.why}")
 
 
 def _check_upstream(key: str, upstream: Upstream, secrets: bool) -> None:
@@ -90,6 +116,9 @@ def _without_none(value: Any) -> Any:
 
 def warnings(settings: Settings) -> Iterator[str]:
     """What can be used, but should be looked at."""
+    directory = _nearest(settings.data_dir)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        yield f"data_dir: '{directory}' is not writable: nothing would be stored"
     for name, upstream in settings.upstreams.items():
         if upstream.credentials.model_fields_set and not upstream.allow:
             yield (

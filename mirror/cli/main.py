@@ -191,7 +191,7 @@ def _config(parser: argparse.ArgumentParser) -> None:
 def _serve(arguments: argparse.Namespace) -> int:
     settings = load(arguments.config, os.environ)
     # Secrets are read at each use, and may come later than the server.
-    check.check_files(settings, secrets=False)
+    check.check_here(settings, secrets=False)
     # Imported late: no other command needs it, and prometheus_client reads its environment then.
     from mirror.server import run
 
@@ -200,7 +200,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     settings = load(arguments.file, os.environ)
-    check.check_files(settings)
+    check.check_here(settings)
     for warning in check.warnings(settings):
         _say(f"warning: {warning}")
     _print(check.effective(settings).rstrip("\n"))
