@@ -309,6 +309,18 @@ async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path)
         assert good.count("GET", f"blobs/{Digest.of(blob)}") == 0
 
 
+@pytest.mark.row("U12")
+@pytest.mark.parametrize("status", [500, 503])
+async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status: int) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for number in range(4):
+            fake.add_image(b"layer", tag=f"good-{number}")
+        fake.fault("manifests/bad", Fault(status=status, times=None))
+        for number in range(4):
+            assert (await server.get(server.manifest("bad")))[0] == 502
+            assert (await server.get(server.manifest(f"good-{number}")))[0] == 200
+
+
 @pytest.mark.row("U13")
 async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

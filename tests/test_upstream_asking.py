@@ -1,17 +1,13 @@
-"""Asking: failover in order, what is tried again, circuits with time passed in, pauses."""
+"""Asking: failover in order, what is tried again, pauses; circuits have tests of their own."""
 
 from __future__ import annotations
-
-import asyncio
 
 import pytest
 
 from mirror.config import Limits
-from mirror.events import CircuitChanged, Kind, RateLimitSeen, UpstreamAnswered
-from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.events import Kind, RateLimitSeen, UpstreamAnswered
 from mirror.oci.errors import (
     ManifestUnknown,
-    MirrorError,
     OutboundRefused,
     UpstreamError,
     UpstreamProtocolError,
@@ -20,44 +16,10 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.upstream.asking import Question
-from mirror.upstream.endpoints import BARE_REST, FIRST_PAUSE, THRESHOLD
+from mirror.upstream.endpoints import BARE_REST
 from mirror.upstream.retry import ATTEMPTS, BUDGET
-from tests.fakes.registry import FakeRegistry, Fault
-from tests.upstream_kit import REPO, Kit, at_once, dead, until, upstream_kit
-
-DOWN = 503
-
-
-def registry() -> FakeRegistry:
-    """One that has an image at ``latest``."""
-    fake = FakeRegistry()
-    fake.add_manifest(b"{}", tag="latest", media_type=OCI_MANIFEST)
-    return fake
-
-
-def down(*fakes: FakeRegistry) -> None:
-    for fake in fakes:
-        fake.fault("", Fault(status=DOWN, times=None))
-
-
-def up(*fakes: FakeRegistry) -> None:
-    for fake in fakes:
-        fake.faults.clear()
-
-
-async def failure(kit: Kit, path: str = "manifests/latest") -> MirrorError:
-    with pytest.raises(MirrorError) as caught:
-        await kit.status(path)
-    return caught.value
-
-
-async def opened(kit: Kit, fake: FakeRegistry) -> None:
-    """Let the circuit of a single endpoint open."""
-    down(fake)
-    await failure(kit)
-    assert len(fake.requests) == THRESHOLD
-    fake.requests.clear()
-
+from tests.fakes.registry import Fault
+from tests.upstream_kit import DOWN, REPO, dead, down, failure, registry, upstream_kit
 
 # --- failover, and trying again -------------------------------------------------------------------
 
@@ -177,104 +139,6 @@ async def test_a_token_costs_no_further_connection() -> None:
             "latest",
         ]
         assert fake.connections == 1
-
-
-# --- circuits -------------------------------------------------------------------------------------
-
-
-@pytest.mark.row("U12")
-async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again() -> None:
-    async with registry() as fake, upstream_kit(fake.url) as kit:
-        await opened(kit, fake)
-        assert isinstance(await failure(kit), UpstreamUnavailable)
-        kit.clock[0] += FIRST_PAUSE - 0.01
-        await failure(kit)
-        assert not fake.requests
-        up(fake)
-        kit.clock[0] += 0.01
-        assert await kit.status() == 200
-        changes = [event.open for event in kit.seen(CircuitChanged)]
-        assert changes == [True, False]
-
-
-@pytest.mark.row("U12")
-async def test_half_open_lets_exactly_one_of_many_through() -> None:
-    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        down(one)
-        for _ in range(THRESHOLD):
-            await kit.status()
-        one.requests.clear()
-        kit.clock[0] += FIRST_PAUSE
-        assert await at_once(20, kit.status) == [200] * 20
-        assert len(one.requests) == 1
-        up(one)
-        kit.clock[0] += 2 * FIRST_PAUSE
-        assert await at_once(20, kit.status) == [200] * 20
-        assert len(one.requests) == 2
-        two.requests.clear()
-        assert await at_once(20, kit.status) == [200] * 20
-        assert not two.requests
-
-
-async def test_the_second_endpoint_too_lets_one_through() -> None:
-    """Between the look at the circuits and the try, others have been on their way."""
-    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        down(one, two)
-        for _ in range(THRESHOLD):
-            await failure(kit)
-        kit.clock[0] += 60.0
-        up(one, two)
-        one.fault("", Fault(status=410, delay=0.05, times=None))
-        two.fault("", Fault(status=410, delay=0.05, times=None))
-        one.requests.clear()
-        two.requests.clear()
-        await at_once(20, kit.status)
-        assert (len(one.requests), len(two.requests)) == (1, 1)
-
-
-@pytest.mark.row("U12")
-async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
-    async with registry() as fake, upstream_kit(fake.url) as kit:
-        fake.fault("", Fault(status=DOWN, delay=0.05, times=None))
-        await at_once(30, kit.status)
-        up(fake)
-        kit.clock[0] += FIRST_PAUSE
-        assert await kit.status() == 200
-
-
-async def test_a_try_whose_asker_left_does_not_keep_the_circuit_shut() -> None:
-    async with registry() as fake, upstream_kit(fake.url) as kit:
-        await opened(kit, fake)
-        up(fake)
-        fake.fault("", Fault(delay=3600))
-        kit.clock[0] += FIRST_PAUSE
-        task = asyncio.get_running_loop().create_task(kit.status())
-        await until(lambda: bool(fake.requests))
-        assert isinstance(await failure(kit), UpstreamUnavailable)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert await kit.status() == 200
-
-
-async def test_each_endpoint_has_a_circuit_of_its_own() -> None:
-    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        down(one)
-        for _ in range(THRESHOLD + 3):
-            assert await kit.status() == 200
-        assert len(one.requests) == THRESHOLD
-        assert [event.endpoint for event in kit.seen(CircuitChanged)] == [one.url]
-
-
-async def test_answers_that_are_no_failures_open_nothing() -> None:
-    async with registry() as fake, upstream_kit(fake.url) as kit:
-        for status in (401, 403, 404, 410, 429):
-            fake.fault("", *(Fault(status=status) for _ in range(THRESHOLD)))
-            for _ in range(THRESHOLD):
-                await failure(kit)
-                kit.clock[0] += BARE_REST
-        assert await kit.status() == 200
-        assert not kit.seen(CircuitChanged)
 
 
 # --- pauses ---------------------------------------------------------------------------------------

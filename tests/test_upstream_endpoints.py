@@ -42,6 +42,39 @@ def test_it_opens_after_failures_in_a_row() -> None:
     assert circuit.permits(FIRST_PAUSE)
 
 
+def test_a_path_that_fails_again_counts_once() -> None:
+    circuit = Circuit()
+    for _ in range(THRESHOLD):
+        circuit.failed(0.0, probe=False, path="a")
+    assert circuit.permits(0.0)
+    circuit.failed(0.0, probe=False, path="b")
+    assert circuit.permits(0.0)
+    circuit.failed(5.0, probe=False, path="a")
+    assert circuit.is_open
+    assert circuit.open_until == 5.0 + FIRST_PAUSE
+    circuit.succeeded()
+    for path in ("a", "b"):
+        circuit.failed(9.0, probe=False, path=path)
+    assert circuit.permits(9.0), "a success forgets paths too"
+
+
+def test_no_answer_to_anything_counts_each_time() -> None:
+    circuit = Circuit()
+    circuit.failed(0.0, probe=False, path="a")
+    for _ in range(THRESHOLD - 1):
+        assert circuit.permits(0.0)
+        circuit.failed(0.0, probe=False)
+    assert circuit.is_open
+
+
+def test_a_try_that_fails_at_a_path_that_failed_doubles_the_pause() -> None:
+    circuit = Circuit()
+    for path in ("a", "b", "c"):
+        circuit.failed(0.0, probe=False, path=path)
+    circuit.failed(FIRST_PAUSE, probe=circuit.claim(), path="c")
+    assert circuit.open_until == FIRST_PAUSE + 2 * FIRST_PAUSE
+
+
 def test_half_open_lets_exactly_one_through() -> None:
     circuit = opened()
     assert circuit.claim()

@@ -12,15 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from yarl import URL
 
 from mirror.config import Limits, Upstream
 from mirror.events import Event, Kind
+from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
+from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
 from mirror.upstream.asking import Asker, Question
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
+from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 
 REPO = Repository("docker.io", "library/app")
@@ -28,6 +32,8 @@ DATA = bytes(range(256)) * 400
 LIMITS = Limits(connect=15.0, headers=15.0, idle=15.0)
 """Of tests that do not wait for them, on whatever busy machine."""
 T = TypeVar("T")
+DOWN = 503
+"""What an endpoint says that has no answer."""
 
 
 @dataclass
@@ -90,6 +96,32 @@ def dead() -> str:
     """An endpoint at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def registry() -> FakeRegistry:
+    """One that has an image at ``latest``."""
+    fake = FakeRegistry()
+    fake.add_manifest(b"{}", tag="latest", media_type=OCI_MANIFEST)
+    return fake
+
+
+def down(*fakes: FakeRegistry) -> None:
+    """Let them have no answer to anything."""
+    for fake in fakes:
+        fake.fault("", Fault(status=DOWN, times=None))
+
+
+def up(*fakes: FakeRegistry) -> None:
+    """Let them answer again."""
+    for fake in fakes:
+        fake.faults.clear()
+
+
+async def failure(kit: Kit, path: str = "manifests/latest") -> MirrorError:
+    """The error that is the answer to a question."""
+    with pytest.raises(MirrorError) as caught:
+        await kit.status(path)
+    return caught.value
 
 
 def helper(directory: Path, script: str, name: str = "test") -> Path:

@@ -11,6 +11,8 @@ Distribution's ``errcode`` for the two the specification leaves out
 
 from __future__ import annotations
 
+from enum import Enum, auto
+
 
 class MirrorError(Exception):
     """The root. ``code`` is the OCI code, ``str(error)`` is safe to show to a client."""
@@ -118,8 +120,25 @@ class UpstreamError(MirrorError):
     code = "UNAVAILABLE"
 
 
+class Reach(Enum):
+    """How far a failure reaches: what it says of other questions to the same endpoint."""
+
+    NOTHING = auto()
+    """Nothing: it is not the endpoint's, or the endpoint was not asked."""
+    REQUEST = auto()
+    """The endpoint works: it has answered, and this request failed."""
+    PATH = auto()
+    """It had no answer for this path, and may have one for others."""
+    ENDPOINT = auto()
+    """It cannot be asked at all, or not in time."""
+
+
 class UpstreamUnavailable(UpstreamError):
     """It cannot be asked now: DNS, connect, TLS, 5xx, an open circuit, a failing token service."""
+
+    def __init__(self, message: str, *, reach: Reach = Reach.NOTHING) -> None:
+        super().__init__(message)
+        self.reach = reach
 
 
 class UpstreamTimeout(UpstreamUnavailable):

@@ -23,6 +23,7 @@ from mirror.oci.errors import (
     ManifestUnknown,
     MirrorError,
     NameUnknown,
+    Reach,
     Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
@@ -34,6 +35,7 @@ from mirror.upstream.transport import read_body
 
 _ERROR_LIMIT: Final = 8 * 1024
 _TAGS_LIMIT: Final = 100_000
+_UNABLE: Final = frozenset({502, 503, 504})
 # ratelimit-remaining: 76;w=21600
 _RATE: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*", re.ASCII)
 
@@ -92,7 +94,9 @@ async def error_of(
             return await _not_found(response, kind, redirected)
         case 401 | 403 if redirected:
             # Such as a signed URL that has expired: the next try has it signed anew.
-            return UpstreamUnavailable("the storage behind the registry refuses")
+            return UpstreamUnavailable(
+                "the storage behind the registry refuses", reach=Reach.REQUEST
+            )
         case 401:
             return Unauthorized("the upstream wants credentials, or refuses those it got")
         case 403:
@@ -100,7 +104,9 @@ async def error_of(
         case 429:
             return UpstreamRateLimited("the upstream limits the rate", retry_after=pause)
         case status if status >= 500 or status == 408:
-            return UpstreamUnavailable(f"the upstream answers {status}")
+            unable = status in _UNABLE and not redirected
+            reach = Reach.PATH if unable else Reach.REQUEST
+            return UpstreamUnavailable(f"the upstream answers {status}", reach=reach)
         case status:
             return UpstreamProtocolError(f"the upstream answers {status}")
 
@@ -114,7 +120,9 @@ async def _not_found(response: aiohttp.ClientResponse, kind: Kind, redirected: b
         code = ""  # a HEAD has no body, and Harbor's says UNKNOWN
     if kind is Kind.BLOB and redirected and not code:
         # The registry has said that it is there; only another registry can say that it is not.
-        return UpstreamUnavailable("the storage behind the registry does not have it")
+        return UpstreamUnavailable(
+            "the storage behind the registry does not have it", reach=Reach.REQUEST
+        )
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
         return NameUnknown("the upstream does not know this repository")
     if kind is Kind.BLOB:

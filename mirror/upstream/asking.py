@@ -23,6 +23,7 @@ from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, Upstrea
 from mirror.oci.errors import (
     MirrorError,
     OutboundRefused,
+    Reach,
     UpstreamError,
     UpstreamRateLimited,
     UpstreamUnavailable,
@@ -58,6 +59,23 @@ class Question:
     takes: Callable[[Answer], bool] = nothing_else
     """Which answers are good, beside a 200."""
     follow: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A question, put to one endpoint."""
+
+    endpoint: URL
+    question: Question
+    probe: bool
+    """It is the one try of a circuit that is half open."""
+    again: bool
+    """The question was put to this endpoint before."""
+
+    @property
+    def path(self) -> str:
+        """What was asked for."""
+        return f"{self.question.repository.path}/{self.question.path}"
 
 
 class Asker:
@@ -98,6 +116,7 @@ class Asker:
         deadline = self._clock() + BUDGET
         failure: MirrorError | None = None
         attempt = 0
+        asked: set[URL] = set()
         async with AsyncExitStack() as stack:
             while attempt < ATTEMPTS:
                 before = attempt
@@ -107,10 +126,12 @@ class Asker:
                     if not circuit.permits(now):
                         continue  # not any more: another request is the one that tries it
                     attempt += 1
+                    attempted = _Attempt(
+                        endpoint, question, circuit.claim(), again=endpoint in asked
+                    )
+                    asked.add(endpoint)
                     try:
-                        answer = await stack.enter_async_context(
-                            self._attempt(question, endpoint, probe=circuit.claim())
-                        )
+                        answer = await stack.enter_async_context(self._attempt(attempted))
                     except UpstreamError as error:
                         failure = error
                         continue
@@ -145,24 +166,22 @@ class Asker:
         return verdict.url
 
     @asynccontextmanager
-    async def _attempt(
-        self, question: Question, endpoint: URL, *, probe: bool
-    ) -> AsyncIterator[Answer]:
+    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[Answer]:
         """One endpoint, with what it wants of credentials; its circuit learns how it went."""
         async with AsyncExitStack() as stack:
             try:
-                answer = await self._authorized(stack, question, endpoint)
-                await self._judge_status(answer, question)
+                answer = await self._authorized(stack, attempt.question, attempt.endpoint)
+                await self._judge_status(answer, attempt.question)
             except UpstreamError as error:
-                self._learn(endpoint, error, probe)
+                self._learn(attempt, error)
                 raise
             except MirrorError:
-                self._learn(endpoint, None, probe)
+                self._learn(attempt, None)
                 raise
             except BaseException:
-                self._endpoints.circuits[endpoint].abandoned(probe=probe)
+                self._endpoints.circuits[attempt.endpoint].abandoned(probe=attempt.probe)
                 raise
-            self._learn(endpoint, None, probe)
+            self._learn(attempt, None)
             yield answer
 
     async def _authorized(self, stack: AsyncExitStack, question: Question, endpoint: URL) -> Answer:
@@ -235,20 +254,23 @@ class Asker:
         pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
         raise await error_of(response, question.kind, answer.redirected, pause)
 
-    def _learn(self, endpoint: URL, error: UpstreamError | None, probe: bool) -> None:
-        circuit = self._endpoints.circuits[endpoint]
+    def _learn(self, attempt: _Attempt, error: UpstreamError | None) -> None:
+        """A question counts once at each endpoint, however often it is tried there."""
+        circuit, probe = self._endpoints.circuits[attempt.endpoint], attempt.probe
         was_open = circuit.is_open
         match error:
-            case OutboundRefused():
-                circuit.abandoned(probe=probe)
             case UpstreamRateLimited():
                 circuit.rest(self._clock(), error.retry_after)
-            case UpstreamUnavailable():
-                circuit.failed(self._clock(), probe=probe)
+            case OutboundRefused() | UpstreamUnavailable(reach=Reach.NOTHING):
+                circuit.abandoned(probe=probe)
+            case UpstreamUnavailable(reach=Reach.PATH | Reach.ENDPOINT):
+                path = attempt.path if error.reach is Reach.PATH else None
+                if probe or not attempt.again:
+                    circuit.failed(self._clock(), probe=probe, path=path)
             case _:
                 circuit.succeeded()
         if circuit.is_open != was_open:
-            self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
+            self._emit(CircuitChanged(self._name, str(attempt.endpoint), circuit.is_open))
 
     async def _ask_token_service(
         self,

@@ -1,7 +1,8 @@
 """Endpoints in order of preference, with a circuit for each: pure, with time passed in.
 
 A circuit opens when an endpoint fails several times in a row, lets one try through after a while
-(half open), and closes when that goes well. Only failures to answer count: a 4xx is an answer.
+(half open), and closes when that goes well. Only the endpoint's own failures count: a 4xx is an
+answer, and a path that fails again and again counts once, since it says nothing of the others.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Circuit:
     """The state of one endpoint. Times in seconds of one clock."""
 
     failures: int = 0
+    path: str | None = None
+    """The path of the last failure, if it was of one."""
     open_until: float = 0.0
     resting_until: float = 0.0
     """A 429 asked for a pause until then."""
@@ -56,12 +59,18 @@ class Circuit:
 
     def succeeded(self) -> None:
         """It answered."""
-        self.failures, self.pause, self.open_until, self.probing = 0, FIRST_PAUSE, 0.0, False
+        self.failures, self.path, self.open_until = 0, None, 0.0
+        self.pause, self.probing = FIRST_PAUSE, False
 
-    def failed(self, now: float, *, probe: bool) -> None:
-        """It did not answer. Those that were under way when the circuit opened change nothing."""
-        self.failures += 1
-        if probe or self.failures == THRESHOLD:
+    def failed(self, now: float, *, probe: bool, path: str | None = None) -> None:
+        """It did not answer ``path``; or nothing at all (None).
+
+        Those that were under way when the circuit opened change nothing.
+        """
+        was_open = self.is_open
+        if path is None or path != self.path:
+            self.failures, self.path = self.failures + 1, path
+        if probe or self.is_open != was_open:
             self.open_until = now + self.pause
             self.pause = min(self.pause * 2, LONGEST_PAUSE)
         if probe:

@@ -22,7 +22,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from mirror.config import Limits, Upstream
-from mirror.oci.errors import OutboundRefused, UpstreamProtocolError, UpstreamTimeout
+from mirror.oci.errors import OutboundRefused, Reach, UpstreamProtocolError, UpstreamTimeout
 from mirror.oci.errors import UpstreamUnavailable as Unavailable
 from mirror.upstream.outbound import (
     REDIRECT_LIMIT,
@@ -113,7 +113,12 @@ class Transport:
         sent = dict(headers)
         crossed = False
         for _ in range(REDIRECT_LIMIT + 1):
-            response = await self._send(method, url, sent, form)
+            try:
+                response = await self._send(method, url, sent, form)
+            except Unavailable as error:
+                if crossed:
+                    error.reach = Reach.REQUEST
+                raise
             try:
                 target = response.headers.get(hdrs.LOCATION)
                 if response.status not in _REDIRECTS or target is None or not follow:
@@ -154,11 +159,15 @@ class Transport:
                     allow_redirects=False,
                 )
         except TimeoutError as error:
-            raise UpstreamTimeout("no answer within the time limit") from error
+            message = "no answer within the time limit"
+            raise UpstreamTimeout(message, reach=Reach.ENDPOINT) from error
         except aiohttp.ClientConnectorCertificateError as error:
-            raise Unavailable("the certificate is not valid for this upstream") from error
+            message = "the certificate is not valid for this upstream"
+            raise Unavailable(message, reach=Reach.ENDPOINT) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Unavailable(f"no answer: {type(error).__name__}") from error
+            connected = not isinstance(error, aiohttp.ClientConnectorError)
+            reach = Reach.PATH if connected else Reach.ENDPOINT
+            raise Unavailable(f"no answer: {type(error).__name__}", reach=reach) from error
 
 
 def _authorities(ca: str) -> ssl.SSLContext:
