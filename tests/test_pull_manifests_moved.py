@@ -205,7 +205,7 @@ async def test_what_was_withdrawn_does_not_stand_in(
     async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
         other = kit.registry.add_image(OTHER.path, TAG.name, b"old")
         assert (await manifest(kit, repository=OTHER))[0] == other
-        await kit.store.index.withdraw(REPO, old)
+        await kit.store.index.withdraw(REPO, old, "manifest")
         registry.failure = UpstreamUnavailable("down")
         with pytest.raises(UpstreamUnavailable):
             await manifest(kit)

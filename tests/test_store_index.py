@@ -62,7 +62,7 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) == record
     assert await index.tags_of(REPO) == [TAG]
-    known = await index.membership(REPO, ONE)
+    known = await index.membership(REPO, ONE, "manifest")
     assert known
     assert known.media_type == "a/b"
     manifests = await index.manifests()
@@ -70,9 +70,9 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [named.name for named in manifests] == [f"{REPO}@{ONE}", "docker.io/library/app:1.0"]
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
-    await index.withdraw(REPO, ONE)
+    await index.withdraw(REPO, ONE, "manifest")
     await index.pin([ONE], pinned=False)
-    assert await index.membership(REPO, ONE) is None
+    assert await index.membership(REPO, ONE, "manifest") is None
     assert await index.pinned() == set()
     await index.close()
     assert not events
@@ -161,19 +161,6 @@ async def test_what_two_processes_learn_of_a_tag_is_in_one_ledger(tmp_path: Path
         assert await index.tag(REPO, TAG, " variant") is None
 
 
-@pytest.mark.row("M10")
-async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
-    async with opened(tmp_path) as index:
-        await index.confirm_tag(REPO, TAG, ONE)
-    for table in ("named", "members"):
-        with sqlite3.connect(tmp_path / "index" / table / "cache.db") as database:
-            database.execute("UPDATE Cache SET mode = 4, value = x'80'")
-        database.close()
-    async with opened(tmp_path) as index:
-        assert await index.confirm_tag(REPO, TAG, TWO)
-        assert (await index.tag_records())[0].digests == (TWO,)
-
-
 async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_memberships(REPO, [Membership(TWO, "blob", "a/b", 3, ONE, None)])
@@ -184,7 +171,7 @@ async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path
             lambda: index.put_tag(confirm(None, REPO, TAG, ONE, 1.0)),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.pin([ONE]),
-            lambda: index.withdraw(REPO, ONE),
+            lambda: index.withdraw(REPO, ONE, "manifest"),
         ):
             index.changed = False
             await step()
@@ -299,7 +286,7 @@ async def remember(index: Index, digest: Digest) -> None:
 async def is_known(index: Index, digest: Digest) -> bool:
     """All that is known of a digest, or nothing."""
     found = {
-        await index.membership(REPO, digest) is not None,
+        await index.membership(REPO, digest, "manifest") is not None,
         await index.tag(REPO, Tag(digest.hex[:8])) is not None,
         await index.verified_at(digest) is not None,
         digest in {named.digest for named in await index.manifests() or ()},

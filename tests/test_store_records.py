@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, OCTET_STREAM, Descriptor, Manifest
 from mirror.oci.digest import ALGORITHMS, Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.records import (
@@ -19,11 +20,13 @@ from mirror.store.records import (
     Named,
     TagRecord,
     confirm,
+    contradicts,
     dump_membership,
     dump_tag,
     load_membership,
     load_tag,
     members_of,
+    merge,
     repository_of,
     size_of,
 )
@@ -118,6 +121,54 @@ def test_a_manifest_makes_its_parts_members() -> None:
         Membership(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
         Membership(TWO, "blob", "a/layer", 9, THREE, None),
     ]
+
+
+TYPES = st.sampled_from(["", "a/one", "a/two"])
+SIZES = st.none() | st.integers(0, 3)
+OWN = st.builds(
+    Membership, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.none(), st.none() | TIMES
+)
+LISTED = st.builds(
+    Membership, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.just(THREE), st.none()
+)
+
+
+@given(st.lists(LISTED | OWN, min_size=1))
+def test_what_several_say_of_a_digest(words: list[Membership]) -> None:
+    """The upstream's last word on what it is; believed for good once a manifest refers to it."""
+    known: Membership | None = None
+    for word in words:
+        known = merge(known, word)
+    assert known is not None
+    own = [word for word in words if word.via is None]
+    if own:
+        assert (known.media_type, known.size, known.via) == (own[-1].media_type, own[-1].size, None)
+    else:
+        agreed = len({word.media_type for word in words}) == 1
+        assert known.media_type == (words[0].media_type if agreed else "")
+        assert known.size in (words[-1].size, None)
+    for_good = any(word.until is None for word in words)
+    assert known.until == (None if for_good else words[-1].until)
+
+
+def test_a_word_contradicts_another_where_one_of_them_is_an_index() -> None:
+    own, listed = (Membership(ONE, "manifest", "a/own", 3, via, None) for via in (None, TWO))
+    wrong = replace(listed, media_type="a/wrong")
+    assert contradicts(own, wrong)
+    assert contradicts(wrong, own)
+    assert contradicts(listed, wrong)
+    assert not contradicts(None, wrong)
+    assert not contradicts(own, replace(listed, media_type="A/OWN"))
+    assert not contradicts(own, replace(listed, media_type=""))
+    assert not contradicts(own, replace(own, media_type="a/another")), "it changed its mind"
+    assert not contradicts(replace(own, kind="blob"), replace(wrong, kind="blob"))
+
+
+def test_a_child_without_a_type_is_of_no_type_yet() -> None:
+    part = Descriptor(OCTET_STREAM, ONE, 7)
+    root = Membership(THREE, "manifest", OCI_INDEX, 100, None, None)
+    child, layer = members_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
+    assert (child.media_type, layer.media_type) == ("", OCTET_STREAM)
 
 
 @given(REPOSITORIES)

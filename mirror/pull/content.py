@@ -15,7 +15,7 @@ from typing import Final, assert_never
 
 from mirror.config import Settings, Upstream
 from mirror.events import Kind, Observer, Outcome, Pull
-from mirror.oci.descriptor import DEFAULT_ACCEPT
+from mirror.oci.descriptor import DEFAULT_ACCEPT, OCTET_STREAM
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
@@ -75,9 +75,15 @@ class ContentService:
     async def membership(
         self, repository: Repository, digest: Digest, kind: Kind
     ) -> Membership | None:
-        """What is known of ``digest`` in ``repository``, if it is of that kind, however old."""
-        known = await self.store.index.membership(repository, digest)
-        return known if known is not None and known.kind == kind.value else None
+        """What is known of ``digest`` in ``repository`` as that kind, however old."""
+        return await self.store.index.membership(repository, digest, kind.value)
+
+    async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
+        """Whether it is one to the upstream; an index may call so what others know as a blob."""
+        known = await self.membership(repository, digest, Kind.MANIFEST)
+        if known is None or known.via is None:
+            return known is not None
+        return await self.membership(repository, digest, Kind.BLOB) is None
 
     def believes(self, repository: Repository, known: Membership | None) -> bool:
         """Whether ``repository`` may be read without a question, for what is known."""
@@ -132,7 +138,7 @@ class ContentService:
         self, repository: Repository, digest: Digest, kind: Kind, error: MirrorError
     ) -> None:
         """The upstream says no: what it once granted has ended; a 404 is believed for a while."""
-        await self.store.index.withdraw(repository, digest)
+        await self.store.index.withdraw(repository, digest, kind.value)
         if isinstance(error, NotFound):
             ttl = self.upstream(repository).negative_ttl
             key = _negative(repository, digest, kind)
@@ -331,7 +337,10 @@ class ContentService:
 
         async def answered(stream: ContentStream) -> None:
             proven.add(repository)
-            if not self.believes(repository, known):
+            listed = kind is Kind.MANIFEST and known is not None and known.via is not None
+            # An index called it something; bytes of no type are no other word.
+            typed = listed and stream.media_type != OCTET_STREAM
+            if typed or not self.believes(repository, known):
                 await self._grant(repository, digest, kind, stream.media_type, stream.total)
 
         def suspect(endpoint: str) -> None:

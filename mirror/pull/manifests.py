@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final, TypeVar, assert_never
 
@@ -20,7 +21,6 @@ from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
     Manifest,
-    parse_manifest,
     sniff_media_type,
 )
 from mirror.oci.digest import Digest
@@ -31,7 +31,7 @@ from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.recent import Recent
 from mirror.store.reader import Reader, read_all
-from mirror.store.records import Membership, TagRecord, confirm, members_of
+from mirror.store.records import Membership, TagRecord, confirm, members_of, parse_member
 from mirror.upstream.api import ManifestHead
 
 T = TypeVar("T")
@@ -114,10 +114,12 @@ class ManifestService:
         body = await self._content.store.contents.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        media_type = known.media_type or sniff_media_type(body)
-        parsed = await parsed_beside(parse_manifest, body, media_type)
+        parsed = await parsed_beside(parse_member, body, known)
+        if known.media_type not in ("", parsed.media_type):
+            said = replace(known, media_type=parsed.media_type)
+            await self._index.put_memberships(repository, [said])
         return self._remember(
-            repository, ManifestAnswer(digest, media_type, len(body), body, parsed)
+            repository, ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
         )
 
     async def _head_by_digest(
@@ -137,11 +139,11 @@ class ManifestService:
     ) -> ManifestAnswer:
         """Take what a manifest that was pulled through ``repository`` says of its parts."""
         known = await self._content.membership(repository, digest, Kind.MANIFEST)
-        media_type = known.media_type if known is not None else ""
-        media_type = media_type or sniff_media_type(body)
-        root = Membership(digest, "manifest", media_type, len(body), None, None)
-        parsed, members = await parsed_beside(_parse, body, root)
-        answer = ManifestAnswer(digest, media_type, len(body), body, parsed)
+        if known is None:
+            media_type = sniff_media_type(body)
+            known = Membership(digest, "manifest", media_type, len(body), None, None)
+        parsed, members = await parsed_beside(_parse, body, known)
+        answer = ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
         if pull.outcome is Outcome.STALE:
             return answer  # nobody has confirmed it: the next one asks again
         for start in range(0, len(members), _ROWS):
@@ -355,9 +357,10 @@ def _names_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-def _parse(body: bytes, root: Membership) -> tuple[Manifest, list[Membership]]:
+def _parse(body: bytes, known: Membership) -> tuple[Manifest, list[Membership]]:
     """A manifest, and what its repository is known to have because of it: itself, and its parts."""
-    parsed = parse_manifest(body, root.media_type)
+    parsed = parse_member(body, known)
+    root = replace(known, media_type=parsed.media_type, size=len(body), until=None)
     return parsed, [root, *members_of(root, parsed)]
 
 

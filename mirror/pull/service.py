@@ -61,7 +61,7 @@ class PullService:
         """A blob. The caller closes the answer's reader."""
         if self._admit(repository, pull) is not None:
             raise BlobUnknown("another image is served in place of this one")
-        if await self._content.membership(repository, digest, Kind.MANIFEST) is not None:
+        if await self._content.is_manifest(repository, digest):
             # A client that got a manifest here would take it for an octet stream (containerd).
             raise BlobUnknown("this digest is a manifest")
         if head:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.events import Observer
+from mirror.events import Noted, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
@@ -27,10 +27,12 @@ from mirror.store.records import (
     Named,
     TagRecord,
     confirm,
+    contradicts,
     dump_membership,
     dump_tag,
     load_membership,
     load_tag,
+    merge,
     repository_of,
 )
 from mirror.store.rows import Row, Rows
@@ -51,8 +53,9 @@ _PINS: Final = "pins"
 class Index:
     """Tag records, memberships, verifications, pins, negative answers, lists."""
 
-    def __init__(self, rows: Rows, now: Callable[[], float]) -> None:
+    def __init__(self, rows: Rows, emit: Observer, now: Callable[[], float]) -> None:
         self._rows = rows
+        self._emit = emit
         self._now = now
         self._swept = _NAMED, 0
         """Where the sweep is: in which table, behind which row."""
@@ -64,7 +67,7 @@ class Index:
         """Open it; one that is damaged is put aside and begun anew."""
         rows = Rows(path, _TABLES, emit)
         await rows.page(_NAMED, 0)
-        return cls(rows, now)
+        return cls(rows, emit, now)
 
     async def close(self) -> None:
         """End the thread, and its databases with it."""
@@ -173,28 +176,50 @@ class Index:
 
     # --- who refers to what ---------------------------------------------------------------------
 
-    async def membership(self, repository: Repository, digest: Digest) -> Membership | None:
-        """What ``digest`` is in ``repository``; None if that is not known."""
-        return load_membership(await self._rows.get(_MEMBERS, f"{repository}@{digest}"))
+    async def membership(
+        self, repository: Repository, digest: Digest, kind: str
+    ) -> Membership | None:
+        """What ``digest`` is in ``repository`` as a ``kind``; None if that is not known."""
+        return load_membership(await self._rows.get(_MEMBERS, _member(repository, digest, kind)))
 
     async def put_memberships(
         self, repository: Repository, memberships: Iterable[Membership]
     ) -> bool:
-        """Remember what ``repository`` refers to; whether that was written."""
-        known = [(m, f"{repository}@{m.digest}", dump_membership(m)) for m in memberships]
-        put = await self._rows.put(_MEMBERS, [(key, text) for _, key, text in known])
+        """Remember what ``repository`` refers to (see ``merge``); whether that was written.
+
+        Says so where an index calls a manifest what it is not.
+        """
+        learnt = list(memberships)
+
+        def write() -> list[Membership] | None:
+            with self._rows.transaction(_MEMBERS):
+                return [new for new in learnt if self._learn(repository, new)]
+
+        unwritten: list[Membership] | None = None
+        contradicted = await self._rows.run(write, unwritten) if learnt else []
+        for new in (contradicted or ())[:1]:
+            why = (("repository", str(repository)), ("digest", str(new.digest)))
+            self._emit(Noted("warning", "an index and a manifest disagree on its type", why))
         named = [
-            (key, text)
-            for m, key, text in known
+            (f"{repository}@{m.digest}", dump_membership(m))
+            for m in learnt
             if m.kind == "manifest" and m.via is None and m.size is not None
         ]
-        return await self._put_named(named) and put
+        return await self._put_named(named) and contradicted is not None
 
-    async def withdraw(self, repository: Repository, digest: Digest) -> None:
-        """Forget that ``repository`` refers to ``digest``."""
-        await self._rows.drop(_MEMBERS, f"{repository}@{digest}")
-        await self._rows.drop(_NAMED, f"{repository}@{digest}")
-        self.changed = True  # or it would be read back from index.json one day
+    def _learn(self, repository: Repository, new: Membership) -> bool:
+        """Write one membership; whether it contradicts what was known."""
+        key = _member(repository, new.digest, new.kind)
+        known = load_membership(self._text(_MEMBERS, key))
+        self._rows.write(_MEMBERS, key, dump_membership(merge(known, new)))
+        return contradicts(known, new)
+
+    async def withdraw(self, repository: Repository, digest: Digest, kind: str) -> None:
+        """Forget that ``repository`` refers to ``digest`` as a ``kind``."""
+        await self._rows.drop(_MEMBERS, _member(repository, digest, kind))
+        if kind == "manifest":
+            await self._rows.drop(_NAMED, f"{repository}@{digest}")
+            self.changed = True  # or it would be read back from index.json one day
 
     # --- verifications, pins ----------------------------------------------------------------------
 
@@ -293,6 +318,10 @@ class Index:
                         rows.write(table, row.key, text)
                     case Fate.DROP:
                         rows.delete(table, row.key)
+
+
+def _member(repository: Repository, digest: Digest, kind: str) -> str:
+    return f"{kind} {repository}@{digest}"
 
 
 def _pulled(row: Row) -> TagRecord | Named | None:

@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mirror.oci.descriptor import Manifest
+from mirror.oci.descriptor import (
+    OCTET_STREAM,
+    Descriptor,
+    Manifest,
+    parse_manifest,
+    sniff_media_type,
+)
 from mirror.oci.digest import Digest
-from mirror.oci.errors import InvalidRequest
+from mirror.oci.errors import InvalidRequest, ManifestInvalid
 from mirror.oci.reference import Repository, Tag
 
 LEDGER_LIMIT: Final = 16
@@ -52,15 +58,16 @@ class TagRecord:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """That a repository refers to a digest."""
+    """That a repository refers to a digest, as one kind of thing: a digest may be of both kinds."""
 
     digest: Digest
     kind: str
     """``manifest`` or ``blob``."""
     media_type: str
+    """Empty: nobody said, or those who refer to it disagree."""
     size: int | None
     via: Digest | None
-    """The manifest that refers to it; None: the upstream said so."""
+    """The manifest that refers to it; None: the upstream said so, and what it is."""
     until: float | None
     """Until when it is believed; None: as long as it is remembered."""
 
@@ -113,10 +120,58 @@ def confirm(
 def members_of(root: Membership, manifest: Manifest) -> list[Membership]:
     """What a repository refers to because it has the manifest ``root``."""
     return [
-        Membership(part.digest, kind, part.media_type, part.size, root.digest, None)
+        Membership(part.digest, kind, _said(part, kind), part.size, root.digest, None)
         for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
         for part in parts
     ]
+
+
+def _said(part: Descriptor, kind: str) -> str:
+    """The type of a part; none is read as any bytes, which no manifest is."""
+    return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
+
+
+def merge(known: Membership | None, new: Membership) -> Membership:
+    """What is known of a digest of one kind, after ``new``.
+
+    Whoever may push a manifest may say anything of what it refers to: that is a reason to believe
+    that the repository has it, and never outdoes the upstream's own word on what it is.
+    """
+    if known is None:
+        return new
+    until = None if known.until is None else new.until
+    if new.via is None:
+        return replace(new, until=until)
+    if known.via is None:
+        return replace(known, until=new.until)
+    return replace(
+        new,
+        media_type=new.media_type if new.media_type == known.media_type else "",
+        size=new.size if new.size == known.size else None,
+    )
+
+
+def contradicts(known: Membership | None, new: Membership) -> bool:
+    """Whether an index calls a manifest something else than whoever spoke before, or after it."""
+    if known is None or new.kind != "manifest" or (known.via is None and new.via is None):
+        return False
+    said = {known.media_type.lower(), new.media_type.lower()} - {""}
+    return len(said) > 1
+
+
+def parse_member(body: bytes, known: Membership) -> Manifest:
+    """The manifest of ``known``, as what the upstream says that it is.
+
+    An index's word is taken where its bytes allow it; else they say themselves what they are.
+    Raises ``ManifestInvalid``.
+    """
+    if known.media_type:
+        try:
+            return parse_manifest(body, known.media_type)
+        except ManifestInvalid:
+            if known.via is None:
+                raise
+    return parse_manifest(body, sniff_media_type(body))
 
 
 def repository_of(name: str) -> Repository | None:

@@ -26,7 +26,7 @@ from mirror.events import (
     StorageMeasured,
     Uncached,
 )
-from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest
+from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Repository
@@ -38,7 +38,7 @@ from mirror.store.eviction import Evictor
 from mirror.store.growing import Growing
 from mirror.store.index import Index
 from mirror.store.layout import Layout
-from mirror.store.records import Membership, TagRecord, members_of
+from mirror.store.records import Membership, TagRecord, members_of, parse_member
 from mirror.store.recovery import recover, sweep
 
 _RECENCY_STEP: Final = 60.0
@@ -246,7 +246,7 @@ class Store:
         """Whether what the manifest refers to is known again, or cannot be any more."""
         try:
             body = await self.contents.read(root.digest, MANIFEST_LIMIT)
-            parsed = parse_manifest(body, root.media_type) if body is not None else None
+            parsed = parse_member(body, root) if body is not None else None
         except StorageUnavailable:
             return False
         except ManifestInvalid:
