@@ -23,6 +23,7 @@ from mirror.oci.errors import (
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
+    UpstreamLeftAlone,
     UpstreamProtocolError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -194,6 +195,39 @@ async def test_breaks_without_progress_come_to_an_end(bench: Bench) -> None:
         await bench.body()
     assert len(bench.happened(Resumed)) == 5
     assert not bench.kit.layout.blob(DIGEST).exists()
+
+
+async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
+    bench: Bench,
+) -> None:
+    bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, avoid=("wrong",))
+    bench.registry.breaks = [(100_000, BROKEN), *((100_000 + n, BROKEN) for n in (1, 2, 3))]
+    change(bench, *({"endpoint": name} for name in ("one", "one", "two", "one", "two")))
+    assert await bench.body() == DATA
+    assert [named["avoid"] for named in bench.registry.asked] == [
+        ("wrong",),
+        ("wrong",),
+        ("one", "wrong"),
+        ("one", "two", "wrong"),
+        ("two", "one", "wrong"),
+    ]
+
+
+async def test_an_endpoint_whose_answer_was_no_use_is_asked_last(bench: Bench) -> None:
+    useless = UpstreamProtocolError("another range")
+    useless.endpoint = "two"
+    bench.registry.breaks = [(1000, BROKEN), (1000, useless)]
+    change(bench, *({"endpoint": "one"} for _ in range(3)))
+    assert await bench.body() == DATA
+    assert [named["avoid"] for named in bench.registry.asked] == [(), ("one",), ("one", "two")]
+
+
+async def test_while_nobody_may_be_asked_no_attempt_is_lost(bench: Bench) -> None:
+    waiting = UpstreamLeftAlone("not asked again yet")
+    bench.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
+    assert await bench.body() == DATA
+    assert len(bench.happened(Resumed)) == 1
+    assert bench.registry.asked[-1]["avoid"] == ("memory",)
 
 
 async def test_progress_earns_new_attempts(bench: Bench) -> None:

@@ -85,6 +85,46 @@ async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
                 await fetch(server, digest)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1")),
+        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3")),
+    ],
+    ids=["reset", "stall"],
+)
+async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
+    tmp_path: Path, fault: Fault
+) -> None:
+    fault.times = None
+    async with (
+        FakeRegistry() as bad,
+        FakeRegistry() as good,
+        running(tmp_path, bad.url, good.url) as server,
+    ):
+        digest = bad.add_blob(DATA)
+        good.add_blob(DATA)
+        bad.fault(f"blobs/{digest}", fault)
+        assert await fetch(server, digest) == DATA
+        assert (bad.count("GET"), good.count("GET")) == (1, 1)
+        assert bad.bytes_sent + good.bytes_sent <= len(DATA) * 1.01
+        assert "if-range" not in good.requests[0].headers, "it is the tag of another endpoint"
+
+
+@pytest.mark.row("U1")
+async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as only,
+        FakeRegistry() as other,
+        running(tmp_path, only.url, other.url) as server,
+    ):
+        digest = only.add_blob(DATA)
+        only.fault(f"blobs/{digest}", Fault(reset_at=1000, times=2))
+        assert await fetch(server, digest) == DATA
+        assert (only.count("GET"), other.count("GET")) == (3, 2)
+        assert (await server.get(server.blob(digest)))[0] == 200
+
+
 @pytest.mark.row("U4")
 @pytest.mark.parametrize(
     "second",

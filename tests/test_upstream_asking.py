@@ -19,7 +19,7 @@ from mirror.upstream.asking import Question
 from mirror.upstream.endpoints import BARE_REST
 from mirror.upstream.retry import ATTEMPTS, BUDGET
 from tests.fakes.registry import Fault
-from tests.upstream_kit import DOWN, REPO, dead, down, failure, registry, upstream_kit
+from tests.upstream_kit import DATA, DOWN, REPO, dead, down, failure, registry, up, upstream_kit
 
 # --- failover, and trying again -------------------------------------------------------------------
 
@@ -110,6 +110,37 @@ async def test_endpoints_to_avoid_go_last() -> None:
         down(two)
         async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
             assert str(endpoint) == one.url
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: int) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        question = Question("GET", REPO, "manifests/latest", Kind.MANIFEST)
+        two.fault("", Fault(status=status, times=None))
+        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+            assert str(endpoint) == one.url
+        for first, expected in (
+            (Fault(status=DOWN, times=None), UpstreamUnavailable),
+            (Fault(status=404), ManifestUnknown),
+            (Fault(status=429), UpstreamRateLimited),
+            (Fault(), UpstreamRateLimited),
+        ):
+            up(one)
+            one.fault("", first)
+            with pytest.raises(expected):
+                async with kit.asker.ask(question, avoid=[one.url]):
+                    pass
+
+
+@pytest.mark.row("U4")
+async def test_an_error_names_the_endpoint_that_it_is_of() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        digest = two.add_blob(DATA)
+        two.fault("", Fault(content_range="bytes 1-2/3"), Fault(end_at=10))
+        for offset in (5, 0):
+            with pytest.raises(UpstreamError) as caught:
+                await kit.read(digest, offset=offset, avoid=[one.url])
+            assert caught.value.endpoint == two.url
 
 
 async def test_a_prefix_of_an_endpoint_is_kept_and_names_are_quoted() -> None:

@@ -6,13 +6,15 @@ import asyncio
 
 import pytest
 
-from mirror.events import CircuitChanged, UpstreamAnswered
+from mirror.events import CircuitChanged, Kind, UpstreamAnswered
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
+from mirror.upstream.api import PROGRESS
 from mirror.upstream.endpoints import BARE_REST, FIRST_PAUSE, THRESHOLD
 from mirror.upstream.retry import ATTEMPTS
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.upstream_kit import (
+    DATA,
     DOWN,
     REPO,
     Kit,
@@ -161,6 +163,62 @@ async def test_a_storage_that_fails_says_nothing_of_the_registry(status: int | N
         up(fake)
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
+    """Ask for several blobs, whose bodies all break."""
+    fault.times = None
+    for number in range(THRESHOLD):
+        data = DATA + b"%d" % number
+        fake.fault(f"blobs/{fake.add_blob(data)}", fault)
+        with pytest.raises(UpstreamUnavailable):
+            await kit.read(Digest.of(data))
+
+
+@pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=PROGRESS - 1)])
+async def test_bodies_that_break_without_progress_open_it(fault: Fault) -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await broken(kit, fake, fault)
+        assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", fake.url, True)]
+
+
+async def test_bodies_that_break_after_some_progress_do_not() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await broken(kit, fake, Fault(end_at=PROGRESS))
+        assert not kit.seen(CircuitChanged)
+
+
+async def test_bodies_of_a_storage_behind_it_do_not() -> None:
+    async with registry() as fake, FakeRegistry() as storage, upstream_kit(fake.url) as kit:
+        storage.fault("/x", Fault(status=200, body=DATA, end_at=1000, times=None))
+        there = Fault(status=307, headers={"Location": f"{storage.url}/x"})
+        await broken(kit, fake, there)
+        assert not kit.seen(CircuitChanged)
+
+
+async def test_a_try_is_over_once_its_body_comes() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        await opened(kit, fake)
+        up(fake)
+        gate = asyncio.Event()
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(stall_at=PROGRESS, gate=gate))
+        kit.clock[0] += FIRST_PAUSE
+        async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
+            assert isinstance(await failure(kit), UpstreamUnavailable), "half open lets one through"
+            received = 0
+            async for chunk in stream:
+                received += len(chunk)
+                if received == PROGRESS:
+                    assert await kit.status() == 200
+                    gate.set()
+        assert [event.open for event in kit.seen(CircuitChanged)] == [True, False]
+
+
+# --- token services -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [400, 500, DOWN])

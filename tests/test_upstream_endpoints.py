@@ -157,11 +157,13 @@ def test_the_longer_of_two_pauses_holds() -> None:
     assert circuit.rest_named
 
 
-def test_endpoints_are_tried_in_order_and_those_to_avoid_last() -> None:
+def test_endpoints_are_tried_in_order_and_those_to_avoid_last_in_theirs() -> None:
     endpoints = Endpoints((A, B, C))
     assert endpoints.candidates(0.0) == [A, B, C]
     assert endpoints.candidates(0.0, [str(A), "https://unknown.example"]) == [B, C, A]
     assert endpoints.candidates(0.0, [str(A), str(B), str(C)]) == [A, B, C]
+    assert endpoints.candidates(0.0, [str(B), str(A)]) == [C, B, A]
+    assert endpoints.candidates(0.0, [str(A), str(B), str(A)]) == [C, B, A]
 
 
 def test_an_endpoint_that_is_left_alone_is_no_candidate() -> None:

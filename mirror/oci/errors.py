@@ -118,6 +118,8 @@ class UpstreamError(MirrorError):
     """The upstream failed. Never an answer about the content, so never a 404 of ours."""
 
     code = "UNAVAILABLE"
+    endpoint = ""
+    """The endpoint that failed, where it is of one."""
 
 
 class Reach(Enum):
@@ -139,6 +141,10 @@ class UpstreamUnavailable(UpstreamError):
     def __init__(self, message: str, *, reach: Reach = Reach.NOTHING) -> None:
         super().__init__(message)
         self.reach = reach
+
+
+class UpstreamLeftAlone(UpstreamUnavailable):
+    """No endpoint was asked: all have failed too often, and are tried again after a while."""
 
 
 class UpstreamTimeout(UpstreamUnavailable):

@@ -10,7 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from mirror.events import DigestMismatched, Kind, Observer, Resumed
@@ -22,18 +22,18 @@ from mirror.oci.errors import (
     MirrorError,
     NotFound,
     UpstreamError,
+    UpstreamLeftAlone,
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
 from mirror.store.claim import Role
 from mirror.store.growing import Growing
-from mirror.upstream.api import ContentStream, Registry
+from mirror.upstream.api import PROGRESS, ContentStream, Registry
 
 _ATTEMPTS: Final = 5
 """Transfers in a row that may break without progress."""
-_PROGRESS: Final = 64 * 1024
-"""Bytes that count as progress: a server that gives one byte for each connection gives none."""
+_LONGEST_PAUSE: Final = 2.0
 _PATIENCE: Final = 45.0
 """Seconds without progress after which clients are better off elsewhere."""
 
@@ -63,6 +63,8 @@ class _Journey:
     resumed_from: int = 0
     validator: str | None = None
     endpoint: str = ""
+    avoid: list[str] = field(default_factory=list)
+    """Endpoints whose transfers broke without progress, the latest one last."""
     answered: bool = False
 
 
@@ -130,7 +132,7 @@ async def _transfer(
         offset=growing.position,
         validator=journey.validator,
         total=growing.size,
-        avoid=source.avoid,
+        avoid=(*journey.avoid, *source.avoid),
     ) as stream:
         journey.validator, journey.endpoint = stream.validator, stream.endpoint
         total = stream.total if stream.total is not None else source.expected_size
@@ -165,9 +167,12 @@ async def _pause_before_resuming(
     bodies that broke.
     """
     now = time.monotonic()
-    if growing.position >= journey.best + _PROGRESS:
+    progress = growing.position >= journey.best + PROGRESS
+    if progress:
         journey.attempts, journey.best, journey.since = 0, growing.position, now
-    journey.attempts += 1
+    left_alone = isinstance(error, UpstreamLeftAlone)
+    if not left_alone:
+        journey.attempts += 1
     if (
         not journey.answered
         or growing.closed
@@ -175,9 +180,20 @@ async def _pause_before_resuming(
         or now - journey.since > _PATIENCE
     ):
         raise error
+    if left_alone:
+        # Nothing was transferred: this one waits, as all do, until an endpoint is tried again.
+        await _pause(_LONGEST_PAUSE)
+        return
+    if not progress:
+        at = error.endpoint if isinstance(error, UpstreamError) else ""
+        at = at or journey.endpoint
+        journey.avoid = [*(other for other in journey.avoid if other != at), at]
     restarted = isinstance(error, UpstreamProtocolError)
     if restarted:
         journey.validator = None
     emit(Resumed(source.repository.upstream, growing.position, restarted, error.message))
-    ceiling = min(2.0, 0.05 * 2**journey.attempts)
+    await _pause(min(_LONGEST_PAUSE, 0.05 * 2**journey.attempts))
+
+
+async def _pause(ceiling: float) -> None:
     await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311 - jitter, not a secret

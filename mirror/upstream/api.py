@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from mirror.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Reference, Repository, Tag
+
+PROGRESS: Final = 64 * 1024
+"""Bytes that count as progress: a server that gives one byte for each connection gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ class Registry(Protocol):
         """``GET`` a blob or a manifest by digest, from ``offset`` on where the server can.
 
         ``total``: what is known already; an answer that disagrees is ``UpstreamProtocolError``.
-        ``avoid``: endpoints to try last, because they gave wrong bytes.
+        ``avoid``: endpoints to try last, in this order: they had it, but what they gave was wrong,
+        or broke. No other one's no counts until they say it too.
         Fails over and retries until response headers are in; not afterwards.
         """
 

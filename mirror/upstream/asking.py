@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from urllib.parse import quote
 
 from aiohttp import hdrs
@@ -25,6 +26,7 @@ from mirror.oci.errors import (
     OutboundRefused,
     Reach,
     UpstreamError,
+    UpstreamLeftAlone,
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
@@ -62,6 +64,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
+class Good(Answer):
+    """An answer to the question."""
+
+    works: Callable[[], None]
+    """Says that its body comes. Otherwise the circuit waits for the end of it."""
+
+
+@dataclass(slots=True)
 class _Attempt:
     """A question, put to one endpoint."""
 
@@ -71,6 +81,8 @@ class _Attempt:
     """It is the one try of a circuit that is half open."""
     again: bool
     """The question was put to this endpoint before."""
+    learned: bool = False
+    """The circuit knows how it went."""
 
     @property
     def path(self) -> str:
@@ -108,15 +120,17 @@ class Asker:
     @asynccontextmanager
     async def ask(
         self, question: Question, avoid: Collection[str] = ()
-    ) -> AsyncIterator[tuple[Answer, URL]]:
+    ) -> AsyncIterator[tuple[Good, URL]]:
         """The first good answer of the endpoints in order, within the attempts there are.
 
-        A 4xx is the answer of an endpoint that works: the next one is not asked for another.
+        A 4xx is the answer of an endpoint that works: the next one is not asked for another. But
+        those in ``avoid`` had what is asked for: no other one's no counts until they say it too.
         """
         deadline = self._clock() + BUDGET
         failure: MirrorError | None = None
         attempt = 0
         asked: set[URL] = set()
+        had = {url for url in self._endpoints.urls if str(url) in avoid}
         async with AsyncExitStack() as stack:
             while attempt < ATTEMPTS:
                 before = attempt
@@ -135,6 +149,10 @@ class Asker:
                     except UpstreamError as error:
                         failure = error
                         continue
+                    except MirrorError:
+                        if not had or (failure is None and had <= asked):
+                            raise
+                        continue
                     yield answer, endpoint
                     return
                 over = attempt in (before, ATTEMPTS) or self._clock() >= deadline
@@ -150,7 +168,7 @@ class Asker:
             # Who asks for a pause is listened to, also where another one merely failed.
             named = min((seconds for seconds in resting if seconds is not None), default=None)
             return UpstreamRateLimited("the upstream asked for a pause", retry_after=named)
-        return failure or UpstreamUnavailable("all endpoints have failed; not asked again yet")
+        return failure or UpstreamLeftAlone("all endpoints have failed; not asked again yet")
 
     def _url(self, question: Question, policy: Policy) -> URL:
         """Where to ask; every URL passes the guard. Raises ``OutboundRefused``."""
@@ -166,23 +184,22 @@ class Asker:
         return verdict.url
 
     @asynccontextmanager
-    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[Answer]:
+    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[Good]:
         """One endpoint, with what it wants of credentials; its circuit learns how it went."""
         async with AsyncExitStack() as stack:
             try:
                 answer = await self._authorized(stack, attempt.question, attempt.endpoint)
                 await self._judge_status(answer, attempt.question)
-            except UpstreamError as error:
+                good = Good(answer.response, answer.redirected, partial(self._learn, attempt, None))
+                if answer.redirected:
+                    good.works()  # how the body comes is not the endpoint's business
+                yield good
+            except BaseException as error:
+                if isinstance(error, UpstreamError):
+                    error.endpoint = str(attempt.endpoint)
                 self._learn(attempt, error)
                 raise
-            except MirrorError:
-                self._learn(attempt, None)
-                raise
-            except BaseException:
-                self._endpoints.circuits[attempt.endpoint].abandoned(probe=attempt.probe)
-                raise
             self._learn(attempt, None)
-            yield answer
 
     async def _authorized(self, stack: AsyncExitStack, question: Question, endpoint: URL) -> Answer:
         """The answer to what the endpoint wants of credentials, as far as there are any."""
@@ -254,8 +271,11 @@ class Asker:
         pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
         raise await error_of(response, question.kind, answer.redirected, pause)
 
-    def _learn(self, attempt: _Attempt, error: UpstreamError | None) -> None:
+    def _learn(self, attempt: _Attempt, error: BaseException | None) -> None:
         """A question counts once at each endpoint, however often it is tried there."""
+        if attempt.learned:
+            return
+        attempt.learned = True
         circuit, probe = self._endpoints.circuits[attempt.endpoint], attempt.probe
         was_open = circuit.is_open
         match error:
@@ -267,8 +287,10 @@ class Asker:
                 path = attempt.path if error.reach is Reach.PATH else None
                 if probe or not attempt.again:
                     circuit.failed(self._clock(), probe=probe, path=path)
-            case _:
+            case None | MirrorError():
                 circuit.succeeded()
+            case _:
+                circuit.abandoned(probe=probe)  # whoever asked left
         if circuit.is_open != was_open:
             self._emit(CircuitChanged(self._name, str(attempt.endpoint), circuit.is_open))
 

@@ -100,9 +100,13 @@ class Endpoints:
         self.circuits = {url: Circuit() for url in self.urls}
 
     def candidates(self, now: float, avoid: Collection[str] = ()) -> list[URL]:
-        """Endpoints to try, best first, those in ``avoid`` last; none while no circuit permits."""
+        """Endpoints to try, best first, then those in ``avoid``, in its order.
+
+        None while no circuit permits.
+        """
         permitted = [url for url in self.urls if self.circuits[url].permits(now)]
-        return sorted(permitted, key=lambda url: str(url) in avoid)
+        late = {name: place for place, name in enumerate(avoid)}
+        return sorted(permitted, key=lambda url: late.get(str(url), -1))
 
     def resting(self, now: float) -> list[float | None]:
         """The seconds for which endpoints rest, None where they did not say; empty: none rests."""

@@ -148,7 +148,9 @@ class HttpRegistry:
                 start, whole = offset, span.total if span.total is not None else span.stop
             if total is not None and whole not in (None, total):
                 raise UpstreamProtocolError(f"upstream offers {whole} bytes, not {total}")
-            yield BodyStream(response, start, whole, str(endpoint), self._limits, self._count)
+            yield BodyStream(
+                response, start, whole, str(endpoint), self._limits, self._count, answer.works
+            )
 
     def _count(self, count: int) -> None:
         self._emit(BytesFetched(self._name, count))

@@ -10,6 +10,7 @@ from aiohttp import hdrs
 from mirror.config import Limits
 from mirror.oci.descriptor import media_type_of
 from mirror.oci.errors import UpstreamProtocolError
+from mirror.upstream.api import PROGRESS
 from mirror.upstream.transport import read_chunks
 
 
@@ -24,7 +25,9 @@ class BodyStream:
         endpoint: str,
         limits: Limits,
         count: Callable[[int], None],
+        works: Callable[[], None],
     ) -> None:
+        """``works`` is called once there is progress."""
         encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
         if encoding not in ("", "identity"):
             raise UpstreamProtocolError("a content encoding that nobody asked for")
@@ -38,10 +41,15 @@ class BodyStream:
         self._response = response
         self._limits = limits
         self._count = count
+        self._works = works
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
         expected = self.total - self.start if self.total is not None else None
+        received = 0
         async for chunk in read_chunks(self._response, self._limits, expected):
+            received += len(chunk)
+            if received >= PROGRESS:
+                self._works()
             self._count(len(chunk))
             yield chunk

@@ -199,9 +199,11 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
                 raise UpstreamProtocolError(f"an answer of more than {limit} bytes")
             parts.append(chunk)
     except TimeoutError as error:
-        raise UpstreamTimeout("silence in the middle of an answer") from error
+        message = "silence in the middle of an answer"
+        raise UpstreamTimeout(message, reach=Reach.PATH) from error
     except (aiohttp.ClientError, OSError) as error:
-        raise Unavailable(f"the answer broke off: {type(error).__name__}") from error
+        message = f"the answer broke off: {type(error).__name__}"
+        raise Unavailable(message, reach=Reach.PATH) from error
     return b"".join(parts)
 
 
@@ -230,17 +232,20 @@ async def read_chunks(
             yield chunk
             if waited >= limits.idle:
                 if arrived < limits.min_rate * waited:
-                    raise UpstreamTimeout("slower than the rate floor")
+                    raise UpstreamTimeout("slower than the rate floor", reach=Reach.PATH)
                 waited, arrived = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all that came; that need not come again.
         if rest := content._read_nowait(-1):
             yield rest
         if isinstance(error, TimeoutError):
-            raise UpstreamTimeout("silence in the middle of a body") from error
-        raise Unavailable(f"the body broke off: {type(error).__name__}") from error
+            message = "silence in the middle of a body"
+            raise UpstreamTimeout(message, reach=Reach.PATH) from error
+        message = f"the body broke off: {type(error).__name__}"
+        raise Unavailable(message, reach=Reach.PATH) from error
     if expected is not None and received < expected:
-        raise Unavailable(f"the body ended at {received} of {expected} bytes")
+        message = f"the body ended at {received} of {expected} bytes"
+        raise Unavailable(message, reach=Reach.PATH)
     if expected is not None and received > expected:
         raise UpstreamProtocolError("more bytes than were announced")
 
