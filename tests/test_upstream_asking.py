@@ -18,7 +18,7 @@ from mirror.oci.errors import (
 from mirror.upstream.asking import Question
 from mirror.upstream.endpoints import BARE_REST
 from mirror.upstream.retry import ATTEMPTS, BUDGET
-from tests.fakes.registry import Fault
+from tests.fakes.registry import FakeRegistry, Fault
 from tests.upstream_kit import DATA, DOWN, REPO, dead, down, failure, registry, up, upstream_kit
 
 # --- failover, and trying again -------------------------------------------------------------------
@@ -100,6 +100,54 @@ async def test_no_more_rounds_when_the_time_is_up() -> None:
         async with upstream_kit(fake.url, clock=clock) as kit:
             await failure(kit)
             assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize(("seconds", "asked"), [(BUDGET, 2), (BUDGET / 2, 2), (BUDGET / 3, 3)])
+async def test_a_second_endpoint_is_tried_and_a_third_only_in_time(
+    seconds: float, asked: int
+) -> None:
+    async with registry() as one, registry() as two, registry() as three:
+        fakes = (one, two, three)
+        down(*fakes)
+
+        def clock() -> float:
+            return seconds * sum(len(fake.requests) for fake in fakes)
+
+        async with upstream_kit(*(fake.url for fake in fakes), clock=clock) as kit:
+            await failure(kit)
+            assert [len(fake.requests) for fake in fakes] == [1] * asked + [0] * (3 - asked)
+
+
+async def test_redirects_and_tokens_have_to_come_within_the_time_of_one_answer() -> None:
+    limits = Limits(connect=0.3, headers=0.3)
+    async with registry() as slow, registry() as fine:
+        for number in range(4):
+            there = {"Location": f"{slow.url}/{number}"}
+            slow.fault(
+                f"/{number - 1}" if number else "redirected",
+                Fault(status=307, headers=there, delay=0.3),
+            )
+        async with upstream_kit(slow.url, limits=limits) as kit:
+            assert isinstance(await failure(kit, "manifests/redirected"), UpstreamTimeout)
+        slow.token, slow.token_delay = "t", 0.4
+        slow.fault("latest", Fault(delay=0.4, times=None))
+        async with upstream_kit(slow.url, limits=limits) as kit:
+            assert isinstance(await failure(kit), UpstreamTimeout)
+        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+            assert await kit.status() == 200
+
+
+async def test_a_token_service_that_hangs_is_forgotten_where_it_has_moved() -> None:
+    limits = Limits(connect=0.2, headers=0.2)
+    async with registry() as fake, FakeRegistry() as gone:
+        fake.token, fake.challenge = "t", f'Bearer realm="{gone.url}/token"'
+        gone.fault("/token", Fault(delay=3600, times=None))
+        hosts = [f"127.0.0.1:{gone.port}"]
+        async with upstream_kit(fake.url, limits=limits, token_hosts=hosts) as kit:
+            for _ in range(2):
+                assert isinstance(await failure(kit), UpstreamTimeout)
+            fake.challenge = ""
+            assert await kit.status() == 200
 
 
 async def test_endpoints_to_avoid_go_last() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from mirror.oci.errors import (
     UpstreamError,
     UpstreamLeftAlone,
     UpstreamRateLimited,
+    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
@@ -81,6 +82,8 @@ class _Attempt:
     """It is the one try of a circuit that is half open."""
     again: bool
     """The question was put to this endpoint before."""
+    until: float
+    """The time it has, with tokens and redirects and all, by the event loop's clock."""
     learned: bool = False
     """The circuit knows how it went."""
 
@@ -137,11 +140,17 @@ class Asker:
                 candidates = self._endpoints.candidates(self._clock(), avoid)
                 for endpoint in candidates[: ATTEMPTS - attempt]:
                     circuit, now = self._endpoints.circuits[endpoint], self._clock()
+                    if attempt > 1 and now >= deadline:
+                        break
                     if not circuit.permits(now):
                         continue  # not any more: another request is the one that tries it
                     attempt += 1
                     attempted = _Attempt(
-                        endpoint, question, circuit.claim(), again=endpoint in asked
+                        endpoint,
+                        question,
+                        circuit.claim(),
+                        again=endpoint in asked,
+                        until=self._transport.deadline(),
                     )
                     asked.add(endpoint)
                     try:
@@ -188,7 +197,7 @@ class Asker:
         """One endpoint, with what it wants of credentials; its circuit learns how it went."""
         async with AsyncExitStack() as stack:
             try:
-                answer = await self._authorized(stack, attempt.question, attempt.endpoint)
+                answer = await self._authorized(stack, attempt)
                 await self._judge_status(answer, attempt.question)
                 good = Good(answer.response, answer.redirected, partial(self._learn, attempt, None))
                 if answer.redirected:
@@ -201,33 +210,37 @@ class Asker:
                 raise
             self._learn(attempt, None)
 
-    async def _authorized(self, stack: AsyncExitStack, question: Question, endpoint: URL) -> Answer:
+    async def _authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Answer:
         """The answer to what the endpoint wants of credentials, as far as there are any."""
+        endpoint, repository = attempt.endpoint, attempt.question.repository
         policy = Policy(endpoint, self._token_hosts, self._own, self._transport.private_hosts)
-        url = self._url(question, policy)
-        shown = await self._auth.authorization(policy, question.repository)
-        answer = await self._send(stack, question, url, policy, shown)
+        url = self._url(attempt.question, policy)
+        shown = await _in_time(attempt, self._auth.authorization(policy, repository))
+        answer = await self._send(stack, attempt, url, policy, shown)
         for _ in range(2):
             if answer.response.status != 401 or answer.redirected:
                 break
             wanted = answer.response.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-            again = await self._auth.challenged(wanted, policy, question.repository, shown)
+            again = await _in_time(
+                attempt, self._auth.challenged(wanted, policy, repository, shown)
+            )
             if again is None:
                 break
             shown = again
-            answer = await self._send(stack, question, url, policy, shown)
+            answer = await self._send(stack, attempt, url, policy, shown)
         return answer
 
     async def _send(
         self,
         stack: AsyncExitStack,
-        question: Question,
+        attempt: _Attempt,
         url: URL,
         policy: Policy,
         shown: Shown | None,
     ) -> Answer:
         """One exchange; the one before it on ``stack`` is over."""
         await stack.aclose()
+        question, until = attempt.question, attempt.until
         headers = {**question.headers, **question.at.get(str(policy.endpoint), {})}
         if shown is not None:
             headers["Authorization"] = shown.header
@@ -235,7 +248,7 @@ class Asker:
         try:
             answer = await stack.enter_async_context(
                 self._transport.exchange(
-                    question.method, url, headers, policy, follow=question.follow
+                    question.method, url, headers, policy, follow=question.follow, until=until
                 )
             )
             status = answer.response.status
@@ -309,3 +322,13 @@ class Asker:
             response = answer.response
             pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
             return TokenAnswer(response.status, await read_body(response, TOKEN_LIMIT), pause)
+
+
+async def _in_time(attempt: _Attempt, token: Awaitable[Shown | None]) -> Shown | None:
+    """What is shown to an endpoint, if it is there before the attempt is over."""
+    try:
+        async with asyncio.timeout_at(attempt.until):
+            return await token
+    except TimeoutError as error:
+        message = "no token within the time limit"
+        raise UpstreamTimeout(message, reach=Reach.ENDPOINT) from error

@@ -6,6 +6,7 @@ Must not know: how requests are sent, which requests there are.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import OrderedDict
@@ -101,7 +102,7 @@ class Authenticator:
             return None
         try:
             return await self._answer(scheme, policy, repository, None)
-        except UpstreamError:
+        except (UpstreamError, asyncio.CancelledError):  # it may take too long as well
             if self._schemes.get(policy.endpoint) is scheme:
                 del self._schemes[policy.endpoint]
             raise

@@ -17,7 +17,7 @@ from mirror.oci.errors import MirrorError, UpstreamRateLimited, UpstreamTimeout,
 ATTEMPTS: Final = 3
 """Exchanges for one question at most, over all endpoints."""
 BUDGET: Final = 20.0
-"""Seconds after which the endpoints are not gone through again: clients have others to ask."""
+"""Seconds after which none but a second endpoint is tried: clients have others to ask."""
 _CEILING: Final = 2.0
 _DELAY_LIMIT: Final = 86400.0
 

@@ -90,6 +90,11 @@ class Transport:
         """Configured hosts on a network that is not public; grows as names are resolved."""
         return self._resolver.private_hosts
 
+    def deadline(self) -> float:
+        """Until when an answer that is asked for now may take, by the event loop's clock."""
+        limit = self._limits.connect + self._limits.headers
+        return asyncio.get_running_loop().time() + limit
+
     async def close(self) -> None:
         """Close all connections."""
         await self._session.close()
@@ -104,17 +109,20 @@ class Transport:
         *,
         follow: bool = True,
         form: Mapping[str, str] | None = None,
+        until: float | None = None,
     ) -> AsyncIterator[Answer]:
         """Send a request, follow its redirects, and yield the answer once its headers are in.
 
+        They are awaited ``until`` then, by the event loop's clock; None: as :meth:`deadline` says.
         ``Authorization`` is shown to the endpoint's own origin only. Raises ``UpstreamTimeout``,
         ``UpstreamUnavailable``, ``UpstreamProtocolError`` or ``OutboundRefused``.
         """
         sent = dict(headers)
         crossed = False
+        until = self.deadline() if until is None else until
         for _ in range(REDIRECT_LIMIT + 1):
             try:
-                response = await self._send(method, url, sent, form)
+                response = await self._send(method, url, sent, form, until)
             except Unavailable as error:
                 if crossed:
                     error.reach = Reach.REQUEST
@@ -142,13 +150,14 @@ class Transport:
         url: URL,
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
+        until: float,
     ) -> aiohttp.ClientResponse:
         proxy = self._proxies.of_url(url)
         if proxy is not None and url.scheme == "http":
             # No tunnel is asked for here: the proxy reads the request itself.
             headers = {**headers, **proxy.headers}
         try:
-            async with asyncio.timeout(self._limits.connect + self._limits.headers):
+            async with asyncio.timeout_at(until):
                 return await self._session.request(
                     method,
                     url,
