@@ -67,6 +67,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.events: list[object] = []
         self.readers: list[tuple[Reader, bytes]] = []
         self.damaged: set[Digest] = set()
+        self.named: set[int] = set()
+        """Images whose name is known: only those are in ``index.json``, with their pins."""
         self.pins: set[int] = set()
         self.there: set[Digest] = set()
         self.store: Store | None = None
@@ -175,6 +177,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.run(self.pull(data))
         if all(Digest.of(d) in self.on_disk() for d in (*layers, b"{}", IMAGES[number])):
             self.run(remember(self.store, IMAGES[number], Tag(f"v{number}")))
+            self.named.add(number)
 
     @precondition(lambda self: len(self.readers) < 3)
     @rule(number=contents)
@@ -239,8 +242,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=images)
     def pin(self, number: int) -> None:
         assert self.store
-        parts = self.parts(number)
-        if parts <= self.on_disk() - self.damaged:
+        if number in self.named and self.parts(number) <= self.on_disk() - self.damaged:
             self.run(self.store.index.pin([Digest.of(IMAGES[number])]))
             self.pins.add(number)
 
@@ -280,7 +282,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.damaged.add(digest)
             if rot:  # it leaves no trace, and is found when its verification has aged
                 no_trace(path)
-                self.clock[0] += QUOTA.reverify + 1
+                self.store.contents._remember(digest, 0.0)
+                self.run(self.store.index.set_verified([(digest, 0.0)]))
         self.there.discard(digest)
         self.forget_pins_of({digest})
 
@@ -353,6 +356,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert not gone & {reader.digest for reader, _ in self.readers}, "it is being read"
         for number in self.pins:
             assert not gone & self.parts(number), "it is pinned"
+        self.named = {n for n in self.named if Digest.of(IMAGES[n]) in self.on_disk()}
         self.events.clear()
         self.damaged &= self.on_disk()
         self.there = self.on_disk() - self.damaged
