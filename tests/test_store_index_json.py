@@ -135,3 +135,21 @@ async def test_index_json_forgets_what_was_evicted_or_withdrawn(tmp_path: Path) 
             await keep(store, random_bytes(5_000_000, seed))
         await store.save_image_layout()
         assert names(tmp_path) == []
+
+
+@pytest.mark.row("C12")
+async def test_what_a_crash_kept_out_of_index_json_is_in_it_after_the_next_start(
+    tmp_path: Path,
+) -> None:
+    body = image(LAYER)
+    async with opened(tmp_path) as store:
+        await store.save_image_layout()
+        before = (tmp_path / "index.json").read_bytes()
+        await pulled(store, body, TAG)
+        await store.index.pin([Digest.of(body)])
+    (tmp_path / "index.json").write_bytes(before)
+    async with opened(tmp_path):
+        pass
+    named = image_layout.read(Layout(tmp_path))
+    assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
+    assert all(entry.pinned for entry in named)

@@ -59,8 +59,11 @@ class Index:
         self._now = now
         self._swept = _NAMED, 0
         """Where the sweep is: in which table, behind which row."""
-        self.changed = False
-        """Whether names were put since somebody last set this to False."""
+        self.changed = True
+        """Whether names were put since somebody last set this to False.
+
+        At first it is not known: a crash may have come between a name and ``index.json``.
+        """
 
     @classmethod
     async def open(cls, path: Path, emit: Observer, now: Callable[[], float] = time.time) -> Index:
