@@ -266,8 +266,9 @@ async def pull_kit(
     storage: Storage | None = None,
     clock: list[float] | None = None,
     abandoned: Literal["finish", "cancel"] = "finish",
+    other: MemoryRegistry | None = None,
 ) -> AsyncIterator[PullKit]:
-    """Everything below the web, over ``root``."""
+    """Everything below the web, over ``root``; ``other`` is what ``other.io`` has."""
     registry = registry or MemoryRegistry()
     upstream = upstream or Upstream(endpoints=("http://memory",))
     settings = Settings(
@@ -285,7 +286,7 @@ async def pull_kit(
             content = ContentService(
                 settings,
                 store,
-                {"docker.io": registry, "other.io": registry},
+                {"docker.io": registry, "other.io": other or registry},
                 flights,
                 events.append,
                 lambda: times[0],

@@ -1,7 +1,7 @@
 """Content by digest: hit, join or miss, for manifests and blobs alike.
 
-Lives here: the order of questions about one digest, and the flights that bring content in. Must
-not know: tags, freshness, HTTP.
+Lives here: the order of questions about one digest. Must not know: tags, HTTP, how content is
+brought in (:mod:`mirror.pull.fetches`).
 
 Who may read: content is stored once, but it is served under a repository only if that repository
 is known to refer to it: from a manifest pulled through it, or because the upstream says so.
@@ -20,29 +20,22 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     ContentLost,
-    Denied,
     DigestMismatch,
     ManifestUnknown,
     MirrorError,
     NotFound,
-    Unauthorized,
 )
 from mirror.oci.reference import Repository
 from mirror.pull import freshness
-from mirror.pull.fetch import Source, fetch
+from mirror.pull.fetch import NO
+from mirror.pull.fetches import Fetches
 from mirror.pull.flights import Flights
-from mirror.pull.recent import Recent
-from mirror.store.claim import Role
-from mirror.store.follower import Follower
-from mirror.store.growing import Growing
+from mirror.pull.sources import Source
 from mirror.store.reader import Reader
 from mirror.store.records import Membership
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
-_NO: Final = (NotFound, Denied, Unauthorized)
-"""What an upstream says of a repository: it does not have it, or not for us."""
-_SUSPECTED_FOR: Final = 600.0
 _UNKNOWN: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
@@ -67,8 +60,9 @@ class ContentService:
         self.flights = flights
         self.emit = emit
         self.now = now
-        self._suspects: Recent[set[str]] = Recent(1000, _SUSPECTED_FOR, len)
-        self._proven: dict[Growing, set[Repository]] = {}
+        self._fetches = Fetches(
+            store, flights, emit, words=self, finish=settings.abandoned == "finish"
+        )
 
     # --- who may read -----------------------------------------------------------------------
 
@@ -121,7 +115,7 @@ class ContentService:
                 size, media_type = head.size, head.media_type
             else:
                 size = await registry.head_blob(repository, digest)
-        except _NO as error:
+        except NO as error:
             await self.withdraw(repository, digest, kind, error)
             raise
         await self._grant(repository, digest, kind, media_type, size)
@@ -168,8 +162,8 @@ class ContentService:
             return whole.size
         if not self.may_ask(repository):
             raise BlobUnknown("not in the cache, and the policy is Never")
-        growing = self.store.growing.get(digest)
-        if growing is not None and growing.size is not None and self._is_proof(growing, repository):
+        growing = self._fetches.proven(repository, digest)
+        if growing is not None and growing.size is not None:
             pull.outcome = Outcome.JOIN
             return growing.size
         pull.outcome = Outcome.MISS
@@ -242,11 +236,6 @@ class ContentService:
         except (DigestMismatch, ContentLost):
             # Nothing has been sent yet, and the next fetch avoids who sent wrong bytes.
             return await self._follow(repository, digest, kind, known, pull, accept)
-        except _NO:
-            if pull.outcome is not Outcome.JOIN:
-                raise
-            # It was said of the repository that the fetch asked through; this may be another.
-            return await self._follow(repository, digest, kind, known, pull, accept)
 
     async def _authorise(
         self,
@@ -290,99 +279,43 @@ class ContentService:
         known: Membership | None,
         pull: Pull,
         accept: tuple[str, ...],
-    ) -> Follower:
-        growing = self.store.growing.get(digest)
-        follower = growing.follow() if growing is not None and growing.failure is None else None
-        pull.outcome = Outcome.JOIN
-        if follower is None or growing is None:
-            pull.outcome = Outcome.MISS
-            growing, follower = self._start(repository, digest, kind, known, accept)
-        else:
-            pull.joined_at = growing.head
+    ) -> Reader:
+        typed = (known.media_type, *accept) if known and known.media_type else accept
+        registry = self.registries[repository.upstream]
+        following = self._fetches.follow(Source(registry, repository, digest, kind, typed, known))
+        reader = following.follower
+        pull.outcome = Outcome.MISS
+        if following.joined:
+            pull.outcome, pull.joined_at = Outcome.JOIN, reader.arrived
         try:
             with pull.stage("wait"):
-                await follower.wait(0, 1)
-            if not self._is_proof(growing, repository):
+                await following.first_byte(repository)
+            # A fetch is proof for the repositories that it asked through, and for no other.
+            if repository not in following.sources.proven:
                 await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
-            follower.close()
+            reader.close()
             raise
-        return follower
+        return reader
 
-    def _is_proof(self, growing: Growing, repository: Repository) -> bool:
-        """A fetch is proof for the repository that it asks through, and for no other."""
-        return repository in self._proven.get(growing, ())
+    async def granted(self, source: Source, stream: ContentStream) -> None:
+        """The upstream sends the content: see :class:`mirror.pull.fetch.Words`."""
+        known = source.known
+        listed = source.kind is Kind.MANIFEST and known is not None and known.via is not None
+        # An index called it something; bytes of no type are no other word.
+        typed = listed and stream.media_type != OCTET_STREAM
+        if typed or not self.believes(source.repository, known):
+            await self._grant(
+                source.repository, source.digest, source.kind, stream.media_type, stream.total
+            )
 
-    def _start(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        known: Membership | None,
-        accept: tuple[str, ...],
-    ) -> tuple[Growing, Follower]:
-        growing = self.store.grow(digest)
-        follower = growing.follow()
-        assert follower is not None
-        source = Source(
-            self.registries[repository.upstream],
-            repository,
-            digest,
-            kind,
-            accept=(known.media_type, *accept) if known and known.media_type else accept,
-            expected_size=known.size if known is not None else None,
-            avoid=self._suspects.get(digest) or (),
-        )
-        proven = self._proven.setdefault(growing, set())
-
-        async def answered(stream: ContentStream) -> None:
-            proven.add(repository)
-            listed = kind is Kind.MANIFEST and known is not None and known.via is not None
-            # An index called it something; bytes of no type are no other word.
-            typed = listed and stream.media_type != OCTET_STREAM
-            if typed or not self.believes(repository, known):
-                await self._grant(repository, digest, kind, stream.media_type, stream.total)
-
-        def suspect(endpoint: str) -> None:
-            self._suspects.put(digest, {endpoint, *(self._suspects.get(digest) or ())})
-
-        async def work() -> None:
-            try:
-                await fetch(growing, source, self.emit, answered, suspect)
-                if isinstance(growing.failure, _NO):
-                    await self.withdraw(repository, digest, kind, growing.failure)
-            finally:
-                self.store.grown(growing)
-                self._proven.pop(growing, None)
-
-        try:
-            flight = self.flights.join(("fetch", digest, id(growing)), work)
-        except BaseException:
-            follower.close()
-            growing.release()
-            self.store.grown(growing)
-            raise
-
-        def give_up() -> None:
-            self.store.grown(growing)  # whoever comes now begins anew, and goes on where it ended
-            flight.cancel()
-
-        growing.when_abandoned(give_up, keep=self.settings.abandoned == "finish")
-        return growing, follower
+    async def refused(self, source: Source, error: MirrorError) -> None:
+        """The upstream says no: see :class:`mirror.pull.fetch.Words`."""
+        await self.withdraw(source.repository, source.digest, source.kind, error)
 
     async def keep(self, digest: Digest, body: bytes) -> None:
         """Keep small content that came by another way than its digest."""
-        growing = self.store.grow(digest)
-        try:
-            if await growing.lead() is Role.LEAD:
-                await growing.declare(len(body))
-                await growing.feed(body)
-                await growing.finish()
-        except MirrorError as error:
-            await growing.fail(error)
-        finally:
-            growing.release()
-            self.store.grown(growing)
+        await self._fetches.keep(digest, body)
 
 
 def _negative(repository: Repository, digest: Digest, kind: Kind) -> str:

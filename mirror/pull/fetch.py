@@ -9,28 +9,35 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from mirror.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
+    Denied,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     NotFound,
+    Unauthorized,
     UpstreamError,
     UpstreamLeftAlone,
     UpstreamProtocolError,
+    UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository
+from mirror.pull.sources import Source, Sources
 from mirror.store.claim import Role
 from mirror.store.growing import Growing
-from mirror.upstream.api import PROGRESS, ContentStream, Registry
+from mirror.upstream.api import PROGRESS, ContentStream
 
+NO: Final = (NotFound, Denied, Unauthorized)
+"""What an upstream says of a repository: it does not have it, or not for us."""
+RIVAL_PATIENCE: Final = 5.0
+"""Seconds that an upstream may take to answer while another one that was named waits."""
 _ATTEMPTS: Final = 5
 """Transfers in a row that may break without progress."""
 _LONGEST_PAUSE: Final = 2.0
@@ -38,28 +45,26 @@ _PATIENCE: Final = 45.0
 """Seconds without progress after which clients are better off elsewhere."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where content is fetched from."""
+class Words(Protocol):
+    """Who is told what upstreams say of repositories."""
 
-    registry: Registry
-    repository: Repository
-    digest: Digest
-    kind: Kind
-    accept: tuple[str, ...] = ()
-    expected_size: int | None = None
-    """A manifest's word on the size, used only where the upstream gives none."""
-    avoid: Collection[str] = ()
-    """Endpoints that gave wrong bytes for this content before."""
+    async def granted(self, source: Source, stream: ContentStream) -> None:
+        """The repository has the content."""
+
+    async def refused(self, source: Source, error: MirrorError) -> None:
+        """The repository does not have it, or not for us."""
 
 
 @dataclass(slots=True)
 class _Journey:
-    """What the transfers so far have in common."""
+    """What the transfers from one source have in common."""
 
+    source: Source
+    since: float
+    gave: list[str]
+    """Endpoints that gave bytes, also of the sources before, the latest one last."""
     attempts: int = 0
     best: int = 0
-    since: float = 0.0
     resumed_from: int = 0
     validator: str | None = None
     endpoint: str = ""
@@ -70,33 +75,37 @@ class _Journey:
 
 async def fetch(
     growing: Growing,
-    source: Source,
+    sources: Sources,
     emit: Observer,
-    answered: Callable[[ContentStream], Awaitable[None]],
+    words: Words,
     suspect: Callable[[str], None],
 ) -> None:
     """Bring ``growing`` to its end; every follower gets the outcome, so this raises nothing.
 
-    ``answered`` is called once, when the upstream says that this repository has the content;
-    ``suspect`` with an endpoint whose bytes were wrong.
+    ``suspect`` is called with each endpoint that had a part in wrong bytes.
     """
-    journey = _Journey(since=time.monotonic())
+    gave: list[str] = []
+    failure: MirrorError = UpstreamUnavailable("there is nobody to ask")
     try:
-        while not await _whole(growing):
+        while (source := sources.next()) is not None:
+            journey = _Journey(source, time.monotonic(), gave)
             try:
-                await _transfer(growing, source, journey, answered)
-                break
-            except (DigestMismatch, ManifestInvalid):
+                await _bring(growing, sources, journey, emit, words)
+                return
+            except DigestMismatch:
+                where = "resume" if journey.resumed_from else "upstream"
+                upstream = source.repository.upstream
+                emit(DigestMismatched(upstream, str(growing.digest), where))
+                for endpoint in dict.fromkeys(gave):
+                    suspect(endpoint)
                 raise
-            except (UpstreamError, NotFound) as error:
-                if isinstance(error, UpstreamProtocolError) and growing.start_over():
-                    continue
-                await _pause_before_resuming(growing, source, journey, error, emit)
-    except DigestMismatch as error:
-        where = "resume" if journey.resumed_from else "upstream"
-        emit(DigestMismatched(source.repository.upstream, str(source.digest), where))
-        suspect(journey.endpoint)
-        await growing.fail(error)
+            except ManifestInvalid:
+                raise  # it would be no better elsewhere
+            except (UpstreamError, *NO) as error:
+                failure = sources.failures[source.repository] = error
+                if isinstance(error, NO):
+                    await words.refused(source, error)
+        await growing.fail(failure)
     except MirrorError as error:
         await growing.fail(error)
     except OSError as error:
@@ -105,8 +114,28 @@ async def fetch(
         growing.release()
 
 
+async def _bring(
+    growing: Growing, sources: Sources, journey: _Journey, emit: Observer, words: Words
+) -> None:
+    """As far as one source brings it; raises what ended that."""
+    while not await _whole(growing):
+        try:
+            await _transfer(growing, sources, journey, words)
+            return
+        except (DigestMismatch, ManifestInvalid):
+            raise
+        except (UpstreamError, NotFound) as error:
+            if isinstance(error, UpstreamProtocolError) and growing.start_over():
+                continue
+            await _pause_before_resuming(growing, sources, journey, error, emit)
+
+
 async def _whole(growing: Growing) -> bool:
-    """Whether nothing is left to fetch; follows another process while that one fetches."""
+    """Whether nothing is left to fetch; follows another process while that one fetches.
+
+    What that one's upstream came to says nothing of ours, which is asked then, once.
+    """
+    failed = False
     while True:
         match await growing.lead():
             case Role.DONE:
@@ -114,28 +143,50 @@ async def _whole(growing: Growing) -> bool:
             case Role.LEAD:
                 return False
             case Role.TAIL:
-                await growing.tail()
+                try:
+                    await growing.tail()
+                except UpstreamError as error:
+                    if failed or isinstance(error, DigestMismatch):
+                        raise
+                    failed = True
 
 
-async def _transfer(
-    growing: Growing,
-    source: Source,
-    journey: _Journey,
-    answered: Callable[[ContentStream], Awaitable[None]],
-) -> None:
+@asynccontextmanager
+async def _hurried(sources: Sources) -> AsyncIterator[None]:
+    """Waits for an upstream with less patience while another one waits to be asked.
+
+    Raises :class:`UpstreamTimeout` when that has ended.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(None) as limit:
+            with sources.when_rivalled(lambda: limit.reschedule(loop.time() + RIVAL_PATIENCE)):
+                yield
+    except TimeoutError:
+        raise UpstreamTimeout("no answer, and another upstream waits to be asked") from None
+
+
+async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words: Words) -> None:
+    source = journey.source
     journey.resumed_from = growing.position
-    async with source.registry.open(
-        source.repository,
-        source.digest,
-        source.kind,
-        accept=source.accept,
-        offset=growing.position,
-        validator=journey.validator,
-        total=growing.size,
-        avoid=(*journey.avoid, *source.avoid),
-    ) as stream:
+    async with AsyncExitStack() as stack:
+        async with _hurried(sources):
+            stream = await stack.enter_async_context(
+                source.registry.open(
+                    source.repository,
+                    source.digest,
+                    source.kind,
+                    accept=source.accept,
+                    offset=growing.position,
+                    validator=journey.validator,
+                    total=growing.size,
+                    avoid=(*journey.avoid, *source.avoid),
+                )
+            )
         journey.validator, journey.endpoint = stream.validator, stream.endpoint
-        total = stream.total if stream.total is not None else source.expected_size
+        journey.gave.append(stream.endpoint)
+        expected = source.known.size if source.known is not None else None
+        total = stream.total if stream.total is not None else expected
         if source.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
             raise ManifestInvalid(f"a manifest of {total} bytes")
         skip = growing.position - stream.start
@@ -144,7 +195,8 @@ async def _transfer(
         await growing.declare(total)
         if not journey.answered:
             journey.answered = True
-            await answered(stream)
+            sources.proven.add(source.repository)
+            await words.granted(source, stream)
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
             chunk = data[skip:] if skip else data
@@ -159,7 +211,7 @@ async def _transfer(
 
 
 async def _pause_before_resuming(
-    growing: Growing, source: Source, journey: _Journey, error: MirrorError, emit: Observer
+    growing: Growing, sources: Sources, journey: _Journey, error: MirrorError, emit: Observer
 ) -> None:
     """Decide whether to go on after a break; raises ``error`` if not.
 
@@ -177,7 +229,7 @@ async def _pause_before_resuming(
         not journey.answered
         or growing.closed
         or journey.attempts > _ATTEMPTS
-        or now - journey.since > _PATIENCE
+        or now - journey.since > (RIVAL_PATIENCE if sources.rivalled else _PATIENCE)
     ):
         raise error
     if left_alone:
@@ -191,7 +243,8 @@ async def _pause_before_resuming(
     restarted = isinstance(error, UpstreamProtocolError)
     if restarted:
         journey.validator = None
-    emit(Resumed(source.repository.upstream, growing.position, restarted, error.message))
+    upstream = journey.source.repository.upstream
+    emit(Resumed(upstream, growing.position, restarted, error.message))
     await _pause(min(_LONGEST_PAUSE, 0.05 * 2**journey.attempts))
 
 

@@ -1,0 +1,131 @@
+"""The fetches of one process: begun once for each content, joined by all who want it.
+
+Lives here: which fetch somebody joins, and how one is begun and given up. Must not know: content
+that is whole, who may read what, tags, HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mirror.events import Observer
+from mirror.oci.digest import Digest
+from mirror.oci.errors import MirrorError
+from mirror.oci.reference import Repository
+from mirror.pull.fetch import Words, fetch
+from mirror.pull.flights import Flights
+from mirror.pull.recent import Recent
+from mirror.pull.sources import Source, Sources
+from mirror.store.claim import Role
+from mirror.store.follower import Follower
+from mirror.store.growing import Growing
+from mirror.store.store import Store
+
+_SUSPECTED_FOR: Final = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """One who follows a fetch."""
+
+    follower: Follower
+    sources: Sources
+    joined: bool
+    """Whether somebody else had begun it."""
+
+    async def first_byte(self, repository: Repository) -> None:
+        """Wait for it. Raises what ``repository``'s own upstream has said, if it was asked."""
+        try:
+            await self.follower.wait(0, 1)
+        except MirrorError as error:
+            raise self.sources.failures.get(repository, error) from None
+
+
+class Fetches:
+    """Brings in what is missing."""
+
+    def __init__(
+        self, store: Store, flights: Flights, emit: Observer, words: Words, *, finish: bool
+    ) -> None:
+        """``finish``: go on when the last client has left."""
+        self._store = store
+        self._flights = flights
+        self._emit = emit
+        self._words = words
+        self._finish = finish
+        self._suspects: Recent[tuple[str, ...]] = Recent(1000, _SUSPECTED_FOR, len)
+        self._sources: dict[Growing, Sources] = {}
+
+    def proven(self, repository: Repository, digest: Digest) -> Growing | None:
+        """Content that grows, if its fetch has shown that ``repository`` has it."""
+        growing = self._store.growing.get(digest)
+        sources = self._sources.get(growing) if growing is not None else None
+        return growing if sources is not None and repository in sources.proven else None
+
+    def follow(self, source: Source) -> Following:
+        """Join the fetch of this content, or begin it. The caller closes the follower.
+
+        Raises :class:`mirror.oci.errors.Draining` where nothing new is begun any more.
+        """
+        source = replace(source, avoid=self._suspects.get(source.digest) or ())
+        growing = self._store.growing.get(source.digest)
+        sources = self._sources.get(growing) if growing is not None else None
+        if growing is None or sources is None or growing.failure is not None:
+            return self._begin(source)
+        follower = growing.follow()
+        if follower is None:
+            return self._begin(source)
+        sources.offer(source)
+        return Following(follower, sources, joined=True)
+
+    def _begin(self, source: Source) -> Following:
+        growing, sources = self._store.grow(source.digest), Sources(source)
+        follower = growing.follow()
+        assert follower is not None
+        self._sources[growing] = sources
+
+        async def work() -> None:
+            try:
+                await fetch(growing, sources, self._emit, self._words, suspect)
+            finally:
+                self._end(growing)
+
+        def suspect(endpoint: str) -> None:
+            others = (
+                other for other in self._suspects.get(source.digest) or () if other != endpoint
+            )
+            self._suspects.put(source.digest, (*others, endpoint))
+
+        try:
+            flight = self._flights.join(("fetch", source.digest, id(growing)), work)
+        except BaseException:
+            follower.close()
+            growing.release()
+            self._end(growing)
+            raise
+
+        def give_up() -> None:
+            self._store.grown(growing)  # whoever comes now begins anew, and goes on where it ended
+            flight.cancel()
+
+        growing.when_abandoned(give_up, keep=self._finish)
+        return Following(follower, sources, joined=False)
+
+    def _end(self, growing: Growing) -> None:
+        self._store.grown(growing)
+        self._sources.pop(growing, None)
+
+    async def keep(self, digest: Digest, body: bytes) -> None:
+        """Keep small content that came by another way than its digest."""
+        growing = self._store.grow(digest)
+        try:
+            if await growing.lead() is Role.LEAD:
+                await growing.declare(len(body))
+                await growing.feed(body)
+                await growing.finish()
+        except MirrorError as error:
+            await growing.fail(error)
+        finally:
+            growing.release()
+            self._store.grown(growing)
