@@ -39,7 +39,7 @@ def _left() -> dict[int, str]:
     """Our descendants that still run; the ended ones are reaped on the way."""
     left = {}
     for pid, line in _descendants(os.getpid()).items():
-        if not line:
+        if _ended(pid):
             # a zombie that was handed down to us: nobody else waits for it
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -47,6 +47,14 @@ def _left() -> dict[int, str]:
             # the interpreter's own tracker ends with the interpreter
             left[pid] = line
     return left
+
+
+def _ended(pid: int) -> bool:
+    """Whether it is a zombie, or gone. One that is just being started has no command line either."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 @pytest.fixture(scope="session", autouse=True)

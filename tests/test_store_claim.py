@@ -216,6 +216,7 @@ async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
             await fetch
         content.release()
         opened.set()
+        await content._claim.settled()
         await eventually(lambda: not descriptors(tmp_path))
         again = Growing(parts.surroundings, DIGEST, None)
         await bring(again)
