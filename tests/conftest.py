@@ -50,7 +50,7 @@ def _left() -> dict[int, str]:
 
 
 def _ended(pid: int) -> bool:
-    """Whether it is a zombie, or gone. One that is just being started has no command line either."""
+    """Whether it is a zombie, or gone; one that is just being started has no command line."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
