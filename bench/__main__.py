@@ -115,8 +115,8 @@ class Bench:
             self.large = self.registry.push_large(REPOSITORY, 2 * self.size, seed=9)
             for row in self.rows():
                 if only in row.name:
-                    for _ in range(rounds):
-                        self._round(row)
+                    for number in range(rounds):
+                        self._round(row, number)
                     self._print(row)
             if only in "slow clients":
                 self._slow_clients()
@@ -125,20 +125,27 @@ class Bench:
         assert self.front is not None
         return self.front.url if row.limited else self.registry.url
 
-    def _round(self, row: Row) -> None:
-        if row.against == DIRECT:
-            cell = self.cells.setdefault((row.name, DIRECT), Cell())
-            # One download: what the upstream gives each of eight is no measure for a cache.
-            digest, size = (self.large, 2 * self.size) if row.limited else (self.blob, self.size)
-            url = f"{self._upstream(row)}/v2/{REPOSITORY}/blobs/{digest}"
-            cell.add(download(url, 1, size), Cost())
-        for peer in PEERS:
+    def _round(self, row: Row, number: int) -> None:
+        """All in turn, and in another order each time: what one leaves behind hits the next."""
+        turns: list[Peer | None] = [*PEERS, *([None] if row.against == DIRECT else [])]
+        first = number % len(turns)
+        for peer in (*turns[first:], *turns[:first]):
+            if peer is None:
+                self._direct(row)
+                continue
             cell = self.cells.setdefault((row.name, peer.name), Cell())
             try:
                 with peer.start(self._upstream(row)) as program:
                     self._one(row, peer, program, cell)
             except (Exception, pytest.fail.Exception) as error:
                 cell.failure = f"{type(error).__name__}: {error}"[:60]
+
+    def _direct(self, row: Row) -> None:
+        cell = self.cells.setdefault((row.name, DIRECT), Cell())
+        # One download: what the upstream gives each of eight is no measure for a cache.
+        digest, size = (self.large, 2 * self.size) if row.limited else (self.blob, self.size)
+        url = f"{self._upstream(row)}/v2/{REPOSITORY}/blobs/{digest}"
+        cell.add(download(url, 1, size), Cost())
 
     def _one(self, row: Row, peer: Peer, program: Program, cell: Cell) -> None:
         base = program.url  # type: ignore[attr-defined] # all peers have one

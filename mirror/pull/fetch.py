@@ -193,10 +193,10 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
         if skip < 0:
             raise UpstreamProtocolError("the answer begins behind what was asked for")
         await growing.declare(total)
-        if not journey.answered:
+        first = not journey.answered
+        if first:
             journey.answered = True
             sources.proven.add(source.repository)
-            await words.granted(source, stream)
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
             chunk = data[skip:] if skip else data
@@ -205,6 +205,12 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
                 await growing.feed(chunk)
             if source.kind is Kind.MANIFEST and growing.position > MANIFEST_LIMIT:
                 raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
+            if first:
+                # No first byte waits for what is only written down.
+                first = False
+                await words.granted(source, stream)
+        if first:
+            await words.granted(source, stream)
     if skip:
         raise UpstreamUnavailable("ended before the point where it broke")
     await growing.finish()

@@ -41,6 +41,7 @@ PENDING_LIMIT: Final = 8 * 1024 * 1024
 STALLED: Final = 10.0
 """Seconds without a sign of life after which another process's fetch is not waited for."""
 _AT_ONCE: Final = 0.05
+_FIRST_POLL: Final = 0.002
 _POLL: Final = 0.01
 _POLLS_PER_LOCK: Final = 5
 
@@ -160,7 +161,7 @@ class Growing:
 
         Raises the failure that the other process met.
         """
-        watch, pause, polls = Watch(self._s.layout, self.digest), _POLL, 0
+        watch, pause, polls = Watch(self._s.layout, self.digest), _FIRST_POLL, 0
         while not self.verified:
             grown = self._look_at_file(watch)
             self._wake()
