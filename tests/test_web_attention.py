@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.digest import Digest
-from mirror.web import streaming
+from mirror.web import attention, streaming
 from mirror.web.attention import while_reading
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running
@@ -79,6 +79,16 @@ async def test_a_client_that_waits_for_us_is_not_to_blame() -> None:
                 await asyncio.sleep(0.05)
         async with while_reading(None, 0.02):
             await asyncio.sleep(0.1)
+
+
+async def test_where_the_kernel_does_not_tell_nobody_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with connected() as (transport, _):
+        monkeypatch.setattr(attention, "_ACKNOWLEDGED", 1000)  # as of a kernel that knows less
+        transport.write(bytes(BIG))
+        async with while_reading(transport, 0.02):
+            await asyncio.sleep(0.2)
 
 
 @pytest.mark.row("HC7")

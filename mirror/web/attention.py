@@ -37,10 +37,11 @@ async def while_reading(
     alarm: asyncio.TimerHandle
     async with asyncio.timeout(None) as limit:
 
-        def look(before: int) -> None:
+        def look(before: int | None) -> None:
             nonlocal alarm
             taken = _acknowledged(connection)
-            if taken == before and transport is not None and _waiting(connection, transport):
+            known = taken is not None and taken == before
+            if known and transport is not None and _waiting(connection, transport):
                 limit.reschedule(loop.time())
             else:
                 alarm = loop.call_later(patience, look, taken)
@@ -52,15 +53,18 @@ async def while_reading(
             alarm.cancel()
 
 
-def _acknowledged(connection: socket.socket | None) -> int:
-    """Bytes that the other side has taken since it connected."""
+def _acknowledged(connection: socket.socket | None) -> int | None:
+    """Bytes that the other side has taken since it connected; None where the kernel says nothing.
+
+    Then nobody is cut off: a slow client would be taken for one that does not read.
+    """
     if connection is None:
-        return 0
+        return None
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
         return int(struct.unpack_from("Q", info, _ACKNOWLEDGED)[0])
     except (OSError, struct.error):
-        return 0
+        return None
 
 
 def _waiting(connection: socket.socket | None, transport: asyncio.Transport) -> bool:
