@@ -81,6 +81,27 @@ async def test_a_client_that_waits_for_us_is_not_to_blame() -> None:
             await asyncio.sleep(0.1)
 
 
+async def test_a_connection_that_was_closed_is_no_failure_of_the_look() -> None:
+    failures: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    async with connected() as (transport, _), while_reading(transport, 0.02):
+        transport.write(bytes(1000))
+        transport.abort()
+        await asyncio.sleep(0.1)
+    assert not failures
+
+
+async def test_what_came_just_now_is_not_held_against_a_client() -> None:
+    async with connected() as (transport, _):
+        async with while_reading(transport, 0.3):
+            await asyncio.sleep(0.28)  # the upstream takes its time
+            transport.write(bytes(BIG))
+            await asyncio.sleep(0.2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30), while_reading(transport, 0.05):
+                await asyncio.Event().wait()
+
+
 async def test_where_the_kernel_does_not_tell_nobody_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

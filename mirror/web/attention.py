@@ -29,37 +29,41 @@ async def while_reading(
 ) -> AsyncIterator[None]:
     """Raises ``TimeoutError`` within the block once its client has stopped to read.
 
-    That is: for ``patience`` seconds (noticed after twice as many at the latest) it took nothing,
-    though there was something for it.
+    That is: for ``patience`` seconds (noticed after three times as many at the latest) it took
+    nothing, though there was something for it all the while.
     """
     loop = asyncio.get_running_loop()
     connection = transport.get_extra_info("socket") if transport is not None else None
     alarm: asyncio.TimerHandle
+
+    def owed() -> int | None:
+        """What it has taken so far, if there is more for it; None: it is not to blame."""
+        if transport is None or connection is None or not _waiting(connection, transport):
+            return None
+        return _acknowledged(connection)
+
     async with asyncio.timeout(None) as limit:
 
         def look(before: int | None) -> None:
             nonlocal alarm
-            taken = _acknowledged(connection)
-            known = taken is not None and taken == before
-            if known and transport is not None and _waiting(connection, transport):
+            now = owed()
+            if now is not None and now == before:
                 limit.reschedule(loop.time())
             else:
-                alarm = loop.call_later(patience, look, taken)
+                alarm = loop.call_later(patience, look, now)
 
-        alarm = loop.call_later(patience, look, _acknowledged(connection))
+        alarm = loop.call_later(patience, look, owed())
         try:
             yield
         finally:
             alarm.cancel()
 
 
-def _acknowledged(connection: socket.socket | None) -> int | None:
+def _acknowledged(connection: socket.socket) -> int | None:
     """Bytes that the other side has taken since it connected; None where the kernel says nothing.
 
     Then nobody is cut off: a slow client would be taken for one that does not read.
     """
-    if connection is None:
-        return None
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
         return int(struct.unpack_from("Q", info, _ACKNOWLEDGED)[0])
@@ -67,12 +71,12 @@ def _acknowledged(connection: socket.socket | None) -> int | None:
         return None
 
 
-def _waiting(connection: socket.socket | None, transport: asyncio.Transport) -> bool:
+def _waiting(connection: socket.socket, transport: asyncio.Transport) -> bool:
     """Whether there is something that the other side has not taken."""
     if transport.get_write_buffer_size():
         return True
     try:
-        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4)) if connection else b""
-    except OSError:
+        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
+    except (OSError, ValueError):
         return False  # it is closed, and whoever writes to it learns that
     return bool(queued.strip(b"\0"))
