@@ -75,7 +75,12 @@ class Bench:
         sources = Sources(self.source)
         for other in others:
             sources.offer(other)
-        await fetch(self.growing, sources, self.kit.events.append, self, self.suspects.append)
+
+        def suspect(endpoint: str, upstream: str) -> None:
+            assert upstream == REPO.upstream
+            self.suspects.append(endpoint)
+
+        await fetch(self.growing, sources, self.kit.events.append, self, suspect)
 
     async def granted(self, source: Source, stream: ContentStream) -> None:
         self.answered.append(stream)

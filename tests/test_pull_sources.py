@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from mirror.events import Kind, Outcome
+from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
+    ManifestUnknown,
     MirrorError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -26,8 +29,9 @@ from mirror.oci.reference import Repository
 from mirror.pull import fetch
 from mirror.pull.sources import Source, Sources
 from mirror.store.growing import Growing
+from mirror.store.records import Membership
 from mirror.upstream.api import ContentStream
-from tests.pull_kit import OTHER, REPO, MemoryRegistry, PullKit, blob, pull_kit
+from tests.pull_kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
 from tests.store_kit import random_bytes
 
 DATA = random_bytes(400_000, 57)
@@ -223,3 +227,125 @@ def test_a_rival_is_another_upstream_and_comes_once() -> None:
     assert [sources.next() for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
     assert sources.next() is None, "it had its turn"
+
+
+# --- what a fetch proves, and for whom ------------------------------------------------------------
+
+
+@pytest.mark.row("HC5")
+async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) -> None:
+    secret = random_bytes(5_000)
+    private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(private.path, TAG.name, secret)
+        await manifest(kit, TAG, private)
+        await blob(kit, Digest.of(secret), private)
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {"mediaType": "a/b", "digest": str(Digest.of(secret)), "size": len(secret)},
+            "layers": [],
+        }
+        lure = kit.registry.add_blob(evil.path, json.dumps(document).encode())
+        asked, told = await asyncio.gather(
+            blob(kit, lure, evil), manifest(kit, lure, evil), return_exceptions=True
+        )
+        assert not isinstance(asked, BaseException)
+        assert isinstance(told, ManifestUnknown)
+        with pytest.raises(BlobUnknown):
+            await blob(kit, Digest.of(secret), evil)
+
+
+@pytest.mark.row("HC6")
+async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, TAG.name, DATA)
+        await manifest(kit)
+        for asks in ((blob, manifest), (manifest, blob)):
+            await kit.store.idle()
+            kit.store.layout.blob(DIGEST).unlink(missing_ok=True)
+            kit.clock[0] += 3600
+            got = dict(
+                zip(
+                    asks,
+                    await asyncio.gather(
+                        *(ask(kit, DIGEST) for ask in asks), return_exceptions=True
+                    ),
+                    strict=True,
+                )
+            )
+            assert isinstance(got[manifest], ManifestUnknown)
+            assert not isinstance(got[blob], BaseException)
+            assert got[blob][0] == DATA
+        kit.clock[0] += 10 * 86400
+        assert (await blob(kit, DIGEST))[0] == DATA
+
+
+async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> None:
+    ours, theirs = Slow(), Slow()
+    ours.failure = Denied("not for us")
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        known = Membership(DIGEST, "blob", "a/b", len(DATA), None, None)
+        await kit.store.index.put_memberships(REPO, [known])
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(outcome(kit, REPO))
+            await ours.asked.wait()
+            second = group.create_task(outcome(kit, THEIRS))
+            while not joined(kit):  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(0.001)
+            ours.let.set()
+            assert isinstance(await first, Denied), "while the other one still hangs"
+            theirs.let.set()
+        assert second.result() == (DATA, Outcome.JOIN)
+        assert await kit.store.index.membership(REPO, DIGEST, "blob") is None
+
+
+async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.05)
+    ours, theirs = Slow(), Slow()
+    theirs.let.set()
+    ours.add_blob(REPO.path, DATA)
+    async with asyncio.timeout(30), pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(outcome(kit, REPO))
+            await ours.asked.wait()
+            assert isinstance(await outcome(kit, THEIRS), BlobUnknown)
+            ours.let.set()
+        assert first.result() == (DATA, Outcome.MISS)
+
+
+@pytest.mark.row("U6")
+async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    ours.blobs[REPO.path, DIGEST] = b"wrong"
+    ours.add_blob(THEIRS.path, DATA)
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        _, second = await both(kit, ours)
+        assert isinstance(second, tuple)
+        assert second[0] == DATA
+        assert theirs.calls["get_blob"] == 1
+
+
+async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    ours.blobs[REPO.path, DIGEST] = b"short"
+    ours.breaks = [(0, DOWN)] * 20
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        _, second = await both(kit, ours)
+        assert second == (DATA, Outcome.JOIN)
+
+
+async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_blob(REPO.path, DATA)
+        kit.registry.breaks = [(200_000, Denied("no more"))]
+        with pytest.raises(Denied):
+            await blob(kit, DIGEST)
+        await kit.store.idle()
+        assert (await blob(kit, DIGEST))[0] == DATA
+        assert not kit.registry.calls["head_blob"]

@@ -138,9 +138,12 @@ async def test_another_total_is_refused(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Growing(parts.surroundings, DIGEST, None)
         await content.lead()
-        await content.declare(10)
-        with pytest.raises(UpstreamProtocolError):
-            await content.declare(11)
+        await content.declare(9)
+        await content.declare(10)  # no byte of the other has come
+        await content.feed(b"x")
+        for size in (9, 11):
+            with pytest.raises(UpstreamProtocolError):
+                await content.declare(size)
         content.release()
 
 

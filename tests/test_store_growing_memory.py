@@ -138,6 +138,16 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
         await quick.wait(65_535)
         content.moved()
         assert await read(slow, 0, 65_536) == DATA[:65_536]
+        content.followers -= {slow}
+        await slow.wait(0)
+        assert content.followers >= {slow}
+        content.followers -= {slow}
+        await content.feed(DATA[65_536:131_072])
+        await quick.wait(131_071)
+        content.moved()
+        with pytest.raises(ContentLost):
+            await slow.wait(0)
+        assert slow not in content.followers, "what it needs has gone: nobody waits for it"
         content.release()
         slow.close()
         quick.close()

@@ -13,6 +13,7 @@ from mirror.oci.reference import Tag
 from mirror.store import image_layout
 from mirror.store.index import Index
 from mirror.store.layout import Layout
+from mirror.store.records import Named
 from mirror.store.store import Store
 from mirror.store.sweep import KEPT
 from tests.store_kit import REPO, image, index_of, keep, opened, pulled, random_bytes, served
@@ -153,3 +154,23 @@ async def test_what_a_crash_kept_out_of_index_json_is_in_it_after_the_next_start
     named = image_layout.read(Layout(tmp_path))
     assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
     assert all(entry.pinned for entry in named)
+
+
+async def test_a_name_that_comes_while_index_json_is_collected_is_news_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = image(LAYER)
+    async with opened(tmp_path) as store:
+        collect = store.index.manifests
+
+        async def meanwhile() -> list[Named] | None:
+            found = await collect()
+            await pulled(store, body, TAG)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store.index, "manifests", meanwhile)
+            await store.save_image_layout()
+        assert names(tmp_path) == []
+        await store.save_image_layout()
+        assert f"{REPO}:{TAG}" in names(tmp_path)

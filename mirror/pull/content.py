@@ -27,10 +27,9 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.pull import freshness
-from mirror.pull.fetch import NO
 from mirror.pull.fetches import Fetches
 from mirror.pull.flights import Flights
-from mirror.pull.sources import Source
+from mirror.pull.sources import NO, Source
 from mirror.store.reader import Reader
 from mirror.store.records import Membership
 from mirror.store.store import Store
@@ -162,7 +161,7 @@ class ContentService:
             return whole.size
         if not self.may_ask(repository):
             raise BlobUnknown("not in the cache, and the policy is Never")
-        growing = self._fetches.proven(repository, digest)
+        growing = self._fetches.proven(repository, digest, Kind.BLOB)
         if growing is not None and growing.size is not None:
             pull.outcome = Outcome.JOIN
             return growing.size
@@ -289,9 +288,8 @@ class ContentService:
             pull.outcome, pull.joined_at = Outcome.JOIN, reader.arrived
         try:
             with pull.stage("wait"):
-                await following.first_byte(repository)
-            # A fetch is proof for the repositories that it asked through, and for no other.
-            if repository not in following.sources.proven:
+                proven = await following.first_byte()
+            if not proven:
                 await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
             reader.close()

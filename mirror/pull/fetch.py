@@ -17,25 +17,21 @@ from typing import Final, Protocol
 from mirror.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
-    Denied,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     NotFound,
-    Unauthorized,
     UpstreamError,
     UpstreamLeftAlone,
     UpstreamProtocolError,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.pull.sources import Source, Sources
+from mirror.pull.sources import NO, Source, Sources
 from mirror.store.claim import Role
 from mirror.store.growing import Growing
 from mirror.upstream.api import PROGRESS, ContentStream
 
-NO: Final = (NotFound, Denied, Unauthorized)
-"""What an upstream says of a repository: it does not have it, or not for us."""
 RIVAL_PATIENCE: Final = 5.0
 """Seconds that an upstream may take to answer while another one that was named waits."""
 _ATTEMPTS: Final = 5
@@ -43,6 +39,10 @@ _ATTEMPTS: Final = 5
 _LONGEST_PAUSE: Final = 2.0
 _PATIENCE: Final = 45.0
 """Seconds without progress after which clients are better off elsewhere."""
+
+
+class _Overtaken(UpstreamTimeout):
+    """It did not answer, or not go on, while another upstream waited to be asked."""
 
 
 class Words(Protocol):
@@ -61,8 +61,8 @@ class _Journey:
 
     source: Source
     since: float
-    gave: list[str]
-    """Endpoints that gave bytes, also of the sources before, the latest one last."""
+    gave: dict[str, str]
+    """Endpoints that gave bytes, also of the sources before, the latest one last: upstreams."""
     attempts: int = 0
     best: int = 0
     resumed_from: int = 0
@@ -78,13 +78,13 @@ async def fetch(
     sources: Sources,
     emit: Observer,
     words: Words,
-    suspect: Callable[[str], None],
+    suspect: Callable[[str, str], None],
 ) -> None:
     """Bring ``growing`` to its end; every follower gets the outcome, so this raises nothing.
 
-    ``suspect`` is called with each endpoint that had a part in wrong bytes.
+    ``suspect`` is called with each endpoint that had a part in wrong bytes, and its upstream.
     """
-    gave: list[str] = []
+    gave: dict[str, str] = {}
     failure: MirrorError = UpstreamUnavailable("there is nobody to ask")
     try:
         while (source := sources.next()) is not None:
@@ -96,15 +96,19 @@ async def fetch(
                 where = "resume" if journey.resumed_from else "upstream"
                 upstream = source.repository.upstream
                 emit(DigestMismatched(upstream, str(growing.digest), where))
-                for endpoint in dict.fromkeys(gave):
-                    suspect(endpoint)
+                for endpoint, upstream in gave.items():
+                    suspect(endpoint, upstream)
                 raise
-            except ManifestInvalid:
-                raise  # it would be no better elsewhere
+            except _Overtaken as error:
+                failure = error
+                sources.overtaken(source)
             except (UpstreamError, *NO) as error:
-                failure = sources.failures[source.repository] = error
+                if isinstance(error, ManifestInvalid) and growing.position:
+                    raise  # it would be no better elsewhere
+                failure = error
                 if isinstance(error, NO):
                     await words.refused(source, error)
+                sources.failed(source, error)
         await growing.fail(failure)
     except MirrorError as error:
         await growing.fail(error)
@@ -122,7 +126,7 @@ async def _bring(
         try:
             await _transfer(growing, sources, journey, words)
             return
-        except (DigestMismatch, ManifestInvalid):
+        except (DigestMismatch, ManifestInvalid, _Overtaken):
             raise
         except (UpstreamError, NotFound) as error:
             if isinstance(error, UpstreamProtocolError) and growing.start_over():
@@ -155,7 +159,7 @@ async def _whole(growing: Growing) -> bool:
 async def _hurried(sources: Sources) -> AsyncIterator[None]:
     """Waits for an upstream with less patience while another one waits to be asked.
 
-    Raises :class:`UpstreamTimeout` when that has ended.
+    Raises :class:`_Overtaken` when that has ended.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -163,7 +167,7 @@ async def _hurried(sources: Sources) -> AsyncIterator[None]:
             with sources.when_rivalled(lambda: limit.reschedule(loop.time() + RIVAL_PATIENCE)):
                 yield
     except TimeoutError:
-        raise UpstreamTimeout("no answer, and another upstream waits to be asked") from None
+        raise _Overtaken("no answer, and another upstream waits to be asked") from None
 
 
 async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words: Words) -> None:
@@ -179,12 +183,13 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
                     accept=source.accept,
                     offset=growing.position,
                     validator=journey.validator,
-                    total=growing.size,
+                    total=growing.size if growing.position else None,
                     avoid=(*journey.avoid, *source.avoid),
                 )
             )
         journey.validator, journey.endpoint = stream.validator, stream.endpoint
-        journey.gave.append(stream.endpoint)
+        journey.gave.pop(stream.endpoint, None)
+        journey.gave[stream.endpoint] = source.repository.upstream
         expected = source.known.size if source.known is not None else None
         total = stream.total if stream.total is not None else expected
         if source.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
@@ -192,11 +197,11 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
         skip = growing.position - stream.start
         if skip < 0:
             raise UpstreamProtocolError("the answer begins behind what was asked for")
+        # Before anybody is woken: it is the proof for those who wait.
+        sources.proven.add(source.claim)
         await growing.declare(total)
         first = not journey.answered
-        if first:
-            journey.answered = True
-            sources.proven.add(source.repository)
+        journey.answered = True
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
             chunk = data[skip:] if skip else data
@@ -235,9 +240,11 @@ async def _pause_before_resuming(
         not journey.answered
         or growing.closed
         or journey.attempts > _ATTEMPTS
-        or now - journey.since > (RIVAL_PATIENCE if sources.rivalled else _PATIENCE)
+        or now - journey.since > _PATIENCE
     ):
         raise error
+    if sources.rivalled and now - journey.since > RIVAL_PATIENCE:
+        raise _Overtaken(error.message) from error
     if left_alone:
         # Nothing was transferred: this one waits, as all do, until an endpoint is tried again.
         await _pause(_LONGEST_PAUSE)

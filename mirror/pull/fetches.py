@@ -6,17 +6,18 @@ that is whole, who may read what, tags, HTTP.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mirror.events import Observer
+from mirror.events import Kind, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
 from mirror.pull.fetch import Words, fetch
 from mirror.pull.flights import Flights
 from mirror.pull.recent import Recent
-from mirror.pull.sources import Source, Sources
+from mirror.pull.sources import NO, Claim, Source, Sources
 from mirror.store.claim import Role
 from mirror.store.follower import Follower
 from mirror.store.growing import Growing
@@ -31,15 +32,26 @@ class Following:
 
     follower: Follower
     sources: Sources
+    claim: Claim
     joined: bool
     """Whether somebody else had begun it."""
 
-    async def first_byte(self, repository: Repository) -> None:
-        """Wait for it. Raises what ``repository``'s own upstream has said, if it was asked."""
+    async def first_byte(self) -> bool:
+        """Wait for it; whether the fetch is proof that the claim's repository has the content.
+
+        Raises what the claim's own upstream said, if it was asked; a no of it at once.
+        """
+        loop, sources = asyncio.get_running_loop(), self.sources
         try:
-            await self.follower.wait(0, 1)
-        except MirrorError as error:
-            raise self.sources.failures.get(repository, error) from None
+            async with asyncio.timeout(None) as limit:
+                with sources.when_refused(self.claim, lambda: limit.reschedule(loop.time())):
+                    await self.follower.wait(0, 1)
+        except (MirrorError, TimeoutError) as error:
+            raise sources.failures.get(self.claim, error) from None
+        said = sources.failures.get(self.claim)
+        if isinstance(said, NO):
+            raise said
+        return self.claim in sources.proven
 
 
 class Fetches:
@@ -54,21 +66,26 @@ class Fetches:
         self._emit = emit
         self._words = words
         self._finish = finish
-        self._suspects: Recent[tuple[str, ...]] = Recent(1000, _SUSPECTED_FOR, len)
+        self._suspects: Recent[dict[str, str]] = Recent(1000, _SUSPECTED_FOR, len)
+        """Endpoints that gave wrong bytes, the latest one last, and their upstreams."""
         self._sources: dict[Growing, Sources] = {}
 
-    def proven(self, repository: Repository, digest: Digest) -> Growing | None:
+    def proven(self, repository: Repository, digest: Digest, kind: Kind) -> Growing | None:
         """Content that grows, if its fetch has shown that ``repository`` has it."""
         growing = self._store.growing.get(digest)
         sources = self._sources.get(growing) if growing is not None else None
-        return growing if sources is not None and repository in sources.proven else None
+        if growing is None or sources is None or growing.failure is not None:
+            return None
+        return growing if (repository, kind) in sources.proven else None
 
     def follow(self, source: Source) -> Following:
         """Join the fetch of this content, or begin it. The caller closes the follower.
 
         Raises :class:`mirror.oci.errors.Draining` where nothing new is begun any more.
         """
-        source = replace(source, avoid=self._suspects.get(source.digest) or ())
+        suspects = self._suspects.get(source.digest) or {}
+        doubted = source.repository.upstream in suspects.values()
+        source = replace(source, avoid=tuple(suspects), doubted=doubted)
         growing = self._store.growing.get(source.digest)
         sources = self._sources.get(growing) if growing is not None else None
         if growing is None or sources is None or growing.failure is not None:
@@ -77,7 +94,7 @@ class Fetches:
         if follower is None:
             return self._begin(source)
         sources.offer(source)
-        return Following(follower, sources, joined=True)
+        return Following(follower, sources, source.claim, joined=True)
 
     def _begin(self, source: Source) -> Following:
         growing, sources = self._store.grow(source.digest), Sources(source)
@@ -91,11 +108,10 @@ class Fetches:
             finally:
                 self._end(growing)
 
-        def suspect(endpoint: str) -> None:
-            others = (
-                other for other in self._suspects.get(source.digest) or () if other != endpoint
-            )
-            self._suspects.put(source.digest, (*others, endpoint))
+        def suspect(endpoint: str, upstream: str) -> None:
+            suspects = dict(self._suspects.get(source.digest) or {})
+            suspects.pop(endpoint, None)
+            self._suspects.put(source.digest, {**suspects, endpoint: upstream})
 
         try:
             flight = self._flights.join(("fetch", source.digest, id(growing)), work)
@@ -110,7 +126,7 @@ class Fetches:
             flight.cancel()
 
         growing.when_abandoned(give_up, keep=self._finish)
-        return Following(follower, sources, joined=False)
+        return Following(follower, sources, source.claim, joined=False)
 
     def _end(self, growing: Growing) -> None:
         self._store.grown(growing)

@@ -13,13 +13,20 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final, TypeAlias
 
 from mirror.events import Kind
 from mirror.oci.digest import Digest
-from mirror.oci.errors import MirrorError
+from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
 from mirror.oci.reference import Repository
 from mirror.store.records import Membership
 from mirror.upstream.api import Registry
+
+NO: Final = (NotFound, Denied, Unauthorized)
+"""What an upstream says of a repository: it does not have it, or not for us."""
+Claim: TypeAlias = tuple[Repository, Kind]
+"""What a source is proof of: a blob that looks like a manifest is none (a registry checks what a
+manifest refers to, and no blob)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,13 @@ class Source:
     """What is known of it there: its size is used only where the upstream gives none."""
     avoid: Collection[str] = ()
     """Endpoints that gave wrong bytes for this content before."""
+    doubted: bool = False
+    """Its upstream did."""
+
+    @property
+    def claim(self) -> Claim:
+        """What it is asked for, and what its answer proves."""
+        return self.repository, self.kind
 
 
 class Sources:
@@ -42,34 +56,51 @@ class Sources:
 
     def __init__(self, first: Source) -> None:
         self._left = deque([first])
-        self._known = {first.repository}
+        self._known = {first.claim}
         self._current = first
+        self._overtaken: set[Claim] = set()
         self._hurry: Callable[[], None] | None = None
-        self.proven: set[Repository] = set()
-        """Repositories whose upstream has answered with the content."""
-        self.failures: dict[Repository, MirrorError] = {}
+        self._refusals: dict[Claim, list[Callable[[], None]]] = {}
+        self.proven: set[Claim] = set()
+        """Whose upstream has answered with the content."""
+        self.failures: dict[Claim, MirrorError] = {}
         """What the others came to."""
 
     def offer(self, source: Source) -> None:
         """Somebody else asks for the content, through a repository that may be another."""
-        if source.repository in self._known:
+        if source.claim in self._known:
             return
         before = self.rivalled
-        self._known.add(source.repository)
+        self._known.add(source.claim)
         self._left.append(source)
         if self._hurry is not None and self.rivalled and not before:
             self._hurry()
 
     def next(self) -> Source | None:
-        """The one to be asked now; None when all have been."""
+        """The one to be asked now, those that are doubted last; None when all have been."""
         if not self._left:
             return None
-        self._current = self._left.popleft()
+        self._current = min(self._left, key=lambda source: source.doubted)
+        self._left.remove(self._current)
         return self._current
+
+    def failed(self, source: Source, error: MirrorError) -> None:
+        """The source came to nothing. Whoever waits for its word has it now, if that is a no."""
+        self.failures[source.claim] = error
+        if isinstance(error, NO):
+            for tell in self._refusals.get(source.claim, ()):
+                tell()
+
+    def overtaken(self, source: Source) -> None:
+        """The source was left for others only; it has another turn, and all its time then."""
+        self._overtaken.add(source.claim)
+        self._left.append(source)
 
     @property
     def rivalled(self) -> bool:
         """Whether a source of another upstream than the current one's waits."""
+        if self._current.claim in self._overtaken:
+            return False
         upstream = self._current.repository.upstream
         return any(source.repository.upstream != upstream for source in self._left)
 
@@ -83,3 +114,13 @@ class Sources:
             yield
         finally:
             self._hurry = None
+
+    @contextmanager
+    def when_refused(self, claim: Claim, tell: Callable[[], None]) -> Iterator[None]:
+        """Within the block call ``tell`` as soon as the claim's own upstream says no."""
+        waiting = self._refusals.setdefault(claim, [])
+        waiting.append(tell)
+        try:
+            yield
+        finally:
+            waiting.remove(tell)

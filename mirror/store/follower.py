@@ -55,6 +55,9 @@ class Followed(Protocol):
     def head(self) -> int:
         """Bytes that may be handed out."""
 
+    def holds_all_from(self, start: int) -> bool:
+        """Whether every byte from ``start`` on is here, or is still to come."""
+
     def extent(self, start: int, stop: int) -> Extent:
         """Bytes that are there."""
 
@@ -97,7 +100,8 @@ class Follower:
         if stop is not None and start >= stop:
             return None
         self.position = start
-        growing.followers.add(self)  # it may have been left behind as too slow
+        if growing.holds_all_from(start):
+            growing.followers.add(self)  # it may have been left behind as too slow
         growing.moved()
         while True:
             wrong = isinstance(growing.failure, DigestMismatch)

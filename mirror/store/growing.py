@@ -96,9 +96,11 @@ class Growing:
 
     def follow(self, start: int = 0) -> Follower | None:
         """Read along from ``start``; None if memory no longer holds what that would need."""
-        if self._window is not None and not self._window.holds_all_from(start):
-            return None
-        return Follower(self, start)
+        return Follower(self, start) if self.holds_all_from(start) else None
+
+    def holds_all_from(self, start: int) -> bool:
+        """Whether every byte from ``start`` on is here, or is still to come."""
+        return self._window is None or self._window.holds_all_from(start)
 
     def extent(self, start: int, stop: int) -> Extent:
         """Bytes that are there: ``start`` is below ``head``. Raises ``ContentLost``."""
@@ -188,7 +190,7 @@ class Growing:
         end = self._claim.length
         grown = end > self._on_disk
         watch.look(self._on_disk, grown=grown)
-        if watch.state is not None and self.size is None:
+        if watch.state is not None and (self.size is None or not self._on_disk):
             self.size = watch.state.size
         if published:
             self.size = end
@@ -203,10 +205,12 @@ class Growing:
         return grown
 
     async def declare(self, size: int | None) -> None:
-        """The upstream answers; ``size`` is its word on the bytes of the whole content.
+        """An upstream answers; ``size`` is its word on the bytes of the whole content.
 
-        Raises :class:`UpstreamProtocolError` if that contradicts what is known.
+        One before it counts only if bytes came. Raises :class:`UpstreamProtocolError` if not that.
         """
+        if not self.position:
+            self.size = None
         if size is not None and self.size is not None and size != self.size:
             raise UpstreamProtocolError(f"upstream offers {size} bytes, not {self.size}")
         if size is not None and size < self.position:
@@ -232,10 +236,7 @@ class Growing:
             self._detach("full")
 
     def start_over(self) -> bool:
-        """Forget what an earlier fetch left, where the upstream's answer does not fit to it.
-
-        Then find out anew who brings the bytes (:meth:`lead`).
-        """
+        """Forget what an earlier fetch left, where the answer does not fit to it; then ``lead``."""
         if self._confirmed or not self._on_disk:
             return False
         self._claim.spoil()

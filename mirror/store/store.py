@@ -211,10 +211,12 @@ class Store:
             return
         # Until what it names is known again, index.json is all that is left of it.
         self._restored = self._restored or await self._reseed()
+        # Before it is read: what is put from here on is news again.
+        self.index.changed = False
         entries = await self.index.manifests() if self._restored else None
         if entries is None:
+            self.index.changed = True
             return
-        self.index.changed = False
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._opening, image_layout.write, self.layout, entries)

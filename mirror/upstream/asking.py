@@ -134,6 +134,7 @@ class Asker:
         attempt = 0
         asked: set[URL] = set()
         had = {url for url in self._endpoints.urls if str(url) in avoid}
+        refused: set[URL] = set()
         async with AsyncExitStack() as stack:
             while attempt < ATTEMPTS:
                 before = attempt
@@ -159,7 +160,8 @@ class Asker:
                         failure = error
                         continue
                     except MirrorError:
-                        if not had or (failure is None and had <= asked):
+                        refused.add(endpoint)
+                        if had <= refused:
                             raise
                         continue
                     yield answer, endpoint
