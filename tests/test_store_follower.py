@@ -36,6 +36,9 @@ class Said:
     async def progress(self, start: int) -> None:
         await self.waiters.wait(start)
 
+    def holds_all_from(self, start: int) -> bool:
+        return True
+
     def moved(self) -> None:
         self.moves += 1
 

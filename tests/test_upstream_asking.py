@@ -180,6 +180,15 @@ async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: i
                     pass
 
 
+async def test_a_no_of_the_endpoint_that_had_it_counts_whatever_it_met_before() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        question = Question("GET", REPO, "manifests/absent", Kind.MANIFEST)
+        fake.fault("", Fault(status=503))
+        with pytest.raises(ManifestUnknown):
+            async with kit.asker.ask(question, avoid=[fake.url]):
+                pass
+
+
 @pytest.mark.row("U4")
 async def test_an_error_names_the_endpoint_that_it_is_of() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
