@@ -68,18 +68,21 @@ async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome]
 async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
     """What two clients get, of whom the second joins the fetch of the first."""
     async with asyncio.TaskGroup() as group:
-        first = group.create_task(outcome(kit, REPO))
-        await ours.asked.wait()
-        second = group.create_task(outcome(kit, THEIRS))
-        while not joined(kit):  # noqa: ASYNC110 - there is no event
-            await asyncio.sleep(0.001)
+        first, second = await joined(kit, ours, group)
         ours.let.set()
     return first.result(), second.result()
 
 
-def joined(kit: PullKit) -> bool:
-    """Whether two follow one fetch."""
-    return any(len(growing.followers) == 2 for growing in kit.store.growing.values())
+async def joined(
+    kit: PullKit, ours: Slow, group: asyncio.TaskGroup
+) -> tuple[asyncio.Task[Any], asyncio.Task[Any]]:
+    """Two clients that follow one fetch, which waits for our upstream."""
+    first = group.create_task(outcome(kit, REPO))
+    await ours.asked.wait()
+    second = group.create_task(outcome(kit, THEIRS))
+    while not any(len(g.followers) == 2 for g in kit.store.growing.values()):  # noqa: ASYNC110 - no event
+        await asyncio.sleep(0.001)
+    return first, second
 
 
 @pytest.fixture(autouse=True)
@@ -289,11 +292,7 @@ async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> Non
         known = Membership(DIGEST, "blob", "a/b", len(DATA), None, None)
         await kit.store.index.put_memberships(REPO, [known])
         async with asyncio.TaskGroup() as group:
-            first = group.create_task(outcome(kit, REPO))
-            await ours.asked.wait()
-            second = group.create_task(outcome(kit, THEIRS))
-            while not joined(kit):  # noqa: ASYNC110 - there is no event
-                await asyncio.sleep(0.001)
+            first, second = await joined(kit, ours, group)
             ours.let.set()
             assert isinstance(await first, Denied), "while the other one still hangs"
             theirs.let.set()

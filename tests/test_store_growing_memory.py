@@ -14,9 +14,17 @@ from mirror.events import Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost
 from mirror.store import disk, growing
+from mirror.store.follower import Follower
 from mirror.store.growing import Growing
 from mirror.store.reader import MemoryExtent
-from tests.store_kit import DATA, DIGEST, bring, kit, pieces, random_bytes, read
+from tests.store_kit import DATA, DIGEST, Kit, bring, kit, pieces, random_bytes, read
+
+
+def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Growing, *tuple[Follower, ...]]:
+    """Content that finds no room on the disk, and ``count`` that follow it."""
+    parts.room[0] = False
+    content = Growing(parts.surroundings, digest, None)
+    return content, *(Follower(content, 0) for _ in range(count))
 
 
 @pytest.mark.row("D1")
@@ -54,10 +62,7 @@ async def test_no_room_means_memory_and_bounded(tmp_path: Path) -> None:
     data = random_bytes(40_000_000)
     digest = Digest.of(data)
     with kit(tmp_path) as parts:
-        parts.room[0] = False
-        content = Growing(parts.surroundings, digest, None)
-        follower = content.follow()
-        assert follower
+        content, follower = in_memory(parts, digest, 1)
         held = 0
 
         async def slow() -> bytes:
@@ -78,10 +83,7 @@ async def test_no_room_means_memory_and_bounded(tmp_path: Path) -> None:
 
 async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        parts.room[0] = False
-        content = Growing(parts.surroundings, DIGEST, None)
-        follower = content.follow()
-        assert follower
+        content, follower = in_memory(parts, DIGEST, 1)
         await content.lead()
         await content.declare(len(DATA))
         for piece in pieces(DATA[:1_000_000]):
@@ -104,19 +106,13 @@ async def test_one_that_reads_nothing_does_not_hold_up_the_others(
     monkeypatch.setattr(growing, "PATIENCE", 0.05)
     data = random_bytes(40_000_000)
     with kit(tmp_path) as parts:
-        parts.room[0] = False
-        content = Growing(parts.surroundings, Digest.of(data), None)
-        stuck, *others = (content.follow() for _ in range(3))
-        assert stuck
-        fetch = asyncio.gather(
-            bring(content, data, len(data)), *(read(other) for other in others if other)
-        )
+        content, stuck, *others = in_memory(parts, Digest.of(data), 3)
+        fetch = asyncio.gather(bring(content, data, len(data)), *map(read, others))
         await stuck.wait(0)
         assert (await fetch)[1:] == [data, data]
         with pytest.raises(ContentLost):
             await stuck.wait(1_000_000)
         for follower in (stuck, *others):
-            assert follower
             follower.close()
 
 
@@ -124,11 +120,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
     tmp_path: Path,
 ) -> None:
     with kit(tmp_path) as parts:
-        parts.room[0] = False
-        content = Growing(parts.surroundings, DIGEST, None)
-        slow, quick = content.follow(), content.follow()
-        assert slow
-        assert quick
+        content, slow, quick = in_memory(parts, DIGEST, 2)
         await content.lead()
         await content.declare(len(DATA))
         await content.feed(DATA[:65_536])
@@ -159,10 +151,7 @@ async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
     monkeypatch.setattr(growing, "PATIENCE", 0.01)
     data = random_bytes(20_000_000)
     with kit(tmp_path) as parts:
-        parts.room[0] = False
-        content = Growing(parts.surroundings, Digest.of(data), None)
-        follower = content.follow()
-        assert follower
+        content, follower = in_memory(parts, Digest.of(data), 1)
         fetch = asyncio.gather(bring(content, data, len(data)))
         await follower.wait(0)
         await asyncio.sleep(0.2)

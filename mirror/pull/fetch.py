@@ -94,8 +94,7 @@ async def fetch(
                 return
             except DigestMismatch:
                 where = "resume" if journey.resumed_from else "upstream"
-                upstream = source.repository.upstream
-                emit(DigestMismatched(upstream, str(growing.digest), where))
+                emit(DigestMismatched(source.repository.upstream, str(growing.digest), where))
                 for endpoint, upstream in gave.items():
                     suspect(endpoint, upstream)
                 raise

@@ -72,11 +72,8 @@ class Fetches:
 
     def proven(self, repository: Repository, digest: Digest, kind: Kind) -> Growing | None:
         """Content that grows, if its fetch has shown that ``repository`` has it."""
-        growing = self._store.growing.get(digest)
-        sources = self._sources.get(growing) if growing is not None else None
-        if growing is None or sources is None or growing.failure is not None:
-            return None
-        return growing if (repository, kind) in sources.proven else None
+        growing, sources = self._under_way(digest)
+        return growing if sources is not None and (repository, kind) in sources.proven else None
 
     def follow(self, source: Source) -> Following:
         """Join the fetch of this content, or begin it. The caller closes the follower.
@@ -86,15 +83,19 @@ class Fetches:
         suspects = self._suspects.get(source.digest) or {}
         doubted = source.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), doubted=doubted)
-        growing = self._store.growing.get(source.digest)
-        sources = self._sources.get(growing) if growing is not None else None
-        if growing is None or sources is None or growing.failure is not None:
-            return self._begin(source)
-        follower = growing.follow()
-        if follower is None:
+        growing, sources = self._under_way(source.digest)
+        follower = growing.follow() if growing is not None else None
+        if follower is None or sources is None:
             return self._begin(source)
         sources.offer(source)
         return Following(follower, sources, source.claim, joined=True)
+
+    def _under_way(self, digest: Digest) -> tuple[Growing, Sources] | tuple[None, None]:
+        """The fetch of this content that has not failed, if there is one."""
+        growing = self._store.growing.get(digest)
+        if growing is None or growing.failure is not None or growing not in self._sources:
+            return None, None
+        return growing, self._sources[growing]
 
     def _begin(self, source: Source) -> Following:
         growing, sources = self._store.grow(source.digest), Sources(source)

@@ -207,7 +207,7 @@ class Growing:
     async def declare(self, size: int | None) -> None:
         """An upstream answers; ``size`` is its word on the bytes of the whole content.
 
-        One before it counts only if bytes came. Raises :class:`UpstreamProtocolError` if not that.
+        Raises :class:`UpstreamProtocolError` if it is another than that of bytes that have come.
         """
         if not self.position:
             self.size = None

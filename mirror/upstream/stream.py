@@ -48,8 +48,8 @@ class BodyStream:
         expected = self.total - self.start if self.total is not None else None
         received = 0
         async for chunk in read_chunks(self._response, self._limits, expected):
-            received += len(chunk)
-            if received >= PROGRESS:
+            if received < PROGRESS <= received + len(chunk):
                 self._works()
+            received += len(chunk)
             self._count(len(chunk))
             yield chunk

@@ -52,7 +52,7 @@ async def while_reading(
             else:
                 alarm = loop.call_later(patience, look, now)
 
-        alarm = loop.call_later(patience, look, owed())
+        alarm = loop.call_later(patience, look, None)
         try:
             yield
         finally:

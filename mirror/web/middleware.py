@@ -63,8 +63,6 @@ class Middleware:
         self._emit(PullStarted(pull))
         try:
             response = await self._answer(request, pull)
-            if isinstance(response, _Cut):
-                return response
             pull.status = response.status
             if self._health.draining:
                 # The next request of this client is for somebody else.
@@ -91,7 +89,7 @@ class Middleware:
         except (ConnectionError, TimeoutError):
             # The client has left, or does not read: routine, and nothing of ours has failed.
             pull.error = pull.error or "client left"
-            return _Cut()
+            return _Cut(status=pull.status)
         except asyncio.CancelledError:
             pull.error = pull.error or "client left"
             raise
@@ -114,7 +112,7 @@ class Middleware:
                 pull.outcome = Outcome.ERROR
         if pull.status:
             # Its headers were on their way: the connection is cut already.
-            return _Cut()
+            return _Cut(status=pull.status)
         body = body_of(error)
         headers = {**headers_of(error), **frame(pull), "Content-Length": str(len(body))}
         if request.method == "HEAD":
