@@ -46,6 +46,8 @@ class Flight:
     size: int
     workers: int
     direct: Timed
+    crowd: tuple[Timed, ...]
+    """As many clients at once without a mirror: what the machine itself makes them wait."""
     clients: tuple[Timed, ...]
     upstream_gets: int
     upstream_bytes: int
@@ -58,7 +60,10 @@ class Flight:
     @property
     def first_byte_delay(self) -> float:
         """Seconds by which the last first byte came after that of the direct download."""
-        return max(client.first_byte for client in self.clients) - self.direct.first_byte
+        return self._last_first(self.clients)
+
+    def _last_first(self, clients: tuple[Timed, ...]) -> float:
+        return max(client.first_byte for client in clients) - self.direct.first_byte
 
     @property
     def last_ratio(self) -> float:
@@ -93,15 +98,16 @@ class Flight:
             f"  upstream GETs          {self.upstream_gets}",
             f"  upstream bytes         {self.bytes_ratio:.2f} x the blob",
             f"  last first byte        {self.first_byte_delay * 1000:+.0f} ms of the upstream's",
+            f"    without a mirror     {self._last_first(self.crowd) * 1000:+.0f} ms",
             f"  last client done       {self.last_ratio:.2f} x one direct download",
             *(f"  MISSED: {miss}" for miss in self.misses()),
         ]
 
 
-def _curl(url: str, sink: str = "/dev/null") -> subprocess.Popen[bytes]:
+def _curl(url: str, sink: str = "/dev/null", *options: str) -> subprocess.Popen[bytes]:
     seen = '{"status":%{http_code},"size":%{size_download},"first_byte":%{time_starttransfer},'
     return subprocess.Popen(
-        [need("curl"), "-s", "-o", sink, "-w", seen + '"total":%{time_total}}', url],
+        [need("curl"), "-s", "-o", sink, "-w", seen + '"total":%{time_total}}', *options, url],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )
@@ -121,6 +127,10 @@ def measure(size: int, rate: int, clients: int = 8, workers: int = 1) -> Flight:
         digest = registry.push_large("org/big", size)
         with Mirror({"docker.io": front.url}, workers=workers) as mirror:
             path = f"/v2/org/big/blobs/{digest}"
+            # Their first bytes only; and first, so that the upstream has counted them.
+            some = ("/dev/null", "--range", "0-65535")
+            together = [_curl(front.url + path, *some) for _ in range(clients)]
+            crowd = tuple(_timed(process) for process in together)
             direct = _timed(_curl(front.url + path))
             before = len(front.blob_gets(digest))
             running = [_curl(f"{mirror.url}{path}?ns=docker.io") for _ in range(clients)]
@@ -131,7 +141,9 @@ def measure(size: int, rate: int, clients: int = 8, workers: int = 1) -> Flight:
             with kept.open("rb") as file:
                 hashed = hashlib.file_digest(file, "sha256").hexdigest()
             assert f"sha256:{hashed}" == digest, "wrong bytes"
-    return Flight(size, workers, direct, done, len(fetched), sum(seen.sent for seen in fetched))
+    return Flight(
+        size, workers, direct, crowd, done, len(fetched), sum(seen.sent for seen in fetched)
+    )
 
 
 def main() -> int:
