@@ -54,12 +54,16 @@ class Stream:
     break_at: int | None = None
     error: MirrorError | None = None
     gate: asyncio.Event | None = None
+    before: asyncio.Event | None = None
+    """What the first byte waits for."""
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         position = self.start
+        if self.before is not None:
+            await self.before.wait()
         while position < len(self.data):
             stop = min(position + self.piece, len(self.data))
             if self.break_at is not None and stop >= self.break_at:

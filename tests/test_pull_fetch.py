@@ -82,7 +82,7 @@ class Bench:
 
         await fetch(self.growing, sources, self.kit.events.append, self, suspect)
 
-    async def granted(self, source: Source, stream: ContentStream) -> None:
+    def granted(self, source: Source, stream: ContentStream) -> None:
         self.answered.append(stream)
 
     async def refused(self, source: Source, error: MirrorError) -> None:

@@ -348,3 +348,28 @@ async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
         await kit.store.idle()
         assert (await blob(kit, DIGEST))[0] == DATA
         assert not kit.registry.calls["head_blob"]
+
+
+@pytest.mark.row("M1")
+async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path) -> None:
+    rest = asyncio.Event()
+    registry = Slow()
+    registry.add_blob(REPO.path, DATA)
+    registry.streams.append(lambda stream: setattr(stream, "before", rest))
+    async with (
+        asyncio.timeout(30),
+        pull_kit(tmp_path, registry=registry) as kit,
+        pull_kit(tmp_path, registry=registry) as other,
+    ):
+        async with asyncio.TaskGroup() as group:
+            leads = group.create_task(outcome(kit, REPO))
+            await registry.asked.wait()
+            follows = group.create_task(outcome(other, REPO))
+            while DIGEST not in other.store.growing:  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(0.001)
+            registry.let.set()
+            while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            rest.set()
+        assert leads.result() == follows.result() == (DATA, Outcome.MISS)
+        assert registry.calls == {"get_blob": 1}

@@ -290,22 +290,24 @@ class ContentService:
             with pull.stage("wait"):
                 proven = await following.first_byte()
             if not proven:
+                # It may have been meanwhile, by another process whose fetch this is.
+                known = await self.membership(repository, digest, kind)
                 await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
             reader.close()
             raise
         return reader
 
-    async def granted(self, source: Source, stream: ContentStream) -> None:
+    def granted(self, source: Source, stream: ContentStream) -> None:
         """The upstream sends the content: see :class:`mirror.pull.fetch.Words`."""
         known = source.known
         listed = source.kind is Kind.MANIFEST and known is not None and known.via is not None
         # An index called it something; bytes of no type are no other word.
         typed = listed and stream.media_type != OCTET_STREAM
-        if typed or not self.believes(source.repository, known):
-            await self._grant(
-                source.repository, source.digest, source.kind, stream.media_type, stream.total
-            )
+        if self.flights.draining or not (typed or not self.believes(source.repository, known)):
+            return
+        said = source.repository, source.digest, source.kind, stream.media_type, stream.total
+        self.flights.join(("grant", *said), lambda: self._grant(*said))
 
     async def refused(self, source: Source, error: MirrorError) -> None:
         """The upstream says no: see :class:`mirror.pull.fetch.Words`."""

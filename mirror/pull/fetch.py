@@ -48,8 +48,8 @@ class _Overtaken(UpstreamTimeout):
 class Words(Protocol):
     """Who is told what upstreams say of repositories."""
 
-    async def granted(self, source: Source, stream: ContentStream) -> None:
-        """The repository has the content."""
+    def granted(self, source: Source, stream: ContentStream) -> None:
+        """The repository has the content. No byte waits for the note of it."""
 
     async def refused(self, source: Source, error: MirrorError) -> None:
         """The repository does not have it, or not for us."""
@@ -198,9 +198,10 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
             raise UpstreamProtocolError("the answer begins behind what was asked for")
         # Before anybody is woken: it is the proof for those who wait.
         sources.proven.add(source.claim)
+        if not journey.answered:
+            journey.answered = True
+            words.granted(source, stream)
         await growing.declare(total)
-        first = not journey.answered
-        journey.answered = True
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
             chunk = data[skip:] if skip else data
@@ -209,12 +210,6 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
                 await growing.feed(chunk)
             if source.kind is Kind.MANIFEST and growing.position > MANIFEST_LIMIT:
                 raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
-            if first:
-                # No first byte waits for what is only written down.
-                first = False
-                await words.granted(source, stream)
-        if first:
-            await words.granted(source, stream)
     if skip:
         raise UpstreamUnavailable("ended before the point where it broke")
     await growing.finish()
