@@ -368,7 +368,7 @@ async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path
             while DIGEST not in other.store.growing:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.001)
             registry.let.set()
-            while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110
+            while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.001)
             rest.set()
         assert leads.result() == follows.result() == (DATA, Outcome.MISS)
