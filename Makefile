@@ -17,7 +17,7 @@ check: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m mypy tests/real tests/conftest.py $(wildcard tests/test_real_*.py)
+	$(PYTHON) -m mypy tests/real tests/conftest.py
 	$(PYTHON) -m pytest -m "not long"
 
 test-long: packages $(VENV)/.installed-dev

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness_table import Case, rewritten
+from tests.robustness.table import Case, rewritten
 from tests.slow_callbacks import Watch
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -118,7 +118,9 @@ class Tried:
         """Every test case counts, those that are not run this time as well."""
         long = item.get_closest_marker("long") is not None
         rows = {mark.args[0] for mark in item.iter_markers("row")}
-        self._cases[item.nodeid] = [Case(row, item.path.name, long, None) for row in rows]
+        self._cases[item.nodeid] = [
+            Case(row, str(item.path.relative_to(Path(__file__).parent)), long, None) for row in rows
+        ]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -139,7 +141,7 @@ class Tried:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--robustness-table=docs/robustness.md`` (see ``tests/robustness_table.py``)."""
+    """``--robustness-table=docs/robustness.md`` (see ``tests/robustness/table.py``)."""
     text = "write into FILE how often each row of the robustness table was tried"
     parser.addoption("--robustness-table", type=Path, metavar="FILE", help=text)
 

@@ -1,0 +1,116 @@
+"""One cold pull of an image, as a program of its own: what the crash tests trace and kill.
+
+``python -m tests.robustness.crash_driver ROOT [evict | MUTANT]``. ``evict``: pulls one blob more,
+for which some of the image has to go. ``MUTANT`` plants a fault in the store, to show that tests
+look for such faults find them. Prints what was published, at once, and what may be evicted, before
+it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+from mirror.config import Storage
+from mirror.events import Published
+from mirror.oci.digest import Digest, Verifier
+from mirror.oci.reference import Repository, Tag
+from mirror.store import disk
+from tests.unit.pull.kit import MemoryRegistry, a_pull, pull_kit
+from tests.unit.store.kit import random_bytes, read
+
+REPOSITORY = Repository("docker.io", "library/app")
+LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000))
+MORE = random_bytes(500_000, 63)
+SMALL = Storage(max_size=800_000)
+"""Room for the image, or for what comes after it."""
+
+
+def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
+    """The upstream, and the image's digest. ``wrong``: one layer has a wrong bit."""
+    made = MemoryRegistry()
+    image = made.add_image(REPOSITORY.path, "1.0", *LAYERS)
+    if wrong:
+        name = REPOSITORY.path, Digest.of(LAYERS[1])
+        made.blobs[name] = bytes([LAYERS[1][0] ^ 1]) + LAYERS[1][1:]
+    return made, image
+
+
+async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> None:
+    """Pull the image whole; every byte has to be right."""
+    async with pull_kit(root, registry=source, storage=SMALL if evict else None) as kit:
+        emit = kit.events.append
+
+        def announce(event: object) -> None:
+            if isinstance(event, Published):
+                say(f"published {event.digest}")
+            emit(event)  # type: ignore[arg-type] # it is an event
+
+        async def blob(data: bytes) -> None:
+            answer = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
+            assert answer.reader
+            with closing(answer.reader) as reader:
+                got = await read(reader)
+            assert got == data or "no-digest-check" in sys.argv
+
+        object.__setattr__(kit.store._surroundings, "emit", announce)
+        await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), head=False)
+        for layer in LAYERS:
+            await blob(layer)
+        await kit.store.idle()
+        if evict:
+            for digest in (*map(Digest.of, LAYERS), *source.tags.values()):
+                say(f"evicting {digest}")
+            source.add_blob(REPOSITORY.path, MORE)
+            await blob(MORE)
+            await kit.store.idle()
+
+
+def say(line: str) -> None:
+    """Print it at once: what was said was done."""
+    os.write(1, f"{line}\n".encode())
+
+
+def plant(mutant: str) -> None:
+    """Break the store on purpose."""
+    real_sync = os.fsync
+
+    def is_directory(fd: int) -> bool:
+        return Path(f"/proc/self/fd/{fd}").resolve().is_dir()
+
+    match mutant:
+        case "no-file-fsync":
+            os.fsync = lambda fd: real_sync(fd) if is_directory(fd) else None  # type: ignore[assignment,arg-type] # a mutant
+        case "no-directory-fsync":
+            os.fsync = lambda fd: None if is_directory(fd) else real_sync(fd)  # type: ignore[assignment,arg-type] # a mutant
+        case "no-digest-check":
+            Verifier.finish = lambda self: None  # type: ignore[method-assign] # a mutant
+        case "rename-before-fsync":
+            real = disk.publish
+
+            def early(layout: disk.Layout, digest: Digest, fd: int, now: float) -> None:
+                source = layout.ingest(digest)
+                source.rename(layout.blob(digest))
+                real_sync(fd)
+                layout.blob(digest).rename(source)
+                real(layout, digest, fd, now)
+
+            disk.publish = early
+        case _:
+            raise SystemExit(f"no such mutant: {mutant}")
+
+
+def main() -> None:
+    mutant = sys.argv[2] if len(sys.argv) > 2 else ""
+    evict = mutant == "evict"
+    if mutant and not evict:
+        plant(mutant)
+    source, _ = registry(wrong=mutant == "no-digest-check")
+    asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Rows L: what clients do in good faith."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from mirror.events import Outcome
+from mirror.oci.digest import Digest
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.robustness.kit import LAST, raw, statuses
+from tests.server_kit import running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(2_000_000, 31)
+_RESET = struct.pack("ii", 1, 0)
+
+
+async def cold(fake: FakeRegistry, rate: int = 4_000_000) -> Digest:
+    """A blob that takes half a second to arrive."""
+    digest = fake.add_blob(DATA)
+    fake.fault(f"blobs/{digest}", Fault(rate=rate))
+    return digest
+
+
+@pytest.mark.row("L1")
+@pytest.mark.parametrize("followers", [0, 3])
+async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = await cold(fake)
+        leading = await server.client.get(server.blob(digest))
+        await leading.content.readexactly(100_000)
+        waiting = [server.get(server.blob(digest)) for _ in range(followers)]
+        tasks = asyncio.gather(*waiting)
+        while len(server.store.growing[digest].followers) <= followers:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.01)
+        leading.close()
+        assert [body for _, _, body in await tasks] == [DATA] * followers
+        _, _, body = await server.get(server.blob(digest))
+        assert body == DATA
+        assert fake.count("GET", "blobs/") == 1
+
+
+@pytest.mark.row("L1")
+async def test_a_fetch_nobody_wants_can_be_given_up_and_is_made_later(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, abandoned="cancel") as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(stall_at=1_000_000))
+        leading = await server.client.get(server.blob(digest))
+        await leading.content.readexactly(300_000)
+        leading.close()
+        async with asyncio.timeout(10):
+            await server.store.idle()
+        assert not server.store.layout.blob(digest).exists(), "it was given up"
+        _, _, body = await server.get(server.blob(digest))
+        assert body == DATA
+
+
+@pytest.mark.row("L2")
+async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = await cold(fake)
+        port = int(server.url.rpartition(":")[2])
+        request = f"GET /v2/library/app/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        before = len(os.listdir("/proc/self/fd"))
+
+        async def ask_and_reset() -> None:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            await writer.drain()
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            writer.transport.abort()
+
+        for _ in range(10):
+            await asyncio.gather(*(ask_and_reset() for _ in range(100)))
+        _, _, body = await server.get(server.blob(digest))
+        assert body == DATA
+        assert fake.count("GET", "blobs/") == 1
+        for _ in range(50):
+            if len(os.listdir("/proc/self/fd")) <= before + 12 and not server.store.growing:
+                break
+            await asyncio.sleep(0.1)
+        assert len(os.listdir("/proc/self/fd")) <= before + 12
+        assert not server.store.growing
+        tried(1000)
+
+
+@pytest.mark.row("L8")
+@pytest.mark.parametrize(
+    ("line", "headers", "body"),
+    [
+        ("GET {} HTTP/1.0", "", ""),
+        ("HEAD {} HTTP/1.1", LAST, ""),
+        ("GET {} HTTP/1.1", f"{LAST}\r\nContent-Length: 4", "body"),
+        ("GET {} HTTP/1.1", f"{LAST}\r\nTransfer-Encoding: chunked", "4\r\nbody\r\n0\r\n\r\n"),
+        # the body that it offers is not waited for
+        ("GET {} HTTP/1.1", f"{LAST}\r\nContent-Length: 4\r\nExpect: 100-continue", ""),
+    ],
+    ids=["1.0", "head", "body", "chunked", "expect"],
+)
+async def test_unusual_but_legal(tmp_path: Path, line: str, headers: str, body: str) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        path = f"/v2/library/app/blobs/{fake.add_blob(b'small blob')}"
+        request = f"{line.format(path)}\r\n{headers}\r\n\r\n{body}"
+        answer = await raw(server, request.encode())
+        assert statuses(answer) == [200]
+        assert b"Content-Length: 10\r\n" in answer
+        assert answer.endswith(b"\r\n\r\n" if "HEAD" in line else b"small blob")
+
+
+@pytest.mark.row("L8")
+async def test_a_hundred_pipelined(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        line = f"GET /v2/library/app/blobs/{fake.add_blob(b'small blob')} HTTP/1.1\r\n"
+        last = f"{line}{LAST}\r\n\r\n"
+        answer = await raw(server, (f"{line}Host: x\r\n\r\n" * 99 + last).encode())
+        assert statuses(answer) == [200] * 100
+        assert answer.count(b"small blob") == 100
+        tried(100)
+
+
+@pytest.mark.row("L9")
+async def test_500_clients_right_after_a_start(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    async with FakeRegistry() as fake:
+        digest = fake.add_blob(random_bytes(10_000, 32))
+        async with running(tmp_path, fake.url) as server:
+            await server.get(server.blob(digest))
+            # a client is done before the content is published
+            await server.store.idle()
+        async with running(tmp_path, fake.url) as server:
+            answers = await asyncio.gather(*(server.get(server.blob(digest)) for _ in range(500)))
+            assert {(status, Digest.of(body)) for status, _, body in answers} == {(200, digest)}
+        assert fake.count("GET", "blobs/") == 1
+        tried(500)
+
+
+@pytest.mark.row("L11")
+@pytest.mark.parametrize("growing", [True, False], ids=["growing", "hit"])
+async def test_open_ended_ranges_that_hang_up_after_their_part(
+    tmp_path: Path, growing: bool, tried: Callable[[int], None]
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        if not growing:
+            await server.get(server.blob(digest))
+        else:
+            fake.fault(f"blobs/{digest}", Fault(rate=6_000_000))
+        quarter = len(DATA) // 4
+
+        async def part(index: int) -> bytes:
+            header = {"Range": f"bytes={index * quarter}-"}
+            async with server.client.get(server.blob(digest), headers=header) as response:
+                assert response.status == 206
+                data = await response.content.readexactly(quarter)
+                response.close()
+                return data
+
+        for _ in range(5):
+            parts = await asyncio.gather(*(part(index) for index in range(4)))
+            assert b"".join(parts) == DATA
+        assert fake.count("GET", "blobs/") == 1
+        assert fake.bytes_sent == len(DATA)
+        while len(server.pulls) < 20 + (not growing):  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+        tried(20)
+        assert not [p for p in server.pulls if p.outcome is Outcome.ERROR]
+
+
+async def test_a_cut_answer_is_never_a_clean_end(tmp_path: Path) -> None:
+    """HTTP/1.0 without a length ends with the connection, so there an error is a reset."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
+        digest = Digest.of(DATA)
+        fake.blobs["library/app", str(digest)] = wrong
+        fake.fault(f"blobs/{digest}", Fault(chunked=True, times=None))
+        port = int(server.url.rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET /v2/library/app/blobs/{digest} HTTP/1.0\r\n\r\n".encode())
+        try:
+            got = await reader.read(-1)
+        except ConnectionResetError:
+            got = b""
+        assert wrong not in got
+        writer.close()
+        try:
+            status, _, _ = await server.get(server.blob(digest))
+        except aiohttp.ClientError:
+            status = 0
+        assert status in (0, 502)
+
+
+async def test_lists_are_paged_with_links_to_us(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for n in range(25):
+            fake.add_image(b"layer", repository="org/app", tag=f"v{n:02}")
+        url: str | None = f"{server.url}/v2/docker.io/org/app/tags/list?n=10&ns=docker.io"
+        url = f"{server.url}/v2/org/app/tags/list?n=10&ns=docker.io"
+        seen: list[str] = []
+        while url:
+            async with server.client.get(url) as response:
+                assert response.headers["OCI-Namespace"] == "docker.io"
+                seen += json.loads(await response.read())["tags"]
+                link = response.headers.get("Link")
+            match = re.match(r'<(/v2/[^>]*)>; rel="next"', link) if link else None
+            url = f"{server.url}{match[1]}" if match else None
+        assert seen == [f"v{n:02}" for n in range(25)]
+        _, headers, body = await server.get(f"{server.url}/v2/org/app/tags/list?n=0")
+        assert json.loads(body)["tags"] == []
+        assert "Link" not in headers

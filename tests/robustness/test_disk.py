@@ -1,0 +1,320 @@
+"""Rows D: disks that refuse, fail, are slow or full. The faults are strace's and the kernel's."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from tests.real.process import need, wait_until
+from tests.real.registry import DockerRegistry
+from tests.real.server import Mirror
+from tests.robustness.kit import (
+    attempt,
+    descriptors,
+    every_file_hashes_to_its_name,
+    path_of,
+    right,
+    strace,
+)
+
+SIZE = 3_000_000
+
+
+@contextmanager
+def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
+    """A file system at ``path``. Needs root, as the suite has it in a container."""
+    path.mkdir(parents=True, exist_ok=True)
+    subprocess.run([need("mount"), "-t", kind, "-o", options, kind, path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run([need("umount"), "-l", path], check=True)
+
+
+# --- a call that fails ------------------------------------------------------------------------
+
+CALLS = ("openat", "pwritev2", "fsync", "rename", "utimensat", "close", "pread64", "flock")
+"""What is done with content, from its first byte to its verification when it has aged."""
+ERRORS = {"pwritev2": "ENOSPC", "openat": "EIO"}
+
+
+def broken_pulls(registry: DockerRegistry, data: Path, digest: str, fault: str) -> bool:
+    """Pull a blob twice while calls on its files fail; whether one did.
+
+    No answer is wrong, nothing wrong is published, and what could not be synced once is not synced
+    again before it is written anew.
+    """
+    log, encoded = data.with_suffix(".log"), digest.partition(":")[2]
+    paths = [
+        data / "ingest/sha256" / encoded,
+        data / "blobs/sha256" / encoded,
+        data / "blobs/sha256",
+    ]
+    only = [word for path in paths for word in ("-P", str(path))]
+    prefix = [
+        *strace("openat,fsync,unlink," + fault.partition(":")[0], fault, log=log),
+        "-y",
+        *only,
+    ]
+    settings = {"reverify": 0}
+    with Mirror(
+        {"docker.io": registry.url}, data_dir=data, prefix=prefix, storage=settings
+    ) as mirror:
+        for _ in range(2):
+            attempt(mirror, digest)
+            over(paths[0])
+        if fault.endswith("+"):
+            assert attempt(mirror, digest), "it is served from memory"
+        else:
+            assert right(mirror, digest), "it is over"
+        over(paths[0])
+    every_file_hashes_to_its_name(data)
+    lines = log.read_text().splitlines()
+    failed: set[str] = set()
+    for line in lines:
+        path = line.partition("<")[2].partition(">")[0] if "fsync(" in line else ""
+        if path:
+            assert path not in failed, f"synced again: {line}"
+        if path and "INJECTED" in line:
+            failed.add(path)
+        if "O_CREAT" in line or "unlink(" in line:
+            failed = {name for name in failed if name not in line}
+    return any("INJECTED" in line for line in lines)
+
+
+def over(ingest: Path) -> None:
+    """Wait for what a client does not wait for: content is published, or dropped, behind it."""
+    with suppress(TimeoutError):  # what could not be dropped stays
+        wait_until(lambda: not ingest.exists(), "nothing is published or dropped", 5)
+
+
+@pytest.mark.row("D1")
+@pytest.mark.parametrize("fault", ["pwritev2:error=ENOSPC:when=1", "pwritev2:error=ENOSPC:when=1+"])
+def test_no_space_at_a_write(tmp_path: Path, fault: str) -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        assert broken_pulls(registry, tmp_path / "data", digest, fault)
+
+
+@pytest.mark.row("D4")
+@pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "close", "pread64"])
+def test_an_error_of_a_call(tmp_path: Path, call: str) -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        fault = f"{call}:error=EIO:when=1"
+        assert broken_pulls(registry, tmp_path / "data", digest, fault)
+
+
+@pytest.mark.row("D4")
+@pytest.mark.parametrize("fault", ["fsync:error=EIO:when=1+", "rename:error=EIO:when=1+"])
+def test_what_cannot_be_published_is_served_and_not_published(tmp_path: Path, fault: str) -> None:
+    data = tmp_path / "data"
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        assert broken_pulls(registry, data, digest, fault)
+        assert not list((data / "blobs").glob("*/*"))
+
+
+@pytest.mark.row("D1")
+@pytest.mark.row("D4")
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_every_call_fails_once_and_from_then_on(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    """The n-th call, n = 1, 2, 3 … until none fails any more."""
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        for call in CALLS:
+            for lasting in ("", "+"):
+                number = 1
+                while broken_pulls(
+                    registry,
+                    tmp_path / f"{call}-{number}{lasting}",
+                    digest,
+                    f"{call}:error={ERRORS.get(call, 'EIO')}:when={number}{lasting}",
+                ):
+                    number += 1
+                assert number > 1, f"{call} failed"
+                tried(number - 1)
+
+
+@pytest.mark.row("D10")
+def test_a_sendfile_that_fails_in_mid_answer_cuts_the_connection() -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", 20_000_000)
+        prefix = strace("sendfile", "sendfile:error=EIO:when=2")
+        with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
+            with pytest.raises((HTTPException, OSError)):
+                mirror.download(path_of(digest))
+            assert right(mirror, digest)
+
+
+# --- a disk that takes nothing ------------------------------------------------------------------
+
+
+@pytest.mark.row("D2")
+def test_a_real_full_disk(tmp_path: Path) -> None:
+    with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=12m") as disk:
+        small = registry.push_large("library/app", SIZE, seed=1)
+        large = registry.push_large("library/app", 40_000_000, seed=2)
+        with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
+            assert right(mirror, small)
+            assert right(mirror, large)
+            assert right(mirror, small)
+            assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
+            fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+            assert subprocess.run(fill, capture_output=True).returncode != 0
+            assert right(mirror, registry.push_large("library/app", SIZE, seed=3))
+            assert right(mirror, small)
+            every_file_hashes_to_its_name(mirror.data_dir)
+
+
+@pytest.mark.row("D5")
+def test_short_writes() -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        prefix = [need("prlimit"), "--fsize=1000000"]
+        with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
+            assert right(mirror, digest)
+            assert right(mirror, digest)
+            assert mirror.metric_reaches(2, "oci_mirror_uncached_pulls_total")
+            every_file_hashes_to_its_name(mirror.data_dir)
+
+
+@pytest.mark.row("D7")
+@pytest.mark.parametrize("what", ["read-only", "other-device", "no-permission"])
+def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
+    data = tmp_path / "data"
+    prefix: list[str] = []
+    with (
+        DockerRegistry() as registry,
+        mounted(data / "blobs", "tmpfs", "size=50m") as blobs,
+    ):
+        digest = registry.push_large("library/app", SIZE)
+        if what != "other-device":
+            (blobs / "sha256").mkdir()
+            (blobs / "sha512").mkdir()
+        if what == "read-only":
+            subprocess.run([need("mount"), "-o", "remount,ro", blobs], check=True)
+        if what == "no-permission":
+            (data / "ingest" / "sha256").mkdir(parents=True)
+            for path in (blobs / "sha256", data / "ingest" / "sha256"):
+                path.chmod(0o555)
+            # root without the capabilities by which modes are nothing to root
+            prefix = [need("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
+        with Mirror({"docker.io": registry.url}, data_dir=data, prefix=prefix) as mirror:
+            assert right(mirror, digest)
+            assert right(mirror, digest)
+            assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
+            assert not mirror.content(digest).exists()
+            report = mirror.ask("/readyz")
+            assert report.status == 200
+            assert b"degraded" in report.body
+
+
+@pytest.mark.row("D14")
+def test_an_overlay_on_a_tmpfs(tmp_path: Path) -> None:
+    with DockerRegistry() as registry, mounted(tmp_path / "upper", "tmpfs", "size=50m") as upper:
+        lower = tmp_path / "lower"
+        for path in (lower, upper / "files", upper / "work"):
+            path.mkdir()
+        digest = registry.push_large("library/app", SIZE)
+        options = f"lowerdir={lower},upperdir={upper}/files,workdir={upper}/work"
+        with (
+            mounted(tmp_path / "data", "overlay", options) as data,
+            Mirror({"docker.io": registry.url}, data_dir=data) as mirror,
+        ):
+            assert right(mirror, digest)
+            wait_until(mirror.content(digest).exists, "it is published", 10)
+            mirror.restart()
+            assert right(mirror, digest)
+            assert registry.gets().count(digest) == 1
+
+
+@pytest.mark.row("D14")
+def test_a_directory_that_cannot_be_synced_is_as_durable_as_it_gets(tmp_path: Path) -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        directory = tmp_path / "data" / "blobs" / "sha256"
+        prefix = [*strace("fsync", "fsync:error=EINVAL"), "-P", str(directory)]
+        data = tmp_path / "data"
+        with Mirror({"docker.io": registry.url}, data_dir=data, prefix=prefix) as mirror:
+            assert right(mirror, digest)
+            wait_until(mirror.content(digest).exists, "it is published", 10)
+            assert right(mirror, digest)
+            assert registry.gets().count(digest) == 1
+
+
+# --- out of descriptors, slow -------------------------------------------------------------------
+
+
+@pytest.mark.row("D6")
+def test_running_out_of_descriptors_is_over_when_it_is_over() -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        with Mirror({"docker.io": registry.url}) as mirror:
+            assert right(mirror, digest)
+            wait_until(mirror.content(digest).exists, "it is published", 10)
+            used = len(descriptors(mirror.pid))
+            limits = resource.prlimit(mirror.pid, resource.RLIMIT_NOFILE, (used + 1, 20_000))
+            for _ in range(3):
+                try:
+                    mirror.ask(path_of(digest), timeout=1)
+                except OSError:
+                    continue
+            resource.prlimit(mirror.pid, resource.RLIMIT_NOFILE, limits)
+            # asyncio accepts again a second later
+            assert right(mirror, digest)
+            assert mirror.content(digest).exists()
+            assert mirror.metric("oci_mirror_digest_mismatches_total") == 0
+            assert registry.gets().count(digest) == 1
+
+
+@pytest.mark.row("D6")
+def test_a_machine_out_of_descriptors_loses_no_content(tmp_path: Path) -> None:
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        with Mirror({"docker.io": registry.url}, data_dir=tmp_path / "data") as mirror:
+            assert right(mirror, digest)
+            wait_until(mirror.content(digest).exists, "it is published", 10)
+            mirror.stop()
+            content = str(mirror.content(digest))
+            mirror.prefix = (*strace("openat", "openat:error=ENFILE:when=1..3"), "-P", content)
+            mirror.start()
+            while not attempt(mirror, digest):
+                assert mirror.content(digest).exists()
+            assert mirror.metric("oci_mirror_digest_mismatches_total") == 0
+            assert registry.gets().count(digest) == 1
+
+
+@pytest.mark.row("D8")
+@pytest.mark.parametrize(
+    "seconds", [3, pytest.param(30, marks=pytest.mark.long)], ids=["3s", "30s"]
+)
+def test_a_slow_fsync_keeps_nobody_waiting(seconds: int) -> None:
+    """The median of the answers' times is what a busy machine does not stretch so easily."""
+    prefix = strace("fsync", f"fsync:delay_exit={seconds}000000")
+    with DockerRegistry() as registry:
+        digest = registry.push_large("library/app", SIZE)
+        with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
+            begun = time.monotonic()
+            assert right(mirror, digest)
+            times = []
+            while time.monotonic() - begun < seconds - 1:
+                asked = time.monotonic()
+                assert mirror.ask("/v2/").status == 200
+                times.append(time.monotonic() - asked)
+                time.sleep(0.02)
+            assert not mirror.content(digest).exists(), "it is still being synced"
+            assert statistics.median(times) < 0.05
+            assert max(times) < 1.5
+            assert right(mirror, digest)

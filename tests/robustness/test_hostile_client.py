@@ -1,0 +1,279 @@
+"""Rows HC: what clients do in bad faith."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mirror.config import Log
+from mirror.events import Kind
+from mirror.logs import configure_logging
+from mirror.oci.digest import Digest
+from tests.fakes.registry import FakeRegistry
+from tests.real.clients import NOWHERE
+from tests.real.process import wait_until
+from tests.real.server import Mirror
+from tests.robustness.kit import LAST, Outside, path_of, raw, statuses, strace
+from tests.server_kit import running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(2_000_000, 31)
+
+
+@pytest.mark.row("HC1")
+@pytest.mark.parametrize(
+    "probe",
+    [
+        (
+            b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /evil HTTP/1.1\r\n\r\n"
+        ),
+        b"GET /v2/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"GET /v2/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\nHost : x\r\n\r\n",
+        b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
+        b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
+        f"GET http://evil/v2/ HTTP/1.1\r\n{LAST}\r\n\r\n".encode(),
+        f"GET /v2/#fragment HTTP/1.1\r\n{LAST}\r\n\r\n".encode(),
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+async def test_smuggling_probes_are_refused(tmp_path: Path, probe: bytes) -> None:
+    async with running(tmp_path) as server:
+        answer = await raw(server, probe)
+        assert statuses(answer) == [400]
+
+
+@pytest.mark.row("HC2")
+@pytest.mark.parametrize(
+    "count", [2_000, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
+)
+async def test_malformed_requests_leave_no_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int, tried: Callable[[int], None]
+) -> None:
+    configure_logging(Log())
+    rng = random.Random(7)
+    async with running(tmp_path) as server:
+
+        async def malformed() -> None:
+            for _ in range(count // 20):
+                await raw(server, rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n", read=False)
+
+        await asyncio.gather(*(malformed() for _ in range(20)))
+        assert (await server.get(f"{server.url}/v2/"))[0] == 200
+    out, err = capfd.readouterr()
+    assert "Traceback" not in out + err
+    assert len((out + err).splitlines()) < 100
+    tried(count)
+
+
+TRAVERSALS = [
+    "/v2/../../etc/passwd",
+    "/v2/library/../../../etc/passwd/manifests/latest",
+    "/v2/library/app/blobs/sha256:../../../etc/passwd",
+    "/v2/library/app/blobs/..%2f..%2f..%2fetc%2fpasswd",
+    "/v2/library/app/manifests/..%2f..%2fetc%2fpasswd",
+    "/v2/library/app/manifests/%2e%2e",
+    "/v2/%2e%2e/app/manifests/latest",
+    "/v2/library/app/manifests/a%00b",
+    "/v2/library/app/blobs/sha256:" + "A" * 64,
+    "/v2/library/app/blobs/sha256:baddigeststring",
+    "/v2/library/app/blobs/md5:" + "a" * 32,
+    "/v2//manifests/latest",
+    "/v2/UPPER/manifests/latest",
+    "/v2/library/app/manifests/.hidden",
+    "/v2/library/app/manifests/" + "a" * 129,
+    "/v2/" + "a/" * 200 + "manifests/latest",
+    "/v2/library\\app/manifests/latest",
+]
+
+
+@pytest.mark.row("HC3")
+@pytest.mark.row("HU9")
+async def test_paths_outside_the_grammar(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for path in TRAVERSALS:
+            answer = await raw(server, f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+            assert statuses(answer)[0] in (400, 404), path
+            assert b'"errors"' in answer, path
+        assert not fake.requests
+        tried(len(TRAVERSALS))
+
+
+NAMESPACES = [
+    "evil.example", "127.0.0.1", "127.0.0.1:22", "localhost", "[::1]", "0.0.0.0", "2130706433",
+    "0x7f000001", "docker.io.evil.example", "docker.io:80", "docker.io.", "DOCKER.IO",
+    "docker.io@evil.example", "user:pass@docker.io", "docker.io/evil", "docker.io%2fevil",
+    "%64ocker.io.evil", "docker.io#evil", "docker.io?evil", "file:///etc/passwd", "..", "",
+    "docker.io%00", "docker.io%0d%0aX-Evil:1", "ghcr.io", "169.254.169.254", "metadata",
+    "http://docker.io", "docker%E3%80%82io", "*",
+]  # fmt: skip
+
+
+@pytest.mark.row("HC3")
+def test_nothing_is_opened_outside_the_data_directory(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    """strace has seen every file that the server opened while it was asked for such paths."""
+    log = tmp_path / "opened"
+    data = tmp_path / "data"
+    calls = "open,openat,creat,unlink,unlinkat,rename,mkdir,link,symlink,readlink,readlinkat"
+    with Mirror({"docker.io": NOWHERE}, data_dir=data, prefix=strace(calls, log=log)) as mirror:
+        # what is loaded at the first request of a kind is loaded now
+        for path in ("/v2/", "/v2/library/app/manifests/latest", "/v2/nonsense"):
+            mirror.ask(path)
+        before = len(log.read_text().splitlines())
+        for path in TRAVERSALS:
+            with socket.create_connection(("127.0.0.1", mirror.port), 20) as connection:
+                connection.sendall(f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+                assert connection.recv(1000).startswith((b"HTTP/1.1 400", b"HTTP/1.1 404")), path
+        # a digest is looked for: what strace writes has come so far
+        mirror.ask(path_of(f"sha256:{'a' * 64}"))
+        wait_until(lambda: "a" * 64 in log.read_text(), "the search is in the log", 10)
+        touched = log.read_text().splitlines()[before:]
+    assert not [line for line in touched if f'"{data}' not in line]
+    tried(len(TRAVERSALS))
+
+
+@pytest.mark.row("HC4")
+async def test_namespaces_that_are_not_configured(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    """No name is looked up and nobody is called but ourselves."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        with Outside().watched() as outside:
+            for form in NAMESPACES:
+                path = f"/v2/library/app/manifests/latest?ns={form}"
+                answer = await raw(server, f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+                assert statuses(answer)[0] in (400, 404), form
+                assert b'"errors"' in answer, form
+        assert not fake.requests
+        assert outside.hosts <= {"127.0.0.1"}
+        assert outside.ports == {int(server.url.rpartition(":")[2])}
+        tried(len(NAMESPACES))
+
+
+@pytest.mark.row("HC5")
+async def test_another_repositorys_content_looks_like_none(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        secret = random_bytes(50_000, 33)
+        manifest = fake.add_image(secret, repository="library/private")
+        fake.add_image(b"public", repository="library/app")
+        await server.get(server.manifest("latest", "library/private"))
+        await server.get(server.blob(Digest.of(secret), "library/private"))
+        held, absent = Digest.of(secret), Digest.of(b"never existed")
+
+        def shape(headers: object) -> list[str]:
+            assert hasattr(headers, "keys")
+            return sorted(set(headers.keys()) - {"Date", "X-Request-Id", "Server-Timing"})
+
+        for extra in ({}, {"Range": "bytes=0-9"}, {"If-None-Match": f'"{held}"'}):
+            for method in ("GET", "HEAD"):
+                answers = []
+                for digest in (held, absent):
+                    async with server.client.request(
+                        method, server.blob(digest), headers=extra
+                    ) as response:
+                        answers.append(
+                            (response.status, shape(response.headers), await response.read())
+                        )
+                assert answers[0] == answers[1]
+                assert answers[0][0] == 404
+        assert (await server.get(server.manifest(manifest)))[0] == 404
+        assert (await server.get(server.manifest(manifest, "library/private")))[0] == 200
+
+
+@pytest.mark.row("HC6")
+async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.0) as server:
+        digest = fake.add_blob(DATA, "library/one")
+        fake.add_blob(DATA, "library/two")
+        assert (await server.get(server.blob(digest, "library/one")))[0] == 200
+        assert (await server.get(server.blob(digest, "library/two")))[0] == 200
+        await server.store.idle()
+        server.store.layout.blob(digest).unlink()
+        del fake.blobs["library/one", str(digest)]
+        assert (await server.get(server.blob(digest, "library/one")))[0] == 404
+        assert (await server.get(server.blob(digest, "library/two")))[0] == 200
+        assert (await server.get(server.blob(digest, "library/one")))[0] == 404
+
+
+@pytest.mark.row("HC9")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "count", [500, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
+)
+async def test_random_names_leave_bounded_traces(
+    tmp_path: Path, count: int, tried: Callable[[int], None]
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.2) as server:
+        _, _, before = await server.get(f"{server.url}/metrics")
+        rng = random.Random(11)
+        urls = [
+            server.manifest(f"t{rng.getrandbits(40):x}", f"r{rng.getrandbits(40):x}")
+            if n % 2
+            else server.blob(f"sha256:{rng.getrandbits(256):064x}", f"r{rng.getrandbits(40):x}")
+            for n in range(count)
+        ]
+        semaphore = asyncio.Semaphore(50)
+
+        async def ask(url: str) -> int:
+            async with semaphore:
+                return (await server.get(url))[0]
+
+        assert set(await asyncio.gather(*(ask(url) for url in urls))) == {404}
+        _, _, after = await server.get(f"{server.url}/metrics")
+        names = [{line.split(b"}")[0] for line in text.splitlines()} for text in (before, after)]
+        grown = names[1] - names[0]
+        assert not [name for name in grown if re.search(rb"\"[rt][0-9a-f]{6,}\"", name)]
+        assert len(grown) < 100
+        await server.store.idle()
+        assert not list((tmp_path / "ingest" / "sha256").iterdir())
+        tried(count)
+
+
+@pytest.mark.row("HC12")
+@pytest.mark.parametrize(
+    "method", ["PUT", "POST", "PATCH", "DELETE", "TRACE", "OPTIONS", "CONNECT", "PROPFIND"]
+)
+async def test_writes_are_unsupported(tmp_path: Path, method: str) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for path in ("/v2/library/app/manifests/latest", "/v2/library/app/blobs/uploads/", "/v2/"):
+            target = "evil:443" if method == "CONNECT" else path
+            request = f"{method} {target} HTTP/1.1\r\n{LAST}\r\nContent-Length: 0\r\n\r\n"
+            answer = await raw(server, request.encode())
+            assert statuses(answer)[0] in (400, 405)
+            if method != "CONNECT":
+                assert statuses(answer)[0] == 405
+                assert b'"UNSUPPORTED"' in answer
+        headers = "Host: x\r\nConnection: upgrade, close\r\nUpgrade: websocket"
+        upgrade = await raw(server, f"GET /v2/ HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+        assert statuses(upgrade) == [200], "it goes on as it was"
+        assert not fake.requests
+
+
+@pytest.mark.row("HC14")
+async def test_requests_add_up_in_the_metrics(tmp_path: Path) -> None:
+    """Every request has exactly one outcome (and a canary is in no metric)."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.add_image(b"layer")
+        urls = [
+            f"{server.url}/v2/", f"{server.url}/healthz", f"{server.url}/nonsense",
+            server.manifest("latest"), server.manifest("latest"), server.manifest("absent"),
+            server.blob(Digest.of(b"layer")), server.blob(Digest.of(b"layer")),
+            server.blob("sha256:bad"), server.manifest("latest", query="?ns=canary.example"),
+            f"{server.url}/v2/library/app/tags/list", f"{server.url}/v2/library/app/tags/list?n=x",
+        ]  # fmt: skip
+        for url in urls:
+            await server.get(url)
+        _, _, text = await server.get(f"{server.url}/metrics")
+        counts = re.findall(rb"oci_mirror_requests_total\{[^}]*\} (\S+)", text)
+        assert sum(map(float, counts)) == len(urls)
+        assert b"canary" not in text
+        assert {pull.kind for pull in server.pulls} >= {Kind.PING, Kind.MANIFEST, Kind.INVALID}

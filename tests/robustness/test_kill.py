@@ -1,0 +1,216 @@
+"""Rows C1, C3, C11, C12: processes that die at every point, and what is left of their work."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+
+import pytest
+
+from mirror.oci.digest import Digest
+from mirror.store.disk import IngestState, boot_id, write_state
+from mirror.store.layout import Layout
+from mirror.store.recovery import recover
+from tests.fakes.registry import FakeRegistry
+from tests.real import images
+from tests.real.process import wait_until
+from tests.real.registry import DockerRegistry, NginxFront
+from tests.real.server import Mirror
+from tests.robustness.crash_driver import LAYERS, pull, registry
+from tests.robustness.kit import every_file_hashes_to_its_name, strace
+from tests.server_kit import running
+from tests.unit.store.kit import random_bytes
+
+ROOT = Path(__file__).parents[2]
+CALLS = {
+    **dict.fromkeys(("mkdir", "openat", "pwritev2", "ftruncate"), 1),
+    **dict.fromkeys(("utimensat", "fsync", "rename", "unlink"), 1),
+    **dict.fromkeys(("pwrite64", "fdatasync"), 10),
+}
+"""What changes a disk, and a step: the last two are SQLite's, of which there are hundreds."""
+
+
+def killed_at(data: Path, call: str, when: int) -> bool:
+    """Pull under a SIGKILL at the n-th ``call`` of a thread; whether it fired."""
+    command = [
+        *strace(call, f"{call}:signal=KILL:when={when}"),
+        *(sys.executable, "-m", "tests.robustness.crash_driver", str(data)),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode in (0, -9), done.stderr
+    return done.returncode != 0
+
+
+def kill_and_recover(root: Path, call: str, when: int) -> bool:
+    """Whether the kill fired. What was published then is still there, as it was."""
+    data = root / f"{call}-{when}"
+    data.mkdir()
+    fired = killed_at(data, call, when)
+    every_file_hashes_to_its_name(data)
+    published = {path: path.stat().st_ino for path in (data / "blobs").glob("*/*")}
+    asyncio.run(pull(data, registry()[0]))
+    every_file_hashes_to_its_name(data)
+    after = {path: path.stat().st_ino for path in (data / "blobs").glob("*/*")}
+    assert published.items() <= after.items()
+    assert len(after) == 1 + len(LAYERS)
+    shutil.rmtree(data)
+    return fired
+
+
+@pytest.mark.row("C1")
+@pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "unlink"])
+def test_a_kill_at_a_changing_call(tmp_path: Path, call: str, tried: Callable[[int], None]) -> None:
+    for when in (1, 2):
+        assert kill_and_recover(tmp_path, call, when), "the point exists"
+        tried(1)
+
+
+@pytest.mark.row("C1")
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_kill_at_every_changing_call(
+    tmp_path: Path, call: str, tried: Callable[[int], None]
+) -> None:
+    """n = 1, 2, 3 … until none fires. It counts for each thread, and the first one there is it."""
+    when = 1
+    while kill_and_recover(tmp_path, call, when):
+        when += CALLS[call]
+        tried(1)
+    assert when > 2, f"{call} is called"
+
+
+POLICIES = ("IfNotPresent", "Always")
+
+
+def pull_image(mirror: Mirror, tag: str, image: images.Image) -> bool:
+    """Pull like a client: manifest, then blobs; whether all of it came. Never a wrong byte."""
+    paths = {f"/v2/library/app/manifests/{tag}": image.manifest}
+    paths |= {f"/v2/library/app/blobs/{blob.digest}": blob for blob in image.blobs}
+    for path, blob in paths.items():
+        try:
+            got = mirror.download(path, images.ACCEPT)
+        except (OSError, HTTPException):
+            return False
+        if got.status != 200:
+            return False
+        assert f"sha256:{got.sha256}" == blob.digest, "a whole answer that is wrong"
+    return True
+
+
+@pytest.mark.row("C3")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "cycles", [2, pytest.param(20, marks=pytest.mark.long)], ids=["some", "all"]
+)
+def test_kills_at_random_with_other_options_after_each(
+    cycles: int, tried: Callable[[int], None]
+) -> None:
+    """8 clients, random images; workers, quota and policy drawn anew at each start."""
+    rng = random.Random(cycles)
+    with DockerRegistry() as upstream:
+        held = [images.image(seed, layers=(1_500_000, 1_000_000)) for seed in range(6)]
+        for number, image in enumerate(held):
+            upstream.push("library/app", image, f"v{number}")
+        with NginxFront(upstream.url, limit_rate=4_000_000) as front:
+            mirror = Mirror({"docker.io": front.url})
+            try:
+                for _ in range(cycles):
+                    mirror.settings["workers"] = rng.choice([1, 2, 3])
+                    mirror.settings["storage"] = {"max_size": rng.choice(["1GiB", "20MB"])}
+                    mirror.settings["upstreams"]["docker.io"]["pull_policy"] = rng.choice(POLICIES)
+                    mirror.start()
+                    with ThreadPoolExecutor(8) as pool:
+                        pulls = [
+                            pool.submit(pull_image, mirror, f"v{number}", held[number])
+                            for number in rng.choices(range(6), k=8)
+                        ]
+                        time.sleep(rng.uniform(0.1, 0.8))
+                        mirror.kill()
+                    for pull_ in pulls:
+                        pull_.result()
+                    every_file_hashes_to_its_name(mirror.data_dir)
+                    tried(1)
+                mirror.start()
+                for number, image in enumerate(held):
+                    assert pull_image(mirror, f"v{number}", image)
+                mirror.stop()
+                every_file_hashes_to_its_name(mirror.data_dir)
+            finally:
+                mirror.close()
+
+
+@pytest.mark.row("C11")
+async def test_a_stale_sparse_ingest_blocks_nothing(tmp_path: Path) -> None:
+    data = random_bytes(100_000, 71)
+    digest = Digest.of(data)
+    layout = Layout(tmp_path)
+    recover(layout, time.time(), boot_id())
+    for trusted in (True, False):
+        with layout.ingest(digest).open("wb") as file:
+            file.truncate(18 * 2**30)
+        if trusted:
+            write_state(layout, digest, IngestState(None, boot_id(), 18 * 2**30))
+        begun = time.monotonic()
+        async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+            fake.add_blob(data)
+            _, _, body = await server.get(server.blob(digest))
+            assert body == data
+            assert fake.count("GET") <= 2
+            await server.store.idle()
+        assert time.monotonic() - begun < 20
+        layout.blob(digest).unlink()
+
+
+@pytest.mark.row("C12")
+@pytest.mark.parametrize("damage", ["lost", "cut", "zeroed", "text"])
+def test_an_index_that_is_none(damage: str) -> None:
+    with DockerRegistry() as registry_:
+        image = images.image()
+        registry_.push("library/app", image, "1.0")
+        mirror = Mirror({"docker.io": registry_.url}).start()
+        try:
+            path = "/v2/library/app/manifests/1.0"
+            assert mirror.ask(path, headers=images.ACCEPT).status == 200
+            mirror.stop()
+            index = mirror.data_dir / "index"
+            match damage:
+                case "lost":
+                    shutil.rmtree(index)
+                case "text":
+                    shutil.rmtree(index)
+                    index.write_text("this is no directory")
+                case _:
+                    for database in index.glob("*/cache.db"):
+                        whole = database.stat().st_size
+                        os.truncate(database, whole // 2 if damage == "cut" else 0)
+                        os.truncate(database, whole)
+            registry_.stop()
+            mirror.start()
+            got = mirror.ask(f"/v2/library/app/manifests/{image.digest}", headers=images.ACCEPT)
+            assert got.status == 200
+            assert f"sha256:{hashlib.sha256(got.body).hexdigest()}" == image.digest
+            registry_.start()
+            # its circuit may be open for two seconds
+            wait_until(
+                lambda: mirror.ask(path, headers=images.ACCEPT).status == 200, "resolved", 20
+            )
+        finally:
+            mirror.close()
+
+
+async def test_faults_of_the_driver_are_its_own(tmp_path: Path) -> None:
+    """The driver's pull works, and sees a wrong byte."""
+    await pull(tmp_path / "right", registry()[0])
+    with pytest.raises(Exception, match="is not sha256"):
+        await pull(tmp_path / "wrong", registry(wrong=True)[0])

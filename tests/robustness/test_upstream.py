@@ -1,0 +1,222 @@
+"""Rows U1 to U6 and U16: what an upstream does wrong with a body, seen by clients of the server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mirror.config import Limits
+from mirror.events import DigestMismatched, Resumed
+from mirror.oci.digest import Digest
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import QUICK, Server, running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(1_000_000, 21)
+MIB = 1024 * 1024
+
+
+async def fetch(server: Server, digest: Digest) -> bytes:
+    status, headers, body = await server.get(server.blob(digest))
+    assert status == 200
+    assert headers["Docker-Content-Digest"] == str(digest)
+    return body
+
+
+async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
+    """Bodies that a client would take for whole."""
+    bodies = []
+    for _ in range(tries):
+        try:
+            status, _, body = await server.get(url)
+        except aiohttp.ClientError:
+            continue
+        if status == 200:
+            bodies.append(body)
+    return bodies
+
+
+@pytest.mark.row("U1")
+@pytest.mark.parametrize("at", [0, 1, 65_535, 65_536, 65_537, len(DATA) // 2, len(DATA) - 1])
+async def test_a_reset_is_resumed_and_nobody_notices(tmp_path: Path, at: int) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=at))
+        assert await fetch(server, digest) == DATA
+        assert fake.count("GET", "blobs/") == 2
+        assert [e for e in server.events if isinstance(e, Resumed)]
+
+
+@pytest.mark.row("U2")
+async def test_clean_ends_at_multiples_are_resumed_five_times(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    data = random_bytes(48 * MIB + 17, 22)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(data)
+        fake.fault(f"blobs/{digest}", *(Fault(end_at=8 * MIB) for _ in range(5)))
+        assert await fetch(server, digest) == data
+        assert fake.count("GET", "blobs/") == 6
+        assert fake.bytes_sent <= len(data) * 1.01
+        tried(5)
+
+
+@pytest.mark.row("U3")
+async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(stall_at=500_000))
+        assert await fetch(server, digest) == DATA
+
+
+@pytest.mark.row("U3")
+async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
+    limits = Limits(connect=1.0, headers=1.0, idle=0.4)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(drip=0.1, times=None))
+        async with asyncio.timeout(40):
+            with pytest.raises(aiohttp.ClientError):
+                await fetch(server, digest)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1")),
+        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3")),
+    ],
+    ids=["reset", "stall"],
+)
+async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
+    tmp_path: Path, fault: Fault
+) -> None:
+    fault.times = None
+    async with (
+        FakeRegistry() as bad,
+        FakeRegistry() as good,
+        running(tmp_path, bad.url, good.url) as server,
+    ):
+        digest = bad.add_blob(DATA)
+        good.add_blob(DATA)
+        bad.fault(f"blobs/{digest}", fault)
+        assert await fetch(server, digest) == DATA
+        assert (bad.count("GET"), good.count("GET")) == (1, 1)
+        assert bad.bytes_sent + good.bytes_sent <= len(DATA) * 1.01
+        assert "if-range" not in good.requests[0].headers, "it is the tag of another endpoint"
+
+
+@pytest.mark.row("U1")
+async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as only,
+        FakeRegistry() as other,
+        running(tmp_path, only.url, other.url) as server,
+    ):
+        digest = only.add_blob(DATA)
+        only.fault(f"blobs/{digest}", Fault(reset_at=1000, times=2))
+        assert await fetch(server, digest) == DATA
+        assert (only.count("GET"), other.count("GET")) == (3, 2)
+        assert (await server.get(server.blob(digest)))[0] == 200
+
+
+@pytest.mark.row("U4")
+@pytest.mark.parametrize(
+    "second",
+    [
+        Fault(ignore_range=True),
+        Fault(content_range="bytes 1-999999/1000000"),
+        Fault(content_range="bytes 500000-999999/1000001"),
+        Fault(content_range="nonsense"),
+        Fault(status=416),
+        Fault(headers={"ETag": '"another"'}),
+    ],
+    ids=["ignored", "other-start", "other-total", "nonsense", "416", "etag"],
+)
+async def test_an_answer_to_another_question_is_never_spliced(
+    tmp_path: Path, second: Fault
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=500_000), second)
+        assert await fetch(server, digest) == DATA
+
+
+@pytest.mark.row("U5")
+@pytest.mark.parametrize(
+    ("fault", "served"),
+    [
+        (Fault(chunked=True, times=None), True),
+        (Fault(no_length=True, times=None), True),
+        (Fault(http10=True, times=None), True),
+        (Fault(extra=b"more", times=None), True),
+        (Fault(headers={"Content-Encoding": "gzip"}, times=None), False),
+        (Fault(headers={"Content-Length": "999999"}, times=None), False),
+        (Fault(headers={"Content-Length": "-5"}, times=None), False),
+    ],
+    ids=["chunked", "no-length", "http10", "too-long", "gzip", "short-length", "negative"],
+)
+async def test_odd_framing(tmp_path: Path, fault: Fault, served: bool) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", fault)
+        bodies = await whole_answers(server, server.blob(digest), 2)
+        assert set(bodies) <= {DATA}
+        assert bool(bodies) is served
+
+
+@pytest.mark.row("U6")
+@pytest.mark.parametrize("offset", [0, 500_000, len(DATA) - 1])
+async def test_a_wrong_bit_completes_for_nobody(
+    tmp_path: Path, offset: int, tried: Callable[[int], None]
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(flip=offset, times=None))
+        results = await asyncio.gather(
+            *(whole_answers(server, server.blob(digest), 1) for _ in range(8))
+        )
+        assert not any(results)
+        assert not server.store.layout.blob(digest).exists()
+        assert [e for e in server.events if isinstance(e, DigestMismatched)]
+        tried(8)
+
+
+@pytest.mark.row("U6")
+async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as bad,
+        FakeRegistry() as good,
+        running(tmp_path, bad.url, good.url) as server,
+    ):
+        digest = good.add_blob(DATA)
+        bad.add_blob(DATA)
+        bad.fault(f"blobs/{digest}", Fault(flip=10, times=None))
+        assert await whole_answers(server, server.blob(digest), 2)
+        assert good.count("GET", "blobs/") == 1
+
+
+@pytest.mark.row("U16")
+async def test_a_slow_client_does_not_slow_the_read_of_the_upstream(tmp_path: Path) -> None:
+    data = random_bytes(24 * MIB, 24)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(data)
+        async with server.client.get(server.blob(digest)) as slow:
+            await slow.content.readexactly(1000)
+            for _ in range(500):
+                if server.store.layout.blob(digest).exists():
+                    break
+                await asyncio.sleep(0.02)
+            assert server.store.layout.blob(digest).exists(), "it arrived, though nobody read it"
+            assert await fetch(server, digest) == data
+
+
+async def test_the_limits_of_these_tests_are_not_those_of_the_product() -> None:
+    defaults: Any = Limits()
+    assert (defaults.connect, defaults.headers, defaults.idle) == (5.0, 15.0, 30.0)
+    assert QUICK.idle < defaults.idle

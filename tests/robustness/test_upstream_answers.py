@@ -1,0 +1,378 @@
+"""Rows U7 to U15: what an upstream answers wrong, or not at all, seen by clients of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from mirror.config import Limits
+from mirror.events import Outcome, UpstreamAnswered
+from mirror.oci.digest import Digest
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.real.tokens import Certificate
+from tests.server_kit import Server, running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(1_000_000, 21)
+MIB = 1024 * 1024
+
+
+async def fetch(server: Server, digest: Digest) -> bytes:
+    status, _, body = await server.get(server.blob(digest))
+    assert status == 200
+    return body
+
+
+async def served_in_the_end(server: Server, url: str) -> None:
+    """A circuit that has opened tries again after two seconds."""
+    async with asyncio.timeout(20):
+        while (await server.get(url))[0] != 200:  # noqa: ASYNC110 - asking is what it waits for
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.row("U7")
+async def test_everybody_gets_the_failure(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(status=500, delay=0.2, times=None))
+
+        async def ask() -> tuple[int, float]:
+            status, _, _ = await server.get(server.blob(digest))
+            return status, time.monotonic()
+
+        answers = await asyncio.gather(*(ask() for _ in range(100)))
+        assert {status for status, _ in answers} == {502}
+        times = [at for _, at in answers]
+        assert max(times) - min(times) < 2.0
+        assert fake.count("GET", "blobs/") <= 3
+        tried(100)
+
+
+@pytest.mark.row("U8")
+async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        layer = random_bytes(20_000, 23)
+        digest = fake.add_image(layer)
+
+        async def pull() -> bytes:
+            _, _, body = await server.get(server.manifest("latest"))
+            assert Digest.of(body) == digest
+            return await fetch(server, Digest.of(layer))
+
+        assert await asyncio.gather(*(pull() for _ in range(131))) == [layer] * 131
+        assert fake.count("GET", "manifests/") == 1
+        assert fake.count("GET", f"blobs/{Digest.of(layer)}") == 1
+        tried(131)
+
+
+@pytest.mark.row("U9")
+@pytest.mark.parametrize(
+    ("header", "passed"),
+    [
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}, None),
+        ({"Retry-After": "99999999999"}, 86400),
+        ({"Retry-After": "-5"}, None),
+        ({"Retry-After": "soon"}, None),
+        ({}, None),
+    ],
+)
+async def test_429_is_honoured_and_passed_on(
+    tmp_path: Path, header: dict[str, str], passed: int | None
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(b"layer")
+        fake.fault("manifests/latest", Fault(status=429, headers=header, times=None))
+        status, headers, _ = await server.get(server.manifest("latest"))
+        assert status == 429
+        assert headers.get("Retry-After") == (None if passed is None else str(passed))
+        asked = len(fake.requests)
+        status, _, _ = await server.get(server.manifest(digest))
+        if passed:
+            assert status == 429
+            assert len(fake.requests) == asked, "it asked for a pause"
+
+
+@pytest.mark.row("U9")
+async def test_a_date_in_the_future_is_so_many_seconds(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        headers = {"Retry-After": formatdate(time.time() + 600, usegmt=True)}
+        fake.fault("manifests/latest", Fault(status=429, headers=headers, times=None))
+        status, got, _ = await server.get(server.manifest("latest"))
+        assert status == 429
+        assert 500 < int(got["Retry-After"]) <= 600
+
+
+@pytest.mark.row("U10")
+async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.token = "secret-token"
+        fake.token_delay = 0.1
+        blobs = [fake.add_blob(random_bytes(1000, seed)) for seed in range(50)]
+        assert len(await asyncio.gather(*(fetch(server, blob) for blob in blobs))) == 50
+        assert fake.count("GET", "/token") == 1
+        asked = next(seen for seen in fake.requests if seen.path == "/token")
+        assert asked.query["scope"] == ["repository:library/app:pull"]
+        tried(50)
+
+
+@pytest.mark.row("U10")
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, b'{"token":"t"}', 200),
+        (200, b'{"access_token":"t"}', 200),
+        (200, b'{"token":"t","expires_in":0}', 200),
+        (200, b'{"token":"t","expires_in":-1}', 200),
+        (200, b'{"token":"t","expires_in":1000000000000}', 200),
+        (200, b'{"token":"t","expires_in":"soon"}', 200),
+        (200, b"{}", 502),
+        (200, b"no json", 502),
+        (200, b'{"token":"' + b"x" * 2 * MIB + b'"}', 502),
+        (200, b'{"token":"a\\r\\nX-Evil: 1"}', 502),
+        (500, b"", 502),
+        (503, b"", 502),
+        (401, b"", 403),
+        (403, b"", 403),
+        (302, b"", 502),
+    ],
+)
+async def test_token_services(tmp_path: Path, status: int, body: bytes, expected: int) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.token = "t"
+        fake.token_status, fake.token_body = status, body
+        digest = fake.add_blob(DATA)
+        got, _, _ = await server.get(server.blob(digest))
+        assert got == expected
+
+
+@pytest.mark.row("U10")
+async def test_a_token_service_that_takes_too_long(tmp_path: Path) -> None:
+    limits = Limits(connect=0.3, headers=0.3, idle=1.0)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        fake.token = "t"
+        fake.token_delay = 3600
+        digest = fake.add_blob(DATA)
+        assert (await server.get(server.blob(digest)))[0] == 504
+        fake.token_delay = 0.0
+        assert await fetch(server, digest) == DATA
+
+
+@pytest.mark.row("U10")
+async def test_a_401_loop_ends_and_a_token_that_ends_is_replaced(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.token = "good"
+        fake.token_body = b'{"token":"bad"}'
+        digest = fake.add_blob(DATA)
+        status, _, _ = await server.get(server.blob(digest))
+        assert status == 403
+        assert len(fake.requests) < 12
+        fake.token_body = None
+        assert await fetch(server, digest) == DATA
+        other = fake.add_blob(DATA[1:])
+        fake.token = "rotated"
+        fake.fault(f"blobs/{other}", Fault(reset_at=0))
+        assert await fetch(server, other) == DATA[1:]
+
+
+@pytest.mark.row("U10")
+async def test_a_token_that_ends_in_mid_blob(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.token = "first"
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(), Fault(stall_at=400_000))
+
+        async def rotate() -> None:
+            await fake.stalled.wait()
+            fake.token = "second"
+
+        body, _ = await asyncio.gather(fetch(server, digest), rotate())
+        assert body == DATA
+
+
+@contextmanager
+def dead(how: str) -> Iterator[str]:
+    """The URL of an endpoint that gives no answer."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        port = listener.getsockname()[1]
+        match how:
+            case "refused":
+                listener.close()
+            case "full":
+                # a backlog that is full takes no connection more, and does not say so
+                for _ in range(4):
+                    waiting = stack.enter_context(socket.socket())
+                    waiting.setblocking(False)
+                    waiting.connect_ex(("127.0.0.1", port))
+        yield {
+            "name": "http://no-such-host.invalid",
+            "no-tls": "https://{port}",
+        }.get(how, "http://{port}").format(port=f"127.0.0.1:{port}")
+
+
+@pytest.mark.row("U11")
+@pytest.mark.parametrize("how", ["refused", "name", "silent", "full"])
+async def test_a_dead_endpoint_fails_over_and_then_stale(tmp_path: Path, how: str) -> None:
+    with dead(how) as endpoint:
+        await _failed_over(tmp_path, endpoint)
+
+
+@pytest.mark.row("U11")
+@pytest.mark.parametrize("how", ["plain", "stranger"])
+async def test_an_endpoint_without_good_tls_fails_over_and_then_stale(
+    tmp_path: Path, how: str
+) -> None:
+    """One that speaks no TLS, and one whose certificate nobody vouches for."""
+    context = None
+    if how == "stranger":
+        made = Certificate.make(tmp_path, "stranger")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(made.cert_file, made.key_file)
+    wrong = await asyncio.start_server(_say_400, "127.0.0.1", 0, ssl=context)
+    async with wrong:
+        port = wrong.sockets[0].getsockname()[1]
+        await _failed_over(tmp_path / "data", f"https://127.0.0.1:{port}")
+
+
+async def _say_400(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+    writer.close()
+
+
+async def _failed_over(root: Path, endpoint: str) -> None:
+    async with (
+        FakeRegistry() as fake,
+        running(root, endpoint, fake.url, tag_ttl=0.0) as server,
+    ):
+        digest = fake.add_image(DATA)
+        status, _, _ = await server.get(server.manifest("latest"))
+        assert status == 200
+        await fake.stop()
+        status, headers, body = await server.get(server.manifest("latest"))
+        assert (status, Digest.of(body)) == (200, digest)
+        assert headers["Warning"].startswith('299 - "')
+        assert server.pulls[-1].outcome is Outcome.STALE
+
+
+@pytest.mark.row("U11")
+async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(DATA)
+        await server.get(server.manifest("latest"))
+        await fetch(server, Digest.of(DATA))
+        await fake.stop()
+        asked = len(fake.requests)
+        for _ in range(3):
+            assert (await server.get(server.manifest("latest")))[0] == 200
+            assert (await server.get(server.manifest(digest)))[0] == 200
+            assert await fetch(server, Digest.of(DATA)) == DATA
+        assert len(fake.requests) == asked
+        assert not [e for e in server.events if isinstance(e, UpstreamAnswered) and not e.status]
+
+
+@pytest.mark.row("U12")
+async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path) -> None:
+    async with (
+        FakeRegistry() as bad,
+        FakeRegistry() as good,
+        running(tmp_path, bad.url, good.url) as server,
+    ):
+        blobs = [random_bytes(1000, seed) for seed in range(20)]
+        for blob in blobs:
+            good.add_blob(blob)
+            bad.add_blob(blob)
+        bad.fault("", Fault(status=503, times=None))
+        for blob in blobs:
+            assert await fetch(server, Digest.of(blob)) == blob
+        assert len(bad.requests) <= 5, "its circuit is open"
+        bad.faults.clear()
+        asked = len(bad.requests)
+        more = iter(range(20, 1000))
+        async with asyncio.timeout(20):
+            while len(bad.requests) == asked:
+                await asyncio.sleep(0.1)
+                blob = random_bytes(1000, next(more))
+                good.add_blob(blob)
+                bad.add_blob(blob)
+                assert await fetch(server, Digest.of(blob)) == blob
+        blob = random_bytes(1000, next(more))
+        bad.add_blob(blob)
+        assert await fetch(server, Digest.of(blob)) == blob, "it comes first again"
+        assert good.count("GET", f"blobs/{Digest.of(blob)}") == 0
+
+
+@pytest.mark.row("U12")
+@pytest.mark.parametrize("status", [500, 503])
+async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status: int) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        for number in range(4):
+            fake.add_image(b"layer", tag=f"good-{number}")
+        fake.fault("manifests/bad", Fault(status=status, times=None))
+        for number in range(4):
+            assert (await server.get(server.manifest("bad")))[0] == 502
+            assert (await server.get(server.manifest(f"good-{number}")))[0] == 200
+
+
+@pytest.mark.row("U13")
+async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        old = fake.add_image(b"old", tag="latest")
+        new = fake.add_image(b"new", tag="other")
+        status, headers, _ = await server.get(server.manifest("latest"))
+        assert headers["Docker-Content-Digest"] == str(old)
+        fake.tags["library/app", "latest"] = str(new)
+        status, headers, body = await server.get(server.manifest(old))
+        assert (status, Digest.of(body)) == (200, old)
+
+
+@pytest.mark.row("U13")
+async def test_a_digest_header_that_disagrees(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(b"layer")
+        wrong = {"Docker-Content-Digest": str(Digest.of(b"something else"))}
+        fake.fault("manifests/latest", Fault(headers=wrong, times=None))
+        status, _, body = await server.get(server.manifest("latest"))
+        assert status != 200
+        status, _, body = await server.get(server.manifest(digest))
+        assert (status, Digest.of(body)) == (200, digest)
+
+
+@pytest.mark.row("U15")
+async def test_a_404_is_remembered_briefly(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.5) as server:
+        for _ in range(5):
+            status, _, body = await server.get(server.manifest("latest"))
+            assert (status, b"MANIFEST_UNKNOWN" in body) == (404, True)
+        assert fake.count("HEAD") == 1
+        fake.add_image(b"layer")
+        await asyncio.sleep(0.6)
+        assert (await server.get(server.manifest("latest")))[0] == 200
+
+
+@pytest.mark.row("U15")
+@pytest.mark.parametrize(
+    ("status", "expected"), [(401, 403), (403, 403), (429, 429), (500, 502), (503, 502)]
+)
+async def test_no_failure_is_remembered_as_or_becomes_a_404(
+    tmp_path: Path, status: int, expected: int
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(DATA)
+        for path, url in (
+            ("manifests/latest", server.manifest("latest")),
+            (f"manifests/{digest}", server.manifest(digest)),
+            (f"blobs/{Digest.of(DATA)}", server.blob(Digest.of(DATA))),
+        ):
+            fake.fault(path, Fault(status=status, times=None))
+            assert (await server.get(url))[0] == expected
+        fake.faults.clear()
+        await served_in_the_end(server, server.manifest("latest"))
+        assert await fetch(server, Digest.of(DATA)) == DATA

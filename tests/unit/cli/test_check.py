@@ -1,0 +1,182 @@
+"""``check-config``: what a configuration comes to, without secrets, and the files that it names."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from mirror.cli.main import main
+from mirror.config_load import load
+
+Check = Callable[[str], tuple[int, str, str]]
+SHIPPED = Path(__file__).parents[3] / "config" / "mirror.yaml"
+HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
+
+
+@pytest.fixture
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    """Exit code, output and errors for a file of this text."""
+
+    def call(text: str) -> tuple[int, str, str]:
+        file = tmp_path / "m.yaml"
+        file.write_text(text)
+        code = main(["check-config", str(file)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def pair(directory: Path, name: str) -> tuple[Path, Path]:
+    """A certificate and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    certificate_file, key_file = directory / f"{name}.crt", directory / f"{name}.key"
+    certificate_file.write_bytes(certificate.public_bytes(pem))
+    key_file.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return certificate_file, key_file
+
+
+def test_what_is_printed_is_the_same_configuration(check: Check, tmp_path: Path) -> None:
+    code, out, err = check(SHIPPED.read_text())
+    assert code == 0
+    assert not [line for line in err.splitlines() if "data_dir" not in line]
+    again = tmp_path / "again.yaml"
+    again.write_text(out)
+    assert load(str(again), {}) == load(str(SHIPPED), {})
+
+
+def test_the_environment_is_in_it(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCI_MIRROR_UPSTREAMS__DOCKER_IO__TAG_TTL", "90m")
+    assert "tag_ttl: 90m" in check(HUB)[1]
+
+
+def test_no_secret_is_printed(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s3cret")
+    code, out, err = check(
+        f"{HUB}    credentials: {{username: joe, password: s3cret}}\n"
+        "  ghcr.io:\n    endpoints: [http://g.example]\n"
+        f"    credentials: {{username: ann, password: 'file:{tmp_path}/secret'}}\n"
+    )
+    assert code == 0
+    assert "s3cret" not in out + err
+    shown = yaml.safe_load(out)["upstreams"]
+    assert shown["docker.io"]["credentials"] == {"username": "joe", "password": "(not shown)"}
+    assert shown["ghcr.io"]["credentials"]["password"] == f"file:{tmp_path}/secret"
+    # and what should be looked at is said
+    assert err.count("credentials without an allow list") == 2
+    assert err.count("sent in the clear to http://g.example") == 1
+
+
+def test_a_certificate_and_its_key(check: Check, tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path, "one")
+    _, other = pair(tmp_path, "two")
+    assert check(f"{HUB}tls: {{certificate: {certificate}, key: {key}}}\n")[0] == 0
+    code, out, err = check(f"{HUB}tls: {{certificate: {certificate}, key: {other}}}\n")
+    assert (code, out) == (78, "")
+    assert "KEY_VALUES_MISMATCH" in err
+    code, _, err = check(f"{HUB}tls: {{certificate: {key}, key: {key}}}\n")
+    assert code == 78
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "key", "why"),
+    [
+        ("tls: {certificate: /none, key: /none}", "tls.certificate", "No such file"),
+        ("    ca: /none", "upstreams.docker.io.ca", "No such file"),
+        ("    ca: /dev/null", "upstreams.docker.io.ca", "holds no certificates"),
+        (
+            "    credentials: {username: a, password: 'file:/none'}",
+            "upstreams.docker.io.credentials.password",
+            "No such file",
+        ),
+        (
+            "    credentials: {docker_config: /none}",
+            "upstreams.docker.io.credentials.docker_config",
+            "No such file",
+        ),
+        (
+            "    credentials: {helper: none-such}",
+            "upstreams.docker.io.credentials.helper",
+            "docker-credential-none-such is not on the PATH",
+        ),
+    ],
+)
+def test_a_file_that_will_not_do(check: Check, more: str, key: str, why: str) -> None:
+    code, out, err = check(f"{HUB}{more}\n")
+    assert (code, out) == (78, "")
+    assert err.count("\n") == 1
+    assert err.startswith(f"oci-mirror: {key}: '")
+    assert why in err
+
+
+def test_a_directory_that_cannot_be_made(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("none")
+    for name in ("file", "file/below", "dangling/below"):
+        code, out, err = check(f"data_dir: {tmp_path}/{name}\n{HUB}")
+        assert (code, out) == (78, "")
+        assert err.startswith(f"oci-mirror: data_dir: '{tmp_path}/{name}': '{tmp_path}/")
+        assert err.endswith("is not a directory\n")
+    assert check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")[0] == 0
+    assert not (tmp_path / "to").exists(), "it was only looked at"
+
+
+def test_a_directory_that_takes_nothing_is_warned_of(
+    check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # root, who may write everywhere, runs these tests as well
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    code, _, err = check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")
+    assert code == 0
+    assert f"data_dir: '{tmp_path}' is not writable: nothing would be stored" in err
+
+
+@pytest.mark.parametrize(
+    ("listen", "endpoint"),
+    [
+        ("127.0.0.1:5100", "http://127.0.0.1:5100"),
+        ("127.0.0.1:5100", "http://localhost:5100"),
+        ("0.0.0.0:80", "http://127.0.0.2"),
+        ("'[::]:443'", "https://[::1]"),
+        ("mirror.example:443", "https://mirror.example/sub"),
+    ],
+)
+def test_an_endpoint_that_is_the_mirror_itself(check: Check, listen: str, endpoint: str) -> None:
+    code, out, err = check(
+        f"listen: {listen}\nupstreams: {{docker.io: {{endpoints: ['{endpoint}']}}}}\n"
+    )
+    assert (code, out) == (78, "")
+    assert err == f"oci-mirror: upstreams.docker.io.endpoints: '{endpoint}': ourselves\n"
+
+
+def test_serve_looks_at_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(f"{HUB}tls: {{certificate: /none, key: /none}}\n")
+    assert main(["serve", "--config", str(file)]) == 78
+    assert capsys.readouterr().err == (
+        "oci-mirror: tls.certificate: '/none': No such file or directory\n"
+    )

@@ -1,0 +1,221 @@
+"""The commands as they are run: exit codes, one line for each failure, never a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from mirror import __version__, server
+from mirror.cli.main import main
+from mirror.oci.errors import StorageUnavailable
+
+ROOT = Path(__file__).parents[3]
+SHIPPED = str(ROOT / "config" / "mirror.yaml")
+
+
+def run(*argv: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """``python -m mirror``, by itself."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environ, **more}
+    command = [sys.executable, "-m", "mirror", *argv]
+    return subprocess.run(command, cwd=ROOT, text=True, check=False, timeout=60, **options)  # type: ignore[call-overload,no-any-return]  # options are all its keywords
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "m.yaml"
+    file.write_text("upstreams: {docker.io: {endpoints: ['http://127.0.0.1:9']}}\n")
+    return file
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["version"], ["--version"]):
+        assert main(argv) == 0
+        assert capsys.readouterr().out == f"oci-mirror {__version__}\n"
+
+
+def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for word in ("serve", "check-config", "clients", "healthcheck", "version", "78 configuration"):
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nope"], ["serve", "--bogus"], ["check-config"], ["clients", "--client", "x"]]
+)
+def test_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("usage: ")
+
+
+@pytest.mark.parametrize("command", ["serve --config", "check-config", "clients --config"])
+def test_configuration_is_78(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text("stroage: 1\n")
+    assert main([*command.split(), str(file)]) == 78
+    assert capsys.readouterr().err == (
+        f"oci-mirror: {file}:1: stroage: unknown key, did you mean storage?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("two\nlines\x1b[31m"), 70, "internal fault at test_main.py:"),
+        (PermissionError(13, "Permission denied", "/data"), 1, "/data: Permission denied"),
+        (StorageUnavailable("in use"), 1, "in use"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_a_fault_is_one_line(
+    error: BaseException,
+    code: int,
+    line: str | None,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(settings: object) -> int:
+        raise error
+
+    monkeypatch.setattr(server, "run", fail)
+    assert main(["serve", "--config", str(config)]) == code
+    said = capsys.readouterr().err
+    if line is None:
+        assert said == ""
+    else:
+        assert said.startswith(f"oci-mirror: {line}")
+        assert said.count("\n") == 1
+        assert said[:-1].isprintable()
+
+
+def test_serve_passes_the_settings_and_the_code(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(server, "run", lambda settings: seen.append(settings.listen) or 3)
+    monkeypatch.setenv("OCI_MIRROR_LISTEN", "127.0.0.1:1")
+    assert main(["serve", "--config", str(config)]) == 3
+    assert seen == ["127.0.0.1:1"]
+
+
+def test_an_address_that_is_taken_is_one_line(config: Path, tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        environ = {
+            **os.environ,
+            "OCI_MIRROR_LISTEN": f"127.0.0.1:{other.server_port}",
+            "OCI_MIRROR_DATA_DIR": str(tmp_path / "data"),
+        }
+        done = run("serve", "--config", str(config), env=environ)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
+
+
+PRINTING = [
+    ["--help"],
+    ["--version"],
+    ["version"],
+    ["serve", "--help"],
+    ["check-config", SHIPPED],
+    ["clients", "--config", SHIPPED, "--client", "podman"],
+]
+
+
+@pytest.mark.row("R9")
+@pytest.mark.parametrize("argv", PRINTING)
+@pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "closed"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_is_not_taken_is_74(argv: list[str], output: str, unbuffered: str) -> None:
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    if output == "closed":
+        command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "mirror", *argv]
+        done = subprocess.run(
+            command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environ, check=False
+        )
+    elif output == "/dev/full":
+        with Path(output).open("w") as full:
+            done = run(*argv, stdout=full, env=environ)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        try:
+            done = run(*argv, stdout=writer, env=environ)
+        finally:
+            os.close(writer)
+    assert done.returncode == 74
+    lines = [
+        line for line in done.stderr.splitlines() if not line.startswith("oci-mirror: podman:")
+    ]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("oci-mirror: the output could not be written: ")
+
+
+@pytest.mark.row("R9")
+def test_standard_error_that_is_not_taken_changes_no_code() -> None:
+    with Path("/dev/full").open("w") as full:
+        assert run("check-config", "/nowhere", stderr=full).returncode == 78
+        assert run("version", stdout=full, stderr=full).returncode == 74
+
+
+# --- healthcheck ----------------------------------------------------------------------------------
+
+
+class Answering(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/healthz" else 503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_healthcheck(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # a proxy of the environment is not what is asked
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Answering) as own:
+        thread = Thread(target=own.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{own.server_port}"
+            assert main(["healthcheck", "--url", f"{url}/healthz"]) == 0
+            assert main(["healthcheck", "--url", url]) == 0
+            assert main(["healthcheck", "--url", f"{url}/other"]) == 1
+            assert "status 503" in capsys.readouterr().err
+            monkeypatch.setenv("OCI_MIRROR_LISTEN", f"0.0.0.0:{own.server_port}")
+            assert main(["healthcheck"]) == 0
+            assert main(["healthcheck", "--config", str(config)]) == 0
+        finally:
+            own.shutdown()
+            thread.join()
+    assert main(["healthcheck"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "refused" in said
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "x", "http://", "http://127.0.0.1:99999/"])
+def test_healthcheck_of_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["healthcheck", "--url", url]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_healthcheck_with_a_listen_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OCI_MIRROR_LISTEN", ":5100")
+    assert main(["healthcheck"]) == 78
+    assert "OCI_MIRROR_LISTEN" in capsys.readouterr().err

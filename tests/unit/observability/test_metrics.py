@@ -1,0 +1,169 @@
+"""Metrics: every event counts, labels are bounded, workers add up."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mirror import events
+from mirror.events import Event, Kind, Outcome, Pull
+from mirror.metrics import Metrics
+
+ROOT = Path(__file__).parents[3]
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    """The sum of all samples of ``name`` that have these labels."""
+    total = 0.0
+    for line in metrics.render()[0].decode().splitlines():
+        match = re.fullmatch(rf"oci_mirror_{name}(?:\{{(.*)\}})? (\S+)", line)
+        if match and all(f'{key}="{text}"' in (match[1] or "") for key, text in labels.items()):
+            total += float(match[2])
+    return total
+
+
+def a_pull(**fields: object) -> Pull:
+    pull = Pull("id", "GET", "/", kind=Kind.BLOB, upstream="docker.io", outcome=Outcome.HIT)
+    for name, field in fields.items():
+        setattr(pull, name, field)
+    return pull
+
+
+CASES: list[tuple[Event, str, dict[str, str], float]] = [
+    (events.BytesSent("docker.io", 7), "bytes_sent_total", {"upstream": "docker.io"}, 7),
+    (events.BytesFetched("docker.io", 8), "bytes_fetched_total", {"upstream": "docker.io"}, 8),
+    (events.BytesFetched("evil", 8), "bytes_fetched_total", {"upstream": "none"}, 8),
+    (
+        events.UpstreamAnswered("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True),
+        "upstream_billed_requests_total",
+        {"upstream": "docker.io"},
+        1,
+    ),
+    (
+        events.UpstreamAnswered("docker.io", "https://x", "HEAD", Kind.MANIFEST, 429, 0.1, False),
+        "upstream_requests_total",
+        {"status": "429", "method": "HEAD", "endpoint": "https://x"},
+        1,
+    ),
+    (
+        events.UpstreamAnswered("docker.io", "https://x", "GET", Kind.BLOB, 0, 0.1, False, "no"),
+        "upstream_requests_total",
+        {"status": "none"},
+        1,
+    ),
+    (events.TokenFetched("docker.io", False, 0.1), "token_requests_total", {"result": "error"}, 1),
+    (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_remaining", {}, 76),
+    (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_limit", {}, 100),
+    (events.CircuitChanged("docker.io", "https://x", True), "circuit_open", {}, 1),
+    (events.Resumed("docker.io", 5, False, "reset"), "resumed_transfers_total", {}, 1),
+    (
+        events.DigestMismatched("docker.io", "sha256:x", "upstream"),
+        "digest_mismatches_total",
+        {"where": "upstream"},
+        1,
+    ),
+    (events.Reverified("sha256:x", ok=False), "reverifications_total", {"result": "damaged"}, 1),
+    (events.Evicted(3, 30, "quota"), "evictions_total", {"reason": "quota"}, 3),
+    (events.Evicted(3, 30, "quota"), "evicted_bytes_total", {"reason": "quota"}, 30),
+    (events.Uncached("sha256:x", "full"), "uncached_pulls_total", {"reason": "full"}, 1),
+    (events.Uncached("sha256:x", "made up"), "uncached_pulls_total", {"reason": "other"}, 1),
+    (events.Published("sha256:x", 9, 0.1), "published_bytes_total", {}, 9),
+    (events.StorageMeasured(2, 20, 200, False), "content_bytes", {}, 20),
+    (events.StorageMeasured(2, 20, 200, False), "quota_bytes", {}, 200),
+    (events.StorageMeasured(2, 20, 200, False), "storage_writable", {}, 0),
+    (events.GrowingMeasured(4, 1.5), "growing_contents", {}, 4),
+    (events.GrowingMeasured(4, 1.5), "growing_oldest_idle_seconds", {}, 1.5),
+    (events.PullEnded(a_pull()), "requests_total", {"outcome": "hit", "kind": "blob"}, 1),
+    (
+        events.PullEnded(a_pull(bytes_sent=5)),
+        "incomplete_responses_total",
+        {"upstream": "docker.io"},
+        1,
+    ),
+    (events.PullStarted(a_pull()), "requests_in_flight", {}, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("event", "name", "labels", "expected"), CASES, ids=lambda case: getattr(case, "name", None)
+)
+def test_events_count(event: Event, name: str, labels: dict[str, str], expected: float) -> None:
+    metrics = Metrics(["docker.io"])
+    metrics.observe(event)
+    assert value(metrics, name, **labels) == expected
+
+
+def test_requests_add_up_and_labels_are_bounded() -> None:
+    metrics = Metrics(["docker.io"])
+    series = len(metrics.render()[0].splitlines())
+    for number in range(100):
+        pull = a_pull(upstream=f"made-up-{number}", kind=list(Kind)[number % len(Kind)])
+        metrics.observe(events.PullStarted(pull))
+        metrics.observe(events.PullEnded(pull))
+    assert value(metrics, "requests_total") == 100
+    assert value(metrics, "requests_in_flight") == 0
+    assert len(metrics.render()[0].splitlines()) == series
+
+
+def test_all_is_there_from_the_start() -> None:
+    text = Metrics(["docker.io", "ghcr.io"]).render()[0].decode()
+    for outcome in Outcome:
+        assert f'kind="blob",outcome="{outcome.value}",upstream="ghcr.io"}} 0.0' in text
+
+
+WORKER = textwrap.dedent(
+    """
+    import os, sys
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
+    from mirror import events
+    from mirror.metrics import Metrics, worker_died
+    metrics = Metrics(["docker.io"])
+    pids = []
+    for n in range(3):
+        pid = os.fork()
+        if pid == 0:
+            for _ in range(n + 1):
+                metrics.observe(events.BytesSent("docker.io", 10))
+            metrics.observe(events.GrowingMeasured(n, float(n)))
+            metrics.observe(events.StorageMeasured(5, 50, 500, True))
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    print(metrics.render()[0].decode())
+    for pid in pids:
+        worker_died(pid)
+    print("=====")
+    print(metrics.render()[0].decode())
+    """
+)
+
+
+def test_workers_add_up(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    alive, _, dead = done.stdout.partition("=====")
+    assert 'oci_mirror_bytes_sent_total{upstream="docker.io"} 60.0' in alive
+    assert "oci_mirror_growing_contents 3.0" in alive
+    assert "oci_mirror_growing_oldest_idle_seconds 2.0" in alive
+    assert "oci_mirror_content_bytes 50.0" in alive
+    assert 'oci_mirror_bytes_sent_total{upstream="docker.io"} 60.0' in dead
+    assert "oci_mirror_growing_contents 3.0" not in dead
+
+
+def test_every_metric_is_in_the_reference() -> None:
+    text = Metrics(["docker.io"]).render()[0].decode()
+    names = set(re.findall(r"^# TYPE (oci_mirror_\w+) (?:counter|gauge|histogram)", text, re.M))
+    names = {name for name in names if not name.endswith("_created")}
+    documented = set(re.findall(r"`(oci_mirror_\w+)`", (ROOT / "docs/metrics.md").read_text()))
+    assert names == documented

@@ -1,0 +1,130 @@
+"""Dashboard and alerts: they name metrics that exist, and a real Prometheus takes them all."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from mirror.metrics import Metrics
+from tests.real import images
+from tests.real.process import Program, need
+from tests.real.registry import DockerRegistry
+from tests.real.server import Mirror
+
+CONFIG = Path(__file__).parents[3] / "config"
+DASHBOARD = CONFIG / "grafana/dashboards/oci-mirror.json"
+ALERTS = CONFIG / "prometheus/alerts.yml"
+
+
+def expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    found = [target["expr"] for panel in panels for target in panel["targets"]]
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        found += [rule["expr"] for rule in group["rules"]]
+    return found
+
+
+def names(text: str) -> set[str]:
+    return set(re.findall(r"\b(oci_mirror_[a-z0-9_]+)", text))
+
+
+def test_every_name_is_one_that_is_exposed() -> None:
+    exposed = names(Metrics(["docker.io"]).render()[0].decode())
+    recorded = set(re.findall(r"record: (\S+)", ALERTS.read_text()))
+    used = {name for expression in expressions() for name in names(expression)}
+    assert len(used) > 20
+    assert used <= exposed
+    rules = {r for e in expressions() for r in re.findall(r"oci_mirror:[a-z0-9_:]+", e)}
+    assert rules <= recorded
+
+
+def test_promtool_takes_rules_and_metrics() -> None:
+    promtool = need("promtool")
+    directory = CONFIG / "prometheus"
+    for command in (
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+        ["check", "config", "prometheus.yml"],
+    ):
+        done = subprocess.run([promtool, *command], cwd=directory, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    text = Metrics(["docker.io"]).render()[0]
+    done = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class Prometheus(Program):
+    """A real Prometheus that scrapes one target, with our rules."""
+
+    name = "prometheus"
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target = target
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self) -> Sequence[str | Path]:
+        settings = yaml.safe_load((CONFIG / "prometheus/prometheus.yml").read_text())
+        settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        settings["rule_files"] = [str(ALERTS)]
+        settings["scrape_configs"][0]["static_configs"][0]["targets"] = [self.target]
+        config = self.dir / "prometheus.yml"
+        config.write_text(yaml.safe_dump(settings))
+        return [
+            need("prometheus"),
+            f"--config.file={config}",
+            f"--storage.tsdb.path={self.dir}/data",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+        ]
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/-/ready", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def query(self, expression: str) -> list[dict[str, object]]:
+        url = f"{self.url}/api/v1/query?query={quote(expression)}"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            result: list[dict[str, object]] = json.load(answer)["data"]["result"]
+            return result
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_real_prometheus_scrapes_the_running_server(workers: int) -> None:
+    with (
+        DockerRegistry() as registry,
+        Mirror({"docker.io": registry.url}, workers=workers) as mirror,
+    ):
+        image = images.image()
+        registry.push("library/app", image, "1.0")
+        for _ in range(6):
+            assert mirror.ask("/v2/library/app/manifests/1.0", headers=images.ACCEPT).status == 200
+        with Prometheus(mirror.host) as prometheus:
+            wanted = 'sum(oci_mirror_requests_total{kind="manifest"})'
+            for _ in range(40):
+                found = prometheus.query(wanted)
+                rules = prometheus.query("oci_mirror:bytes_saved:rate5m")
+                if found and float(found[0]["value"][1]) == 6 and rules:  # type: ignore[index] # the type of JSON
+                    break
+                time.sleep(0.5)
+            assert found[0]["value"][1] == "6"  # type: ignore[index] # the type of JSON
+            assert rules
+            for expression in expressions():
+                prometheus.query(expression.replace("$__rate_interval", "1m"))
+            assert prometheus.query('up{job="oci-mirror"} == 1')

@@ -1,0 +1,361 @@
+"""What the tests of the pull room share: a registry in memory that counts, and the real store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Sequence,
+)
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mirror.config import Settings, Storage, Upstream
+from mirror.events import Event, Kind, Outcome, Pull
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    BlobUnknown,
+    ManifestUnknown,
+    MirrorError,
+    NameUnknown,
+    UpstreamProtocolError,
+)
+from mirror.oci.reference import Reference, Repository, Tag
+from mirror.pull.content import ContentService
+from mirror.pull.flights import Flights
+from mirror.pull.service import PullService
+from mirror.store.store import Store
+from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
+from tests.unit.store.kit import read
+
+REPO = Repository("docker.io", "library/app")
+OTHER = Repository("docker.io", "library/other")
+TAG = Tag("1.0")
+
+
+@dataclass
+class Stream:
+    """A body in memory, with a break where the test wants one."""
+
+    data: bytes
+    start: int
+    total: int | None
+    media_type: str
+    break_at: int | None = None
+    error: MirrorError | None = None
+    gate: asyncio.Event | None = None
+    before: asyncio.Event | None = None
+    """What the first byte waits for."""
+    validator: str | None = '"tag"'
+    endpoint: str = "memory"
+    piece: int = 65_536
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        position = self.start
+        if self.before is not None:
+            await self.before.wait()
+        while position < len(self.data):
+            stop = min(position + self.piece, len(self.data))
+            if self.break_at is not None and stop >= self.break_at:
+                yield self.data[position : self.break_at]
+                assert self.error is not None
+                raise self.error
+            yield self.data[position:stop]
+            position = stop
+            if self.gate is not None:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+
+
+@dataclass
+class MemoryRegistry:
+    """A registry in memory (see :class:`mirror.upstream.api.Registry`)."""
+
+    blobs: dict[tuple[str, Digest], bytes] = field(default_factory=dict)
+    manifests: dict[tuple[str, Digest], tuple[bytes, str]] = field(default_factory=dict)
+    tags: dict[tuple[str, str], Digest] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    failure: MirrorError | None = None
+    breaks: list[tuple[int, MirrorError]] = field(default_factory=list)
+    streams: list[Callable[[Stream], None]] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    referring: dict[Digest, bytes] = field(default_factory=dict)
+    api: bool = True
+
+    # --- what a test puts in ------------------------------------------------------------------
+
+    def add_blob(self, path: str, data: bytes) -> Digest:
+        digest = Digest.of(data)
+        self.blobs[path, digest] = data
+        return digest
+
+    def add_manifest(
+        self, path: str, document: dict[str, object], tag: str | None = None
+    ) -> Digest:
+        body = json.dumps(document).encode()
+        digest = Digest.of(body)
+        media_type = document.get("mediaType", OCI_MANIFEST)
+        assert isinstance(media_type, str)
+        self.manifests[path, digest] = body, media_type
+        if tag is not None:
+            self.tags[path, tag] = digest
+        return digest
+
+    def add_image(self, path: str, tag: str | None, *layers: bytes) -> Digest:
+        config = self.add_blob(path, json.dumps({"layers": len(layers), "tag": tag}).encode())
+        document: dict[str, object] = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": self._descriptor(path, config, "application/vnd.oci.image.config.v1+json"),
+            "layers": [
+                self._descriptor(
+                    path,
+                    self.add_blob(path, layer),
+                    "application/vnd.oci.image.layer.v1.tar",
+                )
+                for layer in layers
+            ],
+        }
+        return self.add_manifest(path, document, tag)
+
+    def add_index(self, path: str, tag: str | None, *children: Digest) -> Digest:
+        document: dict[str, object] = {
+            "schemaVersion": 2,
+            "mediaType": OCI_INDEX,
+            "manifests": [
+                {
+                    "mediaType": OCI_MANIFEST,
+                    "digest": str(child),
+                    "size": len(self.manifests[path, child][0]),
+                }
+                for child in children
+            ],
+        }
+        return self.add_manifest(path, document, tag)
+
+    def _descriptor(self, path: str, digest: Digest, media_type: str) -> dict[str, object]:
+        size = len(self.blobs[path, digest])
+        return {"mediaType": media_type, "digest": str(digest), "size": size}
+
+    # --- what the mirror asks -----------------------------------------------------------------
+
+    def _call(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.failure is not None:
+            raise self.failure
+
+    async def head_manifest(
+        self, repository: Repository, reference: Reference, accept: Sequence[str]
+    ) -> ManifestHead:
+        await asyncio.sleep(0)
+        self._call("head_manifest")
+        digest = (
+            self.tags.get((repository.path, reference.name))
+            if isinstance(reference, Tag)
+            else reference
+        )
+        if digest is None or (repository.path, digest) not in self.manifests:
+            raise ManifestUnknown("no such manifest")
+        body, media_type = self.manifests[repository.path, digest]
+        return ManifestHead(digest, media_type, len(body))
+
+    async def get_manifest(
+        self, repository: Repository, tag: Tag, accept: Sequence[str]
+    ) -> ManifestBody:
+        self._call("get_manifest")
+        digest = self.tags.get((repository.path, tag.name))
+        if digest is None or (repository.path, digest) not in self.manifests:
+            raise ManifestUnknown("no such manifest")
+        body, media_type = self.manifests[repository.path, digest]
+        return ManifestBody(digest, media_type, body)
+
+    async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
+        await asyncio.sleep(0)
+        self._call("head_blob")
+        data = self.blobs.get((repository.path, digest))
+        if data is None:
+            raise BlobUnknown("no such blob")
+        return len(data)
+
+    @asynccontextmanager
+    async def open(
+        self,
+        repository: Repository,
+        digest: Digest,
+        kind: Kind,
+        *,
+        accept: Sequence[str] = (),
+        offset: int = 0,
+        validator: str | None = None,
+        total: int | None = None,
+        avoid: Collection[str] = (),
+    ) -> AsyncIterator[ContentStream]:
+        await asyncio.sleep(0)
+        self._call(f"get_{kind.value}")
+        if kind is Kind.MANIFEST:
+            found = self.manifests.get((repository.path, digest))
+            if found is None:
+                raise ManifestUnknown("no such manifest")
+            data, media_type = found
+        else:
+            data, media_type = self.blobs.get((repository.path, digest), b""), "application/x"
+            if (repository.path, digest) not in self.blobs:
+                raise BlobUnknown("no such blob")
+        if offset and offset >= len(data):
+            raise UpstreamProtocolError("fewer bytes than are asked for")
+        if total not in (None, len(data)):
+            raise UpstreamProtocolError("another size")
+        stream = Stream(data, offset, len(data), media_type, gate=self.gate)
+        if self.breaks:
+            stream.break_at, stream.error = self.breaks.pop(0)
+        for change in self.streams:
+            change(stream)
+        yield stream
+
+    async def list_tags(
+        self, repository: Repository, count: int | None, last: str | None
+    ) -> TagsPage:
+        self._call("list_tags")
+        names = sorted(tag for path, tag in self.tags if path == repository.path)
+        if not names:
+            raise NameUnknown("no such repository")
+        after = [name for name in names if last is None or name > last]
+        page = after if count is None else after[:count]
+        return TagsPage(tuple(page), len(after) > len(page))
+
+    async def referrers(
+        self, repository: Repository, digest: Digest, artifact_type: str | None
+    ) -> ManifestBody | None:
+        self._call("referrers")
+        if not self.api:
+            return None
+        body = self.referring.get(
+            digest, b'{"schemaVersion":2,"mediaType":"' + OCI_INDEX.encode() + b'","manifests":[]}'
+        )
+        return ManifestBody(Digest.of(body), OCI_INDEX, body)
+
+    async def close(self) -> None:
+        return None
+
+
+@dataclass
+class PullKit:
+    """A pull service over a real store and a registry in memory."""
+
+    registry: MemoryRegistry
+    store: Store
+    content: ContentService
+    service: PullService
+    flights: Flights
+    events: list[Event]
+    clock: list[float]
+
+
+@asynccontextmanager
+async def pull_kit(
+    root: Path,
+    *,
+    registry: MemoryRegistry | None = None,
+    upstream: Upstream | None = None,
+    storage: Storage | None = None,
+    clock: list[float] | None = None,
+    abandoned: Literal["finish", "cancel"] = "finish",
+    other: MemoryRegistry | None = None,
+) -> AsyncIterator[PullKit]:
+    """Everything below the web, over ``root``; ``other`` is what ``other.io`` has."""
+    registry = registry or MemoryRegistry()
+    upstream = upstream or Upstream(endpoints=("http://memory",))
+    settings = Settings(
+        data_dir=str(root),
+        storage=storage or Storage(),
+        abandoned=abandoned,
+        default_upstream="docker.io",
+        upstreams={"docker.io": upstream, "other.io": upstream},
+    )
+    events: list[Event] = []
+    times = clock if clock is not None else [1_800_000_000.0]
+    store = await Store.open(str(root), settings.storage, events.append, lambda: times[0])
+    try:
+        async with Flights() as flights:
+            content = ContentService(
+                settings,
+                store,
+                {"docker.io": registry, "other.io": other or registry},
+                flights,
+                events.append,
+                lambda: times[0],
+            )
+            service = PullService(content)
+            yield PullKit(registry, store, content, service, flights, events, times)
+            await flights.drain(5.0)
+    finally:
+        await store.close()
+
+
+def a_pull() -> Pull:
+    """The record of a request that a test makes."""
+    return Pull("test", "GET", "/")
+
+
+def upstream(**changes: object) -> Upstream:
+    """Settings of an upstream that is in memory."""
+    return Upstream.model_validate({"endpoints": ("http://memory",), **changes})
+
+
+async def manifest(
+    kit: PullKit, reference: Reference = TAG, repository: Repository = REPO, head: bool = False
+) -> tuple[Digest, Outcome]:
+    """Ask for a manifest: which one came, and how."""
+    pull = a_pull()
+    answer = await kit.service.manifest(repository, reference, (), pull, head=head)
+    return answer.digest, pull.outcome
+
+
+async def blob(
+    kit: PullKit, digest: Digest, repository: Repository = REPO
+) -> tuple[bytes, Outcome]:
+    """Ask for a blob: its bytes, and how they came."""
+    pull = a_pull()
+    answer = await kit.service.blob(repository, digest, pull, head=False)
+    assert answer.reader
+    try:
+        return await read(answer.reader), pull.outcome
+    finally:
+        answer.reader.close()
+
+
+class Cancelled(Awaitable[bool]):
+    """Awaits ``work``, and cancels it at its ``number``-th wait; whether it got that far."""
+
+    def __init__(self, work: Coroutine[Any, Any, object], number: int) -> None:
+        self._work = work
+        self._number = number
+
+    def __await__(self) -> Generator[Any, None, bool]:
+        waits = 0
+        try:
+            while True:
+                waiting = self._work.send(None)
+                if waits == self._number:
+                    break
+                waits += 1
+                yield waiting
+        except StopIteration:
+            return False
+        try:
+            waiting = self._work.throw(asyncio.CancelledError())
+            while True:
+                yield waiting
+                waiting = self._work.send(None)
+        except (StopIteration, asyncio.CancelledError):
+            return True

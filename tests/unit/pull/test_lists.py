@@ -1,0 +1,298 @@
+"""Lists: paging of our own, the last known list as a stand-in, referrers by either way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mirror.events import Outcome
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    Denied,
+    ManifestInvalid,
+    MirrorError,
+    NameUnknown,
+    NotFound,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Tag
+from mirror.pull.lists import PAGE
+from tests.unit.pull.kit import OTHER, REPO, TAG, PullKit, a_pull, manifest, pull_kit, upstream
+
+DOWN = UpstreamUnavailable("down")
+SUBJECT = Digest.of(b"subject")
+
+
+async def tags(
+    kit: PullKit, count: int | None = None, last: str | None = None
+) -> tuple[tuple[str, ...], bool, Outcome]:
+    pull = a_pull()
+    answer = await kit.service.tags(REPO, count, last, pull)
+    return answer.tags, answer.more, pull.outcome
+
+
+async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
+    body = await kit.service.referrers(REPO, SUBJECT, artifact_type, a_pull())
+    document = json.loads(body)
+    assert document["mediaType"] == OCI_INDEX
+    found: list[dict[str, Any]] = document["manifests"]
+    return found
+
+
+def referring(*kinds: str) -> dict[str, object]:
+    entries = [
+        {"mediaType": OCI_MANIFEST, "digest": str(SUBJECT), "size": 5, "artifactType": kind}
+        for kind in kinds
+    ]
+    return {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+
+
+# --- tags ---------------------------------------------------------------------------------------
+
+
+async def test_pages_follow_each_other_to_the_end(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        names = [f"v{n}" for n in range(5)]
+        for name in names:
+            kit.registry.add_image(REPO.path, name, name.encode())
+        assert await tags(kit, 2) == (("v0", "v1"), True, Outcome.MISS)
+        assert await tags(kit, 2, "v1") == (("v2", "v3"), True, Outcome.MISS)
+        assert await tags(kit, 2, "v3") == (("v4",), False, Outcome.MISS)
+        assert await tags(kit, 2, "v4") == ((), False, Outcome.MISS)
+        assert await tags(kit, 0) == ((), False, Outcome.HIT)
+        assert await tags(kit) == (tuple(names), False, Outcome.MISS)
+        # a count that nobody can mean is a page like any other
+        assert await tags(kit, 999_999_999) == (tuple(names), False, Outcome.HIT)
+        assert kit.registry.calls["list_tags"] == 5
+        assert PAGE < 999_999_999
+
+
+async def test_a_list_is_fresh_for_a_minute_and_no_longer_than_a_tag(tmp_path: Path) -> None:
+    for ttl, expected in ((300.0, 60.0), (10.0, 10.0)):
+        async with pull_kit(tmp_path / str(ttl), upstream=upstream(tag_ttl=ttl)) as kit:
+            kit.registry.add_image(REPO.path, "a", b"a")
+            await tags(kit)
+            kit.clock[0] += expected - 1
+            assert (await tags(kit))[2] is Outcome.HIT
+            kit.clock[0] += 1
+            kit.registry.add_image(REPO.path, "b", b"b")
+            assert await tags(kit) == (("a", "b"), False, Outcome.REVALIDATED)
+            assert (await tags(kit))[2] is Outcome.HIT
+
+
+async def test_many_that_ask_at_once_are_one_question(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        gate = asyncio.Event()
+        real = kit.registry.list_tags
+
+        async def slowly(*arguments: Any) -> Any:
+            found = await real(*arguments)
+            await gate.wait()
+            return found
+
+        kit.registry.list_tags = slowly  # type: ignore[method-assign] # the same, later
+        async with asyncio.TaskGroup() as group:
+            asked = [group.create_task(tags(kit)) for _ in range(20)]
+            while not kit.registry.calls:  # noqa: ASYNC110 - the registry has no event for it
+                await asyncio.sleep(0)
+            gate.set()
+        assert {task.result()[0] for task in asked} == {("a",)}
+
+
+@pytest.mark.parametrize("error", [NameUnknown("404"), Denied("403"), DOWN])
+async def test_only_an_upstream_that_cannot_be_asked_is_bridged(
+    tmp_path: Path, error: MirrorError
+) -> None:
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await tags(kit)
+        kit.registry.failure = error
+        if error is DOWN:
+            pull = a_pull()
+            assert (await kit.service.tags(REPO, None, None, pull)).tags == ("a",)
+            assert (pull.outcome, pull.warning) == (Outcome.STALE, "down")
+        else:
+            with pytest.raises(type(error)):
+                await tags(kit)
+        with pytest.raises(MirrorError):
+            await tags(kit, 7)  # another page, of which nothing is known
+
+
+async def test_without_serve_stale_a_list_is_not_bridged(tmp_path: Path) -> None:
+    settings = upstream(tag_ttl=0.0, serve_stale=False)
+    async with pull_kit(tmp_path, upstream=settings) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await tags(kit)
+        kit.registry.failure = DOWN
+        with pytest.raises(UpstreamUnavailable):
+            await tags(kit)
+
+
+async def test_a_list_that_is_held_waits_for_no_hung_upstream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.05)
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await tags(kit)
+        hung = asyncio.Event()
+
+        async def hang(*arguments: object) -> None:
+            await hung.wait()
+
+        monkeypatch.setattr(kit.registry, "list_tags", hang)
+        assert await tags(kit) == (("a",), False, Outcome.STALE)
+        hung.set()
+
+
+async def test_a_repository_that_does_not_exist_is_asked_for_once(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        for _ in range(3):
+            with pytest.raises(NameUnknown):
+                await tags(kit)
+        assert kit.registry.calls == {"list_tags": 1}
+    async with pull_kit(tmp_path / "other", upstream=upstream(negative_ttl=0.0)) as kit:
+        for _ in range(3):
+            with pytest.raises(NameUnknown):
+                await tags(kit)
+        assert kit.registry.calls == {"list_tags": 3}
+
+
+async def test_a_damaged_record_of_a_list_is_none(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await kit.store.index.put_list(f"tags {REPO} {PAGE} ", "soon nonsense", 1000.0)
+        assert await tags(kit) == (("a",), False, Outcome.MISS)
+
+
+async def test_without_an_upstream_the_known_tags_are_the_list(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        for name in ("c", "a", "b"):
+            kit.registry.add_image(REPO.path, name, name.encode())
+            pull = a_pull()
+            await kit.service.tags(REPO, 1, None, pull)
+        kit.registry.add_image(REPO.path, TAG.name, b"x")
+        await manifest(kit)
+    async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
+        assert await tags(kit) == ((TAG.name,), False, Outcome.HIT)
+        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that was once asked for"
+        assert await tags(kit, 3, TAG.name) == ((), False, Outcome.HIT)
+        with pytest.raises(NameUnknown):
+            await kit.service.tags(OTHER, None, None, a_pull())
+        assert not kit.registry.calls
+
+
+# --- referrers ----------------------------------------------------------------------------------
+
+
+async def test_referrers_of_the_api_are_passed_on_as_they_are(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        assert await referrers(kit) == []
+        body = json.dumps(referring("application/x.sbom", "application/x.signature"), indent=3)
+        kit.registry.referring[SUBJECT] = body.encode()
+        kit.clock[0] += 61
+        assert await kit.service.referrers(REPO, SUBJECT, None, a_pull()) == body.encode()
+        (found,) = await referrers(kit, "application/x.sbom")
+        assert found["artifactType"] == "application/x.sbom"
+        assert await referrers(kit, "application/x.nothing") == []
+        assert kit.registry.calls == {"referrers": 2}, "a filter needs no question of its own"
+
+
+async def test_referrers_that_are_none_are_refused(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.referring[SUBJECT] = b'{"manifests": 7}'
+        with pytest.raises(ManifestInvalid):
+            await referrers(kit)
+
+
+async def test_support_means_that_there_is_never_a_404(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pull_kit(tmp_path) as kit:
+
+        async def unknown(*arguments: object) -> None:
+            raise NotFound("no such repository")
+
+        monkeypatch.setattr(kit.registry, "referrers", unknown)
+        assert await referrers(kit) == []
+
+
+async def test_what_lies_at_the_schemas_tag_and_is_no_index_refers_to_nothing(
+    tmp_path: Path,
+) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.api = False
+        kit.registry.add_image(REPO.path, referrers_tag(SUBJECT), b"an image, by chance")
+        assert await referrers(kit) == []
+
+
+async def test_without_an_upstream_the_schemas_tag_still_tells(tmp_path: Path) -> None:
+    """As a site has it that was filled by pulling tags, signatures among them."""
+    async with pull_kit(tmp_path) as kit:
+        document = referring("application/x.sbom")
+        kit.registry.add_manifest(REPO.path, document, referrers_tag(SUBJECT))
+        pull = a_pull()
+        tag = referrers_tag(SUBJECT)
+        await kit.service.manifest(REPO, Tag(tag), (), pull, head=False)
+    async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
+        (found,) = await referrers(kit)
+        assert found["artifactType"] == "application/x.sbom"
+        assert await referrers(kit, "application/x.signature") == []
+        assert not kit.registry.calls
+
+
+async def test_a_large_list_of_referrers_is_filtered(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        document = referring(*(f"application/x.k{n % 7}" for n in range(4900)))
+        kit.registry.referring[SUBJECT] = json.dumps(document).encode()
+        assert len(await referrers(kit)) == 4900
+        assert len(await referrers(kit, "application/x.k3")) == 700
+
+
+async def test_tags_and_referrers(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0, negative_ttl=0.0)) as kit:
+        for name in ("b", "a", "c"):
+            digest = kit.registry.add_image(REPO.path, name, name.encode())
+        first = await kit.service.tags(REPO, 2, None, a_pull())
+        assert (first.tags, first.more) == (("a", "b"), True)
+        assert (await kit.service.tags(REPO, 2, "b", a_pull())).tags == ("c",)
+        assert (await kit.service.tags(REPO, 0, None, a_pull())).tags == ()
+        kit.registry.failure = UpstreamUnavailable("down")
+        kit.clock[0] += 1000
+        pull = a_pull()
+        assert (await kit.service.tags(REPO, 2, None, pull)).tags == ("a", "b")
+        assert pull.outcome is Outcome.STALE
+        kit.registry.failure = None
+        kit.registry.api = False
+        empty = json.loads(await kit.service.referrers(REPO, digest, None, a_pull()))
+        assert empty["manifests"] == []
+        signature = kit.registry.add_manifest(
+            REPO.path,
+            {
+                "schemaVersion": 2,
+                "mediaType": OCI_INDEX,
+                "manifests": [
+                    {
+                        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                        "digest": str(digest),
+                        "size": 5,
+                        "artifactType": artifact,
+                    }
+                    for artifact in ("application/x.sbom", "application/x.signature")
+                ],
+            },
+            referrers_tag(digest),
+        )
+        kit.clock[0] += 1000
+        found = await kit.service.referrers(REPO, digest, None, a_pull())
+        assert Digest.of(found) == signature
+        filtered = await kit.service.referrers(REPO, digest, "application/x.sbom", a_pull())
+        assert [entry["artifactType"] for entry in json.loads(filtered)["manifests"]] == [
+            "application/x.sbom"
+        ]

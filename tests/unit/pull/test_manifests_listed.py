@@ -1,0 +1,222 @@
+"""What an index says of its children: that the repository has them, and nothing against them."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from mirror.events import Noted, Outcome
+from mirror.oci.descriptor import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
+from mirror.oci.digest import Digest
+from mirror.oci.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, UpstreamUnavailable
+from mirror.oci.reference import Reference, Repository
+from tests.unit.pull.kit import (
+    OTHER,
+    REPO,
+    TAG,
+    MemoryRegistry,
+    PullKit,
+    a_pull,
+    blob,
+    manifest,
+    pull_kit,
+    upstream,
+)
+
+DOWN = UpstreamUnavailable("down")
+LIES = [
+    {"mediaType": DOCKER_MANIFEST},
+    {"mediaType": DOCKER_LIST},
+    {"mediaType": "application/vnd.example.thing"},
+    {"mediaType": OCI_MANIFEST, "size": 7},
+    {},
+]
+lies = pytest.mark.parametrize("lie", LIES, ids=str)
+
+
+def add_index(
+    registry: MemoryRegistry,
+    child: Digest,
+    said: dict[str, object],
+    repository: Repository = REPO,
+) -> Digest:
+    """An index that says this of a child, and what is wanted of a descriptor beside it."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_INDEX,
+        "manifests": [{"digest": str(child), "size": 500, **said}],
+    }
+    return registry.add_manifest(repository.path, document)
+
+
+def add_artifact(registry: MemoryRegistry, part: Digest) -> Digest:
+    """An artifact that has this as a layer."""
+    config = registry.add_blob(REPO.path, b"{}")
+    document = {
+        "schemaVersion": 2,
+        "mediaType": OCI_MANIFEST,
+        "config": {"mediaType": "application/vnd.example", "digest": str(config), "size": 2},
+        "layers": [{"mediaType": "application/vnd.example", "digest": str(part), "size": 7}],
+    }
+    return registry.add_manifest(REPO.path, document)
+
+
+async def media_type(
+    kit: PullKit, reference: Reference, repository: Repository = REPO, head: bool = False
+) -> str:
+    """The type that a manifest is served with."""
+    answer = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
+    return answer.media_type
+
+
+def complaints(kit: PullKit) -> list[Noted]:
+    return [event for event in kit.events if isinstance(event, Noted)]
+
+
+@lies
+async def test_what_was_served_is_served_after_an_index_lied_about_it(
+    tmp_path: Path, lie: dict[str, object]
+) -> None:
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, TAG.name, b"layer")
+    lying = add_index(registry, child, lie)
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        for reference in (TAG, lying):
+            await manifest(kit, reference)
+        assert bool(complaints(kit)) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        for reference in (child, TAG):
+            assert await media_type(kit, reference) == OCI_MANIFEST
+            assert await manifest(kit, reference) == (child, Outcome.HIT)
+
+
+@lies
+@pytest.mark.parametrize("head", [True, False], ids=["HEAD", "GET"])
+async def test_what_an_index_lied_about_is_what_the_upstream_says(
+    tmp_path: Path, lie: dict[str, object], head: bool
+) -> None:
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, None, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, child, lie))
+        assert await media_type(kit, child, head=head) == OCI_MANIFEST
+        assert await media_type(kit, child) == OCI_MANIFEST
+        await manifest(kit, add_index(registry, child, {**lie, "annotations": {}}))
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await media_type(kit, child) == OCI_MANIFEST
+
+
+async def test_an_upstream_that_names_no_type_does_not_outdo_an_index(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        child = kit.registry.add_image(REPO.path, None, b"layer")
+        body, _ = kit.registry.manifests[REPO.path, child]
+        kit.registry.manifests[REPO.path, child] = body, "application/octet-stream"
+        await manifest(kit, kit.registry.add_index(REPO.path, None, child))
+        assert await media_type(kit, child) == OCI_MANIFEST
+
+
+@lies
+async def test_bytes_that_are_here_say_what_they_are(
+    tmp_path: Path, lie: dict[str, object]
+) -> None:
+    """They came through another repository, and nobody is asked for them in this one."""
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, None, b"layer")
+    lying = add_index(registry, child, lie, OTHER)
+    noted = []
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, child)
+        await manifest(kit, lying, OTHER)
+    noted += complaints(kit)
+    for _ in range(2):
+        async with pull_kit(tmp_path, registry=registry) as kit:
+            assert await media_type(kit, child, OTHER) == OCI_MANIFEST
+            assert await media_type(kit, child) == OCI_MANIFEST
+        noted += complaints(kit)
+    assert len(noted) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "said once"
+
+
+@pytest.mark.row("HU6")
+async def test_an_index_excuses_no_type_confusion_of_the_upstream(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, None, b"layer")
+    registry.manifests[REPO.path, child] = registry.manifests[REPO.path, child][0], OCI_INDEX
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, registry.add_index(REPO.path, None, child))
+        for _ in range(2):
+            with pytest.raises(ManifestInvalid):
+                await manifest(kit, child)
+
+
+# --- a digest of both kinds -----------------------------------------------------------------------
+
+
+async def test_a_manifest_that_an_artifact_calls_a_layer_is_still_one(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    image = registry.add_image(REPO.path, TAG.name, b"layer")
+    async with pull_kit(tmp_path, registry=registry, upstream=upstream(tag_ttl=0.0)) as kit:
+        await manifest(kit)
+        await manifest(kit, add_artifact(registry, image))
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry, upstream=upstream(tag_ttl=0.0)) as kit:
+        assert await manifest(kit) == (image, Outcome.STALE)
+        assert await manifest(kit, image) == (image, Outcome.HIT)
+        with pytest.raises(BlobUnknown):
+            await blob(kit, image)
+
+
+@pytest.mark.parametrize("said", [OCI_MANIFEST, "application/vnd.example.thing"])
+async def test_a_layer_that_an_index_calls_a_manifest_is_still_one(
+    tmp_path: Path, said: str
+) -> None:
+    registry = MemoryRegistry()
+    image, layer = registry.add_image(REPO.path, TAG.name, b"layer"), Digest.of(b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit)
+        await blob(kit, layer)
+        await kit.store.idle()
+        await manifest(kit, add_index(registry, layer, {"mediaType": said}))
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+        with suppress(ManifestInvalid):  # nor does it become a manifest by being asked for
+            await manifest(kit, layer)
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+        assert await manifest(kit) == (image, Outcome.HIT)
+
+
+@pytest.mark.row("HC6")
+async def test_a_no_to_one_kind_takes_nothing_from_the_other(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, TAG.name, b"layer")
+        layer = Digest.of(b"layer")
+        await manifest(kit)
+        with pytest.raises(ManifestUnknown):
+            await manifest(kit, layer)
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
+        await kit.store.idle()
+        kit.registry.failure = DOWN
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+
+
+@lies
+async def test_parts_of_a_child_are_known_again_where_the_index_was_lost(
+    tmp_path: Path, lie: dict[str, object]
+) -> None:
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, None, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, child, lie))
+        await manifest(kit, child)
+        await blob(kit, Digest.of(b"layer"))
+    shutil.rmtree(tmp_path / "index")
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await media_type(kit, child) == OCI_MANIFEST
+        assert await blob(kit, Digest.of(b"layer")) == (b"layer", Outcome.HIT)

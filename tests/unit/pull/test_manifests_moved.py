@@ -1,0 +1,212 @@
+"""A tag that has moved: while its new content is not here, what it was before stands in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mirror.config import Upstream
+from mirror.events import Outcome
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    ManifestInvalid,
+    ManifestUnknown,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Repository
+from mirror.store.records import LEDGER_LIMIT
+from tests.unit.pull.kit import (
+    OTHER,
+    REPO,
+    TAG,
+    MemoryRegistry,
+    PullKit,
+    a_pull,
+    manifest,
+    pull_kit,
+    upstream,
+)
+
+SETTINGS = upstream(tag_ttl=100.0)
+NEVER = upstream(pull_policy="Never")
+
+
+def move(kit: PullKit, layer: bytes = b"new", repository: Repository = REPO) -> Digest:
+    """The tag is another image from now on, and what was answered is not fresh any more."""
+    kit.clock[0] += 101
+    return kit.registry.add_image(repository.path, TAG.name, layer)
+
+
+def refuse_content(kit: PullKit, patch: pytest.MonkeyPatch) -> None:
+    """From now on a ``HEAD`` is free, and a ``GET`` is 429."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise UpstreamRateLimited("no more pulls")
+
+    patch.setattr(kit.registry, "open", refuse)
+
+
+async def moved_on(
+    root: Path, registry: MemoryRegistry, patch: pytest.MonkeyPatch, *, head: bool = False
+) -> tuple[Digest, Digest]:
+    """What the tag was, which is here, and what the upstream says that it is."""
+    async with pull_kit(root, registry=registry, upstream=SETTINGS) as kit:
+        old = move(kit, b"old")
+        await manifest(kit)
+        new = move(kit)
+        with patch.context() as refused:
+            refuse_content(kit, refused)
+            if head:
+                assert await manifest(kit, head=True) == (new, Outcome.MISS)
+            else:
+                assert await manifest(kit) == (old, Outcome.STALE)
+        record = await kit.store.index.tag(REPO, TAG)
+        assert record
+        assert record.digests == (new, old)
+    return old, new
+
+
+async def test_it_is_answered_as_long_as_its_new_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pull_kit(tmp_path, upstream=SETTINGS) as kit:
+        old = move(kit, b"old")
+        await manifest(kit)
+        new = move(kit)
+        with monkeypatch.context() as patch:
+            refuse_content(kit, patch)
+            for _ in range(3):
+                assert await manifest(kit) == (old, Outcome.STALE)
+            assert await manifest(kit, head=True) == (new, Outcome.MISS), "the upstream says so"
+            assert await manifest(kit) == (old, Outcome.STALE)
+        kit.registry.failure = UpstreamUnavailable("down")
+        for head in (True, False):
+            assert await manifest(kit, head=head) == (old, Outcome.STALE)
+        kit.registry.failure = None
+        assert await manifest(kit) == (new, Outcome.MISS)
+        assert await manifest(kit) == (new, Outcome.HIT)
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["HEAD", "GET"])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (SETTINGS, Outcome.STALE),
+        (upstream(pull_policy="Always"), Outcome.STALE),
+        (upstream(serve_stale=False), UpstreamUnavailable),
+        (NEVER, Outcome.STALE),
+        (upstream(pull_policy="Never", serve_stale=False), ManifestUnknown),
+    ],
+    ids=["IfNotPresent", "Always", "not stale", "Never", "Never and not stale"],
+)
+async def test_after_a_restart_with_the_upstream_gone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: Upstream,
+    expected: Outcome | type[Exception],
+    head: bool,
+) -> None:
+    registry = MemoryRegistry()
+    old, _ = await moved_on(tmp_path, registry, monkeypatch, head=head)
+    registry.failure = UpstreamUnavailable("down")
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+        if isinstance(expected, Outcome):
+            pull = a_pull()
+            answer = await kit.service.manifest(REPO, TAG, (OCI_MANIFEST,), pull, head=False)
+            assert (answer.digest, pull.outcome) == (old, expected)
+            assert pull.warning
+        else:
+            with pytest.raises(expected):
+                await manifest(kit)
+
+
+async def test_what_it_was_is_named_where_the_index_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = MemoryRegistry()
+    old, _ = await moved_on(tmp_path, registry, monkeypatch)
+    shutil.rmtree(tmp_path / "index")
+    async with pull_kit(tmp_path, registry=registry, upstream=NEVER) as kit:
+        assert await manifest(kit) == (old, Outcome.HIT)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, NEVER], ids=["IfNotPresent", "Never"])
+async def test_what_it_is_was_evicted(tmp_path: Path, settings: Upstream) -> None:
+    registry = MemoryRegistry()
+    async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
+        old = move(kit, b"old")
+        await manifest(kit)
+        new = move(kit)
+        assert await manifest(kit) == (new, Outcome.MISS)
+        await kit.store.idle()
+        kit.store.layout.blob(new).unlink()
+    registry.failure = UpstreamUnavailable("down")
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+        assert await manifest(kit) == (old, Outcome.STALE)
+
+
+async def test_however_often_it_moves_what_is_here_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pull_kit(tmp_path, upstream=SETTINGS) as kit:
+        old = move(kit, b"old")
+        await manifest(kit)
+        refuse_content(kit, monkeypatch)
+        for number in range(LEDGER_LIMIT + 3):
+            new = move(kit, b"%d" % number)
+            assert await manifest(kit, head=True) == (new, Outcome.MISS)
+        assert await manifest(kit) == (old, Outcome.STALE)
+
+
+async def test_it_is_answered_by_every_process_that_shares_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, clock = MemoryRegistry(), [1_800_000_000.0]
+    async with (
+        pull_kit(tmp_path, registry=registry, upstream=SETTINGS, clock=clock) as one,
+        pull_kit(tmp_path, registry=registry, upstream=SETTINGS, clock=clock) as two,
+    ):
+        old = move(one, b"old")
+        await manifest(one)
+        new = move(one)
+        refuse_content(one, monkeypatch)
+        assert await manifest(one, head=True) == (new, Outcome.MISS)
+        registry.failure = UpstreamUnavailable("down")
+        for kit in (one, two):
+            assert await manifest(kit) == (old, Outcome.STALE)
+
+
+async def test_content_that_is_refused_stands_in_for_nothing(tmp_path: Path) -> None:
+    """The upstream gives an image the type of an index: it is here, and is not served."""
+    registry = MemoryRegistry()
+    async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
+        old = move(kit, b"old")
+        await manifest(kit)
+        new = move(kit)
+        registry.manifests[REPO.path, new] = registry.manifests[REPO.path, new][0], OCI_INDEX
+        for _ in range(2):
+            assert await manifest(kit) == (old, Outcome.STALE)
+            with pytest.raises(ManifestInvalid):
+                await manifest(kit, new)
+    async with pull_kit(tmp_path, registry=registry, upstream=NEVER) as kit:
+        assert await manifest(kit) == (old, Outcome.STALE)
+
+
+@pytest.mark.row("HC6")
+async def test_what_was_withdrawn_does_not_stand_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = MemoryRegistry()
+    old, _ = await moved_on(tmp_path, registry, monkeypatch)
+    async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
+        other = kit.registry.add_image(OTHER.path, TAG.name, b"old")
+        assert (await manifest(kit, repository=OTHER))[0] == other
+        await kit.store.index.withdraw(REPO, old, "manifest")
+        registry.failure = UpstreamUnavailable("down")
+        with pytest.raises(UpstreamUnavailable):
+            await manifest(kit)
+        assert await manifest(kit, repository=OTHER) == (other, Outcome.HIT)

@@ -1,0 +1,375 @@
+"""One fetch, several repositories that have the content: each asked in turn, each with its word."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mirror.events import Kind, Outcome
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    BlobUnknown,
+    Denied,
+    ManifestUnknown,
+    MirrorError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Repository
+from mirror.pull import fetch
+from mirror.pull.sources import Source, Sources
+from mirror.store.growing import Growing
+from mirror.store.records import Membership
+from mirror.upstream.api import ContentStream
+from tests.unit.pull.kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(400_000, 57)
+DIGEST = Digest.of(DATA)
+THEIRS = Repository("other.io", "their/app")
+DOWN = UpstreamUnavailable("down")
+
+
+@dataclass
+class Slow(MemoryRegistry):
+    """Does not answer with content before it is let, and knows from where on it was asked."""
+
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    let: asyncio.Event = field(default_factory=asyncio.Event)
+    offsets: list[int] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def open(self, *arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
+        self.offsets.append(named["offset"])
+        self.asked.set()
+        await self.let.wait()
+        async with super().open(*arguments, **named) as stream:
+            yield stream
+
+
+async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome] | MirrorError:
+    """What a client of ``repository`` gets."""
+    try:
+        return await blob(kit, DIGEST, repository)
+    except MirrorError as error:
+        return error
+
+
+async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
+    """What two clients get, of whom the second joins the fetch of the first."""
+    async with asyncio.TaskGroup() as group:
+        first, second = await joined(kit, ours, group)
+        ours.let.set()
+    return first.result(), second.result()
+
+
+async def joined(
+    kit: PullKit, ours: Slow, group: asyncio.TaskGroup
+) -> tuple[asyncio.Task[Any], asyncio.Task[Any]]:
+    """Two clients that follow one fetch, which waits for our upstream."""
+    first = group.create_task(outcome(kit, REPO))
+    await ours.asked.wait()
+    second = group.create_task(outcome(kit, THEIRS))
+    while not any(len(g.followers) == 2 for g in kit.store.growing.values()):  # noqa: ASYNC110 - no event
+        await asyncio.sleep(0.001)
+    return first, second
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses take no time."""
+    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+
+
+@pytest.mark.row("U1")
+async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path: Path) -> None:
+    ours, theirs = Slow(), Slow()
+    theirs.let.set()
+    ours.add_blob(REPO.path, DATA)
+    theirs.add_blob(THEIRS.path, DATA)
+    ours.breaks = [(150_000, DOWN)] * 20
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        first, second = await both(kit, ours)
+        assert first == (DATA, Outcome.MISS)
+        assert second == (DATA, Outcome.JOIN)
+        assert theirs.offsets == [150_000]
+        await kit.store.idle()
+        assert await blob(kit, DIGEST, THEIRS) == (DATA, Outcome.HIT)
+        assert await blob(kit, DIGEST) == (DATA, Outcome.HIT)
+
+
+@pytest.mark.row("U11")
+@pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
+async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
+    tmp_path: Path, failure: MirrorError
+) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    theirs.add_blob(THEIRS.path, DATA)
+    ours.failure = failure
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        first, second = await both(kit, ours)
+        assert first is failure
+        assert second == (DATA, Outcome.JOIN)
+        assert theirs.calls == {"get_blob": 1}
+
+
+@pytest.mark.row("HC5")
+@pytest.mark.parametrize("failure", [BlobUnknown("no such blob"), Denied("not for us")])
+async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: MirrorError) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    theirs.add_blob(THEIRS.path, DATA)
+    ours.failure = failure
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        first, second = await both(kit, ours)
+        assert isinstance(first, type(failure))
+        assert second == (DATA, Outcome.JOIN)
+        assert await kit.store.index.membership(THEIRS, DIGEST, "blob")
+        assert await kit.store.index.membership(REPO, DIGEST, "blob") is None
+
+
+@pytest.mark.row("U15")
+async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    ours.failure = DOWN
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        first, second = await both(kit, ours)
+        assert first is DOWN, "another upstream's 404 is none of this one"
+        assert isinstance(second, BlobUnknown)
+        again = await outcome(kit, REPO)
+        assert again is DOWN
+
+
+@pytest.mark.row("U11")
+async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.05)
+    ours, theirs = Slow(), MemoryRegistry()
+    theirs.add_blob(THEIRS.path, DATA)
+    ours.add_blob(REPO.path, DATA)
+    async with asyncio.timeout(30), pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(outcome(kit, REPO))
+            await ours.asked.wait()
+            assert await outcome(kit, THEIRS) == (DATA, Outcome.JOIN)
+        # its own upstream proves it by a HEAD, which does not hang
+        assert first.result() == (DATA, Outcome.MISS)
+        assert ours.calls["head_blob"] == 1
+
+
+async def test_one_that_answers_is_not_overtaken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.02)
+    ours, theirs = Slow(gate=asyncio.Event()), MemoryRegistry()
+    for registry, path in ((ours, REPO.path), (theirs, THEIRS.path)):
+        registry.add_blob(path, DATA)
+    ours.let.set()
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(outcome(kit, REPO))
+            await ours.asked.wait()
+            second = group.create_task(outcome(kit, THEIRS))
+            await asyncio.sleep(0.2)
+            assert ours.gate
+            ours.gate.set()
+        assert first.result() == (DATA, Outcome.MISS)
+        assert second.result() == (DATA, Outcome.JOIN)
+        assert (ours.calls["get_blob"], theirs.calls["get_blob"]) == (1, 0)
+        assert theirs.calls["head_blob"] == 1, "its own proof"
+
+
+@pytest.mark.row("C7")
+async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path: Path) -> None:
+    ours = MemoryRegistry()
+    ours.add_blob(REPO.path, DATA)
+    async with pull_kit(tmp_path, registry=ours) as kit:
+        other = Growing(kit.store._surroundings, DIGEST, None)
+        await other.lead()
+        await other.declare(len(DATA))
+        async with asyncio.TaskGroup() as group:
+            ask = group.create_task(outcome(kit, REPO))
+            await other.feed(DATA[:100_000])
+            while not any(g.head for g in kit.store.growing.values()):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+            await other.fail(UpstreamTimeout("silence, at another upstream"))
+            other.release()
+        assert ask.result() == (DATA, Outcome.MISS)
+        assert ours.calls["get_blob"] == 1
+
+
+def test_a_rival_is_another_upstream_and_comes_once() -> None:
+    registry, hurried = MemoryRegistry(), []
+    ours, same, theirs, more = (
+        Source(registry, repository, DIGEST, Kind.BLOB)
+        for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
+    )
+    sources = Sources(ours)
+    assert sources.next() is ours
+    with sources.when_rivalled(lambda: hurried.append(1)):
+        for source in (ours, same, same):
+            sources.offer(source)
+        assert not hurried
+        assert not sources.rivalled
+        for source in (theirs, more, theirs):
+            sources.offer(source)
+        assert sources.rivalled
+    assert hurried == [1]
+    with sources.when_rivalled(lambda: hurried.append(2)):
+        assert hurried == [1, 2], "it had come before"
+    assert [sources.next() for _ in range(4)] == [same, theirs, more, None]
+    sources.offer(same)
+    assert sources.next() is None, "it had its turn"
+
+
+# --- what a fetch proves, and for whom ------------------------------------------------------------
+
+
+@pytest.mark.row("HC5")
+async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) -> None:
+    secret = random_bytes(5_000)
+    private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(private.path, TAG.name, secret)
+        await manifest(kit, TAG, private)
+        await blob(kit, Digest.of(secret), private)
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": {"mediaType": "a/b", "digest": str(Digest.of(secret)), "size": len(secret)},
+            "layers": [],
+        }
+        lure = kit.registry.add_blob(evil.path, json.dumps(document).encode())
+        asked, told = await asyncio.gather(
+            blob(kit, lure, evil), manifest(kit, lure, evil), return_exceptions=True
+        )
+        assert not isinstance(asked, BaseException)
+        assert isinstance(told, ManifestUnknown)
+        with pytest.raises(BlobUnknown):
+            await blob(kit, Digest.of(secret), evil)
+
+
+@pytest.mark.row("HC6")
+async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, TAG.name, DATA)
+        await manifest(kit)
+        for asks in ((blob, manifest), (manifest, blob)):
+            await kit.store.idle()
+            kit.store.layout.blob(DIGEST).unlink(missing_ok=True)
+            kit.clock[0] += 3600
+            got = dict(
+                zip(
+                    asks,
+                    await asyncio.gather(
+                        *(ask(kit, DIGEST) for ask in asks), return_exceptions=True
+                    ),
+                    strict=True,
+                )
+            )
+            assert isinstance(got[manifest], ManifestUnknown)
+            assert not isinstance(got[blob], BaseException)
+            assert got[blob][0] == DATA
+        kit.clock[0] += 10 * 86400
+        assert (await blob(kit, DIGEST))[0] == DATA
+
+
+async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> None:
+    ours, theirs = Slow(), Slow()
+    ours.failure = Denied("not for us")
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        known = Membership(DIGEST, "blob", "a/b", len(DATA), None, None)
+        await kit.store.index.put_memberships(REPO, [known])
+        async with asyncio.TaskGroup() as group:
+            first, second = await joined(kit, ours, group)
+            ours.let.set()
+            assert isinstance(await first, Denied), "while the other one still hangs"
+            theirs.let.set()
+        assert second.result() == (DATA, Outcome.JOIN)
+        assert await kit.store.index.membership(REPO, DIGEST, "blob") is None
+
+
+async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.05)
+    ours, theirs = Slow(), Slow()
+    theirs.let.set()
+    ours.add_blob(REPO.path, DATA)
+    async with asyncio.timeout(30), pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        async with asyncio.TaskGroup() as group:
+            first = group.create_task(outcome(kit, REPO))
+            await ours.asked.wait()
+            assert isinstance(await outcome(kit, THEIRS), BlobUnknown)
+            ours.let.set()
+        assert first.result() == (DATA, Outcome.MISS)
+
+
+@pytest.mark.row("U6")
+async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    ours.blobs[REPO.path, DIGEST] = b"wrong"
+    ours.add_blob(THEIRS.path, DATA)
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        _, second = await both(kit, ours)
+        assert isinstance(second, tuple)
+        assert second[0] == DATA
+        assert theirs.calls["get_blob"] == 1
+
+
+async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
+    ours, theirs = Slow(), MemoryRegistry()
+    ours.blobs[REPO.path, DIGEST] = b"short"
+    ours.breaks = [(0, DOWN)] * 20
+    theirs.add_blob(THEIRS.path, DATA)
+    async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
+        _, second = await both(kit, ours)
+        assert second == (DATA, Outcome.JOIN)
+
+
+async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_blob(REPO.path, DATA)
+        kit.registry.breaks = [(200_000, Denied("no more"))]
+        with pytest.raises(Denied):
+            await blob(kit, DIGEST)
+        await kit.store.idle()
+        assert (await blob(kit, DIGEST))[0] == DATA
+        assert not kit.registry.calls["head_blob"]
+
+
+@pytest.mark.row("M1")
+async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path) -> None:
+    rest = asyncio.Event()
+    registry = Slow()
+    registry.add_blob(REPO.path, DATA)
+    registry.streams.append(lambda stream: setattr(stream, "before", rest))
+    async with (
+        asyncio.timeout(30),
+        pull_kit(tmp_path, registry=registry) as kit,
+        pull_kit(tmp_path, registry=registry) as other,
+    ):
+        async with asyncio.TaskGroup() as group:
+            leads = group.create_task(outcome(kit, REPO))
+            await registry.asked.wait()
+            follows = group.create_task(outcome(other, REPO))
+            while DIGEST not in other.store.growing:  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(0.001)
+            registry.let.set()
+            while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+            rest.set()
+        assert leads.result() == follows.result() == (DATA, Outcome.MISS)
+        assert registry.calls == {"get_blob": 1}

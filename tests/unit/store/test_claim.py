@@ -1,0 +1,308 @@
+"""A claim on growing content: one holder at a time, in whichever process it is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from mirror.events import Uncached
+from mirror.oci.errors import UpstreamUnavailable
+from mirror.store import claim, disk, growing
+from mirror.store.claim import Role
+from mirror.store.growing import Growing
+from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
+
+LEADER = textwrap.dedent(
+    """
+    import asyncio, sys
+    from pathlib import Path
+    from mirror.store.growing import Growing
+    from tests.unit.store.kit import DATA, DIGEST, kit, pieces
+
+    async def main():
+        with kit(Path(sys.argv[1])) as parts:
+            content = Growing(parts.surroundings, DIGEST, None)
+            print(await content.lead(), flush=True)
+            await content.declare(len(DATA))
+            stop = int(sys.argv[2])
+            for piece in pieces(DATA[:stop]):
+                await content.feed(piece)
+            while content.head < min(stop, len(DATA) - 1):
+                await asyncio.sleep(0.01)
+            print("fed", flush=True)
+            await asyncio.to_thread(sys.stdin.readline)
+            for piece in pieces(DATA[stop:]):
+                await content.feed(piece)
+            await content.finish()
+            content.release()
+    asyncio.run(main())
+    """
+)
+
+
+def leader(root: Path, stop: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEADER, str(root), str(stop)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[3],
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"Role.LEAD\n"
+    assert process.stdout.readline() == b"fed\n"
+    return process
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+async def test_another_process_streams_along_and_sees_the_end(tmp_path: Path) -> None:
+    process = leader(tmp_path, 1_000_000)
+    try:
+        with kit(tmp_path) as parts:
+            content = Growing(parts.surroundings, DIGEST, None)
+            follower = content.follow()
+            assert follower
+            tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
+            assert await read(follower, 0, 1_000_000) == DATA[:1_000_000]
+            assert content.size == len(DATA)
+            assert process.stdin
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert await read(follower, 1_000_000) == DATA[1_000_000:]
+            await tailing
+            follower.close()
+            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert parts.layout.blob(DIGEST).read_bytes() == DATA
+    finally:
+        end(process)
+
+
+@pytest.mark.row("C7")
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part: float) -> None:
+    stop = int(len(DATA) * part)
+    process = leader(tmp_path, stop)
+    try:
+        with kit(tmp_path) as parts:
+            content = Growing(parts.surroundings, DIGEST, None)
+            follower = content.follow()
+            assert follower
+            assert await content.lead() is Role.TAIL
+            tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
+            assert await read(follower, 0, stop) == DATA[:stop]
+            killed = time.monotonic()
+            end(process)
+            await follower.wait(stop)
+            assert time.monotonic() - killed < 5
+            assert await read(follower, stop) == DATA[stop:]
+            await tailing
+            follower.close()
+            assert parts.layout.blob(DIGEST).read_bytes() == DATA
+    finally:
+        end(process)
+
+
+@pytest.mark.row("M2")
+async def test_a_stopped_fetch_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing, "STALLED", 1.5)
+    process = leader(tmp_path, 1_000_000)
+    try:
+        process.send_signal(signal.SIGSTOP)
+        with kit(tmp_path) as parts:
+            content = Growing(parts.surroundings, DIGEST, None)
+            follower = content.follow()
+            assert follower
+            _, got = await asyncio.gather(go_on(content), read(follower))
+            assert got == DATA
+            assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["stalled"]
+            process.send_signal(signal.SIGCONT)
+            assert process.stdin
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            process.stdin.close()
+            process.stdin = None
+            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert parts.layout.blob(DIGEST).read_bytes() == DATA
+            follower.close()
+    finally:
+        end(process)
+
+
+@pytest.mark.row("M4")
+async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) -> None:
+    with kit(tmp_path) as parts:
+        leaders = 0
+        most = 0
+
+        async def contend(rounds: int) -> None:
+            nonlocal leaders, most
+            for _ in range(rounds):
+                mine = claim.Claim(parts.surroundings, DIGEST)
+                role = await mine.take(None, 0)
+                if role is Role.LEAD:
+                    leaders += 1
+                    most = max(most, leaders)
+                    await asyncio.sleep(0)
+                    leaders -= 1
+                    mine.drop()
+                    await mine.settled()
+                    mine.let_go()
+                mine.close()
+
+        await asyncio.gather(*(contend(250) for _ in range(4)))
+        assert most == 1
+
+
+# --- a claim outlives whoever waits for it --------------------------------------------------------
+
+
+def descriptors(root: Path) -> list[str]:
+    """What this process has open below a data directory."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return [name for name in found if name.startswith(f"{root}/")]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], threading.Event]]:
+    """``gate(name)``: this call of the disk waits until the event is set."""
+    gates = []
+
+    def close(name: str) -> threading.Event:
+        event, real = threading.Event(), getattr(disk, name)
+        gates.append(event)
+
+        def wait(*arguments: object) -> object:
+            event.wait(30)
+            return real(*arguments)
+
+        monkeypatch.setattr(disk, name, wait)
+        return event
+
+    yield close
+    for event in gates:
+        event.set()
+
+
+@pytest.mark.parametrize("call", ["open_ingest", "try_lock", "write_state"])
+async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
+    tmp_path: Path, call: str, gate: Callable[[str], threading.Event]
+) -> None:
+    opened = gate(call)
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        fetch = asyncio.ensure_future(content.lead())  # noqa: TID251 - a test
+        await asyncio.sleep(0.05)
+        fetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetch
+        content.release()
+        opened.set()
+        await content._claim.settled()
+        await eventually(lambda: not descriptors(tmp_path))
+        again = Growing(parts.surroundings, DIGEST, None)
+        await bring(again)
+        assert parts.layout.blob(DIGEST).read_bytes() == DATA
+
+
+async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
+    tmp_path: Path, gate: Callable[[str], threading.Event]
+) -> None:
+    synced = gate("publish")
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        follower = content.follow()
+        assert follower
+        fetch = asyncio.ensure_future(bring(content))  # noqa: TID251 - a test
+        assert await read(follower) == DATA
+        await asyncio.sleep(0)
+        fetch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetch
+        content.release()
+        follower.close()
+        assert descriptors(tmp_path), "the thread still needs it"
+        synced.set()
+        await eventually(lambda: not descriptors(tmp_path))
+        assert parts.layout.blob(DIGEST).read_bytes() == DATA
+
+
+async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
+    tmp_path: Path, gate: Callable[[str], threading.Event]
+) -> None:
+    with kit(tmp_path) as parts:
+        content = Growing(parts.surroundings, DIGEST, None)
+        followers = [content.follow() for _ in range(100)]
+        await content.lead()
+        await content.declare(len(DATA))
+        await content.feed(DATA[:1000])
+        await eventually(lambda: content.head == 1000)
+        hangs = gate("write_state")
+        waits = [asyncio.ensure_future(f.wait(1000)) for f in followers if f]  # noqa: TID251 - a test
+        await asyncio.sleep(0)
+        failing = asyncio.ensure_future(content.fail(UpstreamUnavailable("gone")))  # noqa: TID251 - a test
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*waits, return_exceptions=True)
+        assert [str(result) for result in results] == ["gone"] * 100
+        assert not failing.done()
+        hangs.set()
+        await failing
+        content.release()
+        for follower in followers:
+            assert follower
+            follower.close()
+        assert not descriptors(tmp_path)
+
+
+async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_believed(
+    tmp_path: Path,
+) -> None:
+    with kit(tmp_path) as parts:
+        digest = await put(parts, DATA)
+        content = Growing(parts.surroundings, digest, None)
+        assert await content.lead() is Role.DONE
+        follower = content.follow()
+        assert follower
+        assert await read(follower) == DATA
+        content.release()
+        follower.close()
+        flip(parts.layout.blob(digest), 1000)
+        content = Growing(parts.surroundings, digest, None)
+        await bring(content)
+        assert parts.layout.blob(digest).read_bytes() == DATA
+        assert parts.layout.quarantine(digest).exists()
+        assert not descriptors(tmp_path)
+        assert not list(parts.layout.ingest(digest).parent.iterdir())
+
+
+@pytest.mark.row("D12")
+async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_bytes(b"stays")
+    with kit(tmp_path) as parts:
+        parts.layout.ingest(DIGEST).symlink_to(target)
+        content = Growing(parts.surroundings, DIGEST, None)
+        follower = content.follow()
+        assert follower
+        _, got = await asyncio.gather(bring(content), read(follower))
+        assert got == DATA, "served, and not kept"
+        follower.close()
+    assert target.read_bytes() == b"stays"

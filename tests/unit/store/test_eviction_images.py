@@ -1,0 +1,286 @@
+"""Eviction in a real directory: images as wholes, what is pinned, what is read, what goes first."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mirror.config import Storage
+from mirror.events import Event, Evicted, Uncached
+from mirror.oci.digest import Digest
+from mirror.oci.errors import UpstreamUnavailable
+from mirror.oci.reference import Tag
+from mirror.store import eviction
+from mirror.store.index import Index
+from mirror.store.store import Store
+from tests.unit.store.kit import image, index_of, keep, opened, pulled, random_bytes, read, served
+
+NOW = 1_800_000_000.0
+QUOTA = Storage(max_size=1_000_000, high_water=0.9, low_water=0.5)
+HIGH, LOW = 900_000, 500_000
+
+
+def layer(seed: int, size: int = 200_000) -> bytes:
+    return random_bytes(size, 300 + seed)
+
+
+async def use(store: Store, body: bytes, *parts: bytes) -> None:
+    """A manifest that is served refreshes the recency of all that it refers to."""
+    await store.touch([Digest.of(body), *(Digest.of(part) for part in parts)])
+
+
+def held(store: Store) -> set[Digest]:
+    store.catalog.refresh()
+    return {entry.digest for entry in store.catalog.entries(10**12)}
+
+
+async def test_the_least_recently_used_goes_down_to_the_low_water_mark(tmp_path: Path) -> None:
+    clock, events = [NOW], list[Event]()
+    async with opened(tmp_path, clock, events, QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+            clock[0] += 100
+        await store.touch([Digest.of(layer(0))])
+        assert store.catalog.refresh().total == 800_000
+        clock[0] += 100
+        await keep(store, layer(4))
+        assert held(store) == {Digest.of(layer(seed)) for seed in (0, 4)}
+        assert [e for e in events if isinstance(e, Evicted)] == [Evicted(3, 600_000, "quota")]
+
+
+async def test_a_base_layer_stays_with_the_images_that_share_it(tmp_path: Path) -> None:
+    """Nobody asks for the layer itself any more: every node has it."""
+    base, clock = layer(0), [NOW]
+    one, two = image(base), image(base, b"top")
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        await pulled(store, one, Tag("one"), base)
+        await pulled(store, two, Tag("two"), b"top")
+        for seed in (1, 2, 3):
+            clock[0] += 100
+            await keep(store, layer(seed))
+            clock[0] += 100
+            await use(store, two, base, b"top")
+        clock[0] += 100
+        await keep(store, layer(4))
+        assert {Digest.of(data) for data in (base, two, b"top")} <= held(store)
+        assert Digest.of(one) not in held(store)
+        assert Digest.of(layer(1)) not in held(store)
+
+
+IMAGES = [[f"layer {n}".encode() for n in layers] for layers in ((0,), (0, 1), (1, 2), (0, 3, 4))]
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200)), min_size=1, max_size=12),
+    st.integers(1, 3_000),
+)
+def test_an_index_keeps_its_manifests_and_a_manifest_its_layers(
+    tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[int, int]], free: int
+) -> None:
+    """Whatever was used and shared in between: to within the minute that recency is kept to."""
+
+    async def run() -> None:
+        clock = [NOW]
+        async with opened(tmp_path_factory.mktemp("data"), clock) as store:
+            bodies = [image(*layers) for layers in IMAGES]
+            index = index_of(*bodies)
+            parts = {Digest.of(b): [Digest.of(d) for d in IMAGES[n]] for n, b in enumerate(bodies)}
+            parts[Digest.of(index)] = [Digest.of(body) for body in bodies]
+            for data in {*bodies, index, *(data for layers in IMAGES for data in layers)}:
+                await keep(store, data)
+            for number, after in uses:
+                clock[0] += after
+                await use(store, bodies[number], *IMAGES[number])
+                if number == 3:
+                    await use(store, index, *bodies)
+                    for body, layers in zip(bodies, IMAGES, strict=True):
+                        await use(store, body, *layers)
+            store.catalog.refresh()
+            entries = store.catalog.entries(clock[0])
+            chosen = eviction.plan(entries, free, set(), {}).candidates
+            order = [entry.digest for entry in chosen]
+            recency = {entry.digest: entry.used for entry in entries}
+            for digest, refers in parts.items():
+                for part in refers:
+                    assert recency[part] > recency[digest] - 61
+                    if recency[part] > recency[digest]:
+                        assert order.index(part) > order.index(digest)
+
+    asyncio.run(run())
+
+
+async def test_a_pinned_index_keeps_all_that_it_refers_to_however_deep(tmp_path: Path) -> None:
+    clock, events = [NOW], list[Event]()
+    layers = [layer(seed, 60_000) for seed in range(4)]
+    images = [image(data) for data in layers]
+    inner = [index_of(*images[:2]), index_of(*images[2:])]
+    outer = index_of(*inner)
+    async with opened(tmp_path, clock, events, QUOTA) as store:
+        for data in (*layers, *images, *inner, outer):
+            await keep(store, data)
+        await store.index.pin([Digest.of(outer)])
+        kept = {Digest.of(data) for data in (*layers, *images, *inner, outer)}
+        for seed in range(10, 20):
+            clock[0] += 100
+            await keep(store, layer(seed))
+            assert kept <= held(store)
+            assert store.catalog.refresh().total <= HIGH
+        assert [e for e in events if isinstance(e, Evicted)]
+        await store.index.pin([Digest.of(outer)], pinned=False)
+        for seed in range(20, 26):
+            clock[0] += 100
+            await keep(store, layer(seed))
+        assert not kept & held(store)
+
+
+async def test_where_all_is_pinned_a_pull_is_served_and_not_kept(tmp_path: Path) -> None:
+    events: list[Event] = []
+    layers = [layer(seed) for seed in range(4)]
+    body = image(*layers)
+    async with opened(tmp_path, events=events, settings=QUOTA) as store:
+        await pulled(store, body, Tag("1.0"), *layers)
+        await store.index.pin([Digest.of(body)])
+        before = held(store)
+        content = store.grow(Digest.of(layer(9)))
+        follower = content.follow()
+        assert follower
+        await content.lead()
+        await content.declare(200_000)
+        await content.feed(layer(9))
+        await content.finish()
+        content.release()
+        assert await read(follower) == layer(9)
+        follower.close()
+        store.grown(content)
+        assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
+        assert before - {Digest.of(b"{}")} <= held(store)
+        assert Digest.of(layer(9)) not in held(store)
+
+
+async def test_an_index_that_does_not_say_what_is_pinned_lets_nothing_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, events = [NOW], list[Event]()
+
+    async def silent(self: Index) -> None:
+        return None
+
+    async with opened(tmp_path, clock, events, QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+        before = held(store)
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, "pinned", silent)
+            await keep(store, layer(9))
+        assert held(store) == before
+        assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
+
+
+async def test_what_is_being_read_is_left_and_what_was_goes(tmp_path: Path) -> None:
+    clock = [NOW]
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+            clock[0] += 100
+        reader = await store.contents.find(Digest.of(layer(0)))
+        assert reader
+        await keep(store, layer(4))
+        assert {Digest.of(layer(seed)) for seed in (0, 4)} <= held(store)
+        assert await read(reader) == layer(0)
+        reader.close()
+        for seed in range(5, 8):
+            clock[0] += 100
+            await keep(store, layer(seed))
+        assert Digest.of(layer(0)) not in held(store)
+
+
+async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
+    clock = [NOW]
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        await keep(store, layer(0))
+        content = store.grow(Digest.of(layer(1, 400_000)))
+        await content.lead()
+        await content.declare(400_000)
+        await content.feed(layer(1, 400_000)[:350_000])
+        await content.fail(UpstreamUnavailable("gone"))
+        content.release()
+        store.grown(content)
+        damaged = await keep(store, layer(2))
+        store.layout.blob(damaged).write_bytes(b"x" * 200_000)
+        assert await store.contents.find(damaged) is None
+        assert store.catalog.refresh().left >= 550_000
+        await keep(store, layer(3))
+        assert held(store) == {Digest.of(layer(0)), Digest.of(layer(3))}
+        assert store.catalog.refresh().left == 0
+        assert not list(store.layout.ingest(damaged).parent.iterdir())
+
+
+@pytest.mark.row("R8")
+async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
+    events: list[Event] = []
+    async with opened(tmp_path, events=events, settings=QUOTA) as store:
+        await keep(store, layer(0))
+        await keep(store, layer(1, HIGH + 1))
+        growing = [store.grow(Digest.of(layer(seed, 500_000))) for seed in (2, 3)]
+        for content in growing:
+            await content.lead()
+            await content.declare(500_000)
+        assert held(store) == {Digest.of(layer(0))}
+        assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"] * 2
+        assert not [e for e in events if isinstance(e, Evicted)]
+        for content in growing:
+            content.release()
+            store.grown(content)
+
+
+@pytest.mark.row("HC10")
+async def test_one_who_pulls_twice_the_quota_takes_no_hot_image_along(tmp_path: Path) -> None:
+    clock = [NOW]
+    hot = image(layer(0))
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        await pulled(store, hot, Tag("hot"), layer(0))
+        for seed in range(1, 11):
+            clock[0] += 61
+            await use(store, hot, layer(0))
+            await keep(store, layer(seed))
+        assert await served(store, hot)
+        assert await served(store, layer(0))
+        assert store.catalog.refresh().total <= HIGH
+
+
+async def test_two_processes_make_room_one_after_the_other(tmp_path: Path) -> None:
+    async with (
+        opened(tmp_path, settings=QUOTA) as one,
+        opened(tmp_path, settings=QUOTA) as two,
+    ):
+        stores = (one, two)
+        for seed in range(0, 12, 2):
+            await asyncio.gather(*(keep(s, layer(seed + n)) for n, s in enumerate(stores)))
+            assert one.catalog.refresh() == two.catalog.refresh()
+            assert one.catalog.refresh().total <= HIGH
+        assert one.catalog.refresh().count >= 2
+
+
+async def test_an_eviction_that_hangs_elsewhere_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eviction, "_LOCK_PATIENCE", 0.1)
+    events: list[Event] = []
+    async with opened(tmp_path, events=events, settings=QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+        other = os.open(store.layout.eviction_lock, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        await keep(store, layer(4))
+        assert held(store) == {Digest.of(layer(seed)) for seed in range(4)}
+        assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
+        os.close(other)
+        await keep(store, layer(5))
+        assert Digest.of(layer(5)) in held(store)

@@ -1,0 +1,388 @@
+"""One suite for every reader, whatever state its content is in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
+from mirror.store import content as content_module
+from mirror.store import disk
+from mirror.store.claim import Role
+from mirror.store.growing import Growing
+from mirror.store.layout import Layout
+from mirror.store.reader import Extent, FileExtent, Reader, read_all
+from tests.unit.store.kit import (
+    Kit,
+    eventually,
+    go_on,
+    kit,
+    no_trace,
+    pieces,
+    put,
+    random_bytes,
+    read,
+)
+
+DATA = random_bytes(content_module.SMALL + 700_000, 81)
+WRONG = DATA[:-1] + bytes([DATA[-1] ^ 1])
+
+
+@dataclass
+class Scene:
+    """Content in some state, and how it comes to its end."""
+
+    layout: Layout
+    open: Callable[[], Awaitable[Reader]]
+    finish: Callable[[], Awaitable[None]]
+    """All bytes are there, and they are verified."""
+    waits: bool = True
+    """Whether there is anything to wait for."""
+    kept: bool = True
+    """Whether it is on disk in the end."""
+
+
+Making: TypeAlias = Callable[[Path, bytes], AbstractAsyncContextManager[Scene]]
+
+
+@asynccontextmanager
+async def trusted(root: Path, data: bytes) -> AsyncIterator[Scene]:
+    with kit(root) as parts:
+        digest = await put(parts, DATA)
+        parts.layout.blob(digest).write_bytes(data)
+        no_trace(parts.layout.blob(digest))
+
+        async def finish() -> None:
+            return None
+
+        yield Scene(parts.layout, _finder(parts), finish, waits=False)
+
+
+@asynccontextmanager
+async def ageing(root: Path, data: bytes) -> AsyncIterator[Scene]:
+    gate = threading.Event()
+    with kit(root, reverify=0) as parts:
+        digest = await put(parts, DATA)
+        parts.layout.blob(digest).write_bytes(data)
+        no_trace(parts.layout.blob(digest))
+        for _ in range(4):  # what is hashed waits for the gate
+            parts.pools[3].submit(gate.wait)
+
+        async def finish() -> None:
+            gate.set()
+
+        try:
+            yield Scene(parts.layout, _finder(parts), finish)
+        finally:
+            gate.set()
+
+
+def _finder(parts: Kit) -> Callable[[], Awaitable[Reader]]:
+    async def find() -> Reader:
+        reader = await parts.contents.find(DIGEST)
+        assert reader
+        return reader
+
+    return find
+
+
+@asynccontextmanager
+async def growing(
+    root: Path, data: bytes, *, known: bool = True, kept: bool = True, left: int = 0
+) -> AsyncIterator[Scene]:
+    with kit(root) as parts:
+        parts.room[0] = kept
+        if left:
+            await _leave(parts, data[:left])
+        content = Growing(parts.surroundings, DIGEST, None)
+        assert await content.lead() is Role.LEAD
+        assert content.position == left
+        await content.declare(len(data) if known else None)
+
+        async def follow() -> Reader:
+            follower = content.follow()
+            assert follower
+            return follower
+
+        async with asyncio.TaskGroup() as group:
+            first = asyncio.Event()
+            fetch = group.create_task(_bring(content, data, first))
+
+            async def finish() -> None:
+                first.set()
+
+            yield Scene(parts.layout, follow, finish, kept=kept)
+            first.set()
+            await fetch
+
+
+async def _leave(parts: Kit, data: bytes) -> None:
+    """What a fetch left that broke."""
+    content = Growing(parts.surroundings, DIGEST, None)
+    await content.lead()
+    await content.declare(len(DATA))
+    await content.feed(data)
+    await content.fail(MirrorError("broken"))
+    content.release()
+
+
+async def _bring(content: Growing, data: bytes, first: asyncio.Event) -> None:
+    """All but the last piece, and that one when it is time."""
+    try:
+        chunks = pieces(data[content.position :])
+        for chunk in chunks[:-1]:
+            await content.feed(chunk)
+        await first.wait()
+        await content.feed(chunks[-1])
+        await content.finish()
+    except MirrorError as error:
+        await content.fail(error)
+    finally:
+        content.release()
+
+
+@asynccontextmanager
+async def tailed(root: Path, data: bytes, *, known: bool = True) -> AsyncIterator[Scene]:
+    """Another process's fetch; a lock belongs to an open file, so this process will do."""
+    async with growing(root, data, known=known) as scene:
+        with kit(root) as parts:
+            content = Growing(parts.surroundings, DIGEST, None)
+            assert await content.lead() is Role.TAIL
+
+            async def follow() -> Reader:
+                follower = content.follow()
+                assert follower
+                return follower
+
+            async def fetch() -> None:
+                try:
+                    await go_on(content, DATA)
+                except MirrorError as error:
+                    await content.fail(error)
+                    content.release()
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fetch())
+                yield Scene(scene.layout, follow, scene.finish)
+                await scene.finish()
+
+
+def _with(make: Callable[..., AbstractAsyncContextManager[Scene]], **options: object) -> Making:
+    return lambda root, data: make(root, data, **options)
+
+
+STATES: dict[str, Making] = {
+    "trusted": trusted,
+    "ageing": ageing,
+    "growing": growing,
+    "growing, resumed": _with(growing, left=1_000_000),
+    "growing, of unknown size": _with(growing, known=False),
+    "in memory": _with(growing, kept=False),
+    "in memory, of unknown size": _with(growing, known=False, kept=False),
+    "in another process": tailed,
+    "in another process, of unknown size": _with(tailed, known=False),
+}
+DIGEST = content_module.Digest.of(DATA)
+every_state = pytest.mark.parametrize("make", STATES.values(), ids=STATES.keys())
+every_state_that_waits = pytest.mark.parametrize(
+    "make", [make for make in STATES.values() if make is not trusted], ids=list(STATES)[1:]
+)
+
+
+@asynccontextmanager
+async def readers(scene: Scene, count: int) -> AsyncIterator[list[Reader]]:
+    opened = [await scene.open() for _ in range(count)]
+    try:
+        yield opened
+    finally:
+        for reader in opened:
+            reader.close()
+
+
+def taken(extent: Extent, start: int) -> bytes:
+    """The bytes of an extent, which begins where it was asked to."""
+    assert extent.start == start < extent.stop
+    if isinstance(extent, FileExtent):
+        return os.pread(extent.fd, extent.stop - start, start)
+    return bytes(extent.data)
+
+
+@every_state
+async def test_all_bytes_and_then_none(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 3) as opened:
+        await scene.finish()
+        async with asyncio.timeout(30):
+            results = await asyncio.gather(*(read(reader) for reader in opened))
+        assert [result == DATA for result in results] == [True] * 3
+        for reader in opened:
+            assert (reader.digest, reader.size, reader.arrived) == (DIGEST, len(DATA), len(DATA))
+            for beyond in (0, 1, 10**9):
+                assert await reader.wait(len(DATA) + beyond) is None
+                assert await reader.wait(len(DATA) + beyond, 10**12) is None
+
+
+@every_state
+async def test_extents_are_where_they_were_asked_for(tmp_path: Path, make: Making) -> None:
+    chance = random.Random(5)
+    edges = sorted(chance.sample(range(len(DATA)), 20))
+    async with make(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
+        await scene.finish()
+        async with asyncio.timeout(30):
+            for start, stop in zip(edges[::2], edges[1::2], strict=True):
+                position = start
+                while position < stop:
+                    extent = await reader.wait(position, stop)
+                    assert extent
+                    assert extent.stop <= stop
+                    assert taken(extent, position) == DATA[position : extent.stop]
+                    position = extent.stop
+                assert await reader.wait(stop, stop) is None
+                assert await reader.wait(stop, start) is None
+            whole = await reader.wait(edges[-1])
+            assert whole
+            assert taken(whole, edges[-1]) == DATA[edges[-1] : whole.stop]
+
+
+@every_state
+async def test_a_reader_that_is_closed_hands_out_nothing(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 2) as (gone, stays):
+        gone.close()
+        gone.close()
+        for start in (0, len(DATA)):
+            with pytest.raises(ContentLost):
+                await gone.wait(start)
+        await scene.finish()
+        async with asyncio.timeout(30):
+            assert await read(stays) == DATA
+
+
+@every_state_that_waits
+async def test_the_end_waits_until_the_digest_holds(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 2) as (first, last):
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            begin = await first.wait(0)
+            assert begin, "what is there flows at once"
+            assert taken(begin, 0) == DATA[: begin.stop]
+            end = group.create_task(last.wait(len(DATA) - 1))
+            beyond = group.create_task(last.wait(len(DATA) - 1, len(DATA)))
+            rest = group.create_task(read(first))
+            done, _ = await asyncio.wait({end, beyond, rest}, timeout=0.05)
+            assert not done
+            await scene.finish()
+        assert rest.result() == DATA
+        for task in (end, beyond):
+            extent = task.result()
+            assert extent
+            assert taken(extent, len(DATA) - 1) == DATA[-1:]
+
+
+@every_state_that_waits
+async def test_of_wrong_bytes_nobody_gets_the_end(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, WRONG) as scene, readers(scene, 3) as opened:
+        got = [0, 0, 0]
+
+        async def follow(number: int) -> None:
+            while (extent := await opened[number].wait(got[number])) is not None:
+                got[number] += len(taken(extent, got[number]))
+
+        tasks = asyncio.gather(*(follow(n) for n in range(3)), return_exceptions=True)
+        await scene.finish()
+        async with asyncio.timeout(30):
+            ends = await tasks
+        if make not in (tailed, STATES["in another process, of unknown size"]):
+            assert [type(end) for end in ends] == [DigestMismatch] * 3
+        # Another process may begin anew, by itself; and what it had was wrong.
+        assert all(isinstance(end, MirrorError) for end in ends)
+        assert max(got) < len(DATA)
+        assert not scene.layout.blob(DIGEST).exists()
+
+
+@every_state_that_waits
+async def test_a_wait_that_is_cancelled_takes_no_other_along(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 9) as opened:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            waits = [group.create_task(r.wait(len(DATA) - 1)) for r in opened]
+            await asyncio.wait(waits, timeout=0.05)
+            for wait in waits[::3]:
+                wait.cancel()
+            await asyncio.wait(waits[::3])
+            await scene.finish()
+        for number, wait in enumerate(waits):
+            assert wait.cancelled() == (number % 3 == 0)
+            if not wait.cancelled():
+                extent = wait.result()
+                assert extent
+                assert taken(extent, len(DATA) - 1) == DATA[-1:]
+        async with asyncio.timeout(30):
+            assert (await opened[0].wait(len(DATA) - 1)) is not None, "it may ask again"
+
+
+@every_state
+async def test_what_is_read_is_not_evicted_and_what_was_is_still_read(
+    tmp_path: Path, make: Making
+) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
+        path = scene.layout.blob(DIGEST)
+        await scene.finish()
+        async with asyncio.timeout(30):
+            assert await read(reader, 0, 1000) == DATA[:1000]
+            assert await read(reader, len(DATA) - 1) == DATA[-1:]
+        if not scene.kept:
+            assert not path.exists()
+            return
+        await eventually(path.exists)
+        # Its fetch holds it until the reader does.
+        await eventually(lambda: not can_be_evicted(path))
+        await asyncio.sleep(0)
+        assert not can_be_evicted(path)
+        path.unlink()
+        assert await read(reader, 5, 2000) == DATA[5:2000]
+        reader.close()
+
+
+def can_be_evicted(path: Path) -> bool:
+    """Whether nobody holds a lease, which is what an eviction asks."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return disk.try_lock(fd)
+    finally:
+        os.close(fd)
+
+
+@every_state
+async def test_a_lease_ends_with_its_last_reader(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene:
+        async with readers(scene, 2) as (first, second):
+            await scene.finish()
+            async with asyncio.timeout(30):
+                assert await read(first) == DATA
+                assert await read(second) == DATA
+        path = scene.layout.blob(DIGEST)
+        if scene.kept:
+            await eventually(lambda: path.exists() and can_be_evicted(path))
+
+
+@every_state
+async def test_small_content_is_bytes_once_it_is_verified(tmp_path: Path, make: Making) -> None:
+    async with make(tmp_path, DATA) as scene, readers(scene, 2) as (first, second):
+        await scene.finish()
+        async with asyncio.timeout(30):
+            assert await read_all(first, len(DATA)) == DATA
+            with pytest.raises(ContentLost, match="more than"):
+                await read_all(second, len(DATA) - 1)
+
+
+async def test_content_that_is_cut_while_it_is_read_is_lost(tmp_path: Path) -> None:
+    async with trusted(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
+        os.truncate(scene.layout.blob(DIGEST), 1000)
+        with pytest.raises(ContentLost, match="cut"):
+            await read_all(reader, len(DATA))

@@ -1,0 +1,405 @@
+"""The store against a model of it: any order of what clients, upstreams, disks and clocks do.
+
+What is under ``blobs/`` hashes to its name; what is there is served byte-exact, also after a
+restart or a crash; what is pinned, or being read, is not evicted; no whole answer is wrong; the
+accounting is what is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mirror.config import Storage
+from mirror.events import Evicted
+from mirror.oci.digest import Digest
+from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
+from mirror.oci.reference import Tag
+from mirror.store import growing
+from mirror.store.claim import Role
+from mirror.store.growing import Growing
+from mirror.store.reader import Reader
+from mirror.store.store import Store
+from tests.unit.store.kit import flip, image, no_trace, pieces, random_bytes, read, remember
+
+T = TypeVar("T")
+QUOTA = Storage(max_size=110_000, high_water=0.9, low_water=0.6, reverify=3600.0)
+HIGH = 99_000
+YEAR = 365 * 86400.0
+PIECE = 3_000
+SIZES = (0, 1, 2_999, 3_000, 20_000, 40_000, 70_000)
+UNIVERSE = [random_bytes(size, 400 + n) for n, size in enumerate(SIZES)]
+IMAGES = [image(UNIVERSE[1]), image(UNIVERSE[1], UNIVERSE[4]), image(UNIVERSE[5])]
+LAYERS = [[1], [1, 4], [5]]
+contents = st.integers(0, len(UNIVERSE) - 1)
+images = st.integers(0, len(IMAGES) - 1)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """One process after another over one directory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="oci-mirror-stateful-"))
+        self.loop = asyncio.new_event_loop()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(growing, "PENDING_LIMIT", 4 * PIECE)
+        self.clock = [1_800_000_000.0]
+        self.chance = random.Random(0)
+        self.events: list[object] = []
+        self.readers: list[tuple[Reader, bytes]] = []
+        self.damaged: set[Digest] = set()
+        self.named: set[int] = set()
+        """Images whose name is known: only those are in ``index.json``, with their pins."""
+        self.pins: set[int] = set()
+        self.there: set[Digest] = set()
+        self.store: Store | None = None
+
+    @initialize()
+    def begin(self) -> None:
+        self.open()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        async def limited() -> T:
+            async with asyncio.timeout(30):
+                return await work
+
+        return self.loop.run_until_complete(limited())
+
+    def open(self) -> None:
+        now = lambda: self.clock[0]  # noqa: E731 - a clock
+        self.store = self.run(Store.open(str(self.root), QUOTA, self.events.append, now))
+
+    def teardown(self) -> None:
+        self.leave()
+        if self.store is not None:
+            self.run(self.store.close())
+        self.run(self.loop.shutdown_default_executor())
+        self.loop.close()
+        self.patch.undo()
+        shutil.rmtree(self.root)
+
+    # --- what clients do ------------------------------------------------------------------------
+
+    async def pull(self, data: bytes, *, known: bool = True, algorithm: str = "sha256") -> None:
+        """A hit, or a fetch with two clients: what they get is right, and whole."""
+        assert self.store
+        digest = Digest.of(data, algorithm)
+        reader = await self.find(digest)
+        if reader is not None:
+            await self.check(reader, data)
+            reader.close()
+            return
+        content = self.store.grow(digest)
+        followers = [content.follow(), content.follow()]
+        results = await asyncio.gather(
+            self.fetch(content, data, len(data) if known else None),
+            *(read(follower) for follower in followers if follower),
+        )
+        assert results[1:] == [data, data]
+        for follower in followers:
+            assert follower
+            follower.close()
+        self.store.grown(content)
+        assert self.store.catalog.refresh().total <= HIGH, "there was to be room for it"
+
+    async def fetch(
+        self, content: Growing, data: bytes, size: int | None, stop: int | None = None
+    ) -> None:
+        """A fetch that goes well, or breaks at ``stop``."""
+        try:
+            if await content.lead() is Role.LEAD:
+                await content.declare(size)
+                for piece in pieces(data[content.position : stop], PIECE):
+                    await content.feed(piece)
+                if stop is not None:
+                    raise UpstreamUnavailable("broken")
+                await content.finish()
+        except MirrorError as error:
+            await content.fail(error)
+        finally:
+            content.release()
+
+    async def find(self, digest: Digest) -> Reader | None:
+        assert self.store
+        reader = await self.store.contents.find(digest)
+        if reader is None:
+            self.damaged.discard(digest)  # it was noticed
+        return reader
+
+    async def check(self, reader: Reader, data: bytes) -> None:
+        """A reader gives what was asked for, in any ranges, or says that it is damaged."""
+        try:
+            for _ in range(3):
+                start = self.chance.randint(0, len(data))
+                stop = self.chance.randint(start, len(data) + 5)
+                assert await read(reader, start, stop) == data[start:stop]
+            assert await read(reader) == data
+            assert reader.digest not in self.damaged, "damage was served whole"
+        except DigestMismatch:
+            assert reader.digest in self.damaged
+            self.damaged.discard(reader.digest)
+        except AssertionError:
+            # bytes before the end may be wrong, but then the end never comes
+            if reader.digest not in self.damaged:
+                raise
+            with pytest.raises(DigestMismatch):
+                await reader.wait(len(data) - 1)
+            self.damaged.discard(reader.digest)
+
+    @rule(number=contents, known=st.booleans(), algorithm=st.sampled_from(["sha256", "sha512"]))
+    def pull_content(self, number: int, known: bool, algorithm: str) -> None:
+        self.run(self.pull(UNIVERSE[number], known=known, algorithm=algorithm))
+
+    @rule(number=images)
+    def pull_image(self, number: int) -> None:
+        assert self.store
+        layers = [UNIVERSE[n] for n in LAYERS[number]]
+        for data in (*layers, b"{}", IMAGES[number]):
+            self.run(self.pull(data))
+        if all(Digest.of(d) in self.on_disk() for d in (*layers, b"{}", IMAGES[number])):
+            self.run(remember(self.store, IMAGES[number], Tag(f"v{number}")))
+            self.named.add(number)
+
+    @precondition(lambda self: len(self.readers) < 3)
+    @rule(number=contents)
+    def hold_a_reader(self, number: int) -> None:
+        reader = self.run(self.find(Digest.of(UNIVERSE[number])))
+        if reader is not None:
+            self.readers.append((reader, UNIVERSE[number]))
+
+    @precondition(lambda self: self.readers)
+    @rule(data=st.data())
+    def read_along(self, data: st.DataObject) -> None:
+        self.run(self.check(*data.draw(st.sampled_from(self.readers))))
+
+    @rule()
+    def leave(self) -> None:
+        for reader, _ in self.readers:
+            reader.close()
+        self.readers = []
+
+    @rule(number=images)
+    def use(self, number: int) -> None:
+        assert self.store
+        used = [IMAGES[number], *(UNIVERSE[n] for n in LAYERS[number])]
+        self.run(self.store.touch([Digest.of(data) for data in used]))
+
+    # --- what upstreams do ----------------------------------------------------------------------
+
+    @rule(number=contents, part=st.floats(0, 1), known=st.booleans())
+    def break_a_fetch(self, number: int, part: float, known: bool) -> None:
+        data = UNIVERSE[number]
+        self.fetch_in_vain(data, data, len(data) if known else None, int(len(data) * part))
+
+    @rule(number=contents, data=st.data(), known=st.booleans())
+    def send_wrong_bytes(self, number: int, data: st.DataObject, known: bool) -> None:
+        right = UNIVERSE[number]
+        if right:
+            at = data.draw(st.integers(0, len(right) - 1))
+            wrong = right[:at] + bytes([right[at] ^ 1]) + right[at + 1 :]
+            self.fetch_in_vain(right, wrong, len(right) if known else None, None)
+
+    def fetch_in_vain(self, right: bytes, sent: bytes, size: int | None, stop: int | None) -> None:
+        async def run() -> None:
+            assert self.store
+            if (reader := await self.find(Digest.of(right))) is not None:
+                reader.close()
+                return
+            content = self.store.grow(Digest.of(right))
+            follower = content.follow()
+            assert follower
+            _, got = await asyncio.gather(
+                self.fetch(content, sent, size, stop), read(follower), return_exceptions=True
+            )
+            # what an earlier fetch left may be all that the wrong byte was in
+            assert isinstance(got, MirrorError) or got == right
+            follower.close()
+            self.store.grown(content)
+
+        self.run(run())
+
+    # --- what operators, clocks and disks do ----------------------------------------------------
+
+    @rule(number=images)
+    def pin(self, number: int) -> None:
+        assert self.store
+        if number in self.named and self.parts(number) <= self.on_disk() - self.damaged:
+            self.run(self.store.index.pin([Digest.of(IMAGES[number])]))
+            self.pins.add(number)
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        assert self.store
+        number = data.draw(st.sampled_from(sorted(self.pins)))
+        self.run(self.store.index.pin([Digest.of(IMAGES[number])], pinned=False))
+        self.pins.discard(number)
+
+    @rule(seconds=st.sampled_from([1.0, 61.0, -61.0, 4000.0, 86_401.0, YEAR, -YEAR]))
+    def move_the_clock(self, seconds: float) -> None:
+        self.clock[0] += seconds
+
+    @rule(
+        number=contents, how=st.sampled_from(["flip", "cut", "empty", "unlink"]), rot=st.booleans()
+    )
+    def damage(self, number: int, how: str, rot: bool) -> None:
+        assert self.store
+        digest = Digest.of(UNIVERSE[number])
+        path = self.store.layout.blob(digest)
+        if not path.exists() or not UNIVERSE[number] or digest in self.damaged:
+            return
+        if digest in {reader.digest for reader, _ in self.readers} and how != "unlink":
+            return  # it would be read under its readers' eyes
+        match how:
+            case "flip":
+                flip(path, self.chance.randrange(len(UNIVERSE[number])))
+            case "cut":
+                os.truncate(path, len(UNIVERSE[number]) - 1)
+            case "empty":
+                os.truncate(path, 0)
+            case _:
+                path.unlink()
+        if how != "unlink":
+            self.damaged.add(digest)
+            if rot:  # it leaves no trace, and is found when its verification has aged
+                no_trace(path)
+                self.store.contents._remember(digest, 0.0)
+                self.run(self.store.index.set_verified([(digest, 0.0)]))
+        self.there.discard(digest)
+        self.forget_pins_of({digest})
+
+    @rule()
+    def measure(self) -> None:
+        assert self.store
+        self.run(self.store.measure())
+        self.run(self.store.save_image_layout())
+
+    @rule(lose_index=st.booleans())
+    def restart(self, lose_index: bool) -> None:
+        assert self.store
+        self.leave()
+        self.run(self.store.close())
+        if lose_index:
+            shutil.rmtree(self.root / "index")
+        self.open()
+
+    @rule(number=contents, part=st.floats(0, 1))
+    def crash_in_a_fetch(self, number: int, part: float) -> None:
+        """The process ends: nothing is saved, and the kernel closes its files."""
+        self.leave()
+        data = UNIVERSE[number]
+
+        async def die() -> None:
+            assert self.store
+            content = self.store.grow(Digest.of(data))
+            if await content.lead() is Role.LEAD:
+                await content.declare(len(data))
+                for piece in pieces(data[content.position : int(len(data) * part)], PIECE):
+                    if content.size is not None and content.position + len(piece) < content.size:
+                        await content.feed(piece)
+                await content._written_so_far()
+            content._claim.stop_beating()
+            await content._claim.settled()
+            content._claim.close()
+            s = self.store
+            for pool in (s._opening, s._writing, s._publishing, s._hashing):
+                await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)
+            await self.store.index.close()
+
+        self.run(die())
+        self.open()
+
+    # --- what holds -----------------------------------------------------------------------------
+
+    def parts(self, number: int) -> set[Digest]:
+        data = (IMAGES[number], b"{}", *(UNIVERSE[n] for n in LAYERS[number]))
+        return {Digest.of(body) for body in data}
+
+    def on_disk(self) -> set[Digest]:
+        return {Digest(path.parent.name, path.name) for path in (self.root / "blobs").glob("*/*")}
+
+    def forget_pins_of(self, digests: set[Digest]) -> None:
+        self.pins = {n for n in self.pins if not self.parts(n) & digests}
+
+    @invariant()
+    def what_is_on_disk_hashes_to_its_name(self) -> None:
+        for digest in self.on_disk() - self.damaged:
+            body = (self.root / "blobs" / digest.algorithm / digest.hex).read_bytes()
+            assert Digest.of(body, digest.algorithm) == digest
+
+    @invariant()
+    def what_was_published_is_there_unless_it_was_evicted(self) -> None:
+        gone = self.there - self.on_disk()
+        evicted = sum(
+            e.count for e in self.events if isinstance(e, Evicted) and e.reason != "corrupt"
+        )
+        assert len(gone) <= evicted
+        assert not gone & {reader.digest for reader, _ in self.readers}, "it is being read"
+        for number in self.pins:
+            assert not gone & self.parts(number), "it is pinned"
+        self.named = {n for n in self.named if Digest.of(IMAGES[n]) in self.on_disk()}
+        self.events.clear()
+        self.damaged &= self.on_disk()
+        self.there = self.on_disk() - self.damaged
+
+    @invariant()
+    def what_is_there_is_served(self) -> None:
+        there = self.on_disk() - self.damaged
+        if self.store is None or not there:
+            return
+        digest = self.chance.choice(sorted(there))
+        body = (self.root / "blobs" / digest.algorithm / digest.hex).read_bytes()
+        reader = self.run(self.find(digest))
+        assert reader, "it is there"
+        assert self.run(read(reader)) == body
+        reader.close()
+
+    @invariant()
+    def the_accounting_is_what_is_on_disk(self) -> None:
+        if self.store is None:
+            return
+        usage = self.store.catalog.refresh()
+        files = [path.stat().st_size for path in (self.root / "blobs").glob("*/*")]
+        assert usage.count == len(files)
+        if not self.damaged:
+            assert usage.bytes == sum(files)
+        assert usage.reserved == 0, "nothing is being fetched"
+
+
+PROFILE: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+
+
+def test_the_store_keeps_to_its_model() -> None:
+    run_state_machine_as_test(
+        StoreMachine, settings=settings(max_examples=15, stateful_step_count=25, **PROFILE)
+    )
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_the_store_keeps_to_its_model_for_long() -> None:
+    run_state_machine_as_test(
+        StoreMachine, settings=settings(max_examples=400, stateful_step_count=60, **PROFILE)
+    )

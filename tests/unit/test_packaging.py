@@ -1,0 +1,280 @@
+"""Image, Compose file and Kubernetes manifests: what each says of another must be so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mirror import __version__
+from mirror.cli.main import _parser
+from mirror.config import Settings
+from mirror.config_load import load
+from mirror.config_values import parse_duration, parse_size, split_host
+
+ROOT = Path(__file__).parents[2]
+KUBERNETES = ROOT / "config" / "kubernetes"
+DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+PORT = split_host(Settings().listen)[1]
+
+
+def instructions(name: str) -> list[str]:
+    return re.findall(rf"^{name}\s+(.*)$", DOCKERFILE, re.MULTILINE)
+
+
+def environment() -> dict[str, str]:
+    """What the image sets for the server."""
+    return dict(re.findall(r"(OCI_MIRROR_\w+)=(\S+)", " ".join(instructions("ENV"))))
+
+
+# --- image ----------------------------------------------------------------------------------------
+
+
+def copied() -> Iterator[str]:
+    """What the image is made of, from this directory."""
+    for line in instructions("COPY"):
+        if not line.startswith("--from"):
+            yield from line.split()[:-1]
+
+
+def test_what_the_image_copies_is_there_and_not_ignored() -> None:
+    rules = [
+        line
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line[:1] not in ("#", "")
+    ]
+    assert rules[0] == "*"
+    kept = {rule[1:].rstrip("/") for rule in rules if rule.startswith("!")}
+    assert set(copied()) == kept
+    for name in kept:
+        assert (ROOT / name).exists(), name
+    # whatever else lies in the directory stays out: data, secrets, history
+    dropped = [rule for rule in rules[1:] if not rule.startswith("!")]
+    assert any(fnmatch("mirror/__pycache__", rule) for rule in dropped)
+
+
+def test_the_image_runs_as_nobody_in_particular() -> None:
+    assert len(instructions("FROM")) == 2
+    (user,) = instructions("USER")
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert instructions("VOLUME") == [environment()["OCI_MIRROR_DATA_DIR"]]
+    assert instructions("EXPOSE") == [str(split_host(environment()["OCI_MIRROR_LISTEN"])[1])]
+    assert instructions("STOPSIGNAL") == ["SIGTERM"]
+    # what is in the stage that runs came from the one that builds
+    assert instructions("ENTRYPOINT") == ['["oci-mirror"]']
+
+
+def test_the_image_s_configuration_loads() -> None:
+    settings = load(str(ROOT / "config" / "mirror.yaml"), environment())
+    assert settings.listen == f"0.0.0.0:{PORT}"
+    assert settings.data_dir == "/data"
+
+
+@pytest.mark.parametrize("name", ["CMD", "HEALTHCHECK"])
+def test_the_image_s_commands_parse(name: str) -> None:
+    line = re.findall(rf"^{name}.*?(\[.*\])$", DOCKERFILE, re.MULTILINE)[0]
+    command = [word for word in yaml.safe_load(line) if word != "oci-mirror"]
+    arguments = _parser().parse_args(command)
+    assert arguments.config == "/etc/oci-mirror/mirror.yaml"
+    assert f"COPY config/mirror.yaml {arguments.config}" in DOCKERFILE
+
+
+# --- compose --------------------------------------------------------------------------------------
+
+
+def mounts(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for volume in service.get("volumes", ()):
+        source, target = volume.split(":")[:2]
+        yield source, target
+
+
+@pytest.mark.parametrize("name", list(COMPOSE["services"]))
+def test_compose_mounts_what_there_is(name: str) -> None:
+    for source, target in mounts(COMPOSE["services"][name]):
+        assert target.startswith("/")
+        if source.startswith("."):
+            assert (ROOT / source).exists(), source
+        else:
+            assert source in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("name", list(COMPOSE["services"]))
+def test_compose_publishes_on_loopback_only(name: str) -> None:
+    ports = COMPOSE["services"][name]["ports"]
+    assert ports
+    assert all(re.fullmatch(r"127\.0\.0\.1:(\d+):\1", port) for port in ports), ports
+
+
+def test_compose_runs_the_image_of_this_version() -> None:
+    service = COMPOSE["services"]["mirror"]
+    assert service["image"] == f"oci-mirror:{__version__}"
+    assert service["ports"] == [f"127.0.0.1:{PORT}:{PORT}"]
+    targets = dict(map(reversed, mounts(service)))  # type: ignore[arg-type]  # pairs stay pairs
+    assert targets["/etc/oci-mirror/mirror.yaml"] == "./config/mirror.yaml"
+    assert environment()["OCI_MIRROR_DATA_DIR"] in targets
+    assert service["read_only"] is True
+    assert "/tmp" in service["tmpfs"]
+
+
+def test_compose_waits_for_the_drain() -> None:
+    settings = load(str(ROOT / "config" / "mirror.yaml"), {})
+    grace = parse_duration(COMPOSE["services"]["mirror"]["stop_grace_period"])
+    assert settings.drain_timeout < grace
+
+
+def test_prometheus_asks_the_mirror_of_compose() -> None:
+    text = (ROOT / "config" / "prometheus" / "prometheus.yml").read_text()
+    jobs = yaml.safe_load(text)["scrape_configs"]
+    targets = [
+        target for job in jobs for one in job.get("static_configs", ()) for target in one["targets"]
+    ]
+    assert f"mirror:{PORT}" in targets
+    mounted = dict(mounts(COMPOSE["services"]["prometheus"]))
+    for pattern in yaml.safe_load(text).get("rule_files", ()):
+        place = Path(pattern)
+        local = place.relative_to("/etc/prometheus") if place.is_absolute() else place
+        assert (ROOT / "config" / "prometheus" / local).exists(), pattern
+    assert mounted["./config/prometheus"] == "/etc/prometheus"
+
+
+def test_grafana_finds_its_dashboards_and_prometheus() -> None:
+    provisioning = ROOT / "config" / "grafana" / "provisioning"
+    targets = [target for _, target in mounts(COMPOSE["services"]["grafana"])]
+    providers = [
+        provider
+        for file in (provisioning / "dashboards").glob("*.y*ml")
+        for provider in yaml.safe_load(file.read_text())["providers"]
+    ]
+    assert [one["options"]["path"] for one in providers] == ["/var/lib/grafana/dashboards"]
+    assert "/var/lib/grafana/dashboards" in targets
+    assert list((ROOT / "config" / "grafana" / "dashboards").glob("*.json"))
+    sources = [
+        source
+        for file in (provisioning / "datasources").glob("*.y*ml")
+        for source in yaml.safe_load(file.read_text())["datasources"]
+    ]
+    assert [one["url"] for one in sources] == ["http://prometheus:9090"]
+
+
+# --- kubernetes -----------------------------------------------------------------------------------
+
+
+def manifests() -> dict[str, dict[str, Any]]:
+    """``Kind/name`` to manifest."""
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    found = {}
+    for name in kustomization["resources"]:
+        for one in yaml.safe_load_all((KUBERNETES / name).read_text()):
+            found[f"{one['kind']}/{one['metadata']['name']}"] = one
+    return found
+
+
+OBJECTS = manifests()
+POD: dict[str, Any] = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["spec"]
+CONTAINER: dict[str, Any] = POD["containers"][0]
+
+
+def test_every_manifest_is_a_resource() -> None:
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    others = {path.name for path in KUBERNETES.iterdir()} - {"kustomization.yaml"}
+    assert set(kustomization["resources"]) == others
+    assert kustomization["namespace"] == "oci-mirror"
+    assert "Namespace/oci-mirror" in OBJECTS
+    (image,) = kustomization["images"]
+    assert (image["name"], image["newTag"]) == (CONTAINER["image"], __version__)
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Settings:
+    """The ConfigMap's file with the container's environment."""
+    data: dict[str, str] = OBJECTS["ConfigMap/oci-mirror"]["data"]
+    file = tmp_path / "mirror.yaml"
+    file.write_text(data["mirror.yaml"])
+    return load(str(file), {one["name"]: one["value"] for one in CONTAINER["env"]})
+
+
+def test_the_configmap_is_a_configuration(configured: Settings) -> None:
+    shipped = load(str(ROOT / "config" / "mirror.yaml"), {})
+    assert {name: one.endpoints for name, one in configured.upstreams.items()} == {
+        name: one.endpoints for name, one in shipped.upstreams.items()
+    }
+    arguments = _parser().parse_args(CONTAINER["args"])
+    directory, name = arguments.config.rsplit("/", 1)
+    assert name in OBJECTS["ConfigMap/oci-mirror"]["data"]
+    assert directory in [one["mountPath"] for one in CONTAINER["volumeMounts"]]
+
+
+def test_the_quota_fits_the_volume(configured: Settings) -> None:
+    (claim,) = OBJECTS["StatefulSet/oci-mirror"]["spec"]["volumeClaimTemplates"]
+    assert configured.storage.max_size < parse_size(
+        claim["spec"]["resources"]["requests"]["storage"]
+    )
+    volumes = {one["name"] for one in POD["volumes"]} | {claim["metadata"]["name"]}
+    mounted = {one["name"]: one["mountPath"] for one in CONTAINER["volumeMounts"]}
+    assert set(mounted) == volumes
+    assert mounted[claim["metadata"]["name"]] == configured.data_dir
+
+
+def test_the_drain_ends_before_the_grace(configured: Settings) -> None:
+    pause = float(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert configured.drain_timeout + pause < POD["terminationGracePeriodSeconds"]
+
+
+def test_ports_and_probes_agree(configured: Settings) -> None:
+    (port,) = CONTAINER["ports"]
+    assert port["containerPort"] == split_host(configured.listen)[1] == PORT
+    probes = {
+        name: CONTAINER[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")
+    }
+    assert {name: probe["path"] for name, probe in probes.items()} == {
+        "startup": "/healthz",
+        "liveness": "/healthz",
+        "readiness": "/readyz",
+    }
+    assert {probe["port"] for probe in probes.values()} == {port["name"]}
+    services = [one["spec"] for name, one in OBJECTS.items() if name.startswith("Service/")]
+    assert {one.get("type", "ClusterIP") for one in services} == {"ClusterIP", "NodePort"}
+    for service in services:
+        assert service["ports"][0]["targetPort"] == port["name"]
+        assert service["ports"][0]["port"] == PORT
+    annotations = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["prometheus.io/port"] == str(PORT)
+    assert OBJECTS["StatefulSet/oci-mirror"]["spec"]["serviceName"] in (
+        name.partition("/")[2] for name in OBJECTS if name.startswith("Service/")
+    )
+
+
+def test_selectors_find_the_pods() -> None:
+    labels = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["metadata"]["labels"]
+    selectors = [
+        OBJECTS["StatefulSet/oci-mirror"]["spec"]["selector"]["matchLabels"],
+        OBJECTS["PodDisruptionBudget/oci-mirror"]["spec"]["selector"]["matchLabels"],
+        OBJECTS["Service/oci-mirror"]["spec"]["selector"],
+        OBJECTS["Service/oci-mirror-nodes"]["spec"]["selector"],
+    ]
+    for selector in selectors:
+        assert selector
+        assert selector.items() <= labels.items()
+
+
+def test_the_pod_may_nothing() -> None:
+    user, group = map(int, instructions("USER")[0].split(":"))
+    context = POD["securityContext"]
+    assert context["runAsNonRoot"] is True
+    assert (context["runAsUser"], context["runAsGroup"], context["fsGroup"]) == (user, group, group)
+    assert CONTAINER["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert POD["automountServiceAccountToken"] is False
+    # OCI_MIRROR_PORT and the like would be unknown settings
+    assert POD["enableServiceLinks"] is False
+    # with several workers, metrics are shared through files
+    assert "/tmp" in [one["mountPath"] for one in CONTAINER["volumeMounts"]]

@@ -1,0 +1,254 @@
+"""The server as a process: its certificate, its end, its workers, its exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from mirror.config import Tls
+from mirror.oci.digest import Digest
+from mirror.server import Certificate
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.real import tokens
+from tests.real.process import wait_until
+from tests.real.server import ROOT, Mirror
+from tests.server_kit import running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(600_000, 64)
+DIGEST = Digest.of(DATA)
+BLOB = f"/v2/library/app/blobs/{DIGEST}"
+NOWHERE = {"docker.io": "http://127.0.0.1:9"}
+
+
+# --- the listener's certificate -----------------------------------------------------------------
+
+
+async def shown(port: int) -> bytes | None:
+    """The certificate that a new connection is shown."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    try:
+        found: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return found
+    finally:
+        writer.transport.abort()
+
+
+def der(made: tokens.Certificate) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(made.cert_file.read_text())
+
+
+@asynccontextmanager
+async def listening(certificate: Certificate) -> AsyncIterator[int]:
+    """A server that does nothing but show its certificate."""
+    server = await asyncio.start_server(
+        lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=certificate.context
+    )
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+async def test_new_connections_get_a_new_certificate(tmp_path: Path) -> None:
+    old = tokens.Certificate.make(tmp_path)
+    certificate = Certificate(Tls(certificate=str(old.cert_file), key=str(old.key_file)))
+    async with listening(certificate) as port:
+        first = der(old)
+        certificate.refresh()
+        assert await shown(port) == first
+        new = tokens.Certificate.make(tmp_path)
+        assert await shown(port) == first, "not before it is read again"
+        certificate.refresh()
+        assert await shown(port) == der(new) != first
+
+
+async def test_a_pair_that_does_not_match_keeps_the_old_one(tmp_path: Path) -> None:
+    """A certificate and its key are replaced one after the other, and looked at in between."""
+    old = tokens.Certificate.make(tmp_path)
+    certificate = Certificate(Tls(certificate=str(old.cert_file), key=str(old.key_file)))
+    (tmp_path / "new").mkdir()
+    new = tokens.Certificate.make(tmp_path / "new")
+    first = der(old)
+    async with listening(certificate) as port:
+        old.cert_file.write_bytes(new.cert_file.read_bytes())
+        with pytest.raises(ssl.SSLError):
+            certificate.refresh()
+        assert await shown(port) == first
+        old.key_file.unlink()
+        with pytest.raises(OSError, match="No such file"):
+            certificate.refresh()
+        assert await shown(port) == first
+        old.key_file.write_text("no key at all")
+        with pytest.raises(OSError, match=r"PEM|SSL"):
+            certificate.refresh()
+        assert await shown(port) == first
+        old.key_file.write_bytes(new.key_file.read_bytes())
+        certificate.refresh()
+        assert await shown(port) == der(new)
+
+
+async def test_a_server_reads_its_certificate_again_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.server._REFRESH_EVERY", 0.02)
+    made = tokens.Certificate.make(tmp_path)
+    async with running(tmp_path / "data", certificate=made) as server:
+        port = int(server.url.rpartition(":")[2])
+        assert await shown(port) == der(made)
+        new = tokens.Certificate.make(tmp_path)
+        async with asyncio.timeout(20):
+            while await shown(port) != der(new):  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.02)
+
+
+# --- SIGTERM ------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def pulling(mirror: Mirror, fake: FakeRegistry) -> AsyncIterator[aiohttp.ClientResponse]:
+    """A pull whose upstream has sent half."""
+    fake.add_blob(DATA)
+    async with aiohttp.ClientSession() as client, client.get(mirror.url + BLOB) as response:
+        assert await response.content.readexactly(1000) == DATA[:1000]
+        yield response
+
+
+async def draining(mirror: Mirror) -> bool:
+    """Whether it is not ready any more, and still answers."""
+    answer = await asyncio.to_thread(mirror.ask, "/readyz")
+    return answer.status == 503 and b"draining" in answer.body
+
+
+async def until_draining(mirror: Mirror) -> None:
+    async with asyncio.timeout(20):
+        while not await draining(mirror):  # noqa: ASYNC110 - it is another process
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.row("C10")
+async def test_sigterm_lets_what_is_under_way_end() -> None:
+    gate = asyncio.Event()
+    async with FakeRegistry() as fake:
+        fake.fault(BLOB, Fault(stall_at=300_000, gate=gate))
+        with Mirror({"docker.io": fake.url}) as mirror:
+            async with pulling(mirror, fake) as response:
+                os.kill(mirror.pid, signal.SIGTERM)
+                await until_draining(mirror)
+                refused = await asyncio.to_thread(mirror.ask, BLOB)
+                assert (refused.status, b"UNAVAILABLE" in refused.body) == (503, True)
+                assert (await asyncio.to_thread(mirror.ask, "/healthz")).status == 200
+                gate.set()
+                assert await response.content.read() == DATA[1000:]
+            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            assert mirror.content(str(DIGEST)).read_bytes() == DATA
+            assert mirror.stop() == 0
+            assert [line["message"] for line in mirror.log() if "pulls" in line] == ["draining"]
+
+
+@pytest.mark.row("C10")
+async def test_what_does_not_end_in_time_is_cut() -> None:
+    async with FakeRegistry() as fake:
+        fake.fault(BLOB, Fault(stall_at=300_000, times=None))
+        with Mirror({"docker.io": fake.url}, drain_timeout="0.2s") as mirror:
+            async with pulling(mirror, fake) as response:
+                os.kill(mirror.pid, signal.SIGTERM)
+                with pytest.raises(aiohttp.ClientError):
+                    await response.content.read()
+            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            assert mirror.stop() == 0
+            assert not mirror.content(str(DIGEST)).exists()
+
+
+@pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_ends_it_with_0_and_leaves_nothing(workers: int, number: signal.Signals) -> None:
+    with Mirror(NOWHERE, workers=workers) as mirror:
+        children = mirror.workers()
+        assert len(children) == (workers if workers > 1 else 0)
+        os.kill(mirror.pid, number)
+        wait_until(lambda: not mirror.running, "it ends", 20)
+        assert mirror.stop() == 0
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert "Traceback" not in mirror.said()
+
+
+# --- workers ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_workers() -> Iterator[Mirror]:
+    with Mirror(NOWHERE, workers=2) as mirror:
+        wait_until(lambda: len(mirror.workers()) == 2, "two workers", 20)
+        yield mirror
+
+
+def ended(mirror: Mirror) -> list[int]:
+    """Exit codes of workers that had to be replaced."""
+    return [line["code"] for line in mirror.log() if line["message"] == "a worker ended"]
+
+
+def answers(mirror: Mirror) -> bool:
+    """Whether a new connection is served, whichever worker gets it."""
+    try:
+        return mirror.ask("/readyz", timeout=1).status == 200
+    except (OSError, HTTPException):
+        return False
+
+
+def test_a_worker_that_dies_is_replaced_and_its_counts_stay(two_workers: Mirror) -> None:
+    mirror = two_workers
+    for _ in range(40):
+        assert mirror.ask("/v2/library/app/tags/list?n=0").status == 200
+    assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
+    before = mirror.workers()
+    mirror.kill_worker(before[0])
+    wait_until(lambda: len(set(mirror.workers()) - set(before)) == 1, "another worker", 20)
+    assert before[1] in mirror.workers(), "the other one is left alone"
+    wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 20)
+    assert ended(mirror) == [-signal.SIGKILL]
+    assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
+
+
+@pytest.mark.row("M9")
+def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
+    made = tokens.Certificate.make(tmp_path)
+    listener = {"certificate": str(made.cert_file), "key": str(made.key_file)}
+    with Mirror(NOWHERE, workers=2, tls=listener) as mirror:
+        wait_until(lambda: all(answers(mirror) for _ in range(20)), "both serve", 20)
+        key = made.key_file.read_bytes()
+        made.key_file.unlink()
+        begun = time.monotonic()
+        mirror.kill_worker(mirror.workers()[0])
+        wait_until(lambda: len(ended(mirror)) >= 3, "it is tried again", 30)
+        codes = ended(mirror)
+        # the one that was killed, and then one a second at most
+        assert len(codes) <= 2 + time.monotonic() - begun
+        assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
+        assert mirror.said().count("worker: FileNotFoundError: ") >= 2
+        assert "Traceback" not in mirror.said()
+        made.key_file.write_bytes(key)
+        wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 30)
+
+
+def test_a_second_server_on_the_port_of_workers_fails_in_one_line(two_workers: Mirror) -> None:
+    """Workers share their port, and must not share it with a stranger."""
+    mirror = two_workers
+    command = [sys.executable, "-m", "mirror", "serve", "--config", str(mirror.config_file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == f"listen: {mirror.host}: Address already in use\n"
+    assert mirror.ask("/readyz").status == 200

@@ -1,0 +1,194 @@
+"""Tokens: what is shown to whom, what is asked of a token service, how long its answer is good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from yarl import URL
+
+from mirror.config import Credentials
+from mirror.events import TokenFetched
+from mirror.oci.errors import OutboundRefused, UpstreamUnavailable
+from mirror.upstream.auth import TokenAnswer, _read
+from mirror.upstream.outbound import Policy
+from tests.unit.upstream.token_kit import BASIC, BEARER, SHOWN, USER, Service
+
+# --- what is asked, and of whom -------------------------------------------------------------------
+
+
+async def test_nothing_is_shown_before_it_was_asked_for() -> None:
+    service = Service(USER)
+    assert await service.first() is None
+    assert await service.header(challenge="Negotiate") is None
+    assert await service.header(challenge=[]) is None
+    assert await service.first() is None
+    assert not service.calls
+
+
+async def test_a_token_is_asked_for_with_a_scope_of_our_own() -> None:
+    service = Service()
+    assert await service.header() == "Bearer t1"
+    [(method, url, headers, form)] = service.calls
+    assert (method, str(url.with_query(None))) == ("GET", "https://auth.docker.io/token")
+    assert dict(url.query) == {
+        "scope": "repository:library/app:pull",
+        "service": "registry.docker.io",
+    }
+    assert (headers, form) == ({}, {}), "anonymous"
+    assert await service.first() == "Bearer t1", "the next request begins with it"
+    assert [event for event in service.events if isinstance(event, TokenFetched) and event.ok]
+
+
+async def test_a_realm_keeps_the_query_that_it_has_and_may_be_relative() -> None:
+    service = Service()
+    policy = Policy(URL("https://gitea.corp:3000"))
+    await service.challenged(challenge='Bearer realm="/v2/token?a=b%2Fc"', policy=policy)
+    url = service.calls[0][1]
+    assert str(url.origin()) == "https://gitea.corp:3000"
+    assert dict(url.query) == {"a": "b/c", "scope": "repository:library/app:pull"}
+
+
+async def test_public_ecr_wants_a_scope_of_its_own() -> None:
+    service = Service()
+    policy = Policy(URL("https://public.ecr.aws"))
+    realm = 'Bearer realm="https://public.ecr.aws/token/",service="public.ecr.aws",scope="aws"'
+    await service.challenged(challenge=realm, policy=policy)
+    assert service.calls[0][1].query["scope"] == "aws"
+
+
+async def test_credentials_are_shown_to_the_token_service_alone() -> None:
+    service = Service(USER)
+    assert await service.header() == "Bearer t1"
+    assert service.calls[0][2] == {"Authorization": SHOWN}
+
+
+async def test_an_identity_token_is_sent_by_post_and_in_no_url(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    entry = {"identitytoken": "identity"}
+    config.write_text(json.dumps({"auths": {"https://index.docker.io/v1/": entry}}))
+    service = Service(Credentials(docker_config=str(config)))
+    assert await service.header() == "Bearer t1"
+    [(method, url, headers, form)] = service.calls
+    assert (method, str(url), headers) == ("POST", "https://auth.docker.io/token", {})
+    assert form == {
+        "grant_type": "refresh_token",
+        "refresh_token": "identity",
+        "client_id": "oci-mirror",
+        "service": "registry.docker.io",
+        "scope": "repository:library/app:pull",
+    }
+    assert await service.header(challenge=BASIC) is None, "it is no password"
+
+
+async def test_basic() -> None:
+    service = Service(USER)
+    shown = await service.challenged(challenge=BASIC)
+    assert shown is not None
+    assert shown.header == SHOWN
+    assert await service.first() == SHOWN
+    assert await service.challenged(shown, challenge=BASIC) is None, "it has been refused"
+    assert await Service().challenged(challenge=BASIC) is None, "there is nothing to show"
+    assert not service.calls
+
+
+async def test_a_token_is_preferred_where_there_is_a_choice() -> None:
+    for challenge in ([BASIC, BEARER], f"{BASIC}, {BEARER}", f"Negotiate, {BEARER}"):
+        assert await Service(USER).header(challenge=challenge) == "Bearer t1"
+
+
+@pytest.mark.parametrize("realm", ["https://evil.example/", "http://auth.docker.io/token", "x:y"])
+async def test_a_realm_that_may_not_be_asked_is_not(realm: str) -> None:
+    service = Service(USER)
+    with pytest.raises(OutboundRefused):
+        await service.challenged(challenge=f'Bearer realm="{realm}"')
+    assert not service.calls
+
+
+# --- how long one is good -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "seconds"),
+    [
+        (300, 300),
+        (10, 10),
+        (0.5, 0.5),
+        (None, 60),
+        (0, 60),
+        (-1, 60),
+        ("300", 60),
+        (True, 60),
+        ([], 60),
+        (10**12, 3600),
+        (10**400, 3600),
+        (float("inf"), 3600),
+        (float("nan"), 60),
+    ],
+)
+async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
+    lifetime: Any, seconds: float
+) -> None:
+    service = Service()
+    service.lifetime = lifetime
+    await service.challenged()
+    service.clock[0] += seconds * 0.89
+    assert await service.first() == "Bearer t1"
+    service.clock[0] += seconds * 0.02
+    assert await service.first() == "Bearer t2"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\xff",
+        b'{"token":""}',
+        b'{"token":"","access_token":""}',
+        b'{"token":7}',
+        b'{"token":["t"]}',
+        b'{"token":"\\u00e4"}',
+        b'{"token":"a\\r\\nX: y"}',
+        b'{"token":"a\\u0000"}',
+        b"[" * 50_000,
+    ],
+)
+async def test_what_is_no_token_is_never_shown(body: bytes) -> None:
+    service = Service()
+    service.answers = [TokenAnswer(200, body)]
+    with pytest.raises(UpstreamUnavailable):
+        await service.challenged()
+    assert [event.ok for event in service.events if isinstance(event, TokenFetched)] == [False]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(["token", "access_token", "expires_in", "issued_at"])
+
+
+@given(st.binary() | st.dictionaries(NAMES, JSON).map(lambda d: json.dumps(d).encode()))
+def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) -> None:
+    try:
+        value, lifetime = _read(body)
+    except UpstreamUnavailable:
+        return
+    assert value.isascii()
+    assert value.isprintable()
+    assert value
+    assert 0 < lifetime <= 3600
+
+
+async def test_access_token_is_another_name_for_it() -> None:
+    service = Service()
+    service.answers = [TokenAnswer(200, b'{"token":"","access_token":"a"}')]
+    assert await service.header() == "Bearer a"

@@ -1,0 +1,305 @@
+"""Request line to typed request (row HC4); what is refused is in ``test_web_paths_refused.py``."""
+
+from __future__ import annotations
+
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mirror.oci.digest import Digest
+from mirror.oci.errors import (
+    InvalidRequest,
+    MethodUnsupported,
+    NameInvalid,
+    NameUnknown,
+    NotFound,
+    PaginationInvalid,
+)
+from mirror.oci.reference import Repository, Tag
+from mirror.web.paths import (
+    BlobRequest,
+    Health,
+    ManifestRequest,
+    Metrics,
+    Ping,
+    Ready,
+    ReferrersRequest,
+    Request,
+    TagsRequest,
+    parse,
+    router,
+)
+from tests.unit.web.kit import DIGEST, UPSTREAMS, read
+
+LONG = Digest.of(b"x", "sha512")
+ENCODED = str(DIGEST).replace(":", "%3A")
+
+
+def hub(path: str) -> Repository:
+    return Repository("docker.io", path)
+
+
+# --- what is served -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v2/", Ping()),
+        ("/v2", Ping()),
+        ("/healthz", Health()),
+        ("/readyz", Ready()),
+        ("/metrics", Metrics()),
+    ],
+)
+def test_fixed_paths(path: str, expected: Request, method: str) -> None:
+    assert read(path, method=method) == expected
+    assert read(path, "ns=docker.io", method) == expected
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_each_endpoint(method: str) -> None:
+    repository = hub("a/b")
+    assert read("/v2/a/b/manifests/v1", "", method) == ManifestRequest(repository, Tag("v1"), None)
+    assert read(f"/v2/a/b/manifests/{LONG}", "", method) == ManifestRequest(repository, LONG, None)
+    assert read(f"/v2/a/b/blobs/{DIGEST}", "", method) == BlobRequest(repository, DIGEST, None)
+    assert read("/v2/a/b/tags/list", "", method) == TagsRequest(repository, None, None, None, "")
+    assert read(f"/v2/a/b/referrers/{DIGEST}", "", method) == ReferrersRequest(
+        repository, DIGEST, None, None, ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "repository", "prefix"),
+    [
+        ("nginx", "", hub("library/nginx"), ""),
+        ("docker.io/nginx", "", hub("library/nginx"), "docker.io/"),
+        ("nginx", "ns=docker.io", hub("library/nginx"), ""),
+        ("ghcr.io/a/b", "", Repository("ghcr.io", "a/b"), "ghcr.io/"),
+        ("a/b", "ns=ghcr.io", Repository("ghcr.io", "a/b"), ""),
+        ("a", "ns=reg%3A5000", Repository("reg:5000", "a"), ""),
+        ("a", "ns=reg:5000", Repository("reg:5000", "a"), ""),
+        ("reg:5000/a", "", Repository("reg:5000", "a"), "reg:5000/"),
+        ("reg%3A5000/a", "", Repository("reg:5000", "a"), "reg:5000/"),
+        # ns wins, and then the path is literal
+        ("ghcr.io/a", "ns=docker.io", hub("ghcr.io/a"), ""),
+        ("ghcr.io/a", "ns=ghcr.io", Repository("ghcr.io", "ghcr.io/a"), ""),
+        # only a first component with something behind it names an upstream
+        ("ghcr.io", "", hub("library/ghcr.io"), ""),
+        ("a/ghcr.io/b", "", hub("a/ghcr.io/b"), ""),
+        ("quay.io/a", "", hub("quay.io/a"), ""),
+    ],
+)
+def test_routing(name: str, query: str, repository: Repository, prefix: str) -> None:
+    found = read(f"/v2/{name}/tags/list", query)
+    assert isinstance(found, TagsRequest)
+    assert (found.repository, found.prefix) == (repository, prefix)
+    assert found.ns == (repository.upstream if query else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "repository", "kind"),
+    [
+        ("/v2/blobs/manifests/tags", "library/blobs", ManifestRequest),
+        ("/v2/manifests/manifests/manifests", "library/manifests", ManifestRequest),
+        ("/v2/a/manifests/b/manifests/latest", "a/manifests/b", ManifestRequest),
+        ("/v2/a/manifests/tags/list", "a/manifests", TagsRequest),
+        ("/v2/a/tags/list/tags/list", "a/tags/list", TagsRequest),
+        ("/v2/a/tags/manifests/list", "a/tags", ManifestRequest),
+        (f"/v2/a/blobs/uploads/blobs/{DIGEST}", "a/blobs/uploads", BlobRequest),
+        (f"/v2/a/referrers/blobs/{DIGEST}", "a/referrers", BlobRequest),
+        (f"/v2/a/blobs/referrers/{DIGEST}", "a/blobs", ReferrersRequest),
+    ],
+)
+def test_paths_are_read_from_the_right(path: str, repository: str, kind: type) -> None:
+    found = read(path)
+    assert type(found) is kind
+    assert getattr(found, "repository") == hub(repository)  # noqa: B009 - a union's common field
+
+
+def test_a_part_is_decoded_once() -> None:
+    assert read(f"/v2/a%62/manifests/{ENCODED}") == ManifestRequest(hub("library/ab"), DIGEST, None)
+    assert read("/v2/a/manifests/v1%2E0") == ManifestRequest(hub("library/a"), Tag("v1.0"), None)
+    assert read(f"/v2/a/blobs/{ENCODED.lower()}") == BlobRequest(hub("library/a"), DIGEST, None)
+
+
+# --- queries ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "count", "last"),
+    [
+        ("n=0", 0, None),
+        ("n=10&last=v1.0", 10, "v1.0"),
+        ("last=", None, None),
+        ("n=1&n=2", 1, None),
+        ("n=999999999", 999_999_999, None),
+        ("unknown=1&&=&n=007", 7, None),
+    ],
+)
+def test_pagination(query: str, count: int | None, last: str | None) -> None:
+    assert read("/v2/a/b/tags/list", query) == TagsRequest(hub("a/b"), count, last, None, "")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("n=", "n=-1", "n=1.5", "n=+1", "n=%201", "n=x", "n=1e3", "n=1_0", f"n={'9' * 10}"),
+        *("n=\u0661", "last=a/b", "last=..", f"last={'a' * 129}", "last=a%0Ab"),
+    ],
+)
+def test_pagination_outside_its_grammar(query: str) -> None:
+    with pytest.raises(PaginationInvalid):
+        read("/v2/a/b/tags/list", query)
+
+
+@pytest.mark.parametrize("query", ["artifactType=a%2Fb%2Bjson", "artifactType=a/b+json"])
+def test_the_artifact_type(query: str) -> None:
+    found = read(f"/v2/ghcr.io/a/referrers/{DIGEST}", query)
+    assert found == ReferrersRequest(
+        Repository("ghcr.io", "a"), DIGEST, "a/b+json", None, "ghcr.io/"
+    )
+
+
+def test_an_artifact_type_is_a_media_type() -> None:
+    assert read(f"/v2/a/b/referrers/{DIGEST}", "artifactType=") == read(
+        f"/v2/a/b/referrers/{DIGEST}"
+    )
+    for raw in ("x", "a/b%0D%0Ac", "a/%00", "a/b;c=d"):
+        with pytest.raises(InvalidRequest):
+            read(f"/v2/a/b/referrers/{DIGEST}", f"artifactType={raw}")
+
+
+@pytest.mark.row("HC4")
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "",
+        "evil.example",
+        "127.0.0.1",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0.0.0.0",
+        "localhost",
+        "[::1]",
+        "%5B::%5D",
+        "::ffff:127.0.0.1",
+        "169.254.169.254",
+        "metadata.google.internal",
+        "docker.io:443",
+        "docker.io.",
+        "DOCKER.IO",
+        ".docker.io",
+        "docker.io.evil.example",
+        "evil.example%23docker.io",
+        "docker.io@evil.example",
+        "user:pass@docker.io",
+        "https://docker.io",
+        "//docker.io",
+        "docker.io/",
+        "docker.io/../x",
+        "docker.io%00",
+        "docker.io%0D%0AX: y",
+        "docker.io%20",
+        "docker%252Eio",
+        "reg%253A5000",
+        "d\u043ecker.io",
+        "*",
+        "a" * 2000,
+    ],
+)
+def test_ns_names_a_configured_upstream_or_nothing(raw: str) -> None:
+    for path in ("/v2/a/manifests/b", f"/v2/a/blobs/{DIGEST}", "/v2/docker.io/a/tags/list"):
+        with pytest.raises(NameUnknown):
+            read(path, f"ns={raw}")
+
+
+@pytest.mark.row("HC4")
+def test_ns_has_one_reading() -> None:
+    assert read("/v2/a/manifests/b", "ns=ghcr.io&ns=ghcr.io") == read(
+        "/v2/a/manifests/b", "ns=ghcr.io"
+    )
+    with pytest.raises(InvalidRequest):
+        read("/v2/a/manifests/b", "ns=ghcr.io&ns=docker.io")
+    with pytest.raises(InvalidRequest):
+        read("/v2/a/manifests/b", "&".join(f"x{n}=1" for n in range(100)))
+
+
+def test_a_default_that_is_not_configured_is_unknown() -> None:
+    with pytest.raises(NameUnknown):
+        parse("GET", "/v2/a/manifests/b", "", upstreams={"ghcr.io"}, default="docker.io")
+    assert parse("GET", "/v2/ghcr.io/a/manifests/b", "", upstreams={"ghcr.io"}, default="")
+
+
+# --- properties ---------------------------------------------------------------------------------
+
+PIECES = st.sampled_from(
+    [
+        *("/", "/v2/", "a", "..", ".", "%2f", "%2e", "%00", "\\", "manifests", "blobs"),
+        *("tags/list", "referrers", "uploads", "ghcr.io", str(DIGEST), ":", "?", "#", "%", "é"),
+        *("\x00", "A", "-"),
+    ]
+)
+TARGETS = st.lists(PIECES).map("".join) | st.lists(PIECES).map(lambda x: "/v2/" + "/".join(x))
+QUERIES = st.text() | st.lists(
+    st.sampled_from(["ns=", "docker.io", "&", "n=", "5", "last=", "%", "artifactType=", "a/b", "#"])
+).map("".join)
+
+
+@given(TARGETS | st.text(), QUERIES)
+def test_nothing_but_typed_errors_and_parsed_values_comes_out(path: str, query: str) -> None:
+    try:
+        found = read(path, query)
+    except (InvalidRequest, NotFound, MethodUnsupported):
+        return
+    if isinstance(found, Ping | Health | Ready | Metrics):
+        return
+    assert found.repository.upstream in UPSTREAMS
+    assert Repository.parse(found.repository.upstream, found.repository.path) == found.repository
+    assert ".." not in found.repository.path
+    assert found.ns in {None, *UPSTREAMS}
+    if isinstance(found, BlobRequest | ReferrersRequest):
+        assert Digest.parse(str(found.digest)) == found.digest
+
+
+NAMES = st.from_regex(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+){0,3}", fullmatch=True).map(
+    lambda name: name[:200].rstrip("./_-")
+)
+TAGS = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", fullmatch=True)
+
+
+@given(NAMES, TAGS | st.just(str(DIGEST)), st.sampled_from(sorted(UPSTREAMS)), st.booleans())
+def test_round_trip(name: str, reference: str, upstream: str, encoded: bool) -> None:
+    expected = Repository.parse(upstream, name)
+    shown = quote(reference, safe="") if encoded else reference
+    by_ns = read(f"/v2/{name}/manifests/{shown}", f"ns={quote(upstream, safe='')}")
+    by_path = read(f"/v2/{upstream}/{name}/manifests/{shown}")
+    assert isinstance(by_ns, ManifestRequest)
+    assert isinstance(by_path, ManifestRequest)
+    assert by_ns.repository == by_path.repository == expected
+    assert str(by_ns.reference) == str(by_path.reference) == reference
+    assert (by_ns.ns, by_path.ns) == (upstream, None)
+
+
+def test_the_router_remembers_what_was_right_and_forgets_what_was_wrong() -> None:
+    route = router(UPSTREAMS, "docker.io")
+    once = route("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert once is route("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert once == read("/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert route("GET", "/v2/a/b/manifests/c", "") != once
+    for _ in range(2):
+        with pytest.raises(MethodUnsupported):
+            route("PUT", "/v2/a/b/manifests/c", "ns=ghcr.io")
+        with pytest.raises(NameInvalid):
+            route("GET", f"/v2/{'a' * 1000}/manifests/c", "")
+
+
+def test_the_router_remembers_nothing_long() -> None:
+    route = router(UPSTREAMS, "docker.io")
+    query = f"ns=ghcr.io&x={'x' * 1000}"
+    assert route("GET", "/v2/a/manifests/c", query) == route("GET", "/v2/a/manifests/c", query)
+    assert route("GET", "/v2/a/manifests/c", query) is not route("GET", "/v2/a/manifests/c", query)

@@ -1,0 +1,340 @@
+"""Content to response: what an answer says of itself, whole, in part, over TLS, while it arrives.
+
+Every form of ``Range`` and the conditions on a blob are in the rows L4 and L6.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from mirror.config import Limits
+from mirror.events import Outcome
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.digest import Digest
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.real.tokens import Certificate
+from tests.server_kit import Server, running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(1_000_000, 61)
+DIGEST = Digest.of(DATA)
+LARGE = random_bytes(8_000_000, 65)
+"""Of unknown length: the newest bytes may be the last and are withheld, so half is many reads."""
+STEPS = [("bytes=0-9", 0, 10), ("bytes=-10", len(DATA) - 10, len(DATA)), ("bytes=7-", 7, len(DATA))]
+
+
+def parts_of(headers: Mapping[str, str], body: bytes) -> list[tuple[str, bytes]]:
+    """``Content-Range`` and bytes of each part of a multipart answer."""
+    boundary = headers["Content-Type"].partition("boundary=")[2].encode()
+    assert boundary
+    found = []
+    for part in body.split(b"--" + boundary)[1:-1]:
+        head, _, data = part.partition(b"\r\n\r\n")
+        stated = re.search(rb"Content-Range: (.*)", head)
+        assert stated
+        found.append((stated[1].decode().strip(), data.removesuffix(b"\r\n")))
+    return found
+
+
+def said(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
+    """Whether an answer says what content it is about."""
+    return (
+        headers["Docker-Content-Digest"] == str(digest)
+        and headers["ETag"] == f'"{digest}"'
+        and headers["Accept-Ranges"] == "bytes"
+        and headers["Content-Type"] == media_type
+    )
+
+
+@asynccontextmanager
+async def half_way(
+    root: Path,
+    data: bytes = DATA,
+    *,
+    certificate: Certificate | None = None,
+    chunked: bool = False,
+    flip: int | None = None,
+) -> AsyncIterator[tuple[FakeRegistry, Server, asyncio.Event]]:
+    """A blob that stays half arrived until the event is set."""
+    async with (
+        FakeRegistry() as fake,
+        running(root, fake.url, limits=Limits(), certificate=certificate) as server,
+    ):
+        rest = asyncio.Event()
+        fault = Fault(stall_at=len(data) // 2, gate=rest, chunked=chunked, flip=flip)
+        fake.fault(f"blobs/{fake.add_blob(data)}", fault)
+        yield fake, server, rest
+
+
+# --- what an answer says ------------------------------------------------------------------------
+
+
+async def test_an_answer_names_its_content(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        manifest = fake.add_image(DATA)
+        body = fake.manifests["library/app", str(manifest)][0]
+        contents = [
+            (server.manifest("latest"), manifest, OCI_MANIFEST, body),
+            (server.manifest(manifest), manifest, OCI_MANIFEST, body),
+            (server.blob(DIGEST), DIGEST, "application/octet-stream", DATA),
+        ]
+        for _ in ("cold", "warm"):
+            for url, digest, media_type, expected in contents:
+                for method in ("HEAD", "GET"):
+                    status, headers, got = await server.ask(method, url)
+                    assert status == 200
+                    assert said(headers, digest, media_type)
+                    assert headers["Content-Length"] == str(len(expected))
+                    assert "Content-Encoding" not in headers
+                    assert got == (expected if method == "GET" else b"")
+            await server.store.idle()
+
+
+async def test_a_part_names_its_content_too(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.add_blob(DATA)
+        status, headers, body = await server.get(server.blob(DIGEST), {"Range": "bytes=5-9"})
+        assert (status, body) == (206, DATA[5:10])
+        assert said(headers, DIGEST, "application/octet-stream")
+        assert headers["Content-Range"] == f"bytes 5-9/{len(DATA)}"
+        assert headers["Content-Length"] == "5"
+        status, headers, body = await server.get(
+            server.blob(DIGEST), {"If-None-Match": f'"{DIGEST}"'}
+        )
+        assert (status, body) == (304, b"")
+        assert headers["ETag"] == f'"{DIGEST}"'
+        assert headers["Docker-Content-Digest"] == str(DIGEST)
+
+
+async def test_an_answer_is_never_encoded(tmp_path: Path) -> None:
+    """containerd offers encodings, and would decode what is none."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.add_blob(DATA)
+        offer = {"Accept-Encoding": "zstd, gzip, deflate"}
+        _, headers, body = await server.get(server.blob(DIGEST), offer)
+        assert body == DATA
+        assert "Content-Encoding" not in headers
+
+
+async def test_content_without_a_byte(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        empty = fake.add_blob(b"")
+        for _ in ("cold", "warm"):
+            status, headers, body = await server.get(server.blob(empty))
+            assert (status, body, headers["Content-Length"]) == (200, b"", "0")
+            # of nothing, no part can be described: the whole is the answer
+            status, _, body = await server.get(server.blob(empty), {"Range": "bytes=0-"})
+            assert (status, body) == (200, b"")
+            await server.store.idle()
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+@pytest.mark.row("L4")
+async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
+    """A version of containerd asks for ``bytes=0-`` of manifests as well."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(DATA)
+        body = fake.manifests["library/app", str(digest)][0]
+        size = len(body)
+        for reference in ("latest", digest):
+            url = server.manifest(reference)
+            for value, start, stop in [
+                ("bytes=0-", 0, size),
+                ("bytes=3-5", 3, 6),
+                ("bytes=-4", size - 4, size),
+                (f"bytes=2-{2**63}", 2, size),
+            ]:
+                status, headers, got = await server.get(url, {"Range": value})
+                assert (status, got) == (206, body[start:stop])
+                assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
+                assert said(headers, digest, OCI_MANIFEST)
+            status, headers, got = await server.get(url, {"Range": "bytes=0-1,4-5"})
+            assert status == 206
+            assert parts_of(headers, got) == [
+                (f"bytes 0-1/{size}", body[:2]),
+                (f"bytes 4-5/{size}", body[4:6]),
+            ]
+            status, headers, got = await server.get(url, {"Range": f"bytes={size}-"})
+            assert (status, headers["Content-Range"]) == (416, f"bytes */{size}")
+            assert json.loads(got)["errors"][0]["code"] == "SIZE_INVALID"
+            other = {"Range": "bytes=0-1", "If-Range": f'"{DIGEST}"'}
+            assert (await server.get(url, other))[::2] == (200, body)
+
+
+# --- while it arrives ---------------------------------------------------------------------------
+
+
+@pytest.mark.row("L5")
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_what_has_arrived_is_answered_before_the_rest_comes(
+    tmp_path: Path, tls: bool
+) -> None:
+    certificate = Certificate.make(tmp_path) if tls else None
+    async with (
+        half_way(tmp_path / "data", certificate=certificate) as (fake, server, rest),
+        server.client.get(server.blob(DIGEST)) as leading,
+    ):
+        assert await leading.content.readexactly(1000) == DATA[:1000]
+        assert leading.headers["Content-Length"] == str(len(DATA))
+        for value, start, stop in [("bytes=0-9", 0, 10), ("bytes=1000-1999", 1000, 2000)]:
+            status, headers, body = await server.get(server.blob(DIGEST), {"Range": value})
+            assert (status, body) == (206, DATA[start:stop])
+            assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/{len(DATA)}"
+        several = {"Range": "bytes=0-9,300000-300009"}
+        _, headers, body = await server.get(server.blob(DIGEST), several)
+        assert [data for _, data in parts_of(headers, body)] == [DATA[:10], DATA[300000:300010]]
+        status, headers, body = await server.get(
+            server.blob(DIGEST), {"Range": f"bytes={len(DATA)}-"}
+        )
+        assert (status, headers["Content-Range"]) == (416, f"bytes */{len(DATA)}")
+        rest.set()
+        assert await leading.content.read() == DATA[1000:]
+        assert fake.count("GET", "blobs/") == 1
+
+
+async def test_a_range_that_has_not_arrived_waits_for_its_bytes(tmp_path: Path) -> None:
+    async with half_way(tmp_path) as (fake, server, rest), asyncio.TaskGroup() as group:
+        asked = [
+            group.create_task(server.get(server.blob(DIGEST), {"Range": value}))
+            for value, _, _ in STEPS
+        ]
+        assert (await asked[0])[2] == DATA[:10]
+        assert not asked[1].done()
+        assert not asked[2].done()
+        rest.set()
+        for task, (value, start, stop) in zip(asked, STEPS, strict=True):
+            status, _, body = await task
+            assert (status, body == DATA[start:stop]) == (206, True), value
+        assert fake.count("GET", "blobs/") == 1
+
+
+async def test_content_of_unknown_length_is_whole_at_first_and_partial_later(
+    tmp_path: Path,
+) -> None:
+    digest = Digest.of(LARGE)
+    async with (
+        half_way(tmp_path, LARGE, chunked=True) as (_, server, rest),
+        asyncio.TaskGroup() as group,
+    ):
+        everything = {"Range": "bytes=0-"}
+        async with server.client.get(server.blob(digest), headers=everything) as first:
+            assert first.status == 200
+            assert "Content-Length" not in first.headers
+            assert await first.content.readexactly(1000) == LARGE[:1000]
+            last = group.create_task(server.get(server.blob(digest), {"Range": "bytes=-3"}))
+            rest.set()
+            assert await first.content.read() == LARGE[1000:]
+        status, headers, body = await last
+        assert (status, body) == (206, LARGE[-3:])
+        assert headers["Content-Range"].endswith(f"/{len(LARGE)}")
+        await server.store.idle()
+        status, headers, _ = await server.get(server.blob(digest), everything)
+        assert (status, headers["Content-Length"]) == (206, str(len(LARGE)))
+
+
+# --- TLS ----------------------------------------------------------------------------------------
+
+
+async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
+    certificate = Certificate.make(tmp_path)
+    async with (
+        FakeRegistry() as fake,
+        running(tmp_path / "data", fake.url, certificate=certificate) as server,
+    ):
+        fake.add_image(DATA)
+        for _ in ("cold", "warm"):
+            answers = await asyncio.gather(*(server.get(server.blob(DIGEST)) for _ in range(4)))
+            assert all(body == DATA for _, _, body in answers)
+            for value, start, stop in STEPS:
+                status, headers, body = await server.get(server.blob(DIGEST), {"Range": value})
+                assert (status, body == DATA[start:stop]) == (206, True), value
+                assert headers["Content-Length"] == str(stop - start)
+            several = {"Range": "bytes=0-0,500000-600000,-1"}
+            _, headers, body = await server.get(server.blob(DIGEST), several)
+            assert int(headers["Content-Length"]) == len(body)
+            assert b"".join(data for _, data in parts_of(headers, body)) == (
+                DATA[:1] + DATA[500000:600001] + DATA[-1:]
+            )
+            head = await server.ask("HEAD", server.blob(DIGEST))
+            assert (head[1]["Content-Length"], head[2]) == (str(len(DATA)), b"")
+            await server.store.idle()
+        assert (await server.get(server.manifest("latest")))[0] == 200
+        assert fake.count("GET", f"blobs/{DIGEST}") == 1
+
+
+@pytest.mark.row("U6")
+async def test_over_tls_a_cut_answer_is_no_clean_end(tmp_path: Path) -> None:
+    """HTTP/1.0 without a length ends with the connection: there, TLS must not say goodbye."""
+    made = Certificate.make(tmp_path)
+    digest, wrong = Digest.of(LARGE), len(LARGE) - 1
+    async with half_way(tmp_path / "data", LARGE, certificate=made, chunked=True, flip=wrong) as (
+        _,
+        server,
+        rest,
+    ):
+        port = int(server.url.rpartition(":")[2])
+        trust = ssl.create_default_context(cafile=made.cert_file)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust)
+        writer.write(f"GET /v2/library/app/blobs/{digest} HTTP/1.0\r\n\r\n".encode())
+        assert b" 200 OK\r\n" in await reader.readuntil(b"\r\n\r\n")
+        async with server.client.get(server.blob(digest)) as response:
+            assert response.status == 200
+            rest.set()
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await reader.read(-1)
+        writer.transport.abort()
+
+
+# --- what is counted ----------------------------------------------------------------------------
+
+
+async def test_a_record_tells_what_was_sent(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.add_blob(DATA)
+        await server.get(server.blob(DIGEST))
+        await server.store.idle()
+        await server.get(server.blob(DIGEST), {"Range": "bytes=10-19"})
+        await server.ask("HEAD", server.blob(DIGEST))
+        cold, part, head = await server.records()
+        assert (cold.outcome, cold.status, cold.bytes_sent) == (Outcome.MISS, 200, len(DATA))
+        assert (part.outcome, part.status, part.bytes_sent) == (Outcome.HIT, 206, 10)
+        assert (head.outcome, head.status, head.bytes_sent) == (Outcome.HIT, 200, 0)
+        assert cold.complete
+        assert part.complete
+        assert 0 < cold.first_byte <= cold.duration
+        assert {"index", "wait", "send"} <= {name for name, _ in cold.stages}
+
+
+async def test_a_client_that_leaves_is_no_failure_of_ours(tmp_path: Path) -> None:
+    async with half_way(tmp_path) as (_, server, rest):
+        leaving = await server.client.get(server.blob(DIGEST))
+        await leaving.content.readexactly(1000)
+        leaving.close()
+        rest.set()
+        assert (await server.get(server.blob(DIGEST)))[2] == DATA
+        left = next(pull for pull in await server.records() if not pull.complete)
+        assert left.error == "client left"
+        assert left.outcome is not Outcome.ERROR
+        assert 1000 <= left.bytes_sent < len(DATA)
+
+
+async def test_a_range_is_for_get_only(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(b"x" * 1000)
+        for value in ("bytes=0-9", "bytes=0-1,5-6", "bytes=5000-"):
+            status, headers, body = await server.ask("HEAD", server.blob(digest), {"Range": value})
+            assert (status, headers["Content-Length"], body) == (200, "1000", b"")
+            assert "Content-Range" not in headers
