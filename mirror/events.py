@@ -243,7 +243,7 @@ class StorageMeasured:
 
 
 @dataclass(frozen=True, slots=True)
-class GrowingMeasured:
+class IngestsMeasured:
     """Growing content of this process now; ``oldest_idle`` is seconds without progress."""
 
     count: int
@@ -275,7 +275,7 @@ Event: TypeAlias = (
     | Uncached
     | Published
     | StorageMeasured
-    | GrowingMeasured
+    | IngestsMeasured
     | Noted
 )
 Observer: TypeAlias = Callable[[Event], None]

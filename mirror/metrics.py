@@ -120,7 +120,7 @@ class Metrics:
         self._bytes = self._gauge("content_bytes", "Bytes of content on disk.")
         self._quota = self._gauge("quota_bytes", "storage.max_size.")
         self._writable = self._gauge("storage_writable", "Whether content can be stored.")
-        self._growing = Gauge(
+        self._ingest = Gauge(
             "oci_mirror_growing_contents",
             "Contents on their way in.",
             registry=registry,
@@ -225,8 +225,8 @@ class Metrics:
                 self._bytes.set(size)
                 self._quota.set(quota)
                 self._writable.set(writable)
-            case events.GrowingMeasured(count, idle):
-                self._growing.set(count)
+            case events.IngestsMeasured(count, idle):
+                self._ingest.set(count)
                 self._idle.set(idle)
             case events.Noted():
                 pass

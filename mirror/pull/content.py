@@ -161,10 +161,10 @@ class ContentService:
             return whole.size
         if not self.may_ask(repository):
             raise BlobUnknown("not in the cache, and the policy is Never")
-        growing = self._fetches.proven(repository, digest, Kind.BLOB)
-        if growing is not None and growing.size is not None:
+        ingest = self._fetches.proven(repository, digest, Kind.BLOB)
+        if ingest is not None and ingest.size is not None:
             pull.outcome = Outcome.JOIN
-            return growing.size
+            return ingest.size
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
             return await self.prove(repository, digest, Kind.BLOB)

@@ -28,8 +28,8 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.pull.sources import NO, Source, Sources
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from mirror.upstream.api import PROGRESS, ContentStream
 
 RIVAL_PATIENCE: Final = 5.0
@@ -74,7 +74,7 @@ class _Journey:
 
 
 async def fetch(
-    growing: Growing,
+    ingest: Ingest,
     sources: Sources,
     emit: Observer,
     words: Words,
@@ -90,11 +90,11 @@ async def fetch(
         while (source := sources.next()) is not None:
             journey = _Journey(source, time.monotonic(), gave)
             try:
-                await _bring(growing, sources, journey, emit, words)
+                await _bring(ingest, sources, journey, emit, words)
                 return
             except DigestMismatch:
                 where = "resume" if journey.resumed_from else "upstream"
-                emit(DigestMismatched(source.repository.upstream, str(growing.digest), where))
+                emit(DigestMismatched(source.repository.upstream, str(ingest.digest), where))
                 for endpoint, upstream in gave.items():
                     suspect(endpoint, upstream)
                 raise
@@ -102,52 +102,52 @@ async def fetch(
                 failure = error
                 sources.overtaken(source)
             except (UpstreamError, *NO) as error:
-                if isinstance(error, ManifestInvalid) and growing.position:
+                if isinstance(error, ManifestInvalid) and ingest.position:
                     raise  # it would be no better elsewhere
                 failure = error
                 if isinstance(error, NO):
                     await words.refused(source, error)
                 sources.failed(source, error)
-        await growing.fail(failure)
+        await ingest.fail(failure)
     except MirrorError as error:
-        await growing.fail(error)
+        await ingest.fail(error)
     except OSError as error:
-        await growing.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
+        await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
     finally:
-        growing.release()
+        ingest.release()
 
 
 async def _bring(
-    growing: Growing, sources: Sources, journey: _Journey, emit: Observer, words: Words
+    ingest: Ingest, sources: Sources, journey: _Journey, emit: Observer, words: Words
 ) -> None:
     """As far as one source brings it; raises what ended that."""
-    while not await _whole(growing):
+    while not await _whole(ingest):
         try:
-            await _transfer(growing, sources, journey, words)
+            await _transfer(ingest, sources, journey, words)
             return
         except (DigestMismatch, ManifestInvalid, _Overtaken):
             raise
         except (UpstreamError, NotFound) as error:
-            if isinstance(error, UpstreamProtocolError) and growing.start_over():
+            if isinstance(error, UpstreamProtocolError) and ingest.start_over():
                 continue
-            await _pause_before_resuming(growing, sources, journey, error, emit)
+            await _pause_before_resuming(ingest, sources, journey, error, emit)
 
 
-async def _whole(growing: Growing) -> bool:
+async def _whole(ingest: Ingest) -> bool:
     """Whether nothing is left to fetch; follows another process while that one fetches.
 
     What that one's upstream came to says nothing of ours, which is asked then, once.
     """
     failed = False
     while True:
-        match await growing.lead():
+        match await ingest.try_lead():
             case Role.DONE:
                 return True
-            case Role.LEAD:
+            case Role.LEADER:
                 return False
-            case Role.TAIL:
+            case Role.FOLLOWER:
                 try:
-                    await growing.tail()
+                    await ingest.follow_other_process()
                 except UpstreamError as error:
                     if failed or isinstance(error, DigestMismatch):
                         raise
@@ -169,9 +169,9 @@ async def _hurried(sources: Sources) -> AsyncIterator[None]:
         raise _Overtaken("no answer, and another upstream waits to be asked") from None
 
 
-async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words: Words) -> None:
+async def _transfer(ingest: Ingest, sources: Sources, journey: _Journey, words: Words) -> None:
     source = journey.source
-    journey.resumed_from = growing.position
+    journey.resumed_from = ingest.position
     async with AsyncExitStack() as stack:
         async with _hurried(sources):
             stream = await stack.enter_async_context(
@@ -180,9 +180,9 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
                     source.digest,
                     source.kind,
                     accept=source.accept,
-                    offset=growing.position,
+                    offset=ingest.position,
                     validator=journey.validator,
-                    total=growing.size if growing.position else None,
+                    total=ingest.size if ingest.position else None,
                     avoid=(*journey.avoid, *source.avoid),
                 )
             )
@@ -193,7 +193,7 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
         total = stream.total if stream.total is not None else expected
         if source.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
             raise ManifestInvalid(f"a manifest of {total} bytes")
-        skip = growing.position - stream.start
+        skip = ingest.position - stream.start
         if skip < 0:
             raise UpstreamProtocolError("the answer begins behind what was asked for")
         # Before anybody is woken: it is the proof for those who wait.
@@ -201,22 +201,22 @@ async def _transfer(growing: Growing, sources: Sources, journey: _Journey, words
         if not journey.answered:
             journey.answered = True
             words.granted(source, stream)
-        await growing.declare(total)
+        await ingest.declare(total)
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
             chunk = data[skip:] if skip else data
             skip = max(0, skip - len(data))
             if chunk:
-                await growing.feed(chunk)
-            if source.kind is Kind.MANIFEST and growing.position > MANIFEST_LIMIT:
+                await ingest.feed(chunk)
+            if source.kind is Kind.MANIFEST and ingest.position > MANIFEST_LIMIT:
                 raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
     if skip:
         raise UpstreamUnavailable("ended before the point where it broke")
-    await growing.finish()
+    await ingest.finish()
 
 
 async def _pause_before_resuming(
-    growing: Growing, sources: Sources, journey: _Journey, error: MirrorError, emit: Observer
+    ingest: Ingest, sources: Sources, journey: _Journey, error: MirrorError, emit: Observer
 ) -> None:
     """Decide whether to go on after a break; raises ``error`` if not.
 
@@ -224,15 +224,15 @@ async def _pause_before_resuming(
     bodies that broke.
     """
     now = time.monotonic()
-    progress = growing.position >= journey.best + PROGRESS
+    progress = ingest.position >= journey.best + PROGRESS
     if progress:
-        journey.attempts, journey.best, journey.since = 0, growing.position, now
+        journey.attempts, journey.best, journey.since = 0, ingest.position, now
     left_alone = isinstance(error, UpstreamLeftAlone)
     if not left_alone:
         journey.attempts += 1
     if (
         not journey.answered
-        or growing.closed
+        or ingest.closed
         or journey.attempts > _ATTEMPTS
         or now - journey.since > _PATIENCE
     ):
@@ -251,7 +251,7 @@ async def _pause_before_resuming(
     if restarted:
         journey.validator = None
     upstream = journey.source.repository.upstream
-    emit(Resumed(upstream, growing.position, restarted, error.message))
+    emit(Resumed(upstream, ingest.position, restarted, error.message))
     await _pause(min(_LONGEST_PAUSE, 0.05 * 2**journey.attempts))
 
 

@@ -18,9 +18,9 @@ from mirror.pull.fetch import Words, fetch
 from mirror.pull.flights import Flights
 from mirror.pull.recent import Recent
 from mirror.pull.sources import NO, Claim, Source, Sources
-from mirror.store.claim import Role
 from mirror.store.follower import Follower
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
 
 _SUSPECTED_FOR: Final = 600.0
@@ -68,12 +68,12 @@ class Fetches:
         self._finish = finish
         self._suspects: Recent[dict[str, str]] = Recent(1000, _SUSPECTED_FOR, len)
         """Endpoints that gave wrong bytes, the latest one last, and their upstreams."""
-        self._sources: dict[Growing, Sources] = {}
+        self._sources: dict[Ingest, Sources] = {}
 
-    def proven(self, repository: Repository, digest: Digest, kind: Kind) -> Growing | None:
+    def proven(self, repository: Repository, digest: Digest, kind: Kind) -> Ingest | None:
         """Content that grows, if its fetch has shown that ``repository`` has it."""
-        growing, sources = self._under_way(digest)
-        return growing if sources is not None and (repository, kind) in sources.proven else None
+        ingest, sources = self._under_way(digest)
+        return ingest if sources is not None and (repository, kind) in sources.proven else None
 
     def follow(self, source: Source) -> Following:
         """Join the fetch of this content, or begin it. The caller closes the follower.
@@ -83,31 +83,31 @@ class Fetches:
         suspects = self._suspects.get(source.digest) or {}
         doubted = source.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), doubted=doubted)
-        growing, sources = self._under_way(source.digest)
-        follower = growing.follow() if growing is not None else None
+        ingest, sources = self._under_way(source.digest)
+        follower = ingest.follow() if ingest is not None else None
         if follower is None or sources is None:
             return self._begin(source)
         sources.offer(source)
         return Following(follower, sources, source.claim, joined=True)
 
-    def _under_way(self, digest: Digest) -> tuple[Growing, Sources] | tuple[None, None]:
+    def _under_way(self, digest: Digest) -> tuple[Ingest, Sources] | tuple[None, None]:
         """The fetch of this content that has not failed, if there is one."""
-        growing = self._store.growing.get(digest)
-        if growing is None or growing.failure is not None or growing not in self._sources:
+        ingest = self._store.active_ingests.get(digest)
+        if ingest is None or ingest.failure is not None or ingest not in self._sources:
             return None, None
-        return growing, self._sources[growing]
+        return ingest, self._sources[ingest]
 
     def _begin(self, source: Source) -> Following:
-        growing, sources = self._store.grow(source.digest), Sources(source)
-        follower = growing.follow()
+        ingest, sources = self._store.start_ingest(source.digest), Sources(source)
+        follower = ingest.follow()
         assert follower is not None
-        self._sources[growing] = sources
+        self._sources[ingest] = sources
 
         async def work() -> None:
             try:
-                await fetch(growing, sources, self._emit, self._words, suspect)
+                await fetch(ingest, sources, self._emit, self._words, suspect)
             finally:
-                self._end(growing)
+                self._end(ingest)
 
         def suspect(endpoint: str, upstream: str) -> None:
             suspects = dict(self._suspects.get(source.digest) or {})
@@ -115,34 +115,36 @@ class Fetches:
             self._suspects.put(source.digest, {**suspects, endpoint: upstream})
 
         try:
-            flight = self._flights.join(("fetch", source.digest, id(growing)), work)
+            flight = self._flights.join(("fetch", source.digest, id(ingest)), work)
         except BaseException:
             follower.close()
-            growing.release()
-            self._end(growing)
+            ingest.release()
+            self._end(ingest)
             raise
 
         def give_up() -> None:
-            self._store.grown(growing)  # whoever comes now begins anew, and goes on where it ended
+            self._store.end_ingest(
+                ingest
+            )  # whoever comes now begins anew, and goes on where it ended
             flight.cancel()
 
-        growing.when_abandoned(give_up, keep=self._finish)
+        ingest.when_abandoned(give_up, keep=self._finish)
         return Following(follower, sources, source.claim, joined=False)
 
-    def _end(self, growing: Growing) -> None:
-        self._store.grown(growing)
-        self._sources.pop(growing, None)
+    def _end(self, ingest: Ingest) -> None:
+        self._store.end_ingest(ingest)
+        self._sources.pop(ingest, None)
 
     async def keep(self, digest: Digest, body: bytes) -> None:
         """Keep small content that came by another way than its digest."""
-        growing = self._store.grow(digest)
+        ingest = self._store.start_ingest(digest)
         try:
-            if await growing.lead() is Role.LEAD:
-                await growing.declare(len(body))
-                await growing.feed(body)
-                await growing.finish()
+            if await ingest.try_lead() is Role.LEADER:
+                await ingest.declare(len(body))
+                await ingest.feed(body)
+                await ingest.finish()
         except MirrorError as error:
-            await growing.fail(error)
+            await ingest.fail(error)
         finally:
-            growing.release()
-            self._store.grown(growing)
+            ingest.release()
+            self._store.end_ingest(ingest)

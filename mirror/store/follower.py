@@ -71,55 +71,55 @@ class Followed(Protocol):
 class Follower:
     """One reader of growing content (see :class:`mirror.store.reader.Reader`)."""
 
-    def __init__(self, growing: Followed, position: int) -> None:
-        self._growing = growing
+    def __init__(self, ingest: Followed, position: int) -> None:
+        self._ingest = ingest
         self._open = True
         self.position = position
-        growing.followers.add(self)
+        ingest.followers.add(self)
 
     @property
     def digest(self) -> Digest:
         """The name of the content."""
-        return self._growing.digest
+        return self._ingest.digest
 
     @property
     def size(self) -> int | None:
         """Bytes of the whole content, once the upstream has said so."""
-        return self._growing.size
+        return self._ingest.size
 
     @property
     def arrived(self) -> int:
         """Bytes that are there."""
-        return self._growing.head
+        return self._ingest.head
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """See :meth:`mirror.store.reader.Reader.wait`."""
-        growing = self._growing
+        ingest = self._ingest
         if not self._open:
             raise ContentLost("this reader is closed")
         if stop is not None and start >= stop:
             return None
         self.position = start
-        if growing.holds_all_from(start):
-            growing.followers.add(self)  # it may have been left behind as too slow
-        growing.moved()
+        if ingest.holds_all_from(start):
+            ingest.followers.add(self)  # it may have been left behind as too slow
+        ingest.moved()
         while True:
-            wrong = isinstance(growing.failure, DigestMismatch)
-            if start < growing.head and not wrong:
-                return growing.extent(start, growing.head if stop is None else stop)
-            if growing.failure is not None:
-                raise growing.failure
-            if growing.verified:
+            wrong = isinstance(ingest.failure, DigestMismatch)
+            if start < ingest.head and not wrong:
+                return ingest.extent(start, ingest.head if stop is None else stop)
+            if ingest.failure is not None:
+                raise ingest.failure
+            if ingest.verified:
                 return None
-            await growing.progress(start)
+            await ingest.progress(start)
 
     def close(self) -> None:
         """Leave. The fetch goes on. Safe to call twice."""
         if not self._open:
             return
         self._open = False
-        self._growing.followers.discard(self)
-        self._growing.moved()
+        self._ingest.followers.discard(self)
+        self._ingest.moved()
 
 
 def too_slow(followers: Collection[Follower], head: int, floor: int) -> set[Follower]:

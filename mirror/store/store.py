@@ -19,7 +19,7 @@ from mirror.config import Storage
 from mirror.events import (
     Event,
     Evicted,
-    GrowingMeasured,
+    IngestsMeasured,
     Noted,
     Observer,
     Published,
@@ -32,11 +32,11 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Repository
 from mirror.store import disk, image_layout
 from mirror.store.catalog import Catalog, touch
-from mirror.store.claim import Surroundings
 from mirror.store.content import Contents
 from mirror.store.eviction import Evictor
-from mirror.store.growing import Growing
 from mirror.store.index import Index
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import IngestContext
 from mirror.store.layout import Layout
 from mirror.store.records import Membership, TagRecord, members_of, parse_member
 from mirror.store.recovery import recover, sweep
@@ -61,7 +61,7 @@ class Store:
     ) -> None:
         self.layout = layout
         self.index = index
-        self.growing: dict[Digest, Growing] = {}
+        self.active_ingests: dict[Digest, Ingest] = {}
         self._emit = emit
         self._now = now
         self._settings = settings
@@ -87,7 +87,7 @@ class Store:
         self.evictor = Evictor(
             layout, self.catalog, settings, index, self._opening, self._notice, now
         )
-        self._surroundings = Surroundings(
+        self._ingest_context = IngestContext(
             layout=layout,
             io=self._writing,
             publishing=self._publishing,
@@ -130,26 +130,26 @@ class Store:
 
     # --- growing content ----------------------------------------------------------------------
 
-    def grow(self, digest: Digest) -> Growing:
+    def start_ingest(self, digest: Digest) -> Ingest:
         """New growing content: the caller drives it, and says when it is :meth:`grown`."""
-        growing = Growing(self._surroundings, digest, None)
-        self.growing[digest] = growing
-        return growing
+        ingest = Ingest(self._ingest_context, digest, None)
+        self.active_ingests[digest] = ingest
+        return ingest
 
-    def grown(self, growing: Growing) -> None:
+    def end_ingest(self, ingest: Ingest) -> None:
         """The fetch of this content is over."""
-        if self.growing.get(growing.digest) is growing:
-            del self.growing[growing.digest]
+        if self.active_ingests.get(ingest.digest) is ingest:
+            del self.active_ingests[ingest.digest]
 
     async def settled(self) -> None:
         """Wait until all content that is verified is published as well."""
-        while verified := [growing for growing in self.growing.values() if growing.verified]:
+        while verified := [ingest for ingest in self.active_ingests.values() if ingest.verified]:
             await verified[0].released.wait()
 
     async def idle(self) -> None:
         """Wait until nothing is growing any more."""
-        while self.growing:
-            await next(iter(self.growing.values())).released.wait()
+        while self.active_ingests:
+            await next(iter(self.active_ingests.values())).released.wait()
             await asyncio.sleep(0)
 
     # --- recency ------------------------------------------------------------------------------
@@ -183,8 +183,8 @@ class Store:
             )
         )
         await self._tidy()
-        idle = (time.monotonic() - growing.last_progress for growing in self.growing.values())
-        self._emit(GrowingMeasured(len(self.growing), max(idle, default=0.0)))
+        idle = (time.monotonic() - ingest.last_progress for ingest in self.active_ingests.values())
+        self._emit(IngestsMeasured(len(self.active_ingests), max(idle, default=0.0)))
 
     async def _tidy(self) -> None:
         """Forget, in small steps, what was known of content that is gone."""

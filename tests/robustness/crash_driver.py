@@ -56,7 +56,7 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
                 got = await read(reader)
             assert got == data or "no-digest-check" in sys.argv
 
-        object.__setattr__(kit.store._surroundings, "emit", announce)
+        object.__setattr__(kit.store._ingest_context, "emit", announce)
         await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), head=False)
         for layer in LAYERS:
             await blob(layer)

@@ -41,7 +41,7 @@ async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None
         await leading.content.readexactly(100_000)
         waiting = [server.get(server.blob(digest)) for _ in range(followers)]
         tasks = asyncio.gather(*waiting)
-        while len(server.store.growing[digest].followers) <= followers:  # noqa: ASYNC110 - no event
+        while len(server.store.active_ingests[digest].followers) <= followers:  # noqa: ASYNC110 - no event
             await asyncio.sleep(0.01)
         leading.close()
         assert [body for _, _, body in await tasks] == [DATA] * followers
@@ -87,11 +87,11 @@ async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], N
         assert body == DATA
         assert fake.count("GET", "blobs/") == 1
         for _ in range(50):
-            if len(os.listdir("/proc/self/fd")) <= before + 12 and not server.store.growing:
+            if len(os.listdir("/proc/self/fd")) <= before + 12 and not server.store.active_ingests:
                 break
             await asyncio.sleep(0.1)
         assert len(os.listdir("/proc/self/fd")) <= before + 12
-        assert not server.store.growing
+        assert not server.store.active_ingests
         tried(1000)
 
 

@@ -178,7 +178,7 @@ async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) ->
         if extra := ours() - before:
             await asyncio.wait(extra, timeout=5)
         assert ours() - before == set()
-        assert not server.store.growing
+        assert not server.store.active_ingests
         files = temporary(tmp_path)
         # a fetch that was given up leaves what a later one resumes, and nothing else
         assert not files if abandoned == "finish" else len(files) <= 2 * len(slow)

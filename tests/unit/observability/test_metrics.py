@@ -76,8 +76,8 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.StorageMeasured(2, 20, 200, False), "content_bytes", {}, 20),
     (events.StorageMeasured(2, 20, 200, False), "quota_bytes", {}, 200),
     (events.StorageMeasured(2, 20, 200, False), "storage_writable", {}, 0),
-    (events.GrowingMeasured(4, 1.5), "growing_contents", {}, 4),
-    (events.GrowingMeasured(4, 1.5), "growing_oldest_idle_seconds", {}, 1.5),
+    (events.IngestsMeasured(4, 1.5), "growing_contents", {}, 4),
+    (events.IngestsMeasured(4, 1.5), "growing_oldest_idle_seconds", {}, 1.5),
     (events.PullEnded(a_pull()), "requests_total", {"outcome": "hit", "kind": "blob"}, 1),
     (
         events.PullEnded(a_pull(bytes_sent=5)),

@@ -374,7 +374,7 @@ async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
         await kit.flights.drain(1.0)
         with pytest.raises(Draining):
             await blob(kit, digest)
-        assert not kit.store.growing
+        assert not kit.store.active_ingests
         assert not kit.registry.calls
 
 
@@ -389,4 +389,4 @@ async def test_small_content_is_kept_if_it_is_what_it_says(tmp_path: Path) -> No
         assert await read(reader) == b"right"
         reader.close()
         assert await kit.store.contents.find(wrong) is None
-        assert not kit.store.growing
+        assert not kit.store.active_ingests

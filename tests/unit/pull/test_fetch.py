@@ -31,8 +31,8 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Repository
 from mirror.pull.fetch import fetch
 from mirror.pull.sources import Source, Sources
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from mirror.store.records import Membership
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import REPO, MemoryRegistry, Stream
@@ -64,7 +64,7 @@ class Bench:
 
     kit: Kit
     registry: Recording
-    growing: Growing
+    ingest: Ingest
     source: Source
     answered: list[ContentStream] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Bench:
             assert upstream == REPO.upstream
             self.suspects.append(endpoint)
 
-        await fetch(self.growing, sources, self.kit.events.append, self, suspect)
+        await fetch(self.ingest, sources, self.kit.events.append, self, suspect)
 
     def granted(self, source: Source, stream: ContentStream) -> None:
         self.answered.append(stream)
@@ -90,7 +90,7 @@ class Bench:
 
     async def body(self) -> bytes:
         """What a follower gets while it runs; raises what the fetch has met."""
-        follower = self.growing.follow()
+        follower = self.ingest.follow()
         assert follower is not None
         try:
             async with asyncio.TaskGroup() as group:
@@ -116,9 +116,9 @@ async def read_or_error(follower: Any) -> bytes | MirrorError:
 
 def another(bench: Bench, **changes: Any) -> Bench:
     """A second fetch of the same content, as another process would begin it."""
-    growing = Growing(bench.kit.surroundings, bench.growing.digest, None)
-    source = Source(bench.registry, REPO, bench.growing.digest, bench.source.kind, **changes)
-    return Bench(bench.kit, bench.registry, growing, source)
+    ingest = Ingest(bench.kit.ingest_context, bench.ingest.digest, None)
+    source = Source(bench.registry, REPO, bench.ingest.digest, bench.source.kind, **changes)
+    return Bench(bench.kit, bench.registry, ingest, source)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         registry = Recording()
         registry.add_blob(REPO.path, DATA)
         source = Source(registry, REPO, DIGEST, Kind.BLOB)
-        yield Bench(parts, registry, Growing(parts.surroundings, DIGEST, None), source)
+        yield Bench(parts, registry, Ingest(parts.ingest_context, DIGEST, None), source)
 
 
 def change(bench: Bench, *changes: dict[str, Any]) -> None:
@@ -151,7 +151,7 @@ async def test_content_is_fetched_verified_and_published(bench: Bench) -> None:
     assert bench.registry.offsets == [0]
     assert bench.kit.layout.blob(DIGEST).read_bytes() == DATA
     assert len(bench.answered) == 1
-    assert bench.growing.released.is_set()
+    assert bench.ingest.released.is_set()
 
 
 async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) -> None:
@@ -159,7 +159,7 @@ async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) 
     bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, known=known, avoid=("bad",))
     change(bench, {"total": None})
     assert await bench.body() == DATA
-    assert bench.growing.size == len(DATA)
+    assert bench.ingest.size == len(DATA)
     assert bench.registry.asked[0]["avoid"] == ("bad",)
 
 
@@ -302,13 +302,13 @@ async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: b
     body = b" " * (MANIFEST_LIMIT + 1)
     digest = Digest.of(body)
     bench.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
-    bench.growing = Growing(bench.kit.surroundings, digest, None)
+    bench.ingest = Ingest(bench.kit.ingest_context, digest, None)
     bench.source = Source(bench.registry, REPO, digest, Kind.MANIFEST, accept=("a/b",))
     change(bench, {} if announced else {"total": None})
     with pytest.raises(ManifestInvalid):
         await bench.body()
-    assert bench.growing.position <= MANIFEST_LIMIT + 65_536
-    assert (bench.growing.position == 0) is announced
+    assert bench.ingest.position <= MANIFEST_LIMIT + 65_536
+    assert (bench.ingest.position == 0) is announced
     assert bench.registry.asked[0]["accept"] == ("a/b",)
     assert not bench.kit.layout.blob(digest).exists()
 
@@ -317,8 +317,8 @@ async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: b
 
 
 async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench: Bench) -> None:
-    other = Growing(bench.kit.surroundings, DIGEST, None)
-    assert await other.lead() is Role.LEAD
+    other = Ingest(bench.kit.ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
     async with asyncio.TaskGroup() as group:
         reading = group.create_task(bench.body())
@@ -332,8 +332,8 @@ async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench:
 
 @pytest.mark.row("C7")
 async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None:
-    other = Growing(bench.kit.surroundings, DIGEST, None)
-    assert await other.lead() is Role.LEAD
+    other = Ingest(bench.kit.ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
     follower = other.follow()
     assert follower is not None
@@ -354,7 +354,7 @@ async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None
 
 async def test_a_fetch_that_is_cancelled_lets_go_and_tells_its_followers(bench: Bench) -> None:
     bench.registry.gate = asyncio.Event()
-    follower = bench.growing.follow()
+    follower = bench.ingest.follow()
     assert follower is not None
     async with asyncio.TaskGroup() as group:
         fetching = group.create_task(bench.fetch())
@@ -363,7 +363,7 @@ async def test_a_fetch_that_is_cancelled_lets_go_and_tells_its_followers(bench: 
     with pytest.raises(UpstreamUnavailable, match="given up"):
         await read(follower, 399_999)
     follower.close()
-    assert bench.growing.released.is_set()
+    assert bench.ingest.released.is_set()
     bench.registry.gate.set()
     assert await another(bench).body() == DATA
 
@@ -374,6 +374,6 @@ async def test_an_error_of_the_system_is_an_upstream_that_cannot_be_asked(
     async def refuse() -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(bench.growing, "lead", refuse)
+    monkeypatch.setattr(bench.ingest, "try_lead", refuse)
     with pytest.raises(UpstreamUnavailable, match="Too many open files"):
         await bench.body()

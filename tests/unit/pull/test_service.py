@@ -171,6 +171,6 @@ async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
             if not left:
                 break
             number += 1
-            assert not [g for g in kit.store.growing.values() if g.followers]
+            assert not [g for g in kit.store.active_ingests.values() if g.followers]
             assert not kit.store.contents._leases
         assert number >= 2

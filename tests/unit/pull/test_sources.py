@@ -28,7 +28,7 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Repository
 from mirror.pull import fetch
 from mirror.pull.sources import Source, Sources
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
 from mirror.store.records import Membership
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
@@ -80,7 +80,7 @@ async def joined(
     first = group.create_task(outcome(kit, REPO))
     await ours.asked.wait()
     second = group.create_task(outcome(kit, THEIRS))
-    while not any(len(g.followers) == 2 for g in kit.store.growing.values()):  # noqa: ASYNC110 - no event
+    while not any(len(g.followers) == 2 for g in kit.store.active_ingests.values()):  # noqa: ASYNC110 - no event
         await asyncio.sleep(0.001)
     return first, second
 
@@ -194,13 +194,13 @@ async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path:
     ours = MemoryRegistry()
     ours.add_blob(REPO.path, DATA)
     async with pull_kit(tmp_path, registry=ours) as kit:
-        other = Growing(kit.store._surroundings, DIGEST, None)
-        await other.lead()
+        other = Ingest(kit.store._ingest_context, DIGEST, None)
+        await other.try_lead()
         await other.declare(len(DATA))
         async with asyncio.TaskGroup() as group:
             ask = group.create_task(outcome(kit, REPO))
             await other.feed(DATA[:100_000])
-            while not any(g.head for g in kit.store.growing.values()):  # noqa: ASYNC110 - no event
+            while not any(g.head for g in kit.store.active_ingests.values()):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.001)
             await other.fail(UpstreamTimeout("silence, at another upstream"))
             other.release()
@@ -365,7 +365,7 @@ async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path
             leads = group.create_task(outcome(kit, REPO))
             await registry.asked.wait()
             follows = group.create_task(outcome(other, REPO))
-            while DIGEST not in other.store.growing:  # noqa: ASYNC110 - there is no event
+            while DIGEST not in other.store.active_ingests:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.001)
             registry.let.set()
             while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110 - no event

@@ -20,9 +20,9 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store import disk
-from mirror.store.claim import Role, Surroundings
 from mirror.store.content import Contents
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import Membership, confirm, members_of
@@ -57,7 +57,7 @@ class Kit:
     """One store's worth of parts."""
 
     layout: Layout
-    surroundings: Surroundings
+    ingest_context: IngestContext
     contents: Contents
     events: list[Event]
     pools: list[ThreadPoolExecutor]
@@ -86,7 +86,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         emit=events.append,
         now=time.time,
     )
-    surroundings = Surroundings(
+    ingest_context = IngestContext(
         layout=layout,
         io=pools[0],
         publishing=pools[1],
@@ -97,7 +97,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         boot=disk.boot_id(),
     )
     try:
-        yield Kit(layout, surroundings, contents, events, pools, room)
+        yield Kit(layout, ingest_context, contents, events, pools, room)
     finally:
         for pool in pools:
             pool.shutdown()
@@ -139,9 +139,9 @@ def pieces(data: bytes, size: int = 65_536) -> list[bytes]:
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
-async def bring(content: Growing, data: bytes = DATA, size: int | None = len(DATA)) -> None:
+async def bring(content: Ingest, data: bytes = DATA, size: int | None = len(DATA)) -> None:
     """A fetch that goes well, from wherever it is to be resumed."""
-    assert await content.lead() is Role.LEAD
+    assert await content.try_lead() is Role.LEADER
     await content.declare(size)
     for piece in pieces(data[content.position :]):
         await content.feed(piece)
@@ -152,17 +152,17 @@ async def bring(content: Growing, data: bytes = DATA, size: int | None = len(DAT
 
 async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     """A fetch through the store that goes well; whether it is kept is the disk's affair."""
-    content = store.grow(Digest.of(data, algorithm))
+    content = store.start_ingest(Digest.of(data, algorithm))
     await bring(content, data, len(data))
-    store.grown(content)
+    store.end_ingest(content)
     return content.digest
 
 
-async def go_on(content: Growing, data: bytes = DATA) -> None:
+async def go_on(content: Ingest, data: bytes = DATA) -> None:
     """What a fetch does beside another process's: follow it, then lead where it has to."""
-    while (role := await content.lead()) is Role.TAIL:
-        await content.tail()
-    if role is Role.LEAD:
+    while (role := await content.try_lead()) is Role.FOLLOWER:
+        await content.follow_other_process()
+    if role is Role.LEADER:
         await bring(content, data, len(data))
     else:
         content.release()

@@ -148,17 +148,17 @@ async def test_where_all_is_pinned_a_pull_is_served_and_not_kept(tmp_path: Path)
         await pulled(store, body, Tag("1.0"), *layers)
         await store.index.pin([Digest.of(body)])
         before = held(store)
-        content = store.grow(Digest.of(layer(9)))
+        content = store.start_ingest(Digest.of(layer(9)))
         follower = content.follow()
         assert follower
-        await content.lead()
+        await content.try_lead()
         await content.declare(200_000)
         await content.feed(layer(9))
         await content.finish()
         content.release()
         assert await read(follower) == layer(9)
         follower.close()
-        store.grown(content)
+        store.end_ingest(content)
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
         assert before - {Digest.of(b"{}")} <= held(store)
         assert Digest.of(layer(9)) not in held(store)
@@ -205,13 +205,13 @@ async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock, settings=QUOTA) as store:
         await keep(store, layer(0))
-        content = store.grow(Digest.of(layer(1, 400_000)))
-        await content.lead()
+        content = store.start_ingest(Digest.of(layer(1, 400_000)))
+        await content.try_lead()
         await content.declare(400_000)
         await content.feed(layer(1, 400_000)[:350_000])
         await content.fail(UpstreamUnavailable("gone"))
         content.release()
-        store.grown(content)
+        store.end_ingest(content)
         damaged = await keep(store, layer(2))
         store.layout.blob(damaged).write_bytes(b"x" * 200_000)
         assert await store.contents.find(damaged) is None
@@ -228,16 +228,16 @@ async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await keep(store, layer(0))
         await keep(store, layer(1, HIGH + 1))
-        growing = [store.grow(Digest.of(layer(seed, 500_000))) for seed in (2, 3)]
-        for content in growing:
-            await content.lead()
+        ingest = [store.start_ingest(Digest.of(layer(seed, 500_000))) for seed in (2, 3)]
+        for content in ingest:
+            await content.try_lead()
             await content.declare(500_000)
         assert held(store) == {Digest.of(layer(0))}
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"] * 2
         assert not [e for e in events if isinstance(e, Evicted)]
-        for content in growing:
+        for content in ingest:
             content.release()
-            store.grown(content)
+            store.end_ingest(content)
 
 
 @pytest.mark.row("HC10")

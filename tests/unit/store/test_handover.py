@@ -19,10 +19,10 @@ import pytest
 from mirror.events import Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.store import disk
-from mirror.store.claim import Claim, Role
 from mirror.store.disk import IngestState
 from mirror.store.follower import Follower
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import IngestLock, Role
 from tests.unit.store.kit import DATA, DIGEST, Kit, bring, eventually, flip, go_on, kit, read
 
 HALF = 1_500_000
@@ -36,21 +36,21 @@ async def processes(tmp_path: Path) -> AsyncIterator[list[Kit]]:
 
 async def left_behind(parts: Kit, stop: int) -> None:
     """A fetch that broke at ``stop``."""
-    content = Growing(parts.surroundings, DIGEST, None)
-    await content.lead()
+    content = Ingest(parts.ingest_context, DIGEST, None)
+    await content.try_lead()
     await content.declare(len(DATA))
     await content.feed(DATA[:stop])
     await content.fail(UpstreamUnavailable("gone"))
     content.release()
 
 
-def follow(content: Growing) -> Follower:
+def follow(content: Ingest) -> Follower:
     follower = content.follow()
     assert follower
     return follower
 
 
-async def in_vain(content: Growing) -> MirrorError:
+async def in_vain(content: Ingest) -> MirrorError:
     """A fetch that is to fail."""
     try:
         await go_on(content)
@@ -65,11 +65,11 @@ async def test_what_does_not_belong_is_replaced_and_not_mixed(processes: list[Ki
     """An upstream cannot resume what was left, and what was left was wrong."""
     await left_behind(processes[0], HALF)
     flip(processes[0].layout.ingest(DIGEST), 5)
-    leader = Growing(processes[0].surroundings, DIGEST, None)
-    assert await leader.lead() is Role.LEAD
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    assert await leader.try_lead() is Role.LEADER
     assert leader.position == HALF
-    other = Growing(processes[1].surroundings, DIGEST, None)
-    assert await other.lead() is Role.TAIL
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
     ours, theirs = follow(leader), follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         tailing = group.create_task(in_vain(other))
@@ -89,9 +89,9 @@ async def test_what_does_not_belong_is_replaced_and_not_mixed(processes: list[Ki
 
 async def test_right_bytes_go_on_when_their_file_was_replaced(processes: list[Kit]) -> None:
     await left_behind(processes[0], HALF)
-    leader = Growing(processes[0].surroundings, DIGEST, None)
-    await leader.lead()
-    other = Growing(processes[1].surroundings, DIGEST, None)
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    await leader.try_lead()
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
     theirs = follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         group.create_task(go_on(other))
@@ -111,25 +111,25 @@ async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
 ) -> None:
     """A moment after a death all that is there is its own; later it may be anything."""
     first, second, third = processes
-    dying = Growing(first.surroundings, DIGEST, None)
-    await dying.lead()
+    dying = Ingest(first.ingest_context, DIGEST, None)
+    await dying.try_lead()
     await dying.declare(len(DATA))
     await dying.feed(DATA[:HALF])
     await eventually(lambda: dying.head == HALF)
-    other = Growing(second.surroundings, DIGEST, None)
-    assert await other.lead() is Role.TAIL
+    other = Ingest(second.ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
-    dying._claim.stop_beating()
+    dying._lock.stop_heartbeat()
     state = IngestState(len(DATA), disk.boot_id(), HALF - 1000, holder="dead")
-    await dying._claim.write_state(state)
+    await dying._lock.write_state(state)
     now = time.time() + after
-    fresh = Growing(replace(third.surroundings, now=lambda: now), DIGEST, None)
+    fresh = Ingest(replace(third.ingest_context, now=lambda: now), DIGEST, None)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         tailing = group.create_task(in_vain(other) if after != 1.0 else go_on(other))
         assert await read(theirs, 0, HALF) == DATA[:HALF]
-        dying._claim.close()  # what the kernel does for the dead
-        role = await fresh.lead()
-        if role is Role.TAIL:  # the other one was faster, as it may be
+        dying._lock.close()  # what the kernel does for the dead
+        role = await fresh.try_lead()
+        if role is Role.FOLLOWER:  # the other one was faster, as it may be
             await go_on(fresh)
             assert await read(theirs, HALF) == DATA[HALF:]
             return
@@ -149,27 +149,27 @@ async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
 async def test_a_failure_of_yesterday_is_no_answer(processes: list[Kit]) -> None:
     """Somebody has the lock already, and has not yet said that it goes on."""
     await left_behind(processes[0], HALF)
-    holder = Claim(processes[0].surroundings, DIGEST)
-    assert await holder.take(None, 0) is Role.LEAD
-    other = Growing(processes[1].surroundings, DIGEST, None)
+    holder = IngestLock(processes[0].ingest_context, DIGEST)
+    assert await holder.try_acquire(None, 0) is Role.LEADER
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
     theirs = follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         group.create_task(go_on(other))
         assert await read(theirs, 0, 1000) == DATA[:1000]
-        holder.let_go()
+        holder.release()
         holder.close()
         assert await read(theirs) == DATA
     theirs.close()
 
 
 async def test_a_failure_of_now_reaches_those_in_other_processes(processes: list[Kit]) -> None:
-    leader = Growing(processes[0].surroundings, DIGEST, None)
-    await leader.lead()
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    await leader.try_lead()
     await leader.declare(len(DATA))
     await leader.feed(DATA[:HALF])
     await eventually(lambda: leader.head == HALF)
-    other = Growing(processes[1].surroundings, DIGEST, None)
-    assert await other.lead() is Role.TAIL
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         tailing = group.create_task(in_vain(other))
@@ -187,14 +187,14 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
     processes: list[Kit], size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The length and the publication are two looks, and a publish may come in between."""
-    leader = Growing(processes[0].surroundings, DIGEST, None)
-    await leader.lead()
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    await leader.try_lead()
     await leader.declare(size)
     await leader.feed(DATA[:HALF])
     await leader.feed(DATA[HALF : HALF + 1])
     await eventually(lambda: leader.head >= HALF)
-    other = Growing(processes[1].surroundings, DIGEST, None)
-    assert await other.lead() is Role.TAIL
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
     layout, real = processes[0].layout, disk.is_at
     looked = []
 
@@ -203,8 +203,8 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
         if path == layout.blob(DIGEST) and not looked:
             looked.append(path)
             os.pwrite(fd, DATA[HALF:], HALF)
-            assert leader._claim.fd is not None
-            fcntl.flock(leader._claim.fd, fcntl.LOCK_SH)
+            assert leader._lock.fd is not None
+            fcntl.flock(leader._lock.fd, fcntl.LOCK_SH)
             layout.ingest(DIGEST).rename(path)
         return real(fd, path)
 
@@ -223,9 +223,9 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
 
 async def test_what_was_cut_under_a_follower_is_not_filled_up(processes: list[Kit]) -> None:
     await left_behind(processes[0], HALF)
-    claim = Claim(processes[0].surroundings, DIGEST)
+    lock = IngestLock(processes[0].ingest_context, DIGEST)
     with pytest.raises(ContentLost):
-        await claim.take(None, HALF + 1)
-    claim.let_go()
-    claim.close()
+        await lock.try_acquire(None, HALF + 1)
+    lock.release()
+    lock.close()
     assert processes[0].layout.ingest(DIGEST).stat().st_size == HALF

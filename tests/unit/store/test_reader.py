@@ -17,8 +17,8 @@ import pytest
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.store import content as content_module
 from mirror.store import disk
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from mirror.store.layout import Layout
 from mirror.store.reader import Extent, FileExtent, Reader, read_all
 from tests.unit.store.kit import (
@@ -96,15 +96,15 @@ def _finder(parts: Kit) -> Callable[[], Awaitable[Reader]]:
 
 
 @asynccontextmanager
-async def growing(
+async def ingest(
     root: Path, data: bytes, *, known: bool = True, kept: bool = True, left: int = 0
 ) -> AsyncIterator[Scene]:
     with kit(root) as parts:
         parts.room[0] = kept
         if left:
             await _leave(parts, data[:left])
-        content = Growing(parts.surroundings, DIGEST, None)
-        assert await content.lead() is Role.LEAD
+        content = Ingest(parts.ingest_context, DIGEST, None)
+        assert await content.try_lead() is Role.LEADER
         assert content.position == left
         await content.declare(len(data) if known else None)
 
@@ -127,15 +127,15 @@ async def growing(
 
 async def _leave(parts: Kit, data: bytes) -> None:
     """What a fetch left that broke."""
-    content = Growing(parts.surroundings, DIGEST, None)
-    await content.lead()
+    content = Ingest(parts.ingest_context, DIGEST, None)
+    await content.try_lead()
     await content.declare(len(DATA))
     await content.feed(data)
     await content.fail(MirrorError("broken"))
     content.release()
 
 
-async def _bring(content: Growing, data: bytes, first: asyncio.Event) -> None:
+async def _bring(content: Ingest, data: bytes, first: asyncio.Event) -> None:
     """All but the last piece, and that one when it is time."""
     try:
         chunks = pieces(data[content.position :])
@@ -153,10 +153,10 @@ async def _bring(content: Growing, data: bytes, first: asyncio.Event) -> None:
 @asynccontextmanager
 async def tailed(root: Path, data: bytes, *, known: bool = True) -> AsyncIterator[Scene]:
     """Another process's fetch; a lock belongs to an open file, so this process will do."""
-    async with growing(root, data, known=known) as scene:
+    async with ingest(root, data, known=known) as scene:
         with kit(root) as parts:
-            content = Growing(parts.surroundings, DIGEST, None)
-            assert await content.lead() is Role.TAIL
+            content = Ingest(parts.ingest_context, DIGEST, None)
+            assert await content.try_lead() is Role.FOLLOWER
 
             async def follow() -> Reader:
                 follower = content.follow()
@@ -183,11 +183,11 @@ def _with(make: Callable[..., AbstractAsyncContextManager[Scene]], **options: ob
 STATES: dict[str, Making] = {
     "trusted": trusted,
     "ageing": ageing,
-    "growing": growing,
-    "growing, resumed": _with(growing, left=1_000_000),
-    "growing, of unknown size": _with(growing, known=False),
-    "in memory": _with(growing, kept=False),
-    "in memory, of unknown size": _with(growing, known=False, kept=False),
+    "growing": ingest,
+    "growing, resumed": _with(ingest, left=1_000_000),
+    "growing, of unknown size": _with(ingest, known=False),
+    "in memory": _with(ingest, kept=False),
+    "in memory, of unknown size": _with(ingest, known=False, kept=False),
     "in another process": tailed,
     "in another process, of unknown size": _with(tailed, known=False),
 }

@@ -33,9 +33,9 @@ from mirror.events import Evicted
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.oci.reference import Tag
-from mirror.store import growing
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store import ingest
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
 from mirror.store.store import Store
 from tests.unit.store.kit import flip, image, no_trace, pieces, random_bytes, read, remember
@@ -61,7 +61,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="oci-mirror-stateful-"))
         self.loop = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(growing, "PENDING_LIMIT", 4 * PIECE)
+        self.patch.setattr(ingest, "PENDING_LIMIT", 4 * PIECE)
         self.clock = [1_800_000_000.0]
         self.chance = random.Random(0)
         self.events: list[object] = []
@@ -118,15 +118,15 @@ class StoreMachine(RuleBasedStateMachine):
         for follower in followers:
             assert follower
             follower.close()
-        self.store.grown(content)
+        self.store.end_ingest(content)
         assert self.store.catalog.refresh().total <= HIGH, "there was to be room for it"
 
     async def fetch(
-        self, content: Growing, data: bytes, size: int | None, stop: int | None = None
+        self, content: Ingest, data: bytes, size: int | None, stop: int | None = None
     ) -> None:
         """A fetch that goes well, or breaks at ``stop``."""
         try:
-            if await content.lead() is Role.LEAD:
+            if await content.try_lead() is Role.LEADER:
                 await content.declare(size)
                 for piece in pieces(data[content.position : stop], PIECE):
                     await content.feed(piece)
@@ -233,7 +233,7 @@ class StoreMachine(RuleBasedStateMachine):
             # what an earlier fetch left may be all that the wrong byte was in
             assert isinstance(got, MirrorError) or got == right
             follower.close()
-            self.store.grown(content)
+            self.store.end_ingest(content)
 
         self.run(run())
 
@@ -311,15 +311,15 @@ class StoreMachine(RuleBasedStateMachine):
         async def die() -> None:
             assert self.store
             content = self.store.grow(Digest.of(data))
-            if await content.lead() is Role.LEAD:
+            if await content.try_lead() is Role.LEADER:
                 await content.declare(len(data))
                 for piece in pieces(data[content.position : int(len(data) * part)], PIECE):
                     if content.size is not None and content.position + len(piece) < content.size:
                         await content.feed(piece)
                 await content._written_so_far()
-            content._claim.stop_beating()
-            await content._claim.settled()
-            content._claim.close()
+            content._lock.stop_heartbeat()
+            await content._lock.settled()
+            content._lock.close()
             s = self.store
             for pool in (s._opening, s._writing, s._publishing, s._hashing):
                 await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from mirror.config import Storage
-from mirror.events import Event, GrowingMeasured, Noted, StorageMeasured, Uncached
+from mirror.events import Event, IngestsMeasured, Noted, StorageMeasured, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Tag
 from mirror.store import disk
 from mirror.store import store as module
-from mirror.store.claim import Role
+from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     REPO,
@@ -49,7 +49,7 @@ async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
         for algorithm in ("sha256", "sha512"):
             digest = await keep(store, LAYER, algorithm)
             assert (tmp_path / "blobs" / algorithm / digest.hex).read_bytes() == LAYER
-        assert not store.growing
+        assert not store.active_ingests
     async with opened(tmp_path) as store:
         assert await served(store, LAYER)
         usage = store.catalog.refresh()
@@ -59,14 +59,14 @@ async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
 
 async def test_content_is_known_to_grow_until_its_fetch_is_over(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
-        first = store.grow(Digest.of(LAYER))
-        assert store.growing == {Digest.of(LAYER): first}
-        second = store.grow(Digest.of(LAYER))
-        store.grown(first)
-        assert store.growing == {Digest.of(LAYER): second}, "it is the other's by now"
+        first = store.start_ingest(Digest.of(LAYER))
+        assert store.active_ingests == {Digest.of(LAYER): first}
+        second = store.start_ingest(Digest.of(LAYER))
+        store.end_ingest(first)
+        assert store.active_ingests == {Digest.of(LAYER): second}, "it is the other's by now"
         for content in (first, second):
             content.release()
-            store.grown(content)
+            store.end_ingest(content)
         await store.idle()
         await store.settled()
 
@@ -131,16 +131,16 @@ async def test_it_reports_what_is_on_disk_and_what_grows(tmp_path: Path) -> None
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=Storage(max_size=10**9)) as store:
         await keep(store, LAYER)
-        content = store.grow(Digest.of(b"growing"))
+        content = store.start_ingest(Digest.of(b"growing"))
         events.clear()
         await store.measure()
         measured = [e for e in events if isinstance(e, StorageMeasured)]
         assert measured == [StorageMeasured(1, len(LAYER), 10**9, True)]
-        growing = [e for e in events if isinstance(e, GrowingMeasured)]
-        assert [event.count for event in growing] == [1]
-        assert growing[0].oldest_idle >= 0
+        ingest = [e for e in events if isinstance(e, IngestsMeasured)]
+        assert [event.count for event in ingest] == [1]
+        assert ingest[0].oldest_idle >= 0
         content.release()
-        store.grown(content)
+        store.end_ingest(content)
 
 
 @pytest.mark.row("D7")
@@ -157,17 +157,17 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
             record = await store.index.tag(REPO, TAG)
             assert record
             assert record.digest == Digest.of(body)
-            content = store.grow(Digest.of(b"new"))
+            content = store.start_ingest(Digest.of(b"new"))
             follower = content.follow()
             assert follower
-            assert await content.lead() is Role.LEAD
+            assert await content.try_lead() is Role.LEADER
             await content.declare(3)
             await content.feed(b"new")
             await content.finish()
             content.release()
             assert await read(follower) == b"new", "served, and not kept"
             follower.close()
-            store.grown(content)
+            store.end_ingest(content)
             await store.measure()
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["readonly"]
         assert [e.writable for e in events if isinstance(e, StorageMeasured)] == [False]
@@ -188,17 +188,17 @@ async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Pat
         make_read_only(blobs)
         async with opened(tmp_path, settings=Storage(reverify=0)) as store:
             assert not await _is_handed_out(store, digest)
-            content = store.grow(digest)
+            content = store.start_ingest(digest)
             follower = content.follow()
             assert follower
-            assert await content.lead() is Role.LEAD, "what is there is not taken for whole"
+            assert await content.try_lead() is Role.LEADER, "what is there is not taken for whole"
             await content.declare(len(LAYER))
             await content.feed(LAYER)
             await content.finish()
             content.release()
             assert await read(follower) == LAYER
             follower.close()
-            store.grown(content)
+            store.end_ingest(content)
 
 
 async def _is_handed_out(store: Store, digest: Digest) -> bool:
@@ -229,13 +229,13 @@ async def test_what_ended_fetches_left_behind_is_looked_for_now_and_then(
 ) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
-        content = store.grow(Digest.of(LAYER))
-        await content.lead()
+        content = store.start_ingest(Digest.of(LAYER))
+        await content.try_lead()
         await content.declare(len(LAYER))
         await content.feed(LAYER[:1_000_000])
         await content.fail(UpstreamUnavailable("gone"))
         content.release()
-        store.grown(content)
+        store.end_ingest(content)
         clock[0] += YEAR
         await store.measure()
         assert store.layout.ingest(content.digest).exists(), "not at every look"

@@ -30,9 +30,9 @@ from mirror.store.layout import Layout
 
 T = TypeVar("T")
 
-HEARTBEAT: Final = 1.0
+HEARTBEAT_S: Final = 1.0
 """Seconds between signs of life."""
-_JUST_NOW: Final = 3 * HEARTBEAT
+_JUST_NOW: Final = 3 * HEARTBEAT_S
 _ATTEMPTS: Final = 1000
 _SHARE_ATTEMPTS, _SHARE_PAUSE = 1200, 0.05
 """A minute: an ``fsync`` may take half of that."""
@@ -41,16 +41,16 @@ _SHARE_ATTEMPTS, _SHARE_PAUSE = 1200, 0.05
 class Role(Enum):
     """What is to be done about growing content."""
 
-    LEAD = auto()
+    LEADER = auto()
     """Fetch it: the lock is ours."""
-    TAIL = auto()
+    FOLLOWER = auto()
     """Another process fetches it."""
     DONE = auto()
     """It is whole."""
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
+class IngestContext:
     """What growing content needs of its store."""
 
     layout: Layout
@@ -65,12 +65,12 @@ class Surroundings:
     boot: str
 
 
-class Claim:
+class IngestLock:
     """One process's hold on the growing file of one digest."""
 
     def __init__(
         self,
-        surroundings: Surroundings,
+        ingest_context: IngestContext,
         digest: Digest,
         when_idle: Callable[[], None] = lambda: None,
     ) -> None:
@@ -78,14 +78,14 @@ class Claim:
         self.locked = False
         self.kept = 0
         """Bytes of an earlier fetch that were there when the lock became ours."""
-        self._tailed = False
-        self._spoiled = False
-        self._s = surroundings
+        self._has_followed = False
+        self._must_replace = False
+        self._s = ingest_context
         self._digest = digest
         self._when_idle = when_idle
         self._loop = asyncio.get_running_loop()
         self._jobs: set[asyncio.Future[Any]] = set()
-        self._beat: asyncio.TimerHandle | None = None
+        self._heartbeat: asyncio.TimerHandle | None = None
         self._writing: asyncio.Future[None] | None = None
 
     # --- threads --------------------------------------------------------------------------------
@@ -139,17 +139,17 @@ class Claim:
 
     # --- the lock -------------------------------------------------------------------------------
 
-    async def take(self, size: int | None, served: int) -> Role:
+    async def try_acquire(self, size: int | None, served: int) -> Role:
         """Try to get hold of the lock. ``served`` bytes of it were handed out already.
 
         Raises ``OSError`` where the disk refuses, or the file was taken away, and ``ContentLost``
         if it is shorter than what was handed out.
         """
-        return await outcome(self.run(self._s.io, self._take, size, served))
+        return await wait_for_thread(self.run(self._s.io, self._try_acquire, size, served))
 
-    def _take(self, size: int | None, served: int) -> Role:
+    def _try_acquire(self, size: int | None, served: int) -> Role:
         layout, digest = self._s.layout, self._digest
-        if self._spoiled:
+        if self._must_replace:
             self._remove()
             self._close()
         for _ in range(_ATTEMPTS):
@@ -158,19 +158,19 @@ class Claim:
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                 raise FileExistsError(errno.EEXIST, "growing content is not a regular file")
             if not disk.try_lock(self.fd):
-                self._tailed = True
-                return Role.TAIL
+                self._has_followed = True
+                return Role.FOLLOWER
             if self.path_is_ours:
                 break
             if self.is_published:
                 fcntl.flock(self.fd, fcntl.LOCK_SH)
                 return Role.DONE
-            if self._tailed:
+            if self._has_followed:
                 raise FileNotFoundError(errno.ENOENT, "growing content was taken away")
             self._close()
         else:
             raise FileExistsError(errno.EEXIST, "growing content changes hands without end")
-        whole = self._find_whole() if not self._tailed else None
+        whole = self._find_whole() if not self._has_followed else None
         if whole is not None:
             self._remove()
             self._close()
@@ -178,7 +178,7 @@ class Claim:
             return Role.DONE
         self.locked = True
         self.kept = self._trim(size, served)
-        return Role.LEAD
+        return Role.LEADER
 
     def _find_whole(self) -> int | None:
         """Content that was published before the lock was ours: hashed, since nobody else did."""
@@ -210,7 +210,7 @@ class Claim:
         if left is not None and state is not None and state.error is None:
             # One that died a moment ago vouched for the rest by dying: others may have it.
             vouched = found if 0 <= self._s.now() - left[1] <= _JUST_NOW else vouched
-        keep = found if self._tailed else vouched
+        keep = found if self._has_followed else vouched
         known = size if size is not None else state.size if state is not None else None
         if known is not None and keep >= known:
             # Full length would say that it is verified, and it is not.
@@ -220,13 +220,13 @@ class Claim:
             os.ftruncate(fd, keep)
         return keep
 
-    def spoil(self) -> None:
+    def discard_previous(self) -> None:
         """What is there does not belong: begin anew when the lock is taken next.
 
         In another file, so that whoever is reading this one does not get a mixture.
         """
-        self.stop_beating()
-        self.locked, self._spoiled = False, True
+        self.stop_heartbeat()
+        self.locked, self._must_replace = False, True
 
     # --- signs of life ------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Claim:
         """Tell other processes. Raises ``OSError`` where the disk refuses."""
         while self._writing is not None:
             await asyncio.wait({self._writing})
-        await outcome(self._start_writing(state))
+        await wait_for_thread(self._start_writing(state))
 
     def _start_writing(self, state: disk.IngestState) -> asyncio.Future[None]:
         arguments = (self._s.layout, self._digest, state)
@@ -247,22 +247,22 @@ class Claim:
     def _written(self, job: asyncio.Future[None]) -> None:
         self._writing = None
 
-    def start_beating(self, state: Callable[[], disk.IngestState]) -> None:
+    def start_heartbeat(self, state: Callable[[], disk.IngestState]) -> None:
         """Write ``state()`` every second until the claim ends."""
 
         def beat() -> None:
             if self._writing is None:
                 self._start_writing(state())
-            self._beat = self._loop.call_later(HEARTBEAT, beat)
+            self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
-        self.stop_beating()
-        self._beat = self._loop.call_later(HEARTBEAT, beat)
+        self.stop_heartbeat()
+        self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
-    def stop_beating(self) -> None:
+    def stop_heartbeat(self) -> None:
         """No sign of life will come after this one."""
-        if self._beat is not None:
-            self._beat.cancel()
-            self._beat = None
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
 
     # --- the end --------------------------------------------------------------------------------
 
@@ -271,12 +271,14 @@ class Claim:
 
         ``began``: when its fetch did, on the monotonic clock.
         """
-        self.stop_beating()
+        self.stop_heartbeat()
         await self.settled()
         layout, digest, now = self._s.layout, self._digest, self._s.now()
         try:
             fd, size = self.opened(), self.length
-            await outcome(self.run(self._s.publishing, disk.publish, layout, digest, fd, now))
+            await wait_for_thread(
+                self.run(self._s.publishing, disk.publish, layout, digest, fd, now)
+            )
         except OSError as error:
             self._s.emit(Uncached(str(digest), disk.reason_of(error)))
             return
@@ -285,7 +287,7 @@ class Claim:
 
     def drop(self, *, keep_state: bool = False) -> None:
         """Remove the file and its state: nobody shall resume it. Open descriptors go on."""
-        self.stop_beating()
+        self.stop_heartbeat()
         if self.locked and self.fd is not None:
             self.run(self._s.io, self._remove, keep_state)
 
@@ -295,7 +297,7 @@ class Claim:
             disk.drop_state(self._s.layout, self._digest)
         disk.drop_ingest(self._s.layout, self._digest, self.opened())
 
-    async def share(self) -> None:
+    async def downgrade_to_shared(self) -> None:
         """Hold what another process verified against eviction, once that one has published it."""
         for _ in range(_SHARE_ATTEMPTS):
             if self.fd is None or os.fstat(self.fd).st_nlink == 0:
@@ -307,15 +309,15 @@ class Claim:
             else:
                 return
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """What was followed came to nothing before its first byte: forget it."""
         self.close()
-        self._tailed = False
+        self._has_followed = False
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Unlock, so that another process may go on; this one keeps reading what is there."""
-        self.stop_beating()
-        if self.fd is not None and (self.locked or self._spoiled):
+        self.stop_heartbeat()
+        if self.fd is not None and (self.locked or self._must_replace):
             # Shared, not none: what is published is being read here, and is not evicted.
             kind = fcntl.LOCK_SH | fcntl.LOCK_NB if self.is_published else fcntl.LOCK_UN
             with suppress(BlockingIOError):
@@ -330,11 +332,11 @@ class Claim:
 
     def _close(self) -> None:
         """In the thread."""
-        fd, self.fd, self._spoiled = self.opened(), None, False
+        fd, self.fd, self._must_replace = self.opened(), None, False
         os.close(fd)
 
 
-async def outcome(job: asyncio.Future[T]) -> T:
+async def wait_for_thread(job: asyncio.Future[T]) -> T:
     """What a thread brings. Whoever waits may be cancelled: the thread goes on, and ends well."""
     await asyncio.wait({job})
     return job.result()

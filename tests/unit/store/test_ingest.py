@@ -12,14 +12,14 @@ import pytest
 from mirror.events import Published
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, UpstreamProtocolError, UpstreamUnavailable
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, kit, pieces, random_bytes, read
 
 
 async def test_followers_get_all_bytes_and_the_content_is_published(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(8)]
         results = await asyncio.gather(
             bring(content), *(read(follower) for follower in followers if follower)
@@ -35,10 +35,10 @@ async def test_followers_get_all_bytes_and_the_content_is_published(tmp_path: Pa
 
 async def test_a_follower_streams_before_the_end_is_there(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
         assert follower
-        await content.lead()
+        await content.try_lead()
         await content.declare(len(DATA))
         await content.feed(DATA[:1000])
         assert await read(follower, 0, 1000) == DATA[:1000]
@@ -54,10 +54,10 @@ async def test_a_follower_streams_before_the_end_is_there(tmp_path: Path) -> Non
 async def test_wrong_bytes_are_never_handed_out_whole(tmp_path: Path, size: int | None) -> None:
     wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
         assert follower
-        await content.lead()
+        await content.try_lead()
         await content.declare(size)
         for piece in pieces(wrong):
             await content.feed(piece)
@@ -78,7 +78,7 @@ async def test_wrong_bytes_are_never_handed_out_whole(tmp_path: Path, size: int 
 async def test_every_length_arrives(tmp_path: Path, data: bytes, declared: bool) -> None:
     digest = Digest.of(data, "sha512")
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, digest, None)
+        content = Ingest(parts.ingest_context, digest, None)
         follower = content.follow()
         assert follower
         _, got = await asyncio.gather(
@@ -91,14 +91,14 @@ async def test_every_length_arrives(tmp_path: Path, data: bytes, declared: bool)
 
 async def test_a_fetch_that_stopped_is_resumed_where_it_ended(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        first = Growing(parts.surroundings, DIGEST, None)
-        await first.lead()
+        first = Ingest(parts.ingest_context, DIGEST, None)
+        await first.try_lead()
         await first.declare(len(DATA))
         await first.feed(DATA[:1_000_000])
         await first.fail(UpstreamUnavailable("gone"))
         first.release()
-        second = Growing(parts.surroundings, DIGEST, None)
-        assert await second.lead() is Role.LEAD
+        second = Ingest(parts.ingest_context, DIGEST, None)
+        assert await second.try_lead() is Role.LEADER
         assert second.position == 1_000_000
         follower = second.follow()
         assert follower
@@ -111,23 +111,23 @@ async def test_a_fetch_that_stopped_is_resumed_where_it_ended(tmp_path: Path) ->
 @pytest.mark.parametrize("garbage", [b"\0" * 4096, random_bytes(4096, 9), b"\0" * 5_000_000])
 async def test_garbage_behind_an_ingest_is_not_resumed(tmp_path: Path, garbage: bytes) -> None:
     with kit(tmp_path) as parts:
-        first = Growing(parts.surroundings, DIGEST, None)
-        await first.lead()
+        first = Ingest(parts.ingest_context, DIGEST, None)
+        await first.try_lead()
         await first.declare(len(DATA))
         await first.feed(DATA[:1_000_000])
         await first.fail(UpstreamUnavailable("gone"))
         first.release()
         with parts.layout.ingest(DIGEST).open("ab") as file:
             file.write(garbage)
-        second = Growing(parts.surroundings, DIGEST, None)
+        second = Ingest(parts.ingest_context, DIGEST, None)
         await bring(second)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
 async def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
-        await content.lead()
+        content = Ingest(parts.ingest_context, DIGEST, None)
+        await content.try_lead()
         await content.declare(10)
         with pytest.raises(UpstreamProtocolError):
             await content.feed(b"x" * 11)
@@ -136,8 +136,8 @@ async def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
 
 async def test_another_total_is_refused(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
-        await content.lead()
+        content = Ingest(parts.ingest_context, DIGEST, None)
+        await content.try_lead()
         await content.declare(9)
         await content.declare(10)  # no byte of the other has come
         await content.feed(b"x")
@@ -159,7 +159,7 @@ async def test_publishing_that_fails_publishes_nothing(
         raise OSError(errno.EIO, "broken")
 
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
         assert follower
         with monkeypatch.context() as patch:
@@ -176,7 +176,7 @@ async def test_publishing_that_fails_publishes_nothing(
 @pytest.mark.row("L5")
 async def test_a_range_far_ahead_waits_without_being_woken(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         ahead = content.follow(2_900_000)
         assert ahead
         waits = 0
@@ -196,7 +196,7 @@ async def test_a_range_far_ahead_waits_without_being_woken(tmp_path: Path) -> No
 
 async def test_a_waiter_that_is_cancelled_takes_nobody_along(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(10)]
         readers = [asyncio.ensure_future(read(f)) for f in followers if f]  # noqa: TID251 - a test
         await asyncio.sleep(0)

@@ -13,17 +13,17 @@ import pytest
 from mirror.events import Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost
-from mirror.store import disk, growing
+from mirror.store import disk, ingest
 from mirror.store.follower import Follower
-from mirror.store.growing import Growing
+from mirror.store.ingest import Ingest
 from mirror.store.reader import MemoryExtent
 from tests.unit.store.kit import DATA, DIGEST, Kit, bring, kit, pieces, random_bytes, read
 
 
-def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Growing, *tuple[Follower, ...]]:
+def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Follower, ...]]:
     """Content that finds no room on the disk, and ``count`` that follow it."""
     parts.room[0] = False
-    content = Growing(parts.surroundings, digest, None)
+    content = Ingest(parts.ingest_context, digest, None)
     return content, *(Follower(content, 0) for _ in range(count))
 
 
@@ -44,7 +44,7 @@ async def test_a_disk_that_is_full_does_not_fail_a_pull(
 
     monkeypatch.setattr(disk, "write_all", full)
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(3)]
         results = await asyncio.gather(
             bring(content), *(read(follower) for follower in followers if follower)
@@ -77,14 +77,14 @@ async def test_no_room_means_memory_and_bounded(tmp_path: Path) -> None:
 
         _, got = await asyncio.gather(bring(content, data, len(data)), slow())
         assert got == data
-        assert held <= 2 * growing.PENDING_LIMIT + 65_536
+        assert held <= 2 * ingest.PENDING_LIMIT + 65_536
         follower.close()
 
 
 async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, DIGEST, 1)
-        await content.lead()
+        await content.try_lead()
         await content.declare(len(DATA))
         for piece in pieces(DATA[:1_000_000]):
             await content.feed(piece)
@@ -103,7 +103,7 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
 async def test_one_that_reads_nothing_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(growing, "PATIENCE", 0.05)
+    monkeypatch.setattr(ingest, "PATIENCE", 0.05)
     data = random_bytes(40_000_000)
     with kit(tmp_path) as parts:
         content, stuck, *others = in_memory(parts, Digest.of(data), 3)
@@ -121,7 +121,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
 ) -> None:
     with kit(tmp_path) as parts:
         content, slow, quick = in_memory(parts, DIGEST, 2)
-        await content.lead()
+        await content.try_lead()
         await content.declare(len(DATA))
         await content.feed(DATA[:65_536])
         await quick.wait(0)
@@ -148,7 +148,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
 async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(growing, "PATIENCE", 0.01)
+    monkeypatch.setattr(ingest, "PATIENCE", 0.01)
     data = random_bytes(20_000_000)
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, Digest.of(data), 1)
@@ -175,7 +175,7 @@ async def test_content_of_unknown_size_asks_for_room_as_it_grows(
             asked.append(need)
             return len(asked) <= granted
 
-        content = Growing(replace(parts.surroundings, make_room=make_room), digest, None)
+        content = Ingest(replace(parts.ingest_context, make_room=make_room), digest, None)
         follower = content.follow()
         assert follower
         _, got = await asyncio.gather(bring(content, data, None), read(follower))
@@ -184,7 +184,7 @@ async def test_content_of_unknown_size_asks_for_room_as_it_grows(
         assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["full"]
         assert len(asked) == granted + 1
         # beside what it wants to come, a piece that waits to be known as the last one or not
-        step = range(growing.PENDING_LIMIT, growing.PENDING_LIMIT + 65_537)
+        step = range(ingest.PENDING_LIMIT, ingest.PENDING_LIMIT + 65_537)
         assert all(need in step for need in asked)
         follower.close()
 
@@ -192,7 +192,7 @@ async def test_content_of_unknown_size_asks_for_room_as_it_grows(
 async def test_content_of_unknown_size_is_kept_where_there_is_room(tmp_path: Path) -> None:
     data = random_bytes(30_000_000)
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, Digest.of(data), None)
+        content = Ingest(parts.ingest_context, Digest.of(data), None)
         await bring(content, data, None)
         assert parts.layout.blob(Digest.of(data)).read_bytes() == data
 
@@ -221,7 +221,7 @@ async def test_a_disk_that_fills_up_while_room_is_asked_for_mixes_nothing_up(
             asked += 1
             return asked == 1
 
-        content = Growing(replace(parts.surroundings, make_room=make_room), Digest.of(data), None)
+        content = Ingest(replace(parts.ingest_context, make_room=make_room), Digest.of(data), None)
         follower = content.follow()
         assert follower
         fetch = asyncio.ensure_future(bring(content, data, None))  # noqa: TID251 - a test

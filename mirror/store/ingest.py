@@ -30,8 +30,8 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.store import disk
-from mirror.store.claim import Claim, Role, Surroundings
 from mirror.store.follower import PATIENCE, Follower, Waiters, too_slow
+from mirror.store.ingest_lock import IngestContext, IngestLock, Role
 from mirror.store.reader import Extent, FileExtent
 from mirror.store.watch import Watch
 from mirror.store.window import Window
@@ -46,10 +46,10 @@ _POLL: Final = 0.01
 _POLLS_PER_LOCK: Final = 5
 
 
-class Growing:
+class Ingest:
     """Content on its way in. One fetch loop drives it; any number of followers read it."""
 
-    def __init__(self, surroundings: Surroundings, digest: Digest, size: int | None) -> None:
+    def __init__(self, ingest_context: IngestContext, digest: Digest, size: int | None) -> None:
         self.digest = digest
         self.size = size
         self.failure: MirrorError | None = None
@@ -59,8 +59,8 @@ class Growing:
         self.position = 0
         """Offset of the next byte to be fed."""
         self._began = self.last_progress
-        self._s = surroundings
-        self._claim = Claim(surroundings, digest, self._close_if_unused)
+        self._s = ingest_context
+        self._lock = IngestLock(ingest_context, digest, self._close_if_unused)
         self._holder = secrets.token_hex(8)
         self._loop = asyncio.get_running_loop()
         self._on_disk = 0
@@ -106,9 +106,9 @@ class Growing:
         """Bytes that are there: ``start`` is below ``head``. Raises ``ContentLost``."""
         if self._window is not None and start >= self._on_disk:
             return self._window.extent(start, stop)
-        if self._claim.fd is None:
+        if self._lock.fd is None:
             raise ContentLost("growing content is closed")
-        return FileExtent(self._claim.fd, start, min(stop, self._on_disk))
+        return FileExtent(self._lock.fd, start, min(stop, self._on_disk))
 
     async def progress(self, start: int) -> None:
         """Return once there are bytes at ``start``, or there will be none."""
@@ -132,22 +132,22 @@ class Growing:
         """What to do when the last follower has left. ``keep``: go on, except in memory."""
         self._give_up, self._keep_going = give_up, keep
 
-    async def lead(self) -> Role:
+    async def try_lead(self) -> Role:
         """Find out who brings the bytes; become the one if nobody does."""
         if self.verified:
             return Role.DONE
-        if self._claim.locked or self._window is not None:
-            return Role.LEAD
+        if self._lock.locked or self._window is not None:
+            return Role.LEADER
         try:
-            role = await self._claim.take(self.size, self._on_disk)
-            if role is not Role.TAIL:
-                self._on_disk = self.position = self._claim.length
-            if role is Role.LEAD:
-                await self._claim.write_state(self._state())
-                self._claim.start_beating(self._state)
+            role = await self._lock.try_acquire(self.size, self._on_disk)
+            if role is not Role.FOLLOWER:
+                self._on_disk = self.position = self._lock.length
+            if role is Role.LEADER:
+                await self._lock.write_state(self._state())
+                self._lock.start_heartbeat(self._state)
         except OSError as error:
             self._detach(disk.reason_of(error))
-            return Role.LEAD
+            return Role.LEADER
         if role is Role.DONE:
             self.size = self._on_disk
             self.verified = self._confirmed = True
@@ -156,9 +156,9 @@ class Growing:
 
     def _state(self) -> disk.IngestState:
         state = disk.IngestState(self.size, self._s.boot, self._on_disk)
-        return replace(state, holder=self._holder, kept=self._claim.kept, room=self._room)
+        return replace(state, holder=self._holder, kept=self._lock.kept, room=self._room)
 
-    async def tail(self) -> None:
+    async def follow_other_process(self) -> None:
         """Follow another process's fetch until it is whole, or it is for us to go on.
 
         Raises the failure that the other process met.
@@ -168,16 +168,16 @@ class Growing:
             grown = self._look_at_file(watch)
             self._wake()
             if self.verified:
-                return await self._claim.share()
-            if not self._claim.path_is_ours and not self._claim.is_published:
+                return await self._lock.downgrade_to_shared()
+            if not self._lock.path_is_ours and not self._lock.is_published:
                 if not self._on_disk:
-                    return self._claim.begin_anew()
+                    return self._lock.reset()
                 self._detach("handover")
             elif watch.silence > STALLED:
                 self._detach("stalled")
             polls += 1
             if self._window is not None or (
-                polls % _POLLS_PER_LOCK == 0 and await self.lead() is not Role.TAIL
+                polls % _POLLS_PER_LOCK == 0 and await self.try_lead() is not Role.FOLLOWER
             ):
                 return None
             pause = _POLL if grown else min(pause * 1.2, _POLL * 4)
@@ -186,8 +186,8 @@ class Growing:
 
     def _look_at_file(self, watch: Watch) -> bool:
         # In this order: what is published is whole, so its length is its size.
-        published = self._claim.is_published
-        end = self._claim.length
+        published = self._lock.is_published
+        end = self._lock.length
         grown = end > self._on_disk
         watch.look(self._on_disk, grown=grown)
         if watch.state is not None and (self.size is None or not self._on_disk):
@@ -228,7 +228,7 @@ class Growing:
         """
         self._room = self.size if self.size is not None else self.position + PENDING_LIMIT
         try:
-            await self._claim.write_state(self._state())
+            await self._lock.write_state(self._state())
         except OSError as error:
             self._detach(disk.reason_of(error))
             return
@@ -239,7 +239,7 @@ class Growing:
         """Forget what an earlier fetch left, where the answer does not fit to it; then ``lead``."""
         if self._confirmed or not self._on_disk:
             return False
-        self._claim.spoil()
+        self._lock.discard_previous()
         self._on_disk = self.position = 0
         return True
 
@@ -290,8 +290,8 @@ class Growing:
         if self._broken is not None:
             raise self._broken
         if self._window is None:
-            await self._claim.publish(self._began)
-        await self._claim.settled()
+            await self._lock.publish(self._began)
+        await self._lock.settled()
 
     async def fail(self, error: MirrorError) -> None:
         """End for everybody, in every process. Right bytes are kept for a resume."""
@@ -303,25 +303,25 @@ class Growing:
         at_once = self._loop.call_later(_AT_ONCE, self._wake)
         try:
             await self._written_so_far()
-            if self._claim.locked and self._window is None:
+            if self._lock.locked and self._window is None:
                 await self._leave(error)
-            await self._claim.settled()
+            await self._lock.settled()
         finally:
             at_once.cancel()
             self._wake()
 
     async def _leave(self, error: MirrorError) -> None:
         if not self._on_disk:
-            self._claim.drop()  # nothing to resume, and nobody else has seen a byte
+            self._lock.drop()  # nothing to resume, and nobody else has seen a byte
             return
-        self._claim.stop_beating()
+        self._lock.stop_heartbeat()
         try:
             state = replace(self._state(), error=(error.code, error.message))
-            await self._claim.write_state(state)
+            await self._lock.write_state(state)
         except OSError as refused:
             self._s.emit(Uncached(str(self.digest), disk.reason_of(refused)))
         if isinstance(error, DigestMismatch | ContentLost):
-            self._claim.drop(keep_state=True)  # it is what others learn the failure from
+            self._lock.drop(keep_state=True)  # it is what others learn the failure from
 
     def release(self) -> None:
         """The fetch loop lets go; followers may still read what is there."""
@@ -346,8 +346,8 @@ class Growing:
         start = self.position - sum(map(len, self._pending))
         del self._pending[: len(batch)]
         append = partial(disk.append, last=last, keep=self._window is None)
-        fd, verifier = self._claim.fd, self._verifier
-        self._job = self._claim.run(self._s.io, append, fd, verifier, batch, start)
+        fd, verifier = self._lock.fd, self._verifier
+        self._job = self._lock.run(self._s.io, append, fd, verifier, batch, start)
         self._job.add_done_callback(lambda job: self._written(job, batch, start, last))
 
     def _written(
@@ -389,12 +389,12 @@ class Growing:
         """Go on in memory from here: the disk keeps what it has, and gets no more."""
         if self._window is None:
             self._window = Window(self._on_disk)
-            self._claim.drop()
+            self._lock.drop()
             self._s.emit(Uncached(str(self.digest), reason))
 
     def _close_if_unused(self) -> None:
-        if not self.released.is_set() or self._job is not None or self._claim.busy:
+        if not self.released.is_set() or self._job is not None or self._lock.busy:
             return
-        self._claim.let_go()
+        self._lock.release()
         if not self.followers:
-            self._claim.close()
+            self._lock.close()

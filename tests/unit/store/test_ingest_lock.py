@@ -18,22 +18,22 @@ import pytest
 
 from mirror.events import Uncached
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.store import claim, disk, growing
-from mirror.store.claim import Role
-from mirror.store.growing import Growing
+from mirror.store import disk, ingest, ingest_lock
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
 
 LEADER = textwrap.dedent(
     """
     import asyncio, sys
     from pathlib import Path
-    from mirror.store.growing import Growing
+    from mirror.store.ingest import Ingest
     from tests.unit.store.kit import DATA, DIGEST, kit, pieces
 
     async def main():
         with kit(Path(sys.argv[1])) as parts:
-            content = Growing(parts.surroundings, DIGEST, None)
-            print(await content.lead(), flush=True)
+            content = Ingest(parts.ingest_context, DIGEST, None)
+            print(await content.try_lead(), flush=True)
             await content.declare(len(DATA))
             stop = int(sys.argv[2])
             for piece in pieces(DATA[:stop]):
@@ -59,7 +59,7 @@ def leader(root: Path, stop: int) -> subprocess.Popen[bytes]:
         cwd=Path(__file__).parents[3],
     )
     assert process.stdout
-    assert process.stdout.readline() == b"Role.LEAD\n"
+    assert process.stdout.readline() == b"Role.LEADER\n"
     assert process.stdout.readline() == b"fed\n"
     return process
 
@@ -73,7 +73,7 @@ async def test_another_process_streams_along_and_sees_the_end(tmp_path: Path) ->
     process = leader(tmp_path, 1_000_000)
     try:
         with kit(tmp_path) as parts:
-            content = Growing(parts.surroundings, DIGEST, None)
+            content = Ingest(parts.ingest_context, DIGEST, None)
             follower = content.follow()
             assert follower
             tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
@@ -98,10 +98,10 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
     process = leader(tmp_path, stop)
     try:
         with kit(tmp_path) as parts:
-            content = Growing(parts.surroundings, DIGEST, None)
+            content = Ingest(parts.ingest_context, DIGEST, None)
             follower = content.follow()
             assert follower
-            assert await content.lead() is Role.TAIL
+            assert await content.try_lead() is Role.FOLLOWER
             tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
             assert await read(follower, 0, stop) == DATA[:stop]
             killed = time.monotonic()
@@ -120,12 +120,12 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
 async def test_a_stopped_fetch_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(growing, "STALLED", 1.5)
+    monkeypatch.setattr(ingest, "STALLED", 1.5)
     process = leader(tmp_path, 1_000_000)
     try:
         process.send_signal(signal.SIGSTOP)
         with kit(tmp_path) as parts:
-            content = Growing(parts.surroundings, DIGEST, None)
+            content = Ingest(parts.ingest_context, DIGEST, None)
             follower = content.follow()
             assert follower
             _, got = await asyncio.gather(go_on(content), read(follower))
@@ -153,16 +153,16 @@ async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) ->
         async def contend(rounds: int) -> None:
             nonlocal leaders, most
             for _ in range(rounds):
-                mine = claim.Claim(parts.surroundings, DIGEST)
-                role = await mine.take(None, 0)
-                if role is Role.LEAD:
+                mine = ingest_lock.IngestLock(parts.ingest_context, DIGEST)
+                role = await mine.try_acquire(None, 0)
+                if role is Role.LEADER:
                     leaders += 1
                     most = max(most, leaders)
                     await asyncio.sleep(0)
                     leaders -= 1
                     mine.drop()
                     await mine.settled()
-                    mine.let_go()
+                    mine.release()
                 mine.close()
 
         await asyncio.gather(*(contend(250) for _ in range(4)))
@@ -208,17 +208,17 @@ async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
 ) -> None:
     opened = gate(call)
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
-        fetch = asyncio.ensure_future(content.lead())  # noqa: TID251 - a test
+        content = Ingest(parts.ingest_context, DIGEST, None)
+        fetch = asyncio.ensure_future(content.try_lead())  # noqa: TID251 - a test
         await asyncio.sleep(0.05)
         fetch.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetch
         content.release()
         opened.set()
-        await content._claim.settled()
+        await content._lock.settled()
         await eventually(lambda: not descriptors(tmp_path))
-        again = Growing(parts.surroundings, DIGEST, None)
+        again = Ingest(parts.ingest_context, DIGEST, None)
         await bring(again)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
@@ -228,7 +228,7 @@ async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
 ) -> None:
     synced = gate("publish")
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
         assert follower
         fetch = asyncio.ensure_future(bring(content))  # noqa: TID251 - a test
@@ -249,9 +249,9 @@ async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
     tmp_path: Path, gate: Callable[[str], threading.Event]
 ) -> None:
     with kit(tmp_path) as parts:
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(100)]
-        await content.lead()
+        await content.try_lead()
         await content.declare(len(DATA))
         await content.feed(DATA[:1000])
         await eventually(lambda: content.head == 1000)
@@ -277,15 +277,15 @@ async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_beli
 ) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, DATA)
-        content = Growing(parts.surroundings, digest, None)
-        assert await content.lead() is Role.DONE
+        content = Ingest(parts.ingest_context, digest, None)
+        assert await content.try_lead() is Role.DONE
         follower = content.follow()
         assert follower
         assert await read(follower) == DATA
         content.release()
         follower.close()
         flip(parts.layout.blob(digest), 1000)
-        content = Growing(parts.surroundings, digest, None)
+        content = Ingest(parts.ingest_context, digest, None)
         await bring(content)
         assert parts.layout.blob(digest).read_bytes() == DATA
         assert parts.layout.quarantine(digest).exists()
@@ -299,7 +299,7 @@ async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_
     target.write_bytes(b"stays")
     with kit(tmp_path) as parts:
         parts.layout.ingest(DIGEST).symlink_to(target)
-        content = Growing(parts.surroundings, DIGEST, None)
+        content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
         assert follower
         _, got = await asyncio.gather(bring(content), read(follower))
