@@ -27,8 +27,8 @@ from mirror.config import Settings, Tls
 from mirror.events import Event, Noted, Observer
 from mirror.logs import LogObserver, configure_logging
 from mirror.pull.content import ContentService
-from mirror.pull.flights import Flights
 from mirror.pull.service import PullService
+from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from mirror.upstream.registries import open_registries
 from mirror.web.handlers import Handlers
@@ -120,7 +120,7 @@ class Room:
     """A server that serves, on the event loop of this process."""
 
     store: Store
-    flights: Flights
+    single_flight: SingleFlight
     health: Health
     middleware: Middleware
     service: PullService
@@ -138,8 +138,8 @@ async def open_room(
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     health = Health(lambda: store.unwritable)
     try:
-        async with open_registries(settings, emit) as registries, Flights() as flights:
-            content = ContentService(settings, store, registries, flights, emit, now)
+        async with open_registries(settings, emit) as registries, SingleFlight() as single_flight:
+            content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
             handlers = Handlers(settings, service, health, render_metrics, emit)
             middleware = Middleware(handlers, health, emit)
@@ -153,27 +153,27 @@ async def open_room(
             )
             runner = web.ServerRunner(server, shutdown_timeout=1.0)
             await runner.setup()
-            context = _start_housekeeping(settings, store, flights, emit)
+            context = _start_housekeeping(settings, store, single_flight, emit)
             site = web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG)
             await site.start()
             try:
-                yield Room(store, flights, health, middleware, service)
+                yield Room(store, single_flight, health, middleware, service)
             finally:
                 await runner.cleanup()
-                await flights.drain(0.0)
+                await single_flight.drain(0.0)
     finally:
         await store.close()
 
 
 def _start_housekeeping(
-    settings: Settings, store: Store, flights: Flights, emit: Observer
+    settings: Settings, store: Store, single_flight: SingleFlight, emit: Observer
 ) -> ssl.SSLContext | None:
-    flights.join("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
-    flights.join("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
+    single_flight.run("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
+    single_flight.run("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
     if settings.tls is None:
         return None
     certificate = Certificate(settings.tls)
-    flights.join("certificate", lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
+    single_flight.run("certificate", lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
     return certificate.context
 
 

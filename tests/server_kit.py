@@ -17,8 +17,8 @@ from multidict import CIMultiDictProxy
 from mirror.config import Limits, Settings, Storage, Upstream
 from mirror.events import Event, PullEnded
 from mirror.metrics import Metrics
-from mirror.pull.flights import Flights
 from mirror.server import Room, open_room
+from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
@@ -44,8 +44,8 @@ class Server:
         return self.room.store
 
     @property
-    def flights(self) -> Flights:
-        return self.room.flights
+    def single_flight(self) -> SingleFlight:
+        return self.room.single_flight
 
     @property
     def pulls(self) -> list[Any]:

@@ -28,8 +28,8 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Repository
 from mirror.pull import freshness
 from mirror.pull.fetches import Fetches
-from mirror.pull.flights import Flights
 from mirror.pull.sources import NO, Source
+from mirror.single_flight import SingleFlight
 from mirror.store.reader import Reader
 from mirror.store.records import Membership
 from mirror.store.store import Store
@@ -49,18 +49,18 @@ class ContentService:
         settings: Settings,
         store: Store,
         registries: dict[str, Registry],
-        flights: Flights,
+        single_flight: SingleFlight,
         emit: Observer,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
         self.store = store
         self.registries = registries
-        self.flights = flights
+        self.single_flight = single_flight
         self.emit = emit
         self.now = now
         self._fetches = Fetches(
-            store, flights, emit, words=self, finish=settings.abandoned == "finish"
+            store, single_flight, emit, words=self, finish=settings.abandoned == "finish"
         )
 
     # --- who may read -----------------------------------------------------------------------
@@ -96,11 +96,11 @@ class ContentService:
         Raises what the upstream says: ``NotFound``, ``Denied``, an ``UpstreamError``.
         """
         await self.raise_if_negative(repository, digest, kind)
-        flight = self.flights.join(
+        shared_task = self.single_flight.run(
             ("prove", repository, digest, kind),
             lambda: self._ask(repository, digest, kind, accept),
         )
-        return await flight.outcome(patience)
+        return await shared_task.wait(patience)
 
     async def _ask(
         self, repository: Repository, digest: Digest, kind: Kind, accept: tuple[str, ...]
@@ -171,8 +171,8 @@ class ContentService:
 
     def used(self, digest: Digest) -> None:
         """A blob that is served has been used just now; no client waits for the note of it."""
-        if not self.flights.draining:
-            self.flights.join(("touch", digest), lambda: self.store.touch([digest]))
+        if not self.single_flight.is_draining:
+            self.single_flight.run(("touch", digest), lambda: self.store.touch([digest]))
 
     async def whole(
         self,
@@ -304,10 +304,12 @@ class ContentService:
         listed = source.kind is Kind.MANIFEST and known is not None and known.via is not None
         # An index called it something; bytes of no type are no other word.
         typed = listed and stream.media_type != OCTET_STREAM
-        if self.flights.draining or not (typed or not self.believes(source.repository, known)):
+        if self.single_flight.is_draining or not (
+            typed or not self.believes(source.repository, known)
+        ):
             return
         said = source.repository, source.digest, source.kind, stream.media_type, stream.total
-        self.flights.join(("grant", *said), lambda: self._grant(*said))
+        self.single_flight.run(("grant", *said), lambda: self._grant(*said))
 
     async def refused(self, source: Source, error: MirrorError) -> None:
         """The upstream says no: see :class:`mirror.pull.fetch.Words`."""

@@ -15,9 +15,9 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
 from mirror.pull.fetch import Words, fetch
-from mirror.pull.flights import Flights
-from mirror.pull.recent import Recent
 from mirror.pull.sources import NO, Claim, Source, Sources
+from mirror.pull.ttl_cache import TtlLruCache
+from mirror.single_flight import SingleFlight
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
@@ -58,15 +58,21 @@ class Fetches:
     """Brings in what is missing."""
 
     def __init__(
-        self, store: Store, flights: Flights, emit: Observer, words: Words, *, finish: bool
+        self,
+        store: Store,
+        single_flight: SingleFlight,
+        emit: Observer,
+        words: Words,
+        *,
+        finish: bool,
     ) -> None:
         """``finish``: go on when the last client has left."""
         self._store = store
-        self._flights = flights
+        self._single_flight = single_flight
         self._emit = emit
         self._words = words
         self._finish = finish
-        self._suspects: Recent[dict[str, str]] = Recent(1000, _SUSPECTED_FOR, len)
+        self._suspects: TtlLruCache[dict[str, str]] = TtlLruCache(1000, _SUSPECTED_FOR, len)
         """Endpoints that gave wrong bytes, the latest one last, and their upstreams."""
         self._sources: dict[Ingest, Sources] = {}
 
@@ -115,7 +121,7 @@ class Fetches:
             self._suspects.put(source.digest, {**suspects, endpoint: upstream})
 
         try:
-            flight = self._flights.join(("fetch", source.digest, id(ingest)), work)
+            shared_task = self._single_flight.run(("fetch", source.digest, id(ingest)), work)
         except BaseException:
             follower.close()
             ingest.release()
@@ -126,7 +132,7 @@ class Fetches:
             self._store.end_ingest(
                 ingest
             )  # whoever comes now begins anew, and goes on where it ended
-            flight.cancel()
+            shared_task.cancel()
 
         ingest.when_abandoned(give_up, keep=self._finish)
         return Following(follower, sources, source.claim, joined=False)

@@ -144,9 +144,9 @@ class ListService:
         try:
             pull.outcome = Outcome.MISS if text is None else Outcome.REVALIDATED
             with pull.stage("upstream"):
-                flight = self._content.flights.join(("list", key), ask)
+                shared_task = self._content.single_flight.run(("list", key), ask)
                 patience = freshness.patience(upstream, held=text is not None)
-                fresh = await flight.outcome(patience)
+                fresh = await shared_task.wait(patience)
         except MirrorError as error:
             fallback = freshness.after_failure(error, upstream, held=text is not None)
             if isinstance(fallback, freshness.Fail):

@@ -29,7 +29,7 @@ from mirror.oci.reference import Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
-from mirror.pull.recent import Recent
+from mirror.pull.ttl_cache import TtlLruCache
 from mirror.store.reader import Reader, read_all
 from mirror.store.records import Membership, TagRecord, confirm, members_of, parse_member
 from mirror.upstream.api import ManifestHead
@@ -54,12 +54,14 @@ class ManifestService:
     def __init__(self, content: ContentService) -> None:
         self._content = content
         self._index = content.store.index
-        self._flights = content.flights
-        self._answers: Recent[ManifestAnswer] = Recent(
+        self._single_flight = content.single_flight
+        self._answers: TtlLruCache[ManifestAnswer] = TtlLruCache(
             _REMEMBERED, _LIFETIME, lambda answer: 1024 + 3 * answer.size
         )
-        self._records: Recent[TagRecord] = Recent(20_000, _LIFETIME, lambda record: 1)
-        self._used: Recent[bool] = Recent(50_000, _RECENCY_STEP, lambda used: 1, content.now)
+        self._records: TtlLruCache[TagRecord] = TtlLruCache(20_000, _LIFETIME, lambda record: 1)
+        self._used: TtlLruCache[bool] = TtlLruCache(
+            50_000, _RECENCY_STEP, lambda used: 1, content.now
+        )
 
     def remembered(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
         """An answer given a moment ago: the whole of a hot hit."""
@@ -290,10 +292,10 @@ class ManifestService:
         message = await self._index.negative(key)
         if message is not None:
             raise ManifestUnknown(message)
-        flight = self._flights.join(
+        shared_task = self._single_flight.run(
             ("resolve", key), lambda: self._resolve_now(repository, tag, asked, key)
         )
-        return await flight.outcome(patience)
+        return await shared_task.wait(patience)
 
     async def _resolve_now(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str
@@ -330,10 +332,10 @@ class ManifestService:
         would be evicted first.
         """
         key = (repository, answer.digest)
-        if self._used.get(key) or self._flights.draining:
+        if self._used.get(key) or self._single_flight.is_draining:
             return
         self._used.put(key, True)
-        self._flights.join(("use", answer.digest), lambda: self._touch(repository, answer))
+        self._single_flight.run(("use", answer.digest), lambda: self._touch(repository, answer))
 
     async def _touch(self, repository: Repository, answer: ManifestAnswer) -> None:
         if answer.parsed is None:

@@ -30,8 +30,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.upstream.credentials import Found, Login, Logins
-from mirror.upstream.kept import Kept
 from mirror.upstream.outbound import Allowed, Policy, Purpose, judge
+from mirror.upstream.shared_value import SharedValue
 
 DEFAULT_LIFETIME: Final = 60.0
 _LONGEST_LIFETIME: Final = 3600.0
@@ -89,7 +89,7 @@ class Authenticator:
         self._emit = emit
         self._clock = clock
         self._schemes: dict[URL, Bearer | Basic] = {}
-        self._tokens: OrderedDict[tuple[str, str, str, str], Kept[Token]] = OrderedDict()
+        self._tokens: OrderedDict[tuple[str, str, str, str], SharedValue[Token]] = OrderedDict()
 
     async def authorization(self, policy: Policy, repository: Repository) -> Shown | None:
         """What to begin with: what the endpoint wanted the last time, if anything.
@@ -170,7 +170,7 @@ class Authenticator:
             return fresh and (refused is None or token.shown.header != refused.header)
 
         key = (found.identity, challenge.realm, challenge.service or "", scope)
-        kept = self._tokens.setdefault(key, Kept())
+        kept = self._tokens.setdefault(key, SharedValue())
         self._tokens.move_to_end(key)
         if len(self._tokens) > _KEPT:
             self._tokens.popitem(last=False)

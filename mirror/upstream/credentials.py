@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from mirror.config import Credentials
 from mirror.oci.errors import UpstreamTimeout, UpstreamUnavailable
-from mirror.upstream.kept import Kept
+from mirror.upstream.shared_value import SharedValue
 
 KEPT: Final = 30.0
 """Seconds for which a login is not looked up again, unless it is refused."""
@@ -78,7 +78,7 @@ class Logins:
         self._credentials = credentials
         self._upstream = upstream
         self._clock = clock
-        self._kept: dict[str, Kept[Found]] = {}
+        self._kept: dict[str, SharedValue[Found]] = {}
 
     async def get(self, host: str, refused: Found | None = None) -> Found:
         """The login for ``host``; ``refused``, and what is old, is looked up anew.
@@ -92,7 +92,7 @@ class Logins:
         async def ask() -> Found:
             return Found(await look_up(self._credentials, self._upstream, host), self._clock())
 
-        return await self._kept.setdefault(host, Kept()).get(good, ask)
+        return await self._kept.setdefault(host, SharedValue()).get(good, ask)
 
 
 async def look_up(credentials: Credentials, upstream: str, host: str) -> Login | None:

@@ -39,7 +39,7 @@ def _locks() -> list[str]:
     return Path("/proc/locks").read_text().splitlines()
 
 
-class Flight:
+class SharedTask:
     """Clients in threads, all of whom wait for a blob whose upstream has fallen silent."""
 
     def __init__(self, fake: FakeRegistry, mirror: Mirror, digest: Digest) -> None:
@@ -68,9 +68,9 @@ class Flight:
 
 
 @asynccontextmanager
-async def flight(
+async def shared_task(
     stall_at: int, gate: asyncio.Event | None = None, **settings: Any
-) -> AsyncIterator[Flight]:
+) -> AsyncIterator[SharedTask]:
     """Until ``gate`` is set the upstream is silent after so many bytes, which have all arrived."""
     async with FakeRegistry() as fake:
         digest = fake.add_blob(DATA)
@@ -78,7 +78,7 @@ async def flight(
         mirror = Mirror({"docker.io": fake.url}, **settings)
         try:
             await asyncio.to_thread(mirror.start)
-            made = Flight(fake, mirror, digest)
+            made = SharedTask(fake, mirror, digest)
             await fake.stalled.wait()
             ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
             await made.until(lambda: ingest.stat().st_size == stall_at)
@@ -93,7 +93,7 @@ async def flight(
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 async def test_the_fetching_worker_is_killed(part: float) -> None:
     """Followers in the other process go on, and the upstream sends hardly a byte twice."""
-    async with flight(int(len(DATA) * part), workers=2) as stage:
+    async with shared_task(int(len(DATA) * part), workers=2) as stage:
         stage.mirror.kill_worker(leader(stage.mirror, stage.digest))
         killed = time.monotonic()
         results = await stage.results()
@@ -108,7 +108,7 @@ async def test_the_fetching_worker_is_killed(part: float) -> None:
 @pytest.mark.row("C10")
 async def test_a_term_lets_pulls_end() -> None:
     gate = asyncio.Event()
-    async with flight(2_000_000, gate, drain_timeout="30s") as stage:
+    async with shared_task(2_000_000, gate, drain_timeout="30s") as stage:
         stopped = stage.beside(stage.mirror.stop, 40)
         await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
         gate.set()
@@ -119,7 +119,7 @@ async def test_a_term_lets_pulls_end() -> None:
 
 @pytest.mark.row("C10")
 async def test_a_limit_ends_the_pulls() -> None:
-    async with flight(2_000_000, drain_timeout="200ms") as stage:
+    async with shared_task(2_000_000, drain_timeout="200ms") as stage:
         assert await stage.beside(stage.mirror.stop, 20) == 0
         assert await stage.results() == [False] * CLIENTS
 
@@ -127,7 +127,7 @@ async def test_a_limit_ends_the_pulls() -> None:
 @pytest.mark.row("C10")
 async def test_a_kill_while_pulls_may_end() -> None:
     """As Kubernetes does at its own limit: the next start serves all the same."""
-    async with flight(2_000_000, drain_timeout="30s") as stage:
+    async with shared_task(2_000_000, drain_timeout="30s") as stage:
         os.kill(stage.mirror.pid, signal.SIGTERM)
         await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
         await stage.beside(stage.mirror.kill)
@@ -142,7 +142,7 @@ async def test_a_kill_while_pulls_may_end() -> None:
 @pytest.mark.timeout(200)
 async def test_a_leader_that_is_stopped_for_a_minute() -> None:
     gate = asyncio.Event()
-    async with flight(2_000_000, gate, workers=2) as stage:
+    async with shared_task(2_000_000, gate, workers=2) as stage:
         stopped = leader(stage.mirror, stage.digest)
         os.kill(stopped, signal.SIGSTOP)
         try:

@@ -20,13 +20,14 @@ ROOT = Path(__file__).parents[2]
 Sources: TypeAlias = dict[str, str]
 """Dotted module name -> its text. A package is named without ``__init__``."""
 
-GROUND = {"", "oci", "events", "config"}
+GROUND = {"", "oci", "events", "config", "single_flight"}
 LOADING = {"config_load", "config_values"}
 BELOW_SERVER = {"web", "pull", "store", "upstream", "metrics", "logs", *GROUND}
 ARROWS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
     "events": {"oci"},
+    "single_flight": {"oci"},
     "config": {"oci", "config", "config_values"},
     "config_values": {"oci"},
     "config_load": {"config", "config_values", "oci"},
@@ -218,7 +219,7 @@ def one_owner_of_tasks(sources: Sources) -> list[str]:
     return [
         f"{module} uses {receiver}.{name}"
         for module, source in sources.items()
-        if module != "mirror.pull.flights"
+        if module != "mirror.single_flight"
         for receiver, name in calls(source)
         if name in {"create_task", "ensure_future", "shield"}
         and (receiver in {"", "asyncio"} or receiver.rstrip("()").endswith("loop"))

@@ -129,7 +129,7 @@ WORKER = textwrap.dedent(
         if pid == 0:
             for _ in range(n + 1):
                 metrics.observe(events.BytesSent("docker.io", 10))
-            metrics.observe(events.GrowingMeasured(n, float(n)))
+            metrics.observe(events.IngestsMeasured(n, float(n)))
             metrics.observe(events.StorageMeasured(5, 50, 500, True))
             os._exit(0)
         pids.append(pid)

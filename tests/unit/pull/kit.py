@@ -32,8 +32,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Reference, Repository, Tag
 from mirror.pull.content import ContentService
-from mirror.pull.flights import Flights
 from mirror.pull.service import PullService
+from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
 from tests.unit.store.kit import read
@@ -256,7 +256,7 @@ class PullKit:
     store: Store
     content: ContentService
     service: PullService
-    flights: Flights
+    single_flight: SingleFlight
     events: list[Event]
     clock: list[float]
 
@@ -286,18 +286,18 @@ async def pull_kit(
     times = clock if clock is not None else [1_800_000_000.0]
     store = await Store.open(str(root), settings.storage, events.append, lambda: times[0])
     try:
-        async with Flights() as flights:
+        async with SingleFlight() as single_flight:
             content = ContentService(
                 settings,
                 store,
                 {"docker.io": registry, "other.io": other or registry},
-                flights,
+                single_flight,
                 events.append,
                 lambda: times[0],
             )
             service = PullService(content)
-            yield PullKit(registry, store, content, service, flights, events, times)
-            await flights.drain(5.0)
+            yield PullKit(registry, store, content, service, single_flight, events, times)
+            await single_flight.drain(5.0)
     finally:
         await store.close()
 

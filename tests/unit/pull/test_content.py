@@ -371,7 +371,7 @@ async def test_who_comes_while_a_fetch_is_given_up_is_served(
 async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_blob(REPO.path, LAYER)
-        await kit.flights.drain(1.0)
+        await kit.single_flight.drain(1.0)
         with pytest.raises(Draining):
             await blob(kit, digest)
         assert not kit.store.active_ingests

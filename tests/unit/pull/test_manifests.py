@@ -30,8 +30,8 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Reference, Repository
-from mirror.pull.flights import Flight
 from mirror.pull.manifests import accepts, variant_of
+from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
     OTHER,
@@ -213,9 +213,9 @@ async def test_every_waiter_gets_the_failure(
 ) -> None:
     async with pull_kit(tmp_path) as kit:
         everybody, waiting = asyncio.Event(), []
-        join = kit.flights.join
+        join = kit.single_flight.run
 
-        def count(key: Hashable, work: Callable[[], Awaitable[Any]]) -> Flight[Any]:
+        def count(key: Hashable, work: Callable[[], Awaitable[Any]]) -> SharedTask[Any]:
             waiting.append(key)
             if len(waiting) == 30:
                 everybody.set()
@@ -226,7 +226,7 @@ async def test_every_waiter_gets_the_failure(
             await everybody.wait()
             raise UpstreamUnavailable("down")
 
-        monkeypatch.setattr(kit.flights, "join", count)
+        monkeypatch.setattr(kit.single_flight, "run", count)
         monkeypatch.setattr(kit.registry, "head_manifest", fail)
         asked = [manifest(kit) for _ in range(30)]
         results = await asyncio.gather(*asked, return_exceptions=True)

@@ -108,7 +108,7 @@ class StoreMachine(RuleBasedStateMachine):
             await self.check(reader, data)
             reader.close()
             return
-        content = self.store.grow(digest)
+        content = self.store.start_ingest(digest)
         followers = [content.follow(), content.follow()]
         results = await asyncio.gather(
             self.fetch(content, data, len(data) if known else None),
@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
             if (reader := await self.find(Digest.of(right))) is not None:
                 reader.close()
                 return
-            content = self.store.grow(Digest.of(right))
+            content = self.store.start_ingest(Digest.of(right))
             follower = content.follow()
             assert follower
             _, got = await asyncio.gather(
@@ -310,7 +310,7 @@ class StoreMachine(RuleBasedStateMachine):
 
         async def die() -> None:
             assert self.store
-            content = self.store.grow(Digest.of(data))
+            content = self.store.start_ingest(Digest.of(data))
             if await content.try_lead() is Role.LEADER:
                 await content.declare(len(data))
                 for piece in pieces(data[content.position : int(len(data) * part)], PIECE):

@@ -15,7 +15,7 @@ from mirror.oci.errors import MirrorError
 T = TypeVar("T")
 
 
-class Kept(Generic[T]):
+class SharedValue(Generic[T]):
     """The latest answer, or why there is none."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from mirror.oci.errors import Draining, UpstreamTimeout
 T = TypeVar("T")
 
 
-class Flight(Generic[T]):
+class SharedTask(Generic[T]):
     """Work under way. Any number of tasks may wait for it; each gets its outcome."""
 
     def __init__(self) -> None:
@@ -27,11 +27,11 @@ class Flight(Generic[T]):
         self.task: asyncio.Task[None] | None = None
 
     @property
-    def over(self) -> bool:
+    def is_done(self) -> bool:
         """Whether the outcome is known."""
         return self._done.done()
 
-    async def outcome(self, patience: float | None = None) -> T:
+    async def wait(self, patience: float | None = None) -> T:
         """Wait for the result, or raise what ended the work.
 
         Raises :class:`UpstreamTimeout` after ``patience`` seconds; the work goes on.
@@ -46,23 +46,23 @@ class Flight(Generic[T]):
         if self.task is not None:
             self.task.cancel()
 
-    def land(self, result: T) -> None:
+    def set_result(self, result: T) -> None:
         """Keep the result."""
         if not self._done.done():
             self._done.set_result(result)
 
-    def crash(self, error: Exception) -> None:
+    def set_exception(self, error: Exception) -> None:
         """Keep the error, for every waiter and for none."""
         if not self._done.done():
             self._done.set_exception(error)
             self._done.exception()
 
 
-class Flights:
+class SingleFlight:
     """All work in the background of one process. An async context manager."""
 
     def __init__(self) -> None:
-        self._flights: dict[Hashable, Flight[object]] = {}
+        self._running: dict[Hashable, SharedTask[object]] = {}
         self._closing = asyncio.Event()
         self._ready = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -71,7 +71,7 @@ class Flights:
 
     async def __aenter__(self) -> Self:
         self._owner = asyncio.create_task(  # noqa: TID251 - this module is where tasks are made
-            self._own(), name="flights"
+            self._own(), name="single_flight"
         )
         await self._ready.wait()
         return self
@@ -91,46 +91,48 @@ class Flights:
             await self._closing.wait()
 
     @property
-    def draining(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether no new work is taken."""
         return self._group is None or self._closing.is_set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def get(self, key: Hashable) -> Flight[object] | None:
+    def get(self, key: Hashable) -> SharedTask[object] | None:
         """The flight of ``key`` that is under way, if there is one."""
-        return self._flights.get(key)
+        return self._running.get(key)
 
-    def join(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> Flight[T]:
+    def run(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> SharedTask[T]:
         """The flight of ``key``: the one under way, or a new one that does ``work``.
 
         Raises :class:`Draining` during shutdown.
         """
-        present = self._flights.get(key)
+        present = self._running.get(key)
         if present is not None:
-            return cast("Flight[T]", present)
-        if self._group is None or self.draining:
+            return cast("SharedTask[T]", present)
+        if self._group is None or self.is_draining:
             raise Draining("shutting down")
-        flight: Flight[T] = Flight()
-        self._flights[key] = cast("Flight[object]", flight)
-        flight.task = self._group.create_task(self._fly(key, flight, work), name=str(key))
-        self._tasks.add(flight.task)
-        flight.task.add_done_callback(self._tasks.discard)
-        return flight
+        shared_task: SharedTask[T] = SharedTask()
+        self._running[key] = cast("SharedTask[object]", shared_task)
+        shared_task.task = self._group.create_task(
+            self._run_task(key, shared_task, work), name=str(key)
+        )
+        self._tasks.add(shared_task.task)
+        shared_task.task.add_done_callback(self._tasks.discard)
+        return shared_task
 
-    async def _fly(
-        self, key: Hashable, flight: Flight[T], work: Callable[[], Awaitable[T]]
+    async def _run_task(
+        self, key: Hashable, shared_task: SharedTask[T], work: Callable[[], Awaitable[T]]
     ) -> None:
         try:
-            flight.land(await work())
+            shared_task.set_result(await work())
         except asyncio.CancelledError:
-            flight.crash(Draining("given up"))
+            shared_task.set_exception(Draining("given up"))
         except Exception as error:
-            flight.crash(error)
+            shared_task.set_exception(error)
         finally:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
+            if self._running.get(key) is shared_task:
+                del self._running[key]
 
     async def drain(self, timeout: float) -> int:
         """Let the work end for at most ``timeout`` seconds, then cancel it; returns how much."""

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from mirror.oci.errors import Draining, UpstreamUnavailable
-from mirror.pull.flights import Flights
+from mirror.single_flight import SingleFlight
 
 
 async def test_many_ask_and_one_works() -> None:
@@ -19,8 +19,8 @@ async def test_many_ask_and_one_works() -> None:
         await asyncio.sleep(0.01)
         return 42
 
-    async with Flights() as flights:
-        results = await asyncio.gather(*(flights.join("key", work).outcome() for _ in range(100)))
+    async with SingleFlight() as single_flight:
+        results = await asyncio.gather(*(single_flight.run("key", work).wait() for _ in range(100)))
     assert results == [42] * 100
     assert calls == 1
 
@@ -35,13 +35,13 @@ async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> No
         await asyncio.sleep(0.01)
         raise UpstreamUnavailable("down")
 
-    async with Flights() as flights:
-        waits = [flights.join("key", work).outcome() for _ in range(100)]
+    async with SingleFlight() as single_flight:
+        waits = [single_flight.run("key", work).wait() for _ in range(100)]
         results = await asyncio.gather(*waits, return_exceptions=True)
         assert all(isinstance(result, UpstreamUnavailable) for result in results)
         assert calls == 1
         with pytest.raises(UpstreamUnavailable):
-            await flights.join("key", work).outcome()
+            await single_flight.run("key", work).wait()
         assert calls == 2
 
 
@@ -52,9 +52,9 @@ async def test_waiters_that_leave_cancel_nothing() -> None:
         await gate.wait()
         return "done"
 
-    async with Flights() as flights:
+    async with SingleFlight() as single_flight:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(flights.join("k", work).outcome()) for _ in range(9)]
+            tasks = [group.create_task(single_flight.run("k", work).wait()) for _ in range(9)]
             await asyncio.sleep(0)
             for task in tasks[:4]:
                 task.cancel()
@@ -72,11 +72,11 @@ async def test_an_unexpected_error_does_not_end_the_others() -> None:
         await asyncio.sleep(0.01)
         return "fine"
 
-    async with Flights() as flights:
-        other = flights.join("fine", fine)
+    async with SingleFlight() as single_flight:
+        other = single_flight.run("fine", fine)
         with pytest.raises(ZeroDivisionError):
-            await flights.join("broken", broken).outcome()
-        assert await other.outcome() == "fine"
+            await single_flight.run("broken", broken).wait()
+        assert await other.wait() == "fine"
 
 
 async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
@@ -87,12 +87,12 @@ async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
     async def endless() -> None:
         await asyncio.Event().wait()
 
-    async with Flights() as flights:
-        first, second = flights.join("quick", quick), flights.join("endless", endless)
-        assert await flights.drain(0.2) == 1
-        assert await first.outcome() == "quick"
+    async with SingleFlight() as single_flight:
+        first, second = single_flight.run("quick", quick), single_flight.run("endless", endless)
+        assert await single_flight.drain(0.2) == 1
+        assert await first.wait() == "quick"
         with pytest.raises(Draining):
-            await second.outcome()
+            await second.wait()
         with pytest.raises(Draining):
-            flights.join("more", quick)
-    assert len(flights) == 0
+            single_flight.run("more", quick)
+    assert len(single_flight) == 0

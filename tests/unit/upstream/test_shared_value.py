@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.upstream.kept import Kept
+from mirror.upstream.shared_value import SharedValue
 from tests.unit.upstream.kit import at_once
 
 
@@ -38,7 +38,7 @@ def stale(value: int) -> bool:
     return False
 
 
-async def waiting(kept: Kept[int], source: Source, count: int) -> list[asyncio.Task[int]]:
+async def waiting(kept: SharedValue[int], source: Source, count: int) -> list[asyncio.Task[int]]:
     """Tasks that wait, the first one of them for the source itself."""
     loop = asyncio.get_running_loop()
     tasks = [loop.create_task(kept.get(fresh, source.ask)) for _ in range(count)]
@@ -47,7 +47,7 @@ async def waiting(kept: Kept[int], source: Source, count: int) -> list[asyncio.T
 
 
 async def test_many_ask_and_one_is_asked() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     source.gate.set()
     assert await at_once(50, lambda: kept.get(fresh, source.ask)) == [1] * 50
     assert await kept.get(fresh, source.ask) == 1
@@ -55,7 +55,7 @@ async def test_many_ask_and_one_is_asked() -> None:
 
 
 async def test_what_is_not_good_any_more_is_asked_anew_once_for_all() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     source.gate.set()
     await kept.get(fresh, source.ask)
     # They take what came while they waited, though it is no better by their own measure.
@@ -64,7 +64,7 @@ async def test_what_is_not_good_any_more_is_asked_anew_once_for_all() -> None:
 
 
 async def test_everybody_gets_the_failure_and_the_next_one_asks_again() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     source.error = UpstreamUnavailable("down")
     source.gate.set()
     results = await at_once(50, lambda: kept.get(fresh, source.ask))
@@ -75,7 +75,7 @@ async def test_everybody_gets_the_failure_and_the_next_one_asks_again() -> None:
 
 
 async def test_those_who_wait_may_leave() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     tasks = await waiting(kept, source, 9)
     for task in tasks[1:5]:
         task.cancel()
@@ -86,7 +86,7 @@ async def test_those_who_wait_may_leave() -> None:
 
 
 async def test_the_one_who_asks_may_leave_and_the_next_one_asks() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     tasks = await waiting(kept, source, 9)
     tasks[0].cancel()
     source.gate.set()
@@ -96,7 +96,7 @@ async def test_the_one_who_asks_may_leave_and_the_next_one_asks() -> None:
 
 
 async def test_nobody_gets_a_failure_of_before_because_another_one_left() -> None:
-    kept, source = Kept[int](), Source()
+    kept, source = SharedValue[int](), Source()
     source.error = UpstreamUnavailable("down")
     source.gate.set()
     with pytest.raises(UpstreamUnavailable):
@@ -111,7 +111,7 @@ async def test_nobody_gets_a_failure_of_before_because_another_one_left() -> Non
 
 
 async def test_a_fault_of_ours_is_not_kept() -> None:
-    kept = Kept[int]()
+    kept = SharedValue[int]()
 
     async def broken() -> int:
         raise ZeroDivisionError

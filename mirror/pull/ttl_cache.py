@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
+class TtlLruCache(Generic[V]):
     """Values by key, for ``lifetime`` seconds, of at most ``limit`` bytes together."""
 
     def __init__(
