@@ -17,7 +17,7 @@ import yaml
 
 from mirror.config import Settings, Upstream
 from mirror.oci.errors import ConfigError
-from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, judge
+from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, check_url
 from mirror.upstream.transport import own_addresses
 
 HIDDEN: Final = "(not shown)"
@@ -62,7 +62,7 @@ def _check_endpoints(
 ) -> None:
     for endpoint in endpoints:
         url = as_url(endpoint)
-        verdict = judge(str(url), Purpose.ENDPOINT, url, Policy(url, own=own))
+        verdict = check_url(str(url), Purpose.ENDPOINT, url, Policy(url, own=own))
         if isinstance(verdict, Refused):
             raise ConfigError(f"{key}: '{endpoint}': {verdict.why}")
 

@@ -122,10 +122,10 @@ class UpstreamError(MirrorError):
     """The endpoint that failed, where it is of one."""
 
 
-class Reach(Enum):
+class FailureScope(Enum):
     """How far a failure reaches: what it says of other questions to the same endpoint."""
 
-    NOTHING = auto()
+    NONE = auto()
     """Nothing: it is not the endpoint's, or the endpoint was not asked."""
     REQUEST = auto()
     """The endpoint works: it has answered, and this request failed."""
@@ -138,12 +138,12 @@ class Reach(Enum):
 class UpstreamUnavailable(UpstreamError):
     """It cannot be asked now: DNS, connect, TLS, 5xx, an open circuit, a failing token service."""
 
-    def __init__(self, message: str, *, reach: Reach = Reach.NOTHING) -> None:
+    def __init__(self, message: str, *, scope: FailureScope = FailureScope.NONE) -> None:
         super().__init__(message)
-        self.reach = reach
+        self.scope = scope
 
 
-class UpstreamLeftAlone(UpstreamUnavailable):
+class AllCircuitsOpen(UpstreamUnavailable):
     """No endpoint was asked: all have failed too often, and are tried again after a while."""
 
 

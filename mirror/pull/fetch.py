@@ -17,12 +17,12 @@ from typing import Final, Protocol
 from mirror.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
+    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     NotFound,
     UpstreamError,
-    UpstreamLeftAlone,
     UpstreamProtocolError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -227,7 +227,7 @@ async def _pause_before_resuming(
     progress = ingest.position >= journey.best + PROGRESS
     if progress:
         journey.attempts, journey.best, journey.since = 0, ingest.position, now
-    left_alone = isinstance(error, UpstreamLeftAlone)
+    left_alone = isinstance(error, AllCircuitsOpen)
     if not left_alone:
         journey.attempts += 1
     if (

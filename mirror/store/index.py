@@ -36,7 +36,7 @@ from mirror.store.records import (
     repository_of,
 )
 from mirror.store.rows import Row, Rows
-from mirror.store.sweep import VERIFIED, Fate, digests_of, judge
+from mirror.store.sweep import VERIFIED, RowState, digests_of, next_row_state
 
 T = TypeVar("T")
 
@@ -297,15 +297,15 @@ class Index:
         await self._rows.run(lambda: self._sweep(on_disk, now), None)
 
     def _sweep(self, on_disk: Callable[[Digest], bool], now: float) -> None:
-        def fate(row: Row) -> Fate:
+        def fate(row: Row) -> RowState:
             present = row.key == _PINS or any(map(on_disk, digests_of(row.key, row.text)))
-            return judge(present, _number(row.mark), now)
+            return next_row_state(present, _number(row.mark), now)
 
         rows, (table, after) = self._rows, self._swept
         page = rows.read_page(table, after)
         following = _MEMBERS if table == _NAMED else _NAMED
         self._swept = (table, page[-1].id) if page else (following, 0)
-        due = [row for row in page if fate(row) is not Fate.KEEP]
+        due = [row for row in page if fate(row) is not RowState.KEEP]
         if not due:
             return
         with rows.transaction(table):
@@ -315,11 +315,11 @@ class Index:
                 if text is None:
                     continue
                 match fate(replace(row, text=text, mark=mark)):
-                    case Fate.MARK:
+                    case RowState.MARK:
                         rows.write(table, row.key, text, mark=repr(now))
-                    case Fate.CLEAR:
+                    case RowState.CLEAR:
                         rows.write(table, row.key, text)
-                    case Fate.DROP:
+                    case RowState.DROP:
                         rows.delete(table, row.key)
 
 

@@ -22,7 +22,7 @@ VERIFIED: Final = "verified "
 """What the keys of verification times begin with; the digest follows."""
 
 
-class Fate(Enum):
+class RowState(Enum):
     """What is to be done about a row."""
 
     KEEP = auto()
@@ -35,13 +35,13 @@ class Fate(Enum):
     """Forget the row."""
 
 
-def judge(present: bool, missed: float | None, now: float) -> Fate:
+def next_row_state(present: bool, missed: float | None, now: float) -> RowState:
     """What becomes of a row whose content is ``present``, or is missed since ``missed``."""
     if present:
-        return Fate.KEEP if missed is None else Fate.CLEAR
+        return RowState.KEEP if missed is None else RowState.CLEAR
     if missed is None or missed > now:  # the clock was set back: count from here
-        return Fate.MARK
-    return Fate.DROP if now - missed > KEPT else Fate.KEEP
+        return RowState.MARK
+    return RowState.DROP if now - missed > KEPT else RowState.KEEP
 
 
 def digests_of(key: str, text: str) -> frozenset[Digest]:

@@ -20,10 +20,10 @@ from mirror.oci.errors import (
     BlobUnknown,
     Denied,
     DigestInvalid,
+    FailureScope,
     ManifestUnknown,
     MirrorError,
     NameUnknown,
-    Reach,
     Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
@@ -95,7 +95,7 @@ async def error_of(
         case 401 | 403 if redirected:
             # Such as a signed URL that has expired: the next try has it signed anew.
             return UpstreamUnavailable(
-                "the storage behind the registry refuses", reach=Reach.REQUEST
+                "the storage behind the registry refuses", scope=FailureScope.REQUEST
             )
         case 401:
             return Unauthorized("the upstream wants credentials, or refuses those it got")
@@ -105,8 +105,8 @@ async def error_of(
             return UpstreamRateLimited("the upstream limits the rate", retry_after=pause)
         case status if status >= 500 or status == 408:
             unable = status in _UNABLE and not redirected
-            reach = Reach.PATH if unable else Reach.REQUEST
-            return UpstreamUnavailable(f"the upstream answers {status}", reach=reach)
+            scope = FailureScope.PATH if unable else FailureScope.REQUEST
+            return UpstreamUnavailable(f"the upstream answers {status}", scope=scope)
         case status:
             return UpstreamProtocolError(f"the upstream answers {status}")
 
@@ -121,7 +121,7 @@ async def _not_found(response: aiohttp.ClientResponse, kind: Kind, redirected: b
     if kind is Kind.BLOB and redirected and not code:
         # The registry has said that it is there; only another registry can say that it is not.
         return UpstreamUnavailable(
-            "the storage behind the registry does not have it", reach=Reach.REQUEST
+            "the storage behind the registry does not have it", scope=FailureScope.REQUEST
         )
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
         return NameUnknown("the upstream does not know this repository")

@@ -29,8 +29,8 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.upstream.credentials import Found, Login, Logins
-from mirror.upstream.outbound import Allowed, Policy, Purpose, judge
+from mirror.upstream.credentials import CredentialLookup, Login, Logins
+from mirror.upstream.outbound import Allowed, Policy, Purpose, check_url
 from mirror.upstream.shared_value import SharedValue
 
 DEFAULT_LIFETIME: Final = 60.0
@@ -57,18 +57,18 @@ Exchange: TypeAlias = Callable[
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class SentAuthorization:
     """An ``Authorization`` header, and the look-up of credentials that is behind it."""
 
     header: str = field(repr=False)
-    found: Found
+    found: CredentialLookup
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     """A bearer token, good until ``expires`` (monotonic seconds)."""
 
-    shown: Shown
+    sent: SentAuthorization
     expires: float
 
 
@@ -91,7 +91,9 @@ class Authenticator:
         self._schemes: dict[URL, Bearer | Basic] = {}
         self._tokens: OrderedDict[tuple[str, str, str, str], SharedValue[Token]] = OrderedDict()
 
-    async def authorization(self, policy: Policy, repository: Repository) -> Shown | None:
+    async def authorization(
+        self, policy: Policy, repository: Repository
+    ) -> SentAuthorization | None:
         """What to begin with: what the endpoint wanted the last time, if anything.
 
         Raises what :meth:`challenged` raises. The endpoint is then asked anew what it wants: its
@@ -112,8 +114,8 @@ class Authenticator:
         headers: Sequence[str],
         policy: Policy,
         repository: Repository,
-        refused: Shown | None,
-    ) -> Shown | None:
+        refused: SentAuthorization | None,
+    ) -> SentAuthorization | None:
         """What answers a 401 (``WWW-Authenticate``); ``refused`` was no good.
 
         None: there is nothing to answer it with. Raises ``Unauthorized`` or ``Denied`` where the
@@ -137,8 +139,8 @@ class Authenticator:
         scheme: Bearer | Basic,
         policy: Policy,
         repository: Repository,
-        refused: Shown | None,
-    ) -> Shown | None:
+        refused: SentAuthorization | None,
+    ) -> SentAuthorization | None:
         endpoint = policy.endpoint
         host = endpoint.host or ""
         named = host if endpoint.is_default_port() else f"{host}:{endpoint.port}"
@@ -146,7 +148,7 @@ class Authenticator:
         found = await self._logins.get(named, refused.found if refused is not None else None)
         if isinstance(scheme, Basic):
             basic = found.login.basic if found.login is not None else None
-            return Shown(basic, found) if basic is not None else None
+            return SentAuthorization(basic, found) if basic is not None else None
         # The challenge's own scope may be a placeholder, or ask for more than we may have.
         scope = "aws" if host == "public.ecr.aws" else f"repository:{repository.path}:pull"
         try:
@@ -161,13 +163,13 @@ class Authenticator:
         self,
         challenge: Bearer,
         scope: str,
-        found: Found,
+        found: CredentialLookup,
         policy: Policy,
-        refused: Shown | None,
-    ) -> Shown:
+        refused: SentAuthorization | None,
+    ) -> SentAuthorization:
         def good(token: Token) -> bool:
             fresh = token.expires > self._clock()
-            return fresh and (refused is None or token.shown.header != refused.header)
+            return fresh and (refused is None or token.sent.header != refused.header)
 
         key = (found.identity, challenge.realm, challenge.service or "", scope)
         kept = self._tokens.setdefault(key, SharedValue())
@@ -175,10 +177,12 @@ class Authenticator:
         if len(self._tokens) > _KEPT:
             self._tokens.popitem(last=False)
         token = await kept.get(good, lambda: self._fetch(challenge, scope, found, policy))
-        return token.shown
+        return token.sent
 
-    async def _fetch(self, challenge: Bearer, scope: str, found: Found, policy: Policy) -> Token:
-        verdict = judge(challenge.realm, Purpose.REALM, policy.endpoint, policy)
+    async def _fetch(
+        self, challenge: Bearer, scope: str, found: CredentialLookup, policy: Policy
+    ) -> Token:
+        verdict = check_url(challenge.realm, Purpose.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
         begun, ok = self._clock(), False
@@ -191,7 +195,9 @@ class Authenticator:
         finally:
             self._emit(TokenFetched(self._upstream, ok, self._clock() - begun))
         # By our own clock from now on: issued_at is of a clock that may be off.
-        return Token(Shown(f"Bearer {value}", found), self._clock() + lifetime * (1 - _MARGIN))
+        return Token(
+            SentAuthorization(f"Bearer {value}", found), self._clock() + lifetime * (1 - _MARGIN)
+        )
 
     async def _ask(
         self, realm: URL, service: str | None, scope: str, login: Login | None

@@ -59,7 +59,7 @@ class Login:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
+class CredentialLookup:
     """What one look-up found (None: nothing), and when."""
 
     login: Login | None
@@ -78,19 +78,21 @@ class Logins:
         self._credentials = credentials
         self._upstream = upstream
         self._clock = clock
-        self._kept: dict[str, SharedValue[Found]] = {}
+        self._kept: dict[str, SharedValue[CredentialLookup]] = {}
 
-    async def get(self, host: str, refused: Found | None = None) -> Found:
+    async def get(self, host: str, refused: CredentialLookup | None = None) -> CredentialLookup:
         """The login for ``host``; ``refused``, and what is old, is looked up anew.
 
         Raises what :func:`look_up` raises.
         """
 
-        def good(found: Found) -> bool:
+        def good(found: CredentialLookup) -> bool:
             return found is not refused and self._clock() - found.at < KEPT
 
-        async def ask() -> Found:
-            return Found(await look_up(self._credentials, self._upstream, host), self._clock())
+        async def ask() -> CredentialLookup:
+            return CredentialLookup(
+                await look_up(self._credentials, self._upstream, host), self._clock()
+            )
 
         return await self._kept.setdefault(host, SharedValue()).get(good, ask)
 

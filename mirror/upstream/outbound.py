@@ -77,7 +77,7 @@ class Policy:
         return host in self.private_hosts or host == "localhost" or is_private(host)
 
 
-def judge(target: str, purpose: Purpose, source: URL, policy: Policy) -> Verdict:
+def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Verdict:
     """May ``target``, named by the answer of ``source``, be connected to?
 
     A relative ``target`` is resolved against ``source`` (RFC 3986, section 5).

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from mirror.config import Settings
 from mirror.events import Observer
 from mirror.upstream.api import Registry
-from mirror.upstream.asking import Asker
+from mirror.upstream.failover import FailoverClient
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport, own_addresses
 
@@ -20,8 +20,8 @@ async def open_registries(settings: Settings, emit: Observer) -> AsyncIterator[d
     registries: dict[str, Registry] = {}
     async with AsyncExitStack() as stack:
         for name, upstream in settings.upstreams.items():
-            asker = Asker(name, upstream, Transport(upstream), emit, own)
-            registry = HttpRegistry(name, asker, upstream.limits, emit)
+            client = FailoverClient(name, upstream, Transport(upstream), emit, own)
+            registry = HttpRegistry(name, client, upstream.limits, emit)
             stack.push_async_callback(registry.close)
             registries[name] = registry
         yield registries

@@ -30,7 +30,7 @@ from mirror.oci.ranges import parse_content_range
 from mirror.oci.reference import Reference, Repository, Tag
 from mirror.upstream.answers import digest_of, length_of, tag_names
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
-from mirror.upstream.asking import Asker, Question
+from mirror.upstream.failover import FailoverClient, RegistryRequest
 from mirror.upstream.stream import BodyStream
 from mirror.upstream.transport import Answer, read_body
 
@@ -48,9 +48,9 @@ T = TypeVar("T")
 class HttpRegistry:
     """One upstream over HTTP (see :class:`mirror.upstream.api.Registry`)."""
 
-    def __init__(self, name: str, asker: Asker, limits: Limits, emit: Observer) -> None:
+    def __init__(self, name: str, client: FailoverClient, limits: Limits, emit: Observer) -> None:
         self._name = name
-        self._asker = asker
+        self._client = client
         self._limits = limits
         self._emit = emit
 
@@ -62,8 +62,8 @@ class HttpRegistry:
         """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
         path = f"manifests/{reference}"
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        question = Question("HEAD", repository, path, Kind.MANIFEST, headers)
-        async with self._asker.ask(question) as (answer, _):
+        request = RegistryRequest("HEAD", repository, path, Kind.MANIFEST, headers)
+        async with self._client.ask(request) as (answer, _):
             found = answer.response.headers
             digest = digest_of(found)
             if isinstance(reference, Digest):
@@ -79,8 +79,8 @@ class HttpRegistry:
     ) -> ManifestBody:
         """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        question = Question("GET", repository, f"manifests/{tag}", Kind.MANIFEST, headers)
-        async with self._asker.ask(question) as (answer, _):
+        request = RegistryRequest("GET", repository, f"manifests/{tag}", Kind.MANIFEST, headers)
+        async with self._client.ask(request) as (answer, _):
             body = await read_body(answer.response, MANIFEST_LIMIT)
             said = digest_of(answer.response.headers)
             digest = Digest.of(body, said.algorithm if said is not None else "sha256")
@@ -97,15 +97,18 @@ class HttpRegistry:
         (public ECR): there a ``GET`` is begun, and ended after its headers.
         """
 
-        def takes(answer: Answer) -> bool:
+        def is_accepted(answer: Answer) -> bool:
             return answer.redirected or answer.response.status in _NO_HEAD
 
         path = f"blobs/{digest}"
-        head = Question("HEAD", repository, path, Kind.BLOB, takes=takes)
-        async with self._asker.ask(head) as (answer, _):
+        head = RegistryRequest("HEAD", repository, path, Kind.BLOB, is_accepted=is_accepted)
+        async with self._client.ask(head) as (answer, _):
             if answer.response.status == 200:
                 return length_of(answer.response.headers)
-        async with self._asker.ask(Question("GET", repository, path, Kind.BLOB)) as (answer, _):
+        async with self._client.ask(RegistryRequest("GET", repository, path, Kind.BLOB)) as (
+            answer,
+            _,
+        ):
             return length_of(answer.response.headers)
 
     @asynccontextmanager
@@ -133,8 +136,8 @@ class HttpRegistry:
             if validator is not None:
                 where, _, tag = validator.partition(" ")
                 only[where] = {"If-Range": tag}
-        question = Question("GET", repository, path, kind, headers, only, takes=_parts)
-        async with self._asker.ask(question, avoid) as (answer, endpoint):
+        request = RegistryRequest("GET", repository, path, kind, headers, only, is_accepted=_parts)
+        async with self._client.ask(request, avoid) as (answer, endpoint):
             response = answer.response
             start, whole = 0, length_of(response.headers)
             if response.status == 416:
@@ -149,7 +152,13 @@ class HttpRegistry:
             if total is not None and whole not in (None, total):
                 raise UpstreamProtocolError(f"upstream offers {whole} bytes, not {total}")
             yield BodyStream(
-                response, start, whole, str(endpoint), self._limits, self._count, answer.works
+                response,
+                start,
+                whole,
+                str(endpoint),
+                self._limits,
+                self._count,
+                answer.report_success,
             )
 
     def _count(self, count: int) -> None:
@@ -172,8 +181,10 @@ class HttpRegistry:
             return {name for name in tag_names(body) if last is None or name > last}
 
         while more and len(tags) < wanted and len(seen) < _PAGES:
-            question = Question("GET", repository, "tags/list", Kind.TAGS, query=query, page=page)
-            async with self._asker.ask(question) as (answer, _):
+            request = RegistryRequest(
+                "GET", repository, "tags/list", Kind.TAGS, query=query, page=page
+            )
+            async with self._client.ask(request) as (answer, _):
                 body = await read_body(answer.response, _LIST_LIMIT)
                 tags |= await _aside(body, later)
                 page = next_link(answer.response.headers.getall(hdrs.LINK, ()))
@@ -193,7 +204,7 @@ class HttpRegistry:
         seen: set[str] = set()
         size = 0
         while len(seen) < _PAGES:
-            question = Question(
+            request = RegistryRequest(
                 "GET",
                 repository,
                 f"referrers/{digest}",
@@ -201,10 +212,10 @@ class HttpRegistry:
                 {"Accept": OCI_INDEX},
                 query=query,
                 page=page,
-                takes=_unsupported,
+                is_accepted=_unsupported,
                 follow=False,
             )
-            async with self._asker.ask(question) as (answer, _):
+            async with self._client.ask(request) as (answer, _):
                 found = answer.response.headers
                 if answer.response.status != 200:
                     return None
@@ -226,7 +237,7 @@ class HttpRegistry:
 
     async def close(self) -> None:
         """Close connections."""
-        await self._asker.close()
+        await self._client.close()
 
 
 def _parts(answer: Answer) -> bool:

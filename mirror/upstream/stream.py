@@ -25,7 +25,7 @@ class BodyStream:
         endpoint: str,
         limits: Limits,
         count: Callable[[int], None],
-        works: Callable[[], None],
+        report_success: Callable[[], None],
     ) -> None:
         """``works`` is called once there is progress."""
         encoding = response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
@@ -41,7 +41,7 @@ class BodyStream:
         self._response = response
         self._limits = limits
         self._count = count
-        self._works = works
+        self._report_success = report_success
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
@@ -49,7 +49,7 @@ class BodyStream:
         received = 0
         async for chunk in read_chunks(self._response, self._limits, expected):
             if received < PROGRESS <= received + len(chunk):
-                self._works()
+                self._report_success()
             received += len(chunk)
             self._count(len(chunk))
             yield chunk

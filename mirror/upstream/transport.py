@@ -22,7 +22,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from mirror.config import Limits, Upstream
-from mirror.oci.errors import OutboundRefused, Reach, UpstreamProtocolError, UpstreamTimeout
+from mirror.oci.errors import FailureScope, OutboundRefused, UpstreamProtocolError, UpstreamTimeout
 from mirror.oci.errors import UpstreamUnavailable as Unavailable
 from mirror.upstream.outbound import (
     REDIRECT_LIMIT,
@@ -31,7 +31,7 @@ from mirror.upstream.outbound import (
     Policy,
     Purpose,
     as_url,
-    judge,
+    check_url,
 )
 from mirror.upstream.proxies import Proxies
 
@@ -125,7 +125,7 @@ class Transport:
                 response = await self._send(method, url, sent, form, until)
             except Unavailable as error:
                 if crossed:
-                    error.reach = Reach.REQUEST
+                    error.scope = FailureScope.REQUEST
                 raise
             try:
                 target = response.headers.get(hdrs.LOCATION)
@@ -135,7 +135,7 @@ class Transport:
             finally:
                 # The connection is kept for the next request if nothing more is to come on it.
                 response.release()
-            verdict = judge(target, Purpose.REDIRECT, url, policy)
+            verdict = check_url(target, Purpose.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
                 raise OutboundRefused(f"redirect refused: {verdict.why}")
             if not verdict.same_origin:
@@ -169,14 +169,14 @@ class Transport:
                 )
         except TimeoutError as error:
             message = "no answer within the time limit"
-            raise UpstreamTimeout(message, reach=Reach.ENDPOINT) from error
+            raise UpstreamTimeout(message, scope=FailureScope.ENDPOINT) from error
         except aiohttp.ClientConnectorCertificateError as error:
             message = "the certificate is not valid for this upstream"
-            raise Unavailable(message, reach=Reach.ENDPOINT) from error
+            raise Unavailable(message, scope=FailureScope.ENDPOINT) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             connected = not isinstance(error, aiohttp.ClientConnectorError)
-            reach = Reach.PATH if connected else Reach.ENDPOINT
-            raise Unavailable(f"no answer: {type(error).__name__}", reach=reach) from error
+            scope = FailureScope.PATH if connected else FailureScope.ENDPOINT
+            raise Unavailable(f"no answer: {type(error).__name__}", scope=scope) from error
 
 
 def _authorities(ca: str) -> ssl.SSLContext:
@@ -209,10 +209,10 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
             parts.append(chunk)
     except TimeoutError as error:
         message = "silence in the middle of an answer"
-        raise UpstreamTimeout(message, reach=Reach.PATH) from error
+        raise UpstreamTimeout(message, scope=FailureScope.PATH) from error
     except (aiohttp.ClientError, OSError) as error:
         message = f"the answer broke off: {type(error).__name__}"
-        raise Unavailable(message, reach=Reach.PATH) from error
+        raise Unavailable(message, scope=FailureScope.PATH) from error
     return b"".join(parts)
 
 
@@ -241,7 +241,7 @@ async def read_chunks(
             yield chunk
             if waited >= limits.idle:
                 if arrived < limits.min_rate * waited:
-                    raise UpstreamTimeout("slower than the rate floor", reach=Reach.PATH)
+                    raise UpstreamTimeout("slower than the rate floor", scope=FailureScope.PATH)
                 waited, arrived = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all that came; that need not come again.
@@ -249,12 +249,12 @@ async def read_chunks(
             yield rest
         if isinstance(error, TimeoutError):
             message = "silence in the middle of a body"
-            raise UpstreamTimeout(message, reach=Reach.PATH) from error
+            raise UpstreamTimeout(message, scope=FailureScope.PATH) from error
         message = f"the body broke off: {type(error).__name__}"
-        raise Unavailable(message, reach=Reach.PATH) from error
+        raise Unavailable(message, scope=FailureScope.PATH) from error
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
-        raise Unavailable(message, reach=Reach.PATH)
+        raise Unavailable(message, scope=FailureScope.PATH)
     if expected is not None and received > expected:
         raise UpstreamProtocolError("more bytes than were announced")
 

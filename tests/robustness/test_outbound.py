@@ -17,7 +17,7 @@ from yarl import URL
 from mirror.config import Credentials, Upstream
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
-from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, is_private, judge
+from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, check_url, is_private
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import Outside
 from tests.server_kit import running
@@ -63,7 +63,7 @@ REALMS = [
 @pytest.mark.row("HU1")
 @pytest.mark.parametrize("realm", REALMS)
 def test_realms_that_get_no_connection(realm: str) -> None:
-    verdict = judge(realm, Purpose.REALM, HUB.endpoint, HUB)
+    verdict = check_url(realm, Purpose.REALM, HUB.endpoint, HUB)
     if realm == "https://auth.docker.io:8443/token":
         # The host is trusted by name, on whatever port it has a certificate for.
         assert isinstance(verdict, Allowed)
@@ -83,7 +83,7 @@ def test_realms_that_get_no_connection(realm: str) -> None:
 )
 def test_realms_that_work(endpoint: str, realm: str) -> None:
     policy = Policy(URL(endpoint), ("auth.docker.io",))
-    assert isinstance(judge(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
+    assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
 
 
 @pytest.mark.row("HU3")
@@ -103,7 +103,7 @@ def test_realms_that_work(endpoint: str, realm: str) -> None:
     ],
 )
 def test_redirect_targets(target: str, allowed: bool) -> None:
-    verdict = judge(target, Purpose.REDIRECT, URL("https://registry-1.docker.io/v2/x"), HUB)
+    verdict = check_url(target, Purpose.REDIRECT, URL("https://registry-1.docker.io/v2/x"), HUB)
     assert isinstance(verdict, Allowed) is allowed
     if isinstance(verdict, Allowed) and "Signature" in target:
         assert str(verdict.url).endswith("a%2Fb"), "what is signed stays as it was written"

@@ -18,12 +18,12 @@ from mirror.events import DigestMismatched, Kind, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
+    AllCircuitsOpen,
     BlobUnknown,
     Denied,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
-    UpstreamLeftAlone,
     UpstreamProtocolError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -236,7 +236,7 @@ async def test_an_endpoint_whose_answer_was_no_use_is_asked_last(bench: Bench) -
 
 
 async def test_while_nobody_may_be_asked_no_attempt_is_lost(bench: Bench) -> None:
-    waiting = UpstreamLeftAlone("not asked again yet")
+    waiting = AllCircuitsOpen("not asked again yet")
     bench.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
     assert await bench.body() == DATA
     assert len(bench.happened(Resumed)) == 1

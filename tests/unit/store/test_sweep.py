@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.records import Membership, confirm, dump_membership, dump_tag
-from mirror.store.sweep import KEPT, VERIFIED, Fate, digests_of, judge
+from mirror.store.sweep import KEPT, VERIFIED, RowState, digests_of, next_row_state
 
 REPO, TAG = Repository("docker.io", "library/app"), Tag("1.0")
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two", "sha512")
@@ -19,16 +19,18 @@ TIMES = st.floats(-1e12, 1e12)
 @pytest.mark.row("K1")
 @given(st.none() | TIMES, TIMES)
 def test_what_is_on_disk_is_known_whatever_the_clock_says(missed: float | None, now: float) -> None:
-    assert judge(True, missed, now) is (Fate.KEEP if missed is None else Fate.CLEAR)
+    assert next_row_state(True, missed, now) is (
+        RowState.KEEP if missed is None else RowState.CLEAR
+    )
 
 
 @given(st.none() | TIMES, TIMES)
 def test_what_is_gone_is_first_marked_and_forgotten_long_after(
     missed: float | None, now: float
 ) -> None:
-    fate = judge(False, missed, now)
-    assert (fate is Fate.MARK) == (missed is None or missed > now)
-    assert (fate is Fate.DROP) == (missed is not None and now - missed > KEPT)
+    fate = next_row_state(False, missed, now)
+    assert (fate is RowState.MARK) == (missed is None or missed > now)
+    assert (fate is RowState.DROP) == (missed is not None and now - missed > KEPT)
 
 
 @given(st.lists(st.tuples(st.booleans(), TIMES), max_size=20))
@@ -40,12 +42,12 @@ def test_a_row_goes_only_after_two_looks_that_missed_its_content(
     missed_in_a_row = 0
     for present, now in looks:
         missed_in_a_row = 0 if present else missed_in_a_row + 1
-        match judge(present, mark, now):
-            case Fate.MARK:
+        match next_row_state(present, mark, now):
+            case RowState.MARK:
                 mark = now
-            case Fate.CLEAR:
+            case RowState.CLEAR:
                 mark = None
-            case Fate.DROP:
+            case RowState.DROP:
                 assert missed_in_a_row >= 2
                 return
 

@@ -21,7 +21,7 @@ from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
-from mirror.upstream.asking import Asker, Question
+from mirror.upstream.failover import FailoverClient, RegistryRequest
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
 from tests.fakes.registry import FakeRegistry, Fault
@@ -40,7 +40,7 @@ DOWN = 503
 class Kit:
     """One upstream, what it told its observer, and the clock it goes by."""
 
-    asker: Asker
+    client: FailoverClient
     registry: HttpRegistry
     transport: Transport
     events: list[Event] = field(default_factory=list)
@@ -52,7 +52,10 @@ class Kit:
 
     async def status(self, path: str = "manifests/latest", method: str = "GET") -> int:
         """The status of the answer to a question; raises what ``ask`` raises."""
-        async with self.asker.ask(Question(method, REPO, path, Kind.MANIFEST)) as (answer, _):
+        async with self.client.ask(RegistryRequest(method, REPO, path, Kind.MANIFEST)) as (
+            answer,
+            _,
+        ):
             return answer.response.status
 
     async def read(self, digest: Digest, **how: Any) -> bytes:
@@ -76,7 +79,7 @@ async def upstream_kit(
     events: list[Event] = []
     times = [1000.0]
     transport = Transport(upstream, environment or {})
-    asker = Asker(
+    client = FailoverClient(
         name,
         upstream,
         transport,
@@ -85,9 +88,9 @@ async def upstream_kit(
         clock or (lambda: times[0]),
         jitter=lambda: 0.0,
     )
-    registry = HttpRegistry(name, asker, limits, events.append)
+    registry = HttpRegistry(name, client, limits, events.append)
     try:
-        yield Kit(asker, registry, transport, events, times)
+        yield Kit(client, registry, transport, events, times)
     finally:
         await registry.close()
 

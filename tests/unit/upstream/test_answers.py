@@ -15,7 +15,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError
 from mirror.oci.reference import Tag
 from mirror.upstream.answers import digest_of, length_of, rate_limit_of, tag_names
-from mirror.upstream.asking import Question
+from mirror.upstream.failover import RegistryRequest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, upstream_kit
 
@@ -120,7 +120,7 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault(PATHS[kind], *faults)
         with pytest.raises(MirrorError) as caught:
-            async with kit.asker.ask(Question(method, REPO, PATHS[kind], kind)):
+            async with kit.client.ask(RegistryRequest(method, REPO, PATHS[kind], kind)):
                 pass
         return caught.value
 

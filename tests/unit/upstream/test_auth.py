@@ -87,11 +87,11 @@ async def test_an_identity_token_is_sent_by_post_and_in_no_url(tmp_path: Path) -
 
 async def test_basic() -> None:
     service = Service(USER)
-    shown = await service.challenged(challenge=BASIC)
-    assert shown is not None
-    assert shown.header == SHOWN
+    sent = await service.challenged(challenge=BASIC)
+    assert sent is not None
+    assert sent.header == SHOWN
     assert await service.first() == SHOWN
-    assert await service.challenged(shown, challenge=BASIC) is None, "it has been refused"
+    assert await service.challenged(sent, challenge=BASIC) is None, "it has been refused"
     assert await Service().challenged(challenge=BASIC) is None, "there is nothing to show"
     assert not service.calls
 

@@ -189,8 +189,8 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_registry_refuses_the_
 
 async def test_secrets_are_in_no_repr() -> None:
     service = Service(USER)
-    shown = await service.challenged()
+    sent = await service.challenged()
     answer = TokenAnswer(200, b'{"token":"secret"}')
-    said = f"{shown!r} {answer!r} {service.events!r}"
+    said = f"{sent!r} {answer!r} {service.events!r}"
     assert "t1" not in said
     assert "secret" not in said

@@ -15,9 +15,9 @@ from mirror.upstream.outbound import (
     Refused,
     Verdict,
     as_url,
+    check_url,
     is_loopback,
     is_private,
-    judge,
 )
 
 CORP = Policy(
@@ -29,7 +29,7 @@ SOURCE = URL("https://registry.corp:5000/prefix/v2/a/blobs/x?n=1")
 
 
 def verdict(target: str, purpose: Purpose, policy: Policy = CORP) -> Verdict:
-    return judge(target, purpose, SOURCE, policy)
+    return check_url(target, purpose, SOURCE, policy)
 
 
 def goes_to(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
@@ -76,7 +76,7 @@ def test_a_named_realm_without_tls_is_for_private_networks_only() -> None:
     public = Policy(endpoint, ("auth.corp",))
     known = Policy(endpoint, ("auth.corp",), private_hosts={"registry.corp"})
     for policy, allowed in ((public, False), (known, True)):
-        found = judge("http://auth.corp/token", Purpose.REALM, endpoint, policy)
+        found = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
         assert isinstance(found, Allowed) is allowed
 
 
@@ -107,7 +107,7 @@ def test_we_never_ask_ourselves_not_even_where_the_configuration_says_so(
 ) -> None:
     endpoint = URL(url)
     policy = Policy(endpoint, (endpoint.host or "",), CORP.own)
-    assert judge(f"{url}/v2/", purpose, endpoint, policy) == Refused("ourselves")
+    assert check_url(f"{url}/v2/", purpose, endpoint, policy) == Refused("ourselves")
 
 
 def test_a_private_registry_may_point_at_private_addresses_once_it_is_known_to_be_one() -> None:

@@ -15,7 +15,7 @@ from mirror.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestUnknown, Unauthorized
 from mirror.oci.reference import Repository, Tag
-from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, judge
+from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, check_url
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, helper, upstream_kit
 
@@ -43,7 +43,7 @@ def test_the_token_services_of_public_registries_may_be_asked(
     upstream: str, endpoint: str, realm: str
 ) -> None:
     policy = Policy(URL(endpoint), TOKEN_HOSTS.get(upstream, ()))
-    assert isinstance(judge(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
+    assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
 
 
 async def test_docker_hub_knows_no_name_without_library() -> None:

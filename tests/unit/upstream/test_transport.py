@@ -61,8 +61,8 @@ async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() 
         headers = {"Authorization": "Bearer t", "Range": "bytes=5-", "If-Range": '"e"'}
         async with exchange(kit, home.url, headers=headers) as answer:
             assert (answer.response.status, answer.redirected) == (200, True)
-        shown = [(seen.path, seen.headers.get("authorization")) for seen in home.requests]
-        assert shown == [
+        sent = [(seen.path, seen.headers.get("authorization")) for seen in home.requests]
+        assert sent == [
             ("/v2/", "Bearer t"),
             ("/one", "Bearer t"),
             ("/two", "Bearer t"),

@@ -14,7 +14,7 @@ from mirror.config import Credentials
 from mirror.events import Event
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
-from mirror.upstream.auth import Authenticator, Shown, TokenAnswer
+from mirror.upstream.auth import Authenticator, SentAuthorization, TokenAnswer
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO
 
@@ -68,20 +68,20 @@ class Service:
 
     async def challenged(
         self,
-        refused: Shown | None = None,
+        refused: SentAuthorization | None = None,
         challenge: str | Sequence[str] = BEARER,
         policy: Policy = HUB,
         repository: Repository = REPO,
-    ) -> Shown | None:
+    ) -> SentAuthorization | None:
         lines = [challenge] if isinstance(challenge, str) else challenge
         return await self.auth.challenged(lines, policy, repository, refused)
 
     async def header(self, *args: Any, **named: Any) -> str | None:
         """The header that answers a challenge."""
-        shown = await self.challenged(*args, **named)
-        return shown.header if shown is not None else None
+        sent = await self.challenged(*args, **named)
+        return sent.header if sent is not None else None
 
     async def first(self, policy: Policy = HUB, repository: Repository = REPO) -> str | None:
         """The header that a request begins with."""
-        shown = await self.auth.authorization(policy, repository)
-        return shown.header if shown is not None else None
+        sent = await self.auth.authorization(policy, repository)
+        return sent.header if sent is not None else None

@@ -10,7 +10,7 @@ from mirror.events import CircuitChanged, Kind, UpstreamAnswered
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.upstream.api import PROGRESS
-from mirror.upstream.endpoints import BARE_REST, FIRST_PAUSE, THRESHOLD
+from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S
 from mirror.upstream.retry import ATTEMPTS
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
@@ -32,7 +32,7 @@ from tests.unit.upstream.kit import (
 async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
     """Let circuits open: the endpoints have no answer for any of several paths."""
     down(*fakes)
-    for number in range(THRESHOLD):
+    for number in range(FAILURE_THRESHOLD):
         await failure(kit, f"manifests/{number}")
     changes = kit.seen(CircuitChanged)
     assert [(event.endpoint, event.open) for event in changes] == [(f.url, True) for f in fakes]
@@ -45,7 +45,7 @@ async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again(
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
         assert isinstance(await failure(kit), UpstreamUnavailable)
-        kit.clock[0] += FIRST_PAUSE - 0.01
+        kit.clock[0] += FIRST_OPEN_S - 0.01
         await failure(kit)
         assert not fake.requests
         up(fake)
@@ -59,11 +59,11 @@ async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again(
 async def test_half_open_lets_exactly_one_of_many_through() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
-        kit.clock[0] += FIRST_PAUSE
+        kit.clock[0] += FIRST_OPEN_S
         assert await at_once(20, kit.status) == [200] * 20
         assert len(one.requests) == 1
         up(one)
-        kit.clock[0] += 2 * FIRST_PAUSE
+        kit.clock[0] += 2 * FIRST_OPEN_S
         assert await at_once(20, kit.status) == [200] * 20
         assert len(one.requests) == 2
         two.requests.clear()
@@ -89,7 +89,7 @@ async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
         fake.fault("", Fault(status=DOWN, delay=0.05, times=None))
         await at_once(30, kit.status)
         up(fake)
-        kit.clock[0] += FIRST_PAUSE
+        kit.clock[0] += FIRST_OPEN_S
         assert await kit.status() == 200
 
 
@@ -98,7 +98,7 @@ async def test_a_try_whose_asker_left_does_not_keep_the_circuit_shut() -> None:
         await opened(kit, fake)
         up(fake)
         fake.fault("", Fault(delay=3600))
-        kit.clock[0] += FIRST_PAUSE
+        kit.clock[0] += FIRST_OPEN_S
         task = asyncio.get_running_loop().create_task(kit.status())
         await until(lambda: bool(fake.requests))
         assert isinstance(await failure(kit), UpstreamUnavailable)
@@ -119,9 +119,9 @@ async def test_answers_that_are_no_failures_open_nothing() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         for status in (401, 403, 404, 408, 410, 429, 500):
             fake.fault("", Fault(status=status, times=None))
-            for number in range(THRESHOLD):
+            for number in range(FAILURE_THRESHOLD):
                 await failure(kit, f"manifests/{number}")
-                kit.clock[0] += BARE_REST
+                kit.clock[0] += DEFAULT_BACK_OFF_S
             up(fake)
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
@@ -132,7 +132,7 @@ async def test_a_path_without_an_answer_says_nothing_of_others(fault: Fault) -> 
     fault.times = None
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("manifests/broken", fault)
-        for _ in range(THRESHOLD):
+        for _ in range(FAILURE_THRESHOLD):
             await failure(kit, "manifests/broken")
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
@@ -141,9 +141,9 @@ async def test_a_path_without_an_answer_says_nothing_of_others(fault: Fault) -> 
 async def test_a_question_counts_once_however_often_it_is_tried() -> None:
     endpoint = dead()
     async with upstream_kit(endpoint) as kit:
-        for _ in range(THRESHOLD - 1):
+        for _ in range(FAILURE_THRESHOLD - 1):
             await failure(kit)
-        assert len(kit.seen(UpstreamAnswered)) == ATTEMPTS * (THRESHOLD - 1)
+        assert len(kit.seen(UpstreamAnswered)) == ATTEMPTS * (FAILURE_THRESHOLD - 1)
         assert not kit.seen(CircuitChanged)
         await failure(kit)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", endpoint, True)]
@@ -157,7 +157,7 @@ async def test_a_storage_that_fails_says_nothing_of_the_registry(status: int | N
         fake.fault("", Fault(status=307, headers={"Location": f"{storage.url}/x"}, times=None))
         if status is None:
             await storage.stop()
-        for number in range(THRESHOLD):
+        for number in range(FAILURE_THRESHOLD):
             with pytest.raises(UpstreamUnavailable):
                 await kit.registry.head_blob(REPO, Digest.of(b"%d" % number))
         up(fake)
@@ -171,7 +171,7 @@ async def test_a_storage_that_fails_says_nothing_of_the_registry(status: int | N
 async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
     """Ask for several blobs, whose bodies all break."""
     fault.times = None
-    for number in range(THRESHOLD):
+    for number in range(FAILURE_THRESHOLD):
         data = DATA + b"%d" % number
         fake.fault(f"blobs/{fake.add_blob(data)}", fault)
         with pytest.raises(UpstreamUnavailable):
@@ -206,7 +206,7 @@ async def test_a_try_is_over_once_its_body_comes() -> None:
         gate = asyncio.Event()
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=PROGRESS, gate=gate))
-        kit.clock[0] += FIRST_PAUSE
+        kit.clock[0] += FIRST_OPEN_S
         async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
             assert isinstance(await failure(kit), UpstreamUnavailable), "half open lets one through"
             received = 0
@@ -225,7 +225,7 @@ async def test_a_try_is_over_once_its_body_comes() -> None:
 async def test_a_token_that_is_refused_says_nothing_of_the_registry(status: int) -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token, fake.token_status = "t", status
-        for number in range(THRESHOLD):
+        for number in range(FAILURE_THRESHOLD):
             await failure(kit, f"manifests/{number}")
         fake.token_status = 200
         assert await kit.status() == 200
@@ -235,6 +235,6 @@ async def test_a_token_that_is_refused_says_nothing_of_the_registry(status: int)
 async def test_a_registry_whose_token_service_is_gone_is_left_alone() -> None:
     async with registry() as fake, upstream_kit(fake.url, token_hosts=["127.0.0.1"]) as kit:
         fake.token, fake.challenge = "t", f'Bearer realm="{dead()}/token"'
-        for _ in range(THRESHOLD):
+        for _ in range(FAILURE_THRESHOLD):
             await failure(kit)
         assert [event.open for event in kit.seen(CircuitChanged)] == [True]

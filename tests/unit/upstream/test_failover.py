@@ -15,8 +15,8 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.upstream.asking import Question
-from mirror.upstream.endpoints import BARE_REST
+from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S
+from mirror.upstream.failover import RegistryRequest
 from mirror.upstream.retry import ATTEMPTS, BUDGET
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
@@ -162,20 +162,20 @@ async def test_a_token_service_that_hangs_is_forgotten_where_it_has_moved() -> N
 
 async def test_endpoints_to_avoid_go_last() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        question = Question("GET", REPO, "manifests/latest", Kind.MANIFEST)
-        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+        request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
+        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
             assert str(endpoint) == two.url
         down(two)
-        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
             assert str(endpoint) == one.url
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: int) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        question = Question("GET", REPO, "manifests/latest", Kind.MANIFEST)
+        request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         two.fault("", Fault(status=status, times=None))
-        async with kit.asker.ask(question, avoid=[one.url]) as (_, endpoint):
+        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
             assert str(endpoint) == one.url
         for first, expected in (
             (Fault(status=DOWN, times=None), UpstreamUnavailable),
@@ -186,16 +186,16 @@ async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: i
             up(one)
             one.fault("", first)
             with pytest.raises(expected):
-                async with kit.asker.ask(question, avoid=[one.url]):
+                async with kit.client.ask(request, avoid=[one.url]):
                     pass
 
 
 async def test_a_no_of_the_endpoint_that_had_it_counts_whatever_it_met_before() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        question = Question("GET", REPO, "manifests/absent", Kind.MANIFEST)
+        request = RegistryRequest("GET", REPO, "manifests/absent", Kind.MANIFEST)
         fake.fault("", Fault(status=503))
         with pytest.raises(ManifestUnknown):
-            async with kit.asker.ask(question, avoid=[fake.url]):
+            async with kit.client.ask(request, avoid=[fake.url]):
                 pass
 
 
@@ -267,7 +267,7 @@ async def test_a_429_that_names_no_pause_is_one_for_us_alone() -> None:
             assert isinstance(found, UpstreamRateLimited)
             assert found.retry_after is None
         assert len(fake.requests) == 1, "clients repeat it at once, several times"
-        kit.clock[0] += BARE_REST
+        kit.clock[0] += DEFAULT_BACK_OFF_S
         assert await kit.status() == 200
 
 
@@ -309,7 +309,7 @@ async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
         await kit.status()
         await kit.status(method="HEAD")
         await failure(kit, "manifests/other")
-        async with kit.asker.ask(Question("GET", REPO, "tags/list", Kind.TAGS)):
+        async with kit.client.ask(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
         assert [event.billed for event in kit.seen(UpstreamAnswered)] == [True, False, False, False]
 

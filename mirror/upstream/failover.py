@@ -22,31 +22,31 @@ from yarl import URL
 from mirror.config import Upstream
 from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, UpstreamAnswered
 from mirror.oci.errors import (
+    AllCircuitsOpen,
+    FailureScope,
     MirrorError,
     OutboundRefused,
-    Reach,
     UpstreamError,
-    UpstreamLeftAlone,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
 from mirror.upstream.answers import error_of, rate_limit_of
-from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, Shown, TokenAnswer
+from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, SentAuthorization, TokenAnswer
 from mirror.upstream.endpoints import Endpoints
-from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, judge
+from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, check_url
 from mirror.upstream.retry import ATTEMPTS, BUDGET, backoff, may_pass, retry_after
 from mirror.upstream.transport import Answer, Transport, read_body
 
 
-def nothing_else(answer: Answer) -> bool:
+def accept_only_200(answer: Answer) -> bool:
     """Only a 200 is an answer to the question."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RegistryRequest:
     """What is asked of a repository, at whichever endpoint."""
 
     method: str
@@ -54,21 +54,21 @@ class Question:
     path: str
     kind: Kind
     headers: Mapping[str, str] = field(default_factory=dict)
-    at: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    endpoint_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Further headers, for one endpoint only."""
     query: Mapping[str, str] = field(default_factory=dict)
     page: str | None = None
     """The next page, as the answer before this one named it."""
-    takes: Callable[[Answer], bool] = nothing_else
+    is_accepted: Callable[[Answer], bool] = accept_only_200
     """Which answers are good, beside a 200."""
     follow: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Good(Answer):
+class AcceptedResponse(Answer):
     """An answer to the question."""
 
-    works: Callable[[], None]
+    report_success: Callable[[], None]
     """Says that its body comes. Otherwise the circuit waits for the end of it."""
 
 
@@ -77,7 +77,7 @@ class _Attempt:
     """A question, put to one endpoint."""
 
     endpoint: URL
-    question: Question
+    request: RegistryRequest
     probe: bool
     """It is the one try of a circuit that is half open."""
     again: bool
@@ -90,10 +90,10 @@ class _Attempt:
     @property
     def path(self) -> str:
         """What was asked for."""
-        return f"{self.question.repository.path}/{self.question.path}"
+        return f"{self.request.repository.path}/{self.request.path}"
 
 
-class Asker:
+class FailoverClient:
     """Puts questions to one upstream."""
 
     def __init__(
@@ -122,8 +122,8 @@ class Asker:
 
     @asynccontextmanager
     async def ask(
-        self, question: Question, avoid: Collection[str] = ()
-    ) -> AsyncIterator[tuple[Good, URL]]:
+        self, request: RegistryRequest, avoid: Collection[str] = ()
+    ) -> AsyncIterator[tuple[AcceptedResponse, URL]]:
         """The first good answer of the endpoints in order, within the attempts there are.
 
         A 4xx is the answer of an endpoint that works: the next one is not asked for another. But
@@ -143,13 +143,13 @@ class Asker:
                     circuit, now = self._endpoints.circuits[endpoint], self._clock()
                     if attempt > 1 and now >= deadline:
                         break
-                    if not circuit.permits(now):
+                    if not circuit.may_request(now):
                         continue  # not any more: another request is the one that tries it
                     attempt += 1
                     attempted = _Attempt(
                         endpoint,
-                        question,
-                        circuit.claim(),
+                        request,
+                        circuit.begin_request(),
                         again=endpoint in asked,
                         until=self._transport.deadline(),
                     )
@@ -174,36 +174,38 @@ class Asker:
 
     def _verdict(self, failure: MirrorError | None) -> MirrorError:
         """What to say when no endpoint has answered; the last failure, if any was asked."""
-        resting = self._endpoints.resting(self._clock())
-        if resting and not isinstance(failure, UpstreamRateLimited):
+        backing_off = self._endpoints.backing_off(self._clock())
+        if backing_off and not isinstance(failure, UpstreamRateLimited):
             # Who asks for a pause is listened to, also where another one merely failed.
-            named = min((seconds for seconds in resting if seconds is not None), default=None)
+            named = min((seconds for seconds in backing_off if seconds is not None), default=None)
             return UpstreamRateLimited("the upstream asked for a pause", retry_after=named)
-        return failure or UpstreamLeftAlone("all endpoints have failed; not asked again yet")
+        return failure or AllCircuitsOpen("all endpoints have failed; not asked again yet")
 
-    def _url(self, question: Question, policy: Policy) -> URL:
+    def _url(self, request: RegistryRequest, policy: Policy) -> URL:
         """Where to ask; every URL passes the guard. Raises ``OutboundRefused``."""
-        path = f"{quote(question.repository.path)}/{quote(question.path, safe=':/')}"
-        url = URL(f"{policy.endpoint}/v2/{path}", encoded=True).with_query(dict(question.query))
-        if question.page is None:
-            verdict = judge(str(url), Purpose.ENDPOINT, url, policy)
+        path = f"{quote(request.repository.path)}/{quote(request.path, safe=':/')}"
+        url = URL(f"{policy.endpoint}/v2/{path}", encoded=True).with_query(dict(request.query))
+        if request.page is None:
+            verdict = check_url(str(url), Purpose.ENDPOINT, url, policy)
         else:
-            verdict = judge(question.page, Purpose.NEXT_PAGE, url, policy)
+            verdict = check_url(request.page, Purpose.NEXT_PAGE, url, policy)
         if not isinstance(verdict, Allowed):
-            what = "endpoint" if question.page is None else "next page"
+            what = "endpoint" if request.page is None else "next page"
             raise OutboundRefused(f"{what} refused: {verdict.why}")
         return verdict.url
 
     @asynccontextmanager
-    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[Good]:
+    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
         """One endpoint, with what it wants of credentials; its circuit learns how it went."""
         async with AsyncExitStack() as stack:
             try:
                 answer = await self._authorized(stack, attempt)
-                await self._judge_status(answer, attempt.question)
-                good = Good(answer.response, answer.redirected, partial(self._learn, attempt, None))
+                await self._judge_status(answer, attempt.request)
+                good = AcceptedResponse(
+                    answer.response, answer.redirected, partial(self._learn, attempt, None)
+                )
                 if answer.redirected:
-                    good.works()  # how the body comes is not the endpoint's business
+                    good.report_success()  # how the body comes is not the endpoint's business
                 yield good
             except BaseException as error:
                 if isinstance(error, UpstreamError):
@@ -214,22 +216,20 @@ class Asker:
 
     async def _authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Answer:
         """The answer to what the endpoint wants of credentials, as far as there are any."""
-        endpoint, repository = attempt.endpoint, attempt.question.repository
+        endpoint, repository = attempt.endpoint, attempt.request.repository
         policy = Policy(endpoint, self._token_hosts, self._own, self._transport.private_hosts)
-        url = self._url(attempt.question, policy)
-        shown = await _in_time(attempt, self._auth.authorization(policy, repository))
-        answer = await self._send(stack, attempt, url, policy, shown)
+        url = self._url(attempt.request, policy)
+        sent = await _in_time(attempt, self._auth.authorization(policy, repository))
+        answer = await self._send(stack, attempt, url, policy, sent)
         for _ in range(2):
             if answer.response.status != 401 or answer.redirected:
                 break
             wanted = answer.response.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-            again = await _in_time(
-                attempt, self._auth.challenged(wanted, policy, repository, shown)
-            )
+            again = await _in_time(attempt, self._auth.challenged(wanted, policy, repository, sent))
             if again is None:
                 break
-            shown = again
-            answer = await self._send(stack, attempt, url, policy, shown)
+            sent = again
+            answer = await self._send(stack, attempt, url, policy, sent)
         return answer
 
     async def _send(
@@ -238,19 +238,19 @@ class Asker:
         attempt: _Attempt,
         url: URL,
         policy: Policy,
-        shown: Shown | None,
+        sent: SentAuthorization | None,
     ) -> Answer:
         """One exchange; the one before it on ``stack`` is over."""
         await stack.aclose()
-        question, until = attempt.question, attempt.until
-        headers = {**question.headers, **question.at.get(str(policy.endpoint), {})}
-        if shown is not None:
-            headers["Authorization"] = shown.header
+        request, until = attempt.request, attempt.until
+        headers = {**request.headers, **request.endpoint_headers.get(str(policy.endpoint), {})}
+        if sent is not None:
+            headers["Authorization"] = sent.header
         begun, status, error = self._clock(), 0, ""
         try:
             answer = await stack.enter_async_context(
                 self._transport.exchange(
-                    question.method, url, headers, policy, follow=question.follow, until=until
+                    request.method, url, headers, policy, follow=request.follow, until=until
                 )
             )
             status = answer.response.status
@@ -260,13 +260,13 @@ class Asker:
             error = failed.message
             raise
         finally:
-            billed = question.method == "GET" and question.kind is Kind.MANIFEST
+            billed = request.method == "GET" and request.kind is Kind.MANIFEST
             self._emit(
                 UpstreamAnswered(
                     self._name,
                     str(policy.endpoint),
-                    question.method,
-                    question.kind,
+                    request.method,
+                    request.kind,
                     status,
                     self._clock() - begun,
                     billed and status in (200, 206),
@@ -279,12 +279,12 @@ class Asker:
         if found is not None:
             self._emit(RateLimitSeen(self._name, *found))
 
-    async def _judge_status(self, answer: Answer, question: Question) -> None:
+    async def _judge_status(self, answer: Answer, request: RegistryRequest) -> None:
         response = answer.response
-        if response.status == 200 or question.takes(answer):
+        if response.status == 200 or request.is_accepted(answer):
             return
         pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-        raise await error_of(response, question.kind, answer.redirected, pause)
+        raise await error_of(response, request.kind, answer.redirected, pause)
 
     def _learn(self, attempt: _Attempt, error: BaseException | None) -> None:
         """A question counts once at each endpoint, however often it is tried there."""
@@ -295,17 +295,17 @@ class Asker:
         was_open = circuit.is_open
         match error:
             case UpstreamRateLimited():
-                circuit.rest(self._clock(), error.retry_after)
-            case OutboundRefused() | UpstreamUnavailable(reach=Reach.NOTHING):
-                circuit.abandoned(probe=probe)
-            case UpstreamUnavailable(reach=Reach.PATH | Reach.ENDPOINT):
-                path = attempt.path if error.reach is Reach.PATH else None
+                circuit.back_off(self._clock(), error.retry_after)
+            case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE):
+                circuit.cancelled(probe=probe)
+            case UpstreamUnavailable(scope=FailureScope.PATH | FailureScope.ENDPOINT):
+                path = attempt.path if error.scope is FailureScope.PATH else None
                 if probe or not attempt.again:
                     circuit.failed(self._clock(), probe=probe, path=path)
             case None | MirrorError():
                 circuit.succeeded()
             case _:
-                circuit.abandoned(probe=probe)  # whoever asked left
+                circuit.cancelled(probe=probe)  # whoever asked left
         if circuit.is_open != was_open:
             self._emit(CircuitChanged(self._name, str(attempt.endpoint), circuit.is_open))
 
@@ -326,11 +326,13 @@ class Asker:
             return TokenAnswer(response.status, await read_body(response, TOKEN_LIMIT), pause)
 
 
-async def _in_time(attempt: _Attempt, token: Awaitable[Shown | None]) -> Shown | None:
+async def _in_time(
+    attempt: _Attempt, token: Awaitable[SentAuthorization | None]
+) -> SentAuthorization | None:
     """What is shown to an endpoint, if it is there before the attempt is over."""
     try:
         async with asyncio.timeout_at(attempt.until):
             return await token
     except TimeoutError as error:
         message = "no token within the time limit"
-        raise UpstreamTimeout(message, reach=Reach.ENDPOINT) from error
+        raise UpstreamTimeout(message, scope=FailureScope.ENDPOINT) from error
