@@ -28,10 +28,10 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Repository
 from mirror.pull import freshness
 from mirror.pull.fetches import Fetches
-from mirror.pull.sources import NO, Source
+from mirror.pull.sources import REFUSALS, Source
 from mirror.single_flight import SingleFlight
 from mirror.store.reader import Reader
-from mirror.store.records import Membership
+from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
@@ -60,30 +60,30 @@ class ContentService:
         self.emit = emit
         self.now = now
         self._fetches = Fetches(
-            store, single_flight, emit, words=self, finish=settings.abandoned == "finish"
+            store, single_flight, emit, callbacks=self, finish=settings.abandoned == "finish"
         )
 
     # --- who may read -----------------------------------------------------------------------
 
-    async def membership(
+    async def access_record(
         self, repository: Repository, digest: Digest, kind: Kind
-    ) -> Membership | None:
+    ) -> AccessRecord | None:
         """What is known of ``digest`` in ``repository`` as that kind, however old."""
-        return await self.store.index.membership(repository, digest, kind.value)
+        return await self.store.index.access_record(repository, digest, kind.value)
 
     async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
         """Whether it is one to the upstream; an index may call so what others know as a blob."""
-        known = await self.membership(repository, digest, Kind.MANIFEST)
-        if known is None or known.via is None:
+        known = await self.access_record(repository, digest, Kind.MANIFEST)
+        if known is None or known.referrer is None:
             return known is not None
-        return await self.membership(repository, digest, Kind.BLOB) is None
+        return await self.access_record(repository, digest, Kind.BLOB) is None
 
-    def believes(self, repository: Repository, known: Membership | None) -> bool:
+    def may_read_unasked(self, repository: Repository, known: AccessRecord | None) -> bool:
         """Whether ``repository`` may be read without a question, for what is known."""
-        decision = freshness.decide_reading(known, self.upstream(repository), self.now())
+        decision = freshness.decide_access(known, self.upstream(repository), self.now())
         return isinstance(decision, freshness.Fresh)
 
-    async def prove(
+    async def check_access(
         self,
         repository: Repository,
         digest: Digest,
@@ -114,8 +114,8 @@ class ContentService:
                 size, media_type = head.size, head.media_type
             else:
                 size = await registry.head_blob(repository, digest)
-        except NO as error:
-            await self.withdraw(repository, digest, kind, error)
+        except REFUSALS as error:
+            await self.revoke_access(repository, digest, kind, error)
             raise
         await self._grant(repository, digest, kind, media_type, size)
         return size
@@ -123,15 +123,15 @@ class ContentService:
     async def _grant(
         self, repository: Repository, digest: Digest, kind: Kind, media_type: str, size: int | None
     ) -> None:
-        until = self.now() + freshness.PROVEN_FOR
-        membership = Membership(digest, kind.value, media_type, size, None, until)
-        await self.store.index.put_memberships(repository, [membership])
+        expires_at = self.now() + freshness.ACCESS_TTL_S
+        access_record = AccessRecord(digest, kind.value, media_type, size, None, expires_at)
+        await self.store.index.put_access_records(repository, [access_record])
 
-    async def withdraw(
+    async def revoke_access(
         self, repository: Repository, digest: Digest, kind: Kind, error: MirrorError
     ) -> None:
         """The upstream says no: what it once granted has ended; a 404 is believed for a while."""
-        await self.store.index.withdraw(repository, digest, kind.value)
+        await self.store.index.revoke_access(repository, digest, kind.value)
         if isinstance(error, NotFound):
             ttl = self.upstream(repository).negative_ttl
             key = _negative(repository, digest, kind)
@@ -167,7 +167,7 @@ class ContentService:
             return ingest.size
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
-            return await self.prove(repository, digest, Kind.BLOB)
+            return await self.check_access(repository, digest, Kind.BLOB)
 
     def used(self, digest: Digest) -> None:
         """A blob that is served has been used just now; no client waits for the note of it."""
@@ -195,12 +195,12 @@ class ContentService:
         kind: Kind,
         pull: Pull,
         accept: tuple[str, ...],
-    ) -> tuple[Membership | None, Reader | None]:
+    ) -> tuple[AccessRecord | None, Reader | None]:
         with pull.stage("index"):
-            known = await self.membership(repository, digest, kind)
+            known = await self.access_record(repository, digest, kind)
             whole = await self.store.contents.find(digest, known.size if known else None)
         if whole is not None:
-            believed = self.believes(repository, known)
+            believed = self.may_read_unasked(repository, known)
             pull.outcome = Outcome.HIT if believed else Outcome.REVALIDATED
             try:
                 await self._authorise(repository, digest, kind, known, pull, accept)
@@ -241,7 +241,7 @@ class ContentService:
         repository: Repository,
         digest: Digest,
         kind: Kind,
-        known: Membership | None,
+        known: AccessRecord | None,
         pull: Pull,
         accept: tuple[str, ...],
     ) -> None:
@@ -250,7 +250,7 @@ class ContentService:
         An upstream that cannot be asked takes away nothing that it once granted.
         """
         upstream = self.upstream(repository)
-        match freshness.decide_reading(known, upstream, self.now()):
+        match freshness.decide_access(known, upstream, self.now()):
             case freshness.Fresh():
                 return
             case freshness.Refuse():
@@ -263,7 +263,7 @@ class ContentService:
         try:
             with pull.stage("upstream"):
                 patience = freshness.patience(upstream, held=held)
-                await self.prove(repository, digest, kind, accept, patience)
+                await self.check_access(repository, digest, kind, accept, patience)
         except MirrorError as error:
             fallback = freshness.after_failure(error, upstream, held=held)
             if isinstance(fallback, freshness.Fail):
@@ -275,7 +275,7 @@ class ContentService:
         repository: Repository,
         digest: Digest,
         kind: Kind,
-        known: Membership | None,
+        known: AccessRecord | None,
         pull: Pull,
         accept: tuple[str, ...],
     ) -> Reader:
@@ -291,29 +291,29 @@ class ContentService:
                 proven = await following.first_byte()
             if not proven:
                 # It may have been meanwhile, by another process whose fetch this is.
-                known = await self.membership(repository, digest, kind)
+                known = await self.access_record(repository, digest, kind)
                 await self._authorise(repository, digest, kind, known, pull, accept)
         except BaseException:
             reader.close()
             raise
         return reader
 
-    def granted(self, source: Source, stream: ContentStream) -> None:
-        """The upstream sends the content: see :class:`mirror.pull.fetch.Words`."""
+    def on_granted(self, source: Source, stream: ContentStream) -> None:
+        """The upstream sends the content: see :class:`mirror.pull.fetch.AccessCallbacks`."""
         known = source.known
-        listed = source.kind is Kind.MANIFEST and known is not None and known.via is not None
+        listed = source.kind is Kind.MANIFEST and known is not None and known.referrer is not None
         # An index called it something; bytes of no type are no other word.
         typed = listed and stream.media_type != OCTET_STREAM
         if self.single_flight.is_draining or not (
-            typed or not self.believes(source.repository, known)
+            typed or not self.may_read_unasked(source.repository, known)
         ):
             return
         said = source.repository, source.digest, source.kind, stream.media_type, stream.total
         self.single_flight.run(("grant", *said), lambda: self._grant(*said))
 
-    async def refused(self, source: Source, error: MirrorError) -> None:
-        """The upstream says no: see :class:`mirror.pull.fetch.Words`."""
-        await self.withdraw(source.repository, source.digest, source.kind, error)
+    async def on_refused(self, source: Source, error: MirrorError) -> None:
+        """The upstream says no: see :class:`mirror.pull.fetch.AccessCallbacks`."""
+        await self.revoke_access(source.repository, source.digest, source.kind, error)
 
     async def keep(self, digest: Digest, body: bytes) -> None:
         """Keep small content that came by another way than its digest."""

@@ -27,12 +27,12 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.pull.sources import NO, Source, Sources
+from mirror.pull.sources import REFUSALS, Source, Sources
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.upstream.api import PROGRESS, ContentStream
 
-RIVAL_PATIENCE: Final = 5.0
+PREEMPT_AFTER_S: Final = 5.0
 """Seconds that an upstream may take to answer while another one that was named waits."""
 _ATTEMPTS: Final = 5
 """Transfers in a row that may break without progress."""
@@ -41,22 +41,22 @@ _PATIENCE: Final = 45.0
 """Seconds without progress after which clients are better off elsewhere."""
 
 
-class _Overtaken(UpstreamTimeout):
+class _Preempted(UpstreamTimeout):
     """It did not answer, or not go on, while another upstream waited to be asked."""
 
 
-class Words(Protocol):
+class AccessCallbacks(Protocol):
     """Who is told what upstreams say of repositories."""
 
-    def granted(self, source: Source, stream: ContentStream) -> None:
+    def on_granted(self, source: Source, stream: ContentStream) -> None:
         """The repository has the content. No byte waits for the note of it."""
 
-    async def refused(self, source: Source, error: MirrorError) -> None:
+    async def on_refused(self, source: Source, error: MirrorError) -> None:
         """The repository does not have it, or not for us."""
 
 
 @dataclass(slots=True)
-class _Journey:
+class _SourceAttempts:
     """What the transfers from one source have in common."""
 
     source: Source
@@ -77,7 +77,7 @@ async def fetch(
     ingest: Ingest,
     sources: Sources,
     emit: Observer,
-    words: Words,
+    callbacks: AccessCallbacks,
     suspect: Callable[[str, str], None],
 ) -> None:
     """Bring ``growing`` to its end; every follower gets the outcome, so this raises nothing.
@@ -88,9 +88,9 @@ async def fetch(
     failure: MirrorError = UpstreamUnavailable("there is nobody to ask")
     try:
         while (source := sources.next()) is not None:
-            journey = _Journey(source, time.monotonic(), gave)
+            journey = _SourceAttempts(source, time.monotonic(), gave)
             try:
-                await _bring(ingest, sources, journey, emit, words)
+                await _bring(ingest, sources, journey, emit, callbacks)
                 return
             except DigestMismatch:
                 where = "resume" if journey.resumed_from else "upstream"
@@ -98,15 +98,15 @@ async def fetch(
                 for endpoint, upstream in gave.items():
                     suspect(endpoint, upstream)
                 raise
-            except _Overtaken as error:
+            except _Preempted as error:
                 failure = error
-                sources.overtaken(source)
-            except (UpstreamError, *NO) as error:
+                sources.requeue(source)
+            except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, ManifestInvalid) and ingest.position:
                     raise  # it would be no better elsewhere
                 failure = error
-                if isinstance(error, NO):
-                    await words.refused(source, error)
+                if isinstance(error, REFUSALS):
+                    await callbacks.on_refused(source, error)
                 sources.failed(source, error)
         await ingest.fail(failure)
     except MirrorError as error:
@@ -118,14 +118,18 @@ async def fetch(
 
 
 async def _bring(
-    ingest: Ingest, sources: Sources, journey: _Journey, emit: Observer, words: Words
+    ingest: Ingest,
+    sources: Sources,
+    journey: _SourceAttempts,
+    emit: Observer,
+    callbacks: AccessCallbacks,
 ) -> None:
     """As far as one source brings it; raises what ended that."""
     while not await _whole(ingest):
         try:
-            await _transfer(ingest, sources, journey, words)
+            await _transfer(ingest, sources, journey, callbacks)
             return
-        except (DigestMismatch, ManifestInvalid, _Overtaken):
+        except (DigestMismatch, ManifestInvalid, _Preempted):
             raise
         except (UpstreamError, NotFound) as error:
             if isinstance(error, UpstreamProtocolError) and ingest.start_over():
@@ -155,7 +159,7 @@ async def _whole(ingest: Ingest) -> bool:
 
 
 @asynccontextmanager
-async def _hurried(sources: Sources) -> AsyncIterator[None]:
+async def _preemptible(sources: Sources) -> AsyncIterator[None]:
     """Waits for an upstream with less patience while another one waits to be asked.
 
     Raises :class:`_Overtaken` when that has ended.
@@ -163,17 +167,19 @@ async def _hurried(sources: Sources) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(None) as limit:
-            with sources.when_rivalled(lambda: limit.reschedule(loop.time() + RIVAL_PATIENCE)):
+            with sources.on_other_upstream(lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)):
                 yield
     except TimeoutError:
-        raise _Overtaken("no answer, and another upstream waits to be asked") from None
+        raise _Preempted("no answer, and another upstream waits to be asked") from None
 
 
-async def _transfer(ingest: Ingest, sources: Sources, journey: _Journey, words: Words) -> None:
+async def _transfer(
+    ingest: Ingest, sources: Sources, journey: _SourceAttempts, callbacks: AccessCallbacks
+) -> None:
     source = journey.source
     journey.resumed_from = ingest.position
     async with AsyncExitStack() as stack:
-        async with _hurried(sources):
+        async with _preemptible(sources):
             stream = await stack.enter_async_context(
                 source.registry.open(
                     source.repository,
@@ -197,10 +203,10 @@ async def _transfer(ingest: Ingest, sources: Sources, journey: _Journey, words: 
         if skip < 0:
             raise UpstreamProtocolError("the answer begins behind what was asked for")
         # Before anybody is woken: it is the proof for those who wait.
-        sources.proven.add(source.claim)
+        sources.proven.add(source.proof_key)
         if not journey.answered:
             journey.answered = True
-            words.granted(source, stream)
+            callbacks.on_granted(source, stream)
         await ingest.declare(total)
         async for data in stream:
             # A server that cannot resume sends from the start what is here already.
@@ -216,7 +222,7 @@ async def _transfer(ingest: Ingest, sources: Sources, journey: _Journey, words: 
 
 
 async def _pause_before_resuming(
-    ingest: Ingest, sources: Sources, journey: _Journey, error: MirrorError, emit: Observer
+    ingest: Ingest, sources: Sources, journey: _SourceAttempts, error: MirrorError, emit: Observer
 ) -> None:
     """Decide whether to go on after a break; raises ``error`` if not.
 
@@ -237,8 +243,8 @@ async def _pause_before_resuming(
         or now - journey.since > _PATIENCE
     ):
         raise error
-    if sources.rivalled and now - journey.since > RIVAL_PATIENCE:
-        raise _Overtaken(error.message) from error
+    if sources.has_other_upstream and now - journey.since > PREEMPT_AFTER_S:
+        raise _Preempted(error.message) from error
     if left_alone:
         # Nothing was transferred: this one waits, as all do, until an endpoint is tried again.
         await _pause(_LONGEST_PAUSE)

@@ -14,8 +14,8 @@ from mirror.events import Kind, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
-from mirror.pull.fetch import Words, fetch
-from mirror.pull.sources import NO, Claim, Source, Sources
+from mirror.pull.fetch import AccessCallbacks, fetch
+from mirror.pull.sources import REFUSALS, ProofKey, Source, Sources
 from mirror.pull.ttl_cache import TtlLruCache
 from mirror.single_flight import SingleFlight
 from mirror.store.follower import Follower
@@ -32,7 +32,7 @@ class Following:
 
     follower: Follower
     sources: Sources
-    claim: Claim
+    proof_key: ProofKey
     joined: bool
     """Whether somebody else had begun it."""
 
@@ -44,14 +44,14 @@ class Following:
         loop, sources = asyncio.get_running_loop(), self.sources
         try:
             async with asyncio.timeout(None) as limit:
-                with sources.when_refused(self.claim, lambda: limit.reschedule(loop.time())):
+                with sources.on_own_refusal(self.proof_key, lambda: limit.reschedule(loop.time())):
                     await self.follower.wait(0, 1)
         except (MirrorError, TimeoutError) as error:
-            raise sources.failures.get(self.claim, error) from None
-        said = sources.failures.get(self.claim)
-        if isinstance(said, NO):
+            raise sources.failures.get(self.proof_key, error) from None
+        said = sources.failures.get(self.proof_key)
+        if isinstance(said, REFUSALS):
             raise said
-        return self.claim in sources.proven
+        return self.proof_key in sources.proven
 
 
 class Fetches:
@@ -62,7 +62,7 @@ class Fetches:
         store: Store,
         single_flight: SingleFlight,
         emit: Observer,
-        words: Words,
+        callbacks: AccessCallbacks,
         *,
         finish: bool,
     ) -> None:
@@ -70,7 +70,7 @@ class Fetches:
         self._store = store
         self._single_flight = single_flight
         self._emit = emit
-        self._words = words
+        self._callbacks = callbacks
         self._finish = finish
         self._suspects: TtlLruCache[dict[str, str]] = TtlLruCache(1000, _SUSPECTED_FOR, len)
         """Endpoints that gave wrong bytes, the latest one last, and their upstreams."""
@@ -94,7 +94,7 @@ class Fetches:
         if follower is None or sources is None:
             return self._begin(source)
         sources.offer(source)
-        return Following(follower, sources, source.claim, joined=True)
+        return Following(follower, sources, source.proof_key, joined=True)
 
     def _under_way(self, digest: Digest) -> tuple[Ingest, Sources] | tuple[None, None]:
         """The fetch of this content that has not failed, if there is one."""
@@ -111,7 +111,7 @@ class Fetches:
 
         async def work() -> None:
             try:
-                await fetch(ingest, sources, self._emit, self._words, suspect)
+                await fetch(ingest, sources, self._emit, self._callbacks, suspect)
             finally:
                 self._end(ingest)
 
@@ -135,7 +135,7 @@ class Fetches:
             shared_task.cancel()
 
         ingest.when_abandoned(give_up, keep=self._finish)
-        return Following(follower, sources, source.claim, joined=False)
+        return Following(follower, sources, source.proof_key, joined=False)
 
     def _end(self, ingest: Ingest) -> None:
         self._store.end_ingest(ingest)

@@ -13,9 +13,9 @@ from typing import Final, TypeAlias
 from mirror.config import Upstream
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, UpstreamError
-from mirror.store.records import Membership, TagRecord
+from mirror.store.records import AccessRecord, TagRecord
 
-PROVEN_FOR: Final = 86400.0
+ACCESS_TTL_S: Final = 86400.0
 """Seconds for which an upstream's word that a repository has a digest is believed unasked."""
 PATIENCE: Final = 5.0
 """Seconds that an upstream may take to confirm what is held."""
@@ -86,7 +86,7 @@ def decide_tag(
     return decision
 
 
-def decide_reading(known: Membership | None, upstream: Upstream, now: float) -> Decision:
+def decide_access(known: AccessRecord | None, upstream: Upstream, now: float) -> Decision:
     """What content needs before it is read through a repository; ``known`` says why it may be.
 
     What a manifest that was pulled through the repository refers to is known for good; the
@@ -97,7 +97,7 @@ def decide_reading(known: Membership | None, upstream: Upstream, now: float) -> 
         return Fresh() if known is not None else Refuse()
     if known is None:
         return Ask()
-    believed = known.until is None or 0 <= known.until - now <= PROVEN_FOR
+    believed = known.expires_at is None or 0 <= known.expires_at - now <= ACCESS_TTL_S
     return Fresh() if believed else Ask()
 
 

@@ -31,7 +31,13 @@ from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.ttl_cache import TtlLruCache
 from mirror.store.reader import Reader, read_all
-from mirror.store.records import Membership, TagRecord, confirm, members_of, parse_member
+from mirror.store.records import (
+    AccessRecord,
+    TagRecord,
+    access_records_of,
+    confirm,
+    parse_as_recorded,
+)
 from mirror.upstream.api import ManifestHead
 
 T = TypeVar("T")
@@ -110,16 +116,16 @@ class ManifestService:
         answer = self.remembered(repository, digest)
         if answer is not None:
             return answer
-        known = await self._content.membership(repository, digest, Kind.MANIFEST)
-        if known is None or not self._content.believes(repository, known):
+        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
+        if known is None or not self._content.may_read_unasked(repository, known):
             return None
         body = await self._content.store.contents.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed = await parsed_beside(parse_member, body, known)
+        parsed = await parsed_beside(parse_as_recorded, body, known)
         if known.media_type not in ("", parsed.media_type):
             said = replace(known, media_type=parsed.media_type)
-            await self._index.put_memberships(repository, [said])
+            await self._index.put_access_records(repository, [said])
         return self._remember(
             repository, ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
         )
@@ -130,8 +136,8 @@ class ManifestService:
         """A ``HEAD`` on a miss stays a ``HEAD``; None if its answer does not say enough."""
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
-            size = await self._content.prove(repository, digest, Kind.MANIFEST, accept)
-        known = await self._content.membership(repository, digest, Kind.MANIFEST)
+            size = await self._content.check_access(repository, digest, Kind.MANIFEST, accept)
+        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
         if size is None or known is None or not known.media_type:
             return None
         return ManifestAnswer(digest, known.media_type, size, None)
@@ -140,16 +146,16 @@ class ManifestService:
         self, repository: Repository, digest: Digest, body: bytes, pull: Pull
     ) -> ManifestAnswer:
         """Take what a manifest that was pulled through ``repository`` says of its parts."""
-        known = await self._content.membership(repository, digest, Kind.MANIFEST)
+        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
         if known is None:
             media_type = sniff_media_type(body)
-            known = Membership(digest, "manifest", media_type, len(body), None, None)
+            known = AccessRecord(digest, "manifest", media_type, len(body), None, None)
         parsed, members = await parsed_beside(_parse, body, known)
         answer = ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
         if pull.outcome is Outcome.STALE:
             return answer  # nobody has confirmed it: the next one asks again
         for start in range(0, len(members), _ROWS):
-            await self._index.put_memberships(repository, members[start : start + _ROWS])
+            await self._index.put_access_records(repository, members[start : start + _ROWS])
         return self._remember(repository, answer)
 
     def _remember(self, repository: Repository, answer: ManifestAnswer) -> ManifestAnswer:
@@ -312,8 +318,8 @@ class ManifestService:
             await self._index.put_negative(key, error.message, ttl)
             raise
         assert found.digest is not None
-        said = Membership(found.digest, "manifest", found.media_type, found.size, None, None)
-        await self._index.put_memberships(repository, [said])
+        said = AccessRecord(found.digest, "manifest", found.media_type, found.size, None, None)
+        await self._index.put_access_records(repository, [said])
         variant = variant_of(accept)
         known, held = await self._look_up_variant(repository, tag, variant)
         keep = held.digest if held is not None else None
@@ -359,11 +365,11 @@ def _names_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-def _parse(body: bytes, known: Membership) -> tuple[Manifest, list[Membership]]:
+def _parse(body: bytes, known: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
     """A manifest, and what its repository is known to have because of it: itself, and its parts."""
-    parsed = parse_member(body, known)
-    root = replace(known, media_type=parsed.media_type, size=len(body), until=None)
-    return parsed, [root, *members_of(root, parsed)]
+    parsed = parse_as_recorded(body, known)
+    root = replace(known, media_type=parsed.media_type, size=len(body), expires_at=None)
+    return parsed, [root, *access_records_of(root, parsed)]
 
 
 async def parsed_beside(parse: Callable[[bytes, W], T], body: bytes, what: W) -> T:

@@ -19,12 +19,12 @@ from mirror.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
 from mirror.oci.reference import Repository
-from mirror.store.records import Membership
+from mirror.store.records import AccessRecord
 from mirror.upstream.api import Registry
 
-NO: Final = (NotFound, Denied, Unauthorized)
+REFUSALS: Final = (NotFound, Denied, Unauthorized)
 """What an upstream says of a repository: it does not have it, or not for us."""
-Claim: TypeAlias = tuple[Repository, Kind]
+ProofKey: TypeAlias = tuple[Repository, Kind]
 """What a source is proof of: a blob that looks like a manifest is none (a registry checks what a
 manifest refers to, and no blob)."""
 
@@ -38,7 +38,7 @@ class Source:
     digest: Digest
     kind: Kind
     accept: tuple[str, ...] = ()
-    known: Membership | None = None
+    known: AccessRecord | None = None
     """What is known of it there: its size is used only where the upstream gives none."""
     avoid: Collection[str] = ()
     """Endpoints that gave wrong bytes for this content before."""
@@ -46,7 +46,7 @@ class Source:
     """Its upstream did."""
 
     @property
-    def claim(self) -> Claim:
+    def proof_key(self) -> ProofKey:
         """What it is asked for, and what its answer proves."""
         return self.repository, self.kind
 
@@ -56,25 +56,25 @@ class Sources:
 
     def __init__(self, first: Source) -> None:
         self._left = deque([first])
-        self._known = {first.claim}
+        self._known = {first.proof_key}
         self._current = first
-        self._overtaken: set[Claim] = set()
-        self._hurry: Callable[[], None] | None = None
-        self._refusals: dict[Claim, list[Callable[[], None]]] = {}
-        self.proven: set[Claim] = set()
+        self._requeued: set[ProofKey] = set()
+        self._shorten_timeout: Callable[[], None] | None = None
+        self._refusals: dict[ProofKey, list[Callable[[], None]]] = {}
+        self.proven: set[ProofKey] = set()
         """Whose upstream has answered with the content."""
-        self.failures: dict[Claim, MirrorError] = {}
+        self.failures: dict[ProofKey, MirrorError] = {}
         """What the others came to."""
 
     def offer(self, source: Source) -> None:
         """Somebody else asks for the content, through a repository that may be another."""
-        if source.claim in self._known:
+        if source.proof_key in self._known:
             return
-        before = self.rivalled
-        self._known.add(source.claim)
+        before = self.has_other_upstream
+        self._known.add(source.proof_key)
         self._left.append(source)
-        if self._hurry is not None and self.rivalled and not before:
-            self._hurry()
+        if self._shorten_timeout is not None and self.has_other_upstream and not before:
+            self._shorten_timeout()
 
     def next(self) -> Source | None:
         """The one to be asked now, those that are doubted last; None when all have been."""
@@ -86,39 +86,39 @@ class Sources:
 
     def failed(self, source: Source, error: MirrorError) -> None:
         """The source came to nothing. Whoever waits for its word has it now, if that is a no."""
-        self.failures[source.claim] = error
-        if isinstance(error, NO):
-            for tell in self._refusals.get(source.claim, ()):
+        self.failures[source.proof_key] = error
+        if isinstance(error, REFUSALS):
+            for tell in self._refusals.get(source.proof_key, ()):
                 tell()
 
-    def overtaken(self, source: Source) -> None:
+    def requeue(self, source: Source) -> None:
         """The source was left for others only; it has another turn, and all its time then."""
-        self._overtaken.add(source.claim)
+        self._requeued.add(source.proof_key)
         self._left.append(source)
 
     @property
-    def rivalled(self) -> bool:
+    def has_other_upstream(self) -> bool:
         """Whether a source of another upstream than the current one's waits."""
-        if self._current.claim in self._overtaken:
+        if self._current.proof_key in self._requeued:
             return False
         upstream = self._current.repository.upstream
         return any(source.repository.upstream != upstream for source in self._left)
 
     @contextmanager
-    def when_rivalled(self, hurry: Callable[[], None]) -> Iterator[None]:
+    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
         """Within the block call ``hurry`` once, as soon as it is :attr:`rivalled`."""
-        if self.rivalled:
-            hurry()
-        self._hurry = hurry
+        if self.has_other_upstream:
+            shorten_timeout()
+        self._shorten_timeout = shorten_timeout
         try:
             yield
         finally:
-            self._hurry = None
+            self._shorten_timeout = None
 
     @contextmanager
-    def when_refused(self, claim: Claim, tell: Callable[[], None]) -> Iterator[None]:
+    def on_own_refusal(self, proof_key: ProofKey, tell: Callable[[], None]) -> Iterator[None]:
         """Within the block call ``tell`` as soon as the claim's own upstream says no."""
-        waiting = self._refusals.setdefault(claim, [])
+        waiting = self._refusals.setdefault(proof_key, [])
         waiting.append(tell)
         try:
             yield

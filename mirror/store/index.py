@@ -23,14 +23,14 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.records import (
-    Membership,
+    AccessRecord,
     Named,
     TagRecord,
     confirm,
     contradicts,
-    dump_membership,
+    dump_access_record,
     dump_tag,
-    load_membership,
+    load_access_record,
     load_tag,
     merge,
     repository_of,
@@ -179,45 +179,45 @@ class Index:
 
     # --- who refers to what ---------------------------------------------------------------------
 
-    async def membership(
+    async def access_record(
         self, repository: Repository, digest: Digest, kind: str
-    ) -> Membership | None:
+    ) -> AccessRecord | None:
         """What ``digest`` is in ``repository`` as a ``kind``; None if that is not known."""
-        return load_membership(await self._rows.get(_MEMBERS, _member(repository, digest, kind)))
+        return load_access_record(await self._rows.get(_MEMBERS, _member(repository, digest, kind)))
 
-    async def put_memberships(
-        self, repository: Repository, memberships: Iterable[Membership]
+    async def put_access_records(
+        self, repository: Repository, access_records: Iterable[AccessRecord]
     ) -> bool:
         """Remember what ``repository`` refers to (see ``merge``); whether that was written.
 
         Says so where an index calls a manifest what it is not.
         """
-        learnt = list(memberships)
+        learnt = list(access_records)
 
-        def write() -> list[Membership] | None:
+        def write() -> list[AccessRecord] | None:
             with self._rows.transaction(_MEMBERS):
                 return [new for new in learnt if self._learn(repository, new)]
 
-        unwritten: list[Membership] | None = None
+        unwritten: list[AccessRecord] | None = None
         contradicted = await self._rows.run(write, unwritten) if learnt else []
         for new in (contradicted or ())[:1]:
             why = (("repository", str(repository)), ("digest", str(new.digest)))
             self._emit(Noted("warning", "an index and a manifest disagree on its type", why))
         named = [
-            (f"{repository}@{m.digest}", dump_membership(m))
+            (f"{repository}@{m.digest}", dump_access_record(m))
             for m in learnt
-            if m.kind == "manifest" and m.via is None and m.size is not None
+            if m.kind == "manifest" and m.referrer is None and m.size is not None
         ]
         return await self._put_named(named) and contradicted is not None
 
-    def _learn(self, repository: Repository, new: Membership) -> bool:
+    def _learn(self, repository: Repository, new: AccessRecord) -> bool:
         """Write one membership; whether it contradicts what was known."""
         key = _member(repository, new.digest, new.kind)
-        known = load_membership(self._text(_MEMBERS, key))
-        self._rows.write(_MEMBERS, key, dump_membership(merge(known, new)))
+        known = load_access_record(self._text(_MEMBERS, key))
+        self._rows.write(_MEMBERS, key, dump_access_record(merge(known, new)))
         return contradicts(known, new)
 
-    async def withdraw(self, repository: Repository, digest: Digest, kind: str) -> None:
+    async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
         """Forget that ``repository`` refers to ``digest`` as a ``kind``."""
         await self._rows.drop(_MEMBERS, _member(repository, digest, kind))
         if kind == "manifest":
@@ -333,7 +333,7 @@ def _pulled(row: Row) -> TagRecord | Named | None:
     if not digest:
         # A variant's name is somebody else's.
         return None if " " in name else load_tag(row.text)
-    member, repository = load_membership(row.text), repository_of(name)
+    member, repository = load_access_record(row.text), repository_of(name)
     if member is None or repository is None:
         return None
     return Named(repository, None, member.digest, member.media_type, member.size)

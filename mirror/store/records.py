@@ -22,7 +22,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest, ManifestInvalid
 from mirror.oci.reference import Repository, Tag
 
-LEDGER_LIMIT: Final = 16
+MAX_PREVIOUS_DIGESTS: Final = 16
 _GARBAGE: Final = (
     *(ValueError, TypeError, KeyError, OverflowError, RecursionError),
     InvalidRequest,
@@ -48,16 +48,18 @@ class TagRecord:
     first_seen: float
     confirmed: float
     """When the upstream last said that the tag is this digest."""
-    ledger: tuple[Entry, ...] = ()
+    previous_digests: tuple[Entry, ...] = ()
 
     @property
     def digests(self) -> tuple[Digest, ...]:
         """What the tag is and was, each once, newest first."""
-        return tuple(dict.fromkeys((self.digest, *(entry.digest for entry in self.ledger))))
+        return tuple(
+            dict.fromkeys((self.digest, *(entry.digest for entry in self.previous_digests)))
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Membership:
+class AccessRecord:
     """That a repository refers to a digest, as one kind of thing: a digest may be of both kinds."""
 
     digest: Digest
@@ -66,9 +68,9 @@ class Membership:
     media_type: str
     """Empty: nobody said, or those who refer to it disagree."""
     size: int | None
-    via: Digest | None
+    referrer: Digest | None
     """The manifest that refers to it; None: the upstream said so, and what it is."""
-    until: float | None
+    expires_at: float | None
     """Until when it is believed; None: as long as it is remembered."""
 
 
@@ -108,19 +110,21 @@ def confirm(
     if record is None:
         return TagRecord(repository, tag, digest, now, now)
     if record.digest == digest:
-        return TagRecord(repository, tag, digest, record.first_seen, now, record.ledger)
+        return TagRecord(repository, tag, digest, record.first_seen, now, record.previous_digests)
     earlier = Entry(record.digest, record.first_seen, record.confirmed)
-    ledger = [earlier, *record.ledger]
-    while len(ledger) > LEDGER_LIMIT:
-        spare = (n for n in range(len(ledger) - 1, 0, -1) if ledger[n].digest != keep)
-        del ledger[next(spare, -1)]
-    return TagRecord(repository, tag, digest, now, now, tuple(ledger))
+    previous_digests = [earlier, *record.previous_digests]
+    while len(previous_digests) > MAX_PREVIOUS_DIGESTS:
+        spare = (
+            n for n in range(len(previous_digests) - 1, 0, -1) if previous_digests[n].digest != keep
+        )
+        del previous_digests[next(spare, -1)]
+    return TagRecord(repository, tag, digest, now, now, tuple(previous_digests))
 
 
-def members_of(root: Membership, manifest: Manifest) -> list[Membership]:
+def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
     """What a repository refers to because it has the manifest ``root``."""
     return [
-        Membership(part.digest, kind, _said(part, kind), part.size, root.digest, None)
+        AccessRecord(part.digest, kind, _said(part, kind), part.size, root.digest, None)
         for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
         for part in parts
     ]
@@ -131,7 +135,7 @@ def _said(part: Descriptor, kind: str) -> str:
     return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 
-def merge(known: Membership | None, new: Membership) -> Membership:
+def merge(known: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     """What is known of a digest of one kind, after ``new``.
 
     Whoever may push a manifest may say anything of what it refers to: that is a reason to believe
@@ -139,11 +143,11 @@ def merge(known: Membership | None, new: Membership) -> Membership:
     """
     if known is None:
         return new
-    until = None if known.until is None else new.until
-    if new.via is None:
-        return replace(new, until=until)
-    if known.via is None:
-        return replace(known, until=new.until)
+    expires_at = None if known.expires_at is None else new.expires_at
+    if new.referrer is None:
+        return replace(new, expires_at=expires_at)
+    if known.referrer is None:
+        return replace(known, expires_at=new.expires_at)
     return replace(
         new,
         media_type=new.media_type if new.media_type == known.media_type else "",
@@ -151,15 +155,15 @@ def merge(known: Membership | None, new: Membership) -> Membership:
     )
 
 
-def contradicts(known: Membership | None, new: Membership) -> bool:
+def contradicts(known: AccessRecord | None, new: AccessRecord) -> bool:
     """Whether an index calls a manifest something else than whoever spoke before, or after it."""
-    if known is None or new.kind != "manifest" or (known.via is None and new.via is None):
+    if known is None or new.kind != "manifest" or (known.referrer is None and new.referrer is None):
         return False
     said = {known.media_type.lower(), new.media_type.lower()} - {""}
     return len(said) > 1
 
 
-def parse_member(body: bytes, known: Membership) -> Manifest:
+def parse_as_recorded(body: bytes, known: AccessRecord) -> Manifest:
     """The manifest of ``known``, as what the upstream says that it is.
 
     An index's word is taken where its bytes allow it; else they say themselves what they are.
@@ -169,7 +173,7 @@ def parse_member(body: bytes, known: Membership) -> Manifest:
         try:
             return parse_manifest(body, known.media_type)
         except ManifestInvalid:
-            if known.via is None:
+            if known.referrer is None:
                 raise
     return parse_manifest(body, sniff_media_type(body))
 
@@ -196,7 +200,7 @@ def dump_tag(record: TagRecord) -> str:
             "digest": str(record.digest),
             "first_seen": record.first_seen,
             "confirmed": record.confirmed,
-            "ledger": [[str(e.digest), e.first_seen, e.last_seen] for e in record.ledger],
+            "ledger": [[str(e.digest), e.first_seen, e.last_seen] for e in record.previous_digests],
         }
     )
 
@@ -213,34 +217,34 @@ def load_tag(text: object) -> TagRecord | None:
             _time(raw["confirmed"]),
             tuple(
                 Entry(Digest.parse(digest), _time(first), _time(last))
-                for digest, first, last in raw["ledger"][:LEDGER_LIMIT]
+                for digest, first, last in raw["ledger"][:MAX_PREVIOUS_DIGESTS]
             ),
         )
     except _GARBAGE:
         return None
 
 
-def dump_membership(membership: Membership) -> str:
+def dump_access_record(access_record: AccessRecord) -> str:
     """The membership as text."""
     return json.dumps(
         {
-            "digest": str(membership.digest),
-            "kind": membership.kind,
-            "type": membership.media_type,
-            "size": membership.size,
-            "via": str(membership.via) if membership.via else None,
-            "until": membership.until,
+            "digest": str(access_record.digest),
+            "kind": access_record.kind,
+            "type": access_record.media_type,
+            "size": access_record.size,
+            "via": str(access_record.referrer) if access_record.referrer else None,
+            "until": access_record.expires_at,
         }
     )
 
 
-def load_membership(text: object) -> Membership | None:
+def load_access_record(text: object) -> AccessRecord | None:
     """The membership, or None for what is none."""
     try:
         raw = _document(text)
         if raw["kind"] not in ("manifest", "blob") or not isinstance(raw["type"], str):
             return None
-        return Membership(
+        return AccessRecord(
             Digest.parse(raw["digest"]),
             raw["kind"],
             raw["type"],

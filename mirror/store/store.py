@@ -38,7 +38,7 @@ from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.layout import Layout
-from mirror.store.records import Membership, TagRecord, members_of, parse_member
+from mirror.store.records import AccessRecord, TagRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, sweep
 
 _RECENCY_STEP: Final = 60.0
@@ -233,7 +233,7 @@ class Store:
         read = await loop.run_in_executor(self._opening, image_layout.read, self.layout)
         done = True
         for named in read:
-            root = Membership(named.digest, "manifest", named.media_type, named.size, None, None)
+            root = AccessRecord(named.digest, "manifest", named.media_type, named.size, None, None)
             done = await self._reseed_parts(named.repository, root) and done
         pins = {named.digest for named in read if named.pinned}
         done = (not pins or await self.index.pin(pins)) and done
@@ -244,19 +244,19 @@ class Store:
         ]
         return done and await self.index.put_tags(tags)
 
-    async def _reseed_parts(self, repository: Repository, root: Membership) -> bool:
+    async def _reseed_parts(self, repository: Repository, root: AccessRecord) -> bool:
         """Whether what the manifest refers to is known again, or cannot be any more."""
         try:
             body = await self.contents.read(root.digest, MANIFEST_LIMIT)
-            parsed = parse_member(body, root) if body is not None else None
+            parsed = parse_as_recorded(body, root) if body is not None else None
         except StorageUnavailable:
             return False
         except ManifestInvalid:
             return True
         if parsed is None:
             return True
-        parts = members_of(root, parsed)
-        done = await self.index.put_memberships(repository, [root, *parts])
+        parts = access_records_of(root, parsed)
+        done = await self.index.put_access_records(repository, [root, *parts])
         for part in parts:
             if part.kind == "manifest":
                 done = await self._reseed_parts(repository, part) and done

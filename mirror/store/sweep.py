@@ -14,7 +14,7 @@ from typing import Final
 
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
-from mirror.store.records import load_membership, load_tag
+from mirror.store.records import load_access_record, load_tag
 
 KEPT: Final = 90 * 86400.0
 """Seconds after which a row goes whose content was gone, and that nobody wrote again."""
@@ -51,7 +51,7 @@ def digests_of(key: str, text: str) -> frozenset[Digest]:
             return frozenset({Digest.parse(key.removeprefix(VERIFIED))})
         except InvalidRequest:
             return frozenset()
-    record, member = load_tag(text), load_membership(text)
+    record, member = load_tag(text), load_access_record(text)
     if record is not None:
         return frozenset(record.digests)
     return frozenset() if member is None else frozenset({member.digest})

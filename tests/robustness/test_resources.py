@@ -21,7 +21,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.index import Index
 from mirror.store.layout import Layout
-from mirror.store.records import Membership, TagRecord
+from mirror.store.records import AccessRecord, TagRecord
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
@@ -50,10 +50,10 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     index = await Index.open(layout.index, events.append)
     kinds = ["manifest"] * tags + ["blob"] * (len(held) - tags)
     members = [
-        Membership(digest, kind, "application/octet-stream", size, None, None)
+        AccessRecord(digest, kind, "application/octet-stream", size, None, None)
         for (digest, size), kind in zip(held, kinds, strict=True)
     ]
-    await index.put_memberships(APP, members)
+    await index.put_access_records(APP, members)
     for number in range(tags):
         record = TagRecord(APP, Tag.parse(f"v{number}"), held[number][0], 1.0, 2.0)
         await index.put_tag(record)

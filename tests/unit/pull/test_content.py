@@ -24,7 +24,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.pull.freshness import PROVEN_FOR
+from mirror.pull.freshness import ACCESS_TTL_S
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import (
     OTHER,
@@ -135,7 +135,7 @@ async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path:
 async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
-        kit.clock[0] += PROVEN_FOR
+        kit.clock[0] += ACCESS_TTL_S
         assert await blob(kit, digest) == (LAYER, Outcome.HIT)
         assert "head_blob" not in kit.registry.calls
         kit.clock[0] += 1
@@ -146,7 +146,7 @@ async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None
 
 
 @pytest.mark.row("K1")
-@pytest.mark.parametrize("jump", [PROVEN_FOR + 1, YEAR, -YEAR], ids=["day", "year", "back"])
+@pytest.mark.parametrize("jump", [ACCESS_TTL_S + 1, YEAR, -YEAR], ids=["day", "year", "back"])
 async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
     tmp_path: Path, jump: float
 ) -> None:
@@ -188,7 +188,7 @@ async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorErro
         kit.registry.failure = error
         with pytest.raises(type(error)):
             await blob(kit, digest)
-        assert await kit.content.membership(REPO, digest, Kind.BLOB) is None
+        assert await kit.content.access_record(REPO, digest, Kind.BLOB) is None
         kit.registry.failure = DOWN
         with pytest.raises((BlobUnknown, UpstreamUnavailable)):
             await blob(kit, digest)
@@ -244,7 +244,7 @@ async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: 
         await kit.store.idle()
         kit.registry.manifests[OTHER.path, digest] = kit.registry.manifests[REPO.path, digest]
         pull = a_pull()
-        await kit.content.prove(OTHER, digest, Kind.MANIFEST)
+        await kit.content.check_access(OTHER, digest, Kind.MANIFEST)
         kit.clock[0] += YEAR
         kit.registry.failure = DOWN
         for _ in range(2):

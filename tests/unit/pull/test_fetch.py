@@ -33,7 +33,7 @@ from mirror.pull.fetch import fetch
 from mirror.pull.sources import Source, Sources
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
-from mirror.store.records import Membership
+from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import REPO, MemoryRegistry, Stream
 from tests.unit.store.kit import Kit, kit, random_bytes, read
@@ -82,10 +82,10 @@ class Bench:
 
         await fetch(self.ingest, sources, self.kit.events.append, self, suspect)
 
-    def granted(self, source: Source, stream: ContentStream) -> None:
+    def on_granted(self, source: Source, stream: ContentStream) -> None:
         self.answered.append(stream)
 
-    async def refused(self, source: Source, error: MirrorError) -> None:
+    async def on_refused(self, source: Source, error: MirrorError) -> None:
         self.refusals.append((source.repository, error))
 
     async def body(self) -> bytes:
@@ -155,7 +155,7 @@ async def test_content_is_fetched_verified_and_published(bench: Bench) -> None:
 
 
 async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) -> None:
-    known = Membership(DIGEST, "blob", "a/b", len(DATA), None, None)
+    known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
     bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, known=known, avoid=("bad",))
     change(bench, {"total": None})
     assert await bench.body() == DATA

@@ -22,8 +22,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository, Tag
 from mirror.pull.freshness import (
+    ACCESS_TTL_S,
     PATIENCE,
-    PROVEN_FOR,
     Ask,
     Fail,
     Fresh,
@@ -31,11 +31,11 @@ from mirror.pull.freshness import (
     Stale,
     after_failure,
     decide,
-    decide_reading,
+    decide_access,
     decide_tag,
     patience,
 )
-from mirror.store.records import Entry, Membership, TagRecord
+from mirror.store.records import AccessRecord, Entry, TagRecord
 
 
 def upstream(**changes: object) -> Upstream:
@@ -119,18 +119,18 @@ def test_a_no_is_an_answer(error: MirrorError) -> None:
 NOW = 2_000_000_000.0
 
 
-def known(left: float | None) -> Membership:
+def known(left: float | None) -> AccessRecord:
     """A membership that is believed for so many seconds more."""
-    until = None if left is None else NOW + left
-    return Membership(Digest.of(b"x"), "blob", "", 1, None, until)
+    expires_at = None if left is None else NOW + left
+    return AccessRecord(Digest.of(b"x"), "blob", "", 1, None, expires_at)
 
 
 @pytest.mark.parametrize(
-    ("membership", "expected"),
+    ("access_record", "expected"),
     [
         (None, Ask()),
         (known(None), Fresh()),
-        (known(PROVEN_FOR), Fresh()),
+        (known(ACCESS_TTL_S), Fresh()),
         (known(0), Fresh()),
         (known(-1), Ask()),
         pytest.param(known(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
@@ -138,12 +138,12 @@ def known(left: float | None) -> Membership:
     ],
     ids=["unknown", "for good", "new", "its last second", "over", "a year", "a year ahead"],
 )
-def test_who_may_read(membership: Membership | None, expected: object) -> None:
-    assert decide_reading(membership, upstream(), NOW) == expected
-    assert decide_reading(membership, upstream(pull_policy="Always", tag_ttl=0), NOW) == expected
+def test_who_may_read(access_record: AccessRecord | None, expected: object) -> None:
+    assert decide_access(access_record, upstream(), NOW) == expected
+    assert decide_access(access_record, upstream(pull_policy="Always", tag_ttl=0), NOW) == expected
     # where nothing may be asked, what was once granted holds
-    never = Refuse() if membership is None else Fresh()
-    assert decide_reading(membership, upstream(pull_policy="Never"), NOW) == never
+    never = Refuse() if access_record is None else Fresh()
+    assert decide_access(access_record, upstream(pull_policy="Never"), NOW) == never
 
 
 def test_patience_is_for_what_can_stand_in() -> None:

@@ -74,7 +74,7 @@ async def test_policies_and_times(tmp_path: Path) -> None:
         assert await manifest(kit) == (new, Outcome.REVALIDATED)
         record = await kit.store.index.tag(REPO, TAG)
         assert record
-        assert [entry.digest for entry in record.ledger] == [old]
+        assert [entry.digest for entry in record.previous_digests] == [old]
 
 
 async def test_always_asks_and_head_is_all_it_asks(tmp_path: Path) -> None:

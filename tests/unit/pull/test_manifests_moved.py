@@ -18,7 +18,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.store.records import LEDGER_LIMIT
+from mirror.store.records import MAX_PREVIOUS_DIGESTS
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
@@ -156,7 +156,7 @@ async def test_however_often_it_moves_what_is_here_is_not_forgotten(
         old = move(kit, b"old")
         await manifest(kit)
         refuse_content(kit, monkeypatch)
-        for number in range(LEDGER_LIMIT + 3):
+        for number in range(MAX_PREVIOUS_DIGESTS + 3):
             new = move(kit, b"%d" % number)
             assert await manifest(kit, head=True) == (new, Outcome.MISS)
         assert await manifest(kit) == (old, Outcome.STALE)
@@ -205,7 +205,7 @@ async def test_what_was_withdrawn_does_not_stand_in(
     async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
         other = kit.registry.add_image(OTHER.path, TAG.name, b"old")
         assert (await manifest(kit, repository=OTHER))[0] == other
-        await kit.store.index.withdraw(REPO, old, "manifest")
+        await kit.store.index.revoke_access(REPO, old, "manifest")
         registry.failure = UpstreamUnavailable("down")
         with pytest.raises(UpstreamUnavailable):
             await manifest(kit)

@@ -29,7 +29,7 @@ from mirror.oci.reference import Repository
 from mirror.pull import fetch
 from mirror.pull.sources import Source, Sources
 from mirror.store.ingest import Ingest
-from mirror.store.records import Membership
+from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
 from tests.unit.store.kit import random_bytes
@@ -133,8 +133,8 @@ async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: Mirro
         first, second = await both(kit, ours)
         assert isinstance(first, type(failure))
         assert second == (DATA, Outcome.JOIN)
-        assert await kit.store.index.membership(THEIRS, DIGEST, "blob")
-        assert await kit.store.index.membership(REPO, DIGEST, "blob") is None
+        assert await kit.store.index.access_record(THEIRS, DIGEST, "blob")
+        assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
 @pytest.mark.row("U15")
@@ -153,7 +153,7 @@ async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> No
 async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.05)
+    monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
     ours, theirs = Slow(), MemoryRegistry()
     theirs.add_blob(THEIRS.path, DATA)
     ours.add_blob(REPO.path, DATA)
@@ -170,7 +170,7 @@ async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
 async def test_one_that_answers_is_not_overtaken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.02)
+    monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.02)
     ours, theirs = Slow(gate=asyncio.Event()), MemoryRegistry()
     for registry, path in ((ours, REPO.path), (theirs, THEIRS.path)):
         registry.add_blob(path, DATA)
@@ -216,16 +216,16 @@ def test_a_rival_is_another_upstream_and_comes_once() -> None:
     )
     sources = Sources(ours)
     assert sources.next() is ours
-    with sources.when_rivalled(lambda: hurried.append(1)):
+    with sources.on_other_upstream(lambda: hurried.append(1)):
         for source in (ours, same, same):
             sources.offer(source)
         assert not hurried
-        assert not sources.rivalled
+        assert not sources.has_other_upstream
         for source in (theirs, more, theirs):
             sources.offer(source)
-        assert sources.rivalled
+        assert sources.has_other_upstream
     assert hurried == [1]
-    with sources.when_rivalled(lambda: hurried.append(2)):
+    with sources.on_other_upstream(lambda: hurried.append(2)):
         assert hurried == [1, 2], "it had come before"
     assert [sources.next() for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
@@ -289,21 +289,21 @@ async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> Non
     ours.failure = Denied("not for us")
     theirs.add_blob(THEIRS.path, DATA)
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
-        known = Membership(DIGEST, "blob", "a/b", len(DATA), None, None)
-        await kit.store.index.put_memberships(REPO, [known])
+        known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
+        await kit.store.index.put_access_records(REPO, [known])
         async with asyncio.TaskGroup() as group:
             first, second = await joined(kit, ours, group)
             ours.let.set()
             assert isinstance(await first, Denied), "while the other one still hangs"
             theirs.let.set()
         assert second.result() == (DATA, Outcome.JOIN)
-        assert await kit.store.index.membership(REPO, DIGEST, "blob") is None
+        assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
 async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "RIVAL_PATIENCE", 0.05)
+    monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
     ours, theirs = Slow(), Slow()
     theirs.let.set()
     ours.add_blob(REPO.path, DATA)
@@ -368,7 +368,7 @@ async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path
             while DIGEST not in other.store.active_ingests:  # noqa: ASYNC110 - there is no event
                 await asyncio.sleep(0.001)
             registry.let.set()
-            while await kit.store.index.membership(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110 - no event
+            while await kit.store.index.access_record(REPO, DIGEST, "blob") is None:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.001)
             rest.set()
         assert leads.result() == follows.result() == (DATA, Outcome.MISS)

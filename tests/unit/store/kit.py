@@ -25,7 +25,7 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
-from mirror.store.records import Membership, confirm, members_of
+from mirror.store.records import AccessRecord, access_records_of, confirm
 from mirror.store.store import Store
 from tests.real.process import need
 
@@ -249,9 +249,9 @@ async def pulled(store: Store, body: bytes, tag: Tag | None, *blobs: bytes) -> N
 async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
     """What the index knows of an image that was pulled."""
     media_type = OCI_INDEX if b'"manifests"' in body else OCI_MANIFEST
-    root = Membership(Digest.of(body), "manifest", media_type, len(body), None, None)
-    parts = members_of(root, parse_manifest(body, media_type))
-    await store.index.put_memberships(REPO, [root, *parts])
+    root = AccessRecord(Digest.of(body), "manifest", media_type, len(body), None, None)
+    parts = access_records_of(root, parse_manifest(body, media_type))
+    await store.index.put_access_records(REPO, [root, *parts])
     if tag is not None:
         await store.index.put_tag(confirm(None, REPO, tag, root.digest, store._now()))
 

@@ -17,7 +17,7 @@ from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store import index as index_module
 from mirror.store.index import Index
-from mirror.store.records import LEDGER_LIMIT, Membership, Named, confirm, dump_tag
+from mirror.store.records import MAX_PREVIOUS_DIGESTS, AccessRecord, Named, confirm, dump_tag
 from mirror.store.rows import STEP
 from mirror.store.sweep import KEPT
 
@@ -55,14 +55,14 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", events.append)
     record = confirm(None, REPO, TAG, ONE, 1.0)
     await index.put_tag(record)
-    await index.put_memberships(REPO, [Membership(ONE, "manifest", "a/b", 3, None, None)])
+    await index.put_access_records(REPO, [AccessRecord(ONE, "manifest", "a/b", 3, None, None)])
     await index.set_verified([(ONE, 5.0)])
     await index.pin([ONE])
     await index.close()
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) == record
     assert await index.tags_of(REPO) == [TAG]
-    known = await index.membership(REPO, ONE, "manifest")
+    known = await index.access_record(REPO, ONE, "manifest")
     assert known
     assert known.media_type == "a/b"
     manifests = await index.manifests()
@@ -70,9 +70,9 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [named.name for named in manifests] == [f"{REPO}@{ONE}", "docker.io/library/app:1.0"]
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
-    await index.withdraw(REPO, ONE, "manifest")
+    await index.revoke_access(REPO, ONE, "manifest")
     await index.pin([ONE], pinned=False)
-    assert await index.membership(REPO, ONE, "manifest") is None
+    assert await index.access_record(REPO, ONE, "manifest") is None
     assert await index.pinned() == set()
     await index.close()
     assert not events
@@ -121,19 +121,19 @@ async def test_a_busy_database_fails_nothing(
 # --- names ----------------------------------------------------------------------------------------
 
 
-def root(digest: Digest, size: int | None = 3) -> Membership:
+def root(digest: Digest, size: int | None = 3) -> AccessRecord:
     """A manifest that was pulled by a name of its own."""
-    return Membership(digest, "manifest", "a/b", size, None, None)
+    return AccessRecord(digest, "manifest", "a/b", size, None, None)
 
 
 async def test_only_what_was_pulled_by_a_name_of_its_own_is_named(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         parts = [
-            Membership(TWO, "manifest", "a/b", 3, ONE, None),
-            Membership(Digest.of(b"layer"), "blob", "a/b", 3, ONE, None),
+            AccessRecord(TWO, "manifest", "a/b", 3, ONE, None),
+            AccessRecord(Digest.of(b"layer"), "blob", "a/b", 3, ONE, None),
             root(Digest.of(b"of unknown size"), None),
         ]
-        await index.put_memberships(REPO, [root(ONE), *parts])
+        await index.put_access_records(REPO, [root(ONE), *parts])
         await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
         await index.put_tag(confirm(None, REPO, Tag("child"), TWO, 1.0))
         await index.put_tag(confirm(None, REPO, Tag("old"), ONE, 1.0), " variant")
@@ -156,7 +156,7 @@ async def test_what_two_processes_learn_of_a_tag_is_in_one_ledger(tmp_path: Path
         await asyncio.gather(*(i.confirm_tag(REPO, TAG, digest, keep=ONE) for i, digest in steps))
         record = await index.tag(REPO, TAG)
         assert record
-        assert len(set(record.digests)) == LEDGER_LIMIT + 1
+        assert len(set(record.digests)) == MAX_PREVIOUS_DIGESTS + 1
         assert ONE in record.digests
         assert await index.tag(REPO, TAG, " variant") is None
 
@@ -165,15 +165,15 @@ async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path
     async with opened(tmp_path) as index:
         assert index.changed, "nobody knows what a crash came between"
         index.changed = False
-        await index.put_memberships(REPO, [Membership(TWO, "blob", "a/b", 3, ONE, None)])
+        await index.put_access_records(REPO, [AccessRecord(TWO, "blob", "a/b", 3, ONE, None)])
         await index.set_verified([(ONE, 1.0)])
         assert not index.changed
         for step in (
-            lambda: index.put_memberships(REPO, [root(ONE)]),
+            lambda: index.put_access_records(REPO, [root(ONE)]),
             lambda: index.put_tag(confirm(None, REPO, TAG, ONE, 1.0)),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.pin([ONE]),
-            lambda: index.withdraw(REPO, ONE, "manifest"),
+            lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
             index.changed = False
             await step()
@@ -186,7 +186,7 @@ async def test_an_index_that_does_not_answer_is_not_empty(
     monkeypatch.setattr("mirror.store.rows._BUSY", 0.05)
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    await index.put_memberships(REPO, [root(ONE)])
+    await index.put_access_records(REPO, [root(ONE)])
     await index.pin([ONE])
     index.changed = False
 
@@ -200,7 +200,7 @@ async def test_an_index_that_does_not_answer_is_not_empty(
         assert await index.manifests() is None
         assert await index.pinned() is None
         assert await index.has_tags() is None
-        assert not await index.put_memberships(REPO, [root(TWO)])
+        assert not await index.put_access_records(REPO, [root(TWO)])
         assert not await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
         assert not await index.pin([TWO])
         assert not index.changed, "nothing was written"
@@ -214,7 +214,7 @@ async def test_an_index_that_does_not_answer_is_not_empty(
 @pytest.mark.row("M10")
 async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
-        await index.put_memberships(REPO, [root(ONE), root(TWO)])
+        await index.put_access_records(REPO, [root(ONE), root(TWO)])
         await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
     database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
     with database:
@@ -280,7 +280,7 @@ async def rounds(index: Index, on_disk: set[Digest], steps: int = 8) -> None:
 
 
 async def remember(index: Index, digest: Digest) -> None:
-    await index.put_memberships(REPO, [root(digest)])
+    await index.put_access_records(REPO, [root(digest)])
     await index.put_tag(confirm(None, REPO, Tag(digest.hex[:8]), digest, 1.0))
     await index.set_verified([(digest, 1.0)])
 
@@ -288,7 +288,7 @@ async def remember(index: Index, digest: Digest) -> None:
 async def is_known(index: Index, digest: Digest) -> bool:
     """All that is known of a digest, or nothing."""
     found = {
-        await index.membership(REPO, digest, "manifest") is not None,
+        await index.access_record(REPO, digest, "manifest") is not None,
         await index.tag(REPO, Tag(digest.hex[:8])) is not None,
         await index.verified_at(digest) is not None,
         digest in {named.digest for named in await index.manifests() or ()},
@@ -361,7 +361,7 @@ async def test_a_tag_is_known_as_long_as_anything_that_it_was(tmp_path: Path) ->
 async def test_a_step_of_the_sweep_is_bounded_and_none_is_left_out(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         digests = {Digest.of(str(number).encode()) for number in range(3 * STEP)}
-        await index.put_memberships(REPO, [root(digest) for digest in digests])
+        await index.put_access_records(REPO, [root(digest) for digest in digests])
         seen: list[Digest] = []
         for _ in range(20):
             before = len(seen)

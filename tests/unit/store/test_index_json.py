@@ -43,11 +43,11 @@ async def test_a_lost_index_is_read_back_but_is_not_fresh(tmp_path: Path) -> Non
         assert record
         assert (record.digest, record.confirmed) == (Digest.of(body), 0.0)
         for data, kind in ((body, "manifest"), (child, "manifest"), (LAYER, "blob")):
-            member = await store.index.membership(REPO, Digest.of(data), kind)
+            member = await store.index.access_record(REPO, Digest.of(data), kind)
             assert member
             assert (member.kind, member.size) == (kind, len(data))
         assert await store.index.pinned() == {Digest.of(body)}
-        assert await store.index.membership(REPO, Digest.of(b"another"), "blob") is None
+        assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
 @pytest.mark.row("K1")
@@ -64,7 +64,7 @@ async def test_a_clock_that_jumps_takes_nothing_away(tmp_path: Path, jump: float
             assert await served(store, LAYER)
             assert await served(store, body)
             assert await store.index.tag(REPO, TAG)
-            assert await store.index.membership(REPO, Digest.of(LAYER), "blob")
+            assert await store.index.access_record(REPO, Digest.of(LAYER), "blob")
         await pulled(store, image(), Tag("another"))
         await store.save_image_layout()
         assert f"{REPO}:{TAG}" in names(tmp_path)
@@ -128,7 +128,7 @@ async def test_index_json_forgets_what_was_evicted_or_withdrawn(tmp_path: Path) 
         await pulled(store, gone, Tag("gone"))
         await store.save_image_layout()
         assert len(names(tmp_path)) == 4
-        await store.index.withdraw(REPO, Digest.of(gone), "manifest")
+        await store.index.revoke_access(REPO, Digest.of(gone), "manifest")
         await store.save_image_layout()
         assert names(tmp_path) == [f"{REPO}:old", f"{REPO}@{Digest.of(old)}"]
         clock[0] += 1000

@@ -14,18 +14,18 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, OCTET_STREAM, Descrip
 from mirror.oci.digest import ALGORITHMS, Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.records import (
-    LEDGER_LIMIT,
+    MAX_PREVIOUS_DIGESTS,
+    AccessRecord,
     Entry,
-    Membership,
     Named,
     TagRecord,
+    access_records_of,
     confirm,
     contradicts,
-    dump_membership,
+    dump_access_record,
     dump_tag,
-    load_membership,
+    load_access_record,
     load_tag,
-    members_of,
     merge,
     repository_of,
     size_of,
@@ -50,10 +50,10 @@ RECORDS = st.builds(
     DIGESTS,
     TIMES,
     TIMES,
-    st.lists(st.builds(Entry, DIGESTS, TIMES, TIMES), max_size=LEDGER_LIMIT).map(tuple),
+    st.lists(st.builds(Entry, DIGESTS, TIMES, TIMES), max_size=MAX_PREVIOUS_DIGESTS).map(tuple),
 )
 MEMBERSHIPS = st.builds(
-    Membership,
+    AccessRecord,
     DIGESTS,
     st.sampled_from(["manifest", "blob"]),
     st.text(max_size=20),
@@ -81,7 +81,7 @@ def test_a_tag_that_stays_is_confirmed_and_one_that_moves_is_remembered() -> Non
     back = confirm(moved, REPO, TAG, ONE, 9.0)
     assert back.digest == ONE
     assert back.first_seen == 9.0
-    assert back.ledger == (Entry(TWO, 7.0, 7.0), Entry(ONE, 1.0, 5.0))
+    assert back.previous_digests == (Entry(TWO, 7.0, 7.0), Entry(ONE, 1.0, 5.0))
 
 
 @given(st.lists(st.sampled_from([ONE, TWO, THREE]), min_size=1, max_size=60))
@@ -91,14 +91,17 @@ def test_a_ledger_holds_the_newest_earlier_digests_and_is_bounded(moves: list[Di
         record = confirm(record, REPO, TAG, digest, float(now))
     assert record is not None
     runs = [d for n, d in enumerate(moves) if n == 0 or moves[n - 1] != d]
-    assert [record.digest, *(entry.digest for entry in record.ledger)] == list(
-        reversed(runs[-LEDGER_LIMIT - 1 :])
+    assert [record.digest, *(entry.digest for entry in record.previous_digests)] == list(
+        reversed(runs[-MAX_PREVIOUS_DIGESTS - 1 :])
     )
     assert record.confirmed == len(moves) - 1
-    assert record.digests == tuple(dict.fromkeys(reversed(runs[-LEDGER_LIMIT - 1 :])))
+    assert record.digests == tuple(dict.fromkeys(reversed(runs[-MAX_PREVIOUS_DIGESTS - 1 :])))
 
 
-@given(st.integers(LEDGER_LIMIT, 3 * LEDGER_LIMIT), st.integers(0, LEDGER_LIMIT - 1))
+@given(
+    st.integers(MAX_PREVIOUS_DIGESTS, 3 * MAX_PREVIOUS_DIGESTS),
+    st.integers(0, MAX_PREVIOUS_DIGESTS - 1),
+)
 def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> None:
     record = confirm(None, REPO, TAG, Digest.of(b"before"), 0.0)
     for number in range(before + moves):
@@ -106,7 +109,7 @@ def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> N
         digest = ONE if number == before else Digest.of(b"%d" % number)
         record = confirm(record, REPO, TAG, digest, 1.0 + number, keep)
     assert ONE in record.digests
-    assert len(record.ledger) <= LEDGER_LIMIT
+    assert len(record.previous_digests) <= MAX_PREVIOUS_DIGESTS
     assert record.digests[1] == Digest.of(b"%d" % (before + moves - 2)), "and the newest beside it"
 
 
@@ -115,44 +118,50 @@ def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> N
 
 def test_a_manifest_makes_its_parts_members() -> None:
     child, layer = Descriptor(OCI_MANIFEST, ONE, 7), Descriptor("a/layer", TWO, 9)
-    root = Membership(THREE, "manifest", OCI_INDEX, 100, None, None)
+    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
     manifest = Manifest(OCI_INDEX, (child,), (layer,), None, None, ())
-    assert members_of(root, manifest) == [
-        Membership(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
-        Membership(TWO, "blob", "a/layer", 9, THREE, None),
+    assert access_records_of(root, manifest) == [
+        AccessRecord(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
+        AccessRecord(TWO, "blob", "a/layer", 9, THREE, None),
     ]
 
 
 TYPES = st.sampled_from(["", "a/one", "a/two"])
 SIZES = st.none() | st.integers(0, 3)
 OWN = st.builds(
-    Membership, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.none(), st.none() | TIMES
+    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.none(), st.none() | TIMES
 )
 LISTED = st.builds(
-    Membership, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.just(THREE), st.none()
+    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.just(THREE), st.none()
 )
 
 
 @given(st.lists(LISTED | OWN, min_size=1))
-def test_what_several_say_of_a_digest(words: list[Membership]) -> None:
+def test_what_several_say_of_a_digest(words: list[AccessRecord]) -> None:
     """The upstream's last word on what it is; believed for good once a manifest refers to it."""
-    known: Membership | None = None
+    known: AccessRecord | None = None
     for word in words:
         known = merge(known, word)
     assert known is not None
-    own = [word for word in words if word.via is None]
+    own = [word for word in words if word.referrer is None]
     if own:
-        assert (known.media_type, known.size, known.via) == (own[-1].media_type, own[-1].size, None)
+        assert (known.media_type, known.size, known.referrer) == (
+            own[-1].media_type,
+            own[-1].size,
+            None,
+        )
     else:
         agreed = len({word.media_type for word in words}) == 1
         assert known.media_type == (words[0].media_type if agreed else "")
         assert known.size in (words[-1].size, None)
-    for_good = any(word.until is None for word in words)
-    assert known.until == (None if for_good else words[-1].until)
+    for_good = any(word.expires_at is None for word in words)
+    assert known.expires_at == (None if for_good else words[-1].expires_at)
 
 
 def test_a_word_contradicts_another_where_one_of_them_is_an_index() -> None:
-    own, listed = (Membership(ONE, "manifest", "a/own", 3, via, None) for via in (None, TWO))
+    own, listed = (
+        AccessRecord(ONE, "manifest", "a/own", 3, referrer, None) for referrer in (None, TWO)
+    )
     wrong = replace(listed, media_type="a/wrong")
     assert contradicts(own, wrong)
     assert contradicts(wrong, own)
@@ -166,8 +175,8 @@ def test_a_word_contradicts_another_where_one_of_them_is_an_index() -> None:
 
 def test_a_child_without_a_type_is_of_no_type_yet() -> None:
     part = Descriptor(OCTET_STREAM, ONE, 7)
-    root = Membership(THREE, "manifest", OCI_INDEX, 100, None, None)
-    child, layer = members_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
+    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
+    child, layer = access_records_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
     assert (child.media_type, layer.media_type) == ("", OCTET_STREAM)
 
 
@@ -193,19 +202,19 @@ def test_a_manifest_is_named_as_in_an_image_reference() -> None:
 @given(RECORDS)
 def test_a_tag_record_survives_its_json(record: TagRecord) -> None:
     assert load_tag(dump_tag(record)) == record
-    assert load_membership(dump_tag(record)) is None
+    assert load_access_record(dump_tag(record)) is None
 
 
 @given(MEMBERSHIPS)
-def test_a_membership_survives_its_json(membership: Membership) -> None:
-    assert load_membership(dump_membership(membership)) == membership
-    assert load_tag(dump_membership(membership)) is None
+def test_a_membership_survives_its_json(access_record: AccessRecord) -> None:
+    assert load_access_record(dump_access_record(access_record)) == access_record
+    assert load_tag(dump_access_record(access_record)) is None
 
 
 @given(st.text() | st.binary() | st.none() | JSON.map(json.dumps))
 def test_garbage_is_a_miss(text: object) -> None:
     assert load_tag(text) is None
-    assert load_membership(text) is None
+    assert load_access_record(text) is None
 
 
 @given(RECORDS, st.data())
@@ -220,15 +229,15 @@ def test_a_record_with_one_field_of_another_kind_is_a_miss_or_a_record(
 
 @given(MEMBERSHIPS, st.data())
 def test_a_membership_with_one_field_of_another_kind_is_a_miss_or_a_membership(
-    membership: Membership, data: st.DataObject
+    access_record: AccessRecord, data: st.DataObject
 ) -> None:
-    raw = json.loads(dump_membership(membership))
+    raw = json.loads(dump_access_record(access_record))
     raw[data.draw(st.sampled_from(sorted(raw)))] = data.draw(JSON)
-    found = load_membership(json.dumps(raw))
-    assert found is None or load_membership(dump_membership(found)) == found
+    found = load_access_record(json.dumps(raw))
+    assert found is None or load_access_record(dump_access_record(found)) == found
 
 
-BASE: dict[str, Any] = json.loads(dump_membership(Membership(ONE, "blob", "a/b", 3, TWO, 4.0)))
+BASE: dict[str, Any] = json.loads(dump_access_record(AccessRecord(ONE, "blob", "a/b", 3, TWO, 4.0)))
 
 
 @pytest.mark.parametrize(
@@ -251,13 +260,13 @@ BASE: dict[str, Any] = json.loads(dump_membership(Membership(ONE, "blob", "a/b",
     ids=str,
 )
 def test_what_json_lets_through_is_read_strictly(change: dict[str, Any]) -> None:
-    assert load_membership(json.dumps(BASE)) is not None
-    assert load_membership(json.dumps({**BASE, **change})) is None
+    assert load_access_record(json.dumps(BASE)) is not None
+    assert load_access_record(json.dumps({**BASE, **change})) is None
 
 
 def test_deep_nesting_is_a_miss() -> None:
     assert load_tag("[" * 100_000) is None
-    assert load_membership('{"digest":' * 50_000) is None
+    assert load_access_record('{"digest":' * 50_000) is None
 
 
 @given(JSON)

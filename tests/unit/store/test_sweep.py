@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
-from mirror.store.records import Membership, confirm, dump_membership, dump_tag
+from mirror.store.records import AccessRecord, confirm, dump_access_record, dump_tag
 from mirror.store.sweep import KEPT, VERIFIED, RowState, digests_of, next_row_state
 
 REPO, TAG = Repository("docker.io", "library/app"), Tag("1.0")
@@ -55,8 +55,8 @@ def test_a_row_goes_only_after_two_looks_that_missed_its_content(
 def test_a_row_is_kept_by_the_content_that_it_is_about() -> None:
     record = confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0)
     assert digests_of(f"{REPO}:{TAG}", dump_tag(record)) == {ONE, TWO}, "and by what a tag was"
-    member = Membership(TWO, "blob", "a/b", 3, ONE, None)
-    assert digests_of(f"{REPO}@{TWO}", dump_membership(member)) == {TWO}
+    member = AccessRecord(TWO, "blob", "a/b", 3, ONE, None)
+    assert digests_of(f"{REPO}@{TWO}", dump_access_record(member)) == {TWO}
     assert digests_of(f"{VERIFIED}{TWO}", "1.0") == {TWO}
 
 

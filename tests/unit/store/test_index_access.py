@@ -12,14 +12,14 @@ from mirror.events import Event, Noted
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.index import Index
-from mirror.store.records import Membership
+from mirror.store.records import AccessRecord
 
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("docker.io", "library/other")
 TAG = Tag("1.0")
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
-OWN = Membership(ONE, "manifest", "a/own", 3, None, None)
-LISTED = Membership(ONE, "manifest", "a/listed", 7, TWO, None)
-LAYER = Membership(ONE, "blob", "a/layer", 7, TWO, None)
+OWN = AccessRecord(ONE, "manifest", "a/own", 3, None, None)
+LISTED = AccessRecord(ONE, "manifest", "a/listed", 7, TWO, None)
+LAYER = AccessRecord(ONE, "blob", "a/layer", 7, TWO, None)
 
 
 async def test_the_upstreams_word_is_not_written_over(tmp_path: Path) -> None:
@@ -27,10 +27,10 @@ async def test_the_upstreams_word_is_not_written_over(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", events.append)
     other = await Index.open(tmp_path / "index", events.append)
     for first, second in ((OWN, LISTED), (LISTED, OWN)):
-        await index.put_memberships(REPO, [first])
-        await other.put_memberships(REPO, [second])
-        assert await index.membership(REPO, ONE, "manifest") == OWN
-        await index.withdraw(REPO, ONE, "manifest")
+        await index.put_access_records(REPO, [first])
+        await other.put_access_records(REPO, [second])
+        assert await index.access_record(REPO, ONE, "manifest") == OWN
+        await index.revoke_access(REPO, ONE, "manifest")
     assert len(events) == 2
     assert all(isinstance(event, Noted) for event in events)
     for opened in (index, other):
@@ -42,15 +42,19 @@ async def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> 
     digests = [Digest.of(b"%d" % number) for number in range(30)]
     await asyncio.gather(
         *(
-            index.put_memberships(REPO, [Membership(digest, "manifest", word, 3, via, None)])
+            index.put_access_records(
+                REPO, [AccessRecord(digest, "manifest", word, 3, referrer, None)]
+            )
             for digest in digests
-            for index, word, via in zip(indexes, ("a/own", "a/listed"), (None, TWO), strict=True)
+            for index, word, referrer in zip(
+                indexes, ("a/own", "a/listed"), (None, TWO), strict=True
+            )
         )
     )
     for digest in digests:
-        known = await indexes[0].membership(REPO, digest, "manifest")
+        known = await indexes[0].access_record(REPO, digest, "manifest")
         assert known
-        assert (known.media_type, known.via) == ("a/own", None)
+        assert (known.media_type, known.referrer) == ("a/own", None)
     for index in indexes:
         await index.close()
 
@@ -58,16 +62,16 @@ async def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> 
 @pytest.mark.row("HC6")
 async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
-    assert await index.put_memberships(REPO, [OWN, LAYER])
-    assert await index.membership(OTHER, ONE, "manifest") is None
-    await index.withdraw(REPO, ONE, "blob")
-    assert await index.membership(REPO, ONE, "blob") is None
-    assert await index.membership(REPO, ONE, "manifest") == OWN
+    assert await index.put_access_records(REPO, [OWN, LAYER])
+    assert await index.access_record(OTHER, ONE, "manifest") is None
+    await index.revoke_access(REPO, ONE, "blob")
+    assert await index.access_record(REPO, ONE, "blob") is None
+    assert await index.access_record(REPO, ONE, "manifest") == OWN
     assert [named.digest for named in await index.manifests() or ()] == [ONE]
-    await index.put_memberships(REPO, [LAYER])
-    await index.withdraw(REPO, ONE, "manifest")
-    assert await index.membership(REPO, ONE, "manifest") is None
-    assert await index.membership(REPO, ONE, "blob") == LAYER
+    await index.put_access_records(REPO, [LAYER])
+    await index.revoke_access(REPO, ONE, "manifest")
+    assert await index.access_record(REPO, ONE, "manifest") is None
+    assert await index.access_record(REPO, ONE, "blob") == LAYER
     assert await index.manifests() == []
     await index.close()
 
@@ -76,15 +80,15 @@ async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
 async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     await index.confirm_tag(REPO, TAG, ONE)
-    await index.put_memberships(REPO, [OWN])
+    await index.put_access_records(REPO, [OWN])
     await index.close()
     for table in ("named", "members"):
         with sqlite3.connect(tmp_path / "index" / table / "cache.db") as database:
             database.execute("UPDATE Cache SET mode = 4, value = x'80'")
         database.close()
     index = await Index.open(tmp_path / "index", lambda event: None)
-    assert await index.put_memberships(REPO, [OWN])
-    assert await index.membership(REPO, ONE, "manifest") == OWN
+    assert await index.put_access_records(REPO, [OWN])
+    assert await index.access_record(REPO, ONE, "manifest") == OWN
     assert await index.confirm_tag(REPO, TAG, TWO)
     assert [record.digests for record in await index.tag_records()] == [(TWO,)]
     await index.close()
