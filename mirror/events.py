@@ -65,7 +65,7 @@ class Pull:
     warning: str = ""
     """Why a stale answer was given; becomes the ``Warning`` header."""
     bytes_sent: int = 0
-    in_one_piece: bool = False
+    sent_in_one_write: bool = False
     """Whether the body went out at once: then no :class:`BytesSent` tells of it."""
     complete: bool = False
     """Whether all that the response promised was sent."""
@@ -133,7 +133,7 @@ class BytesFetched:
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamAnswered:
+class UpstreamResponded:
     """One HTTP exchange with an endpoint. ``status`` 0: no answer, ``error`` says why.
 
     ``billed``: a request that a registry counts against a pull limit (``GET`` of a manifest).
@@ -251,7 +251,7 @@ class IngestsMeasured:
 
 
 @dataclass(frozen=True, slots=True)
-class Noted:
+class LogMessage:
     """Something an operator wants to read once, in one line."""
 
     level: str
@@ -264,7 +264,7 @@ Event: TypeAlias = (
     | PullEnded
     | BytesSent
     | BytesFetched
-    | UpstreamAnswered
+    | UpstreamResponded
     | TokenFetched
     | RateLimitSeen
     | CircuitChanged
@@ -276,7 +276,7 @@ Event: TypeAlias = (
     | Published
     | StorageMeasured
     | IngestsMeasured
-    | Noted
+    | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]
 

@@ -235,7 +235,7 @@ class LogObserver:
                 level = logging.DEBUG if quiet else logging.INFO
                 if self._lines.enabled(level):
                     self._lines.write_pull(level, pull)
-            case events.Noted(level, message, fields):
+            case events.LogMessage(level, message, fields):
                 self._note(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
                 fields_ = {"upstream": upstream, "digest": digest, "where": where}

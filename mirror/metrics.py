@@ -195,8 +195,8 @@ class Metrics:
                 self._sent_by[self._upstream(upstream)].inc(count)
             case events.BytesFetched(upstream, count):
                 self._fetched_by[self._upstream(upstream)].inc(count)
-            case events.UpstreamAnswered():
-                self._upstream_answered(event)
+            case events.UpstreamResponded():
+                self._upstream_responded(event)
             case events.TokenFetched(upstream, ok, seconds):
                 name = self._upstream(upstream)
                 self._tokens.labels(name, "ok" if ok else "error").inc()
@@ -228,7 +228,7 @@ class Metrics:
             case events.IngestsMeasured(count, idle):
                 self._ingest.set(count)
                 self._idle.set(idle)
-            case events.Noted():
+            case events.LogMessage():
                 pass
             case unknown:
                 assert_never(unknown)
@@ -240,12 +240,12 @@ class Metrics:
         first, whole = self._times[pull.kind, pull.outcome]
         first.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
         whole.observe(pull.duration)
-        if pull.in_one_piece:
+        if pull.sent_in_one_write:
             self._sent_by[upstream].inc(pull.bytes_sent)
         if pull.bytes_sent and not pull.complete:
             self._incomplete.labels(upstream).inc()
 
-    def _upstream_answered(self, event: events.UpstreamAnswered) -> None:
+    def _upstream_responded(self, event: events.UpstreamResponded) -> None:
         name = self._upstream(event.upstream)
         status = _status(event.status)
         self._asked.labels(name, event.endpoint, event.method, event.kind.value, status).inc()

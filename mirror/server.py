@@ -24,7 +24,7 @@ from typing import Final
 from aiohttp import web
 
 from mirror.config import Settings, Tls
-from mirror.events import Event, Noted, Observer
+from mirror.events import Event, LogMessage, Observer
 from mirror.logs import LogObserver, configure_logging
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
@@ -107,16 +107,16 @@ async def work(settings: Settings, listener: socket.socket) -> int:
     stop = asyncio.Event()
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    async with open_room(settings, listener, emit, metrics.render) as room:
-        emit(Noted("info", "serving", (("listen", settings.listen),)))
+    async with start_server(settings, listener, emit, metrics.render) as running:
+        emit(LogMessage("info", "serving", (("listen", settings.listen),)))
         await stop.wait()
-        await _drain(settings, room, emit)
+        await _drain(settings, running, emit)
     lines.flush()
     return 0
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class RunningServer:
     """A server that serves, on the event loop of this process."""
 
     store: Store
@@ -127,13 +127,13 @@ class Room:
 
 
 @asynccontextmanager
-async def open_room(
+async def start_server(
     settings: Settings,
     listener: socket.socket,
     emit: Observer,
     render_metrics: Callable[[], tuple[bytes, str]],
     now: Callable[[], float] = time.time,
-) -> AsyncIterator[Room]:
+) -> AsyncIterator[RunningServer]:
     """Compose all rooms, and serve on ``listener`` until the context ends."""
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     health = Health(lambda: store.unwritable)
@@ -157,7 +157,7 @@ async def open_room(
             site = web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG)
             await site.start()
             try:
-                yield Room(store, single_flight, health, middleware, service)
+                yield RunningServer(store, single_flight, health, middleware, service)
             finally:
                 await runner.cleanup()
                 await single_flight.drain(0.0)
@@ -177,14 +177,14 @@ def _start_housekeeping(
     return certificate.context
 
 
-async def _drain(settings: Settings, room: Room, emit: Observer) -> None:
+async def _drain(settings: Settings, running: RunningServer, emit: Observer) -> None:
     """Readiness off; pulls in flight may end, and what they verified is published."""
-    room.health.draining = True
-    emit(Noted("info", "draining", (("pulls", room.middleware.in_flight),)))
+    running.health.draining = True
+    emit(LogMessage("info", "draining", (("pulls", running.middleware.in_flight),)))
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(settings.drain_timeout):
-            await room.middleware.idle()
-            await room.store.settled()
+            await running.middleware.idle()
+            await running.store.settled()
 
 
 async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> None:
@@ -194,7 +194,7 @@ async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> 
             if asyncio.iscoroutine(result):
                 await result
         except OSError as error:
-            emit(Noted("warning", "housekeeping failed", (("why", str(error)),)))
+            emit(LogMessage("warning", "housekeeping failed", (("why", str(error)),)))
         await asyncio.sleep(seconds)
 
 
@@ -273,7 +273,7 @@ def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
             index, begun = workers.pop(pid)
             if not stopping:
                 code = os.waitstatus_to_exitcode(status)
-                log.observe(Noted("error", "a worker ended", (("pid", pid), ("code", code))))
+                log.observe(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
                 # One that dies at once must not be started in a tight loop.
                 time.sleep(max(0.0, begun + _RESTART_PAUSE - time.monotonic()))
                 start(index)

@@ -17,7 +17,7 @@ from multidict import CIMultiDictProxy
 from mirror.config import Limits, Settings, Storage, Upstream
 from mirror.events import Event, PullEnded
 from mirror.metrics import Metrics
-from mirror.server import Room, open_room
+from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from tests.real.tokens import Certificate
@@ -32,7 +32,7 @@ class Server:
 
     url: str
     client: aiohttp.ClientSession
-    room: Room
+    room: RunningServer
     events: list[Event] = field(default_factory=list)
 
     @property
@@ -111,7 +111,7 @@ async def running(
         events.append(event)
 
     extra = {} if clock is None else {"now": clock}
-    async with open_room(settings, listener, emit, metrics.render, **extra) as room:
+    async with start_server(settings, listener, emit, metrics.render, **extra) as room:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
         connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(

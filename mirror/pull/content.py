@@ -198,7 +198,7 @@ class ContentService:
     ) -> tuple[AccessRecord | None, Reader | None]:
         with pull.stage("index"):
             known = await self.access_record(repository, digest, kind)
-            whole = await self.store.contents.find(digest, known.size if known else None)
+            whole = await self.store.blobs.find(digest, known.size if known else None)
         if whole is not None:
             believed = self.may_read_unasked(repository, known)
             pull.outcome = Outcome.HIT if believed else Outcome.REVALIDATED

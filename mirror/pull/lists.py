@@ -25,9 +25,9 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NameUnknown, NotFound
 from mirror.oci.reference import Repository, Tag
 from mirror.pull import freshness
-from mirror.pull.answers import TagsAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.manifests import ManifestService, parsed_beside
+from mirror.pull.results import TagsResult
 
 Question: TypeAlias = Callable[[], Awaitable[str]]
 _FRESH: Final = 60.0
@@ -48,11 +48,11 @@ class ListService:
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: Pull
-    ) -> TagsAnswer:
+    ) -> TagsResult:
         """One page of tags after ``last``. Raises ``NameUnknown`` and the upstream's failures."""
         if count == 0:
             pull.outcome = Outcome.HIT
-            return TagsAnswer((), False)
+            return TagsResult((), False)
         page = min(count or PAGE, PAGE)
         key = f"tags {repository} {page} {last or ''}"
         text = await self._cached(
@@ -60,12 +60,12 @@ class ListService:
         )
         if text is not None:
             document = json.loads(text)
-            return TagsAnswer(tuple(document["tags"]), bool(document["more"]))
+            return TagsResult(tuple(document["tags"]), bool(document["more"]))
         known = sorted(tag.name for tag in await self._index.tags_of(repository))
         if not known:
             raise NameUnknown("no tag of this repository is known here")
         after = [name for name in known if last is None or name > last]
-        return TagsAnswer(tuple(after[:page]), len(after) > page)
+        return TagsResult(tuple(after[:page]), len(after) > page)
 
     async def _ask_tags(self, key: str, repository: Repository, page: int, last: str | None) -> str:
         message = await self._index.negative(key)
@@ -119,12 +119,12 @@ class ListService:
     async def _by_tag_schema(self, repository: Repository, digest: Digest, pull: Pull) -> bytes:
         tag = Tag.parse(referrers_tag(digest))
         try:
-            answer = await self._manifests.by_tag(repository, tag, DEFAULT_ACCEPT, pull, head=False)
+            result = await self._manifests.by_tag(repository, tag, DEFAULT_ACCEPT, pull, head=False)
         except NotFound:
             return referrers_index(())
-        if answer.body is None or answer.media_type != OCI_INDEX:
+        if result.body is None or result.media_type != OCI_INDEX:
             return referrers_index(())
-        return answer.body
+        return result.body
 
     async def _cached(
         self, key: str, repository: Repository, pull: Pull, ask: Question

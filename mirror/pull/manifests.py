@@ -27,8 +27,8 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
 from mirror.oci.reference import Repository, Tag
 from mirror.pull import freshness
-from mirror.pull.answers import ManifestAnswer
 from mirror.pull.content import ContentService
+from mirror.pull.results import ManifestResult
 from mirror.pull.ttl_cache import TtlLruCache
 from mirror.store.reader import Reader, read_all
 from mirror.store.records import (
@@ -61,20 +61,20 @@ class ManifestService:
         self._content = content
         self._index = content.store.index
         self._single_flight = content.single_flight
-        self._answers: TtlLruCache[ManifestAnswer] = TtlLruCache(
-            _REMEMBERED, _LIFETIME, lambda answer: 1024 + 3 * answer.size
+        self._results: TtlLruCache[ManifestResult] = TtlLruCache(
+            _REMEMBERED, _LIFETIME, lambda result: 1024 + 3 * result.size
         )
         self._records: TtlLruCache[TagRecord] = TtlLruCache(20_000, _LIFETIME, lambda record: 1)
         self._used: TtlLruCache[bool] = TtlLruCache(
             50_000, _RECENCY_STEP, lambda used: 1, content.now
         )
 
-    def remembered(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
+    def remembered(self, repository: Repository, digest: Digest) -> ManifestResult | None:
         """An answer given a moment ago: the whole of a hot hit."""
-        answer = self._answers.get((repository, digest))
-        if answer is not None:
-            self._use(repository, answer)
-        return answer
+        result = self._results.get((repository, digest))
+        if result is not None:
+            self._use(repository, result)
+        return result
 
     # --- by digest ------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class ManifestService:
         pull: Pull,
         *,
         head: bool,
-    ) -> ManifestAnswer:
+    ) -> ManifestResult:
         """A manifest by digest; never asks the upstream once it is cached.
 
         Raises ``ManifestUnknown``, ``ManifestInvalid`` or what the upstream's failure is.
@@ -99,9 +99,9 @@ class ManifestService:
         if head:
             reader = await self._content.whole(repository, digest, Kind.MANIFEST, pull, accept)
             if reader is None and self._content.may_ask(repository):
-                answer = await self._head_by_digest(repository, digest, accept, pull)
-                if answer is not None:
-                    return answer
+                result = await self._head_by_digest(repository, digest, accept, pull)
+                if result is not None:
+                    return result
         if reader is None:
             reader = await self._content.open(repository, digest, Kind.MANIFEST, pull, accept)
         try:
@@ -111,15 +111,15 @@ class ManifestService:
             reader.close()
         return await self._accept(repository, digest, body, pull)
 
-    async def held(self, repository: Repository, digest: Digest) -> ManifestAnswer | None:
+    async def held(self, repository: Repository, digest: Digest) -> ManifestResult | None:
         """A manifest that is here, and may be read through ``repository`` without a question."""
-        answer = self.remembered(repository, digest)
-        if answer is not None:
-            return answer
+        result = self.remembered(repository, digest)
+        if result is not None:
+            return result
         known = await self._content.access_record(repository, digest, Kind.MANIFEST)
         if known is None or not self._content.may_read_unasked(repository, known):
             return None
-        body = await self._content.store.contents.read(digest, MANIFEST_LIMIT)
+        body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         parsed = await parsed_beside(parse_as_recorded, body, known)
@@ -127,12 +127,12 @@ class ManifestService:
             said = replace(known, media_type=parsed.media_type)
             await self._index.put_access_records(repository, [said])
         return self._remember(
-            repository, ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
+            repository, ManifestResult(digest, parsed.media_type, len(body), body, parsed)
         )
 
     async def _head_by_digest(
         self, repository: Repository, digest: Digest, accept: tuple[str, ...], pull: Pull
-    ) -> ManifestAnswer | None:
+    ) -> ManifestResult | None:
         """A ``HEAD`` on a miss stays a ``HEAD``; None if its answer does not say enough."""
         pull.outcome = Outcome.MISS
         with pull.stage("upstream"):
@@ -140,28 +140,28 @@ class ManifestService:
         known = await self._content.access_record(repository, digest, Kind.MANIFEST)
         if size is None or known is None or not known.media_type:
             return None
-        return ManifestAnswer(digest, known.media_type, size, None)
+        return ManifestResult(digest, known.media_type, size, None)
 
     async def _accept(
         self, repository: Repository, digest: Digest, body: bytes, pull: Pull
-    ) -> ManifestAnswer:
+    ) -> ManifestResult:
         """Take what a manifest that was pulled through ``repository`` says of its parts."""
         known = await self._content.access_record(repository, digest, Kind.MANIFEST)
         if known is None:
             media_type = sniff_media_type(body)
             known = AccessRecord(digest, "manifest", media_type, len(body), None, None)
         parsed, members = await parsed_beside(_parse, body, known)
-        answer = ManifestAnswer(digest, parsed.media_type, len(body), body, parsed)
+        result = ManifestResult(digest, parsed.media_type, len(body), body, parsed)
         if pull.outcome is Outcome.STALE:
-            return answer  # nobody has confirmed it: the next one asks again
+            return result  # nobody has confirmed it: the next one asks again
         for start in range(0, len(members), _ROWS):
             await self._index.put_access_records(repository, members[start : start + _ROWS])
-        return self._remember(repository, answer)
+        return self._remember(repository, result)
 
-    def _remember(self, repository: Repository, answer: ManifestAnswer) -> ManifestAnswer:
-        self._answers.put((repository, answer.digest), answer)
-        self._use(repository, answer)
-        return answer
+    def _remember(self, repository: Repository, result: ManifestResult) -> ManifestResult:
+        self._results.put((repository, result.digest), result)
+        self._use(repository, result)
+        return result
 
     # --- by tag -----------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class ManifestService:
         pull: Pull,
         *,
         head: bool,
-    ) -> ManifestAnswer:
+    ) -> ManifestResult:
         """A manifest by tag, as fresh as the upstream's policy demands.
 
         Raises ``ManifestUnknown`` and the upstream's other answers, or its failure where nothing
@@ -200,7 +200,7 @@ class ManifestService:
 
     async def _look_up(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...]
-    ) -> tuple[TagRecord | None, ManifestAnswer | None]:
+    ) -> tuple[TagRecord | None, ManifestResult | None]:
         record, held = await self._look_up_variant(repository, tag, "")
         variant = variant_of(accept)
         # A registry may answer an old client with another manifest than the one held here.
@@ -213,12 +213,12 @@ class ManifestService:
         return own, theirs
 
     def _is_fresh(
-        self, repository: Repository, record: TagRecord | None, held: ManifestAnswer | None
+        self, repository: Repository, record: TagRecord | None, held: ManifestResult | None
     ) -> bool:
         return isinstance(self._decide(repository, record, held), freshness.Fresh)
 
     def _decide(
-        self, repository: Repository, record: TagRecord | None, held: ManifestAnswer | None
+        self, repository: Repository, record: TagRecord | None, held: ManifestResult | None
     ) -> freshness.Decision | freshness.Stale:
         upstream = self._content.upstream(repository)
         digest = held.digest if held is not None else None
@@ -226,7 +226,7 @@ class ManifestService:
 
     async def _look_up_variant(
         self, repository: Repository, tag: Tag, variant: str
-    ) -> tuple[TagRecord | None, ManifestAnswer | None]:
+    ) -> tuple[TagRecord | None, ManifestResult | None]:
         record = self._records.get((repository, tag, variant))
         if record is None:
             record = await self._index.tag(repository, tag, variant)
@@ -237,7 +237,7 @@ class ManifestService:
 
     async def _newest_held(
         self, repository: Repository, record: TagRecord
-    ) -> ManifestAnswer | None:
+    ) -> ManifestResult | None:
         """What the tag is, or else the newest of what it was: the upstream may name it alone."""
         for digest in record.digests:
             try:
@@ -253,11 +253,11 @@ class ManifestService:
         repository: Repository,
         tag: Tag,
         accept: tuple[str, ...],
-        held: ManifestAnswer | None,
+        held: ManifestResult | None,
         upstream: Upstream,
         pull: Pull,
         head: bool,
-    ) -> ManifestAnswer:
+    ) -> ManifestResult:
         try:
             with pull.stage("resolve"):
                 patience = freshness.patience(upstream, held=held is not None)
@@ -269,11 +269,11 @@ class ManifestService:
             if head and found.size is not None:
                 present = await self.held(repository, found.digest)
                 pull.outcome = Outcome.REVALIDATED if present else Outcome.MISS
-                return present or ManifestAnswer(found.digest, found.media_type, found.size, None)
-            answer = await self.by_digest(repository, found.digest, accept, pull, head=head)
+                return present or ManifestResult(found.digest, found.media_type, found.size, None)
+            result = await self.by_digest(repository, found.digest, accept, pull, head=head)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
-            return answer
+            return result
         except MirrorError as error:
             match freshness.after_failure(error, upstream, held=held is not None):
                 case freshness.Stale(why):
@@ -331,24 +331,24 @@ class ManifestService:
 
     # --- recency ------------------------------------------------------------------------------
 
-    def _use(self, repository: Repository, answer: ManifestAnswer) -> None:
+    def _use(self, repository: Repository, result: ManifestResult) -> None:
         """A manifest that is served refreshes the recency of all that it refers to.
 
         A node that has a base layer never asks for it again: by layer, those that are shared most
         would be evicted first.
         """
-        key = (repository, answer.digest)
+        key = (repository, result.digest)
         if self._used.get(key) or self._single_flight.is_draining:
             return
         self._used.put(key, True)
-        self._single_flight.run(("use", answer.digest), lambda: self._touch(repository, answer))
+        self._single_flight.run(("use", result.digest), lambda: self._touch(repository, result))
 
-    async def _touch(self, repository: Repository, answer: ManifestAnswer) -> None:
-        if answer.parsed is None:
+    async def _touch(self, repository: Repository, result: ManifestResult) -> None:
+        if result.parsed is None:
             return
-        parts = (*answer.parsed.children, *answer.parsed.blobs)
-        await self._content.store.touch([answer.digest, *(part.digest for part in parts)])
-        for child in answer.parsed.children:
+        parts = (*result.parsed.children, *result.parsed.blobs)
+        await self._content.store.touch([result.digest, *(part.digest for part in parts)])
+        for child in result.parsed.children:
             # Looking at it is using it, with all that it refers to.
             await self.held(repository, child.digest)
 

@@ -13,10 +13,10 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, Denied
 from mirror.oci.reference import Reference, Repository
 from mirror.pull import admission
-from mirror.pull.answers import BlobAnswer, ManifestAnswer, TagsAnswer
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
+from mirror.pull.results import BlobResult, ManifestResult, TagsResult
 
 
 class PullService:
@@ -48,7 +48,7 @@ class PullService:
         pull: Pull,
         *,
         head: bool,
-    ) -> ManifestAnswer:
+    ) -> ManifestResult:
         """A manifest by tag or digest."""
         reference = self._admit(repository, pull) or reference
         if isinstance(reference, Digest):
@@ -57,7 +57,7 @@ class PullService:
 
     async def blob(
         self, repository: Repository, digest: Digest, pull: Pull, *, head: bool
-    ) -> BlobAnswer:
+    ) -> BlobResult:
         """A blob. The caller closes the answer's reader."""
         if self._admit(repository, pull) is not None:
             raise BlobUnknown("another image is served in place of this one")
@@ -66,14 +66,14 @@ class PullService:
             raise BlobUnknown("this digest is a manifest")
         if head:
             size = await self._content.head(repository, digest, pull)
-            return BlobAnswer(digest, size, None)
+            return BlobResult(digest, size, None)
         reader = await self._content.open(repository, digest, Kind.BLOB, pull)
         self._content.used(digest)
-        return BlobAnswer(digest, reader.size, reader)
+        return BlobResult(digest, reader.size, reader)
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: Pull
-    ) -> TagsAnswer:
+    ) -> TagsResult:
         """One page of a repository's tags."""
         self._admit(repository, pull)
         return await self._lists.tags(repository, count, last, pull)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mirror.config import Storage
-from mirror.events import Evicted, Noted, Observer
+from mirror.events import Evicted, LogMessage, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid
@@ -115,7 +115,7 @@ class Evictor:
         try:
             return await loop.run_in_executor(self._executor, self._make_room, need, pinned)
         except OSError as error:
-            self._emit(Noted("warning", "no room could be made", (("why", str(error)),)))
+            self._emit(LogMessage("warning", "no room could be made", (("why", str(error)),)))
             return False
 
     def _make_room(self, need: int, pinned: set[Digest]) -> bool:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.events import Noted, Observer
+from mirror.events import LogMessage, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag
@@ -202,7 +202,7 @@ class Index:
         contradicted = await self._rows.run(write, unwritten) if learnt else []
         for new in (contradicted or ())[:1]:
             why = (("repository", str(repository)), ("digest", str(new.digest)))
-            self._emit(Noted("warning", "an index and a manifest disagree on its type", why))
+            self._emit(LogMessage("warning", "an index and a manifest disagree on its type", why))
         named = [
             (f"{repository}@{m.digest}", dump_access_record(m))
             for m in learnt

@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 
 import diskcache
 
-from mirror.events import Noted, Observer
+from mirror.events import LogMessage, Observer
 
 T = TypeVar("T")
 
@@ -302,7 +302,7 @@ class Rows:
         if not self._noted or time.monotonic() - self._noted > _NOTE_EVERY:
             self._noted = time.monotonic()
             fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._dropped))
-            self._emit(Noted("warning", message, fields))
+            self._emit(LogMessage("warning", message, fields))
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -20,7 +20,7 @@ from mirror.events import (
     Event,
     Evicted,
     IngestsMeasured,
-    Noted,
+    LogMessage,
     Observer,
     Published,
     StorageMeasured,
@@ -31,8 +31,8 @@ from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Repository
 from mirror.store import disk, image_layout
+from mirror.store.blobs import BlobStore
 from mirror.store.catalog import Catalog, touch
-from mirror.store.content import Contents
 from mirror.store.eviction import Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
@@ -74,7 +74,7 @@ class Store:
         self._unwritable: str | None = None
         self._restored = False
         self._swept = time.monotonic()
-        self.contents = Contents(
+        self.blobs = BlobStore(
             layout,
             index,
             reverify=settings.reverify,
@@ -93,7 +93,7 @@ class Store:
             publishing=self._publishing,
             emit=self._notice,
             make_room=self.evictor.make_room,
-            published=self.contents.published,
+            published=self.blobs.published,
             now=now,
             boot=disk.boot_id(),
         )
@@ -114,7 +114,7 @@ class Store:
         store = cls(layout, index, settings, emit, now)
         store._unwritable = recovered.why
         if recovered.why is not None:
-            emit(Noted("warning", "nothing can be stored", (("why", recovered.why),)))
+            emit(LogMessage("warning", "nothing can be stored", (("why", recovered.why),)))
         store._restored = bool(await index.has_tags()) or await store._reseed()
         return store
 
@@ -198,7 +198,7 @@ class Store:
 
     async def close(self) -> None:
         """Remember what the next start wants to know, and end the threads."""
-        await self.contents.flush()
+        await self.blobs.flush()
         await self.save_image_layout()
         await self.index.close()
         loop = asyncio.get_running_loop()
@@ -222,7 +222,7 @@ class Store:
             await loop.run_in_executor(self._opening, image_layout.write, self.layout, entries)
         except OSError as error:
             self.index.changed = True
-            self._emit(Noted("warning", "index.json was not written", (("why", str(error)),)))
+            self._emit(LogMessage("warning", "index.json was not written", (("why", str(error)),)))
 
     async def _reseed(self) -> bool:
         """The index was lost: what ``index.json`` names is known again, but not fresh.
@@ -247,7 +247,7 @@ class Store:
     async def _reseed_parts(self, repository: Repository, root: AccessRecord) -> bool:
         """Whether what the manifest refers to is known again, or cannot be any more."""
         try:
-            body = await self.contents.read(root.digest, MANIFEST_LIMIT)
+            body = await self.blobs.read(root.digest, MANIFEST_LIMIT)
             parsed = parse_as_recorded(body, root) if body is not None else None
         except StorageUnavailable:
             return False

@@ -42,7 +42,7 @@ _KEPT: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class TokenAnswer:
+class TokenResponse:
     """What a token service answers. ``pause``: seconds that it asks to be left alone for."""
 
     status: int
@@ -51,7 +51,7 @@ class TokenAnswer:
 
 
 Exchange: TypeAlias = Callable[
-    [str, URL, Mapping[str, str], Mapping[str, str] | None], Awaitable[TokenAnswer]
+    [str, URL, Mapping[str, str], Mapping[str, str] | None], Awaitable[TokenResponse]
 ]
 """(method, url, headers, form) to an answer; a body of more than ``TOKEN_LIMIT`` is an error."""
 
@@ -201,7 +201,7 @@ class Authenticator:
 
     async def _ask(
         self, realm: URL, service: str | None, scope: str, login: Login | None
-    ) -> TokenAnswer:
+    ) -> TokenResponse:
         query = {"scope": scope, **({"service": service} if service else {})}
         if login is not None and login.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": login.identity_token, **query}
@@ -226,7 +226,7 @@ def _read(body: bytes) -> tuple[str, float]:
     return value, DEFAULT_LIFETIME
 
 
-def _refusal(answer: TokenAnswer) -> MirrorError:
+def _refusal(answer: TokenResponse) -> MirrorError:
     match answer.status:
         case 401:
             return Unauthorized("the token service refuses")

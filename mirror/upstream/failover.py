@@ -20,7 +20,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config import Upstream
-from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, UpstreamAnswered
+from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, UpstreamResponded
 from mirror.oci.errors import (
     AllCircuitsOpen,
     FailureScope,
@@ -32,15 +32,15 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.upstream.answers import error_of, rate_limit_of
-from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, SentAuthorization, TokenAnswer
+from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, SentAuthorization, TokenResponse
 from mirror.upstream.endpoints import Endpoints
 from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, check_url
+from mirror.upstream.responses import error_of, rate_limit_of
 from mirror.upstream.retry import ATTEMPTS, BUDGET, backoff, may_pass, retry_after
-from mirror.upstream.transport import Answer, Transport, read_body
+from mirror.upstream.transport import Response, Transport, read_body
 
 
-def accept_only_200(answer: Answer) -> bool:
+def accept_only_200(answer: Response) -> bool:
     """Only a 200 is an answer to the question."""
     return False
 
@@ -59,13 +59,13 @@ class RegistryRequest:
     query: Mapping[str, str] = field(default_factory=dict)
     page: str | None = None
     """The next page, as the answer before this one named it."""
-    is_accepted: Callable[[Answer], bool] = accept_only_200
+    is_accepted: Callable[[Response], bool] = accept_only_200
     """Which answers are good, beside a 200."""
     follow: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class AcceptedResponse(Answer):
+class AcceptedResponse(Response):
     """An answer to the question."""
 
     report_success: Callable[[], None]
@@ -214,7 +214,7 @@ class FailoverClient:
                 raise
             self._learn(attempt, None)
 
-    async def _authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Answer:
+    async def _authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
         """The answer to what the endpoint wants of credentials, as far as there are any."""
         endpoint, repository = attempt.endpoint, attempt.request.repository
         policy = Policy(endpoint, self._token_hosts, self._own, self._transport.private_hosts)
@@ -239,7 +239,7 @@ class FailoverClient:
         url: URL,
         policy: Policy,
         sent: SentAuthorization | None,
-    ) -> Answer:
+    ) -> Response:
         """One exchange; the one before it on ``stack`` is over."""
         await stack.aclose()
         request, until = attempt.request, attempt.until
@@ -262,7 +262,7 @@ class FailoverClient:
         finally:
             billed = request.method == "GET" and request.kind is Kind.MANIFEST
             self._emit(
-                UpstreamAnswered(
+                UpstreamResponded(
                     self._name,
                     str(policy.endpoint),
                     request.method,
@@ -279,7 +279,7 @@ class FailoverClient:
         if found is not None:
             self._emit(RateLimitSeen(self._name, *found))
 
-    async def _judge_status(self, answer: Answer, request: RegistryRequest) -> None:
+    async def _judge_status(self, answer: Response, request: RegistryRequest) -> None:
         response = answer.response
         if response.status == 200 or request.is_accepted(answer):
             return
@@ -315,7 +315,7 @@ class FailoverClient:
         url: URL,
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
-    ) -> TokenAnswer:
+    ) -> TokenResponse:
         """An exchange with a realm that the guard has allowed; its redirects are not followed."""
         policy = Policy(url.origin())
         async with self._transport.exchange(
@@ -323,7 +323,7 @@ class FailoverClient:
         ) as answer:
             response = answer.response
             pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-            return TokenAnswer(response.status, await read_body(response, TOKEN_LIMIT), pause)
+            return TokenResponse(response.status, await read_body(response, TOKEN_LIMIT), pause)
 
 
 async def _in_time(

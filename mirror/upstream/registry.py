@@ -28,11 +28,11 @@ from mirror.oci.errors import UpstreamProtocolError
 from mirror.oci.links import next_link
 from mirror.oci.ranges import parse_content_range
 from mirror.oci.reference import Reference, Repository, Tag
-from mirror.upstream.answers import digest_of, length_of, tag_names
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
 from mirror.upstream.failover import FailoverClient, RegistryRequest
+from mirror.upstream.responses import digest_of, length_of, tag_names
 from mirror.upstream.stream import BodyStream
-from mirror.upstream.transport import Answer, read_body
+from mirror.upstream.transport import Response, read_body
 
 _LIST_LIMIT: Final = 8 * 1024 * 1024
 _PAGES: Final = 200
@@ -97,7 +97,7 @@ class HttpRegistry:
         (public ECR): there a ``GET`` is begun, and ended after its headers.
         """
 
-        def is_accepted(answer: Answer) -> bool:
+        def is_accepted(answer: Response) -> bool:
             return answer.redirected or answer.response.status in _NO_HEAD
 
         path = f"blobs/{digest}"
@@ -240,11 +240,11 @@ class HttpRegistry:
         await self._client.close()
 
 
-def _parts(answer: Answer) -> bool:
+def _parts(answer: Response) -> bool:
     return answer.response.status in (206, 416)
 
 
-def _unsupported(answer: Answer) -> bool:
+def _unsupported(answer: Response) -> bool:
     return answer.response.status in _NO_REFERRERS
 
 

@@ -45,7 +45,7 @@ _ROUTES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """A response whose headers are in. ``redirected``: it is of another origin."""
 
     response: aiohttp.ClientResponse
@@ -110,7 +110,7 @@ class Transport:
         follow: bool = True,
         form: Mapping[str, str] | None = None,
         until: float | None = None,
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[Response]:
         """Send a request, follow its redirects, and yield the answer once its headers are in.
 
         They are awaited ``until`` then, by the event loop's clock; None: as :meth:`deadline` says.
@@ -130,7 +130,7 @@ class Transport:
             try:
                 target = response.headers.get(hdrs.LOCATION)
                 if response.status not in _REDIRECTS or target is None or not follow:
-                    yield Answer(response, crossed)
+                    yield Response(response, crossed)
                     return
             finally:
                 # The connection is kept for the next request if nothing more is to come on it.

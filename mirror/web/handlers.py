@@ -77,7 +77,7 @@ class Handlers:
                 # Thousands of lines: longer than a client waits for its first byte.
                 text, content_type = await asyncio.to_thread(self._render_metrics)
                 return web.Response(
-                    body=text, headers={"Content-Type": content_type, **frame(pull)}
+                    body=text, headers={"Content-Type": content_type, **common_headers(pull)}
                 )
             case unknown:
                 assert_never(unknown)
@@ -94,7 +94,7 @@ class Handlers:
             raise ManifestUnknown("the manifest is gone")
         pull.digest = str(answer.digest)
         body = Body(answer.digest, answer.media_type, answer.size, answer.body)
-        return await Sender(request, pull, self._emit).send(body, frame(pull))
+        return await Sender(request, pull, self._emit).send(body, common_headers(pull))
 
     async def _blob(
         self, typed: paths.BlobRequest, request: web.BaseRequest, pull: Pull
@@ -104,7 +104,7 @@ class Handlers:
         pull.digest = str(answer.digest)
         try:
             body = Body(answer.digest, OCTET_STREAM, answer.size, answer.reader)
-            return await Sender(request, pull, self._emit).send(body, frame(pull))
+            return await Sender(request, pull, self._emit).send(body, common_headers(pull))
         finally:
             if answer.reader is not None:
                 answer.reader.close()
@@ -128,7 +128,7 @@ class Handlers:
             typed.repository, typed.digest, typed.artifact_type, pull
         )
         body = Body(Digest.of(data), OCI_INDEX, len(data), data)
-        extra = frame(pull)
+        extra = common_headers(pull)
         if typed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
         return await Sender(request, pull, self._emit).send(body, extra)
@@ -148,7 +148,7 @@ def _describe(pull: Pull, kind: Kind, typed: _Named, reference: str) -> None:
     pull.outcome = Outcome.MISS  # until it is found: a client may leave before that
 
 
-def frame(pull: Pull) -> dict[str, str]:
+def common_headers(pull: Pull) -> dict[str, str]:
     """Headers that tell of this answer rather than of content: those of an error, too."""
     headers = {
         "Docker-Distribution-Api-Version": "registry/2.0",
@@ -166,4 +166,6 @@ def frame(pull: Pull) -> dict[str, str]:
 
 
 def _json(pull: Pull, body: bytes) -> web.Response:
-    return web.Response(body=body, headers={"Content-Type": "application/json", **frame(pull)})
+    return web.Response(
+        body=body, headers={"Content-Type": "application/json", **common_headers(pull)}
+    )

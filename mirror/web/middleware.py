@@ -15,7 +15,7 @@ from typing import Final
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
-from mirror.events import Noted, Observer, Outcome, Pull, PullEnded, PullStarted
+from mirror.events import LogMessage, Observer, Outcome, Pull, PullEnded, PullStarted
 from mirror.oci.errors import (
     Denied,
     Draining,
@@ -25,7 +25,7 @@ from mirror.oci.errors import (
     Unauthorized,
 )
 from mirror.web.errors import body_of, headers_of, status_of
-from mirror.web.handlers import Handlers, frame
+from mirror.web.handlers import Handlers, common_headers
 from mirror.web.health import Health
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -96,7 +96,7 @@ class Middleware:
         except Exception as error:
             pull.outcome = Outcome.ERROR
             pull.error = f"UNKNOWN: {type(error).__name__}"
-            self._emit(Noted("error", "unexpected error", (("error", repr(error)),)))
+            self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
             return self._failed(request, MirrorError("internal error"), pull)
 
     def _failed(
@@ -114,7 +114,7 @@ class Middleware:
             # Its headers were on their way: the connection is cut already.
             return _Cut(status=pull.status)
         body = body_of(error)
-        headers = {**headers_of(error), **frame(pull), "Content-Length": str(len(body))}
+        headers = {**headers_of(error), **common_headers(pull), "Content-Length": str(len(body))}
         if request.method == "HEAD":
             return web.Response(status=status_of(error), headers=headers)
         return web.Response(status=status_of(error), headers=headers, body=body)

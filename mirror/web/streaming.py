@@ -41,9 +41,9 @@ from mirror.oci.ranges import (
     parse_range_unsized,
     range_applies,
 )
-from mirror.pull.answers import FileExtent, MemoryExtent, Reader
-from mirror.web.attention import while_reading
-from mirror.web.outlet import Outlet
+from mirror.pull.results import FileExtent, MemoryExtent, Reader
+from mirror.web.client_stall import abort_stalled_client
+from mirror.web.socket_sendfile import SocketSendfile
 
 SLICE: Final = 4 * 1024 * 1024
 """Bytes that are handed to the kernel at once, at most."""
@@ -78,7 +78,7 @@ def headers_of(body: Body) -> dict[str, str]:
     return headers
 
 
-class OnePiece(web.StreamResponse):
+class SingleWriteResponse(web.StreamResponse):
     """A small answer that is written at once, on a connection that goes on (HTTP/1.1).
 
     ``web.Response`` decides anew for each answer what holds for all of these; without it twice as
@@ -165,11 +165,11 @@ class Sender:
         request, pull = self._request, self._pull
         if request.method == "HEAD" or not isinstance(body.reader, bytes):
             return web.Response(headers=headers)
-        pull.complete = pull.in_one_piece = True
+        pull.complete = pull.sent_in_one_write = True
         pull.bytes_sent = len(body.reader)
         pull.first_byte = self._loop.time() - pull.started
         if request.version == HttpVersion11 and request.keep_alive:
-            return OnePiece(headers, body.reader)
+            return SingleWriteResponse(headers, body.reader)
         return web.Response(headers=headers, body=body.reader)
 
     async def _stream(
@@ -184,20 +184,20 @@ class Sender:
         delimited = "Content-Length" in headers
         if not delimited and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
-        outlet = self._outlet() if delimited and multipart is None else None
+        socket_sendfile = self._open_sendfile() if delimited and multipart is None else None
         try:
-            with outlet or nullcontext(), self._pull.stage("send"):
+            with socket_sendfile or nullcontext(), self._pull.stage("send"):
                 self._pull.status = status
-                async with while_reading(self._request.transport, PATIENCE):
+                async with abort_stalled_client(self._request.transport, PATIENCE):
                     await response.prepare(self._request)
                     for index, span in enumerate(spans):
                         if multipart is not None:
                             await response.write(multipart.head(index))
-                        await self._copy(response, body, span.start, span.stop, outlet)
+                        await self._copy(response, body, span.start, span.stop, socket_sendfile)
                     if multipart is not None:
                         await response.write(multipart.tail)
                     if not spans:
-                        await self._copy(response, body, 0, body.size, outlet)
+                        await self._copy(response, body, 0, body.size, socket_sendfile)
                     await response.write_eof()
             self._pull.complete = True
         except BaseException:
@@ -205,7 +205,7 @@ class Sender:
             raise
         return response
 
-    def _outlet(self) -> Outlet | None:
+    def _open_sendfile(self) -> SocketSendfile | None:
         """None where bytes are encrypted, and the kernel cannot send the file itself.
 
         Raises :class:`StorageUnavailable` without a descriptor for it: nothing has been sent yet.
@@ -214,7 +214,7 @@ class Sender:
         if transport is None or transport.get_extra_info("sslcontext") is not None:
             return None
         try:
-            return Outlet(transport)
+            return SocketSendfile(transport)
         except ConnectionError:
             raise
         except OSError as error:
@@ -226,7 +226,7 @@ class Sender:
         body: Body,
         start: int,
         stop: int | None,
-        outlet: Outlet | None,
+        socket_sendfile: SocketSendfile | None,
     ) -> None:
         """Wait until bytes are there, send them, until ``stop`` (or the end, if that is None)."""
         reader = body.reader
@@ -246,8 +246,8 @@ class Sender:
                 await response.write(extent.data[:count])
                 self._count(count)
                 sent = count
-            elif outlet is not None:
-                sent = await self._send_file(outlet, extent, position, count)
+            elif socket_sendfile is not None:
+                sent = await self._send_file(socket_sendfile, extent, position, count)
             else:
                 sent = await self._copy_file(response, extent, position, count)
             if sent == 0:
@@ -257,13 +257,13 @@ class Sender:
             raise ContentLost("content ended before its announced length")
 
     async def _send_file(
-        self, outlet: Outlet, extent: FileExtent, position: int, count: int
+        self, socket_sendfile: SocketSendfile, extent: FileExtent, position: int, count: int
     ) -> int:
-        before = outlet.total
+        before = socket_sendfile.total
         try:
-            return await outlet.send(extent.fd, position, count)
+            return await socket_sendfile.send(extent.fd, position, count)
         finally:
-            self._count(outlet.total - before)
+            self._count(socket_sendfile.total - before)
 
     async def _copy_file(
         self, response: web.StreamResponse, extent: FileExtent, position: int, count: int

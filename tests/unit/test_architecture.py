@@ -74,7 +74,7 @@ def load(package: Path) -> Sources:
     return found
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     """``mirror.store.index`` is in ``store``; the package itself is ``""``."""
     return [*module.split("."), ""][1]
 
@@ -135,7 +135,7 @@ def arrows(sources: Sources) -> list[str]:
         f"{module} imports {name}"
         for module in sources
         for name in imported(sources, module)
-        if ours(name) and room(name) not in ARROWS.get(room(module), set())
+        if ours(name) and package_of(name) not in ARROWS.get(package_of(module), set())
     ]
 
 
@@ -144,13 +144,13 @@ def ground_floor(sources: Sources) -> list[str]:
     return [
         f"{module} imports {name}"
         for module in sources
-        if room(module) == "oci"
+        if package_of(module) == "oci"
         for name in imported(sources, module)
         if not ours(name) and name.split(".")[0] not in sys.stdlib_module_names
     ] + [
         f"{module} opens a file"
         for module, source in sources.items()
-        if room(module) == "oci" and ("", "open") in set(calls(source))
+        if package_of(module) == "oci" and ("", "open") in set(calls(source))
     ]
 
 
@@ -169,7 +169,7 @@ def ignorance(sources: Sources) -> list[str]:
         f"{module} imports {name}"
         for module in sources
         for name in imported(sources, module)
-        if name.split(".")[0] in UNKNOWN_TO.get(room(module), set())
+        if name.split(".")[0] in UNKNOWN_TO.get(package_of(module), set())
     ]
 
 
@@ -179,7 +179,9 @@ def one_protocol(sources: Sources) -> list[str]:
         f"{module} imports {name}"
         for module in sources
         for name in imported(sources, module)
-        if room(module) == "pull" and room(name) == "upstream" and name != "mirror.upstream.api"
+        if package_of(module) == "pull"
+        and package_of(name) == "upstream"
+        and name != "mirror.upstream.api"
     ]
 
 
@@ -190,7 +192,7 @@ def one_way_out(sources: Sources) -> list[str]:
     """Only one module makes a client session and calls it, and that one asks the guard."""
     complaints, makers, callers = [], set(), set()
     for module, source in sources.items():
-        if room(module) != "upstream" and "ClientSession" in identifiers(source):
+        if package_of(module) != "upstream" and "ClientSession" in identifiers(source):
             complaints.append(f"{module} names ClientSession")
         for receiver, name in calls(source):
             if name == "ClientSession":
@@ -199,7 +201,7 @@ def one_way_out(sources: Sources) -> list[str]:
                 callers.add(module)
             if name in DIALLERS and not receiver.endswith("socketpair"):
                 complaints.append(f"{module} dials by {receiver}.{name}")
-        if room(module) != "cli":
+        if package_of(module) != "cli":
             complaints += [
                 f"{module} imports {name}"
                 for name in imported(sources, module)
@@ -294,7 +296,7 @@ def test_exemptions_in_tests_carry_their_reason() -> None:
 
 
 def test_every_room_has_a_rule() -> None:
-    assert {room(module) for module in OURS} <= set(ARROWS)
+    assert {package_of(module) for module in OURS} <= set(ARROWS)
 
 
 @pytest.mark.parametrize(

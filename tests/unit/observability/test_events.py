@@ -21,7 +21,7 @@ def test_every_event_is_one_of_them_and_none_ever_changes() -> None:
         if kind.__module__ == events.__name__ and dataclasses.is_dataclass(kind)
     }
     assert defined == {*EVENTS, Pull}
-    noted = events.Noted("info", "x")
+    noted = events.LogMessage("info", "x")
     with pytest.raises(dataclasses.FrozenInstanceError):
         noted.message = "y"  # type: ignore[misc] # that it cannot be set is what is shown
     for kind in EVENTS:
@@ -30,7 +30,7 @@ def test_every_event_is_one_of_them_and_none_ever_changes() -> None:
 
 
 def test_nobody_has_to_listen() -> None:
-    events.ignore(events.Noted("info", "x"))
+    events.ignore(events.LogMessage("info", "x"))
 
 
 def test_a_record_begins_with_nothing_told() -> None:

@@ -81,7 +81,7 @@ def test_control_characters_stay_in_their_line(text: str, style: str) -> None:
 )
 def test_secrets_are_masked(text: str) -> None:
     for line in written(
-        events.PullEnded(a_pull(error=text)), events.Noted("error", text, (("why", text),))
+        events.PullEnded(a_pull(error=text)), events.LogMessage("error", text, (("why", text),))
     ):
         assert "canary" not in line
 

@@ -39,19 +39,19 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.BytesFetched("docker.io", 8), "bytes_fetched_total", {"upstream": "docker.io"}, 8),
     (events.BytesFetched("evil", 8), "bytes_fetched_total", {"upstream": "none"}, 8),
     (
-        events.UpstreamAnswered("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True),
+        events.UpstreamResponded("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True),
         "upstream_billed_requests_total",
         {"upstream": "docker.io"},
         1,
     ),
     (
-        events.UpstreamAnswered("docker.io", "https://x", "HEAD", Kind.MANIFEST, 429, 0.1, False),
+        events.UpstreamResponded("docker.io", "https://x", "HEAD", Kind.MANIFEST, 429, 0.1, False),
         "upstream_requests_total",
         {"status": "429", "method": "HEAD", "endpoint": "https://x"},
         1,
     ),
     (
-        events.UpstreamAnswered("docker.io", "https://x", "GET", Kind.BLOB, 0, 0.1, False, "no"),
+        events.UpstreamResponded("docker.io", "https://x", "GET", Kind.BLOB, 0, 0.1, False, "no"),
         "upstream_requests_total",
         {"status": "none"},
         1,

@@ -384,9 +384,9 @@ async def test_small_content_is_kept_if_it_is_what_it_says(tmp_path: Path) -> No
         await kit.content.keep(right, b"right")
         await kit.content.keep(right, b"right")
         await kit.content.keep(wrong, b"not it")
-        reader = await kit.store.contents.find(right)
+        reader = await kit.store.blobs.find(right)
         assert reader is not None
         assert await read(reader) == b"right"
         reader.close()
-        assert await kit.store.contents.find(wrong) is None
+        assert await kit.store.blobs.find(wrong) is None
         assert not kit.store.active_ingests

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Noted, Outcome
+from mirror.events import LogMessage, Outcome
 from mirror.oci.descriptor import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, UpstreamUnavailable
@@ -72,8 +72,8 @@ async def media_type(
     return answer.media_type
 
 
-def complaints(kit: PullKit) -> list[Noted]:
-    return [event for event in kit.events if isinstance(event, Noted)]
+def complaints(kit: PullKit) -> list[LogMessage]:
+    return [event for event in kit.events if isinstance(event, LogMessage)]
 
 
 @lies

@@ -166,11 +166,11 @@ async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
                 await kit.store.idle()
                 kit.store.layout.blob(digest).unlink(missing_ok=True)
             kit.clock[0] += 3600.0  # its use is noted anew
-            kit.store.contents._verified.clear()
+            kit.store.blobs._verified.clear()
             left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), head=False), number)
             if not left:
                 break
             number += 1
             assert not [g for g in kit.store.active_ingests.values() if g.followers]
-            assert not kit.store.contents._leases
+            assert not kit.store.blobs._leases
         assert number >= 2

@@ -20,7 +20,7 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store import disk
-from mirror.store.content import Contents
+from mirror.store.blobs import BlobStore
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.layout import Layout
@@ -58,7 +58,7 @@ class Kit:
 
     layout: Layout
     ingest_context: IngestContext
-    contents: Contents
+    blobs: BlobStore
     events: list[Event]
     pools: list[ThreadPoolExecutor]
     room: list[bool]
@@ -77,7 +77,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
     async def make_room(need: int) -> bool:
         return room[0]
 
-    contents = Contents(
+    blobs = BlobStore(
         layout,
         Verified(),
         reverify=reverify,
@@ -92,12 +92,12 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         publishing=pools[1],
         emit=events.append,
         make_room=make_room,
-        published=contents.published,
+        published=blobs.published,
         now=time.time,
         boot=disk.boot_id(),
     )
     try:
-        yield Kit(layout, ingest_context, contents, events, pools, room)
+        yield Kit(layout, ingest_context, blobs, events, pools, room)
     finally:
         for pool in pools:
             pool.shutdown()
@@ -177,7 +177,7 @@ async def put(parts: Kit, data: bytes) -> Digest:
     path = parts.layout.blob(digest)
     path.write_bytes(data)
     no_trace(path)
-    await parts.contents.published(digest)
+    await parts.blobs.published(digest)
     return digest
 
 
@@ -258,7 +258,7 @@ async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
 
 async def served(store: Store, data: bytes) -> bool:
     """Whether this content is here, whole."""
-    reader = await store.contents.find(Digest.of(data))
+    reader = await store.blobs.find(Digest.of(data))
     if reader is None:
         return False
     try:

@@ -189,7 +189,7 @@ async def test_what_is_being_read_is_left_and_what_was_goes(tmp_path: Path) -> N
         for seed in range(4):
             await keep(store, layer(seed))
             clock[0] += 100
-        reader = await store.contents.find(Digest.of(layer(0)))
+        reader = await store.blobs.find(Digest.of(layer(0)))
         assert reader
         await keep(store, layer(4))
         assert {Digest.of(layer(seed)) for seed in (0, 4)} <= held(store)
@@ -214,7 +214,7 @@ async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
         store.end_ingest(content)
         damaged = await keep(store, layer(2))
         store.layout.blob(damaged).write_bytes(b"x" * 200_000)
-        assert await store.contents.find(damaged) is None
+        assert await store.blobs.find(damaged) is None
         assert store.catalog.refresh().left >= 550_000
         await keep(store, layer(3))
         assert held(store) == {Digest.of(layer(0)), Digest.of(layer(3))}

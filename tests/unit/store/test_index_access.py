@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Event, Noted
+from mirror.events import Event, LogMessage
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.index import Index
@@ -32,7 +32,7 @@ async def test_the_upstreams_word_is_not_written_over(tmp_path: Path) -> None:
         assert await index.access_record(REPO, ONE, "manifest") == OWN
         await index.revoke_access(REPO, ONE, "manifest")
     assert len(events) == 2
-    assert all(isinstance(event, Noted) for event in events)
+    assert all(isinstance(event, LogMessage) for event in events)
     for opened in (index, other):
         await opened.close()
 

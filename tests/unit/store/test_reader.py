@@ -15,7 +15,7 @@ from typing import TypeAlias
 import pytest
 
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
-from mirror.store import content as content_module
+from mirror.store import blobs as content_module
 from mirror.store import disk
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
@@ -88,7 +88,7 @@ async def ageing(root: Path, data: bytes) -> AsyncIterator[Scene]:
 
 def _finder(parts: Kit) -> Callable[[], Awaitable[Reader]]:
     async def find() -> Reader:
-        reader = await parts.contents.find(DIGEST)
+        reader = await parts.blobs.find(DIGEST)
         assert reader
         return reader
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Event, Noted
+from mirror.events import Event, LogMessage
 from mirror.store import rows as module
 from mirror.store.rows import STEP, Row, Rows, TextDisk
 from tests.unit.store.kit import fill_up, make_read_only, small_disk
@@ -259,7 +259,7 @@ async def test_what_is_known_stays_known_on_a_disk_that_takes_nothing(
             assert await rows.put("kept", [("b", "2")])
             assert await rows.get("kept", "b") == "2", "until the end of the process"
         assert len(events) == 1
-        assert isinstance(events[0], Noted)
+        assert isinstance(events[0], LogMessage)
         assert "a copy is used" in events[0].message
         assert not (disk / "index.damaged").exists()
 

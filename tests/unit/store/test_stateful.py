@@ -140,7 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     async def find(self, digest: Digest) -> Reader | None:
         assert self.store
-        reader = await self.store.contents.find(digest)
+        reader = await self.store.blobs.find(digest)
         if reader is None:
             self.damaged.discard(digest)  # it was noticed
         return reader
@@ -282,7 +282,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.damaged.add(digest)
             if rot:  # it leaves no trace, and is found when its verification has aged
                 no_trace(path)
-                self.store.contents._remember(digest, 0.0)
+                self.store.blobs._remember(digest, 0.0)
                 self.run(self.store.index.set_verified([(digest, 0.0)]))
         self.there.discard(digest)
         self.forget_pins_of({digest})

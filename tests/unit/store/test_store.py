@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config import Storage
-from mirror.events import Event, IngestsMeasured, Noted, StorageMeasured, Uncached
+from mirror.events import Event, IngestsMeasured, LogMessage, StorageMeasured, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Tag
@@ -171,7 +171,9 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
             await store.measure()
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["readonly"]
         assert [e.writable for e in events if isinstance(e, StorageMeasured)] == [False]
-        assert any(isinstance(e, Noted) and "nothing can be stored" in e.message for e in events)
+        assert any(
+            isinstance(e, LogMessage) and "nothing can be stored" in e.message for e in events
+        )
 
 
 @pytest.mark.row("D7")
@@ -202,7 +204,7 @@ async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Pat
 
 
 async def _is_handed_out(store: Store, digest: Digest) -> bool:
-    reader = await store.contents.find(digest, 1)
+    reader = await store.blobs.find(digest, 1)
     if reader is not None:
         reader.close()
     return reader is not None

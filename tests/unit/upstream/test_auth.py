@@ -14,7 +14,7 @@ from yarl import URL
 from mirror.config import Credentials
 from mirror.events import TokenFetched
 from mirror.oci.errors import OutboundRefused, UpstreamUnavailable
-from mirror.upstream.auth import TokenAnswer, _read
+from mirror.upstream.auth import TokenResponse, _read
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.token_kit import BASIC, BEARER, SHOWN, USER, Service
 
@@ -162,7 +162,7 @@ async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
 )
 async def test_what_is_no_token_is_never_shown(body: bytes) -> None:
     service = Service()
-    service.answers = [TokenAnswer(200, body)]
+    service.answers = [TokenResponse(200, body)]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
     assert [event.ok for event in service.events if isinstance(event, TokenFetched)] == [False]
@@ -190,5 +190,5 @@ def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) 
 
 async def test_access_token_is_another_name_for_it() -> None:
     service = Service()
-    service.answers = [TokenAnswer(200, b'{"token":"","access_token":"a"}')]
+    service.answers = [TokenResponse(200, b'{"token":"","access_token":"a"}')]
     assert await service.header() == "Bearer a"

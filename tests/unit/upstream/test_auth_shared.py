@@ -19,7 +19,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.upstream.auth import TokenAnswer
+from mirror.upstream.auth import TokenResponse
 from mirror.upstream.credentials import KEPT
 from tests.unit.upstream.kit import at_once
 from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
@@ -62,7 +62,7 @@ async def test_fifty_are_refused_and_one_asks_anew() -> None:
 
 async def test_a_service_that_has_but_one_token_is_asked_once_more_for_all() -> None:
     service = Service()
-    service.answers = [TokenAnswer(200, b'{"token":"always"}')]
+    service.answers = [TokenResponse(200, b'{"token":"always"}')]
     refused = await service.challenged()
     assert await at_once(50, lambda: service.header(refused)) == [None] * 50
     assert len(service.calls) == 2
@@ -97,20 +97,20 @@ async def test_tokens_are_kept_by_identity_realm_service_and_scope(tmp_path: Pat
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (TokenAnswer(401, b""), Unauthorized),
-        (TokenAnswer(403, b""), Denied),
-        (TokenAnswer(400, b'{"error":"invalid_grant"}'), Unauthorized),
-        (TokenAnswer(400, b'{"error":"invalid_request"}'), UpstreamUnavailable),
-        (TokenAnswer(400, b"[]"), UpstreamUnavailable),
-        (TokenAnswer(404, b""), UpstreamUnavailable),
-        (TokenAnswer(302, b""), UpstreamUnavailable),
-        (TokenAnswer(500, b""), UpstreamUnavailable),
-        (TokenAnswer(429, b"", 7.0), UpstreamRateLimited),
+        (TokenResponse(401, b""), Unauthorized),
+        (TokenResponse(403, b""), Denied),
+        (TokenResponse(400, b'{"error":"invalid_grant"}'), Unauthorized),
+        (TokenResponse(400, b'{"error":"invalid_request"}'), UpstreamUnavailable),
+        (TokenResponse(400, b"[]"), UpstreamUnavailable),
+        (TokenResponse(404, b""), UpstreamUnavailable),
+        (TokenResponse(302, b""), UpstreamUnavailable),
+        (TokenResponse(500, b""), UpstreamUnavailable),
+        (TokenResponse(429, b"", 7.0), UpstreamRateLimited),
         (UpstreamUnavailable("down"), UpstreamUnavailable),
     ],
 )
 async def test_a_failure_reaches_all_who_wait(
-    answer: TokenAnswer | MirrorError, error: type[MirrorError]
+    answer: TokenResponse | MirrorError, error: type[MirrorError]
 ) -> None:
     service = Service()
     service.answers = [answer]
@@ -123,7 +123,7 @@ async def test_a_failure_reaches_all_who_wait(
 
 async def test_who_comes_after_a_failure_asks_again() -> None:
     service = Service()
-    service.answers = [TokenAnswer(503, b""), TokenAnswer(200, b'{"token":"good"}')]
+    service.answers = [TokenResponse(503, b""), TokenResponse(200, b'{"token":"good"}')]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
     assert await service.header() == "Bearer good"
@@ -138,7 +138,7 @@ async def test_who_comes_after_a_failure_asks_again() -> None:
 )
 async def test_a_token_service_that_moved_is_found_again(moved: str) -> None:
     service = Service()
-    service.answers = [TokenAnswer(404, b"")]
+    service.answers = [TokenResponse(404, b"")]
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
         await service.challenged(challenge=moved)
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
@@ -157,7 +157,7 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_token_service_refuses
     await service.challenged()
     secret.write_text("new")
     other = Repository("docker.io", "library/other")
-    service.answers = [TokenAnswer(401, b""), TokenAnswer(200, b'{"token":"of-the-new"}')]
+    service.answers = [TokenResponse(401, b""), TokenResponse(200, b'{"token":"of-the-new"}')]
     assert await service.header(repository=other) == "Bearer of-the-new"
     passwords = [
         base64.b64decode(call[2]["Authorization"].split()[1]).decode() for call in service.calls
@@ -167,7 +167,7 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_token_service_refuses
 
 async def test_the_same_secret_is_not_shown_twice_to_a_service_that_refuses_it() -> None:
     service = Service(USER)
-    service.answers = [TokenAnswer(401, b"")]
+    service.answers = [TokenResponse(401, b"")]
     with pytest.raises(Unauthorized):
         await service.challenged()
     assert len(service.calls) == 1
@@ -190,7 +190,7 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_registry_refuses_the_
 async def test_secrets_are_in_no_repr() -> None:
     service = Service(USER)
     sent = await service.challenged()
-    answer = TokenAnswer(200, b'{"token":"secret"}')
+    answer = TokenResponse(200, b'{"token":"secret"}')
     said = f"{sent!r} {answer!r} {service.events!r}"
     assert "t1" not in said
     assert "secret" not in said

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mirror.events import CircuitChanged, Kind, UpstreamAnswered
+from mirror.events import CircuitChanged, Kind, UpstreamResponded
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.upstream.api import PROGRESS
@@ -143,7 +143,7 @@ async def test_a_question_counts_once_however_often_it_is_tried() -> None:
     async with upstream_kit(endpoint) as kit:
         for _ in range(FAILURE_THRESHOLD - 1):
             await failure(kit)
-        assert len(kit.seen(UpstreamAnswered)) == ATTEMPTS * (FAILURE_THRESHOLD - 1)
+        assert len(kit.seen(UpstreamResponded)) == ATTEMPTS * (FAILURE_THRESHOLD - 1)
         assert not kit.seen(CircuitChanged)
         await failure(kit)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", endpoint, True)]

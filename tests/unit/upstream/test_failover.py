@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mirror.config import Limits
-from mirror.events import Kind, RateLimitSeen, UpstreamAnswered
+from mirror.events import Kind, RateLimitSeen, UpstreamResponded
 from mirror.oci.errors import (
     ManifestUnknown,
     OutboundRefused,
@@ -46,7 +46,7 @@ async def test_the_next_one_answers_for_one_that_fails() -> None:
         for first in (one.url, dead(), "http://no-such-host.invalid"):
             async with upstream_kit(first, two.url) as kit:
                 assert await kit.status() == 200
-                answered = kit.seen(UpstreamAnswered)
+                answered = kit.seen(UpstreamResponded)
                 assert [event.endpoint for event in answered] == [first, two.url]
                 assert [event.status for event in answered] == [
                     DOWN if first == one.url else 0,
@@ -311,7 +311,12 @@ async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
         await failure(kit, "manifests/other")
         async with kit.client.ask(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
-        assert [event.billed for event in kit.seen(UpstreamAnswered)] == [True, False, False, False]
+        assert [event.billed for event in kit.seen(UpstreamResponded)] == [
+            True,
+            False,
+            False,
+            False,
+        ]
 
 
 async def test_what_is_left_is_told_also_of_a_refusal() -> None:

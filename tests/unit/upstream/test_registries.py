@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mirror.config import Settings
-from mirror.events import Event, UpstreamAnswered
+from mirror.events import Event, UpstreamResponded
 from mirror.oci.errors import OutboundRefused
 from mirror.oci.reference import Repository, Tag
 from mirror.upstream.registries import open_registries
@@ -26,7 +26,7 @@ async def test_each_upstream_is_asked_at_its_own_endpoint_and_none_after_the_end
             for name, fake in (("one.io", one), ("two.io", two)):
                 found = await registries[name].get_manifest(Repository(name, "a/b"), LATEST, ())
                 assert found.body == fake.url.encode()
-        told = [event.upstream for event in events if isinstance(event, UpstreamAnswered)]
+        told = [event.upstream for event in events if isinstance(event, UpstreamResponded)]
         assert told == ["one.io", "two.io"]
         for name, registry in registries.items():
             with pytest.raises(RuntimeError, match="closed"):

@@ -18,7 +18,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.upstream.outbound import Policy
-from mirror.upstream.transport import Answer, own_addresses, read_body
+from mirror.upstream.transport import Response, own_addresses, read_body
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.unit.upstream.kit import DATA, Kit, dead, origin, tls_server, upstream_kit
@@ -35,7 +35,7 @@ async def exchange(
     headers: Mapping[str, str] | None = None,
     *,
     follow: bool = True,
-) -> AsyncIterator[Answer]:
+) -> AsyncIterator[Response]:
     url = origin(f"{endpoint}{path}")
     policy = Policy(origin(endpoint))
     async with kit.transport.exchange(method, url, headers or {}, policy, follow=follow) as answer:

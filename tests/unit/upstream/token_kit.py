@@ -14,7 +14,7 @@ from mirror.config import Credentials
 from mirror.events import Event
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
-from mirror.upstream.auth import Authenticator, SentAuthorization, TokenAnswer
+from mirror.upstream.auth import Authenticator, SentAuthorization, TokenResponse
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO
 
@@ -30,7 +30,7 @@ class Service:
 
     def __init__(self, credentials: Credentials | None = None) -> None:
         self.calls: list[tuple[str, URL, dict[str, str], dict[str, str]]] = []
-        self.answers: list[TokenAnswer | MirrorError] = []
+        self.answers: list[TokenResponse | MirrorError] = []
         """For the next calls; the last one stays."""
         self.lifetime: Any = 300
         self.gate = asyncio.Event()
@@ -52,7 +52,7 @@ class Service:
         url: URL,
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
-    ) -> TokenAnswer:
+    ) -> TokenResponse:
         self.calls.append((method, url, dict(headers), dict(form or {})))
         number = len(self.calls)
         self.begun.set()
@@ -64,7 +64,7 @@ class Service:
                 raise answer
             return answer
         document = {"token": f"t{number}", "expires_in": self.lifetime}
-        return TokenAnswer(200, json.dumps(document).encode())
+        return TokenResponse(200, json.dumps(document).encode())
 
     async def challenged(
         self,

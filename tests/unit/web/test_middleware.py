@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config import Limits
-from mirror.events import Noted, Outcome, PullEnded, PullStarted
+from mirror.events import LogMessage, Outcome, PullEnded, PullStarted
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import Server, running
@@ -78,7 +78,7 @@ async def test_a_fault_of_ours_is_500_and_tells_nothing(
         assert "canary" not in str(headers)
         (pull,) = await server.records()
         assert (pull.outcome, pull.status) == (Outcome.ERROR, 500)
-        (noted,) = (event for event in server.events if isinstance(event, Noted))
+        (noted,) = (event for event in server.events if isinstance(event, LogMessage))
         assert noted.level == "error"
         assert dict(noted.fields)["error"] == "ZeroDivisionError('canary')"
         # the connection, and the server, go on

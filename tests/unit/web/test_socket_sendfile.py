@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.web.outlet import Outlet
+from mirror.web.socket_sendfile import SocketSendfile
 from tests.unit.store.kit import random_bytes
 
 SIZE = 3_000_000
@@ -45,15 +45,15 @@ def content(tmp_path: Path) -> Iterator[tuple[int, bytes]]:
 async def test_parts_arrive_in_order_behind_what_was_written(content: tuple[int, bytes]) -> None:
     file, data = content
     async with connected() as (transport, reader):
-        with Outlet(transport) as outlet:
+        with SocketSendfile(transport) as socket_sendfile:
             # more than the socket takes: the transport holds the rest back
             transport.write(b"h" * 500_000)
             assert transport.get_write_buffer_size() > 0
 
             async def send() -> list[int]:
                 return [
-                    await outlet.send(file, 10, 1_000_000),
-                    await outlet.send(file, 1_000_010, SIZE - 1_000_010),
+                    await socket_sendfile.send(file, 10, 1_000_000),
+                    await socket_sendfile.send(file, 1_000_010, SIZE - 1_000_010),
                 ]
 
             sent, got = await asyncio.gather(send(), reader.readexactly(500_000 + SIZE - 10))
@@ -64,18 +64,18 @@ async def test_parts_arrive_in_order_behind_what_was_written(content: tuple[int,
 async def test_a_file_that_ends_early_is_told_by_the_count(content: tuple[int, bytes]) -> None:
     file, data = content
     async with connected() as (transport, reader):
-        with Outlet(transport) as outlet:
-            assert await outlet.send(file, SIZE - 100, 4_096) == 100
-            assert await outlet.send(file, SIZE, 4_096) == 0
+        with SocketSendfile(transport) as socket_sendfile:
+            assert await socket_sendfile.send(file, SIZE - 100, 4_096) == 100
+            assert await socket_sendfile.send(file, SIZE, 4_096) == 0
             assert await reader.readexactly(100) == data[-100:]
 
 
 async def test_a_client_that_leaves_ends_the_wait(content: tuple[int, bytes]) -> None:
     file, _ = content
     async with connected() as (transport, reader):
-        with Outlet(transport) as outlet:
+        with SocketSendfile(transport) as socket_sendfile:
             loop = asyncio.get_running_loop()
-            sending = loop.create_task(outlet.send(file, 0, SIZE))
+            sending = loop.create_task(socket_sendfile.send(file, 0, SIZE))
             await reader.readexactly(1000)
             reader._transport.abort()  # type: ignore[attr-defined] # there is no other way to it
             with pytest.raises(ConnectionError):
@@ -85,25 +85,27 @@ async def test_a_client_that_leaves_ends_the_wait(content: tuple[int, bytes]) ->
 async def test_a_wait_that_is_given_up_leaves_no_interest(content: tuple[int, bytes]) -> None:
     file, _ = content
     async with connected() as (transport, _):
-        with Outlet(transport) as outlet:
+        with SocketSendfile(transport) as socket_sendfile:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.01):
-                    await outlet.send(file, 0, SIZE)
+                    await socket_sendfile.send(file, 0, SIZE)
             # what is not registered cannot be removed
-            assert not asyncio.get_running_loop().remove_writer(outlet._socket)
+            assert not asyncio.get_running_loop().remove_writer(socket_sendfile._socket)
 
 
 async def test_a_bad_file_is_an_error_at_once_and_later() -> None:
     async with connected() as (transport, reader):
-        with Outlet(transport) as outlet:
+        with SocketSendfile(transport) as socket_sendfile:
             with pytest.raises(OSError, match="Bad file descriptor"):
-                await outlet.send(-1, 0, SIZE)
+                await socket_sendfile.send(-1, 0, SIZE)
             transport.write(b"h" * 500_000)
 
             async def drain() -> None:
                 await reader.readexactly(500_000)
 
-            broken = asyncio.gather(outlet.send(-1, 0, SIZE), drain(), return_exceptions=True)
+            broken = asyncio.gather(
+                socket_sendfile.send(-1, 0, SIZE), drain(), return_exceptions=True
+            )
             assert isinstance((await broken)[0], OSError)
 
 
@@ -112,5 +114,5 @@ async def test_there_is_no_outlet_to_a_client_that_has_left() -> None:
         before = len(os.listdir("/proc/self/fd"))
         transport.abort()
         with pytest.raises(ConnectionResetError):
-            Outlet(transport)
+            SocketSendfile(transport)
         assert len(os.listdir("/proc/self/fd")) <= before

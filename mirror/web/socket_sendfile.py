@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Outlet:
+class SocketSendfile:
     """Sends parts of files to one socket, one after the other. A context manager."""
 
     def __init__(self, transport: asyncio.Transport) -> None:

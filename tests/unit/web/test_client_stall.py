@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.digest import Digest
-from mirror.web import attention, streaming
-from mirror.web.attention import while_reading
+from mirror.web import streaming
+from mirror.web.client_stall import abort_stalled_client
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
@@ -42,7 +42,7 @@ async def test_a_client_that_reads_nothing_is_noticed() -> None:
     async with connected() as (transport, _):
         transport.write(bytes(BIG))
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(30), while_reading(transport, 0.05):
+            async with asyncio.timeout(30), abort_stalled_client(transport, 0.05):
                 await asyncio.Event().wait()
 
 
@@ -53,7 +53,7 @@ async def test_what_the_kernel_alone_holds_is_not_read_either() -> None:
         transport.write(bytes(1 << 20))
         assert transport.get_write_buffer_size() == 0
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(30), while_reading(transport, 0.05):
+            async with asyncio.timeout(30), abort_stalled_client(transport, 0.05):
                 await asyncio.Event().wait()
         assert client.recv(1000) == bytes(1000)
 
@@ -62,7 +62,7 @@ async def test_a_client_that_reads_at_all_is_waited_for() -> None:
     async with connected() as (transport, client):
         transport.write(bytes(BIG))
         loop = asyncio.get_running_loop()
-        async with while_reading(transport, 0.5):
+        async with abort_stalled_client(transport, 0.5):
             end = loop.time() + 2.0
             while loop.time() < end:
                 await loop.sock_recv(client, 32_768)
@@ -72,19 +72,19 @@ async def test_a_client_that_reads_at_all_is_waited_for() -> None:
 
 async def test_a_client_that_waits_for_us_is_not_to_blame() -> None:
     async with connected() as (transport, client):
-        async with while_reading(transport, 0.02):
+        async with abort_stalled_client(transport, 0.02):
             for _ in range(10):
                 transport.write(b"x")
                 await asyncio.get_running_loop().sock_recv(client, 10)
                 await asyncio.sleep(0.05)
-        async with while_reading(None, 0.02):
+        async with abort_stalled_client(None, 0.02):
             await asyncio.sleep(0.1)
 
 
 async def test_a_connection_that_was_closed_is_no_failure_of_the_look() -> None:
     failures: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
-    async with connected() as (transport, _), while_reading(transport, 0.02):
+    async with connected() as (transport, _), abort_stalled_client(transport, 0.02):
         transport.write(bytes(1000))
         transport.abort()
         await asyncio.sleep(0.1)
@@ -93,12 +93,12 @@ async def test_a_connection_that_was_closed_is_no_failure_of_the_look() -> None:
 
 async def test_what_came_just_now_is_not_held_against_a_client() -> None:
     async with connected() as (transport, _):
-        async with while_reading(transport, 0.3):
+        async with abort_stalled_client(transport, 0.3):
             await asyncio.sleep(0.28)  # the upstream takes its time
             transport.write(bytes(BIG))
             await asyncio.sleep(0.2)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(30), while_reading(transport, 0.05):
+            async with asyncio.timeout(30), abort_stalled_client(transport, 0.05):
                 await asyncio.Event().wait()
 
 
@@ -106,9 +106,9 @@ async def test_where_the_kernel_does_not_tell_nobody_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with connected() as (transport, _):
-        monkeypatch.setattr(attention, "_ACKNOWLEDGED", 1000)  # as of a kernel that knows less
+        monkeypatch.setattr(client_stall, "_ACKNOWLEDGED", 1000)  # as of a kernel that knows less
         transport.write(bytes(BIG))
-        async with while_reading(transport, 0.02):
+        async with abort_stalled_client(transport, 0.02):
             await asyncio.sleep(0.2)
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mirror.events import DigestMismatched, Evicted, Noted, Observer, Reverified
+from mirror.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.store import disk, quarantine
@@ -52,7 +52,7 @@ class _Lease:
     verification: asyncio.Future[None] | None = None
 
 
-class Contents:
+class BlobStore:
     """Whole content by digest."""
 
     def __init__(
@@ -153,7 +153,7 @@ class Contents:
         if disk.reason_of(error) == "descriptors":
             raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
         why = (("digest", str(digest)), ("why", error.strerror or str(error)))
-        self._emit(Noted("warning", "content cannot be opened", why))
+        self._emit(LogMessage("warning", "content cannot be opened", why))
 
     def _read(self, digest: Digest, limit: int) -> bytes | None:
         opened = disk.open_whole(self._layout, digest)
@@ -271,9 +271,9 @@ def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> Non
 class WholeReader:
     """One reader of whole content (see :class:`mirror.store.reader.Reader`)."""
 
-    def __init__(self, contents: Contents, digest: Digest, lease: _Lease) -> None:
+    def __init__(self, contents: BlobStore, digest: Digest, lease: _Lease) -> None:
         self.digest = digest
-        self._contents = contents
+        self._blobs = contents
         self._lease = lease
         self._open = True
         lease.readers += 1
@@ -316,4 +316,4 @@ class WholeReader:
         """End the lease."""
         if self._open:
             self._open = False
-            self._contents.release(self.digest, self._lease)
+            self._blobs.release(self.digest, self._lease)

@@ -14,8 +14,8 @@ from mirror.oci import errors
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError
 from mirror.oci.reference import Tag
-from mirror.upstream.answers import digest_of, length_of, rate_limit_of, tag_names
 from mirror.upstream.failover import RegistryRequest
+from mirror.upstream.responses import digest_of, length_of, rate_limit_of, tag_names
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, upstream_kit
 

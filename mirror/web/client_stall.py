@@ -24,7 +24,7 @@ _ACKNOWLEDGED: Final = 120
 
 
 @asynccontextmanager
-async def while_reading(
+async def abort_stalled_client(
     transport: asyncio.Transport | None, patience: float
 ) -> AsyncIterator[None]:
     """Raises ``TimeoutError`` within the block once its client has stopped to read.

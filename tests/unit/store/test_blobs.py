@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import DigestMismatched, Noted, Reverified
+from mirror.events import DigestMismatched, LogMessage, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
-from mirror.store import content as content_module
+from mirror.store import blobs as content_module
 from mirror.store import disk
 from tests.unit.store.kit import Verified, eventually, flip, kit, no_trace, put, random_bytes, read
 
@@ -26,7 +26,7 @@ LARGE = random_bytes(content_module.SMALL + 1_000_000, 4)
 async def test_trusted_content_is_served_without_hashing(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
-        reader = await parts.contents.find(digest)
+        reader = await parts.blobs.find(digest)
         assert reader
         assert await read(reader) == LARGE
         assert await read(reader, 10, 20) == LARGE[10:20]
@@ -37,8 +37,8 @@ async def test_trusted_content_is_served_without_hashing(tmp_path: Path) -> None
 
 async def test_missing_content_is_a_miss(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
-        assert await parts.contents.find(Digest.of(b"nothing")) is None
-        assert await parts.contents.read(Digest.of(b"nothing"), 100) is None
+        assert await parts.blobs.find(Digest.of(b"nothing")) is None
+        assert await parts.blobs.read(Digest.of(b"nothing"), 100) is None
 
 
 @pytest.mark.row("C9")
@@ -57,12 +57,12 @@ async def test_damage_is_never_served_whole(tmp_path: Path, damage: str, data: b
                 flip(path, len(data) // 2)
             case _:
                 flip(path, len(data) - 1)
-        reader = await parts.contents.find(digest, len(data))
+        reader = await parts.blobs.find(digest, len(data))
         if reader is not None:
             with pytest.raises(DigestMismatch):
                 await read(reader)
             reader.close()
-        assert await parts.contents.find(digest) is None
+        assert await parts.blobs.find(digest) is None
         assert not path.exists()
         assert parts.layout.quarantine(digest).exists()
         assert [e.where for e in parts.events if isinstance(e, DigestMismatched)] == ["disk"]
@@ -75,7 +75,7 @@ async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> No
         path = parts.layout.blob(digest)
         flip(path, 1000)
         no_trace(path)
-        reader = await parts.contents.find(digest)
+        reader = await parts.blobs.find(digest)
         assert reader
         with pytest.raises(DigestMismatch):
             await read(reader)
@@ -85,7 +85,7 @@ async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> No
 async def test_ageing_content_flows_at_once_and_ends_when_verified(tmp_path: Path) -> None:
     with kit(tmp_path, reverify=0) as parts:
         digest = await put(parts, LARGE)
-        reader = await parts.contents.find(digest)
+        reader = await parts.blobs.find(digest)
         assert reader
         first = await reader.wait(0, len(LARGE))
         assert first
@@ -98,7 +98,7 @@ async def test_ageing_content_flows_at_once_and_ends_when_verified(tmp_path: Pat
 async def test_a_manifest_that_lies_about_a_size_does_no_harm(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
-        reader = await parts.contents.find(digest, 17)
+        reader = await parts.blobs.find(digest, 17)
         assert reader
         assert await read(reader) == LARGE
         reader.close()
@@ -114,15 +114,15 @@ async def test_content_that_is_being_evicted_is_a_miss_and_a_reader_is_a_lease(
         path = parts.layout.blob(digest)
         evictor = os.open(path, os.O_RDONLY)
         fcntl.flock(evictor, fcntl.LOCK_EX)
-        assert await parts.contents.find(digest) is None
+        assert await parts.blobs.find(digest) is None
         fcntl.flock(evictor, fcntl.LOCK_UN)
-        reader = await parts.contents.find(digest)
+        reader = await parts.blobs.find(digest)
         assert reader
         with pytest.raises(BlockingIOError):
             fcntl.flock(evictor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
         assert await read(reader) == SMALL
-        assert await parts.contents.find(digest) is None
+        assert await parts.blobs.find(digest) is None
         reader.close()
         os.close(evictor)
 
@@ -145,8 +145,8 @@ async def test_strangers_are_never_followed(tmp_path: Path, stranger: str) -> No
             case _:
                 path.symlink_to(tmp_path / "nowhere")
         async with asyncio.timeout(5):
-            assert await parts.contents.find(digest) is None
-            assert await parts.contents.read(digest, 1_000_000) is None
+            assert await parts.blobs.find(digest) is None
+            assert await parts.blobs.read(digest, 1_000_000) is None
 
 
 @pytest.mark.row("D6")
@@ -162,10 +162,10 @@ async def test_running_out_of_descriptors_is_not_corruption(
         with monkeypatch.context() as patch:
             patch.setattr(disk, "open_whole", exhausted)
             with pytest.raises(StorageUnavailable):
-                await parts.contents.find(digest)
+                await parts.blobs.find(digest)
             with pytest.raises(StorageUnavailable):
-                await parts.contents.read(digest, 1_000_000)
-        assert await parts.contents.read(digest, 1_000_000) == SMALL
+                await parts.blobs.read(digest, 1_000_000)
+        assert await parts.blobs.read(digest, 1_000_000) == SMALL
         assert not [e for e in parts.events if isinstance(e, DigestMismatched)]
 
 
@@ -183,10 +183,10 @@ async def test_content_that_cannot_be_opened_is_a_miss(
 
         with monkeypatch.context() as patch:
             patch.setattr(disk, "open_whole", refused)
-            assert await parts.contents.find(digest) is None
-            assert await parts.contents.read(digest, 1_000_000) is None
-        assert len([e for e in parts.events if isinstance(e, Noted)]) == 2
-        assert await parts.contents.read(digest, 1_000_000) == SMALL, "it was not put aside"
+            assert await parts.blobs.find(digest) is None
+            assert await parts.blobs.read(digest, 1_000_000) is None
+        assert len([e for e in parts.events if isinstance(e, LogMessage)]) == 2
+        assert await parts.blobs.read(digest, 1_000_000) == SMALL, "it was not put aside"
 
 
 @pytest.mark.row("D4")
@@ -201,7 +201,7 @@ async def test_small_content_that_cannot_be_read_is_damaged(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "pread", broken)
-            assert await parts.contents.read(digest, 1_000_000) is None
+            assert await parts.blobs.read(digest, 1_000_000) is None
         assert parts.layout.quarantine(digest).exists()
 
 
@@ -209,10 +209,10 @@ async def test_small_content_that_cannot_be_read_is_damaged(
 async def test_content_cut_under_a_reader_is_noticed(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
-        first = await parts.contents.find(digest)
+        first = await parts.blobs.find(digest)
         assert first
         os.truncate(parts.layout.blob(digest), 1000)
-        second = await parts.contents.find(digest)
+        second = await parts.blobs.find(digest)
         assert second is None
         first.close()
 
@@ -221,7 +221,7 @@ async def test_readers_share_one_descriptor_and_give_it_back(tmp_path: Path) -> 
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         before = len(os.listdir("/proc/self/fd"))
-        readers = [await parts.contents.find(digest) for _ in range(50)]
+        readers = [await parts.blobs.find(digest) for _ in range(50)]
         assert len(os.listdir("/proc/self/fd")) <= before + 2
         for reader in readers:
             assert reader
@@ -237,7 +237,7 @@ async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: 
         gate = threading.Event()
         for _ in range(4):  # what opens waits for the gate
             parts.pools[2].submit(gate.wait)
-        finds = [asyncio.ensure_future(parts.contents.find(digest)) for _ in range(20)]  # noqa: TID251 - a test
+        finds = [asyncio.ensure_future(parts.blobs.find(digest)) for _ in range(20)]  # noqa: TID251 - a test
         await asyncio.sleep(0)
         for find in finds[:15]:
             find.cancel()
@@ -263,16 +263,16 @@ async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
             await super().set_verified(entries)
 
     with kit(tmp_path) as parts:
-        parts.contents._verifications = Noting()
+        parts.blobs._verifications = Noting()
         bodies = [str(number).encode() for number in range(9)]
         digests = [await put(parts, body) for body in bodies]
         assert saved == digests
-        assert len(parts.contents._verified) == 5
+        assert len(parts.blobs._verified) == 5
         saved.clear()
         for digest, body in zip(digests[:3], bodies, strict=False):
-            assert await parts.contents.read(digest, 100) == body
-        await parts.contents.flush()
-        await parts.contents.flush()
+            assert await parts.blobs.read(digest, 100) == body
+        await parts.blobs.flush()
+        await parts.blobs.flush()
         assert sorted(saved) == sorted(digests[:3]), "each once, and nothing that was saved before"
 
 
@@ -285,9 +285,9 @@ async def test_a_clock_that_jumps_makes_content_verified_again_and_served(
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         now = time.time() + jump
-        parts.contents._now = lambda: now
+        parts.blobs._now = lambda: now
         for times in (1, 1):  # the second time its verification is of now
-            reader = await parts.contents.find(digest)
+            reader = await parts.blobs.find(digest)
             assert reader
             assert await read(reader) == LARGE
             reader.close()
@@ -307,6 +307,6 @@ async def test_damage_that_cannot_be_put_aside_is_a_miss_each_time(
         monkeypatch.setattr(Path, "rename", refuse)
         monkeypatch.setattr(Path, "unlink", refuse)
         for _ in range(2):
-            assert await parts.contents.find(digest) is None
-            assert await parts.contents.read(digest, len(SMALL)) is None
+            assert await parts.blobs.find(digest) is None
+            assert await parts.blobs.read(digest, len(SMALL)) is None
         assert parts.layout.blob(digest).exists()

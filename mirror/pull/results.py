@@ -9,18 +9,18 @@ from mirror.oci.digest import Digest
 from mirror.store.reader import Extent, FileExtent, MemoryExtent, Reader
 
 __all__ = [
-    "BlobAnswer",
+    "BlobResult",
     "Extent",
     "FileExtent",
-    "ManifestAnswer",
+    "ManifestResult",
     "MemoryExtent",
     "Reader",
-    "TagsAnswer",
+    "TagsResult",
 ]
 
 
 @dataclass(frozen=True, slots=True)
-class ManifestAnswer:
+class ManifestResult:
     """A manifest. ``body`` is None where only a ``HEAD`` was asked of the upstream."""
 
     digest: Digest
@@ -31,7 +31,7 @@ class ManifestAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class BlobAnswer:
+class BlobResult:
     """A blob; ``reader`` is None for a ``HEAD``. The caller closes the reader."""
 
     digest: Digest
@@ -40,7 +40,7 @@ class BlobAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class TagsAnswer:
+class TagsResult:
     """One page of a repository's tags, in order."""
 
     tags: tuple[str, ...]
