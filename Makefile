@@ -17,7 +17,8 @@ check: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m mypy tests/real tests/conftest.py
+	$(PYTHON) -m mypy tests/real tests/conftest.py tools/readability.py tools/request_path.py
+	$(PYTHON) tools/readability.py
 	$(PYTHON) -m pytest -m "not long"
 
 test-long: packages $(VENV)/.installed-dev
