@@ -23,9 +23,9 @@ from typing import Final
 
 from aiohttp import web
 
-from mirror.config import Settings, Tls
-from mirror.events import Event, LogMessage, Observer
-from mirror.logs import LogObserver, configure_logging
+from mirror.config.settings import Settings, Tls
+from mirror.observability.events import Event, LogMessage, Observer
+from mirror.observability.logs import LogObserver, configure_logging
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
@@ -93,7 +93,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
 async def work(settings: Settings, listener: socket.socket) -> int:
     """One worker process: everything, on one event loop."""
     # Imported here: prometheus_client looks at its environment when it is imported.
-    from mirror.metrics import Metrics
+    from mirror.observability.metrics import Metrics
 
     loop = asyncio.get_running_loop()
     lines = configure_logging(settings.log, later=loop.call_soon)
@@ -235,7 +235,7 @@ def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
     directory = tempfile.mkdtemp(prefix="oci-mirror-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
     # Imported here: prometheus_client looks at its environment when it is imported.
-    from mirror.metrics import worker_died
+    from mirror.observability.metrics import worker_died
 
     log = LogObserver(configure_logging(settings.log))
     workers: dict[int, tuple[int, float]] = {}

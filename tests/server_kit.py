@@ -14,9 +14,9 @@ from typing import Any
 import aiohttp
 from multidict import CIMultiDictProxy
 
-from mirror.config import Limits, Settings, Storage, Upstream
-from mirror.events import Event, PullEnded
-from mirror.metrics import Metrics
+from mirror.config.settings import Limits, Settings, Storage, Upstream
+from mirror.observability.events import Event, PullEnded
+from mirror.observability.metrics import Metrics
 from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import yaml
 
-from mirror.config import Settings, Upstream
+from mirror.config.settings import Settings, Upstream
 from mirror.oci.errors import ConfigError
 from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, check_url
 from mirror.upstream.transport import own_addresses

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from mirror.config import Upstream
-from mirror.config_values import check_endpoint
+from mirror.config.settings import Upstream
+from mirror.config.values import check_endpoint
 
 CLIENTS: Final = ("containerd", "docker", "podman", "buildkit")
 _HUB: Final = "docker.io"

@@ -11,8 +11,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Final
 from urllib.parse import urlsplit
 
-from mirror.config import Settings
-from mirror.config_values import check_listen, split_host
+from mirror.config.settings import Settings
+from mirror.config.values import check_listen, split_host
 
 _TIMEOUT: Final = 5.0
 EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - mapped, not listened on

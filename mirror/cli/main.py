@@ -19,8 +19,8 @@ from typing import Final
 
 from mirror import __version__
 from mirror.cli import check, clients, health
-from mirror.config_load import load
-from mirror.config_values import split_host
+from mirror.config.load import load
+from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
 

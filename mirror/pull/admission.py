@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from mirror.config import Upstream
+from mirror.config.settings import Upstream
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Final, assert_never
 
-from mirror.config import Settings, Upstream
-from mirror.events import Kind, Observer, Outcome, Pull
+from mirror.config.settings import Settings, Upstream
+from mirror.observability.events import Kind, Observer, Outcome, Pull
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCTET_STREAM
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from mirror.events import DigestMismatched, Kind, Observer, Resumed
+from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
     AllCircuitsOpen,

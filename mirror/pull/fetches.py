@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Final
 
-from mirror.events import Kind, Observer
+from mirror.observability.events import Kind, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from mirror.config import Upstream
+from mirror.config.settings import Upstream
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, UpstreamError
 from mirror.store.records import AccessRecord, TagRecord

@@ -12,7 +12,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeAlias
 
-from mirror.events import Outcome, Pull
+from mirror.observability.events import Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     OCI_INDEX,

@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Final, TypeVar, assert_never
 
-from mirror.config import Upstream
-from mirror.events import Kind, Outcome, Pull
+from mirror.config.settings import Upstream
+from mirror.observability.events import Kind, Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from mirror.events import Kind, Outcome, Pull
+from mirror.observability.events import Kind, Outcome, Pull
 from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, Denied
 from mirror.oci.reference import Reference, Repository

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
 from mirror.oci.reference import Repository

@@ -17,7 +17,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mirror.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
+from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.store import disk, quarantine

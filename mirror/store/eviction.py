@@ -15,8 +15,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final
 
-from mirror.config import Storage
-from mirror.events import Evicted, LogMessage, Observer
+from mirror.config.settings import Storage
+from mirror.observability.events import Evicted, LogMessage, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid

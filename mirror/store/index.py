@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.events import LogMessage, Observer
+from mirror.observability.events import LogMessage, Observer
 from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Repository, Tag

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from mirror.events import Uncached
+from mirror.observability.events import Uncached
 from mirror.oci.digest import Digest, Verifier
 from mirror.oci.errors import (
     ContentLost,

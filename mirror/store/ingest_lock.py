@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, TypeVar
 
-from mirror.events import Observer, Published, Uncached
+from mirror.observability.events import Observer, Published, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch
 from mirror.store import disk, quarantine

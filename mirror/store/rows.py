@@ -27,7 +27,7 @@ from typing import Any, Final, TypeVar
 
 import diskcache
 
-from mirror.events import LogMessage, Observer
+from mirror.observability.events import LogMessage, Observer
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from math import inf
 from pathlib import Path
 from typing import Final
 
-from mirror.config import Storage
-from mirror.events import (
+from mirror.config.settings import Storage
+from mirror.observability.events import (
     Event,
     Evicted,
     IngestsMeasured,

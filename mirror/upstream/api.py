@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Reference, Repository, Tag
 

@@ -16,8 +16,8 @@ from typing import Final, TypeAlias
 
 from yarl import URL
 
-from mirror.config import Credentials
-from mirror.events import Observer, TokenFetched
+from mirror.config.settings import Credentials
+from mirror.observability.events import Observer, TokenFetched
 from mirror.oci.challenge import Basic, Bearer, parse_challenges
 from mirror.oci.errors import (
     Denied,

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from mirror.config import Credentials
+from mirror.config.settings import Credentials
 from mirror.oci.errors import UpstreamTimeout, UpstreamUnavailable
 from mirror.upstream.shared_value import SharedValue
 

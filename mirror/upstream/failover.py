@@ -19,8 +19,14 @@ from aiohttp import hdrs
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from mirror.config import Upstream
-from mirror.events import CircuitChanged, Kind, Observer, RateLimitSeen, UpstreamResponded
+from mirror.config.settings import Upstream
+from mirror.observability.events import (
+    CircuitChanged,
+    Kind,
+    Observer,
+    RateLimitSeen,
+    UpstreamResponded,
+)
 from mirror.oci.errors import (
     AllCircuitsOpen,
     FailureScope,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from mirror.config import Settings
-from mirror.events import Observer
+from mirror.config.settings import Settings
+from mirror.observability.events import Observer
 from mirror.upstream.api import Registry
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.registry import HttpRegistry

@@ -14,8 +14,8 @@ from typing import Any, Final, TypeVar
 
 from aiohttp import hdrs
 
-from mirror.config import Limits
-from mirror.events import BytesFetched, Kind, Observer
+from mirror.config.settings import Limits
+from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,

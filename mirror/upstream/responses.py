@@ -14,7 +14,7 @@ from typing import Final
 import aiohttp
 from aiohttp import hdrs
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,

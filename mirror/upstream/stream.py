@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import aiohttp
 from aiohttp import hdrs
 
-from mirror.config import Limits
+from mirror.config.settings import Limits
 from mirror.oci.descriptor import media_type_of
 from mirror.oci.errors import UpstreamProtocolError
 from mirror.upstream.api import PROGRESS

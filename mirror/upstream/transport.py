@@ -21,7 +21,7 @@ import aiohttp
 from aiohttp import hdrs
 from yarl import URL
 
-from mirror.config import Limits, Upstream
+from mirror.config.settings import Limits, Upstream
 from mirror.oci.errors import FailureScope, OutboundRefused, UpstreamProtocolError, UpstreamTimeout
 from mirror.oci.errors import UpstreamUnavailable as Unavailable
 from mirror.upstream.outbound import (

@@ -12,9 +12,9 @@ from typing import TypeAlias, assert_never
 
 from aiohttp import web
 
-from mirror.config import Settings
-from mirror.events import Kind, Observer, Outcome, Pull
-from mirror.logs import server_timing
+from mirror.config.settings import Settings
+from mirror.observability.events import Kind, Observer, Outcome, Pull
+from mirror.observability.logs import server_timing
 from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import OCI_INDEX, OCTET_STREAM
 from mirror.oci.digest import Digest

@@ -15,7 +15,7 @@ from typing import Final
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
-from mirror.events import LogMessage, Observer, Outcome, Pull, PullEnded, PullStarted
+from mirror.observability.events import LogMessage, Observer, Outcome, Pull, PullEnded, PullStarted
 from mirror.oci.errors import (
     Denied,
     Draining,

@@ -25,7 +25,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from mirror.events import BytesSent, Observer, Pull
+from mirror.observability.events import BytesSent, Observer, Pull
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, StorageUnavailable
 from mirror.oci.ranges import (

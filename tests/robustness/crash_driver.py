@@ -14,8 +14,8 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from mirror.config import Storage
-from mirror.events import Published
+from mirror.config.settings import Storage
+from mirror.observability.events import Published
 from mirror.oci.digest import Digest, Verifier
 from mirror.oci.reference import Repository, Tag
 from mirror.store import disk

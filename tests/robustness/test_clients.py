@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from mirror.events import Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import LAST, raw, statuses

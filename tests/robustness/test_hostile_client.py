@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Log
-from mirror.events import Kind
-from mirror.logs import configure_logging
+from mirror.config.settings import Log
+from mirror.observability.events import Kind
+from mirror.observability.logs import configure_logging
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry
 from tests.real.clients import NOWHERE

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Storage
-from mirror.events import Evicted
+from mirror.config.settings import Storage
+from mirror.observability.events import Evicted
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.store.layout import Layout

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from mirror.config import Credentials, Upstream
+from mirror.config.settings import Credentials, Upstream
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, check_url, is_private

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from mirror.config import Storage
-from mirror.events import Event
+from mirror.config.settings import Storage
+from mirror.observability.events import Event
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.index import Index

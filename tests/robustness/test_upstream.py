@@ -10,8 +10,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mirror.config import Limits
-from mirror.events import DigestMismatched, Resumed
+from mirror.config.settings import Limits
+from mirror.observability.events import DigestMismatched, Resumed
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import QUICK, Server, running

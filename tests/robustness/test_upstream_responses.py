@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Limits
-from mirror.events import Outcome, UpstreamResponded
+from mirror.config.settings import Limits
+from mirror.observability.events import Outcome, UpstreamResponded
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate

@@ -13,9 +13,9 @@ import yaml
 
 from mirror import __version__
 from mirror.cli.main import _parser
-from mirror.config import Settings
-from mirror.config_load import load
-from mirror.config_values import parse_duration, parse_size, split_host
+from mirror.config.load import load
+from mirror.config.settings import Settings
+from mirror.config.values import parse_duration, parse_size, split_host
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "config" / "kubernetes"

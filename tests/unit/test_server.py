@@ -17,7 +17,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from mirror.config import Tls
+from mirror.config.settings import Tls
 from mirror.oci.digest import Digest
 from mirror.server import Certificate
 from tests.fakes.registry import FakeRegistry, Fault

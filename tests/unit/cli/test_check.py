@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from mirror.cli.main import main
-from mirror.config_load import load
+from mirror.config.load import load
 
 Check = Callable[[str], tuple[int, str, str]]
 SHIPPED = Path(__file__).parents[3] / "config" / "mirror.yaml"

@@ -12,7 +12,7 @@ import pytest
 
 from mirror.cli import clients
 from mirror.cli.main import main
-from mirror.config import Upstream
+from mirror.config.settings import Upstream
 from tests.real import images
 from tests.real.clients import Containerd, Skopeo
 from tests.real.process import run

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mirror.cli.health import ask, default_url, own_url
-from mirror.config import Settings
+from mirror.config.settings import Settings
 from tests.real.process import free_port
 from tests.real.tokens import Certificate
 

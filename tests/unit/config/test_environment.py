@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config_load import load
+from mirror.config.load import load
 from tests.unit.config.test_load import UPSTREAMS, read, refused, upstream
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirror.config import Settings
-from mirror.config_load import load
+from mirror.config.load import load
+from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError
 
 UPSTREAMS = "upstreams: {docker.io: {endpoints: [https://r.example]}}\n"

@@ -9,8 +9,8 @@ from typing import get_args
 
 import pytest
 
-from mirror.config import Frozen, Invalid, Settings, Upstream, build
-from mirror.config_load import load
+from mirror.config.load import load
+from mirror.config.settings import Frozen, Invalid, Settings, Upstream, build
 
 FILE = Path(__file__).parents[3] / "config" / "mirror.yaml"
 PUBLIC = {

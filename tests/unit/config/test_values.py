@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror import config_values as values
+from mirror.config import values
 
 
 @pytest.mark.parametrize(

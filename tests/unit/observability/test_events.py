@@ -8,8 +8,8 @@ import typing
 
 import pytest
 
-from mirror import events
-from mirror.events import Kind, Outcome, Pull
+from mirror.observability import events
+from mirror.observability.events import Kind, Outcome, Pull
 
 EVENTS = typing.get_args(events.Event)
 
@@ -45,7 +45,7 @@ def test_a_record_begins_with_nothing_told() -> None:
 def test_stages_are_kept_in_order_with_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 2.5, 4.0, 6.0])
     pull = Pull("id", "GET", "/", started=0.0)
-    monkeypatch.setattr("mirror.events.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("mirror.observability.events.time.monotonic", lambda: next(clock))
     with pull.stage("index"):
         pass
     with pull.stage("wait"):

@@ -9,10 +9,10 @@ import re
 
 import pytest
 
-from mirror import events
-from mirror.config import Log
-from mirror.events import Kind, Outcome, Pull
-from mirror.logs import LogObserver, configure_logging, pull_pairs, server_timing
+from mirror.config.settings import Log
+from mirror.observability import events
+from mirror.observability.events import Kind, Outcome, Pull
+from mirror.observability.logs import LogObserver, configure_logging, pull_pairs, server_timing
 
 
 def written(*happened: events.Event, log: Log | None = None) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mirror import events
-from mirror.events import Event, Kind, Outcome, Pull
-from mirror.metrics import Metrics
+from mirror.observability import events
+from mirror.observability.events import Event, Kind, Outcome, Pull
+from mirror.observability.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
 
@@ -120,8 +120,8 @@ WORKER = textwrap.dedent(
     """
     import os, sys
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
-    from mirror import events
-    from mirror.metrics import Metrics, worker_died
+    from mirror.observability import events
+    from mirror.observability.metrics import Metrics, worker_died
     metrics = Metrics(["docker.io"])
     pids = []
     for n in range(3):

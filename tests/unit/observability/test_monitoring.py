@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from mirror.metrics import Metrics
+from mirror.observability.metrics import Metrics
 from tests.real import images
 from tests.real.process import Program, need
 from tests.real.registry import DockerRegistry

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mirror.config import Settings, Storage, Upstream
-from mirror.events import Event, Kind, Outcome, Pull
+from mirror.config.settings import Settings, Storage, Upstream
+from mirror.observability.events import Event, Kind, Outcome, Pull
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

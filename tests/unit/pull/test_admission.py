@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.config import Upstream
+from mirror.config.settings import Upstream
 from mirror.oci.reference import Repository
 from mirror.pull.admission import Refuse, Serve, admit
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from mirror.config import Storage
-from mirror.events import DigestMismatched, Kind, Outcome, Uncached
+from mirror.config.settings import Storage
+from mirror.observability.events import DigestMismatched, Kind, Outcome, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirror.events import DigestMismatched, Kind, Resumed
+from mirror.observability.events import DigestMismatched, Kind, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.config import Upstream
+from mirror.config.settings import Upstream
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     Denied,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mirror.events import Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from mirror.config import Storage
-from mirror.events import Outcome
+from mirror.config.settings import Storage
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     DOCKER_MANIFEST,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import LogMessage, Outcome
+from mirror.observability.events import LogMessage, Outcome
 from mirror.oci.descriptor import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, UpstreamUnavailable

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Upstream
-from mirror.events import Outcome
+from mirror.config.settings import Upstream
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

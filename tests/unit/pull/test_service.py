@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mirror.events import Kind, Outcome
+from mirror.observability.events import Kind, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mirror.config import Storage
-from mirror.events import Event
+from mirror.config.settings import Storage
+from mirror.observability.events import Event
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag

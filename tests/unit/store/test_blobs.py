@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import DigestMismatched, LogMessage, Reverified
+from mirror.observability.events import DigestMismatched, LogMessage, Reverified
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.store import blobs as content_module

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.config import Storage
+from mirror.config.settings import Storage
 from mirror.oci.digest import Digest
 from mirror.store.catalog import Entry, Usage
 from mirror.store.eviction import needed, plan

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mirror.config import Storage
-from mirror.events import Event, Evicted, Uncached
+from mirror.config.settings import Storage
+from mirror.observability.events import Event, Evicted, Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Tag

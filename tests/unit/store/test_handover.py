@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Uncached
+from mirror.observability.events import Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.store import disk
 from mirror.store.disk import IngestState

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Event
+from mirror.observability.events import Event
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store import index as index_module

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Event, LogMessage
+from mirror.observability.events import Event, LogMessage
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Repository, Tag
 from mirror.store.index import Index

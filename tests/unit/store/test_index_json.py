@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Storage
+from mirror.config.settings import Storage
 from mirror.oci.digest import Digest
 from mirror.oci.reference import Tag
 from mirror.store import image_layout

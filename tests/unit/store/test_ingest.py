@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Published
+from mirror.observability.events import Published
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, UpstreamProtocolError, UpstreamUnavailable
 from mirror.store.ingest import Ingest

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Uncached
+from mirror.observability.events import Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.store import disk, ingest, ingest_lock
 from mirror.store.ingest import Ingest

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Uncached
+from mirror.observability.events import Uncached
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost
 from mirror.store import disk, ingest

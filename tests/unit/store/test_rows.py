@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.events import Event, LogMessage
+from mirror.observability.events import Event, LogMessage
 from mirror.store import rows as module
 from mirror.store.rows import STEP, Row, Rows, TextDisk
 from tests.unit.store.kit import fill_up, make_read_only, small_disk

@@ -28,8 +28,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from mirror.config import Storage
-from mirror.events import Evicted
+from mirror.config.settings import Storage
+from mirror.observability.events import Evicted
 from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.oci.reference import Tag

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Storage
-from mirror.events import Event, IngestsMeasured, LogMessage, StorageMeasured, Uncached
+from mirror.config.settings import Storage
+from mirror.observability.events import (
+    Event,
+    IngestsMeasured,
+    LogMessage,
+    StorageMeasured,
+    Uncached,
+)
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Tag

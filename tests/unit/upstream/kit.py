@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import pytest
 from yarl import URL
 
-from mirror.config import Limits, Upstream
-from mirror.events import Event, Kind
+from mirror.config.settings import Limits, Upstream
+from mirror.observability.events import Event, Kind
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
-from mirror.config import Credentials
-from mirror.events import TokenFetched
+from mirror.config.settings import Credentials
+from mirror.observability.events import TokenFetched
 from mirror.oci.errors import OutboundRefused, UpstreamUnavailable
 from mirror.upstream.auth import TokenResponse, _read
 from mirror.upstream.outbound import Policy

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mirror.config import Credentials
+from mirror.config.settings import Credentials
 from mirror.oci.errors import (
     Denied,
     MirrorError,

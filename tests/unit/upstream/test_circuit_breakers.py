@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mirror.events import CircuitChanged, Kind, UpstreamResponded
+from mirror.observability.events import CircuitChanged, Kind, UpstreamResponded
 from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.upstream.api import PROGRESS

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.config import Credentials
+from mirror.config.settings import Credentials
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from mirror.upstream import credentials as module
 from mirror.upstream.credentials import KEPT, Login, Logins, look_up

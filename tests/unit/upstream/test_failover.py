@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.config import Limits
-from mirror.events import Kind, RateLimitSeen, UpstreamResponded
+from mirror.config.settings import Limits
+from mirror.observability.events import Kind, RateLimitSeen, UpstreamResponded
 from mirror.oci.errors import (
     ManifestUnknown,
     OutboundRefused,

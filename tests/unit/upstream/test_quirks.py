@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from mirror.config import Credentials
-from mirror.events import Kind
+from mirror.config.settings import Credentials
+from mirror.observability.events import Kind
 from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestUnknown, Unauthorized
 from mirror.oci.reference import Repository, Tag

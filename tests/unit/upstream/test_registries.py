@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.config import Settings
-from mirror.events import Event, UpstreamResponded
+from mirror.config.settings import Settings
+from mirror.observability.events import Event, UpstreamResponded
 from mirror.oci.errors import OutboundRefused
 from mirror.oci.reference import Repository, Tag
 from mirror.upstream.registries import open_registries

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.digest import Digest
 from mirror.oci.errors import (

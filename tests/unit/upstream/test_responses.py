@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.events import Kind
+from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from mirror.config import Limits
-from mirror.events import BytesFetched, Kind
+from mirror.config.settings import Limits
+from mirror.observability.events import BytesFetched, Kind
 from mirror.oci.errors import (
     MirrorError,
     UpstreamProtocolError,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Limits
+from mirror.config.settings import Limits
 from mirror.oci.errors import (
     MirrorError,
     OutboundRefused,

@@ -10,8 +10,8 @@ from typing import Any
 
 from yarl import URL
 
-from mirror.config import Credentials
-from mirror.events import Event
+from mirror.config.settings import Credentials
+from mirror.observability.events import Event
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
 from mirror.upstream.auth import Authenticator, SentAuthorization, TokenResponse

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from mirror.events import Kind, Outcome
+from mirror.observability.events import Kind, Outcome
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     DOCKER_LIST,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config import Limits
-from mirror.events import LogMessage, Outcome, PullEnded, PullStarted
+from mirror.config.settings import Limits
+from mirror.observability.events import LogMessage, Outcome, PullEnded, PullStarted
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import Server, running

@@ -16,8 +16,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from mirror.config import Limits
-from mirror.events import Outcome
+from mirror.config.settings import Limits
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.digest import Digest
 from tests.fakes.registry import FakeRegistry, Fault

@@ -1,7 +1,7 @@
 """Typed settings, and what must hold between them. Nothing here does I/O.
 
 Lives here: every key, its type and its default. Must not know: where values come from
-(``config_load.py``), how they are written (``config_values.py``).
+(``load.py``), how they are written (``values.py``).
 
 Every value is accepted as text too, as YAML scalars and environment variables bring it.
 """
@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mirror.config_values import (
+from mirror.config.values import (
     above_zero,
     check_endpoint,
     check_filled,

@@ -16,9 +16,9 @@ from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, TextIO, TypeAlias
 
-from mirror import events
-from mirror.config import Log
-from mirror.events import Event, Kind, Pull
+from mirror.config.settings import Log
+from mirror.observability import events
+from mirror.observability.events import Event, Kind, Pull
 from mirror.oci.text import printable
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode

@@ -2,7 +2,7 @@
 
 Lives here: YAML as this configuration uses it, the names of the variables, and errors of one line
 that name where a value comes from, its key and itself (secrets never). Must not know: what the
-values mean (``mirror/config.py``).
+values mean (``settings.py``).
 
 Scalars stay the text that they are, but for an empty one or ``null``: a password of digits is what
 was written, and nothing turns into a number of base 60. The settings read text.
@@ -20,7 +20,7 @@ from typing import Any, Final, TypeAlias, get_args, get_origin
 
 import yaml
 
-from mirror.config import Frozen, Invalid, Settings, build
+from mirror.config.settings import Frozen, Invalid, Settings, build
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 

@@ -23,8 +23,9 @@ from prometheus_client import (
     multiprocess,
 )
 
-from mirror import __version__, events
-from mirror.events import Event, Kind, Outcome
+from mirror import __version__
+from mirror.observability import events
+from mirror.observability.events import Event, Kind, Outcome
 
 NONE: Final = "none"
 """The upstream of requests that name none of ours."""
