@@ -5,7 +5,7 @@ FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
 RUN python -m venv /opt/oci-mirror
 COPY tools/constraints.txt tools/constraints.txt
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY mirror mirror
 # The versions that the tests ran with.
 RUN /opt/oci-mirror/bin/pip install --no-cache-dir --disable-pip-version-check \

@@ -4,7 +4,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: run test check test-long robustness bench packages clean
+.PHONY: run test lint check test-long robustness bench packages clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.installed
@@ -13,12 +13,14 @@ run: $(VENV)/.installed
 test: packages
 	@$(MAKE) --no-print-directory check
 
-check: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	$(PYTHON) -m mypy tests/real tests/conftest.py tools/readability.py tools/request_path.py
 	$(PYTHON) tools/readability.py
+
+check: lint
 	$(PYTHON) -m pytest -m "not long"
 
 test-long: packages $(VENV)/.installed-dev

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from mirror import __version__
-from mirror.cli import check, clients, health
+from mirror.cli import check, clients, health, schema
 from mirror.config.load import load
 from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
@@ -172,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     configure.set_defaults(run=_clients)
 
+    describing = commands.add_parser(
+        "schema",
+        help="print the JSON Schema of the configuration",
+        description="Prints the JSON Schema of the configuration file, for editors.",
+    )
+    describing.set_defaults(run=_schema)
+
     healthy = commands.add_parser("healthcheck", help="ask the server here whether it is healthy")
     _config(healthy)
     healthy.add_argument("--url", help="ask there (default: where it is configured to listen)")
@@ -243,6 +250,11 @@ def _clients(arguments: argparse.Namespace) -> int:
     for client, setup in setups.items():
         for note in setup.notes:
             _say(f"{client}: {note}")
+    return 0
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    _print(schema.text())
     return 0
 
 

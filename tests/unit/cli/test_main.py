@@ -43,7 +43,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    for word in ("serve", "check-config", "clients", "healthcheck", "version", "78 configuration"):
+    commands = ("serve", "check-config", "clients", "schema", "healthcheck", "version")
+    for word in (*commands, "78 configuration"):
         assert word in said
 
 
@@ -130,6 +131,7 @@ PRINTING = [
     ["serve", "--help"],
     ["check-config", SHIPPED],
     ["clients", "--config", SHIPPED, "--client", "podman"],
+    ["schema"],
 ]
 
 
