@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestInvalid, ManifestInvalid
+from mirror.oci.headers import OCTET_STREAM, media_type_of
+from mirror.oci.reference import Digest
 
 OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
@@ -26,7 +27,6 @@ DOCKER_MANIFEST: Final = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_SCHEMA1: Final = "application/vnd.docker.distribution.manifest.v1+json"
 DOCKER_SCHEMA1_SIGNED: Final = "application/vnd.docker.distribution.manifest.v1+prettyjws"
-OCTET_STREAM: Final = "application/octet-stream"
 
 MANIFESTS: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEXES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
@@ -40,9 +40,6 @@ DEFAULT_ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, 
 SIZE_LIMIT: Final = 2**63 - 1
 """The largest size of a descriptor (descriptor.md: "int64")."""
 
-# RFC 6838 section 4.2: restricted-name = restricted-name-first *126restricted-name-chars
-_RESTRICTED: Final = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"
-_MEDIA_TYPE: Final = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}", re.ASCII)
 # An escape that may be half of a pair: worth the check that every string can be encoded.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -89,15 +86,6 @@ class Referrer:
     annotations: tuple[tuple[str, str], ...] = ()
 
 
-def media_type_of(header: str | None) -> str:
-    """A ``Content-Type`` without its parameters; ``application/octet-stream`` if it is none.
-
-    The result is safe in a header. Its case is kept: clients compare it with a descriptor's.
-    """
-    raw = (header or "").partition(";")[0].strip(" \t")
-    return raw if _MEDIA_TYPE.fullmatch(raw) else OCTET_STREAM
-
-
 def parse_manifest(body: bytes, content_type: str) -> Manifest:
     """Read a manifest of ``content_type``; raises :class:`mirror.oci.errors.ManifestInvalid`.
 
@@ -136,7 +124,7 @@ def sniff_media_type(body: bytes) -> str:
     except ManifestInvalid:
         return OCTET_STREAM
     declared = document.get("mediaType")
-    if isinstance(declared, str) and _MEDIA_TYPE.fullmatch(declared):
+    if isinstance(declared, str) and media_type_of(declared) == declared:
         return declared
     if "fsLayers" in document:
         return DOCKER_SCHEMA1_SIGNED if "signatures" in document else DOCKER_SCHEMA1

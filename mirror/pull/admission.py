@@ -11,8 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 
 
 @dataclass(frozen=True, slots=True)

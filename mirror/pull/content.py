@@ -15,8 +15,7 @@ from typing import Final, assert_never
 
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Kind, Observer, Outcome, Pull
-from mirror.oci.descriptor import DEFAULT_ACCEPT, OCTET_STREAM
-from mirror.oci.digest import Digest
+from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.errors import (
     BlobUnknown,
     ContentLost,
@@ -25,7 +24,8 @@ from mirror.oci.errors import (
     MirrorError,
     NotFound,
 )
-from mirror.oci.reference import Repository
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
 from mirror.pull.fetches import Fetches
 from mirror.pull.sources import REFUSALS, Source

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from mirror.observability.events import Kind, Observer
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.pull.fetch import AccessCallbacks, fetch
 from mirror.pull.sources import REFUSALS, ProofKey, Source, Sources
 from mirror.pull.ttl_cache import TtlLruCache

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, UpstreamError
+from mirror.oci.reference import Digest
 from mirror.store.records import AccessRecord, TagRecord
 
 ACCESS_TTL_S: Final = 86400.0

@@ -21,9 +21,8 @@ from mirror.oci.descriptor import (
     referrers_index,
     referrers_tag,
 )
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NameUnknown, NotFound
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import ContentService
 from mirror.pull.manifests import ManifestService, parsed_beside

@@ -23,9 +23,8 @@ from mirror.oci.descriptor import (
     Manifest,
     sniff_media_type,
 )
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import ContentService
 from mirror.pull.results import ManifestResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mirror.oci.descriptor import Manifest
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store.reader import Extent, FileExtent, MemoryExtent, Reader
 
 __all__ = [

@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import assert_never
 
 from mirror.observability.events import Kind, Outcome, Pull
-from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, Denied
-from mirror.oci.reference import Reference, Repository
+from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull import admission
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService

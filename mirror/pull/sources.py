@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.observability.events import Kind
-from mirror.oci.digest import Digest
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import Registry
 

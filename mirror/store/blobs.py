@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
+from mirror.oci.reference import Digest
 from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent

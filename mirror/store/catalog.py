@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestInvalid
+from mirror.oci.reference import Digest
 from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 

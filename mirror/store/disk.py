@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from mirror.oci.digest import Digest, Verifier
 from mirror.oci.errors import DigestMismatch
+from mirror.oci.reference import Digest, Verifier
 from mirror.store.layout import Layout
 
 READ_SIZE: Final = 4 * 1024 * 1024

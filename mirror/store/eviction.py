@@ -18,8 +18,8 @@ from typing import Final
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid
+from mirror.oci.reference import Digest
 from mirror.store import disk, quarantine
 from mirror.store.catalog import Catalog, Entry, Usage
 from mirror.store.index import Index

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Collection
 from typing import Final, Protocol
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
+from mirror.oci.reference import Digest
 from mirror.store.reader import Extent
 
 PATIENCE: Final = 5.0

@@ -12,10 +12,10 @@ import secrets
 from collections.abc import Iterable
 from typing import Any, Final
 
-from mirror.oci.descriptor import OCI_INDEX, media_type_of
-from mirror.oci.digest import Digest
+from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.errors import InvalidRequest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.headers import media_type_of
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.layout import Layout
 from mirror.store.records import Named, size_of
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from mirror.observability.events import LogMessage, Observer
-from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import (
     AccessRecord,
     Named,

@@ -21,7 +21,6 @@ from functools import partial
 from typing import Final
 
 from mirror.observability.events import Uncached
-from mirror.oci.digest import Digest, Verifier
 from mirror.oci.errors import (
     ContentLost,
     DigestMismatch,
@@ -29,6 +28,7 @@ from mirror.oci.errors import (
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
+from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
 from mirror.store.follower import PATIENCE, Follower, Waiters, too_slow
 from mirror.store.ingest_lock import IngestContext, IngestLock, Role

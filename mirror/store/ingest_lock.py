@@ -23,8 +23,8 @@ from enum import Enum, auto
 from typing import Any, Final, TypeVar
 
 from mirror.observability.events import Observer, Published, Uncached
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch
+from mirror.oci.reference import Digest
 from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mirror.oci.digest import ALGORITHMS, Digest
+from mirror.oci.reference import ALGORITHMS, Digest
 
 
 @dataclass(frozen=True, slots=True)

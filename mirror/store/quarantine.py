@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Final
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
 

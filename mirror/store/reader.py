@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost
+from mirror.oci.reference import Digest
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mirror.oci.descriptor import (
-    OCTET_STREAM,
-    Descriptor,
-    Manifest,
-    parse_manifest,
-    sniff_media_type,
-)
-from mirror.oci.digest import Digest
+from mirror.oci.descriptor import Descriptor, Manifest, parse_manifest, sniff_media_type
 from mirror.oci.errors import InvalidRequest, ManifestInvalid
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.reference import Digest, Repository, Tag
 
 MAX_PREVIOUS_DIGESTS: Final = 16
 _GARBAGE: Final = (

@@ -27,9 +27,8 @@ from mirror.observability.events import (
     Uncached,
 )
 from mirror.oci.descriptor import MANIFEST_LIMIT
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
 from mirror.store.catalog import Catalog, touch

@@ -12,8 +12,8 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import InvalidRequest
+from mirror.oci.reference import Digest
 from mirror.store.records import load_access_record, load_tag
 
 KEPT: Final = 90 * 86400.0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
+from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.layout import Layout
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mirror.observability.events import Kind
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 
 PROGRESS: Final = 64 * 1024
 """Bytes that count as progress: a server that gives one byte for each connection gives none."""

@@ -16,18 +16,11 @@ from aiohttp import hdrs
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
-from mirror.oci.descriptor import (
-    DEFAULT_ACCEPT,
-    MANIFEST_LIMIT,
-    OCI_INDEX,
-    media_type_of,
-    parse_referrers,
-)
-from mirror.oci.digest import Digest
+from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, OCI_INDEX, parse_referrers
 from mirror.oci.errors import UpstreamProtocolError
+from mirror.oci.headers import media_type_of, parse_content_range
 from mirror.oci.links import next_link
-from mirror.oci.ranges import parse_content_range
-from mirror.oci.reference import Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
 from mirror.upstream.failover import FailoverClient, RegistryRequest
 from mirror.upstream.responses import digest_of, length_of, tag_names

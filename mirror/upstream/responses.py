@@ -15,7 +15,6 @@ import aiohttp
 from aiohttp import hdrs
 
 from mirror.observability.events import Kind
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -30,7 +29,7 @@ from mirror.oci.errors import (
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.upstream.transport import read_body
 
 _ERROR_LIMIT: Final = 8 * 1024

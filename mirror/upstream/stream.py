@@ -8,8 +8,8 @@ import aiohttp
 from aiohttp import hdrs
 
 from mirror.config.settings import Limits
-from mirror.oci.descriptor import media_type_of
 from mirror.oci.errors import UpstreamProtocolError
+from mirror.oci.headers import media_type_of
 from mirror.upstream.api import PROGRESS
 from mirror.upstream.transport import read_chunks
 

@@ -36,7 +36,7 @@ from mirror.oci.errors import (
     UpstreamRateLimited,
     UpstreamTimeout,
 )
-from mirror.oci.ranges import unsatisfied_range
+from mirror.oci.headers import unsatisfied_range
 from mirror.oci.text import printable
 from mirror.web.paths import METHODS
 

@@ -16,10 +16,11 @@ from mirror.config.settings import Settings
 from mirror.observability.events import Kind, Observer, Outcome, Pull
 from mirror.observability.logs import server_timing
 from mirror.oci.accept import parse_accept
-from mirror.oci.descriptor import OCI_INDEX, OCTET_STREAM
-from mirror.oci.digest import Digest
+from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.errors import ManifestUnknown
+from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.links import build_next
+from mirror.oci.reference import Digest
 from mirror.pull.service import PullService
 from mirror.web import paths
 from mirror.web.health import Health

@@ -17,8 +17,6 @@ from functools import lru_cache
 from typing import Final, NoReturn, TypeAlias
 from urllib.parse import parse_qsl, unquote
 
-from mirror.oci.descriptor import media_type_of
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     DigestInvalid,
     InvalidRequest,
@@ -29,7 +27,8 @@ from mirror.oci.errors import (
     PaginationInvalid,
     TagInvalid,
 )
-from mirror.oci.reference import Reference, Repository, Tag, parse_reference
+from mirror.oci.headers import media_type_of
+from mirror.oci.reference import Digest, Reference, Repository, Tag, parse_reference
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,8 @@ from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
 from mirror.observability.events import BytesSent, Observer, Pull
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, StorageUnavailable
-from mirror.oci.ranges import (
+from mirror.oci.headers import (
     Multipart,
     NeedsSize,
     Ranges,
@@ -41,6 +40,7 @@ from mirror.oci.ranges import (
     parse_range_unsized,
     range_applies,
 )
+from mirror.oci.reference import Digest
 from mirror.pull.results import FileExtent, MemoryExtent, Reader
 from mirror.web.client_stall import abort_stalled_client
 from mirror.web.socket_sendfile import SocketSendfile

@@ -24,7 +24,7 @@ from typing import Self
 from urllib.parse import parse_qs, unquote
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 
 _RESET = struct.pack("ii", 1, 0)
 

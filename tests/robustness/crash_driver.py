@@ -16,8 +16,7 @@ from pathlib import Path
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Published
-from mirror.oci.digest import Digest, Verifier
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag, Verifier
 from mirror.store import disk
 from tests.unit.pull.kit import MemoryRegistry, a_pull, pull_kit
 from tests.unit.store.kit import random_bytes, read

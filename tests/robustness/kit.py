@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store.layout import Layout
 from tests.real.process import need
 from tests.real.server import Mirror

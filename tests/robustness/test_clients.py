@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from mirror.observability.events import Outcome
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import LAST, raw, statuses
 from tests.server_kit import running

@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store.layout import Layout
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import Server, running

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store.disk import IngestState, boot_id, write_state
 from mirror.store.layout import Layout
 from mirror.store.recovery import recover

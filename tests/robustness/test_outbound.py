@@ -16,7 +16,7 @@ from yarl import URL
 
 from mirror.config.settings import Credentials, Upstream
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, check_url, is_private
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import Outside

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry, NginxFront

@@ -17,8 +17,7 @@ import pytest
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.index import Index
 from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord, TagRecord

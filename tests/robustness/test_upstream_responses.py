@@ -15,7 +15,7 @@ import pytest
 
 from mirror.config.settings import Limits
 from mirror.observability.events import Outcome, UpstreamResponded
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running

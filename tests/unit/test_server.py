@@ -18,7 +18,7 @@ import aiohttp
 import pytest
 
 from mirror.config.settings import Tls
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.server import Certificate
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real import tokens

@@ -17,22 +17,20 @@ from mirror.oci.descriptor import (
     MANIFEST_LIMIT,
     OCI_INDEX,
     OCI_MANIFEST,
-    OCTET_STREAM,
     SIZE_LIMIT,
     Descriptor,
     Manifest,
     Referrer,
     filter_referrers,
-    media_type_of,
     parse_manifest,
     parse_referrers,
     referrers_index,
     referrers_tag,
     sniff_media_type,
 )
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestInvalid
-from mirror.oci.reference import Tag
+from mirror.oci.headers import OCTET_STREAM, media_type_of
+from mirror.oci.reference import Digest, Tag
 
 KNOWN = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST]
 CONFIG = "application/vnd.oci.image.config.v1+json"

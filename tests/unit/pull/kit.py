@@ -22,7 +22,6 @@ from typing import Any, Literal
 from mirror.config.settings import Settings, Storage, Upstream
 from mirror.observability.events import Event, Kind, Outcome, Pull
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     ManifestUnknown,
@@ -30,7 +29,7 @@ from mirror.oci.errors import (
     NameUnknown,
     UpstreamProtocolError,
 )
-from mirror.oci.reference import Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight

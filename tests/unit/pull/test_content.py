@@ -12,7 +12,6 @@ import pytest
 
 from mirror.config.settings import Storage
 from mirror.observability.events import DigestMismatched, Kind, Outcome, Uncached
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -23,7 +22,7 @@ from mirror.oci.errors import (
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.pull.freshness import ACCESS_TTL_S
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import (

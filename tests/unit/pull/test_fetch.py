@@ -16,7 +16,6 @@ import pytest
 
 from mirror.observability.events import DigestMismatched, Kind, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     AllCircuitsOpen,
     BlobUnknown,
@@ -28,7 +27,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.pull.fetch import fetch
 from mirror.pull.sources import Source, Sources
 from mirror.store.ingest import Ingest

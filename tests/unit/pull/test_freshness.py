@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.config.settings import Upstream
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     Denied,
     DigestMismatch,
@@ -20,7 +19,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull.freshness import (
     ACCESS_TTL_S,
     PATIENCE,

@@ -11,7 +11,6 @@ import pytest
 
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, referrers_tag
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     Denied,
     ManifestInvalid,
@@ -20,7 +19,7 @@ from mirror.oci.errors import (
     NotFound,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.pull.lists import PAGE
 from tests.unit.pull.kit import OTHER, REPO, TAG, PullKit, a_pull, manifest, pull_kit, upstream
 

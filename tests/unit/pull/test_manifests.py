@@ -21,7 +21,6 @@ from mirror.oci.descriptor import (
     OCI_INDEX,
     OCI_MANIFEST,
 )
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     Denied,
     ManifestInvalid,
@@ -29,7 +28,7 @@ from mirror.oci.errors import (
     Unauthorized,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Reference, Repository
+from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull.manifests import accepts, variant_of
 from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead

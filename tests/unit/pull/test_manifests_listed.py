@@ -10,9 +10,8 @@ import pytest
 
 from mirror.observability.events import LogMessage, Outcome
 from mirror.oci.descriptor import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, UpstreamUnavailable
-from mirror.oci.reference import Reference, Repository
+from mirror.oci.reference import Digest, Reference, Repository
 from tests.unit.pull.kit import (
     OTHER,
     REPO,

@@ -10,14 +10,13 @@ import pytest
 from mirror.config.settings import Upstream
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     ManifestInvalid,
     ManifestUnknown,
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.store.records import MAX_PREVIOUS_DIGESTS
 from tests.unit.pull.kit import (
     OTHER,

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import Outcome
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -17,7 +16,7 @@ from mirror.oci.errors import (
     NameUnknown,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.pull.admission import Instead
 from tests.unit.pull.kit import (
     OTHER,

@@ -15,7 +15,6 @@ import pytest
 
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -25,7 +24,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.pull import fetch
 from mirror.pull.sources import Source, Sources
 from mirror.store.ingest import Ingest

@@ -17,8 +17,7 @@ from pathlib import Path
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
 from mirror.store.blobs import BlobStore
 from mirror.store.ingest import Ingest

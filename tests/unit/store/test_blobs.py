@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import DigestMismatched, LogMessage, Reverified
-from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
+from mirror.oci.reference import Digest
 from mirror.store import blobs as content_module
 from mirror.store import disk
 from tests.unit.store.kit import Verified, eventually, flip, kit, no_trace, put, random_bytes, read

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirror.oci.digest import ALGORITHMS, Digest
+from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
 from mirror.store.catalog import Catalog, Entry, Usage, touch
 from mirror.store.disk import IngestState

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import Digest, Verifier
 from mirror.oci.errors import DigestMismatch
+from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.config.settings import Storage
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store.catalog import Entry, Usage
 from mirror.store.eviction import needed, plan
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Event, Evicted, Uncached
-from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store import eviction
 from mirror.store.index import Index
 from mirror.store.store import Store

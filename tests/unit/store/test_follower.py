@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError, UpstreamUnavailable
+from mirror.oci.reference import Digest
 from mirror.store.follower import Follower, Waiters
 from mirror.store.reader import Extent, MemoryExtent
 

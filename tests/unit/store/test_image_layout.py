@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import image_layout
 from mirror.store.layout import Layout
 from mirror.store.records import Named

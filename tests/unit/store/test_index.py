@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import Event
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store.index import Index
 from mirror.store.records import MAX_PREVIOUS_DIGESTS, AccessRecord, Named, confirm, dump_tag

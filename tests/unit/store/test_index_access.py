@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import Event, LogMessage
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.index import Index
 from mirror.store.records import AccessRecord
 

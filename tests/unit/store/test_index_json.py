@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Storage
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store import image_layout
 from mirror.store.index import Index
 from mirror.store.layout import Layout

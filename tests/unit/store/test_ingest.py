@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import Published
-from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, UpstreamProtocolError, UpstreamUnavailable
+from mirror.oci.reference import Digest
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, kit, pieces, random_bytes, read

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mirror.observability.events import Uncached
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost
+from mirror.oci.reference import Digest
 from mirror.store import disk, ingest
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest

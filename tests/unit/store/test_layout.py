@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import ALGORITHMS, Digest
+from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store.layout import Layout
 
 ROOT = Path("/data")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.store import quarantine
 from mirror.store.layout import Layout
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, OCTET_STREAM, Descriptor, Manifest
-from mirror.oci.digest import ALGORITHMS, Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.reference import ALGORITHMS, Digest, Repository, Tag
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
     AccessRecord,

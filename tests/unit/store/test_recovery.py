@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import ALGORITHMS, Digest
+from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk, quarantine
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout

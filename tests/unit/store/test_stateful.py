@@ -30,9 +30,8 @@ from hypothesis.stateful import (
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted
-from mirror.oci.digest import Digest
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store import ingest
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role

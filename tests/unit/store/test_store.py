@@ -15,9 +15,8 @@ from mirror.observability.events import (
     StorageMeasured,
     Uncached,
 )
-from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.store import disk
 from mirror.store import store as module
 from mirror.store.ingest_lock import Role

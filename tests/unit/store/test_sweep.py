@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import Digest
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import AccessRecord, confirm, dump_access_record, dump_tag
 from mirror.store.sweep import KEPT, VERIFIED, RowState, digests_of, next_row_state
 

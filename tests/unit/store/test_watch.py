@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
+from mirror.oci.reference import Digest
 from mirror.store import disk, watch
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout

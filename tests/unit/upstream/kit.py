@@ -18,9 +18,8 @@ from yarl import URL
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Event, Kind
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError
-from mirror.oci.reference import Repository
+from mirror.oci.reference import Digest, Repository
 from mirror.upstream.failover import FailoverClient, RegistryRequest
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport

@@ -13,9 +13,8 @@ import pytest
 from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NotFound, UpstreamError, UpstreamProtocolError
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.upstream.api import ContentStream, Registry
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.pull.kit import MemoryRegistry

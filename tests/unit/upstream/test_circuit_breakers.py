@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from mirror.observability.events import CircuitChanged, Kind, UpstreamResponded
-from mirror.oci.digest import Digest
 from mirror.oci.errors import UpstreamUnavailable
+from mirror.oci.reference import Digest
 from mirror.upstream.api import PROGRESS
 from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S
 from mirror.upstream.retry import ATTEMPTS

@@ -12,9 +12,8 @@ from yarl import URL
 
 from mirror.config.settings import Credentials
 from mirror.observability.events import Kind
-from mirror.oci.digest import Digest
 from mirror.oci.errors import ManifestUnknown, Unauthorized
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, check_url
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, helper, upstream_kit

@@ -9,7 +9,6 @@ import pytest
 
 from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     BlobUnknown,
     ManifestInvalid,
@@ -19,7 +18,7 @@ from mirror.oci.errors import (
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.upstream.api import ContentStream
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, Kit, upstream_kit

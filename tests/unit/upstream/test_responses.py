@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from mirror.observability.events import Kind
 from mirror.oci import errors
-from mirror.oci.digest import Digest
 from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError
-from mirror.oci.reference import Tag
+from mirror.oci.reference import Digest, Tag
 from mirror.upstream.failover import RegistryRequest
 from mirror.upstream.responses import digest_of, length_of, rate_limit_of, tag_names
 from tests.fakes.registry import FakeRegistry, Fault

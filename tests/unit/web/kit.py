@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.web.paths import Request, parse
 
 UPSTREAMS = {"docker.io", "ghcr.io", "reg:5000"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.web import client_stall, streaming
 from mirror.web.client_stall import abort_stalled_client
 from tests.fakes.registry import FakeRegistry

@@ -24,7 +24,7 @@ from mirror.oci.descriptor import (
     OCI_MANIFEST,
     referrers_tag,
 )
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from mirror.web.health import Health
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running

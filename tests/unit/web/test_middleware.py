@@ -12,7 +12,7 @@ import pytest
 
 from mirror.config.settings import Limits
 from mirror.observability.events import LogMessage, Outcome, PullEnded, PullStarted
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes

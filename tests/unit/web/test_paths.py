@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import (
     InvalidRequest,
     MethodUnsupported,
@@ -17,7 +16,7 @@ from mirror.oci.errors import (
     NotFound,
     PaginationInvalid,
 )
-from mirror.oci.reference import Repository, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.web.paths import (
     BlobRequest,
     Health,

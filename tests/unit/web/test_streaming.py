@@ -19,7 +19,7 @@ import pytest
 from mirror.config.settings import Limits
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.digest import Digest
+from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running

@@ -1,7 +1,8 @@
-"""Ranges and the conditions that guard them (RFC 9110, sections 13 and 14).
+"""Header fields about content: media types, ranges, and the conditions that guard them.
 
-Lives here: what part of a content a request wants, as spans of bytes, and how an answer says which
-part it is. Must not know: where the bytes are, or whether they have arrived.
+Lives here: ``Content-Type``, ``Range`` and ``Content-Range`` as spans of bytes, ``ETag`` and its
+conditions (RFC 9110, sections 8.3, 13 and 14). Must not know: where the bytes are, or whether they
+have arrived.
 
 A span is half open, ``start`` to ``stop`` (exclusive), unlike the positions on the wire.
 """
@@ -12,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Final, NamedTuple, TypeAlias
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import RangeNotSatisfiable
+from mirror.oci.reference import Digest
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,6 +58,11 @@ class ContentRange(NamedTuple):
 _Spec: TypeAlias = tuple[int | None, int | None]
 """(first, last) as on the wire: (a, b), (a, None) for ``a-``, (None, n) for ``-n``."""
 
+OCTET_STREAM: Final = "application/octet-stream"
+# RFC 6838 section 4.2: restricted-name = restricted-name-first *126restricted-name-chars
+_RESTRICTED: Final = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"
+_MEDIA_TYPE: Final = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}", re.ASCII)
+
 SPAN_LIMIT: Final = 1024
 """Spans of one answer: as many as Podman's partial pulls ask for at once."""
 
@@ -75,6 +81,15 @@ _ENTITY_TAG: Final = re.compile(
     r'[ \t,]*(?:(?:W/)?"(?P<opaque>[!#-~\x80-\xff]*)"|(?P<bare>[a-z0-9]+:[a-f0-9]+))'
     r"[ \t]*(?=,|\Z)"
 )
+
+
+def media_type_of(header: str | None) -> str:
+    """A ``Content-Type`` without its parameters; ``application/octet-stream`` if it is none.
+
+    The result is safe in a header. Its case is kept: clients compare it with a descriptor's.
+    """
+    raw = (header or "").partition(";")[0].strip(" \t")
+    return raw if _MEDIA_TYPE.fullmatch(raw) else OCTET_STREAM
 
 
 def parse_range(header: str | None, size: int) -> Whole | Ranges:

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.digest import Digest
 from mirror.oci.errors import RangeNotSatisfiable
-from mirror.oci.ranges import (
+from mirror.oci.headers import (
     SPAN_LIMIT,
     ContentRange,
     Multipart,
@@ -31,6 +30,7 @@ from mirror.oci.ranges import (
     range_applies,
     unsatisfied_range,
 )
+from mirror.oci.reference import Digest
 
 SIZE = 100
 DIGEST = Digest.of(b"content")
