@@ -1,11 +1,11 @@
 """oci-mirror: a pull-through mirror for container registries.
 
-Rooms, and the only direction in which they import each other::
+The packages, and the only direction in which they import each other::
 
-    client -> web -> pull -> store
-                      `----> upstream        oci is the ground floor
+    web -> pull -> store
+             `---> upstream        all of them may import oci
 
-See ``docs/design.md``.
+See ``docs/architecture.md``.
 """
 
 __version__ = "0.1.0"
