@@ -1,11 +1,11 @@
 """oci-mirror: a pull-through mirror for container registries.
 
-The packages, and the only direction in which they import each other::
+Rooms, and the only direction in which they import each other::
 
-    web -> pull -> store
-             `---> upstream        all of them may import oci
+    client -> web -> pull -> store
+                      `----> upstream        oci is the ground floor
 
-See ``docs/architecture.md``.
+See ``docs/design.md``.
 """
 
 __version__ = "0.1.0"

@@ -92,6 +92,15 @@ def test_glossary_has_twenty_different_words() -> None:
     assert len(set(words)) == len(words) == 20
 
 
+def test_code_names_only_documents_that_exist() -> None:
+    named = {
+        path
+        for file in (ROOT / "mirror").rglob("*.py")
+        for path in re.findall(r"docs/[\w/.-]+\.md", file.read_text(encoding="utf-8"))
+    }
+    assert [path for path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
 def test_decisions_are_numbered_and_listed() -> None:
     index = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| \[(\d{4})\]\(([^)]+)\) \| (.*?) \|", index, re.MULTILINE)
