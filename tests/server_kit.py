@@ -32,7 +32,7 @@ class Server:
 
     url: str
     client: aiohttp.ClientSession
-    room: RunningServer
+    running_server: RunningServer
     events: list[Event] = field(default_factory=list)
 
     @property
@@ -41,11 +41,11 @@ class Server:
 
     @property
     def store(self) -> Store:
-        return self.room.store
+        return self.running_server.store
 
     @property
     def single_flight(self) -> SingleFlight:
-        return self.room.single_flight
+        return self.running_server.single_flight
 
     @property
     def pulls(self) -> list[Any]:
@@ -54,7 +54,7 @@ class Server:
 
     async def records(self) -> list[Any]:
         """As ``pulls``, once no request is under way: a client is done before its record is."""
-        await self.room.middleware.idle()
+        await self.running_server.handler.wait_until_idle()
         return self.pulls
 
     def blob(self, digest: object, repository: str = "library/app", query: str = "") -> str:
@@ -111,14 +111,14 @@ async def running(
         events.append(event)
 
     extra = {} if clock is None else {"now": clock}
-    async with start_server(settings, listener, emit, metrics.render, **extra) as room:
+    async with start_server(settings, listener, emit, metrics.render, **extra) as running_server:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
         connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(60)
         ) as client:
             scheme = "https" if certificate else "http"
-            yield Server(f"{scheme}://127.0.0.1:{port}", client, room, events)
+            yield Server(f"{scheme}://127.0.0.1:{port}", client, running_server, events)
     await asyncio.sleep(0)
 
 

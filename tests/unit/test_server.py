@@ -104,7 +104,7 @@ async def test_a_pair_that_does_not_match_keeps_the_old_one(tmp_path: Path) -> N
 async def test_a_server_reads_its_certificate_again_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.server._REFRESH_EVERY", 0.02)
+    monkeypatch.setattr("mirror.server._CERTIFICATE_INTERVAL_S", 0.02)
     made = tokens.Certificate.make(tmp_path)
     async with running(tmp_path / "data", certificate=made) as server:
         port = int(server.url.rpartition(":")[2])
