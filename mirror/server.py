@@ -77,7 +77,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
     host, port = host.strip("[]"), int(raw_port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if index == 0 and port:
-        # With SO_REUSEPORT a second server would share the port, and nobody would notice. So the
+        # With SO_REUSEPORT a second server would share the port without an error. So the
         # port is bound once without it, which fails if it is in use.
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -8,7 +8,7 @@ reads from the kernel how many bytes the client has acknowledged. Bytes that the
 from us would not tell: it takes megabytes into its buffer at once, and then accepts no more for
 minutes, although the client reads 10 KB/s.
 
-``loop.sendfile`` waits anew for a writable socket after each piece that the kernel took, and stops
+``loop.sendfile`` waits again for a writable socket after each piece that the kernel took, and stops
 reading meanwhile. With several streams that costs as much as the sending. With
 :class:`SocketSendfile` the loop watches the socket until the part is sent, and aiohttp continues to
 read, so it notices when the client leaves. The loop does not let others watch the descriptor of a
@@ -89,8 +89,8 @@ def _has_queued_bytes(connection: socket.socket, transport: asyncio.Transport) -
 def _acknowledged_bytes(connection: socket.socket) -> int | None:
     """Bytes that the client has acknowledged since it connected.
 
-    None if the kernel does not report them. Then no client is aborted, because a slow client could
-    not be told from a stalled one.
+    None if the kernel does not report them. Then no client is aborted, because a slow client and a
+    stalled one would look the same.
     """
     try:
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)

@@ -255,8 +255,8 @@ async def test_tls_client_gets_the_same_bodies_and_ranges(tmp_path: Path) -> Non
     ):
         fake.add_image(DATA)
         for _ in ("cold", "warm"):
-            answers = await asyncio.gather(*(server.get(server.blob(DIGEST)) for _ in range(4)))
-            assert all(body == DATA for _, _, body in answers)
+            responses = await asyncio.gather(*(server.get(server.blob(DIGEST)) for _ in range(4)))
+            assert all(body == DATA for _, _, body in responses)
             for value, start, stop in STEPS:
                 status, headers, body = await server.get(server.blob(DIGEST), {"Range": value})
                 assert (status, body == DATA[start:stop]) == (206, True), value
