@@ -1,11 +1,20 @@
 """oci-mirror: a pull-through mirror for container registries.
 
-Rooms, and the only direction in which they import each other::
+Packages, and the only direction in which they import each other::
 
-    client -> web -> pull -> store
-                      `----> upstream        oci is the ground floor
+    cli -> server -> web -> pull -> store
+                             `----> upstream
 
-See ``docs/design.md``.
+- ``cli``: commands and their output.
+- ``server``: composes all packages, and runs the worker processes.
+- ``web``: HTTP towards clients.
+- ``pull``: decides what is served, and fetches content that is missing.
+- ``store``: content and records on disk.
+- ``upstream``: HTTP towards registries.
+
+All of these may import ``oci`` (names, digests, header fields, errors), ``config.settings``,
+``observability.events`` and ``single_flight``. ``tests/unit/test_architecture.py`` checks every
+import. See ``docs/design.md``.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""``python -m mirror`` is ``oci-mirror``."""
+"""Run the command ``oci-mirror``: ``python -m mirror``."""
 
 import sys
 

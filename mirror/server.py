@@ -1,6 +1,9 @@
-"""The server: composes the rooms, runs the worker processes, starts and stops.
+"""Start, compose and stop the server, with one or several worker processes.
 
-Lives here: the one place that knows every room. Must not know: how any of them works.
+Lives here: the only module that knows every package. Must not know: how any of them works.
+
+Reading order: :func:`run` opens the sockets. With one worker it calls :func:`run_worker`, otherwise
+it forks workers that do, and restarts those that end. :func:`start_server` composes the packages.
 """
 
 from __future__ import annotations
@@ -31,25 +34,30 @@ from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from mirror.upstream.registries import open_registries
-from mirror.web.handlers import Handlers
+from mirror.web.handler import Handler
 from mirror.web.health import Health
-from mirror.web.middleware import Middleware
 
-BACKLOG: Final = 1024
-KEEPALIVE: Final = 15.0
-"""Seconds that an idle connection, or one that is slow with its headers, is kept."""
-_FIELD_LIMIT: Final = 32 * 1024
-"""Bytes of a header's value: Podman's partial pulls name a thousand ranges in one."""
-_MEASURE_EVERY: Final = 5.0
-_SAVE_EVERY: Final = 10.0
-_REFRESH_EVERY: Final = 5.0
-_RESTART_PAUSE: Final = 1.0
-"""Seconds between two starts of the same worker at least."""
+_LISTEN_BACKLOG: Final = 1024
+"""Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
+once, and none of them should have to connect again."""
+KEEPALIVE_TIMEOUT_S: Final = 15.0
+"""Seconds until a connection is closed that is idle, or whose request header is incomplete."""
+_MAX_FIELD_BYTES: Final = 32 * 1024
+"""Bytes of one header field. Podman's partial pulls ask for a thousand ranges in one ``Range``."""
+_MEASURE_INTERVAL_S: Final = 5.0
+"""Seconds between two measurements of the storage, for its metrics."""
+_SAVE_INTERVAL_S: Final = 10.0
+"""Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
+_CERTIFICATE_INTERVAL_S: Final = 5.0
+"""Seconds between two looks at the certificate's files."""
+_RESTART_INTERVAL_S: Final = 1.0
+"""Least number of seconds between two starts of the same worker, so that a worker that ends at once
+is not restarted in a tight loop."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal says to stop; returns the exit code."""
+    """Serve until ``SIGTERM`` or ``SIGINT``. Returns the exit code: 1 if the address is in use."""
     try:
         sockets = [_listen(settings, index) for index in range(settings.workers)]
     except OSError as error:
@@ -57,23 +65,20 @@ def run(settings: Settings) -> int:
         return 1
     try:
         if settings.workers == 1:
-            return asyncio.run(work(settings, sockets[0]))
+            return asyncio.run(run_worker(settings, sockets[0]))
         return _supervise(settings, sockets)
     finally:
         for listener in sockets:
             listener.close()
 
 
-def _address(listen: str) -> tuple[str, int]:
-    host, _, port = listen.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def _listen(settings: Settings, index: int) -> socket.socket:
-    host, port = _address(settings.listen)
+    host, _, raw_port = settings.listen.rpartition(":")
+    host, port = host.strip("[]"), int(raw_port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if index == 0 and port:
-        # With SO_REUSEPORT a second server would share the port in silence: look first.
+        # With SO_REUSEPORT a second server would share the port without an error. So the
+        # port is bound once without it, which fails if it is in use.
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
@@ -82,7 +87,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
     if settings.workers > 1:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
-    listener.listen(BACKLOG)
+    listener.listen(_LISTEN_BACKLOG)
     listener.setblocking(False)
     return listener
 
@@ -90,9 +95,9 @@ def _listen(settings: Settings, index: int) -> socket.socket:
 # --- one worker ---------------------------------------------------------------------------------
 
 
-async def work(settings: Settings, listener: socket.socket) -> int:
-    """One worker process: everything, on one event loop."""
-    # Imported here: prometheus_client looks at its environment when it is imported.
+async def run_worker(settings: Settings, listener: socket.socket) -> int:
+    """Run one worker process on one event loop, until a signal. Returns the exit code."""
+    # Imported here: prometheus_client reads its environment when it is imported.
     from mirror.observability.metrics import Metrics
 
     loop = asyncio.get_running_loop()
@@ -117,12 +122,12 @@ async def work(settings: Settings, listener: socket.socket) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that serves, on the event loop of this process."""
+    """The parts of a server that is running on the event loop of this process."""
 
     store: Store
     single_flight: SingleFlight
     health: Health
-    middleware: Middleware
+    handler: Handler
     service: PullService
 
 
@@ -134,32 +139,40 @@ async def start_server(
     render_metrics: Callable[[], tuple[bytes, str]],
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[RunningServer]:
-    """Compose all rooms, and serve on ``listener`` until the context ends."""
+    """Compose all packages, and serve until the context ends.
+
+    Args:
+        settings: The configuration.
+        listener: A listening socket. It is closed at the end.
+        emit: Receives the events of all packages.
+        render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
+        now: Returns the Unix time in seconds. Tests pass a clock of their own.
+    """
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     health = Health(lambda: store.unwritable)
     try:
-        async with open_registries(settings, emit) as registries, SingleFlight() as single_flight:
+        async with SingleFlight() as single_flight, open_registries(settings, emit) as registries:
             content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
-            handlers = Handlers(settings, service, health, render_metrics, emit)
-            middleware = Middleware(handlers, health, emit)
+            handler = Handler(settings, service, health, render_metrics, emit)
             server = web.Server(
-                middleware,
+                handler,
                 access_log=None,
                 handler_cancellation=True,
-                keepalive_timeout=KEEPALIVE,
-                max_field_size=_FIELD_LIMIT,
+                keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+                max_field_size=_MAX_FIELD_BYTES,
                 logger=logging.getLogger("aiohttp.server"),
             )
             runner = web.ServerRunner(server, shutdown_timeout=1.0)
             await runner.setup()
             context = _start_housekeeping(settings, store, single_flight, emit)
-            site = web.SockSite(runner, listener, ssl_context=context, backlog=BACKLOG)
+            site = web.SockSite(runner, listener, ssl_context=context, backlog=_LISTEN_BACKLOG)
             await site.start()
             try:
-                yield RunningServer(store, single_flight, health, middleware, service)
+                yield RunningServer(store, single_flight, health, handler, service)
             finally:
                 await runner.cleanup()
+                # Before the registries close: fetches use their connections.
                 await single_flight.drain(0.0)
     finally:
         await store.close()
@@ -168,94 +181,107 @@ async def start_server(
 def _start_housekeeping(
     settings: Settings, store: Store, single_flight: SingleFlight, emit: Observer
 ) -> ssl.SSLContext | None:
-    single_flight.run("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
-    single_flight.run("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
+    """Start the periodic jobs. Returns the TLS context of the listener, None without TLS."""
+
+    def start(name: str, interval: float, job: Callable[[], object]) -> None:
+        single_flight.run(name, lambda: _run_every(interval, job, emit))
+
+    start("measure", _MEASURE_INTERVAL_S, store.measure)
+    start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     if settings.tls is None:
         return None
     certificate = Certificate(settings.tls)
-    single_flight.run("certificate", lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
+    start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
     return certificate.context
 
 
-async def _drain(settings: Settings, running: RunningServer, emit: Observer) -> None:
-    """Readiness off; pulls in flight may end, and what they verified is published."""
-    running.health.draining = True
-    emit(LogMessage("info", "draining", (("pulls", running.middleware.in_flight),)))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(settings.drain_timeout):
-            await running.middleware.idle()
-            await running.store.settled()
-
-
-async def _every(seconds: float, work: Callable[[], object], emit: Observer) -> None:
+async def _run_every(interval: float, job: Callable[[], object], emit: Observer) -> None:
+    """Run ``job``, again ``interval`` seconds after each end. An ``OSError`` of it is logged."""
     while True:
         try:
-            result = work()
+            result = job()
             if asyncio.iscoroutine(result):
                 await result
         except OSError as error:
             emit(LogMessage("warning", "housekeeping failed", (("why", str(error)),)))
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(interval)
+
+
+async def _drain(settings: Settings, running: RunningServer, emit: Observer) -> None:
+    """Refuse new pulls, and wait until those in flight have ended and their content is published.
+
+    Waits for at most ``drain_timeout`` seconds.
+    """
+    running.health.is_draining = True
+    emit(LogMessage("info", "draining", (("pulls", running.handler.in_flight),)))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(settings.drain_timeout):
+            await running.handler.wait_until_idle()
+            await running.store.settled()
 
 
 class Certificate:
-    """The listener's certificate, read again when its files change."""
+    """The certificate of the listener. It is loaded again when its files have changed."""
 
     def __init__(self, tls: Tls) -> None:
         self._tls = tls
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._seen = self._stamp()
+        self._loaded_stamp = self._stamp()
         self.context.load_cert_chain(tls.certificate, tls.key)
 
     def _stamp(self) -> tuple[int, ...]:
+        """Times and inodes of the files. It differs once a file was written or replaced."""
         files = (self._tls.certificate, self._tls.key)
         return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
 
     def refresh(self) -> None:
-        """New connections get the new certificate; one that does not load keeps the old one.
+        """Load a changed certificate, for new connections.
 
-        Raises ``OSError`` (``ssl.SSLError`` is one).
+        Raises ``OSError`` (``ssl.SSLError`` is a subclass) if it cannot be loaded. The previous
+        certificate stays in use, and the next call tries again.
         """
         stamp = self._stamp()
-        if stamp != self._seen:
-            # Tried apart first: a pair that does not match would leave the context half changed.
+        if stamp != self._loaded_stamp:
+            # Loaded into another context first: a key that does not match its certificate would
+            # leave the context in use without a valid pair.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
                 self._tls.certificate, self._tls.key
             )
             self.context.load_cert_chain(self._tls.certificate, self._tls.key)
-            self._seen = stamp
+            self._loaded_stamp = stamp
 
 
 # --- several workers ------------------------------------------------------------------------------
 
 
 def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
-    """Fork workers, start again those that die, pass signals on."""
+    """Fork the workers, restart each that ends, and pass signals on to them."""
     directory = tempfile.mkdtemp(prefix="oci-mirror-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-    # Imported here: prometheus_client looks at its environment when it is imported.
+    # Imported here: prometheus_client reads its environment when it is imported.
     from mirror.observability.metrics import worker_died
 
     log = LogObserver(configure_logging(settings.log))
-    workers: dict[int, tuple[int, float]] = {}
-    stopping = False
+    workers: dict[int, tuple[int, float]] = {}  # pid -> (index, time of its start in seconds)
+    is_stopping = False
 
     def stop(number: int, frame: object) -> None:
-        nonlocal stopping
-        stopping = True
-        end()
+        nonlocal is_stopping
+        is_stopping = True
+        terminate_workers()
 
-    def end() -> None:
+    def terminate_workers() -> None:
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 
     def start(index: int) -> None:
-        # A signal between the fork and its entry would be passed on to all workers but this one.
+        # Without the block, a signal that comes before the pid is in ``workers`` would be passed on
+        # to all workers but the new one.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
-            if not stopping:
+            if not is_stopping:
                 workers[_fork(settings, sockets, index)] = index, time.monotonic()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -270,33 +296,34 @@ def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
             worker_died(pid)
             if pid not in workers:
                 continue
-            index, begun = workers.pop(pid)
-            if not stopping:
+            index, started = workers.pop(pid)
+            if not is_stopping:
                 code = os.waitstatus_to_exitcode(status)
                 log.observe(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
-                # One that dies at once must not be started in a tight loop.
-                time.sleep(max(0.0, begun + _RESTART_PAUSE - time.monotonic()))
+                time.sleep(max(0.0, started + _RESTART_INTERVAL_S - time.monotonic()))
                 start(index)
         return 0
     finally:
-        end()
+        terminate_workers()
         shutil.rmtree(directory, ignore_errors=True)
 
 
 def _fork(settings: Settings, sockets: list[socket.socket], index: int) -> int:
-    """The pid of a new worker, which never returns. Call it with its signals blocked."""
+    """Return the pid of a new worker. The worker itself never returns.
+
+    Call it while ``_SIGNALS`` are blocked.
+    """
     pid = os.fork()
     if pid:
         return pid
-    code = 70
+    code = os.EX_SOFTWARE
     try:
-        for other, listener in enumerate(sockets):
-            if other != index:
-                listener.close()
+        for listener in sockets[:index] + sockets[index + 1 :]:
+            listener.close()
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        code = asyncio.run(work(settings, sockets[index]))
+        code = asyncio.run(run_worker(settings, sockets[index]))
     except Exception as error:
         print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
     finally:

@@ -1,4 +1,4 @@
-"""The whole server in this process, over real sockets: what the row tests drive."""
+"""Run the whole server in this process, over real sockets."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=1.0, headers=1.0, idle=1.0)
-"""Time limits of tests that wait for them."""
+"""Seconds: short time limits, for tests that wait until they expire."""
 
 
 @dataclass
 class Server:
-    """A running server and a client of it."""
+    """A running server, a client of it, and the events that it has emitted."""
 
     url: str
     client: aiohttp.ClientSession
-    room: RunningServer
+    running_server: RunningServer
     events: list[Event] = field(default_factory=list)
 
     @property
@@ -41,20 +41,20 @@ class Server:
 
     @property
     def store(self) -> Store:
-        return self.room.store
+        return self.running_server.store
 
     @property
     def single_flight(self) -> SingleFlight:
-        return self.room.single_flight
+        return self.running_server.single_flight
 
     @property
     def pulls(self) -> list[Any]:
-        """Records of the requests that ended."""
+        """Records of the requests that have ended."""
         return [event.pull for event in self.events if isinstance(event, PullEnded)]
 
     async def records(self) -> list[Any]:
-        """As ``pulls``, once no request is under way: a client is done before its record is."""
-        await self.room.middleware.idle()
+        """Return ``pulls`` once no request is in flight: a record ends after its response."""
+        await self.running_server.handler.wait_until_idle()
         return self.pulls
 
     def blob(self, digest: object, repository: str = "library/app", query: str = "") -> str:
@@ -66,13 +66,13 @@ class Server:
     async def get(
         self, url: str, headers: Mapping[str, str] | None = None
     ) -> tuple[int, CIMultiDictProxy[str], bytes]:
-        """(status, headers, body); raises ``aiohttp.ClientError`` for a body that is cut."""
+        """Return (status, headers, body). Raises ``aiohttp.ClientError`` for a truncated body."""
         return await self.ask("GET", url, headers)
 
     async def ask(
         self, method: str, url: str, headers: Mapping[str, str] | None = None
     ) -> tuple[int, CIMultiDictProxy[str], bytes]:
-        """As :meth:`get`, with another method."""
+        """Send a request with any method, otherwise as :meth:`get`."""
         async with self.client.request(method, url, headers=headers) as response:
             return response.status, response.headers, await response.read()
 
@@ -89,7 +89,19 @@ async def running(
     other: Upstream | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
-    """A server with ``docker.io`` and ``other.io`` at ``endpoints``; with a certificate, by TLS."""
+    """Run a server with the upstreams ``docker.io`` and ``other.io``.
+
+    Args:
+        root: The data directory.
+        endpoints: Endpoints of both upstreams. Without any, connections to them are refused.
+        storage: Settings of the storage.
+        limits: Time limits towards the upstreams.
+        abandoned: The setting ``abandoned``.
+        clock: Replaces ``time.time``.
+        certificate: The server uses TLS with it.
+        other: Replaces the settings of ``other.io``.
+        upstream: More settings of the upstreams.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     one = Upstream(endpoints=endpoints or ("http://127.0.0.1:9",), limits=limits, **upstream)
@@ -111,14 +123,14 @@ async def running(
         events.append(event)
 
     extra = {} if clock is None else {"now": clock}
-    async with start_server(settings, listener, emit, metrics.render, **extra) as room:
+    async with start_server(settings, listener, emit, metrics.render, **extra) as running_server:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
         connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(60)
         ) as client:
             scheme = "https" if certificate else "http"
-            yield Server(f"{scheme}://127.0.0.1:{port}", client, room, events)
+            yield Server(f"{scheme}://127.0.0.1:{port}", client, running_server, events)
     await asyncio.sleep(0)
 
 

@@ -1,18 +1,21 @@
-"""The one table that turns a domain error into an HTTP answer.
+"""Render a domain error as an HTTP response: status, OCI error body, header fields.
 
-Lives here: status, body and headers of an error. Must not know: how it came about, aiohttp.
+Lives here: the only table from errors to statuses. Must not know: why an error was raised, aiohttp.
 
-The policy is what makes clients do the right thing next:
+The statuses are chosen by what clients do next:
 
-- 4xx is an answer about the request or the content. A client falls back to its next host on any.
-- 502 and 504 are the upstream's fault, 503 is ours (draining, disk). An upstream's fault is never
-  a 404, which clients would believe, and never a 500. 502 rather than 503 for an upstream that
-  cannot be asked: containerd tries 500, 503 and 504 of its last host again, 502 never.
-- 403, not 401, when the upstream wants credentials that we lack. A 401 must carry a challenge (RFC
-  9110, section 15.5.2), and a challenge of ours would make clients send us credentials that are
-  not for us: the CRI sends pull secrets to any host that challenges, Podman remembers it from the
-  ping. The code stays ``UNAUTHORIZED``, so a person reads why; the code is what clients show.
-- 429 carries ``Retry-After`` only where the upstream gave one: clients obey an invented one.
+- 4xx concerns the request or the content. A client tries its next host after any of them.
+- 502 and 504 are failures of the upstream, 503 is a failure of this server (draining, disk). A
+  failure of the upstream is never sent as 404, because clients would believe it, and never as 500.
+- An upstream that cannot be asked is 502, not 503: containerd repeats 500, 503 and 504 at its last
+  host, and never 502.
+- 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
+  carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials
+  that are meant for the upstream: the CRI sends pull secrets to every host that challenges, and
+  Podman remembers the challenge of ``/v2/``. The error code stays ``UNAUTHORIZED``, because clients
+  show the code to their user.
+- 429 carries ``Retry-After`` (RFC 9110, section 10.2.3) only if the upstream sent one: clients obey
+  an invented value, too.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from mirror.oci.text import printable
 from mirror.web.paths import METHODS
 
 _STATUS: Final[dict[type, int]] = {
+    MirrorError: 500,
     InvalidRequest: 400,
     Denied: 403,
     Unauthorized: 403,
@@ -55,45 +59,37 @@ _STATUS: Final[dict[type, int]] = {
     StorageUnavailable: 503,
 }
 
-_RETRY_LIMIT: Final = 86400
-"""Seconds; what an upstream wants beyond it is not worth a client's belief."""
+_MAX_RETRY_AFTER_S: Final = 86400
+"""Seconds (one day): the longest ``Retry-After`` that is sent, whatever the upstream asks for."""
 
 
-def status_of(error: BaseException) -> int:
-    """The HTTP status: that of the nearest class in the table; 500 for a fault in our own code."""
-    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+def status_of(error: MirrorError) -> int:
+    """Return the HTTP status of the nearest base class in the table."""
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
 
 
-def code_of(error: BaseException) -> str:
-    """The OCI error code."""
-    return error.code if isinstance(error, MirrorError) else MirrorError.code
-
-
-def body_of(error: BaseException) -> bytes:
-    """The error as the specification writes it ("Error Codes"); what is not ours says nothing."""
-    if not isinstance(error, MirrorError):
-        entry = {"code": MirrorError.code, "message": "internal error"}
-    else:
-        entry = {"code": error.code, "message": printable(error.message)}
-        if error.detail is not None:
-            entry["detail"] = printable(error.detail)
+def body_of(error: MirrorError) -> bytes:
+    """Return the JSON error body (distribution spec, "Error Codes"), with printable text only."""
+    entry = {"code": error.code, "message": printable(error.message)}
+    if error.detail is not None:
+        entry["detail"] = printable(error.detail)
     return json.dumps({"errors": [entry]}, separators=(",", ":")).encode()
 
 
-def headers_of(error: BaseException) -> dict[str, str]:
-    """The headers that this error's answer has to have, ``Content-Type`` included."""
+def error_headers(error: MirrorError) -> dict[str, str]:
+    """Return the header fields that the response to ``error`` must have, with ``Content-Type``."""
     headers = {"Content-Type": "application/json"}
     if isinstance(error, MethodUnsupported):
         headers["Allow"] = ", ".join(METHODS)
     elif isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = unsatisfied_range(error.size)
-    elif isinstance(error, UpstreamRateLimited) and (seconds := _seconds(error.retry_after)):
+    elif isinstance(error, UpstreamRateLimited) and (seconds := _whole_seconds(error.retry_after)):
         headers["Retry-After"] = str(seconds)
     return headers
 
 
-def _seconds(retry_after: float | None) -> int:
-    """Whole seconds, 0 for what is not worth a header."""
+def _whole_seconds(retry_after: float | None) -> int:
+    """Round up, and limit. Returns 0 if the field has to be left out."""
     if retry_after is None or not 0 < retry_after < math.inf:
         return 0
-    return math.ceil(min(retry_after, _RETRY_LIMIT))
+    return math.ceil(min(retry_after, _MAX_RETRY_AFTER_S))

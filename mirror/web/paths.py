@@ -1,11 +1,12 @@
-"""One pure function turns a request line into one typed request.
+"""Parse a request line into one typed request. A pure function.
 
 Lives here: the paths of the Distribution specification ("Endpoints"), and the choice of the
-upstream. Must not know: aiohttp, what becomes of a request.
+upstream. Must not know: aiohttp, how a request is served.
 
-Works on the raw path, as it came over the wire: each part is percent-decoded once, after the
-structure was read, and then held to its grammar. So an encoded slash or dot never makes structure,
-and nothing that names a file was ever anything but a digest or a name of the specification.
+The parser works on the raw path, as it was sent. It splits the path first, then percent-decodes
+each part once, and then checks the part against its grammar. So an encoded slash or dot never
+changes the structure, and every part that later names a file is a digest or a name that the
+specification allows.
 """
 
 from __future__ import annotations
@@ -32,37 +33,38 @@ from mirror.oci.reference import Digest, Reference, Repository, Tag, parse_refer
 
 
 @dataclass(frozen=True, slots=True)
-class Ping:
+class PingRequest:
     """``/v2/``: is this a registry?"""
 
 
 @dataclass(frozen=True, slots=True)
-class Health:
-    """``/healthz``: does the process live?"""
+class HealthRequest:
+    """``/healthz``: does the process respond?"""
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
-    """``/readyz``: should it get requests?"""
+class ReadyRequest:
+    """``/readyz``: does the process accept new requests?"""
 
 
 @dataclass(frozen=True, slots=True)
-class Metrics:
-    """``/metrics``."""
+class MetricsRequest:
+    """``/metrics``: metrics for Prometheus."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestRequest:
-    """``ns``: what the client named the upstream, to be echoed in ``OCI-Namespace``."""
+    """A manifest, by tag or by digest."""
 
     repository: Repository
     reference: Reference
     ns: str | None
+    """Upstream in the query parameter ``ns``, for ``OCI-Namespace``. None: not in the query."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlobRequest:
-    """A blob by digest."""
+    """A blob, by digest. ``ns``: see :class:`ManifestRequest`."""
 
     repository: Repository
     digest: Digest
@@ -71,42 +73,41 @@ class BlobRequest:
 
 @dataclass(frozen=True, slots=True)
 class TagsRequest:
-    """``prefix``: what stood before the name in the path, ``docker.io/`` or nothing, for ``Link``.
-
-    ``count`` None: not limited by the client. ``last`` is exclusive.
-    """
+    """One page of the tags of a repository. ``ns``: see :class:`ManifestRequest`."""
 
     repository: Repository
     count: int | None
+    """Largest number of tags on the page. None: the client sets no limit."""
     last: str | None
+    """The page begins after this tag. None: it begins with the first tag."""
     ns: str | None
     prefix: str
+    """Upstream in the path, such as ``docker.io/``, for ``Link``. Empty: not in the path."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferrersRequest:
-    """``prefix``: see :class:`TagsRequest`."""
+    """The referrers of a manifest. ``ns``: see :class:`ManifestRequest`."""
 
     repository: Repository
     digest: Digest
     artifact_type: str | None
+    """Only referrers of this type. None: all."""
     ns: str | None
-    prefix: str
 
 
-Request: TypeAlias = (
-    ManifestRequest | BlobRequest | TagsRequest | ReferrersRequest | Ping | Health | Ready | Metrics
-)
+RepositoryRequest: TypeAlias = ManifestRequest | BlobRequest | TagsRequest | ReferrersRequest
+Request: TypeAlias = RepositoryRequest | PingRequest | HealthRequest | ReadyRequest | MetricsRequest
 
 METHODS: Final = ("GET", "HEAD")
-"""The methods that a pull-through mirror offers."""
+"""Methods that a pull-through mirror supports."""
 
 _FIXED: Final[dict[str, Request]] = {
-    "/v2/": Ping(),
-    "/v2": Ping(),
-    "/healthz": Health(),
-    "/readyz": Ready(),
-    "/metrics": Metrics(),
+    "/v2/": PingRequest(),
+    "/v2": PingRequest(),
+    "/healthz": HealthRequest(),
+    "/readyz": ReadyRequest(),
+    "/metrics": MetricsRequest(),
 }
 
 # Greedy: a repository may have components named "manifests" or "blobs", so the last one counts.
@@ -114,145 +115,158 @@ _PATH: Final = re.compile(
     r"/v2/(?P<name>[^?#]*)/"
     r"(?:(?P<kind>manifests|blobs|referrers)/(?P<reference>[^/?#]*)|tags/list)"
 )
-# What is left is an error; these say whose.
+# A path that does not match is an error. The next patterns choose which one.
 _UPLOAD: Final = re.compile(r"/v2/.*/blobs/uploads(?:/.*)?", re.DOTALL)
 _BROKEN: Final = re.compile(r"/v2/.*?/(?P<kind>manifests|blobs|referrers)/(?P<rest>.*)", re.DOTALL)
 _SUSPICIOUS: Final = re.compile(r"//|[%\\]|/\.{1,2}(?:/|\Z)|[^!-~]")
 _ENCODED_SLASH: Final = re.compile(r"%2f", re.IGNORECASE)
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 
-_FIELD_LIMIT: Final = 32
-_CACHED_LENGTH: Final = 512
-_CACHE_SIZE: Final = 4096
+_MAX_QUERY_PARAMETERS: Final = 32
+"""Parameters in one query. Clients send three; the limit bounds the work for a hostile query."""
+_MAX_CACHED_CHARS: Final = 512
+"""Characters of path and query. A longer request is not cached, to bound the cache's memory."""
+_MAX_CACHED_REQUESTS: Final = 4096
+"""Parsed requests that are kept: with the limit above, a few megabytes."""
 
 
 def parse(
     method: str, raw_path: str, query: str, *, upstreams: Collection[str], default: str
 ) -> Request:
-    """Read a request. ``raw_path`` and ``query`` as on the wire, split at the first ``?``.
+    """Parse a request line.
 
-    Raises :class:`MethodUnsupported`, :class:`NotFound` for a path that is not served,
-    :class:`NameUnknown` for an upstream that is not one of ``upstreams``, and an
-    :class:`InvalidRequest` (``NameInvalid``, ``TagInvalid``, ``DigestInvalid``,
-    ``PaginationInvalid``) for a part outside its grammar; nothing else.
+    Args:
+        method: As sent. Methods are case-sensitive (RFC 9110, section 9.1).
+        raw_path: The request target up to the first ``?``, as sent.
+        query: The rest of the request target, without the ``?``, as sent.
+        upstreams: Names of the configured upstreams.
+        default: Upstream of a request that names none.
+
+    Raises:
+        MethodUnsupported: Another method than ``GET`` and ``HEAD``, or an upload.
+        NotFound: No such path.
+        NameUnknown: The upstream is not one of ``upstreams``.
+        InvalidRequest: A part violates its grammar (``NameInvalid``, ``TagInvalid``,
+            ``DigestInvalid``, ``PaginationInvalid``).
     """
     if method not in METHODS:
-        raise MethodUnsupported("a pull-through mirror takes no writes")
+        raise MethodUnsupported("this mirror is read-only: use GET or HEAD")
     if "#" in query:
-        raise InvalidRequest("a fragment in the request target")
+        raise InvalidRequest("the request target must not contain a fragment")
     match = _PATH.fullmatch(raw_path)
     if match is None:
-        return _FIXED.get(raw_path) or _refuse(raw_path)
+        return _FIXED.get(raw_path) or _raise_path_error(raw_path)
     name, kind, reference = match.groups()
-    fields = _fields(query) if query else {}
-    ns = fields.get("ns")
-    repository, prefix = _repository(_decode(name, NameInvalid), ns, upstreams, default)
+    parameters = _parse_query(query) if query else {}
+    ns = parameters.get("ns")
+    repository, prefix = _find_repository(_decode(name, NameInvalid), ns, upstreams, default)
     if kind is None:
-        return TagsRequest(repository, _count(fields), _last(fields), ns, prefix)
+        count, last = _parse_count(parameters), _parse_last(parameters)
+        return TagsRequest(repository, count, last, ns, prefix)
     if kind == "manifests":
         error = DigestInvalid if ":" in reference else TagInvalid
         return ManifestRequest(repository, parse_reference(_decode(reference, error)), ns)
     if kind == "blobs" and reference == "uploads":
-        raise MethodUnsupported("a pull-through mirror takes no uploads")
+        raise MethodUnsupported("this mirror is read-only: push to the upstream registry")
     digest = Digest.parse(_decode(reference, DigestInvalid))
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
-    return ReferrersRequest(repository, digest, _artifact_type(fields), ns, prefix)
+    return ReferrersRequest(repository, digest, _parse_artifact_type(parameters), ns)
 
 
-def router(upstreams: Collection[str], default: str) -> Callable[[str, str, str], Request]:
-    """:func:`parse` for fixed upstreams, with a bounded memory of the requests that were right."""
+def build_parser(upstreams: Collection[str], default: str) -> Callable[[str, str, str], Request]:
+    """Return :func:`parse` for these upstreams, with a bounded cache of valid requests."""
     names = frozenset(upstreams)
 
-    def read(method: str, raw_path: str, query: str) -> Request:
+    def parse_uncached(method: str, raw_path: str, query: str) -> Request:
         return parse(method, raw_path, query, upstreams=names, default=default)
 
-    remembered = lru_cache(_CACHE_SIZE)(read)
+    parse_cached = lru_cache(_MAX_CACHED_REQUESTS)(parse_uncached)
 
-    def route(method: str, raw_path: str, query: str) -> Request:
-        short = len(raw_path) + len(query) <= _CACHED_LENGTH
-        return remembered(method, raw_path, query) if short else read(method, raw_path, query)
+    def parse_request(method: str, raw_path: str, query: str) -> Request:
+        is_short = len(raw_path) + len(query) <= _MAX_CACHED_CHARS
+        return (parse_cached if is_short else parse_uncached)(method, raw_path, query)
 
-    return route
+    return parse_request
 
 
-# --- the parts ----------------------------------------------------------------------------------
+# --- the parts of a request -----------------------------------------------------------------------
 
 
 def _decode(raw: str, error: type[InvalidRequest]) -> str:
     if "%" not in raw:
         return raw
     if _ENCODED_SLASH.search(raw):
-        raise error("an encoded slash in the path")
+        raise error("the path must not contain an encoded slash (%2F)")
     return unquote(raw, errors="replace")
 
 
-def _repository(
+def _find_repository(
     name: str, ns: str | None, upstreams: Collection[str], default: str
 ) -> tuple[Repository, str]:
-    """The repository, and the prefix that named its upstream. With ``ns``, the path is literal."""
-    if ns is not None:
-        if ns not in upstreams:
-            raise NameUnknown("this upstream is not mirrored")
-        return Repository.parse(ns, name), ""
+    """Return the repository, and the prefix of the path that named its upstream.
+
+    With ``ns``, the whole path is the repository's name.
+    """
     first, slash, rest = name.partition("/")
-    if slash and first in upstreams:
+    if ns is None and slash and first in upstreams:
         return Repository.parse(first, rest), f"{first}/"
-    if default not in upstreams:
-        raise NameUnknown("this upstream is not mirrored")
-    return Repository.parse(default, name), ""
+    upstream = default if ns is None else ns
+    if upstream not in upstreams:
+        raise NameUnknown("this mirror is not configured for this upstream")
+    return Repository.parse(upstream, name), ""
 
 
-def _fields(query: str) -> dict[str, str]:
+def _parse_query(query: str) -> dict[str, str]:
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=_FIELD_LIMIT)
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=_MAX_QUERY_PARAMETERS)
     except ValueError:
-        raise InvalidRequest("too many query parameters") from None
-    fields: dict[str, str] = {}
+        raise InvalidRequest("the query has too many parameters") from None
+    parameters: dict[str, str] = {}
     for name, value in pairs:
-        # Two readers of one request must not differ in which upstream it means.
-        if fields.setdefault(name, value) != value and name == "ns":
-            raise InvalidRequest("more than one ns")
-    return fields
+        # A proxy might read the other value: both must mean the same upstream.
+        if parameters.setdefault(name, value) != value and name == "ns":
+            raise InvalidRequest("the query names more than one upstream (ns)")
+    return parameters
 
 
-def _count(fields: dict[str, str]) -> int | None:
-    raw = fields.get("n")
+def _parse_count(parameters: dict[str, str]) -> int | None:
+    raw = parameters.get("n")
     if raw is None:
         return None
     if not _COUNT.fullmatch(raw):
-        raise PaginationInvalid("n is not a number of tags")
+        raise PaginationInvalid("n must be a number of at most 9 digits")
     return int(raw)
 
 
-def _last(fields: dict[str, str]) -> str | None:
-    raw = fields.get("last")
+def _parse_last(parameters: dict[str, str]) -> str | None:
+    raw = parameters.get("last")
     if not raw:
         return None
     try:
         return Tag.parse(raw).name
     except TagInvalid:
-        raise PaginationInvalid("last is not a tag") from None
+        raise PaginationInvalid("last must be a tag") from None
 
 
-def _artifact_type(fields: dict[str, str]) -> str | None:
-    # A plus that the client did not encode reads as a space, which no media type has.
-    raw = fields.get("artifactType", "").replace(" ", "+")
+def _parse_artifact_type(parameters: dict[str, str]) -> str | None:
+    # A plus that the client did not encode is decoded to a space, which no media type contains.
+    raw = parameters.get("artifactType", "").replace(" ", "+")
     if raw and media_type_of(raw) != raw:
-        raise InvalidRequest("artifactType is not a media type")
+        raise InvalidRequest("artifactType must be a media type")
     return raw or None
 
 
-def _refuse(raw_path: str) -> NoReturn:
-    """The right error for a path that is none of ours."""
+def _raise_path_error(raw_path: str) -> NoReturn:
+    """Raise the error that fits a path that no pattern matches."""
     if not raw_path.startswith("/") or "#" in raw_path or "?" in raw_path:
-        raise InvalidRequest("the request target is not a path")
+        raise InvalidRequest("the request target must be a path")
     if _UPLOAD.fullmatch(raw_path):
-        raise MethodUnsupported("a pull-through mirror takes no uploads")
+        raise MethodUnsupported("this mirror is read-only: push to the upstream registry")
     if broken := _BROKEN.fullmatch(raw_path):
         if broken["kind"] == "manifests" and ":" not in broken["rest"]:
-            raise TagInvalid("not a tag")
-        raise DigestInvalid("not a sha256 or sha512 digest")
+            raise TagInvalid("the tag is malformed")
+        raise DigestInvalid("the digest must be sha256 or sha512, with lower-case hex digits")
     if raw_path.startswith("/v2/") and _SUSPICIOUS.search(raw_path):
-        raise NameInvalid("not a repository name")
+        raise NameInvalid("the repository name is malformed")
     raise NotFound("no such path")

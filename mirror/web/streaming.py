@@ -1,24 +1,24 @@
-"""Content to response: the headers of an answer, and its bytes as they become available.
+"""Send content as an HTTP response, while it arrives from the upstream if need be.
 
-Lives here: ``Range``, conditions, ``HEAD``, ``sendfile``, following growing content, cutting a
-connection. Must not know: repositories, upstreams, where content comes from.
+Lives here: ``Range``, conditional requests, ``HEAD``, ``sendfile``, following content that is still
+being fetched. Must not know: repositories, upstreams, where content comes from.
 
-Once a byte of a body is out, an error is a cut connection, never a clean end.
+The contract: an error before the first byte is raised, so the caller can still send an error
+response. An error after it aborts the connection. So a client never takes a truncated body for a
+complete one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import socket
-import struct
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from functools import lru_cache
-from typing import Final, TypeGuard, cast
+from typing import Final, TypeAlias, cast
 
 import aiofiles
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -42,31 +42,39 @@ from mirror.oci.headers import (
 )
 from mirror.oci.reference import Digest
 from mirror.pull.results import FileExtent, MemoryExtent, Reader
-from mirror.web.client_stall import abort_stalled_client
-from mirror.web.socket_sendfile import SocketSendfile
+from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
 
-SLICE: Final = 4 * 1024 * 1024
-"""Bytes that are handed to the kernel at once, at most."""
-_FIRST_SLICE: Final = 64 * 1024
-PATIENCE: Final = 60.0
-"""Seconds for which a client may read nothing: whoever reads at all, at any rate, is served."""
-_COPY: Final = 256 * 1024
-_RESET = struct.pack("ii", 1, 0)
+CLIENT_STALL_TIMEOUT_S: Final = 60.0
+"""Seconds for which a client may acknowledge no byte. A client that reads slowly has no limit."""
+_MAX_SEND_BYTES: Final = 4 * 1024 * 1024
+"""Bytes in one send. The metrics are updated after each, and would jump with larger ones."""
+_FIRST_SEND_BYTES: Final = 64 * 1024
+"""Bytes in the first send. Its end is recorded as the time to the first byte, so it is small."""
+_SINGLE_WRITE_BYTES: Final = 64 * 1024
+"""Bytes of a body in memory that is written at once. A client that does not read it holds up no
+more memory than this, so it needs no time limit."""
+_COPY_BYTES: Final = 256 * 1024
+"""Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
+makes more hops, a larger one needs more memory for each client."""
+
+_Part: TypeAlias = tuple[bytes, int, int | None]
+"""Delimiter, then content from one offset to another. None: to the end of the content."""
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What an answer carries: content, its type, and how long it is where that is known."""
+    """Content to send as the body of a response."""
 
     digest: Digest
     media_type: str
     size: int | None
-    reader: Reader | bytes | None
-    """None: headers only."""
+    """Bytes. None while it is not known: the upstream sends no length, and is still sending."""
+    source: Reader | bytes | None
+    """The content, or None for header fields only (``HEAD``)."""
 
 
-def headers_of(body: Body) -> dict[str, str]:
-    """The headers of content (distribution spec, "Pulling manifests" and "Pulling blobs")."""
+def content_headers(body: Body) -> dict[str, str]:
+    """The header fields of content (distribution spec, "Pulling manifests", "Pulling blobs")."""
     headers = {
         "Content-Type": body.media_type,
         "Docker-Content-Digest": str(body.digest),
@@ -79,136 +87,136 @@ def headers_of(body: Body) -> dict[str, str]:
 
 
 class SingleWriteResponse(web.StreamResponse):
-    """A small answer that is written at once, on a connection that goes on (HTTP/1.1).
+    """A small 200 response in one write, on an HTTP/1.1 connection that is kept open.
 
-    ``web.Response`` decides anew for each answer what holds for all of these; without it twice as
-    many are given in the same time.
+    ``web.Response`` works out for each response what is the same for all of these. Without that
+    work a server sends twice as many in the same time.
     """
 
     def __init__(self, headers: dict[str, str], body: bytes) -> None:
-        """``headers`` have to name the length and the type of ``body``."""
+        """``headers`` must contain the length and the type of ``body``."""
         super().__init__()
         self._fields = headers
         self._content = body
 
     @property
     def keep_alive(self) -> bool:
-        """Always."""
+        """Always true: the caller checked that the connection is kept open."""
         return True
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
-        """Write all of it. Raises ``ConnectionError`` if the client has left."""
+        """Write the whole response. Raises ``ConnectionError`` if the client has left."""
         writer = request.writer
-        self._fields["Date"] = _date(int(time.time()))
-        # Whoever writes them looks only at their pairs, and refuses those with a line break.
+        self._fields["Date"] = _format_date(int(time.time()))
+        # The writer only iterates over the pairs, and refuses those with a line break. So a dict
+        # will do, and a multidict need not be built.
         await writer.write_headers("HTTP/1.1 200 OK", cast("CIMultiDict[str]", self._fields))
         await writer.write_eof(self._content)
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """All was written."""
+        """Do nothing: ``prepare`` has written all."""
 
 
 @lru_cache(2)
-def _date(second: int) -> str:
+def _format_date(second: int) -> str:
     """``Date`` (RFC 9110, section 6.6.1)."""
     return formatdate(second, usegmt=True)
 
 
 class Sender:
-    """Sends one answer to one client."""
+    """Sends one response to one client, and records in ``pull`` how much was sent."""
 
     def __init__(self, request: web.BaseRequest, pull: Pull, emit: Observer) -> None:
+        """Prepare one response.
+
+        Args:
+            request: The client's request. Its ``Range`` and conditions are evaluated.
+            pull: Record of the request. Status, bytes and times are written to it.
+            emit: Receives ``BytesSent`` for each part of a streamed body.
+        """
         self._request = request
         self._pull = pull
         self._emit = emit
         self._loop = asyncio.get_running_loop()
 
     async def send(self, body: Body, extra: Mapping[str, str]) -> web.StreamResponse:
-        """Answer with ``body``, or the part of it that the request's ``Range`` asks for.
+        """Send ``body``, or the part of it that the request asks for.
 
-        Raises :class:`mirror.oci.errors.RangeNotSatisfiable` before anything is sent.
+        Args:
+            body: The content. The caller closes its reader afterwards.
+            extra: Header fields beside those of the content. They take precedence.
+
+        Returns:
+            The response. aiohttp has to finish it: a small one has not been written yet.
+
+        Raises:
+            RangeNotSatisfiable: No requested range overlaps the content. Nothing was sent.
+            StorageUnavailable: No descriptor is free for ``sendfile``. Nothing was sent.
+            MirrorError: The content cannot be read (see ``Reader.wait``). If ``pull.status`` is
+                set, the header was being sent, and the connection has been aborted.
+            ConnectionError: The client has left.
+            TimeoutError: The client has stopped to read. The connection has been aborted.
         """
         request, etag = self._request, entity_tag(body.digest)
         if not_modified(request.headers.get("If-None-Match"), etag):
-            headers = {**headers_of(body), **extra}
+            headers = {**content_headers(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
-        # RFC 9110, section 14.2: only of a GET is a part asked for.
+        # RFC 9110, section 14.2: Range is defined for GET only.
         wanted = request.headers.get("Range") if request.method == "GET" else None
         if not range_applies(request.headers.get("If-Range"), etag):
             wanted = None
         if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
-            body = replace(body, size=await _wait_for_size(body.reader))
-        parts = Whole() if body.size is None else parse_range(wanted, body.size)
-        headers = {**headers_of(body), **extra}
-        if isinstance(parts, Ranges) and body.size is not None:
-            return await self._partial(body, body.size, parts.spans, headers)
-        if request.method == "HEAD" or _is_small(body.reader):
-            return self._small(body, headers)
-        return await self._stream(body, (), None, 200, headers)
-
-    async def _partial(
-        self, body: Body, size: int, spans: tuple[Span, ...], headers: dict[str, str]
-    ) -> web.StreamResponse:
-        multipart = None
-        if len(spans) == 1:
-            headers["Content-Range"] = content_range(spans[0], size)
-            headers["Content-Length"] = str(spans[0].length)
-        else:
-            multipart = Multipart(secrets.token_hex(16), body.media_type, spans, size)
-            headers["Content-Type"] = multipart.content_type
-            headers["Content-Length"] = str(multipart.length)
-        return await self._stream(body, spans, multipart, 206, headers)
-
-    def _small(self, body: Body, headers: dict[str, str]) -> web.StreamResponse:
-        request, pull = self._request, self._pull
-        if request.method == "HEAD" or not isinstance(body.reader, bytes):
+            body = replace(body, size=await _wait_for_size(body.source))
+        selected = Whole() if body.size is None else parse_range(wanted, body.size)
+        headers = {**content_headers(body), **extra}
+        if isinstance(selected, Ranges) and body.size is not None:
+            parts = _divide(body.media_type, body.size, selected.spans, headers)
+            return await self._stream(body, 206, headers, parts)
+        if request.method == "HEAD" or body.source is None:
             return web.Response(headers=headers)
+        if isinstance(body.source, bytes) and len(body.source) <= _SINGLE_WRITE_BYTES:
+            return self._build_small_response(body.source, headers)
+        return await self._stream(body, 200, headers, [(b"", 0, body.size)])
+
+    def _build_small_response(self, content: bytes, headers: dict[str, str]) -> web.StreamResponse:
+        request, pull = self._request, self._pull
         pull.complete = pull.sent_in_one_write = True
-        pull.bytes_sent = len(body.reader)
+        pull.bytes_sent = len(content)
         pull.first_byte = self._loop.time() - pull.started
         if request.version == HttpVersion11 and request.keep_alive:
-            return SingleWriteResponse(headers, body.reader)
-        return web.Response(headers=headers, body=body.reader)
+            return SingleWriteResponse(headers, content)
+        return web.Response(headers=headers, body=content)
 
     async def _stream(
-        self,
-        body: Body,
-        spans: tuple[Span, ...],
-        multipart: Multipart | None,
-        status: int,
-        headers: dict[str, str],
+        self, body: Body, status: int, headers: dict[str, str], parts: list[_Part]
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers=headers)
-        delimited = "Content-Length" in headers
-        if not delimited and self._request.version != HttpVersion10:
+        has_length = "Content-Length" in headers
+        if not has_length and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
-        socket_sendfile = self._open_sendfile() if delimited and multipart is None else None
+        socket_sendfile = self._open_sendfile() if has_length and len(parts) == 1 else None
         try:
             with socket_sendfile or nullcontext(), self._pull.stage("send"):
                 self._pull.status = status
-                async with abort_stalled_client(self._request.transport, PATIENCE):
+                async with abort_stalled_client(self._request.transport, CLIENT_STALL_TIMEOUT_S):
                     await response.prepare(self._request)
-                    for index, span in enumerate(spans):
-                        if multipart is not None:
-                            await response.write(multipart.head(index))
-                        await self._copy(response, body, span.start, span.stop, socket_sendfile)
-                    if multipart is not None:
-                        await response.write(multipart.tail)
-                    if not spans:
-                        await self._copy(response, body, 0, body.size, socket_sendfile)
+                    for delimiter, start, stop in parts:
+                        if delimiter:
+                            await response.write(delimiter)
+                        await self._send_span(response, body.source, start, stop, socket_sendfile)
                     await response.write_eof()
             self._pull.complete = True
         except BaseException:
-            self._cut(hard=not delimited)
+            abort_connection(self._request.transport, with_reset=not has_length)
             raise
         return response
 
     def _open_sendfile(self) -> SocketSendfile | None:
-        """None where bytes are encrypted, and the kernel cannot send the file itself.
+        """Return None on a TLS connection: the kernel cannot encrypt the file.
 
-        Raises :class:`StorageUnavailable` without a descriptor for it: nothing has been sent yet.
+        Raises ``StorageUnavailable`` if no descriptor is free. Nothing has been sent yet.
         """
         transport = self._request.transport
         if transport is None or transport.get_extra_info("sslcontext") is not None:
@@ -218,68 +226,67 @@ class Sender:
         except ConnectionError:
             raise
         except OSError as error:
-            raise StorageUnavailable(f"nothing can be sent: {error.strerror}") from error
+            raise StorageUnavailable(f"cannot open the socket: {error.strerror}") from error
 
-    async def _copy(
+    async def _send_span(
         self,
         response: web.StreamResponse,
-        body: Body,
+        source: Reader | bytes | None,
         start: int,
         stop: int | None,
         socket_sendfile: SocketSendfile | None,
     ) -> None:
-        """Wait until bytes are there, send them, until ``stop`` (or the end, if that is None)."""
-        reader = body.reader
-        if isinstance(reader, bytes):
-            await response.write(reader[start:stop])
-            self._count(len(reader[start:stop]))
+        """Send ``source`` from ``start`` to ``stop``, and wait for bytes that have not arrived."""
+        if isinstance(source, bytes):
+            await response.write(source[start:stop])
+            self._record_sent(len(source[start:stop]))
             return
-        assert _is_reader(reader)
+        assert source is not None
         position = start
         while stop is None or position < stop:
-            extent = await reader.wait(position, stop)
+            extent = await source.wait(position, stop)
             if extent is None:
                 break
-            # The first slice is small, so that the time to the first byte is about that.
-            count = min(extent.stop - position, SLICE if position > start else _FIRST_SLICE)
+            limit = _MAX_SEND_BYTES if position > start else _FIRST_SEND_BYTES
+            count = min(extent.stop - position, limit)
             if isinstance(extent, MemoryExtent):
                 await response.write(extent.data[:count])
-                self._count(count)
+                self._record_sent(count)
                 sent = count
             elif socket_sendfile is not None:
                 sent = await self._send_file(socket_sendfile, extent, position, count)
             else:
                 sent = await self._copy_file(response, extent, position, count)
             if sent == 0:
-                raise ContentLost("content was cut while it was read")
+                raise ContentLost("the content was truncated on disk while it was sent")
             position += sent
         if stop is not None and position != stop:
-            raise ContentLost("content ended before its announced length")
+            raise ContentLost("the content is shorter than its size")
 
     async def _send_file(
         self, socket_sendfile: SocketSendfile, extent: FileExtent, position: int, count: int
     ) -> int:
-        before = socket_sendfile.total
+        before = socket_sendfile.bytes_sent
         try:
             return await socket_sendfile.send(extent.fd, position, count)
         finally:
-            self._count(socket_sendfile.total - before)
+            self._record_sent(socket_sendfile.bytes_sent - before)
 
     async def _copy_file(
         self, response: web.StreamResponse, extent: FileExtent, position: int, count: int
     ) -> int:
-        # Readers share the descriptor, so each copy opens the file anew for an offset of its own;
-        # by way of the descriptor, because its name may be gone.
+        # Readers share the descriptor and its position. So the file is opened again, through the
+        # descriptor: its name may be gone by now.
         sent = 0
         async with aiofiles.open(f"/proc/self/fd/{extent.fd}", "rb", buffering=0) as file:
             await file.seek(position)
-            while sent < count and (data := await file.read(min(_COPY, count - sent))):
+            while sent < count and (data := await file.read(min(_COPY_BYTES, count - sent))):
                 await response.write(data)
-                self._count(len(data))
+                self._record_sent(len(data))
                 sent += len(data)
         return sent
 
-    def _count(self, count: int) -> None:
+    def _record_sent(self, count: int) -> None:
         if count == 0:
             return
         if self._pull.first_byte is None:
@@ -287,33 +294,26 @@ class Sender:
         self._pull.bytes_sent += count
         self._emit(BytesSent(self._pull.upstream, count))
 
-    def _cut(self, *, hard: bool) -> None:
-        """End the connection so that nobody takes the answer for whole.
 
-        ``hard``: where nothing else tells a client that more was to come, with a reset.
-        """
-        transport = self._request.transport
-        if transport is None:
-            return
-        connection = transport.get_extra_info("socket")
-        if hard and connection is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        transport.abort()
-
-
-def _is_small(source: Reader | bytes | None) -> bool:
-    """Whether so little that a client that reads nothing of it is worth no time limit."""
-    return source is None or (isinstance(source, bytes) and len(source) <= _FIRST_SLICE)
-
-
-def _is_reader(source: Reader | bytes | None) -> TypeGuard[Reader]:
-    return source is not None and not isinstance(source, bytes)
+def _divide(
+    media_type: str, size: int, spans: tuple[Span, ...], headers: dict[str, str]
+) -> list[_Part]:
+    """Return the parts of a 206 response, and set its ``headers`` (RFC 9110, section 15.3.7)."""
+    if len(spans) == 1:
+        headers["Content-Range"] = content_range(spans[0], size)
+        headers["Content-Length"] = str(spans[0].length)
+        return [(b"", spans[0].start, spans[0].stop)]
+    multipart = Multipart(secrets.token_hex(16), media_type, spans, size)
+    headers["Content-Type"] = multipart.content_type
+    headers["Content-Length"] = str(multipart.length)
+    parts = [(multipart.head(index), span.start, span.stop) for index, span in enumerate(spans)]
+    return [*parts, (multipart.tail, 0, 0)]
 
 
 async def _wait_for_size(source: Reader | bytes | None) -> int | None:
-    """A part of content whose size nobody knows can be named only once all of it is here."""
-    if _is_reader(source):
-        while source.size is None and await source.wait(source.arrived) is not None:
-            pass
-        return source.size
-    return None
+    """Wait until all content has arrived if its size is not known. A range needs the size."""
+    if source is None or isinstance(source, bytes):
+        return None
+    while source.size is None and await source.wait(source.arrived) is not None:
+        pass
+    return source.size

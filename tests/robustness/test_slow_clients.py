@@ -93,7 +93,7 @@ def test_slow_clients_hold_no_memory_and_nobody_up(size: int, tried: Callable[[i
 async def test_slow_headers_do_not_hold_a_connection_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr("mirror.server.KEEPALIVE", 0.5)
+    monkeypatch.setattr("mirror.server.KEEPALIVE_TIMEOUT_S", 0.5)
     async with running(tmp_path) as server:
         port = int(server.url.rpartition(":")[2])
 

@@ -1,4 +1,4 @@
-"""The server as a process: its certificate, its end, its workers, its exit codes."""
+"""The server as a process: certificate, shutdown, workers, exit codes."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ NOWHERE = {"docker.io": "http://127.0.0.1:9"}
 # --- the listener's certificate -----------------------------------------------------------------
 
 
-async def shown(port: int) -> bytes | None:
-    """The certificate that a new connection is shown."""
+async def fetch_certificate(port: int) -> bytes | None:
+    """Return the certificate that a new connection gets, in DER."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     try:
-        found: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        return found
+        received: bytes | None = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        return received
     finally:
         writer.transport.abort()
 
@@ -55,7 +55,7 @@ def der(made: tokens.Certificate) -> bytes:
 
 @asynccontextmanager
 async def listening(certificate: Certificate) -> AsyncIterator[int]:
-    """A server that does nothing but show its certificate."""
+    """A server that completes the TLS handshake and closes. Yields its port."""
     server = await asyncio.start_server(
         lambda _, writer: writer.close(), "127.0.0.1", 0, ssl=certificate.context
     )
@@ -63,21 +63,23 @@ async def listening(certificate: Certificate) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-async def test_new_connections_get_a_new_certificate(tmp_path: Path) -> None:
+async def test_new_connections_get_a_changed_certificate_after_a_refresh(tmp_path: Path) -> None:
     old = tokens.Certificate.make(tmp_path)
     certificate = Certificate(Tls(certificate=str(old.cert_file), key=str(old.key_file)))
     async with listening(certificate) as port:
         first = der(old)
         certificate.refresh()
-        assert await shown(port) == first
+        assert await fetch_certificate(port) == first
         new = tokens.Certificate.make(tmp_path)
-        assert await shown(port) == first, "not before it is read again"
+        assert await fetch_certificate(port) == first, "the new certificate has not been loaded yet"
         certificate.refresh()
-        assert await shown(port) == der(new) != first
+        assert await fetch_certificate(port) == der(new) != first
 
 
-async def test_a_pair_that_does_not_match_keeps_the_old_one(tmp_path: Path) -> None:
-    """A certificate and its key are replaced one after the other, and looked at in between."""
+async def test_pair_that_cannot_be_loaded_raises_and_the_previous_one_stays_in_use(
+    tmp_path: Path,
+) -> None:
+    """A certificate and its key are replaced one after the other, with a refresh in between."""
     old = tokens.Certificate.make(tmp_path)
     certificate = Certificate(Tls(certificate=str(old.cert_file), key=str(old.key_file)))
     (tmp_path / "new").mkdir()
@@ -87,31 +89,31 @@ async def test_a_pair_that_does_not_match_keeps_the_old_one(tmp_path: Path) -> N
         old.cert_file.write_bytes(new.cert_file.read_bytes())
         with pytest.raises(ssl.SSLError):
             certificate.refresh()
-        assert await shown(port) == first
+        assert await fetch_certificate(port) == first
         old.key_file.unlink()
         with pytest.raises(OSError, match="No such file"):
             certificate.refresh()
-        assert await shown(port) == first
+        assert await fetch_certificate(port) == first
         old.key_file.write_text("no key at all")
         with pytest.raises(OSError, match=r"PEM|SSL"):
             certificate.refresh()
-        assert await shown(port) == first
+        assert await fetch_certificate(port) == first
         old.key_file.write_bytes(new.key_file.read_bytes())
         certificate.refresh()
-        assert await shown(port) == der(new)
+        assert await fetch_certificate(port) == der(new)
 
 
-async def test_a_server_reads_its_certificate_again_by_itself(
+async def test_running_server_loads_a_changed_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.server._REFRESH_EVERY", 0.02)
+    monkeypatch.setattr("mirror.server._CERTIFICATE_INTERVAL_S", 0.02)
     made = tokens.Certificate.make(tmp_path)
     async with running(tmp_path / "data", certificate=made) as server:
         port = int(server.url.rpartition(":")[2])
-        assert await shown(port) == der(made)
+        assert await fetch_certificate(port) == der(made)
         new = tokens.Certificate.make(tmp_path)
         async with asyncio.timeout(20):
-            while await shown(port) != der(new):  # noqa: ASYNC110 - it tells nobody
+            while await fetch_certificate(port) != der(new):  # noqa: ASYNC110 - a refresh has no event to wait for
                 await asyncio.sleep(0.02)
 
 
@@ -120,34 +122,34 @@ async def test_a_server_reads_its_certificate_again_by_itself(
 
 @asynccontextmanager
 async def pulling(mirror: Mirror, fake: FakeRegistry) -> AsyncIterator[aiohttp.ClientResponse]:
-    """A pull whose upstream has sent half."""
+    """A pull of a blob of which the upstream has sent the first part only."""
     fake.add_blob(DATA)
     async with aiohttp.ClientSession() as client, client.get(mirror.url + BLOB) as response:
         assert await response.content.readexactly(1000) == DATA[:1000]
         yield response
 
 
-async def draining(mirror: Mirror) -> bool:
-    """Whether it is not ready any more, and still answers."""
-    answer = await asyncio.to_thread(mirror.ask, "/readyz")
-    return answer.status == 503 and b"draining" in answer.body
+async def is_draining(mirror: Mirror) -> bool:
+    """True if the server responds, and reports that it drains."""
+    response = await asyncio.to_thread(mirror.ask, "/readyz")
+    return response.status == 503 and b"draining" in response.body
 
 
-async def until_draining(mirror: Mirror) -> None:
+async def wait_until_draining(mirror: Mirror) -> None:
     async with asyncio.timeout(20):
-        while not await draining(mirror):  # noqa: ASYNC110 - it is another process
+        while not await is_draining(mirror):  # noqa: ASYNC110 - another process, without an event to wait for
             await asyncio.sleep(0.02)
 
 
 @pytest.mark.row("C10")
-async def test_sigterm_lets_what_is_under_way_end() -> None:
+async def test_sigterm_refuses_new_pulls_and_completes_running_ones() -> None:
     gate = asyncio.Event()
     async with FakeRegistry() as fake:
         fake.fault(BLOB, Fault(stall_at=300_000, gate=gate))
         with Mirror({"docker.io": fake.url}) as mirror:
             async with pulling(mirror, fake) as response:
                 os.kill(mirror.pid, signal.SIGTERM)
-                await until_draining(mirror)
+                await wait_until_draining(mirror)
                 refused = await asyncio.to_thread(mirror.ask, BLOB)
                 assert (refused.status, b"UNAVAILABLE" in refused.body) == (503, True)
                 assert (await asyncio.to_thread(mirror.ask, "/healthz")).status == 200
@@ -160,7 +162,7 @@ async def test_sigterm_lets_what_is_under_way_end() -> None:
 
 
 @pytest.mark.row("C10")
-async def test_what_does_not_end_in_time_is_cut() -> None:
+async def test_pull_that_exceeds_the_drain_timeout_is_aborted_and_not_stored() -> None:
     async with FakeRegistry() as fake:
         fake.fault(BLOB, Fault(stall_at=300_000, times=None))
         with Mirror({"docker.io": fake.url}, drain_timeout="0.2s") as mirror:
@@ -174,7 +176,9 @@ async def test_what_does_not_end_in_time_is_cut() -> None:
 
 
 @pytest.mark.parametrize(("workers", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_ends_it_with_0_and_leaves_nothing(workers: int, number: signal.Signals) -> None:
+def test_signal_ends_the_server_with_exit_code_0_and_leaves_no_process(
+    workers: int, number: signal.Signals
+) -> None:
     with Mirror(NOWHERE, workers=workers) as mirror:
         children = mirror.workers()
         assert len(children) == (workers if workers > 1 else 0)
@@ -195,20 +199,20 @@ def two_workers() -> Iterator[Mirror]:
         yield mirror
 
 
-def ended(mirror: Mirror) -> list[int]:
-    """Exit codes of workers that had to be replaced."""
+def exit_codes(mirror: Mirror) -> list[int]:
+    """Exit codes of the workers that were replaced."""
     return [line["code"] for line in mirror.log() if line["message"] == "a worker ended"]
 
 
-def answers(mirror: Mirror) -> bool:
-    """Whether a new connection is served, whichever worker gets it."""
+def is_ready(mirror: Mirror) -> bool:
+    """True if a new connection is served. Any of the workers may accept it."""
     try:
         return mirror.ask("/readyz", timeout=1).status == 200
     except (OSError, HTTPException):
         return False
 
 
-def test_a_worker_that_dies_is_replaced_and_its_counts_stay(two_workers: Mirror) -> None:
+def test_killed_worker_is_replaced_and_its_metrics_stay(two_workers: Mirror) -> None:
     mirror = two_workers
     for _ in range(40):
         assert mirror.ask("/v2/library/app/tags/list?n=0").status == 200
@@ -216,39 +220,39 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(two_workers: Mirror)
     before = mirror.workers()
     mirror.kill_worker(before[0])
     wait_until(lambda: len(set(mirror.workers()) - set(before)) == 1, "another worker", 20)
-    assert before[1] in mirror.workers(), "the other one is left alone"
-    wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 20)
-    assert ended(mirror) == [-signal.SIGKILL]
+    assert before[1] in mirror.workers(), "the other worker is not restarted"
+    wait_until(lambda: all(is_ready(mirror) for _ in range(10)), "all is served", 20)
+    assert exit_codes(mirror) == [-signal.SIGKILL]
     assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
 
 
 @pytest.mark.row("M9")
-def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
+def test_worker_that_fails_at_start_is_restarted_once_a_second_at_most(tmp_path: Path) -> None:
     made = tokens.Certificate.make(tmp_path)
     listener = {"certificate": str(made.cert_file), "key": str(made.key_file)}
     with Mirror(NOWHERE, workers=2, tls=listener) as mirror:
-        wait_until(lambda: all(answers(mirror) for _ in range(20)), "both serve", 20)
+        wait_until(lambda: all(is_ready(mirror) for _ in range(20)), "both serve", 20)
         key = made.key_file.read_bytes()
         made.key_file.unlink()
-        begun = time.monotonic()
+        started = time.monotonic()
         mirror.kill_worker(mirror.workers()[0])
-        wait_until(lambda: len(ended(mirror)) >= 3, "it is tried again", 30)
-        codes = ended(mirror)
-        # the one that was killed, and then one a second at most
-        assert len(codes) <= 2 + time.monotonic() - begun
+        wait_until(lambda: len(exit_codes(mirror)) >= 3, "it is tried again", 30)
+        codes = exit_codes(mirror)
+        # The killed worker, and then one a second at most.
+        assert len(codes) <= 2 + time.monotonic() - started
         assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
         assert mirror.said().count("worker: FileNotFoundError: ") >= 2
         assert "Traceback" not in mirror.said()
         made.key_file.write_bytes(key)
-        wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 30)
+        wait_until(lambda: all(is_ready(mirror) for _ in range(10)), "all is served", 30)
 
 
-def test_a_second_server_on_the_port_of_workers_fails_in_one_line(two_workers: Mirror) -> None:
-    """Workers share their port, and must not share it with a stranger."""
+def test_second_server_on_the_port_of_workers_fails_with_one_line(two_workers: Mirror) -> None:
+    """Workers share their port with ``SO_REUSEPORT``, but not with another server."""
     mirror = two_workers
     command = [sys.executable, "-m", "mirror", "serve", "--config", str(mirror.config_file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == f"listen: {mirror.host}: Address already in use\n"
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr == f"listen: {mirror.host}: Address already in use\n"
     assert mirror.ask("/readyz").status == 200

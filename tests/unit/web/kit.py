@@ -1,4 +1,4 @@
-"""What the tests of request paths share: three upstreams, and how a path is read there."""
+"""Shared by the tests of request paths: three upstreams, and a parser for them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ UPSTREAMS = {"docker.io", "ghcr.io", "reg:5000"}
 DIGEST = Digest.of(b"x")
 
 
-def read(path: str, query: str = "", method: str = "GET") -> Request:
-    """What a request is about, where docker.io is the default."""
+def parse_path(path: str, query: str = "", method: str = "GET") -> Request:
+    """Parse a request, with docker.io as the default upstream."""
     return parse(method, path, query, upstreams=UPSTREAMS, default="docker.io")

@@ -1,4 +1,4 @@
-"""The table of errors (rows U9, U15, HU15, and the specification's error bodies)."""
+"""The table from errors to responses (rows U9, U15, HU15), and the OCI error body."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirror.oci.errors import (
     UpstreamError,
     UpstreamRateLimited,
 )
-from mirror.web.errors import body_of, code_of, headers_of, status_of
+from mirror.web.errors import body_of, error_headers, status_of
 
 EXPECTED = {
     "MirrorError": (500, "UNKNOWN"),
@@ -61,53 +61,45 @@ def every_error() -> list[type[MirrorError]]:
 
 
 def make(kind: type[MirrorError]) -> MirrorError:
-    return RangeNotSatisfiable(5) if kind is RangeNotSatisfiable else kind("why")
+    return RangeNotSatisfiable(5) if kind is RangeNotSatisfiable else kind("reason")
 
 
-def test_every_error_of_the_tree_is_in_the_table() -> None:
-    shown = {k.__name__: (status_of(make(k)), code_of(make(k))) for k in every_error()}
-    assert shown == EXPECTED
+def test_every_error_has_its_status_and_code() -> None:
+    table = {k.__name__: (status_of(make(k)), make(k).code) for k in every_error()}
+    assert table == EXPECTED
 
 
 @pytest.mark.row("U15")
-def test_an_upstreams_fault_is_never_a_404_nor_a_500() -> None:
+def test_upstream_failure_is_never_404_or_500() -> None:
     for kind in every_error():
         if issubclass(kind, UpstreamError | Denied | Unauthorized):
             assert status_of(make(kind)) not in (404, 500)
         assert (status_of(make(kind)) == 404) == issubclass(kind, NotFound)
 
 
-def test_no_answer_is_a_challenge() -> None:
+def test_no_error_response_is_a_challenge() -> None:
     for kind in every_error():
         assert status_of(make(kind)) != 401
-        assert "WWW-Authenticate" not in headers_of(make(kind))
+        assert "WWW-Authenticate" not in error_headers(make(kind))
 
 
-def test_an_error_of_a_subclass_is_that_of_its_parent() -> None:
+def test_subclass_has_the_status_of_its_base_class() -> None:
     class Special(errors.UpstreamTimeout):
         pass
 
     assert status_of(Special("x")) == 504
 
 
-def test_what_is_not_ours_says_nothing() -> None:
-    error = ValueError("secret /path")
-    assert status_of(error) == 500
-    assert json.loads(body_of(error)) == {
-        "errors": [{"code": "UNKNOWN", "message": "internal error"}]
-    }
-
-
-def test_the_body_is_that_of_the_specification() -> None:
+def test_error_body_follows_the_specification() -> None:
     error = errors.ManifestUnknown("no such tag", detail="v1")
     assert json.loads(body_of(error)) == {
         "errors": [{"code": "MANIFEST_UNKNOWN", "message": "no such tag", "detail": "v1"}]
     }
-    assert headers_of(error) == {"Content-Type": "application/json"}
+    assert error_headers(error) == {"Content-Type": "application/json"}
 
 
 @pytest.mark.row("HU15")
-def test_escapes_in_a_message_are_visible_and_bounded() -> None:
+def test_control_characters_are_escaped_and_long_texts_are_cut() -> None:
     error = errors.UpstreamError("a\x1b[31m\r\nb\u202e" + "x" * 10_000, detail="\x00" * 10_000)
     entry = json.loads(body_of(error))["errors"][0]
     assert entry["message"].startswith(r"a\x1b[31m\x0d\x0ab\u202exxx")
@@ -116,16 +108,16 @@ def test_escapes_in_a_message_are_visible_and_bounded() -> None:
 
 
 @given(st.text(st.characters()), st.none() | st.text(st.characters()))
-def test_every_body_is_printable_json(message: str, detail: str | None) -> None:
+def test_every_error_body_is_printable_ascii_json(message: str, detail: str | None) -> None:
     body = body_of(NotFound(message, detail=detail))
     assert body.isascii()
     entry = json.loads(body)["errors"][0]
     assert entry["message"].isprintable()
 
 
-def test_headers_that_an_error_needs() -> None:
-    assert headers_of(errors.MethodUnsupported("x"))["Allow"] == "GET, HEAD"
-    assert headers_of(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
+def test_405_has_allow_and_416_has_content_range() -> None:
+    assert error_headers(errors.MethodUnsupported("x"))["Allow"] == "GET, HEAD"
+    assert error_headers(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
 
 
 @pytest.mark.row("U9")
@@ -143,7 +135,9 @@ def test_headers_that_an_error_needs() -> None:
         (math.inf, None),
     ],
 )
-def test_retry_after(seconds: float | None, expected: str | None) -> None:
+def test_429_has_retry_after_in_whole_seconds_of_at_most_a_day(
+    seconds: float | None, expected: str | None
+) -> None:
     error = UpstreamRateLimited("slow down", retry_after=seconds)
     assert status_of(error) == 429
-    assert headers_of(error).get("Retry-After") == expected
+    assert error_headers(error).get("Retry-After") == expected

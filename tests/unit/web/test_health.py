@@ -1,4 +1,4 @@
-"""Health and readiness: who is asked for what, and what makes a server not ready."""
+"""``/healthz`` and ``/readyz``: only draining makes a server not ready."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running
 
 
-def test_a_disk_that_refuses_is_told_and_is_no_reason_to_stay_away() -> None:
-    why: list[str | None] = [None]
-    health = Health(lambda: why[0])
+def test_report_is_degraded_but_ready_if_nothing_can_be_stored() -> None:
+    reason: list[str | None] = [None]
+    health = Health(lambda: reason[0])
     assert health.report() == (True, {"status": "ok"})
-    why[0] = "Read-only file system"
+    reason[0] = "Read-only file system"
     assert health.report() == (True, {"status": "degraded", "storage": "Read-only file system"})
-    health.draining = True
+    health.is_draining = True
     assert health.report() == (False, {"status": "draining"})
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-async def test_probes_need_no_upstream(tmp_path: Path, path: str) -> None:
+async def test_probes_respond_without_an_upstream(tmp_path: Path, path: str) -> None:
     async with running(tmp_path) as server:
         status, headers, body = await server.get(server.url + path)
         assert (status, json.loads(body)) == (200, {"status": "ok"})
         assert headers["Content-Type"] == "application/json"
-        status, headers, nothing = await server.ask("HEAD", server.url + path)
-        assert (status, nothing) == (200, b"")
+        status, headers, head_body = await server.ask("HEAD", server.url + path)
+        assert (status, head_body) == (200, b"")
         assert headers["Content-Length"] == str(len(body))
         assert (await server.ask("POST", server.url + path))[0] == 405
 
 
 @pytest.mark.row("C10")
-async def test_a_server_that_drains_lives_and_is_not_ready(tmp_path: Path) -> None:
+async def test_draining_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
-        server.room.health.draining = True
+        server.running_server.health.is_draining = True
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
         status, _, body = await server.get(f"{server.url}/readyz")
         assert (status, json.loads(body)) == (503, {"status": "draining"})
@@ -46,7 +46,9 @@ async def test_a_server_that_drains_lives_and_is_not_ready(tmp_path: Path) -> No
 
 
 @pytest.mark.row("D7")
-async def test_a_directory_that_is_none_is_served_without(tmp_path: Path) -> None:
+async def test_pulls_are_served_and_the_report_is_degraded_if_the_data_directory_is_a_file(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "data").write_text("a file")
     async with FakeRegistry() as fake, running(tmp_path / "data", fake.url) as server:
         digest = fake.add_blob(b"a small blob")

@@ -1,4 +1,7 @@
-"""Request line to typed request (row HC4); what is refused is in ``test_web_paths_refused.py``."""
+"""A valid request line becomes a typed request (row HC4).
+
+Refused requests are in ``test_paths_refused.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,55 +22,66 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.web.paths import (
     BlobRequest,
-    Health,
+    HealthRequest,
     ManifestRequest,
-    Metrics,
-    Ping,
-    Ready,
+    MetricsRequest,
+    PingRequest,
+    ReadyRequest,
     ReferrersRequest,
     Request,
     TagsRequest,
+    build_parser,
     parse,
-    router,
 )
-from tests.unit.web.kit import DIGEST, UPSTREAMS, read
+from tests.unit.web.kit import DIGEST, UPSTREAMS, parse_path
 
 LONG = Digest.of(b"x", "sha512")
 ENCODED = str(DIGEST).replace(":", "%3A")
 
 
 def hub(path: str) -> Repository:
+    """A repository of the default upstream."""
     return Repository("docker.io", path)
 
 
-# --- what is served -----------------------------------------------------------------------------
+# --- endpoints ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("/v2/", Ping()),
-        ("/v2", Ping()),
-        ("/healthz", Health()),
-        ("/readyz", Ready()),
-        ("/metrics", Metrics()),
+        ("/v2/", PingRequest()),
+        ("/v2", PingRequest()),
+        ("/healthz", HealthRequest()),
+        ("/readyz", ReadyRequest()),
+        ("/metrics", MetricsRequest()),
     ],
 )
-def test_fixed_paths(path: str, expected: Request, method: str) -> None:
-    assert read(path, method=method) == expected
-    assert read(path, "ns=docker.io", method) == expected
+def test_fixed_path_has_one_request_type_for_get_and_head(
+    path: str, expected: Request, method: str
+) -> None:
+    assert parse_path(path, method=method) == expected
+    assert parse_path(path, "ns=docker.io", method) == expected
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_each_endpoint(method: str) -> None:
+def test_path_of_each_endpoint_becomes_its_request(method: str) -> None:
     repository = hub("a/b")
-    assert read("/v2/a/b/manifests/v1", "", method) == ManifestRequest(repository, Tag("v1"), None)
-    assert read(f"/v2/a/b/manifests/{LONG}", "", method) == ManifestRequest(repository, LONG, None)
-    assert read(f"/v2/a/b/blobs/{DIGEST}", "", method) == BlobRequest(repository, DIGEST, None)
-    assert read("/v2/a/b/tags/list", "", method) == TagsRequest(repository, None, None, None, "")
-    assert read(f"/v2/a/b/referrers/{DIGEST}", "", method) == ReferrersRequest(
-        repository, DIGEST, None, None, ""
+    assert parse_path("/v2/a/b/manifests/v1", "", method) == ManifestRequest(
+        repository, Tag("v1"), None
+    )
+    assert parse_path(f"/v2/a/b/manifests/{LONG}", "", method) == ManifestRequest(
+        repository, LONG, None
+    )
+    assert parse_path(f"/v2/a/b/blobs/{DIGEST}", "", method) == BlobRequest(
+        repository, DIGEST, None
+    )
+    assert parse_path("/v2/a/b/tags/list", "", method) == TagsRequest(
+        repository, None, None, None, ""
+    )
+    assert parse_path(f"/v2/a/b/referrers/{DIGEST}", "", method) == ReferrersRequest(
+        repository, DIGEST, None, None
     )
 
 
@@ -83,17 +97,19 @@ def test_each_endpoint(method: str) -> None:
         ("a", "ns=reg:5000", Repository("reg:5000", "a"), ""),
         ("reg:5000/a", "", Repository("reg:5000", "a"), "reg:5000/"),
         ("reg%3A5000/a", "", Repository("reg:5000", "a"), "reg:5000/"),
-        # ns wins, and then the path is literal
+        # With ns, the whole path is the name of the repository.
         ("ghcr.io/a", "ns=docker.io", hub("ghcr.io/a"), ""),
         ("ghcr.io/a", "ns=ghcr.io", Repository("ghcr.io", "ghcr.io/a"), ""),
-        # only a first component with something behind it names an upstream
+        # Only the first of several components can name an upstream.
         ("ghcr.io", "", hub("library/ghcr.io"), ""),
         ("a/ghcr.io/b", "", hub("a/ghcr.io/b"), ""),
         ("quay.io/a", "", hub("quay.io/a"), ""),
     ],
 )
-def test_routing(name: str, query: str, repository: Repository, prefix: str) -> None:
-    found = read(f"/v2/{name}/tags/list", query)
+def test_upstream_is_named_by_ns_then_by_the_first_component_then_by_default(
+    name: str, query: str, repository: Repository, prefix: str
+) -> None:
+    found = parse_path(f"/v2/{name}/tags/list", query)
     assert isinstance(found, TagsRequest)
     assert (found.repository, found.prefix) == (repository, prefix)
     assert found.ns == (repository.upstream if query else None)
@@ -113,16 +129,24 @@ def test_routing(name: str, query: str, repository: Repository, prefix: str) -> 
         (f"/v2/a/blobs/referrers/{DIGEST}", "a/blobs", ReferrersRequest),
     ],
 )
-def test_paths_are_read_from_the_right(path: str, repository: str, kind: type) -> None:
-    found = read(path)
+def test_last_keyword_in_the_path_decides_the_endpoint(
+    path: str, repository: str, kind: type
+) -> None:
+    found = parse_path(path)
     assert type(found) is kind
     assert getattr(found, "repository") == hub(repository)  # noqa: B009 - a union's common field
 
 
-def test_a_part_is_decoded_once() -> None:
-    assert read(f"/v2/a%62/manifests/{ENCODED}") == ManifestRequest(hub("library/ab"), DIGEST, None)
-    assert read("/v2/a/manifests/v1%2E0") == ManifestRequest(hub("library/a"), Tag("v1.0"), None)
-    assert read(f"/v2/a/blobs/{ENCODED.lower()}") == BlobRequest(hub("library/a"), DIGEST, None)
+def test_each_part_is_percent_decoded_once() -> None:
+    assert parse_path(f"/v2/a%62/manifests/{ENCODED}") == ManifestRequest(
+        hub("library/ab"), DIGEST, None
+    )
+    assert parse_path("/v2/a/manifests/v1%2E0") == ManifestRequest(
+        hub("library/a"), Tag("v1.0"), None
+    )
+    assert parse_path(f"/v2/a/blobs/{ENCODED.lower()}") == BlobRequest(
+        hub("library/a"), DIGEST, None
+    )
 
 
 # --- queries ------------------------------------------------------------------------------------
@@ -139,8 +163,8 @@ def test_a_part_is_decoded_once() -> None:
         ("unknown=1&&=&n=007", 7, None),
     ],
 )
-def test_pagination(query: str, count: int | None, last: str | None) -> None:
-    assert read("/v2/a/b/tags/list", query) == TagsRequest(hub("a/b"), count, last, None, "")
+def test_n_and_last_become_count_and_last(query: str, count: int | None, last: str | None) -> None:
+    assert parse_path("/v2/a/b/tags/list", query) == TagsRequest(hub("a/b"), count, last, None, "")
 
 
 @pytest.mark.parametrize(
@@ -150,26 +174,24 @@ def test_pagination(query: str, count: int | None, last: str | None) -> None:
         *("n=\u0661", "last=a/b", "last=..", f"last={'a' * 129}", "last=a%0Ab"),
     ],
 )
-def test_pagination_outside_its_grammar(query: str) -> None:
+def test_malformed_n_or_last_is_refused(query: str) -> None:
     with pytest.raises(PaginationInvalid):
-        read("/v2/a/b/tags/list", query)
+        parse_path("/v2/a/b/tags/list", query)
 
 
 @pytest.mark.parametrize("query", ["artifactType=a%2Fb%2Bjson", "artifactType=a/b+json"])
-def test_the_artifact_type(query: str) -> None:
-    found = read(f"/v2/ghcr.io/a/referrers/{DIGEST}", query)
-    assert found == ReferrersRequest(
-        Repository("ghcr.io", "a"), DIGEST, "a/b+json", None, "ghcr.io/"
-    )
+def test_artifact_type_is_decoded_and_keeps_its_plus(query: str) -> None:
+    found = parse_path(f"/v2/ghcr.io/a/referrers/{DIGEST}", query)
+    assert found == ReferrersRequest(Repository("ghcr.io", "a"), DIGEST, "a/b+json", None)
 
 
-def test_an_artifact_type_is_a_media_type() -> None:
-    assert read(f"/v2/a/b/referrers/{DIGEST}", "artifactType=") == read(
+def test_artifact_type_must_be_a_media_type_or_empty() -> None:
+    assert parse_path(f"/v2/a/b/referrers/{DIGEST}", "artifactType=") == parse_path(
         f"/v2/a/b/referrers/{DIGEST}"
     )
     for raw in ("x", "a/b%0D%0Ac", "a/%00", "a/b;c=d"):
         with pytest.raises(InvalidRequest):
-            read(f"/v2/a/b/referrers/{DIGEST}", f"artifactType={raw}")
+            parse_path(f"/v2/a/b/referrers/{DIGEST}", f"artifactType={raw}")
 
 
 @pytest.mark.row("HC4")
@@ -211,24 +233,24 @@ def test_an_artifact_type_is_a_media_type() -> None:
         "a" * 2000,
     ],
 )
-def test_ns_names_a_configured_upstream_or_nothing(raw: str) -> None:
+def test_ns_that_is_not_configured_is_refused(raw: str) -> None:
     for path in ("/v2/a/manifests/b", f"/v2/a/blobs/{DIGEST}", "/v2/docker.io/a/tags/list"):
         with pytest.raises(NameUnknown):
-            read(path, f"ns={raw}")
+            parse_path(path, f"ns={raw}")
 
 
 @pytest.mark.row("HC4")
-def test_ns_has_one_reading() -> None:
-    assert read("/v2/a/manifests/b", "ns=ghcr.io&ns=ghcr.io") == read(
+def test_ns_with_two_values_is_refused() -> None:
+    assert parse_path("/v2/a/manifests/b", "ns=ghcr.io&ns=ghcr.io") == parse_path(
         "/v2/a/manifests/b", "ns=ghcr.io"
     )
     with pytest.raises(InvalidRequest):
-        read("/v2/a/manifests/b", "ns=ghcr.io&ns=docker.io")
+        parse_path("/v2/a/manifests/b", "ns=ghcr.io&ns=docker.io")
     with pytest.raises(InvalidRequest):
-        read("/v2/a/manifests/b", "&".join(f"x{n}=1" for n in range(100)))
+        parse_path("/v2/a/manifests/b", "&".join(f"x{n}=1" for n in range(100)))
 
 
-def test_a_default_that_is_not_configured_is_unknown() -> None:
+def test_default_upstream_that_is_not_configured_is_refused() -> None:
     with pytest.raises(NameUnknown):
         parse("GET", "/v2/a/manifests/b", "", upstreams={"ghcr.io"}, default="docker.io")
     assert parse("GET", "/v2/ghcr.io/a/manifests/b", "", upstreams={"ghcr.io"}, default="")
@@ -250,12 +272,12 @@ QUERIES = st.text() | st.lists(
 
 
 @given(TARGETS | st.text(), QUERIES)
-def test_nothing_but_typed_errors_and_parsed_values_comes_out(path: str, query: str) -> None:
+def test_any_input_gives_a_valid_request_or_a_typed_error(path: str, query: str) -> None:
     try:
-        found = read(path, query)
+        found = parse_path(path, query)
     except (InvalidRequest, NotFound, MethodUnsupported):
         return
-    if isinstance(found, Ping | Health | Ready | Metrics):
+    if isinstance(found, PingRequest | HealthRequest | ReadyRequest | MetricsRequest):
         return
     assert found.repository.upstream in UPSTREAMS
     assert Repository.parse(found.repository.upstream, found.repository.path) == found.repository
@@ -272,11 +294,13 @@ TAGS = st.from_regex(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", fullmatch=True)
 
 
 @given(NAMES, TAGS | st.just(str(DIGEST)), st.sampled_from(sorted(UPSTREAMS)), st.booleans())
-def test_round_trip(name: str, reference: str, upstream: str, encoded: bool) -> None:
+def test_valid_names_are_parsed_unchanged_by_ns_and_by_path(
+    name: str, reference: str, upstream: str, encoded: bool
+) -> None:
     expected = Repository.parse(upstream, name)
-    shown = quote(reference, safe="") if encoded else reference
-    by_ns = read(f"/v2/{name}/manifests/{shown}", f"ns={quote(upstream, safe='')}")
-    by_path = read(f"/v2/{upstream}/{name}/manifests/{shown}")
+    sent = quote(reference, safe="") if encoded else reference
+    by_ns = parse_path(f"/v2/{name}/manifests/{sent}", f"ns={quote(upstream, safe='')}")
+    by_path = parse_path(f"/v2/{upstream}/{name}/manifests/{sent}")
     assert isinstance(by_ns, ManifestRequest)
     assert isinstance(by_path, ManifestRequest)
     assert by_ns.repository == by_path.repository == expected
@@ -284,21 +308,25 @@ def test_round_trip(name: str, reference: str, upstream: str, encoded: bool) -> 
     assert (by_ns.ns, by_path.ns) == (upstream, None)
 
 
-def test_the_router_remembers_what_was_right_and_forgets_what_was_wrong() -> None:
-    route = router(UPSTREAMS, "docker.io")
-    once = route("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
-    assert once is route("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
-    assert once == read("/v2/a/b/manifests/c", "ns=ghcr.io")
-    assert route("GET", "/v2/a/b/manifests/c", "") != once
+def test_parser_caches_valid_requests_and_no_errors() -> None:
+    parse_request = build_parser(UPSTREAMS, "docker.io")
+    first = parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert first is parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert first == parse_path("/v2/a/b/manifests/c", "ns=ghcr.io")
+    assert parse_request("GET", "/v2/a/b/manifests/c", "") != first
     for _ in range(2):
         with pytest.raises(MethodUnsupported):
-            route("PUT", "/v2/a/b/manifests/c", "ns=ghcr.io")
+            parse_request("PUT", "/v2/a/b/manifests/c", "ns=ghcr.io")
         with pytest.raises(NameInvalid):
-            route("GET", f"/v2/{'a' * 1000}/manifests/c", "")
+            parse_request("GET", f"/v2/{'a' * 1000}/manifests/c", "")
 
 
-def test_the_router_remembers_nothing_long() -> None:
-    route = router(UPSTREAMS, "docker.io")
+def test_parser_does_not_cache_long_requests() -> None:
+    parse_request = build_parser(UPSTREAMS, "docker.io")
     query = f"ns=ghcr.io&x={'x' * 1000}"
-    assert route("GET", "/v2/a/manifests/c", query) == route("GET", "/v2/a/manifests/c", query)
-    assert route("GET", "/v2/a/manifests/c", query) is not route("GET", "/v2/a/manifests/c", query)
+    assert parse_request("GET", "/v2/a/manifests/c", query) == parse_request(
+        "GET", "/v2/a/manifests/c", query
+    )
+    assert parse_request("GET", "/v2/a/manifests/c", query) is not parse_request(
+        "GET", "/v2/a/manifests/c", query
+    )

@@ -1,4 +1,4 @@
-"""Paths that are not served, and whose fault it is (rows HC3, HC12)."""
+"""Refused request lines, and the error of each (rows HC3, HC12)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirror.oci.errors import (
     NotFound,
     TagInvalid,
 )
-from tests.unit.web.kit import DIGEST, read
+from tests.unit.web.kit import DIGEST, parse_path
 
 
 @pytest.mark.row("HC12")
@@ -23,16 +23,16 @@ from tests.unit.web.kit import DIGEST, read
 @pytest.mark.parametrize(
     "path", ["/v2/", "/v2/a/manifests/b", "/v2/a/blobs/uploads/", "/", "/v2/../x", "*", "a:443"]
 )
-def test_writes(method: str, path: str) -> None:
+def test_other_methods_than_get_and_head_are_refused_on_every_path(method: str, path: str) -> None:
     with pytest.raises(MethodUnsupported):
-        read(path, method=method)
+        parse_path(path, method=method)
 
 
 @pytest.mark.row("HC12")
 @pytest.mark.parametrize("path", ["/blobs/uploads", "/blobs/uploads/", "/blobs/uploads/0f-1"])
-def test_uploads(path: str) -> None:
+def test_upload_paths_are_refused_as_unsupported(path: str) -> None:
     with pytest.raises(MethodUnsupported):
-        read(f"/v2/a/b{path}")
+        parse_path(f"/v2/a/b{path}")
 
 
 @pytest.mark.row("HC3")
@@ -94,9 +94,11 @@ def test_uploads(path: str) -> None:
         ("/v2/a/referrers/sha256:1/../2", DigestInvalid),
     ],
 )
-def test_a_bad_part_is_named(path: str, error: type[InvalidRequest]) -> None:
+def test_malformed_part_raises_the_error_of_that_part(
+    path: str, error: type[InvalidRequest]
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        read(path)
+        parse_path(path)
     assert caught.type is error
 
 
@@ -114,15 +116,15 @@ def test_a_bad_part_is_named(path: str, error: type[InvalidRequest]) -> None:
         "/v2/?x",
     ],
 )
-def test_a_target_is_a_path(target: str) -> None:
+def test_request_target_must_be_a_path(target: str) -> None:
     with pytest.raises(InvalidRequest):
-        read(target)
+        parse_path(target)
 
 
-def test_a_fragment_behind_the_query_is_refused() -> None:
+def test_fragment_after_the_query_is_refused() -> None:
     for path in ("/v2/", "/v2/a/manifests/b"):
         with pytest.raises(InvalidRequest):
-            read(path, "ns=docker.io#x")
+            parse_path(path, "ns=docker.io#x")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_a_fragment_behind_the_query_is_refused() -> None:
         *("/%76%32/", "/v2/a/%6Danifests/b", "/../v2/", "/admin", "/favicon.ico"),
     ],
 )
-def test_other_paths_are_not_found(path: str) -> None:
+def test_unknown_path_is_not_found(path: str) -> None:
     with pytest.raises((NotFound, NameInvalid)) as caught:
-        read(path)
+        parse_path(path)
     assert caught.type is (NameInvalid if "%6D" in path else NotFound)

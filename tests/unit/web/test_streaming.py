@@ -1,6 +1,6 @@
-"""Content to response: what an answer says of itself, whole, in part, over TLS, while it arrives.
+"""Content is sent as a response: whole, in part, over TLS, and while it is being fetched.
 
-Every form of ``Range`` and the conditions on a blob are in the rows L4 and L6.
+Every form of ``Range``, and the conditions on a blob, are in the rows L4 and L6.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from tests.unit.store.kit import random_bytes
 DATA = random_bytes(1_000_000, 61)
 DIGEST = Digest.of(DATA)
 LARGE = random_bytes(8_000_000, 65)
-"""Of unknown length: the newest bytes may be the last and are withheld, so half is many reads."""
+"""Sent without a length, the newest batch is withheld, because it may be the last. So half of the
+content must be several batches."""
 STEPS = [("bytes=0-9", 0, 10), ("bytes=-10", len(DATA) - 10, len(DATA)), ("bytes=7-", 7, len(DATA))]
 
 
 def parts_of(headers: Mapping[str, str], body: bytes) -> list[tuple[str, bytes]]:
-    """``Content-Range`` and bytes of each part of a multipart answer."""
+    """``Content-Range`` and bytes of each part of a multipart response."""
     boundary = headers["Content-Type"].partition("boundary=")[2].encode()
     assert boundary
     found = []
@@ -45,8 +46,8 @@ def parts_of(headers: Mapping[str, str], body: bytes) -> list[tuple[str, bytes]]
     return found
 
 
-def said(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
-    """Whether an answer says what content it is about."""
+def describes(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
+    """True if the header fields of a response describe this content."""
     return (
         headers["Docker-Content-Digest"] == str(digest)
         and headers["ETag"] == f'"{digest}"'
@@ -56,7 +57,7 @@ def said(headers: Mapping[str, str], digest: Digest, media_type: str) -> bool:
 
 
 @asynccontextmanager
-async def half_way(
+async def half_fetched(
     root: Path,
     data: bytes = DATA,
     *,
@@ -64,7 +65,7 @@ async def half_way(
     chunked: bool = False,
     flip: int | None = None,
 ) -> AsyncIterator[tuple[FakeRegistry, Server, asyncio.Event]]:
-    """A blob that stays half arrived until the event is set."""
+    """A blob of which the upstream sends half, and the rest once the event is set."""
     async with (
         FakeRegistry() as fake,
         running(root, fake.url, limits=Limits(), certificate=certificate) as server,
@@ -75,10 +76,10 @@ async def half_way(
         yield fake, server, rest
 
 
-# --- what an answer says ------------------------------------------------------------------------
+# --- header fields ------------------------------------------------------------------------------
 
 
-async def test_an_answer_names_its_content(tmp_path: Path) -> None:
+async def test_response_describes_its_content(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(DATA)
         body = fake.manifests["library/app", str(manifest)][0]
@@ -92,19 +93,19 @@ async def test_an_answer_names_its_content(tmp_path: Path) -> None:
                 for method in ("HEAD", "GET"):
                     status, headers, got = await server.ask(method, url)
                     assert status == 200
-                    assert said(headers, digest, media_type)
+                    assert describes(headers, digest, media_type)
                     assert headers["Content-Length"] == str(len(expected))
                     assert "Content-Encoding" not in headers
                     assert got == (expected if method == "GET" else b"")
             await server.store.idle()
 
 
-async def test_a_part_names_its_content_too(tmp_path: Path) -> None:
+async def test_206_and_304_describe_the_content(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
         status, headers, body = await server.get(server.blob(DIGEST), {"Range": "bytes=5-9"})
         assert (status, body) == (206, DATA[5:10])
-        assert said(headers, DIGEST, "application/octet-stream")
+        assert describes(headers, DIGEST, "application/octet-stream")
         assert headers["Content-Range"] == f"bytes 5-9/{len(DATA)}"
         assert headers["Content-Length"] == "5"
         status, headers, body = await server.get(
@@ -115,8 +116,8 @@ async def test_a_part_names_its_content_too(tmp_path: Path) -> None:
         assert headers["Docker-Content-Digest"] == str(DIGEST)
 
 
-async def test_an_answer_is_never_encoded(tmp_path: Path) -> None:
-    """containerd offers encodings, and would decode what is none."""
+async def test_response_is_never_content_encoded(tmp_path: Path) -> None:
+    """containerd sends ``Accept-Encoding``, and would decode the response."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
         offer = {"Accept-Encoding": "zstd, gzip, deflate"}
@@ -125,13 +126,13 @@ async def test_an_answer_is_never_encoded(tmp_path: Path) -> None:
         assert "Content-Encoding" not in headers
 
 
-async def test_content_without_a_byte(tmp_path: Path) -> None:
+async def test_empty_blob_is_200_also_for_a_range(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         empty = fake.add_blob(b"")
         for _ in ("cold", "warm"):
             status, headers, body = await server.get(server.blob(empty))
             assert (status, body, headers["Content-Length"]) == (200, b"", "0")
-            # of nothing, no part can be described: the whole is the answer
+            # No part of an empty content can be described, so the range is ignored.
             status, _, body = await server.get(server.blob(empty), {"Range": "bytes=0-"})
             assert (status, body) == (200, b"")
             await server.store.idle()
@@ -141,8 +142,8 @@ async def test_content_without_a_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("L4")
-async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
-    """A version of containerd asks for ``bytes=0-`` of manifests as well."""
+async def test_ranges_of_a_manifest_are_206_or_416(tmp_path: Path) -> None:
+    """A version of containerd sends ``bytes=0-`` for manifests, too."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
         body = fake.manifests["library/app", str(digest)][0]
@@ -158,7 +159,7 @@ async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
                 status, headers, got = await server.get(url, {"Range": value})
                 assert (status, got) == (206, body[start:stop])
                 assert headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
-                assert said(headers, digest, OCI_MANIFEST)
+                assert describes(headers, digest, OCI_MANIFEST)
             status, headers, got = await server.get(url, {"Range": "bytes=0-1,4-5"})
             assert status == 206
             assert parts_of(headers, got) == [
@@ -172,17 +173,17 @@ async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
             assert (await server.get(url, other))[::2] == (200, body)
 
 
-# --- while it arrives ---------------------------------------------------------------------------
+# --- while it is fetched ------------------------------------------------------------------------
 
 
 @pytest.mark.row("L5")
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-async def test_what_has_arrived_is_answered_before_the_rest_comes(
+async def test_ranges_of_arrived_bytes_are_served_before_the_fetch_ends(
     tmp_path: Path, tls: bool
 ) -> None:
     certificate = Certificate.make(tmp_path) if tls else None
     async with (
-        half_way(tmp_path / "data", certificate=certificate) as (fake, server, rest),
+        half_fetched(tmp_path / "data", certificate=certificate) as (fake, server, rest),
         server.client.get(server.blob(DIGEST)) as leading,
     ):
         assert await leading.content.readexactly(1000) == DATA[:1000]
@@ -203,8 +204,8 @@ async def test_what_has_arrived_is_answered_before_the_rest_comes(
         assert fake.count("GET", "blobs/") == 1
 
 
-async def test_a_range_that_has_not_arrived_waits_for_its_bytes(tmp_path: Path) -> None:
-    async with half_way(tmp_path) as (fake, server, rest), asyncio.TaskGroup() as group:
+async def test_range_of_missing_bytes_waits_until_they_arrive(tmp_path: Path) -> None:
+    async with half_fetched(tmp_path) as (fake, server, rest), asyncio.TaskGroup() as group:
         asked = [
             group.create_task(server.get(server.blob(DIGEST), {"Range": value}))
             for value, _, _ in STEPS
@@ -219,12 +220,12 @@ async def test_a_range_that_has_not_arrived_waits_for_its_bytes(tmp_path: Path) 
         assert fake.count("GET", "blobs/") == 1
 
 
-async def test_content_of_unknown_length_is_whole_at_first_and_partial_later(
+async def test_unknown_length_is_200_for_an_open_range_and_206_once_complete(
     tmp_path: Path,
 ) -> None:
     digest = Digest.of(LARGE)
     async with (
-        half_way(tmp_path, LARGE, chunked=True) as (_, server, rest),
+        half_fetched(tmp_path, LARGE, chunked=True) as (_, server, rest),
         asyncio.TaskGroup() as group,
     ):
         everything = {"Range": "bytes=0-"}
@@ -246,7 +247,7 @@ async def test_content_of_unknown_length_is_whole_at_first_and_partial_later(
 # --- TLS ----------------------------------------------------------------------------------------
 
 
-async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
+async def test_tls_client_gets_the_same_bodies_and_ranges(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path)
     async with (
         FakeRegistry() as fake,
@@ -254,8 +255,8 @@ async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
     ):
         fake.add_image(DATA)
         for _ in ("cold", "warm"):
-            answers = await asyncio.gather(*(server.get(server.blob(DIGEST)) for _ in range(4)))
-            assert all(body == DATA for _, _, body in answers)
+            responses = await asyncio.gather(*(server.get(server.blob(DIGEST)) for _ in range(4)))
+            assert all(body == DATA for _, _, body in responses)
             for value, start, stop in STEPS:
                 status, headers, body = await server.get(server.blob(DIGEST), {"Range": value})
                 assert (status, body == DATA[start:stop]) == (206, True), value
@@ -274,11 +275,13 @@ async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("U6")
-async def test_over_tls_a_cut_answer_is_no_clean_end(tmp_path: Path) -> None:
-    """HTTP/1.0 without a length ends with the connection: there, TLS must not say goodbye."""
+async def test_aborted_response_over_tls_has_no_clean_end(tmp_path: Path) -> None:
+    """An HTTP/1.0 body without a length ends with the connection, so TLS must send no close."""
     made = Certificate.make(tmp_path)
     digest, wrong = Digest.of(LARGE), len(LARGE) - 1
-    async with half_way(tmp_path / "data", LARGE, certificate=made, chunked=True, flip=wrong) as (
+    async with half_fetched(
+        tmp_path / "data", LARGE, certificate=made, chunked=True, flip=wrong
+    ) as (
         _,
         server,
         rest,
@@ -298,10 +301,10 @@ async def test_over_tls_a_cut_answer_is_no_clean_end(tmp_path: Path) -> None:
         writer.transport.abort()
 
 
-# --- what is counted ----------------------------------------------------------------------------
+# --- records ------------------------------------------------------------------------------------
 
 
-async def test_a_record_tells_what_was_sent(tmp_path: Path) -> None:
+async def test_record_has_outcome_status_and_bytes_sent(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
         await server.get(server.blob(DIGEST))
@@ -318,20 +321,20 @@ async def test_a_record_tells_what_was_sent(tmp_path: Path) -> None:
         assert {"index", "wait", "send"} <= {name for name, _ in cold.stages}
 
 
-async def test_a_client_that_leaves_is_no_failure_of_ours(tmp_path: Path) -> None:
-    async with half_way(tmp_path) as (_, server, rest):
+async def test_client_that_leaves_is_recorded_without_an_error_outcome(tmp_path: Path) -> None:
+    async with half_fetched(tmp_path) as (_, server, rest):
         leaving = await server.client.get(server.blob(DIGEST))
         await leaving.content.readexactly(1000)
         leaving.close()
         rest.set()
         assert (await server.get(server.blob(DIGEST)))[2] == DATA
-        left = next(pull for pull in await server.records() if not pull.complete)
-        assert left.error == "client left"
-        assert left.outcome is not Outcome.ERROR
-        assert 1000 <= left.bytes_sent < len(DATA)
+        aborted = next(pull for pull in await server.records() if not pull.complete)
+        assert aborted.error == "client left"
+        assert aborted.outcome is not Outcome.ERROR
+        assert 1000 <= aborted.bytes_sent < len(DATA)
 
 
-async def test_a_range_is_for_get_only(tmp_path: Path) -> None:
+async def test_range_is_ignored_for_head(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(b"x" * 1000)
         for value in ("bytes=0-9", "bytes=0-1,5-6", "bytes=5000-"):

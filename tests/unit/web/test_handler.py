@@ -1,4 +1,4 @@
-"""The frame around every request: its id, its record, its errors, its end."""
+"""For every request: its id, its record, its error response, its end."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ DATA = random_bytes(600_000, 63)
 DIGEST = Digest.of(DATA)
 
 
-def balanced(server: Server) -> bool:
-    """Whether every request that began has ended."""
-    begun = [event.pull for event in server.events if isinstance(event, PullStarted)]
+def every_pull_ended(server: Server) -> bool:
+    """True if each ``PullStarted`` has exactly one ``PullEnded``."""
+    started = [event.pull for event in server.events if isinstance(event, PullStarted)]
     ended = [event.pull for event in server.events if isinstance(event, PullEnded)]
-    return sorted(map(id, begun)) == sorted(map(id, ended))
+    return sorted(map(id, started)) == sorted(map(id, ended))
 
 
-async def test_a_request_keeps_the_id_it_came_with(tmp_path: Path) -> None:
+async def test_valid_request_id_of_the_client_is_kept(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         for given in ("abc-123", "a.b_C", "x" * 64):
             _, headers, _ = await server.get(f"{server.url}/v2/", {"X-Request-Id": given})
@@ -36,14 +36,16 @@ async def test_a_request_keeps_the_id_it_came_with(tmp_path: Path) -> None:
             assert (await server.records())[-1].request_id == given
 
 
-async def test_an_id_that_could_harm_a_log_is_replaced(tmp_path: Path) -> None:
+async def test_request_id_that_is_too_long_or_has_other_characters_is_replaced(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path) as server:
         for given in ("", "x" * 65, "a b", "<script>", "é"):
             _, headers, _ = await server.get(f"{server.url}/v2/", {"X-Request-Id": given})
             assert re.fullmatch(r"[0-9a-f]{16}", headers["X-Request-Id"])
 
 
-async def test_an_error_carries_the_id_as_well(tmp_path: Path) -> None:
+async def test_error_response_carries_the_request_id(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         given = {"X-Request-Id": "find-me"}
         for path in ("/v2/a/manifests/..", "/nothing", "/v2/a/b/manifests/1?ns=evil.example"):
@@ -51,7 +53,7 @@ async def test_an_error_carries_the_id_as_well(tmp_path: Path) -> None:
             assert headers["X-Request-Id"] == "find-me"
 
 
-async def test_a_write_is_told_what_is_allowed(tmp_path: Path) -> None:
+async def test_write_methods_are_405_and_allow_names_get_and_head(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         for method in ("PUT", "POST", "PATCH", "DELETE"):
             for path in (f"blobs/{DIGEST}", "manifests/latest", "blobs/uploads/"):
@@ -60,10 +62,10 @@ async def test_a_write_is_told_what_is_allowed(tmp_path: Path) -> None:
                 assert (status, headers["Allow"]) == (405, "GET, HEAD")
                 assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
         assert {pull.outcome for pull in await server.records()} == {Outcome.ERROR}
-        assert balanced(server)
+        assert every_pull_ended(server)
 
 
-async def test_a_fault_of_ours_is_500_and_tells_nothing(
+async def test_unexpected_exception_is_500_without_details_and_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(tmp_path) as server:
@@ -71,22 +73,22 @@ async def test_a_fault_of_ours_is_500_and_tells_nothing(
         async def broken(*arguments: object, **named: object) -> None:
             raise ZeroDivisionError("canary")
 
-        monkeypatch.setattr(server.room.service, "blob", broken)
+        monkeypatch.setattr(server.running_server.service, "blob", broken)
         status, headers, body = await server.get(server.blob(DIGEST))
         assert status == 500
         assert json.loads(body)["errors"][0] == {"code": "UNKNOWN", "message": "internal error"}
         assert "canary" not in str(headers)
         (pull,) = await server.records()
         assert (pull.outcome, pull.status) == (Outcome.ERROR, 500)
-        (noted,) = (event for event in server.events if isinstance(event, LogMessage))
-        assert noted.level == "error"
-        assert dict(noted.fields)["error"] == "ZeroDivisionError('canary')"
-        # the connection, and the server, go on
+        (message,) = (event for event in server.events if isinstance(event, LogMessage))
+        assert message.level == "error"
+        assert dict(message.fields)["error"] == "ZeroDivisionError('canary')"
+        # The server, and the connection, still work.
         assert (await server.get(f"{server.url}/v2/"))[0] == 200
-        assert balanced(server)
+        assert every_pull_ended(server)
 
 
-async def test_how_a_request_failed_is_in_its_record(tmp_path: Path) -> None:
+async def test_record_of_a_failed_request_has_outcome_status_and_error(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.0) as server:
         for status, outcome in [
             (404, Outcome.NEGATIVE),
@@ -105,56 +107,56 @@ async def test_how_a_request_failed_is_in_its_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("C10")
-async def test_draining_refuses_new_work_and_ends_what_is_under_way(tmp_path: Path) -> None:
+async def test_draining_refuses_new_pulls_and_completes_running_ones(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
         rest = asyncio.Event()
         fake.fault(f"blobs/{DIGEST}", Fault(stall_at=300_000, gate=rest))
         async with server.client.get(server.blob(DIGEST)) as response:
             await response.content.readexactly(1000)
-            server.room.health.draining = True
+            server.running_server.health.is_draining = True
             status, headers, body = await server.get(server.blob(DIGEST))
             assert (status, json.loads(body)["errors"][0]["code"]) == (503, "UNAVAILABLE")
             assert "Docker-Distribution-Api-Version" in headers
             assert (await server.get(f"{server.url}/v2/"))[0] == 503
             assert (await server.get(f"{server.url}/healthz"))[0] == 200
             assert (await server.get(f"{server.url}/metrics"))[0] == 200
-            assert server.room.middleware.in_flight == 1
+            assert server.running_server.handler.in_flight == 1
             rest.set()
             assert await response.content.read() == DATA[1000:]
         async with asyncio.timeout(20):
-            await server.room.middleware.idle()
-        assert balanced(server)
+            await server.running_server.handler.wait_until_idle()
+        assert every_pull_ended(server)
 
 
-async def test_requests_end_also_where_clients_leave(tmp_path: Path) -> None:
+async def test_every_request_ends_if_its_client_leaves(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)
         fake.fault(f"blobs/{DIGEST}", Fault(stall_at=300_000))
         leaving = [await server.client.get(server.blob(DIGEST)) for _ in range(5)]
-        assert server.room.middleware.in_flight == 5
+        assert server.running_server.handler.in_flight == 5
         for response in leaving:
             response.close()
         async with asyncio.timeout(20):
-            await server.room.middleware.idle()
-        assert balanced(server)
+            await server.running_server.handler.wait_until_idle()
+        assert every_pull_ended(server)
         assert {pull.error for pull in await server.records()} == {"client left"}
 
 
-async def test_an_error_is_timed_too(tmp_path: Path) -> None:
+async def test_error_response_has_server_timing(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         _, headers, _ = await server.get(server.blob(Digest.of(b"absent")))
         assert "total;dur=" in headers["Server-Timing"]
 
 
-async def test_draining_ends_kept_connections(tmp_path: Path) -> None:
+async def test_draining_closes_idle_connections_after_the_response(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
-        server.room.health.draining = True
+        server.running_server.health.is_draining = True
         _, headers, _ = await server.get(f"{server.url}/v2/")
         assert headers.get("Connection", "").lower() == "close"
 
 
-async def test_a_hang_up_in_the_middle_of_an_answer_is_routine(
+async def test_client_that_resets_in_mid_body_is_recorded_and_causes_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = random_bytes(16_000_000, 64)
@@ -176,7 +178,7 @@ async def test_a_hang_up_in_the_middle_of_an_answer_is_routine(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_who_leaves_before_any_answer_has_hit_nothing(tmp_path: Path) -> None:
+async def test_client_that_leaves_before_the_response_is_a_miss(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=Limits()) as server:
         fake.add_image(b"layer")
         fake.fault("manifests/latest", Fault(delay=30))
@@ -184,8 +186,8 @@ async def test_who_leaves_before_any_answer_has_hit_nothing(tmp_path: Path) -> N
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(f"GET {path} HTTP/1.1\r\nHost: m\r\n\r\n".encode())
         async with asyncio.timeout(30):
-            while not fake.count("HEAD", "latest"):  # noqa: ASYNC110 - a fake tells nobody
+            while not fake.count("HEAD", "latest"):  # noqa: ASYNC110 - the fake has no event to wait for
                 await asyncio.sleep(0.01)
         writer.transport.abort()
-        left = (await server.records())[0]
-        assert (left.outcome, left.status, left.error) == (Outcome.MISS, 0, "client left")
+        pull = (await server.records())[0]
+        assert (pull.outcome, pull.status, pull.error) == (Outcome.MISS, 0, "client left")

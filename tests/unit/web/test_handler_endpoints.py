@@ -1,6 +1,6 @@
-"""Every kind of request over HTTP: its headers, its body, what it makes of the upstream's answer.
+"""Every endpoint over HTTP: status, header fields and body of its responses.
 
-The conformance items are those of the distribution specification's program in read-only mode.
+The conformance tests follow the program of the distribution specification, in read-only mode.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ABSENT = Digest.of(b"absent")
 SBOM, SIGNATURE = "application/vnd.example.sbom", "application/vnd.example.signature"
 
 
-def refers(digest: Digest, *kinds: str) -> bytes:
-    """An index of so many referrers."""
+def referrers_index(digest: Digest, *kinds: str) -> bytes:
+    """An image index with one referrer of each artifact type."""
     entries = [
         {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 5, "artifactType": kind}
         for kind in kinds
@@ -45,43 +45,43 @@ def refers(digest: Digest, *kinds: str) -> bytes:
 
 
 def code(body: bytes) -> str:
-    """The code of an OCI error body."""
+    """The error code in an OCI error body."""
     (error,) = json.loads(body)["errors"]
     assert error["message"]
     return str(error["code"])
 
 
-def framed(headers: Mapping[str, str]) -> bool:
-    """Whether an answer has what every answer has."""
+def has_common_headers(headers: Mapping[str, str]) -> bool:
+    """True if the header fields of every response are there."""
     return headers["Docker-Distribution-Api-Version"] == "registry/2.0" and bool(
         re.fullmatch(r"[0-9a-f]{16}", headers["X-Request-Id"])
     )
 
 
 async def warm(server: Server) -> None:
-    """Bring in the tag and its layer."""
+    """Pull the tag and its layer, and wait until both are stored."""
     assert (await server.get(server.manifest("latest")))[0] == 200
     assert (await server.get(server.blob(DIGEST)))[0] == 200
     await server.store.idle()
 
 
-# --- the base -----------------------------------------------------------------------------------
+# --- ping and metrics ---------------------------------------------------------------------------
 
 
-async def test_a_ping_is_answered_without_a_question(tmp_path: Path) -> None:
-    """Podman wants 200 or 401, and would send credentials to the one that challenges."""
+async def test_ping_is_200_without_a_challenge_or_an_upstream_request(tmp_path: Path) -> None:
+    """Podman accepts 200 and 401, and would send credentials after a challenge."""
     async with running(tmp_path) as server:
         for path in ("/v2/", "/v2", "/v2/?ns=docker.io"):
             status, headers, body = await server.get(f"{server.url}{path}")
             assert (status, json.loads(body)) == (200, {})
-            assert framed(headers)
+            assert has_common_headers(headers)
             assert "WWW-Authenticate" not in headers
             assert headers["Content-Type"] == "application/json"
         status, headers, body = await server.ask("HEAD", f"{server.url}/v2/")
         assert (status, body) == (200, b"")
 
 
-async def test_metrics_are_text_for_prometheus(tmp_path: Path) -> None:
+async def test_metrics_are_in_the_prometheus_text_format(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         status, headers, body = await server.get(f"{server.url}/metrics")
         assert status == 200
@@ -94,7 +94,7 @@ async def test_metrics_are_text_for_prometheus(tmp_path: Path) -> None:
 # --- manifests and blobs ------------------------------------------------------------------------
 
 
-async def test_every_answer_is_framed_timed_and_names_its_namespace(tmp_path: Path) -> None:
+async def test_every_response_has_the_common_headers_and_echoes_ns(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(LAYER)
         lists = f"{server.url}/v2/library/app"
@@ -109,7 +109,7 @@ async def test_every_answer_is_framed_timed_and_names_its_namespace(tmp_path: Pa
                 for method in ("HEAD", "GET"):
                     status, headers, _ = await server.ask(method, f"{url}?ns=docker.io")
                     assert status == 200
-                    assert framed(headers)
+                    assert has_common_headers(headers)
                     assert headers["OCI-Namespace"] == "docker.io"
                     assert re.search(r"(^|, )total;dur=\d+\.\d\d", headers["Server-Timing"])
                     status, headers, _ = await server.ask(method, url)
@@ -117,7 +117,7 @@ async def test_every_answer_is_framed_timed_and_names_its_namespace(tmp_path: Pa
                     assert "Warning" not in headers
 
 
-async def test_a_path_prefix_and_ns_name_the_same_content(tmp_path: Path) -> None:
+async def test_upstream_may_be_named_by_path_prefix_or_ns(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(LAYER)
         for repository, query in [
@@ -133,7 +133,9 @@ async def test_a_path_prefix_and_ns_name_the_same_content(tmp_path: Path) -> Non
         assert upstreams == ["docker.io"] * 3 + ["other.io"] * 2
 
 
-async def test_a_head_on_a_miss_is_a_head_upstream(tmp_path: Path) -> None:
+async def test_head_of_uncached_content_sends_head_upstream_and_stores_nothing(
+    tmp_path: Path,
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(LAYER)
         size = len(fake.manifests["library/app", str(manifest)][0])
@@ -151,8 +153,8 @@ async def test_a_head_on_a_miss_is_a_head_upstream(tmp_path: Path) -> None:
         assert not list((tmp_path / "blobs" / "sha256").iterdir())
 
 
-async def test_a_head_whose_length_nobody_says_does_not_say_zero(tmp_path: Path) -> None:
-    """A client takes the length of a ``HEAD`` for the size of the content: zero would be fatal."""
+async def test_head_of_unknown_length_never_has_content_length_0(tmp_path: Path) -> None:
+    """Clients take the length of a ``HEAD`` response for the size of the content."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(LAYER)
         body = fake.manifests["library/app", str(manifest)][0]
@@ -160,14 +162,14 @@ async def test_a_head_whose_length_nobody_says_does_not_say_zero(tmp_path: Path)
             fake.fault(path, Fault(chunked=True, times=None))
         for reference in ("latest", manifest):
             _, headers, _ = await server.ask("HEAD", server.manifest(reference))
-            assert headers["Content-Length"] == str(len(body)), "fetched, to know"
+            assert headers["Content-Length"] == str(len(body)), "the manifest is fetched"
         status, headers, _ = await server.ask("HEAD", server.blob(DIGEST))
         assert status == 200
         assert headers.get("Content-Length", str(len(LAYER))) == str(len(LAYER))
 
 
-async def test_what_is_cached_by_digest_keeps_its_type_and_its_bytes(tmp_path: Path) -> None:
-    """Whatever ``Accept`` says, and however the document is written."""
+async def test_manifest_by_digest_keeps_its_type_and_bytes_for_every_accept(tmp_path: Path) -> None:
+    """The bytes are not parsed and written again: white space stays, too."""
     config = {"mediaType": "a/b", "digest": str(DIGEST), "size": len(LAYER)}
     image: dict[str, Any] = {"schemaVersion": 2, "config": config, "layers": []}
     first: dict[str, Any] = {"schemaVersion": 1, "fsLayers": [], "signatures": []}
@@ -183,8 +185,8 @@ async def test_what_is_cached_by_digest_keeps_its_type_and_its_bytes(tmp_path: P
                 assert headers["Content-Type"] == media_type
 
 
-async def test_all_lines_of_accept_are_passed_on(tmp_path: Path) -> None:
-    """In one order, so that clients that differ in nothing else are one question."""
+async def test_all_accept_fields_are_sent_upstream_in_one_order(tmp_path: Path) -> None:
+    """Sorted, so that clients that send them in another order share one upstream request."""
     own = "application/vnd.example.manifest+json"
     lines = [OCI_INDEX, OCI_MANIFEST, f"{DOCKER_LIST}, {DOCKER_MANIFEST}", own]
     async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
@@ -208,8 +210,8 @@ async def test_all_lines_of_accept_are_passed_on(tmp_path: Path) -> None:
         assert digest != other
 
 
-async def test_a_manifests_digest_is_no_blob(tmp_path: Path) -> None:
-    """A client would take it for an octet stream, and containerd asks after a failure."""
+async def test_digest_of_a_manifest_is_404_as_a_blob(tmp_path: Path) -> None:
+    """A client would take it for an octet stream, and containerd asks for it after a failure."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(LAYER)
         await warm(server)
@@ -217,7 +219,7 @@ async def test_a_manifests_digest_is_no_blob(tmp_path: Path) -> None:
             assert (await server.ask(method, server.blob(manifest)))[0] == 404
 
 
-async def test_a_stale_answer_says_so(tmp_path: Path) -> None:
+async def test_stale_response_has_a_warning(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
         digest = fake.add_image(LAYER)
         lists = f"{server.url}/v2/library/app/tags/list"
@@ -235,7 +237,9 @@ async def test_a_stale_answer_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("K1")
-async def test_a_blob_whose_word_has_run_out_is_served_stale(tmp_path: Path) -> None:
+async def test_blob_with_expired_access_record_is_served_stale_if_the_upstream_is_down(
+    tmp_path: Path,
+) -> None:
     now = [1_900_000_000.0]
     async with (
         FakeRegistry() as fake,
@@ -269,7 +273,7 @@ async def test_a_blob_whose_word_has_run_out_is_served_stale(tmp_path: Path) -> 
         ("library/app", {"ns": "docker.io"}, "library/app"),
     ],
 )
-async def test_pages_link_to_the_next_one_here(
+async def test_link_leads_to_the_next_page_on_this_mirror(
     tmp_path: Path, path: str, query: dict[str, str], name: str
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -297,7 +301,7 @@ async def test_pages_link_to_the_next_one_here(
         assert pages == [["v0", "v1"], ["v2", "v3"], ["v4"]]
 
 
-async def test_a_list_by_head_has_no_body(tmp_path: Path) -> None:
+async def test_head_of_a_list_has_the_length_and_no_body(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(LAYER)
         for path in ("tags/list", f"referrers/{digest}"):
@@ -309,10 +313,12 @@ async def test_a_list_by_head_has_no_body(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("api", [True, False], ids=["api", "tag schema"])
-async def test_referrers_and_their_filter(tmp_path: Path, api: bool) -> None:
+async def test_referrers_are_served_whole_and_filtered_by_artifact_type(
+    tmp_path: Path, api: bool
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(LAYER)
-        listed = refers(digest, SBOM, SIGNATURE)
+        listed = referrers_index(digest, SBOM, SIGNATURE)
         fake.referrers_api = api
         if api:
             fake.referring[str(digest)] = listed
@@ -336,7 +342,9 @@ async def test_referrers_and_their_filter(tmp_path: Path, api: bool) -> None:
 
 
 @pytest.mark.parametrize("path", ["library/app", "docker.io/library/app"])
-async def test_what_does_not_exist_is_not_found(tmp_path: Path, path: str) -> None:
+async def test_unknown_content_is_404_and_malformed_names_are_400(
+    tmp_path: Path, path: str
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         manifest = fake.add_image(LAYER)
         base = f"{server.url}/v2/{path}"
@@ -358,18 +366,18 @@ async def test_what_does_not_exist_is_not_found(tmp_path: Path, path: str) -> No
             assert code(body) == error, url
             assert headers["Content-Type"] == "application/json"
             assert headers["Content-Length"] == str(len(body))
-            assert framed(headers)
+            assert has_common_headers(headers)
             status, headers, nothing = await server.ask("HEAD", url)
             assert (status in expected, nothing) == (True, b"")
-            assert framed(headers)
-        # a random subject has no referrers, and that is an answer
+            assert has_common_headers(headers)
+        # An unknown subject has no referrers. That is an empty index, not an error.
         status, headers, body = await server.get(f"{base}/referrers/{ABSENT}")
         assert (status, headers["Content-Type"]) == (200, OCI_INDEX)
         assert json.loads(body) == {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}
         assert (await server.get(f"{base}/manifests/{manifest}"))[0] == 200
 
 
-async def test_bad_pagination_is_400(tmp_path: Path) -> None:
+async def test_malformed_pagination_is_400_without_an_upstream_request(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for query in ("n=-1", "n=many", "last=../x"):
             status, _, body = await server.get(f"{server.url}/v2/library/app/tags/list?{query}")
@@ -377,7 +385,7 @@ async def test_bad_pagination_is_400(tmp_path: Path) -> None:
         assert not fake.requests
 
 
-async def test_an_error_names_its_namespace_too(tmp_path: Path) -> None:
+async def test_error_response_echoes_a_configured_ns_only(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for url in (server.blob(ABSENT), server.manifest("absent"), server.manifest(ABSENT)):
             for method in ("GET", "HEAD"):
@@ -385,4 +393,4 @@ async def test_an_error_names_its_namespace_too(tmp_path: Path) -> None:
                 assert status == 404
                 assert headers["OCI-Namespace"] == "docker.io"
         _, headers, _ = await server.get(server.manifest("latest", query="?ns=evil.example"))
-        assert "OCI-Namespace" not in headers, "never what a client made up"
+        assert "OCI-Namespace" not in headers, "a name that is not configured is never echoed"

@@ -1,0 +1,295 @@
+"""One handler for all requests, in the order in which a request passes it.
+
+1. ``__call__`` begins the record of the request (``Pull``) and ends it.
+2. ``_respond`` refuses malformed and unwelcome requests, and turns errors into responses.
+3. ``_dispatch`` parses the path, and calls the method for this type of request.
+4. ``_send_manifest`` and the like ask the pull service, and send its result.
+
+Lives here: the only place where an exception becomes a response, and where a record begins and
+ends. Must not know: how content is obtained, or how it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import Final, assert_never
+
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+from mirror.config.settings import Settings
+from mirror.observability.events import (
+    Kind,
+    LogMessage,
+    Observer,
+    Outcome,
+    Pull,
+    PullEnded,
+    PullStarted,
+)
+from mirror.observability.logs import server_timing
+from mirror.oci.accept import parse_accept
+from mirror.oci.descriptor import OCI_INDEX
+from mirror.oci.errors import (
+    Denied,
+    Draining,
+    InvalidRequest,
+    ManifestUnknown,
+    MirrorError,
+    NotFound,
+    Unauthorized,
+)
+from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.links import build_next
+from mirror.oci.reference import Digest
+from mirror.pull.service import PullService
+from mirror.web import paths
+from mirror.web.errors import body_of, error_headers, status_of
+from mirror.web.health import Health
+from mirror.web.streaming import Body, Sender
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
+_MAX_WARNING_CHARS: Final = 1024
+"""Characters of the ``Warning`` header field: clients limit the size of a response's header."""
+
+
+class Handler:
+    """Handles every HTTP request of one server process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        service: PullService,
+        health: Health,
+        render_metrics: Callable[[], tuple[bytes, str]],
+        emit: Observer,
+    ) -> None:
+        """Create the handler of a server.
+
+        Args:
+            settings: Names the upstreams.
+            service: Provides content.
+            health: Readiness of this process. While it drains, pulls are refused.
+            render_metrics: Returns (body, ``Content-Type``) for ``/metrics``. Called in a thread.
+            emit: Receives the events of each request.
+        """
+        self.in_flight = 0
+        """Requests that have begun and not ended."""
+        self._idle = asyncio.Event()
+        self._parse = paths.build_parser(settings.upstreams, settings.default_upstream)
+        self._service = service
+        self._health = health
+        self._render_metrics = render_metrics
+        self._emit = emit
+
+    async def wait_until_idle(self) -> None:
+        """Wait until no request is in flight."""
+        while self.in_flight:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Handle one request. Emits one ``PullStarted`` and one ``PullEnded``, however it ends."""
+        headers = request.headers
+        request_id = headers.get("X-Request-Id")
+        if not request_id or not _REQUEST_ID.fullmatch(request_id):
+            request_id = f"{random.getrandbits(64):016x}"
+        pull = Pull(
+            request_id,
+            request.method,
+            request.raw_path,
+            client=request.remote or "",
+            user_agent=headers.get("User-Agent", ""),
+            outcome=Outcome.HIT,
+        )
+        self.in_flight += 1
+        self._emit(PullStarted(pull))
+        try:
+            response = await self._respond(request, pull)
+            pull.status = response.status
+            if self._health.is_draining:
+                # The client has to open a new connection, which another server will accept.
+                response.force_close()
+            return response
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self._idle.set()
+            pull.duration = time.monotonic() - pull.started
+            if pull.first_byte is None:
+                pull.first_byte = pull.duration
+            self._emit(PullEnded(pull))
+
+    async def _respond(self, request: web.BaseRequest, pull: Pull) -> web.StreamResponse:
+        try:
+            if request.version not in _VERSIONS:
+                raise InvalidRequest("this server supports HTTP/1.0 and HTTP/1.1 only")
+            # Only the origin-form of a target is supported (RFC 9112, section 3.2.1).
+            if not request.raw_path.startswith("/") or "#" in request.raw_path:
+                raise InvalidRequest("the request target must be a path")
+            if self._health.is_draining and request.raw_path.startswith("/v2"):
+                raise Draining("this server is shutting down: retry on another one")
+            return await self._dispatch(request, pull)
+        except MirrorError as error:
+            return _build_error_response(error, pull)
+        except (ConnectionError, TimeoutError):
+            # The client has left, or has stopped to read. That is no failure of this server.
+            pull.error = "client left"
+            return _NoResponse(status=pull.status)
+        except asyncio.CancelledError:
+            pull.error = "client left"
+            raise
+        except Exception as error:
+            self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
+            return _build_error_response(MirrorError("internal error"), pull)
+
+    async def _dispatch(self, request: web.BaseRequest, pull: Pull) -> web.StreamResponse:
+        path, _, query = request.raw_path.partition("?")
+        parsed = self._parse(request.method, path, query)
+        pull.kind = Kind.PING  # Requests for a repository overwrite it.
+        match parsed:
+            case paths.ManifestRequest():
+                return await self._send_manifest(parsed, request, pull)
+            case paths.BlobRequest():
+                return await self._send_blob(parsed, request, pull)
+            case paths.TagsRequest():
+                return await self._send_tags(parsed, pull)
+            case paths.ReferrersRequest():
+                return await self._send_referrers(parsed, request, pull)
+            case paths.PingRequest():
+                return _build_json_response(b"{}", pull)
+            case paths.HealthRequest():
+                return _build_json_response(b'{"status":"ok"}', pull)
+            case paths.ReadyRequest():
+                is_ready, report = self._health.report()
+                status = 200 if is_ready else 503
+                return _build_json_response(json.dumps(report).encode(), pull, status)
+            case paths.MetricsRequest():
+                # Thousands of lines: the event loop must not wait until all are formatted.
+                text, content_type = await asyncio.to_thread(self._render_metrics)
+                headers = {"Content-Type": content_type, **common_headers(pull)}
+                return web.Response(body=text, headers=headers)
+            case unknown:
+                assert_never(unknown)
+
+    async def _send_manifest(
+        self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: Pull
+    ) -> web.StreamResponse:
+        _record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
+        is_head = request.method == "HEAD"
+        accept = parse_accept(request.headers.getall("Accept", ()))
+        result = await self._service.manifest(
+            parsed.repository, parsed.reference, accept, pull, head=is_head
+        )
+        if result.body is None and not is_head:
+            raise ManifestUnknown("the upstream no longer has the manifest")
+        pull.digest = str(result.digest)
+        body = Body(result.digest, result.media_type, result.size, result.body)
+        return await Sender(request, pull, self._emit).send(body, common_headers(pull))
+
+    async def _send_blob(
+        self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: Pull
+    ) -> web.StreamResponse:
+        _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
+        is_head = request.method == "HEAD"
+        result = await self._service.blob(parsed.repository, parsed.digest, pull, head=is_head)
+        pull.digest = str(result.digest)
+        try:
+            body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
+            return await Sender(request, pull, self._emit).send(body, common_headers(pull))
+        finally:
+            if result.reader is not None:
+                result.reader.close()
+
+    async def _send_tags(self, parsed: paths.TagsRequest, pull: Pull) -> web.StreamResponse:
+        _record_request(pull, Kind.TAGS, parsed, "")
+        result = await self._service.tags(parsed.repository, parsed.count, parsed.last, pull)
+        name = parsed.prefix + parsed.repository.path
+        page = {"name": name, "tags": list(result.tags)}
+        response = _build_json_response(json.dumps(page).encode(), pull)
+        if result.more and result.tags:
+            query = {"n": parsed.count, "last": result.tags[-1], "ns": parsed.ns}
+            response.headers["Link"] = build_next(f"/v2/{name}/tags/list", query)
+        return response
+
+    async def _send_referrers(
+        self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: Pull
+    ) -> web.StreamResponse:
+        _record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
+        data = await self._service.referrers(
+            parsed.repository, parsed.digest, parsed.artifact_type, pull
+        )
+        extra = common_headers(pull)
+        if parsed.artifact_type is not None:
+            extra["OCI-Filters-Applied"] = "artifactType"
+        body = Body(Digest.of(data), OCI_INDEX, len(data), data)
+        return await Sender(request, pull, self._emit).send(body, extra)
+
+
+def _record_request(
+    pull: Pull, kind: Kind, parsed: paths.RepositoryRequest, reference: str
+) -> None:
+    pull.kind = kind
+    pull.ns = parsed.ns
+    pull.upstream = parsed.repository.upstream
+    pull.repository = parsed.repository.path
+    pull.reference = reference
+    # Until the content is found in the cache. The client may leave before that.
+    pull.outcome = Outcome.MISS
+
+
+def _build_json_response(body: bytes, pull: Pull, status: int = 200) -> web.Response:
+    headers = {"Content-Type": "application/json", **common_headers(pull)}
+    return web.Response(status=status, body=body, headers=headers)
+
+
+def _build_error_response(error: MirrorError, pull: Pull) -> web.StreamResponse:
+    """Record the error, and return its response."""
+    pull.error = f"{error.code}: {error.message}"
+    match error:
+        case NotFound():
+            pull.outcome = Outcome.NEGATIVE
+        case Denied() | Unauthorized():
+            pull.outcome = Outcome.DENIED
+        case _:
+            pull.outcome = Outcome.ERROR
+    if pull.status:
+        # The header was being sent when it failed. The connection has been aborted since.
+        return _NoResponse(status=pull.status)
+    headers = {**error_headers(error), **common_headers(pull)}
+    return web.Response(status=status_of(error), headers=headers, body=body_of(error))
+
+
+def common_headers(pull: Pull) -> dict[str, str]:
+    """Return the header fields that every response has, an error response too."""
+    headers = {
+        "Docker-Distribution-Api-Version": "registry/2.0",
+        "X-Request-Id": pull.request_id,
+        "Server": "oci-mirror",
+        "Server-Timing": server_timing(pull),
+    }
+    if pull.ns is not None:
+        headers["OCI-Namespace"] = pull.ns
+    if pull.warning:
+        # Distribution spec, "Warnings": warn-code 299, warn-agent "-".
+        text = pull.warning.replace("\\", "").replace('"', "'")[:_MAX_WARNING_CHARS]
+        headers["Warning"] = f'299 - "served from the cache: {text}"'
+    return headers
+
+
+class _NoResponse(web.StreamResponse):
+    """Placeholder for a response that cannot be sent: the connection is closed.
+
+    aiohttp logs an exception of a handler with a traceback. It treats the ``ConnectionResetError``
+    of a response as a client that has left.
+    """
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Raise ``ConnectionResetError``."""
+        raise ConnectionResetError("the client has left")
