@@ -14,7 +14,7 @@ Packages, and the only direction in which they import each other::
 
 All of these may import ``oci`` (names, digests, header fields, errors), ``config.settings``,
 ``observability.events`` and ``single_flight``. ``tests/unit/test_architecture.py`` checks every
-import. See ``docs/design.md``.
+import. See ``docs/architecture.md``.
 """
 
 __version__ = "0.1.0"
