@@ -168,12 +168,12 @@ async def start_server(
 def _start_housekeeping(
     settings: Settings, store: Store, single_flight: SingleFlight, emit: Observer
 ) -> ssl.SSLContext | None:
-    single_flight.run("measure", lambda: _every(_MEASURE_EVERY, store.measure, emit))
-    single_flight.run("save", lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
+    single_flight.run(("measure",), lambda: _every(_MEASURE_EVERY, store.measure, emit))
+    single_flight.run(("save",), lambda: _every(_SAVE_EVERY, store.save_image_layout, emit))
     if settings.tls is None:
         return None
     certificate = Certificate(settings.tls)
-    single_flight.run("certificate", lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
+    single_flight.run(("certificate",), lambda: _every(_REFRESH_EVERY, certificate.refresh, emit))
     return certificate.context
 
 

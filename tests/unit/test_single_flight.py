@@ -20,7 +20,9 @@ async def test_many_ask_and_one_works() -> None:
         return 42
 
     async with SingleFlight() as single_flight:
-        results = await asyncio.gather(*(single_flight.run("key", work).wait() for _ in range(100)))
+        results = await asyncio.gather(
+            *(single_flight.run(("key",), work).wait() for _ in range(100))
+        )
     assert results == [42] * 100
     assert calls == 1
 
@@ -36,12 +38,12 @@ async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> No
         raise UpstreamUnavailable("down")
 
     async with SingleFlight() as single_flight:
-        waits = [single_flight.run("key", work).wait() for _ in range(100)]
+        waits = [single_flight.run(("key",), work).wait() for _ in range(100)]
         results = await asyncio.gather(*waits, return_exceptions=True)
         assert all(isinstance(result, UpstreamUnavailable) for result in results)
         assert calls == 1
         with pytest.raises(UpstreamUnavailable):
-            await single_flight.run("key", work).wait()
+            await single_flight.run(("key",), work).wait()
         assert calls == 2
 
 
@@ -54,7 +56,7 @@ async def test_waiters_that_leave_cancel_nothing() -> None:
 
     async with SingleFlight() as single_flight:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(single_flight.run("k", work).wait()) for _ in range(9)]
+            tasks = [group.create_task(single_flight.run(("k",), work).wait()) for _ in range(9)]
             await asyncio.sleep(0)
             for task in tasks[:4]:
                 task.cancel()
@@ -73,9 +75,9 @@ async def test_an_unexpected_error_does_not_end_the_others() -> None:
         return "fine"
 
     async with SingleFlight() as single_flight:
-        other = single_flight.run("fine", fine)
+        other = single_flight.run(("fine",), fine)
         with pytest.raises(ZeroDivisionError):
-            await single_flight.run("broken", broken).wait()
+            await single_flight.run(("broken",), broken).wait()
         assert await other.wait() == "fine"
 
 
@@ -88,11 +90,14 @@ async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
         await asyncio.Event().wait()
 
     async with SingleFlight() as single_flight:
-        first, second = single_flight.run("quick", quick), single_flight.run("endless", endless)
+        first, second = (
+            single_flight.run(("quick",), quick),
+            single_flight.run(("endless",), endless),
+        )
         assert await single_flight.drain(0.2) == 1
         assert await first.wait() == "quick"
         with pytest.raises(Draining):
             await second.wait()
         with pytest.raises(Draining):
-            single_flight.run("more", quick)
+            single_flight.run(("more",), quick)
     assert len(single_flight) == 0

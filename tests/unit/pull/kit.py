@@ -31,6 +31,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.content import ContentService
+from mirror.pull.requests import ContentRequest
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -304,6 +305,13 @@ async def pull_kit(
 def a_pull() -> Pull:
     """The record of a request that a test makes."""
     return Pull("test", "GET", "/")
+
+
+def a_request(
+    digest: Digest, kind: Kind = Kind.BLOB, repository: Repository = REPO
+) -> ContentRequest:
+    """A request for content, with a record of its own."""
+    return ContentRequest(repository, digest, kind, a_pull())
 
 
 def upstream(**changes: object) -> Upstream:

@@ -32,6 +32,7 @@ from tests.unit.pull.kit import (
     PullKit,
     Stream,
     a_pull,
+    a_request,
     blob,
     manifest,
     pull_kit,
@@ -120,6 +121,32 @@ async def test_many_that_need_the_same_proof_ask_once(tmp_path: Path) -> None:
         assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
 
 
+async def test_client_that_looked_before_a_check_ended_does_not_ask_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine may run a client again only after another client's check has ended."""
+    async with pull_kit(tmp_path) as kit:
+        digest = await granted(kit)
+        kit.registry.add_blob(OTHER.path, LAYER)
+        real, has_looked, may_go_on = kit.store.blobs.find, asyncio.Event(), asyncio.Event()
+
+        async def find_slowly(*arguments: Any) -> Any:
+            reader = await real(*arguments)
+            if not has_looked.is_set():
+                has_looked.set()
+                await may_go_on.wait()
+            return reader
+
+        monkeypatch.setattr(kit.store.blobs, "find", find_slowly)
+        async with asyncio.TaskGroup() as group:
+            slow = group.create_task(blob(kit, digest, OTHER))
+            await has_looked.wait()
+            assert await blob(kit, digest, OTHER) == (LAYER, Outcome.REVALIDATED)
+            may_go_on.set()
+        assert slow.result() == (LAYER, Outcome.REVALIDATED)
+        assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
+
+
 async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
@@ -156,9 +183,9 @@ async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
             kit.registry.failure = error
             assert await blob(kit, digest) == (LAYER, Outcome.STALE)
             assert await head(kit, digest) == (len(LAYER), Outcome.STALE)
-            pull = a_pull()
-            (await kit.content.open(REPO, digest, Kind.BLOB, pull)).close()
-            assert pull.warning == error.message
+            request = a_request(digest)
+            (await kit.content.open(request)).close()
+            assert request.pull.warning == error.message
         kit.registry.failure = None
         assert await blob(kit, digest) == (LAYER, Outcome.REVALIDATED)
 
@@ -187,7 +214,7 @@ async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorErro
         kit.registry.failure = error
         with pytest.raises(type(error)):
             await blob(kit, digest)
-        assert await kit.content.access_record(REPO, digest, Kind.BLOB) is None
+        assert await kit.store.index.access_record(REPO, digest, "blob") is None
         kit.registry.failure = DOWN
         with pytest.raises((BlobUnknown, UpstreamUnavailable)):
             await blob(kit, digest)
@@ -207,7 +234,7 @@ async def test_without_serve_stale_the_failure_is_the_answer(tmp_path: Path) -> 
 async def test_a_hung_upstream_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.05)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
@@ -243,7 +270,7 @@ async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: 
         await kit.store.idle()
         kit.registry.manifests[OTHER.path, digest] = kit.registry.manifests[REPO.path, digest]
         pull = a_pull()
-        await kit.content.check_access(OTHER, digest, Kind.MANIFEST)
+        await kit.content.check_access(a_request(digest, Kind.MANIFEST, OTHER))
         kit.clock[0] += YEAR
         kit.registry.failure = DOWN
         for _ in range(2):
@@ -355,10 +382,10 @@ async def test_who_comes_while_a_fetch_is_given_up_is_served(
                     await closing.wait()
 
         monkeypatch.setattr(kit.registry, "open", slow_to_close)
-        leaving = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        leaving = await kit.content.open(a_request(digest))
         leaving.close()
         await asyncio.sleep(0)
-        coming = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        coming = await kit.content.open(a_request(digest))
         closing.set()
         kit.registry.gate.set()
         assert await read(coming) == LAYER
@@ -380,9 +407,9 @@ async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
 async def test_small_content_is_kept_if_it_is_what_it_says(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         right, wrong = Digest.of(b"right"), Digest.of(b"wrong")
-        await kit.content.keep(right, b"right")
-        await kit.content.keep(right, b"right")
-        await kit.content.keep(wrong, b"not it")
+        await kit.content.store_body(right, b"right")
+        await kit.content.store_body(right, b"right")
+        await kit.content.store_body(wrong, b"not it")
         reader = await kit.store.blobs.find(right)
         assert reader is not None
         assert await read(reader) == b"right"

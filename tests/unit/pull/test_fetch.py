@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +28,13 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.fetch import fetch
-from mirror.pull.sources import Source, Sources
+from mirror.pull.fetch import Fetch
+from mirror.pull.requests import ContentRequest, ContentSource
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import REPO, MemoryRegistry, Stream
+from tests.unit.pull.kit import REPO, MemoryRegistry, Stream, a_pull, a_request
 from tests.unit.store.kit import Kit, kit, random_bytes, read
 
 DATA = random_bytes(400_000, 51)
@@ -64,28 +64,27 @@ class Bench:
     kit: Kit
     registry: Recording
     ingest: Ingest
-    source: Source
+    source: ContentSource
     answered: list[ContentStream] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
 
     refusals: list[tuple[Repository, MirrorError]] = field(default_factory=list)
 
-    async def fetch(self, *others: Source) -> None:
-        sources = Sources(self.source)
+    async def fetch(self, *others: ContentSource) -> None:
+        def suspect(endpoints: dict[str, str]) -> None:
+            assert set(endpoints.values()) == {REPO.upstream}
+            self.suspects += endpoints
+
+        fetch = Fetch(self.ingest, self.source, self.kit.events.append, self, suspect)
         for other in others:
-            sources.offer(other)
+            fetch.offer(other)
+        await fetch.run()
 
-        def suspect(endpoint: str, upstream: str) -> None:
-            assert upstream == REPO.upstream
-            self.suspects.append(endpoint)
-
-        await fetch(self.ingest, sources, self.kit.events.append, self, suspect)
-
-    def on_granted(self, source: Source, stream: ContentStream) -> None:
+    def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         self.answered.append(stream)
 
-    async def on_refused(self, source: Source, error: MirrorError) -> None:
-        self.refusals.append((source.repository, error))
+    async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
+        self.refusals.append((source.request.repository, error))
 
     async def body(self) -> bytes:
         """What a follower gets while it runs; raises what the fetch has met."""
@@ -113,10 +112,10 @@ async def read_or_error(follower: Any) -> bytes | MirrorError:
         return error
 
 
-def another(bench: Bench, **changes: Any) -> Bench:
+def another(bench: Bench) -> Bench:
     """A second fetch of the same content, as another process would begin it."""
     ingest = Ingest(bench.kit.ingest_context, bench.ingest.digest, None)
-    source = Source(bench.registry, REPO, bench.ingest.digest, bench.source.kind, **changes)
+    source = ContentSource(bench.registry, bench.source.request)
     return Bench(bench.kit, bench.registry, ingest, source)
 
 
@@ -127,7 +126,7 @@ async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     with kit(tmp_path) as parts:
         registry = Recording()
         registry.add_blob(REPO.path, DATA)
-        source = Source(registry, REPO, DIGEST, Kind.BLOB)
+        source = ContentSource(registry, a_request(DIGEST))
         yield Bench(parts, registry, Ingest(parts.ingest_context, DIGEST, None), source)
 
 
@@ -154,8 +153,15 @@ async def test_content_is_fetched_verified_and_published(bench: Bench) -> None:
 
 
 async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) -> None:
-    known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
-    bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, known=known, avoid=("bad",))
+    access_record = AccessRecord(
+        digest=DIGEST,
+        kind="blob",
+        media_type="a/b",
+        size=len(DATA),
+        referrer=None,
+        expires_at=None,
+    )
+    bench.source = replace(bench.source, access_record=access_record, avoid=("bad",))
     change(bench, {"total": None})
     assert await bench.body() == DATA
     assert bench.ingest.size == len(DATA)
@@ -212,7 +218,7 @@ async def test_breaks_without_progress_come_to_an_end(bench: Bench) -> None:
 async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
     bench: Bench,
 ) -> None:
-    bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, avoid=("wrong",))
+    bench.source = replace(bench.source, avoid=("wrong",))
     bench.registry.breaks = [(100_000, BROKEN), *((100_000 + n, BROKEN) for n in (1, 2, 3))]
     change(bench, *({"endpoint": name} for name in ("one", "one", "two", "one", "two")))
     assert await bench.body() == DATA
@@ -302,7 +308,8 @@ async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: b
     digest = Digest.of(body)
     bench.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
     bench.ingest = Ingest(bench.kit.ingest_context, digest, None)
-    bench.source = Source(bench.registry, REPO, digest, Kind.MANIFEST, accept=("a/b",))
+    request = ContentRequest(REPO, digest, Kind.MANIFEST, a_pull(), accept=("a/b",))
+    bench.source = ContentSource(bench.registry, request)
     change(bench, {} if announced else {"total": None})
     with pytest.raises(ManifestInvalid):
         await bench.body()

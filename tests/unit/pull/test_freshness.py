@@ -22,17 +22,17 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull.freshness import (
     ACCESS_TTL_S,
-    PATIENCE,
+    CONFIRM_TIMEOUT_S,
     Ask,
     Fail,
     Fresh,
     Refuse,
     Stale,
     after_failure,
+    confirm_timeout,
     decide,
     decide_access,
     decide_tag,
-    patience,
 )
 from mirror.store.records import AccessRecord, Entry, TagRecord
 
@@ -105,14 +105,14 @@ FAILURES = [
 
 @pytest.mark.parametrize("error", FAILURES)
 def test_a_failure_is_bridged_by_what_is_held(error: MirrorError) -> None:
-    assert after_failure(error, upstream(), held=True) == Stale(error.message)
-    assert after_failure(error, upstream(), held=False) == Fail()
-    assert after_failure(error, upstream(serve_stale=False), held=True) == Fail()
+    assert after_failure(error, upstream(), has_fallback=True) == Stale(error.message)
+    assert after_failure(error, upstream(), has_fallback=False) == Fail()
+    assert after_failure(error, upstream(serve_stale=False), has_fallback=True) == Fail()
 
 
 @pytest.mark.parametrize("error", [ManifestUnknown("404"), Denied("403"), Unauthorized("401")])
 def test_a_no_is_an_answer(error: MirrorError) -> None:
-    assert after_failure(error, upstream(), held=True) == Fail()
+    assert after_failure(error, upstream(), has_fallback=True) == Fail()
 
 
 NOW = 2_000_000_000.0
@@ -146,6 +146,6 @@ def test_who_may_read(access_record: AccessRecord | None, expected: object) -> N
 
 
 def test_patience_is_for_what_can_stand_in() -> None:
-    assert patience(upstream(), held=True) == PATIENCE
-    assert patience(upstream(), held=False) is None
-    assert patience(upstream(serve_stale=False), held=True) is None
+    assert confirm_timeout(upstream(), has_fallback=True) == CONFIRM_TIMEOUT_S
+    assert confirm_timeout(upstream(), has_fallback=False) is None
+    assert confirm_timeout(upstream(serve_stale=False), has_fallback=True) is None

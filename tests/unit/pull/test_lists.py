@@ -20,7 +20,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
-from mirror.pull.lists import PAGE
+from mirror.pull.lists import MAX_PAGE_TAGS
 from tests.unit.pull.kit import OTHER, REPO, TAG, PullKit, a_pull, manifest, pull_kit, upstream
 
 DOWN = UpstreamUnavailable("down")
@@ -68,7 +68,7 @@ async def test_pages_follow_each_other_to_the_end(tmp_path: Path) -> None:
         # a count that nobody can mean is a page like any other
         assert await tags(kit, 999_999_999) == (tuple(names), False, Outcome.HIT)
         assert kit.registry.calls["list_tags"] == 5
-        assert PAGE < 999_999_999
+        assert MAX_PAGE_TAGS < 999_999_999
 
 
 async def test_a_list_is_fresh_for_a_minute_and_no_longer_than_a_tag(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ async def test_without_serve_stale_a_list_is_not_bridged(tmp_path: Path) -> None
 async def test_a_list_that_is_held_waits_for_no_hung_upstream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.05)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
         await tags(kit)
@@ -166,7 +166,7 @@ async def test_a_repository_that_does_not_exist_is_asked_for_once(tmp_path: Path
 async def test_a_damaged_record_of_a_list_is_none(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
-        await kit.store.index.put_list(f"tags {REPO} {PAGE} ", "soon nonsense", 1000.0)
+        await kit.store.index.put_list(f"tags {REPO} {MAX_PAGE_TAGS} ", "soon nonsense", 1000.0)
         assert await tags(kit) == (("a",), False, Outcome.MISS)
 
 

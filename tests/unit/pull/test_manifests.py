@@ -100,7 +100,7 @@ async def test_stale_when_it_cannot_be_asked_and_not_when_it_says_no(tmp_path: P
 async def test_a_hung_upstream_is_not_waited_for_where_something_is_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.1)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.1)
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -175,8 +175,10 @@ async def test_every_waiter_gets_the_answer_and_some_leave(tmp_path: Path) -> No
         assert kit.registry.calls == {"head_manifest": 1, "get_manifest": 1}
 
 
-async def test_recency_is_about_images(tmp_path: Path) -> None:
+async def test_recency_is_about_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A base layer that no node asks for any more lives as long as images that refer to it."""
+    # The clock of the test moves on by minutes, and that of the memory cache does not.
+    monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_300_000)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, base)

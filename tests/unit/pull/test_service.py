@@ -17,7 +17,6 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
-from mirror.pull.admission import Instead
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
@@ -124,21 +123,6 @@ async def test_a_manifests_digest_is_no_blob(tmp_path: Path) -> None:
         await manifest(kit)
         with pytest.raises(BlobUnknown):
             await blob(kit, digest)
-
-
-async def test_what_is_served_instead_is_served_under_every_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Admission may name another digest: manifests follow it, blobs of the other image do not."""
-    async with pull_kit(tmp_path) as kit:
-        old = kit.registry.add_image(REPO.path, "old", b"old")
-        new = kit.registry.add_image(REPO.path, TAG.name, b"new")
-        monkeypatch.setattr("mirror.pull.admission.admit", lambda *_: Instead(old))
-        assert await manifest(kit) == (old, Outcome.MISS)
-        assert await manifest(kit, new) == (old, Outcome.HIT)
-        assert "head_manifest" not in kit.registry.calls
-        with pytest.raises(BlobUnknown):
-            await blob(kit, Digest.of(b"new"))
 
 
 async def test_a_refusal_is_told_in_the_record(tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from mirror.observability.events import Kind, Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import (
     BlobUnknown,
@@ -26,11 +27,22 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import fetch
-from mirror.pull.sources import Source, Sources
+from mirror.pull.fetch import Fetch
+from mirror.pull.requests import ContentSource
 from mirror.store.ingest import Ingest
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
+from tests.unit.pull.kit import (
+    OTHER,
+    REPO,
+    TAG,
+    MemoryRegistry,
+    PullKit,
+    a_request,
+    blob,
+    manifest,
+    pull_kit,
+)
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(400_000, 57)
@@ -210,11 +222,11 @@ async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path:
 def test_a_rival_is_another_upstream_and_comes_once() -> None:
     registry, hurried = MemoryRegistry(), []
     ours, same, theirs, more = (
-        Source(registry, repository, DIGEST, Kind.BLOB)
+        ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Sources(ours)
-    assert sources.next() is ours
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
+    assert sources.next_source() is ours
     with sources.on_other_upstream(lambda: hurried.append(1)):
         for source in (ours, same, same):
             sources.offer(source)
@@ -226,9 +238,9 @@ def test_a_rival_is_another_upstream_and_comes_once() -> None:
     assert hurried == [1]
     with sources.on_other_upstream(lambda: hurried.append(2)):
         assert hurried == [1, 2], "it had come before"
-    assert [sources.next() for _ in range(4)] == [same, theirs, more, None]
+    assert [sources.next_source() for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
-    assert sources.next() is None, "it had its turn"
+    assert sources.next_source() is None, "it had its turn"
 
 
 # --- what a fetch proves, and for whom ------------------------------------------------------------
@@ -288,7 +300,14 @@ async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> Non
     ours.failure = Denied("not for us")
     theirs.add_blob(THEIRS.path, DATA)
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
-        known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
+        known = AccessRecord(
+            digest=DIGEST,
+            kind="blob",
+            media_type="a/b",
+            size=len(DATA),
+            referrer=None,
+            expires_at=None,
+        )
         await kit.store.index.put_access_records(REPO, [known])
         async with asyncio.TaskGroup() as group:
             first, second = await joined(kit, ours, group)
