@@ -101,3 +101,17 @@ async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
         with pytest.raises(Draining):
             single_flight.run(("more",), quick)
     assert len(single_flight) == 0
+
+
+async def test_task_cancelled_before_its_first_step_ends_its_waiters_and_frees_its_key() -> None:
+    async def work() -> str:
+        return "done"
+
+    async with SingleFlight() as single_flight:
+        first = single_flight.run(("key",), work)
+        first.cancel()
+        with pytest.raises(Draining):
+            await asyncio.wait_for(first.wait(), 5.0)
+        second = single_flight.run(("key",), work)
+        assert second is not first
+        assert await second.wait() == "done"
