@@ -10,7 +10,7 @@ from mirror.oci.errors import Draining, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 
 
-async def test_many_ask_and_one_works() -> None:
+async def test_concurrent_runs_of_one_key_share_one_task() -> None:
     calls = 0
 
     async def work() -> int:
@@ -28,7 +28,7 @@ async def test_many_ask_and_one_works() -> None:
 
 
 @pytest.mark.row("U7")
-async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> None:
+async def test_every_waiter_gets_the_failure_and_the_next_run_starts_anew() -> None:
     calls = 0
 
     async def work() -> int:
@@ -47,7 +47,7 @@ async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> No
         assert calls == 2
 
 
-async def test_waiters_that_leave_cancel_nothing() -> None:
+async def test_cancelled_waiters_do_not_cancel_the_task() -> None:
     gate = asyncio.Event()
 
     async def work() -> str:
@@ -66,7 +66,7 @@ async def test_waiters_that_leave_cancel_nothing() -> None:
         assert {task.result() for task in tasks[4:]} == {"done"}
 
 
-async def test_an_unexpected_error_does_not_end_the_others() -> None:
+async def test_unexpected_error_does_not_end_other_tasks() -> None:
     async def broken() -> None:
         raise ZeroDivisionError
 
@@ -81,7 +81,7 @@ async def test_an_unexpected_error_does_not_end_the_others() -> None:
         assert await other.wait() == "fine"
 
 
-async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
+async def test_drain_waits_then_cancels_and_refuses_new_tasks() -> None:
     async def quick() -> str:
         await asyncio.sleep(0.05)
         return "quick"

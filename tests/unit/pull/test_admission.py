@@ -21,6 +21,8 @@ from mirror.pull.admission import Allow, admit
         (("org/app",), (), "org/app/sub", False),
     ],
 )
-def test_lists(allow: tuple[str, ...], deny: tuple[str, ...], path: str, served: bool) -> None:
+def test_allow_and_deny_lists_decide_by_repository_path_and_deny_wins(
+    allow: tuple[str, ...], deny: tuple[str, ...], path: str, served: bool
+) -> None:
     upstream = Upstream(endpoints=("http://x",), allow=allow, deny=deny)
     assert isinstance(admit(Repository("quay.io", path), upstream), Allow) is served

@@ -64,7 +64,9 @@ async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
 
 
 @pytest.mark.row("HC5")
-async def test_content_is_stored_once_and_served_only_where_it_belongs(tmp_path: Path) -> None:
+async def test_content_is_stored_once_and_served_only_in_repositories_that_have_it(
+    tmp_path: Path,
+) -> None:
     layer = random_bytes(200_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -81,7 +83,7 @@ async def test_content_is_stored_once_and_served_only_where_it_belongs(tmp_path:
         assert kit.registry.calls["get_blob"] == 1
 
 
-async def test_joining_through_another_repository_needs_its_own_proof(tmp_path: Path) -> None:
+async def test_follower_from_another_repository_needs_its_own_proof(tmp_path: Path) -> None:
     layer = random_bytes(400_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -99,7 +101,7 @@ async def test_joining_through_another_repository_needs_its_own_proof(tmp_path: 
         assert kit.registry.calls["get_blob"] == 1
 
 
-async def test_a_no_to_one_repository_is_none_to_another(tmp_path: Path) -> None:
+async def test_404_of_one_repository_does_not_fail_the_pull_of_another(tmp_path: Path) -> None:
     layer = random_bytes(100_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -112,7 +114,7 @@ async def test_a_no_to_one_repository_is_none_to_another(tmp_path: Path) -> None
         assert right[0] == layer
 
 
-async def test_many_that_need_the_same_proof_ask_once(tmp_path: Path) -> None:
+async def test_concurrent_clients_that_need_the_same_proof_send_one_head(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.registry.add_blob(OTHER.path, LAYER)
@@ -121,7 +123,7 @@ async def test_many_that_need_the_same_proof_ask_once(tmp_path: Path) -> None:
         assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
 
 
-async def test_client_that_looked_before_a_check_ended_does_not_ask_again(
+async def test_client_with_an_old_access_record_does_not_repeat_a_finished_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy machine may run a client again only after another client's check has ended."""
@@ -147,7 +149,9 @@ async def test_client_that_looked_before_a_check_ended_does_not_ask_again(
         assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
 
 
-async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path: Path) -> None:
+async def test_cached_blob_requested_as_a_manifest_is_checked_at_the_upstream(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         with pytest.raises(ManifestUnknown):
@@ -158,7 +162,7 @@ async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path:
 # --- the upstream's word ends, and is asked for again -------------------------------------------
 
 
-async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None:
+async def test_granted_access_is_checked_again_after_one_day(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += ACCESS_TTL_S
@@ -173,7 +177,7 @@ async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None
 
 @pytest.mark.row("K1")
 @pytest.mark.parametrize("jump", [ACCESS_TTL_S + 1, YEAR, -YEAR], ids=["day", "year", "back"])
-async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
+async def test_expired_access_is_served_stale_while_the_upstream_fails(
     tmp_path: Path, jump: float
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -191,7 +195,7 @@ async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
 
 
 @pytest.mark.row("K1")
-async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Path) -> None:
+async def test_access_by_a_manifest_reference_never_expires(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
         await manifest(kit)
@@ -206,7 +210,9 @@ async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Pat
 
 @pytest.mark.row("HC6")
 @pytest.mark.parametrize("error", NOES, ids=lambda error: error.message)
-async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorError) -> None:
+async def test_404_403_or_401_revokes_granted_access_at_once(
+    tmp_path: Path, error: MirrorError
+) -> None:
     """Also where the upstream is down afterwards: its last word was no."""
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
@@ -220,7 +226,9 @@ async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorErro
             await blob(kit, digest)
 
 
-async def test_without_serve_stale_the_failure_is_the_answer(tmp_path: Path) -> None:
+async def test_without_serve_stale_expired_access_fails_with_the_upstreams_error(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path, upstream=upstream(serve_stale=False)) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
@@ -231,7 +239,7 @@ async def test_without_serve_stale_the_failure_is_the_answer(tmp_path: Path) -> 
             await head(kit, digest)
 
 
-async def test_a_hung_upstream_is_not_waited_for(
+async def test_expired_access_is_served_stale_when_the_upstream_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
@@ -249,7 +257,7 @@ async def test_a_hung_upstream_is_not_waited_for(
 
 
 @pytest.mark.row("K1")
-async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None:
+async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
@@ -262,7 +270,7 @@ async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None
 
 
 @pytest.mark.row("K1")
-async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: Path) -> None:
+async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path) -> None:
     """Content came through one repository; another one had it by the upstream's word only."""
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
@@ -286,7 +294,7 @@ async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: 
 # --- negative answers ---------------------------------------------------------------------------
 
 
-async def test_a_404_is_remembered_and_other_refusals_are_not(tmp_path: Path) -> None:
+async def test_404_is_remembered_and_401_403_and_failures_are_not(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         absent = Digest.of(b"absent")
         for _ in range(3):
@@ -304,7 +312,9 @@ async def test_a_404_is_remembered_and_other_refusals_are_not(tmp_path: Path) ->
             assert kit.registry.calls == {"get_blob": 2}
 
 
-async def test_what_was_learned_later_outweighs_a_404(tmp_path: Path) -> None:
+async def test_manifest_that_a_tag_names_later_is_served_despite_a_remembered_404(
+    tmp_path: Path,
+) -> None:
     """A digest that was asked for too early is served as soon as a tag is known to be it."""
     async with pull_kit(tmp_path, upstream=upstream(negative_ttl=3600.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
@@ -320,7 +330,9 @@ async def test_what_was_learned_later_outweighs_a_404(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("U6")
-async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_path: Path) -> None:
+async def test_small_content_with_wrong_bytes_is_fetched_again_before_the_first_byte(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
         layer = b"a small layer"
         kit.registry.add_image(REPO.path, TAG.name, layer)
@@ -338,7 +350,7 @@ async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_pat
 
 
 @pytest.mark.row("R8")
-async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Path) -> None:
+async def test_blob_larger_than_the_quota_is_served_and_not_stored(tmp_path: Path) -> None:
     layer = random_bytes(2_000_000)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_000_000)) as kit:
         kit.registry.add_blob(REPO.path, layer)
@@ -349,7 +361,7 @@ async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Pat
 
 
 @pytest.mark.row("R8")
-async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) -> None:
+async def test_100_concurrent_pulls_above_the_quota_are_all_served(tmp_path: Path) -> None:
     blobs = [random_bytes(100_000, seed) for seed in range(100)]
     async with pull_kit(tmp_path, storage=Storage(max_size=2_000_000)) as kit:
         for data in blobs:
@@ -363,7 +375,7 @@ async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) ->
 
 @pytest.mark.row("L1")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
-async def test_who_comes_while_a_fetch_is_given_up_is_served(
+async def test_client_that_comes_while_an_abandoned_fetch_closes_is_served(
     tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that left comes back at once, before the connection to the upstream is closed."""
@@ -394,7 +406,7 @@ async def test_who_comes_while_a_fetch_is_given_up_is_served(
         assert kit.registry.calls["get_blob"] == expected
 
 
-async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
+async def test_no_fetch_is_started_after_draining(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_blob(REPO.path, LAYER)
         await kit.single_flight.drain(1.0)
@@ -404,7 +416,7 @@ async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
         assert not kit.registry.calls
 
 
-async def test_small_content_is_kept_if_it_is_what_it_says(tmp_path: Path) -> None:
+async def test_store_body_stores_only_bytes_that_match_the_digest(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         right, wrong = Digest.of(b"right"), Digest.of(b"wrong")
         await kit.content.store_body(right, b"right")

@@ -152,7 +152,9 @@ async def test_content_is_fetched_verified_and_published(bench: Bench) -> None:
     assert bench.ingest.released.is_set()
 
 
-async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) -> None:
+async def test_size_that_the_upstream_does_not_state_is_taken_from_the_access_record(
+    bench: Bench,
+) -> None:
     access_record = AccessRecord(
         digest=DIGEST,
         kind="blob",
@@ -171,7 +173,7 @@ async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) 
 # --- breaks -------------------------------------------------------------------------------------
 
 
-async def test_a_break_is_resumed_where_it_was(bench: Bench) -> None:
+async def test_broken_transfer_is_resumed_at_its_offset(bench: Bench) -> None:
     bench.registry.breaks = [(100_000, BROKEN), (250_000, UpstreamTimeout("silence"))]
     assert await bench.body() == DATA
     assert bench.registry.offsets == [0, 100_000, 250_000]
@@ -184,21 +186,21 @@ async def test_a_break_is_resumed_where_it_was(bench: Bench) -> None:
     assert len(bench.answered) == 1, "the first answer was proof enough"
 
 
-async def test_a_server_that_cannot_resume_is_skipped_through(bench: Bench) -> None:
+async def test_full_response_to_a_resume_is_skipped_up_to_the_offset(bench: Bench) -> None:
     bench.registry.breaks = [(100_001, BROKEN)]
     change(bench, {}, {"start": 0})
     assert await bench.body() == DATA
     assert bench.registry.offsets == [0, 100_001]
 
 
-async def test_a_second_answer_shorter_than_the_first_break_is_a_break(bench: Bench) -> None:
+async def test_full_response_that_ends_before_the_offset_is_retried(bench: Bench) -> None:
     bench.registry.breaks = [(100_000, BROKEN)]
     change(bench, {}, {"start": 0, "data": DATA[:50_000]})
     assert await bench.body() == DATA
     assert bench.registry.offsets == [0, 100_000, 100_000]
 
 
-async def test_an_answer_to_another_question_is_not_spliced(bench: Bench) -> None:
+async def test_response_after_the_requested_offset_is_not_appended(bench: Bench) -> None:
     bench.registry.breaks = [(100_000, BROKEN)]
     change(bench, {}, {"start": 150_000})
     assert await bench.body() == DATA
@@ -207,7 +209,7 @@ async def test_an_answer_to_another_question_is_not_spliced(bench: Bench) -> Non
     assert [named["validator"] for named in bench.registry.asked] == [None, '"tag"', None]
 
 
-async def test_breaks_without_progress_come_to_an_end(bench: Bench) -> None:
+async def test_fetch_fails_after_6_broken_transfers_without_progress(bench: Bench) -> None:
     bench.registry.breaks = [(100_000, BROKEN)] + [(100_100 + n, BROKEN) for n in range(20)]
     with pytest.raises(UpstreamUnavailable, match="connection reset"):
         await bench.body()
@@ -215,7 +217,7 @@ async def test_breaks_without_progress_come_to_an_end(bench: Bench) -> None:
     assert not bench.kit.layout.blob(DIGEST).exists()
 
 
-async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
+async def test_endpoint_that_broke_without_progress_is_asked_last(
     bench: Bench,
 ) -> None:
     bench.source = replace(bench.source, avoid=("wrong",))
@@ -231,7 +233,7 @@ async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
     ]
 
 
-async def test_an_endpoint_whose_answer_was_no_use_is_asked_last(bench: Bench) -> None:
+async def test_endpoint_named_by_a_protocol_error_is_asked_last(bench: Bench) -> None:
     useless = UpstreamProtocolError("another range")
     useless.endpoint = "two"
     bench.registry.breaks = [(1000, BROKEN), (1000, useless)]
@@ -240,7 +242,7 @@ async def test_an_endpoint_whose_answer_was_no_use_is_asked_last(bench: Bench) -
     assert [named["avoid"] for named in bench.registry.asked] == [(), ("one",), ("one", "two")]
 
 
-async def test_while_nobody_may_be_asked_no_attempt_is_lost(bench: Bench) -> None:
+async def test_open_circuits_do_not_count_as_failed_transfers(bench: Bench) -> None:
     waiting = AllCircuitsOpen("not asked again yet")
     bench.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
     assert await bench.body() == DATA
@@ -248,13 +250,13 @@ async def test_while_nobody_may_be_asked_no_attempt_is_lost(bench: Bench) -> Non
     assert bench.registry.asked[-1]["avoid"] == ("memory",)
 
 
-async def test_progress_earns_new_attempts(bench: Bench) -> None:
+async def test_progress_resets_the_count_of_failed_transfers(bench: Bench) -> None:
     bench.registry.breaks = [(66_000 * n, BROKEN) for n in range(1, 7)]
     assert await bench.body() == DATA
     assert len(bench.happened(Resumed)) == 6
 
 
-async def test_what_came_before_the_end_is_resumed_by_the_next_fetch(bench: Bench) -> None:
+async def test_next_fetch_resumes_after_the_bytes_of_a_failed_one(bench: Bench) -> None:
     bench.registry.breaks = [(100_000, BROKEN)] * 6
     with pytest.raises(UpstreamUnavailable):
         await bench.body()
@@ -264,7 +266,7 @@ async def test_what_came_before_the_end_is_resumed_by_the_next_fetch(bench: Benc
 
 
 @pytest.mark.parametrize("error", [BROKEN, BlobUnknown("404"), Denied("403")])
-async def test_before_the_first_answer_a_failure_is_final(bench: Bench, error: MirrorError) -> None:
+async def test_failure_before_the_first_response_is_final(bench: Bench, error: MirrorError) -> None:
     """The registry has retried and failed over already."""
     bench.registry.failure = error
     with pytest.raises(type(error), match=error.message):
@@ -278,7 +280,7 @@ async def test_before_the_first_answer_a_failure_is_final(bench: Bench, error: M
 
 
 @pytest.mark.parametrize(("resumed", "where"), [(False, "upstream"), (True, "resume")])
-async def test_wrong_bytes_are_counted_and_their_endpoint_is_suspected(
+async def test_wrong_bytes_are_reported_with_every_endpoint_that_sent_some(
     bench: Bench, resumed: bool, where: str
 ) -> None:
     wrong = {"data": DATA[:-1] + bytes([DATA[-1] ^ 1]), "endpoint": "http://bad"}
@@ -295,7 +297,7 @@ async def test_wrong_bytes_are_counted_and_their_endpoint_is_suspected(
     assert bench.registry.offsets[-1] == 0, "of wrong bytes, none is resumed"
 
 
-async def test_bytes_beyond_the_announced_length_are_refused(bench: Bench) -> None:
+async def test_more_bytes_than_announced_fail_the_fetch(bench: Bench) -> None:
     change(bench, *({"data": DATA + b"more", "total": len(DATA)} for _ in range(9)))
     with pytest.raises(UpstreamProtocolError):
         await bench.body()
@@ -303,7 +305,7 @@ async def test_bytes_beyond_the_announced_length_are_refused(bench: Bench) -> No
 
 @pytest.mark.row("HU5")
 @pytest.mark.parametrize("announced", [True, False])
-async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: bool) -> None:
+async def test_manifest_above_4_mib_fails_the_fetch(bench: Bench, announced: bool) -> None:
     body = b" " * (MANIFEST_LIMIT + 1)
     digest = Digest.of(body)
     bench.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
@@ -322,7 +324,7 @@ async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: b
 # --- other processes ----------------------------------------------------------------------------
 
 
-async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench: Bench) -> None:
+async def test_fetch_of_another_process_is_followed_without_a_request(bench: Bench) -> None:
     other = Ingest(bench.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
@@ -337,7 +339,7 @@ async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench:
 
 
 @pytest.mark.row("C7")
-async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None:
+async def test_fetch_of_a_process_that_ended_is_resumed_by_this_one(bench: Bench) -> None:
     other = Ingest(bench.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
@@ -358,7 +360,7 @@ async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None
 # --- the end ------------------------------------------------------------------------------------
 
 
-async def test_a_fetch_that_is_cancelled_lets_go_and_tells_its_followers(bench: Bench) -> None:
+async def test_cancelled_fetch_fails_its_followers_and_releases_the_ingest(bench: Bench) -> None:
     bench.registry.gate = asyncio.Event()
     follower = bench.ingest.follow()
     assert follower is not None
@@ -374,7 +376,7 @@ async def test_a_fetch_that_is_cancelled_lets_go_and_tells_its_followers(bench: 
     assert await another(bench).body() == DATA
 
 
-async def test_an_error_of_the_system_is_an_upstream_that_cannot_be_asked(
+async def test_os_error_fails_the_fetch_as_upstream_unavailable(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse() -> None:

@@ -103,7 +103,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.row("U1")
-async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path: Path) -> None:
+async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), Slow()
     theirs.let.set()
     ours.add_blob(REPO.path, DATA)
@@ -121,7 +123,7 @@ async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path:
 
 @pytest.mark.row("U11")
 @pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
-async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
+async def test_upstream_that_is_down_fails_only_its_own_clients(
     tmp_path: Path, failure: MirrorError
 ) -> None:
     ours, theirs = Slow(), MemoryRegistry()
@@ -136,7 +138,9 @@ async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
 
 @pytest.mark.row("HC5")
 @pytest.mark.parametrize("failure", [BlobUnknown("no such blob"), Denied("not for us")])
-async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: MirrorError) -> None:
+async def test_refusal_revokes_access_of_one_repository_only(
+    tmp_path: Path, failure: MirrorError
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     theirs.add_blob(THEIRS.path, DATA)
     ours.failure = failure
@@ -149,7 +153,7 @@ async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: Mirro
 
 
 @pytest.mark.row("U15")
-async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> None:
+async def test_each_client_gets_the_error_of_its_own_upstream(tmp_path: Path) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.failure = DOWN
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
@@ -161,7 +165,7 @@ async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> No
 
 
 @pytest.mark.row("U11")
-async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
+async def test_hung_upstream_is_preempted_while_another_one_is_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
@@ -178,7 +182,7 @@ async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
         assert ours.calls["head_blob"] == 1
 
 
-async def test_one_that_answers_is_not_overtaken(
+async def test_upstream_that_has_responded_is_not_preempted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.02)
@@ -201,7 +205,9 @@ async def test_one_that_answers_is_not_overtaken(
 
 
 @pytest.mark.row("C7")
-async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path: Path) -> None:
+async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
+    tmp_path: Path,
+) -> None:
     ours = MemoryRegistry()
     ours.add_blob(REPO.path, DATA)
     async with pull_kit(tmp_path, registry=ours) as kit:
@@ -219,7 +225,7 @@ async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path:
         assert ours.calls["get_blob"] == 1
 
 
-def test_a_rival_is_another_upstream_and_comes_once() -> None:
+def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
     registry, hurried = MemoryRegistry(), []
     ours, same, theirs, more = (
         ContentSource(registry, a_request(DIGEST, repository=repository))
@@ -247,7 +253,9 @@ def test_a_rival_is_another_upstream_and_comes_once() -> None:
 
 
 @pytest.mark.row("HC5")
-async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) -> None:
+async def test_blob_that_looks_like_a_manifest_proves_no_access_to_its_parts(
+    tmp_path: Path,
+) -> None:
     secret = random_bytes(5_000)
     private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
     async with pull_kit(tmp_path) as kit:
@@ -271,7 +279,7 @@ async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) 
 
 
 @pytest.mark.row("HC6")
-async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> None:
+async def test_layer_requested_as_a_manifest_stays_available_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, DATA)
         await manifest(kit)
@@ -295,7 +303,9 @@ async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> 
         assert (await blob(kit, DIGEST))[0] == DATA
 
 
-async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> None:
+async def test_refusal_by_the_own_upstream_ends_the_wait_at_once_and_is_recorded(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), Slow()
     ours.failure = Denied("not for us")
     theirs.add_blob(THEIRS.path, DATA)
@@ -318,7 +328,7 @@ async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> Non
         assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
-async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
+async def test_preempted_source_is_asked_again_after_the_others_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
@@ -335,7 +345,9 @@ async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
 
 
 @pytest.mark.row("U6")
-async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> None:
+async def test_wrong_bytes_of_one_upstream_do_not_prevent_a_fetch_from_another(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.blobs[REPO.path, DIGEST] = b"wrong"
     ours.add_blob(THEIRS.path, DATA)
@@ -347,7 +359,9 @@ async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> N
         assert theirs.calls["get_blob"] == 1
 
 
-async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
+async def test_size_announced_without_any_bytes_does_not_bind_the_next_source(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.blobs[REPO.path, DIGEST] = b"short"
     ours.breaks = [(0, DOWN)] * 20
@@ -357,7 +371,7 @@ async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
         assert second == (DATA, Outcome.JOIN)
 
 
-async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
+async def test_response_to_a_resume_proves_access_before_its_first_byte(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_blob(REPO.path, DATA)
         kit.registry.breaks = [(200_000, Denied("no more"))]
@@ -369,7 +383,7 @@ async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("M1")
-async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path) -> None:
+async def test_proof_of_another_process_is_used_without_a_request(tmp_path: Path) -> None:
     rest = asyncio.Event()
     registry = Slow()
     registry.add_blob(REPO.path, DATA)
