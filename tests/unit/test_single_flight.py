@@ -1,4 +1,4 @@
-"""Flights: one piece of work a key, every waiter its outcome, nothing left at the end."""
+"""Single flight: one task for each key, its outcome for every waiter, no task left at the end."""
 
 from __future__ import annotations
 

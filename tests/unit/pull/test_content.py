@@ -1,4 +1,4 @@
-"""Content by digest: who may read it, hit, join or miss, and what an upstream's silence means."""
+"""Content by digest: access by repository, cached or fetched, and upstreams that fail."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from tests.unit.store.kit import random_bytes, read
 
 LAYER = random_bytes(200_000)
 YEAR = 365 * 86400.0
-NOES = [BlobUnknown("404"), Denied("403"), Unauthorized("401")]
+REFUSALS = [BlobUnknown("404"), Denied("403"), Unauthorized("401")]
 DOWN = UpstreamUnavailable("down")
 
 
 async def granted(kit: PullKit, data: bytes = LAYER) -> Digest:
-    """A blob that is here, and in ``REPO`` by nothing but the upstream's word."""
+    """A cached blob that ``REPO`` may read only because the upstream granted it."""
     digest = kit.registry.add_blob(REPO.path, data)
     assert await blob(kit, digest) == (data, Outcome.MISS)
     await kit.store.idle()
@@ -60,7 +60,7 @@ async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
     return answer.size, pull.outcome
 
 
-# --- who may read -------------------------------------------------------------------------------
+# --- access by repository -----------------------------------------------------------------------
 
 
 @pytest.mark.row("HC5")
@@ -126,7 +126,7 @@ async def test_concurrent_clients_that_need_the_same_proof_send_one_head(tmp_pat
 async def test_client_with_an_old_access_record_does_not_repeat_a_finished_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A busy machine may run a client again only after another client's check has ended."""
+    """On a busy machine a client may continue only after another client's check has ended."""
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.registry.add_blob(OTHER.path, LAYER)
@@ -159,7 +159,7 @@ async def test_cached_blob_requested_as_a_manifest_is_checked_at_the_upstream(
         assert kit.registry.calls["head_manifest"] == 1
 
 
-# --- the upstream's word ends, and is asked for again -------------------------------------------
+# --- granted access expires, and is checked again -----------------------------------------------
 
 
 async def test_granted_access_is_checked_again_after_one_day(tmp_path: Path) -> None:
@@ -209,11 +209,11 @@ async def test_access_by_a_manifest_reference_never_expires(tmp_path: Path) -> N
 
 
 @pytest.mark.row("HC6")
-@pytest.mark.parametrize("error", NOES, ids=lambda error: error.message)
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: error.message)
 async def test_404_403_or_401_revokes_granted_access_at_once(
     tmp_path: Path, error: MirrorError
 ) -> None:
-    """Also where the upstream is down afterwards: its last word was no."""
+    """Also while the upstream is down afterwards: its last response was a refusal."""
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
@@ -271,7 +271,7 @@ async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path
 
 @pytest.mark.row("K1")
 async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path) -> None:
-    """Content came through one repository; another one had it by the upstream's word only."""
+    """The content came through one repository. Another one may read it by granted access only."""
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
         await manifest(kit)
@@ -315,13 +315,13 @@ async def test_404_is_remembered_and_401_403_and_failures_are_not(tmp_path: Path
 async def test_manifest_that_a_tag_names_later_is_served_despite_a_remembered_404(
     tmp_path: Path,
 ) -> None:
-    """A digest that was asked for too early is served as soon as a tag is known to be it."""
+    """A client asked for the digest before the upstream had it."""
     async with pull_kit(tmp_path, upstream=upstream(negative_ttl=3600.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
-        held = kit.registry.manifests.pop((REPO.path, digest))
+        entry = kit.registry.manifests.pop((REPO.path, digest))
         with pytest.raises(ManifestUnknown):
             await manifest(kit, digest)
-        kit.registry.manifests[REPO.path, digest] = held
+        kit.registry.manifests[REPO.path, digest] = entry
         assert await manifest(kit) == (digest, Outcome.MISS)
         assert await manifest(kit, digest) == (digest, Outcome.HIT)
 
@@ -378,7 +378,7 @@ async def test_100_concurrent_pulls_above_the_quota_are_all_served(tmp_path: Pat
 async def test_client_that_comes_while_an_abandoned_fetch_closes_is_served(
     tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that left comes back at once, before the connection to the upstream is closed."""
+    """The client comes back before the connection to the upstream is closed."""
     async with pull_kit(tmp_path, abandoned=abandoned) as kit:
         digest = kit.registry.add_blob(REPO.path, LAYER)
         kit.registry.gate = asyncio.Event()

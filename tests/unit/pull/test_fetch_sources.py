@@ -1,4 +1,4 @@
-"""One fetch, several repositories that have the content: each asked in turn, each with its word."""
+"""One fetch with several sources: each is asked in turn, and each client gets its own error."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ DOWN = UpstreamUnavailable("down")
 
 @dataclass
 class Slow(MemoryRegistry):
-    """Does not answer with content before it is let, and knows from where on it was asked."""
+    """A registry that sends no content before ``let`` is set, and records the requested offsets."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     let: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,7 +69,7 @@ class Slow(MemoryRegistry):
 
 
 async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome] | MirrorError:
-    """What a client of ``repository`` gets."""
+    """Request the blob through ``repository``. Returns the error instead of raising it."""
     try:
         return await blob(kit, DIGEST, repository)
     except MirrorError as error:
@@ -77,7 +77,7 @@ async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome]
 
 
 async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
-    """What two clients get, of whom the second joins the fetch of the first."""
+    """Run two clients, of whom the second joins the fetch of the first. Returns their outcomes."""
     async with asyncio.TaskGroup() as group:
         first, second = await joined(kit, ours, group)
         ours.let.set()
@@ -87,7 +87,7 @@ async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
 async def joined(
     kit: PullKit, ours: Slow, group: asyncio.TaskGroup
 ) -> tuple[asyncio.Task[Any], asyncio.Task[Any]]:
-    """Two clients that follow one fetch, which waits for our upstream."""
+    """Start two clients that follow one fetch, which waits for our upstream."""
     first = group.create_task(outcome(kit, REPO))
     await ours.asked.wait()
     second = group.create_task(outcome(kit, THEIRS))
@@ -158,7 +158,7 @@ async def test_each_client_gets_the_error_of_its_own_upstream(tmp_path: Path) ->
     ours.failure = DOWN
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
         first, second = await both(kit, ours)
-        assert first is DOWN, "another upstream's 404 is none of this one"
+        assert first is DOWN, "another upstream's 404 is not returned"
         assert isinstance(second, BlobUnknown)
         again = await outcome(kit, REPO)
         assert again is DOWN
@@ -177,7 +177,7 @@ async def test_hung_upstream_is_preempted_while_another_one_is_queued(
             first = group.create_task(outcome(kit, REPO))
             await ours.asked.wait()
             assert await outcome(kit, THEIRS) == (DATA, Outcome.JOIN)
-        # its own upstream proves it by a HEAD, which does not hang
+        # a HEAD to its own upstream, which does not hang, is its proof
         assert first.result() == (DATA, Outcome.MISS)
         assert ours.calls["head_blob"] == 1
 
@@ -226,30 +226,30 @@ async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
 
 
 def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
-    registry, hurried = MemoryRegistry(), []
+    registry, shortened = MemoryRegistry(), []
     ours, same, theirs, more = (
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
     sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
     assert sources.next_source() is ours
-    with sources.on_other_upstream(lambda: hurried.append(1)):
+    with sources.on_other_upstream(lambda: shortened.append(1)):
         for source in (ours, same, same):
             sources.offer(source)
-        assert not hurried
+        assert not shortened
         assert not sources.has_other_upstream
         for source in (theirs, more, theirs):
             sources.offer(source)
         assert sources.has_other_upstream
-    assert hurried == [1]
-    with sources.on_other_upstream(lambda: hurried.append(2)):
-        assert hurried == [1, 2], "it had come before"
+    assert shortened == [1]
+    with sources.on_other_upstream(lambda: shortened.append(2)):
+        assert shortened == [1, 2], "it was queued before"
     assert [sources.next_source() for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
-    assert sources.next_source() is None, "it had its turn"
+    assert sources.next_source() is None, "it was asked before"
 
 
-# --- what a fetch proves, and for whom ------------------------------------------------------------
+# --- proofs of access ---------------------------------------------------------------------------
 
 
 @pytest.mark.row("HC5")

@@ -1,4 +1,4 @@
-"""Freshness: pull policies, times to live, and what stands in for a failing upstream."""
+"""Freshness: pull policies, times to live, and cached content in place of a failed upstream."""
 
 from __future__ import annotations
 
@@ -120,22 +120,29 @@ def test_401_403_404_never_fall_back_to_cached_content(error: MirrorError) -> No
 NOW = 2_000_000_000.0
 
 
-def known(left: float | None) -> AccessRecord:
-    """A membership that is believed for so many seconds more."""
-    expires_at = None if left is None else NOW + left
-    return AccessRecord(Digest.of(b"x"), "blob", "", 1, None, expires_at)
+def record(seconds: float | None) -> AccessRecord:
+    """An access record that expires in so many seconds."""
+    expires_at = None if seconds is None else NOW + seconds
+    return AccessRecord(
+        digest=Digest.of(b"x"),
+        kind="blob",
+        media_type="",
+        size=1,
+        referrer=None,
+        expires_at=expires_at,
+    )
 
 
 @pytest.mark.parametrize(
     ("access_record", "expected"),
     [
         (None, Ask()),
-        (known(None), Fresh()),
-        (known(ACCESS_TTL_S), Fresh()),
-        (known(0), Fresh()),
-        (known(-1), Ask()),
-        pytest.param(known(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
-        pytest.param(known(365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+        (record(None), Fresh()),
+        (record(ACCESS_TTL_S), Fresh()),
+        (record(0), Fresh()),
+        (record(-1), Ask()),
+        pytest.param(record(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+        pytest.param(record(365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
     ],
     ids=["unknown", "for good", "new", "its last second", "over", "a year", "a year ahead"],
 )
@@ -144,7 +151,7 @@ def test_access_is_fresh_until_it_expires(
 ) -> None:
     assert decide_access(access_record, upstream(), NOW) == expected
     assert decide_access(access_record, upstream(pull_policy="Always", tag_ttl=0), NOW) == expected
-    # where nothing may be asked, what was once granted holds
+    # with the policy Never, access that was once granted stays
     never = Refuse() if access_record is None else Fresh()
     assert decide_access(access_record, upstream(pull_policy="Never"), NOW) == never
 

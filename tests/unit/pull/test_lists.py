@@ -1,4 +1,4 @@
-"""Lists: paging of our own, the last known list as a stand-in, referrers by either way."""
+"""Lists: our own paging, the cached list as a fallback, referrers by API and by tag schema."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def test_tags_are_paged_to_the_end(tmp_path: Path) -> None:
         assert await tags(kit, 2, "v4") == ((), False, Outcome.MISS)
         assert await tags(kit, 0) == ((), False, Outcome.HIT)
         assert await tags(kit) == (tuple(names), False, Outcome.MISS)
-        # a count that nobody can mean is a page like any other
+        # a count above the limit is the page of the limit
         assert await tags(kit, 999_999_999) == (tuple(names), False, Outcome.HIT)
         assert kit.registry.calls["list_tags"] == 5
         assert MAX_PAGE_TAGS < 999_999_999
@@ -120,7 +120,7 @@ async def test_cached_list_is_served_stale_for_failures_and_not_for_401_403_404(
             with pytest.raises(type(error)):
                 await tags(kit)
         with pytest.raises(MirrorError):
-            await tags(kit, 7)  # another page, of which nothing is known
+            await tags(kit, 7)  # another page, which is not cached
 
 
 async def test_without_serve_stale_a_cached_list_does_not_stand_in(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ async def test_pull_policy_never_lists_the_tags_of_the_index(tmp_path: Path) -> 
         await manifest(kit)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
         assert await tags(kit) == ((TAG.name,), False, Outcome.HIT)
-        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that was once asked for"
+        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that is cached"
         assert await tags(kit, 3, TAG.name) == ((), False, Outcome.HIT)
         with pytest.raises(NameUnknown):
             await kit.service.tags(OTHER, None, None, a_pull())
@@ -202,7 +202,7 @@ async def test_referrers_of_the_api_are_passed_on_byte_for_byte_and_filtered_her
         (found,) = await referrers(kit, "application/x.sbom")
         assert found["artifactType"] == "application/x.sbom"
         assert await referrers(kit, "application/x.nothing") == []
-        assert kit.registry.calls == {"referrers": 2}, "a filter needs no question of its own"
+        assert kit.registry.calls == {"referrers": 2}, "a filter needs no request of its own"
 
 
 async def test_malformed_referrers_are_refused(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ async def test_image_at_the_referrers_tag_gives_an_empty_index(
 
 
 async def test_pull_policy_never_serves_referrers_of_the_cached_schema_tag(tmp_path: Path) -> None:
-    """As a site has it that was filled by pulling tags, signatures among them."""
+    """As at a site whose cache was filled by pulling tags, signatures among them."""
     async with pull_kit(tmp_path) as kit:
         document = referring("application/x.sbom")
         kit.registry.add_manifest(REPO.path, document, referrers_tag(SUBJECT))

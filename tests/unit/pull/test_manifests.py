@@ -47,7 +47,7 @@ from tests.unit.pull.kit import (
 from tests.unit.store.kit import random_bytes
 
 OLD = (OCI_MANIFEST, DOCKER_MANIFEST)
-"""What a client accepts that knows of no index."""
+"""Media types that a client accepts which does not support indexes."""
 
 
 async def by_tag(
@@ -158,7 +158,7 @@ async def test_tag_is_resolved_by_get_if_the_head_names_no_digest(
             return replace(await real(*arguments), digest=None)  # type: ignore[arg-type] # as given
 
         monkeypatch.setattr(kit.registry, "head_manifest", bare)
-        assert await manifest(kit) == (digest, Outcome.REVALIDATED), "it came with the answer"
+        assert await manifest(kit) == (digest, Outcome.REVALIDATED), "its body came too"
         assert await manifest(kit) == (digest, Outcome.HIT)
 
 
@@ -178,7 +178,7 @@ async def test_waiters_for_a_tag_share_one_request_and_some_may_leave(tmp_path: 
 async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A base layer that no node asks for any more lives as long as images that refer to it."""
+    """A base layer that no node requests any more stays as long as images that refer to it."""
     # The clock of the test moves on by minutes, and that of the memory cache does not.
     monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
@@ -249,13 +249,13 @@ async def test_404_for_a_tag_is_remembered(tmp_path: Path) -> None:
         assert kit.registry.calls == {"head_manifest": 1}
 
 
-# --- what clients accept ------------------------------------------------------------------------
+# --- the Accept header ------------------------------------------------------------------------
 
 
 async def test_old_and_current_clients_get_the_manifest_of_their_accept_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A registry answers a client without indexes with one of the index's manifests."""
+    """A registry sends a client that does not accept indexes one of the manifests of the index."""
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0)) as kit:
         child = kit.registry.add_image(REPO.path, None, b"layer")
         index = kit.registry.add_index(REPO.path, TAG.name, child)
@@ -286,7 +286,7 @@ async def test_client_with_few_accepted_types_is_served_a_cached_manifest_that_f
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         assert await by_tag(kit, ()) == (digest, Outcome.MISS)
-        assert await by_tag(kit, OLD) == (digest, Outcome.HIT), "what is held will do"
+        assert await by_tag(kit, OLD) == (digest, Outcome.HIT), "the cached manifest fits"
         kit.clock[0] += 101
         assert await by_tag(kit, OLD) == (digest, Outcome.REVALIDATED)
         assert await by_tag(kit, OLD) == (digest, Outcome.HIT)
@@ -330,14 +330,14 @@ def test_accepts_follows_types_and_wildcards_of_the_accept_header(
     assert accepts(accept, OCI_MANIFEST) is taken
 
 
-# --- what is kept -------------------------------------------------------------------------------
+# --- stored bytes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 async def test_manifest_of_any_type_up_to_4_mib_is_served_byte_for_byte(
     tmp_path: Path, algorithm: str
 ) -> None:
-    """An artifact's own media type, odd whitespace and all."""
+    """Also with a media type of its own, and with odd whitespace."""
     document = json.dumps({"schemaVersion": 2, "x": ""}, indent=7).encode()
     body = document.replace(b'""', b'"' + b"x" * (MANIFEST_LIMIT - len(document)) + b'"')
     assert len(body) == MANIFEST_LIMIT

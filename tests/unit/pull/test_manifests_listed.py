@@ -1,4 +1,4 @@
-"""What an index says of its children: that the repository has them, and nothing against them."""
+"""An index proves that a repository has its children. Its other claims may be wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_index(
     said: dict[str, object],
     repository: Repository = REPO,
 ) -> Digest:
-    """An index that says this of a child, and what is wanted of a descriptor beside it."""
+    """Add an index whose descriptor of a child has these fields, beside the required ones."""
     document = {
         "schemaVersion": 2,
         "mediaType": OCI_INDEX,
@@ -52,7 +52,7 @@ def add_index(
 
 
 def add_artifact(registry: MemoryRegistry, part: Digest) -> Digest:
-    """An artifact that has this as a layer."""
+    """Add an artifact that has ``part`` as a layer."""
     config = registry.add_blob(REPO.path, b"{}")
     document = {
         "schemaVersion": 2,
@@ -66,7 +66,7 @@ def add_artifact(registry: MemoryRegistry, part: Digest) -> Digest:
 async def media_type(
     kit: PullKit, reference: Reference, repository: Repository = REPO, head: bool = False
 ) -> str:
-    """The type that a manifest is served with."""
+    """Request a manifest. Returns its media type."""
     answer = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
     return answer.media_type
 
@@ -123,21 +123,21 @@ async def test_octet_stream_from_the_upstream_does_not_overrule_an_index(tmp_pat
 async def test_cached_bytes_overrule_the_media_type_of_an_index(
     tmp_path: Path, lie: dict[str, object]
 ) -> None:
-    """They came through another repository, and nobody is asked for them in this one."""
+    """The bytes came through another repository, and the upstream is not asked for this one."""
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
     lying = add_index(registry, child, lie, OTHER)
-    noted = []
+    logged = []
     async with pull_kit(tmp_path, registry=registry) as kit:
         await manifest(kit, child)
         await manifest(kit, lying, OTHER)
-    noted += complaints(kit)
+    logged += complaints(kit)
     for _ in range(2):
         async with pull_kit(tmp_path, registry=registry) as kit:
             assert await media_type(kit, child, OTHER) == OCI_MANIFEST
             assert await media_type(kit, child) == OCI_MANIFEST
-        noted += complaints(kit)
-    assert len(noted) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "said once"
+        logged += complaints(kit)
+    assert len(logged) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "logged once"
 
 
 @pytest.mark.row("HU6")
@@ -181,7 +181,7 @@ async def test_layer_that_an_index_lists_as_a_manifest_stays_a_blob(
         await kit.store.idle()
         await manifest(kit, add_index(registry, layer, {"mediaType": said}))
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
-        with suppress(ManifestInvalid):  # nor does it become a manifest by being asked for
+        with suppress(ManifestInvalid):  # a request for a manifest does not make it one
             await manifest(kit, layer)
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
     registry.failure = DOWN

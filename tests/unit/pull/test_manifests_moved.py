@@ -1,4 +1,4 @@
-"""A tag that has moved: while its new content is not here, what it was before stands in."""
+"""A tag that has moved: its earlier digest stands in while the new one cannot be fetched."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NEVER = upstream(pull_policy="Never")
 
 
 def move(kit: PullKit, layer: bytes = b"new", repository: Repository = REPO) -> Digest:
-    """The tag is another image from now on, and what was answered is not fresh any more."""
+    """Move the tag to another image, and let its cached digest expire."""
     kit.clock[0] += 101
     return kit.registry.add_image(repository.path, TAG.name, layer)
 
 
 def refuse_content(kit: PullKit, patch: pytest.MonkeyPatch) -> None:
-    """From now on a ``HEAD`` is free, and a ``GET`` is 429."""
+    """Answer every ``GET`` with 429 from now on. A ``HEAD`` still succeeds."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise UpstreamRateLimited("no more pulls")
@@ -52,7 +52,7 @@ def refuse_content(kit: PullKit, patch: pytest.MonkeyPatch) -> None:
 async def moved_on(
     root: Path, registry: MemoryRegistry, patch: pytest.MonkeyPatch, *, head: bool = False
 ) -> tuple[Digest, Digest]:
-    """What the tag was, which is here, and what the upstream says that it is."""
+    """Return the old digest, which is cached, and the new one, which the upstream names."""
     async with pull_kit(root, registry=registry, upstream=SETTINGS) as kit:
         old = move(kit, b"old")
         await manifest(kit)
@@ -185,7 +185,7 @@ async def test_old_digest_is_served_by_every_process_that_shares_the_index(
 async def test_invalid_new_manifest_is_not_served_and_the_old_digest_stands_in(
     tmp_path: Path,
 ) -> None:
-    """The upstream gives an image the type of an index: it is here, and is not served."""
+    """The upstream gives an image the media type of an index: it is cached, and not served."""
     registry = MemoryRegistry()
     async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
         old = move(kit, b"old")

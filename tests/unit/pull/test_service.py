@@ -1,4 +1,4 @@
-"""The pull service: admission first, then hit, join or miss, over the real store."""
+"""The pull service over a real store: admission, then cached or fetched content."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_lost_index_is_rebuilt_from_the_image_layout(tmp_path: Path) -> No
     async with pull_kit(tmp_path, registry=registry) as kit:
         assert await manifest(kit, child) == (child, Outcome.HIT)
         assert await blob(kit, Digest.of(layer)) == (layer, Outcome.HIT)
-        assert await manifest(kit) == (digest, Outcome.STALE), "resolved again, where one can"
+        assert await manifest(kit) == (digest, Outcome.STALE), "the lost index had the time"
 
 
 async def test_pull_policy_never_sends_no_request(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ async def test_client_cancelled_at_any_await_leaves_no_follower_and_no_lease(
             if not warm:
                 await kit.store.idle()
                 kit.store.layout.blob(digest).unlink(missing_ok=True)
-            kit.clock[0] += 3600.0  # its use is noted anew
+            kit.clock[0] += 3600.0  # its use is recorded again
             kit.store.blobs._verified.clear()
             left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), head=False), number)
             if not left:
