@@ -34,7 +34,7 @@ _LIST_TTL_S: Final = 60.0
 _STALE_LIST_TTL_S: Final = 30 * 86400.0
 """Seconds (30 days) for which a cached list may stand in for an upstream that cannot be asked."""
 MAX_PAGE_TAGS: Final = 10_000
-"""Tags on one page at most, whatever the client's ``n`` is: some 1 MB of JSON."""
+"""Tags on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
 
 class ListService:

@@ -41,14 +41,14 @@ from mirror.upstream.api import ManifestHead
 
 _CURRENT_TYPES: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
-"""Bytes for manifests in memory: more than any one takes, which is 12 MiB (see ``_weight``)."""
+"""Bytes for manifests in memory. One takes 12 MiB at most (see ``_weight``), so every one fits."""
 _TAG_CACHE_SIZE: Final = 20_000
-"""Tag records in memory: some 10 MB."""
+"""Tag records in memory: 15 MB, and up to 100 MB if every tag has moved 16 times."""
 _CACHE_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
 _MAX_ROWS_AT_ONCE: Final = 1000
-"""Access records per write to the index: a manifest of 4 MiB has 20,000, and they would hold up the
-index for too long."""
+"""Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
+would hold up other requests."""
 
 
 class ManifestService:
