@@ -184,7 +184,7 @@ def _start_housekeeping(
     """Start the periodic jobs. Returns the TLS context of the listener, None without TLS."""
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        single_flight.run(name, lambda: _run_every(interval, job, emit))
+        single_flight.run((name,), lambda: _run_every(interval, job, emit))
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)

@@ -1,10 +1,11 @@
-"""Single flight: one piece of work for each key, however many wait for it.
+"""Run one background task for each key, and give its outcome to every waiter.
 
-Lives here: the owner of every background task of the process, and the only place that makes one.
-Must not know: what the work is.
+Lives here: all background tasks of the process. No other module creates tasks. Must not know: what
+a task does.
 
-The task group lives in an owner task of its own; its children keep their outcome where waiters
-find it and never raise, so none can take the server down. A waiter that leaves cancels nothing.
+Theory of operation: an owner task holds one ``asyncio.TaskGroup``. The tasks in it store their
+outcome in a :class:`SharedTask` and never raise, so no failed task can take the server down. A
+waiter that is cancelled does not cancel the task.
 """
 
 from __future__ import annotations
@@ -12,57 +13,69 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from types import TracebackType
-from typing import Generic, Self, TypeVar, cast
+from typing import Generic, Self, TypeAlias, TypeVar, cast
 
 from mirror.oci.errors import Draining, UpstreamTimeout
 
 T = TypeVar("T")
+Key: TypeAlias = tuple[str, *tuple[Hashable, ...]]
+"""Names one task. The first element names the kind of work, and becomes the name of the task: so
+that no secret is shown by it, the others do not."""
 
 
 class SharedTask(Generic[T]):
-    """Work under way. Any number of tasks may wait for it; each gets its outcome."""
+    """A background task whose outcome any number of waiters may await."""
 
     def __init__(self) -> None:
-        self._done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
+        """The task that does the work. None until :meth:`SingleFlight.run` has created it."""
 
-    @property
-    def is_done(self) -> bool:
-        """Whether the outcome is known."""
-        return self._done.done()
+    async def wait(self, timeout: float | None = None) -> T:
+        """Wait for the outcome. Cancelling the waiter does not cancel the task.
 
-    async def wait(self, patience: float | None = None) -> T:
-        """Wait for the result, or raise what ended the work.
+        Args:
+            timeout: Seconds to wait. None waits until the task ends.
 
-        Raises :class:`UpstreamTimeout` after ``patience`` seconds; the work goes on.
+        Returns:
+            The result of the task.
+
+        Raises:
+            UpstreamTimeout: The task has not ended after ``timeout`` seconds. It goes on.
+            Draining: The task was cancelled.
+            Exception: The exception that ended the task.
         """
-        await asyncio.wait({self._done}, timeout=patience)
-        if not self._done.done():
+        await asyncio.wait({self._outcome}, timeout=timeout)
+        if not self._outcome.done():
             raise UpstreamTimeout("the upstream takes too long")
-        return self._done.result()
+        return self._outcome.result()
 
     def cancel(self) -> None:
-        """Give the work up; waiters get :class:`Draining`."""
+        """Cancel the task. Its waiters get :class:`mirror.oci.errors.Draining`."""
         if self.task is not None:
             self.task.cancel()
 
     def set_result(self, result: T) -> None:
-        """Keep the result."""
-        if not self._done.done():
-            self._done.set_result(result)
+        """Store the result of the task."""
+        self._outcome.set_result(result)
 
     def set_exception(self, error: Exception) -> None:
-        """Keep the error, for every waiter and for none."""
-        if not self._done.done():
-            self._done.set_exception(error)
-            self._done.exception()
+        """Store the exception that ended the task.
+
+        It is marked as retrieved, so asyncio logs nothing if nobody waits.
+        """
+        self._outcome.set_exception(error)
+        self._outcome.exception()
 
 
 class SingleFlight:
-    """All work in the background of one process. An async context manager."""
+    """The background tasks of one process, at most one at a time for each key.
+
+    An async context manager: leaving it cancels the tasks that still run.
+    """
 
     def __init__(self) -> None:
-        self._running: dict[Hashable, SharedTask[object]] = {}
+        self._running: dict[Key, SharedTask[object]] = {}
         self._closing = asyncio.Event()
         self._ready = asyncio.Event()
         self._group: asyncio.TaskGroup | None = None
@@ -71,7 +84,7 @@ class SingleFlight:
 
     async def __aenter__(self) -> Self:
         self._owner = asyncio.create_task(  # noqa: TID251 - this module is where tasks are made
-            self._own(), name="single_flight"
+            self._hold_group(), name="single_flight"
         )
         await self._ready.wait()
         return self
@@ -84,7 +97,7 @@ class SingleFlight:
     ) -> None:
         await self.drain(0.0)
 
-    async def _own(self) -> None:
+    async def _hold_group(self) -> None:
         async with asyncio.TaskGroup() as group:
             self._group = group
             self._ready.set()
@@ -92,56 +105,72 @@ class SingleFlight:
 
     @property
     def is_draining(self) -> bool:
-        """Whether no new work is taken."""
+        """True if no new task is accepted."""
         return self._group is None or self._closing.is_set()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def get(self, key: Hashable) -> SharedTask[object] | None:
-        """The flight of ``key`` that is under way, if there is one."""
-        return self._running.get(key)
+    def run(self, key: Key, work: Callable[[], Awaitable[T]]) -> SharedTask[T]:
+        """Return the running task of ``key``, or start one.
 
-    def run(self, key: Hashable, work: Callable[[], Awaitable[T]]) -> SharedTask[T]:
-        """The flight of ``key``: the one under way, or a new one that does ``work``.
+        Args:
+            key: Names the task. While it runs, calls with the same key share it. Its first element
+                names the kind of work.
+            work: Called without arguments, in the background, if no task of ``key`` runs.
 
-        Raises :class:`Draining` during shutdown.
+        Returns:
+            The task. Call :meth:`SharedTask.wait` for its outcome, or drop it.
+
+        Raises:
+            Draining: No task of ``key`` runs, and no new one is accepted.
         """
-        present = self._running.get(key)
-        if present is not None:
-            return cast("SharedTask[T]", present)
+        running = self._running.get(key)
+        if running is not None:
+            return cast("SharedTask[T]", running)
         if self._group is None or self.is_draining:
             raise Draining("shutting down")
         shared_task: SharedTask[T] = SharedTask()
         self._running[key] = cast("SharedTask[object]", shared_task)
-        shared_task.task = self._group.create_task(
-            self._run_task(key, shared_task, work), name=str(key)
-        )
-        self._tasks.add(shared_task.task)
-        shared_task.task.add_done_callback(self._tasks.discard)
+        task = self._group.create_task(self._run_task(key, shared_task, work), name=key[0])
+        shared_task.task = task
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._on_task_done(key, shared_task, task))
         return shared_task
 
     async def _run_task(
-        self, key: Hashable, shared_task: SharedTask[T], work: Callable[[], Awaitable[T]]
+        self, key: Key, shared_task: SharedTask[T], work: Callable[[], Awaitable[T]]
     ) -> None:
         try:
             shared_task.set_result(await work())
-        except asyncio.CancelledError:
-            shared_task.set_exception(Draining("given up"))
         except Exception as error:
             shared_task.set_exception(error)
         finally:
+            del self._running[key]
+
+    def _on_task_done(self, key: Key, shared_task: SharedTask[T], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            # A task that is cancelled before its first step runs no line of `_run_task`.
             if self._running.get(key) is shared_task:
                 del self._running[key]
+            shared_task.set_exception(Draining("given up"))
 
     async def drain(self, timeout: float) -> int:
-        """Let the work end for at most ``timeout`` seconds, then cancel it; returns how much."""
+        """Accept no new task once the running ones have ended, or were cancelled.
+
+        Args:
+            timeout: Seconds that the running tasks may take to end. Then they are cancelled.
+
+        Returns:
+            The number of tasks that were cancelled.
+        """
         if self._tasks and timeout > 0:
             await asyncio.wait(set(self._tasks), timeout=timeout)
-        left = set(self._tasks)
+        unfinished = set(self._tasks)
         self._closing.set()
-        for task in left:
+        for task in unfinished:
             task.cancel()
         if self._owner is not None:
             await asyncio.wait({self._owner})
-        return len(left)
+        return len(unfinished)

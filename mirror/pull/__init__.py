@@ -1,4 +1,17 @@
-"""The decisions: may this be served, is it fresh, join or fetch, what if the upstream fails.
+"""Decide how a pull is served: from the cache, from a running fetch, or from the upstream.
 
 Must not know: aiohttp, paths.
+
+Reading order:
+
+1. :mod:`~mirror.pull.service`: the interface of this package. It admits a request and passes it on.
+2. :mod:`~mirror.pull.admission`: rules that deny a repository before anything else is looked at.
+3. :mod:`~mirror.pull.content`: content by digest. Checks who may read it, then serves it.
+4. :mod:`~mirror.pull.fetch`: fetches missing content, once for all clients that want it.
+5. :mod:`~mirror.pull.manifests`: manifests by digest and by tag, on top of ``content``.
+6. :mod:`~mirror.pull.lists`: tag lists and referrers.
+7. :mod:`~mirror.pull.freshness`: pure decisions that 3, 5 and 6 share: fresh, ask, or stale.
+
+:mod:`~mirror.pull.requests` and :mod:`~mirror.pull.results` hold the values that pass between them.
+Work that several clients may wait for runs in :mod:`mirror.single_flight`.
 """

@@ -1,7 +1,8 @@
-"""May this be served, or what instead: decided before the first byte, cold or warm.
+"""Decide whether a repository may be served at all, before the first byte, cached or not.
 
-Lives here: the rules, as pure functions with typed answers. Must not know: I/O, caches.
-Cooldown of new tags, signatures and verdicts come into this room and no other.
+Lives here: the rules, as pure functions with typed results. Must not know: I/O, caches.
+Every future rule (minimum age of a tag, signatures, vulnerability verdicts) belongs into this
+module.
 """
 
 from __future__ import annotations
@@ -11,41 +12,33 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Repository
 
 
 @dataclass(frozen=True, slots=True)
-class Serve:
-    """Nothing stands against it."""
+class Allow:
+    """The repository may be served."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refuse:
-    """It is not served. ``code`` is an OCI error code."""
+class Deny:
+    """The repository is not served."""
 
-    code: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Instead:
-    """Another digest is served in its place."""
-
-    digest: Digest
+    reason: str
 
 
-Admission: TypeAlias = Serve | Refuse | Instead
-_SERVE = Serve()
+Admission: TypeAlias = Allow | Deny
+_ALLOW = Allow()
 
 
 def admit(repository: Repository, upstream: Upstream) -> Admission:
-    """The allow- and deny-lists of an upstream. A deny-list wins over an allow-list.
+    """Apply the allow-list and the deny-list of an upstream. The deny-list wins.
 
     Patterns are shell-style, matched against the repository's path (``library/*``).
     """
     path = repository.path
     if any(fnmatchcase(path, pattern) for pattern in upstream.deny):
-        return Refuse("DENIED", "this repository is on the mirror's deny-list")
+        return Deny("this repository is on the mirror's deny-list")
     if upstream.allow and not any(fnmatchcase(path, pattern) for pattern in upstream.allow):
-        return Refuse("DENIED", "this repository is not on the mirror's allow-list")
-    return _SERVE
+        return Deny("this repository is not on the mirror's allow-list")
+    return _ALLOW

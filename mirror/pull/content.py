@@ -1,20 +1,22 @@
-"""Content by digest: hit, join or miss, for manifests and blobs alike.
+"""Serve content by digest: cached, from a running fetch, or from a new one.
 
-Lives here: the order of questions about one digest. Must not know: tags, HTTP, how content is
-brought in (:mod:`mirror.pull.fetches`).
+Lives here: the order of checks for one digest, of manifests and blobs alike. Must not know: tags,
+HTTP, how content is fetched (:mod:`mirror.pull.fetch`).
 
-Who may read: content is stored once, but it is served under a repository only if that repository
-is known to refer to it: from a manifest pulled through it, or because the upstream says so.
+Content is stored once, and served under a repository only if that repository is known to refer to
+it: a manifest that was pulled through the repository refers to it, or the upstream says that the
+repository has it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, assert_never
 
 from mirror.config.settings import Settings, Upstream
-from mirror.observability.events import Kind, Observer, Outcome, Pull
+from mirror.observability.events import Kind, Observer, Outcome
 from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.errors import (
     BlobUnknown,
@@ -27,22 +29,24 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
-from mirror.pull.fetches import Fetches
-from mirror.pull.sources import REFUSALS, Source
+from mirror.pull.fetch import Fetches
+from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
 from mirror.single_flight import SingleFlight
+from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
 from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
-_UNKNOWN: Final[dict[Kind, type[NotFound]]] = {
+_NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
 }
+"""The error of a 404, by the kind of the requested content."""
 
 
 class ContentService:
-    """Serves digests of the configured upstreams from the store, and fetches what is missing."""
+    """Serves digests of the configured upstreams from the store, and fetches missing content."""
 
     def __init__(
         self,
@@ -53,272 +57,316 @@ class ContentService:
         emit: Observer,
         now: Callable[[], float] = time.time,
     ) -> None:
+        """Create the service. The caller owns ``store``, ``registries`` and ``single_flight``.
+
+        Args:
+            settings: The validated configuration.
+            store: Where content and records are kept.
+            registries: One registry for each configured upstream, by the upstream's name.
+            single_flight: Runs fetches and access checks in the background.
+            emit: Receives the events of fetches.
+            now: The wall clock, in seconds since the epoch.
+        """
         self.settings = settings
         self.store = store
         self.registries = registries
         self.single_flight = single_flight
-        self.emit = emit
         self.now = now
         self._fetches = Fetches(
-            store, single_flight, emit, callbacks=self, finish=settings.abandoned == "finish"
+            store,
+            single_flight,
+            emit,
+            callbacks=self,
+            finish_abandoned=settings.abandoned == "finish",
         )
-
-    # --- who may read -----------------------------------------------------------------------
-
-    async def access_record(
-        self, repository: Repository, digest: Digest, kind: Kind
-    ) -> AccessRecord | None:
-        """What is known of ``digest`` in ``repository`` as that kind, however old."""
-        return await self.store.index.access_record(repository, digest, kind.value)
-
-    async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
-        """Whether it is one to the upstream; an index may call so what others know as a blob."""
-        known = await self.access_record(repository, digest, Kind.MANIFEST)
-        if known is None or known.referrer is None:
-            return known is not None
-        return await self.access_record(repository, digest, Kind.BLOB) is None
-
-    def may_read_unasked(self, repository: Repository, known: AccessRecord | None) -> bool:
-        """Whether ``repository`` may be read without a question, for what is known."""
-        decision = freshness.decide_access(known, self.upstream(repository), self.now())
-        return isinstance(decision, freshness.Fresh)
-
-    async def check_access(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        accept: tuple[str, ...] = (),
-        patience: float | None = None,
-    ) -> int | None:
-        """Ask the upstream whether ``repository`` has ``digest``; returns the size if it says so.
-
-        Raises what the upstream says: ``NotFound``, ``Denied``, an ``UpstreamError``.
-        """
-        await self.raise_if_negative(repository, digest, kind)
-        shared_task = self.single_flight.run(
-            ("prove", repository, digest, kind),
-            lambda: self._ask(repository, digest, kind, accept),
-        )
-        return await shared_task.wait(patience)
-
-    async def _ask(
-        self, repository: Repository, digest: Digest, kind: Kind, accept: tuple[str, ...]
-    ) -> int | None:
-        registry = self.registries[repository.upstream]
-        media_type = ""
-        try:
-            if kind is Kind.MANIFEST:
-                wanted = tuple(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
-                head = await registry.head_manifest(repository, digest, wanted)
-                size, media_type = head.size, head.media_type
-            else:
-                size = await registry.head_blob(repository, digest)
-        except REFUSALS as error:
-            await self.revoke_access(repository, digest, kind, error)
-            raise
-        await self._grant(repository, digest, kind, media_type, size)
-        return size
-
-    async def _grant(
-        self, repository: Repository, digest: Digest, kind: Kind, media_type: str, size: int | None
-    ) -> None:
-        expires_at = self.now() + freshness.ACCESS_TTL_S
-        access_record = AccessRecord(digest, kind.value, media_type, size, None, expires_at)
-        await self.store.index.put_access_records(repository, [access_record])
-
-    async def revoke_access(
-        self, repository: Repository, digest: Digest, kind: Kind, error: MirrorError
-    ) -> None:
-        """The upstream says no: what it once granted has ended; a 404 is believed for a while."""
-        await self.store.index.revoke_access(repository, digest, kind.value)
-        if isinstance(error, NotFound):
-            ttl = self.upstream(repository).negative_ttl
-            key = _negative(repository, digest, kind)
-            await self.store.index.put_negative(key, error.message, ttl)
-
-    async def raise_if_negative(self, repository: Repository, digest: Digest, kind: Kind) -> None:
-        """Raises ``NotFound`` if the upstream said so a moment ago."""
-        message = await self.store.index.negative(_negative(repository, digest, kind))
-        if message is not None:
-            raise _UNKNOWN[kind](message)
 
     def upstream(self, repository: Repository) -> Upstream:
-        """How the upstream of ``repository`` is configured."""
+        """Settings of the upstream of ``repository``."""
         return self.settings.upstreams[repository.upstream]
 
     def may_ask(self, repository: Repository) -> bool:
-        """Whether the policy allows to ask the upstream at all."""
+        """True if the pull policy allows requests to the upstream."""
         return self.upstream(repository).pull_policy != "Never"
 
-    # --- content ------------------------------------------------------------------------------
+    # --- access ---------------------------------------------------------------------------------
 
-    async def head(self, repository: Repository, digest: Digest, pull: Pull) -> int | None:
-        """The size of a blob, for a ``HEAD``: from here if it is here, else the upstream's word."""
-        whole = await self.whole(repository, digest, Kind.BLOB, pull)
-        if whole is not None:
-            whole.close()
-            return whole.size
-        if not self.may_ask(repository):
-            raise BlobUnknown("not in the cache, and the policy is Never")
-        ingest = self._fetches.proven(repository, digest, Kind.BLOB)
-        if ingest is not None and ingest.size is not None:
-            pull.outcome = Outcome.JOIN
-            return ingest.size
-        pull.outcome = Outcome.MISS
-        with pull.stage("upstream"):
-            return await self.check_access(repository, digest, Kind.BLOB)
+    async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
+        """True if the upstream serves ``digest`` as a manifest in ``repository``.
 
-    def used(self, digest: Digest) -> None:
-        """A blob that is served has been used just now; no client waits for the note of it."""
-        if not self.single_flight.is_draining:
-            self.single_flight.run(("touch", digest), lambda: self.store.touch([digest]))
-
-    async def whole(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        pull: Pull,
-        accept: tuple[str, ...] = (),
-    ) -> Reader | None:
-        """Content that is here, for a repository that may read it; None if it is not here.
-
-        Raises what stands against it. The caller closes the reader.
+        If only an image index has called it a manifest, a record of it as a blob overrules that.
         """
-        return (await self._look(repository, digest, kind, pull, accept))[1]
+        access_record = await self._access_record(repository, digest, Kind.MANIFEST)
+        if access_record is None or access_record.referrer is None:
+            return access_record is not None
+        return await self._access_record(repository, digest, Kind.BLOB) is None
 
-    async def _look(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        pull: Pull,
-        accept: tuple[str, ...],
-    ) -> tuple[AccessRecord | None, Reader | None]:
-        with pull.stage("index"):
-            known = await self.access_record(repository, digest, kind)
-            whole = await self.store.blobs.find(digest, known.size if known else None)
-        if whole is not None:
-            believed = self.may_read_unasked(repository, known)
-            pull.outcome = Outcome.HIT if believed else Outcome.REVALIDATED
-            try:
-                await self._authorise(repository, digest, kind, known, pull, accept)
-            except BaseException:
-                whole.close()
-                raise
-        return known, whole
+    async def _access_record(
+        self, repository: Repository, digest: Digest, kind: Kind
+    ) -> AccessRecord | None:
+        return await self.store.index.access_record(repository, digest, kind.value)
 
-    async def open(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        pull: Pull,
-        accept: tuple[str, ...] = (),
-    ) -> Reader:
-        """Content for reading: whole, ageing or growing. The caller closes the reader.
+    def may_read_unasked(self, repository: Repository, access_record: AccessRecord | None) -> bool:
+        """True if ``repository`` may read the recorded content without asking the upstream."""
+        decision = freshness.decide_access(access_record, self.upstream(repository), self.now())
+        return isinstance(decision, freshness.Fresh)
 
-        Returns once the first byte can be read, so that a failure before it is still an error and
-        not a broken answer. Raises ``NotFound`` and what the upstream's failure is.
+    async def check_access(
+        self, request: ContentRequest, timeout: float | None = None
+    ) -> int | None:
+        """Ask the upstream whether the repository has the content, and record the answer.
+
+        Concurrent checks of the same content, kind and repository share one request.
+
+        Args:
+            request: Names the content. Its ``accept`` is passed on for a manifest.
+            timeout: Seconds to wait. None waits as long as the upstream takes.
+
+        Returns:
+            The size of the content, or None if the upstream does not state it.
+
+        Raises:
+            NotFound: The upstream says 404, or said so within ``negative_ttl``.
+            Unauthorized: The upstream says 401.
+            Denied: The upstream says 403.
+            UpstreamError: The upstream could not be asked.
         """
-        known, whole = await self._look(repository, digest, kind, pull, accept)
-        if whole is not None:
-            return whole
-        if not self.may_ask(repository):
-            raise _UNKNOWN[kind]("not in the cache, and the policy is Never")
-        if known is None:
-            # What is known was learned after any 404, which would have withdrawn it.
-            await self.raise_if_negative(repository, digest, kind)
+        await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
+        return await self._request_access(request, timeout)
+
+    async def _request_access(self, request: ContentRequest, timeout: float | None) -> int | None:
+        key = ("prove", request.repository, request.digest, request.kind)
+        shared_task = self.single_flight.run(key, lambda: self._head(request))
+        return await shared_task.wait(timeout)
+
+    async def _head(self, request: ContentRequest) -> int | None:
+        """Send a ``HEAD`` for the content, and record whether the repository has it."""
+        registry = self.registries[request.repository.upstream]
+        media_type = ""
         try:
-            return await self._follow(repository, digest, kind, known, pull, accept)
-        except (DigestMismatch, ContentLost):
-            # Nothing has been sent yet, and the next fetch avoids who sent wrong bytes.
-            return await self._follow(repository, digest, kind, known, pull, accept)
+            if request.kind is Kind.MANIFEST:
+                accept = tuple(dict.fromkeys((*request.accept, *DEFAULT_ACCEPT)))
+                head = await registry.head_manifest(request.repository, request.digest, accept)
+                size, media_type = head.size, head.media_type
+            else:
+                size = await registry.head_blob(request.repository, request.digest)
+        except REFUSALS as error:
+            await self._revoke_access(request, error)
+            raise
+        await self._grant_access(request, media_type, size)
+        return size
 
-    async def _authorise(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        known: AccessRecord | None,
-        pull: Pull,
-        accept: tuple[str, ...],
+    async def _grant_access(
+        self, request: ContentRequest, media_type: str, size: int | None
     ) -> None:
-        """Return if ``repository`` may read ``digest``; raise what stands against it.
+        access_record = AccessRecord(
+            digest=request.digest,
+            kind=request.kind.value,
+            media_type=media_type,
+            size=size,
+            referrer=None,
+            expires_at=self.now() + freshness.ACCESS_TTL_S,
+        )
+        await self.store.index.put_access_records(request.repository, [access_record])
 
-        An upstream that cannot be asked takes away nothing that it once granted.
+    async def _revoke_access(self, request: ContentRequest, error: MirrorError) -> None:
+        """End the access that the upstream once granted. A 404 is remembered for a while."""
+        repository = request.repository
+        await self.store.index.revoke_access(repository, request.digest, request.kind.value)
+        if isinstance(error, NotFound):
+            await self.put_negative(repository, negative_key(request), error)
+
+    async def raise_if_negative(self, key: str, error_type: type[NotFound]) -> None:
+        """Raise ``error_type`` if a 404 is recorded under ``key``."""
+        message = await self.store.index.negative(key)
+        if message is not None:
+            raise error_type(message)
+
+    async def put_negative(self, repository: Repository, key: str, error: NotFound) -> None:
+        """Record a 404 under ``key``, for the upstream's ``negative_ttl``."""
+        ttl = self.upstream(repository).negative_ttl
+        await self.store.index.put_negative(key, error.message, ttl)
+
+    # --- content --------------------------------------------------------------------------------
+
+    async def size_of_blob(self, request: ContentRequest) -> int | None:
+        """Find the size of a blob: in the store, in a running fetch, or by asking the upstream.
+
+        Returns None if the upstream does not state it. Raises like :meth:`check_access`.
         """
-        upstream = self.upstream(repository)
-        match freshness.decide_access(known, upstream, self.now()):
+        _, reader = await self.find_whole(request)
+        if reader is not None:
+            reader.close()
+            return reader.size
+        if not self.may_ask(request.repository):
+            raise BlobUnknown("not in the cache, and the pull policy is Never")
+        ingest = self._fetches.find_proven(request)
+        if ingest is not None and ingest.size is not None:
+            request.pull.outcome = Outcome.JOIN
+            return ingest.size
+        request.pull.outcome = Outcome.MISS
+        with request.pull.stage("upstream"):
+            return await self.check_access(request)
+
+    async def find_whole(
+        self, request: ContentRequest
+    ) -> tuple[AccessRecord | None, Reader | None]:
+        """Open complete content that the repository may read.
+
+        Returns:
+            The access record of the content in the repository, and a reader that the caller closes.
+            Each is None if it is not here.
+
+        Raises:
+            NotFound: The repository does not have the content. Also raised if the pull policy
+                forbids to ask.
+            Unauthorized: The upstream says 401.
+            Denied: The upstream says 403.
+            UpstreamError: The upstream could not be asked, and no earlier answer may stand in.
+        """
+        pull, repository = request.pull, request.repository
+        with pull.stage("index"):
+            access_record = await self._access_record(repository, request.digest, request.kind)
+            size = access_record.size if access_record is not None else None
+            reader = await self.store.blobs.find(request.digest, size)
+        if reader is not None:
+            may_read = self.may_read_unasked(repository, access_record)
+            pull.outcome = Outcome.HIT if may_read else Outcome.REVALIDATED
+            try:
+                await self._authorize(request, access_record)
+            except BaseException:
+                reader.close()
+                raise
+        return access_record, reader
+
+    async def open(self, request: ContentRequest) -> Reader:
+        """Open content for reading, complete or while it is fetched. The caller closes the reader.
+
+        Returns once the first byte can be read. So a failure before it is still an error response
+        and not a broken body.
+
+        Raises:
+            NotFound: The repository does not have the content. Also raised if the pull policy
+                forbids to ask.
+            Unauthorized: The upstream says 401.
+            Denied: The upstream says 403.
+            UpstreamError: The content could not be fetched.
+            Draining: The process shuts down, so no fetch is started.
+        """
+        access_record, reader = await self.find_whole(request)
+        if reader is not None:
+            return reader
+        if not self.may_ask(request.repository):
+            raise _NOT_FOUND[request.kind]("not in the cache, and the pull policy is Never")
+        if access_record is None:
+            # A 404 deletes the access record. So an access record is newer than any 404.
+            await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
+        try:
+            return await self._follow_fetch(request, access_record)
+        except (DigestMismatch, ContentLost):
+            # No byte was sent yet. The next fetch avoids the endpoint that sent wrong bytes.
+            return await self._follow_fetch(request, access_record)
+
+    async def _authorize(self, request: ContentRequest, access_record: AccessRecord | None) -> None:
+        """Return if the repository may read the content. Raise the reason if it may not.
+
+        Access that an upstream once granted stays while that upstream cannot be asked.
+        """
+        repository, upstream = request.repository, self.upstream(request.repository)
+        match freshness.decide_access(access_record, upstream, self.now()):
             case freshness.Fresh():
                 return
             case freshness.Refuse():
-                raise _UNKNOWN[kind]("not known in this repository, and the policy is Never")
+                raise _NOT_FOUND[request.kind](
+                    "not known in this repository, and the pull policy is Never"
+                )
             case freshness.Ask():
                 pass
             case unknown:
                 assert_never(unknown)
-        held = known is not None
+        has_record = access_record is not None
         try:
-            with pull.stage("upstream"):
-                patience = freshness.patience(upstream, held=held)
-                await self.check_access(repository, digest, kind, accept, patience)
+            with request.pull.stage("upstream"):
+                timeout = freshness.confirm_timeout(upstream, has_fallback=has_record)
+                await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
+                # A check by another client may have ended since the caller read its record. No
+                # await between this read and the next line: a check that is running is joined.
+                latest = await self._access_record(repository, request.digest, request.kind)
+                if not self.may_read_unasked(repository, latest):
+                    await self._request_access(request, timeout)
         except MirrorError as error:
-            fallback = freshness.after_failure(error, upstream, held=held)
+            fallback = freshness.after_failure(error, upstream, has_fallback=has_record)
             if isinstance(fallback, freshness.Fail):
                 raise
-            pull.outcome, pull.warning = Outcome.STALE, fallback.why
+            request.pull.outcome, request.pull.warning = Outcome.STALE, fallback.reason
 
-    async def _follow(
-        self,
-        repository: Repository,
-        digest: Digest,
-        kind: Kind,
-        known: AccessRecord | None,
-        pull: Pull,
-        accept: tuple[str, ...],
+    async def _follow_fetch(
+        self, request: ContentRequest, access_record: AccessRecord | None
     ) -> Reader:
-        typed = (known.media_type, *accept) if known and known.media_type else accept
-        registry = self.registries[repository.upstream]
-        following = self._fetches.follow(Source(registry, repository, digest, kind, typed, known))
-        reader = following.follower
+        """Join or start the fetch of the content, and wait for the first byte."""
+        pull, source_request = request.pull, request
+        if access_record is not None and access_record.media_type:
+            accept = (access_record.media_type, *request.accept)
+            source_request = replace(request, accept=accept)
+        registry = self.registries[request.repository.upstream]
+        source = ContentSource(registry, source_request, access_record)
+        fetch, follower, has_joined = self._fetches.follow(source)
         pull.outcome = Outcome.MISS
-        if following.joined:
-            pull.outcome, pull.joined_at = Outcome.JOIN, reader.arrived
+        if has_joined:
+            pull.outcome, pull.joined_at = Outcome.JOIN, follower.arrived
         try:
             with pull.stage("wait"):
-                proven = await following.first_byte()
-            if not proven:
-                # It may have been meanwhile, by another process whose fetch this is.
-                known = await self.access_record(repository, digest, kind)
-                await self._authorise(repository, digest, kind, known, pull, accept)
+                is_proven = await fetch.wait_for_first_byte(follower, request)
+            if not is_proven:
+                # Another process that fetches the content may have recorded the proof meanwhile.
+                access_record = await self._access_record(
+                    request.repository, request.digest, request.kind
+                )
+                await self._authorize(request, access_record)
         except BaseException:
-            reader.close()
+            follower.close()
             raise
-        return reader
+        return follower
 
-    def on_granted(self, source: Source, stream: ContentStream) -> None:
-        """The upstream sends the content: see :class:`mirror.pull.fetch.AccessCallbacks`."""
-        known = source.known
-        listed = source.kind is Kind.MANIFEST and known is not None and known.referrer is not None
-        # An index called it something; bytes of no type are no other word.
-        typed = listed and stream.media_type != OCTET_STREAM
-        if self.single_flight.is_draining or not (
-            typed or not self.may_read_unasked(source.repository, known)
-        ):
+    def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
+        """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""
+        request, access_record = source.request, source.access_record
+        # Only an index has stated a media type so far. `application/octet-stream` from the upstream
+        # does not overrule it.
+        overrules_index = (
+            request.kind is Kind.MANIFEST
+            and access_record is not None
+            and access_record.referrer is not None
+            and stream.media_type != OCTET_STREAM
+        )
+        is_known = self.may_read_unasked(request.repository, access_record)
+        if self.single_flight.is_draining or (is_known and not overrules_index):
             return
-        said = source.repository, source.digest, source.kind, stream.media_type, stream.total
-        self.single_flight.run(("grant", *said), lambda: self._grant(*said))
+        media_type, total = stream.media_type, stream.total
+        key = ("grant", request.repository, request.digest, request.kind, media_type, total)
+        self.single_flight.run(key, lambda: self._grant_access(request, media_type, total))
 
-    async def on_refused(self, source: Source, error: MirrorError) -> None:
-        """The upstream says no: see :class:`mirror.pull.fetch.AccessCallbacks`."""
-        await self.revoke_access(source.repository, source.digest, source.kind, error)
+    async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
+        """Record that the upstream refuses the content. See ``AccessCallbacks.on_refused``."""
+        await self._revoke_access(source.request, error)
 
-    async def keep(self, digest: Digest, body: bytes) -> None:
-        """Keep small content that came by another way than its digest."""
-        await self._fetches.keep(digest, body)
+    async def store_body(self, digest: Digest, body: bytes) -> None:
+        """Store small content that came in another response than that of a fetch.
+
+        Does nothing if the bytes do not match ``digest``, or if a fetch already writes the content.
+        """
+        ingest = self.store.start_ingest(digest)
+        try:
+            if await ingest.try_lead() is Role.LEADER:
+                await ingest.declare(len(body))
+                await ingest.feed(body)
+                await ingest.finish()
+        except MirrorError as error:
+            await ingest.fail(error)
+        finally:
+            ingest.release()
+            self.store.end_ingest(ingest)
 
 
-def _negative(repository: Repository, digest: Digest, kind: Kind) -> str:
-    return f"{kind.value} {repository}@{digest}"
+def negative_key(request: ContentRequest) -> str:
+    """The key of a recorded 404 for this content."""
+    return f"{request.kind.value} {request.repository}@{request.digest}"

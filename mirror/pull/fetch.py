@@ -1,7 +1,11 @@
-"""The fetch loop: brings one piece of growing content to its end, whatever happens on the way.
+"""Fetch content from upstreams: once for each digest, for all clients that want it.
 
-Lives here: taking over from another process, resuming after a break, restarting where a server
-cannot resume, giving up. Must not know: clients, tags, how a registry is asked.
+Lives here: joining or starting a fetch, which of its sources is asked next, resuming after a broken
+transfer, taking over from another process, giving up. Must not know: content that is complete, who
+may read what, tags, HTTP, how a registry is asked.
+
+Each client that joins a fetch adds its own repository as a source. The fetch fails only after every
+source has failed or refused. Each client gets the error of its own upstream.
 """
 
 from __future__ import annotations
@@ -9,10 +13,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, TypeAlias
+
+from cachetools import TTLCache
 
 from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
@@ -27,239 +35,460 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.pull.sources import REFUSALS, Source, Sources
+from mirror.oci.reference import Digest, Repository
+from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
+from mirror.single_flight import SharedTask, SingleFlight
+from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
-from mirror.upstream.api import PROGRESS, ContentStream
+from mirror.store.store import Store
+from mirror.upstream.api import PROGRESS
+
+ProofKey: TypeAlias = tuple[Repository, Kind]
+"""The claim that a source can prove. The kind matters: a registry validates the references of a
+manifest when it is pushed, but not the bytes of a blob that only looks like a manifest."""
 
 PREEMPT_AFTER_S: Final = 5.0
-"""Seconds that an upstream may take to answer while another one that was named waits."""
-_ATTEMPTS: Final = 5
-"""Transfers in a row that may break without progress."""
-_LONGEST_PAUSE: Final = 2.0
-_PATIENCE: Final = 45.0
-"""Seconds without progress after which clients are better off elsewhere."""
+"""Seconds that an upstream may take to answer, or to resume, while a source on another upstream is
+queued: the next source gets its turn while its clients still wait."""
+_MAX_FAILED_IN_A_ROW: Final = 5
+"""Transfers from one source that may break in a row without progress."""
+_FIRST_PAUSE_S: Final = 0.05
+"""Seconds at most before the first resume. Doubles with each transfer that breaks in a row."""
+_MAX_PAUSE_S: Final = 2.0
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+_STALL_TIMEOUT_S: Final = 45.0
+"""Seconds without progress after which a client is better served by its own fallback."""
+_SUSPECT_TTL_S: Final = 600.0
+"""Seconds for which an endpoint that sent wrong bytes is asked last: longer than clients retry, and
+short enough for a repaired endpoint to come back into use."""
+_MAX_SUSPECTED_DIGESTS: Final = 1000
+"""Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
+
+
+def _proof_key(request: ContentRequest) -> ProofKey:
+    return request.repository, request.kind
 
 
 class _Preempted(UpstreamTimeout):
-    """It did not answer, or not go on, while another upstream waited to be asked."""
-
-
-class AccessCallbacks(Protocol):
-    """Who is told what upstreams say of repositories."""
-
-    def on_granted(self, source: Source, stream: ContentStream) -> None:
-        """The repository has the content. No byte waits for the note of it."""
-
-    async def on_refused(self, source: Source, error: MirrorError) -> None:
-        """The repository does not have it, or not for us."""
+    """The source was too slow while a source on another upstream was queued."""
 
 
 @dataclass(slots=True)
 class _SourceAttempts:
-    """What the transfers from one source have in common."""
+    """Retry state of one source, kept across its transfer attempts."""
 
-    source: Source
-    since: float
-    gave: dict[str, str]
-    """Endpoints that gave bytes, also of the sources before, the latest one last: upstreams."""
-    attempts: int = 0
-    best: int = 0
+    source: ContentSource
+    last_progress_at: float
+    failed_in_a_row: int = 0
+    highest_position: int = 0
     resumed_from: int = 0
     validator: str | None = None
     endpoint: str = ""
     avoid: list[str] = field(default_factory=list)
     """Endpoints whose transfers broke without progress, the latest one last."""
-    answered: bool = False
+    has_responded: bool = False
 
 
-async def fetch(
-    ingest: Ingest,
-    sources: Sources,
-    emit: Observer,
-    callbacks: AccessCallbacks,
-    suspect: Callable[[str, str], None],
-) -> None:
-    """Bring ``growing`` to its end; every follower gets the outcome, so this raises nothing.
+class Fetch:
+    """One fetch of one digest: its ingest, its sources, and what its sources have proven."""
 
-    ``suspect`` is called with each endpoint that had a part in wrong bytes, and its upstream.
-    """
-    gave: dict[str, str] = {}
-    failure: MirrorError = UpstreamUnavailable("there is nobody to ask")
-    try:
-        while (source := sources.next()) is not None:
-            journey = _SourceAttempts(source, time.monotonic(), gave)
+    def __init__(
+        self,
+        ingest: Ingest,
+        first: ContentSource,
+        emit: Observer,
+        callbacks: AccessCallbacks,
+        on_wrong_bytes: Callable[[dict[str, str]], None],
+    ) -> None:
+        """``first`` is the source of the client that starts the fetch.
+
+        ``on_wrong_bytes`` is called with the endpoints that had a part in wrong bytes, the latest
+        one last, and their upstreams.
+        """
+        self.ingest = ingest
+        self.task: SharedTask[None] | None = None
+        """The background task. None until it is started."""
+        self.proven: set[ProofKey] = set()
+        """Claims whose upstream has answered with the content."""
+        self.failures: dict[ProofKey, MirrorError] = {}
+        """The error of each source that failed or refused."""
+        self._emit = emit
+        self._callbacks = callbacks
+        self._on_wrong_bytes = on_wrong_bytes
+        self._queue = deque([first])
+        self._offered = {_proof_key(first.request)}
+        self._requeued: set[ProofKey] = set()
+        self._current = first
+        self._endpoints_used: dict[str, str] = {}
+        """Endpoints that sent bytes, of all sources, the latest one last, and their upstreams."""
+        self._shorten_timeout: Callable[[], None] | None = None
+        self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
+
+    # --- for followers --------------------------------------------------------------------------
+
+    def offer(self, source: ContentSource) -> None:
+        """Queue a source, unless its claim was offered before."""
+        if _proof_key(source.request) in self._offered:
+            return
+        had_other_upstream = self.has_other_upstream
+        self._offered.add(_proof_key(source.request))
+        self._queue.append(source)
+        if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
+            self._shorten_timeout()
+
+    async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
+        """Wait until ``follower`` can read a byte. A refusal by its own upstream ends the wait.
+
+        Returns:
+            True if this fetch has proven that the repository of ``request`` has the content.
+
+        Raises:
+            MirrorError: The error of the follower's own upstream if that was asked, else the error
+                that ended the fetch.
+        """
+        proof_key, loop = _proof_key(request), asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
+                    await follower.wait(0, 1)
+        except (MirrorError, TimeoutError) as error:
+            raise self.failures.get(proof_key, error) from None
+        failure = self.failures.get(proof_key)
+        if isinstance(failure, REFUSALS):
+            raise failure
+        return proof_key in self.proven
+
+    @contextmanager
+    def _on_refusal(self, proof_key: ProofKey, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` if the source of this claim refuses while the block runs."""
+        callbacks = self._refusal_callbacks.setdefault(proof_key, [])
+        callbacks.append(callback)
+        try:
+            yield
+        finally:
+            callbacks.remove(callback)
+
+    # --- sources --------------------------------------------------------------------------------
+
+    def next_source(self) -> ContentSource | None:
+        """Take the next source to ask, suspected ones last. None if none is left."""
+        if not self._queue:
+            return None
+        self._current = min(self._queue, key=lambda source: source.is_suspect)
+        self._queue.remove(self._current)
+        return self._current
+
+    @property
+    def has_other_upstream(self) -> bool:
+        """True if a source on another upstream is queued, and may preempt the current one."""
+        if _proof_key(self._current.request) in self._requeued:
+            return False
+        upstream = self._current.request.repository.upstream
+        return any(source.request.repository.upstream != upstream for source in self._queue)
+
+    def _requeue(self, source: ContentSource) -> None:
+        """Put a preempted source at the end of the queue. Its next turn is not preempted."""
+        self._requeued.add(_proof_key(source.request))
+        self._queue.append(source)
+
+    async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
+        """Keep the error of a source. Its followers learn of a refusal at once."""
+        if isinstance(error, REFUSALS):
+            await self._callbacks.on_refused(source, error)
+        self.failures[_proof_key(source.request)] = error
+        if isinstance(error, REFUSALS):
+            for callback in self._refusal_callbacks.get(_proof_key(source.request), ()):
+                callback()
+
+    @contextmanager
+    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
+        """Call ``shorten_timeout`` once :attr:`has_other_upstream` is true, within the block."""
+        if self.has_other_upstream:
+            shorten_timeout()
+        self._shorten_timeout = shorten_timeout
+        try:
+            yield
+        finally:
+            self._shorten_timeout = None
+
+    @asynccontextmanager
+    async def _preemptible(self) -> AsyncIterator[None]:
+        """Limit the block to :data:`PREEMPT_AFTER_S` while a source on another upstream is queued.
+
+        Raises :class:`_Preempted` when that time is over.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                with self.on_other_upstream(
+                    lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)
+                ):
+                    yield
+        except TimeoutError:
+            raise _Preempted("no answer, and another upstream is waiting to be asked") from None
+
+    # --- the fetch loop -------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Fetch until the content is complete or every source has failed.
+
+        Raises nothing: the ingest hands the result or the error to every follower.
+        """
+        ingest = self.ingest
+        try:
+            await self._fetch_from_sources()
+        except MirrorError as error:
+            await ingest.fail(error)
+        except OSError as error:
+            await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
+        finally:
+            ingest.release()
+
+    async def _fetch_from_sources(self) -> None:
+        """Ask one source after the other. Raises the error of the last one."""
+        failure: MirrorError | None = None
+        while (source := self.next_source()) is not None:
+            attempts = _SourceAttempts(source, time.monotonic())
             try:
-                await _bring(ingest, sources, journey, emit, callbacks)
+                await self._fetch_from(attempts)
                 return
             except DigestMismatch:
-                where = "resume" if journey.resumed_from else "upstream"
-                emit(DigestMismatched(source.repository.upstream, str(ingest.digest), where))
-                for endpoint, upstream in gave.items():
-                    suspect(endpoint, upstream)
+                upstream, digest = source.request.repository.upstream, str(self.ingest.digest)
+                where = "resume" if attempts.resumed_from else "upstream"
+                self._emit(DigestMismatched(upstream, digest, where))
+                self._on_wrong_bytes(self._endpoints_used)
                 raise
             except _Preempted as error:
                 failure = error
-                sources.requeue(source)
+                self._requeue(source)
             except (UpstreamError, *REFUSALS) as error:
-                if isinstance(error, ManifestInvalid) and ingest.position:
-                    raise  # it would be no better elsewhere
+                if isinstance(error, ManifestInvalid) and self.ingest.position:
+                    raise  # Another source would send the same bytes.
                 failure = error
-                if isinstance(error, REFUSALS):
-                    await callbacks.on_refused(source, error)
-                sources.failed(source, error)
-        await ingest.fail(failure)
-    except MirrorError as error:
-        await ingest.fail(error)
-    except OSError as error:
-        await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
-    finally:
-        ingest.release()
+                await self._record_failure(source, error)
+        assert failure is not None, "a fetch starts with one source"
+        raise failure
 
+    async def _fetch_from(self, attempts: _SourceAttempts) -> None:
+        """Fetch from one source until the content is complete, resuming after broken transfers.
 
-async def _bring(
-    ingest: Ingest,
-    sources: Sources,
-    journey: _SourceAttempts,
-    emit: Observer,
-    callbacks: AccessCallbacks,
-) -> None:
-    """As far as one source brings it; raises what ended that."""
-    while not await _whole(ingest):
-        try:
-            await _transfer(ingest, sources, journey, callbacks)
-            return
-        except (DigestMismatch, ManifestInvalid, _Preempted):
-            raise
-        except (UpstreamError, NotFound) as error:
-            if isinstance(error, UpstreamProtocolError) and ingest.start_over():
-                continue
-            await _pause_before_resuming(ingest, sources, journey, error, emit)
+        Raises the last error once this source is given up.
+        """
+        while not await self._is_complete():
+            try:
+                await self._transfer(attempts)
+            except (DigestMismatch, ManifestInvalid, _Preempted):
+                raise
+            except (UpstreamError, NotFound) as error:
+                if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
+                    continue
+                await self._pause_before_resuming(attempts, error)
+            else:
+                return
 
+    async def _is_complete(self) -> bool:
+        """Return True if nothing is left to fetch. Follow another process while that one fetches.
 
-async def _whole(ingest: Ingest) -> bool:
-    """Whether nothing is left to fetch; follows another process while that one fetches.
+        If that fetch fails, ask our own upstream once: the failure may be specific to the other.
+        """
+        has_failed = False
+        while True:
+            match await self.ingest.try_lead():
+                case Role.DONE:
+                    return True
+                case Role.LEADER:
+                    return False
+                case Role.FOLLOWER:
+                    try:
+                        await self.ingest.follow_other_process()
+                    except UpstreamError as error:
+                        if has_failed or isinstance(error, DigestMismatch):
+                            raise
+                        has_failed = True
 
-    What that one's upstream came to says nothing of ours, which is asked then, once.
-    """
-    failed = False
-    while True:
-        match await ingest.try_lead():
-            case Role.DONE:
-                return True
-            case Role.LEADER:
-                return False
-            case Role.FOLLOWER:
-                try:
-                    await ingest.follow_other_process()
-                except UpstreamError as error:
-                    if failed or isinstance(error, DigestMismatch):
-                        raise
-                    failed = True
-
-
-@asynccontextmanager
-async def _preemptible(sources: Sources) -> AsyncIterator[None]:
-    """Waits for an upstream with less patience while another one waits to be asked.
-
-    Raises :class:`_Overtaken` when that has ended.
-    """
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(None) as limit:
-            with sources.on_other_upstream(lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)):
-                yield
-    except TimeoutError:
-        raise _Preempted("no answer, and another upstream waits to be asked") from None
-
-
-async def _transfer(
-    ingest: Ingest, sources: Sources, journey: _SourceAttempts, callbacks: AccessCallbacks
-) -> None:
-    source = journey.source
-    journey.resumed_from = ingest.position
-    async with AsyncExitStack() as stack:
-        async with _preemptible(sources):
-            stream = await stack.enter_async_context(
-                source.registry.open(
-                    source.repository,
-                    source.digest,
-                    source.kind,
-                    accept=source.accept,
-                    offset=ingest.position,
-                    validator=journey.validator,
-                    total=ingest.size if ingest.position else None,
-                    avoid=(*journey.avoid, *source.avoid),
+    async def _transfer(self, attempts: _SourceAttempts) -> None:
+        """Transfer the missing bytes from one source, in one response."""
+        ingest, source, request = self.ingest, attempts.source, attempts.source.request
+        attempts.resumed_from = ingest.position
+        async with AsyncExitStack() as stack:
+            async with self._preemptible():
+                stream = await stack.enter_async_context(
+                    source.registry.open(
+                        request.repository,
+                        request.digest,
+                        request.kind,
+                        accept=request.accept,
+                        offset=ingest.position,
+                        validator=attempts.validator,
+                        total=ingest.size if ingest.position else None,
+                        avoid=(*attempts.avoid, *source.avoid),
+                    )
                 )
-            )
-        journey.validator, journey.endpoint = stream.validator, stream.endpoint
-        journey.gave.pop(stream.endpoint, None)
-        journey.gave[stream.endpoint] = source.repository.upstream
-        expected = source.known.size if source.known is not None else None
-        total = stream.total if stream.total is not None else expected
-        if source.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
-            raise ManifestInvalid(f"a manifest of {total} bytes")
-        skip = ingest.position - stream.start
-        if skip < 0:
-            raise UpstreamProtocolError("the answer begins behind what was asked for")
-        # Before anybody is woken: it is the proof for those who wait.
-        sources.proven.add(source.proof_key)
-        if not journey.answered:
-            journey.answered = True
-            callbacks.on_granted(source, stream)
-        await ingest.declare(total)
-        async for data in stream:
-            # A server that cannot resume sends from the start what is here already.
-            chunk = data[skip:] if skip else data
-            skip = max(0, skip - len(data))
-            if chunk:
-                await ingest.feed(chunk)
-            if source.kind is Kind.MANIFEST and ingest.position > MANIFEST_LIMIT:
-                raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
-    if skip:
-        raise UpstreamUnavailable("ended before the point where it broke")
-    await ingest.finish()
+            attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
+            self._endpoints_used.pop(stream.endpoint, None)
+            self._endpoints_used[stream.endpoint] = source.request.repository.upstream
+            known_size = source.access_record.size if source.access_record is not None else None
+            total = stream.total if stream.total is not None else known_size
+            if request.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
+                raise ManifestInvalid(f"a manifest of {total} bytes")
+            skip = ingest.position - stream.start
+            if skip < 0:
+                raise UpstreamProtocolError("the response starts after the requested offset")
+            # Before any follower wakes up: it looks here for its proof.
+            self.proven.add(_proof_key(request))
+            if not attempts.has_responded:
+                attempts.has_responded = True
+                self._callbacks.on_granted(source, stream)
+            await ingest.declare(total)
+            async for data in stream:
+                # A server that cannot resume sends the content from its start.
+                chunk = data[skip:] if skip else data
+                skip = max(0, skip - len(data))
+                if chunk:
+                    await ingest.feed(chunk)
+                if request.kind is Kind.MANIFEST and ingest.position > MANIFEST_LIMIT:
+                    raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
+        if skip:
+            raise UpstreamUnavailable("the response ended before the requested offset")
+        await ingest.finish()
+
+    async def _pause_before_resuming(self, attempts: _SourceAttempts, error: MirrorError) -> None:
+        """Decide whether to resume after a broken transfer, and pause. Raises ``error`` if not.
+
+        The registry retries and fails over until response headers have arrived. Only bodies that
+        broke are resumed here.
+        """
+        position, now = self.ingest.position, time.monotonic()
+        has_progressed = position >= attempts.highest_position + PROGRESS
+        if has_progressed:
+            attempts.failed_in_a_row = 0
+            attempts.highest_position, attempts.last_progress_at = position, now
+        was_not_asked = isinstance(error, AllCircuitsOpen)
+        if not was_not_asked:
+            attempts.failed_in_a_row += 1
+        idle = now - attempts.last_progress_at
+        if (
+            not attempts.has_responded
+            or self.ingest.closed
+            or attempts.failed_in_a_row > _MAX_FAILED_IN_A_ROW
+            or idle > _STALL_TIMEOUT_S
+        ):
+            raise error
+        if self.has_other_upstream and idle > PREEMPT_AFTER_S:
+            raise _Preempted(error.message) from error
+        if was_not_asked:
+            # No request was sent: wait until an endpoint may be tried again.
+            await asyncio.sleep(_jittered(_MAX_PAUSE_S))
+            return
+        if not has_progressed:
+            endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
+            endpoint = endpoint or attempts.endpoint
+            attempts.avoid = [*(e for e in attempts.avoid if e != endpoint), endpoint]
+        is_restart = isinstance(error, UpstreamProtocolError)
+        if is_restart:
+            attempts.validator = None
+        upstream = attempts.source.request.repository.upstream
+        self._emit(Resumed(upstream, position, is_restart, error.message))
+        pause = _FIRST_PAUSE_S * 2**attempts.failed_in_a_row
+        await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
 
 
-async def _pause_before_resuming(
-    ingest: Ingest, sources: Sources, journey: _SourceAttempts, error: MirrorError, emit: Observer
-) -> None:
-    """Decide whether to go on after a break; raises ``error`` if not.
-
-    The registry has retried and failed over before it answered at all; what is resumed here are
-    bodies that broke.
-    """
-    now = time.monotonic()
-    progress = ingest.position >= journey.best + PROGRESS
-    if progress:
-        journey.attempts, journey.best, journey.since = 0, ingest.position, now
-    left_alone = isinstance(error, AllCircuitsOpen)
-    if not left_alone:
-        journey.attempts += 1
-    if (
-        not journey.answered
-        or ingest.closed
-        or journey.attempts > _ATTEMPTS
-        or now - journey.since > _PATIENCE
-    ):
-        raise error
-    if sources.has_other_upstream and now - journey.since > PREEMPT_AFTER_S:
-        raise _Preempted(error.message) from error
-    if left_alone:
-        # Nothing was transferred: this one waits, as all do, until an endpoint is tried again.
-        await _pause(_LONGEST_PAUSE)
-        return
-    if not progress:
-        at = error.endpoint if isinstance(error, UpstreamError) else ""
-        at = at or journey.endpoint
-        journey.avoid = [*(other for other in journey.avoid if other != at), at]
-    restarted = isinstance(error, UpstreamProtocolError)
-    if restarted:
-        journey.validator = None
-    upstream = journey.source.repository.upstream
-    emit(Resumed(upstream, ingest.position, restarted, error.message))
-    await _pause(min(_LONGEST_PAUSE, 0.05 * 2**journey.attempts))
+def _jittered(max_seconds: float) -> float:
+    """A random time, so that fetches which broke together do not resume together."""
+    return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
 
 
-async def _pause(ceiling: float) -> None:
-    await asyncio.sleep(random.uniform(0, ceiling))  # noqa: S311 - jitter, not a secret
+class Fetches:
+    """The fetches of this process, by digest."""
+
+    def __init__(
+        self,
+        store: Store,
+        single_flight: SingleFlight,
+        emit: Observer,
+        callbacks: AccessCallbacks,
+        *,
+        finish_abandoned: bool,
+    ) -> None:
+        """``finish_abandoned``: finish a fetch whose last client has left. Else cancel it."""
+        self._store = store
+        self._single_flight = single_flight
+        self._emit = emit
+        self._callbacks = callbacks
+        self._finish_abandoned = finish_abandoned
+        self._active: dict[Digest, Fetch] = {}
+        self._suspects: TTLCache[Digest, dict[str, str]] = TTLCache(
+            _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
+        )
+        """Endpoints that sent wrong bytes, the latest one last, and their upstreams."""
+
+    def find_proven(self, request: ContentRequest) -> Ingest | None:
+        """Find the ingest of a fetch that has proven the claim of ``request``."""
+        fetch = self._find_active(request.digest)
+        return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
+
+    def follow(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
+        """Join the fetch of this content, or start it.
+
+        Returns:
+            The fetch, a follower that the caller closes, and True if the fetch was running already.
+
+        Raises:
+            Draining: The process shuts down, so no fetch is started.
+        """
+        suspects = self._suspects.get(source.request.digest) or {}
+        is_suspect = source.request.repository.upstream in suspects.values()
+        source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
+        fetch = self._find_active(source.request.digest)
+        follower = fetch.ingest.follow() if fetch is not None else None
+        if fetch is None or follower is None:
+            return *self._start(source), False
+        fetch.offer(source)
+        return fetch, follower, True
+
+    def _find_active(self, digest: Digest) -> Fetch | None:
+        """Find the fetch of this content, unless it has failed."""
+        fetch = self._active.get(digest)
+        return fetch if fetch is not None and fetch.ingest.failure is None else None
+
+    def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
+        digest = source.request.digest
+        ingest = self._store.start_ingest(digest)
+        add_suspects = partial(self._add_suspects, digest)
+        fetch = Fetch(ingest, source, self._emit, self._callbacks, add_suspects)
+        follower = ingest.follow()
+        assert follower is not None
+        self._active[digest] = fetch
+        try:
+            key = ("fetch", digest, id(ingest))
+            fetch.task = self._single_flight.run(key, lambda: self._run(fetch))
+        except BaseException:
+            follower.close()
+            ingest.release()
+            self._remove(fetch)
+            raise
+        ingest.when_abandoned(lambda: self._cancel(fetch), keep=self._finish_abandoned)
+        return fetch, follower
+
+    async def _run(self, fetch: Fetch) -> None:
+        try:
+            await fetch.run()
+        finally:
+            self._remove(fetch)
+
+    def _cancel(self, fetch: Fetch) -> None:
+        """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""
+        assert fetch.task is not None
+        self._remove(fetch)
+        fetch.task.cancel()
+
+    def _remove(self, fetch: Fetch) -> None:
+        self._store.end_ingest(fetch.ingest)
+        if self._active.get(fetch.ingest.digest) is fetch:
+            del self._active[fetch.ingest.digest]
+
+    def _add_suspects(self, digest: Digest, endpoints: dict[str, str]) -> None:
+        earlier = self._suspects.get(digest) or {}
+        kept = {name: earlier[name] for name in earlier if name not in endpoints}
+        self._suspects[digest] = {**kept, **endpoints}

@@ -1,8 +1,8 @@
-"""May what is cached be served as it is: pure functions of (record, policy, now, upstream answer).
+"""Decide whether cached content may be served as it is.
 
-Lives here: ``pull_policy``, ``tag_ttl`` and ``serve_stale``, as typed decisions (the terms are
-those of Kubernetes' image pull policy and of RFC 9111), about tags and about who may read what.
-Must not know: I/O.
+Lives here: ``pull_policy``, ``tag_ttl`` and ``serve_stale`` as pure functions with typed results,
+for tags and for access to content. The terms are those of Kubernetes' image pull policy and of RFC
+9111. Must not know: I/O.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from mirror.oci.reference import Digest
 from mirror.store.records import AccessRecord, TagRecord
 
 ACCESS_TTL_S: Final = 86400.0
-"""Seconds for which an upstream's word that a repository has a digest is believed unasked."""
-PATIENCE: Final = 5.0
-"""Seconds that an upstream may take to confirm what is held."""
+"""Seconds (one day) for which access is served unasked after the upstream granted it."""
+CONFIRM_TIMEOUT_S: Final = 5.0
+"""Seconds that an upstream may take to confirm cached content. After that the content is served as
+stale, before the client gives up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """The cached answer is served without a question."""
+    """The cached result is served without asking the upstream."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +34,19 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """It is not here, and the policy forbids to ask."""
+    """Nothing is cached, and the pull policy forbids to ask."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """The cached answer is served because the upstream could not be asked."""
+    """The cached result is served because the upstream could not be asked."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The upstream's answer, or its failure, is the answer."""
+    """No fallback: the client gets the upstream's error."""
 
 
 Decision: TypeAlias = Fresh | Ask | Refuse
@@ -53,10 +54,14 @@ Fallback: TypeAlias = Stale | Fail
 
 
 def decide(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
-    """What a cached tag needs before it is served.
+    """Decide whether a cached tag may be served.
 
-    ``confirmed``: when the upstream last said that this tag is what we hold, in seconds since the
-    epoch; None if we do not hold it. A time in the future (a clock that was set back) is not fresh.
+    Args:
+        confirmed: When the upstream last said that the tag is the cached digest, in seconds since
+            the epoch. None if nothing is cached. A time in the future (the clock was set back) is
+            not fresh.
+        upstream: Settings of the upstream.
+        now: The current time, in seconds since the epoch.
     """
     match upstream.pull_policy:
         case "Never":
@@ -69,45 +74,55 @@ def decide(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
 
 
 def decide_tag(
-    record: TagRecord | None, held: Digest | None, upstream: Upstream, now: float
+    record: TagRecord | None, cached: Digest | None, upstream: Upstream, now: float
 ) -> Decision | Stale:
-    """What a tag needs before ``held`` is served for it: what it is, or was; None: nothing is here.
+    """Decide whether ``cached`` may be served for a tag.
 
-    What a tag was is never fresh. Where nobody may be asked it stands in, as it does for an
-    upstream that fails.
+    An earlier digest of the tag is never fresh. It stands in if the pull policy forbids to ask, as
+    it does for an upstream that fails.
+
+    Args:
+        record: The record of the tag. None if the tag is not known.
+        cached: The digest of a cached manifest, which the tag has or had. None if there is none.
+        upstream: Settings of the upstream.
+        now: The current time, in seconds since the epoch.
     """
-    if record is None or held is None:
+    if record is None or cached is None:
         return decide(None, upstream, now)
-    if held == record.digest:
+    if cached == record.digest:
         return decide(record.confirmed, upstream, now)
     decision = decide(None, upstream, now)
     if isinstance(decision, Refuse) and upstream.serve_stale:
-        return Stale("the tag has moved on to what is not here")
+        return Stale("the tag has moved to content that is not cached")
     return decision
 
 
-def decide_access(known: AccessRecord | None, upstream: Upstream, now: float) -> Decision:
-    """What content needs before it is read through a repository; ``known`` says why it may be.
+def decide_access(access_record: AccessRecord | None, upstream: Upstream, now: float) -> Decision:
+    """Decide whether content may be read through a repository without asking the upstream.
 
-    What a manifest that was pulled through the repository refers to is known for good; the
-    upstream's word for it ends. It was given at most :data:`PROVEN_FOR` before its end: one that
-    ends later was given by a clock that ran ahead.
+    A reference from a manifest that was pulled through the repository does not expire. Access that
+    the upstream granted expires after :data:`ACCESS_TTL_S`. A record that expires later than that
+    was written while the clock ran ahead, and is not fresh.
     """
     if upstream.pull_policy == "Never":
-        return Fresh() if known is not None else Refuse()
-    if known is None:
+        return Fresh() if access_record is not None else Refuse()
+    if access_record is None:
         return Ask()
-    believed = known.expires_at is None or 0 <= known.expires_at - now <= ACCESS_TTL_S
-    return Fresh() if believed else Ask()
+    expires_at = access_record.expires_at
+    is_fresh = expires_at is None or 0 <= expires_at - now <= ACCESS_TTL_S
+    return Fresh() if is_fresh else Ask()
 
 
-def patience(upstream: Upstream, *, held: bool) -> float | None:
-    """Seconds to wait for an upstream; None (as long as it takes) where nothing may stand in."""
-    return PATIENCE if held and upstream.serve_stale else None
+def confirm_timeout(upstream: Upstream, *, has_fallback: bool) -> float | None:
+    """Seconds to wait for an upstream. None (no limit) if no cached result may stand in."""
+    return CONFIRM_TIMEOUT_S if has_fallback and upstream.serve_stale else None
 
 
-def after_failure(error: MirrorError, upstream: Upstream, *, held: bool) -> Fallback:
-    """What is answered when the upstream did not confirm. A no (401, 403, 404) is an answer."""
-    if held and upstream.serve_stale and isinstance(error, UpstreamError):
+def after_failure(error: MirrorError, upstream: Upstream, *, has_fallback: bool) -> Fallback:
+    """Decide whether a cached result stands in for a failed upstream.
+
+    A refusal (401, 403, 404) is the upstream's decision, and no failure.
+    """
+    if has_fallback and upstream.serve_stale and isinstance(error, UpstreamError):
         return Stale(error.message)
     return Fail()

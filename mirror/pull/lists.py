@@ -1,8 +1,7 @@
-"""Lists of a repository: its tags, and what refers to a digest.
+"""Serve lists of a repository: its tags, and the referrers of a digest.
 
-Lives here: paging of our own over what the upstream gave, the last known list where the upstream
-cannot be asked, referrers from the tag schema where an upstream has no API for them. Must not
-know: HTTP.
+Lives here: our own paging over the upstream's lists, the cached list if the upstream cannot be
+asked, referrers by the tag schema if the upstream has no referrers API. Must not know: HTTP.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.observability.events import Outcome, Pull
 from mirror.oci.descriptor import (
@@ -25,20 +24,21 @@ from mirror.oci.errors import MirrorError, NameUnknown, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import ContentService
-from mirror.pull.manifests import ManifestService, parsed_beside
+from mirror.pull.manifests import ManifestService
+from mirror.pull.requests import TagRequest
 from mirror.pull.results import TagsResult
+from mirror.threads import parse_in_thread_if_large
 
-Question: TypeAlias = Callable[[], Awaitable[str]]
-_FRESH: Final = 60.0
-"""Seconds for which a list is served without a question, at most ``tag_ttl``."""
-_KEPT: Final = 30 * 86400.0
-"""Seconds for which a list may stand in for an upstream that cannot be asked."""
-PAGE: Final = 10_000
-"""Tags on one page at most, whatever ``n`` is."""
+_LIST_TTL_S: Final = 60.0
+"""Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter."""
+_STALE_LIST_TTL_S: Final = 30 * 86400.0
+"""Seconds (30 days) for which a cached list may stand in for an upstream that cannot be asked."""
+MAX_PAGE_TAGS: Final = 10_000
+"""Tags on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
 
 class ListService:
-    """Serves lists, from the upstream where it can be asked."""
+    """Serves lists, from the upstream if it can be asked."""
 
     def __init__(self, content: ContentService, manifests: ManifestService) -> None:
         self._content = content
@@ -48,119 +48,116 @@ class ListService:
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: Pull
     ) -> TagsResult:
-        """One page of tags after ``last``. Raises ``NameUnknown`` and the upstream's failures."""
+        """See :meth:`mirror.pull.service.PullService.tags`."""
         if count == 0:
             pull.outcome = Outcome.HIT
             return TagsResult((), False)
-        page = min(count or PAGE, PAGE)
+        page = min(count or MAX_PAGE_TAGS, MAX_PAGE_TAGS)
         key = f"tags {repository} {page} {last or ''}"
-        text = await self._cached(
-            key, repository, pull, lambda: self._ask_tags(key, repository, page, last)
+        text = await self._find_or_request(
+            key, repository, pull, lambda: self._request_tags(key, repository, page, last)
         )
         if text is not None:
             document = json.loads(text)
             return TagsResult(tuple(document["tags"]), bool(document["more"]))
-        known = sorted(tag.name for tag in await self._index.tags_of(repository))
-        if not known:
+        names = sorted(tag.name for tag in await self._index.tags_of(repository))
+        if not names:
             raise NameUnknown("no tag of this repository is known here")
-        after = [name for name in known if last is None or name > last]
+        after = [name for name in names if last is None or name > last]
         return TagsResult(tuple(after[:page]), len(after) > page)
 
-    async def _ask_tags(self, key: str, repository: Repository, page: int, last: str | None) -> str:
-        message = await self._index.negative(key)
-        if message is not None:
-            raise NameUnknown(message)
+    async def _request_tags(
+        self, key: str, repository: Repository, page: int, last: str | None
+    ) -> str:
+        await self._content.raise_if_negative(key, NameUnknown)
         registry = self._content.registries[repository.upstream]
         try:
-            found = await registry.list_tags(repository, page, last)
+            tags_page = await registry.list_tags(repository, page, last)
         except NotFound as error:
-            ttl = self._content.upstream(repository).negative_ttl
-            await self._index.put_negative(key, error.message, ttl)
+            await self._content.put_negative(repository, key, error)
             raise
-        return json.dumps({"tags": found.tags, "more": found.more})
+        return json.dumps({"tags": tags_page.tags, "more": tags_page.more})
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: Pull
     ) -> bytes:
-        """The referrers of ``digest`` as an OCI index (distribution spec, "Listing Referrers").
-
-        Empty where nothing refers to it: support means that there is never a 404.
-        """
-        text = await self._cached(
+        """See :meth:`mirror.pull.service.PullService.referrers`."""
+        text = await self._find_or_request(
             f"referrers {repository}@{digest}",
             repository,
             pull,
-            lambda: self._ask_referrers(repository, digest, pull),
+            lambda: self._request_referrers(repository, digest, pull),
         )
         if text is not None:
             body = base64.b64decode(text)
         else:
-            # The policy is Never: what was pulled by the schema's tag is here all the same.
-            body = await self._by_tag_schema(repository, digest, pull)
+            # The pull policy is Never. A manifest that was pulled by the schema's tag is cached.
+            body = await self._referrers_by_tag(repository, digest, pull)
         if artifact_type is None:
             return body
-        return await parsed_beside(filter_referrers, body, artifact_type)
+        return await parse_in_thread_if_large(filter_referrers, body, artifact_type)
 
-    async def _ask_referrers(self, repository: Repository, digest: Digest, pull: Pull) -> str:
+    async def _request_referrers(self, repository: Repository, digest: Digest, pull: Pull) -> str:
         registry = self._content.registries[repository.upstream]
         body = referrers_index(())
         try:
-            found = await registry.referrers(repository, digest, None)
-            if found is not None:
-                await parsed_beside(parse_manifest, found.body, OCI_INDEX)
-                body = found.body
+            index = await registry.referrers(repository, digest, None)
+            if index is not None:
+                await parse_in_thread_if_large(parse_manifest, index.body, OCI_INDEX)
+                body = index.body
             else:
-                body = await self._by_tag_schema(repository, digest, pull)
+                body = await self._referrers_by_tag(repository, digest, pull)
         except NotFound:
-            pass
+            pass  # With the referrers API there is no 404: nothing refers to the digest.
         return base64.b64encode(body).decode("ascii")
 
-    async def _by_tag_schema(self, repository: Repository, digest: Digest, pull: Pull) -> bytes:
+    async def _referrers_by_tag(self, repository: Repository, digest: Digest, pull: Pull) -> bytes:
+        """Pull the referrers by the tag schema (OCI distribution specification)."""
         tag = Tag.parse(referrers_tag(digest))
         try:
-            result = await self._manifests.by_tag(repository, tag, DEFAULT_ACCEPT, pull, head=False)
+            result = await self._manifests.by_tag(TagRequest(repository, tag, pull, DEFAULT_ACCEPT))
         except NotFound:
             return referrers_index(())
         if result.body is None or result.media_type != OCI_INDEX:
             return referrers_index(())
         return result.body
 
-    async def _cached(
-        self, key: str, repository: Repository, pull: Pull, ask: Question
+    async def _find_or_request(
+        self, key: str, repository: Repository, pull: Pull, request: Callable[[], Awaitable[str]]
     ) -> str | None:
-        """The list as text; None where it is not known and may not be asked for."""
-        upstream = self._content.upstream(repository)
-        now = self._content.now()
-        cached = await self._index.cached_list(key)
-        at, text = _unpack(cached)
-        lists = upstream.model_copy(update={"tag_ttl": min(_FRESH, upstream.tag_ttl)})
-        match freshness.decide(at, lists, now):
-            case freshness.Fresh() | freshness.Refuse():
-                pull.outcome = Outcome.HIT
-                return text
-            case freshness.Ask():
-                pass
+        """Return a list as text, cached or by calling ``request``.
+
+        Returns None if the list is not cached and the pull policy forbids to ask.
+        """
+        upstream, now = self._content.upstream(repository), self._content.now()
+        cached_at, text = _unpack(await self._index.cached_list(key))
+        lists = upstream.model_copy(update={"tag_ttl": min(_LIST_TTL_S, upstream.tag_ttl)})
+        if not isinstance(freshness.decide(cached_at, lists, now), freshness.Ask):
+            pull.outcome = Outcome.HIT
+            return text
+        has_cached = text is not None
         try:
-            pull.outcome = Outcome.MISS if text is None else Outcome.REVALIDATED
+            pull.outcome = Outcome.REVALIDATED if has_cached else Outcome.MISS
             with pull.stage("upstream"):
-                shared_task = self._content.single_flight.run(("list", key), ask)
-                patience = freshness.patience(upstream, held=text is not None)
-                fresh = await shared_task.wait(patience)
+                shared_task = self._content.single_flight.run(("list", key), request)
+                timeout = freshness.confirm_timeout(upstream, has_fallback=has_cached)
+                latest = await shared_task.wait(timeout)
         except MirrorError as error:
-            fallback = freshness.after_failure(error, upstream, held=text is not None)
+            fallback = freshness.after_failure(error, upstream, has_fallback=has_cached)
             if isinstance(fallback, freshness.Fail):
                 raise
-            pull.outcome, pull.warning = Outcome.STALE, fallback.why
+            pull.outcome, pull.warning = Outcome.STALE, fallback.reason
             return text
-        await self._index.put_list(key, f"{now} {fresh}", _KEPT)
-        return fresh
+        await self._index.put_list(key, f"{now} {latest}", _STALE_LIST_TTL_S)
+        return latest
 
 
-def _unpack(cached: str | None) -> tuple[float | None, str | None]:
-    if cached is None:
+def _unpack(row: str | None) -> tuple[float | None, str | None]:
+    """Split a cached list into the time of its request and its text. None for a damaged row."""
+    if row is None:
         return None, None
-    at, _, text = cached.partition(" ")
+    cached_at, _, text = row.partition(" ")
     try:
-        return float(at), text
+        return float(cached_at), text
     except ValueError:
         return None, None

@@ -1,21 +1,20 @@
-"""Manifests by digest and by tag: the cache first, the upstream where the policy wants it.
+"""Serve manifests by digest and by tag: from the cache first, else as the pull policy says.
 
-Lives here: the order of questions about one manifest; what a manifest pulled through a repository
-says about its blobs; recency by image. Must not know: HTTP, how content is fetched.
+Lives here: the order of checks for one manifest, the access records that a pulled manifest creates
+for its parts, LRU recency by image. Must not know: HTTP, how content is fetched.
 
-A tag is resolved by ``HEAD``, and content is fetched by digest: one way in, whatever a client
-asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
+A tag is resolved by ``HEAD``, and the manifest is fetched by its digest. So there is one way to
+fetch content, a tag may move in between without harm, and registries do not bill a ``HEAD``.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Final, TypeVar, assert_never
+from typing import Final, assert_never
 
-from mirror.config.settings import Upstream
+from cachetools import TTLCache
+
 from mirror.observability.events import Kind, Outcome, Pull
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
@@ -27,9 +26,9 @@ from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, Not
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import ContentService
+from mirror.pull.requests import ContentRequest, TagRequest
 from mirror.pull.results import ManifestResult
-from mirror.pull.ttl_cache import TtlLruCache
-from mirror.store.reader import Reader, read_all
+from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
     TagRecord,
@@ -37,193 +36,192 @@ from mirror.store.records import (
     confirm,
     parse_as_recorded,
 )
+from mirror.threads import parse_in_thread_if_large
 from mirror.upstream.api import ManifestHead
 
-T = TypeVar("T")
-W = TypeVar("W")
-
-_CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
-_REMEMBERED: Final = 32 * 1024 * 1024
-_PARSED_INLINE: Final = 128 * 1024
-_ROWS: Final = 1000
-"""Parts that are put into the index at once: 4 MiB name 20,000, too many for one callback."""
-_LIFETIME: Final = 1.0
-"""Seconds that one worker process may be behind another."""
-_RECENCY_STEP: Final = 60.0
-"""Seconds between two updates of the same image's recency."""
+_CURRENT_TYPES: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
+_RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
+"""Bytes for manifests in memory. One takes 12 MiB at most (see ``_weight``), so every one fits."""
+_TAG_CACHE_SIZE: Final = 20_000
+"""Tag records in memory: 15 MB, and up to 100 MB if every tag has moved 16 times."""
+_CACHE_TTL_S: Final = 1.0
+"""Seconds for which one worker process may serve from memory what another one has changed."""
+_MAX_ROWS_AT_ONCE: Final = 1000
+"""Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
+would hold up other requests."""
 
 
 class ManifestService:
-    """Serves manifests from the store, and brings in what is missing."""
+    """Serves manifests from the store, and fetches missing ones."""
 
     def __init__(self, content: ContentService) -> None:
         self._content = content
         self._index = content.store.index
         self._single_flight = content.single_flight
-        self._results: TtlLruCache[ManifestResult] = TtlLruCache(
-            _REMEMBERED, _LIFETIME, lambda result: 1024 + 3 * result.size
+        self._results: TTLCache[tuple[Repository, Digest], ManifestResult] = TTLCache(
+            _RESULT_CACHE_BYTES, _CACHE_TTL_S, getsizeof=_weight
         )
-        self._records: TtlLruCache[TagRecord] = TtlLruCache(20_000, _LIFETIME, lambda record: 1)
-        self._used: TtlLruCache[bool] = TtlLruCache(
-            50_000, _RECENCY_STEP, lambda used: 1, content.now
+        self._records: TTLCache[tuple[Repository, Tag, str], TagRecord] = TTLCache(
+            _TAG_CACHE_SIZE, _CACHE_TTL_S
         )
-
-    def remembered(self, repository: Repository, digest: Digest) -> ManifestResult | None:
-        """An answer given a moment ago: the whole of a hot hit."""
-        result = self._results.get((repository, digest))
-        if result is not None:
-            self._use(repository, result)
-        return result
 
     # --- by digest ------------------------------------------------------------------------------
 
-    async def by_digest(
-        self,
-        repository: Repository,
-        digest: Digest,
-        accept: tuple[str, ...],
-        pull: Pull,
-        *,
-        head: bool,
-    ) -> ManifestResult:
-        """A manifest by digest; never asks the upstream once it is cached.
+    async def by_digest(self, request: ContentRequest, *, head: bool) -> ManifestResult:
+        """Serve a manifest by digest. A cached one is served without asking the upstream.
 
-        Raises ``ManifestUnknown``, ``ManifestInvalid`` or what the upstream's failure is.
+        Args:
+            request: A request of kind ``MANIFEST``.
+            head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD`` upstream.
+
+        Raises:
+            ManifestUnknown: The repository does not have the manifest.
+            ManifestInvalid: The content is no manifest of its media type.
+            MirrorError: As :meth:`ContentService.open` raises it.
         """
-        held = await self.held(repository, digest)
-        if held is not None:
+        repository, digest, pull = request.repository, request.digest, request.pull
+        cached = await self._find_cached(repository, digest)
+        if cached is not None:
             pull.outcome = Outcome.HIT
-            return held
-        reader: Reader | None = None
+            return cached
+        reader = None
         if head:
-            reader = await self._content.whole(repository, digest, Kind.MANIFEST, pull, accept)
+            _, reader = await self._content.find_whole(request)
             if reader is None and self._content.may_ask(repository):
-                result = await self._head_by_digest(repository, digest, accept, pull)
+                result = await self._head_by_digest(request)
                 if result is not None:
                     return result
         if reader is None:
-            reader = await self._content.open(repository, digest, Kind.MANIFEST, pull, accept)
+            reader = await self._content.open(request)
         try:
             with pull.stage("fetch"):
                 body = await read_all(reader, MANIFEST_LIMIT)
         finally:
             reader.close()
-        return await self._accept(repository, digest, body, pull)
+        return await self._learn_from(request, body)
 
-    async def held(self, repository: Repository, digest: Digest) -> ManifestResult | None:
-        """A manifest that is here, and may be read through ``repository`` without a question."""
-        result = self.remembered(repository, digest)
+    async def _find_cached(self, repository: Repository, digest: Digest) -> ManifestResult | None:
+        """Find a cached manifest that may be read through ``repository`` without asking."""
+        result = self._results.get((repository, digest))
         if result is not None:
             return result
-        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
-        if known is None or not self._content.may_read_unasked(repository, known):
+        access_record = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
+        if access_record is None or not self._content.may_read_unasked(repository, access_record):
             return None
         body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed = await parsed_beside(parse_as_recorded, body, known)
-        if known.media_type not in ("", parsed.media_type):
-            said = replace(known, media_type=parsed.media_type)
-            await self._index.put_access_records(repository, [said])
-        return self._remember(
-            repository, ManifestResult(digest, parsed.media_type, len(body), body, parsed)
+        parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
+        if access_record.media_type not in ("", parsed.media_type):
+            corrected = replace(access_record, media_type=parsed.media_type)
+            await self._index.put_access_records(repository, [corrected])
+        return self._remember(repository, _result_of(digest, body, parsed))
+
+    async def _head_by_digest(self, request: ContentRequest) -> ManifestResult | None:
+        """Answer a ``HEAD`` by a ``HEAD``. None if the upstream states no size or media type."""
+        request.pull.outcome = Outcome.MISS
+        with request.pull.stage("upstream"):
+            size = await self._content.check_access(request)
+        access_record = await self._index.access_record(
+            request.repository, request.digest, Kind.MANIFEST.value
         )
-
-    async def _head_by_digest(
-        self, repository: Repository, digest: Digest, accept: tuple[str, ...], pull: Pull
-    ) -> ManifestResult | None:
-        """A ``HEAD`` on a miss stays a ``HEAD``; None if its answer does not say enough."""
-        pull.outcome = Outcome.MISS
-        with pull.stage("upstream"):
-            size = await self._content.check_access(repository, digest, Kind.MANIFEST, accept)
-        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
-        if size is None or known is None or not known.media_type:
+        if size is None or access_record is None or not access_record.media_type:
             return None
-        return ManifestResult(digest, known.media_type, size, None)
+        return ManifestResult(request.digest, access_record.media_type, size, None)
 
-    async def _accept(
-        self, repository: Repository, digest: Digest, body: bytes, pull: Pull
-    ) -> ManifestResult:
-        """Take what a manifest that was pulled through ``repository`` says of its parts."""
-        known = await self._content.access_record(repository, digest, Kind.MANIFEST)
-        if known is None:
-            media_type = sniff_media_type(body)
-            known = AccessRecord(digest, "manifest", media_type, len(body), None, None)
-        parsed, members = await parsed_beside(_parse, body, known)
-        result = ManifestResult(digest, parsed.media_type, len(body), body, parsed)
-        if pull.outcome is Outcome.STALE:
-            return result  # nobody has confirmed it: the next one asks again
-        for start in range(0, len(members), _ROWS):
-            await self._index.put_access_records(repository, members[start : start + _ROWS])
+    async def _learn_from(self, request: ContentRequest, body: bytes) -> ManifestResult:
+        """Record the parts of a manifest that was pulled through the repository."""
+        repository, digest = request.repository, request.digest
+        root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
+        if root is None:
+            root = _manifest_record(digest, sniff_media_type(body), len(body))
+        parsed, records = await parse_in_thread_if_large(_parse, body, root)
+        result = _result_of(digest, body, parsed)
+        if request.pull.outcome is Outcome.STALE:
+            return result  # The upstream has not confirmed it: the next request asks again.
+        for start in range(0, len(records), _MAX_ROWS_AT_ONCE):
+            rows = records[start : start + _MAX_ROWS_AT_ONCE]
+            await self._index.put_access_records(repository, rows)
         return self._remember(repository, result)
 
     def _remember(self, repository: Repository, result: ManifestResult) -> ManifestResult:
-        self._results.put((repository, result.digest), result)
-        self._use(repository, result)
+        """Keep a result in memory, and record the use of the manifest and of all its parts.
+
+        A node that has a base layer never requests it again. If recency were kept by layer, the
+        layers that most images share would be evicted first.
+        """
+        self._results[repository, result.digest] = result
+        if result.parsed is not None:
+            parts = (*result.parsed.children, *result.parsed.blobs)
+            digests = (result.digest, *(part.digest for part in parts))
+            is_due = self._content.store.blobs.mark_used(digests)
+            if is_due and result.parsed.children and not self._single_flight.is_draining:
+                children = [child.digest for child in result.parsed.children]
+                self._single_flight.run(
+                    ("use", result.digest), lambda: self._use_all(repository, children)
+                )
         return result
 
-    # --- by tag -----------------------------------------------------------------------------------
+    async def _use_all(self, repository: Repository, digests: list[Digest]) -> None:
+        for digest in digests:
+            await self._find_cached(repository, digest)
 
-    async def by_tag(
-        self,
-        repository: Repository,
-        tag: Tag,
-        accept: tuple[str, ...],
-        pull: Pull,
-        *,
-        head: bool,
-    ) -> ManifestResult:
-        """A manifest by tag, as fresh as the upstream's policy demands.
+    # --- by tag ---------------------------------------------------------------------------------
 
-        Raises ``ManifestUnknown`` and the upstream's other answers, or its failure where nothing
-        that is held may stand in for it.
+    async def by_tag(self, request: TagRequest) -> ManifestResult:
+        """Serve a manifest by tag, as fresh as the upstream's pull policy demands.
+
+        Raises:
+            ManifestUnknown: The repository does not have the tag.
+            MirrorError: The error of the upstream, if no cached manifest may stand in. Also as
+                :meth:`by_digest` raises it.
         """
-        upstream = self._content.upstream(repository)
-        with pull.stage("index"):
-            record, held = await self._look_up(repository, tag, accept)
-        match self._decide(repository, record, held):
+        with request.pull.stage("index"):
+            record, cached = await self._find_tag(request)
+        match self._decide(request.repository, record, cached):
             case freshness.Fresh():
-                assert held is not None
-                pull.outcome = Outcome.HIT
-                return held
-            case freshness.Stale(why):
-                assert held is not None
-                pull.outcome, pull.warning = Outcome.STALE, why
-                return held
+                assert cached is not None
+                request.pull.outcome = Outcome.HIT
+                return cached
+            case freshness.Stale(reason):
+                assert cached is not None
+                return _stale(request.pull, reason, cached)
             case freshness.Refuse():
-                raise ManifestUnknown("not in the cache, and the policy is Never")
+                raise ManifestUnknown("not in the cache, and the pull policy is Never")
             case freshness.Ask():
-                return await self._ask(repository, tag, accept, held, upstream, pull, head)
+                return await self._revalidate(request, cached)
             case unknown:
                 assert_never(unknown)
 
-    async def _look_up(
-        self, repository: Repository, tag: Tag, accept: tuple[str, ...]
+    async def _find_tag(
+        self, request: TagRequest
     ) -> tuple[TagRecord | None, ManifestResult | None]:
-        record, held = await self._look_up_variant(repository, tag, "")
-        variant = variant_of(accept)
-        # A registry may answer an old client with another manifest than the one held here.
-        fits = held is not None and accepts(accept, held.media_type)
-        if not variant or (fits and self._is_fresh(repository, record, held)):
-            return record, held
-        own, theirs = await self._look_up_variant(repository, tag, variant)
-        if fits and not self._is_fresh(repository, own, theirs):
-            return record, held
-        return own, theirs
+        """Find the tag's record and the newest cached manifest of it that suits the client."""
+        repository, tag = request.repository, request.tag
+        record, cached = await self._find_variant(repository, tag, "")
+        variant = variant_of(request.accept)
+        # A registry may send another manifest to an old client than the one that is cached here.
+        is_accepted = cached is not None and accepts(request.accept, cached.media_type)
+        if not variant or (is_accepted and self._is_fresh(repository, record, cached)):
+            return record, cached
+        own_record, own_cached = await self._find_variant(repository, tag, variant)
+        if is_accepted and not self._is_fresh(repository, own_record, own_cached):
+            return record, cached
+        return own_record, own_cached
 
     def _is_fresh(
-        self, repository: Repository, record: TagRecord | None, held: ManifestResult | None
+        self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
     ) -> bool:
-        return isinstance(self._decide(repository, record, held), freshness.Fresh)
+        return isinstance(self._decide(repository, record, cached), freshness.Fresh)
 
     def _decide(
-        self, repository: Repository, record: TagRecord | None, held: ManifestResult | None
+        self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
     ) -> freshness.Decision | freshness.Stale:
         upstream = self._content.upstream(repository)
-        digest = held.digest if held is not None else None
+        digest = cached.digest if cached is not None else None
         return freshness.decide_tag(record, digest, upstream, self._content.now())
 
-    async def _look_up_variant(
+    async def _find_variant(
         self, repository: Repository, tag: Tag, variant: str
     ) -> tuple[TagRecord | None, ManifestResult | None]:
         record = self._records.get((repository, tag, variant))
@@ -231,131 +229,137 @@ class ManifestService:
             record = await self._index.tag(repository, tag, variant)
             if record is None:
                 return None, None
-            self._records.put((repository, tag, variant), record)
-        return record, await self._newest_held(repository, record)
+            self._records[repository, tag, variant] = record
+        return record, await self._find_newest(repository, record)
 
-    async def _newest_held(
+    async def _find_newest(
         self, repository: Repository, record: TagRecord
     ) -> ManifestResult | None:
-        """What the tag is, or else the newest of what it was: the upstream may name it alone."""
+        """Find the newest cached manifest of a tag: its current digest, or an earlier one."""
         for digest in record.digests:
             try:
-                held = await self.held(repository, digest)
+                cached = await self._find_cached(repository, digest)
             except ManifestInvalid:
                 continue
-            if held is not None:
-                return held
+            if cached is not None:
+                return cached
         return None
 
-    async def _ask(
-        self,
-        repository: Repository,
-        tag: Tag,
-        accept: tuple[str, ...],
-        held: ManifestResult | None,
-        upstream: Upstream,
-        pull: Pull,
-        head: bool,
+    async def _revalidate(
+        self, request: TagRequest, cached: ManifestResult | None
     ) -> ManifestResult:
+        """Resolve the tag at the upstream, and serve the manifest that it names now.
+
+        If the upstream fails, ``cached`` stands in where ``serve_stale`` allows it.
+        """
+        repository, pull = request.repository, request.pull
+        upstream, has_cached = self._content.upstream(repository), cached is not None
         try:
             with pull.stage("resolve"):
-                patience = freshness.patience(upstream, held=held is not None)
-                found = await self._resolve(repository, tag, accept, patience)
-            if held is not None and held.digest == found.digest:
+                timeout = freshness.confirm_timeout(upstream, has_fallback=has_cached)
+                head = await self._resolve(request, timeout)
+            if cached is not None and cached.digest == head.digest:
                 pull.outcome = Outcome.REVALIDATED
-                return held
-            assert found.digest is not None
-            if head and found.size is not None:
-                present = await self.held(repository, found.digest)
-                pull.outcome = Outcome.REVALIDATED if present else Outcome.MISS
-                return present or ManifestResult(found.digest, found.media_type, found.size, None)
-            result = await self.by_digest(repository, found.digest, accept, pull, head=head)
+                return cached
+            assert head.digest is not None
+            if request.head and head.size is not None:
+                result = await self._find_cached(repository, head.digest)
+                pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
+                return result or ManifestResult(head.digest, head.media_type, head.size, None)
+            by_digest = ContentRequest(repository, head.digest, Kind.MANIFEST, pull, request.accept)
+            result = await self.by_digest(by_digest, head=request.head)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
             return result
         except MirrorError as error:
-            match freshness.after_failure(error, upstream, held=held is not None):
-                case freshness.Stale(why):
-                    assert held is not None
-                    pull.outcome, pull.warning = Outcome.STALE, why
-                    return held
+            match freshness.after_failure(error, upstream, has_fallback=has_cached):
+                case freshness.Stale(reason):
+                    assert cached is not None
+                    return _stale(pull, reason, cached)
                 case freshness.Fail():
                     raise
                 case unknown:
                     assert_never(unknown)
 
-    async def _resolve(
-        self, repository: Repository, tag: Tag, accept: tuple[str, ...], patience: float | None
-    ) -> ManifestHead:
-        """What the upstream says that a tag is, now; one question for all who ask at once.
+    async def _resolve(self, request: TagRequest, timeout: float | None) -> ManifestHead:
+        """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
-        Where something is held that may stand in, a slow upstream is waited for briefly; the
-        question goes on, and whoever comes after its answer profits.
+        After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request goes on: later
+        clients get its result.
         """
-        asked = accept if _names_types(accept) else DEFAULT_ACCEPT
-        key = f"tag {repository}:{tag} {','.join(asked)}"
-        message = await self._index.negative(key)
-        if message is not None:
-            raise ManifestUnknown(message)
+        repository, tag = request.repository, request.tag
+        accept = request.accept if _names_types(request.accept) else DEFAULT_ACCEPT
+        key = f"tag {repository}:{tag} {','.join(accept)}"
+        await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
-            ("resolve", key), lambda: self._resolve_now(repository, tag, asked, key)
+            ("resolve", key), lambda: self._request_tag(repository, tag, accept, key)
         )
-        return await shared_task.wait(patience)
+        return await shared_task.wait(timeout)
 
-    async def _resolve_now(
+    async def _request_tag(
         self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str
     ) -> ManifestHead:
+        """Send the ``HEAD`` for a tag, and record the digest that it names."""
         registry = self._content.registries[repository.upstream]
         try:
-            found = await registry.head_manifest(repository, tag, accept)
-            if found.digest is None:
-                body = await registry.get_manifest(repository, tag, accept)
-                await self._content.keep(body.digest, body.body)
-                found = ManifestHead(body.digest, body.media_type, len(body.body))
+            head = await registry.head_manifest(repository, tag, accept)
+            if head.digest is None:
+                manifest = await registry.get_manifest(repository, tag, accept)
+                await self._content.store_body(manifest.digest, manifest.body)
+                head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
         except NotFound as error:
-            ttl = self._content.upstream(repository).negative_ttl
-            await self._index.put_negative(key, error.message, ttl)
+            await self._content.put_negative(repository, key, error)
             raise
-        assert found.digest is not None
-        said = AccessRecord(found.digest, "manifest", found.media_type, found.size, None, None)
-        await self._index.put_access_records(repository, [said])
+        assert head.digest is not None
+        access_record = _manifest_record(head.digest, head.media_type, head.size)
+        await self._index.put_access_records(repository, [access_record])
         variant = variant_of(accept)
-        known, held = await self._look_up_variant(repository, tag, variant)
-        keep = held.digest if held is not None else None
-        record = await self._index.confirm_tag(repository, tag, found.digest, variant, keep)
-        if record is None:
-            record = confirm(known, repository, tag, found.digest, self._content.now(), keep)
-        self._records.put((repository, tag, variant), record)
-        return found
+        earlier, cached = await self._find_variant(repository, tag, variant)
+        keep = cached.digest if cached is not None else None
+        record = await self._index.confirm_tag(repository, tag, head.digest, variant, keep)
+        if record is None:  # The index could not be written.
+            record = confirm(earlier, repository, tag, head.digest, self._content.now(), keep)
+        self._records[repository, tag, variant] = record
+        return head
 
-    # --- recency ------------------------------------------------------------------------------
 
-    def _use(self, repository: Repository, result: ManifestResult) -> None:
-        """A manifest that is served refreshes the recency of all that it refers to.
+def _weight(result: ManifestResult) -> int:
+    """Bytes of memory that a result takes, roughly: its body, and its parsed form."""
+    return 1024 + 3 * result.size
 
-        A node that has a base layer never asks for it again: by layer, those that are shared most
-        would be evicted first.
-        """
-        key = (repository, result.digest)
-        if self._used.get(key) or self._single_flight.is_draining:
-            return
-        self._used.put(key, True)
-        self._single_flight.run(("use", result.digest), lambda: self._touch(repository, result))
 
-    async def _touch(self, repository: Repository, result: ManifestResult) -> None:
-        if result.parsed is None:
-            return
-        parts = (*result.parsed.children, *result.parsed.blobs)
-        await self._content.store.touch([result.digest, *(part.digest for part in parts)])
-        for child in result.parsed.children:
-            # Looking at it is using it, with all that it refers to.
-            await self.held(repository, child.digest)
+def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
+    return ManifestResult(digest, parsed.media_type, len(body), body, parsed)
+
+
+def _manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
+    """The record of a manifest that the upstream has named, which does not expire."""
+    return AccessRecord(
+        digest=digest,
+        kind=Kind.MANIFEST.value,
+        media_type=media_type,
+        size=size,
+        referrer=None,
+        expires_at=None,
+    )
+
+
+def _stale(pull: Pull, reason: str, cached: ManifestResult) -> ManifestResult:
+    pull.outcome, pull.warning = Outcome.STALE, reason
+    return cached
+
+
+def _parse(body: bytes, root: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
+    """Parse a manifest. Returns it with the access records of itself and of its parts."""
+    parsed = parse_as_recorded(body, root)
+    root = replace(root, media_type=parsed.media_type, size=len(body), expires_at=None)
+    return parsed, [root, *access_records_of(root, parsed)]
 
 
 @lru_cache(256)
 def variant_of(accept: tuple[str, ...]) -> str:
-    """Names what clients accept who do not take every manifest; empty for those who do."""
-    if set(accept) >= _CURRENT or not _names_types(accept):
+    """Name the set of media types of an old client. Empty if it takes every manifest type."""
+    if set(accept) >= _CURRENT_TYPES or not _names_types(accept):
         return ""
     return f" {Digest.of(','.join(sorted(accept)).encode()).hex[:16]}"
 
@@ -364,23 +368,8 @@ def _names_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-def _parse(body: bytes, known: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
-    """A manifest, and what its repository is known to have because of it: itself, and its parts."""
-    parsed = parse_as_recorded(body, known)
-    root = replace(known, media_type=parsed.media_type, size=len(body), expires_at=None)
-    return parsed, [root, *access_records_of(root, parsed)]
-
-
-async def parsed_beside(parse: Callable[[bytes, W], T], body: bytes, what: W) -> T:
-    """``parse(body, what)``, in a thread where 4 MiB take longer than the event loop may."""
-    if len(body) <= _PARSED_INLINE:
-        return parse(body, what)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, parse, body, what)
-
-
 def accepts(accept: tuple[str, ...], media_type: str) -> bool:
-    """Whether a client that sent ``accept`` takes ``media_type`` (RFC 9110, section 12.5.1)."""
+    """True if a client that sent ``accept`` takes ``media_type`` (RFC 9110, section 12.5.1)."""
     if not accept:
         return True
     family = media_type.split("/", 1)[0] + "/*"

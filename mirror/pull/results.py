@@ -1,4 +1,4 @@
-"""What the pull room answers, as frozen values. Must not know: HTTP."""
+"""The results of the pull service, as frozen values. Must not know: HTTP."""
 
 from __future__ import annotations
 
@@ -6,37 +6,30 @@ from dataclasses import dataclass
 
 from mirror.oci.descriptor import Manifest
 from mirror.oci.reference import Digest
-from mirror.store.reader import Extent, FileExtent, MemoryExtent, Reader
-
-__all__ = [
-    "BlobResult",
-    "Extent",
-    "FileExtent",
-    "ManifestResult",
-    "MemoryExtent",
-    "Reader",
-    "TagsResult",
-]
+from mirror.store.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestResult:
-    """A manifest. ``body`` is None where only a ``HEAD`` was asked of the upstream."""
+    """A manifest."""
 
     digest: Digest
     media_type: str
     size: int
     body: bytes | None
+    """None after a ``HEAD`` that the upstream answered."""
     parsed: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class BlobResult:
-    """A blob; ``reader`` is None for a ``HEAD``. The caller closes the reader."""
+    """A blob. The caller closes the reader."""
 
     digest: Digest
     size: int | None
+    """None while an upstream that does not state the size is still sending."""
     reader: Reader | None
+    """None for a ``HEAD``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +38,4 @@ class TagsResult:
 
     tags: tuple[str, ...]
     more: bool
+    """True if there are tags after this page."""

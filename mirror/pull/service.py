@@ -1,6 +1,6 @@
-"""The pull service: one door for the web, the command line and the tests.
+"""The pull service: the one interface to content, for the web, the command line and the tests.
 
-Lives here: admission before anything else, and which service a typed request belongs to. Must not
+Lives here: admission before anything else, and the choice of the service for a request. Must not
 know: HTTP.
 """
 
@@ -15,27 +15,31 @@ from mirror.pull import admission
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
+from mirror.pull.requests import ContentRequest, TagRequest
 from mirror.pull.results import BlobResult, ManifestResult, TagsResult
 
 
 class PullService:
-    """Every answer about content passes here, once."""
+    """Serves manifests, blobs, tag lists and referrers.
+
+    Every method takes the ``pull`` record of the client's request and writes its outcome, its
+    stages and its warning there. Every method raises :class:`mirror.oci.errors.Denied` if the
+    repository is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
+    and an ``UpstreamError`` if the upstream fails and no cached result may stand in.
+    """
 
     def __init__(self, content: ContentService) -> None:
         self._content = content
         self._manifests = ManifestService(content)
         self._lists = ListService(content, self._manifests)
 
-    def _admit(self, repository: Repository, pull: Pull) -> Digest | None:
-        """Raises :class:`Denied`; returns the digest that is to be served instead, if any."""
+    def _admit(self, repository: Repository, pull: Pull) -> None:
         match admission.admit(repository, self._content.upstream(repository)):
-            case admission.Serve():
-                return None
-            case admission.Instead(digest):
-                return digest
-            case admission.Refuse(_, why):
+            case admission.Allow():
+                return
+            case admission.Deny(reason):
                 pull.outcome = Outcome.DENIED
-                raise Denied(why)
+                raise Denied(reason)
             case unknown:
                 assert_never(unknown)
 
@@ -48,38 +52,95 @@ class PullService:
         *,
         head: bool,
     ) -> ManifestResult:
-        """A manifest by tag or digest."""
-        reference = self._admit(repository, pull) or reference
+        """Serve a manifest.
+
+        Args:
+            repository: The repository that the client named.
+            reference: A tag or a digest.
+            accept: Media types of the client's ``Accept`` header. Empty if it sent none.
+            pull: Record of the client's request.
+            head: True for a ``HEAD``: the body of the result may be None.
+
+        Returns:
+            The manifest, byte for byte as the upstream sent it.
+
+        Raises:
+            ManifestUnknown: The upstream says 404, or nothing is cached and the pull policy is
+                ``Never``.
+            ManifestInvalid: The content is no manifest of its media type, or larger than 4 MiB.
+        """
+        self._admit(repository, pull)
         if isinstance(reference, Digest):
-            return await self._manifests.by_digest(repository, reference, accept, pull, head=head)
-        return await self._manifests.by_tag(repository, reference, accept, pull, head=head)
+            request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
+            return await self._manifests.by_digest(request, head=head)
+        return await self._manifests.by_tag(TagRequest(repository, reference, pull, accept, head))
 
     async def blob(
         self, repository: Repository, digest: Digest, pull: Pull, *, head: bool
     ) -> BlobResult:
-        """A blob. The caller closes the answer's reader."""
-        if self._admit(repository, pull) is not None:
-            raise BlobUnknown("another image is served in place of this one")
+        """Serve a blob, complete or while it is fetched.
+
+        Args:
+            repository: The repository that the client named.
+            digest: The digest of the blob.
+            pull: Record of the client's request.
+            head: True for a ``HEAD``: the result has no reader.
+
+        Returns:
+            The blob. Its first byte can be read at once. The caller closes the reader.
+
+        Raises:
+            BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
+            Draining: The process shuts down, so no fetch is started.
+        """
+        self._admit(repository, pull)
         if await self._content.is_manifest(repository, digest):
             # A client that got a manifest here would take it for an octet stream (containerd).
             raise BlobUnknown("this digest is a manifest")
+        request = ContentRequest(repository, digest, Kind.BLOB, pull)
         if head:
-            size = await self._content.head(repository, digest, pull)
-            return BlobResult(digest, size, None)
-        reader = await self._content.open(repository, digest, Kind.BLOB, pull)
-        self._content.used(digest)
+            return BlobResult(digest, await self._content.size_of_blob(request), None)
+        reader = await self._content.open(request)
+        self._content.store.blobs.mark_used((digest,))
         return BlobResult(digest, reader.size, reader)
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: Pull
     ) -> TagsResult:
-        """One page of a repository's tags."""
+        """Serve one page of a repository's tags.
+
+        Args:
+            repository: The repository that the client named.
+            count: Tags on the page at most. None for as many as one page may have.
+            last: The page starts after this tag. None for the first page.
+            pull: Record of the client's request.
+
+        Returns:
+            The page, and whether there are more tags.
+
+        Raises:
+            NameUnknown: The upstream says 404, or no tag is cached and the pull policy is
+                ``Never``.
+        """
         self._admit(repository, pull)
         return await self._lists.tags(repository, count, last, pull)
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: Pull
     ) -> bytes:
-        """What refers to a digest, as an OCI index."""
+        """Serve the referrers of a digest (OCI distribution specification, "Listing Referrers").
+
+        Args:
+            repository: The repository that the client named.
+            digest: The digest whose referrers are listed.
+            artifact_type: Only referrers of this type. None for all.
+            pull: Record of the client's request.
+
+        Returns:
+            An OCI image index. Empty if nothing refers to ``digest``.
+
+        Raises:
+            ManifestInvalid: The upstream sent no OCI image index.
+        """
         self._admit(repository, pull)
         return await self._lists.referrers(repository, digest, artifact_type, pull)

@@ -41,7 +41,7 @@ from mirror.oci.headers import (
     range_applies,
 )
 from mirror.oci.reference import Digest
-from mirror.pull.results import FileExtent, MemoryExtent, Reader
+from mirror.store.reader import FileExtent, MemoryExtent, Reader
 from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
 
 CLIENT_STALL_TIMEOUT_S: Final = 60.0

@@ -1,4 +1,4 @@
-"""Flights: one piece of work a key, every waiter its outcome, nothing left at the end."""
+"""Single flight: one task for each key, its outcome for every waiter, no task left at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mirror.oci.errors import Draining, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 
 
-async def test_many_ask_and_one_works() -> None:
+async def test_concurrent_runs_of_one_key_share_one_task() -> None:
     calls = 0
 
     async def work() -> int:
@@ -20,13 +20,15 @@ async def test_many_ask_and_one_works() -> None:
         return 42
 
     async with SingleFlight() as single_flight:
-        results = await asyncio.gather(*(single_flight.run("key", work).wait() for _ in range(100)))
+        results = await asyncio.gather(
+            *(single_flight.run(("key",), work).wait() for _ in range(100))
+        )
     assert results == [42] * 100
     assert calls == 1
 
 
 @pytest.mark.row("U7")
-async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> None:
+async def test_every_waiter_gets_the_failure_and_the_next_run_starts_anew() -> None:
     calls = 0
 
     async def work() -> int:
@@ -36,16 +38,16 @@ async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> No
         raise UpstreamUnavailable("down")
 
     async with SingleFlight() as single_flight:
-        waits = [single_flight.run("key", work).wait() for _ in range(100)]
+        waits = [single_flight.run(("key",), work).wait() for _ in range(100)]
         results = await asyncio.gather(*waits, return_exceptions=True)
         assert all(isinstance(result, UpstreamUnavailable) for result in results)
         assert calls == 1
         with pytest.raises(UpstreamUnavailable):
-            await single_flight.run("key", work).wait()
+            await single_flight.run(("key",), work).wait()
         assert calls == 2
 
 
-async def test_waiters_that_leave_cancel_nothing() -> None:
+async def test_cancelled_waiters_do_not_cancel_the_task() -> None:
     gate = asyncio.Event()
 
     async def work() -> str:
@@ -54,7 +56,7 @@ async def test_waiters_that_leave_cancel_nothing() -> None:
 
     async with SingleFlight() as single_flight:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(single_flight.run("k", work).wait()) for _ in range(9)]
+            tasks = [group.create_task(single_flight.run(("k",), work).wait()) for _ in range(9)]
             await asyncio.sleep(0)
             for task in tasks[:4]:
                 task.cancel()
@@ -64,7 +66,7 @@ async def test_waiters_that_leave_cancel_nothing() -> None:
         assert {task.result() for task in tasks[4:]} == {"done"}
 
 
-async def test_an_unexpected_error_does_not_end_the_others() -> None:
+async def test_unexpected_error_does_not_end_other_tasks() -> None:
     async def broken() -> None:
         raise ZeroDivisionError
 
@@ -73,13 +75,13 @@ async def test_an_unexpected_error_does_not_end_the_others() -> None:
         return "fine"
 
     async with SingleFlight() as single_flight:
-        other = single_flight.run("fine", fine)
+        other = single_flight.run(("fine",), fine)
         with pytest.raises(ZeroDivisionError):
-            await single_flight.run("broken", broken).wait()
+            await single_flight.run(("broken",), broken).wait()
         assert await other.wait() == "fine"
 
 
-async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
+async def test_drain_waits_then_cancels_and_refuses_new_tasks() -> None:
     async def quick() -> str:
         await asyncio.sleep(0.05)
         return "quick"
@@ -88,11 +90,28 @@ async def test_draining_waits_then_gives_up_and_takes_nothing_new() -> None:
         await asyncio.Event().wait()
 
     async with SingleFlight() as single_flight:
-        first, second = single_flight.run("quick", quick), single_flight.run("endless", endless)
+        first, second = (
+            single_flight.run(("quick",), quick),
+            single_flight.run(("endless",), endless),
+        )
         assert await single_flight.drain(0.2) == 1
         assert await first.wait() == "quick"
         with pytest.raises(Draining):
             await second.wait()
         with pytest.raises(Draining):
-            single_flight.run("more", quick)
+            single_flight.run(("more",), quick)
     assert len(single_flight) == 0
+
+
+async def test_task_cancelled_before_its_first_step_ends_its_waiters_and_frees_its_key() -> None:
+    async def work() -> str:
+        return "done"
+
+    async with SingleFlight() as single_flight:
+        first = single_flight.run(("key",), work)
+        first.cancel()
+        with pytest.raises(Draining):
+            await asyncio.wait_for(first.wait(), 5.0)
+        second = single_flight.run(("key",), work)
+        assert second is not first
+        assert await second.wait() == "done"

@@ -1,4 +1,4 @@
-"""What the tests of the pull room share: a registry in memory that counts, and the real store."""
+"""Helpers of the tests of ``mirror.pull``: a registry in memory that counts, and the real store."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.content import ContentService
+from mirror.pull.requests import ContentRequest
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -44,7 +45,7 @@ TAG = Tag("1.0")
 
 @dataclass
 class Stream:
-    """A body in memory, with a break where the test wants one."""
+    """A response body in memory. A test may break it at an offset."""
 
     data: bytes
     start: int
@@ -54,7 +55,7 @@ class Stream:
     error: MirrorError | None = None
     gate: asyncio.Event | None = None
     before: asyncio.Event | None = None
-    """What the first byte waits for."""
+    """The first byte waits for this event."""
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
@@ -91,7 +92,7 @@ class MemoryRegistry:
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
 
-    # --- what a test puts in ------------------------------------------------------------------
+    # --- content, for the tests---------------------------------------------------------------
 
     def add_blob(self, path: str, data: bytes) -> Digest:
         digest = Digest.of(data)
@@ -146,7 +147,7 @@ class MemoryRegistry:
         size = len(self.blobs[path, digest])
         return {"mediaType": media_type, "digest": str(digest), "size": size}
 
-    # --- what the mirror asks -----------------------------------------------------------------
+    # --- requests of the mirror ---------------------------------------------------------------
 
     def _call(self, name: str) -> None:
         self.calls[name] += 1
@@ -271,7 +272,7 @@ async def pull_kit(
     abandoned: Literal["finish", "cancel"] = "finish",
     other: MemoryRegistry | None = None,
 ) -> AsyncIterator[PullKit]:
-    """Everything below the web, over ``root``; ``other`` is what ``other.io`` has."""
+    """Open the layers below ``mirror.web``. ``other`` is the registry of ``other.io``."""
     registry = registry or MemoryRegistry()
     upstream = upstream or Upstream(endpoints=("http://memory",))
     settings = Settings(
@@ -302,19 +303,26 @@ async def pull_kit(
 
 
 def a_pull() -> Pull:
-    """The record of a request that a test makes."""
+    """Make the record of a client's request."""
     return Pull("test", "GET", "/")
 
 
+def a_request(
+    digest: Digest, kind: Kind = Kind.BLOB, repository: Repository = REPO
+) -> ContentRequest:
+    """Make a request for content, with a record of its own."""
+    return ContentRequest(repository, digest, kind, a_pull())
+
+
 def upstream(**changes: object) -> Upstream:
-    """Settings of an upstream that is in memory."""
+    """Make the settings of an upstream in memory."""
     return Upstream.model_validate({"endpoints": ("http://memory",), **changes})
 
 
 async def manifest(
     kit: PullKit, reference: Reference = TAG, repository: Repository = REPO, head: bool = False
 ) -> tuple[Digest, Outcome]:
-    """Ask for a manifest: which one came, and how."""
+    """Request a manifest. Returns its digest and the outcome."""
     pull = a_pull()
     answer = await kit.service.manifest(repository, reference, (), pull, head=head)
     return answer.digest, pull.outcome
@@ -323,7 +331,7 @@ async def manifest(
 async def blob(
     kit: PullKit, digest: Digest, repository: Repository = REPO
 ) -> tuple[bytes, Outcome]:
-    """Ask for a blob: its bytes, and how they came."""
+    """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
     answer = await kit.service.blob(repository, digest, pull, head=False)
     assert answer.reader
@@ -334,7 +342,7 @@ async def blob(
 
 
 class Cancelled(Awaitable[bool]):
-    """Awaits ``work``, and cancels it at its ``number``-th wait; whether it got that far."""
+    """Await ``work`` and cancel it at its ``number``-th wait. True if it got that far."""
 
     def __init__(self, work: Coroutine[Any, Any, object], number: int) -> None:
         self._work = work

@@ -1,4 +1,4 @@
-"""Content by digest: who may read it, hit, join or miss, and what an upstream's silence means."""
+"""Content by digest: access by repository, cached or fetched, and upstreams that fail."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from tests.unit.pull.kit import (
     PullKit,
     Stream,
     a_pull,
+    a_request,
     blob,
     manifest,
     pull_kit,
@@ -41,12 +42,12 @@ from tests.unit.store.kit import random_bytes, read
 
 LAYER = random_bytes(200_000)
 YEAR = 365 * 86400.0
-NOES = [BlobUnknown("404"), Denied("403"), Unauthorized("401")]
+REFUSALS = [BlobUnknown("404"), Denied("403"), Unauthorized("401")]
 DOWN = UpstreamUnavailable("down")
 
 
 async def granted(kit: PullKit, data: bytes = LAYER) -> Digest:
-    """A blob that is here, and in ``REPO`` by nothing but the upstream's word."""
+    """A cached blob that ``REPO`` may read only because the upstream granted it."""
     digest = kit.registry.add_blob(REPO.path, data)
     assert await blob(kit, digest) == (data, Outcome.MISS)
     await kit.store.idle()
@@ -59,11 +60,13 @@ async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
     return answer.size, pull.outcome
 
 
-# --- who may read -------------------------------------------------------------------------------
+# --- access by repository -----------------------------------------------------------------------
 
 
 @pytest.mark.row("HC5")
-async def test_content_is_stored_once_and_served_only_where_it_belongs(tmp_path: Path) -> None:
+async def test_content_is_stored_once_and_served_only_in_repositories_that_have_it(
+    tmp_path: Path,
+) -> None:
     layer = random_bytes(200_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -80,7 +83,7 @@ async def test_content_is_stored_once_and_served_only_where_it_belongs(tmp_path:
         assert kit.registry.calls["get_blob"] == 1
 
 
-async def test_joining_through_another_repository_needs_its_own_proof(tmp_path: Path) -> None:
+async def test_follower_from_another_repository_needs_its_own_proof(tmp_path: Path) -> None:
     layer = random_bytes(400_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -98,7 +101,7 @@ async def test_joining_through_another_repository_needs_its_own_proof(tmp_path: 
         assert kit.registry.calls["get_blob"] == 1
 
 
-async def test_a_no_to_one_repository_is_none_to_another(tmp_path: Path) -> None:
+async def test_404_of_one_repository_does_not_fail_the_pull_of_another(tmp_path: Path) -> None:
     layer = random_bytes(100_000)
     digest = Digest.of(layer)
     async with pull_kit(tmp_path) as kit:
@@ -111,7 +114,7 @@ async def test_a_no_to_one_repository_is_none_to_another(tmp_path: Path) -> None
         assert right[0] == layer
 
 
-async def test_many_that_need_the_same_proof_ask_once(tmp_path: Path) -> None:
+async def test_concurrent_clients_that_need_the_same_proof_send_one_head(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.registry.add_blob(OTHER.path, LAYER)
@@ -120,7 +123,35 @@ async def test_many_that_need_the_same_proof_ask_once(tmp_path: Path) -> None:
         assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
 
 
-async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path: Path) -> None:
+async def test_client_with_an_old_access_record_does_not_repeat_a_finished_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine a client may continue only after another client's check has ended."""
+    async with pull_kit(tmp_path) as kit:
+        digest = await granted(kit)
+        kit.registry.add_blob(OTHER.path, LAYER)
+        real, has_looked, may_go_on = kit.store.blobs.find, asyncio.Event(), asyncio.Event()
+
+        async def find_slowly(*arguments: Any) -> Any:
+            reader = await real(*arguments)
+            if not has_looked.is_set():
+                has_looked.set()
+                await may_go_on.wait()
+            return reader
+
+        monkeypatch.setattr(kit.store.blobs, "find", find_slowly)
+        async with asyncio.TaskGroup() as group:
+            slow = group.create_task(blob(kit, digest, OTHER))
+            await has_looked.wait()
+            assert await blob(kit, digest, OTHER) == (LAYER, Outcome.REVALIDATED)
+            may_go_on.set()
+        assert slow.result() == (LAYER, Outcome.REVALIDATED)
+        assert kit.registry.calls == {"get_blob": 1, "head_blob": 1}
+
+
+async def test_cached_blob_requested_as_a_manifest_is_checked_at_the_upstream(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         with pytest.raises(ManifestUnknown):
@@ -128,10 +159,10 @@ async def test_a_blob_asked_for_as_a_manifest_is_asked_of_the_upstream(tmp_path:
         assert kit.registry.calls["head_manifest"] == 1
 
 
-# --- the upstream's word ends, and is asked for again -------------------------------------------
+# --- granted access expires, and is checked again -----------------------------------------------
 
 
-async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None:
+async def test_granted_access_is_checked_again_after_one_day(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += ACCESS_TTL_S
@@ -146,7 +177,7 @@ async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None
 
 @pytest.mark.row("K1")
 @pytest.mark.parametrize("jump", [ACCESS_TTL_S + 1, YEAR, -YEAR], ids=["day", "year", "back"])
-async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
+async def test_expired_access_is_served_stale_while_the_upstream_fails(
     tmp_path: Path, jump: float
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -156,15 +187,15 @@ async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
             kit.registry.failure = error
             assert await blob(kit, digest) == (LAYER, Outcome.STALE)
             assert await head(kit, digest) == (len(LAYER), Outcome.STALE)
-            pull = a_pull()
-            (await kit.content.open(REPO, digest, Kind.BLOB, pull)).close()
-            assert pull.warning == error.message
+            request = a_request(digest)
+            (await kit.content.open(request)).close()
+            assert request.pull.warning == error.message
         kit.registry.failure = None
         assert await blob(kit, digest) == (LAYER, Outcome.REVALIDATED)
 
 
 @pytest.mark.row("K1")
-async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Path) -> None:
+async def test_access_by_a_manifest_reference_never_expires(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
         await manifest(kit)
@@ -178,22 +209,26 @@ async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Pat
 
 
 @pytest.mark.row("HC6")
-@pytest.mark.parametrize("error", NOES, ids=lambda error: error.message)
-async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorError) -> None:
-    """Also where the upstream is down afterwards: its last word was no."""
+@pytest.mark.parametrize("error", REFUSALS, ids=lambda error: error.message)
+async def test_404_403_or_401_revokes_granted_access_at_once(
+    tmp_path: Path, error: MirrorError
+) -> None:
+    """Also while the upstream is down afterwards: its last response was a refusal."""
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
         kit.registry.failure = error
         with pytest.raises(type(error)):
             await blob(kit, digest)
-        assert await kit.content.access_record(REPO, digest, Kind.BLOB) is None
+        assert await kit.store.index.access_record(REPO, digest, "blob") is None
         kit.registry.failure = DOWN
         with pytest.raises((BlobUnknown, UpstreamUnavailable)):
             await blob(kit, digest)
 
 
-async def test_without_serve_stale_the_failure_is_the_answer(tmp_path: Path) -> None:
+async def test_without_serve_stale_expired_access_fails_with_the_upstreams_error(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path, upstream=upstream(serve_stale=False)) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
@@ -204,10 +239,10 @@ async def test_without_serve_stale_the_failure_is_the_answer(tmp_path: Path) -> 
             await head(kit, digest)
 
 
-async def test_a_hung_upstream_is_not_waited_for(
+async def test_expired_access_is_served_stale_when_the_upstream_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.05)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
         kit.clock[0] += YEAR
@@ -222,7 +257,7 @@ async def test_a_hung_upstream_is_not_waited_for(
 
 
 @pytest.mark.row("K1")
-async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None:
+async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
@@ -235,15 +270,15 @@ async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None
 
 
 @pytest.mark.row("K1")
-async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: Path) -> None:
-    """Content came through one repository; another one had it by the upstream's word only."""
+async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path) -> None:
+    """The content came through one repository. Another one may read it by granted access only."""
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
         await manifest(kit)
         await kit.store.idle()
         kit.registry.manifests[OTHER.path, digest] = kit.registry.manifests[REPO.path, digest]
         pull = a_pull()
-        await kit.content.check_access(OTHER, digest, Kind.MANIFEST)
+        await kit.content.check_access(a_request(digest, Kind.MANIFEST, OTHER))
         kit.clock[0] += YEAR
         kit.registry.failure = DOWN
         for _ in range(2):
@@ -259,7 +294,7 @@ async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: 
 # --- negative answers ---------------------------------------------------------------------------
 
 
-async def test_a_404_is_remembered_and_other_refusals_are_not(tmp_path: Path) -> None:
+async def test_404_is_remembered_and_401_403_and_failures_are_not(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         absent = Digest.of(b"absent")
         for _ in range(3):
@@ -277,14 +312,16 @@ async def test_a_404_is_remembered_and_other_refusals_are_not(tmp_path: Path) ->
             assert kit.registry.calls == {"get_blob": 2}
 
 
-async def test_what_was_learned_later_outweighs_a_404(tmp_path: Path) -> None:
-    """A digest that was asked for too early is served as soon as a tag is known to be it."""
+async def test_manifest_that_a_tag_names_later_is_served_despite_a_remembered_404(
+    tmp_path: Path,
+) -> None:
+    """A client asked for the digest before the upstream had it."""
     async with pull_kit(tmp_path, upstream=upstream(negative_ttl=3600.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
-        held = kit.registry.manifests.pop((REPO.path, digest))
+        entry = kit.registry.manifests.pop((REPO.path, digest))
         with pytest.raises(ManifestUnknown):
             await manifest(kit, digest)
-        kit.registry.manifests[REPO.path, digest] = held
+        kit.registry.manifests[REPO.path, digest] = entry
         assert await manifest(kit) == (digest, Outcome.MISS)
         assert await manifest(kit, digest) == (digest, Outcome.HIT)
 
@@ -293,7 +330,9 @@ async def test_what_was_learned_later_outweighs_a_404(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("U6")
-async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_path: Path) -> None:
+async def test_small_content_with_wrong_bytes_is_fetched_again_before_the_first_byte(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
         layer = b"a small layer"
         kit.registry.add_image(REPO.path, TAG.name, layer)
@@ -311,7 +350,7 @@ async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_pat
 
 
 @pytest.mark.row("R8")
-async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Path) -> None:
+async def test_blob_larger_than_the_quota_is_served_and_not_stored(tmp_path: Path) -> None:
     layer = random_bytes(2_000_000)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_000_000)) as kit:
         kit.registry.add_blob(REPO.path, layer)
@@ -322,7 +361,7 @@ async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Pat
 
 
 @pytest.mark.row("R8")
-async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) -> None:
+async def test_100_concurrent_pulls_above_the_quota_are_all_served(tmp_path: Path) -> None:
     blobs = [random_bytes(100_000, seed) for seed in range(100)]
     async with pull_kit(tmp_path, storage=Storage(max_size=2_000_000)) as kit:
         for data in blobs:
@@ -336,10 +375,10 @@ async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) ->
 
 @pytest.mark.row("L1")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
-async def test_who_comes_while_a_fetch_is_given_up_is_served(
+async def test_client_that_comes_while_an_abandoned_fetch_closes_is_served(
     tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that left comes back at once, before the connection to the upstream is closed."""
+    """The client comes back before the connection to the upstream is closed."""
     async with pull_kit(tmp_path, abandoned=abandoned) as kit:
         digest = kit.registry.add_blob(REPO.path, LAYER)
         kit.registry.gate = asyncio.Event()
@@ -355,10 +394,10 @@ async def test_who_comes_while_a_fetch_is_given_up_is_served(
                     await closing.wait()
 
         monkeypatch.setattr(kit.registry, "open", slow_to_close)
-        leaving = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        leaving = await kit.content.open(a_request(digest))
         leaving.close()
         await asyncio.sleep(0)
-        coming = await kit.content.open(REPO, digest, Kind.BLOB, a_pull())
+        coming = await kit.content.open(a_request(digest))
         closing.set()
         kit.registry.gate.set()
         assert await read(coming) == LAYER
@@ -367,7 +406,7 @@ async def test_who_comes_while_a_fetch_is_given_up_is_served(
         assert kit.registry.calls["get_blob"] == expected
 
 
-async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
+async def test_no_fetch_is_started_after_draining(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_blob(REPO.path, LAYER)
         await kit.single_flight.drain(1.0)
@@ -377,12 +416,12 @@ async def test_nothing_new_is_begun_while_draining(tmp_path: Path) -> None:
         assert not kit.registry.calls
 
 
-async def test_small_content_is_kept_if_it_is_what_it_says(tmp_path: Path) -> None:
+async def test_store_body_stores_only_bytes_that_match_the_digest(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         right, wrong = Digest.of(b"right"), Digest.of(b"wrong")
-        await kit.content.keep(right, b"right")
-        await kit.content.keep(right, b"right")
-        await kit.content.keep(wrong, b"not it")
+        await kit.content.store_body(right, b"right")
+        await kit.content.store_body(right, b"right")
+        await kit.content.store_body(wrong, b"not it")
         reader = await kit.store.blobs.find(right)
         assert reader is not None
         assert await read(reader) == b"right"

@@ -1,13 +1,13 @@
-"""The fetch loop: one content brought to its end, through breaks, odd answers and other processes.
+"""The fetch loop: broken transfers, unexpected responses, wrong bytes, and other processes.
 
-The registry is in memory and the growing file is real.
+The registry is in memory, and the ingest file is real.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,13 +28,13 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.fetch import fetch
-from mirror.pull.sources import Source, Sources
+from mirror.pull.fetch import Fetch
+from mirror.pull.requests import ContentRequest, ContentSource
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import REPO, MemoryRegistry, Stream
+from tests.unit.pull.kit import REPO, MemoryRegistry, Stream, a_pull, a_request
 from tests.unit.store.kit import Kit, kit, random_bytes, read
 
 DATA = random_bytes(400_000, 51)
@@ -44,7 +44,7 @@ BROKEN = UpstreamUnavailable("connection reset")
 
 @dataclass
 class Recording(MemoryRegistry):
-    """Knows how it was asked for content."""
+    """A registry that records the requests for content."""
 
     asked: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,37 +58,36 @@ class Recording(MemoryRegistry):
 
 
 @dataclass
-class Bench:
-    """What one fetch needs, and what it reports."""
+class FetchEnv:
+    """One fetch: what it is given, and what it reports."""
 
     kit: Kit
     registry: Recording
     ingest: Ingest
-    source: Source
+    source: ContentSource
     answered: list[ContentStream] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
 
     refusals: list[tuple[Repository, MirrorError]] = field(default_factory=list)
 
-    async def fetch(self, *others: Source) -> None:
-        sources = Sources(self.source)
+    async def fetch(self, *others: ContentSource) -> None:
+        def suspect(endpoints: dict[str, str]) -> None:
+            assert set(endpoints.values()) == {REPO.upstream}
+            self.suspects += endpoints
+
+        fetch = Fetch(self.ingest, self.source, self.kit.events.append, self, suspect)
         for other in others:
-            sources.offer(other)
+            fetch.offer(other)
+        await fetch.run()
 
-        def suspect(endpoint: str, upstream: str) -> None:
-            assert upstream == REPO.upstream
-            self.suspects.append(endpoint)
-
-        await fetch(self.ingest, sources, self.kit.events.append, self, suspect)
-
-    def on_granted(self, source: Source, stream: ContentStream) -> None:
+    def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         self.answered.append(stream)
 
-    async def on_refused(self, source: Source, error: MirrorError) -> None:
-        self.refusals.append((source.repository, error))
+    async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
+        self.refusals.append((source.request.repository, error))
 
     async def body(self) -> bytes:
-        """What a follower gets while it runs; raises what the fetch has met."""
+        """Run the fetch, and return what a follower reads. Raises the error of the fetch."""
         follower = self.ingest.follow()
         assert follower is not None
         try:
@@ -113,110 +112,119 @@ async def read_or_error(follower: Any) -> bytes | MirrorError:
         return error
 
 
-def another(bench: Bench, **changes: Any) -> Bench:
-    """A second fetch of the same content, as another process would begin it."""
-    ingest = Ingest(bench.kit.ingest_context, bench.ingest.digest, None)
-    source = Source(bench.registry, REPO, bench.ingest.digest, bench.source.kind, **changes)
-    return Bench(bench.kit, bench.registry, ingest, source)
+def another(fetch_env: FetchEnv) -> FetchEnv:
+    """Make a second fetch of the same content, as another process would start it."""
+    ingest = Ingest(fetch_env.kit.ingest_context, fetch_env.ingest.digest, None)
+    source = ContentSource(fetch_env.registry, fetch_env.source.request)
+    return FetchEnv(fetch_env.kit, fetch_env.registry, ingest, source)
 
 
 @pytest.fixture
-async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
-    """A blob that is upstream, and pauses that take no time."""
+async def fetch_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FetchEnv]:
+    """A blob at the upstream, and pauses that take no time."""
     monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
     with kit(tmp_path) as parts:
         registry = Recording()
         registry.add_blob(REPO.path, DATA)
-        source = Source(registry, REPO, DIGEST, Kind.BLOB)
-        yield Bench(parts, registry, Ingest(parts.ingest_context, DIGEST, None), source)
+        source = ContentSource(registry, a_request(DIGEST))
+        yield FetchEnv(parts, registry, Ingest(parts.ingest_context, DIGEST, None), source)
 
 
-def change(bench: Bench, *changes: dict[str, Any]) -> None:
-    """Let the next answers differ, one after the other."""
+def change(fetch_env: FetchEnv, *changes: dict[str, Any]) -> None:
+    """Change attributes of the next responses, one after the other."""
     left = list(changes)
 
     def apply(stream: Stream) -> None:
         for name, value in (left.pop(0) if left else {}).items():
             setattr(stream, name, value)
 
-    bench.registry.streams.append(apply)
+    fetch_env.registry.streams.append(apply)
 
 
-# --- the usual way ------------------------------------------------------------------------------
+# --- without faults -----------------------------------------------------------------------------
 
 
-async def test_content_is_fetched_verified_and_published(bench: Bench) -> None:
-    assert await bench.body() == DATA
-    assert bench.registry.offsets == [0]
-    assert bench.kit.layout.blob(DIGEST).read_bytes() == DATA
-    assert len(bench.answered) == 1
-    assert bench.ingest.released.is_set()
+async def test_content_is_fetched_verified_and_published(fetch_env: FetchEnv) -> None:
+    assert await fetch_env.body() == DATA
+    assert fetch_env.registry.offsets == [0]
+    assert fetch_env.kit.layout.blob(DIGEST).read_bytes() == DATA
+    assert len(fetch_env.answered) == 1
+    assert fetch_env.ingest.released.is_set()
 
 
-async def test_a_size_the_upstream_does_not_give_is_the_manifests(bench: Bench) -> None:
-    known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
-    bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, known=known, avoid=("bad",))
-    change(bench, {"total": None})
-    assert await bench.body() == DATA
-    assert bench.ingest.size == len(DATA)
-    assert bench.registry.asked[0]["avoid"] == ("bad",)
+async def test_size_that_the_upstream_does_not_state_is_taken_from_the_access_record(
+    fetch_env: FetchEnv,
+) -> None:
+    access_record = AccessRecord(
+        digest=DIGEST,
+        kind="blob",
+        media_type="a/b",
+        size=len(DATA),
+        referrer=None,
+        expires_at=None,
+    )
+    fetch_env.source = replace(fetch_env.source, access_record=access_record, avoid=("bad",))
+    change(fetch_env, {"total": None})
+    assert await fetch_env.body() == DATA
+    assert fetch_env.ingest.size == len(DATA)
+    assert fetch_env.registry.asked[0]["avoid"] == ("bad",)
 
 
 # --- breaks -------------------------------------------------------------------------------------
 
 
-async def test_a_break_is_resumed_where_it_was(bench: Bench) -> None:
-    bench.registry.breaks = [(100_000, BROKEN), (250_000, UpstreamTimeout("silence"))]
-    assert await bench.body() == DATA
-    assert bench.registry.offsets == [0, 100_000, 250_000]
-    assert [named["validator"] for named in bench.registry.asked] == [None, '"tag"', '"tag"']
-    assert [named["total"] for named in bench.registry.asked] == [None, len(DATA), len(DATA)]
-    assert [(e.offset, e.restarted) for e in bench.happened(Resumed)] == [
+async def test_broken_transfer_is_resumed_at_its_offset(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_000, BROKEN), (250_000, UpstreamTimeout("silence"))]
+    assert await fetch_env.body() == DATA
+    assert fetch_env.registry.offsets == [0, 100_000, 250_000]
+    assert [named["validator"] for named in fetch_env.registry.asked] == [None, '"tag"', '"tag"']
+    assert [named["total"] for named in fetch_env.registry.asked] == [None, len(DATA), len(DATA)]
+    assert [(e.offset, e.restarted) for e in fetch_env.happened(Resumed)] == [
         (100_000, False),
         (250_000, False),
     ]
-    assert len(bench.answered) == 1, "the first answer was proof enough"
+    assert len(fetch_env.answered) == 1, "the first response is the proof"
 
 
-async def test_a_server_that_cannot_resume_is_skipped_through(bench: Bench) -> None:
-    bench.registry.breaks = [(100_001, BROKEN)]
-    change(bench, {}, {"start": 0})
-    assert await bench.body() == DATA
-    assert bench.registry.offsets == [0, 100_001]
+async def test_full_response_to_a_resume_is_skipped_up_to_the_offset(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_001, BROKEN)]
+    change(fetch_env, {}, {"start": 0})
+    assert await fetch_env.body() == DATA
+    assert fetch_env.registry.offsets == [0, 100_001]
 
 
-async def test_a_second_answer_shorter_than_the_first_break_is_a_break(bench: Bench) -> None:
-    bench.registry.breaks = [(100_000, BROKEN)]
-    change(bench, {}, {"start": 0, "data": DATA[:50_000]})
-    assert await bench.body() == DATA
-    assert bench.registry.offsets == [0, 100_000, 100_000]
+async def test_full_response_that_ends_before_the_offset_is_retried(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_000, BROKEN)]
+    change(fetch_env, {}, {"start": 0, "data": DATA[:50_000]})
+    assert await fetch_env.body() == DATA
+    assert fetch_env.registry.offsets == [0, 100_000, 100_000]
 
 
-async def test_an_answer_to_another_question_is_not_spliced(bench: Bench) -> None:
-    bench.registry.breaks = [(100_000, BROKEN)]
-    change(bench, {}, {"start": 150_000})
-    assert await bench.body() == DATA
-    assert [e.restarted for e in bench.happened(Resumed)] == [False, True]
-    # what the validator stood for is in doubt
-    assert [named["validator"] for named in bench.registry.asked] == [None, '"tag"', None]
+async def test_response_after_the_requested_offset_is_not_appended(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_000, BROKEN)]
+    change(fetch_env, {}, {"start": 150_000})
+    assert await fetch_env.body() == DATA
+    assert [e.restarted for e in fetch_env.happened(Resumed)] == [False, True]
+    # the validator may not belong to the bytes that are here
+    assert [named["validator"] for named in fetch_env.registry.asked] == [None, '"tag"', None]
 
 
-async def test_breaks_without_progress_come_to_an_end(bench: Bench) -> None:
-    bench.registry.breaks = [(100_000, BROKEN)] + [(100_100 + n, BROKEN) for n in range(20)]
+async def test_fetch_fails_after_6_broken_transfers_without_progress(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_000, BROKEN)] + [(100_100 + n, BROKEN) for n in range(20)]
     with pytest.raises(UpstreamUnavailable, match="connection reset"):
-        await bench.body()
-    assert len(bench.happened(Resumed)) == 5
-    assert not bench.kit.layout.blob(DIGEST).exists()
+        await fetch_env.body()
+    assert len(fetch_env.happened(Resumed)) == 5
+    assert not fetch_env.kit.layout.blob(DIGEST).exists()
 
 
-async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
-    bench: Bench,
+async def test_endpoint_that_broke_without_progress_is_asked_last(
+    fetch_env: FetchEnv,
 ) -> None:
-    bench.source = Source(bench.registry, REPO, DIGEST, Kind.BLOB, avoid=("wrong",))
-    bench.registry.breaks = [(100_000, BROKEN), *((100_000 + n, BROKEN) for n in (1, 2, 3))]
-    change(bench, *({"endpoint": name} for name in ("one", "one", "two", "one", "two")))
-    assert await bench.body() == DATA
-    assert [named["avoid"] for named in bench.registry.asked] == [
+    fetch_env.source = replace(fetch_env.source, avoid=("wrong",))
+    fetch_env.registry.breaks = [(100_000, BROKEN), *((100_000 + n, BROKEN) for n in (1, 2, 3))]
+    change(fetch_env, *({"endpoint": name} for name in ("one", "one", "two", "one", "two")))
+    assert await fetch_env.body() == DATA
+    assert [named["avoid"] for named in fetch_env.registry.asked] == [
         ("wrong",),
         ("wrong",),
         ("one", "wrong"),
@@ -225,154 +233,161 @@ async def test_after_a_break_without_progress_another_endpoint_is_asked_first(
     ]
 
 
-async def test_an_endpoint_whose_answer_was_no_use_is_asked_last(bench: Bench) -> None:
+async def test_endpoint_named_by_a_protocol_error_is_asked_last(fetch_env: FetchEnv) -> None:
     useless = UpstreamProtocolError("another range")
     useless.endpoint = "two"
-    bench.registry.breaks = [(1000, BROKEN), (1000, useless)]
-    change(bench, *({"endpoint": "one"} for _ in range(3)))
-    assert await bench.body() == DATA
-    assert [named["avoid"] for named in bench.registry.asked] == [(), ("one",), ("one", "two")]
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, useless)]
+    change(fetch_env, *({"endpoint": "one"} for _ in range(3)))
+    assert await fetch_env.body() == DATA
+    assert [named["avoid"] for named in fetch_env.registry.asked] == [(), ("one",), ("one", "two")]
 
 
-async def test_while_nobody_may_be_asked_no_attempt_is_lost(bench: Bench) -> None:
+async def test_open_circuits_do_not_count_as_failed_transfers(fetch_env: FetchEnv) -> None:
     waiting = AllCircuitsOpen("not asked again yet")
-    bench.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
-    assert await bench.body() == DATA
-    assert len(bench.happened(Resumed)) == 1
-    assert bench.registry.asked[-1]["avoid"] == ("memory",)
+    fetch_env.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
+    assert await fetch_env.body() == DATA
+    assert len(fetch_env.happened(Resumed)) == 1
+    assert fetch_env.registry.asked[-1]["avoid"] == ("memory",)
 
 
-async def test_progress_earns_new_attempts(bench: Bench) -> None:
-    bench.registry.breaks = [(66_000 * n, BROKEN) for n in range(1, 7)]
-    assert await bench.body() == DATA
-    assert len(bench.happened(Resumed)) == 6
+async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(66_000 * n, BROKEN) for n in range(1, 7)]
+    assert await fetch_env.body() == DATA
+    assert len(fetch_env.happened(Resumed)) == 6
 
 
-async def test_what_came_before_the_end_is_resumed_by_the_next_fetch(bench: Bench) -> None:
-    bench.registry.breaks = [(100_000, BROKEN)] * 6
+async def test_next_fetch_resumes_after_the_bytes_of_a_failed_one(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
     with pytest.raises(UpstreamUnavailable):
-        await bench.body()
-    again = another(bench)
+        await fetch_env.body()
+    again = another(fetch_env)
     assert await again.body() == DATA
-    assert bench.registry.offsets[-1] == 100_000
+    assert fetch_env.registry.offsets[-1] == 100_000
 
 
 @pytest.mark.parametrize("error", [BROKEN, BlobUnknown("404"), Denied("403")])
-async def test_before_the_first_answer_a_failure_is_final(bench: Bench, error: MirrorError) -> None:
-    """The registry has retried and failed over already."""
-    bench.registry.failure = error
+async def test_failure_before_the_first_response_is_final(
+    fetch_env: FetchEnv, error: MirrorError
+) -> None:
+    """The registry has retried and failed over before."""
+    fetch_env.registry.failure = error
     with pytest.raises(type(error), match=error.message):
-        await bench.body()
-    assert len(bench.registry.asked) == 1
-    assert not bench.answered
-    assert not list(bench.kit.layout.ingest(DIGEST).parent.iterdir()), "nothing to resume is left"
+        await fetch_env.body()
+    assert len(fetch_env.registry.asked) == 1
+    assert not fetch_env.answered
+    assert not list(fetch_env.kit.layout.ingest(DIGEST).parent.iterdir()), (
+        "nothing to resume is left"
+    )
 
 
 # --- wrong content ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("resumed", "where"), [(False, "upstream"), (True, "resume")])
-async def test_wrong_bytes_are_counted_and_their_endpoint_is_suspected(
-    bench: Bench, resumed: bool, where: str
+async def test_wrong_bytes_are_reported_with_every_endpoint_that_sent_some(
+    fetch_env: FetchEnv, resumed: bool, where: str
 ) -> None:
     wrong = {"data": DATA[:-1] + bytes([DATA[-1] ^ 1]), "endpoint": "http://bad"}
     if resumed:
-        bench.registry.breaks = [(100_000, BROKEN)]
-    change(bench, *([{}] if resumed else []), wrong)
+        fetch_env.registry.breaks = [(100_000, BROKEN)]
+    change(fetch_env, *([{}] if resumed else []), wrong)
     with pytest.raises(DigestMismatch):
-        await bench.body()
-    assert [event.where for event in bench.happened(DigestMismatched)] == [where]
-    # Whoever had a part in it, and the latest is asked last.
-    assert bench.suspects == [*(["memory"] if resumed else []), "http://bad"]
-    assert not bench.kit.layout.blob(DIGEST).exists()
-    assert await another(bench).body() == DATA
-    assert bench.registry.offsets[-1] == 0, "of wrong bytes, none is resumed"
+        await fetch_env.body()
+    assert [event.where for event in fetch_env.happened(DigestMismatched)] == [where]
+    # Every endpoint that sent some of the bytes, the latest one last.
+    assert fetch_env.suspects == [*(["memory"] if resumed else []), "http://bad"]
+    assert not fetch_env.kit.layout.blob(DIGEST).exists()
+    assert await another(fetch_env).body() == DATA
+    assert fetch_env.registry.offsets[-1] == 0, "wrong bytes are not resumed"
 
 
-async def test_bytes_beyond_the_announced_length_are_refused(bench: Bench) -> None:
-    change(bench, *({"data": DATA + b"more", "total": len(DATA)} for _ in range(9)))
+async def test_more_bytes_than_announced_fail_the_fetch(fetch_env: FetchEnv) -> None:
+    change(fetch_env, *({"data": DATA + b"more", "total": len(DATA)} for _ in range(9)))
     with pytest.raises(UpstreamProtocolError):
-        await bench.body()
+        await fetch_env.body()
 
 
 @pytest.mark.row("HU5")
 @pytest.mark.parametrize("announced", [True, False])
-async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: bool) -> None:
+async def test_manifest_above_4_mib_fails_the_fetch(fetch_env: FetchEnv, announced: bool) -> None:
     body = b" " * (MANIFEST_LIMIT + 1)
     digest = Digest.of(body)
-    bench.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
-    bench.ingest = Ingest(bench.kit.ingest_context, digest, None)
-    bench.source = Source(bench.registry, REPO, digest, Kind.MANIFEST, accept=("a/b",))
-    change(bench, {} if announced else {"total": None})
+    fetch_env.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
+    fetch_env.ingest = Ingest(fetch_env.kit.ingest_context, digest, None)
+    request = ContentRequest(REPO, digest, Kind.MANIFEST, a_pull(), accept=("a/b",))
+    fetch_env.source = ContentSource(fetch_env.registry, request)
+    change(fetch_env, {} if announced else {"total": None})
     with pytest.raises(ManifestInvalid):
-        await bench.body()
-    assert bench.ingest.position <= MANIFEST_LIMIT + 65_536
-    assert (bench.ingest.position == 0) is announced
-    assert bench.registry.asked[0]["accept"] == ("a/b",)
-    assert not bench.kit.layout.blob(digest).exists()
+        await fetch_env.body()
+    assert fetch_env.ingest.position <= MANIFEST_LIMIT + 65_536
+    assert (fetch_env.ingest.position == 0) is announced
+    assert fetch_env.registry.asked[0]["accept"] == ("a/b",)
+    assert not fetch_env.kit.layout.blob(digest).exists()
 
 
 # --- other processes ----------------------------------------------------------------------------
 
 
-async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench: Bench) -> None:
-    other = Ingest(bench.kit.ingest_context, DIGEST, None)
+async def test_fetch_of_another_process_is_followed_without_a_request(fetch_env: FetchEnv) -> None:
+    other = Ingest(fetch_env.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(bench.body())
+        reading = group.create_task(fetch_env.body())
         await other.feed(DATA)
         await other.finish()
         other.release()
     assert reading.result() == DATA
-    assert not bench.registry.asked
-    assert not bench.answered
+    assert not fetch_env.registry.asked
+    assert not fetch_env.answered
 
 
 @pytest.mark.row("C7")
-async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None:
-    other = Ingest(bench.kit.ingest_context, DIGEST, None)
+async def test_fetch_of_a_process_that_ended_is_resumed_by_this_one(fetch_env: FetchEnv) -> None:
+    other = Ingest(fetch_env.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER
     await other.declare(len(DATA))
     follower = other.follow()
     assert follower is not None
     async with asyncio.TaskGroup() as group:
-        reading = group.create_task(bench.body())
+        reading = group.create_task(fetch_env.body())
         await other.feed(DATA[:100_000])
         while await follower.wait(99_999) is None:
             pass
         other.release()
     follower.close()
     assert reading.result() == DATA
-    assert bench.registry.offsets == [100_000]
-    assert len(bench.answered) == 1
+    assert fetch_env.registry.offsets == [100_000]
+    assert len(fetch_env.answered) == 1
 
 
-# --- the end ------------------------------------------------------------------------------------
+# --- cancellation -------------------------------------------------------------------------------
 
 
-async def test_a_fetch_that_is_cancelled_lets_go_and_tells_its_followers(bench: Bench) -> None:
-    bench.registry.gate = asyncio.Event()
-    follower = bench.ingest.follow()
+async def test_cancelled_fetch_fails_its_followers_and_releases_the_ingest(
+    fetch_env: FetchEnv,
+) -> None:
+    fetch_env.registry.gate = asyncio.Event()
+    follower = fetch_env.ingest.follow()
     assert follower is not None
     async with asyncio.TaskGroup() as group:
-        fetching = group.create_task(bench.fetch())
+        fetching = group.create_task(fetch_env.fetch())
         assert await follower.wait(0, 1) is not None
         fetching.cancel()
     with pytest.raises(UpstreamUnavailable, match="given up"):
         await read(follower, 399_999)
     follower.close()
-    assert bench.ingest.released.is_set()
-    bench.registry.gate.set()
-    assert await another(bench).body() == DATA
+    assert fetch_env.ingest.released.is_set()
+    fetch_env.registry.gate.set()
+    assert await another(fetch_env).body() == DATA
 
 
-async def test_an_error_of_the_system_is_an_upstream_that_cannot_be_asked(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+async def test_os_error_fails_the_fetch_as_upstream_unavailable(
+    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def refuse() -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(bench.ingest, "try_lead", refuse)
+    monkeypatch.setattr(fetch_env.ingest, "try_lead", refuse)
     with pytest.raises(UpstreamUnavailable, match="Too many open files"):
-        await bench.body()
+        await fetch_env.body()

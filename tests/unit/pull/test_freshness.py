@@ -1,4 +1,4 @@
-"""Freshness: pull policies, times to live, and what stands in for a failing upstream."""
+"""Freshness: pull policies, times to live, and cached content in place of a failed upstream."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull.freshness import (
     ACCESS_TTL_S,
-    PATIENCE,
+    CONFIRM_TIMEOUT_S,
     Ask,
     Fail,
     Fresh,
     Refuse,
     Stale,
     after_failure,
+    confirm_timeout,
     decide,
     decide_access,
     decide_tag,
-    patience,
 )
 from mirror.store.records import AccessRecord, Entry, TagRecord
 
@@ -57,19 +57,21 @@ def upstream(**changes: object) -> Upstream:
         ("Never", 0, None, Refuse()),
     ],
 )
-def test_policies(policy: str, ttl: float, age: float | None, expected: object) -> None:
+def test_decide_by_pull_policy_ttl_and_age(
+    policy: str, ttl: float, age: float | None, expected: object
+) -> None:
     now = 2_000_000_000.0
     confirmed = None if age is None else now - age
     assert decide(confirmed, upstream(pull_policy=policy, tag_ttl=ttl), now) == expected
 
 
 @pytest.mark.row("K1")
-def test_a_confirmation_in_the_future_is_not_fresh() -> None:
+def test_confirmation_in_the_future_is_not_fresh() -> None:
     assert decide(1000.0, upstream(), 999.0) == Ask()
 
 
 @given(st.floats(0, 4e9), st.floats(0, 4e9), st.floats(0, 1e9))
-def test_fresh_means_younger_than_the_ttl(confirmed: float, now: float, ttl: float) -> None:
+def test_fresh_means_younger_than_tag_ttl(confirmed: float, now: float, ttl: float) -> None:
     fresh = decide(confirmed, upstream(tag_ttl=ttl), now) == Fresh()
     assert fresh == (0 <= now - confirmed < ttl)
 
@@ -82,7 +84,7 @@ MOVED = TagRecord(
 
 @pytest.mark.parametrize("serve_stale", [True, False])
 @pytest.mark.parametrize("policy", ["Always", "IfNotPresent", "Never"])
-def test_what_a_tag_was_is_never_fresh(policy: str, serve_stale: bool) -> None:
+def test_earlier_digest_of_a_tag_is_never_fresh(policy: str, serve_stale: bool) -> None:
     settings = upstream(pull_policy=policy, tag_ttl=math.inf, serve_stale=serve_stale)
     assert decide_tag(MOVED, NEW, settings, 2e9) == decide(2e9, settings, 2e9)
     nothing = decide(None, settings, 2e9)
@@ -104,48 +106,57 @@ FAILURES = [
 
 
 @pytest.mark.parametrize("error", FAILURES)
-def test_a_failure_is_bridged_by_what_is_held(error: MirrorError) -> None:
-    assert after_failure(error, upstream(), held=True) == Stale(error.message)
-    assert after_failure(error, upstream(), held=False) == Fail()
-    assert after_failure(error, upstream(serve_stale=False), held=True) == Fail()
+def test_upstream_failure_is_stale_only_with_a_fallback_and_serve_stale(error: MirrorError) -> None:
+    assert after_failure(error, upstream(), has_fallback=True) == Stale(error.message)
+    assert after_failure(error, upstream(), has_fallback=False) == Fail()
+    assert after_failure(error, upstream(serve_stale=False), has_fallback=True) == Fail()
 
 
 @pytest.mark.parametrize("error", [ManifestUnknown("404"), Denied("403"), Unauthorized("401")])
-def test_a_no_is_an_answer(error: MirrorError) -> None:
-    assert after_failure(error, upstream(), held=True) == Fail()
+def test_401_403_404_never_fall_back_to_cached_content(error: MirrorError) -> None:
+    assert after_failure(error, upstream(), has_fallback=True) == Fail()
 
 
 NOW = 2_000_000_000.0
 
 
-def known(left: float | None) -> AccessRecord:
-    """A membership that is believed for so many seconds more."""
-    expires_at = None if left is None else NOW + left
-    return AccessRecord(Digest.of(b"x"), "blob", "", 1, None, expires_at)
+def record(seconds: float | None) -> AccessRecord:
+    """An access record that expires in so many seconds."""
+    expires_at = None if seconds is None else NOW + seconds
+    return AccessRecord(
+        digest=Digest.of(b"x"),
+        kind="blob",
+        media_type="",
+        size=1,
+        referrer=None,
+        expires_at=expires_at,
+    )
 
 
 @pytest.mark.parametrize(
     ("access_record", "expected"),
     [
         (None, Ask()),
-        (known(None), Fresh()),
-        (known(ACCESS_TTL_S), Fresh()),
-        (known(0), Fresh()),
-        (known(-1), Ask()),
-        pytest.param(known(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
-        pytest.param(known(365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+        (record(None), Fresh()),
+        (record(ACCESS_TTL_S), Fresh()),
+        (record(0), Fresh()),
+        (record(-1), Ask()),
+        pytest.param(record(-365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
+        pytest.param(record(365 * 86400.0), Ask(), marks=pytest.mark.row("K1")),
     ],
     ids=["unknown", "for good", "new", "its last second", "over", "a year", "a year ahead"],
 )
-def test_who_may_read(access_record: AccessRecord | None, expected: object) -> None:
+def test_access_is_fresh_until_it_expires(
+    access_record: AccessRecord | None, expected: object
+) -> None:
     assert decide_access(access_record, upstream(), NOW) == expected
     assert decide_access(access_record, upstream(pull_policy="Always", tag_ttl=0), NOW) == expected
-    # where nothing may be asked, what was once granted holds
+    # with the policy Never, access that was once granted stays
     never = Refuse() if access_record is None else Fresh()
     assert decide_access(access_record, upstream(pull_policy="Never"), NOW) == never
 
 
-def test_patience_is_for_what_can_stand_in() -> None:
-    assert patience(upstream(), held=True) == PATIENCE
-    assert patience(upstream(), held=False) is None
-    assert patience(upstream(serve_stale=False), held=True) is None
+def test_confirm_timeout_is_limited_only_with_a_fallback_and_serve_stale() -> None:
+    assert confirm_timeout(upstream(), has_fallback=True) == CONFIRM_TIMEOUT_S
+    assert confirm_timeout(upstream(), has_fallback=False) is None
+    assert confirm_timeout(upstream(serve_stale=False), has_fallback=True) is None

@@ -1,4 +1,4 @@
-"""Lists: paging of our own, the last known list as a stand-in, referrers by either way."""
+"""Lists: our own paging, the cached list as a fallback, referrers by API and by tag schema."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
-from mirror.pull.lists import PAGE
+from mirror.pull.lists import MAX_PAGE_TAGS
 from tests.unit.pull.kit import OTHER, REPO, TAG, PullKit, a_pull, manifest, pull_kit, upstream
 
 DOWN = UpstreamUnavailable("down")
@@ -54,7 +54,7 @@ def referring(*kinds: str) -> dict[str, object]:
 # --- tags ---------------------------------------------------------------------------------------
 
 
-async def test_pages_follow_each_other_to_the_end(tmp_path: Path) -> None:
+async def test_tags_are_paged_to_the_end(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         names = [f"v{n}" for n in range(5)]
         for name in names:
@@ -65,13 +65,13 @@ async def test_pages_follow_each_other_to_the_end(tmp_path: Path) -> None:
         assert await tags(kit, 2, "v4") == ((), False, Outcome.MISS)
         assert await tags(kit, 0) == ((), False, Outcome.HIT)
         assert await tags(kit) == (tuple(names), False, Outcome.MISS)
-        # a count that nobody can mean is a page like any other
+        # a count above the limit is the page of the limit
         assert await tags(kit, 999_999_999) == (tuple(names), False, Outcome.HIT)
         assert kit.registry.calls["list_tags"] == 5
-        assert PAGE < 999_999_999
+        assert MAX_PAGE_TAGS < 999_999_999
 
 
-async def test_a_list_is_fresh_for_a_minute_and_no_longer_than_a_tag(tmp_path: Path) -> None:
+async def test_list_is_fresh_for_a_minute_or_for_a_shorter_tag_ttl(tmp_path: Path) -> None:
     for ttl, expected in ((300.0, 60.0), (10.0, 10.0)):
         async with pull_kit(tmp_path / str(ttl), upstream=upstream(tag_ttl=ttl)) as kit:
             kit.registry.add_image(REPO.path, "a", b"a")
@@ -84,7 +84,7 @@ async def test_a_list_is_fresh_for_a_minute_and_no_longer_than_a_tag(tmp_path: P
             assert (await tags(kit))[2] is Outcome.HIT
 
 
-async def test_many_that_ask_at_once_are_one_question(tmp_path: Path) -> None:
+async def test_concurrent_clients_share_one_list_request(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
         gate = asyncio.Event()
@@ -105,7 +105,7 @@ async def test_many_that_ask_at_once_are_one_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [NameUnknown("404"), Denied("403"), DOWN])
-async def test_only_an_upstream_that_cannot_be_asked_is_bridged(
+async def test_cached_list_is_served_stale_for_failures_and_not_for_401_403_404(
     tmp_path: Path, error: MirrorError
 ) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
@@ -120,10 +120,10 @@ async def test_only_an_upstream_that_cannot_be_asked_is_bridged(
             with pytest.raises(type(error)):
                 await tags(kit)
         with pytest.raises(MirrorError):
-            await tags(kit, 7)  # another page, of which nothing is known
+            await tags(kit, 7)  # another page, which is not cached
 
 
-async def test_without_serve_stale_a_list_is_not_bridged(tmp_path: Path) -> None:
+async def test_without_serve_stale_a_cached_list_does_not_stand_in(tmp_path: Path) -> None:
     settings = upstream(tag_ttl=0.0, serve_stale=False)
     async with pull_kit(tmp_path, upstream=settings) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
@@ -133,10 +133,10 @@ async def test_without_serve_stale_a_list_is_not_bridged(tmp_path: Path) -> None
             await tags(kit)
 
 
-async def test_a_list_that_is_held_waits_for_no_hung_upstream(
+async def test_cached_list_is_served_stale_when_the_upstream_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.05)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
         await tags(kit)
@@ -150,7 +150,7 @@ async def test_a_list_that_is_held_waits_for_no_hung_upstream(
         hung.set()
 
 
-async def test_a_repository_that_does_not_exist_is_asked_for_once(tmp_path: Path) -> None:
+async def test_404_for_a_tag_list_is_remembered_for_negative_ttl(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         for _ in range(3):
             with pytest.raises(NameUnknown):
@@ -163,14 +163,14 @@ async def test_a_repository_that_does_not_exist_is_asked_for_once(tmp_path: Path
         assert kit.registry.calls == {"list_tags": 3}
 
 
-async def test_a_damaged_record_of_a_list_is_none(tmp_path: Path) -> None:
+async def test_damaged_list_row_is_a_miss(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
-        await kit.store.index.put_list(f"tags {REPO} {PAGE} ", "soon nonsense", 1000.0)
+        await kit.store.index.put_list(f"tags {REPO} {MAX_PAGE_TAGS} ", "soon nonsense", 1000.0)
         assert await tags(kit) == (("a",), False, Outcome.MISS)
 
 
-async def test_without_an_upstream_the_known_tags_are_the_list(tmp_path: Path) -> None:
+async def test_pull_policy_never_lists_the_tags_of_the_index(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         for name in ("c", "a", "b"):
             kit.registry.add_image(REPO.path, name, name.encode())
@@ -180,7 +180,7 @@ async def test_without_an_upstream_the_known_tags_are_the_list(tmp_path: Path) -
         await manifest(kit)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
         assert await tags(kit) == ((TAG.name,), False, Outcome.HIT)
-        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that was once asked for"
+        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that is cached"
         assert await tags(kit, 3, TAG.name) == ((), False, Outcome.HIT)
         with pytest.raises(NameUnknown):
             await kit.service.tags(OTHER, None, None, a_pull())
@@ -190,7 +190,9 @@ async def test_without_an_upstream_the_known_tags_are_the_list(tmp_path: Path) -
 # --- referrers ----------------------------------------------------------------------------------
 
 
-async def test_referrers_of_the_api_are_passed_on_as_they_are(tmp_path: Path) -> None:
+async def test_referrers_of_the_api_are_passed_on_byte_for_byte_and_filtered_here(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
         assert await referrers(kit) == []
         body = json.dumps(referring("application/x.sbom", "application/x.signature"), indent=3)
@@ -200,17 +202,17 @@ async def test_referrers_of_the_api_are_passed_on_as_they_are(tmp_path: Path) ->
         (found,) = await referrers(kit, "application/x.sbom")
         assert found["artifactType"] == "application/x.sbom"
         assert await referrers(kit, "application/x.nothing") == []
-        assert kit.registry.calls == {"referrers": 2}, "a filter needs no question of its own"
+        assert kit.registry.calls == {"referrers": 2}, "a filter needs no request of its own"
 
 
-async def test_referrers_that_are_none_are_refused(tmp_path: Path) -> None:
+async def test_malformed_referrers_are_refused(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.referring[SUBJECT] = b'{"manifests": 7}'
         with pytest.raises(ManifestInvalid):
             await referrers(kit)
 
 
-async def test_support_means_that_there_is_never_a_404(
+async def test_404_for_referrers_is_an_empty_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -222,7 +224,7 @@ async def test_support_means_that_there_is_never_a_404(
         assert await referrers(kit) == []
 
 
-async def test_what_lies_at_the_schemas_tag_and_is_no_index_refers_to_nothing(
+async def test_image_at_the_referrers_tag_gives_an_empty_index(
     tmp_path: Path,
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -231,8 +233,8 @@ async def test_what_lies_at_the_schemas_tag_and_is_no_index_refers_to_nothing(
         assert await referrers(kit) == []
 
 
-async def test_without_an_upstream_the_schemas_tag_still_tells(tmp_path: Path) -> None:
-    """As a site has it that was filled by pulling tags, signatures among them."""
+async def test_pull_policy_never_serves_referrers_of_the_cached_schema_tag(tmp_path: Path) -> None:
+    """As at a site whose cache was filled by pulling tags, signatures among them."""
     async with pull_kit(tmp_path) as kit:
         document = referring("application/x.sbom")
         kit.registry.add_manifest(REPO.path, document, referrers_tag(SUBJECT))
@@ -246,7 +248,7 @@ async def test_without_an_upstream_the_schemas_tag_still_tells(tmp_path: Path) -
         assert not kit.registry.calls
 
 
-async def test_a_large_list_of_referrers_is_filtered(tmp_path: Path) -> None:
+async def test_referrers_above_the_thread_limit_are_filtered(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         document = referring(*(f"application/x.k{n % 7}" for n in range(4900)))
         kit.registry.referring[SUBJECT] = json.dumps(document).encode()
@@ -254,7 +256,7 @@ async def test_a_large_list_of_referrers_is_filtered(tmp_path: Path) -> None:
         assert len(await referrers(kit, "application/x.k3")) == 700
 
 
-async def test_tags_and_referrers(tmp_path: Path) -> None:
+async def test_tags_and_referrers_through_failure_and_tag_schema(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0, negative_ttl=0.0)) as kit:
         for name in ("b", "a", "c"):
             digest = kit.registry.add_image(REPO.path, name, name.encode())

@@ -47,7 +47,7 @@ from tests.unit.pull.kit import (
 from tests.unit.store.kit import random_bytes
 
 OLD = (OCI_MANIFEST, DOCKER_MANIFEST)
-"""What a client accepts that knows of no index."""
+"""Media types that a client accepts which does not support indexes."""
 
 
 async def by_tag(
@@ -61,7 +61,7 @@ async def by_tag(
 # --- policies -----------------------------------------------------------------------------------
 
 
-async def test_policies_and_times(tmp_path: Path) -> None:
+async def test_tag_is_served_for_tag_ttl_then_resolved_again(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0)) as kit:
         old = kit.registry.add_image(REPO.path, TAG.name, b"old")
         assert await manifest(kit) == (old, Outcome.MISS)
@@ -76,7 +76,7 @@ async def test_policies_and_times(tmp_path: Path) -> None:
         assert [entry.digest for entry in record.previous_digests] == [old]
 
 
-async def test_always_asks_and_head_is_all_it_asks(tmp_path: Path) -> None:
+async def test_pull_policy_always_revalidates_by_head_only(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Always")) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         assert await manifest(kit) == (digest, Outcome.MISS)
@@ -85,7 +85,7 @@ async def test_always_asks_and_head_is_all_it_asks(tmp_path: Path) -> None:
         assert kit.registry.calls == {"head_manifest": 4, "get_manifest": 1}
 
 
-async def test_stale_when_it_cannot_be_asked_and_not_when_it_says_no(tmp_path: Path) -> None:
+async def test_tag_is_served_stale_for_a_failure_and_not_for_401_403_404(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0, negative_ttl=0.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -97,10 +97,10 @@ async def test_stale_when_it_cannot_be_asked_and_not_when_it_says_no(tmp_path: P
                 await manifest(kit)
 
 
-async def test_a_hung_upstream_is_not_waited_for_where_something_is_held(
+async def test_cached_tag_is_served_stale_when_the_upstream_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.freshness.PATIENCE", 0.1)
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.1)
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -114,7 +114,7 @@ async def test_a_hung_upstream_is_not_waited_for_where_something_is_held(
         hung.set()
 
 
-async def test_serve_stale_can_be_off(tmp_path: Path) -> None:
+async def test_without_serve_stale_a_tag_fails_with_the_upstreams_error(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0, serve_stale=False)) as kit:
         kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -123,7 +123,7 @@ async def test_serve_stale_can_be_off(tmp_path: Path) -> None:
             await manifest(kit)
 
 
-async def test_a_head_on_a_miss_stays_a_head(tmp_path: Path) -> None:
+async def test_head_on_a_miss_sends_only_a_head(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit, head=True)
@@ -136,7 +136,7 @@ async def test_a_head_on_a_miss_stays_a_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("HU6")
-async def test_type_confusion_is_refused(tmp_path: Path) -> None:
+async def test_image_with_the_media_type_of_an_index_is_refused(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         image = kit.registry.add_image(REPO.path, None, b"layer")
         body, _ = kit.registry.manifests[REPO.path, image]
@@ -147,7 +147,7 @@ async def test_type_confusion_is_refused(tmp_path: Path) -> None:
                 await manifest(kit)
 
 
-async def test_a_registry_whose_head_names_no_digest(
+async def test_tag_is_resolved_by_get_if_the_head_names_no_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -158,11 +158,11 @@ async def test_a_registry_whose_head_names_no_digest(
             return replace(await real(*arguments), digest=None)  # type: ignore[arg-type] # as given
 
         monkeypatch.setattr(kit.registry, "head_manifest", bare)
-        assert await manifest(kit) == (digest, Outcome.REVALIDATED), "it came with the answer"
+        assert await manifest(kit) == (digest, Outcome.REVALIDATED), "its body came too"
         assert await manifest(kit) == (digest, Outcome.HIT)
 
 
-async def test_every_waiter_gets_the_answer_and_some_leave(tmp_path: Path) -> None:
+async def test_waiters_for_a_tag_share_one_request_and_some_may_leave(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         tasks = []
@@ -175,8 +175,12 @@ async def test_every_waiter_gets_the_answer_and_some_leave(tmp_path: Path) -> No
         assert kit.registry.calls == {"head_manifest": 1, "get_manifest": 1}
 
 
-async def test_recency_is_about_images(tmp_path: Path) -> None:
-    """A base layer that no node asks for any more lives as long as images that refer to it."""
+async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base layer that no node requests any more stays as long as images that refer to it."""
+    # The clock of the test moves on by minutes, and that of the memory cache does not.
+    monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_300_000)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, base)
@@ -194,7 +198,9 @@ async def test_recency_is_about_images(tmp_path: Path) -> None:
         assert kit.store.layout.blob(digest).exists()
 
 
-async def test_a_tag_whose_new_content_cannot_be_had_stays_what_it_was(tmp_path: Path) -> None:
+async def test_tag_whose_new_digest_has_wrong_bytes_serves_the_old_one_stale(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
         old = kit.registry.add_image(REPO.path, TAG.name, b"old")
         await manifest(kit)
@@ -207,7 +213,7 @@ async def test_a_tag_whose_new_content_cannot_be_had_stays_what_it_was(tmp_path:
         assert await manifest(kit) == (old, Outcome.STALE)
 
 
-async def test_every_waiter_gets_the_failure(
+async def test_every_waiter_for_a_tag_gets_the_upstreams_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pull_kit(tmp_path) as kit:
@@ -234,7 +240,7 @@ async def test_every_waiter_gets_the_failure(
         assert len(set(waiting)) == 1
 
 
-async def test_a_tag_that_does_not_exist_is_asked_for_once(tmp_path: Path) -> None:
+async def test_404_for_a_tag_is_remembered(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         for _ in range(3):
             for head in (True, False):
@@ -243,13 +249,13 @@ async def test_a_tag_that_does_not_exist_is_asked_for_once(tmp_path: Path) -> No
         assert kit.registry.calls == {"head_manifest": 1}
 
 
-# --- what clients accept ------------------------------------------------------------------------
+# --- the Accept header ------------------------------------------------------------------------
 
 
-async def test_old_and_current_clients_each_get_theirs(
+async def test_old_and_current_clients_get_the_manifest_of_their_accept_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A registry answers a client without indexes with one of the index's manifests."""
+    """A registry sends a client that does not accept indexes one of the manifests of the index."""
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0)) as kit:
         child = kit.registry.add_image(REPO.path, None, b"layer")
         index = kit.registry.add_index(REPO.path, TAG.name, child)
@@ -274,11 +280,13 @@ async def test_old_and_current_clients_each_get_theirs(
         assert await by_tag(kit, DEFAULT_ACCEPT) == (index, Outcome.REVALIDATED)
 
 
-async def test_a_narrow_client_asks_as_seldom_as_any_other(tmp_path: Path) -> None:
+async def test_client_with_few_accepted_types_is_served_a_cached_manifest_that_fits(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         assert await by_tag(kit, ()) == (digest, Outcome.MISS)
-        assert await by_tag(kit, OLD) == (digest, Outcome.HIT), "what is held will do"
+        assert await by_tag(kit, OLD) == (digest, Outcome.HIT), "the cached manifest fits"
         kit.clock[0] += 101
         assert await by_tag(kit, OLD) == (digest, Outcome.REVALIDATED)
         assert await by_tag(kit, OLD) == (digest, Outcome.HIT)
@@ -298,7 +306,9 @@ async def test_a_narrow_client_asks_as_seldom_as_any_other(tmp_path: Path) -> No
         ((OCI_MANIFEST, "*/*"), False),
     ],
 )
-def test_who_takes_every_manifest(accept: tuple[str, ...], everything: bool) -> None:
+def test_variant_is_empty_for_clients_that_take_every_manifest(
+    accept: tuple[str, ...], everything: bool
+) -> None:
     assert (variant_of(accept) == "") is everything
     assert variant_of(accept) == variant_of(tuple(reversed(accept)))
 
@@ -314,16 +324,20 @@ def test_who_takes_every_manifest(accept: tuple[str, ...], everything: bool) -> 
         (("text/*", OCI_INDEX), False),
     ],
 )
-def test_what_a_client_takes(accept: tuple[str, ...], taken: bool) -> None:
+def test_accepts_follows_types_and_wildcards_of_the_accept_header(
+    accept: tuple[str, ...], taken: bool
+) -> None:
     assert accepts(accept, OCI_MANIFEST) is taken
 
 
-# --- what is kept -------------------------------------------------------------------------------
+# --- stored bytes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
-async def test_exact_bytes_of_any_type_up_to_four_mebibytes(tmp_path: Path, algorithm: str) -> None:
-    """An artifact's own media type, odd whitespace and all."""
+async def test_manifest_of_any_type_up_to_4_mib_is_served_byte_for_byte(
+    tmp_path: Path, algorithm: str
+) -> None:
+    """Also with a media type of its own, and with odd whitespace."""
     document = json.dumps({"schemaVersion": 2, "x": ""}, indent=7).encode()
     body = document.replace(b'""', b'"' + b"x" * (MANIFEST_LIMIT - len(document)) + b'"')
     assert len(body) == MANIFEST_LIMIT
@@ -339,7 +353,7 @@ async def test_exact_bytes_of_any_type_up_to_four_mebibytes(tmp_path: Path, algo
             await kit.store.idle()
 
 
-async def test_a_manifest_above_the_limit_is_refused(tmp_path: Path) -> None:
+async def test_manifest_above_4_mib_is_refused(tmp_path: Path) -> None:
     body = b" " * (MANIFEST_LIMIT + 1)
     async with pull_kit(tmp_path) as kit:
         kit.registry.manifests[REPO.path, Digest.of(body)] = body, "application/vnd.example.thing"

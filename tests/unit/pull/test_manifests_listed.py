@@ -1,4 +1,4 @@
-"""What an index says of its children: that the repository has them, and nothing against them."""
+"""An index proves that a repository has its children. Its other claims may be wrong."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_index(
     said: dict[str, object],
     repository: Repository = REPO,
 ) -> Digest:
-    """An index that says this of a child, and what is wanted of a descriptor beside it."""
+    """Add an index whose descriptor of a child has these fields, beside the required ones."""
     document = {
         "schemaVersion": 2,
         "mediaType": OCI_INDEX,
@@ -52,7 +52,7 @@ def add_index(
 
 
 def add_artifact(registry: MemoryRegistry, part: Digest) -> Digest:
-    """An artifact that has this as a layer."""
+    """Add an artifact that has ``part`` as a layer."""
     config = registry.add_blob(REPO.path, b"{}")
     document = {
         "schemaVersion": 2,
@@ -66,7 +66,7 @@ def add_artifact(registry: MemoryRegistry, part: Digest) -> Digest:
 async def media_type(
     kit: PullKit, reference: Reference, repository: Repository = REPO, head: bool = False
 ) -> str:
-    """The type that a manifest is served with."""
+    """Request a manifest. Returns its media type."""
     answer = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
     return answer.media_type
 
@@ -76,7 +76,7 @@ def complaints(kit: PullKit) -> list[LogMessage]:
 
 
 @lies
-async def test_what_was_served_is_served_after_an_index_lied_about_it(
+async def test_cached_manifest_is_served_after_an_index_misstated_it(
     tmp_path: Path, lie: dict[str, object]
 ) -> None:
     registry = MemoryRegistry()
@@ -95,7 +95,7 @@ async def test_what_was_served_is_served_after_an_index_lied_about_it(
 
 @lies
 @pytest.mark.parametrize("head", [True, False], ids=["HEAD", "GET"])
-async def test_what_an_index_lied_about_is_what_the_upstream_says(
+async def test_media_type_of_the_upstream_overrules_that_of_an_index(
     tmp_path: Path, lie: dict[str, object], head: bool
 ) -> None:
     registry = MemoryRegistry()
@@ -110,7 +110,7 @@ async def test_what_an_index_lied_about_is_what_the_upstream_says(
         assert await media_type(kit, child) == OCI_MANIFEST
 
 
-async def test_an_upstream_that_names_no_type_does_not_outdo_an_index(tmp_path: Path) -> None:
+async def test_octet_stream_from_the_upstream_does_not_overrule_an_index(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         child = kit.registry.add_image(REPO.path, None, b"layer")
         body, _ = kit.registry.manifests[REPO.path, child]
@@ -120,28 +120,28 @@ async def test_an_upstream_that_names_no_type_does_not_outdo_an_index(tmp_path: 
 
 
 @lies
-async def test_bytes_that_are_here_say_what_they_are(
+async def test_cached_bytes_overrule_the_media_type_of_an_index(
     tmp_path: Path, lie: dict[str, object]
 ) -> None:
-    """They came through another repository, and nobody is asked for them in this one."""
+    """The bytes came through another repository, and the upstream is not asked for this one."""
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
     lying = add_index(registry, child, lie, OTHER)
-    noted = []
+    logged = []
     async with pull_kit(tmp_path, registry=registry) as kit:
         await manifest(kit, child)
         await manifest(kit, lying, OTHER)
-    noted += complaints(kit)
+    logged += complaints(kit)
     for _ in range(2):
         async with pull_kit(tmp_path, registry=registry) as kit:
             assert await media_type(kit, child, OTHER) == OCI_MANIFEST
             assert await media_type(kit, child) == OCI_MANIFEST
-        noted += complaints(kit)
-    assert len(noted) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "said once"
+        logged += complaints(kit)
+    assert len(logged) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "logged once"
 
 
 @pytest.mark.row("HU6")
-async def test_an_index_excuses_no_type_confusion_of_the_upstream(tmp_path: Path) -> None:
+async def test_index_does_not_excuse_a_wrong_media_type_of_the_upstream(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
     registry.manifests[REPO.path, child] = registry.manifests[REPO.path, child][0], OCI_INDEX
@@ -155,7 +155,7 @@ async def test_an_index_excuses_no_type_confusion_of_the_upstream(tmp_path: Path
 # --- a digest of both kinds -----------------------------------------------------------------------
 
 
-async def test_a_manifest_that_an_artifact_calls_a_layer_is_still_one(tmp_path: Path) -> None:
+async def test_manifest_that_an_artifact_lists_as_a_layer_stays_a_manifest(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     image = registry.add_image(REPO.path, TAG.name, b"layer")
     async with pull_kit(tmp_path, registry=registry, upstream=upstream(tag_ttl=0.0)) as kit:
@@ -170,7 +170,7 @@ async def test_a_manifest_that_an_artifact_calls_a_layer_is_still_one(tmp_path: 
 
 
 @pytest.mark.parametrize("said", [OCI_MANIFEST, "application/vnd.example.thing"])
-async def test_a_layer_that_an_index_calls_a_manifest_is_still_one(
+async def test_layer_that_an_index_lists_as_a_manifest_stays_a_blob(
     tmp_path: Path, said: str
 ) -> None:
     registry = MemoryRegistry()
@@ -181,7 +181,7 @@ async def test_a_layer_that_an_index_calls_a_manifest_is_still_one(
         await kit.store.idle()
         await manifest(kit, add_index(registry, layer, {"mediaType": said}))
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
-        with suppress(ManifestInvalid):  # nor does it become a manifest by being asked for
+        with suppress(ManifestInvalid):  # a request for a manifest does not make it one
             await manifest(kit, layer)
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
     registry.failure = DOWN
@@ -191,7 +191,7 @@ async def test_a_layer_that_an_index_calls_a_manifest_is_still_one(
 
 
 @pytest.mark.row("HC6")
-async def test_a_no_to_one_kind_takes_nothing_from_the_other(tmp_path: Path) -> None:
+async def test_refusal_as_a_manifest_does_not_revoke_access_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, b"layer")
         layer = Digest.of(b"layer")
@@ -205,7 +205,7 @@ async def test_a_no_to_one_kind_takes_nothing_from_the_other(tmp_path: Path) -> 
 
 
 @lies
-async def test_parts_of_a_child_are_known_again_where_the_index_was_lost(
+async def test_parts_of_a_child_are_recovered_after_a_loss_of_the_index(
     tmp_path: Path, lie: dict[str, object]
 ) -> None:
     registry = MemoryRegistry()

@@ -1,4 +1,4 @@
-"""A tag that has moved: while its new content is not here, what it was before stands in."""
+"""A tag that has moved: its earlier digest stands in while the new one cannot be fetched."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NEVER = upstream(pull_policy="Never")
 
 
 def move(kit: PullKit, layer: bytes = b"new", repository: Repository = REPO) -> Digest:
-    """The tag is another image from now on, and what was answered is not fresh any more."""
+    """Move the tag to another image, and let its cached digest expire."""
     kit.clock[0] += 101
     return kit.registry.add_image(repository.path, TAG.name, layer)
 
 
 def refuse_content(kit: PullKit, patch: pytest.MonkeyPatch) -> None:
-    """From now on a ``HEAD`` is free, and a ``GET`` is 429."""
+    """Answer every ``GET`` with 429 from now on. A ``HEAD`` still succeeds."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise UpstreamRateLimited("no more pulls")
@@ -52,7 +52,7 @@ def refuse_content(kit: PullKit, patch: pytest.MonkeyPatch) -> None:
 async def moved_on(
     root: Path, registry: MemoryRegistry, patch: pytest.MonkeyPatch, *, head: bool = False
 ) -> tuple[Digest, Digest]:
-    """What the tag was, which is here, and what the upstream says that it is."""
+    """Return the old digest, which is cached, and the new one, which the upstream names."""
     async with pull_kit(root, registry=registry, upstream=SETTINGS) as kit:
         old = move(kit, b"old")
         await manifest(kit)
@@ -69,7 +69,7 @@ async def moved_on(
     return old, new
 
 
-async def test_it_is_answered_as_long_as_its_new_content_is_refused(
+async def test_old_digest_is_served_stale_while_the_new_one_cannot_be_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pull_kit(tmp_path, upstream=SETTINGS) as kit:
@@ -102,7 +102,7 @@ async def test_it_is_answered_as_long_as_its_new_content_is_refused(
     ],
     ids=["IfNotPresent", "Always", "not stale", "Never", "Never and not stale"],
 )
-async def test_after_a_restart_with_the_upstream_gone(
+async def test_old_digest_is_served_after_a_restart_without_upstream_by_policy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: Upstream,
@@ -123,7 +123,7 @@ async def test_after_a_restart_with_the_upstream_gone(
                 await manifest(kit)
 
 
-async def test_what_it_was_is_named_where_the_index_is_lost(
+async def test_old_digest_is_served_after_a_loss_of_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = MemoryRegistry()
@@ -134,7 +134,9 @@ async def test_what_it_was_is_named_where_the_index_is_lost(
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, NEVER], ids=["IfNotPresent", "Never"])
-async def test_what_it_is_was_evicted(tmp_path: Path, settings: Upstream) -> None:
+async def test_old_digest_is_served_stale_after_the_new_one_was_evicted(
+    tmp_path: Path, settings: Upstream
+) -> None:
     registry = MemoryRegistry()
     async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
         old = move(kit, b"old")
@@ -148,7 +150,7 @@ async def test_what_it_is_was_evicted(tmp_path: Path, settings: Upstream) -> Non
         assert await manifest(kit) == (old, Outcome.STALE)
 
 
-async def test_however_often_it_moves_what_is_here_is_not_forgotten(
+async def test_cached_digest_stays_in_the_record_however_often_the_tag_moves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with pull_kit(tmp_path, upstream=SETTINGS) as kit:
@@ -161,7 +163,7 @@ async def test_however_often_it_moves_what_is_here_is_not_forgotten(
         assert await manifest(kit) == (old, Outcome.STALE)
 
 
-async def test_it_is_answered_by_every_process_that_shares_the_index(
+async def test_old_digest_is_served_by_every_process_that_shares_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry, clock = MemoryRegistry(), [1_800_000_000.0]
@@ -171,6 +173,7 @@ async def test_it_is_answered_by_every_process_that_shares_the_index(
     ):
         old = move(one, b"old")
         await manifest(one)
+        await one.store.idle()  # the other process finds it once it is published
         new = move(one)
         refuse_content(one, monkeypatch)
         assert await manifest(one, head=True) == (new, Outcome.MISS)
@@ -179,8 +182,10 @@ async def test_it_is_answered_by_every_process_that_shares_the_index(
             assert await manifest(kit) == (old, Outcome.STALE)
 
 
-async def test_content_that_is_refused_stands_in_for_nothing(tmp_path: Path) -> None:
-    """The upstream gives an image the type of an index: it is here, and is not served."""
+async def test_invalid_new_manifest_is_not_served_and_the_old_digest_stands_in(
+    tmp_path: Path,
+) -> None:
+    """The upstream gives an image the media type of an index: it is cached, and not served."""
     registry = MemoryRegistry()
     async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
         old = move(kit, b"old")
@@ -196,7 +201,7 @@ async def test_content_that_is_refused_stands_in_for_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.row("HC6")
-async def test_what_was_withdrawn_does_not_stand_in(
+async def test_old_digest_with_revoked_access_does_not_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = MemoryRegistry()

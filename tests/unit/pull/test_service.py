@@ -1,4 +1,4 @@
-"""The pull service: admission first, then hit, join or miss, over the real store."""
+"""The pull service over a real store: admission, then cached or fetched content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
-from mirror.pull.admission import Instead
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
@@ -32,7 +31,7 @@ from tests.unit.pull.kit import (
 from tests.unit.store.kit import random_bytes
 
 
-async def test_a_cold_image_is_fetched_once_then_served_from_here(tmp_path: Path) -> None:
+async def test_cold_image_is_fetched_once_then_served_from_the_cache(tmp_path: Path) -> None:
     layer = random_bytes(300_000)
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, layer)
@@ -43,7 +42,7 @@ async def test_a_cold_image_is_fetched_once_then_served_from_here(tmp_path: Path
         assert kit.registry.calls == {"head_manifest": 1, "get_manifest": 1, "get_blob": 1}
 
 
-async def test_a_restart_serves_what_was_pulled_with_the_upstream_gone(tmp_path: Path) -> None:
+async def test_restart_without_upstream_serves_a_pulled_image(tmp_path: Path) -> None:
     layer = random_bytes(300_000)
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, layer)
@@ -58,7 +57,7 @@ async def test_a_restart_serves_what_was_pulled_with_the_upstream_gone(tmp_path:
 
 
 @pytest.mark.row("C12")
-async def test_a_lost_index_is_made_anew_from_the_image_layout(tmp_path: Path) -> None:
+async def test_lost_index_is_rebuilt_from_the_image_layout(tmp_path: Path) -> None:
     layer = random_bytes(300_000)
     async with pull_kit(tmp_path) as kit:
         child = kit.registry.add_image(REPO.path, None, layer)
@@ -72,10 +71,10 @@ async def test_a_lost_index_is_made_anew_from_the_image_layout(tmp_path: Path) -
     async with pull_kit(tmp_path, registry=registry) as kit:
         assert await manifest(kit, child) == (child, Outcome.HIT)
         assert await blob(kit, Digest.of(layer)) == (layer, Outcome.HIT)
-        assert await manifest(kit) == (digest, Outcome.STALE), "resolved again, where one can"
+        assert await manifest(kit) == (digest, Outcome.STALE), "the lost index had the time"
 
 
-async def test_never_asks_nothing(tmp_path: Path) -> None:
+async def test_pull_policy_never_sends_no_request(tmp_path: Path) -> None:
     layer = random_bytes(1000)
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, layer)
@@ -97,7 +96,7 @@ async def test_never_asks_nothing(tmp_path: Path) -> None:
         assert not kit.registry.calls
 
 
-async def test_lists_decide_before_the_first_byte_cold_or_warm(tmp_path: Path) -> None:
+async def test_deny_list_refuses_every_request_cached_or_not(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -118,7 +117,7 @@ async def test_lists_decide_before_the_first_byte_cold_or_warm(tmp_path: Path) -
             assert not kit.registry.calls
 
 
-async def test_a_manifests_digest_is_no_blob(tmp_path: Path) -> None:
+async def test_digest_of_a_manifest_is_not_served_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
@@ -126,22 +125,7 @@ async def test_a_manifests_digest_is_no_blob(tmp_path: Path) -> None:
             await blob(kit, digest)
 
 
-async def test_what_is_served_instead_is_served_under_every_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Admission may name another digest: manifests follow it, blobs of the other image do not."""
-    async with pull_kit(tmp_path) as kit:
-        old = kit.registry.add_image(REPO.path, "old", b"old")
-        new = kit.registry.add_image(REPO.path, TAG.name, b"new")
-        monkeypatch.setattr("mirror.pull.admission.admit", lambda *_: Instead(old))
-        assert await manifest(kit) == (old, Outcome.MISS)
-        assert await manifest(kit, new) == (old, Outcome.HIT)
-        assert "head_manifest" not in kit.registry.calls
-        with pytest.raises(BlobUnknown):
-            await blob(kit, Digest.of(b"new"))
-
-
-async def test_a_refusal_is_told_in_the_record(tmp_path: Path) -> None:
+async def test_denied_request_has_the_outcome_denied(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(allow=("org/*",))) as kit:
         pull = a_pull()
         with pytest.raises(Denied, match="allow-list"):
@@ -151,7 +135,7 @@ async def test_a_refusal_is_told_in_the_record(tmp_path: Path) -> None:
 
 @pytest.mark.row("L1")
 @pytest.mark.parametrize("warm", [False, True])
-async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
+async def test_client_cancelled_at_any_await_leaves_no_follower_and_no_lease(
     tmp_path: Path, warm: bool
 ) -> None:
     layer = random_bytes(300_000)
@@ -164,7 +148,7 @@ async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
             if not warm:
                 await kit.store.idle()
                 kit.store.layout.blob(digest).unlink(missing_ok=True)
-            kit.clock[0] += 3600.0  # its use is noted anew
+            kit.clock[0] += 3600.0  # its use is recorded again
             kit.store.blobs._verified.clear()
             left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), head=False), number)
             if not left:

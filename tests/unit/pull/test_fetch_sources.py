@@ -1,4 +1,4 @@
-"""One fetch, several repositories that have the content: each asked in turn, each with its word."""
+"""One fetch with several sources: each is asked in turn, and each client gets its own error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from mirror.observability.events import Kind, Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import (
     BlobUnknown,
@@ -26,11 +27,22 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import fetch
-from mirror.pull.sources import Source, Sources
+from mirror.pull.fetch import Fetch
+from mirror.pull.requests import ContentSource
 from mirror.store.ingest import Ingest
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import OTHER, REPO, TAG, MemoryRegistry, PullKit, blob, manifest, pull_kit
+from tests.unit.pull.kit import (
+    OTHER,
+    REPO,
+    TAG,
+    MemoryRegistry,
+    PullKit,
+    a_request,
+    blob,
+    manifest,
+    pull_kit,
+)
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(400_000, 57)
@@ -41,7 +53,7 @@ DOWN = UpstreamUnavailable("down")
 
 @dataclass
 class Slow(MemoryRegistry):
-    """Does not answer with content before it is let, and knows from where on it was asked."""
+    """A registry that sends no content before ``let`` is set, and records the requested offsets."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     let: asyncio.Event = field(default_factory=asyncio.Event)
@@ -57,7 +69,7 @@ class Slow(MemoryRegistry):
 
 
 async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome] | MirrorError:
-    """What a client of ``repository`` gets."""
+    """Request the blob through ``repository``. Returns the error instead of raising it."""
     try:
         return await blob(kit, DIGEST, repository)
     except MirrorError as error:
@@ -65,7 +77,7 @@ async def outcome(kit: PullKit, repository: Repository) -> tuple[bytes, Outcome]
 
 
 async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
-    """What two clients get, of whom the second joins the fetch of the first."""
+    """Run two clients, of whom the second joins the fetch of the first. Returns their outcomes."""
     async with asyncio.TaskGroup() as group:
         first, second = await joined(kit, ours, group)
         ours.let.set()
@@ -75,7 +87,7 @@ async def both(kit: PullKit, ours: Slow) -> tuple[Any, Any]:
 async def joined(
     kit: PullKit, ours: Slow, group: asyncio.TaskGroup
 ) -> tuple[asyncio.Task[Any], asyncio.Task[Any]]:
-    """Two clients that follow one fetch, which waits for our upstream."""
+    """Start two clients that follow one fetch, which waits for our upstream."""
     first = group.create_task(outcome(kit, REPO))
     await ours.asked.wait()
     second = group.create_task(outcome(kit, THEIRS))
@@ -91,7 +103,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.row("U1")
-async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path: Path) -> None:
+async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), Slow()
     theirs.let.set()
     ours.add_blob(REPO.path, DATA)
@@ -109,7 +123,7 @@ async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path:
 
 @pytest.mark.row("U11")
 @pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
-async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
+async def test_upstream_that_is_down_fails_only_its_own_clients(
     tmp_path: Path, failure: MirrorError
 ) -> None:
     ours, theirs = Slow(), MemoryRegistry()
@@ -124,7 +138,9 @@ async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
 
 @pytest.mark.row("HC5")
 @pytest.mark.parametrize("failure", [BlobUnknown("no such blob"), Denied("not for us")])
-async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: MirrorError) -> None:
+async def test_refusal_revokes_access_of_one_repository_only(
+    tmp_path: Path, failure: MirrorError
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     theirs.add_blob(THEIRS.path, DATA)
     ours.failure = failure
@@ -137,19 +153,19 @@ async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: Mirro
 
 
 @pytest.mark.row("U15")
-async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> None:
+async def test_each_client_gets_the_error_of_its_own_upstream(tmp_path: Path) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.failure = DOWN
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
         first, second = await both(kit, ours)
-        assert first is DOWN, "another upstream's 404 is none of this one"
+        assert first is DOWN, "another upstream's 404 is not returned"
         assert isinstance(second, BlobUnknown)
         again = await outcome(kit, REPO)
         assert again is DOWN
 
 
 @pytest.mark.row("U11")
-async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
+async def test_hung_upstream_is_preempted_while_another_one_is_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
@@ -161,12 +177,12 @@ async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
             first = group.create_task(outcome(kit, REPO))
             await ours.asked.wait()
             assert await outcome(kit, THEIRS) == (DATA, Outcome.JOIN)
-        # its own upstream proves it by a HEAD, which does not hang
+        # a HEAD to its own upstream, which does not hang, is its proof
         assert first.result() == (DATA, Outcome.MISS)
         assert ours.calls["head_blob"] == 1
 
 
-async def test_one_that_answers_is_not_overtaken(
+async def test_upstream_that_has_responded_is_not_preempted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.02)
@@ -189,7 +205,9 @@ async def test_one_that_answers_is_not_overtaken(
 
 
 @pytest.mark.row("C7")
-async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path: Path) -> None:
+async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
+    tmp_path: Path,
+) -> None:
     ours = MemoryRegistry()
     ours.add_blob(REPO.path, DATA)
     async with pull_kit(tmp_path, registry=ours) as kit:
@@ -207,35 +225,37 @@ async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path:
         assert ours.calls["get_blob"] == 1
 
 
-def test_a_rival_is_another_upstream_and_comes_once() -> None:
-    registry, hurried = MemoryRegistry(), []
+def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
+    registry, shortened = MemoryRegistry(), []
     ours, same, theirs, more = (
-        Source(registry, repository, DIGEST, Kind.BLOB)
+        ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Sources(ours)
-    assert sources.next() is ours
-    with sources.on_other_upstream(lambda: hurried.append(1)):
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
+    assert sources.next_source() is ours
+    with sources.on_other_upstream(lambda: shortened.append(1)):
         for source in (ours, same, same):
             sources.offer(source)
-        assert not hurried
+        assert not shortened
         assert not sources.has_other_upstream
         for source in (theirs, more, theirs):
             sources.offer(source)
         assert sources.has_other_upstream
-    assert hurried == [1]
-    with sources.on_other_upstream(lambda: hurried.append(2)):
-        assert hurried == [1, 2], "it had come before"
-    assert [sources.next() for _ in range(4)] == [same, theirs, more, None]
+    assert shortened == [1]
+    with sources.on_other_upstream(lambda: shortened.append(2)):
+        assert shortened == [1, 2], "it was queued before"
+    assert [sources.next_source() for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
-    assert sources.next() is None, "it had its turn"
+    assert sources.next_source() is None, "it was asked before"
 
 
-# --- what a fetch proves, and for whom ------------------------------------------------------------
+# --- proofs of access ---------------------------------------------------------------------------
 
 
 @pytest.mark.row("HC5")
-async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) -> None:
+async def test_blob_that_looks_like_a_manifest_proves_no_access_to_its_parts(
+    tmp_path: Path,
+) -> None:
     secret = random_bytes(5_000)
     private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
     async with pull_kit(tmp_path) as kit:
@@ -259,7 +279,7 @@ async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) 
 
 
 @pytest.mark.row("HC6")
-async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> None:
+async def test_layer_requested_as_a_manifest_stays_available_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, DATA)
         await manifest(kit)
@@ -283,12 +303,21 @@ async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> 
         assert (await blob(kit, DIGEST))[0] == DATA
 
 
-async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> None:
+async def test_refusal_by_the_own_upstream_ends_the_wait_at_once_and_is_recorded(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), Slow()
     ours.failure = Denied("not for us")
     theirs.add_blob(THEIRS.path, DATA)
     async with pull_kit(tmp_path, registry=ours, other=theirs) as kit:
-        known = AccessRecord(DIGEST, "blob", "a/b", len(DATA), None, None)
+        known = AccessRecord(
+            digest=DIGEST,
+            kind="blob",
+            media_type="a/b",
+            size=len(DATA),
+            referrer=None,
+            expires_at=None,
+        )
         await kit.store.index.put_access_records(REPO, [known])
         async with asyncio.TaskGroup() as group:
             first, second = await joined(kit, ours, group)
@@ -299,7 +328,7 @@ async def test_a_no_of_ones_own_is_heard_at_once_and_kept(tmp_path: Path) -> Non
         assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
-async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
+async def test_preempted_source_is_asked_again_after_the_others_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
@@ -316,7 +345,9 @@ async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
 
 
 @pytest.mark.row("U6")
-async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> None:
+async def test_wrong_bytes_of_one_upstream_do_not_prevent_a_fetch_from_another(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.blobs[REPO.path, DIGEST] = b"wrong"
     ours.add_blob(THEIRS.path, DATA)
@@ -328,7 +359,9 @@ async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> N
         assert theirs.calls["get_blob"] == 1
 
 
-async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
+async def test_size_announced_without_any_bytes_does_not_bind_the_next_source(
+    tmp_path: Path,
+) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.blobs[REPO.path, DIGEST] = b"short"
     ours.breaks = [(0, DOWN)] * 20
@@ -338,7 +371,7 @@ async def test_a_size_whose_bytes_never_came_is_nobodys(tmp_path: Path) -> None:
         assert second == (DATA, Outcome.JOIN)
 
 
-async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
+async def test_response_to_a_resume_proves_access_before_its_first_byte(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_blob(REPO.path, DATA)
         kit.registry.breaks = [(200_000, Denied("no more"))]
@@ -350,7 +383,7 @@ async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("M1")
-async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path) -> None:
+async def test_proof_of_another_process_is_used_without_a_request(tmp_path: Path) -> None:
     rest = asyncio.Event()
     registry = Slow()
     registry.add_blob(REPO.path, DATA)

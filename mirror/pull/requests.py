@@ -1,0 +1,69 @@
+"""Values and callbacks that the modules of this package pass to each other. Must not know: HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from mirror.observability.events import Kind, Pull
+from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.records import AccessRecord
+from mirror.upstream.api import ContentStream, Registry
+
+REFUSALS: Final = (NotFound, Denied, Unauthorized)
+"""Definite refusals (404, 403, 401): the upstream works, and this repository does not give us the
+content."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentRequest:
+    """A client's request for content by digest, through one repository."""
+
+    repository: Repository
+    digest: Digest
+    kind: Kind
+    """Manifest or blob. A digest can be known in a repository as either, or as both."""
+    pull: Pull
+    """Record of the client's request. Its outcome and its stages are written there."""
+    accept: tuple[str, ...] = ()
+    """Media types of the client's ``Accept`` header, for a manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class TagRequest:
+    """A client's request for a manifest by tag."""
+
+    repository: Repository
+    tag: Tag
+    pull: Pull
+    """Record of the client's request. Its outcome and its stages are written there."""
+    accept: tuple[str, ...]
+    """Media types of the client's ``Accept`` header."""
+    head: bool = False
+    """True if the client wants no body."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentSource:
+    """One upstream repository that may have the content of a request."""
+
+    registry: Registry
+    request: ContentRequest
+    access_record: AccessRecord | None = None
+    """Earlier knowledge of the content there. Its size is used if the upstream states none."""
+    avoid: Collection[str] = ()
+    """Endpoints that sent wrong bytes for this content before. They are asked last."""
+    is_suspect: bool = False
+    """True if this source's upstream has sent wrong bytes for this content before."""
+
+
+class AccessCallbacks(Protocol):
+    """Callbacks for access decisions: the upstream has the content in a repository, or refused."""
+
+    def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
+        """Called once a source answers with the content. Must not delay the first byte."""
+
+    async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
+        """Called with the 404, 403 or 401 of a source."""
