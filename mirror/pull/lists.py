@@ -25,8 +25,9 @@ from mirror.oci.errors import MirrorError, NameUnknown, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import ContentService
-from mirror.pull.manifests import ManifestService, parsed_beside
+from mirror.pull.manifests import ManifestService
 from mirror.pull.results import TagsResult
+from mirror.threads import parse_in_thread_if_large
 
 Question: TypeAlias = Callable[[], Awaitable[str]]
 _FRESH: Final = 60.0
@@ -99,7 +100,7 @@ class ListService:
             body = await self._by_tag_schema(repository, digest, pull)
         if artifact_type is None:
             return body
-        return await parsed_beside(filter_referrers, body, artifact_type)
+        return await parse_in_thread_if_large(filter_referrers, body, artifact_type)
 
     async def _ask_referrers(self, repository: Repository, digest: Digest, pull: Pull) -> str:
         registry = self._content.registries[repository.upstream]
@@ -107,7 +108,7 @@ class ListService:
         try:
             found = await registry.referrers(repository, digest, None)
             if found is not None:
-                await parsed_beside(parse_manifest, found.body, OCI_INDEX)
+                await parse_in_thread_if_large(parse_manifest, found.body, OCI_INDEX)
                 body = found.body
             else:
                 body = await self._by_tag_schema(repository, digest, pull)

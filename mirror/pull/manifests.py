@@ -9,11 +9,9 @@ asks, a tag that moves in between does no harm, and a ``HEAD`` is not billed.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import Final, TypeVar, assert_never
+from typing import Final, assert_never
 
 from mirror.config.settings import Upstream
 from mirror.observability.events import Kind, Outcome, Pull
@@ -37,14 +35,11 @@ from mirror.store.records import (
     confirm,
     parse_as_recorded,
 )
+from mirror.threads import parse_in_thread_if_large
 from mirror.upstream.api import ManifestHead
-
-T = TypeVar("T")
-W = TypeVar("W")
 
 _CURRENT: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _REMEMBERED: Final = 32 * 1024 * 1024
-_PARSED_INLINE: Final = 128 * 1024
 _ROWS: Final = 1000
 """Parts that are put into the index at once: 4 MiB name 20,000, too many for one callback."""
 _LIFETIME: Final = 1.0
@@ -121,7 +116,7 @@ class ManifestService:
         body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed = await parsed_beside(parse_as_recorded, body, known)
+        parsed = await parse_in_thread_if_large(parse_as_recorded, body, known)
         if known.media_type not in ("", parsed.media_type):
             said = replace(known, media_type=parsed.media_type)
             await self._index.put_access_records(repository, [said])
@@ -149,7 +144,7 @@ class ManifestService:
         if known is None:
             media_type = sniff_media_type(body)
             known = AccessRecord(digest, "manifest", media_type, len(body), None, None)
-        parsed, members = await parsed_beside(_parse, body, known)
+        parsed, members = await parse_in_thread_if_large(_parse, body, known)
         result = ManifestResult(digest, parsed.media_type, len(body), body, parsed)
         if pull.outcome is Outcome.STALE:
             return result  # nobody has confirmed it: the next one asks again
@@ -369,14 +364,6 @@ def _parse(body: bytes, known: AccessRecord) -> tuple[Manifest, list[AccessRecor
     parsed = parse_as_recorded(body, known)
     root = replace(known, media_type=parsed.media_type, size=len(body), expires_at=None)
     return parsed, [root, *access_records_of(root, parsed)]
-
-
-async def parsed_beside(parse: Callable[[bytes, W], T], body: bytes, what: W) -> T:
-    """``parse(body, what)``, in a thread where 4 MiB take longer than the event loop may."""
-    if len(body) <= _PARSED_INLINE:
-        return parse(body, what)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(None, parse, body, what)
 
 
 def accepts(accept: tuple[str, ...], media_type: str) -> bool:

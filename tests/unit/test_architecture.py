@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 Sources: TypeAlias = dict[str, str]
 """Dotted module name -> its text. A package is named without ``__init__``."""
 
-GROUND = {"", "oci", "observability.events", "config.settings", "single_flight"}
+GROUND = {"", "oci", "observability.events", "config.settings", "single_flight", "threads"}
 LOADING = {"config.load", "config.values"}
 OBSERVERS = {"observability.logs", "observability.metrics"}
 BELOW_SERVER = {"web", "pull", "store", "upstream", *OBSERVERS, *GROUND}
@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "config.settings": {"config.values", "oci"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
+    "threads": set(),
     "store": {"store", *GROUND},
     "upstream": {"upstream", *GROUND},
     "pull": {"pull", "store", "upstream", *GROUND},
