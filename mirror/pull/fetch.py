@@ -30,7 +30,7 @@ from mirror.oci.errors import (
 from mirror.pull.sources import REFUSALS, Source, Sources
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
-from mirror.upstream.api import PROGRESS, ContentStream
+from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream
 
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that an upstream may take to answer while another one that was named waits."""
@@ -230,7 +230,7 @@ async def _pause_before_resuming(
     bodies that broke.
     """
     now = time.monotonic()
-    progress = ingest.position >= journey.best + PROGRESS
+    progress = ingest.position >= journey.best + MIN_PROGRESS_BYTES
     if progress:
         journey.attempts, journey.best, journey.since = 0, ingest.position, now
     left_alone = isinstance(error, AllCircuitsOpen)

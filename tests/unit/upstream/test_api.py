@@ -324,8 +324,3 @@ async def test_a_failure_keeps_its_kind_and_is_never_a_404(
         await QUESTIONS[question](bench)
     assert not isinstance(caught.value, NotFound)
     assert isinstance(caught.value, UpstreamError) is issubclass(error, UpstreamError)
-
-
-async def test_closing_twice_is_closing(bench: Bench) -> None:
-    await bench.registry.close()
-    await bench.registry.close()

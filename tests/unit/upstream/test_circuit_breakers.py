@@ -9,9 +9,9 @@ import pytest
 from mirror.observability.events import CircuitChanged, Kind, UpstreamResponded
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.upstream.api import PROGRESS
+from mirror.upstream.api import MIN_PROGRESS_BYTES
 from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S
-from mirror.upstream.retry import ATTEMPTS
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
     DATA,
@@ -143,7 +143,9 @@ async def test_a_question_counts_once_however_often_it_is_tried() -> None:
     async with upstream_kit(endpoint) as kit:
         for _ in range(FAILURE_THRESHOLD - 1):
             await failure(kit)
-        assert len(kit.seen(UpstreamResponded)) == ATTEMPTS * (FAILURE_THRESHOLD - 1)
+        assert len(kit.seen(UpstreamResponded)) == MAX_ATTEMPTS_PER_REQUEST * (
+            FAILURE_THRESHOLD - 1
+        )
         assert not kit.seen(CircuitChanged)
         await failure(kit)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", endpoint, True)]
@@ -178,7 +180,7 @@ async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
             await kit.read(Digest.of(data))
 
 
-@pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=PROGRESS - 1)])
+@pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=MIN_PROGRESS_BYTES - 1)])
 async def test_bodies_that_break_without_progress_open_it(fault: Fault) -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await broken(kit, fake, fault)
@@ -187,7 +189,7 @@ async def test_bodies_that_break_without_progress_open_it(fault: Fault) -> None:
 
 async def test_bodies_that_break_after_some_progress_do_not() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        await broken(kit, fake, Fault(end_at=PROGRESS))
+        await broken(kit, fake, Fault(end_at=MIN_PROGRESS_BYTES))
         assert not kit.seen(CircuitChanged)
 
 
@@ -205,14 +207,14 @@ async def test_a_try_is_over_once_its_body_comes() -> None:
         up(fake)
         gate = asyncio.Event()
         digest = fake.add_blob(DATA)
-        fake.fault(f"blobs/{digest}", Fault(stall_at=PROGRESS, gate=gate))
+        fake.fault(f"blobs/{digest}", Fault(stall_at=MIN_PROGRESS_BYTES, gate=gate))
         kit.clock[0] += FIRST_OPEN_S
         async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
             assert isinstance(await failure(kit), UpstreamUnavailable), "half open lets one through"
             received = 0
             async for chunk in stream:
                 received += len(chunk)
-                if received == PROGRESS:
+                if received == MIN_PROGRESS_BYTES:
                     assert await kit.status() == 200
                     gate.set()
         assert [event.open for event in kit.seen(CircuitChanged)] == [True, False]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from mirror.config.settings import Credentials
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from mirror.single_flight import SingleFlight
 from mirror.upstream import credentials as module
-from mirror.upstream.credentials import KEPT, Login, Logins, look_up
+from mirror.upstream.credentials import LOGIN_TTL_S, Login, Logins, look_up
 from tests.unit.upstream.kit import at_once, helper, rotating_helper, until
 
 HOST = "registry.example:5000"
@@ -253,7 +254,7 @@ async def test_a_helper_that_is_not_there(path: Path) -> None:
 
 
 async def test_a_helper_that_hangs_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HELPER_TIMEOUT", 0.1)
+    monkeypatch.setattr(module, "_LOOKUP_TIMEOUT_S", 0.1)
     helper(path, "exec sleep 600")
     with pytest.raises(UpstreamTimeout):
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
@@ -282,15 +283,17 @@ async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
 # --- kept for a short while -----------------------------------------------------------------------
 
 
-async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(path: Path) -> None:
+async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(
+    path: Path, single_flight: SingleFlight
+) -> None:
     log, clock = rotating_helper(path), [0.0]
-    logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: clock[0])
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: clock[0])
     found = await at_once(40, lambda: logins.get("ghcr.io"))
     assert [entry.login for entry in found if not isinstance(entry, BaseException)] == [
         Login("u", "old")
     ] * 40
     (path / "secret").write_text("new")
-    clock[0] += KEPT - 0.1
+    clock[0] += LOGIN_TTL_S - 0.1
     assert (await logins.get("ghcr.io")).login == Login("u", "old")
     assert log.read_text().count("get") == 1
     clock[0] += 0.1
@@ -298,9 +301,11 @@ async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(pat
     assert log.read_text().count("get") == 2
 
 
-async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(path: Path) -> None:
+async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(
+    path: Path, single_flight: SingleFlight
+) -> None:
     log = rotating_helper(path)
-    logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: 0.0)
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
     old = await logins.get("ghcr.io")
     (path / "secret").write_text("new")
     found = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
@@ -312,9 +317,11 @@ async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(pa
     assert log.read_text().count("get") == 2
 
 
-async def test_hosts_have_logins_of_their_own_and_failures_are_not_kept(path: Path) -> None:
+async def test_hosts_have_logins_of_their_own_and_failures_are_not_kept(
+    path: Path, single_flight: SingleFlight
+) -> None:
     source = docker_config(path, {"auths": {"a.corp": auth("a", "a"), "b.corp": auth("b", "b")}})
-    logins = Logins(source, "x.io", lambda: 0.0)
+    logins = Logins(source, "x.io", single_flight, lambda: 0.0)
     assert (await logins.get("a.corp")).login == Login("a", "a")
     assert (await logins.get("b.corp")).login == Login("b", "b")
     nobody = await logins.get("c.corp")

@@ -24,19 +24,19 @@ def opened(now: float = 0.0) -> CircuitBreaker:
     """A circuit that has just opened."""
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD):
-        circuit.failed(now, probe=circuit.begin_request())
+        circuit.record_failure(now, is_probe=circuit.begin_request())
     return circuit
 
 
 def test_it_opens_after_failures_in_a_row() -> None:
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD - 1):
-        circuit.failed(0.0, probe=False)
-    circuit.succeeded()
+        circuit.record_failure(0.0, is_probe=False)
+    circuit.record_success()
     for _ in range(FAILURE_THRESHOLD - 1):
-        circuit.failed(0.0, probe=False)
+        circuit.record_failure(0.0, is_probe=False)
         assert circuit.may_request(0.0)
-    circuit.failed(0.0, probe=False)
+    circuit.record_failure(0.0, is_probe=False)
     assert circuit.is_open
     assert not circuit.may_request(FIRST_OPEN_S - 0.01)
     assert circuit.may_request(FIRST_OPEN_S)
@@ -45,33 +45,33 @@ def test_it_opens_after_failures_in_a_row() -> None:
 def test_a_path_that_fails_again_counts_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD):
-        circuit.failed(0.0, probe=False, path="a")
+        circuit.record_failure(0.0, is_probe=False, path="a")
     assert circuit.may_request(0.0)
-    circuit.failed(0.0, probe=False, path="b")
+    circuit.record_failure(0.0, is_probe=False, path="b")
     assert circuit.may_request(0.0)
-    circuit.failed(5.0, probe=False, path="a")
+    circuit.record_failure(5.0, is_probe=False, path="a")
     assert circuit.is_open
     assert circuit.open_until == 5.0 + FIRST_OPEN_S
-    circuit.succeeded()
+    circuit.record_success()
     for path in ("a", "b"):
-        circuit.failed(9.0, probe=False, path=path)
+        circuit.record_failure(9.0, is_probe=False, path=path)
     assert circuit.may_request(9.0), "a success forgets paths too"
 
 
 def test_no_answer_to_anything_counts_each_time() -> None:
     circuit = CircuitBreaker()
-    circuit.failed(0.0, probe=False, path="a")
+    circuit.record_failure(0.0, is_probe=False, path="a")
     for _ in range(FAILURE_THRESHOLD - 1):
         assert circuit.may_request(0.0)
-        circuit.failed(0.0, probe=False)
+        circuit.record_failure(0.0, is_probe=False)
     assert circuit.is_open
 
 
 def test_a_try_that_fails_at_a_path_that_failed_doubles_the_pause() -> None:
     circuit = CircuitBreaker()
     for path in ("a", "b", "c"):
-        circuit.failed(0.0, probe=False, path=path)
-    circuit.failed(FIRST_OPEN_S, probe=circuit.begin_request(), path="c")
+        circuit.record_failure(0.0, is_probe=False, path=path)
+    circuit.record_failure(FIRST_OPEN_S, is_probe=circuit.begin_request(), path="c")
     assert circuit.open_until == FIRST_OPEN_S + 2 * FIRST_OPEN_S
 
 
@@ -85,7 +85,7 @@ def test_half_open_lets_exactly_one_through() -> None:
 def test_a_good_try_closes_it() -> None:
     circuit = opened()
     circuit.begin_request()
-    circuit.succeeded()
+    circuit.record_success()
     assert not circuit.is_open
     assert circuit.may_request(FIRST_OPEN_S)
     assert not circuit.begin_request()
@@ -95,22 +95,22 @@ def test_a_try_that_fails_doubles_the_pause_up_to_a_limit() -> None:
     circuit, now, pauses = opened(), 0.0, [FIRST_OPEN_S]
     for _ in range(10):
         now = circuit.open_until
-        circuit.failed(now, probe=circuit.begin_request())
+        circuit.record_failure(now, is_probe=circuit.begin_request())
         pauses.append(circuit.open_until - now)
     assert pauses[:5] == [2.0, 4.0, 8.0, 16.0, 32.0]
     assert set(pauses[5:]) == {MAX_OPEN_S}
-    circuit.succeeded()
+    circuit.record_success()
     for _ in range(FAILURE_THRESHOLD):
-        circuit.failed(now, probe=False)
+        circuit.record_failure(now, is_probe=False)
     assert circuit.open_until - now == FIRST_OPEN_S, "a success forgets it"
 
 
 def test_a_try_that_was_left_alone_lets_the_next_one_through() -> None:
     circuit = opened()
-    circuit.cancelled(probe=circuit.begin_request())
+    circuit.record_cancellation(is_probe=circuit.begin_request())
     assert circuit.may_request(FIRST_OPEN_S)
     circuit.begin_request()
-    circuit.cancelled(probe=False)
+    circuit.record_cancellation(is_probe=False)
     assert not circuit.may_request(FIRST_OPEN_S), "it was not the one that tries"
 
 
@@ -118,11 +118,11 @@ def test_a_try_that_was_left_alone_lets_the_next_one_through() -> None:
 def test_many_that_fail_together_open_it_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):
-        circuit.failed(0.0, probe=False)
+        circuit.record_failure(0.0, is_probe=False)
     assert circuit.may_request(FIRST_OPEN_S), "one short outage is not a long one"
     circuit.begin_request()
     for _ in range(100):
-        circuit.failed(FIRST_OPEN_S, probe=False)
+        circuit.record_failure(FIRST_OPEN_S, is_probe=False)
     assert not circuit.may_request(1e9), "one that is late says nothing of the one that tries"
 
 
@@ -133,7 +133,7 @@ def test_a_429_is_an_answer_and_a_pause() -> None:
     assert not circuit.is_open
     assert not circuit.may_request(FIRST_OPEN_S + 9.9)
     assert circuit.may_request(FIRST_OPEN_S + 10.0)
-    circuit.succeeded()
+    circuit.record_success()
     assert not circuit.may_request(FIRST_OPEN_S + 9.9), (
         "an answer to an earlier question ends no pause"
     )
@@ -171,7 +171,7 @@ def test_endpoints_are_tried_in_order_and_those_to_avoid_last_in_theirs() -> Non
 def test_an_endpoint_that_is_left_alone_is_no_candidate() -> None:
     endpoints = Endpoints((A, B, C))
     for _ in range(FAILURE_THRESHOLD):
-        endpoints.circuits[A].failed(0.0, probe=False)
+        endpoints.circuits[A].record_failure(0.0, is_probe=False)
     endpoints.circuits[B].back_off(0.0, 10.0)
     assert endpoints.candidates(1.0) == [C]
     assert endpoints.candidates(FIRST_OPEN_S) == [A, C]
@@ -180,11 +180,11 @@ def test_an_endpoint_that_is_left_alone_is_no_candidate() -> None:
 
 def test_who_rests_and_how_long_it_said() -> None:
     endpoints = Endpoints((A, B, C))
-    assert endpoints.backing_off(0.0) == []
+    assert endpoints.remaining_pauses(0.0) == []
     endpoints.circuits[A].back_off(0.0, 10.0)
     endpoints.circuits[B].back_off(0.0, None)
-    assert endpoints.backing_off(1.0) == [9.0, None], "a pause of ours is told to nobody"
-    assert endpoints.backing_off(10.0) == []
+    assert endpoints.remaining_pauses(1.0) == [9.0, None], "a pause of ours is told to nobody"
+    assert endpoints.remaining_pauses(10.0) == []
 
 
 STEPS = st.lists(st.tuples(st.sampled_from("cfsar"), st.integers(0, 9), st.floats(0, 30)))
@@ -206,13 +206,13 @@ def test_never_two_tries_at_once_and_never_closed_for_ever(
             probe = under_way.pop(index % len(under_way))
             match step:
                 case "f":
-                    circuit.failed(now, probe=probe)
+                    circuit.record_failure(now, is_probe=probe)
                 case "s":
-                    circuit.succeeded()
+                    circuit.record_success()
                 case "a":
-                    circuit.cancelled(probe=probe)
+                    circuit.record_cancellation(is_probe=probe)
                 case "r":
                     circuit.back_off(now, seconds)
     for probe in under_way:
-        circuit.cancelled(probe=probe)
+        circuit.record_cancellation(is_probe=probe)
     assert circuit.may_request(now + max(MAX_OPEN_S, MAX_BACK_OFF_S))

@@ -17,7 +17,7 @@ from mirror.oci.errors import (
 )
 from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S
 from mirror.upstream.failover import RegistryRequest
-from mirror.upstream.retry import ATTEMPTS, BUDGET
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST, RETRY_BUDGET_S
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
     DATA,
@@ -79,7 +79,7 @@ async def test_what_may_pass_is_tried_again_a_few_times() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         down(one, two)
         assert isinstance(await failure(kit), UpstreamUnavailable)
-        assert len(one.requests) + len(two.requests) == ATTEMPTS
+        assert len(one.requests) + len(two.requests) == MAX_ATTEMPTS_PER_REQUEST
 
 
 async def test_what_is_wrong_is_not_tried_again() -> None:
@@ -105,14 +105,16 @@ async def test_no_more_rounds_when_the_time_is_up() -> None:
         down(fake)
 
         def clock() -> float:
-            return BUDGET * len(fake.requests)
+            return RETRY_BUDGET_S * len(fake.requests)
 
         async with upstream_kit(fake.url, clock=clock) as kit:
             await failure(kit)
             assert len(fake.requests) == 1
 
 
-@pytest.mark.parametrize(("seconds", "asked"), [(BUDGET, 2), (BUDGET / 2, 2), (BUDGET / 3, 3)])
+@pytest.mark.parametrize(
+    ("seconds", "asked"), [(RETRY_BUDGET_S, 2), (RETRY_BUDGET_S / 2, 2), (RETRY_BUDGET_S / 3, 3)]
+)
 async def test_a_second_endpoint_is_tried_and_a_third_only_in_time(
     seconds: float, asked: int
 ) -> None:
@@ -163,11 +165,11 @@ async def test_a_token_service_that_hangs_is_forgotten_where_it_has_moved() -> N
 async def test_endpoints_to_avoid_go_last() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == two.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == two.url
         down(two)
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == one.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == one.url
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -175,8 +177,8 @@ async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: i
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         two.fault("", Fault(status=status, times=None))
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == one.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == one.url
         for first, expected in (
             (Fault(status=DOWN, times=None), UpstreamUnavailable),
             (Fault(status=404), ManifestUnknown),
@@ -186,7 +188,7 @@ async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: i
             up(one)
             one.fault("", first)
             with pytest.raises(expected):
-                async with kit.client.ask(request, avoid=[one.url]):
+                async with kit.client.send(request, avoid=[one.url]):
                     pass
 
 
@@ -195,7 +197,7 @@ async def test_a_no_of_the_endpoint_that_had_it_counts_whatever_it_met_before() 
         request = RegistryRequest("GET", REPO, "manifests/absent", Kind.MANIFEST)
         fake.fault("", Fault(status=503))
         with pytest.raises(ManifestUnknown):
-            async with kit.client.ask(request, avoid=[fake.url]):
+            async with kit.client.send(request, avoid=[fake.url]):
                 pass
 
 
@@ -220,9 +222,9 @@ async def test_a_prefix_of_an_endpoint_is_kept_and_names_are_quoted() -> None:
 async def test_an_endpoint_that_is_ourselves_is_not_asked() -> None:
     async with registry() as us, registry() as other:
         own = [("127.0.0.1", us.port)]
-        async with upstream_kit(us.url, own=own) as kit:
+        async with upstream_kit(us.url, own_addresses=own) as kit:
             assert isinstance(await failure(kit), OutboundRefused)
-        async with upstream_kit(us.url, other.url, own=own) as kit:
+        async with upstream_kit(us.url, other.url, own_addresses=own) as kit:
             assert await kit.status() == 200
         assert not us.requests
 
@@ -309,7 +311,7 @@ async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
         await kit.status()
         await kit.status(method="HEAD")
         await failure(kit, "manifests/other")
-        async with kit.client.ask(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
+        async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
         assert [event.billed for event in kit.seen(UpstreamResponded)] == [
             True,

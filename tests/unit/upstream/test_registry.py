@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
@@ -20,9 +23,11 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.upstream.api import ContentStream
+from mirror.upstream.registry import digest_of, length_of, parse_tags
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, Kit, upstream_kit
 
+DIGEST = Digest.of(DATA)
 LATEST = Tag("latest")
 AT = 40_000
 
@@ -310,3 +315,59 @@ async def test_tags_of_a_repository_that_nobody_knows() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         with pytest.raises(NameUnknown):
             await kit.registry.list_tags(REPO, None, None)
+
+
+# --- headers and documents ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ({"Content-Length": "7"}, 7),
+        ({"Content-Length": "0"}, 0),
+        ({}, None),
+        ({"Content-Length": "7", "Transfer-Encoding": "Chunked"}, None),
+        ({"Content-Length": "-7"}, None),
+        ({"Content-Length": "7 "}, None),
+        ({"Content-Length": "\u0667"}, None),
+        ({"Content-Length": "9" * 19}, None),
+    ],
+)
+def test_lengths(headers: dict[str, str], length: int | None) -> None:
+    assert length_of(headers) == length
+
+
+def test_digest_headers() -> None:
+    assert digest_of({}) is None
+    assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
+    for text in ("", "sha256:" + "z" * 64, "md5:0", f"{DIGEST}, {DIGEST}"):
+        with pytest.raises(UpstreamProtocolError):
+            digest_of({"Docker-Content-Digest": text})
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ({"tags": ["b", "a"]}, ["b", "a"]),
+        ({"tags": []}, []),
+        ({"tags": None}, []),
+        ({}, []),
+        ({"tags": ["ok", "../no", "", "a" * 129, 7, None, ["x"], "also.ok"]}, ["ok", "also.ok"]),
+    ],
+)
+def test_tags(document: object, names: list[str]) -> None:
+    assert parse_tags(json.dumps(document).encode()) == names
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
+)
+def test_tags_that_are_none(body: bytes) -> None:
+    with pytest.raises(UpstreamProtocolError):
+        parse_tags(body)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_tags_are_read_or_refused_with_a_typed_error(body: bytes) -> None:
+    with contextlib.suppress(UpstreamProtocolError):
+        assert all(Tag.parse(name) for name in parse_tags(body))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mirror.oci import errors
 from mirror.oci.errors import MirrorError
-from mirror.upstream.retry import backoff, may_pass, retry_after
+from mirror.upstream.retry import backoff_delay, is_transient, parse_retry_after
 
 NOW = 784_111_777.0
 """Sun, 06 Nov 1994 08:49:37 GMT, the example of RFC 9110."""
@@ -31,20 +31,27 @@ NOW = 784_111_777.0
     ],
 )
 def test_what_may_pass(error: MirrorError | None, expected: bool) -> None:
-    assert may_pass(error) is expected
+    assert is_transient(error) is expected
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
 def test_a_wait_is_random_and_bounded(attempt: int, random: float) -> None:
-    wait = backoff(attempt, random)
+    wait = backoff_delay(attempt, random)
     assert 0 <= wait < 2.0
-    assert wait <= backoff(attempt + 1, random)
-    assert backoff(attempt, 0.0) == 0.0
-    assert wait == pytest.approx(backoff(attempt, 0.5) * 2 * random)
+    assert wait <= backoff_delay(attempt + 1, random)
+    assert backoff_delay(attempt, 0.0) == 0.0
+    assert wait == pytest.approx(backoff_delay(attempt, 0.5) * 2 * random)
 
 
 def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
-    assert [backoff(attempt, 0.5) for attempt in range(1, 7)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+    assert [backoff_delay(attempt, 0.5) for attempt in range(1, 7)] == [
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.row("U9")
@@ -74,14 +81,14 @@ def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
     ],
 )
 def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header, NOW) == seconds
+    assert parse_retry_after(header, NOW) == seconds
 
 
 def test_a_date_without_a_zone_is_utc_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TZ", "Pacific/Auckland")
     time.tzset()
     try:
-        assert retry_after("Sun Nov  6 08:49:47 1994", NOW) == 10.0
+        assert parse_retry_after("Sun Nov  6 08:49:47 1994", NOW) == 10.0
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -89,5 +96,5 @@ def test_a_date_without_a_zone_is_utc_wherever_we_are(monkeypatch: pytest.Monkey
 
 @given(st.text() | st.from_regex(r"[A-Za-z0-9 ,:+-]*"), st.floats(-1e12, 1e12))
 def test_nothing_is_raised_and_nothing_is_longer_than_a_day(header: str, now: float) -> None:
-    seconds = retry_after(header, now)
+    seconds = parse_retry_after(header, now)
     assert seconds is None or 0 <= seconds <= 86400

@@ -34,12 +34,14 @@ async def exchange(
     method: str = "GET",
     headers: Mapping[str, str] | None = None,
     *,
-    follow: bool = True,
+    follow_redirects: bool = True,
 ) -> AsyncIterator[Response]:
     url = origin(f"{endpoint}{path}")
     policy = Policy(origin(endpoint))
-    async with kit.transport.exchange(method, url, headers or {}, policy, follow=follow) as answer:
-        yield answer
+    async with kit.transport.exchange(
+        method, url, headers or {}, policy, follow_redirects=follow_redirects
+    ) as response:
+        yield response
 
 
 def moved(target: str, status: int = 307, body: bytes = b"") -> Fault:
@@ -59,8 +61,8 @@ async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() 
         away.fault("/four", moved(f"{home.url}/five"))
         home.fault("/five", Fault(status=200))
         headers = {"Authorization": "Bearer t", "Range": "bytes=5-", "If-Range": '"e"'}
-        async with exchange(kit, home.url, headers=headers) as answer:
-            assert (answer.response.status, answer.redirected) == (200, True)
+        async with exchange(kit, home.url, headers=headers) as response:
+            assert (response.http.status, response.is_cross_origin) == (200, True)
         sent = [(seen.path, seen.headers.get("authorization")) for seen in home.requests]
         assert sent == [
             ("/v2/", "Bearer t"),
@@ -77,15 +79,15 @@ async def test_a_redirect_within_the_origin_is_no_trip() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved("/artifacts-downloads/x?token=abc"))
         fake.fault("/x", Fault(status=200))
-        async with exchange(kit, fake.url) as answer:
-            assert not answer.redirected
+        async with exchange(kit, fake.url) as response:
+            assert not response.is_cross_origin
 
 
 async def test_another_port_is_another_origin() -> None:
     async with FakeRegistry() as home, FakeRegistry() as away, upstream_kit(home.url) as kit:
         home.fault("/v2/", moved(f"//127.0.0.1:{away.port}/x"))
-        async with exchange(kit, home.url, headers={"Authorization": "Basic x"}) as answer:
-            assert answer.redirected
+        async with exchange(kit, home.url, headers={"Authorization": "Basic x"}) as response:
+            assert response.is_cross_origin
         assert "authorization" not in away.requests[0].headers
 
 
@@ -113,8 +115,8 @@ async def test_five_hops_are_followed_and_six_are_not() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         for hop in range(6):
             fake.fault(f"/{hop}", moved(f"/{hop + 1}"))
-        async with exchange(kit, fake.url, "/1") as answer:
-            assert answer.response.status == 404
+        async with exchange(kit, fake.url, "/1") as response:
+            assert response.http.status == 404
         assert len(fake.requests) == 6
         with pytest.raises(UpstreamProtocolError):
             async with exchange(kit, fake.url, "/0"):
@@ -137,11 +139,11 @@ async def test_what_is_not_to_be_followed_or_names_no_target_is_the_answer() -> 
         fake.fault("/a", moved("/x"))
         fake.fault("/b", Fault(status=302))
         fake.fault("/c", Fault(status=304, headers={"Location": "/x"}))
-        async with exchange(kit, fake.url, "/a", follow=False) as answer:
-            assert answer.response.status == 307
+        async with exchange(kit, fake.url, "/a", follow_redirects=False) as response:
+            assert response.http.status == 307
         for path, status in (("/b", 302), ("/c", 304)):
-            async with exchange(kit, fake.url, path) as answer:
-                assert answer.response.status == status
+            async with exchange(kit, fake.url, path) as response:
+                assert response.http.status == status
 
 
 # --- connections ----------------------------------------------------------------------------------
@@ -151,8 +153,8 @@ async def test_a_connection_is_used_again_also_behind_an_answer_that_nobody_read
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved("/x", body=b'<a href="/x">Temporary Redirect</a>'))
         for _ in range(5):
-            async with exchange(kit, fake.url) as answer:
-                await answer.response.read()
+            async with exchange(kit, fake.url) as response:
+                await response.http.read()
         assert (len(fake.requests), fake.connections) == (10, 1)
 
 
@@ -161,8 +163,8 @@ async def test_a_connection_on_which_more_is_to_come_is_closed() -> None:
         fake.fault("/v2/", Fault(status=200, body=b"x" * 50_000_000), Fault(status=204))
         async with exchange(kit, fake.url):
             pass
-        async with exchange(kit, fake.url) as answer:
-            assert answer.response.status == 204
+        async with exchange(kit, fake.url) as response:
+            assert response.http.status == 204
         assert fake.connections == 2
 
 
@@ -176,6 +178,12 @@ async def test_every_request_says_what_we_take() -> None:
             assert seen.headers["accept-encoding"] == "identity"
             assert seen.headers["user-agent"] == "oci-mirror"
             assert "cookie" not in seen.headers
+
+
+async def test_closing_twice_has_no_effect() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        await kit.transport.close()
+        await kit.transport.close()
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -226,8 +234,8 @@ async def test_tls(tmp_path: Path) -> None:
     other = Certificate.make(tmp_path, "other")
     async with FakeRegistry() as plain, FakeRegistry(tls_server(certificate)) as fake:
         ca = str(certificate.cert_file)
-        async with upstream_kit(fake.url, ca=ca) as kit, exchange(kit, fake.url) as answer:
-            assert answer.response.status == 200
+        async with upstream_kit(fake.url, ca=ca) as kit, exchange(kit, fake.url) as response:
+            assert response.http.status == 200
         async with upstream_kit(fake.url, ca=str(other.cert_file)) as kit:
             with pytest.raises(UpstreamUnavailable, match="certificate"):
                 async with exchange(kit, fake.url):
@@ -240,8 +248,8 @@ async def test_tls(tmp_path: Path) -> None:
 async def test_a_body_is_read_up_to_a_limit() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, limits=Limits(idle=1.0)) as kit:
         fake.fault("/whole", Fault(status=200, body=DATA))
-        async with exchange(kit, fake.url, "/whole") as answer:
-            assert await read_body(answer.response, len(DATA)) == DATA
+        async with exchange(kit, fake.url, "/whole") as response:
+            assert await read_body(response.http, len(DATA)) == DATA
         for fault, error in (
             (Fault(status=200, body=DATA + b"x"), UpstreamProtocolError),
             (Fault(status=200, body=DATA + b"x", chunked=True), UpstreamProtocolError),
@@ -251,9 +259,9 @@ async def test_a_body_is_read_up_to_a_limit() -> None:
             (Fault(status=200, body=DATA, stall_at=10), UpstreamTimeout),
         ):
             fake.fault("/body", fault)
-            async with exchange(kit, fake.url, "/body") as answer:
+            async with exchange(kit, fake.url, "/body") as response:
                 with pytest.raises(error):
-                    await read_body(answer.response, len(DATA))
+                    await read_body(response.http, len(DATA))
 
 
 # --- proxies --------------------------------------------------------------------------------------
@@ -290,8 +298,8 @@ async def test_plain_requests_go_through_the_proxy_of_the_environment() -> None:
         environment = {"http_proxy": f"http://u:p@localhost:{proxy.port}", "no_proxy": "127.0.0.1"}
         async with upstream_kit("http://registry.example", environment=environment) as kit:
             headers = {"Authorization": "Bearer t"}
-            async with exchange(kit, "http://registry.example", headers=headers) as answer:
-                assert answer.response.status == 200
+            async with exchange(kit, "http://registry.example", headers=headers) as response:
+                assert response.http.status == 200
         [seen] = proxy.requests
         assert seen.target == "http://registry.example/v2/"
         assert seen.headers["host"] == "registry.example"
@@ -307,8 +315,8 @@ async def test_a_tunnel_through_the_proxy_keeps_what_is_inside_from_it(tmp_path:
         ca = str(certificate.cert_file)
         async with upstream_kit(endpoint, environment=environment, ca=ca) as kit:
             headers = {"Authorization": "Bearer t"}
-            async with exchange(kit, endpoint, headers=headers) as answer:
-                assert answer.response.status == 200
+            async with exchange(kit, endpoint, headers=headers) as response:
+                assert response.http.status == 200
         [seen] = fake.requests
         assert seen.target == "/v2/"
         assert "proxy-authorization" not in seen.headers

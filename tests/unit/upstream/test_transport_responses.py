@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.observability.events import Kind
 from mirror.oci import errors
-from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.errors import MirrorError, NotFound
+from mirror.oci.reference import Digest
 from mirror.upstream.failover import RegistryRequest
-from mirror.upstream.responses import digest_of, length_of, rate_limit_of, tag_names
+from mirror.upstream.transport import parse_rate_limit
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, upstream_kit
 
 DIGEST = Digest.of(DATA)
-
-
-@pytest.mark.parametrize(
-    ("headers", "length"),
-    [
-        ({"Content-Length": "7"}, 7),
-        ({"Content-Length": "0"}, 0),
-        ({}, None),
-        ({"Content-Length": "7", "Transfer-Encoding": "Chunked"}, None),
-        ({"Content-Length": "-7"}, None),
-        ({"Content-Length": "7 "}, None),
-        ({"Content-Length": "\u0667"}, None),
-        ({"Content-Length": "9" * 19}, None),
-    ],
-)
-def test_lengths(headers: dict[str, str], length: int | None) -> None:
-    assert length_of(headers) == length
-
-
-def test_digest_headers() -> None:
-    assert digest_of({}) is None
-    assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
-    for text in ("", "sha256:" + "z" * 64, "md5:0", f"{DIGEST}, {DIGEST}"):
-        with pytest.raises(UpstreamProtocolError):
-            digest_of({"Docker-Content-Digest": text})
 
 
 @pytest.mark.parametrize(
@@ -67,41 +39,13 @@ def test_rate_limits(
 ) -> None:
     pairs = {"ratelimit-limit": limit, "ratelimit-remaining": remaining}
     headers = {name: value for name, value in pairs.items() if value is not None}
-    assert rate_limit_of(headers) == found
+    assert parse_rate_limit(headers) == found
 
 
 @given(st.text(), st.text())
 def test_a_rate_limit_is_never_negative_and_never_raises(limit: str, remaining: str) -> None:
-    found = rate_limit_of({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
+    found = parse_rate_limit({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
     assert found is None or min(found) >= 0
-
-
-@pytest.mark.parametrize(
-    ("document", "names"),
-    [
-        ({"tags": ["b", "a"]}, ["b", "a"]),
-        ({"tags": []}, []),
-        ({"tags": None}, []),
-        ({}, []),
-        ({"tags": ["ok", "../no", "", "a" * 129, 7, None, ["x"], "also.ok"]}, ["ok", "also.ok"]),
-    ],
-)
-def test_tags(document: object, names: list[str]) -> None:
-    assert tag_names(json.dumps(document).encode()) == names
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
-)
-def test_tags_that_are_none(body: bytes) -> None:
-    with pytest.raises(UpstreamProtocolError):
-        tag_names(body)
-
-
-@given(st.binary() | st.text().map(str.encode))
-def test_tags_are_read_or_refused_with_a_typed_error(body: bytes) -> None:
-    with contextlib.suppress(UpstreamProtocolError):
-        assert all(Tag.parse(name) for name in tag_names(body))
 
 
 # --- statuses -------------------------------------------------------------------------------------
@@ -119,7 +63,7 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault(PATHS[kind], *faults)
         with pytest.raises(MirrorError) as caught:
-            async with kit.client.ask(RegistryRequest(method, REPO, PATHS[kind], kind)):
+            async with kit.client.send(RegistryRequest(method, REPO, PATHS[kind], kind)):
                 pass
         return caught.value
 
