@@ -148,7 +148,10 @@ class Authenticator:
             return None
         try:
             return await self._authorize(scheme, policy, repository, None)
-        except (UpstreamError, asyncio.CancelledError):  # Cancelled: it may have taken too long.
+        except (
+            UpstreamError,
+            asyncio.CancelledError,
+        ):  # Cancelled: it may have taken too long.
             if self._schemes.get(policy.endpoint) is scheme:
                 del self._schemes[policy.endpoint]
             raise
@@ -233,48 +236,38 @@ class Authenticator:
             or (refused is not None and token.authorization.header == refused.header)
         ):
             task = self._single_flight.run(
-                key, lambda: self._renew_token(key, challenge, lookup, policy)
+                key, lambda: self._request_token(key, challenge, lookup, policy)
             )
             token = await task.wait()
         else:
             self._tokens.move_to_end(key)
         return token.authorization
 
-    async def _renew_token(
+    async def _request_token(
         self, key: _TokenKey, challenge: Bearer, lookup: CredentialLookup, policy: Policy
     ) -> Token:
         """Request a token, and replace the cached one. After a failure, none is cached."""
-        try:
-            token = await self._request_token(challenge, key.scope, lookup, policy)
-        except MirrorError:
-            self._tokens.pop(key, None)
-            raise
-        self._tokens[key] = token
-        self._tokens.move_to_end(key)
-        if len(self._tokens) > MAX_CACHED_TOKENS:
-            self._tokens.popitem(last=False)
-        return token
-
-    async def _request_token(
-        self, challenge: Bearer, scope: str, lookup: CredentialLookup, policy: Policy
-    ) -> Token:
         verdict = check_url(challenge.realm, Purpose.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
-        started_at, is_ok = self._clock(), False
+        started_at, token = self._clock(), None
         try:
             response = await self._send_token_request(
-                verdict.url, challenge.service, scope, lookup.login
+                verdict.url, challenge.service, key.scope, lookup.login
             )
             if response.status != 200:
                 raise _token_error(response)
             value, lifetime = _parse_token(response.body)
-            is_ok = True
+            # issued_at is ignored: the clock of the token service may be wrong.
+            expires_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
+            token = Token(SentAuthorization(f"Bearer {value}", lookup), expires_at)
         finally:
-            self._emit(TokenFetched(self._upstream, is_ok, self._clock() - started_at))
-        # issued_at is ignored: the clock of the token service may be wrong.
-        expires_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
-        return Token(SentAuthorization(f"Bearer {value}", lookup), expires_at)
+            self._tokens.pop(key, None)
+            self._emit(TokenFetched(self._upstream, token is not None, self._clock() - started_at))
+        self._tokens[key] = token
+        if len(self._tokens) > MAX_CACHED_TOKENS:
+            self._tokens.popitem(last=False)
+        return token
 
     async def _send_token_request(
         self, realm: URL, service: str | None, scope: str, login: Login | None

@@ -111,7 +111,7 @@ class AcceptedResponse(Response):
 class _Attempt:
     """One request to one endpoint."""
 
-    endpoint: URL
+    policy: Policy
     request: RegistryRequest
     is_probe: bool
     """Whether it is the probe of a half-open circuit."""
@@ -123,9 +123,27 @@ class _Attempt:
     """Whether the circuit breaker knows the outcome."""
 
     @property
+    def endpoint(self) -> URL:
+        """The endpoint, as it is configured."""
+        return self.policy.endpoint
+
+    @property
     def path(self) -> str:
         """Path of the request, with its repository."""
         return f"{self.request.repository.path}/{self.request.path}"
+
+    def url(self) -> URL:
+        """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
+        path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
+        query = dict(self.request.query)
+        url = URL(f"{self.endpoint}/v2/{path}", encoded=True).with_query(query)
+        target, purpose, name = str(url), Purpose.ENDPOINT, "endpoint"
+        if self.request.page is not None:
+            target, purpose, name = self.request.page, Purpose.NEXT_PAGE, "next page"
+        verdict = check_url(target, purpose, url, self.policy)
+        if not isinstance(verdict, Allowed):
+            raise OutboundRefused(f"{name} refused: {verdict.why}")
+        return verdict.url
 
 
 class FailoverClient:
@@ -201,7 +219,7 @@ class FailoverClient:
                         continue  # Another request has become the probe since.
                     attempts += 1
                     attempt = _Attempt(
-                        endpoint,
+                        self._policy_of(endpoint),
                         request,
                         is_probe=circuit.begin_request(),
                         is_repeat=endpoint in tried,
@@ -228,6 +246,10 @@ class FailoverClient:
                 await asyncio.sleep(backoff_delay(attempts, self._jitter()))
         raise self._final_error(failure)
 
+    def _policy_of(self, endpoint: URL) -> Policy:
+        private_hosts = self._transport.private_hosts
+        return Policy(endpoint, self._token_hosts, self._own_addresses, private_hosts)
+
     def _final_error(self, failure: UpstreamError | None) -> UpstreamError:
         """Choose the error to raise when no endpoint has responded. ``failure``: the last one."""
         pauses = self._endpoints.remaining_pauses(self._clock())
@@ -236,19 +258,6 @@ class FailoverClient:
             delay = min((seconds for seconds in pauses if seconds is not None), default=None)
             return UpstreamRateLimited("the upstream limits the rate", retry_after=delay)
         return failure or AllCircuitsOpen("all endpoints have failed and are not tried for a while")
-
-    def _url_of(self, request: RegistryRequest, policy: Policy) -> URL:
-        """Return the URL of a request. Raises ``OutboundRefused`` if the guard refuses it."""
-        path = f"{quote(request.repository.path)}/{quote(request.path, safe=':/')}"
-        url = URL(f"{policy.endpoint}/v2/{path}", encoded=True).with_query(dict(request.query))
-        if request.page is None:
-            target, purpose, name = str(url), Purpose.ENDPOINT, "endpoint"
-        else:
-            target, purpose, name = request.page, Purpose.NEXT_PAGE, "next page"
-        verdict = check_url(target, purpose, url, policy)
-        if not isinstance(verdict, Allowed):
-            raise OutboundRefused(f"{name} refused: {verdict.why}")
-        return verdict.url
 
     @asynccontextmanager
     async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
@@ -280,14 +289,10 @@ class FailoverClient:
 
         A 401 is answered at most twice: a token may have been revoked, and then its login, too.
         """
-        endpoint, repository = attempt.endpoint, attempt.request.repository
-        policy = Policy(
-            endpoint, self._token_hosts, self._own_addresses, self._transport.private_hosts
-        )
-        url = self._url_of(attempt.request, policy)
+        policy, repository, url = attempt.policy, attempt.request.repository, attempt.url()
         async with _token_deadline(attempt.deadline):
             sent = await self._auth.authorize_preemptively(policy, repository)
-        response = await self._exchange(stack, attempt, url, policy, sent)
+        response = await self._exchange(stack, attempt, url, sent)
         for _ in range(2):
             if response.http.status != 401 or response.is_cross_origin:
                 break
@@ -299,7 +304,7 @@ class FailoverClient:
             if authorization is None:
                 break
             sent = authorization
-            response = await self._exchange(stack, attempt, url, policy, sent)
+            response = await self._exchange(stack, attempt, url, sent)
         return response
 
     async def _exchange(
@@ -307,7 +312,6 @@ class FailoverClient:
         stack: AsyncExitStack,
         attempt: _Attempt,
         url: URL,
-        policy: Policy,
         authorization: SentAuthorization | None,
     ) -> Response:
         """Run one exchange on ``stack``, in place of the one before it, and emit its event."""
@@ -316,18 +320,17 @@ class FailoverClient:
         headers = {**request.headers, **request.endpoint_headers.get(endpoint, {})}
         if authorization is not None:
             headers["Authorization"] = authorization.header
+        exchange = self._transport.exchange(
+            request.method,
+            url,
+            headers,
+            attempt.policy,
+            follow_redirects=request.follow_redirects,
+            deadline=attempt.deadline,
+        )
         started_at, status, message = self._clock(), 0, ""
         try:
-            response = await stack.enter_async_context(
-                self._transport.exchange(
-                    request.method,
-                    url,
-                    headers,
-                    policy,
-                    follow_redirects=request.follow_redirects,
-                    deadline=attempt.deadline,
-                )
-            )
+            response = await stack.enter_async_context(exchange)
             status = response.http.status
             rate_limit = parse_rate_limit(response.http.headers)
             if rate_limit is not None:
@@ -338,17 +341,11 @@ class FailoverClient:
             raise
         finally:
             # Docker Hub counts each GET of a manifest as a pull.
-            is_metered = request.method == "GET" and request.kind is Kind.MANIFEST
+            method, kind, seconds = request.method, request.kind, self._clock() - started_at
+            billed = method == "GET" and kind is Kind.MANIFEST and status in (200, 206)
             self._emit(
                 UpstreamResponded(
-                    self._name,
-                    endpoint,
-                    request.method,
-                    request.kind,
-                    status,
-                    self._clock() - started_at,
-                    is_metered and status in (200, 206),
-                    message,
+                    self._name, endpoint, method, kind, status, seconds, billed, message
                 )
             )
 
@@ -389,19 +386,11 @@ class FailoverClient:
 
         It runs in a task of its own, so it has a deadline of its own, for its body as well.
         """
-        deadline = self._transport.response_deadline()
-        async with (
-            _token_deadline(deadline),
-            self._transport.exchange(
-                method,
-                url,
-                headers,
-                Policy(url.origin()),
-                follow_redirects=False,
-                form=form,
-                deadline=deadline,
-            ) as response,
-        ):
+        policy = Policy(url.origin())
+        exchange = self._transport.exchange(
+            method, url, headers, policy, follow_redirects=False, form=form
+        )
+        async with _token_deadline(self._transport.response_deadline()), exchange as response:
             body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
             return TokenResponse(response.http.status, body, retry_after_of(response.http))
 

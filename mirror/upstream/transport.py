@@ -29,21 +29,7 @@ from yarl import URL
 
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
-from mirror.oci.errors import (
-    BlobUnknown,
-    Denied,
-    FailureScope,
-    ManifestUnknown,
-    MirrorError,
-    NameUnknown,
-    OutboundRefused,
-    Unauthorized,
-    UpstreamError,
-    UpstreamProtocolError,
-    UpstreamRateLimited,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-)
+from mirror.oci import errors
 from mirror.upstream.outbound import (
     MAX_REDIRECTS,
     Allowed,
@@ -98,7 +84,7 @@ class Transport:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 resolver=self._resolver,
-                ssl=_system_authorities() if settings.ca is None else _authorities(settings.ca),
+                ssl=_tls_context(settings.ca),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
             ),
@@ -107,9 +93,7 @@ class Transport:
             requote_redirect_url=False,
             headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(
-                total=None,
-                sock_connect=self._limits.connect,
-                sock_read=self._limits.idle,
+                total=None, sock_connect=self._limits.connect, sock_read=self._limits.idle
             ),
             read_bufsize=_READ_BUFFER_BYTES,
             max_line_size=_MAX_HEADER_BYTES,
@@ -171,9 +155,9 @@ class Transport:
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 response = await self._send(method, url, request_headers, form, deadline)
-            except UpstreamUnavailable as error:
+            except errors.UpstreamUnavailable as error:
                 if is_cross_origin:
-                    error.scope = FailureScope.REQUEST
+                    error.scope = errors.FailureScope.REQUEST
                 raise
             try:
                 target = response.headers.get(hdrs.LOCATION)
@@ -185,12 +169,12 @@ class Transport:
                 response.release()
             verdict = check_url(target, Purpose.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
-                raise OutboundRefused(f"redirect refused: {verdict.why}")
+                raise errors.OutboundRefused(f"redirect refused: {verdict.why}")
             if not verdict.same_origin:
                 request_headers.pop("Authorization", None)
                 is_cross_origin = True
             url = verdict.url
-        raise UpstreamProtocolError(f"more than {MAX_REDIRECTS} redirects")
+        raise errors.UpstreamProtocolError(f"more than {MAX_REDIRECTS} redirects")
 
     async def _send(
         self,
@@ -217,28 +201,27 @@ class Transport:
                 )
         except TimeoutError as error:
             message = "the upstream sent no response within the time limit"
-            raise UpstreamTimeout(message, scope=FailureScope.ENDPOINT) from error
+            raise errors.UpstreamTimeout(message, scope=errors.FailureScope.ENDPOINT) from error
         except aiohttp.ClientConnectorCertificateError as error:
             message = "the certificate of the upstream is not valid"
-            raise UpstreamUnavailable(message, scope=FailureScope.ENDPOINT) from error
+            raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.ENDPOINT) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             is_connected = not isinstance(error, aiohttp.ClientConnectorError)
-            scope = FailureScope.PATH if is_connected else FailureScope.ENDPOINT
+            scope = errors.FailureScope.PATH if is_connected else errors.FailureScope.ENDPOINT
             message = f"the upstream sent no valid response: {type(error).__name__}"
-            raise UpstreamUnavailable(message, scope=scope) from error
-
-
-def _authorities(ca: str) -> ssl.SSLContext:
-    """Load the system's certificate authorities, and those of the PEM file ``ca``."""
-    context = ssl.create_default_context()
-    context.load_verify_locations(cafile=ca)
-    return context
+            raise errors.UpstreamUnavailable(message, scope=scope) from error
 
 
 @cache
-def _system_authorities() -> ssl.SSLContext:
-    """Load the system's authorities once: this takes longer than the rest of a start together."""
-    return ssl.create_default_context()
+def _tls_context(ca: str | None) -> ssl.SSLContext:
+    """Load the system's certificate authorities, and those of the PEM file ``ca``.
+
+    Cached, because this takes longer than the rest of a start together.
+    """
+    context = ssl.create_default_context()
+    if ca is not None:
+        context.load_verify_locations(cafile=ca)
+    return context
 
 
 # --- bodies ---------------------------------------------------------------------------------------
@@ -247,7 +230,9 @@ def _system_authorities() -> ssl.SSLContext:
 def check_encoding(response: aiohttp.ClientResponse) -> None:
     """Raise ``UpstreamProtocolError`` for a compressed body: we asked for ``identity`` only."""
     if response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
-        raise UpstreamProtocolError("the response has a content encoding that was not requested")
+        raise errors.UpstreamProtocolError(
+            "the response has a content encoding that was not requested"
+        )
 
 
 async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
@@ -265,7 +250,7 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
         async for chunk in response.content.iter_any():
             size += len(chunk)
             if size > limit:
-                raise UpstreamProtocolError(f"the response has more than {limit} bytes")
+                raise errors.UpstreamProtocolError(f"the response has more than {limit} bytes")
             parts.append(chunk)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         raise _body_error(error) from error
@@ -306,7 +291,7 @@ async def read_chunks(
             if waited_s >= limits.idle:
                 if received_in_window < limits.min_rate * waited_s:
                     message = "the upstream sends less than min_rate"
-                    raise UpstreamTimeout(message, scope=FailureScope.PATH)
+                    raise errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
                 waited_s, received_in_window = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all received bytes. They are good, and would
@@ -316,18 +301,18 @@ async def read_chunks(
         raise _body_error(error) from error
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
-        raise UpstreamUnavailable(message, scope=FailureScope.PATH)
+        raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
     if expected is not None and received > expected:
-        raise UpstreamProtocolError("the body is longer than announced")
+        raise errors.UpstreamProtocolError("the body is longer than announced")
 
 
-def _body_error(error: Exception) -> UpstreamUnavailable:
+def _body_error(error: Exception) -> errors.UpstreamUnavailable:
     """Translate a failure in the middle of a body."""
     if isinstance(error, TimeoutError):
         message = "the upstream stopped sending in the middle of a body"
-        return UpstreamTimeout(message, scope=FailureScope.PATH)
+        return errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
     message = f"the connection broke in the middle of a body: {type(error).__name__}"
-    return UpstreamUnavailable(message, scope=FailureScope.PATH)
+    return errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
 
 
 # --- headers and status codes ---------------------------------------------------------------------
@@ -352,7 +337,7 @@ def retry_after_of(response: aiohttp.ClientResponse) -> float | None:
     return parse_retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
 
 
-async def error_of(response: Response, kind: Kind) -> MirrorError:
+async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
     """Translate the status of a response that was not accepted into an error.
 
     ``kind``: the kind of the requested thing, which decides what a 404 says. A response of another
@@ -363,43 +348,43 @@ async def error_of(response: Response, kind: Kind) -> MirrorError:
             return await _not_found(response, kind)
         case 401 | 403 if response.is_cross_origin:
             # For example an expired signed URL: the next attempt gets a new one.
-            return UpstreamUnavailable(
-                "the storage behind the registry refuses access", scope=FailureScope.REQUEST
+            return errors.UpstreamUnavailable(
+                "the storage behind the registry refuses access", scope=errors.FailureScope.REQUEST
             )
         case 401:
-            return Unauthorized("the upstream requires credentials, or refused ours")
+            return errors.Unauthorized("the upstream requires credentials, or refused ours")
         case 403:
-            return Denied("the upstream denies access")
+            return errors.Denied("the upstream denies access")
         case 429:
-            return UpstreamRateLimited(
+            return errors.UpstreamRateLimited(
                 "the upstream limits the rate", retry_after=retry_after_of(response.http)
             )
         case status if status >= 500 or status == 408:
             is_unable = status in _UNABLE_TO_RESPOND and not response.is_cross_origin
-            scope = FailureScope.PATH if is_unable else FailureScope.REQUEST
-            return UpstreamUnavailable(f"the upstream responded with {status}", scope=scope)
+            scope = errors.FailureScope.PATH if is_unable else errors.FailureScope.REQUEST
+            return errors.UpstreamUnavailable(f"the upstream responded with {status}", scope=scope)
         case status:
-            return UpstreamProtocolError(f"the upstream responded with {status}")
+            return errors.UpstreamProtocolError(f"the upstream responded with {status}")
 
 
-async def _not_found(response: Response, kind: Kind) -> MirrorError:
+async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
     """Translate a 404 by the code of its body (OCI Distribution specification, "Error Codes")."""
-    code = ""
     try:
         body = await read_body(response.http, _MAX_ERROR_BODY_BYTES)
         code = str(json.loads(body)["errors"][0]["code"])
-    except (UpstreamError, ValueError, TypeError, KeyError, IndexError, RecursionError):
+    except (errors.UpstreamError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         code = ""  # A response to HEAD has no body. Harbor's code is UNKNOWN.
     if kind is Kind.BLOB and response.is_cross_origin and not code:
         # The registry has the blob: it redirected to it. Only a registry can deny that.
-        return UpstreamUnavailable(
-            "the storage behind the registry does not have the blob", scope=FailureScope.REQUEST
+        return errors.UpstreamUnavailable(
+            "the storage behind the registry does not have the blob",
+            scope=errors.FailureScope.REQUEST,
         )
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
-        return NameUnknown("the upstream does not know this repository")
+        return errors.NameUnknown("the upstream does not know this repository")
     if kind is Kind.BLOB:
-        return BlobUnknown("the upstream does not have this blob")
-    return ManifestUnknown("the upstream does not have this manifest")
+        return errors.BlobUnknown("the upstream does not have this blob")
+    return errors.ManifestUnknown("the upstream does not have this manifest")
 
 
 # --- our own addresses ----------------------------------------------------------------------------
@@ -411,11 +396,7 @@ def own_addresses(listen: str) -> Collection[tuple[str, int]]:
     host = host.strip("[]")
     names = {host, socket.gethostname()}
     if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound to
-        names |= {
-            address
-            for family, target in _UNUSED_ADDRESSES
-            if (address := _source_address(family, target))
-        }
+        names |= {_source_address(*pair) or host for pair in _UNUSED_ADDRESSES}
     return {(name, int(port)) for name in names}
 
 
