@@ -142,7 +142,7 @@ async def get(bench: Bench, digest: Digest, kind: Kind = Kind.BLOB, **how: Any) 
 # --- manifests ------------------------------------------------------------------------------------
 
 
-async def test_a_head_names_digest_type_and_size(bench: Bench) -> None:
+async def test_head_manifest_returns_digest_type_and_size(bench: Bench) -> None:
     digest = bench.manifest(MANIFEST, "latest")
     for reference in (LATEST, digest):
         found = await bench.registry.head_manifest(REPO, reference, ())
@@ -150,20 +150,20 @@ async def test_a_head_names_digest_type_and_size(bench: Bench) -> None:
         assert found.size == len(MANIFEST)
 
 
-async def test_a_manifest_by_tag_is_its_bytes(bench: Bench) -> None:
+async def test_get_manifest_returns_the_unchanged_bytes(bench: Bench) -> None:
     digest = bench.manifest(MANIFEST, "latest")
     found = await bench.registry.get_manifest(REPO, LATEST, (OCI_MANIFEST,))
     assert (found.digest, found.media_type, found.body) == (digest, OCI_MANIFEST, MANIFEST)
 
 
-async def test_a_tag_that_moves_is_another_digest(bench: Bench) -> None:
+async def test_head_manifest_follows_a_moved_tag(bench: Bench) -> None:
     bench.manifest(MANIFEST, "latest")
     await bench.registry.head_manifest(REPO, LATEST, ())
     other = bench.manifest(MANIFEST + b"\n", "latest")
     assert (await bench.registry.head_manifest(REPO, LATEST, ())).digest == other
 
 
-async def test_a_manifest_by_digest_is_content(bench: Bench) -> None:
+async def test_open_yields_a_manifest_by_digest(bench: Bench) -> None:
     digest = bench.manifest(MANIFEST)
     async with bench.registry.open(REPO, digest, Kind.MANIFEST, accept=(OCI_MANIFEST,)) as stream:
         assert (stream.start, stream.total) == (0, len(MANIFEST))
@@ -174,7 +174,7 @@ async def test_a_manifest_by_digest_is_content(bench: Bench) -> None:
 # --- blobs ----------------------------------------------------------------------------------------
 
 
-async def test_a_blob_is_content(bench: Bench) -> None:
+async def test_open_yields_a_blob(bench: Bench) -> None:
     digest = bench.blob(DATA)
     assert await bench.registry.head_blob(REPO, digest) == len(DATA)
     async with bench.registry.open(REPO, digest, Kind.BLOB) as stream:
@@ -184,14 +184,14 @@ async def test_a_blob_is_content(bench: Bench) -> None:
     assert await get(bench, digest, total=len(DATA), avoid=["elsewhere"]) == DATA
 
 
-async def test_an_empty_blob_is_content(bench: Bench) -> None:
+async def test_open_yields_an_empty_blob(bench: Bench) -> None:
     digest = bench.blob(b"")
     assert await bench.registry.head_blob(REPO, digest) == 0
     assert await get(bench, digest, total=0) == b""
 
 
 @pytest.mark.parametrize("offset", [1, 65_536, len(DATA) - 1])
-async def test_a_part_begins_where_it_says(bench: Bench, offset: int) -> None:
+async def test_stream_with_an_offset_begins_at_its_start(bench: Bench, offset: int) -> None:
     digest = bench.blob(DATA)
     async with bench.registry.open(REPO, digest, Kind.BLOB, offset=offset) as stream:
         assert stream.start in (0, offset)
@@ -200,7 +200,7 @@ async def test_a_part_begins_where_it_says(bench: Bench, offset: int) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 50_000, len(DATA) - 1])
-async def test_what_came_before_a_break_is_good_and_the_rest_can_be_had(
+async def test_broken_transfer_can_be_resumed_after_the_received_bytes(
     bench: Bench, at: int
 ) -> None:
     digest = bench.blob(DATA)
@@ -217,13 +217,15 @@ async def test_what_came_before_a_break_is_good_and_the_rest_can_be_had(
 
 
 @pytest.mark.parametrize("how", [{"total": 7}, {"offset": len(DATA)}, {"offset": len(DATA) + 1}])
-async def test_a_size_that_disagrees_is_an_error(bench: Bench, how: dict[str, int]) -> None:
+async def test_open_with_a_wrong_size_or_offset_raises_a_protocol_error(
+    bench: Bench, how: dict[str, int]
+) -> None:
     digest = bench.blob(DATA)
     with pytest.raises(UpstreamProtocolError):
         await get(bench, digest, **how)
 
 
-async def test_a_reader_may_leave(bench: Bench) -> None:
+async def test_reader_may_leave_a_stream_early(bench: Bench) -> None:
     digest = bench.blob(DATA)
     async with bench.registry.open(REPO, digest, Kind.BLOB) as stream:
         async for _ in stream:
@@ -236,7 +238,7 @@ async def test_a_reader_may_leave(bench: Bench) -> None:
 # --- lists ----------------------------------------------------------------------------------------
 
 
-async def test_tags_come_sorted_in_pages_after_the_last_one(bench: Bench) -> None:
+async def test_list_tags_returns_sorted_pages_after_last(bench: Bench) -> None:
     bench.manifest(MANIFEST, "b", "d", "a", "c")
     for count, last, tags, more in (
         (None, None, "abcd", False),
@@ -253,7 +255,7 @@ async def test_tags_come_sorted_in_pages_after_the_last_one(bench: Bench) -> Non
         assert (page.tags, page.more) == (tuple(tags), more), (count, last)
 
 
-async def test_referrers_are_an_index(bench: Bench) -> None:
+async def test_referrers_returns_an_index(bench: Bench) -> None:
     subject = bench.manifest(MANIFEST)
     entry = {"mediaType": OCI_MANIFEST, "digest": str(NOBODY), "size": 5}
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
@@ -267,7 +269,7 @@ async def test_referrers_are_an_index(bench: Bench) -> None:
     assert json.loads(nothing.body)["manifests"] == []
 
 
-async def test_referrers_without_an_api(bench: Bench) -> None:
+async def test_referrers_returns_none_without_the_api(bench: Bench) -> None:
     bench.without_referrers()
     assert await bench.registry.referrers(REPO, NOBODY, None) is None
 
@@ -298,7 +300,9 @@ QUESTIONS: dict[str, Callable[[Bench], Awaitable[object]]] = {
         ("tags", errors.NameUnknown),
     ],
 )
-async def test_what_is_not_there(bench: Bench, question: str, error: type[NotFound]) -> None:
+async def test_absent_content_raises_not_found_of_its_kind(
+    bench: Bench, question: str, error: type[NotFound]
+) -> None:
     with pytest.raises(error):
         await QUESTIONS[question](bench)
 
@@ -315,7 +319,7 @@ async def test_what_is_not_there(bench: Bench, question: str, error: type[NotFou
         errors.UpstreamProtocolError,
     ],
 )
-async def test_a_failure_keeps_its_kind_and_is_never_a_404(
+async def test_failure_keeps_its_type_and_is_never_not_found(
     bench: Bench, question: str, error: type[MirrorError]
 ) -> None:
     bench.manifest(MANIFEST, "latest")

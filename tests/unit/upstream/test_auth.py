@@ -22,7 +22,7 @@ from tests.unit.upstream.token_kit import BASIC, BASIC_HEADER, BEARER, USER, Ser
 # --- what is asked, and of whom -------------------------------------------------------------------
 
 
-async def test_nothing_is_shown_before_it_was_asked_for(single_flight: SingleFlight) -> None:
+async def test_no_authorization_is_sent_before_a_challenge(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
     assert await service.first() is None
     assert await service.header(challenge="Negotiate") is None
@@ -31,7 +31,7 @@ async def test_nothing_is_shown_before_it_was_asked_for(single_flight: SingleFli
     assert not service.calls
 
 
-async def test_a_token_is_asked_for_with_a_scope_of_our_own(single_flight: SingleFlight) -> None:
+async def test_token_is_requested_with_our_own_scope(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     assert await service.header() == "Bearer t1"
     [(method, url, headers, form)] = service.calls
@@ -45,7 +45,7 @@ async def test_a_token_is_asked_for_with_a_scope_of_our_own(single_flight: Singl
     assert [event for event in service.events if isinstance(event, TokenFetched) and event.ok]
 
 
-async def test_a_realm_keeps_the_query_that_it_has_and_may_be_relative(
+async def test_realm_may_be_relative_and_keeps_its_query(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
@@ -56,7 +56,7 @@ async def test_a_realm_keeps_the_query_that_it_has_and_may_be_relative(
     assert dict(url.query) == {"a": "b/c", "scope": "repository:library/app:pull"}
 
 
-async def test_public_ecr_wants_a_scope_of_its_own(single_flight: SingleFlight) -> None:
+async def test_public_ecr_gets_the_scope_aws(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     policy = Policy(URL("https://public.ecr.aws"))
     realm = 'Bearer realm="https://public.ecr.aws/token/",service="public.ecr.aws",scope="aws"'
@@ -64,7 +64,7 @@ async def test_public_ecr_wants_a_scope_of_its_own(single_flight: SingleFlight) 
     assert service.calls[0][1].query["scope"] == "aws"
 
 
-async def test_credentials_are_shown_to_the_token_service_alone(
+async def test_bearer_challenge_sends_credentials_to_the_token_service_only(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight, USER)
@@ -72,7 +72,7 @@ async def test_credentials_are_shown_to_the_token_service_alone(
     assert service.calls[0][2] == {"Authorization": BASIC_HEADER}
 
 
-async def test_an_identity_token_is_sent_by_post_and_in_no_url(
+async def test_identity_token_is_sent_by_post_and_never_in_a_url(
     single_flight: SingleFlight, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.json"
@@ -92,7 +92,7 @@ async def test_an_identity_token_is_sent_by_post_and_in_no_url(
     assert await service.header(challenge=BASIC) is None, "it is no password"
 
 
-async def test_basic(single_flight: SingleFlight) -> None:
+async def test_basic_challenge_sends_the_login_once(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
     sent = await service.challenged(challenge=BASIC)
     assert sent is not None
@@ -105,15 +105,13 @@ async def test_basic(single_flight: SingleFlight) -> None:
     assert not service.calls
 
 
-async def test_a_token_is_preferred_where_there_is_a_choice(single_flight: SingleFlight) -> None:
+async def test_bearer_is_preferred_over_basic(single_flight: SingleFlight) -> None:
     for challenge in ([BASIC, BEARER], f"{BASIC}, {BEARER}", f"Negotiate, {BEARER}"):
         assert await Service(single_flight, USER).header(challenge=challenge) == "Bearer t1"
 
 
 @pytest.mark.parametrize("realm", ["https://evil.example/", "http://auth.docker.io/token", "x:y"])
-async def test_a_realm_that_may_not_be_asked_is_not(
-    single_flight: SingleFlight, realm: str
-) -> None:
+async def test_refused_realm_gets_no_request(single_flight: SingleFlight, realm: str) -> None:
     service = Service(single_flight, USER)
     with pytest.raises(OutboundRefused):
         await service.challenged(challenge=f'Bearer realm="{realm}"')
@@ -141,7 +139,7 @@ async def test_a_realm_that_may_not_be_asked_is_not(
         (float("nan"), 60),
     ],
 )
-async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
+async def test_token_is_renewed_after_nine_tenths_of_its_lifetime(
     single_flight: SingleFlight, lifetime: Any, seconds: float
 ) -> None:
     service = Service(single_flight)
@@ -171,7 +169,9 @@ async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
         b"[" * 50_000,
     ],
 )
-async def test_what_is_no_token_is_never_shown(single_flight: SingleFlight, body: bytes) -> None:
+async def test_malformed_token_response_raises_and_is_never_sent(
+    single_flight: SingleFlight, body: bytes
+) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(200, body)]
     with pytest.raises(UpstreamUnavailable):
@@ -188,7 +188,7 @@ NAMES = st.sampled_from(["token", "access_token", "expires_in", "issued_at"])
 
 
 @given(st.binary() | st.dictionaries(NAMES, JSON).map(lambda d: json.dumps(d).encode()))
-def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) -> None:
+def test_any_token_response_gives_a_token_or_a_typed_error(body: bytes) -> None:
     try:
         value, lifetime = _parse_token(body)
     except UpstreamUnavailable:
@@ -199,7 +199,7 @@ def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) 
     assert 0 < lifetime <= 3600
 
 
-async def test_access_token_is_another_name_for_it(single_flight: SingleFlight) -> None:
+async def test_access_token_is_used_without_token(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(200, b'{"token":"","access_token":"a"}')]
     assert await service.header() == "Bearer a"

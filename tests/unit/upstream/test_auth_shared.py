@@ -30,7 +30,9 @@ from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
 
 
 @pytest.mark.row("U10")
-async def test_fifty_wait_and_one_asks(single_flight: SingleFlight) -> None:
+async def test_fifty_concurrent_requests_share_one_token_request(
+    single_flight: SingleFlight,
+) -> None:
     service = Service(single_flight)
     found = await at_once(50, service.header)
     assert found == ["Bearer t1"] * 50
@@ -40,7 +42,7 @@ async def test_fifty_wait_and_one_asks(single_flight: SingleFlight) -> None:
 
 @pytest.mark.row("U10")
 @pytest.mark.parametrize("leaving", [range(1), range(1, 20), range(20)])
-async def test_those_who_leave_take_it_from_nobody(
+async def test_cancelled_waiters_cancel_neither_the_request_nor_other_waiters(
     single_flight: SingleFlight, leaving: range
 ) -> None:
     service = Service(single_flight)
@@ -57,7 +59,7 @@ async def test_those_who_leave_take_it_from_nobody(
     assert len(service.calls) == 1
 
 
-async def test_a_token_is_cached_although_all_its_waiters_were_cancelled(
+async def test_token_is_cached_although_all_waiters_were_cancelled(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
@@ -73,7 +75,7 @@ async def test_a_token_is_cached_although_all_its_waiters_were_cancelled(
     assert len(service.calls) == 1
 
 
-async def test_fifty_are_refused_and_one_asks_anew(single_flight: SingleFlight) -> None:
+async def test_fifty_refused_requests_share_one_renewal(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     refused = await service.challenged()
     found = await at_once(50, lambda: service.header(refused))
@@ -82,7 +84,7 @@ async def test_fifty_are_refused_and_one_asks_anew(single_flight: SingleFlight) 
     assert len(service.calls) == 2
 
 
-async def test_a_service_that_has_but_one_token_is_asked_once_more_for_all(
+async def test_same_token_after_a_refusal_gives_no_authorization(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
@@ -92,7 +94,7 @@ async def test_a_service_that_has_but_one_token_is_asked_once_more_for_all(
     assert len(service.calls) == 2
 
 
-async def test_tokens_are_kept_by_identity_realm_service_and_scope(
+async def test_tokens_are_cached_by_identity_realm_service_and_scope(
     single_flight: SingleFlight, tmp_path: Path
 ) -> None:
     secret = tmp_path / "secret"
@@ -135,7 +137,7 @@ async def test_tokens_are_kept_by_identity_realm_service_and_scope(
         (UpstreamUnavailable("down"), UpstreamUnavailable),
     ],
 )
-async def test_a_failure_reaches_all_who_wait(
+async def test_failed_token_request_reaches_all_waiters(
     single_flight: SingleFlight, answer: TokenResponse | MirrorError, error: type[MirrorError]
 ) -> None:
     service = Service(single_flight)
@@ -147,7 +149,7 @@ async def test_a_failure_reaches_all_who_wait(
         assert found[0].retry_after == 7.0
 
 
-async def test_who_comes_after_a_failure_asks_again(single_flight: SingleFlight) -> None:
+async def test_failed_token_request_is_not_cached(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(503, b""), TokenResponse(200, b'{"token":"good"}')]
     with pytest.raises(UpstreamUnavailable):
@@ -173,7 +175,7 @@ async def test_waiters_get_the_new_token_although_one_was_cancelled_after_an_ear
     assert await asyncio.gather(*tasks[1:]) == ["Bearer t2"] * 2
 
 
-async def test_a_failed_renewal_drops_the_cached_token(single_flight: SingleFlight) -> None:
+async def test_failed_renewal_drops_the_cached_token(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     refused = await service.challenged()
     service.responses = [UpstreamUnavailable("down")]
@@ -183,7 +185,7 @@ async def test_a_failed_renewal_drops_the_cached_token(single_flight: SingleFlig
     assert await service.first() == "Bearer t3"
 
 
-async def test_an_unexpected_exception_reaches_the_waiter_and_is_not_cached(
+async def test_unexpected_exception_reaches_the_waiter_and_is_not_cached(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
@@ -194,7 +196,7 @@ async def test_an_unexpected_exception_reaches_the_waiter_and_is_not_cached(
     assert await service.header() == "Bearer t2"
 
 
-async def test_a_token_is_not_requested_during_shutdown(single_flight: SingleFlight) -> None:
+async def test_token_request_during_shutdown_raises_draining(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     service.gate.clear()
     task = asyncio.get_running_loop().create_task(service.header())
@@ -213,7 +215,7 @@ async def test_a_token_is_not_requested_during_shutdown(single_flight: SingleFli
         'Bearer realm="https://auth.docker.io/gone"',
     ],
 )
-async def test_a_token_service_that_moved_is_found_again(
+async def test_failing_realm_is_forgotten_so_the_next_challenge_is_used(
     single_flight: SingleFlight, moved: str
 ) -> None:
     service = Service(single_flight)
@@ -227,7 +229,7 @@ async def test_a_token_service_that_moved_is_found_again(
     assert (await service.header() or "").startswith("Bearer t")
 
 
-async def test_a_secret_that_was_rotated_is_taken_when_the_token_service_refuses_the_old_one(
+async def test_rotated_secret_is_read_after_the_token_service_refused_the_old_one(
     single_flight: SingleFlight,
     tmp_path: Path,
 ) -> None:
@@ -245,7 +247,7 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_token_service_refuses
     assert passwords == ["u:old", "u:old", "u:new"]
 
 
-async def test_the_same_secret_is_not_shown_twice_to_a_service_that_refuses_it(
+async def test_refused_secret_is_not_sent_twice_if_unchanged(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight, USER)
@@ -255,7 +257,7 @@ async def test_the_same_secret_is_not_shown_twice_to_a_service_that_refuses_it(
     assert len(service.calls) == 1
 
 
-async def test_a_secret_that_was_rotated_is_taken_when_the_registry_refuses_the_old_one(
+async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
     single_flight: SingleFlight,
     tmp_path: Path,
 ) -> None:
@@ -270,7 +272,7 @@ async def test_a_secret_that_was_rotated_is_taken_when_the_registry_refuses_the_
     assert found == [f"Basic {new}"] * 20
 
 
-async def test_secrets_are_in_no_repr(single_flight: SingleFlight) -> None:
+async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
     sent = await service.challenged()
     answer = TokenResponse(200, b'{"token":"secret"}')

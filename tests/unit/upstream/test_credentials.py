@@ -46,11 +46,11 @@ def auth(user: str, password: str) -> dict[str, str]:
 # --- the configuration, and files -----------------------------------------------------------------
 
 
-async def test_without_credentials_there_is_no_login() -> None:
+async def test_no_credentials_give_no_login() -> None:
     assert await look_up(Credentials(), "docker.io", "registry-1.docker.io") is None
 
 
-async def test_a_password_is_taken_as_it_stands_or_from_its_file(tmp_path: Path) -> None:
+async def test_password_is_literal_or_read_from_its_file(tmp_path: Path) -> None:
     plain = Credentials(username="$oauthtoken", password="pa:ss word")
     assert await look_up(plain, "nvcr.io", "nvcr.io") == Login("$oauthtoken", "pa:ss word")
     secret = tmp_path / "secret"
@@ -60,9 +60,7 @@ async def test_a_password_is_taken_as_it_stands_or_from_its_file(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["missing", "directory", "binary", "~no-such-user-here/secret"])
-async def test_a_file_that_cannot_be_read_is_a_failure_of_ours_to_ask(
-    tmp_path: Path, name: str
-) -> None:
+async def test_unreadable_file_raises_unavailable(tmp_path: Path, name: str) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe" + CANARY.encode())
     where = name if name.startswith("~") else str(tmp_path / name)
@@ -75,7 +73,7 @@ async def test_a_file_that_cannot_be_read_is_a_failure_of_ours_to_ask(
         assert CANARY not in str(caught.value)
 
 
-def test_a_login_is_never_printed_and_its_name_gives_nothing_away() -> None:
+def test_login_repr_and_identity_reveal_no_secret() -> None:
     login = Login("user", CANARY, "token-" + CANARY)
     assert CANARY not in repr(login) + login.identity
     others = [Login("user", "x"), Login("use", "r" + CANARY), Login("", "", CANARY), Login("", "")]
@@ -83,7 +81,7 @@ def test_a_login_is_never_printed_and_its_name_gives_nothing_away() -> None:
 
 
 @given(st.text(), st.text())
-def test_basic_is_what_rfc_7617_says(user: str, password: str) -> None:
+def test_basic_header_follows_rfc_7617(user: str, password: str) -> None:
     header = Login(user, password).basic
     if not user and not password:
         assert header is None, "an identity token is no password"
@@ -114,7 +112,7 @@ def test_basic_is_what_rfc_7617_says(user: str, password: str) -> None:
         ("company.io", "cache.corp:8443", "cache.corp:8443"),
     ],
 )
-async def test_the_keys_that_name_a_registry(
+async def test_docker_config_key_that_names_the_registry_matches(
     tmp_path: Path, upstream: str, host: str, key: str
 ) -> None:
     source = docker_config(tmp_path, {"auths": {"other": auth("o", "o"), key: auth("u", "p:q")}})
@@ -124,7 +122,9 @@ async def test_the_keys_that_name_a_registry(
 @pytest.mark.parametrize(
     "key", ["ghcr.io.evil", "evil/ghcr.io", "ghcr.io:444", "ghcr", "cr.io", ""]
 )
-async def test_the_keys_that_do_not(tmp_path: Path, key: str) -> None:
+async def test_docker_config_key_of_another_registry_does_not_match(
+    tmp_path: Path, key: str
+) -> None:
     source = docker_config(tmp_path, {"auths": {key: auth("u", "p")}})
     assert await look_up(source, "ghcr.io", "ghcr.io") is None
 
@@ -143,12 +143,14 @@ async def test_the_keys_that_do_not(tmp_path: Path, key: str) -> None:
         (None, None),
     ],
 )  # fmt: skip
-async def test_what_an_entry_holds(tmp_path: Path, entry: Any, expected: Login | None) -> None:
+async def test_docker_config_entry_gives_its_login(
+    tmp_path: Path, entry: Any, expected: Login | None
+) -> None:
     source = docker_config(tmp_path, {"auths": {"ghcr.io": entry}})
     assert await look_up(source, "ghcr.io", "ghcr.io") == expected
 
 
-async def test_the_entry_of_the_exact_name_goes_first(tmp_path: Path) -> None:
+async def test_docker_config_key_with_the_exact_name_goes_first(tmp_path: Path) -> None:
     auths = {"https://ghcr.io/v1/": auth("a", "a"), "ghcr.io": auth("b", "b")}
     source = docker_config(tmp_path, {"auths": auths})
     assert await look_up(source, "ghcr.io", "ghcr.io") == Login("b", "b")
@@ -176,7 +178,7 @@ async def test_the_entry_of_the_exact_name_goes_first(tmp_path: Path) -> None:
         {"credsStore": {"a": 1}},
     ],
 )
-async def test_what_is_no_configuration_of_docker(tmp_path: Path, document: Any) -> None:
+async def test_malformed_docker_config_raises_unavailable(tmp_path: Path, document: Any) -> None:
     with pytest.raises(UpstreamUnavailable):
         await look_up(docker_config(tmp_path, document), "ghcr.io", "ghcr.io")
 
@@ -196,7 +198,7 @@ async def test_what_is_no_configuration_of_docker(tmp_path: Path, document: Any)
         ("docker.io", "registry-1.docker.io", "test", HUB),
     ],
 )
-async def test_whom_a_helper_is_asked_about(
+async def test_helper_gets_the_server_name(
     path: Path, upstream: str, host: str, source: Any, asked: str
 ) -> None:
     log = helper(path, GIVEN)
@@ -207,7 +209,7 @@ async def test_whom_a_helper_is_asked_about(
     assert log.read_text() == f"get {asked}\n"
 
 
-async def test_a_filled_entry_needs_no_store(path: Path) -> None:
+async def test_complete_docker_config_entry_runs_no_helper(path: Path) -> None:
     log = helper(path, GIVEN)
     source = docker_config(path, {"credsStore": "test", "auths": {"ghcr.io": auth("a", "b")}})
     assert await look_up(source, "ghcr.io", "ghcr.io") == Login("a", "b")
@@ -222,7 +224,9 @@ async def test_a_filled_entry_needs_no_store(path: Path) -> None:
         ("echo credentials not found in native keychain; exit 1", None),
     ],
 )
-async def test_what_a_helper_says(path: Path, script: str, expected: Login | None) -> None:
+async def test_helper_output_gives_its_login(
+    path: Path, script: str, expected: Login | None
+) -> None:
     helper(path, script, "a.b_c-d")
     assert await look_up(Credentials(helper="a.b_c-d"), "ghcr.io", "ghcr.io") == expected
 
@@ -241,26 +245,28 @@ async def test_what_a_helper_says(path: Path, script: str, expected: Login | Non
         "printf '%070000d' 0 | tr 0 '['",
     ],
 )
-async def test_a_helper_that_fails_is_a_failure_of_ours_to_ask(path: Path, script: str) -> None:
+async def test_failing_helper_raises_unavailable_without_its_output(
+    path: Path, script: str
+) -> None:
     helper(path, script)
     with pytest.raises(UpstreamUnavailable) as caught:
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
     assert CANARY not in str(caught.value)
 
 
-async def test_a_helper_that_is_not_there(path: Path) -> None:
+async def test_absent_helper_raises_unavailable(path: Path) -> None:
     with pytest.raises(UpstreamUnavailable):
         await look_up(Credentials(helper="no-such"), "ghcr.io", "ghcr.io")
 
 
-async def test_a_helper_that_hangs_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_hanging_helper_raises_a_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOKUP_TIMEOUT_S", 0.1)
     helper(path, "exec sleep 600")
     with pytest.raises(UpstreamTimeout):
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
 
 
-async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
+async def test_cancelled_look_up_ends_the_helper_and_its_children(path: Path) -> None:
     helper(path, f"sleep 600 & echo $! > {path}/new; mv {path}/new {path}/child; wait")
     loop = asyncio.get_running_loop()
     task = loop.create_task(look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io"))
@@ -283,7 +289,7 @@ async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
 # --- kept for a short while -----------------------------------------------------------------------
 
 
-async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(
+async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log, clock = rotating_helper(path), [0.0]
@@ -301,7 +307,7 @@ async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(
     assert log.read_text().count("get") == 2
 
 
-async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(
+async def test_refused_login_is_looked_up_again_once_for_all_requests(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log = rotating_helper(path)
@@ -317,7 +323,7 @@ async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(
     assert log.read_text().count("get") == 2
 
 
-async def test_hosts_have_logins_of_their_own_and_failures_are_not_kept(
+async def test_logins_are_cached_by_host_and_failures_are_not_cached(
     path: Path, single_flight: SingleFlight
 ) -> None:
     source = docker_config(path, {"auths": {"a.corp": auth("a", "a"), "b.corp": auth("b", "b")}})

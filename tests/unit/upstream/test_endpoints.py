@@ -28,7 +28,7 @@ def opened(now: float = 0.0) -> CircuitBreaker:
     return circuit
 
 
-def test_it_opens_after_failures_in_a_row() -> None:
+def test_circuit_opens_after_three_failures_in_a_row() -> None:
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD - 1):
         circuit.record_failure(0.0, is_probe=False)
@@ -42,7 +42,7 @@ def test_it_opens_after_failures_in_a_row() -> None:
     assert circuit.may_request(FIRST_OPEN_S)
 
 
-def test_a_path_that_fails_again_counts_once() -> None:
+def test_repeated_failure_of_one_path_counts_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD):
         circuit.record_failure(0.0, is_probe=False, path="a")
@@ -58,7 +58,7 @@ def test_a_path_that_fails_again_counts_once() -> None:
     assert circuit.may_request(9.0), "a success forgets paths too"
 
 
-def test_no_answer_to_anything_counts_each_time() -> None:
+def test_failure_of_the_whole_endpoint_counts_each_time() -> None:
     circuit = CircuitBreaker()
     circuit.record_failure(0.0, is_probe=False, path="a")
     for _ in range(FAILURE_THRESHOLD - 1):
@@ -67,7 +67,7 @@ def test_no_answer_to_anything_counts_each_time() -> None:
     assert circuit.is_open
 
 
-def test_a_try_that_fails_at_a_path_that_failed_doubles_the_pause() -> None:
+def test_failed_probe_of_a_failed_path_doubles_the_open_time() -> None:
     circuit = CircuitBreaker()
     for path in ("a", "b", "c"):
         circuit.record_failure(0.0, is_probe=False, path=path)
@@ -75,14 +75,14 @@ def test_a_try_that_fails_at_a_path_that_failed_doubles_the_pause() -> None:
     assert circuit.open_until == FIRST_OPEN_S + 2 * FIRST_OPEN_S
 
 
-def test_half_open_lets_exactly_one_through() -> None:
+def test_half_open_circuit_permits_one_request() -> None:
     circuit = opened()
     assert circuit.begin_request()
     assert not circuit.may_request(FIRST_OPEN_S)
     assert not circuit.may_request(1e9), "however long it takes"
 
 
-def test_a_good_try_closes_it() -> None:
+def test_successful_probe_closes_the_circuit() -> None:
     circuit = opened()
     circuit.begin_request()
     circuit.record_success()
@@ -91,7 +91,7 @@ def test_a_good_try_closes_it() -> None:
     assert not circuit.begin_request()
 
 
-def test_a_try_that_fails_doubles_the_pause_up_to_a_limit() -> None:
+def test_failed_probe_doubles_the_open_time_up_to_60_s() -> None:
     circuit, now, pauses = opened(), 0.0, [FIRST_OPEN_S]
     for _ in range(10):
         now = circuit.open_until
@@ -105,7 +105,7 @@ def test_a_try_that_fails_doubles_the_pause_up_to_a_limit() -> None:
     assert circuit.open_until - now == FIRST_OPEN_S, "a success forgets it"
 
 
-def test_a_try_that_was_left_alone_lets_the_next_one_through() -> None:
+def test_cancelled_probe_permits_the_next_one() -> None:
     circuit = opened()
     circuit.record_cancellation(is_probe=circuit.begin_request())
     assert circuit.may_request(FIRST_OPEN_S)
@@ -115,7 +115,7 @@ def test_a_try_that_was_left_alone_lets_the_next_one_through() -> None:
 
 
 @pytest.mark.row("U12")
-def test_many_that_fail_together_open_it_once() -> None:
+def test_many_concurrent_failures_open_the_circuit_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):
         circuit.record_failure(0.0, is_probe=False)
@@ -126,7 +126,7 @@ def test_many_that_fail_together_open_it_once() -> None:
     assert not circuit.may_request(1e9), "one that is late says nothing of the one that tries"
 
 
-def test_a_429_is_an_answer_and_a_pause() -> None:
+def test_back_off_closes_the_circuit_and_permits_nothing_for_its_time() -> None:
     circuit = opened()
     circuit.begin_request()
     circuit.back_off(FIRST_OPEN_S, 10.0)
@@ -143,14 +143,16 @@ def test_a_429_is_an_answer_and_a_pause() -> None:
     ("asked", "seconds"),
     [(7.0, 7.0), (0.0, 0.0), (86400.0, MAX_BACK_OFF_S), (None, DEFAULT_BACK_OFF_S)],
 )
-def test_how_long_it_rests(asked: float | None, seconds: float) -> None:
+def test_back_off_lasts_as_named_with_a_default_and_a_maximum(
+    asked: float | None, seconds: float
+) -> None:
     circuit = CircuitBreaker()
     circuit.back_off(100.0, asked)
     assert circuit.back_off_until == 100.0 + seconds
     assert circuit.may_request(100.0 + seconds)
 
 
-def test_the_longer_of_two_pauses_holds() -> None:
+def test_longer_of_two_pauses_holds() -> None:
     circuit = CircuitBreaker()
     circuit.back_off(0.0, 60.0)
     circuit.back_off(1.0, None)
@@ -159,7 +161,7 @@ def test_the_longer_of_two_pauses_holds() -> None:
     assert circuit.has_named_delay
 
 
-def test_endpoints_are_tried_in_order_and_those_to_avoid_last_in_theirs() -> None:
+def test_candidates_are_in_order_and_avoided_ones_last() -> None:
     endpoints = Endpoints((A, B, C))
     assert endpoints.candidates(0.0) == [A, B, C]
     assert endpoints.candidates(0.0, [str(A), "https://unknown.example"]) == [B, C, A]
@@ -168,7 +170,7 @@ def test_endpoints_are_tried_in_order_and_those_to_avoid_last_in_theirs() -> Non
     assert endpoints.candidates(0.0, [str(A), str(B), str(A)]) == [C, B, A]
 
 
-def test_an_endpoint_that_is_left_alone_is_no_candidate() -> None:
+def test_candidates_leave_out_open_circuits_and_pauses() -> None:
     endpoints = Endpoints((A, B, C))
     for _ in range(FAILURE_THRESHOLD):
         endpoints.circuits[A].record_failure(0.0, is_probe=False)
@@ -178,7 +180,7 @@ def test_an_endpoint_that_is_left_alone_is_no_candidate() -> None:
     assert endpoints.candidates(10.0) == [A, B, C]
 
 
-def test_who_rests_and_how_long_it_said() -> None:
+def test_remaining_pauses_name_only_times_of_the_endpoint() -> None:
     endpoints = Endpoints((A, B, C))
     assert endpoints.remaining_pauses(0.0) == []
     endpoints.circuits[A].back_off(0.0, 10.0)
@@ -191,7 +193,7 @@ STEPS = st.lists(st.tuples(st.sampled_from("cfsar"), st.integers(0, 9), st.float
 
 
 @given(STEPS)
-def test_never_two_tries_at_once_and_never_closed_for_ever(
+def test_any_sequence_has_one_probe_at_a_time_and_ends_permitted(
     steps: list[tuple[str, int, float]],
 ) -> None:
     circuit, now = CircuitBreaker(), 0.0

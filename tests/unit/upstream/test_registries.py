@@ -15,7 +15,7 @@ from tests.fakes.registry import FakeRegistry
 LATEST = Tag("latest")
 
 
-async def test_each_upstream_is_asked_at_its_own_endpoint_and_none_after_the_end(
+async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
     single_flight: SingleFlight,
 ) -> None:
     async with FakeRegistry() as one, FakeRegistry() as two:
@@ -37,7 +37,7 @@ async def test_each_upstream_is_asked_at_its_own_endpoint_and_none_after_the_end
         assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
-async def test_a_mirror_whose_endpoint_is_itself_asks_nobody(single_flight: SingleFlight) -> None:
+async def test_endpoint_that_is_the_mirror_itself_is_refused(single_flight: SingleFlight) -> None:
     async with FakeRegistry() as us:
         listen = f"127.0.0.1:{us.port}"
         upstreams = {"docker.io": {"endpoints": [f"http://localhost:{us.port}"]}}

@@ -30,12 +30,14 @@ NOW = 784_111_777.0
         (None, False),
     ],
 )
-def test_what_may_pass(error: MirrorError | None, expected: bool) -> None:
+def test_is_transient_only_for_broken_connections_and_5xx(
+    error: MirrorError | None, expected: bool
+) -> None:
     assert is_transient(error) is expected
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
-def test_a_wait_is_random_and_bounded(attempt: int, random: float) -> None:
+def test_backoff_delay_is_random_and_below_2_s(attempt: int, random: float) -> None:
     wait = backoff_delay(attempt, random)
     assert 0 <= wait < 2.0
     assert wait <= backoff_delay(attempt + 1, random)
@@ -43,7 +45,7 @@ def test_a_wait_is_random_and_bounded(attempt: int, random: float) -> None:
     assert wait == pytest.approx(backoff_delay(attempt, 0.5) * 2 * random)
 
 
-def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
+def test_backoff_delay_doubles_up_to_2_s() -> None:
     assert [backoff_delay(attempt, 0.5) for attempt in range(1, 7)] == [
         0.1,
         0.2,
@@ -80,11 +82,13 @@ def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
         ("Sun, 06 Nov 99999 08:49:47 GMT", None),
     ],
 )
-def test_retry_after(header: str | None, seconds: float | None) -> None:
+def test_parse_retry_after_reads_seconds_and_dates(
+    header: str | None, seconds: float | None
+) -> None:
     assert parse_retry_after(header, NOW) == seconds
 
 
-def test_a_date_without_a_zone_is_utc_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TZ", "Pacific/Auckland")
     time.tzset()
     try:
@@ -95,6 +99,6 @@ def test_a_date_without_a_zone_is_utc_wherever_we_are(monkeypatch: pytest.Monkey
 
 
 @given(st.text() | st.from_regex(r"[A-Za-z0-9 ,:+-]*"), st.floats(-1e12, 1e12))
-def test_nothing_is_raised_and_nothing_is_longer_than_a_day(header: str, now: float) -> None:
+def test_any_retry_after_is_at_most_a_day_and_never_raises(header: str, now: float) -> None:
     seconds = parse_retry_after(header, now)
     assert seconds is None or 0 <= seconds <= 86400

@@ -34,7 +34,7 @@ DIGEST = Digest.of(DATA)
         (None, None, None),
     ],
 )
-def test_rate_limits(
+def test_parse_rate_limit_reads_docker_hubs_headers(
     limit: str | None, remaining: str | None, found: tuple[int, int, int] | None
 ) -> None:
     pairs = {"ratelimit-limit": limit, "ratelimit-remaining": remaining}
@@ -43,7 +43,7 @@ def test_rate_limits(
 
 
 @given(st.text(), st.text())
-def test_a_rate_limit_is_never_negative_and_never_raises(limit: str, remaining: str) -> None:
+def test_any_rate_limit_header_gives_none_or_no_negative_number(limit: str, remaining: str) -> None:
     found = parse_rate_limit({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
     assert found is None or min(found) >= 0
 
@@ -91,7 +91,7 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
         (599, errors.UpstreamUnavailable),
     ],
 )
-async def test_what_a_status_is(status: int, error: type[MirrorError]) -> None:
+async def test_each_status_gives_its_error_and_never_not_found(status: int, error: type[MirrorError]) -> None:
     found = await error_for(Kind.MANIFEST, Fault(status=status, times=None))
     assert type(found) is error
     assert not isinstance(found, NotFound)
@@ -120,18 +120,20 @@ UNKNOWN = b'{"errors":[{"code":"%s","message":"x"}]}'
         (Kind.REFERRERS, b"", errors.ManifestUnknown),
     ],
 )
-async def test_what_a_404_is_about(kind: Kind, body: bytes, error: type[MirrorError]) -> None:
+async def test_error_of_a_404_follows_its_code_and_the_kind(
+    kind: Kind, body: bytes, error: type[MirrorError]
+) -> None:
     assert type(await error_for(kind, Fault(status=404, body=body))) is error
 
 
-async def test_a_404_whose_body_breaks_off_is_one_all_the_same() -> None:
+async def test_404_with_a_broken_or_missing_body_is_not_found() -> None:
     fault = Fault(status=404, body=UNKNOWN % b"NAME_UNKNOWN", reset_at=5)
     assert type(await error_for(Kind.MANIFEST, fault)) is errors.ManifestUnknown
     head = Fault(status=404, body=b"")
     assert type(await error_for(Kind.BLOB, head, method="HEAD")) is errors.BlobUnknown
 
 
-async def test_a_pause_is_read_in_both_forms() -> None:
+async def test_retry_after_of_a_429_is_read_in_both_forms() -> None:
     for text, seconds in (("7", 7.0), ("Fri, 31 Dec 9999 23:59:59 GMT", 86400.0), ("x", None)):
         fault = Fault(status=429, headers={"Retry-After": text})
         found = await error_for(Kind.MANIFEST, fault)
@@ -158,14 +160,12 @@ async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
         (500, b""),
     ],
 )
-async def test_what_a_storage_refuses_is_a_failure_of_the_upstream(
-    status: int, body: bytes
-) -> None:
+async def test_refusal_of_a_redirect_target_is_unavailable(status: int, body: bytes) -> None:
     found = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
     assert type(found) is errors.UpstreamUnavailable
 
 
-async def test_another_registry_may_say_that_it_is_not_there() -> None:
+async def test_404_of_a_redirect_target_with_an_oci_code_is_not_found() -> None:
     for kind, code in ((Kind.BLOB, b"BLOB_UNKNOWN"), (Kind.MANIFEST, b"MANIFEST_UNKNOWN")):
         found = await redirected(kind, Fault(status=404, body=UNKNOWN % code))
         assert isinstance(found, NotFound)
