@@ -1,4 +1,4 @@
-"""Tokens: what is shown to whom, what is asked of a token service, how long its answer is good."""
+"""Authorization: what is sent to whom, requests to a token service, lifetimes of tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirror.upstream.auth import TokenResponse, _parse_token
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.token_kit import BASIC, BASIC_HEADER, BEARER, USER, Service
 
-# --- what is asked, and of whom -------------------------------------------------------------------
+# --- requests and headers -------------------------------------------------------------------------
 
 
 async def test_no_authorization_is_sent_before_a_challenge(single_flight: SingleFlight) -> None:
@@ -41,7 +41,7 @@ async def test_token_is_requested_with_our_own_scope(single_flight: SingleFlight
         "service": "registry.docker.io",
     }
     assert (headers, form) == ({}, {}), "anonymous"
-    assert await service.first() == "Bearer t1", "the next request begins with it"
+    assert await service.first() == "Bearer t1", "the next request is sent with it"
     assert [event for event in service.events if isinstance(event, TokenFetched) and event.ok]
 
 
@@ -89,7 +89,7 @@ async def test_identity_token_is_sent_by_post_and_never_in_a_url(
         "service": "registry.docker.io",
         "scope": "repository:library/app:pull",
     }
-    assert await service.header(challenge=BASIC) is None, "it is no password"
+    assert await service.header(challenge=BASIC) is None, "an identity token is not a password"
 
 
 async def test_basic_challenge_sends_the_login_once(single_flight: SingleFlight) -> None:
@@ -98,10 +98,8 @@ async def test_basic_challenge_sends_the_login_once(single_flight: SingleFlight)
     assert sent is not None
     assert sent.header == BASIC_HEADER
     assert await service.first() == BASIC_HEADER
-    assert await service.challenged(sent, challenge=BASIC) is None, "it has been refused"
-    assert await Service(single_flight).challenged(challenge=BASIC) is None, (
-        "there is nothing to show"
-    )
+    assert await service.challenged(sent, challenge=BASIC) is None, "the same login was refused"
+    assert await Service(single_flight).challenged(challenge=BASIC) is None, "there is no login"
     assert not service.calls
 
 
@@ -118,7 +116,7 @@ async def test_refused_realm_gets_no_request(single_flight: SingleFlight, realm:
     assert not service.calls
 
 
-# --- how long one is good -------------------------------------------------------------------------
+# --- lifetimes and malformed responses ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tokens among many: one is asked for, nobody gets another's, refusals reach all who wait."""
+"""Tokens of concurrent requests: one request for all waiters, separate caches, rotated secrets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mirror.upstream.credentials import LOGIN_TTL_S
 from tests.unit.upstream.kit import at_once
 from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
 
-# --- one for all, and none for another ------------------------------------------------------------
+# --- concurrent requests --------------------------------------------------------------------------
 
 
 @pytest.mark.row("U10")
@@ -34,28 +34,28 @@ async def test_fifty_concurrent_requests_share_one_token_request(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
-    found = await at_once(50, service.header)
-    assert found == ["Bearer t1"] * 50
+    results = await at_once(50, service.header)
+    assert results == ["Bearer t1"] * 50
     assert await service.header() == "Bearer t1"
     assert len(service.calls) == 1
 
 
 @pytest.mark.row("U10")
-@pytest.mark.parametrize("leaving", [range(1), range(1, 20), range(20)])
+@pytest.mark.parametrize("cancelled", [range(1), range(1, 20), range(20)])
 async def test_cancelled_waiters_cancel_neither_the_request_nor_other_waiters(
-    single_flight: SingleFlight, leaving: range
+    single_flight: SingleFlight, cancelled: range
 ) -> None:
     service = Service(single_flight)
     service.gate.clear()
     loop = asyncio.get_running_loop()
     tasks = [loop.create_task(service.header()) for _ in range(40)]
     await service.started.wait()
-    for index in leaving:
+    for index in cancelled:
         tasks[index].cancel()
     service.gate.set()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    headers = [entry for entry in found if isinstance(entry, str)]
-    assert headers == ["Bearer t1"] * (40 - len(leaving))
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    headers = [entry for entry in results if isinstance(entry, str)]
+    assert headers == ["Bearer t1"] * (40 - len(cancelled))
     assert len(service.calls) == 1
 
 
@@ -78,9 +78,9 @@ async def test_token_is_cached_although_all_waiters_were_cancelled(
 async def test_fifty_refused_requests_share_one_renewal(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     refused = await service.challenged()
-    found = await at_once(50, lambda: service.header(refused))
-    assert found == ["Bearer t2"] * 50
-    assert await service.header(refused) == "Bearer t2", "one who comes late"
+    results = await at_once(50, lambda: service.header(refused))
+    assert results == ["Bearer t2"] * 50
+    assert await service.header(refused) == "Bearer t2", "a late request uses the cached token"
     assert len(service.calls) == 2
 
 
@@ -119,11 +119,11 @@ async def test_tokens_are_cached_by_identity_realm_service_and_scope(
     assert await service.header() == "Bearer t1"
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- failures and rotated secrets -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("response", "error"),
     [
         (TokenResponse(401, b""), Unauthorized),
         (TokenResponse(403, b""), Denied),
@@ -138,15 +138,15 @@ async def test_tokens_are_cached_by_identity_realm_service_and_scope(
     ],
 )
 async def test_failed_token_request_reaches_all_waiters(
-    single_flight: SingleFlight, answer: TokenResponse | MirrorError, error: type[MirrorError]
+    single_flight: SingleFlight, response: TokenResponse | MirrorError, error: type[MirrorError]
 ) -> None:
     service = Service(single_flight)
-    service.responses = [answer]
-    found = await at_once(20, service.header)
-    assert {type(entry) for entry in found} == {error}
+    service.responses = [response]
+    results = await at_once(20, service.header)
+    assert {type(entry) for entry in results} == {error}
     assert len(service.calls) == 1
-    if isinstance(found[0], UpstreamRateLimited):
-        assert found[0].retry_after == 7.0
+    if isinstance(results[0], UpstreamRateLimited):
+        assert results[0].retry_after == 7.0
 
 
 async def test_failed_token_request_is_not_cached(single_flight: SingleFlight) -> None:
@@ -209,22 +209,22 @@ async def test_token_request_during_shutdown_raises_draining(single_flight: Sing
 
 
 @pytest.mark.parametrize(
-    "moved",
+    "challenge",
     [
         'Bearer realm="https://evil.example/token"',
         'Bearer realm="https://auth.docker.io/gone"',
     ],
 )
 async def test_failing_realm_is_forgotten_so_the_next_challenge_is_used(
-    single_flight: SingleFlight, moved: str
+    single_flight: SingleFlight, challenge: str
 ) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(404, b"")]
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
-        await service.challenged(challenge=moved)
+        await service.challenged(challenge=challenge)
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
         await service.first()
-    assert await service.first() is None, "the endpoint is asked what it wants now"
+    assert await service.first() is None, "the next request waits for a challenge"
     service.responses = []
     assert (await service.header() or "").startswith("Bearer t")
 
@@ -239,8 +239,11 @@ async def test_rotated_secret_is_read_after_the_token_service_refused_the_old_on
     await service.challenged()
     secret.write_text("new")
     other = Repository("docker.io", "library/other")
-    service.responses = [TokenResponse(401, b""), TokenResponse(200, b'{"token":"of-the-new"}')]
-    assert await service.header(repository=other) == "Bearer of-the-new"
+    service.responses = [
+        TokenResponse(401, b""),
+        TokenResponse(200, b'{"token":"of-the-new-secret"}'),
+    ]
+    assert await service.header(repository=other) == "Bearer of-the-new-secret"
     passwords = [
         base64.b64decode(call[2]["Authorization"].split()[1]).decode() for call in service.calls
     ]
@@ -266,16 +269,16 @@ async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
     service = Service(single_flight, Credentials(username="u", password=f"file:{secret}"))
     old = await service.challenged(challenge=BASIC)
     secret.write_text("new")
-    assert await service.first() == old.header if old else False, "kept for a while"
+    assert await service.first() == old.header if old else False, "cached for LOGIN_TTL_S"
     new = base64.b64encode(b"u:new").decode()
-    found = await at_once(20, lambda: service.header(old, challenge=BASIC))
-    assert found == [f"Basic {new}"] * 20
+    results = await at_once(20, lambda: service.header(old, challenge=BASIC))
+    assert results == [f"Basic {new}"] * 20
 
 
 async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
     sent = await service.challenged()
-    answer = TokenResponse(200, b'{"token":"secret"}')
-    said = f"{sent!r} {answer!r} {service.events!r}"
-    assert "t1" not in said
-    assert "secret" not in said
+    response = TokenResponse(200, b'{"token":"secret"}')
+    text = f"{sent!r} {response!r} {service.events!r}"
+    assert "t1" not in text
+    assert "secret" not in text

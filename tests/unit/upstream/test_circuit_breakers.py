@@ -1,4 +1,4 @@
-"""Circuits of endpoints, with time passed in: what opens them, what says nothing, who tries."""
+"""Circuit breakers in use: which failures open one, and which request is the probe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.unit.upstream.kit import (
 
 
 async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
-    """Let circuits open: the endpoints have no answer for any of several paths."""
+    """Open the circuits of these endpoints, with failures of several paths."""
     down(*fakes)
     for number in range(FAILURE_THRESHOLD):
         await failure(kit, f"manifests/{number}")
@@ -72,7 +72,7 @@ async def test_half_open_circuit_sends_one_of_20_requests() -> None:
 
 
 async def test_half_open_circuit_of_the_second_endpoint_sends_one_request() -> None:
-    """Between the look at the circuits and the try, others have been on their way."""
+    """A circuit may have become half open between the choice of endpoints and the request."""
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one, two)
         kit.clock[0] += 60.0
@@ -153,7 +153,7 @@ async def test_retried_request_counts_as_one_failure() -> None:
 
 @pytest.mark.parametrize("status", [403, 404, DOWN, None])
 async def test_failures_of_redirect_targets_open_no_circuit(status: int | None) -> None:
-    """None: nobody is there."""
+    """``status`` None: nobody listens."""
     async with registry() as fake, FakeRegistry() as storage, upstream_kit(fake.url) as kit:
         storage.fault("/x", Fault(status=status, times=None))
         fake.fault("", Fault(status=307, headers={"Location": f"{storage.url}/x"}, times=None))
@@ -171,7 +171,7 @@ async def test_failures_of_redirect_targets_open_no_circuit(status: int | None) 
 
 
 async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
-    """Ask for several blobs, whose bodies all break."""
+    """Request several blobs whose bodies all break."""
     fault.times = None
     for number in range(FAILURE_THRESHOLD):
         data = DATA + b"%d" % number
@@ -210,7 +210,7 @@ async def test_probe_succeeds_once_its_body_makes_progress() -> None:
         fake.fault(f"blobs/{digest}", Fault(stall_at=MIN_PROGRESS_BYTES, gate=gate))
         kit.clock[0] += FIRST_OPEN_S
         async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
-            assert isinstance(await failure(kit), UpstreamUnavailable), "half open lets one through"
+            assert isinstance(await failure(kit), UpstreamUnavailable), "the probe is under way"
             received = 0
             async for chunk in stream:
                 received += len(chunk)

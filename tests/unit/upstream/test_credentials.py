@@ -1,4 +1,4 @@
-"""Credentials: where logins come from, what is made of nonsense, how long one is kept."""
+"""Logins: sources, malformed sources, and the cache."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CANARY = "canary-77b1"
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory on the PATH."""
+    """Return a directory that is on the PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 
@@ -43,7 +43,7 @@ def auth(user: str, password: str) -> dict[str, str]:
     return {"auth": base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-# --- the configuration, and files -----------------------------------------------------------------
+# --- the configuration and files ------------------------------------------------------------------
 
 
 async def test_no_credentials_give_no_login() -> None:
@@ -84,7 +84,7 @@ def test_login_repr_and_identity_reveal_no_secret() -> None:
 def test_basic_header_follows_rfc_7617(user: str, password: str) -> None:
     header = Login(user, password).basic
     if not user and not password:
-        assert header is None, "an identity token is no password"
+        assert header is None, "an identity token is not a password"
     else:
         assert header is not None
         decoded = base64.b64decode(header.removeprefix("Basic ")).decode()
@@ -187,7 +187,7 @@ async def test_malformed_docker_config_raises_unavailable(tmp_path: Path, docume
 
 
 @pytest.mark.parametrize(
-    ("upstream", "host", "source", "asked"),
+    ("upstream", "host", "source", "server"),
     [
         ("docker.io", "registry-1.docker.io", {"credsStore": "test"}, HUB),
         ("ghcr.io", "ghcr.io", {"credsStore": "test", "auths": {"ghcr.io": {}}}, "ghcr.io"),
@@ -199,14 +199,14 @@ async def test_malformed_docker_config_raises_unavailable(tmp_path: Path, docume
     ],
 )
 async def test_helper_gets_the_server_name(
-    path: Path, upstream: str, host: str, source: Any, asked: str
+    path: Path, upstream: str, host: str, source: Any, server: str
 ) -> None:
     log = helper(path, GIVEN)
     credentials = (
         Credentials(helper=source) if isinstance(source, str) else docker_config(path, source)
     )
     assert await look_up(credentials, upstream, host) == Login("u", "s")
-    assert log.read_text() == f"get {asked}\n"
+    assert log.read_text() == f"get {server}\n"
 
 
 async def test_complete_docker_config_entry_runs_no_helper(path: Path) -> None:
@@ -278,7 +278,7 @@ async def test_cancelled_look_up_ends_the_helper_and_its_children(path: Path) ->
 
     def ended() -> bool:
         try:
-            # What is left of it, until somebody waits for it, is a zombie.
+            # It stays a zombie until its parent waits for it.
             return stat.read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return True
@@ -286,7 +286,7 @@ async def test_cancelled_look_up_ends_the_helper_and_its_children(path: Path) ->
     await until(ended)
 
 
-# --- kept for a short while -----------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
 async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
@@ -294,8 +294,8 @@ async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
 ) -> None:
     log, clock = rotating_helper(path), [0.0]
     logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: clock[0])
-    found = await at_once(40, lambda: logins.get("ghcr.io"))
-    assert [entry.login for entry in found if not isinstance(entry, BaseException)] == [
+    lookups = await at_once(40, lambda: logins.get("ghcr.io"))
+    assert [entry.login for entry in lookups if not isinstance(entry, BaseException)] == [
         Login("u", "old")
     ] * 40
     (path / "secret").write_text("new")
@@ -307,6 +307,23 @@ async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
     assert log.read_text().count("get") == 2
 
 
+async def test_cancelled_waiter_ends_neither_the_look_up_nor_other_waiters(
+    path: Path, single_flight: SingleFlight
+) -> None:
+    log = helper(path, f"until [ -e {path}/gate ]; do sleep 0.01; done; {GIVEN}")
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(logins.get("ghcr.io")) for _ in range(9)]
+    await until(log.exists)
+    for task in tasks[:5]:
+        task.cancel()
+    await asyncio.gather(*tasks[:5], return_exceptions=True)
+    (path / "gate").touch()
+    lookups = await asyncio.gather(*tasks[5:])
+    assert [lookup.login for lookup in lookups] == [Login("u", "s")] * 4
+    assert log.read_text().count("get") == 1
+
+
 async def test_refused_login_is_looked_up_again_once_for_all_requests(
     path: Path, single_flight: SingleFlight
 ) -> None:
@@ -314,11 +331,11 @@ async def test_refused_login_is_looked_up_again_once_for_all_requests(
     logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
     old = await logins.get("ghcr.io")
     (path / "secret").write_text("new")
-    found = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
-    assert {entry.login for entry in found if not isinstance(entry, BaseException)} == {
+    lookups = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
+    assert {entry.login for entry in lookups if not isinstance(entry, BaseException)} == {
         Login("u", "new")
     }
-    # Who was refused with the old one comes late: the new one has been looked up already.
+    # A late request with the refused login gets the new one, which is cached already.
     assert (await logins.get("ghcr.io", refused=old)).login == Login("u", "new")
     assert log.read_text().count("get") == 2
 

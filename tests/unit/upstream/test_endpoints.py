@@ -1,4 +1,4 @@
-"""Circuits: opened by failures in a row, tried by one at a time, with time passed in."""
+"""State of circuit breakers and order of endpoints, with time passed in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ A, B, C = (URL(f"https://{name}.example") for name in "abc")
 
 
 def opened(now: float = 0.0) -> CircuitBreaker:
-    """A circuit that has just opened."""
+    """Return a circuit that has just opened."""
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD):
         circuit.record_failure(now, is_probe=circuit.begin_request())
@@ -55,7 +55,7 @@ def test_repeated_failure_of_one_path_counts_once() -> None:
     circuit.record_success()
     for path in ("a", "b"):
         circuit.record_failure(9.0, is_probe=False, path=path)
-    assert circuit.may_request(9.0), "a success forgets paths too"
+    assert circuit.may_request(9.0), "a success resets the failed path, too"
 
 
 def test_failure_of_the_whole_endpoint_counts_each_time() -> None:
@@ -79,7 +79,7 @@ def test_half_open_circuit_permits_one_request() -> None:
     circuit = opened()
     assert circuit.begin_request()
     assert not circuit.may_request(FIRST_OPEN_S)
-    assert not circuit.may_request(1e9), "however long it takes"
+    assert not circuit.may_request(1e9), "however long the probe takes"
 
 
 def test_successful_probe_closes_the_circuit() -> None:
@@ -102,7 +102,7 @@ def test_failed_probe_doubles_the_open_time_up_to_60_s() -> None:
     circuit.record_success()
     for _ in range(FAILURE_THRESHOLD):
         circuit.record_failure(now, is_probe=False)
-    assert circuit.open_until - now == FIRST_OPEN_S, "a success forgets it"
+    assert circuit.open_until - now == FIRST_OPEN_S, "a success resets the open time"
 
 
 def test_cancelled_probe_permits_the_next_one() -> None:
@@ -111,7 +111,7 @@ def test_cancelled_probe_permits_the_next_one() -> None:
     assert circuit.may_request(FIRST_OPEN_S)
     circuit.begin_request()
     circuit.record_cancellation(is_probe=False)
-    assert not circuit.may_request(FIRST_OPEN_S), "it was not the one that tries"
+    assert not circuit.may_request(FIRST_OPEN_S), "the cancelled request was not the probe"
 
 
 @pytest.mark.row("U12")
@@ -119,11 +119,11 @@ def test_many_concurrent_failures_open_the_circuit_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):
         circuit.record_failure(0.0, is_probe=False)
-    assert circuit.may_request(FIRST_OPEN_S), "one short outage is not a long one"
+    assert circuit.may_request(FIRST_OPEN_S), "later failures do not prolong it"
     circuit.begin_request()
     for _ in range(100):
         circuit.record_failure(FIRST_OPEN_S, is_probe=False)
-    assert not circuit.may_request(1e9), "one that is late says nothing of the one that tries"
+    assert not circuit.may_request(1e9), "late failures do not end the probe"
 
 
 def test_back_off_closes_the_circuit_and_permits_nothing_for_its_time() -> None:
@@ -135,19 +135,19 @@ def test_back_off_closes_the_circuit_and_permits_nothing_for_its_time() -> None:
     assert circuit.may_request(FIRST_OPEN_S + 10.0)
     circuit.record_success()
     assert not circuit.may_request(FIRST_OPEN_S + 9.9), (
-        "an answer to an earlier question ends no pause"
+        "the success of an earlier request ends no pause"
     )
 
 
 @pytest.mark.parametrize(
-    ("asked", "seconds"),
+    ("retry_after", "seconds"),
     [(7.0, 7.0), (0.0, 0.0), (86400.0, MAX_BACK_OFF_S), (None, DEFAULT_BACK_OFF_S)],
 )
 def test_back_off_lasts_as_named_with_a_default_and_a_maximum(
-    asked: float | None, seconds: float
+    retry_after: float | None, seconds: float
 ) -> None:
     circuit = CircuitBreaker()
-    circuit.back_off(100.0, asked)
+    circuit.back_off(100.0, retry_after)
     assert circuit.back_off_until == 100.0 + seconds
     assert circuit.may_request(100.0 + seconds)
 
@@ -185,7 +185,7 @@ def test_remaining_pauses_name_only_times_of_the_endpoint() -> None:
     assert endpoints.remaining_pauses(0.0) == []
     endpoints.circuits[A].back_off(0.0, 10.0)
     endpoints.circuits[B].back_off(0.0, None)
-    assert endpoints.remaining_pauses(1.0) == [9.0, None], "a pause of ours is told to nobody"
+    assert endpoints.remaining_pauses(1.0) == [9.0, None], "clients are told no time that we chose"
     assert endpoints.remaining_pauses(10.0) == []
 
 

@@ -1,4 +1,4 @@
-"""Asking: failover in order, what is tried again, pauses; circuits have tests of their own."""
+"""Failover, retries, refusals, pauses and events. Circuit breakers have tests of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.unit.upstream.kit import (
 
 SHORT = Limits(connect=0.2, headers=0.2)
 
-# --- failover, and trying again -------------------------------------------------------------------
+# --- failover and retries -------------------------------------------------------------------------
 
 
 async def test_first_endpoint_alone_gets_the_request_if_it_responds() -> None:
@@ -50,14 +50,14 @@ async def test_failed_endpoint_fails_over_to_the_next_one() -> None:
         for first in (one.url, dead(), "http://no-such-host.invalid"):
             async with upstream_kit(first, two.url) as kit:
                 assert await kit.status() == 200
-                answered = kit.seen(UpstreamResponded)
-                assert [event.endpoint for event in answered] == [first, two.url]
-                assert [event.status for event in answered] == [
+                responses = kit.seen(UpstreamResponded)
+                assert [event.endpoint for event in responses] == [first, two.url]
+                assert [event.status for event in responses] == [
                     DOWN if first == one.url else 0,
                     200,
                 ]
-                assert answered[1].error == ""
-                assert answered[0].error or answered[0].status
+                assert responses[1].error == ""
+                assert responses[0].error or responses[0].status
 
 
 async def test_malformed_response_fails_over_to_the_next_endpoint() -> None:
@@ -79,7 +79,7 @@ async def test_401_403_404_are_final_and_do_not_fail_over(status: int) -> None:
 async def test_transient_failures_stop_after_3_attempts() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=DOWN), Fault(close=True, times=2))
-        assert await kit.status() == 200, "the second close is retried by the connection's owner"
+        assert await kit.status() == 200, "aiohttp retries the second closed connection"
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         down(one, two)
         assert isinstance(await failure(kit), UpstreamUnavailable)
@@ -116,10 +116,10 @@ async def test_no_round_begins_after_the_retry_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "asked"), [(RETRY_BUDGET_S, 2), (RETRY_BUDGET_S / 2, 2), (RETRY_BUDGET_S / 3, 3)]
+    ("seconds", "expected"), [(RETRY_BUDGET_S, 2), (RETRY_BUDGET_S / 2, 2), (RETRY_BUDGET_S / 3, 3)]
 )
 async def test_third_endpoint_is_tried_within_the_retry_budget_only(
-    seconds: float, asked: int
+    seconds: float, expected: int
 ) -> None:
     async with registry() as one, registry() as two, registry() as three:
         fakes = (one, two, three)
@@ -130,17 +130,17 @@ async def test_third_endpoint_is_tried_within_the_retry_budget_only(
 
         async with upstream_kit(*(fake.url for fake in fakes), clock=clock) as kit:
             await failure(kit)
-            assert [len(fake.requests) for fake in fakes] == [1] * asked + [0] * (3 - asked)
+            assert [len(fake.requests) for fake in fakes] == [1] * expected + [0] * (3 - expected)
 
 
 async def test_redirects_and_tokens_share_the_time_limit_of_one_response() -> None:
     limits = Limits(connect=0.3, headers=0.3)
     async with registry() as slow, registry() as fine:
         for number in range(4):
-            there = {"Location": f"{slow.url}/{number}"}
+            headers = {"Location": f"{slow.url}/{number}"}
             slow.fault(
                 f"/{number - 1}" if number else "redirected",
-                Fault(status=307, headers=there, delay=0.3),
+                Fault(status=307, headers=headers, delay=0.3),
             )
         async with upstream_kit(slow.url, limits=limits) as kit:
             assert isinstance(await failure(kit, "manifests/redirected"), UpstreamTimeout)
@@ -248,10 +248,10 @@ async def test_request_path_keeps_the_prefix_of_the_endpoint() -> None:
 
 async def test_endpoint_at_our_own_address_gets_no_request() -> None:
     async with registry() as us, registry() as other:
-        own = [("127.0.0.1", us.port)]
-        async with upstream_kit(us.url, own_addresses=own) as kit:
+        own_addresses = [("127.0.0.1", us.port)]
+        async with upstream_kit(us.url, own_addresses=own_addresses) as kit:
             assert isinstance(await failure(kit), OutboundRefused)
-        async with upstream_kit(us.url, other.url, own_addresses=own) as kit:
+        async with upstream_kit(us.url, other.url, own_addresses=own_addresses) as kit:
             assert await kit.status() == 200
         assert not us.requests
 
@@ -292,10 +292,10 @@ async def test_429_without_retry_after_pauses_us_and_tells_clients_no_time() -> 
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429))
         for _ in range(5):
-            found = await failure(kit)
-            assert isinstance(found, UpstreamRateLimited)
-            assert found.retry_after is None
-        assert len(fake.requests) == 1, "clients repeat it at once, several times"
+            error = await failure(kit)
+            assert isinstance(error, UpstreamRateLimited)
+            assert error.retry_after is None
+        assert len(fake.requests) == 1, "requests of clients in the pause reach nobody"
         kit.clock[0] += DEFAULT_BACK_OFF_S
         assert await kit.status() == 200
 
@@ -313,9 +313,9 @@ async def test_429_takes_precedence_over_an_unreachable_endpoint() -> None:
     async with registry() as one, upstream_kit(one.url, dead()) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
         for _ in range(3):
-            found = await failure(kit)
-            assert isinstance(found, UpstreamRateLimited)
-            assert found.retry_after == 30
+            error = await failure(kit)
+            assert isinstance(error, UpstreamRateLimited)
+            assert error.retry_after == 30
 
 
 @pytest.mark.row("U9")
@@ -323,14 +323,14 @@ async def test_429_of_a_token_service_pauses_the_endpoint() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token = "t"
         fake.fault("/token", Fault(status=429, headers={"Retry-After": "30"}, times=None))
-        found = await failure(kit)
-        assert isinstance(found, UpstreamRateLimited)
-        assert found.retry_after == 30
+        error = await failure(kit)
+        assert isinstance(error, UpstreamRateLimited)
+        assert error.retry_after == 30
         await failure(kit)
         assert fake.count("GET", "/token") == 1
 
 
-# --- what is told ---------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
 async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
@@ -350,8 +350,8 @@ async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
 
 async def test_rate_limit_headers_emit_an_event_also_with_a_429() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        left = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}
-        fake.fault("", Fault(headers=left), Fault(status=429, headers=left))
+        headers = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}
+        fake.fault("", Fault(headers=headers), Fault(status=429, headers=headers))
         await kit.status()
         await failure(kit)
         assert kit.seen(RateLimitSeen) == [RateLimitSeen("docker.io", 100, 0, 21600)] * 2

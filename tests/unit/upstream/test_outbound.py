@@ -1,4 +1,4 @@
-"""The guard: which URLs we connect to, and names held to the same rules as addresses."""
+"""Outbound guard: URLs, resolved names, and proxies."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def verdict(target: str, purpose: Purpose, policy: Policy = CORP) -> Verdict:
     return check_url(target, purpose, SOURCE, policy)
 
 
-def goes_to(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
-    found = verdict(target, purpose, policy)
-    return str(found.url) if isinstance(found, Allowed) else None
+def allowed_url(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
+    result = verdict(target, purpose, policy)
+    return str(result.url) if isinstance(result, Allowed) else None
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def goes_to(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
 )
 def test_relative_target_keeps_origin_and_quoting(target: str, url: str) -> None:
     for purpose in (Purpose.REDIRECT, Purpose.NEXT_PAGE, Purpose.REALM):
-        assert goes_to(target, purpose) == url
+        assert allowed_url(target, purpose) == url
         assert verdict(target, purpose) == Allowed(URL(url, encoded=True), same_origin=True)
 
 
@@ -78,8 +78,8 @@ def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
     public = Policy(endpoint, ("auth.corp",))
     known = Policy(endpoint, ("auth.corp",), private_hosts={"registry.corp"})
     for policy, allowed in ((public, False), (known, True)):
-        found = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
-        assert isinstance(found, Allowed) is allowed
+        result = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
+        assert isinstance(result, Allowed) is allowed
 
 
 @pytest.mark.parametrize("purpose", [Purpose.NEXT_PAGE, Purpose.ENDPOINT])
@@ -113,12 +113,12 @@ def test_own_address_is_refused_for_every_purpose(url: str, purpose: Purpose) ->
 
 
 def test_redirect_to_a_private_address_is_allowed_from_a_private_registry_only() -> None:
-    found: set[str] = set()
-    policy = Policy(CORP.endpoint, private_hosts=found)
-    assert goes_to("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
-    found.add("registry.corp")  # as the resolver finds it to be
-    assert goes_to("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy)
-    assert goes_to("http://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+    private_hosts: set[str] = set()
+    policy = Policy(CORP.endpoint, private_hosts=private_hosts)
+    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+    private_hosts.add("registry.corp")  # as the resolver does
+    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy)
+    assert allowed_url("http://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,9 @@ def test_malformed_target_is_refused(target: str) -> None:
     if target:
         assert isinstance(verdict(target, Purpose.REDIRECT), Refused)
     else:
-        assert goes_to(target, Purpose.REDIRECT) == str(SOURCE), "the same again, which is bounded"
+        assert allowed_url(target, Purpose.REDIRECT) == str(SOURCE), (
+            "the same URL again: the number of redirects is limited"
+        )
 
 
 URLS = st.from_regex(r"(https?:)?(//)?[a-z0-9.@:\[\]%\\-]{0,20}(/[!-~]*)?", fullmatch=True)
@@ -137,17 +139,17 @@ URLS = st.from_regex(r"(https?:)?(//)?[a-z0-9.@:\[\]%\\-]{0,20}(/[!-~]*)?", full
 
 @given(st.text() | URLS, st.sampled_from(Purpose))
 def test_any_allowed_url_keeps_the_rules(target: str, purpose: Purpose) -> None:
-    found = verdict(target, purpose)
-    if isinstance(found, Allowed):
-        url = found.url
-        assert url.scheme == "https", "never down from https"
+    result = verdict(target, purpose)
+    if isinstance(result, Allowed):
+        url = result.url
+        assert url.scheme == "https", "never a downgrade"
         assert url.raw_user is None
         assert url.host
         assert (url.host, url.port) not in CORP.own_addresses
-        assert found.same_origin is (url.origin() == CORP.endpoint.origin())
+        assert result.same_origin is (url.origin() == CORP.endpoint.origin())
         if purpose in (Purpose.ENDPOINT, Purpose.NEXT_PAGE):
-            assert found.same_origin
-        if not found.same_origin:
+            assert result.same_origin
+        if not result.same_origin:
             assert not is_private(url.host)
 
 
@@ -181,7 +183,7 @@ async def test_resolver_allows_a_configured_private_name_and_learns_the_private_
     resolver = GuardedResolver({"127.0.0.2"})
     assert resolver.private_hosts == {"127.0.0.2"}
     assert await resolve(resolver, "localhost") == ["127.0.0.1"]
-    # In another spelling, it is a name that has to be looked up first.
+    # In another spelling it is a name that must be resolved first.
     resolver = GuardedResolver({"LocalHost", "registry.example"})
     assert resolver.private_hosts == set()
     assert await resolve(resolver, "LocalHost") == ["127.0.0.1"]
@@ -304,7 +306,7 @@ def test_any_proxy_variable_gives_a_proxy_none_or_unavailable(proxy: str, entrie
     proxies = Proxies.from_environment({"https_proxy": proxy, "no_proxy": entries})
     for url in ("https://registry.example/", "https://10.1.2.3:5000/", "https://[fd00::5]/"):
         try:
-            found = proxies.proxy_for(URL(url))
+            result = proxies.proxy_for(URL(url))
         except UpstreamUnavailable:
             continue
-        assert found is None or found.url.scheme in ("http", "https")
+        assert result is None or result.url.scheme in ("http", "https")

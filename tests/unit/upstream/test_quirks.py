@@ -1,4 +1,4 @@
-"""Registry by registry: what each public one does differently, and that it works here."""
+"""Quirks of public registries, one by one."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ async def test_ghcr_placeholder_scope_is_replaced_and_its_token_refusal_is_unaut
             f'Bearer realm="{fake.url}/token",service="ghcr.io",scope="repository:user/image:pull"'
         )
         await kit.registry.head_manifest(REPO, LATEST, ())
-        asked = next(seen for seen in fake.requests if seen.path == "/token")
-        assert asked.query["scope"] == ["repository:library/app:pull"]
+        token_request = next(seen for seen in fake.requests if seen.path == "/token")
+        assert token_request.query["scope"] == ["repository:library/app:pull"]
         fake.token_status = 401
         with pytest.raises(Unauthorized):
             await kit.registry.head_manifest(Repository("ghcr.io", "a/private"), LATEST, ())
@@ -99,21 +99,21 @@ async def test_private_ecr_uses_basic_from_a_helper_and_get_for_the_digest(
         assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
         assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
         await kit.registry.list_tags(REPO, 10_000, None)
-        assert fake.requests[-1].query["n"] == ["1000"], "more is refused there"
-        assert log.read_text().count("get") == 1, "one look-up for all of them"
+        assert fake.requests[-1].query["n"] == ["1000"], "private ECR refuses more"
+        assert log.read_text().count("get") == 1, "one look-up for all requests"
 
 
 async def test_artifact_registry_redirect_within_its_origin_keeps_the_token() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, name="gcr.io") as kit:
         digest = fake.add_blob(DATA)
-        there = "/artifacts-downloads/namespaces/x/downloads/y"
+        target_path = "/artifacts-downloads/namespaces/x/downloads/y"
         fake.token = "t"
         fake.fault(f"blobs/{digest}", Fault(status=401, headers={
             "WWW-Authenticate": f'Bearer realm="{fake.url}/token",service="gcr.io"'
-        }), moved(there, 302))  # fmt: skip
-        fake.fault(there, Fault(status=200, body=DATA))
+        }), moved(target_path, 302))  # fmt: skip
+        fake.fault(target_path, Fault(status=200, body=DATA))
         assert await kit.read(digest) == DATA
-        assert fake.requests[-1].path == there
+        assert fake.requests[-1].path == target_path
         assert fake.requests[-1].headers["authorization"] == "Bearer t"
 
 
@@ -134,9 +134,12 @@ async def test_azure_gets_the_identity_token_and_its_storage_no_authorization(
             fake.fault(f"blobs/{digest}", Fault(), moved(f"{storage.url}/x?sig=1"))
             storage.fault("/x", Fault(status=200, body=DATA))
             assert await kit.read(digest) == DATA
-        [asked] = [seen for seen in fake.requests if seen.path == "/token"]
-        assert (asked.method, b"refresh_token=identity" in asked.body) == ("POST", True)
-        assert "identity" not in asked.target
+        [token_request] = [seen for seen in fake.requests if seen.path == "/token"]
+        assert (token_request.method, b"refresh_token=identity" in token_request.body) == (
+            "POST",
+            True,
+        )
+        assert "identity" not in token_request.target
         assert "authorization" not in storage.requests[0].headers
 
 
@@ -148,7 +151,7 @@ async def test_quay_expired_signed_url_is_requested_again() -> None:
             path, *(Fault(status=302, headers={"Location": f"{cdn.url}/{n}"}) for n in "123")
         )
         cdn.fault("/1", Fault(status=200, body=DATA))
-        cdn.fault("/2", Fault(status=403))  # has expired on the way
+        cdn.fault("/2", Fault(status=403))  # the signed URL has expired
         cdn.fault("/3", Fault(status=200, body=DATA))
         for _ in range(2):
             assert await kit.read(digest) == DATA
@@ -157,12 +160,13 @@ async def test_quay_expired_signed_url_is_requested_again() -> None:
 
 async def test_registry_k8s_io_redirects_of_manifests_are_followed() -> None:
     async with FakeRegistry() as fake, FakeRegistry() as regional, upstream_kit(fake.url) as kit:
-        there = "k8s-artifacts-prod/images/pause"
-        digest = regional.add_manifest(b"{}", there, "3.9")
+        target_path = "k8s-artifacts-prod/images/pause"
+        digest = regional.add_manifest(b"{}", target_path, "3.9")
         pause = Repository("registry.k8s.io", "pause")
         for name in ("3.9", "3.10", str(digest)):
             fake.fault(
-                f"/v2/pause/manifests/{name}", moved(f"{regional.url}/v2/{there}/manifests/{name}")
+                f"/v2/pause/manifests/{name}",
+                moved(f"{regional.url}/v2/{target_path}/manifests/{name}"),
             )
         assert (await kit.registry.head_manifest(pause, Tag("3.9"), ())).digest == digest
         async with kit.registry.open(pause, digest, Kind.MANIFEST) as stream:
@@ -218,8 +222,8 @@ async def test_nvcr_user_oauthtoken_is_not_expanded(
     async with FakeRegistry() as fake, upstream_kit(fake.url, credentials=credentials) as kit:
         fake.token = "t"
         assert await kit.read(fake.add_blob(DATA)) == DATA
-        [asked] = [seen for seen in fake.requests if seen.path == "/token"]
-        basic = base64.b64decode(asked.headers["authorization"].removeprefix("Basic "))
+        [token_request] = [seen for seen in fake.requests if seen.path == "/token"]
+        basic = base64.b64decode(token_request.headers["authorization"].removeprefix("Basic "))
         assert basic == b"$oauthtoken:key"
 
 

@@ -1,4 +1,4 @@
-"""The registries of a configuration, opened together and closed together."""
+"""Opening and closing the registries of a configuration."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
         async with open_registries(settings, events.append, single_flight) as registries:
             assert set(registries) == {"one.io", "two.io"}
             for name, fake in (("one.io", one), ("two.io", two)):
-                found = await registries[name].get_manifest(Repository(name, "a/b"), LATEST, ())
-                assert found.body == fake.url.encode()
-        told = [event.upstream for event in events if isinstance(event, UpstreamResponded)]
-        assert told == ["one.io", "two.io"]
+                manifest = await registries[name].get_manifest(Repository(name, "a/b"), LATEST, ())
+                assert manifest.body == fake.url.encode()
+        upstream_names = [
+            event.upstream for event in events if isinstance(event, UpstreamResponded)
+        ]
+        assert upstream_names == ["one.io", "two.io"]
         for name, registry in registries.items():
             with pytest.raises(RuntimeError, match="closed"):
                 await registry.head_manifest(Repository(name, "a/b"), LATEST, ())

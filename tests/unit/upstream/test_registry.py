@@ -1,4 +1,4 @@
-"""Questions to a registry over HTTP, and what is made of answers that are none."""
+"""Requests to a registry over HTTP, and checks of its responses."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ async def test_head_without_headers_returns_none() -> None:
         fake.add_manifest(b"{}", tag="latest")
         names = ("Docker-Content-Digest", "Content-Type", "Content-Length")
         fake.fault("manifests/latest", Fault(drop_headers=names))
-        found = await kit.registry.head_manifest(REPO, LATEST, ())
-        assert (found.digest, found.size) == (None, None)
-        assert found.media_type == "application/octet-stream"
+        result = await kit.registry.head_manifest(REPO, LATEST, ())
+        assert (result.digest, result.size) == (None, None)
+        assert result.media_type == "application/octet-stream"
 
 
 async def test_accept_is_the_clients_or_all_manifest_types() -> None:
@@ -91,7 +91,7 @@ async def test_get_manifest_refuses_more_than_4_mib() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
-# --- blobs: whether they are there ----------------------------------------------------------------
+# --- HEAD of blobs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [401, 403, 405, 501])
@@ -129,7 +129,7 @@ async def test_refused_head_at_a_redirect_target_becomes_a_get(status: int) -> N
 
 
 async def rest(kit: Kit, digest: Digest, **how: Any) -> tuple[int, int | None, bytes]:
-    """(start, total, bytes) of what comes when the transfer broke at ``AT``."""
+    """Resume at ``AT``. Returns (start, total, received bytes)."""
     async with kit.registry.open(REPO, digest, Kind.BLOB, offset=AT, **how) as stream:
         return stream.start, stream.total, b"".join([chunk async for chunk in stream])
 
@@ -143,10 +143,10 @@ async def test_resume_sends_range_and_if_range() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         validator = (await first(kit, digest)).validator
-        found = await rest(kit, digest, validator=validator, total=len(DATA))
-        assert found == (AT, len(DATA), DATA[AT:])
-        asked = fake.requests[-1].headers
-        assert (asked["range"], asked["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
+        result = await rest(kit, digest, validator=validator, total=len(DATA))
+        assert result == (AT, len(DATA), DATA[AT:])
+        headers_sent = fake.requests[-1].headers
+        assert (headers_sent["range"], headers_sent["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
 
 
 @pytest.mark.row("U4")
@@ -156,8 +156,8 @@ async def test_resume_without_range_support_starts_at_0() -> None:
         validator = (await first(kit, digest)).validator
         fake.fault(f"blobs/{digest}", Fault(ignore_range=True), Fault(headers={"ETag": '"new"'}))
         for _ in range(2):
-            found = await rest(kit, digest, validator=validator, total=len(DATA))
-            assert found == (0, len(DATA), DATA)
+            result = await rest(kit, digest, validator=validator, total=len(DATA))
+            assert result == (0, len(DATA), DATA)
 
 
 @pytest.mark.row("U4")
@@ -198,11 +198,13 @@ async def test_open_refuses_a_changed_size() -> None:
             with pytest.raises(UpstreamProtocolError):
                 await kit.read(digest, total=total)
         fake.fault(f"blobs/{digest}", Fault(chunked=True))
-        assert await kit.read(digest, total=7) == DATA, "it did not say one: whoever reads counts"
+        assert await kit.read(digest, total=7) == DATA, (
+            "a response without a size is accepted: its reader counts"
+        )
 
 
 async def test_if_range_is_sent_to_its_own_endpoint_only() -> None:
-    """Another one has tags of its own, and would begin again."""
+    """Another endpoint has other ETags, and would send everything."""
     async with (
         FakeRegistry() as one,
         FakeRegistry() as two,
@@ -213,8 +215,8 @@ async def test_if_range_is_sent_to_its_own_endpoint_only() -> None:
         one.fault(f"blobs/{digest}", Fault(headers={"ETag": '"of-one"'}))
         validator = (await first(kit, digest)).validator
         await one.stop()
-        found = await rest(kit, digest, validator=validator, total=len(DATA))
-        assert found == (AT, len(DATA), DATA[AT:])
+        result = await rest(kit, digest, validator=validator, total=len(DATA))
+        assert result == (AT, len(DATA), DATA[AT:])
         assert "if-range" not in two.requests[-1].headers
 
 
@@ -265,9 +267,9 @@ async def test_single_page_of_referrers_is_unchanged() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         subject = fake.add_manifest(b"{}")
         fake.referring[str(subject)] = body = index(Digest.of(b"a")) + b"\n"
-        found = await kit.registry.referrers(REPO, subject, "application/x")
-        assert found is not None
-        assert (found.body, found.digest) == (body, Digest.of(body))
+        result = await kit.registry.referrers(REPO, subject, "application/x")
+        assert result is not None
+        assert (result.body, result.digest) == (body, Digest.of(body))
         assert fake.requests[-1].query == {"artifactType": ["application/x"]}
 
 
@@ -278,9 +280,9 @@ async def test_pages_of_referrers_become_one_index() -> None:
         link = {"Link": '<?page=2>; rel="next"', "Content-Type": OCI_INDEX}
         first_page, last = index(Digest.of(b"a"), Digest.of(b"b")), index(Digest.of(b"c"))
         fake.fault(path, Fault(body=first_page, headers=link), Fault(body=last))
-        found = await kit.registry.referrers(REPO, subject, None)
-        assert found is not None
-        entries = json.loads(found.body)["manifests"]
+        result = await kit.registry.referrers(REPO, subject, None)
+        assert result is not None
+        entries = json.loads(result.body)["manifests"]
         assert [entry["digest"] for entry in entries] == [
             str(Digest.of(x)) for x in (b"a", b"b", b"c")
         ]
@@ -295,7 +297,7 @@ async def test_referrers_returns_none_where_the_api_is_missing(status: int) -> N
         headers = {"Location": f"{fake.url}/page"}
         fake.fault("", Fault(status=status, headers=headers, times=None))
         assert await kit.registry.referrers(REPO, Digest.of(b"x"), None) is None
-        assert len(fake.requests) == 1, "no page for people is asked for"
+        assert len(fake.requests) == 1, "the redirect is not followed"
         fake.faults.clear()
         fake.fault("", Fault(headers={"Content-Type": "text/html"}))
         assert await kit.registry.referrers(REPO, Digest.of(b"x"), None) is None

@@ -1,4 +1,4 @@
-"""A body that arrives: what it says of itself, and how it ends when it does not end well."""
+"""Streams of bodies: attributes, broken and slow transfers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.upstream.kit import DATA, LIMITS, REPO, Kit, upstream_kit
 async def blob(
     *faults: Fault, limits: Limits = LIMITS
 ) -> AsyncIterator[tuple[Kit, ContentStream, FakeRegistry]]:
-    """A blob whose answer has these faults, as it arrives."""
+    """Open a blob whose response has these faults."""
     async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", *faults)
@@ -34,12 +34,12 @@ async def blob(
 
 
 async def ending(*faults: Fault, limits: Limits = LIMITS) -> tuple[bytes, MirrorError | None]:
-    """What arrived, and what ended it."""
+    """Read a blob with these faults. Returns the received bytes and the error, if any."""
     parts = []
     async with blob(*faults, limits=limits) as (_, stream, _):
         try:
             async for chunk in stream:
-                parts.append(chunk)  # noqa: PERF401 - what came before the error counts
+                parts.append(chunk)  # noqa: PERF401 - chunks before the error count
         except MirrorError as error:
             return b"".join(parts), error
     return b"".join(parts), None
@@ -90,7 +90,7 @@ async def test_bytes_before_a_break_are_yielded(at: int) -> None:
         assert data == DATA[: len(data)]
         assert type(error) is UpstreamUnavailable
         if fault.end_at is not None:
-            assert len(data) == at, "an end loses nothing, a reset may overtake what was sent"
+            assert len(data) == at, "an end loses nothing, a reset may overtake bytes"
 
 
 @pytest.mark.row("U3")
@@ -108,7 +108,7 @@ async def test_body_below_min_rate_raises_a_timeout() -> None:
 
 
 async def test_slow_reader_does_not_count_for_min_rate() -> None:
-    """Our disk may take its time: what the upstream has sent meanwhile is there."""
+    """A slow disk is not the upstream's fault: its bytes are in the buffer meanwhile."""
     limits = Limits(connect=15.0, headers=15.0, idle=0.2, min_rate=10**9)
     parts = []
     async with blob(limits=limits) as (_, stream, _):

@@ -1,4 +1,4 @@
-"""When to try again: what may pass, how long to wait, what ``Retry-After`` says."""
+"""Transient failures, delays, and ``Retry-After``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NOW = 784_111_777.0
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (errors.UpstreamUnavailable("the upstream answers 503"), True),
+        (errors.UpstreamUnavailable("the upstream responded with 503"), True),
         (errors.UpstreamTimeout("slow"), False),
         (errors.UpstreamRateLimited("429", retry_after=1.0), False),
-        (errors.UpstreamProtocolError("nonsense"), False),
+        (errors.UpstreamProtocolError("malformed"), False),
         (errors.OutboundRefused("realm"), False),
         (errors.Unauthorized("no"), False),
         (errors.ManifestUnknown("no"), False),

@@ -1,4 +1,4 @@
-"""One exchange: redirects hop by hop, faults as typed errors, connections that are used again."""
+"""Single exchanges: redirects, connections, failures, bodies, proxies."""
 
 from __future__ import annotations
 
@@ -269,8 +269,8 @@ async def test_read_body_refuses_large_encoded_and_broken_bodies() -> None:
 
 @asynccontextmanager
 async def tunnel(port: int) -> AsyncIterator[tuple[int, list[str]]]:
-    """A proxy that connects whatever host it is told to ``port`` here; what it was told."""
-    told: list[str] = []
+    """Run a proxy that connects every host to our ``port``. Yields its port and the requests."""
+    heads: list[str] = []
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -282,18 +282,18 @@ async def tunnel(port: int) -> AsyncIterator[tuple[int, list[str]]]:
             writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        told.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
         there, back = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await asyncio.gather(pipe(reader, back), pipe(there, writer))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
-        yield server.sockets[0].getsockname()[1], told
+        yield server.sockets[0].getsockname()[1], heads
 
 
 async def test_http_proxy_gets_plain_requests_with_its_authorization() -> None:
-    # "localhost" is a name that a public registry must not point at; a proxy may have it.
+    # A public registry must not point at "localhost", but a proxy may be there.
     async with FakeRegistry() as proxy:
         environment = {"http_proxy": f"http://u:p@localhost:{proxy.port}", "no_proxy": "127.0.0.1"}
         async with upstream_kit("http://registry.example", environment=environment) as kit:
@@ -309,7 +309,7 @@ async def test_http_proxy_gets_plain_requests_with_its_authorization() -> None:
 
 async def test_https_proxy_tunnel_hides_the_request_from_the_proxy(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path, "registry.example")
-    async with FakeRegistry(tls_server(certificate)) as fake, tunnel(fake.port) as (port, told):
+    async with FakeRegistry(tls_server(certificate)) as fake, tunnel(fake.port) as (port, heads):
         environment = {"https_proxy": f"http://u:p@localhost:{port}"}
         endpoint = "https://registry.example"
         ca = str(certificate.cert_file)
@@ -320,14 +320,14 @@ async def test_https_proxy_tunnel_hides_the_request_from_the_proxy(tmp_path: Pat
         [seen] = fake.requests
         assert seen.target == "/v2/"
         assert "proxy-authorization" not in seen.headers
-        [head] = told
+        [head] = heads
         assert head.startswith("CONNECT registry.example:443 HTTP/1.1\r\n")
         assert "Proxy-Authorization: Basic dTpw\r\n" in head
         assert "Bearer" not in head
 
 
 async def test_failing_proxy_raises_unavailable() -> None:
-    async with FakeRegistry() as proxy:  # knows no CONNECT
+    async with FakeRegistry() as proxy:  # refuses CONNECT
         for url in (dead(), proxy.url, "socks5://127.0.0.1:1"):
             environment = {"https_proxy": url}
             async with upstream_kit("https://registry.example", environment=environment) as kit:
@@ -336,7 +336,7 @@ async def test_failing_proxy_raises_unavailable() -> None:
                         pass
 
 
-# --- ourselves ------------------------------------------------------------------------------------
+# --- our own addresses ----------------------------------------------------------------------------
 
 
 def test_own_addresses_include_the_listener_and_all_names_of_the_host() -> None:

@@ -1,4 +1,4 @@
-"""What answers mean: headers as values, statuses as typed errors, never a failure as a 404."""
+"""Status codes as typed errors, and rate limit headers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIGEST = Digest.of(DATA)
 
 
 @pytest.mark.parametrize(
-    ("limit", "remaining", "found"),
+    ("limit", "remaining", "expected"),
     [
         ("100;w=21600", "76;w=21600", (100, 76, 21600)),
         ("100", "76", (100, 76, 0)),
@@ -35,17 +35,17 @@ DIGEST = Digest.of(DATA)
     ],
 )
 def test_parse_rate_limit_reads_docker_hubs_headers(
-    limit: str | None, remaining: str | None, found: tuple[int, int, int] | None
+    limit: str | None, remaining: str | None, expected: tuple[int, int, int] | None
 ) -> None:
     pairs = {"ratelimit-limit": limit, "ratelimit-remaining": remaining}
     headers = {name: value for name, value in pairs.items() if value is not None}
-    assert parse_rate_limit(headers) == found
+    assert parse_rate_limit(headers) == expected
 
 
 @given(st.text(), st.text())
 def test_any_rate_limit_header_gives_none_or_no_negative_number(limit: str, remaining: str) -> None:
-    found = parse_rate_limit({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
-    assert found is None or min(found) >= 0
+    result = parse_rate_limit({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
+    assert result is None or min(result) >= 0
 
 
 # --- statuses -------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ PATHS = {
 
 
 async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorError:
-    """What an answer with these faults is."""
+    """Return the error of a response with these faults."""
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault(PATHS[kind], *faults)
         with pytest.raises(MirrorError) as caught:
@@ -91,10 +91,12 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
         (599, errors.UpstreamUnavailable),
     ],
 )
-async def test_each_status_gives_its_error_and_never_not_found(status: int, error: type[MirrorError]) -> None:
-    found = await error_for(Kind.MANIFEST, Fault(status=status, times=None))
-    assert type(found) is error
-    assert not isinstance(found, NotFound)
+async def test_each_status_gives_its_error_and_never_not_found(
+    status: int, error: type[MirrorError]
+) -> None:
+    result = await error_for(Kind.MANIFEST, Fault(status=status, times=None))
+    assert type(result) is error
+    assert not isinstance(result, NotFound)
 
 
 UNKNOWN = b'{"errors":[{"code":"%s","message":"x"}]}'
@@ -136,13 +138,13 @@ async def test_404_with_a_broken_or_missing_body_is_not_found() -> None:
 async def test_retry_after_of_a_429_is_read_in_both_forms() -> None:
     for text, seconds in (("7", 7.0), ("Fri, 31 Dec 9999 23:59:59 GMT", 86400.0), ("x", None)):
         fault = Fault(status=429, headers={"Retry-After": text})
-        found = await error_for(Kind.MANIFEST, fault)
-        assert isinstance(found, errors.UpstreamRateLimited)
-        assert found.retry_after == seconds
+        result = await error_for(Kind.MANIFEST, fault)
+        assert isinstance(result, errors.UpstreamRateLimited)
+        assert result.retry_after == seconds
 
 
 async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
-    """What the answer of a storage behind the registry is."""
+    """Return the error of a response from a storage behind the registry."""
     async with FakeRegistry() as storage:
         storage.fault("/x", *faults)
         moved = Fault(status=307, headers={"Location": f"{storage.url}/x"}, times=None)
@@ -161,12 +163,12 @@ async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
     ],
 )
 async def test_refusal_of_a_redirect_target_is_unavailable(status: int, body: bytes) -> None:
-    found = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
-    assert type(found) is errors.UpstreamUnavailable
+    result = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
+    assert type(result) is errors.UpstreamUnavailable
 
 
 async def test_404_of_a_redirect_target_with_an_oci_code_is_not_found() -> None:
     for kind, code in ((Kind.BLOB, b"BLOB_UNKNOWN"), (Kind.MANIFEST, b"MANIFEST_UNKNOWN")):
-        found = await redirected(kind, Fault(status=404, body=UNKNOWN % code))
-        assert isinstance(found, NotFound)
+        result = await redirected(kind, Fault(status=404, body=UNKNOWN % code))
+        assert isinstance(result, NotFound)
     assert isinstance(await redirected(Kind.MANIFEST, Fault(status=404)), errors.ManifestUnknown)
