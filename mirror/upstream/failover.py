@@ -287,7 +287,7 @@ class FailoverClient:
     async def _send_authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
         """Send the request with credentials, as far as the endpoint requires them.
 
-        A 401 is answered at most twice: a token may have been revoked, and then its login, too.
+        A 401 leads to at most two more requests: a token may have been revoked, then its login.
         """
         policy, repository, url = attempt.policy, attempt.request.repository, attempt.url()
         async with _token_deadline(attempt.deadline):
