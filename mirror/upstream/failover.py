@@ -123,11 +123,6 @@ class _Attempt:
     """Whether the circuit breaker knows the outcome."""
 
     @property
-    def endpoint(self) -> URL:
-        """The endpoint, as it is configured."""
-        return self.policy.endpoint
-
-    @property
     def path(self) -> str:
         """Path of the request, with its repository."""
         return f"{self.request.repository.path}/{self.request.path}"
@@ -136,7 +131,7 @@ class _Attempt:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
         path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
         query = dict(self.request.query)
-        url = URL(f"{self.endpoint}/v2/{path}", encoded=True).with_query(query)
+        url = URL(f"{self.policy.endpoint}/v2/{path}", encoded=True).with_query(query)
         target, purpose, name = str(url), Purpose.ENDPOINT, "endpoint"
         if self.request.page is not None:
             target, purpose, name = self.request.page, Purpose.NEXT_PAGE, "next page"
@@ -175,11 +170,14 @@ class FailoverClient:
         self._name = name
         self._transport = transport
         self._emit = emit
-        self._own_addresses = own_addresses
         self._clock = clock
         self._jitter = jitter
-        self._token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
+        token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
+        self._policies = {
+            url: Policy(url, token_hosts, own_addresses, transport.private_hosts)
+            for url in self._endpoints.urls
+        }
         self._auth = Authenticator(
             name, settings.credentials, self._send_token_request, emit, single_flight, clock
         )
@@ -219,7 +217,7 @@ class FailoverClient:
                         continue  # Another request has become the probe since.
                     attempts += 1
                     attempt = _Attempt(
-                        self._policy_of(endpoint),
+                        self._policies[endpoint],
                         request,
                         is_probe=circuit.begin_request(),
                         is_repeat=endpoint in tried,
@@ -246,10 +244,6 @@ class FailoverClient:
                 await asyncio.sleep(backoff_delay(attempts, self._jitter()))
         raise self._final_error(failure)
 
-    def _policy_of(self, endpoint: URL) -> Policy:
-        private_hosts = self._transport.private_hosts
-        return Policy(endpoint, self._token_hosts, self._own_addresses, private_hosts)
-
     def _final_error(self, failure: UpstreamError | None) -> UpstreamError:
         """Choose the error to raise when no endpoint has responded. ``failure``: the last one."""
         pauses = self._endpoints.remaining_pauses(self._clock())
@@ -270,7 +264,7 @@ class FailoverClient:
                 accepted = AcceptedResponse(
                     response.http,
                     response.is_cross_origin,
-                    str(attempt.endpoint),
+                    str(attempt.policy.endpoint),
                     report_success=partial(self._record_outcome, attempt, None),
                 )
                 if response.is_cross_origin:
@@ -279,7 +273,7 @@ class FailoverClient:
                 yield accepted
             except BaseException as error:
                 if isinstance(error, UpstreamError):
-                    error.endpoint = str(attempt.endpoint)
+                    error.endpoint = str(attempt.policy.endpoint)
                 self._record_outcome(attempt, error)
                 raise
             self._record_outcome(attempt, None)
@@ -316,7 +310,7 @@ class FailoverClient:
     ) -> Response:
         """Run one exchange on ``stack``, in place of the one before it, and emit its event."""
         await stack.aclose()
-        request, endpoint = attempt.request, str(attempt.endpoint)
+        request, endpoint = attempt.request, str(attempt.policy.endpoint)
         headers = {**request.headers, **request.endpoint_headers.get(endpoint, {})}
         if authorization is not None:
             headers["Authorization"] = authorization.header
@@ -357,7 +351,7 @@ class FailoverClient:
         if attempt.is_recorded:
             return
         attempt.is_recorded = True
-        circuit, is_probe = self._endpoints.circuits[attempt.endpoint], attempt.is_probe
+        circuit, is_probe = self._endpoints.circuits[attempt.policy.endpoint], attempt.is_probe
         was_open = circuit.is_open
         match error:
             case UpstreamRateLimited():
@@ -373,7 +367,7 @@ class FailoverClient:
             case _:  # The task was cancelled, or the reader of the body failed.
                 circuit.record_cancellation(is_probe=is_probe)
         if circuit.is_open != was_open:
-            self._emit(CircuitChanged(self._name, str(attempt.endpoint), circuit.is_open))
+            self._emit(CircuitChanged(self._name, str(attempt.policy.endpoint), circuit.is_open))
 
     async def _send_token_request(
         self,

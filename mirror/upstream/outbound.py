@@ -94,7 +94,7 @@ class Policy:
     own_addresses: Collection[tuple[str, int]] = ()
     """(host, port) pairs at which this mirror listens."""
     private_hosts: Collection[str] = ()
-    """Configured host names that resolve to addresses that are not public."""
+    """Configured host names that resolve to addresses that are not public. May grow."""
 
     @property
     def is_on_private_network(self) -> bool:

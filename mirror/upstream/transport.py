@@ -104,7 +104,7 @@ class Transport:
 
     @property
     def private_hosts(self) -> Collection[str]:
-        """Configured hosts on a network that is not public. Grows as names are resolved."""
+        """Configured hosts on a network that is not public. The set grows as names are resolved."""
         return self._resolver.private_hosts
 
     def response_deadline(self) -> float:
