@@ -151,7 +151,10 @@ async def start_server(
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
     health = Health(lambda: store.unwritable)
     try:
-        async with SingleFlight() as single_flight, open_registries(settings, emit) as registries:
+        async with (
+            SingleFlight() as single_flight,
+            open_registries(settings, emit, single_flight) as registries,
+        ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
             handler = Handler(settings, service, health, render_metrics, emit)

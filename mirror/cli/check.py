@@ -62,7 +62,7 @@ def _check_endpoints(
 ) -> None:
     for endpoint in endpoints:
         url = as_url(endpoint)
-        verdict = check_url(str(url), Purpose.ENDPOINT, url, Policy(url, own=own))
+        verdict = check_url(str(url), Purpose.ENDPOINT, url, Policy(url, own_addresses=own))
         if isinstance(verdict, Refused):
             raise ConfigError(f"{key}: '{endpoint}': {verdict.why}")
 

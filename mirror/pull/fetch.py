@@ -42,7 +42,7 @@ from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
-from mirror.upstream.api import PROGRESS
+from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
 """The claim that a source can prove. The kind matters: a registry validates the references of a
@@ -360,7 +360,7 @@ class Fetch:
         broke are resumed here.
         """
         position, now = self.ingest.position, time.monotonic()
-        has_progressed = position >= attempts.highest_position + PROGRESS
+        has_progressed = position >= attempts.highest_position + MIN_PROGRESS_BYTES
         if has_progressed:
             attempts.failed_in_a_row = 0
             attempts.highest_position, attempts.last_progress_at = position, now

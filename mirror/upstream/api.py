@@ -1,8 +1,24 @@
-"""What the pull room may ask of an upstream: one protocol, its answers, nothing else.
+"""Contract of this package: the requests that ``pull`` may send to an upstream registry.
 
-Every method raises only errors of ``mirror.oci.errors``: ``NotFound``/``NameUnknown``/
-``ManifestUnknown``/``BlobUnknown`` only when the upstream said 404 of this very thing,
-``Unauthorized``/``Denied`` when it said 401/403, and an ``UpstreamError`` for all else.
+Lives here: one protocol for a registry, one for an arriving body, and the values that they return.
+Must not know: HTTP, how any of it is done.
+
+All digests are in the form of the OCI Image specification ("Digests"). Sizes and offsets are in
+bytes, times in seconds. Section names below are those of the OCI Distribution specification 1.1.
+
+Errors. Every method raises errors of ``mirror.oci.errors`` only:
+
+- ``NotFound`` (``NameUnknown``, ``ManifestUnknown``, ``BlobUnknown``): the upstream responded with
+  404 to this very request. No other failure is ever reported as ``NotFound``.
+- ``Unauthorized``, ``Denied``: the upstream, or its token service, responded with 401 or 403.
+- ``UpstreamRateLimited``: a 429, or a pause after one. ``retry_after`` is in seconds, or None.
+- ``UpstreamTimeout``, ``UpstreamUnavailable``, ``AllCircuitsOpen``: no usable response in time.
+- ``UpstreamProtocolError``, ``ManifestInvalid``, ``OutboundRefused``: the response violates the
+  specification or names a URL that may not be connected to.
+- ``Draining``: the process shuts down.
+
+Requests are retried and fail over to other endpoints until the response headers are in. They are
+not retried afterwards: to resume a broken body is the caller's decision.
 """
 
 from __future__ import annotations
@@ -15,13 +31,14 @@ from typing import Final, Protocol
 from mirror.observability.events import Kind
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 
-PROGRESS: Final = 64 * 1024
-"""Bytes that count as progress: a server that gives one byte for each connection gives none."""
+MIN_PROGRESS_BYTES: Final = 64 * 1024
+"""Bytes that a transfer must bring to count as progress. Fewer do not: otherwise a server that
+sends one byte for each connection would be retried for ever."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestHead:
-    """The answer to a ``HEAD`` of a manifest. None: the upstream did not say."""
+    """Headers of a manifest. ``digest`` and ``size`` are None if the upstream did not send them."""
 
     digest: Digest | None
     media_type: str
@@ -30,7 +47,7 @@ class ManifestHead:
 
 @dataclass(frozen=True, slots=True)
 class ManifestBody:
-    """A manifest, read whole (at most ``MANIFEST_LIMIT``), its bytes as they came."""
+    """A complete manifest. ``body`` is unchanged, and at most ``MANIFEST_LIMIT`` bytes long."""
 
     digest: Digest
     media_type: str
@@ -39,22 +56,22 @@ class ManifestBody:
 
 @dataclass(frozen=True, slots=True)
 class TagsPage:
-    """Tags of a repository, sorted, and whether there are more."""
+    """Tags of a repository in lexical order. ``more``: the repository has tags after these."""
 
     tags: tuple[str, ...]
     more: bool
 
 
 class ContentStream(Protocol):
-    """A body that is arriving. Iterate it once, inside its context manager."""
+    """An arriving body. Iterate it once, inside the context manager that yielded it."""
 
     @property
     def start(self) -> int:
-        """Offset of the first byte that will be yielded: what was asked, or 0."""
+        """Offset of the first byte that is yielded: the requested offset, or 0."""
 
     @property
     def total(self) -> int | None:
-        """Bytes of the whole content; None if the upstream did not say (chunked)."""
+        """Size of the whole content. None if the upstream did not send it (chunked)."""
 
     @property
     def media_type(self) -> str:
@@ -62,36 +79,83 @@ class ContentStream(Protocol):
 
     @property
     def validator(self) -> str | None:
-        """What to give to ``open`` to resume, where the answer had a strong ``ETag``: with
-        ``If-Range``, at the same endpoint. Opaque.
+        """Opaque value to pass to :meth:`Registry.open` for a resume.
+
+        It holds the endpoint and its strong ``ETag``, for ``If-Range`` (RFC 9110, section 13.1.5).
+        None if the response had no strong ``ETag``.
         """
 
     @property
     def endpoint(self) -> str:
-        """The endpoint that answers (not the CDN that it redirected to)."""
+        """URL of the endpoint that responded, not of the storage that it redirected to."""
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        """Chunks as they come. Raises ``UpstreamTimeout`` after 30 s of silence or below the rate
-        floor, ``UpstreamUnavailable`` on a break or an end short of ``total``,
-        ``UpstreamProtocolError`` on more bytes than ``total``.
+        """Yield chunks as they arrive.
+
+        Raises:
+            UpstreamTimeout: no byte for ``limits.idle`` seconds, or a rate below
+                ``limits.min_rate`` bytes a second.
+            UpstreamUnavailable: the connection broke, or the body ended before ``total``.
+            UpstreamProtocolError: more bytes than ``total``.
         """
 
 
 class Registry(Protocol):
-    """One upstream: its endpoints, tokens, retries and circuits."""
+    """One upstream. :func:`mirror.upstream.registries.open_registries` opens and closes it."""
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestHead:
-        """Resolve a reference without being billed."""
+        """Resolve a tag or a digest with ``HEAD``. See "Checking if content exists".
+
+        Registries that meter pulls count ``GET`` of manifests, and not ``HEAD``.
+
+        Args:
+            repository: The repository that has the manifest.
+            reference: The tag or the digest of the manifest.
+            accept: Media types for ``Accept``. Empty: all manifest types that we know.
+
+        Returns:
+            The headers of the manifest.
+
+        Raises:
+            UpstreamProtocolError: the response names another digest than ``reference``.
+        """
 
     async def get_manifest(
         self, repository: Repository, tag: Tag, accept: Sequence[str]
     ) -> ManifestBody:
-        """A manifest by tag, for registries whose ``HEAD`` names no digest (private ECR)."""
+        """Get a manifest by tag. See "Pulling manifests".
+
+        For registries whose response to ``HEAD`` has no digest (private ECR). A manifest by digest
+        is content: see :meth:`open`.
+
+        Args:
+            repository: The repository that has the manifest.
+            tag: The tag of the manifest.
+            accept: Media types for ``Accept``. Empty: all manifest types that we know.
+
+        Returns:
+            The manifest. Its digest is computed from the body.
+
+        Raises:
+            UpstreamProtocolError: the body is larger than ``MANIFEST_LIMIT``, or does not match
+                its ``Docker-Content-Digest``.
+        """
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
-        """Whether the upstream serves this blob in this repository; its size where it says."""
+        """Check that the upstream serves a blob. See "Checking if content exists".
+
+        Args:
+            repository: The repository that must have the blob: the response proves access to it.
+            digest: The digest of the blob.
+
+        Returns:
+            The size of the blob. None if the upstream did not send it.
+
+        Raises:
+            BlobUnknown: the repository does not have the blob.
+        """
 
     def open(
         self,
@@ -105,23 +169,64 @@ class Registry(Protocol):
         total: int | None = None,
         avoid: Collection[str] = (),
     ) -> AbstractAsyncContextManager[ContentStream]:
-        """``GET`` a blob or a manifest by digest, from ``offset`` on where the server can.
+        """Get a blob or a manifest by digest. See "Pulling blobs" and "Pulling manifests".
 
-        ``total``: what is known already; an answer that disagrees is ``UpstreamProtocolError``.
-        ``avoid``: endpoints to try last, in this order: they had it, but what they gave was wrong,
-        or broke. No other one's no counts until they say it too.
-        Fails over and retries until response headers are in; not afterwards.
+        Nothing is hashed here: the caller verifies the digest.
+
+        Args:
+            repository: The repository that has the content.
+            digest: The digest of the content.
+            kind: ``Kind.BLOB`` or ``Kind.MANIFEST``.
+            accept: Media types for ``Accept``, beside all manifest types that we know. For
+                manifests only.
+            offset: First byte to get, with ``Range`` (RFC 9110, section 14.2). A server that cannot
+                do this sends everything: see ``ContentStream.start``.
+            validator: ``ContentStream.validator`` of the broken transfer. Sent to the endpoint that
+                it belongs to, and to no other.
+            total: Size of the content, if it is known.
+            avoid: URLs of endpoints to try last, in this order. They are known to have the content,
+                but sent wrong bytes or broke off. A 401, 403 or 404 from any other endpoint is
+                final only after these have responded with one, too.
+
+        Returns:
+            A context manager that yields the body once the response headers are in, and that ends
+            the transfer when it exits.
+
+        Raises:
+            UpstreamProtocolError: the response has another range than the requested one, or
+                another size than ``total``.
         """
 
     async def list_tags(
         self, repository: Repository, count: int | None, last: str | None
     ) -> TagsPage:
-        """One page of tags after ``last`` (exclusive), at most ``count`` (1 or more; None: all)."""
+        """List tags. See "Listing Tags". Reads as many pages of the upstream as needed.
+
+        Args:
+            repository: The repository.
+            count: Largest number of tags to return, at least 1. None: as many as the upstream has,
+                but at most 200 pages of 1,000 tags.
+            last: Return tags after this one only. None: from the first tag on.
+
+        Returns:
+            One page of tags.
+
+        Raises:
+            NameUnknown: the upstream does not have the repository.
+        """
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None
     ) -> ManifestBody | None:
-        """The referrers index, all pages merged; None where the API is not supported."""
+        """List the referrers of a manifest. See "Listing Referrers".
 
-    async def close(self) -> None:
-        """Close connections."""
+        Args:
+            repository: The repository that has the manifest.
+            digest: The digest of the manifest that the referrers refer to.
+            artifact_type: Value of the ``artifactType`` filter. The upstream may ignore it. None:
+                no filter.
+
+        Returns:
+            An image index, with all pages of the upstream merged. A single page is returned as it
+            is. None if the upstream does not support the API.
+        """

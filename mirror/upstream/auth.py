@@ -1,7 +1,11 @@
-"""Tokens: asked for once however many need one, kept by who asks whom for what.
+"""``Authorization`` headers for one upstream: Basic, and bearer tokens of a token service.
 
-Lives here: what follows a challenge (Distribution, ``spec/auth/token.md``), the cache of tokens.
-Must not know: how requests are sent, which requests there are.
+Lives here: the response to a challenge (Distribution, ``spec/auth/token.md``; RFC 7617 for Basic),
+the cache of tokens. Must not know: how requests are sent, which requests there are.
+
+Many requests need the same token at the same time. One request to the token service serves all of
+them: each gets the token or the error. Nobody gets a token of another login, realm, service or
+scope.
 """
 
 from __future__ import annotations
@@ -29,99 +33,153 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
+from mirror.single_flight import SingleFlight
 from mirror.upstream.credentials import CredentialLookup, Login, Logins
 from mirror.upstream.outbound import Allowed, Policy, Purpose, check_url
-from mirror.upstream.shared_value import SharedValue
 
-DEFAULT_LIFETIME: Final = 60.0
-_LONGEST_LIFETIME: Final = 3600.0
-_MARGIN: Final = 0.1
-"""Part of a lifetime at whose begin a token is asked for anew, before it ends in mid-transfer."""
-TOKEN_LIMIT: Final = 64 * 1024
-_KEPT: Final = 10_000
+DEFAULT_TOKEN_TTL_S: Final = 60.0
+"""Seconds of a token without ``expires_in``: the default of ``spec/auth/token.md``."""
+_MAX_TOKEN_TTL_S: Final = 3600.0
+"""Seconds for which a token is used at most, so that revoked access ends within the hour."""
+_RENEWAL_MARGIN: Final = 0.1
+"""Part of the lifetime by which a token is renewed early, so that it cannot expire on its way."""
+MAX_TOKEN_RESPONSE_BYTES: Final = 64 * 1024
+"""Bytes of a token service's response at most. Tokens have a few KiB."""
+MAX_CACHED_TOKENS: Final = 10_000
+"""Tokens of one upstream in memory: one for each repository, at a few KiB each."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenResponse:
-    """What a token service answers. ``pause``: seconds that it asks to be left alone for."""
+    """Response of a token service. ``retry_after`` is in seconds, None without this header."""
 
     status: int
     body: bytes = field(repr=False)
-    pause: float | None = None
+    retry_after: float | None = None
 
 
-Exchange: TypeAlias = Callable[
+TokenExchange: TypeAlias = Callable[
     [str, URL, Mapping[str, str], Mapping[str, str] | None], Awaitable[TokenResponse]
 ]
-"""(method, url, headers, form) to an answer; a body of more than ``TOKEN_LIMIT`` is an error."""
+"""(method, url, headers, form) -> response.
+
+It must end in bounded time, and raise an error for more than ``MAX_TOKEN_RESPONSE_BYTES``.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SentAuthorization:
-    """An ``Authorization`` header, and the look-up of credentials that is behind it."""
+    """Value of an ``Authorization`` header, and the credential look-up that it was made from."""
 
     header: str = field(repr=False)
-    found: CredentialLookup
+    lookup: CredentialLookup
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A bearer token, good until ``expires`` (monotonic seconds)."""
+    """A bearer token. ``expires_at``: time at which to renew it, by our own clock."""
 
-    sent: SentAuthorization
-    expires: float
+    authorization: SentAuthorization
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenKey:
+    """Key of a token in the cache."""
+
+    upstream: str
+    identity: str = field(repr=False)
+    realm: str
+    service: str
+    scope: str
 
 
 class Authenticator:
-    """Gives ``Authorization`` headers for one upstream."""
+    """Returns ``Authorization`` headers for one upstream."""
 
     def __init__(
         self,
         upstream: str,
         credentials: Credentials,
-        exchange: Exchange,
+        exchange: TokenExchange,
         emit: Observer,
+        single_flight: SingleFlight,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Create an authenticator.
+
+        Args:
+            upstream: Name of the upstream.
+            credentials: Its credentials.
+            exchange: Sends a request to a token service.
+            emit: Receives an event for each token.
+            single_flight: Runs requests for tokens and look-ups of logins.
+            clock: Returns seconds.
+        """
         self._upstream = upstream
-        self._logins = Logins(credentials, upstream, clock)
+        self._logins = Logins(credentials, upstream, single_flight, clock)
         self._exchange = exchange
         self._emit = emit
+        self._single_flight = single_flight
         self._clock = clock
         self._schemes: dict[URL, Bearer | Basic] = {}
-        self._tokens: OrderedDict[tuple[str, str, str, str], SharedValue[Token]] = OrderedDict()
+        self._tokens: OrderedDict[_TokenKey, Token] = OrderedDict()
 
-    async def authorization(
+    async def authorize_preemptively(
         self, policy: Policy, repository: Repository
     ) -> SentAuthorization | None:
-        """What to begin with: what the endpoint wanted the last time, if anything.
+        """Return the authorization to send at first, by the last challenge of the endpoint.
 
-        Raises what :meth:`challenged` raises. The endpoint is then asked anew what it wants: its
-        token service may have moved.
+        If this fails, the challenge is forgotten, because the token service may have moved. The
+        next request gets a new one.
+
+        Args:
+            policy: The endpoint, and the rules for token realms.
+            repository: The repository of the request.
+
+        Returns:
+            The authorization. None if the endpoint has sent no challenge, or without a login.
+
+        Raises:
+            MirrorError: see :meth:`authorize_after_challenge`.
         """
         scheme = self._schemes.get(policy.endpoint)
         if scheme is None:
             return None
         try:
-            return await self._answer(scheme, policy, repository, None)
-        except (UpstreamError, asyncio.CancelledError):  # it may take too long as well
+            return await self._authorize(scheme, policy, repository, None)
+        except (
+            UpstreamError,
+            asyncio.CancelledError,
+        ):  # Cancelled: it may have taken too long.
             if self._schemes.get(policy.endpoint) is scheme:
                 del self._schemes[policy.endpoint]
             raise
 
-    async def challenged(
+    async def authorize_after_challenge(
         self,
         headers: Sequence[str],
         policy: Policy,
         repository: Repository,
         refused: SentAuthorization | None,
     ) -> SentAuthorization | None:
-        """What answers a 401 (``WWW-Authenticate``); ``refused`` was no good.
+        """Return the authorization for a repeated request, after a 401.
 
-        None: there is nothing to answer it with. Raises ``Unauthorized`` or ``Denied`` where the
-        token service says no, ``OutboundRefused`` for a realm that is not to be asked,
-        ``UpstreamRateLimited`` where it asks for a pause, and ``UpstreamUnavailable`` where it
-        cannot be asked.
+        Args:
+            headers: Values of ``WWW-Authenticate``.
+            policy: The endpoint, and the rules for token realms.
+            repository: The repository of the request.
+            refused: The authorization that the request was sent with.
+
+        Returns:
+            The authorization. None if there is no login, no known scheme, or nothing new to send.
+
+        Raises:
+            Unauthorized, Denied: the token service refused.
+            OutboundRefused: the guard refused the realm.
+            UpstreamRateLimited: the token service responded with 429.
+            UpstreamUnavailable: the token service, or the source of credentials, failed.
+            Draining: the process shuts down.
         """
         challenges = parse_challenges(headers)
         bearer = next((c for c in challenges if isinstance(c, Bearer)), None)
@@ -129,12 +187,12 @@ class Authenticator:
         if scheme is None:
             return None
         self._schemes[policy.endpoint] = scheme
-        answer = await self._answer(scheme, policy, repository, refused)
-        if answer is None or refused is None or answer.header != refused.header:
-            return answer
+        authorization = await self._authorize(scheme, policy, repository, refused)
+        if authorization is None or refused is None or authorization.header != refused.header:
+            return authorization
         return None
 
-    async def _answer(
+    async def _authorize(
         self,
         scheme: Bearer | Basic,
         policy: Policy,
@@ -143,65 +201,78 @@ class Authenticator:
     ) -> SentAuthorization | None:
         endpoint = policy.endpoint
         host = endpoint.host or ""
-        named = host if endpoint.is_default_port() else f"{host}:{endpoint.port}"
-        # What was refused may have been rotated: it is looked up anew, once for all.
-        found = await self._logins.get(named, refused.found if refused is not None else None)
+        host_port = host if endpoint.is_default_port() else f"{host}:{endpoint.port}"
+        # A refused secret may have been rotated, so it is looked up again.
+        lookup = await self._logins.get(host_port, refused.lookup if refused is not None else None)
         if isinstance(scheme, Basic):
-            basic = found.login.basic if found.login is not None else None
-            return SentAuthorization(basic, found) if basic is not None else None
-        # The challenge's own scope may be a placeholder, or ask for more than we may have.
+            basic = lookup.login.basic if lookup.login is not None else None
+            return SentAuthorization(basic, lookup) if basic is not None else None
+        # The scope of the challenge may be a placeholder, or more than we may have.
         scope = "aws" if host == "public.ecr.aws" else f"repository:{repository.path}:pull"
         try:
-            return await self._token(scheme, scope, found, policy, refused)
+            return await self._get_token(scheme, scope, lookup, policy, refused)
         except (Unauthorized, Denied):
-            again = await self._logins.get(named, found)
-            if again.identity == found.identity:
+            new_lookup = await self._logins.get(host_port, lookup)
+            if new_lookup.identity == lookup.identity:
                 raise
-            return await self._token(scheme, scope, again, policy, refused)
+            return await self._get_token(scheme, scope, new_lookup, policy, refused)
 
-    async def _token(
+    async def _get_token(
         self,
         challenge: Bearer,
         scope: str,
-        found: CredentialLookup,
+        lookup: CredentialLookup,
         policy: Policy,
         refused: SentAuthorization | None,
     ) -> SentAuthorization:
-        def good(token: Token) -> bool:
-            fresh = token.expires > self._clock()
-            return fresh and (refused is None or token.sent.header != refused.header)
+        """Return the cached token, or join the request for a new one."""
+        key = _TokenKey(
+            self._upstream, lookup.identity, challenge.realm, challenge.service or "", scope
+        )
+        token = self._tokens.get(key)
+        if (
+            token is None
+            or token.expires_at <= self._clock()
+            or (refused is not None and token.authorization.header == refused.header)
+        ):
+            task = self._single_flight.run(
+                ("token", key), lambda: self._request_token(key, challenge, lookup, policy)
+            )
+            token = await task.wait()
+        else:
+            self._tokens.move_to_end(key)
+        return token.authorization
 
-        key = (found.identity, challenge.realm, challenge.service or "", scope)
-        kept = self._tokens.setdefault(key, SharedValue())
-        self._tokens.move_to_end(key)
-        if len(self._tokens) > _KEPT:
-            self._tokens.popitem(last=False)
-        token = await kept.get(good, lambda: self._fetch(challenge, scope, found, policy))
-        return token.sent
-
-    async def _fetch(
-        self, challenge: Bearer, scope: str, found: CredentialLookup, policy: Policy
+    async def _request_token(
+        self, key: _TokenKey, challenge: Bearer, lookup: CredentialLookup, policy: Policy
     ) -> Token:
+        """Request a token, and replace the cached one. After a failure, none is cached."""
         verdict = check_url(challenge.realm, Purpose.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
-        begun, ok = self._clock(), False
+        started_at, token = self._clock(), None
         try:
-            answer = await self._ask(verdict.url, challenge.service, scope, found.login)
-            if answer.status != 200:
-                raise _refusal(answer)
-            value, lifetime = _read(answer.body)
-            ok = True
+            response = await self._send_token_request(
+                verdict.url, challenge.service, key.scope, lookup.login
+            )
+            if response.status != 200:
+                raise _token_error(response)
+            value, lifetime = _parse_token(response.body)
+            # issued_at is ignored: the clock of the token service may be wrong.
+            expires_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
+            token = Token(SentAuthorization(f"Bearer {value}", lookup), expires_at)
         finally:
-            self._emit(TokenFetched(self._upstream, ok, self._clock() - begun))
-        # By our own clock from now on: issued_at is of a clock that may be off.
-        return Token(
-            SentAuthorization(f"Bearer {value}", found), self._clock() + lifetime * (1 - _MARGIN)
-        )
+            self._tokens.pop(key, None)
+            self._emit(TokenFetched(self._upstream, token is not None, self._clock() - started_at))
+        self._tokens[key] = token
+        if len(self._tokens) > MAX_CACHED_TOKENS:
+            self._tokens.popitem(last=False)
+        return token
 
-    async def _ask(
+    async def _send_token_request(
         self, realm: URL, service: str | None, scope: str, login: Login | None
     ) -> TokenResponse:
+        """Send ``GET`` with Basic, or ``POST`` for an identity token (``spec/auth/oauth.md``)."""
         query = {"scope": scope, **({"service": service} if service else {})}
         if login is not None and login.identity_token:
             form = {"grant_type": "refresh_token", "refresh_token": login.identity_token, **query}
@@ -211,39 +282,43 @@ class Authenticator:
         return await self._exchange("GET", realm.update_query(query), headers, None)
 
 
-def _read(body: bytes) -> tuple[str, float]:
-    """``token`` or ``access_token``, and its lifetime; one that is missing or odd is 60 s."""
+def _parse_token(body: bytes) -> tuple[str, float]:
+    """Return ``token`` or ``access_token``, and its lifetime in seconds.
+
+    A lifetime that is missing or malformed is ``DEFAULT_TOKEN_TTL_S``.
+    """
     try:
         document = json.loads(body)
         value = document.get("token") or document.get("access_token")
         lifetime = document.get("expires_in")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UpstreamUnavailable("the token service answers nonsense") from error
+        raise UpstreamUnavailable("the token service returned a malformed response") from error
     if not isinstance(value, str) or not value.isascii() or not value.isprintable() or not value:
-        raise UpstreamUnavailable("the token service answers without a token")
+        raise UpstreamUnavailable("the token service returned no token")
     if isinstance(lifetime, int | float) and not isinstance(lifetime, bool) and lifetime > 0:
-        return value, float(min(lifetime, _LONGEST_LIFETIME))
-    return value, DEFAULT_LIFETIME
+        return value, float(min(lifetime, _MAX_TOKEN_TTL_S))
+    return value, DEFAULT_TOKEN_TTL_S
 
 
-def _refusal(answer: TokenResponse) -> MirrorError:
-    match answer.status:
+def _token_error(response: TokenResponse) -> MirrorError:
+    """Translate the status of a token service's response into an error."""
+    match response.status:
         case 401:
-            return Unauthorized("the token service refuses")
+            return Unauthorized("the token service refused the credentials")
         case 403:
-            return Denied("the token service refuses")
-        case 400 if _is_invalid_grant(answer.body):
-            return Unauthorized("the token service refuses")
+            return Denied("the token service denied access")
+        case 400 if _is_invalid_grant(response.body):
+            return Unauthorized("the token service refused the identity token")
         case 429:
             return UpstreamRateLimited(
-                "the token service limits the rate", retry_after=answer.pause
+                "the token service limits the rate", retry_after=response.retry_after
             )
         case status:
-            return UpstreamUnavailable(f"the token service answers {status}")
+            return UpstreamUnavailable(f"the token service responded with {status}")
 
 
 def _is_invalid_grant(body: bytes) -> bool:
-    """Whether a refresh token is refused (RFC 6749, section 5.2): that is a 400 there."""
+    """Whether a 400 means that the refresh token was refused (RFC 6749, section 5.2)."""
     try:
         return bool(json.loads(body).get("error") == "invalid_grant")
     except (ValueError, AttributeError, RecursionError):

@@ -1,8 +1,16 @@
-"""Endpoints in order of preference, with a circuit for each: pure, with time passed in.
+"""Endpoints in order of preference, with a circuit breaker for each: pure, with time passed in.
 
-A circuit opens when an endpoint fails several times in a row, lets one try through after a while
-(half open), and closes when that goes well. Only the endpoint's own failures count: a 4xx is an
-answer, and a path that fails again and again counts once, since it says nothing of the others.
+Theory of operation. A circuit breaker is closed, open, or half open:
+
+- closed: requests are sent. ``FAILURE_THRESHOLD`` failures in a row open it.
+- open: no request is sent for ``open_seconds``.
+- half open: after that time, exactly one request is sent: the probe. If it succeeds, the circuit
+  closes. If it fails, the circuit stays open for twice as long.
+
+Only failures of the endpoint itself count. A 4xx is a response, so it counts as a success. Failures
+of one path count once, however often they repeat, since other paths may work.
+
+Must not know: requests, responses.
 """
 
 from __future__ import annotations
@@ -14,84 +22,96 @@ from typing import Final
 from yarl import URL
 
 FAILURE_THRESHOLD: Final = 3
-"""Failures in a row that open a circuit."""
+"""Failures in a row that open a circuit. A single one is often a connection that was closed."""
 FIRST_OPEN_S: Final = 2.0
+"""Seconds for which a circuit opens first: short, since most outages are restarts."""
 MAX_OPEN_S: Final = 60.0
+"""Seconds between two probes at most, so that a recovered endpoint is used within a minute."""
 DEFAULT_BACK_OFF_S: Final = 2.0
-"""Seconds of rest after a 429 that names none: clients repeat theirs at once, several times."""
+"""Seconds to pause after a 429 without ``Retry-After``: clients repeat theirs at once."""
 MAX_BACK_OFF_S: Final = 300.0
+"""Seconds to pause after a 429 at most: an endpoint must not switch itself off for hours."""
 
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """The state of one endpoint. Times in seconds of one clock."""
+    """The state of one endpoint. All times are in seconds of one clock."""
 
     failures: int = 0
-    path: str | None = None
-    """The path of the last failure, if it was of one."""
+    failed_path: str | None = None
+    """Path of the last failure. None if the endpoint failed as a whole."""
     open_until: float = 0.0
     back_off_until: float = 0.0
-    """A 429 asked for a pause until then."""
+    """End of the pause that a 429 requested."""
     has_named_delay: bool = False
-    """It said how long; otherwise the pause is ours, and is told to nobody."""
+    """Whether the 429 had a ``Retry-After``. Otherwise clients are not told a time."""
     open_seconds: float = FIRST_OPEN_S
     is_probing: bool = False
-    """The one try of a half-open circuit is under way."""
+    """Whether the probe of the half-open circuit is under way."""
 
     @property
     def is_open(self) -> bool:
-        """Whether it has failed too often, whatever the time is."""
+        """Whether the circuit is open or half open."""
         return self.failures >= FAILURE_THRESHOLD
 
     def may_request(self, now: float) -> bool:
-        """Whether a request may be tried."""
+        """Whether a request may be sent."""
         if now < self.back_off_until:
             return False
         return not self.is_open or (not self.is_probing and now >= self.open_until)
 
     def begin_request(self) -> bool:
-        """A request that is permitted is tried. True: all others wait for its outcome.
+        """Record that a permitted request is sent. Returns True if it is the probe.
 
-        Its outcome is one of ``succeeded``, ``failed``, ``rest`` and ``abandoned``.
+        The caller reports its outcome with exactly one of ``record_success``, ``record_failure``,
+        ``record_cancellation`` and ``back_off``.
         """
         self.is_probing = self.is_open
         return self.is_probing
 
-    def succeeded(self) -> None:
-        """It answered."""
-        self.failures, self.path, self.open_until = 0, None, 0.0
+    def record_success(self) -> None:
+        """Close the circuit: the endpoint responded."""
+        self.failures, self.failed_path, self.open_until = 0, None, 0.0
         self.open_seconds, self.is_probing = FIRST_OPEN_S, False
 
-    def failed(self, now: float, *, probe: bool, path: str | None = None) -> None:
-        """It did not answer ``path``; or nothing at all (None).
+    def record_failure(self, now: float, *, is_probe: bool, path: str | None = None) -> None:
+        """Count a failure, and open the circuit if there are enough.
 
-        Those that were under way when the circuit opened change nothing.
+        Requests that were under way when the circuit opened do not prolong it.
+
+        Args:
+            now: The time.
+            is_probe: The result of ``begin_request``.
+            path: The path that failed. None if the endpoint failed as a whole.
         """
         was_open = self.is_open
-        if path is None or path != self.path:
-            self.failures, self.path = self.failures + 1, path
-        if probe or self.is_open != was_open:
+        if path is None or path != self.failed_path:
+            self.failures, self.failed_path = self.failures + 1, path
+        if is_probe or self.is_open != was_open:
             self.open_until = now + self.open_seconds
             self.open_seconds = min(self.open_seconds * 2, MAX_OPEN_S)
-        if probe:
+        if is_probe:
             self.is_probing = False
 
-    def cancelled(self, *, probe: bool) -> None:
-        """Whoever asked left before there was an outcome."""
-        if probe:
+    def record_cancellation(self, *, is_probe: bool) -> None:
+        """Let another request be the probe: this one was cancelled without an outcome."""
+        if is_probe:
             self.is_probing = False
 
     def back_off(self, now: float, seconds: float | None) -> None:
-        """It answered, and asked for a pause (429)."""
-        self.succeeded()
-        until = now + (DEFAULT_BACK_OFF_S if seconds is None else min(seconds, MAX_BACK_OFF_S))
-        if until > self.back_off_until:
-            self.back_off_until, self.has_named_delay = until, seconds is not None
+        """Pause after a 429. ``seconds``: its ``Retry-After``, or None.
+
+        The longer one of two pauses holds. The endpoint responded, so the circuit closes.
+        """
+        self.record_success()
+        end = now + (DEFAULT_BACK_OFF_S if seconds is None else min(seconds, MAX_BACK_OFF_S))
+        if end > self.back_off_until:
+            self.back_off_until, self.has_named_delay = end, seconds is not None
 
 
 @dataclass(slots=True)
 class Endpoints:
-    """The endpoints of one upstream."""
+    """The endpoints of one upstream, in the order of the configuration."""
 
     urls: tuple[URL, ...]
     circuits: dict[URL, CircuitBreaker] = field(default_factory=dict)
@@ -100,16 +120,20 @@ class Endpoints:
         self.circuits = {url: CircuitBreaker() for url in self.urls}
 
     def candidates(self, now: float, avoid: Collection[str] = ()) -> list[URL]:
-        """Endpoints to try, best first, then those in ``avoid``, in its order.
+        """Return the endpoints to try, the best one first.
 
-        None while no circuit permits.
+        Endpoints whose circuit permits no request are left out. Those in ``avoid`` come last, in
+        the order of ``avoid``.
         """
         permitted = [url for url in self.urls if self.circuits[url].may_request(now)]
-        late = {name: place for place, name in enumerate(avoid)}
-        return sorted(permitted, key=lambda url: late.get(str(url), -1))
+        ranks = {name: rank for rank, name in enumerate(avoid)}
+        return sorted(permitted, key=lambda url: ranks.get(str(url), -1))
 
-    def backing_off(self, now: float) -> list[float | None]:
-        """The seconds for which endpoints rest, None where they did not say; empty: none rests."""
+    def remaining_pauses(self, now: float) -> list[float | None]:
+        """Return the remaining seconds of each pause after a 429. Empty if there is none.
+
+        None stands for a pause whose length we chose: clients are not told about it.
+        """
         return [
             circuit.back_off_until - now if circuit.has_named_delay else None
             for circuit in self.circuits.values()

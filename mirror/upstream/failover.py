@@ -1,7 +1,13 @@
-"""Asking: one question, put to the endpoints of an upstream until one of them answers.
+"""Failover: send one request to the endpoints of an upstream until one of them responds.
 
-Lives here: failover and retries within the attempts there are, credentials where an endpoint wants
-them, what its circuit learns. Must not know: what is asked.
+Lives here: the order of the attempts, retries within their limits, credentials where an endpoint
+requires them, and reports to the circuit breakers. Must not know: what is requested, how a response
+is read.
+
+Theory of operation. A round tries each endpoint that its circuit breaker permits, once. A failure
+leads to the next endpoint. A refusal (401, 403, 404) is final, because an endpoint that works has
+responded. If the last failure of a round is transient, another round begins after a delay. All
+rounds together have ``MAX_ATTEMPTS_PER_REQUEST`` attempts and ``RETRY_BUDGET_S`` seconds.
 """
 
 from __future__ import annotations
@@ -9,14 +15,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import quote
 
 from aiohttp import hdrs
-from multidict import CIMultiDictProxy
 from yarl import URL
 
 from mirror.config.settings import Upstream
@@ -29,6 +34,7 @@ from mirror.observability.events import (
 )
 from mirror.oci.errors import (
     AllCircuitsOpen,
+    Draining,
     FailureScope,
     MirrorError,
     OutboundRefused,
@@ -38,69 +44,105 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
-from mirror.upstream.auth import TOKEN_LIMIT, Authenticator, SentAuthorization, TokenResponse
+from mirror.single_flight import SingleFlight
+from mirror.upstream.auth import (
+    MAX_TOKEN_RESPONSE_BYTES,
+    Authenticator,
+    SentAuthorization,
+    TokenResponse,
+)
 from mirror.upstream.endpoints import Endpoints
 from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, check_url
-from mirror.upstream.responses import error_of, rate_limit_of
-from mirror.upstream.retry import ATTEMPTS, BUDGET, backoff, may_pass, retry_after
-from mirror.upstream.transport import Response, Transport, read_body
+from mirror.upstream.retry import (
+    MAX_ATTEMPTS_PER_REQUEST,
+    RETRY_BUDGET_S,
+    backoff_delay,
+    is_transient,
+)
+from mirror.upstream.transport import (
+    Response,
+    Transport,
+    error_of,
+    parse_rate_limit,
+    read_body,
+    retry_after_of,
+)
 
 
-def accept_only_200(answer: Response) -> bool:
-    """Only a 200 is an answer to the question."""
+def accept_only_200(response: Response) -> bool:
+    """Accept no status beside 200."""
     return False
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryRequest:
-    """What is asked of a repository, at whichever endpoint."""
+    """A request to a repository, at any endpoint."""
 
     method: str
     repository: Repository
     path: str
+    """Path below the repository, such as ``tags/list``."""
     kind: Kind
     headers: Mapping[str, str] = field(default_factory=dict)
     endpoint_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Further headers, for one endpoint only."""
+    """URL of an endpoint -> further headers, for this endpoint only."""
     query: Mapping[str, str] = field(default_factory=dict)
     page: str | None = None
-    """The next page, as the answer before this one named it."""
+    """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
     is_accepted: Callable[[Response], bool] = accept_only_200
-    """Which answers are good, beside a 200."""
-    follow: bool = True
+    """Returns True for a response that is no error, although its status is not 200."""
+    follow_redirects: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class AcceptedResponse(Response):
-    """An answer to the question."""
+    """A response with status 200, or one that the request accepts."""
 
+    endpoint: str
+    """URL of the endpoint that responded."""
     report_success: Callable[[], None]
-    """Says that its body comes. Otherwise the circuit waits for the end of it."""
+    """Reports success to the circuit breaker as soon as the body makes progress.
+
+    If it is not called, the end of the body is the success.
+    """
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """A question, put to one endpoint."""
+    """One request to one endpoint."""
 
-    endpoint: URL
+    policy: Policy
     request: RegistryRequest
-    probe: bool
-    """It is the one try of a circuit that is half open."""
-    again: bool
-    """The question was put to this endpoint before."""
-    until: float
-    """The time it has, with tokens and redirects and all, by the event loop's clock."""
-    learned: bool = False
-    """The circuit knows how it went."""
+    is_probe: bool
+    """Whether it is the probe of a half-open circuit."""
+    is_repeat: bool
+    """Whether the same request was sent to this endpoint before."""
+    deadline: float
+    """Event loop time at which response headers must be in, with tokens and redirects."""
+    is_recorded: bool = False
+    """Whether the circuit breaker knows the outcome."""
 
     @property
     def path(self) -> str:
-        """What was asked for."""
+        """Path of the request, with its repository."""
         return f"{self.request.repository.path}/{self.request.path}"
+
+    def url(self) -> URL:
+        """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
+        path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
+        query = dict(self.request.query)
+        url = URL(f"{self.policy.endpoint}/v2/{path}", encoded=True).with_query(query)
+        target, purpose, name = str(url), Purpose.ENDPOINT, "endpoint"
+        if self.request.page is not None:
+            target, purpose, name = self.request.page, Purpose.NEXT_PAGE, "next page"
+        verdict = check_url(target, purpose, url, self.policy)
+        if not isinstance(verdict, Allowed):
+            raise OutboundRefused(f"{name} refused: {verdict.why}")
+        return verdict.url
 
 
 class FailoverClient:
-    """Puts questions to one upstream."""
+    """Sends requests to one upstream."""
 
     def __init__(
         self,
@@ -108,237 +150,251 @@ class FailoverClient:
         settings: Upstream,
         transport: Transport,
         emit: Observer,
-        own: Collection[tuple[str, int]] = (),
+        single_flight: SingleFlight,
+        own_addresses: Collection[tuple[str, int]] = (),
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        """Create a client.
+
+        Args:
+            name: Name of the upstream, for events.
+            settings: The upstream.
+            transport: Sends single requests.
+            emit: Receives events.
+            single_flight: Runs requests for tokens and look-ups of logins.
+            own_addresses: (host, port) pairs at which this mirror listens.
+            clock: Returns seconds for circuit breakers, tokens and logins.
+            jitter: Returns a random number in [0, 1).
+        """
         self._name = name
         self._transport = transport
         self._emit = emit
-        self._own = own
         self._clock = clock
         self._jitter = jitter
-        self._token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
-        self._auth = Authenticator(name, settings.credentials, self._ask_token_service, emit, clock)
-
-    async def close(self) -> None:
-        """Close connections."""
-        await self._transport.close()
+        token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
+        self._policies = {
+            url: Policy(url, token_hosts, own_addresses, transport.private_hosts)
+            for url in self._endpoints.urls
+        }
+        self._auth = Authenticator(
+            name, settings.credentials, self._send_token_request, emit, single_flight, clock
+        )
 
     @asynccontextmanager
-    async def ask(
+    async def send(
         self, request: RegistryRequest, avoid: Collection[str] = ()
-    ) -> AsyncIterator[tuple[AcceptedResponse, URL]]:
-        """The first good answer of the endpoints in order, within the attempts there are.
+    ) -> AsyncIterator[AcceptedResponse]:
+        """Send a request, and yield the first accepted response.
 
-        A 4xx is the answer of an endpoint that works: the next one is not asked for another. But
-        those in ``avoid`` had what is asked for: no other one's no counts until they say it too.
+        Args:
+            request: The request.
+            avoid: URLs of endpoints to try last, in this order. They are known to have the content.
+                A 401, 403 or 404 from any other endpoint is final only after these have responded
+                with one, too.
+
+        Raises:
+            NotFound, Unauthorized, Denied: an endpoint refused.
+            UpstreamError: no endpoint responded. The last failure, but a 429 takes precedence.
+            Draining: the process shuts down.
         """
-        deadline = self._clock() + BUDGET
-        failure: MirrorError | None = None
-        attempt = 0
-        asked: set[URL] = set()
-        had = {url for url in self._endpoints.urls if str(url) in avoid}
+        retry_deadline = self._clock() + RETRY_BUDGET_S
+        failure: UpstreamError | None = None
+        attempts = 0
+        tried: set[URL] = set()
+        holders = {url for url in self._endpoints.urls if str(url) in avoid}
         refused: set[URL] = set()
         async with AsyncExitStack() as stack:
-            while attempt < ATTEMPTS:
-                before = attempt
+            while attempts < MAX_ATTEMPTS_PER_REQUEST:
+                attempts_before = attempts
                 candidates = self._endpoints.candidates(self._clock(), avoid)
-                for endpoint in candidates[: ATTEMPTS - attempt]:
+                for endpoint in candidates[: MAX_ATTEMPTS_PER_REQUEST - attempts]:
                     circuit, now = self._endpoints.circuits[endpoint], self._clock()
-                    if attempt > 1 and now >= deadline:
+                    if attempts > 1 and now >= retry_deadline:
                         break
                     if not circuit.may_request(now):
-                        continue  # not any more: another request is the one that tries it
-                    attempt += 1
-                    attempted = _Attempt(
-                        endpoint,
+                        continue  # Another request has become the probe since.
+                    attempts += 1
+                    attempt = _Attempt(
+                        self._policies[endpoint],
                         request,
-                        circuit.begin_request(),
-                        again=endpoint in asked,
-                        until=self._transport.deadline(),
+                        is_probe=circuit.begin_request(),
+                        is_repeat=endpoint in tried,
+                        deadline=self._transport.response_deadline(),
                     )
-                    asked.add(endpoint)
+                    tried.add(endpoint)
                     try:
-                        answer = await stack.enter_async_context(self._attempt(attempted))
+                        response = await stack.enter_async_context(self._run_attempt(attempt))
                     except UpstreamError as error:
                         failure = error
                         continue
+                    except Draining:
+                        raise
                     except MirrorError:
                         refused.add(endpoint)
-                        if had <= refused:
+                        if holders <= refused:
                             raise
                         continue
-                    yield answer, endpoint
+                    yield response
                     return
-                over = attempt in (before, ATTEMPTS) or self._clock() >= deadline
-                if over or not may_pass(failure):
+                is_last_round = attempts in (attempts_before, MAX_ATTEMPTS_PER_REQUEST)
+                if is_last_round or self._clock() >= retry_deadline or not is_transient(failure):
                     break
-                await asyncio.sleep(backoff(attempt, self._jitter()))
-        raise self._verdict(failure)
+                await asyncio.sleep(backoff_delay(attempts, self._jitter()))
+        raise self._final_error(failure)
 
-    def _verdict(self, failure: MirrorError | None) -> MirrorError:
-        """What to say when no endpoint has answered; the last failure, if any was asked."""
-        backing_off = self._endpoints.backing_off(self._clock())
-        if backing_off and not isinstance(failure, UpstreamRateLimited):
-            # Who asks for a pause is listened to, also where another one merely failed.
-            named = min((seconds for seconds in backing_off if seconds is not None), default=None)
-            return UpstreamRateLimited("the upstream asked for a pause", retry_after=named)
-        return failure or AllCircuitsOpen("all endpoints have failed; not asked again yet")
-
-    def _url(self, request: RegistryRequest, policy: Policy) -> URL:
-        """Where to ask; every URL passes the guard. Raises ``OutboundRefused``."""
-        path = f"{quote(request.repository.path)}/{quote(request.path, safe=':/')}"
-        url = URL(f"{policy.endpoint}/v2/{path}", encoded=True).with_query(dict(request.query))
-        if request.page is None:
-            verdict = check_url(str(url), Purpose.ENDPOINT, url, policy)
-        else:
-            verdict = check_url(request.page, Purpose.NEXT_PAGE, url, policy)
-        if not isinstance(verdict, Allowed):
-            what = "endpoint" if request.page is None else "next page"
-            raise OutboundRefused(f"{what} refused: {verdict.why}")
-        return verdict.url
+    def _final_error(self, failure: UpstreamError | None) -> UpstreamError:
+        """Choose the error to raise when no endpoint has responded. ``failure``: the last one."""
+        pauses = self._endpoints.remaining_pauses(self._clock())
+        if pauses and not isinstance(failure, UpstreamRateLimited):
+            # A 429 takes precedence over failures of other endpoints.
+            delay = min((seconds for seconds in pauses if seconds is not None), default=None)
+            return UpstreamRateLimited("the upstream limits the rate", retry_after=delay)
+        return failure or AllCircuitsOpen("all endpoints have failed and are not tried for a while")
 
     @asynccontextmanager
-    async def _attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
-        """One endpoint, with what it wants of credentials; its circuit learns how it went."""
+    async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
+        """Send the request to one endpoint, and report the outcome to its circuit breaker."""
         async with AsyncExitStack() as stack:
             try:
-                answer = await self._authorized(stack, attempt)
-                await self._judge_status(answer, attempt.request)
-                good = AcceptedResponse(
-                    answer.response, answer.redirected, partial(self._learn, attempt, None)
+                response = await self._send_authorized(stack, attempt)
+                if response.http.status != 200 and not attempt.request.is_accepted(response):
+                    raise await error_of(response, attempt.request.kind)
+                accepted = AcceptedResponse(
+                    response.http,
+                    response.is_cross_origin,
+                    str(attempt.policy.endpoint),
+                    report_success=partial(self._record_outcome, attempt, None),
                 )
-                if answer.redirected:
-                    good.report_success()  # how the body comes is not the endpoint's business
-                yield good
+                if response.is_cross_origin:
+                    # The body comes from a storage behind the endpoint, which has done its part.
+                    accepted.report_success()
+                yield accepted
             except BaseException as error:
                 if isinstance(error, UpstreamError):
-                    error.endpoint = str(attempt.endpoint)
-                self._learn(attempt, error)
+                    error.endpoint = str(attempt.policy.endpoint)
+                self._record_outcome(attempt, error)
                 raise
-            self._learn(attempt, None)
+            self._record_outcome(attempt, None)
 
-    async def _authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
-        """The answer to what the endpoint wants of credentials, as far as there are any."""
-        endpoint, repository = attempt.endpoint, attempt.request.repository
-        policy = Policy(endpoint, self._token_hosts, self._own, self._transport.private_hosts)
-        url = self._url(attempt.request, policy)
-        sent = await _in_time(attempt, self._auth.authorization(policy, repository))
-        answer = await self._send(stack, attempt, url, policy, sent)
+    async def _send_authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
+        """Send the request with credentials, as far as the endpoint requires them.
+
+        A 401 leads to at most two more requests: a token may have been revoked, then its login.
+        """
+        policy, repository, url = attempt.policy, attempt.request.repository, attempt.url()
+        async with _token_deadline(attempt.deadline):
+            sent = await self._auth.authorize_preemptively(policy, repository)
+        response = await self._exchange(stack, attempt, url, sent)
         for _ in range(2):
-            if answer.response.status != 401 or answer.redirected:
+            if response.http.status != 401 or response.is_cross_origin:
                 break
-            wanted = answer.response.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-            again = await _in_time(attempt, self._auth.challenged(wanted, policy, repository, sent))
-            if again is None:
+            challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())
+            async with _token_deadline(attempt.deadline):
+                authorization = await self._auth.authorize_after_challenge(
+                    challenges, policy, repository, sent
+                )
+            if authorization is None:
                 break
-            sent = again
-            answer = await self._send(stack, attempt, url, policy, sent)
-        return answer
+            sent = authorization
+            response = await self._exchange(stack, attempt, url, sent)
+        return response
 
-    async def _send(
+    async def _exchange(
         self,
         stack: AsyncExitStack,
         attempt: _Attempt,
         url: URL,
-        policy: Policy,
-        sent: SentAuthorization | None,
+        authorization: SentAuthorization | None,
     ) -> Response:
-        """One exchange; the one before it on ``stack`` is over."""
+        """Run one exchange on ``stack``, in place of the one before it, and emit its event."""
         await stack.aclose()
-        request, until = attempt.request, attempt.until
-        headers = {**request.headers, **request.endpoint_headers.get(str(policy.endpoint), {})}
-        if sent is not None:
-            headers["Authorization"] = sent.header
-        begun, status, error = self._clock(), 0, ""
+        request, endpoint = attempt.request, str(attempt.policy.endpoint)
+        headers = {**request.headers, **request.endpoint_headers.get(endpoint, {})}
+        if authorization is not None:
+            headers["Authorization"] = authorization.header
+        exchange = self._transport.exchange(
+            request.method,
+            url,
+            headers,
+            attempt.policy,
+            follow_redirects=request.follow_redirects,
+            deadline=attempt.deadline,
+        )
+        started_at, status, message = self._clock(), 0, ""
         try:
-            answer = await stack.enter_async_context(
-                self._transport.exchange(
-                    request.method, url, headers, policy, follow=request.follow, until=until
-                )
-            )
-            status = answer.response.status
-            self._notice(answer.response.headers)
-            return answer
-        except MirrorError as failed:
-            error = failed.message
+            response = await stack.enter_async_context(exchange)
+            status = response.http.status
+            rate_limit = parse_rate_limit(response.http.headers)
+            if rate_limit is not None:
+                self._emit(RateLimitSeen(self._name, *rate_limit))
+            return response
+        except MirrorError as error:
+            message = error.message
             raise
         finally:
-            billed = request.method == "GET" and request.kind is Kind.MANIFEST
+            # Docker Hub counts each GET of a manifest as a pull.
+            method, kind, seconds = request.method, request.kind, self._clock() - started_at
+            billed = method == "GET" and kind is Kind.MANIFEST and status in (200, 206)
             self._emit(
                 UpstreamResponded(
-                    self._name,
-                    str(policy.endpoint),
-                    request.method,
-                    request.kind,
-                    status,
-                    self._clock() - begun,
-                    billed and status in (200, 206),
-                    error,
+                    self._name, endpoint, method, kind, status, seconds, billed, message
                 )
             )
 
-    def _notice(self, headers: CIMultiDictProxy[str]) -> None:
-        found = rate_limit_of(headers)
-        if found is not None:
-            self._emit(RateLimitSeen(self._name, *found))
+    def _record_outcome(self, attempt: _Attempt, error: BaseException | None) -> None:
+        """Report the outcome of an attempt to the circuit breaker, once.
 
-    async def _judge_status(self, answer: Response, request: RegistryRequest) -> None:
-        response = answer.response
-        if response.status == 200 or request.is_accepted(answer):
+        A failure counts once per request at each endpoint, however often the request is retried.
+        """
+        if attempt.is_recorded:
             return
-        pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-        raise await error_of(response, request.kind, answer.redirected, pause)
-
-    def _learn(self, attempt: _Attempt, error: BaseException | None) -> None:
-        """A question counts once at each endpoint, however often it is tried there."""
-        if attempt.learned:
-            return
-        attempt.learned = True
-        circuit, probe = self._endpoints.circuits[attempt.endpoint], attempt.probe
+        attempt.is_recorded = True
+        circuit, is_probe = self._endpoints.circuits[attempt.policy.endpoint], attempt.is_probe
         was_open = circuit.is_open
         match error:
             case UpstreamRateLimited():
                 circuit.back_off(self._clock(), error.retry_after)
-            case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE):
-                circuit.cancelled(probe=probe)
+            case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
+                circuit.record_cancellation(is_probe=is_probe)
             case UpstreamUnavailable(scope=FailureScope.PATH | FailureScope.ENDPOINT):
                 path = attempt.path if error.scope is FailureScope.PATH else None
-                if probe or not attempt.again:
-                    circuit.failed(self._clock(), probe=probe, path=path)
+                if is_probe or not attempt.is_repeat:
+                    circuit.record_failure(self._clock(), is_probe=is_probe, path=path)
             case None | MirrorError():
-                circuit.succeeded()
-            case _:
-                circuit.cancelled(probe=probe)  # whoever asked left
+                circuit.record_success()
+            case _:  # The task was cancelled, or the reader of the body failed.
+                circuit.record_cancellation(is_probe=is_probe)
         if circuit.is_open != was_open:
-            self._emit(CircuitChanged(self._name, str(attempt.endpoint), circuit.is_open))
+            self._emit(CircuitChanged(self._name, str(attempt.policy.endpoint), circuit.is_open))
 
-    async def _ask_token_service(
+    async def _send_token_request(
         self,
         method: str,
         url: URL,
         headers: Mapping[str, str],
         form: Mapping[str, str] | None,
     ) -> TokenResponse:
-        """An exchange with a realm that the guard has allowed; its redirects are not followed."""
+        """Send a request to a realm that the guard has allowed. Redirects are not followed.
+
+        It runs in a task of its own, so it has a deadline of its own, for its body as well.
+        """
         policy = Policy(url.origin())
-        async with self._transport.exchange(
-            method, url, headers, policy, follow=False, form=form
-        ) as answer:
-            response = answer.response
-            pause = retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-            return TokenResponse(response.status, await read_body(response, TOKEN_LIMIT), pause)
+        exchange = self._transport.exchange(
+            method, url, headers, policy, follow_redirects=False, form=form
+        )
+        async with _token_deadline(self._transport.response_deadline()), exchange as response:
+            body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
+            return TokenResponse(response.http.status, body, retry_after_of(response.http))
 
 
-async def _in_time(
-    attempt: _Attempt, token: Awaitable[SentAuthorization | None]
-) -> SentAuthorization | None:
-    """What is shown to an endpoint, if it is there before the attempt is over."""
+@asynccontextmanager
+async def _token_deadline(deadline: float) -> AsyncIterator[None]:
+    """Raise ``UpstreamTimeout`` in the block at ``deadline``, in event loop time."""
     try:
-        async with asyncio.timeout_at(attempt.until):
-            return await token
+        async with asyncio.timeout_at(deadline):
+            yield
     except TimeoutError as error:
         message = "no token within the time limit"
         raise UpstreamTimeout(message, scope=FailureScope.ENDPOINT) from error

@@ -1,24 +1,40 @@
-"""Which URLs we connect to: one pure function with a typed verdict.
+"""Outbound guard: which URLs may be connected to, and through which proxy.
 
-Lives here: the rules for endpoints, redirects, token realms and next pages, and the resolver that
-holds names to the same rules as addresses. Must not know: requests, credentials.
+Lives here: the rules for endpoints, redirects, token realms and next pages (one pure function), the
+resolver that applies them to resolved addresses, and the proxies of the environment. Must not know:
+requests, credentials of registries.
+
+Upstreams are not trusted: a redirect, a realm or a ``Link`` may point into the network of the
+mirror, at the mirror itself, or down to plain HTTP.
+
+Proxies are read from ``http_proxy``, ``https_proxy`` and ``no_proxy``. curl, Go and Python agree on
+these names, also in upper case, and on hosts and domains in ``no_proxy``. Ports and networks in
+``no_proxy`` are taken from Go, which every container client is written in. So is the rule that a
+loopback address never uses a proxy. No file is read: nobody configured ``netrc`` as a source of
+credentials.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias
 
+from aiohttp import encode_basic_auth
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from yarl import URL
 
-REDIRECT_LIMIT: Final = 5
-_LENGTH_LIMIT: Final = 16 * 1024
+from mirror.oci.errors import UpstreamUnavailable
+
+MAX_REDIRECTS: Final = 5
+"""Redirects that are followed for one request, so that a loop ends."""
+_MAX_URL_BYTES: Final = 16 * 1024
+"""Bytes of a URL at most: far above the length of signed URLs, which are the longest."""
+_PROXY_SCHEMES: Final = ("http", "https")
 
 TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
     "docker.io": ("auth.docker.io",),
@@ -29,21 +45,30 @@ TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
     "nvcr.io": ("nvcr.io", "authn.nvidia.com"),
     "registry.gitlab.com": ("gitlab.com",),
 }
-"""Token services of public registries that are on another host than the registry."""
+"""Upstream -> hosts of its token services. Public registries often use another host for them."""
+
+# --- URLs -----------------------------------------------------------------------------------------
 
 
 class Purpose(Enum):
-    """Why a URL is to be connected to."""
+    """Origin of a URL. Each has rules of its own."""
 
     ENDPOINT = auto()
+    """The configuration."""
     REDIRECT = auto()
+    """``Location`` of a redirect."""
     REALM = auto()
+    """``realm`` of a ``WWW-Authenticate`` header."""
     NEXT_PAGE = auto()
+    """``Link`` header with ``rel=next``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """It may be connected to. ``same_origin``: it may be shown the endpoint's credentials."""
+    """Verdict: ``url`` may be connected to.
+
+    ``same_origin``: it has the origin of the endpoint, so it may receive its credentials.
+    """
 
     url: URL
     same_origin: bool
@@ -51,7 +76,7 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It may not."""
+    """Verdict: the URL must not be connected to. ``why`` is the reason, safe to log."""
 
     why: str
 
@@ -61,31 +86,37 @@ Verdict: TypeAlias = Allowed | Refused
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What one upstream's URLs are held to."""
+    """The configuration that the URLs of one endpoint are checked against."""
 
     endpoint: URL
     token_hosts: tuple[str, ...] = ()
-    own: Collection[tuple[str, int]] = ()
-    """(host, port) at which we listen ourselves."""
+    """``host`` or ``host:port`` of token services, beside the endpoint itself."""
+    own_addresses: Collection[tuple[str, int]] = ()
+    """(host, port) pairs at which this mirror listens."""
     private_hosts: Collection[str] = ()
-    """Names that were found to be those of addresses that are not public."""
+    """Configured host names that resolve to addresses that are not public. May grow."""
 
     @property
-    def private(self) -> bool:
+    def is_on_private_network(self) -> bool:
         """Whether the endpoint is on a network that is not public."""
         host = self.endpoint.host or ""
         return host in self.private_hosts or host == "localhost" or is_private(host)
 
 
 def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Verdict:
-    """May ``target``, named by the answer of ``source``, be connected to?
+    """Decide whether a URL may be connected to.
 
-    A relative ``target`` is resolved against ``source`` (RFC 3986, section 5).
+    Args:
+        target: The URL as it was received. A relative one is resolved against ``source`` (RFC 3986,
+            section 5).
+        purpose: Selects the rules.
+        source: URL of the response that named ``target``.
+        policy: The endpoint of the request, and its configuration.
     """
-    if len(target) > _LENGTH_LIMIT or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
+    if len(target) > _MAX_URL_BYTES or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
         return Refused("not a URL")
     try:
-        # What is signed must stay as it was written: nothing is quoted anew.
+        # Signed URLs must stay exactly as they were written, so nothing is quoted again.
         url = source.join(URL(target, encoded=True))
         port = url.port
     except ValueError:
@@ -96,41 +127,44 @@ def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Ver
     if url.raw_user is not None or url.raw_password is not None:
         return Refused("user information in a URL")
     if source.scheme == "https" and url.scheme != "https":
-        return Refused("from https down to http")
-    if (host, port) in policy.own or (is_loopback(host) and port in {p for _, p in policy.own}):
-        return Refused("ourselves")
-    same = url.origin() == policy.endpoint.origin()
+        return Refused("downgrade from https to http")
+    own_ports = {port for _, port in policy.own_addresses}
+    if (host, port) in policy.own_addresses or (is_loopback(host) and port in own_ports):
+        return Refused("an address of this mirror")
+    same_origin = url.origin() == policy.endpoint.origin()
     match purpose:
         case Purpose.ENDPOINT | Purpose.NEXT_PAGE:
-            return Allowed(url, same) if same else Refused("another origin than the endpoint")
+            return Allowed(url, same_origin) if same_origin else Refused("another origin")
         case Purpose.REALM:
-            own_host = (host, port) == (policy.endpoint.host, policy.endpoint.port)
-            named = {host, f"{host}:{port}"} & set(policy.token_hosts)
+            is_endpoint = (host, port) == (policy.endpoint.host, policy.endpoint.port)
+            is_token_host = bool({host, f"{host}:{port}"} & set(policy.token_hosts))
             # A token host is trusted by its name, which only TLS proves.
-            if own_host or (named and (url.scheme == "https" or policy.private)):
-                return Allowed(url, same)
+            is_proven = url.scheme == "https" or policy.is_on_private_network
+            if is_endpoint or (is_token_host and is_proven):
+                return Allowed(url, same_origin)
             return Refused("a token realm that is neither the endpoint nor in token_hosts")
         case Purpose.REDIRECT:
-            if not same and not policy.private and (is_private(host) or host == "localhost"):
+            is_internal = is_private(host) or host == "localhost"
+            if is_internal and not same_origin and not policy.is_on_private_network:
                 return Refused("a public registry points at a private address")
-            return Allowed(url, same)
+            return Allowed(url, same_origin)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine, in any of the ways in which one can write that."""
-    address = _address(host)
+    """Whether ``host`` is this machine, in any notation that resolvers accept."""
+    address = _parse_address(host)
     return host == "localhost" or (
         address is not None and (address.is_loopback or address.is_unspecified)
     )
 
 
 def is_private(host: str) -> bool:
-    """Whether ``host`` is an address that is not public, in any notation that resolvers take."""
-    address = _address(host)
+    """Whether ``host`` is an address that is not public, in any notation that resolvers accept."""
+    address = _parse_address(host)
     return address is not None and not address.is_global
 
 
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+def _parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
     except ValueError:
@@ -143,14 +177,27 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return mapped if mapped is not None else address
 
 
-class GuardedResolver(AbstractResolver):
-    """Resolves names; those that a public registry pointed at must not be private addresses.
+def as_url(value: Any) -> URL:
+    """Convert a URL of the configuration, which was validated when it was read."""
+    return URL(str(value).rstrip("/"), encoded=True)
 
-    What is asked through a proxy is resolved there, out of our sight.
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+class GuardedResolver(AbstractResolver):
+    """Resolves names. Refuses private addresses for names that a public registry has sent.
+
+    Names behind a proxy are resolved by the proxy, and cannot be checked here.
     """
 
     def __init__(self, trusted: Collection[str], proxies: Collection[tuple[str, int]] = ()) -> None:
-        """``trusted``: hosts that the configuration names; ``proxies``: those of our own site."""
+        """Create a resolver.
+
+        Args:
+            trusted: Hosts that the configuration names. They may have private addresses.
+            proxies: (host, port) pairs of the proxies. They may have private addresses, too.
+        """
         self._trusted = frozenset(trusted)
         self._proxies = frozenset(proxies)
         self._resolver = ThreadedResolver()
@@ -160,22 +207,113 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """See :class:`aiohttp.abc.AbstractResolver`. Raises ``OSError``."""
+        """Resolve ``host``. See :class:`aiohttp.abc.AbstractResolver`.
+
+        Raises:
+            OSError: the name cannot be resolved, or its address is refused.
+        """
         results = await self._resolver.resolve(host, port, family)
-        hidden = any(is_private(result["host"]) for result in results)
+        has_private = any(is_private(result["host"]) for result in results)
         if host in self._trusted:
-            # A name in the configuration that is private tells of a private network.
-            if hidden:
+            # A private address of a configured name means that the upstream is on our own network.
+            if has_private:
                 self.private_hosts.add(host)
-        elif hidden and not self.private_hosts and (host, port) not in self._proxies:
+        elif has_private and not self.private_hosts and (host, port) not in self._proxies:
             raise OSError(None, "a public registry points at a private address")
         return results
 
     async def close(self) -> None:
-        """Nothing is kept."""
+        """Close the wrapped resolver."""
         await self._resolver.close()
 
 
-def as_url(value: Any) -> URL:
-    """A URL of the configuration, which has been checked when it was read."""
-    return URL(str(value).rstrip("/"), encoded=True)
+# --- proxies --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """An HTTP proxy. ``headers``: its ``Proxy-Authorization``, or empty."""
+
+    url: URL
+    headers: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """The proxies of an environment."""
+
+    by_scheme: Mapping[str, Proxy | None]
+    """Scheme of a URL -> its proxy. None: the value of the variable is not usable."""
+    no_proxy: tuple[str, ...]
+    """Entries of ``no_proxy``, in lower case."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read the variables. Lower case wins over upper case."""
+
+        def read_variable(name: str) -> str:
+            return (environment.get(name) or environment.get(name.upper()) or "").strip()
+
+        texts = {scheme: read_variable(f"{scheme}_proxy") for scheme in _PROXY_SCHEMES}
+        entries = (entry.strip().lower() for entry in read_variable("no_proxy").split(","))
+        return cls(
+            {scheme: _parse_proxy(text) for scheme, text in texts.items() if text},
+            tuple(entry for entry in entries if entry),
+        )
+
+    @property
+    def addresses(self) -> frozenset[tuple[str, int]]:
+        """(host, port) of each proxy."""
+        return frozenset(
+            (proxy.url.host or "", proxy.url.port or 0)
+            for proxy in self.by_scheme.values()
+            if proxy
+        )
+
+    def proxy_for(self, url: URL) -> Proxy | None:
+        """Return the proxy for ``url``. None: connect directly.
+
+        Raises:
+            UpstreamUnavailable: the variable is set, but not usable. A direct connection would
+                bypass the proxy that the operator wants.
+        """
+        host = (url.host or "").rstrip(".").lower()
+        if url.scheme not in self.by_scheme or is_loopback(host):
+            return None
+        if any(_matches_no_proxy(entry, host, url.port) for entry in self.no_proxy):
+            return None
+        proxy = self.by_scheme[url.scheme]
+        if proxy is None:
+            raise UpstreamUnavailable(f"{url.scheme}_proxy is not the URL of an HTTP proxy")
+        return proxy
+
+
+def _parse_proxy(text: str) -> Proxy | None:
+    try:
+        url = URL(text if "://" in text else f"http://{text}")
+        if url.scheme not in _PROXY_SCHEMES or not url.host or url.port is None:
+            return None
+        headers = {}
+        if url.user is not None or url.password is not None:
+            value = encode_basic_auth(url.user or "", url.password or "")
+            headers["Proxy-Authorization"] = value
+        return Proxy(url.origin(), headers)
+    except ValueError:
+        return None
+
+
+def _matches_no_proxy(entry: str, host: str, port: int | None) -> bool:
+    """Whether an entry of ``no_proxy`` names this host: all, network, address, host or domain."""
+    if entry == "*":
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        pass  # One of them is a name, or has a port.
+    name, _, digits = entry.rpartition(":")
+    if name and digits.isdecimal() and not (":" in name and not name.endswith("]")):
+        if int(digits) != port:
+            return False
+        entry = name
+    entry = entry.strip("[]").removeprefix("*").removeprefix(".")
+    return bool(entry) and (host == entry or host.endswith(f".{entry}"))

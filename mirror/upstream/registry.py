@@ -1,71 +1,83 @@
-"""How to ask one registry: requests of the OCI Distribution specification, and what answers mean.
+"""Client of one registry: requests of the OCI Distribution specification, checks of the responses.
 
-Lives here: the questions, failover and retries between them, statuses as typed errors. Must not
-know: the store, our clients.
+Lives here: the requests of :class:`mirror.upstream.api.Registry`, the meaning of response headers
+and bodies, pagination. Must not know: endpoints, tokens, retries, the store, our clients.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from aiohttp import hdrs
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, OCI_INDEX, parse_referrers
-from mirror.oci.errors import UpstreamProtocolError
+from mirror.oci.errors import DigestInvalid, MirrorError, UpstreamProtocolError
 from mirror.oci.headers import media_type_of, parse_content_range
 from mirror.oci.links import next_link
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
-from mirror.upstream.failover import FailoverClient, RegistryRequest
-from mirror.upstream.responses import digest_of, length_of, tag_names
-from mirror.upstream.stream import BodyStream
-from mirror.upstream.transport import Response, read_body
+from mirror.threads import parse_in_thread_if_large
+from mirror.upstream.api import (
+    MIN_PROGRESS_BYTES,
+    ContentStream,
+    ManifestBody,
+    ManifestHead,
+    TagsPage,
+)
+from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
+from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
-_LIST_LIMIT: Final = 8 * 1024 * 1024
-_PAGES: Final = 200
-_PAGE: Final = 1000
-"""Tags asked for at once: private ECR refuses more."""
-_NO_HEAD: Final = frozenset({401, 403, 405, 501})
-_NO_REFERRERS: Final = frozenset({301, 302, 303, 307, 308, 400, 404, 405, 406, 501})
-_INLINE: Final = 64 * 1024
-"""Answers up to this size are parsed on the event loop; larger ones would hold it up."""
-T = TypeVar("T")
+_MAX_TAG_LIST_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of one page of tags at most: memory is not for the upstream to choose."""
+_MAX_TAGS: Final = 100_000
+"""Tags of one page at most: an upstream may ignore ``n`` and send all of them."""
+_MAX_PAGES: Final = 200
+"""Pages that are followed for one request, so that pages without an end do end."""
+_TAGS_PER_PAGE: Final = 1000
+"""Value of ``n``. Private ECR refuses more."""
+_HEAD_REFUSED: Final = frozenset({401, 403, 405, 501})
+_REFERRERS_UNSUPPORTED: Final = frozenset({301, 302, 303, 307, 308, 400, 404, 405, 406, 501})
 
 
 class HttpRegistry:
-    """One upstream over HTTP (see :class:`mirror.upstream.api.Registry`)."""
+    """One upstream over HTTP. See :class:`mirror.upstream.api.Registry` for the methods."""
 
     def __init__(self, name: str, client: FailoverClient, limits: Limits, emit: Observer) -> None:
+        """Create a registry.
+
+        Args:
+            name: Name of the upstream, for events.
+            client: Sends the requests.
+            limits: ``idle`` and ``min_rate`` of bodies.
+            emit: Receives an event for the bytes that arrive.
+        """
         self._name = name
         self._client = client
         self._limits = limits
         self._emit = emit
 
-    # --- questions ----------------------------------------------------------------------------
-
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestHead:
         """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
-        path = f"manifests/{reference}"
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
+        path = f"manifests/{reference}"
         request = RegistryRequest("HEAD", repository, path, Kind.MANIFEST, headers)
-        async with self._client.ask(request) as (answer, _):
-            found = answer.response.headers
-            digest = digest_of(found)
+        async with self._client.send(request) as response:
+            received = response.http.headers
+            digest = digest_of(received)
             if isinstance(reference, Digest):
                 if digest not in (None, reference):
-                    raise UpstreamProtocolError("the answer is for another digest")
+                    raise UpstreamProtocolError("the response is for another digest")
                 digest = reference
-            return ManifestHead(
-                digest, media_type_of(found.get(hdrs.CONTENT_TYPE)), length_of(found)
-            )
+            media_type = media_type_of(received.get(hdrs.CONTENT_TYPE))
+            return ManifestHead(digest, media_type, length_of(received))
 
     async def get_manifest(
         self, repository: Repository, tag: Tag, accept: Sequence[str]
@@ -73,36 +85,34 @@ class HttpRegistry:
         """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
         request = RegistryRequest("GET", repository, f"manifests/{tag}", Kind.MANIFEST, headers)
-        async with self._client.ask(request) as (answer, _):
-            body = await read_body(answer.response, MANIFEST_LIMIT)
-            said = digest_of(answer.response.headers)
-            digest = Digest.of(body, said.algorithm if said is not None else "sha256")
-            if said not in (None, digest):
-                raise UpstreamProtocolError("a manifest that does not hash to its digest header")
-            self._emit(BytesFetched(self._name, len(body)))
-            media_type = media_type_of(answer.response.headers.get(hdrs.CONTENT_TYPE))
+        async with self._client.send(request) as response:
+            body = await read_body(response.http, MANIFEST_LIMIT)
+            announced = digest_of(response.http.headers)
+            digest = Digest.of(body, announced.algorithm if announced is not None else "sha256")
+            if announced not in (None, digest):
+                raise UpstreamProtocolError("the manifest does not match its digest header")
+            self._report_bytes(len(body))
+            media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
             return ManifestBody(digest, media_type, body)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`.
 
         Signed URLs refuse ``HEAD`` (GHCR, GitLab), each in its own way, and so do some registries
-        (public ECR): there a ``GET`` is begun, and ended after its headers.
+        (public ECR). Then a ``GET`` is sent, and ended after its headers.
         """
 
-        def is_accepted(answer: Response) -> bool:
-            return answer.redirected or answer.response.status in _NO_HEAD
+        def is_accepted(response: Response) -> bool:
+            return response.is_cross_origin or response.http.status in _HEAD_REFUSED
 
         path = f"blobs/{digest}"
         head = RegistryRequest("HEAD", repository, path, Kind.BLOB, is_accepted=is_accepted)
-        async with self._client.ask(head) as (answer, _):
-            if answer.response.status == 200:
-                return length_of(answer.response.headers)
-        async with self._client.ask(RegistryRequest("GET", repository, path, Kind.BLOB)) as (
-            answer,
-            _,
-        ):
-            return length_of(answer.response.headers)
+        async with self._client.send(head) as response:
+            if response.http.status == 200:
+                return length_of(response.http.headers)
+        get = RegistryRequest("GET", repository, path, Kind.BLOB)
+        async with self._client.send(get) as response:
+            return length_of(response.http.headers)
 
     @asynccontextmanager
     async def open(
@@ -123,69 +133,55 @@ class HttpRegistry:
         if kind is Kind.MANIFEST:
             path = f"manifests/{digest}"
             headers["Accept"] = ", ".join(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
-        only: dict[str, dict[str, str]] = {}
+        endpoint_headers: dict[str, dict[str, str]] = {}
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if validator is not None:
-                where, _, tag = validator.partition(" ")
-                only[where] = {"If-Range": tag}
-        request = RegistryRequest("GET", repository, path, kind, headers, only, is_accepted=_parts)
-        async with self._client.ask(request, avoid) as (answer, endpoint):
-            response = answer.response
-            start, whole = 0, length_of(response.headers)
-            if response.status == 416:
-                raise UpstreamProtocolError("the upstream has fewer bytes than are here")
-            if response.status == 206:
-                span = parse_content_range(response.headers.get(hdrs.CONTENT_RANGE))
-                if span is None or span.start != offset:
-                    raise UpstreamProtocolError("another range than was asked for")
-                if span.total is not None and span.stop != span.total:
-                    raise UpstreamProtocolError("a range that does not reach the end")
-                start, whole = offset, span.total if span.total is not None else span.stop
-            if total is not None and whole not in (None, total):
-                raise UpstreamProtocolError(f"upstream offers {whole} bytes, not {total}")
-            yield BodyStream(
-                response,
-                start,
-                whole,
-                str(endpoint),
-                self._limits,
-                self._count,
-                answer.report_success,
-            )
+                endpoint, _, entity_tag = validator.partition(" ")
+                endpoint_headers[endpoint] = {"If-Range": entity_tag}
+        request = RegistryRequest(
+            "GET",
+            repository,
+            path,
+            kind,
+            headers,
+            endpoint_headers=endpoint_headers,
+            is_accepted=_is_range_response,
+        )
+        async with self._client.send(request, avoid) as response:
+            start, size = _range_of(response, offset)
+            if total is not None and size not in (None, total):
+                raise UpstreamProtocolError(f"the upstream has {size} bytes, not {total}")
+            yield BodyStream(response, start, size, self._limits, self._report_bytes)
 
-    def _count(self, count: int) -> None:
+    def _report_bytes(self, count: int) -> None:
         self._emit(BytesFetched(self._name, count))
 
     async def list_tags(
         self, repository: Repository, count: int | None, last: str | None
     ) -> TagsPage:
         """See :meth:`mirror.upstream.api.Registry.list_tags`."""
-        wanted = count if count is not None else _PAGES * _PAGE
-        query: dict[str, str] = {"n": str(min(wanted, _PAGE))}
+        limit = count if count is not None else _MAX_PAGES * _TAGS_PER_PAGE
+        query: dict[str, str] = {"n": str(min(limit, _TAGS_PER_PAGE))}
         if last is not None:
             query["last"] = last
         tags: set[str] = set()
-        more = True
+        has_more = True
         page: str | None = None
-        seen: set[str] = set()
-
-        def later(body: bytes) -> set[str]:
-            return {name for name in tag_names(body) if last is None or name > last}
-
-        while more and len(tags) < wanted and len(seen) < _PAGES:
+        seen_pages: set[str] = set()
+        while has_more and len(tags) < limit and len(seen_pages) < _MAX_PAGES:
             request = RegistryRequest(
                 "GET", repository, "tags/list", Kind.TAGS, query=query, page=page
             )
-            async with self._client.ask(request) as (answer, _):
-                body = await read_body(answer.response, _LIST_LIMIT)
-                tags |= await _aside(body, later)
-                page = next_link(answer.response.headers.getall(hdrs.LINK, ()))
-                # A page that was seen already would be the next one for ever.
-                more = page is not None and page not in seen
-                seen.add(page or "")
+            async with self._client.send(request) as response:
+                body = await read_body(response.http, _MAX_TAG_LIST_BYTES)
+                tags |= await parse_in_thread_if_large(_tags_after, body, last)
+                page = next_link(response.http.headers.getall(hdrs.LINK, ()))
+                # A link to an earlier page would be followed for ever.
+                has_more = page is not None and page not in seen_pages
+                seen_pages.add(page or "")
         ordered = await asyncio.to_thread(sorted, tags)
-        return TagsPage(tuple(ordered[:wanted]), more or len(ordered) > wanted)
+        return TagsPage(tuple(ordered[:limit]), has_more or len(ordered) > limit)
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None
@@ -194,9 +190,9 @@ class HttpRegistry:
         query = {"artifactType": artifact_type} if artifact_type else {}
         entries: list[Any] = []
         page: str | None = None
-        seen: set[str] = set()
+        seen_pages: set[str] = set()
         size = 0
-        while len(seen) < _PAGES:
+        while len(seen_pages) < _MAX_PAGES:
             request = RegistryRequest(
                 "GET",
                 repository,
@@ -205,53 +201,160 @@ class HttpRegistry:
                 {"Accept": OCI_INDEX},
                 query=query,
                 page=page,
-                is_accepted=_unsupported,
-                follow=False,
+                is_accepted=_is_unsupported,
+                follow_redirects=False,
             )
-            async with self._client.ask(request) as (answer, _):
-                found = answer.response.headers
-                if answer.response.status != 200:
+            async with self._client.send(request) as response:
+                received = response.http.headers
+                if response.http.status != 200:
                     return None
-                if media_type_of(found.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
+                if media_type_of(received.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
                     return None
-                body = await read_body(answer.response, MANIFEST_LIMIT)
-                page = next_link(found.getall(hdrs.LINK, ()))
+                body = await read_body(response.http, MANIFEST_LIMIT)
+                page = next_link(received.getall(hdrs.LINK, ()))
             size += len(body)
             if not entries and page is None:
                 return ManifestBody(Digest.of(body), OCI_INDEX, body)
             if size > MANIFEST_LIMIT:
-                break  # more than one answer may hold
-            entries += await _aside(body, _entries)
-            if page is None or page in seen:
+                break  # The merged index would be larger than a manifest may be.
+            entries += await parse_in_thread_if_large(_referrer_entries, body)
+            if page is None or page in seen_pages:
                 break
-            seen.add(page)
-        body = await asyncio.to_thread(_merged, entries)
+            seen_pages.add(page)
+        body = await asyncio.to_thread(_merge_referrers, entries)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
-    async def close(self) -> None:
-        """Close connections."""
-        await self._client.close()
+
+# --- bodies ---------------------------------------------------------------------------------------
 
 
-def _parts(answer: Response) -> bool:
-    return answer.response.status in (206, 416)
+class BodyStream:
+    """An arriving body. See :class:`mirror.upstream.api.ContentStream` for the attributes."""
+
+    def __init__(
+        self,
+        response: AcceptedResponse,
+        start: int,
+        total: int | None,
+        limits: Limits,
+        report_bytes: Callable[[int], None],
+    ) -> None:
+        """Create a stream. Raises ``UpstreamProtocolError`` for a compressed body.
+
+        Args:
+            response: The response. Its ``report_success`` is called once there is progress.
+            start: Offset of its first byte.
+            total: Size of the whole content. None: not known.
+            limits: ``idle`` and ``min_rate`` of the body.
+            report_bytes: Called with the length of each chunk.
+        """
+        check_encoding(response.http)
+        self.start = start
+        self.total = total
+        self.endpoint = response.endpoint
+        self.media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
+        entity_tag = response.http.headers.get(hdrs.ETAG)
+        # A weak ETag starts with W/ (RFC 9110, section 8.8.3) and must not be used for If-Range.
+        is_strong = entity_tag is not None and entity_tag.startswith('"')
+        self.validator = f"{self.endpoint} {entity_tag}" if is_strong else None
+        self._response = response
+        self._limits = limits
+        self._report_bytes = report_bytes
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
+        expected = self.total - self.start if self.total is not None else None
+        received = 0
+        async for chunk in read_chunks(self._response.http, self._limits, expected):
+            if received < MIN_PROGRESS_BYTES <= received + len(chunk):
+                self._response.report_success()
+            received += len(chunk)
+            self._report_bytes(len(chunk))
+            yield chunk
 
 
-def _unsupported(answer: Response) -> bool:
-    return answer.response.status in _NO_REFERRERS
+def _range_of(response: Response, offset: int) -> tuple[int, int | None]:
+    """Return (offset of the first byte, size of the whole content or None).
+
+    Raises ``UpstreamProtocolError`` unless the response has all bytes, or all from ``offset`` on.
+    """
+    if response.http.status == 416:
+        raise UpstreamProtocolError("the upstream has fewer bytes than have been received")
+    if response.http.status != 206:
+        return 0, length_of(response.http.headers)
+    content_range = parse_content_range(response.http.headers.get(hdrs.CONTENT_RANGE))
+    if content_range is None or content_range.start != offset:
+        raise UpstreamProtocolError("the response has another range than the requested one")
+    if content_range.total is not None and content_range.stop != content_range.total:
+        raise UpstreamProtocolError("the range of the response ends too early")
+    return offset, content_range.total if content_range.total is not None else content_range.stop
 
 
-def _entries(body: bytes) -> list[Any]:
-    """The entries of a referrers index, as they came. Raises ``ManifestInvalid``."""
+def _is_range_response(response: Response) -> bool:
+    return response.http.status in (206, 416)
+
+
+# --- headers and documents ------------------------------------------------------------------------
+
+
+def digest_of(headers: Mapping[str, str]) -> Digest | None:
+    """Return ``Docker-Content-Digest``, or None if it is missing.
+
+    See "Pulling manifests". Raises ``UpstreamProtocolError`` for a malformed digest.
+    """
+    value = headers.get("Docker-Content-Digest")
+    if value is None:
+        return None
+    try:
+        return Digest.parse(value)
+    except DigestInvalid as error:
+        raise UpstreamProtocolError("the digest header is malformed") from error
+
+
+def length_of(headers: Mapping[str, str]) -> int | None:
+    """Return ``Content-Length`` in bytes. None if it is missing or malformed.
+
+    ``Transfer-Encoding: chunked`` overrides it (RFC 9112, section 6.3).
+    """
+    value = headers.get(hdrs.CONTENT_LENGTH, "")
+    is_chunked = "chunked" in headers.get(hdrs.TRANSFER_ENCODING, "").lower()
+    return int(value) if re.fullmatch(r"[0-9]{1,18}", value) and not is_chunked else None
+
+
+def parse_tags(body: bytes) -> list[str]:
+    """Return the tags of a ``tags/list`` response, without names outside the grammar.
+
+    See "Listing Tags". Raises ``UpstreamProtocolError`` for a malformed document.
+    """
+    try:
+        names = json.loads(body).get("tags") or []
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UpstreamProtocolError("the tag list is malformed") from error
+    if not isinstance(names, list):
+        raise UpstreamProtocolError("the tag list is malformed")
+    tags = []
+    for name in names[:_MAX_TAGS]:
+        try:
+            tags.append(Tag.parse(name).name)
+        except (MirrorError, TypeError):
+            continue
+    return tags
+
+
+def _tags_after(body: bytes, last: str | None) -> set[str]:
+    return {name for name in parse_tags(body) if last is None or name > last}
+
+
+def _is_unsupported(response: Response) -> bool:
+    return response.http.status in _REFERRERS_UNSUPPORTED
+
+
+def _referrer_entries(body: bytes) -> list[Any]:
+    """Return the entries of a referrers index, unchanged. Raises ``ManifestInvalid``."""
     parse_referrers(body)
     return list(json.loads(body)["manifests"])
 
 
-def _merged(entries: list[Any]) -> bytes:
-    merged = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
-    return json.dumps(merged, separators=(",", ":")).encode()
-
-
-async def _aside(body: bytes, parse: Callable[[bytes], T]) -> T:
-    """What ``parse`` makes of a body, in a thread where it would take long."""
-    return parse(body) if len(body) <= _INLINE else await asyncio.to_thread(parse, body)
+def _merge_referrers(entries: list[Any]) -> bytes:
+    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+    return json.dumps(index, separators=(",", ":")).encode()

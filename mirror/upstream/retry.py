@@ -1,8 +1,8 @@
-"""When to try again: pure, with time passed in.
+"""When to send a request again: pure, with time passed in.
 
-Lives here: which failures may pass, backoff with full jitter, and what ``Retry-After`` says
-(RFC 9110, section 10.2.3). Only ``GET`` and ``HEAD`` are ever tried again, and only before a byte
-of a body is out.
+Lives here: which failures are retried, backoff with full jitter, the value of ``Retry-After``
+(RFC 9110, section 10.2.3). Must not know: requests. Only ``GET`` and ``HEAD`` are ever retried, and
+only before a byte of the body was passed on.
 """
 
 from __future__ import annotations
@@ -14,47 +14,56 @@ from typing import Final
 
 from mirror.oci.errors import MirrorError, UpstreamRateLimited, UpstreamTimeout, UpstreamUnavailable
 
-ATTEMPTS: Final = 3
-"""Exchanges for one question at most, over all endpoints."""
-BUDGET: Final = 20.0
-"""Seconds after which none but a second endpoint is tried: clients have others to ask."""
-_CEILING: Final = 2.0
-_DELAY_LIMIT: Final = 86400.0
+MAX_ATTEMPTS_PER_REQUEST: Final = 3
+"""Exchanges for one request, over all endpoints. More would multiply the load of an outage."""
+RETRY_BUDGET_S: Final = 20.0
+"""Seconds after which only a second endpoint is tried, because clients have other mirrors."""
+_MAX_BACKOFF_S: Final = 2.0
+"""Seconds before a retry at most: a client is waiting for it."""
+_MAX_RETRY_AFTER_S: Final = 86400.0
+"""Seconds that a ``Retry-After`` counts for at most: one day. Longer ones are mistakes."""
 
 
-def may_pass(error: MirrorError | None) -> bool:
-    """Whether the same endpoints may be asked again at once.
+def is_transient(error: MirrorError | None) -> bool:
+    """Whether the same endpoints may be tried again at once.
 
-    What broke, or was answered with a 5xx, may pass; what is slow, asks for a pause, or is wrong
-    may not.
+    True for broken connections and 5xx. False for timeouts, 429, and malformed responses.
     """
     return isinstance(error, UpstreamUnavailable) and not isinstance(
         error, UpstreamRateLimited | UpstreamTimeout
     )
 
 
-def backoff(attempt: int, random: float) -> float:
-    """Seconds before ``attempt`` (1 is the first retry); ``random`` is in [0, 1).
+def backoff_delay(attempt: int, random: float) -> float:
+    """Return the seconds to wait before a retry.
 
-    Full jitter: those whom one failure stopped together do not come back together.
+    Full jitter: requests that failed together are not sent again together.
+
+    Args:
+        attempt: 1 for the first retry, 2 for the second one.
+        random: A random number in [0, 1).
     """
-    return float(min(_CEILING, 0.1 * 2 ** min(attempt, 16)) * random)
+    return float(min(_MAX_BACKOFF_S, 0.1 * 2 ** min(attempt, 16)) * random)
 
 
-def retry_after(header: str | None, now: float) -> float | None:
-    """Seconds to wait, at most a day; None if there is no header or it is nonsense.
+def parse_retry_after(header: str | None, now: float) -> float | None:
+    """Return the seconds to wait, at most a day. None without a header, or for a malformed one.
 
-    ``now`` is in seconds since the epoch, for the form with a date.
+    ``Retry-After = HTTP-date / delay-seconds`` (RFC 9110, section 10.2.3).
+
+    Args:
+        header: The value of the header.
+        now: Seconds since the epoch, to which an ``HTTP-date`` is compared.
     """
     if header is None:
         return None
     text = header.strip()
     if re.fullmatch(r"[0-9]{1,20}", text):
-        return min(float(text), _DELAY_LIMIT)
+        return min(float(text), _MAX_RETRY_AFTER_S)
     try:
         date = email.utils.parsedate_to_datetime(text)
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
-    # "all HTTP-date timestamps MUST be in UTC": also those that do not say so
-    at = (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()
-    return min(max(0.0, at - now), _DELAY_LIMIT)
+    # "all HTTP-date timestamps MUST be in UTC" (section 5.6.7): also without a time zone.
+    timestamp = (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()
+    return min(max(0.0, timestamp - now), _MAX_RETRY_AFTER_S)

@@ -170,7 +170,8 @@ def test_an_endpoint_that_is_the_mirror_itself(check: Check, listen: str, endpoi
         f"listen: {listen}\nupstreams: {{docker.io: {{endpoints: ['{endpoint}']}}}}\n"
     )
     assert (code, out) == (78, "")
-    assert err == f"oci-mirror: upstreams.docker.io.endpoints: '{endpoint}': ourselves\n"
+    key = "upstreams.docker.io.endpoints"
+    assert err == f"oci-mirror: {key}: '{endpoint}': an address of this mirror\n"
 
 
 def test_serve_looks_at_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,9 +244,6 @@ class MemoryRegistry:
         )
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
-    async def close(self) -> None:
-        return None
-
 
 @dataclass
 class PullKit:

@@ -186,6 +186,7 @@ async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
         digest = kit.registry.add_image(REPO.path, TAG.name, base)
         await manifest(kit)
         await blob(kit, Digest.of(base))
+        await kit.store.idle()
         for seed in range(2, 8):
             kit.clock[0] += 120
             assert (await manifest(kit, digest))[1] is Outcome.HIT

@@ -1,4 +1,4 @@
-"""What the tests of the upstream room share: a registry over HTTP, with a clock of the test's."""
+"""Shared parts of these tests: a registry over HTTP whose clock the test sets."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mirror.observability.events import Event, Kind
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Repository
+from mirror.single_flight import SingleFlight
 from mirror.upstream.failover import FailoverClient, RegistryRequest
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
@@ -29,36 +30,34 @@ from tests.real.tokens import Certificate
 REPO = Repository("docker.io", "library/app")
 DATA = bytes(range(256)) * 400
 LIMITS = Limits(connect=15.0, headers=15.0, idle=15.0)
-"""Of tests that do not wait for them, on whatever busy machine."""
+"""Limits of tests that must not reach them, even on a busy machine."""
 T = TypeVar("T")
 DOWN = 503
-"""What an endpoint says that has no answer."""
+"""Status of an endpoint that is down."""
 
 
 @dataclass
 class Kit:
-    """One upstream, what it told its observer, and the clock it goes by."""
+    """One upstream, the events that it emitted, and its clock."""
 
     client: FailoverClient
     registry: HttpRegistry
     transport: Transport
+    single_flight: SingleFlight
     events: list[Event] = field(default_factory=list)
     clock: list[float] = field(default_factory=lambda: [1000.0])
 
     def seen(self, kind: type[T]) -> list[T]:
-        """The events of one kind."""
+        """Return the events of one type."""
         return [event for event in self.events if isinstance(event, kind)]
 
     async def status(self, path: str = "manifests/latest", method: str = "GET") -> int:
-        """The status of the answer to a question; raises what ``ask`` raises."""
-        async with self.client.ask(RegistryRequest(method, REPO, path, Kind.MANIFEST)) as (
-            answer,
-            _,
-        ):
-            return answer.response.status
+        """Send a request, and return the status of the response. Raises like ``send``."""
+        async with self.client.send(RegistryRequest(method, REPO, path, Kind.MANIFEST)) as response:
+            return response.http.status
 
     async def read(self, digest: Digest, **how: Any) -> bytes:
-        """The bytes of a blob, as ``open`` gives them."""
+        """Read a blob. ``how``: further arguments of ``open``."""
         async with self.registry.open(REPO, digest, Kind.BLOB, **how) as stream:
             return b"".join([chunk async for chunk in stream])
 
@@ -69,65 +68,67 @@ async def upstream_kit(
     name: str = "docker.io",
     limits: Limits = LIMITS,
     environment: Mapping[str, str] | None = None,
-    own: Collection[tuple[str, int]] = (),
+    own_addresses: Collection[tuple[str, int]] = (),
     clock: Callable[[], float] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Kit]:
-    """An upstream at ``endpoints``; what is tried again is tried at once."""
+    """Open an upstream with ``endpoints``. Retries are sent without a delay."""
     upstream = Upstream(endpoints=endpoints, limits=limits, **settings)
     events: list[Event] = []
     times = [1000.0]
-    transport = Transport(upstream, environment or {})
-    client = FailoverClient(
-        name,
-        upstream,
-        transport,
-        events.append,
-        own,
-        clock or (lambda: times[0]),
-        jitter=lambda: 0.0,
-    )
-    registry = HttpRegistry(name, client, limits, events.append)
-    try:
-        yield Kit(client, registry, transport, events, times)
-    finally:
-        await registry.close()
+    async with SingleFlight() as single_flight:
+        transport = Transport(upstream, environment or {})
+        client = FailoverClient(
+            name,
+            upstream,
+            transport,
+            events.append,
+            single_flight,
+            own_addresses,
+            clock or (lambda: times[0]),
+            jitter=lambda: 0.0,
+        )
+        registry = HttpRegistry(name, client, limits, events.append)
+        try:
+            yield Kit(client, registry, transport, single_flight, events, times)
+        finally:
+            await transport.close()
 
 
 def dead() -> str:
-    """An endpoint at which nobody listens."""
+    """Return the URL of an endpoint at which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def registry() -> FakeRegistry:
-    """One that has an image at ``latest``."""
+    """Return a fake registry that has a manifest at ``latest``."""
     fake = FakeRegistry()
     fake.add_manifest(b"{}", tag="latest", media_type=OCI_MANIFEST)
     return fake
 
 
 def down(*fakes: FakeRegistry) -> None:
-    """Let them have no answer to anything."""
+    """Let these registries respond to every request with 503."""
     for fake in fakes:
         fake.fault("", Fault(status=DOWN, times=None))
 
 
 def up(*fakes: FakeRegistry) -> None:
-    """Let them answer again."""
+    """Let these registries respond as usual again."""
     for fake in fakes:
         fake.faults.clear()
 
 
 async def failure(kit: Kit, path: str = "manifests/latest") -> MirrorError:
-    """The error that is the answer to a question."""
+    """Send a request that must fail, and return its error."""
     with pytest.raises(MirrorError) as caught:
         await kit.status(path)
     return caught.value
 
 
 def helper(directory: Path, script: str, name: str = "test") -> Path:
-    """A credential helper of this name; returns the log of what it was asked for."""
+    """Install a credential helper. Returns the log of its requests."""
     log = directory / f"{name}.log"
     path = directory / f"docker-credential-{name}"
     path.write_text(f"#!/bin/sh\nread server\necho \"$1 $server\" >> '{log}'\n{script}\n")
@@ -136,31 +137,31 @@ def helper(directory: Path, script: str, name: str = "test") -> Path:
 
 
 def rotating_helper(directory: Path, secret: str = "old") -> Path:
-    """A helper whose secret is what the file ``secret`` says; returns its log."""
+    """Install a helper that returns the content of the file ``secret``. Returns its log."""
     path = directory / "secret"
     path.write_text(secret)
     return helper(directory, f'printf \'{{"Username":"u","Secret":"%s"}}\' "$(cat {path})"')
 
 
-async def at_once(count: int, ask: Callable[[], Awaitable[T]]) -> list[T | BaseException]:
-    """The outcomes of many who ask at the same time."""
-    return await asyncio.gather(*(ask() for _ in range(count)), return_exceptions=True)
+async def at_once(count: int, call: Callable[[], Awaitable[T]]) -> list[T | BaseException]:
+    """Run ``count`` calls at the same time. Returns their results and exceptions."""
+    return await asyncio.gather(*(call() for _ in range(count)), return_exceptions=True)
 
 
 def origin(text: str) -> URL:
-    """An endpoint as the room has it."""
+    """Parse the URL of an endpoint like the package does."""
     return URL(text, encoded=True)
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    """Wait for something that has no event."""
+    """Wait for a condition that has no event."""
     async with asyncio.timeout(20):
         while not holds():  # noqa: ASYNC110 - what a process or a peer does has no event here
             await asyncio.sleep(0.01)
 
 
 def tls_server(certificate: Certificate) -> ssl.SSLContext:
-    """What a fake serves HTTPS with."""
+    """Return the TLS context of a fake registry."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.cert_file, certificate.key_file)
     return context

@@ -1,4 +1,4 @@
-"""The protocol of a registry, held against everything that keeps it: over HTTP, and in memory."""
+"""Contract of ``mirror.upstream.api``, for each implementation: over HTTP, and in memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ NOBODY = Digest.of(b"nobody has this")
 EMPTY = Repository("docker.io", "library/empty")
 
 
-class Bench(Protocol):
-    """A registry, and what a test puts into it."""
+class RegistryEnv(Protocol):
+    """A registry, and methods that put content into it."""
 
     registry: Registry
 
@@ -40,15 +40,15 @@ class Bench(Protocol):
     def without_referrers(self) -> None: ...
 
     def breaks(self, digest: Digest, at: int) -> None:
-        """The next transfer of this blob breaks."""
+        """Let the next transfer of this blob break after ``at`` bytes."""
 
     def fails(self, error: type[MirrorError]) -> None:
-        """Every question fails in this way."""
+        """Let every request fail with this error."""
 
 
 @dataclass
 class OverHttp:
-    """Over HTTP: the implementation that is served from."""
+    """The implementation over HTTP, in front of a fake registry."""
 
     registry: Registry
     fake: FakeRegistry
@@ -83,7 +83,7 @@ class OverHttp:
 
 @dataclass
 class InMemory:
-    """In memory: the one that the tests of the pull room are built on."""
+    """The implementation in memory, which the tests of ``mirror.pull`` use."""
 
     registry: MemoryRegistry = field(default_factory=MemoryRegistry)
 
@@ -110,62 +110,62 @@ class InMemory:
 
 
 @asynccontextmanager
-async def over_http() -> AsyncIterator[Bench]:
+async def over_http() -> AsyncIterator[RegistryEnv]:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         yield OverHttp(kit.registry, fake)
 
 
 @asynccontextmanager
-async def in_memory() -> AsyncIterator[Bench]:
+async def in_memory() -> AsyncIterator[RegistryEnv]:
     yield InMemory()
 
 
 @pytest.fixture(params=[over_http, in_memory])
-async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
-    async with request.param() as made:
-        yield made
+async def env(request: pytest.FixtureRequest) -> AsyncIterator[RegistryEnv]:
+    async with request.param() as opened:
+        yield opened
 
 
 async def read(stream: ContentStream, parts: list[bytes] | None = None) -> bytes:
-    """All that comes; what came before an error is in ``parts``."""
+    """Read a stream. ``parts`` has the chunks before an error, too."""
     parts = [] if parts is None else parts
     async for chunk in stream:
         parts.append(chunk)
     return b"".join(parts)
 
 
-async def get(bench: Bench, digest: Digest, kind: Kind = Kind.BLOB, **how: Any) -> bytes:
-    async with bench.registry.open(REPO, digest, kind, **how) as stream:
+async def get(env: RegistryEnv, digest: Digest, kind: Kind = Kind.BLOB, **how: Any) -> bytes:
+    async with env.registry.open(REPO, digest, kind, **how) as stream:
         return await read(stream)
 
 
 # --- manifests ------------------------------------------------------------------------------------
 
 
-async def test_a_head_names_digest_type_and_size(bench: Bench) -> None:
-    digest = bench.manifest(MANIFEST, "latest")
+async def test_head_manifest_returns_digest_type_and_size(env: RegistryEnv) -> None:
+    digest = env.manifest(MANIFEST, "latest")
     for reference in (LATEST, digest):
-        found = await bench.registry.head_manifest(REPO, reference, ())
-        assert (found.digest, found.media_type) == (digest, OCI_MANIFEST)
-        assert found.size == len(MANIFEST)
+        result = await env.registry.head_manifest(REPO, reference, ())
+        assert (result.digest, result.media_type) == (digest, OCI_MANIFEST)
+        assert result.size == len(MANIFEST)
 
 
-async def test_a_manifest_by_tag_is_its_bytes(bench: Bench) -> None:
-    digest = bench.manifest(MANIFEST, "latest")
-    found = await bench.registry.get_manifest(REPO, LATEST, (OCI_MANIFEST,))
-    assert (found.digest, found.media_type, found.body) == (digest, OCI_MANIFEST, MANIFEST)
+async def test_get_manifest_returns_the_unchanged_bytes(env: RegistryEnv) -> None:
+    digest = env.manifest(MANIFEST, "latest")
+    result = await env.registry.get_manifest(REPO, LATEST, (OCI_MANIFEST,))
+    assert (result.digest, result.media_type, result.body) == (digest, OCI_MANIFEST, MANIFEST)
 
 
-async def test_a_tag_that_moves_is_another_digest(bench: Bench) -> None:
-    bench.manifest(MANIFEST, "latest")
-    await bench.registry.head_manifest(REPO, LATEST, ())
-    other = bench.manifest(MANIFEST + b"\n", "latest")
-    assert (await bench.registry.head_manifest(REPO, LATEST, ())).digest == other
+async def test_head_manifest_follows_a_moved_tag(env: RegistryEnv) -> None:
+    env.manifest(MANIFEST, "latest")
+    await env.registry.head_manifest(REPO, LATEST, ())
+    other = env.manifest(MANIFEST + b"\n", "latest")
+    assert (await env.registry.head_manifest(REPO, LATEST, ())).digest == other
 
 
-async def test_a_manifest_by_digest_is_content(bench: Bench) -> None:
-    digest = bench.manifest(MANIFEST)
-    async with bench.registry.open(REPO, digest, Kind.MANIFEST, accept=(OCI_MANIFEST,)) as stream:
+async def test_open_yields_a_manifest_by_digest(env: RegistryEnv) -> None:
+    digest = env.manifest(MANIFEST)
+    async with env.registry.open(REPO, digest, Kind.MANIFEST, accept=(OCI_MANIFEST,)) as stream:
         assert (stream.start, stream.total) == (0, len(MANIFEST))
         assert stream.media_type == OCI_MANIFEST
         assert await read(stream) == MANIFEST
@@ -174,70 +174,72 @@ async def test_a_manifest_by_digest_is_content(bench: Bench) -> None:
 # --- blobs ----------------------------------------------------------------------------------------
 
 
-async def test_a_blob_is_content(bench: Bench) -> None:
-    digest = bench.blob(DATA)
-    assert await bench.registry.head_blob(REPO, digest) == len(DATA)
-    async with bench.registry.open(REPO, digest, Kind.BLOB) as stream:
+async def test_open_yields_a_blob(env: RegistryEnv) -> None:
+    digest = env.blob(DATA)
+    assert await env.registry.head_blob(REPO, digest) == len(DATA)
+    async with env.registry.open(REPO, digest, Kind.BLOB) as stream:
         assert (stream.start, stream.total) == (0, len(DATA))
         assert stream.endpoint
         assert await read(stream) == DATA
-    assert await get(bench, digest, total=len(DATA), avoid=["elsewhere"]) == DATA
+    assert await get(env, digest, total=len(DATA), avoid=["elsewhere"]) == DATA
 
 
-async def test_an_empty_blob_is_content(bench: Bench) -> None:
-    digest = bench.blob(b"")
-    assert await bench.registry.head_blob(REPO, digest) == 0
-    assert await get(bench, digest, total=0) == b""
+async def test_open_yields_an_empty_blob(env: RegistryEnv) -> None:
+    digest = env.blob(b"")
+    assert await env.registry.head_blob(REPO, digest) == 0
+    assert await get(env, digest, total=0) == b""
 
 
 @pytest.mark.parametrize("offset", [1, 65_536, len(DATA) - 1])
-async def test_a_part_begins_where_it_says(bench: Bench, offset: int) -> None:
-    digest = bench.blob(DATA)
-    async with bench.registry.open(REPO, digest, Kind.BLOB, offset=offset) as stream:
+async def test_stream_with_an_offset_begins_at_its_start(env: RegistryEnv, offset: int) -> None:
+    digest = env.blob(DATA)
+    async with env.registry.open(REPO, digest, Kind.BLOB, offset=offset) as stream:
         assert stream.start in (0, offset)
         assert stream.total == len(DATA)
         assert await read(stream) == DATA[stream.start :]
 
 
 @pytest.mark.parametrize("at", [1, 50_000, len(DATA) - 1])
-async def test_what_came_before_a_break_is_good_and_the_rest_can_be_had(
-    bench: Bench, at: int
+async def test_broken_transfer_can_be_resumed_after_the_received_bytes(
+    env: RegistryEnv, at: int
 ) -> None:
-    digest = bench.blob(DATA)
-    bench.breaks(digest, at)
+    digest = env.blob(DATA)
+    env.breaks(digest, at)
     parts: list[bytes] = []
-    async with bench.registry.open(REPO, digest, Kind.BLOB) as stream:
+    async with env.registry.open(REPO, digest, Kind.BLOB) as stream:
         with pytest.raises(errors.UpstreamUnavailable):
             await read(stream, parts)
         validator, total = stream.validator, stream.total
     data = b"".join(parts)
     assert data == DATA[:at]
-    rest = await get(bench, digest, offset=at, validator=validator, total=total)
+    rest = await get(env, digest, offset=at, validator=validator, total=total)
     assert data + rest == DATA
 
 
 @pytest.mark.parametrize("how", [{"total": 7}, {"offset": len(DATA)}, {"offset": len(DATA) + 1}])
-async def test_a_size_that_disagrees_is_an_error(bench: Bench, how: dict[str, int]) -> None:
-    digest = bench.blob(DATA)
+async def test_open_with_a_wrong_size_or_offset_raises_a_protocol_error(
+    env: RegistryEnv, how: dict[str, int]
+) -> None:
+    digest = env.blob(DATA)
     with pytest.raises(UpstreamProtocolError):
-        await get(bench, digest, **how)
+        await get(env, digest, **how)
 
 
-async def test_a_reader_may_leave(bench: Bench) -> None:
-    digest = bench.blob(DATA)
-    async with bench.registry.open(REPO, digest, Kind.BLOB) as stream:
+async def test_reader_may_leave_a_stream_early(env: RegistryEnv) -> None:
+    digest = env.blob(DATA)
+    async with env.registry.open(REPO, digest, Kind.BLOB) as stream:
         async for _ in stream:
             break
-    async with bench.registry.open(REPO, digest, Kind.BLOB):
+    async with env.registry.open(REPO, digest, Kind.BLOB):
         pass
-    assert await get(bench, digest) == DATA
+    assert await get(env, digest) == DATA
 
 
 # --- lists ----------------------------------------------------------------------------------------
 
 
-async def test_tags_come_sorted_in_pages_after_the_last_one(bench: Bench) -> None:
-    bench.manifest(MANIFEST, "b", "d", "a", "c")
+async def test_list_tags_returns_sorted_pages_after_last(env: RegistryEnv) -> None:
+    env.manifest(MANIFEST, "b", "d", "a", "c")
     for count, last, tags, more in (
         (None, None, "abcd", False),
         (4, None, "abcd", False),
@@ -249,45 +251,45 @@ async def test_tags_come_sorted_in_pages_after_the_last_one(bench: Bench) -> Non
         (None, "d", "", False),
         (5, "z", "", False),
     ):
-        page = await bench.registry.list_tags(REPO, count, last)
+        page = await env.registry.list_tags(REPO, count, last)
         assert (page.tags, page.more) == (tuple(tags), more), (count, last)
 
 
-async def test_referrers_are_an_index(bench: Bench) -> None:
-    subject = bench.manifest(MANIFEST)
+async def test_referrers_returns_an_index(env: RegistryEnv) -> None:
+    subject = env.manifest(MANIFEST)
     entry = {"mediaType": OCI_MANIFEST, "digest": str(NOBODY), "size": 5}
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]}
     body = json.dumps(document).encode()
-    bench.referrers(subject, body)
-    found = await bench.registry.referrers(REPO, subject, None)
-    assert found is not None
-    assert (found.digest, found.media_type, found.body) == (Digest.of(body), OCI_INDEX, body)
-    nothing = await bench.registry.referrers(REPO, NOBODY, None)
-    assert nothing is not None
-    assert json.loads(nothing.body)["manifests"] == []
+    env.referrers(subject, body)
+    result = await env.registry.referrers(REPO, subject, None)
+    assert result is not None
+    assert (result.digest, result.media_type, result.body) == (Digest.of(body), OCI_INDEX, body)
+    no_referrers = await env.registry.referrers(REPO, NOBODY, None)
+    assert no_referrers is not None
+    assert json.loads(no_referrers.body)["manifests"] == []
 
 
-async def test_referrers_without_an_api(bench: Bench) -> None:
-    bench.without_referrers()
-    assert await bench.registry.referrers(REPO, NOBODY, None) is None
+async def test_referrers_returns_none_without_the_api(env: RegistryEnv) -> None:
+    env.without_referrers()
+    assert await env.registry.referrers(REPO, NOBODY, None) is None
 
 
-# --- what goes wrong ------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
-QUESTIONS: dict[str, Callable[[Bench], Awaitable[object]]] = {
-    "head tag": lambda bench: bench.registry.head_manifest(REPO, LATEST, ()),
-    "head manifest": lambda bench: bench.registry.head_manifest(REPO, NOBODY, ()),
-    "get tag": lambda bench: bench.registry.get_manifest(REPO, LATEST, ()),
-    "manifest": lambda bench: get(bench, NOBODY, Kind.MANIFEST),
-    "head blob": lambda bench: bench.registry.head_blob(REPO, NOBODY),
-    "blob": lambda bench: get(bench, NOBODY),
-    "tags": lambda bench: bench.registry.list_tags(EMPTY, None, None),
-    "referrers": lambda bench: bench.registry.referrers(REPO, NOBODY, None),
+REQUESTS: dict[str, Callable[[RegistryEnv], Awaitable[object]]] = {
+    "head tag": lambda env: env.registry.head_manifest(REPO, LATEST, ()),
+    "head manifest": lambda env: env.registry.head_manifest(REPO, NOBODY, ()),
+    "get tag": lambda env: env.registry.get_manifest(REPO, LATEST, ()),
+    "manifest": lambda env: get(env, NOBODY, Kind.MANIFEST),
+    "head blob": lambda env: env.registry.head_blob(REPO, NOBODY),
+    "blob": lambda env: get(env, NOBODY),
+    "tags": lambda env: env.registry.list_tags(EMPTY, None, None),
+    "referrers": lambda env: env.registry.referrers(REPO, NOBODY, None),
 }
 
 
 @pytest.mark.parametrize(
-    ("question", "error"),
+    ("operation", "error"),
     [
         ("head tag", errors.ManifestUnknown),
         ("head manifest", errors.ManifestUnknown),
@@ -298,13 +300,15 @@ QUESTIONS: dict[str, Callable[[Bench], Awaitable[object]]] = {
         ("tags", errors.NameUnknown),
     ],
 )
-async def test_what_is_not_there(bench: Bench, question: str, error: type[NotFound]) -> None:
+async def test_absent_content_raises_not_found_of_its_kind(
+    env: RegistryEnv, operation: str, error: type[NotFound]
+) -> None:
     with pytest.raises(error):
-        await QUESTIONS[question](bench)
+        await REQUESTS[operation](env)
 
 
 @pytest.mark.row("U15")
-@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("operation", REQUESTS)
 @pytest.mark.parametrize(
     "error",
     [
@@ -315,17 +319,12 @@ async def test_what_is_not_there(bench: Bench, question: str, error: type[NotFou
         errors.UpstreamProtocolError,
     ],
 )
-async def test_a_failure_keeps_its_kind_and_is_never_a_404(
-    bench: Bench, question: str, error: type[MirrorError]
+async def test_failure_keeps_its_type_and_is_never_not_found(
+    env: RegistryEnv, operation: str, error: type[MirrorError]
 ) -> None:
-    bench.manifest(MANIFEST, "latest")
-    bench.fails(error)
+    env.manifest(MANIFEST, "latest")
+    env.fails(error)
     with pytest.raises(error) as caught:
-        await QUESTIONS[question](bench)
+        await REQUESTS[operation](env)
     assert not isinstance(caught.value, NotFound)
     assert isinstance(caught.value, UpstreamError) is issubclass(error, UpstreamError)
-
-
-async def test_closing_twice_is_closing(bench: Bench) -> None:
-    await bench.registry.close()
-    await bench.registry.close()

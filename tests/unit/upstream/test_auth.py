@@ -1,4 +1,4 @@
-"""Tokens: what is shown to whom, what is asked of a token service, how long its answer is good."""
+"""Authorization: what is sent to whom, requests to a token service, lifetimes of tokens."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from yarl import URL
 from mirror.config.settings import Credentials
 from mirror.observability.events import TokenFetched
 from mirror.oci.errors import OutboundRefused, UpstreamUnavailable
-from mirror.upstream.auth import TokenResponse, _read
+from mirror.single_flight import SingleFlight
+from mirror.upstream.auth import TokenResponse, _parse_token
 from mirror.upstream.outbound import Policy
-from tests.unit.upstream.token_kit import BASIC, BEARER, SHOWN, USER, Service
+from tests.unit.upstream.token_kit import BASIC, BASIC_HEADER, BEARER, USER, Service
 
-# --- what is asked, and of whom -------------------------------------------------------------------
+# --- requests and headers -------------------------------------------------------------------------
 
 
-async def test_nothing_is_shown_before_it_was_asked_for() -> None:
-    service = Service(USER)
+async def test_no_authorization_is_sent_before_a_challenge(single_flight: SingleFlight) -> None:
+    service = Service(single_flight, USER)
     assert await service.first() is None
     assert await service.header(challenge="Negotiate") is None
     assert await service.header(challenge=[]) is None
@@ -30,8 +31,8 @@ async def test_nothing_is_shown_before_it_was_asked_for() -> None:
     assert not service.calls
 
 
-async def test_a_token_is_asked_for_with_a_scope_of_our_own() -> None:
-    service = Service()
+async def test_token_is_requested_with_our_own_scope(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
     assert await service.header() == "Bearer t1"
     [(method, url, headers, form)] = service.calls
     assert (method, str(url.with_query(None))) == ("GET", "https://auth.docker.io/token")
@@ -40,12 +41,14 @@ async def test_a_token_is_asked_for_with_a_scope_of_our_own() -> None:
         "service": "registry.docker.io",
     }
     assert (headers, form) == ({}, {}), "anonymous"
-    assert await service.first() == "Bearer t1", "the next request begins with it"
+    assert await service.first() == "Bearer t1", "the next request is sent with it"
     assert [event for event in service.events if isinstance(event, TokenFetched) and event.ok]
 
 
-async def test_a_realm_keeps_the_query_that_it_has_and_may_be_relative() -> None:
-    service = Service()
+async def test_realm_may_be_relative_and_keeps_its_query(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
     policy = Policy(URL("https://gitea.corp:3000"))
     await service.challenged(challenge='Bearer realm="/v2/token?a=b%2Fc"', policy=policy)
     url = service.calls[0][1]
@@ -53,25 +56,29 @@ async def test_a_realm_keeps_the_query_that_it_has_and_may_be_relative() -> None
     assert dict(url.query) == {"a": "b/c", "scope": "repository:library/app:pull"}
 
 
-async def test_public_ecr_wants_a_scope_of_its_own() -> None:
-    service = Service()
+async def test_public_ecr_gets_the_scope_aws(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
     policy = Policy(URL("https://public.ecr.aws"))
     realm = 'Bearer realm="https://public.ecr.aws/token/",service="public.ecr.aws",scope="aws"'
     await service.challenged(challenge=realm, policy=policy)
     assert service.calls[0][1].query["scope"] == "aws"
 
 
-async def test_credentials_are_shown_to_the_token_service_alone() -> None:
-    service = Service(USER)
+async def test_bearer_challenge_sends_credentials_to_the_token_service_only(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight, USER)
     assert await service.header() == "Bearer t1"
-    assert service.calls[0][2] == {"Authorization": SHOWN}
+    assert service.calls[0][2] == {"Authorization": BASIC_HEADER}
 
 
-async def test_an_identity_token_is_sent_by_post_and_in_no_url(tmp_path: Path) -> None:
+async def test_identity_token_is_sent_by_post_and_never_in_a_url(
+    single_flight: SingleFlight, tmp_path: Path
+) -> None:
     config = tmp_path / "config.json"
     entry = {"identitytoken": "identity"}
     config.write_text(json.dumps({"auths": {"https://index.docker.io/v1/": entry}}))
-    service = Service(Credentials(docker_config=str(config)))
+    service = Service(single_flight, Credentials(docker_config=str(config)))
     assert await service.header() == "Bearer t1"
     [(method, url, headers, form)] = service.calls
     assert (method, str(url), headers) == ("POST", "https://auth.docker.io/token", {})
@@ -82,34 +89,34 @@ async def test_an_identity_token_is_sent_by_post_and_in_no_url(tmp_path: Path) -
         "service": "registry.docker.io",
         "scope": "repository:library/app:pull",
     }
-    assert await service.header(challenge=BASIC) is None, "it is no password"
+    assert await service.header(challenge=BASIC) is None, "an identity token is not a password"
 
 
-async def test_basic() -> None:
-    service = Service(USER)
+async def test_basic_challenge_sends_the_login_once(single_flight: SingleFlight) -> None:
+    service = Service(single_flight, USER)
     sent = await service.challenged(challenge=BASIC)
     assert sent is not None
-    assert sent.header == SHOWN
-    assert await service.first() == SHOWN
-    assert await service.challenged(sent, challenge=BASIC) is None, "it has been refused"
-    assert await Service().challenged(challenge=BASIC) is None, "there is nothing to show"
+    assert sent.header == BASIC_HEADER
+    assert await service.first() == BASIC_HEADER
+    assert await service.challenged(sent, challenge=BASIC) is None, "the same login was refused"
+    assert await Service(single_flight).challenged(challenge=BASIC) is None, "there is no login"
     assert not service.calls
 
 
-async def test_a_token_is_preferred_where_there_is_a_choice() -> None:
+async def test_bearer_is_preferred_over_basic(single_flight: SingleFlight) -> None:
     for challenge in ([BASIC, BEARER], f"{BASIC}, {BEARER}", f"Negotiate, {BEARER}"):
-        assert await Service(USER).header(challenge=challenge) == "Bearer t1"
+        assert await Service(single_flight, USER).header(challenge=challenge) == "Bearer t1"
 
 
 @pytest.mark.parametrize("realm", ["https://evil.example/", "http://auth.docker.io/token", "x:y"])
-async def test_a_realm_that_may_not_be_asked_is_not(realm: str) -> None:
-    service = Service(USER)
+async def test_refused_realm_gets_no_request(single_flight: SingleFlight, realm: str) -> None:
+    service = Service(single_flight, USER)
     with pytest.raises(OutboundRefused):
         await service.challenged(challenge=f'Bearer realm="{realm}"')
     assert not service.calls
 
 
-# --- how long one is good -------------------------------------------------------------------------
+# --- lifetimes and malformed responses ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,10 +137,10 @@ async def test_a_realm_that_may_not_be_asked_is_not(realm: str) -> None:
         (float("nan"), 60),
     ],
 )
-async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
-    lifetime: Any, seconds: float
+async def test_token_is_renewed_after_nine_tenths_of_its_lifetime(
+    single_flight: SingleFlight, lifetime: Any, seconds: float
 ) -> None:
-    service = Service()
+    service = Service(single_flight)
     service.lifetime = lifetime
     await service.challenged()
     service.clock[0] += seconds * 0.89
@@ -160,9 +167,11 @@ async def test_a_token_is_asked_for_anew_a_while_before_it_ends(
         b"[" * 50_000,
     ],
 )
-async def test_what_is_no_token_is_never_shown(body: bytes) -> None:
-    service = Service()
-    service.answers = [TokenResponse(200, body)]
+async def test_malformed_token_response_raises_and_is_never_sent(
+    single_flight: SingleFlight, body: bytes
+) -> None:
+    service = Service(single_flight)
+    service.responses = [TokenResponse(200, body)]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
     assert [event.ok for event in service.events if isinstance(event, TokenFetched)] == [False]
@@ -177,9 +186,9 @@ NAMES = st.sampled_from(["token", "access_token", "expires_in", "issued_at"])
 
 
 @given(st.binary() | st.dictionaries(NAMES, JSON).map(lambda d: json.dumps(d).encode()))
-def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) -> None:
+def test_any_token_response_gives_a_token_or_a_typed_error(body: bytes) -> None:
     try:
-        value, lifetime = _read(body)
+        value, lifetime = _parse_token(body)
     except UpstreamUnavailable:
         return
     assert value.isascii()
@@ -188,7 +197,7 @@ def test_whatever_a_service_answers_gives_a_token_or_a_typed_error(body: bytes) 
     assert 0 < lifetime <= 3600
 
 
-async def test_access_token_is_another_name_for_it() -> None:
-    service = Service()
-    service.answers = [TokenResponse(200, b'{"token":"","access_token":"a"}')]
+async def test_access_token_is_used_without_token(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
+    service.responses = [TokenResponse(200, b'{"token":"","access_token":"a"}')]
     assert await service.header() == "Bearer a"

@@ -1,4 +1,4 @@
-"""Tokens among many: one is asked for, nobody gets another's, refusals reach all who wait."""
+"""Tokens of concurrent requests: one request for all waiters, separate caches, rotated secrets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from mirror.config.settings import Credentials
 from mirror.oci.errors import (
     Denied,
+    Draining,
     MirrorError,
     OutboundRefused,
     Unauthorized,
@@ -19,59 +20,86 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Repository
+from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import TokenResponse
-from mirror.upstream.credentials import KEPT
+from mirror.upstream.credentials import LOGIN_TTL_S
 from tests.unit.upstream.kit import at_once
 from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
 
-# --- one for all, and none for another ------------------------------------------------------------
+# --- concurrent requests --------------------------------------------------------------------------
 
 
 @pytest.mark.row("U10")
-async def test_fifty_wait_and_one_asks() -> None:
-    service = Service()
-    found = await at_once(50, service.header)
-    assert found == ["Bearer t1"] * 50
+async def test_fifty_concurrent_requests_share_one_token_request(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
+    results = await at_once(50, service.header)
+    assert results == ["Bearer t1"] * 50
+    assert await service.header() == "Bearer t1"
     assert len(service.calls) == 1
 
 
 @pytest.mark.row("U10")
-@pytest.mark.parametrize("leaving", [range(1), range(1, 20), range(20)])
-async def test_those_who_leave_take_it_from_nobody(leaving: range) -> None:
-    service = Service()
+@pytest.mark.parametrize("cancelled", [range(1), range(1, 20), range(20)])
+async def test_cancelled_waiters_cancel_neither_the_request_nor_other_waiters(
+    single_flight: SingleFlight, cancelled: range
+) -> None:
+    service = Service(single_flight)
     service.gate.clear()
     loop = asyncio.get_running_loop()
     tasks = [loop.create_task(service.header()) for _ in range(40)]
-    await service.begun.wait()
-    for index in leaving:
+    await service.started.wait()
+    for index in cancelled:
         tasks[index].cancel()
     service.gate.set()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    expected = "Bearer t2" if 0 in leaving else "Bearer t1"
-    assert [entry for entry in found if isinstance(entry, str)] == [expected] * (40 - len(leaving))
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    headers = [entry for entry in results if isinstance(entry, str)]
+    assert headers == ["Bearer t1"] * (40 - len(cancelled))
+    assert len(service.calls) == 1
 
 
-async def test_fifty_are_refused_and_one_asks_anew() -> None:
-    service = Service()
+async def test_token_is_cached_although_all_waiters_were_cancelled(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
+    service.gate.clear()
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(service.header()) for _ in range(3)]
+    await service.started.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    service.gate.set()
+    assert await service.header() == "Bearer t1"
+    assert len(service.calls) == 1
+
+
+async def test_fifty_refused_requests_share_one_renewal(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
     refused = await service.challenged()
-    found = await at_once(50, lambda: service.header(refused))
-    assert found == ["Bearer t2"] * 50
-    assert await service.header(refused) == "Bearer t2", "one who comes late"
+    results = await at_once(50, lambda: service.header(refused))
+    assert results == ["Bearer t2"] * 50
+    assert await service.header(refused) == "Bearer t2", "a late request uses the cached token"
     assert len(service.calls) == 2
 
 
-async def test_a_service_that_has_but_one_token_is_asked_once_more_for_all() -> None:
-    service = Service()
-    service.answers = [TokenResponse(200, b'{"token":"always"}')]
+async def test_same_token_after_a_refusal_gives_no_authorization(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
+    service.responses = [TokenResponse(200, b'{"token":"always"}')]
     refused = await service.challenged()
     assert await at_once(50, lambda: service.header(refused)) == [None] * 50
     assert len(service.calls) == 2
 
 
-async def test_tokens_are_kept_by_identity_realm_service_and_scope(tmp_path: Path) -> None:
+async def test_tokens_are_cached_by_identity_realm_service_and_scope(
+    single_flight: SingleFlight, tmp_path: Path
+) -> None:
     secret = tmp_path / "secret"
     secret.write_text("one")
-    service = Service(Credentials(username="u", password=f"file:{secret}"))
+    service = Service(single_flight, Credentials(username="u", password=f"file:{secret}"))
     other = Repository("docker.io", "library/other")
     elsewhere = BEARER.replace("auth.docker.io", "registry-1.docker.io")
     kinds: list[dict[str, Any]] = [
@@ -84,18 +112,18 @@ async def test_tokens_are_kept_by_identity_realm_service_and_scope(tmp_path: Pat
     assert first == ["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4"]
     assert [await service.header(**kind) for kind in kinds] == first
     secret.write_text("two")
-    service.clock[0] += KEPT
+    service.clock[0] += LOGIN_TTL_S
     assert await service.header() == "Bearer t5"
     secret.write_text("one")
-    service.clock[0] += KEPT
+    service.clock[0] += LOGIN_TTL_S
     assert await service.header() == "Bearer t1"
 
 
-# --- refusals -------------------------------------------------------------------------------------
+# --- failures and rotated secrets -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("response", "error"),
     [
         (TokenResponse(401, b""), Unauthorized),
         (TokenResponse(403, b""), Denied),
@@ -109,88 +137,148 @@ async def test_tokens_are_kept_by_identity_realm_service_and_scope(tmp_path: Pat
         (UpstreamUnavailable("down"), UpstreamUnavailable),
     ],
 )
-async def test_a_failure_reaches_all_who_wait(
-    answer: TokenResponse | MirrorError, error: type[MirrorError]
+async def test_failed_token_request_reaches_all_waiters(
+    single_flight: SingleFlight, response: TokenResponse | MirrorError, error: type[MirrorError]
 ) -> None:
-    service = Service()
-    service.answers = [answer]
-    found = await at_once(20, service.header)
-    assert {type(entry) for entry in found} == {error}
+    service = Service(single_flight)
+    service.responses = [response]
+    results = await at_once(20, service.header)
+    assert {type(entry) for entry in results} == {error}
     assert len(service.calls) == 1
-    if isinstance(found[0], UpstreamRateLimited):
-        assert found[0].retry_after == 7.0
+    if isinstance(results[0], UpstreamRateLimited):
+        assert results[0].retry_after == 7.0
 
 
-async def test_who_comes_after_a_failure_asks_again() -> None:
-    service = Service()
-    service.answers = [TokenResponse(503, b""), TokenResponse(200, b'{"token":"good"}')]
+async def test_failed_token_request_is_not_cached(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
+    service.responses = [TokenResponse(503, b""), TokenResponse(200, b'{"token":"good"}')]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
     assert await service.header() == "Bearer good"
 
 
+async def test_waiters_get_the_new_token_although_one_was_cancelled_after_an_earlier_failure(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
+    service.responses = [UpstreamUnavailable("down")]
+    with pytest.raises(UpstreamUnavailable):
+        await service.challenged()
+    service.responses = []
+    service.gate.clear()
+    service.started.clear()
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(service.header()) for _ in range(3)]
+    await service.started.wait()
+    tasks[0].cancel()
+    service.gate.set()
+    assert await asyncio.gather(*tasks[1:]) == ["Bearer t2"] * 2
+
+
+async def test_failed_renewal_drops_the_cached_token(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
+    refused = await service.challenged()
+    service.responses = [UpstreamUnavailable("down")]
+    with pytest.raises(UpstreamUnavailable):
+        await service.challenged(refused)
+    service.responses = []
+    assert await service.first() == "Bearer t3"
+
+
+async def test_unexpected_exception_reaches_the_waiter_and_is_not_cached(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight)
+    service.responses = [ZeroDivisionError()]
+    with pytest.raises(ZeroDivisionError):
+        await service.challenged()
+    service.responses = []
+    assert await service.header() == "Bearer t2"
+
+
+async def test_token_request_during_shutdown_raises_draining(single_flight: SingleFlight) -> None:
+    service = Service(single_flight)
+    service.gate.clear()
+    task = asyncio.get_running_loop().create_task(service.header())
+    await service.started.wait()
+    await single_flight.drain(0.0)
+    for waiting in (task, service.header()):
+        with pytest.raises(Draining):
+            await waiting
+    assert len(service.calls) == 1
+
+
 @pytest.mark.parametrize(
-    "moved",
+    "challenge",
     [
         'Bearer realm="https://evil.example/token"',
         'Bearer realm="https://auth.docker.io/gone"',
     ],
 )
-async def test_a_token_service_that_moved_is_found_again(moved: str) -> None:
-    service = Service()
-    service.answers = [TokenResponse(404, b"")]
+async def test_failing_realm_is_forgotten_so_the_next_challenge_is_used(
+    single_flight: SingleFlight, challenge: str
+) -> None:
+    service = Service(single_flight)
+    service.responses = [TokenResponse(404, b"")]
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
-        await service.challenged(challenge=moved)
+        await service.challenged(challenge=challenge)
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
         await service.first()
-    assert await service.first() is None, "the endpoint is asked what it wants now"
-    service.answers = []
+    assert await service.first() is None, "the next request waits for a challenge"
+    service.responses = []
     assert (await service.header() or "").startswith("Bearer t")
 
 
-async def test_a_secret_that_was_rotated_is_taken_when_the_token_service_refuses_the_old_one(
+async def test_rotated_secret_is_read_after_the_token_service_refused_the_old_one(
+    single_flight: SingleFlight,
     tmp_path: Path,
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("old")
-    service = Service(Credentials(username="u", password=f"file:{secret}"))
+    service = Service(single_flight, Credentials(username="u", password=f"file:{secret}"))
     await service.challenged()
     secret.write_text("new")
     other = Repository("docker.io", "library/other")
-    service.answers = [TokenResponse(401, b""), TokenResponse(200, b'{"token":"of-the-new"}')]
-    assert await service.header(repository=other) == "Bearer of-the-new"
+    service.responses = [
+        TokenResponse(401, b""),
+        TokenResponse(200, b'{"token":"of-the-new-secret"}'),
+    ]
+    assert await service.header(repository=other) == "Bearer of-the-new-secret"
     passwords = [
         base64.b64decode(call[2]["Authorization"].split()[1]).decode() for call in service.calls
     ]
     assert passwords == ["u:old", "u:old", "u:new"]
 
 
-async def test_the_same_secret_is_not_shown_twice_to_a_service_that_refuses_it() -> None:
-    service = Service(USER)
-    service.answers = [TokenResponse(401, b"")]
+async def test_refused_secret_is_not_sent_twice_if_unchanged(
+    single_flight: SingleFlight,
+) -> None:
+    service = Service(single_flight, USER)
+    service.responses = [TokenResponse(401, b"")]
     with pytest.raises(Unauthorized):
         await service.challenged()
     assert len(service.calls) == 1
 
 
-async def test_a_secret_that_was_rotated_is_taken_when_the_registry_refuses_the_old_one(
+async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
+    single_flight: SingleFlight,
     tmp_path: Path,
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("old")
-    service = Service(Credentials(username="u", password=f"file:{secret}"))
+    service = Service(single_flight, Credentials(username="u", password=f"file:{secret}"))
     old = await service.challenged(challenge=BASIC)
     secret.write_text("new")
-    assert await service.first() == old.header if old else False, "kept for a while"
+    assert await service.first() == old.header if old else False, "cached for LOGIN_TTL_S"
     new = base64.b64encode(b"u:new").decode()
-    found = await at_once(20, lambda: service.header(old, challenge=BASIC))
-    assert found == [f"Basic {new}"] * 20
+    results = await at_once(20, lambda: service.header(old, challenge=BASIC))
+    assert results == [f"Basic {new}"] * 20
 
 
-async def test_secrets_are_in_no_repr() -> None:
-    service = Service(USER)
+async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
+    service = Service(single_flight, USER)
     sent = await service.challenged()
-    answer = TokenResponse(200, b'{"token":"secret"}')
-    said = f"{sent!r} {answer!r} {service.events!r}"
-    assert "t1" not in said
-    assert "secret" not in said
+    response = TokenResponse(200, b'{"token":"secret"}')
+    text = f"{sent!r} {response!r} {service.events!r}"
+    assert "t1" not in text
+    assert "secret" not in text

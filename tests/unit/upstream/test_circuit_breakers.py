@@ -1,4 +1,4 @@
-"""Circuits of endpoints, with time passed in: what opens them, what says nothing, who tries."""
+"""Circuit breakers in use: which failures open one, and which request is the probe."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from mirror.observability.events import CircuitChanged, Kind, UpstreamResponded
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.upstream.api import PROGRESS
+from mirror.upstream.api import MIN_PROGRESS_BYTES
 from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S
-from mirror.upstream.retry import ATTEMPTS
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
     DATA,
@@ -30,7 +30,7 @@ from tests.unit.upstream.kit import (
 
 
 async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
-    """Let circuits open: the endpoints have no answer for any of several paths."""
+    """Open the circuits of these endpoints, with failures of several paths."""
     down(*fakes)
     for number in range(FAILURE_THRESHOLD):
         await failure(kit, f"manifests/{number}")
@@ -41,7 +41,7 @@ async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
 
 
 @pytest.mark.row("U12")
-async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again() -> None:
+async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
         assert isinstance(await failure(kit), UpstreamUnavailable)
@@ -56,7 +56,7 @@ async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again(
 
 
 @pytest.mark.row("U12")
-async def test_half_open_lets_exactly_one_of_many_through() -> None:
+async def test_half_open_circuit_sends_one_of_20_requests() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
         kit.clock[0] += FIRST_OPEN_S
@@ -71,8 +71,8 @@ async def test_half_open_lets_exactly_one_of_many_through() -> None:
         assert not two.requests
 
 
-async def test_the_second_endpoint_too_lets_one_through() -> None:
-    """Between the look at the circuits and the try, others have been on their way."""
+async def test_half_open_circuit_of_the_second_endpoint_sends_one_request() -> None:
+    """A circuit may have become half open between the choice of endpoints and the request."""
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one, two)
         kit.clock[0] += 60.0
@@ -84,7 +84,7 @@ async def test_the_second_endpoint_too_lets_one_through() -> None:
 
 
 @pytest.mark.row("U12")
-async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
+async def test_many_concurrent_failures_open_the_circuit_only_once() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=DOWN, delay=0.05, times=None))
         await at_once(30, kit.status)
@@ -93,7 +93,7 @@ async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
         assert await kit.status() == 200
 
 
-async def test_a_try_whose_asker_left_does_not_keep_the_circuit_shut() -> None:
+async def test_cancelled_probe_lets_the_next_request_probe() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
         up(fake)
@@ -108,14 +108,14 @@ async def test_a_try_whose_asker_left_does_not_keep_the_circuit_shut() -> None:
         assert await kit.status() == 200
 
 
-async def test_each_endpoint_has_a_circuit_of_its_own() -> None:
+async def test_each_endpoint_has_its_own_circuit() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
         assert [await kit.status() for _ in range(3)] == [200] * 3
         assert not one.requests
 
 
-async def test_answers_that_are_no_failures_open_nothing() -> None:
+async def test_responses_other_than_502_503_504_open_no_circuit() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         for status in (401, 403, 404, 408, 410, 429, 500):
             fake.fault("", Fault(status=status, times=None))
@@ -128,7 +128,7 @@ async def test_answers_that_are_no_failures_open_nothing() -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault(status=DOWN), Fault(close=True)], ids=["503", "closed"])
-async def test_a_path_without_an_answer_says_nothing_of_others(fault: Fault) -> None:
+async def test_failures_of_one_path_open_no_circuit(fault: Fault) -> None:
     fault.times = None
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("manifests/broken", fault)
@@ -138,20 +138,22 @@ async def test_a_path_without_an_answer_says_nothing_of_others(fault: Fault) -> 
         assert not kit.seen(CircuitChanged)
 
 
-async def test_a_question_counts_once_however_often_it_is_tried() -> None:
+async def test_retried_request_counts_as_one_failure() -> None:
     endpoint = dead()
     async with upstream_kit(endpoint) as kit:
         for _ in range(FAILURE_THRESHOLD - 1):
             await failure(kit)
-        assert len(kit.seen(UpstreamResponded)) == ATTEMPTS * (FAILURE_THRESHOLD - 1)
+        assert len(kit.seen(UpstreamResponded)) == MAX_ATTEMPTS_PER_REQUEST * (
+            FAILURE_THRESHOLD - 1
+        )
         assert not kit.seen(CircuitChanged)
         await failure(kit)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", endpoint, True)]
 
 
 @pytest.mark.parametrize("status", [403, 404, DOWN, None])
-async def test_a_storage_that_fails_says_nothing_of_the_registry(status: int | None) -> None:
-    """None: nobody is there."""
+async def test_failures_of_redirect_targets_open_no_circuit(status: int | None) -> None:
+    """``status`` None: nobody listens."""
     async with registry() as fake, FakeRegistry() as storage, upstream_kit(fake.url) as kit:
         storage.fault("/x", Fault(status=status, times=None))
         fake.fault("", Fault(status=307, headers={"Location": f"{storage.url}/x"}, times=None))
@@ -169,7 +171,7 @@ async def test_a_storage_that_fails_says_nothing_of_the_registry(status: int | N
 
 
 async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
-    """Ask for several blobs, whose bodies all break."""
+    """Request several blobs whose bodies all break."""
     fault.times = None
     for number in range(FAILURE_THRESHOLD):
         data = DATA + b"%d" % number
@@ -178,20 +180,20 @@ async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
             await kit.read(Digest.of(data))
 
 
-@pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=PROGRESS - 1)])
-async def test_bodies_that_break_without_progress_open_it(fault: Fault) -> None:
+@pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=MIN_PROGRESS_BYTES - 1)])
+async def test_bodies_broken_before_progress_open_the_circuit(fault: Fault) -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await broken(kit, fake, fault)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", fake.url, True)]
 
 
-async def test_bodies_that_break_after_some_progress_do_not() -> None:
+async def test_bodies_broken_after_progress_open_no_circuit() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        await broken(kit, fake, Fault(end_at=PROGRESS))
+        await broken(kit, fake, Fault(end_at=MIN_PROGRESS_BYTES))
         assert not kit.seen(CircuitChanged)
 
 
-async def test_bodies_of_a_storage_behind_it_do_not() -> None:
+async def test_broken_bodies_of_redirect_targets_open_no_circuit() -> None:
     async with registry() as fake, FakeRegistry() as storage, upstream_kit(fake.url) as kit:
         storage.fault("/x", Fault(status=200, body=DATA, end_at=1000, times=None))
         there = Fault(status=307, headers={"Location": f"{storage.url}/x"})
@@ -199,20 +201,20 @@ async def test_bodies_of_a_storage_behind_it_do_not() -> None:
         assert not kit.seen(CircuitChanged)
 
 
-async def test_a_try_is_over_once_its_body_comes() -> None:
+async def test_probe_succeeds_once_its_body_makes_progress() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
         up(fake)
         gate = asyncio.Event()
         digest = fake.add_blob(DATA)
-        fake.fault(f"blobs/{digest}", Fault(stall_at=PROGRESS, gate=gate))
+        fake.fault(f"blobs/{digest}", Fault(stall_at=MIN_PROGRESS_BYTES, gate=gate))
         kit.clock[0] += FIRST_OPEN_S
         async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
-            assert isinstance(await failure(kit), UpstreamUnavailable), "half open lets one through"
+            assert isinstance(await failure(kit), UpstreamUnavailable), "the probe is under way"
             received = 0
             async for chunk in stream:
                 received += len(chunk)
-                if received == PROGRESS:
+                if received == MIN_PROGRESS_BYTES:
                     assert await kit.status() == 200
                     gate.set()
         assert [event.open for event in kit.seen(CircuitChanged)] == [True, False]
@@ -222,7 +224,7 @@ async def test_a_try_is_over_once_its_body_comes() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 500, DOWN])
-async def test_a_token_that_is_refused_says_nothing_of_the_registry(status: int) -> None:
+async def test_failing_token_service_that_responds_opens_no_circuit(status: int) -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token, fake.token_status = "t", status
         for number in range(FAILURE_THRESHOLD):
@@ -232,7 +234,7 @@ async def test_a_token_that_is_refused_says_nothing_of_the_registry(status: int)
         assert not kit.seen(CircuitChanged)
 
 
-async def test_a_registry_whose_token_service_is_gone_is_left_alone() -> None:
+async def test_unreachable_token_service_opens_the_circuit() -> None:
     async with registry() as fake, upstream_kit(fake.url, token_hosts=["127.0.0.1"]) as kit:
         fake.token, fake.challenge = "t", f'Bearer realm="{dead()}/token"'
         for _ in range(FAILURE_THRESHOLD):

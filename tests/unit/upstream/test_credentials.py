@@ -1,4 +1,4 @@
-"""Credentials: where logins come from, what is made of nonsense, how long one is kept."""
+"""Logins: sources, malformed sources, and the cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from mirror.config.settings import Credentials
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from mirror.single_flight import SingleFlight
 from mirror.upstream import credentials as module
-from mirror.upstream.credentials import KEPT, Login, Logins, look_up
+from mirror.upstream.credentials import LOGIN_TTL_S, Login, Logins, look_up
 from tests.unit.upstream.kit import at_once, helper, rotating_helper, until
 
 HOST = "registry.example:5000"
@@ -27,7 +28,7 @@ CANARY = "canary-77b1"
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory on the PATH."""
+    """Return a directory that is on the PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 
@@ -42,14 +43,14 @@ def auth(user: str, password: str) -> dict[str, str]:
     return {"auth": base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-# --- the configuration, and files -----------------------------------------------------------------
+# --- the configuration and files ------------------------------------------------------------------
 
 
-async def test_without_credentials_there_is_no_login() -> None:
+async def test_no_credentials_give_no_login() -> None:
     assert await look_up(Credentials(), "docker.io", "registry-1.docker.io") is None
 
 
-async def test_a_password_is_taken_as_it_stands_or_from_its_file(tmp_path: Path) -> None:
+async def test_password_is_literal_or_read_from_its_file(tmp_path: Path) -> None:
     plain = Credentials(username="$oauthtoken", password="pa:ss word")
     assert await look_up(plain, "nvcr.io", "nvcr.io") == Login("$oauthtoken", "pa:ss word")
     secret = tmp_path / "secret"
@@ -59,9 +60,7 @@ async def test_a_password_is_taken_as_it_stands_or_from_its_file(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["missing", "directory", "binary", "~no-such-user-here/secret"])
-async def test_a_file_that_cannot_be_read_is_a_failure_of_ours_to_ask(
-    tmp_path: Path, name: str
-) -> None:
+async def test_unreadable_file_raises_unavailable(tmp_path: Path, name: str) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "binary").write_bytes(b"\xff\xfe" + CANARY.encode())
     where = name if name.startswith("~") else str(tmp_path / name)
@@ -74,7 +73,7 @@ async def test_a_file_that_cannot_be_read_is_a_failure_of_ours_to_ask(
         assert CANARY not in str(caught.value)
 
 
-def test_a_login_is_never_printed_and_its_name_gives_nothing_away() -> None:
+def test_login_repr_and_identity_reveal_no_secret() -> None:
     login = Login("user", CANARY, "token-" + CANARY)
     assert CANARY not in repr(login) + login.identity
     others = [Login("user", "x"), Login("use", "r" + CANARY), Login("", "", CANARY), Login("", "")]
@@ -82,10 +81,10 @@ def test_a_login_is_never_printed_and_its_name_gives_nothing_away() -> None:
 
 
 @given(st.text(), st.text())
-def test_basic_is_what_rfc_7617_says(user: str, password: str) -> None:
+def test_basic_header_follows_rfc_7617(user: str, password: str) -> None:
     header = Login(user, password).basic
     if not user and not password:
-        assert header is None, "an identity token is no password"
+        assert header is None, "an identity token is not a password"
     else:
         assert header is not None
         decoded = base64.b64decode(header.removeprefix("Basic ")).decode()
@@ -113,7 +112,7 @@ def test_basic_is_what_rfc_7617_says(user: str, password: str) -> None:
         ("company.io", "cache.corp:8443", "cache.corp:8443"),
     ],
 )
-async def test_the_keys_that_name_a_registry(
+async def test_docker_config_key_that_names_the_registry_matches(
     tmp_path: Path, upstream: str, host: str, key: str
 ) -> None:
     source = docker_config(tmp_path, {"auths": {"other": auth("o", "o"), key: auth("u", "p:q")}})
@@ -123,7 +122,9 @@ async def test_the_keys_that_name_a_registry(
 @pytest.mark.parametrize(
     "key", ["ghcr.io.evil", "evil/ghcr.io", "ghcr.io:444", "ghcr", "cr.io", ""]
 )
-async def test_the_keys_that_do_not(tmp_path: Path, key: str) -> None:
+async def test_docker_config_key_of_another_registry_does_not_match(
+    tmp_path: Path, key: str
+) -> None:
     source = docker_config(tmp_path, {"auths": {key: auth("u", "p")}})
     assert await look_up(source, "ghcr.io", "ghcr.io") is None
 
@@ -142,12 +143,14 @@ async def test_the_keys_that_do_not(tmp_path: Path, key: str) -> None:
         (None, None),
     ],
 )  # fmt: skip
-async def test_what_an_entry_holds(tmp_path: Path, entry: Any, expected: Login | None) -> None:
+async def test_docker_config_entry_gives_its_login(
+    tmp_path: Path, entry: Any, expected: Login | None
+) -> None:
     source = docker_config(tmp_path, {"auths": {"ghcr.io": entry}})
     assert await look_up(source, "ghcr.io", "ghcr.io") == expected
 
 
-async def test_the_entry_of_the_exact_name_goes_first(tmp_path: Path) -> None:
+async def test_docker_config_key_with_the_exact_name_goes_first(tmp_path: Path) -> None:
     auths = {"https://ghcr.io/v1/": auth("a", "a"), "ghcr.io": auth("b", "b")}
     source = docker_config(tmp_path, {"auths": auths})
     assert await look_up(source, "ghcr.io", "ghcr.io") == Login("b", "b")
@@ -175,7 +178,7 @@ async def test_the_entry_of_the_exact_name_goes_first(tmp_path: Path) -> None:
         {"credsStore": {"a": 1}},
     ],
 )
-async def test_what_is_no_configuration_of_docker(tmp_path: Path, document: Any) -> None:
+async def test_malformed_docker_config_raises_unavailable(tmp_path: Path, document: Any) -> None:
     with pytest.raises(UpstreamUnavailable):
         await look_up(docker_config(tmp_path, document), "ghcr.io", "ghcr.io")
 
@@ -184,7 +187,7 @@ async def test_what_is_no_configuration_of_docker(tmp_path: Path, document: Any)
 
 
 @pytest.mark.parametrize(
-    ("upstream", "host", "source", "asked"),
+    ("upstream", "host", "source", "server"),
     [
         ("docker.io", "registry-1.docker.io", {"credsStore": "test"}, HUB),
         ("ghcr.io", "ghcr.io", {"credsStore": "test", "auths": {"ghcr.io": {}}}, "ghcr.io"),
@@ -195,18 +198,18 @@ async def test_what_is_no_configuration_of_docker(tmp_path: Path, document: Any)
         ("docker.io", "registry-1.docker.io", "test", HUB),
     ],
 )
-async def test_whom_a_helper_is_asked_about(
-    path: Path, upstream: str, host: str, source: Any, asked: str
+async def test_helper_gets_the_server_name(
+    path: Path, upstream: str, host: str, source: Any, server: str
 ) -> None:
     log = helper(path, GIVEN)
     credentials = (
         Credentials(helper=source) if isinstance(source, str) else docker_config(path, source)
     )
     assert await look_up(credentials, upstream, host) == Login("u", "s")
-    assert log.read_text() == f"get {asked}\n"
+    assert log.read_text() == f"get {server}\n"
 
 
-async def test_a_filled_entry_needs_no_store(path: Path) -> None:
+async def test_complete_docker_config_entry_runs_no_helper(path: Path) -> None:
     log = helper(path, GIVEN)
     source = docker_config(path, {"credsStore": "test", "auths": {"ghcr.io": auth("a", "b")}})
     assert await look_up(source, "ghcr.io", "ghcr.io") == Login("a", "b")
@@ -221,7 +224,9 @@ async def test_a_filled_entry_needs_no_store(path: Path) -> None:
         ("echo credentials not found in native keychain; exit 1", None),
     ],
 )
-async def test_what_a_helper_says(path: Path, script: str, expected: Login | None) -> None:
+async def test_helper_output_gives_its_login(
+    path: Path, script: str, expected: Login | None
+) -> None:
     helper(path, script, "a.b_c-d")
     assert await look_up(Credentials(helper="a.b_c-d"), "ghcr.io", "ghcr.io") == expected
 
@@ -240,26 +245,28 @@ async def test_what_a_helper_says(path: Path, script: str, expected: Login | Non
         "printf '%070000d' 0 | tr 0 '['",
     ],
 )
-async def test_a_helper_that_fails_is_a_failure_of_ours_to_ask(path: Path, script: str) -> None:
+async def test_failing_helper_raises_unavailable_without_its_output(
+    path: Path, script: str
+) -> None:
     helper(path, script)
     with pytest.raises(UpstreamUnavailable) as caught:
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
     assert CANARY not in str(caught.value)
 
 
-async def test_a_helper_that_is_not_there(path: Path) -> None:
+async def test_absent_helper_raises_unavailable(path: Path) -> None:
     with pytest.raises(UpstreamUnavailable):
         await look_up(Credentials(helper="no-such"), "ghcr.io", "ghcr.io")
 
 
-async def test_a_helper_that_hangs_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HELPER_TIMEOUT", 0.1)
+async def test_hanging_helper_raises_a_timeout(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LOOKUP_TIMEOUT_S", 0.1)
     helper(path, "exec sleep 600")
     with pytest.raises(UpstreamTimeout):
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
 
 
-async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
+async def test_cancelled_look_up_ends_the_helper_and_its_children(path: Path) -> None:
     helper(path, f"sleep 600 & echo $! > {path}/new; mv {path}/new {path}/child; wait")
     loop = asyncio.get_running_loop()
     task = loop.create_task(look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io"))
@@ -271,7 +278,7 @@ async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
 
     def ended() -> bool:
         try:
-            # What is left of it, until somebody waits for it, is a zombie.
+            # It stays a zombie until its parent waits for it.
             return stat.read_text().rpartition(")")[2].split()[0] == "Z"
         except OSError:
             return True
@@ -279,18 +286,20 @@ async def test_a_helper_is_ended_with_all_that_it_started(path: Path) -> None:
     await until(ended)
 
 
-# --- kept for a short while -----------------------------------------------------------------------
+# --- the cache ------------------------------------------------------------------------------------
 
 
-async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(path: Path) -> None:
+async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
+    path: Path, single_flight: SingleFlight
+) -> None:
     log, clock = rotating_helper(path), [0.0]
-    logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: clock[0])
-    found = await at_once(40, lambda: logins.get("ghcr.io"))
-    assert [entry.login for entry in found if not isinstance(entry, BaseException)] == [
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: clock[0])
+    lookups = await at_once(40, lambda: logins.get("ghcr.io"))
+    assert [entry.login for entry in lookups if not isinstance(entry, BaseException)] == [
         Login("u", "old")
     ] * 40
     (path / "secret").write_text("new")
-    clock[0] += KEPT - 0.1
+    clock[0] += LOGIN_TTL_S - 0.1
     assert (await logins.get("ghcr.io")).login == Login("u", "old")
     assert log.read_text().count("get") == 1
     clock[0] += 0.1
@@ -298,23 +307,44 @@ async def test_a_helper_is_run_once_for_many_and_again_when_the_login_is_old(pat
     assert log.read_text().count("get") == 2
 
 
-async def test_a_login_that_was_refused_is_looked_up_at_once_and_once_for_all(path: Path) -> None:
+async def test_cancelled_waiter_ends_neither_the_look_up_nor_other_waiters(
+    path: Path, single_flight: SingleFlight
+) -> None:
+    log = helper(path, f"until [ -e {path}/gate ]; do sleep 0.01; done; {GIVEN}")
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(logins.get("ghcr.io")) for _ in range(9)]
+    await until(log.exists)
+    for task in tasks[:5]:
+        task.cancel()
+    await asyncio.gather(*tasks[:5], return_exceptions=True)
+    (path / "gate").touch()
+    lookups = await asyncio.gather(*tasks[5:])
+    assert [lookup.login for lookup in lookups] == [Login("u", "s")] * 4
+    assert log.read_text().count("get") == 1
+
+
+async def test_refused_login_is_looked_up_again_once_for_all_requests(
+    path: Path, single_flight: SingleFlight
+) -> None:
     log = rotating_helper(path)
-    logins = Logins(Credentials(helper="test"), "ghcr.io", lambda: 0.0)
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
     old = await logins.get("ghcr.io")
     (path / "secret").write_text("new")
-    found = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
-    assert {entry.login for entry in found if not isinstance(entry, BaseException)} == {
+    lookups = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
+    assert {entry.login for entry in lookups if not isinstance(entry, BaseException)} == {
         Login("u", "new")
     }
-    # Who was refused with the old one comes late: the new one has been looked up already.
+    # A late request with the refused login gets the new one, which is cached already.
     assert (await logins.get("ghcr.io", refused=old)).login == Login("u", "new")
     assert log.read_text().count("get") == 2
 
 
-async def test_hosts_have_logins_of_their_own_and_failures_are_not_kept(path: Path) -> None:
+async def test_logins_are_cached_by_host_and_failures_are_not_cached(
+    path: Path, single_flight: SingleFlight
+) -> None:
     source = docker_config(path, {"auths": {"a.corp": auth("a", "a"), "b.corp": auth("b", "b")}})
-    logins = Logins(source, "x.io", lambda: 0.0)
+    logins = Logins(source, "x.io", single_flight, lambda: 0.0)
     assert (await logins.get("a.corp")).login == Login("a", "a")
     assert (await logins.get("b.corp")).login == Login("b", "b")
     nobody = await logins.get("c.corp")

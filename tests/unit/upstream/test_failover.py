@@ -1,12 +1,13 @@
-"""Asking: failover in order, what is tried again, pauses; circuits have tests of their own."""
+"""Failover, retries, refusals, pauses and events. Circuit breakers have tests of their own."""
 
 from __future__ import annotations
 
 import pytest
 
 from mirror.config.settings import Limits
-from mirror.observability.events import Kind, RateLimitSeen, UpstreamResponded
+from mirror.observability.events import CircuitChanged, Kind, RateLimitSeen, UpstreamResponded
 from mirror.oci.errors import (
+    Draining,
     ManifestUnknown,
     OutboundRefused,
     UpstreamError,
@@ -15,9 +16,9 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S
+from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD
 from mirror.upstream.failover import RegistryRequest
-from mirror.upstream.retry import ATTEMPTS, BUDGET
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST, RETRY_BUDGET_S
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
     DATA,
@@ -27,36 +28,39 @@ from tests.unit.upstream.kit import (
     down,
     failure,
     registry,
+    until,
     up,
     upstream_kit,
 )
 
-# --- failover, and trying again -------------------------------------------------------------------
+SHORT = Limits(connect=0.2, headers=0.2)
+
+# --- failover and retries -------------------------------------------------------------------------
 
 
-async def test_the_first_endpoint_is_asked_and_no_other() -> None:
+async def test_first_endpoint_alone_gets_the_request_if_it_responds() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         assert await kit.status() == 200
         assert (len(one.requests), len(two.requests)) == (1, 0)
 
 
-async def test_the_next_one_answers_for_one_that_fails() -> None:
+async def test_failed_endpoint_fails_over_to_the_next_one() -> None:
     async with registry() as one, registry() as two:
         down(one)
         for first in (one.url, dead(), "http://no-such-host.invalid"):
             async with upstream_kit(first, two.url) as kit:
                 assert await kit.status() == 200
-                answered = kit.seen(UpstreamResponded)
-                assert [event.endpoint for event in answered] == [first, two.url]
-                assert [event.status for event in answered] == [
+                responses = kit.seen(UpstreamResponded)
+                assert [event.endpoint for event in responses] == [first, two.url]
+                assert [event.status for event in responses] == [
                     DOWN if first == one.url else 0,
                     200,
                 ]
-                assert answered[1].error == ""
-                assert answered[0].error or answered[0].status
+                assert responses[1].error == ""
+                assert responses[0].error or responses[0].status
 
 
-async def test_nonsense_is_passed_over_as_well() -> None:
+async def test_malformed_response_fails_over_to_the_next_endpoint() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         one.fault("", Fault(status=302, headers={"Location": "ftp://x/"}), Fault(status=410))
         assert [await kit.status() for _ in range(2)] == [200, 200]
@@ -65,56 +69,57 @@ async def test_nonsense_is_passed_over_as_well() -> None:
 
 @pytest.mark.row("U15")
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_no_is_an_answer(status: int) -> None:
+async def test_401_403_404_are_final_and_do_not_fail_over(status: int) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         one.fault("", Fault(status=status))
         assert not isinstance(await failure(kit), UpstreamError)
         assert (len(one.requests), len(two.requests)) == (1, 0)
 
 
-async def test_what_may_pass_is_tried_again_a_few_times() -> None:
+async def test_transient_failures_stop_after_3_attempts() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=DOWN), Fault(close=True, times=2))
-        assert await kit.status() == 200, "the second close is retried by the connection's owner"
+        assert await kit.status() == 200, "aiohttp retries the second closed connection"
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         down(one, two)
         assert isinstance(await failure(kit), UpstreamUnavailable)
-        assert len(one.requests) + len(two.requests) == ATTEMPTS
+        assert len(one.requests) + len(two.requests) == MAX_ATTEMPTS_PER_REQUEST
 
 
-async def test_what_is_wrong_is_not_tried_again() -> None:
+async def test_malformed_response_is_not_retried() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=410, times=None))
         assert isinstance(await failure(kit), UpstreamProtocolError)
         assert len(fake.requests) == 1
 
 
-async def test_what_is_slow_is_not_tried_again_but_passed_over() -> None:
-    limits = Limits(connect=0.2, headers=0.2)
+async def test_timeout_is_not_retried_but_fails_over() -> None:
     async with registry() as slow, registry() as fine:
         slow.fault("", Fault(delay=3600, times=None))
-        async with upstream_kit(slow.url, limits=limits) as kit:
+        async with upstream_kit(slow.url, limits=SHORT) as kit:
             assert isinstance(await failure(kit), UpstreamTimeout)
             assert len(slow.requests) == 1
-        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+        async with upstream_kit(slow.url, fine.url, limits=SHORT) as kit:
             assert await kit.status() == 200
 
 
-async def test_no_more_rounds_when_the_time_is_up() -> None:
+async def test_no_round_begins_after_the_retry_budget() -> None:
     async with registry() as fake:
         down(fake)
 
         def clock() -> float:
-            return BUDGET * len(fake.requests)
+            return RETRY_BUDGET_S * len(fake.requests)
 
         async with upstream_kit(fake.url, clock=clock) as kit:
             await failure(kit)
             assert len(fake.requests) == 1
 
 
-@pytest.mark.parametrize(("seconds", "asked"), [(BUDGET, 2), (BUDGET / 2, 2), (BUDGET / 3, 3)])
-async def test_a_second_endpoint_is_tried_and_a_third_only_in_time(
-    seconds: float, asked: int
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(RETRY_BUDGET_S, 2), (RETRY_BUDGET_S / 2, 2), (RETRY_BUDGET_S / 3, 3)]
+)
+async def test_third_endpoint_is_tried_within_the_retry_budget_only(
+    seconds: float, expected: int
 ) -> None:
     async with registry() as one, registry() as two, registry() as three:
         fakes = (one, two, three)
@@ -125,17 +130,17 @@ async def test_a_second_endpoint_is_tried_and_a_third_only_in_time(
 
         async with upstream_kit(*(fake.url for fake in fakes), clock=clock) as kit:
             await failure(kit)
-            assert [len(fake.requests) for fake in fakes] == [1] * asked + [0] * (3 - asked)
+            assert [len(fake.requests) for fake in fakes] == [1] * expected + [0] * (3 - expected)
 
 
-async def test_redirects_and_tokens_have_to_come_within_the_time_of_one_answer() -> None:
+async def test_redirects_and_tokens_share_the_time_limit_of_one_response() -> None:
     limits = Limits(connect=0.3, headers=0.3)
     async with registry() as slow, registry() as fine:
         for number in range(4):
-            there = {"Location": f"{slow.url}/{number}"}
+            headers = {"Location": f"{slow.url}/{number}"}
             slow.fault(
                 f"/{number - 1}" if number else "redirected",
-                Fault(status=307, headers=there, delay=0.3),
+                Fault(status=307, headers=headers, delay=0.3),
             )
         async with upstream_kit(slow.url, limits=limits) as kit:
             assert isinstance(await failure(kit, "manifests/redirected"), UpstreamTimeout)
@@ -147,36 +152,60 @@ async def test_redirects_and_tokens_have_to_come_within_the_time_of_one_answer()
             assert await kit.status() == 200
 
 
-async def test_a_token_service_that_hangs_is_forgotten_where_it_has_moved() -> None:
-    limits = Limits(connect=0.2, headers=0.2)
+async def test_hanging_realm_is_forgotten_so_the_next_challenge_is_used() -> None:
     async with registry() as fake, FakeRegistry() as gone:
         fake.token, fake.challenge = "t", f'Bearer realm="{gone.url}/token"'
         gone.fault("/token", Fault(delay=3600, times=None))
         hosts = [f"127.0.0.1:{gone.port}"]
-        async with upstream_kit(fake.url, limits=limits, token_hosts=hosts) as kit:
+        async with upstream_kit(fake.url, limits=SHORT, token_hosts=hosts) as kit:
             for _ in range(2):
                 assert isinstance(await failure(kit), UpstreamTimeout)
             fake.challenge = ""
             assert await kit.status() == 200
 
 
-async def test_endpoints_to_avoid_go_last() -> None:
+async def test_token_body_that_stops_ends_at_the_time_limit_and_is_requested_again() -> None:
+    async with registry() as fake, upstream_kit(fake.url, limits=SHORT) as kit:
+        fake.token = "t"
+        fake.fault("/token", Fault(status=200, body=b'{"token":"t"}', stall_at=3, times=None))
+        assert isinstance(await failure(kit), UpstreamTimeout)
+        await until(lambda: len(kit.single_flight) == 0)
+        up(fake)
+        assert await kit.status() == 200
+
+
+async def test_draining_is_raised_at_once_and_counts_for_no_circuit() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.token = "t"
+        await kit.single_flight.drain(0.0)
+        for _ in range(FAILURE_THRESHOLD):
+            assert isinstance(await failure(kit), Draining)
+        request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
+        with pytest.raises(Draining):
+            async with kit.client.send(request, avoid=[two.url]):
+                pass
+        assert len(one.requests) == 1, "the later ones need a token first"
+        assert not two.requests
+        assert not kit.seen(CircuitChanged)
+
+
+async def test_avoided_endpoints_are_tried_last() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == two.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == two.url
         down(two)
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == one.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == one.url
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: int) -> None:
+async def test_refusal_is_not_final_before_the_avoided_endpoint_responded(status: int) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         two.fault("", Fault(status=status, times=None))
-        async with kit.client.ask(request, avoid=[one.url]) as (_, endpoint):
-            assert str(endpoint) == one.url
+        async with kit.client.send(request, avoid=[one.url]) as response:
+            assert response.endpoint == one.url
         for first, expected in (
             (Fault(status=DOWN, times=None), UpstreamUnavailable),
             (Fault(status=404), ManifestUnknown),
@@ -186,21 +215,21 @@ async def test_a_no_counts_less_than_an_endpoint_to_avoid_which_had_it(status: i
             up(one)
             one.fault("", first)
             with pytest.raises(expected):
-                async with kit.client.ask(request, avoid=[one.url]):
+                async with kit.client.send(request, avoid=[one.url]):
                     pass
 
 
-async def test_a_no_of_the_endpoint_that_had_it_counts_whatever_it_met_before() -> None:
+async def test_refusal_of_the_avoided_endpoint_is_final_after_a_503() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/absent", Kind.MANIFEST)
         fake.fault("", Fault(status=503))
         with pytest.raises(ManifestUnknown):
-            async with kit.client.ask(request, avoid=[fake.url]):
+            async with kit.client.send(request, avoid=[fake.url]):
                 pass
 
 
 @pytest.mark.row("U4")
-async def test_an_error_names_the_endpoint_that_it_is_of() -> None:
+async def test_error_has_the_url_of_its_endpoint() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         digest = two.add_blob(DATA)
         two.fault("", Fault(content_range="bytes 1-2/3"), Fault(end_at=10))
@@ -210,24 +239,24 @@ async def test_an_error_names_the_endpoint_that_it_is_of() -> None:
             assert caught.value.endpoint == two.url
 
 
-async def test_a_prefix_of_an_endpoint_is_kept_and_names_are_quoted() -> None:
+async def test_request_path_keeps_the_prefix_of_the_endpoint() -> None:
     async with registry() as fake, upstream_kit(f"{fake.url}/cache/") as kit:
         with pytest.raises(ManifestUnknown):
             await kit.status()
         assert fake.requests[0].target == "/cache/v2/library/app/manifests/latest"
 
 
-async def test_an_endpoint_that_is_ourselves_is_not_asked() -> None:
+async def test_endpoint_at_our_own_address_gets_no_request() -> None:
     async with registry() as us, registry() as other:
-        own = [("127.0.0.1", us.port)]
-        async with upstream_kit(us.url, own=own) as kit:
+        own_addresses = [("127.0.0.1", us.port)]
+        async with upstream_kit(us.url, own_addresses=own_addresses) as kit:
             assert isinstance(await failure(kit), OutboundRefused)
-        async with upstream_kit(us.url, other.url, own=own) as kit:
+        async with upstream_kit(us.url, other.url, own_addresses=own_addresses) as kit:
             assert await kit.status() == 200
         assert not us.requests
 
 
-async def test_a_token_costs_no_further_connection() -> None:
+async def test_token_of_the_same_host_needs_no_second_connection() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token = "t"
         assert await kit.status() == 200
@@ -243,7 +272,7 @@ async def test_a_token_costs_no_further_connection() -> None:
 
 
 @pytest.mark.row("U9")
-async def test_a_pause_that_was_asked_for_is_kept_and_passed_on() -> None:
+async def test_retry_after_pauses_the_endpoint_and_reaches_the_client() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429, headers={"Retry-After": "30"}))
         first = await failure(kit)
@@ -259,20 +288,20 @@ async def test_a_pause_that_was_asked_for_is_kept_and_passed_on() -> None:
 
 
 @pytest.mark.row("U9")
-async def test_a_429_that_names_no_pause_is_one_for_us_alone() -> None:
+async def test_429_without_retry_after_pauses_us_and_tells_clients_no_time() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429))
         for _ in range(5):
-            found = await failure(kit)
-            assert isinstance(found, UpstreamRateLimited)
-            assert found.retry_after is None
-        assert len(fake.requests) == 1, "clients repeat it at once, several times"
+            error = await failure(kit)
+            assert isinstance(error, UpstreamRateLimited)
+            assert error.retry_after is None
+        assert len(fake.requests) == 1, "requests of clients in the pause reach nobody"
         kit.clock[0] += DEFAULT_BACK_OFF_S
         assert await kit.status() == 200
 
 
 @pytest.mark.row("U9")
-async def test_another_endpoint_answers_for_one_that_rests() -> None:
+async def test_paused_endpoint_fails_over_to_the_next_one() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
         assert [await kit.status() for _ in range(3)] == [200] * 3
@@ -280,36 +309,36 @@ async def test_another_endpoint_answers_for_one_that_rests() -> None:
 
 
 @pytest.mark.row("U9")
-async def test_a_pause_is_passed_on_although_another_endpoint_is_dead() -> None:
+async def test_429_takes_precedence_over_an_unreachable_endpoint() -> None:
     async with registry() as one, upstream_kit(one.url, dead()) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
         for _ in range(3):
-            found = await failure(kit)
-            assert isinstance(found, UpstreamRateLimited)
-            assert found.retry_after == 30
+            error = await failure(kit)
+            assert isinstance(error, UpstreamRateLimited)
+            assert error.retry_after == 30
 
 
 @pytest.mark.row("U9")
-async def test_a_token_service_may_ask_for_a_pause() -> None:
+async def test_429_of_a_token_service_pauses_the_endpoint() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token = "t"
         fake.fault("/token", Fault(status=429, headers={"Retry-After": "30"}, times=None))
-        found = await failure(kit)
-        assert isinstance(found, UpstreamRateLimited)
-        assert found.retry_after == 30
+        error = await failure(kit)
+        assert isinstance(error, UpstreamRateLimited)
+        assert error.retry_after == 30
         await failure(kit)
         assert fake.count("GET", "/token") == 1
 
 
-# --- what is told ---------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
-async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
+async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await kit.status()
         await kit.status(method="HEAD")
         await failure(kit, "manifests/other")
-        async with kit.client.ask(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
+        async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
         assert [event.billed for event in kit.seen(UpstreamResponded)] == [
             True,
@@ -319,10 +348,10 @@ async def test_a_manifest_that_was_got_is_billed_and_nothing_else() -> None:
         ]
 
 
-async def test_what_is_left_is_told_also_of_a_refusal() -> None:
+async def test_rate_limit_headers_emit_an_event_also_with_a_429() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        left = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}
-        fake.fault("", Fault(headers=left), Fault(status=429, headers=left))
+        headers = {"ratelimit-limit": "100;w=21600", "ratelimit-remaining": "0;w=21600"}
+        fake.fault("", Fault(headers=headers), Fault(status=429, headers=headers))
         await kit.status()
         await failure(kit)
         assert kit.seen(RateLimitSeen) == [RateLimitSeen("docker.io", 100, 0, 21600)] * 2

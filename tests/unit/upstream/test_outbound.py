@@ -1,4 +1,4 @@
-"""The guard: which URLs we connect to, and names held to the same rules as addresses."""
+"""Outbound guard: URLs, resolved names, and proxies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from mirror.oci.errors import UpstreamUnavailable
 from mirror.upstream.outbound import (
     Allowed,
     GuardedResolver,
     Policy,
+    Proxies,
     Purpose,
     Refused,
     Verdict,
@@ -32,9 +34,9 @@ def verdict(target: str, purpose: Purpose, policy: Policy = CORP) -> Verdict:
     return check_url(target, purpose, SOURCE, policy)
 
 
-def goes_to(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
-    found = verdict(target, purpose, policy)
-    return str(found.url) if isinstance(found, Allowed) else None
+def allowed_url(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
+    result = verdict(target, purpose, policy)
+    return str(result.url) if isinstance(result, Allowed) else None
 
 
 @pytest.mark.parametrize(
@@ -47,9 +49,9 @@ def goes_to(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
         ("//registry.corp:5000/y", "https://registry.corp:5000/y"),
     ],
 )
-def test_relative_targets_keep_the_origin_and_every_sign(target: str, url: str) -> None:
+def test_relative_target_keeps_origin_and_quoting(target: str, url: str) -> None:
     for purpose in (Purpose.REDIRECT, Purpose.NEXT_PAGE, Purpose.REALM):
-        assert goes_to(target, purpose) == url
+        assert allowed_url(target, purpose) == url
         assert verdict(target, purpose) == Allowed(URL(url, encoded=True), same_origin=True)
 
 
@@ -67,17 +69,17 @@ def test_relative_targets_keep_the_origin_and_every_sign(target: str, url: str) 
         ("https://tokens.corp/token", False),
     ],
 )
-def test_realms(target: str, allowed: bool) -> None:
+def test_realm_is_allowed_at_the_endpoint_and_at_token_hosts(target: str, allowed: bool) -> None:
     assert isinstance(verdict(target, Purpose.REALM), Allowed) is allowed
 
 
-def test_a_named_realm_without_tls_is_for_private_networks_only() -> None:
+def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
     endpoint = URL("http://registry.corp")
     public = Policy(endpoint, ("auth.corp",))
     known = Policy(endpoint, ("auth.corp",), private_hosts={"registry.corp"})
     for policy, allowed in ((public, False), (known, True)):
-        found = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
-        assert isinstance(found, Allowed) is allowed
+        result = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
+        assert isinstance(result, Allowed) is allowed
 
 
 @pytest.mark.parametrize("purpose", [Purpose.NEXT_PAGE, Purpose.ENDPOINT])
@@ -85,7 +87,7 @@ def test_a_named_realm_without_tls_is_for_private_networks_only() -> None:
     "target",
     ["https://registry.corp/v2/", "https://evil.example/v2/", "http://registry.corp:5000/"],
 )
-def test_a_next_page_stays_at_its_endpoint(target: str, purpose: Purpose) -> None:
+def test_next_page_of_another_origin_is_refused(target: str, purpose: Purpose) -> None:
     assert isinstance(verdict(target, purpose), Refused)
 
 
@@ -102,61 +104,63 @@ def test_a_next_page_stays_at_its_endpoint(target: str, purpose: Purpose) -> Non
         "http://0.0.0.0:5100",
     ],
 )
-def test_we_never_ask_ourselves_not_even_where_the_configuration_says_so(
-    url: str, purpose: Purpose
-) -> None:
+def test_own_address_is_refused_for_every_purpose(url: str, purpose: Purpose) -> None:
     endpoint = URL(url)
-    policy = Policy(endpoint, (endpoint.host or "",), CORP.own)
-    assert check_url(f"{url}/v2/", purpose, endpoint, policy) == Refused("ourselves")
+    policy = Policy(endpoint, (endpoint.host or "",), CORP.own_addresses)
+    assert check_url(f"{url}/v2/", purpose, endpoint, policy) == Refused(
+        "an address of this mirror"
+    )
 
 
-def test_a_private_registry_may_point_at_private_addresses_once_it_is_known_to_be_one() -> None:
-    found: set[str] = set()
-    policy = Policy(CORP.endpoint, private_hosts=found)
-    assert goes_to("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
-    found.add("registry.corp")  # as the resolver finds it to be
-    assert goes_to("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy)
-    assert goes_to("http://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+def test_redirect_to_a_private_address_is_allowed_from_a_private_registry_only() -> None:
+    private_hosts: set[str] = set()
+    policy = Policy(CORP.endpoint, private_hosts=private_hosts)
+    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+    private_hosts.add("registry.corp")  # as the resolver does
+    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy)
+    assert allowed_url("http://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
 
 
 @pytest.mark.parametrize(
     "target",
     ["", "/a b", "/a\n", "/\u00e4", "/" + "a" * 20_000, "mailto:a", "data:,x"],
 )
-def test_what_is_no_target(target: str) -> None:
+def test_malformed_target_is_refused(target: str) -> None:
     if target:
         assert isinstance(verdict(target, Purpose.REDIRECT), Refused)
     else:
-        assert goes_to(target, Purpose.REDIRECT) == str(SOURCE), "the same again, which is bounded"
+        assert allowed_url(target, Purpose.REDIRECT) == str(SOURCE), (
+            "the same URL again: the number of redirects is limited"
+        )
 
 
 URLS = st.from_regex(r"(https?:)?(//)?[a-z0-9.@:\[\]%\\-]{0,20}(/[!-~]*)?", fullmatch=True)
 
 
 @given(st.text() | URLS, st.sampled_from(Purpose))
-def test_what_is_allowed_keeps_the_rules_whatever_is_asked(target: str, purpose: Purpose) -> None:
-    found = verdict(target, purpose)
-    if isinstance(found, Allowed):
-        url = found.url
-        assert url.scheme == "https", "never down from https"
+def test_any_allowed_url_keeps_the_rules(target: str, purpose: Purpose) -> None:
+    result = verdict(target, purpose)
+    if isinstance(result, Allowed):
+        url = result.url
+        assert url.scheme == "https", "never a downgrade"
         assert url.raw_user is None
         assert url.host
-        assert (url.host, url.port) not in CORP.own
-        assert found.same_origin is (url.origin() == CORP.endpoint.origin())
+        assert (url.host, url.port) not in CORP.own_addresses
+        assert result.same_origin is (url.origin() == CORP.endpoint.origin())
         if purpose in (Purpose.ENDPOINT, Purpose.NEXT_PAGE):
-            assert found.same_origin
-        if not found.same_origin:
+            assert result.same_origin
+        if not result.same_origin:
             assert not is_private(url.host)
 
 
-def test_loopback_in_every_notation() -> None:
+def test_is_loopback_knows_every_notation() -> None:
     for host in ("localhost", "127.0.0.1", "127.1", "0x7f.1", "2130706433", "::1", "[::1]", "::"):
         assert is_loopback(host), host
     for host in ("10.0.0.1", "registry.corp", "localhost.corp", "", "::2"):
         assert not is_loopback(host), host
 
 
-def test_an_endpoint_is_taken_as_it_is_written() -> None:
+def test_as_url_keeps_the_quoting() -> None:
     assert str(as_url("https://cache.corp/a%2Fb/")) == "https://cache.corp/a%2Fb"
 
 
@@ -170,16 +174,16 @@ async def resolve(resolver: GuardedResolver, host: str, port: int = 443) -> list
         await resolver.close()
 
 
-async def test_a_name_of_a_private_address_is_refused_to_a_public_registry() -> None:
+async def test_resolver_refuses_a_private_address_to_a_public_registry() -> None:
     with pytest.raises(OSError, match="private address"):
         await resolve(GuardedResolver({"registry.example"}), "localhost")
 
 
-async def test_a_configured_name_may_be_private_and_tells_of_a_private_network() -> None:
+async def test_resolver_allows_a_configured_private_name_and_learns_the_private_network() -> None:
     resolver = GuardedResolver({"127.0.0.2"})
     assert resolver.private_hosts == {"127.0.0.2"}
     assert await resolve(resolver, "localhost") == ["127.0.0.1"]
-    # In another spelling, it is a name that has to be looked up first.
+    # In another spelling it is a name that must be resolved first.
     resolver = GuardedResolver({"LocalHost", "registry.example"})
     assert resolver.private_hosts == set()
     assert await resolve(resolver, "LocalHost") == ["127.0.0.1"]
@@ -187,7 +191,7 @@ async def test_a_configured_name_may_be_private_and_tells_of_a_private_network()
     assert await resolve(resolver, "localhost") == ["127.0.0.1"]
 
 
-async def test_a_proxy_of_our_site_may_be_private_and_tells_of_nothing() -> None:
+async def test_resolver_allows_a_private_proxy_and_learns_nothing() -> None:
     resolver = GuardedResolver({"registry.example"}, {("localhost", 3128)})
     assert await resolve(resolver, "localhost", 3128) == ["127.0.0.1"]
     with pytest.raises(OSError, match="private address"):
@@ -195,6 +199,114 @@ async def test_a_proxy_of_our_site_may_be_private_and_tells_of_nothing() -> None
     assert not resolver.private_hosts
 
 
-async def test_a_name_that_nobody_has() -> None:
+async def test_resolver_raises_os_error_for_an_unknown_name() -> None:
     with pytest.raises(OSError):  # noqa: PT011 - the text is the resolver's
         await resolve(GuardedResolver({"no-such-host.invalid"}), "no-such-host.invalid")
+
+
+# --- proxies --------------------------------------------------------------------------------------
+
+BOTH = {"http_proxy": "http://plain.corp:3128", "https_proxy": "http://secure.corp:3129"}
+
+
+def through(environment: dict[str, str], url: str) -> str | None:
+    proxy = Proxies.from_environment(environment).proxy_for(URL(url))
+    return str(proxy.url) if proxy is not None else None
+
+
+def test_each_scheme_has_its_own_proxy() -> None:
+    assert through(BOTH, "http://registry.example/v2/") == "http://plain.corp:3128"
+    assert through(BOTH, "https://registry.example/v2/") == "http://secure.corp:3129"
+    assert through({}, "https://registry.example/") is None
+    assert through({"http_proxy": "http://plain.corp"}, "https://registry.example/") is None
+    assert Proxies.from_environment(BOTH).addresses == {("plain.corp", 3128), ("secure.corp", 3129)}
+
+
+def test_proxy_variables_in_lower_case_win_over_upper_case() -> None:
+    capitals = {"HTTPS_PROXY": "http://a.corp:1", "NO_PROXY": "b.example"}
+    assert through(capitals, "https://registry.example/") == "http://a.corp:1"
+    assert through(capitals, "https://b.example/") is None
+    both = {**capitals, "https_proxy": "http://c.corp:1", "no_proxy": "d.example"}
+    assert through(both, "https://b.example/") == "http://c.corp:1"
+    assert through({**capitals, "https_proxy": " "}, "https://x.example/") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("proxy.corp:3128", "http://proxy.corp:3128"),
+        ("http://proxy.corp", "http://proxy.corp"),
+        ("http://proxy.corp:3128/", "http://proxy.corp:3128"),
+        ("https://proxy.corp:3128", "https://proxy.corp:3128"),
+        ("http://[fd00::1]:3128", "http://[fd00::1]:3128"),
+        ("http://10.0.0.1:3128", "http://10.0.0.1:3128"),
+    ],
+)
+def test_proxy_variable_may_leave_out_scheme_and_port(text: str, url: str) -> None:
+    assert through({"https_proxy": text}, "https://registry.example/") == url
+
+
+@pytest.mark.parametrize("text", ["socks5://proxy.corp", "http://", "http://p:99999", "http://[x"])
+def test_malformed_proxy_raises_and_is_not_bypassed(text: str) -> None:
+    with pytest.raises(UpstreamUnavailable):
+        through({"https_proxy": text}, "https://registry.example/")
+    assert through({"https_proxy": text, "no_proxy": "*"}, "https://registry.example/") is None
+
+
+def test_proxy_credentials_become_a_header_and_are_in_no_repr() -> None:
+    proxy = Proxies.from_environment({"http_proxy": "http://user:p%40ss@proxy.corp"}).proxy_for(
+        URL("http://a.b/")
+    )
+    assert proxy is not None
+    assert proxy.headers == {"Proxy-Authorization": "Basic dXNlcjpwQHNz"}
+    assert "dXNl" not in repr(proxy)
+    assert str(proxy.url) == "http://proxy.corp"
+
+
+@pytest.mark.parametrize(
+    ("entry", "url", "direct"),
+    [
+        ("*", "https://registry.example/", True),
+        ("registry.example", "https://registry.example/", True),
+        ("Registry.Example", "https://registry.example/", True),
+        ("registry.example", "https://registry.example./", True),
+        ("example", "https://registry.example/", True),
+        (".example", "https://registry.example/", True),
+        ("*.example", "https://registry.example/", True),
+        (" other , registry.example ", "https://registry.example/", True),
+        ("registry.example:443", "https://registry.example/", True),
+        ("registry.example:5000", "https://registry.example:5000/", True),
+        ("registry.example:5000", "https://registry.example/", False),
+        ("gistry.example", "https://registry.example/", False),
+        ("registry.example.org", "https://registry.example/", False),
+        (", ,", "https://registry.example/", False),
+        ("10.0.0.0/8", "https://10.1.2.3/", True),
+        ("10.0.0.1/8", "https://10.1.2.3/", True),
+        ("10.1.2.3", "https://10.1.2.3:5000/", True),
+        ("10.1.2.3:5000", "https://10.1.2.3:5000/", True),
+        ("10.1.2.3:5001", "https://10.1.2.3:5000/", False),
+        ("10.0.0.0/8", "https://11.1.2.3/", False),
+        ("10.0.0.0/8", "https://10.example/", False),
+        ("10.0.0.0/99", "https://10.1.2.3/", False),
+        ("fd00::/8", "https://[fd00::5]/", True),
+        ("[fd00::5]:443", "https://[fd00::5]/", True),
+        ("fd00::5", "https://[fd00::5]/", True),
+        ("fd00::/8", "https://[fe00::5]/", False),
+        ("", "http://localhost:5000/", True),
+        ("", "http://127.0.0.1:5000/", True),
+        ("", "http://[::1]:5000/", True),
+    ],
+)
+def test_no_proxy_entry_matches_like_in_go(entry: str, url: str, direct: bool) -> None:
+    assert (through({**BOTH, "no_proxy": entry}, url) is None) is direct
+
+
+@given(st.text(), st.text())
+def test_any_proxy_variable_gives_a_proxy_none_or_unavailable(proxy: str, entries: str) -> None:
+    proxies = Proxies.from_environment({"https_proxy": proxy, "no_proxy": entries})
+    for url in ("https://registry.example/", "https://10.1.2.3:5000/", "https://[fd00::5]/"):
+        try:
+            result = proxies.proxy_for(URL(url))
+        except UpstreamUnavailable:
+            continue
+        assert result is None or result.url.scheme in ("http", "https")

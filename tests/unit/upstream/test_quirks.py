@@ -1,4 +1,4 @@
-"""Registry by registry: what each public one does differently, and that it works here."""
+"""Quirks of public registries, one by one."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def moved(target: str, status: int = 307, method: str | None = None) -> Fault:
         ("a.azurecr.io", "https://a.azurecr.io", "https://a.azurecr.io/oauth2/token"),
     ],
 )
-def test_the_token_services_of_public_registries_may_be_asked(
+def test_token_services_of_public_registries_are_allowed(
     upstream: str, endpoint: str, realm: str
 ) -> None:
     policy = Policy(URL(endpoint), TOKEN_HOSTS.get(upstream, ()))
     assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
 
 
-async def test_docker_hub_knows_no_name_without_library() -> None:
+async def test_docker_hub_name_without_a_namespace_gets_library() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b"{}", "library/nginx", "latest")
         nginx = Repository.parse("docker.io", "nginx")
@@ -53,7 +53,7 @@ async def test_docker_hub_knows_no_name_without_library() -> None:
         assert fake.requests[0].path == "/v2/library/nginx/manifests/latest"
 
 
-async def test_ghcr_names_a_placeholder_and_refuses_at_its_token_service() -> None:
+async def test_ghcr_placeholder_scope_is_replaced_and_its_token_refusal_is_unauthorized() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, name="ghcr.io") as kit:
         fake.add_manifest(b"{}", tag="latest")
         fake.token = "t"
@@ -61,14 +61,14 @@ async def test_ghcr_names_a_placeholder_and_refuses_at_its_token_service() -> No
             f'Bearer realm="{fake.url}/token",service="ghcr.io",scope="repository:user/image:pull"'
         )
         await kit.registry.head_manifest(REPO, LATEST, ())
-        asked = next(seen for seen in fake.requests if seen.path == "/token")
-        assert asked.query["scope"] == ["repository:library/app:pull"]
+        token_request = next(seen for seen in fake.requests if seen.path == "/token")
+        assert token_request.query["scope"] == ["repository:library/app:pull"]
         fake.token_status = 401
         with pytest.raises(Unauthorized):
             await kit.registry.head_manifest(Repository("ghcr.io", "a/private"), LATEST, ())
 
 
-async def test_public_ecr_answers_a_head_of_a_blob_with_401_whatever_it_is_shown() -> None:
+async def test_public_ecr_head_of_a_blob_with_401_becomes_a_get() -> None:
     async with (
         FakeRegistry() as fake,
         FakeRegistry() as cdn,
@@ -85,7 +85,7 @@ async def test_public_ecr_answers_a_head_of_a_blob_with_401_whatever_it_is_shown
         assert await kit.read(digest) == DATA
 
 
-async def test_private_ecr_has_basic_helpers_and_names_no_digest(
+async def test_private_ecr_uses_basic_from_a_helper_and_get_for_the_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = helper(tmp_path, 'echo \'{"Username":"AWS","Secret":"s"}\'', "ecr-login")
@@ -99,25 +99,27 @@ async def test_private_ecr_has_basic_helpers_and_names_no_digest(
         assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
         assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
         await kit.registry.list_tags(REPO, 10_000, None)
-        assert fake.requests[-1].query["n"] == ["1000"], "more is refused there"
-        assert log.read_text().count("get") == 1, "one look-up for all of them"
+        assert fake.requests[-1].query["n"] == ["1000"], "private ECR refuses more"
+        assert log.read_text().count("get") == 1, "one look-up for all requests"
 
 
-async def test_artifact_registry_moves_blobs_within_itself_and_wants_the_token_there_too() -> None:
+async def test_artifact_registry_redirect_within_its_origin_keeps_the_token() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, name="gcr.io") as kit:
         digest = fake.add_blob(DATA)
-        there = "/artifacts-downloads/namespaces/x/downloads/y"
+        target_path = "/artifacts-downloads/namespaces/x/downloads/y"
         fake.token = "t"
         fake.fault(f"blobs/{digest}", Fault(status=401, headers={
             "WWW-Authenticate": f'Bearer realm="{fake.url}/token",service="gcr.io"'
-        }), moved(there, 302))  # fmt: skip
-        fake.fault(there, Fault(status=200, body=DATA))
+        }), moved(target_path, 302))  # fmt: skip
+        fake.fault(target_path, Fault(status=200, body=DATA))
         assert await kit.read(digest) == DATA
-        assert fake.requests[-1].path == there
+        assert fake.requests[-1].path == target_path
         assert fake.requests[-1].headers["authorization"] == "Bearer t"
 
 
-async def test_azure_takes_identity_tokens_and_its_storage_no_authorization(tmp_path: Path) -> None:
+async def test_azure_gets_the_identity_token_and_its_storage_no_authorization(
+    tmp_path: Path,
+) -> None:
     async with FakeRegistry() as fake, FakeRegistry() as storage:
         entry = {
             "auth": base64.b64encode(b"00000000-0000-0000-0000-000000000000:").decode(),
@@ -132,13 +134,16 @@ async def test_azure_takes_identity_tokens_and_its_storage_no_authorization(tmp_
             fake.fault(f"blobs/{digest}", Fault(), moved(f"{storage.url}/x?sig=1"))
             storage.fault("/x", Fault(status=200, body=DATA))
             assert await kit.read(digest) == DATA
-        [asked] = [seen for seen in fake.requests if seen.path == "/token"]
-        assert (asked.method, b"refresh_token=identity" in asked.body) == ("POST", True)
-        assert "identity" not in asked.target
+        [token_request] = [seen for seen in fake.requests if seen.path == "/token"]
+        assert (token_request.method, b"refresh_token=identity" in token_request.body) == (
+            "POST",
+            True,
+        )
+        assert "identity" not in token_request.target
         assert "authorization" not in storage.requests[0].headers
 
 
-async def test_quay_signs_for_minutes_so_every_request_is_signed_anew() -> None:
+async def test_quay_expired_signed_url_is_requested_again() -> None:
     async with FakeRegistry() as fake, FakeRegistry() as cdn, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         path = f"blobs/{digest}"
@@ -146,21 +151,22 @@ async def test_quay_signs_for_minutes_so_every_request_is_signed_anew() -> None:
             path, *(Fault(status=302, headers={"Location": f"{cdn.url}/{n}"}) for n in "123")
         )
         cdn.fault("/1", Fault(status=200, body=DATA))
-        cdn.fault("/2", Fault(status=403))  # has expired on the way
+        cdn.fault("/2", Fault(status=403))  # the signed URL has expired
         cdn.fault("/3", Fault(status=200, body=DATA))
         for _ in range(2):
             assert await kit.read(digest) == DATA
         assert [seen.path for seen in cdn.requests] == ["/1", "/2", "/3"]
 
 
-async def test_registry_k8s_io_moves_manifests_too_and_to_other_paths() -> None:
+async def test_registry_k8s_io_redirects_of_manifests_are_followed() -> None:
     async with FakeRegistry() as fake, FakeRegistry() as regional, upstream_kit(fake.url) as kit:
-        there = "k8s-artifacts-prod/images/pause"
-        digest = regional.add_manifest(b"{}", there, "3.9")
+        target_path = "k8s-artifacts-prod/images/pause"
+        digest = regional.add_manifest(b"{}", target_path, "3.9")
         pause = Repository("registry.k8s.io", "pause")
         for name in ("3.9", "3.10", str(digest)):
             fake.fault(
-                f"/v2/pause/manifests/{name}", moved(f"{regional.url}/v2/{there}/manifests/{name}")
+                f"/v2/pause/manifests/{name}",
+                moved(f"{regional.url}/v2/{target_path}/manifests/{name}"),
             )
         assert (await kit.registry.head_manifest(pause, Tag("3.9"), ())).digest == digest
         async with kit.registry.open(pause, digest, Kind.MANIFEST) as stream:
@@ -171,7 +177,7 @@ async def test_registry_k8s_io_moves_manifests_too_and_to_other_paths() -> None:
             await kit.registry.get_manifest(pause, Tag("3.10"), ())
 
 
-async def test_harbor_calls_it_unknown_and_counts_heads_differently() -> None:
+async def test_harbor_code_unknown_is_manifest_unknown_and_its_head_size_is_not_trusted() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}", tag="latest")
         fake.fault("manifests/latest", Fault(headers={"Content-Length": "777"}, method="HEAD"))
@@ -184,7 +190,7 @@ async def test_harbor_calls_it_unknown_and_counts_heads_differently() -> None:
             await kit.registry.get_manifest(REPO, Tag("none"), ())
 
 
-async def test_gitlab_ends_a_token_in_the_middle_of_a_pull_and_signs_for_get_alone() -> None:
+async def test_gitlab_expired_token_is_renewed_and_its_signed_url_gets_no_head() -> None:
     async with FakeRegistry() as fake, FakeRegistry() as cdn, upstream_kit(fake.url) as kit:
         one, two = fake.add_blob(DATA), fake.add_blob(DATA[1:])
         fake.token = "first"
@@ -198,7 +204,7 @@ async def test_gitlab_ends_a_token_in_the_middle_of_a_pull_and_signs_for_get_alo
         assert await kit.registry.head_blob(REPO, one) == len(DATA)
 
 
-async def test_mcr_wants_nobody_to_say_who_he_is_and_has_data_hosts() -> None:
+async def test_mcr_is_anonymous_and_its_data_host_gets_the_range() -> None:
     async with FakeRegistry() as fake, FakeRegistry() as data, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         data.add_blob(DATA)
@@ -208,7 +214,7 @@ async def test_mcr_wants_nobody_to_say_who_he_is_and_has_data_hosts() -> None:
         assert data.requests[0].headers["range"] == "bytes=1000-"
 
 
-async def test_nvcr_has_a_user_whose_name_looks_like_a_variable(
+async def test_nvcr_user_oauthtoken_is_not_expanded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("oauthtoken", "expanded")
@@ -216,12 +222,12 @@ async def test_nvcr_has_a_user_whose_name_looks_like_a_variable(
     async with FakeRegistry() as fake, upstream_kit(fake.url, credentials=credentials) as kit:
         fake.token = "t"
         assert await kit.read(fake.add_blob(DATA)) == DATA
-        [asked] = [seen for seen in fake.requests if seen.path == "/token"]
-        basic = base64.b64decode(asked.headers["authorization"].removeprefix("Basic "))
+        [token_request] = [seen for seen in fake.requests if seen.path == "/token"]
+        basic = base64.b64decode(token_request.headers["authorization"].removeprefix("Basic "))
         assert basic == b"$oauthtoken:key"
 
 
-async def test_some_leave_the_digest_and_the_length_of_content_out() -> None:
+async def test_missing_digest_and_length_leave_the_total_unknown() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}")
         drop = ("Docker-Content-Digest", "Content-Length")

@@ -1,11 +1,14 @@
-"""Questions to a registry over HTTP, and what is made of answers that are none."""
+"""Requests to a registry over HTTP, and checks of its responses."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
@@ -20,9 +23,11 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.upstream.api import ContentStream
+from mirror.upstream.registry import digest_of, length_of, parse_tags
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, Kit, upstream_kit
 
+DIGEST = Digest.of(DATA)
 LATEST = Tag("latest")
 AT = 40_000
 
@@ -31,7 +36,7 @@ AT = 40_000
 
 
 @pytest.mark.row("U13")
-async def test_a_head_of_a_digest_must_be_about_that_digest() -> None:
+async def test_head_of_a_digest_refuses_another_digest() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}")
         fake.fault(f"manifests/{digest}", Fault(drop_headers=("Docker-Content-Digest",)))
@@ -42,17 +47,17 @@ async def test_a_head_of_a_digest_must_be_about_that_digest() -> None:
             await kit.registry.head_manifest(REPO, digest, ())
 
 
-async def test_what_a_head_does_not_say_is_not_made_up() -> None:
+async def test_head_without_headers_returns_none() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b"{}", tag="latest")
         names = ("Docker-Content-Digest", "Content-Type", "Content-Length")
         fake.fault("manifests/latest", Fault(drop_headers=names))
-        found = await kit.registry.head_manifest(REPO, LATEST, ())
-        assert (found.digest, found.size) == (None, None)
-        assert found.media_type == "application/octet-stream"
+        result = await kit.registry.head_manifest(REPO, LATEST, ())
+        assert (result.digest, result.size) == (None, None)
+        assert result.media_type == "application/octet-stream"
 
 
-async def test_accept_is_what_the_client_takes_or_all_that_there_is() -> None:
+async def test_accept_is_the_clients_or_all_manifest_types() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}", tag="latest")
         await kit.registry.head_manifest(REPO, LATEST, ())
@@ -66,7 +71,7 @@ async def test_accept_is_what_the_client_takes_or_all_that_there_is() -> None:
         assert set(sent[3]) == {*DEFAULT_ACCEPT, "x/y"}, "a digest may be of any type"
 
 
-async def test_a_manifest_by_tag_hashes_to_what_its_header_says() -> None:
+async def test_get_manifest_checks_the_digest_header() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}", tag="latest")
         long = Digest.of(b"{}", "sha512")
@@ -79,18 +84,18 @@ async def test_a_manifest_by_tag_hashes_to_what_its_header_says() -> None:
 
 
 @pytest.mark.row("HU5")
-async def test_a_manifest_by_tag_is_of_bounded_size() -> None:
+async def test_get_manifest_refuses_more_than_4_mib() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b" " * (4 * 1024 * 1024 + 1), tag="latest")
         with pytest.raises(UpstreamProtocolError):
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
-# --- blobs: whether they are there ----------------------------------------------------------------
+# --- HEAD of blobs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [401, 403, 405, 501])
-async def test_a_registry_that_refuses_head_is_asked_with_get(status: int) -> None:
+async def test_refused_head_of_a_blob_becomes_a_get(status: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(status=status, method="HEAD", times=None))
@@ -98,7 +103,7 @@ async def test_a_registry_that_refuses_head_is_asked_with_get(status: int) -> No
         assert fake.count("GET") == 1
 
 
-async def test_a_registry_that_refuses_get_as_well_has_said_so() -> None:
+async def test_refused_head_and_get_of_a_blob_raise() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(status=401, times=None))
@@ -109,7 +114,7 @@ async def test_a_registry_that_refuses_get_as_well_has_said_so() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 500])
-async def test_a_storage_that_refuses_head_is_asked_with_get(status: int) -> None:
+async def test_refused_head_at_a_redirect_target_becomes_a_get(status: int) -> None:
     async with FakeRegistry() as fake, FakeRegistry() as cdn, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         moved = Fault(status=307, headers={"Location": f"{cdn.url}/signed"}, times=None)
@@ -124,7 +129,7 @@ async def test_a_storage_that_refuses_head_is_asked_with_get(status: int) -> Non
 
 
 async def rest(kit: Kit, digest: Digest, **how: Any) -> tuple[int, int | None, bytes]:
-    """(start, total, bytes) of what comes when the transfer broke at ``AT``."""
+    """Resume at ``AT``. Returns (start, total, received bytes)."""
     async with kit.registry.open(REPO, digest, Kind.BLOB, offset=AT, **how) as stream:
         return stream.start, stream.total, b"".join([chunk async for chunk in stream])
 
@@ -134,25 +139,25 @@ async def first(kit: Kit, digest: Digest) -> ContentStream:
         return stream
 
 
-async def test_a_transfer_goes_on_where_it_broke() -> None:
+async def test_resume_sends_range_and_if_range() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         validator = (await first(kit, digest)).validator
-        found = await rest(kit, digest, validator=validator, total=len(DATA))
-        assert found == (AT, len(DATA), DATA[AT:])
-        asked = fake.requests[-1].headers
-        assert (asked["range"], asked["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
+        result = await rest(kit, digest, validator=validator, total=len(DATA))
+        assert result == (AT, len(DATA), DATA[AT:])
+        headers_sent = fake.requests[-1].headers
+        assert (headers_sent["range"], headers_sent["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
 
 
 @pytest.mark.row("U4")
-async def test_a_server_that_cannot_resume_begins_again() -> None:
+async def test_resume_without_range_support_starts_at_0() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         validator = (await first(kit, digest)).validator
         fake.fault(f"blobs/{digest}", Fault(ignore_range=True), Fault(headers={"ETag": '"new"'}))
         for _ in range(2):
-            found = await rest(kit, digest, validator=validator, total=len(DATA))
-            assert found == (0, len(DATA), DATA)
+            result = await rest(kit, digest, validator=validator, total=len(DATA))
+            assert result == (0, len(DATA), DATA)
 
 
 @pytest.mark.row("U4")
@@ -170,7 +175,7 @@ async def test_a_server_that_cannot_resume_begins_again() -> None:
         Fault(status=206, body=DATA),
     ],
 )
-async def test_another_range_than_was_asked_for_is_never_taken(fault: Fault) -> None:
+async def test_resume_refuses_any_other_range(fault: Fault) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", fault)
@@ -178,7 +183,7 @@ async def test_another_range_than_was_asked_for_is_never_taken(fault: Fault) -> 
             await rest(kit, digest, total=len(DATA))
 
 
-async def test_a_range_of_a_size_that_is_not_said() -> None:
+async def test_resume_accepts_a_range_of_unknown_total() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(content_range=f"bytes {AT}-{len(DATA) - 1}/*"))
@@ -186,18 +191,20 @@ async def test_a_range_of_a_size_that_is_not_said() -> None:
 
 
 @pytest.mark.row("U4")
-async def test_a_size_that_changed_is_never_taken() -> None:
+async def test_open_refuses_a_changed_size() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         for total in (len(DATA) - 1, len(DATA) + 1, 0):
             with pytest.raises(UpstreamProtocolError):
                 await kit.read(digest, total=total)
         fake.fault(f"blobs/{digest}", Fault(chunked=True))
-        assert await kit.read(digest, total=7) == DATA, "it did not say one: whoever reads counts"
+        assert await kit.read(digest, total=7) == DATA, (
+            "a response without a size is accepted: its reader counts"
+        )
 
 
-async def test_a_tag_is_shown_only_to_the_endpoint_that_gave_it() -> None:
-    """Another one has tags of its own, and would begin again."""
+async def test_if_range_is_sent_to_its_own_endpoint_only() -> None:
+    """Another endpoint has other ETags, and would send everything."""
     async with (
         FakeRegistry() as one,
         FakeRegistry() as two,
@@ -208,15 +215,15 @@ async def test_a_tag_is_shown_only_to_the_endpoint_that_gave_it() -> None:
         one.fault(f"blobs/{digest}", Fault(headers={"ETag": '"of-one"'}))
         validator = (await first(kit, digest)).validator
         await one.stop()
-        found = await rest(kit, digest, validator=validator, total=len(DATA))
-        assert found == (AT, len(DATA), DATA[AT:])
+        result = await rest(kit, digest, validator=validator, total=len(DATA))
+        assert result == (AT, len(DATA), DATA[AT:])
         assert "if-range" not in two.requests[-1].headers
 
 
 # --- lists ----------------------------------------------------------------------------------------
 
 
-async def test_tags_are_gathered_from_pages() -> None:
+async def test_list_tags_merges_pages() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         names = [f"t{number:04}" for number in range(2500)]
         digest = fake.add_manifest(b"{}")
@@ -229,7 +236,7 @@ async def test_tags_are_gathered_from_pages() -> None:
 
 
 @pytest.mark.row("HU13")
-async def test_pages_in_a_circle_or_without_an_end_do_end() -> None:
+async def test_list_tags_stops_at_a_repeated_page() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b"{}", tag="a")
         fake.fault("tags/list", Fault(headers={"Link": '<?n=1&last=a>; rel="next"'}, times=None))
@@ -240,7 +247,7 @@ async def test_pages_in_a_circle_or_without_an_end_do_end() -> None:
 
 @pytest.mark.row("HU13")
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1/v2/", "//evil.example/", "ftp://x/"])
-async def test_a_next_page_elsewhere_is_refused(target: str) -> None:
+async def test_next_page_of_another_origin_is_refused(target: str) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}", tag="a")
         for path in ("tags/list", f"referrers/{digest}"):
@@ -256,13 +263,13 @@ def index(*digests: Digest) -> bytes:
     return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
 
 
-async def test_one_page_of_referrers_is_kept_as_it_came() -> None:
+async def test_single_page_of_referrers_is_unchanged() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         subject = fake.add_manifest(b"{}")
         fake.referring[str(subject)] = body = index(Digest.of(b"a")) + b"\n"
-        found = await kit.registry.referrers(REPO, subject, "application/x")
-        assert found is not None
-        assert (found.body, found.digest) == (body, Digest.of(body))
+        result = await kit.registry.referrers(REPO, subject, "application/x")
+        assert result is not None
+        assert (result.body, result.digest) == (body, Digest.of(body))
         assert fake.requests[-1].query == {"artifactType": ["application/x"]}
 
 
@@ -273,9 +280,9 @@ async def test_pages_of_referrers_become_one_index() -> None:
         link = {"Link": '<?page=2>; rel="next"', "Content-Type": OCI_INDEX}
         first_page, last = index(Digest.of(b"a"), Digest.of(b"b")), index(Digest.of(b"c"))
         fake.fault(path, Fault(body=first_page, headers=link), Fault(body=last))
-        found = await kit.registry.referrers(REPO, subject, None)
-        assert found is not None
-        entries = json.loads(found.body)["manifests"]
+        result = await kit.registry.referrers(REPO, subject, None)
+        assert result is not None
+        entries = json.loads(result.body)["manifests"]
         assert [entry["digest"] for entry in entries] == [
             str(Digest.of(x)) for x in (b"a", b"b", b"c")
         ]
@@ -285,19 +292,19 @@ async def test_pages_of_referrers_become_one_index() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 303, 307, 400, 404, 405, 406, 501])
-async def test_where_there_is_no_api_for_referrers(status: int) -> None:
+async def test_referrers_returns_none_where_the_api_is_missing(status: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         headers = {"Location": f"{fake.url}/page"}
         fake.fault("", Fault(status=status, headers=headers, times=None))
         assert await kit.registry.referrers(REPO, Digest.of(b"x"), None) is None
-        assert len(fake.requests) == 1, "no page for people is asked for"
+        assert len(fake.requests) == 1, "the redirect is not followed"
         fake.faults.clear()
         fake.fault("", Fault(headers={"Content-Type": "text/html"}))
         assert await kit.registry.referrers(REPO, Digest.of(b"x"), None) is None
 
 
 @pytest.mark.parametrize(("status", "error"), [(401, Unauthorized), (503, UpstreamUnavailable)])
-async def test_a_failure_does_not_say_that_there_is_none(
+async def test_failure_of_referrers_is_not_a_missing_api(
     status: int, error: type[Exception]
 ) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
@@ -306,7 +313,63 @@ async def test_a_failure_does_not_say_that_there_is_none(
             await kit.registry.referrers(REPO, Digest.of(b"x"), None)
 
 
-async def test_tags_of_a_repository_that_nobody_knows() -> None:
+async def test_list_tags_of_an_unknown_repository_raises_name_unknown() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         with pytest.raises(NameUnknown):
             await kit.registry.list_tags(REPO, None, None)
+
+
+# --- headers and documents ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [
+        ({"Content-Length": "7"}, 7),
+        ({"Content-Length": "0"}, 0),
+        ({}, None),
+        ({"Content-Length": "7", "Transfer-Encoding": "Chunked"}, None),
+        ({"Content-Length": "-7"}, None),
+        ({"Content-Length": "7 "}, None),
+        ({"Content-Length": "\u0667"}, None),
+        ({"Content-Length": "9" * 19}, None),
+    ],
+)
+def test_length_of_reads_valid_lengths_only(headers: dict[str, str], length: int | None) -> None:
+    assert length_of(headers) == length
+
+
+def test_digest_of_reads_a_digest_or_raises() -> None:
+    assert digest_of({}) is None
+    assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
+    for text in ("", "sha256:" + "z" * 64, "md5:0", f"{DIGEST}, {DIGEST}"):
+        with pytest.raises(UpstreamProtocolError):
+            digest_of({"Docker-Content-Digest": text})
+
+
+@pytest.mark.parametrize(
+    ("document", "names"),
+    [
+        ({"tags": ["b", "a"]}, ["b", "a"]),
+        ({"tags": []}, []),
+        ({"tags": None}, []),
+        ({}, []),
+        ({"tags": ["ok", "../no", "", "a" * 129, 7, None, ["x"], "also.ok"]}, ["ok", "also.ok"]),
+    ],
+)
+def test_parse_tags_leaves_out_invalid_names(document: object, names: list[str]) -> None:
+    assert parse_tags(json.dumps(document).encode()) == names
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
+)
+def test_parse_tags_refuses_malformed_documents(body: bytes) -> None:
+    with pytest.raises(UpstreamProtocolError):
+        parse_tags(body)
+
+
+@given(st.binary() | st.text().map(str.encode))
+def test_any_tag_list_gives_valid_tags_or_a_typed_error(body: bytes) -> None:
+    with contextlib.suppress(UpstreamProtocolError):
+        assert all(Tag.parse(name) for name in parse_tags(body))

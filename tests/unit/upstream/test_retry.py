@@ -1,4 +1,4 @@
-"""When to try again: what may pass, how long to wait, what ``Retry-After`` says."""
+"""Transient failures, delays, and ``Retry-After``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mirror.oci import errors
 from mirror.oci.errors import MirrorError
-from mirror.upstream.retry import backoff, may_pass, retry_after
+from mirror.upstream.retry import backoff_delay, is_transient, parse_retry_after
 
 NOW = 784_111_777.0
 """Sun, 06 Nov 1994 08:49:37 GMT, the example of RFC 9110."""
@@ -20,31 +20,40 @@ NOW = 784_111_777.0
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (errors.UpstreamUnavailable("the upstream answers 503"), True),
+        (errors.UpstreamUnavailable("the upstream responded with 503"), True),
         (errors.UpstreamTimeout("slow"), False),
         (errors.UpstreamRateLimited("429", retry_after=1.0), False),
-        (errors.UpstreamProtocolError("nonsense"), False),
+        (errors.UpstreamProtocolError("malformed"), False),
         (errors.OutboundRefused("realm"), False),
         (errors.Unauthorized("no"), False),
         (errors.ManifestUnknown("no"), False),
         (None, False),
     ],
 )
-def test_what_may_pass(error: MirrorError | None, expected: bool) -> None:
-    assert may_pass(error) is expected
+def test_is_transient_only_for_broken_connections_and_5xx(
+    error: MirrorError | None, expected: bool
+) -> None:
+    assert is_transient(error) is expected
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
-def test_a_wait_is_random_and_bounded(attempt: int, random: float) -> None:
-    wait = backoff(attempt, random)
+def test_backoff_delay_is_random_and_below_2_s(attempt: int, random: float) -> None:
+    wait = backoff_delay(attempt, random)
     assert 0 <= wait < 2.0
-    assert wait <= backoff(attempt + 1, random)
-    assert backoff(attempt, 0.0) == 0.0
-    assert wait == pytest.approx(backoff(attempt, 0.5) * 2 * random)
+    assert wait <= backoff_delay(attempt + 1, random)
+    assert backoff_delay(attempt, 0.0) == 0.0
+    assert wait == pytest.approx(backoff_delay(attempt, 0.5) * 2 * random)
 
 
-def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
-    assert [backoff(attempt, 0.5) for attempt in range(1, 7)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
+def test_backoff_delay_doubles_up_to_2_s() -> None:
+    assert [backoff_delay(attempt, 0.5) for attempt in range(1, 7)] == [
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        1.0,
+        1.0,
+    ]
 
 
 @pytest.mark.row("U9")
@@ -73,21 +82,23 @@ def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
         ("Sun, 06 Nov 99999 08:49:47 GMT", None),
     ],
 )
-def test_retry_after(header: str | None, seconds: float | None) -> None:
-    assert retry_after(header, NOW) == seconds
+def test_parse_retry_after_reads_seconds_and_dates(
+    header: str | None, seconds: float | None
+) -> None:
+    assert parse_retry_after(header, NOW) == seconds
 
 
-def test_a_date_without_a_zone_is_utc_wherever_we_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_date_without_a_zone_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "TZ", "Pacific/Auckland")
     time.tzset()
     try:
-        assert retry_after("Sun Nov  6 08:49:47 1994", NOW) == 10.0
+        assert parse_retry_after("Sun Nov  6 08:49:47 1994", NOW) == 10.0
     finally:
         monkeypatch.undo()
         time.tzset()
 
 
 @given(st.text() | st.from_regex(r"[A-Za-z0-9 ,:+-]*"), st.floats(-1e12, 1e12))
-def test_nothing_is_raised_and_nothing_is_longer_than_a_day(header: str, now: float) -> None:
-    seconds = retry_after(header, now)
+def test_any_retry_after_is_at_most_a_day_and_never_raises(header: str, now: float) -> None:
+    seconds = parse_retry_after(header, now)
     assert seconds is None or 0 <= seconds <= 86400

@@ -1,4 +1,4 @@
-"""One exchange: redirects hop by hop, faults as typed errors, connections that are used again."""
+"""Single exchanges: redirects, connections, failures, bodies, proxies."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ async def exchange(
     method: str = "GET",
     headers: Mapping[str, str] | None = None,
     *,
-    follow: bool = True,
+    follow_redirects: bool = True,
 ) -> AsyncIterator[Response]:
     url = origin(f"{endpoint}{path}")
     policy = Policy(origin(endpoint))
-    async with kit.transport.exchange(method, url, headers or {}, policy, follow=follow) as answer:
-        yield answer
+    async with kit.transport.exchange(
+        method, url, headers or {}, policy, follow_redirects=follow_redirects
+    ) as response:
+        yield response
 
 
 def moved(target: str, status: int = 307, body: bytes = b"") -> Fault:
@@ -50,7 +52,7 @@ def moved(target: str, status: int = 307, body: bytes = b"") -> Fault:
 
 
 @pytest.mark.row("HU3")
-async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() -> None:
+async def test_authorization_is_dropped_for_good_at_another_origin() -> None:
     async with FakeRegistry() as home, FakeRegistry() as away, upstream_kit(home.url) as kit:
         home.fault("/v2/", moved("/one"))
         home.fault("/one", moved("two?x=1"))
@@ -59,8 +61,8 @@ async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() 
         away.fault("/four", moved(f"{home.url}/five"))
         home.fault("/five", Fault(status=200))
         headers = {"Authorization": "Bearer t", "Range": "bytes=5-", "If-Range": '"e"'}
-        async with exchange(kit, home.url, headers=headers) as answer:
-            assert (answer.response.status, answer.redirected) == (200, True)
+        async with exchange(kit, home.url, headers=headers) as response:
+            assert (response.http.status, response.is_cross_origin) == (200, True)
         sent = [(seen.path, seen.headers.get("authorization")) for seen in home.requests]
         assert sent == [
             ("/v2/", "Bearer t"),
@@ -73,23 +75,23 @@ async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() 
             assert (seen.headers["range"], seen.headers["if-range"]) == ("bytes=5-", '"e"')
 
 
-async def test_a_redirect_within_the_origin_is_no_trip() -> None:
+async def test_redirect_within_the_origin_is_not_cross_origin() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved("/artifacts-downloads/x?token=abc"))
         fake.fault("/x", Fault(status=200))
-        async with exchange(kit, fake.url) as answer:
-            assert not answer.redirected
+        async with exchange(kit, fake.url) as response:
+            assert not response.is_cross_origin
 
 
-async def test_another_port_is_another_origin() -> None:
+async def test_redirect_to_another_port_is_cross_origin() -> None:
     async with FakeRegistry() as home, FakeRegistry() as away, upstream_kit(home.url) as kit:
         home.fault("/v2/", moved(f"//127.0.0.1:{away.port}/x"))
-        async with exchange(kit, home.url, headers={"Authorization": "Basic x"}) as answer:
-            assert answer.redirected
+        async with exchange(kit, home.url, headers={"Authorization": "Basic x"}) as response:
+            assert response.is_cross_origin
         assert "authorization" not in away.requests[0].headers
 
 
-async def test_what_is_signed_is_asked_for_as_it_was_written() -> None:
+async def test_signed_url_is_requested_as_it_was_written() -> None:
     signed = "/b%2Fc/a+b?X-Sig=a%2Fb%3d&x=~%7E&y=a+b&z"
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved(signed))
@@ -99,7 +101,7 @@ async def test_what_is_signed_is_asked_for_as_it_was_written() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_the_method_stays_what_it_is(status: int) -> None:
+async def test_redirect_keeps_the_method(status: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved("/x", status))
         for method in ("HEAD", "GET"):
@@ -109,12 +111,12 @@ async def test_the_method_stays_what_it_is(status: int) -> None:
 
 
 @pytest.mark.row("HU3")
-async def test_five_hops_are_followed_and_six_are_not() -> None:
+async def test_five_redirects_are_followed_and_six_are_not() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         for hop in range(6):
             fake.fault(f"/{hop}", moved(f"/{hop + 1}"))
-        async with exchange(kit, fake.url, "/1") as answer:
-            assert answer.response.status == 404
+        async with exchange(kit, fake.url, "/1") as response:
+            assert response.http.status == 404
         assert len(fake.requests) == 6
         with pytest.raises(UpstreamProtocolError):
             async with exchange(kit, fake.url, "/0"):
@@ -123,7 +125,7 @@ async def test_five_hops_are_followed_and_six_are_not() -> None:
 
 
 @pytest.mark.parametrize("target", ["ftp://127.0.0.1/", "http://u:p@127.0.0.1/", "http://["])
-async def test_a_redirect_that_the_guard_refuses(target: str) -> None:
+async def test_redirect_refused_by_the_guard_gets_no_request(target: str) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved(target))
         with pytest.raises(OutboundRefused):
@@ -132,41 +134,41 @@ async def test_a_redirect_that_the_guard_refuses(target: str) -> None:
         assert len(fake.requests) == 1
 
 
-async def test_what_is_not_to_be_followed_or_names_no_target_is_the_answer() -> None:
+async def test_redirect_that_is_not_followed_is_the_response() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/a", moved("/x"))
         fake.fault("/b", Fault(status=302))
         fake.fault("/c", Fault(status=304, headers={"Location": "/x"}))
-        async with exchange(kit, fake.url, "/a", follow=False) as answer:
-            assert answer.response.status == 307
+        async with exchange(kit, fake.url, "/a", follow_redirects=False) as response:
+            assert response.http.status == 307
         for path, status in (("/b", 302), ("/c", 304)):
-            async with exchange(kit, fake.url, path) as answer:
-                assert answer.response.status == status
+            async with exchange(kit, fake.url, path) as response:
+                assert response.http.status == status
 
 
 # --- connections ----------------------------------------------------------------------------------
 
 
-async def test_a_connection_is_used_again_also_behind_an_answer_that_nobody_read() -> None:
+async def test_connection_is_reused_after_a_redirect_body_that_was_not_read() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", moved("/x", body=b'<a href="/x">Temporary Redirect</a>'))
         for _ in range(5):
-            async with exchange(kit, fake.url) as answer:
-                await answer.response.read()
+            async with exchange(kit, fake.url) as response:
+                await response.http.read()
         assert (len(fake.requests), fake.connections) == (10, 1)
 
 
-async def test_a_connection_on_which_more_is_to_come_is_closed() -> None:
+async def test_connection_with_an_unfinished_body_is_closed() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", Fault(status=200, body=b"x" * 50_000_000), Fault(status=204))
         async with exchange(kit, fake.url):
             pass
-        async with exchange(kit, fake.url) as answer:
-            assert answer.response.status == 204
+        async with exchange(kit, fake.url) as response:
+            assert response.http.status == 204
         assert fake.connections == 2
 
 
-async def test_every_request_says_what_we_take() -> None:
+async def test_request_headers_are_identity_and_user_agent_without_cookies() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("/v2/", Fault(headers={"Set-Cookie": "a=b; Path=/"}))
         for _ in range(2):
@@ -176,6 +178,12 @@ async def test_every_request_says_what_we_take() -> None:
             assert seen.headers["accept-encoding"] == "identity"
             assert seen.headers["user-agent"] == "oci-mirror"
             assert "cookie" not in seen.headers
+
+
+async def test_closing_twice_has_no_effect() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        await kit.transport.close()
+        await kit.transport.close()
 
 
 # --- faults ---------------------------------------------------------------------------------------
@@ -190,7 +198,7 @@ async def failure(endpoint: str, limits: Limits = SHORT) -> MirrorError:
 
 
 @pytest.mark.row("U11")
-async def test_nobody_there() -> None:
+async def test_unreachable_endpoint_raises_unavailable() -> None:
     for endpoint in (dead(), "http://no-such-host.invalid"):
         assert type(await failure(endpoint, Limits())) is UpstreamUnavailable
 
@@ -206,7 +214,7 @@ async def test_nobody_there() -> None:
         Fault(status=200, headers={"Transfer-Encoding": "chunked", "Content-Length": "5"}),
     ],
 )
-async def test_no_answer_that_is_one(fault: Fault) -> None:
+async def test_malformed_response_raises_unavailable(fault: Fault) -> None:
     fault.times = None
     async with FakeRegistry() as fake:
         fake.fault("/v2/", fault)
@@ -214,20 +222,20 @@ async def test_no_answer_that_is_one(fault: Fault) -> None:
 
 
 @pytest.mark.row("U11")
-async def test_no_answer_in_time() -> None:
+async def test_slow_response_raises_a_timeout() -> None:
     async with FakeRegistry() as fake:
         fake.fault("/v2/", Fault(delay=3600, times=None))
         assert type(await failure(fake.url)) is UpstreamTimeout
 
 
 @pytest.mark.row("U11")
-async def test_tls(tmp_path: Path) -> None:
+async def test_tls_needs_a_certificate_of_a_known_authority(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path)
     other = Certificate.make(tmp_path, "other")
     async with FakeRegistry() as plain, FakeRegistry(tls_server(certificate)) as fake:
         ca = str(certificate.cert_file)
-        async with upstream_kit(fake.url, ca=ca) as kit, exchange(kit, fake.url) as answer:
-            assert answer.response.status == 200
+        async with upstream_kit(fake.url, ca=ca) as kit, exchange(kit, fake.url) as response:
+            assert response.http.status == 200
         async with upstream_kit(fake.url, ca=str(other.cert_file)) as kit:
             with pytest.raises(UpstreamUnavailable, match="certificate"):
                 async with exchange(kit, fake.url):
@@ -237,11 +245,11 @@ async def test_tls(tmp_path: Path) -> None:
             assert isinstance(await failure(url), UpstreamUnavailable)
 
 
-async def test_a_body_is_read_up_to_a_limit() -> None:
+async def test_read_body_refuses_large_encoded_and_broken_bodies() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, limits=Limits(idle=1.0)) as kit:
         fake.fault("/whole", Fault(status=200, body=DATA))
-        async with exchange(kit, fake.url, "/whole") as answer:
-            assert await read_body(answer.response, len(DATA)) == DATA
+        async with exchange(kit, fake.url, "/whole") as response:
+            assert await read_body(response.http, len(DATA)) == DATA
         for fault, error in (
             (Fault(status=200, body=DATA + b"x"), UpstreamProtocolError),
             (Fault(status=200, body=DATA + b"x", chunked=True), UpstreamProtocolError),
@@ -251,9 +259,9 @@ async def test_a_body_is_read_up_to_a_limit() -> None:
             (Fault(status=200, body=DATA, stall_at=10), UpstreamTimeout),
         ):
             fake.fault("/body", fault)
-            async with exchange(kit, fake.url, "/body") as answer:
+            async with exchange(kit, fake.url, "/body") as response:
                 with pytest.raises(error):
-                    await read_body(answer.response, len(DATA))
+                    await read_body(response.http, len(DATA))
 
 
 # --- proxies --------------------------------------------------------------------------------------
@@ -261,8 +269,8 @@ async def test_a_body_is_read_up_to_a_limit() -> None:
 
 @asynccontextmanager
 async def tunnel(port: int) -> AsyncIterator[tuple[int, list[str]]]:
-    """A proxy that connects whatever host it is told to ``port`` here; what it was told."""
-    told: list[str] = []
+    """Run a proxy that connects every host to our ``port``. Yields its port and the requests."""
+    heads: list[str] = []
 
     async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -274,24 +282,24 @@ async def tunnel(port: int) -> AsyncIterator[tuple[int, list[str]]]:
             writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        told.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
         there, back = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await asyncio.gather(pipe(reader, back), pipe(there, writer))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
-        yield server.sockets[0].getsockname()[1], told
+        yield server.sockets[0].getsockname()[1], heads
 
 
-async def test_plain_requests_go_through_the_proxy_of_the_environment() -> None:
-    # "localhost" is a name that a public registry must not point at; a proxy may have it.
+async def test_http_proxy_gets_plain_requests_with_its_authorization() -> None:
+    # A public registry must not point at "localhost", but a proxy may be there.
     async with FakeRegistry() as proxy:
         environment = {"http_proxy": f"http://u:p@localhost:{proxy.port}", "no_proxy": "127.0.0.1"}
         async with upstream_kit("http://registry.example", environment=environment) as kit:
             headers = {"Authorization": "Bearer t"}
-            async with exchange(kit, "http://registry.example", headers=headers) as answer:
-                assert answer.response.status == 200
+            async with exchange(kit, "http://registry.example", headers=headers) as response:
+                assert response.http.status == 200
         [seen] = proxy.requests
         assert seen.target == "http://registry.example/v2/"
         assert seen.headers["host"] == "registry.example"
@@ -299,27 +307,27 @@ async def test_plain_requests_go_through_the_proxy_of_the_environment() -> None:
         assert seen.headers["authorization"] == "Bearer t"
 
 
-async def test_a_tunnel_through_the_proxy_keeps_what_is_inside_from_it(tmp_path: Path) -> None:
+async def test_https_proxy_tunnel_hides_the_request_from_the_proxy(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path, "registry.example")
-    async with FakeRegistry(tls_server(certificate)) as fake, tunnel(fake.port) as (port, told):
+    async with FakeRegistry(tls_server(certificate)) as fake, tunnel(fake.port) as (port, heads):
         environment = {"https_proxy": f"http://u:p@localhost:{port}"}
         endpoint = "https://registry.example"
         ca = str(certificate.cert_file)
         async with upstream_kit(endpoint, environment=environment, ca=ca) as kit:
             headers = {"Authorization": "Bearer t"}
-            async with exchange(kit, endpoint, headers=headers) as answer:
-                assert answer.response.status == 200
+            async with exchange(kit, endpoint, headers=headers) as response:
+                assert response.http.status == 200
         [seen] = fake.requests
         assert seen.target == "/v2/"
         assert "proxy-authorization" not in seen.headers
-        [head] = told
+        [head] = heads
         assert head.startswith("CONNECT registry.example:443 HTTP/1.1\r\n")
         assert "Proxy-Authorization: Basic dTpw\r\n" in head
         assert "Bearer" not in head
 
 
-async def test_a_proxy_that_is_gone_or_refuses_is_an_upstream_that_cannot_be_asked() -> None:
-    async with FakeRegistry() as proxy:  # knows no CONNECT
+async def test_failing_proxy_raises_unavailable() -> None:
+    async with FakeRegistry() as proxy:  # refuses CONNECT
         for url in (dead(), proxy.url, "socks5://127.0.0.1:1"):
             environment = {"https_proxy": url}
             async with upstream_kit("https://registry.example", environment=environment) as kit:
@@ -328,10 +336,10 @@ async def test_a_proxy_that_is_gone_or_refuses_is_an_upstream_that_cannot_be_ask
                         pass
 
 
-# --- ourselves ------------------------------------------------------------------------------------
+# --- our own addresses ----------------------------------------------------------------------------
 
 
-def test_who_we_are() -> None:
+def test_own_addresses_include_the_listener_and_all_names_of_the_host() -> None:
     assert ("127.0.0.1", 5100) in own_addresses("127.0.0.1:5100")
     assert ("::1", 5100) in own_addresses("[::1]:5100")
     everywhere = own_addresses("0.0.0.0:5100")

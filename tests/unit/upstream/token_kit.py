@@ -1,4 +1,4 @@
-"""A token service in memory, which counts, and an authenticator that asks it."""
+"""A token service in memory that records its requests, and an authenticator that uses it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from yarl import URL
 
 from mirror.config.settings import Credentials
 from mirror.observability.events import Event
-from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository
+from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import Authenticator, SentAuthorization, TokenResponse
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO
@@ -22,20 +22,20 @@ HUB = Policy(URL("https://registry-1.docker.io"), ("auth.docker.io",))
 BEARER = 'Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="x:y:push"'
 BASIC = 'Basic realm="x"'
 USER = Credentials(username="user", password="secret")
-SHOWN = "Basic " + base64.b64encode(b"user:secret").decode()
+BASIC_HEADER = "Basic " + base64.b64encode(b"user:secret").decode()
 
 
 class Service:
-    """A token service: every token is another one, unless it is told what to answer."""
+    """A token service. Each token is different, unless the test sets ``responses``."""
 
-    def __init__(self, credentials: Credentials | None = None) -> None:
+    def __init__(self, single_flight: SingleFlight, credentials: Credentials | None = None) -> None:
         self.calls: list[tuple[str, URL, dict[str, str], dict[str, str]]] = []
-        self.answers: list[TokenResponse | MirrorError] = []
-        """For the next calls; the last one stays."""
+        self.responses: list[TokenResponse | Exception] = []
+        """Responses to the next requests. The last one is repeated."""
         self.lifetime: Any = 300
         self.gate = asyncio.Event()
         self.gate.set()
-        self.begun = asyncio.Event()
+        self.started = asyncio.Event()
         self.clock = [1000.0]
         self.events: list[Event] = []
         self.auth = Authenticator(
@@ -43,6 +43,7 @@ class Service:
             credentials or Credentials(),
             self.exchange,
             self.events.append,
+            single_flight,
             lambda: self.clock[0],
         )
 
@@ -55,14 +56,14 @@ class Service:
     ) -> TokenResponse:
         self.calls.append((method, url, dict(headers), dict(form or {})))
         number = len(self.calls)
-        self.begun.set()
+        self.started.set()
         await asyncio.sleep(0)
         await self.gate.wait()
-        if self.answers:
-            answer = self.answers[0] if len(self.answers) == 1 else self.answers.pop(0)
-            if isinstance(answer, MirrorError):
-                raise answer
-            return answer
+        if self.responses:
+            response = self.responses[0] if len(self.responses) == 1 else self.responses.pop(0)
+            if isinstance(response, Exception):
+                raise response
+            return response
         document = {"token": f"t{number}", "expires_in": self.lifetime}
         return TokenResponse(200, json.dumps(document).encode())
 
@@ -74,14 +75,14 @@ class Service:
         repository: Repository = REPO,
     ) -> SentAuthorization | None:
         lines = [challenge] if isinstance(challenge, str) else challenge
-        return await self.auth.challenged(lines, policy, repository, refused)
+        return await self.auth.authorize_after_challenge(lines, policy, repository, refused)
 
     async def header(self, *args: Any, **named: Any) -> str | None:
-        """The header that answers a challenge."""
+        """Return the header for a repeated request, after a challenge."""
         sent = await self.challenged(*args, **named)
         return sent.header if sent is not None else None
 
     async def first(self, policy: Policy = HUB, repository: Repository = REPO) -> str | None:
-        """The header that a request begins with."""
-        sent = await self.auth.authorization(policy, repository)
+        """Return the header that a request is sent with at first."""
+        sent = await self.auth.authorize_preemptively(policy, repository)
         return sent.header if sent is not None else None

@@ -1,9 +1,6 @@
-"""What answers mean: headers as values, statuses as typed errors, never a failure as a 404."""
+"""Status codes as typed errors, and rate limit headers."""
 
 from __future__ import annotations
-
-import contextlib
-import json
 
 import pytest
 from hypothesis import given
@@ -11,10 +8,10 @@ from hypothesis import strategies as st
 
 from mirror.observability.events import Kind
 from mirror.oci import errors
-from mirror.oci.errors import MirrorError, NotFound, UpstreamProtocolError
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.errors import MirrorError, NotFound
+from mirror.oci.reference import Digest
 from mirror.upstream.failover import RegistryRequest
-from mirror.upstream.responses import digest_of, length_of, rate_limit_of, tag_names
+from mirror.upstream.transport import parse_rate_limit
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, upstream_kit
 
@@ -22,32 +19,7 @@ DIGEST = Digest.of(DATA)
 
 
 @pytest.mark.parametrize(
-    ("headers", "length"),
-    [
-        ({"Content-Length": "7"}, 7),
-        ({"Content-Length": "0"}, 0),
-        ({}, None),
-        ({"Content-Length": "7", "Transfer-Encoding": "Chunked"}, None),
-        ({"Content-Length": "-7"}, None),
-        ({"Content-Length": "7 "}, None),
-        ({"Content-Length": "\u0667"}, None),
-        ({"Content-Length": "9" * 19}, None),
-    ],
-)
-def test_lengths(headers: dict[str, str], length: int | None) -> None:
-    assert length_of(headers) == length
-
-
-def test_digest_headers() -> None:
-    assert digest_of({}) is None
-    assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
-    for text in ("", "sha256:" + "z" * 64, "md5:0", f"{DIGEST}, {DIGEST}"):
-        with pytest.raises(UpstreamProtocolError):
-            digest_of({"Docker-Content-Digest": text})
-
-
-@pytest.mark.parametrize(
-    ("limit", "remaining", "found"),
+    ("limit", "remaining", "expected"),
     [
         ("100;w=21600", "76;w=21600", (100, 76, 21600)),
         ("100", "76", (100, 76, 0)),
@@ -62,46 +34,18 @@ def test_digest_headers() -> None:
         (None, None, None),
     ],
 )
-def test_rate_limits(
-    limit: str | None, remaining: str | None, found: tuple[int, int, int] | None
+def test_parse_rate_limit_reads_docker_hubs_headers(
+    limit: str | None, remaining: str | None, expected: tuple[int, int, int] | None
 ) -> None:
     pairs = {"ratelimit-limit": limit, "ratelimit-remaining": remaining}
     headers = {name: value for name, value in pairs.items() if value is not None}
-    assert rate_limit_of(headers) == found
+    assert parse_rate_limit(headers) == expected
 
 
 @given(st.text(), st.text())
-def test_a_rate_limit_is_never_negative_and_never_raises(limit: str, remaining: str) -> None:
-    found = rate_limit_of({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
-    assert found is None or min(found) >= 0
-
-
-@pytest.mark.parametrize(
-    ("document", "names"),
-    [
-        ({"tags": ["b", "a"]}, ["b", "a"]),
-        ({"tags": []}, []),
-        ({"tags": None}, []),
-        ({}, []),
-        ({"tags": ["ok", "../no", "", "a" * 129, 7, None, ["x"], "also.ok"]}, ["ok", "also.ok"]),
-    ],
-)
-def test_tags(document: object, names: list[str]) -> None:
-    assert tag_names(json.dumps(document).encode()) == names
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
-)
-def test_tags_that_are_none(body: bytes) -> None:
-    with pytest.raises(UpstreamProtocolError):
-        tag_names(body)
-
-
-@given(st.binary() | st.text().map(str.encode))
-def test_tags_are_read_or_refused_with_a_typed_error(body: bytes) -> None:
-    with contextlib.suppress(UpstreamProtocolError):
-        assert all(Tag.parse(name) for name in tag_names(body))
+def test_any_rate_limit_header_gives_none_or_no_negative_number(limit: str, remaining: str) -> None:
+    result = parse_rate_limit({"ratelimit-limit": limit, "ratelimit-remaining": remaining})
+    assert result is None or min(result) >= 0
 
 
 # --- statuses -------------------------------------------------------------------------------------
@@ -115,11 +59,11 @@ PATHS = {
 
 
 async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorError:
-    """What an answer with these faults is."""
+    """Return the error of a response with these faults."""
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault(PATHS[kind], *faults)
         with pytest.raises(MirrorError) as caught:
-            async with kit.client.ask(RegistryRequest(method, REPO, PATHS[kind], kind)):
+            async with kit.client.send(RegistryRequest(method, REPO, PATHS[kind], kind)):
                 pass
         return caught.value
 
@@ -147,10 +91,12 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
         (599, errors.UpstreamUnavailable),
     ],
 )
-async def test_what_a_status_is(status: int, error: type[MirrorError]) -> None:
-    found = await error_for(Kind.MANIFEST, Fault(status=status, times=None))
-    assert type(found) is error
-    assert not isinstance(found, NotFound)
+async def test_each_status_gives_its_error_and_never_not_found(
+    status: int, error: type[MirrorError]
+) -> None:
+    result = await error_for(Kind.MANIFEST, Fault(status=status, times=None))
+    assert type(result) is error
+    assert not isinstance(result, NotFound)
 
 
 UNKNOWN = b'{"errors":[{"code":"%s","message":"x"}]}'
@@ -176,27 +122,29 @@ UNKNOWN = b'{"errors":[{"code":"%s","message":"x"}]}'
         (Kind.REFERRERS, b"", errors.ManifestUnknown),
     ],
 )
-async def test_what_a_404_is_about(kind: Kind, body: bytes, error: type[MirrorError]) -> None:
+async def test_error_of_a_404_follows_its_code_and_the_kind(
+    kind: Kind, body: bytes, error: type[MirrorError]
+) -> None:
     assert type(await error_for(kind, Fault(status=404, body=body))) is error
 
 
-async def test_a_404_whose_body_breaks_off_is_one_all_the_same() -> None:
+async def test_404_with_a_broken_or_missing_body_is_not_found() -> None:
     fault = Fault(status=404, body=UNKNOWN % b"NAME_UNKNOWN", reset_at=5)
     assert type(await error_for(Kind.MANIFEST, fault)) is errors.ManifestUnknown
     head = Fault(status=404, body=b"")
     assert type(await error_for(Kind.BLOB, head, method="HEAD")) is errors.BlobUnknown
 
 
-async def test_a_pause_is_read_in_both_forms() -> None:
+async def test_retry_after_of_a_429_is_read_in_both_forms() -> None:
     for text, seconds in (("7", 7.0), ("Fri, 31 Dec 9999 23:59:59 GMT", 86400.0), ("x", None)):
         fault = Fault(status=429, headers={"Retry-After": text})
-        found = await error_for(Kind.MANIFEST, fault)
-        assert isinstance(found, errors.UpstreamRateLimited)
-        assert found.retry_after == seconds
+        result = await error_for(Kind.MANIFEST, fault)
+        assert isinstance(result, errors.UpstreamRateLimited)
+        assert result.retry_after == seconds
 
 
 async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
-    """What the answer of a storage behind the registry is."""
+    """Return the error of a response from a storage behind the registry."""
     async with FakeRegistry() as storage:
         storage.fault("/x", *faults)
         moved = Fault(status=307, headers={"Location": f"{storage.url}/x"}, times=None)
@@ -214,15 +162,13 @@ async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
         (500, b""),
     ],
 )
-async def test_what_a_storage_refuses_is_a_failure_of_the_upstream(
-    status: int, body: bytes
-) -> None:
-    found = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
-    assert type(found) is errors.UpstreamUnavailable
+async def test_refusal_of_a_redirect_target_is_unavailable(status: int, body: bytes) -> None:
+    result = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
+    assert type(result) is errors.UpstreamUnavailable
 
 
-async def test_another_registry_may_say_that_it_is_not_there() -> None:
+async def test_404_of_a_redirect_target_with_an_oci_code_is_not_found() -> None:
     for kind, code in ((Kind.BLOB, b"BLOB_UNKNOWN"), (Kind.MANIFEST, b"MANIFEST_UNKNOWN")):
-        found = await redirected(kind, Fault(status=404, body=UNKNOWN % code))
-        assert isinstance(found, NotFound)
+        result = await redirected(kind, Fault(status=404, body=UNKNOWN % code))
+        assert isinstance(result, NotFound)
     assert isinstance(await redirected(Kind.MANIFEST, Fault(status=404)), errors.ManifestUnknown)

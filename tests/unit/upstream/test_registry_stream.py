@@ -1,4 +1,4 @@
-"""A body that arrives: what it says of itself, and how it ends when it does not end well."""
+"""Streams of bodies: attributes, broken and slow transfers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.upstream.kit import DATA, LIMITS, REPO, Kit, upstream_kit
 async def blob(
     *faults: Fault, limits: Limits = LIMITS
 ) -> AsyncIterator[tuple[Kit, ContentStream, FakeRegistry]]:
-    """A blob whose answer has these faults, as it arrives."""
+    """Open a blob whose response has these faults."""
     async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", *faults)
@@ -34,18 +34,18 @@ async def blob(
 
 
 async def ending(*faults: Fault, limits: Limits = LIMITS) -> tuple[bytes, MirrorError | None]:
-    """What arrived, and what ended it."""
+    """Read a blob with these faults. Returns the received bytes and the error, if any."""
     parts = []
     async with blob(*faults, limits=limits) as (_, stream, _):
         try:
             async for chunk in stream:
-                parts.append(chunk)  # noqa: PERF401 - what came before the error counts
+                parts.append(chunk)  # noqa: PERF401 - chunks before the error count
         except MirrorError as error:
             return b"".join(parts), error
     return b"".join(parts), None
 
 
-async def test_what_it_says_of_itself() -> None:
+async def test_stream_has_size_type_and_endpoint_and_reports_its_bytes() -> None:
     headers = {"Content-Type": "application/x; charset=y"}
     async with blob(Fault(headers=headers)) as (kit, stream, fake):
         assert (stream.start, stream.total) == (0, len(DATA))
@@ -58,7 +58,7 @@ async def test_what_it_says_of_itself() -> None:
     ("tag", "strong"),
     [('"abc"', True), ('""', True), ('W/"abc"', False), ("abc", False), ("", False)],
 )
-async def test_only_a_strong_tag_is_one_to_resume_with(tag: str, strong: bool) -> None:
+async def test_only_a_strong_etag_is_a_validator(tag: str, strong: bool) -> None:
     async with blob(Fault(headers={"ETag": tag})) as (_, stream, _):
         assert (stream.validator is not None) is strong
     async with blob(Fault(drop_headers=("ETag",))) as (_, stream, _):
@@ -67,14 +67,14 @@ async def test_only_a_strong_tag_is_one_to_resume_with(tag: str, strong: bool) -
 
 @pytest.mark.row("HU11")
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "identity, gzip", "zstd"])
-async def test_an_encoding_nobody_asked_for(encoding: str) -> None:
+async def test_content_encoding_is_refused(encoding: str) -> None:
     with pytest.raises(UpstreamProtocolError):
         async with blob(Fault(headers={"Content-Encoding": encoding})):
             pass
 
 
 @pytest.mark.row("U5")
-async def test_sizes_that_are_not_said() -> None:
+async def test_body_without_a_length_has_no_total() -> None:
     for fault in (Fault(chunked=True), Fault(no_length=True), Fault(http10=True)):
         async with blob(fault) as (_, stream, _):
             assert stream.total is None
@@ -84,31 +84,31 @@ async def test_sizes_that_are_not_said() -> None:
 
 @pytest.mark.row("U1")
 @pytest.mark.parametrize("at", [0, 1, 65_536, len(DATA) - 1])
-async def test_what_came_before_a_break_is_handed_out(at: int) -> None:
+async def test_bytes_before_a_break_are_yielded(at: int) -> None:
     for fault in (Fault(reset_at=at), Fault(end_at=at), Fault(chunked=True, reset_at=at)):
         data, error = await ending(fault)
         assert data == DATA[: len(data)]
         assert type(error) is UpstreamUnavailable
         if fault.end_at is not None:
-            assert len(data) == at, "an end loses nothing, a reset may overtake what was sent"
+            assert len(data) == at, "an end loses nothing, a reset may overtake bytes"
 
 
 @pytest.mark.row("U3")
-async def test_silence_is_given_up() -> None:
+async def test_silent_body_raises_a_timeout() -> None:
     data, error = await ending(Fault(stall_at=70_000), limits=Limits(idle=0.3))
     assert (data, type(error)) == (DATA[:70_000], UpstreamTimeout)
 
 
 @pytest.mark.row("U3")
-async def test_less_than_the_least_rate_is_given_up() -> None:
+async def test_body_below_min_rate_raises_a_timeout() -> None:
     limits = Limits(idle=0.3, min_rate=1000)
     data, error = await ending(Fault(drip=0.02), limits=limits)
     assert type(error) is UpstreamTimeout
     assert len(data) < 300
 
 
-async def test_only_the_upstream_is_held_to_the_least_rate() -> None:
-    """Our disk may take its time: what the upstream has sent meanwhile is there."""
+async def test_slow_reader_does_not_count_for_min_rate() -> None:
+    """A slow disk is not the upstream's fault: its bytes are in the buffer meanwhile."""
     limits = Limits(connect=15.0, headers=15.0, idle=0.2, min_rate=10**9)
     parts = []
     async with blob(limits=limits) as (_, stream, _):
@@ -118,7 +118,7 @@ async def test_only_the_upstream_is_held_to_the_least_rate() -> None:
     assert b"".join(parts) == DATA
 
 
-async def test_an_upstream_that_sends_too_much_is_found_out() -> None:
+async def test_too_long_body_raises_a_protocol_error() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fault = Fault(headers={"Content-Range": f"bytes 0-9/{len(DATA)}"}, status=206, body=DATA)
@@ -127,7 +127,7 @@ async def test_an_upstream_that_sends_too_much_is_found_out() -> None:
             await kit.read(digest)
 
 
-async def test_who_leaves_in_the_middle_ends_the_transfer() -> None:
+async def test_leaving_a_stream_ends_the_transfer() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         data = b"x" * 50_000_000
         digest = fake.add_blob(data)
