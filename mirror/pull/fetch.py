@@ -30,6 +30,7 @@ from mirror.oci.errors import (
 from mirror.pull.sources import REFUSALS, Source, Sources
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
+from mirror.store.other_process import follow_other_process
 from mirror.upstream.api import PROGRESS, ContentStream
 
 PREEMPT_AFTER_S: Final = 5.0
@@ -151,7 +152,7 @@ async def _whole(ingest: Ingest) -> bool:
                 return False
             case Role.FOLLOWER:
                 try:
-                    await ingest.follow_other_process()
+                    await follow_other_process(ingest)
                 except UpstreamError as error:
                     if failed or isinstance(error, DigestMismatch):
                         raise

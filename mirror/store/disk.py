@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,8 +27,6 @@ from mirror.oci.reference import Digest, Verifier
 from mirror.store.layout import Layout
 
 READ_SIZE: Final = 4 * 1024 * 1024
-_CATCH_UP: Final = 64 * 1024 * 1024
-_IOV_LIMIT: Final = 512
 _PATIENCE: Final = 10.0
 """Seconds that publishing waits for a descriptor."""
 _NANOSECONDS: Final = 10**9
@@ -148,8 +146,8 @@ class IngestState:
     """(OCI code, message) of a fetch that failed."""
     holder: str = ""
     """Who writes this: another one every time somebody gets hold of the lock."""
-    kept: int = 0
-    """Bytes that were in the file when this holder began: what follows is its own."""
+    resumed_from: int = 0
+    """Bytes that this holder kept of an earlier fetch. It wrote all that follows."""
     room: int = 0
     """Bytes that the file may take, as far as room was asked for."""
 
@@ -170,7 +168,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             written=int(raw.get("written", 0)),
             error=(str(error[0]), str(error[1])) if error else None,
             holder=str(raw.get("holder", "")),
-            kept=int(raw.get("kept", 0)),
+            resumed_from=int(raw.get("kept", 0)),
             room=int(raw.get("room", 0)),
         )
         return state, os.fstat(fd).st_mtime
@@ -190,7 +188,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "written": state.written,
         "error": state.error,
         "holder": state.holder,
-        "kept": state.kept,
+        "kept": state.resumed_from,
         "room": state.room,
     }
     try:
@@ -269,83 +267,6 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(fd)
     return False
-
-
-def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
-    """Write at ``offset`` until all is written; returns the new end. Short writes go on.
-
-    Raises ``ShortWrite`` with the end that was reached, so that what is in the file stays known.
-    """
-    views = [memoryview(chunk) for chunk in chunks if chunk]
-    while views:
-        try:
-            count = os.pwritev(fd, views[:_IOV_LIMIT], offset)
-        except OSError as error:
-            raise ShortWrite(error, offset) from error
-        if count == 0:
-            raise ShortWrite(OSError(errno.ENOSPC, "nothing could be written"), offset)
-        offset += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
-    return offset
-
-
-def append(
-    fd: int | None,
-    verifier: Verifier,
-    batch: list[bytes],
-    start: int,
-    *,
-    last: bool,
-    keep: bool,
-) -> int:
-    """Hash ``batch`` and, to ``keep`` it, write it at ``start``; returns its end.
-
-    ``last``: the content ends with it, so all of it is hashed before these bytes are written.
-    Raises ``DigestMismatch``, ``ShortWrite`` or ``OSError``.
-    """
-    if last or not keep:
-        if verifier.position < start:
-            hash_file(_opened(fd), verifier, start)
-        verifier.update_all(batch)
-        if last:
-            verifier.finish()
-        if not keep:
-            return start + sum(map(len, batch))
-    end = write_all(_opened(fd), batch, start)
-    if not last and verifier.position == start:
-        verifier.update_all(batch)
-    elif not last:
-        # Behind what an earlier fetch left: a part of it with each batch.
-        hash_file(_opened(fd), verifier, min(end, verifier.position + _CATCH_UP))
-    return end
-
-
-def _opened(fd: int | None) -> int:
-    if fd is None:
-        raise OSError(errno.EBADF, "growing content is closed")
-    return fd
-
-
-class ShortWrite(Exception):
-    """The disk refused in the middle of a batch: ``end`` bytes of the content are in the file."""
-
-    def __init__(self, cause: OSError, end: int) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-        self.end = end
-
-
-def after(batch: list[bytes], count: int) -> list[bytes]:
-    """What of ``batch`` comes after its first ``count`` bytes."""
-    rest = []
-    for chunk in batch:
-        if count < len(chunk):
-            rest.append(chunk[max(0, count) :])
-        count -= len(chunk)
-    return rest
 
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:

@@ -33,13 +33,13 @@ class Said:
     def extent(self, start: int, stop: int) -> Extent:
         return MemoryExtent(memoryview(DATA)[start : min(stop, self.head)], start)
 
-    async def progress(self, start: int) -> None:
+    async def wait_for_byte(self, start: int) -> None:
         await self.waiters.wait(start)
 
     def holds_all_from(self, start: int) -> bool:
         return True
 
-    def moved(self) -> None:
+    def on_follower_moved(self) -> None:
         self.moves += 1
 
     def say(self, head: int, **state: object) -> None:

@@ -119,15 +119,15 @@ async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
     other = Ingest(second.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
-    dying._lock.stop_heartbeat()
+    dying.lock.stop_heartbeat()
     state = IngestState(len(DATA), disk.boot_id(), HALF - 1000, holder="dead")
-    await dying._lock.write_state(state)
+    await dying.lock.write_state(state)
     now = time.time() + after
     fresh = Ingest(replace(third.ingest_context, now=lambda: now), DIGEST, None)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         tailing = group.create_task(in_vain(other) if after != 1.0 else go_on(other))
         assert await read(theirs, 0, HALF) == DATA[:HALF]
-        dying._lock.close()  # what the kernel does for the dead
+        dying.lock.release()  # what the kernel does for the dead
         role = await fresh.try_lead()
         if role is Role.FOLLOWER:  # the other one was faster, as it may be
             await go_on(fresh)
@@ -157,7 +157,6 @@ async def test_a_failure_of_yesterday_is_no_answer(processes: list[Kit]) -> None
         group.create_task(go_on(other))
         assert await read(theirs, 0, 1000) == DATA[:1000]
         holder.release()
-        holder.close()
         assert await read(theirs) == DATA
     theirs.close()
 
@@ -203,8 +202,8 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
         if path == layout.blob(DIGEST) and not looked:
             looked.append(path)
             os.pwrite(fd, DATA[HALF:], HALF)
-            assert leader._lock.fd is not None
-            fcntl.flock(leader._lock.fd, fcntl.LOCK_SH)
+            assert leader.lock.fd is not None
+            fcntl.flock(leader.lock.fd, fcntl.LOCK_SH)
             layout.ingest(DIGEST).rename(path)
         return real(fd, path)
 
@@ -227,5 +226,4 @@ async def test_what_was_cut_under_a_follower_is_not_filled_up(processes: list[Ki
     with pytest.raises(ContentLost):
         await lock.try_acquire(None, HALF + 1)
     lock.release()
-    lock.close()
     assert processes[0].layout.ingest(DIGEST).stat().st_size == HALF

@@ -18,7 +18,7 @@ import pytest
 
 from mirror.observability.events import Uncached
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.store import disk, ingest, ingest_lock
+from mirror.store import disk, ingest_lock, other_process
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
@@ -120,7 +120,7 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
 async def test_a_stopped_fetch_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "STALLED", 1.5)
+    monkeypatch.setattr(other_process, "STALLED_S", 1.5)
     process = leader(tmp_path, 1_000_000)
     try:
         process.send_signal(signal.SIGSTOP)
@@ -160,10 +160,9 @@ async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) ->
                     most = max(most, leaders)
                     await asyncio.sleep(0)
                     leaders -= 1
-                    mine.drop()
+                    mine.remove_file()
                     await mine.settled()
-                    mine.release()
-                mine.close()
+                mine.release()
 
         await asyncio.gather(*(contend(250) for _ in range(4)))
         assert most == 1
@@ -216,7 +215,7 @@ async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
             await fetch
         content.release()
         opened.set()
-        await content._lock.settled()
+        await content.lock.settled()
         await eventually(lambda: not descriptors(tmp_path))
         again = Ingest(parts.ingest_context, DIGEST, None)
         await bring(again)

@@ -13,7 +13,8 @@ import pytest
 from mirror.observability.events import Uncached
 from mirror.oci.errors import ContentLost
 from mirror.oci.reference import Digest
-from mirror.store import disk, ingest
+from mirror.store import follower as follower_module
+from mirror.store import ingest_writer
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.reader import MemoryExtent
@@ -32,7 +33,7 @@ def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Fo
 async def test_a_disk_that_is_full_does_not_fail_a_pull(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = disk.write_all
+    real = ingest_writer.write_all
 
     def full(fd: int, chunks: list[bytes], offset: int) -> int:
         end = offset + sum(map(len, chunks))
@@ -40,9 +41,9 @@ async def test_a_disk_that_is_full_does_not_fail_a_pull(
             return real(fd, chunks, offset)
         room = max(0, limit - offset)
         real(fd, [b"".join(chunks)[:room]], offset)
-        raise disk.ShortWrite(OSError(errno.ENOSPC, "full"), offset + room)
+        raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), offset + room)
 
-    monkeypatch.setattr(disk, "write_all", full)
+    monkeypatch.setattr(ingest_writer, "write_all", full)
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(3)]
@@ -77,7 +78,7 @@ async def test_no_room_means_memory_and_bounded(tmp_path: Path) -> None:
 
         _, got = await asyncio.gather(bring(content, data, len(data)), slow())
         assert got == data
-        assert held <= 2 * ingest.PENDING_LIMIT + 65_536
+        assert held <= 2 * ingest_writer.PENDING_LIMIT_BYTES + 65_536
         follower.close()
 
 
@@ -103,7 +104,7 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
 async def test_one_that_reads_nothing_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 0.05)
+    monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.05)
     data = random_bytes(40_000_000)
     with kit(tmp_path) as parts:
         content, stuck, *others = in_memory(parts, Digest.of(data), 3)
@@ -128,7 +129,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
         content.followers -= {slow}
         await slow.wait(0)
         await quick.wait(65_535)
-        content.moved()
+        content.on_follower_moved()
         assert await read(slow, 0, 65_536) == DATA[:65_536]
         content.followers -= {slow}
         await slow.wait(0)
@@ -136,7 +137,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
         content.followers -= {slow}
         await content.feed(DATA[65_536:131_072])
         await quick.wait(131_071)
-        content.moved()
+        content.on_follower_moved()
         with pytest.raises(ContentLost):
             await slow.wait(0)
         assert slow not in content.followers, "what it needs has gone: nobody waits for it"
@@ -148,7 +149,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
 async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 0.01)
+    monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.01)
     data = random_bytes(20_000_000)
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, Digest.of(data), 1)
@@ -184,7 +185,7 @@ async def test_content_of_unknown_size_asks_for_room_as_it_grows(
         assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["full"]
         assert len(asked) == granted + 1
         # beside what it wants to come, a piece that waits to be known as the last one or not
-        step = range(ingest.PENDING_LIMIT, ingest.PENDING_LIMIT + 65_537)
+        step = range(ingest_writer.PENDING_LIMIT_BYTES, ingest_writer.PENDING_LIMIT_BYTES + 65_537)
         assert all(need in step for need in asked)
         follower.close()
 
@@ -203,16 +204,16 @@ async def test_a_disk_that_fills_up_while_room_is_asked_for_mixes_nothing_up(
 ) -> None:
     """The refusal comes while a batch is on its way, of which the disk takes a part."""
     data = random_bytes(12_000_000)
-    real, slow = disk.write_all, threading.Event()
+    real, slow = ingest_writer.write_all, threading.Event()
 
     def write_all(fd: int, chunks: list[bytes], offset: int) -> int:
         if offset == 0:
             return real(fd, chunks, offset)
         slow.wait(30)
         end = real(fd, [b"".join(chunks)[:1000]], offset)
-        raise disk.ShortWrite(OSError(errno.ENOSPC, "full"), end)
+        raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), end)
 
-    monkeypatch.setattr(disk, "write_all", write_all)
+    monkeypatch.setattr(ingest_writer, "write_all", write_all)
     with kit(tmp_path) as parts:
         asked = 0
 

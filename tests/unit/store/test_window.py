@@ -106,7 +106,10 @@ async def test_who_appends_waits_until_something_was_dropped() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        first, second = group.create_task(window.room(30)), group.create_task(window.room(30))
+        first, second = (
+            group.create_task(window.wait_until_freed(30)),
+            group.create_task(window.wait_until_freed(30)),
+        )
         await asyncio.sleep(0)
         window.slide([5])
         await asyncio.sleep(0)
@@ -120,23 +123,23 @@ async def test_who_appends_waits_until_something_was_dropped() -> None:
 async def test_a_wait_for_room_has_an_end() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
-    assert window.next_drop == 10
-    assert not await window.room(0.01)
+    assert window.first_chunk_end == 10
+    assert not await window.wait_until_freed(0.01)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        wait = group.create_task(window.room(30))
+        wait = group.create_task(window.wait_until_freed(30))
         await asyncio.sleep(0)
         window.slide([10])
-        assert window.next_drop == 20
+        assert window.first_chunk_end == 20
     assert wait.result()
     window.slide([])
-    assert window.next_drop == 20, "nothing is left: the next bytes begin there"
+    assert window.first_chunk_end == 20, "nothing is left: the next bytes begin there"
 
 
 async def test_a_wait_for_room_that_is_cancelled_takes_no_other_along() -> None:
     window = Window(0)
     window.append([b"x"])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        waits = [group.create_task(window.room(30)) for _ in range(3)]
+        waits = [group.create_task(window.wait_until_freed(30)) for _ in range(3)]
         await asyncio.sleep(0)
         waits[0].cancel()
         await asyncio.sleep(0)

@@ -8,10 +8,10 @@ import pytest
 
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk, watch
+from mirror.store import disk, other_process
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout
-from mirror.store.watch import Watch
+from mirror.store.other_process import LeaderState
 
 DIGEST = Digest.of(b"content")
 FAILED = ("UNAVAILABLE", "the upstream is gone")
@@ -34,20 +34,20 @@ def test_a_state_is_read_when_it_changes_and_not_before(
     reads = []
     real = disk.read_state
     monkeypatch.setattr(disk, "read_state", lambda *about: reads.append(about) or real(*about))
-    watched = Watch(layout, DIGEST)
-    watched.look(0, grown=False)
-    assert watched.state is None
+    leader = LeaderState(layout, DIGEST)
+    leader.refresh(0, has_grown=False)
+    assert leader.state is None
     say(layout)
     for _ in range(100):
-        watched.look(0, grown=True)
-    assert watched.state == IngestState(10, holder="a")
+        leader.refresh(0, has_grown=True)
+    assert leader.state == IngestState(10, holder="a")
     assert len(reads) == 1
     say(layout, written=5)
-    watched.look(5, grown=False)
-    assert watched.state.written == 5
+    leader.refresh(5, has_grown=False)
+    assert leader.state.written == 5
     disk.drop_state(layout, DIGEST)
-    watched.look(5, grown=False)
-    assert watched.state.written == 5, "what was said stays said"
+    leader.refresh(5, has_grown=False)
+    assert leader.state.written == 5, "what was said stays said"
     assert len(reads) == 2
 
 
@@ -55,46 +55,46 @@ def test_silence_ends_with_growth_and_with_a_sign_of_life(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
-    watched = Watch(layout, DIGEST)
+    monkeypatch.setattr(other_process.time, "monotonic", lambda: now)
+    leader = LeaderState(layout, DIGEST)
     now = 103.0
-    watched.look(0, grown=False)
-    assert watched.silence == 3.0
-    watched.look(0, grown=True)
-    assert watched.silence == 0.0
+    leader.refresh(0, has_grown=False)
+    assert leader.silence_s == 3.0
+    leader.refresh(0, has_grown=True)
+    assert leader.silence_s == 0.0
     now = 108.0
     say(layout)
-    watched.look(0, grown=False)
-    assert watched.silence == 0.0
+    leader.refresh(0, has_grown=False)
+    assert leader.silence_s == 0.0
     now = 109.0
-    watched.look(0, grown=False)
-    assert watched.silence == 1.0
+    leader.refresh(0, has_grown=False)
+    assert leader.silence_s == 1.0
 
 
 def test_a_failure_that_comes_is_ours_and_one_that_was_there_is_not(layout: Layout) -> None:
     say(layout, error=FAILED)
-    watched = Watch(layout, DIGEST)
-    watched.look(0, grown=False)
+    leader = LeaderState(layout, DIGEST)
+    leader.refresh(0, has_grown=False)
     say(layout, holder="b")
-    watched.look(0, grown=False)
+    leader.refresh(0, has_grown=False)
     say(layout, holder="b", error=FAILED)
     with pytest.raises(UpstreamUnavailable, match="the upstream is gone"):
-        watched.look(0, grown=False)
+        leader.refresh(0, has_grown=False)
 
 
 @pytest.mark.parametrize("code", ["MANIFEST_UNKNOWN", "BLOB_UNKNOWN", "DENIED", "UNAUTHORIZED"])
 def test_what_another_repository_was_refused_is_no_answer_to_us(layout: Layout, code: str) -> None:
     say(layout)
-    watched = Watch(layout, DIGEST)
-    watched.look(0, grown=False)
+    leader = LeaderState(layout, DIGEST)
+    leader.refresh(0, has_grown=False)
     say(layout, error=(code, "not for you"))
-    watched.look(0, grown=False)
-    assert watched.state
-    assert watched.state.error
+    leader.refresh(0, has_grown=False)
+    assert leader.state
+    assert leader.state.error
 
 
 @pytest.mark.parametrize(
-    ("held", "holder", "kept", "lost"),
+    ("served", "holder", "resumed_from", "lost"),
     [
         (100, "b", 99, True),
         (100, "b", 100, False),
@@ -104,24 +104,24 @@ def test_what_another_repository_was_refused_is_no_answer_to_us(layout: Layout, 
     ],
 )
 def test_another_holder_must_not_go_on_from_before_what_was_handed_out(
-    layout: Layout, held: int, holder: str, kept: int, lost: bool
+    layout: Layout, served: int, holder: str, resumed_from: int, lost: bool
 ) -> None:
     say(layout)
-    watched = Watch(layout, DIGEST)
-    watched.look(0, grown=True)
-    say(layout, holder=holder, kept=kept)
+    leader = LeaderState(layout, DIGEST)
+    leader.refresh(0, has_grown=True)
+    say(layout, holder=holder, resumed_from=resumed_from)
     if lost:
         with pytest.raises(ContentLost):
-            watched.look(held, grown=False)
+            leader.refresh(served, has_grown=False)
     else:
-        watched.look(held, grown=False)
+        leader.refresh(served, has_grown=False)
 
 
 def test_garbage_is_no_state(layout: Layout) -> None:
-    watched = Watch(layout, DIGEST)
+    leader = LeaderState(layout, DIGEST)
     layout.ingest_state(DIGEST).write_text("garbage")
-    watched.look(0, grown=False)
-    assert watched.state is None
+    leader.refresh(0, has_grown=False)
+    assert leader.state is None
     say(layout, error=FAILED)
-    watched.look(0, grown=False)
-    assert watched.state is not None
+    leader.refresh(0, has_grown=False)
+    assert leader.state is not None
