@@ -90,7 +90,7 @@ class ReadableIngest:
         self.released = asyncio.Event()
         """Set once the fetch uses this ingest no more."""
         self.lock = IngestLock(context, digest, self._close_if_unused)
-        self._waiters = Waiters()
+        self.waiters = Waiters()
         self._give_up: Callable[[], None] = lambda: None
         self._finishes_unfollowed = True
 
@@ -124,13 +124,9 @@ class ReadableIngest:
             raise ContentLost("the ingest file is closed")
         return FileExtent(self.lock.fd, start, min(stop, self.on_disk))
 
-    async def wait_for_byte(self, start: int) -> None:
-        """Return once there is a byte at ``start``, or once it is certain that none will arrive."""
-        await self._waiters.wait(start)
-
     def wake_followers(self) -> None:
         """Wake the followers that have bytes to read; all of them once the ingest is closed."""
-        self._waiters.wake(self.head, self.closed)
+        self.waiters.wake(self.head, self.closed)
 
     # --- memory, and the last follower --------------------------------------------------------
 
@@ -227,7 +223,7 @@ class Follower:
                 raise ingest.failure
             if ingest.verified:
                 return None
-            await ingest.wait_for_byte(start)
+            await ingest.waiters.wait(start)
 
     def close(self) -> None:
         """Stop reading. The fetch goes on. Safe to call twice."""

@@ -110,6 +110,7 @@ class IngestLock:
         self._must_replace = False
         """Whether the open file has to be replaced by a new one before it is written."""
         self._context = context
+        self._layout = context.layout
         self._digest = digest
         self._when_idle = when_idle
         self._loop = asyncio.get_running_loop()
@@ -165,14 +166,12 @@ class IngestLock:
     @property
     def path_is_ours(self) -> bool:
         """Whether the ingest path still names the open file."""
-        return self.fd is not None and disk.is_at(
-            self.fd, self._context.layout.ingest(self._digest)
-        )
+        return self.fd is not None and disk.is_at(self.fd, self._layout.ingest(self._digest))
 
     @property
     def is_published(self) -> bool:
         """Whether the digest's path under ``blobs/`` names the open file."""
-        return self.fd is not None and disk.is_at(self.fd, self._context.layout.blob(self._digest))
+        return self.fd is not None and disk.is_at(self.fd, self._layout.blob(self._digest))
 
     @property
     def length(self) -> int:
@@ -202,18 +201,16 @@ class IngestLock:
             OSError: The disk refuses, or the file that was followed has been removed.
             ContentLost: The file is shorter than ``served``.
         """
-        return await wait_for_thread(
-            self.run_in_thread(self._context.io, self._try_acquire, expected_size, served)
-        )
+        job = self.run_in_thread(self._context.io, self._try_acquire, expected_size, served)
+        return await wait_for_thread(job)
 
     def _try_acquire(self, expected_size: int | None, served: int) -> Role:
-        layout, digest = self._context.layout, self._digest
         if self._must_replace:
             self._unlink()
             self._close_in_thread()
         for _ in range(_MAX_LOCK_ATTEMPTS):
             if self.fd is None:
-                self.fd = disk.open_ingest(layout, digest)
+                self.fd = disk.open_ingest(self._layout, self._digest)
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                 raise FileExistsError(errno.EEXIST, "the ingest file is not a regular file")
             if not disk.try_lock(self.fd):
@@ -244,14 +241,14 @@ class IngestLock:
 
         It is hashed here, because no reader in this process has verified it.
         """
-        opened = disk.open_whole(self._context.layout, self._digest)
+        opened = disk.open_whole(self._layout, self._digest)
         if opened is None:
             return None
         fd, status = opened
         try:
             disk.verify(fd, status.st_size, self._digest)
         except DigestMismatch:
-            quarantine.put_aside(self._context.layout, self._digest, fd)
+            quarantine.put_aside(self._layout, self._digest, fd)
             os.close(fd)
             return None
         except BaseException:
@@ -265,7 +262,7 @@ class IngestLock:
         length = os.fstat(fd).st_size
         if length < served:
             raise ContentLost("the ingest file was cut")
-        record = disk.read_state(self._context.layout, self._digest)
+        record = disk.read_state(self._layout, self._digest)
         # Unsynced bytes of another boot may be anything.
         state = record[0] if record is not None and record[0].boot == self._context.boot else None
         # Trust only the `written` bytes that the last holder recorded in the state file.
@@ -300,23 +297,14 @@ class IngestLock:
 
     async def write_state(self, state: disk.IngestState) -> None:
         """Write the state file, for other processes. Raises ``OSError`` if the disk refuses."""
-        while self._state_job is not None:
-            await asyncio.wait({self._state_job})
+        while (job := self._state_job) is not None and not job.done():
+            await asyncio.wait({job})
         await wait_for_thread(self._start_writing_state(state))
 
     def _start_writing_state(self, state: disk.IngestState) -> asyncio.Future[None]:
-        self._state_job = self.run_in_thread(
-            self._context.io,
-            disk.write_state,
-            self._context.layout,
-            self._digest,
-            state,
-            when_done=self._on_state_written,
-        )
+        arguments = (self._layout, self._digest, state)
+        self._state_job = self.run_in_thread(self._context.io, disk.write_state, *arguments)
         return self._state_job
-
-    def _on_state_written(self, job: asyncio.Future[None]) -> None:
-        self._state_job = None
 
     def start_heartbeat(self, state: Callable[[], disk.IngestState]) -> None:
         """Write ``state()`` every second until :meth:`stop_heartbeat`.
@@ -325,7 +313,7 @@ class IngestLock:
         """
 
         def beat() -> None:
-            if self._state_job is None:
+            if self._state_job is None or self._state_job.done():
                 self._start_writing_state(state())
             self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
@@ -350,12 +338,12 @@ class IngestLock:
         """
         self.stop_heartbeat()
         await self.settled()
-        layout, digest, now = self._context.layout, self._digest, self._context.now()
+        digest, now = self._digest, self._context.now()
         try:
             fd, size = self._require_open(), self.length
-            await wait_for_thread(
-                self.run_in_thread(self._context.publishing, disk.publish, layout, digest, fd, now)
-            )
+            arguments = (self._layout, digest, fd, now)
+            job = self.run_in_thread(self._context.publishing, disk.publish, *arguments)
+            await wait_for_thread(job)
         except OSError as error:
             self._context.emit(Uncached(str(digest), disk.reason_of(error)))
             return
@@ -378,8 +366,8 @@ class IngestLock:
         # The state file goes first. Once the ingest file is gone, another process may create both
         # anew, and its state file must not be removed.
         if self.path_is_ours and not keep_state:
-            disk.drop_state(self._context.layout, self._digest)
-        disk.drop_ingest(self._context.layout, self._digest, self._require_open())
+            disk.drop_state(self._layout, self._digest)
+        disk.drop_ingest(self._layout, self._digest, self._require_open())
 
     async def downgrade_to_shared(self) -> None:
         """Wait until another process has published the content, and protect it from eviction.

@@ -33,9 +33,6 @@ class Said:
     def extent(self, start: int, stop: int) -> Extent:
         return MemoryExtent(memoryview(DATA)[start : min(stop, self.head)], start)
 
-    async def wait_for_byte(self, start: int) -> None:
-        await self.waiters.wait(start)
-
     def holds_all_from(self, start: int) -> bool:
         return True
 

@@ -180,14 +180,14 @@ async def test_a_range_far_ahead_waits_without_being_woken(tmp_path: Path) -> No
         ahead = content.follow(2_900_000)
         assert ahead
         waits = 0
-        real = content.wait_for_byte
+        real = content.waiters.wait
 
         async def counted(start: int) -> None:
             nonlocal waits
             waits += 1
             await real(start)
 
-        content.wait_for_byte = counted  # type: ignore[method-assign] # counts the wake-ups
+        content.waiters.wait = counted  # type: ignore[method-assign] # counts the wake-ups
         _, got = await asyncio.gather(bring(content), read(ahead, 2_900_000, 2_900_100))
         assert got == DATA[2_900_000:2_900_100]
         assert waits == 1
