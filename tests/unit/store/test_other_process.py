@@ -1,4 +1,4 @@
-"""Watching another process's fetch: what a change of its state means."""
+"""The state file of another process's ingest: when it is read, and which changes raise."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def layout(tmp_path: Path) -> Layout:
     return made
 
 
-def say(layout: Layout, **fields: object) -> None:
+def write(layout: Layout, **fields: object) -> None:
     disk.write_state(layout, DIGEST, IngestState(**{"size": 10, "holder": "a", **fields}))
 
 
-def test_a_state_is_read_when_it_changes_and_not_before(
+def test_the_state_file_is_read_only_when_it_has_changed(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = []
@@ -37,21 +37,21 @@ def test_a_state_is_read_when_it_changes_and_not_before(
     leader = LeaderState(layout, DIGEST)
     leader.refresh(0, has_grown=False)
     assert leader.state is None
-    say(layout)
+    write(layout)
     for _ in range(100):
         leader.refresh(0, has_grown=True)
     assert leader.state == IngestState(10, holder="a")
     assert len(reads) == 1
-    say(layout, written=5)
+    write(layout, written=5)
     leader.refresh(5, has_grown=False)
     assert leader.state.written == 5
     disk.drop_state(layout, DIGEST)
     leader.refresh(5, has_grown=False)
-    assert leader.state.written == 5, "what was said stays said"
+    assert leader.state.written == 5, "the last state stays known after its file was removed"
     assert len(reads) == 2
 
 
-def test_silence_ends_with_growth_and_with_a_sign_of_life(
+def test_silence_ends_with_a_new_byte_or_a_heartbeat(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -63,7 +63,7 @@ def test_silence_ends_with_growth_and_with_a_sign_of_life(
     leader.refresh(0, has_grown=True)
     assert leader.silence_s == 0.0
     now = 108.0
-    say(layout)
+    write(layout)
     leader.refresh(0, has_grown=False)
     assert leader.silence_s == 0.0
     now = 109.0
@@ -71,23 +71,23 @@ def test_silence_ends_with_growth_and_with_a_sign_of_life(
     assert leader.silence_s == 1.0
 
 
-def test_a_failure_that_comes_is_ours_and_one_that_was_there_is_not(layout: Layout) -> None:
-    say(layout, error=FAILED)
+def test_a_new_failure_is_raised_and_an_earlier_one_is_not(layout: Layout) -> None:
+    write(layout, error=FAILED)
     leader = LeaderState(layout, DIGEST)
     leader.refresh(0, has_grown=False)
-    say(layout, holder="b")
+    write(layout, holder="b")
     leader.refresh(0, has_grown=False)
-    say(layout, holder="b", error=FAILED)
+    write(layout, holder="b", error=FAILED)
     with pytest.raises(UpstreamUnavailable, match="the upstream is gone"):
         leader.refresh(0, has_grown=False)
 
 
 @pytest.mark.parametrize("code", ["MANIFEST_UNKNOWN", "BLOB_UNKNOWN", "DENIED", "UNAUTHORIZED"])
-def test_what_another_repository_was_refused_is_no_answer_to_us(layout: Layout, code: str) -> None:
-    say(layout)
+def test_refusals_of_another_repository_are_not_raised(layout: Layout, code: str) -> None:
+    write(layout)
     leader = LeaderState(layout, DIGEST)
     leader.refresh(0, has_grown=False)
-    say(layout, error=(code, "not for you"))
+    write(layout, error=(code, "not for you"))
     leader.refresh(0, has_grown=False)
     assert leader.state
     assert leader.state.error
@@ -103,13 +103,13 @@ def test_what_another_repository_was_refused_is_no_answer_to_us(layout: Layout, 
         (100, "a", 0, False),
     ],
 )
-def test_another_holder_must_not_go_on_from_before_what_was_handed_out(
+def test_a_new_leader_that_resumes_before_the_bytes_served_is_content_lost(
     layout: Layout, served: int, holder: str, resumed_from: int, lost: bool
 ) -> None:
-    say(layout)
+    write(layout)
     leader = LeaderState(layout, DIGEST)
     leader.refresh(0, has_grown=True)
-    say(layout, holder=holder, resumed_from=resumed_from)
+    write(layout, holder=holder, resumed_from=resumed_from)
     if lost:
         with pytest.raises(ContentLost):
             leader.refresh(served, has_grown=False)
@@ -117,11 +117,11 @@ def test_another_holder_must_not_go_on_from_before_what_was_handed_out(
         leader.refresh(served, has_grown=False)
 
 
-def test_garbage_is_no_state(layout: Layout) -> None:
+def test_a_malformed_state_file_is_ignored(layout: Layout) -> None:
     leader = LeaderState(layout, DIGEST)
     layout.ingest_state(DIGEST).write_text("garbage")
     leader.refresh(0, has_grown=False)
     assert leader.state is None
-    say(layout, error=FAILED)
+    write(layout, error=FAILED)
     leader.refresh(0, has_grown=False)
     assert leader.state is not None
