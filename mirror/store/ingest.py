@@ -25,18 +25,20 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
     LEADER      the upstream fails                                 closed, with a failure
     FOLLOWER    the file has its full length, or is published      DONE
     FOLLOWER    the lock is free again: the other process ended    LEADER (it resumes the fetch)
-    FOLLOWER    the other process's fetch fails                    closed, with a failure
+    FOLLOWER    the other process is stopped, or has a new file    LEADER, in memory
+    FOLLOWER    the other process's upstream is unavailable        closed, with a failure
 
 Why full length means verified. The last batch is hashed before it is written. If the hash is not
-the digest, the batch is never written. So a file of full length is verified, any process may hand
-out every byte that it finds in the file, and no client ever gets wrong content completely. The
-last bytes that a client gets are the proof of those before them.
+the digest, the batch is never written. A file that is resumed is cut below its full length first.
+So a file of full length is verified, any process may hand out every byte that it finds in the file,
+and no client ever gets wrong content completely: its last bytes are the proof of the others.
 
 Where the bytes are. On disk, as long as the disk takes them. If it refuses (full, read-only, an
 I/O error), or if the file was taken over by another process, the ingest continues in memory from
 that offset: ``on_disk`` bytes stay in the file, the rest is in a window
 (:mod:`mirror.store.window`) that slides with its followers. Followers notice nothing. The content
-is not cached then, and a new follower can join only while the window still holds what it needs.
+is not cached then, and a new follower can join only while the window still holds what it needs. An
+ingest in memory needs no lock: its process fetches for itself.
 
 How a crash hands over. The kernel releases the lock of a dead process. The processes that follow
 try the lock several times a second. One of them gets it, keeps the bytes that it may trust
