@@ -158,7 +158,7 @@ class ReadableIngest:
         """Set what happens when the last follower has left before the end.
 
         Args:
-            give_up: Ends the fetch. Called at most when the last follower leaves.
+            give_up: Ends the fetch. Called when no follower is left before the end.
             keep: Finish the fetch without followers, so that the content is stored. Content that
                 is in memory only is given up all the same.
         """
