@@ -41,6 +41,7 @@ from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
+from mirror.store.other_process import follow_other_process
 from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
@@ -301,7 +302,7 @@ class Fetch:
                     return False
                 case Role.FOLLOWER:
                     try:
-                        await self.ingest.follow_other_process()
+                        await follow_other_process(self.ingest)
                     except UpstreamError as error:
                         if has_failed or isinstance(error, DigestMismatch):
                             raise

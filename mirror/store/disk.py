@@ -15,9 +15,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,8 +27,6 @@ from mirror.oci.reference import Digest, Verifier
 from mirror.store.layout import Layout
 
 READ_SIZE: Final = 4 * 1024 * 1024
-_CATCH_UP: Final = 64 * 1024 * 1024
-_IOV_LIMIT: Final = 512
 _PATIENCE: Final = 10.0
 """Seconds that publishing waits for a descriptor."""
 _NANOSECONDS: Final = 10**9
@@ -164,8 +162,8 @@ class IngestState:
     """(OCI code, message) of a fetch that failed."""
     holder: str = ""
     """Who writes this: another one every time somebody gets hold of the lock."""
-    kept: int = 0
-    """Bytes that were in the file when this holder began: what follows is its own."""
+    resumed_from: int = 0
+    """Bytes that this holder kept of an earlier fetch. It wrote all that follows."""
     room: int = 0
     """Bytes that the file may take, as far as room was asked for."""
 
@@ -186,7 +184,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             written=int(raw.get("written", 0)),
             error=(str(error[0]), str(error[1])) if error else None,
             holder=str(raw.get("holder", "")),
-            kept=int(raw.get("kept", 0)),
+            resumed_from=int(raw.get("kept", 0)),
             room=int(raw.get("room", 0)),
         )
         return state, os.fstat(fd).st_mtime
@@ -206,7 +204,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "written": state.written,
         "error": state.error,
         "holder": state.holder,
-        "kept": state.kept,
+        "kept": state.resumed_from,
         "room": state.room,
     }
     try:
@@ -249,81 +247,42 @@ def is_at(fd: int, path: Path) -> bool:
         return False
 
 
-def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
-    """Write at ``offset`` until all is written; returns the new end. Short writes go on.
+@contextmanager
+def open_locked(path: Path, access: int = os.O_RDWR) -> Iterator[int | None]:
+    """Open an existing file and hold its exclusive lock while the block runs.
 
-    Raises ``ShortWrite`` with the end that was reached, so that what is in the file stays known.
+    Args:
+        path: The file. A link is not followed.
+        access: ``os.O_RDONLY`` where the file itself may be read-only.
+
+    Yields:
+        The descriptor; None if another process holds a lock, or if ``path`` does not name this file
+        any more (a lock on an unlinked file locks nothing).
+
+    Raises:
+        OSError: The file cannot be opened; ``FileNotFoundError`` if it does not exist.
     """
-    views = [memoryview(chunk) for chunk in chunks if chunk]
-    while views:
-        try:
-            count = os.pwritev(fd, views[:_IOV_LIMIT], offset)
-        except OSError as error:
-            raise ShortWrite(error, offset) from error
-        if count == 0:
-            raise ShortWrite(OSError(errno.ENOSPC, "nothing could be written"), offset)
-        offset += count
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]
-    return offset
+    fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd if try_lock(fd) and is_at(fd, path) else None
+    finally:
+        os.close(fd)
 
 
-def append(
-    fd: int | None,
-    verifier: Verifier,
-    batch: list[bytes],
-    start: int,
-    *,
-    last: bool,
-    keep: bool,
-) -> int:
-    """Hash ``batch`` and, to ``keep`` it, write it at ``start``; returns its end.
-
-    ``last``: the content ends with it, so all of it is hashed before these bytes are written.
-    Raises ``DigestMismatch``, ``ShortWrite`` or ``OSError``.
-    """
-    if last or not keep:
-        if verifier.position < start:
-            hash_file(_opened(fd), verifier, start)
-        verifier.update_all(batch)
-        if last:
-            verifier.finish()
-        if not keep:
-            return start + sum(map(len, batch))
-    end = write_all(_opened(fd), batch, start)
-    if not last and verifier.position == start:
-        verifier.update_all(batch)
-    elif not last:
-        # Behind what an earlier fetch left: a part of it with each batch.
-        hash_file(_opened(fd), verifier, min(end, verifier.position + _CATCH_UP))
-    return end
-
-
-def _opened(fd: int | None) -> int:
-    if fd is None:
-        raise OSError(errno.EBADF, "growing content is closed")
-    return fd
-
-
-class ShortWrite(Exception):
-    """The disk refused in the middle of a batch: ``end`` bytes of the content are in the file."""
-
-    def __init__(self, cause: OSError, end: int) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-        self.end = end
-
-
-def after(batch: list[bytes], count: int) -> list[bytes]:
-    """What of ``batch`` comes after its first ``count`` bytes."""
-    rest = []
-    for chunk in batch:
-        if count < len(chunk):
-            rest.append(chunk[max(0, count) :])
-        count -= len(chunk)
-    return rest
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the exclusive lock of a file. False if it cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two processes that check at the same time do not see each other's lock.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:

@@ -1,80 +1,192 @@
-"""One reader of growing content.
+"""The followers of one ingest: which bytes they can read, and how they wait for more.
 
-Lives here: waiting for bytes, and what a reader may still have once the content has ended. Must not
-know: where the bytes come from.
+Contains the readers' half of an ingest, the wait for bytes, and the choice of the followers that
+are dropped when memory is full. Must not know: upstreams, hashes, how bytes reach the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from typing import Final, Protocol
+import time
+from collections.abc import Callable
+from typing import Final
 
+from mirror.observability.events import Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.oci.reference import Digest
-from mirror.store.reader import Extent
+from mirror.store.ingest_lock import IngestContext, IngestLock
+from mirror.store.reader import Extent, FileExtent
+from mirror.store.window import Window
 
-PATIENCE: Final = 5.0
-"""Seconds that those who are done with what is in memory wait for one who is not."""
+FOLLOWER_TIMEOUT_S: Final = 5.0
+"""Seconds without free memory after which the slowest followers are dropped.
+
+Followers that have read everything wait for this long, so it is much shorter than the 60 s after
+which a client that reads nothing is disconnected.
+"""
 
 
 class Waiters:
-    """Those who wait for bytes that have not come yet."""
+    """Followers that wait for bytes that have not arrived."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     async def wait(self, start: int) -> None:
-        """Return once there are bytes at ``start``, or there will be none."""
+        """Return once there is a byte at ``start``, or once it is certain that none will arrive."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((start, future))
         await future
 
     def wake(self, head: int, closed: bool) -> None:
-        """Bytes up to ``head`` are there; ``closed``: there will be no more. Wakes no others."""
+        """Wake the waiters for bytes before ``head``; all of them if ``closed``."""
         waiting, self._waiting = self._waiting, []
         for start, future in waiting:
             if future.done():
-                continue  # its client has left
+                continue  # its client has disconnected
             if start < head or closed:
                 future.set_result(None)
             else:
                 self._waiting.append((start, future))
 
 
-class Followed(Protocol):
-    """What a follower needs of growing content."""
+class ReadableIngest:
+    """The followers' half of one ingest. :class:`mirror.store.ingest.Ingest` adds the fetch's half.
 
-    digest: Digest
-    size: int | None
-    failure: MirrorError | None
-    verified: bool
-    followers: set[Follower]
+    The fetch's side (``ingest``, ``ingest_writer``, ``other_process``) writes the attributes,
+    followers read them.
+    """
+
+    def __init__(self, context: IngestContext, digest: Digest, size: int | None) -> None:
+        """Start with no bytes and no role.
+
+        Args:
+            context: What the ingest needs of its store.
+            digest: The name of the content.
+            size: Bytes of the whole content; None while unknown.
+        """
+        self.context = context
+        self.digest = digest
+        self.size = size
+        self.position = 0
+        """Offset of the next byte to be fetched."""
+        self.on_disk = 0
+        """Bytes at the start of the content that are read from the file."""
+        self.window: Window | None = None
+        """The bytes after ``on_disk``, once the disk takes no more of this content; else None."""
+        self.is_confirmed = False
+        """Whether bytes that an earlier fetch left are known to belong to this content.
+
+        No follower gets them before: the upstream may turn out to send something else.
+        """
+        self.verified = False
+        """Whether the content is complete and its hash is the digest."""
+        self.failure: MirrorError | None = None
+        """Why no further byte arrives; None while the fetch runs, and after success."""
+        self.followers: set[Follower] = set()
+        """The followers whose bytes stay in memory. A dropped one is not in the set."""
+        self.last_progress = time.monotonic()
+        """When bytes last arrived, on the monotonic clock."""
+        self.released = asyncio.Event()
+        """Set once the fetch uses this ingest no more."""
+        self.lock = IngestLock(context, digest, self._close_if_unused)
+        self.waiters = Waiters()
+        self._give_up: Callable[[], None] = lambda: None
+        self._finishes_unfollowed = True
+
+    # --- reading ------------------------------------------------------------------------------
 
     @property
     def head(self) -> int:
-        """Bytes that may be handed out."""
+        """Bytes that followers may have: less than all of them until the content is verified."""
+        if not self.is_confirmed:
+            return 0
+        return self.on_disk if self.window is None else self.window.stop
+
+    @property
+    def closed(self) -> bool:
+        """Whether no further byte arrives."""
+        return self.verified or self.failure is not None
+
+    def follow(self, start: int = 0) -> Follower | None:
+        """A new follower from ``start`` on; None if bytes after ``start`` have left memory."""
+        return Follower(self, start) if self.holds_all_from(start) else None
 
     def holds_all_from(self, start: int) -> bool:
-        """Whether every byte from ``start`` on is here, or is still to come."""
+        """Whether every byte from ``start`` on can be read, now or later."""
+        return self.window is None or self.window.holds_all_from(start)
 
     def extent(self, start: int, stop: int) -> Extent:
-        """Bytes that are there."""
+        """Bytes from ``start`` (below ``head``) to at most ``stop``. Raises ``ContentLost``."""
+        if self.window is not None and start >= self.on_disk:
+            return self.window.extent(start, stop)
+        if self.lock.fd is None:
+            raise ContentLost("the ingest file is closed")
+        return FileExtent(self.lock.fd, start, min(stop, self.on_disk))
 
-    async def progress(self, start: int) -> None:
-        """Return once there are bytes at ``start``, or there will be none."""
+    def wake_followers(self) -> None:
+        """Wake the followers that have bytes to read; all of them once the ingest is closed."""
+        self.waiters.wake(self.head, self.closed)
 
-    def moved(self) -> None:
-        """A follower has moved on, or left."""
+    # --- memory, and the last follower --------------------------------------------------------
+
+    def continue_in_memory(self, reason: str) -> None:
+        """Store no further byte on disk; serve the rest of the content from memory.
+
+        Followers notice nothing. ``reason`` is one of few labels, for the log and the metrics.
+        """
+        if self.window is None:
+            self.window = Window(self.on_disk)
+            self.lock.remove_file()
+            self.context.emit(Uncached(str(self.digest), reason))
+
+    async def wait_for_memory(self) -> None:
+        """Wait until the window has freed memory; drop slow followers if it takes too long.
+
+        A follower is slow if it still needs the oldest bytes while another one has read all. A
+        dropped follower that asks again before its bytes are gone counts again; a later one gets
+        ``ContentLost``. As long as no follower has read all, nobody is dropped.
+        """
+        assert self.window is not None
+        if not await self.window.wait_until_freed(FOLLOWER_TIMEOUT_S):
+            if any(follower.position >= self.head for follower in self.followers):
+                needed = self.window.first_chunk_end
+                self.followers -= {f for f in self.followers if f.position < needed}
+            self.on_follower_moved()
+
+    def when_abandoned(self, give_up: Callable[[], None], *, keep: bool) -> None:
+        """Set what happens when the last follower has left before the end.
+
+        Args:
+            give_up: Ends the fetch. Called when no follower is left before the end.
+            keep: Finish the fetch without followers, so that the content is stored. Content that
+                is in memory only is given up all the same.
+        """
+        self._give_up, self._finishes_unfollowed = give_up, keep
+
+    def on_follower_moved(self) -> None:
+        """Free memory that no follower needs, after one has moved on or left."""
+        if self.window is not None:
+            self.window.slide(follower.position for follower in self.followers)
+        may_give_up = self.window is not None or not self._finishes_unfollowed
+        if may_give_up and not self.followers and not self.closed:
+            self._give_up()
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        """Unlock the file once the fetch has ended, and close it after the last follower."""
+        if self.released.is_set() and not self.lock.is_busy:
+            self.lock.release(keep_open=bool(self.followers))
 
 
 class Follower:
-    """One reader of growing content (see :class:`mirror.store.reader.Reader`)."""
+    """One reader of an ingest (see :class:`mirror.store.reader.Reader`)."""
 
-    def __init__(self, ingest: Followed, position: int) -> None:
+    def __init__(self, ingest: ReadableIngest, position: int) -> None:
         self._ingest = ingest
-        self._open = True
+        self._is_open = True
         self.position = position
+        """Offset of the next byte that this follower needs."""
         ingest.followers.add(self)
 
     @property
@@ -84,50 +196,39 @@ class Follower:
 
     @property
     def size(self) -> int | None:
-        """Bytes of the whole content, once the upstream has said so."""
+        """Bytes of the whole content; None until the upstream has stated them."""
         return self._ingest.size
 
     @property
     def arrived(self) -> int:
-        """Bytes that are there."""
+        """Bytes that can be read without waiting."""
         return self._ingest.head
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """See :meth:`mirror.store.reader.Reader.wait`."""
         ingest = self._ingest
-        if not self._open:
+        if not self._is_open:
             raise ContentLost("this reader is closed")
         if stop is not None and start >= stop:
             return None
         self.position = start
         if ingest.holds_all_from(start):
-            ingest.followers.add(self)  # it may have been left behind as too slow
-        ingest.moved()
+            ingest.followers.add(self)  # it may have been dropped as too slow
+        ingest.on_follower_moved()
         while True:
-            wrong = isinstance(ingest.failure, DigestMismatch)
-            if start < ingest.head and not wrong:
+            has_wrong_bytes = isinstance(ingest.failure, DigestMismatch)
+            if start < ingest.head and not has_wrong_bytes:
                 return ingest.extent(start, ingest.head if stop is None else stop)
             if ingest.failure is not None:
                 raise ingest.failure
             if ingest.verified:
                 return None
-            await ingest.progress(start)
+            await ingest.waiters.wait(start)
 
     def close(self) -> None:
-        """Leave. The fetch goes on. Safe to call twice."""
-        if not self._open:
+        """Stop reading. The fetch goes on. Safe to call twice."""
+        if not self._is_open:
             return
-        self._open = False
+        self._is_open = False
         self._ingest.followers.discard(self)
-        self._ingest.moved()
-
-
-def too_slow(followers: Collection[Follower], head: int, floor: int) -> set[Follower]:
-    """Those who hold up the others, who wait at ``head``, by what they need before ``floor``.
-
-    They are not waited for any more. One who comes back in time is counted again; later, it finds
-    its bytes gone. Alone, they have all the time.
-    """
-    if all(follower.position < head for follower in followers):
-        return set()
-    return {follower for follower in followers if follower.position < floor}
+        self._ingest.on_follower_moved()

@@ -1,23 +1,63 @@
-"""Growing content: the meeting place of one fetch and all who want what it brings.
+"""One ingest: content that is fetched once, and read by any number of clients meanwhile.
 
-Lives here: one writer and many followers, in this process and (through the file) in others;
-hashing beside the growth; the last bytes withheld until the digest holds. Must not know:
-upstreams, HTTP, who decides to fetch.
+Theory of operation
+===================
+The fetch appends the content to one file, ``ingest/<algorithm>/<hex>``. No client reads from the
+upstream: each one, the first one too, is a follower that reads this file as it grows. A finished
+ingest is the same file, renamed to ``blobs/<algorithm>/<hex>``.
 
-The final batch is hashed before it is written, so the file never reaches its full length before its
-digest is verified: what is in it may be handed out, and the last byte is the proof of the rest.
-Where the disk refuses, the same content goes on growing in memory, in a window that slides with its
-followers: they notice nothing.
+Who may write. Several processes may want the same content. Each one has an :class:`Ingest` for it,
+in one of three roles (:class:`mirror.store.ingest_lock.Role`):
+
+- LEADER: this process holds the exclusive ``flock`` of the ingest file. It alone fetches, writes
+  the file, and writes the state file beside it (size, bytes written, a heartbeat every second).
+- FOLLOWER: another process holds the lock. This process reads the file as it grows, and hands the
+  bytes to its own followers (:mod:`mirror.store.other_process`).
+- DONE: the content is complete and verified. Nobody writes any more.
+
+::
+
+    from        event                                              to
+    (new)       the lock is free                                   LEADER
+    (new)       another process holds the lock                     FOLLOWER
+    (new)       the content is published, and its hash is right    DONE
+    LEADER      all bytes are written, and the digest holds        DONE (then published)
+    LEADER      the upstream fails                                 closed, with a failure
+    FOLLOWER    the file has its full length, or is published      DONE
+    FOLLOWER    the lock is free again: the other process ended    LEADER (it resumes the fetch)
+    FOLLOWER    the other process is stopped, or has a new file    LEADER, in memory
+    FOLLOWER    the other process's upstream is unavailable        closed, with a failure
+
+Why full length means verified. The last batch is hashed before it is written. If the hash is not
+the digest, the batch is never written. A file that is resumed is cut below its full length first.
+So a file of full length is verified, any process may hand out every byte that it finds in the file,
+and no client ever gets wrong content completely: its last bytes are the proof of the others.
+
+Where the bytes are. On disk, as long as the disk takes them. If it refuses (full, read-only, an
+I/O error), or if the file was taken over by another process, the ingest continues in memory from
+that offset: ``on_disk`` bytes stay in the file, the rest is in a window
+(:mod:`mirror.store.window`) that slides with its followers. Followers notice nothing. The content
+is not cached then, and a new follower can join only while the window still holds what it needs. An
+ingest in memory needs no lock: its process fetches for itself.
+
+How a crash hands over. The kernel releases the lock of a dead process. The processes that follow
+try the lock several times a second. One of them gets it, keeps the bytes that it may trust
+(:class:`mirror.store.ingest_lock.IngestLock`), and resumes the fetch behind them. A process that is
+stopped keeps its lock; if its heartbeat is missing for 10 s, the others continue in memory.
+
+How it ends. ``finish`` publishes the content, ``fail`` gives a failure to every follower in every
+process, and ``release`` always comes last: it ends this process's hold on the file, as soon as no
+thread and no follower uses it.
+
+This module contains the fetch's half. Followers are in :mod:`mirror.store.follower`, batches in
+:mod:`mirror.store.ingest_writer`. Must not know: upstreams, HTTP, who decides to fetch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Final
 
 from mirror.observability.events import Uncached
@@ -28,373 +68,213 @@ from mirror.oci.errors import (
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Verifier
+from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.follower import PATIENCE, Follower, Waiters, too_slow
-from mirror.store.ingest_lock import IngestContext, IngestLock, Role
-from mirror.store.reader import Extent, FileExtent
-from mirror.store.watch import Watch
-from mirror.store.window import Window
+from mirror.store.follower import ReadableIngest
+from mirror.store.ingest_lock import IngestContext, Role
+from mirror.store.ingest_writer import PENDING_LIMIT_BYTES, IngestWriter
 
-PENDING_LIMIT: Final = 8 * 1024 * 1024
-"""Bytes that may wait for the disk before the read from the upstream waits for it too."""
-STALLED: Final = 10.0
-"""Seconds without a sign of life after which another process's fetch is not waited for."""
-_AT_ONCE: Final = 0.05
-_FIRST_POLL: Final = 0.002
-_POLL: Final = 0.01
-_POLLS_PER_LOCK: Final = 5
+_MAX_FAILURE_DELAY_S: Final = 0.05
+"""Seconds that followers wait for a failure at most, if the disk does not respond."""
 
 
-class Ingest:
-    """Content on its way in. One fetch loop drives it; any number of followers read it."""
+class Ingest(ReadableIngest):
+    """Content while it is fetched. One fetch drives it; any number of followers read it."""
 
     def __init__(self, ingest_context: IngestContext, digest: Digest, size: int | None) -> None:
-        self.digest = digest
-        self.size = size
-        self.failure: MirrorError | None = None
-        self.verified = False
-        self.followers: set[Follower] = set()
-        self.last_progress = time.monotonic()
-        self.position = 0
-        """Offset of the next byte to be fed."""
-        self._began = self.last_progress
-        self._s = ingest_context
-        self._lock = IngestLock(ingest_context, digest, self._close_if_unused)
+        """Start without a role. Call :meth:`try_lead` next.
+
+        Args:
+            ingest_context: What the ingest needs of its store.
+            digest: The name of the content.
+            size: Bytes of the whole content; None while unknown.
+        """
+        super().__init__(ingest_context, digest, size)
+        self._started_at = self.last_progress
         self._holder = secrets.token_hex(8)
-        self._loop = asyncio.get_running_loop()
-        self._on_disk = 0
-        self._confirmed = False
-        """Whether what an earlier fetch left is known to belong: nobody is given it before."""
-        self._room = 0
-        """Offset up to which room was made on the disk."""
-        self._window: Window | None = None
-        self._verifier = Verifier(digest)
-        self._pending: list[bytes] = []
-        self._ended = False
-        self._broken: MirrorError | None = None
-        self._job: asyncio.Future[int] | None = None
-        self._waiters = Waiters()
-        self.released = asyncio.Event()
-        """Set once the fetch loop has let go."""
-        self._give_up: Callable[[], None] = lambda: None
-        self._keep_going = True
-
-    # --- for followers ----------------------------------------------------------------------
-
-    @property
-    def head(self) -> int:
-        """Bytes that may be handed out."""
-        if not self._confirmed:
-            return 0
-        return self._on_disk if self._window is None else self._window.stop
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing more will arrive."""
-        return self.verified or self.failure is not None
-
-    def follow(self, start: int = 0) -> Follower | None:
-        """Read along from ``start``; None if memory no longer holds what that would need."""
-        return Follower(self, start) if self.holds_all_from(start) else None
-
-    def holds_all_from(self, start: int) -> bool:
-        """Whether every byte from ``start`` on is here, or is still to come."""
-        return self._window is None or self._window.holds_all_from(start)
-
-    def extent(self, start: int, stop: int) -> Extent:
-        """Bytes that are there: ``start`` is below ``head``. Raises ``ContentLost``."""
-        if self._window is not None and start >= self._on_disk:
-            return self._window.extent(start, stop)
-        if self._lock.fd is None:
-            raise ContentLost("growing content is closed")
-        return FileExtent(self._lock.fd, start, min(stop, self._on_disk))
-
-    async def progress(self, start: int) -> None:
-        """Return once there are bytes at ``start``, or there will be none."""
-        await self._waiters.wait(start)
-
-    def _wake(self) -> None:
-        self._waiters.wake(self.head, self.closed)
-
-    def moved(self) -> None:
-        """A follower has moved on, or left: memory behind the last one can go."""
-        if self._window is not None:
-            self._window.slide(follower.position for follower in self.followers)
-        unkept = self._window is not None or not self._keep_going
-        if unkept and not self.followers and not self.closed:
-            self._give_up()
-        self._close_if_unused()
-
-    # --- for the fetch loop -----------------------------------------------------------------
-
-    def when_abandoned(self, give_up: Callable[[], None], *, keep: bool) -> None:
-        """What to do when the last follower has left. ``keep``: go on, except in memory."""
-        self._give_up, self._keep_going = give_up, keep
+        self._reserved = 0
+        """Offset up to which space on disk was asked for."""
+        self._writer = IngestWriter(self)
 
     async def try_lead(self) -> Role:
-        """Find out who brings the bytes; become the one if nobody does."""
+        """Try to become the process that fetches.
+
+        Returns:
+            ``LEADER`` if this process has the lock, or continues in memory; fetch from
+            ``position`` on. ``FOLLOWER`` if another process has the lock. ``DONE`` if the content
+            is complete.
+
+        Raises:
+            ContentLost: The file is shorter than what followers already have.
+        """
         if self.verified:
             return Role.DONE
-        if self._lock.locked or self._window is not None:
+        if self.lock.is_locked or self.window is not None:
             return Role.LEADER
         try:
-            role = await self._lock.try_acquire(self.size, self._on_disk)
+            role = await self.lock.try_acquire(self.size, self.on_disk)
             if role is not Role.FOLLOWER:
-                self._on_disk = self.position = self._lock.length
+                self.on_disk = self.position = self.lock.length
             if role is Role.LEADER:
-                await self._lock.write_state(self._state())
-                self._lock.start_heartbeat(self._state)
+                await self.lock.write_state(self._state())
+                self.lock.start_heartbeat(self._state)
         except OSError as error:
-            self._detach(disk.reason_of(error))
+            self.continue_in_memory(disk.reason_of(error))
             return Role.LEADER
         if role is Role.DONE:
-            self.size = self._on_disk
-            self.verified = self._confirmed = True
-        self._wake()
+            self.size = self.on_disk
+            self.verified = self.is_confirmed = True
+        self.wake_followers()
         return role
 
     def _state(self) -> disk.IngestState:
-        state = disk.IngestState(self.size, self._s.boot, self._on_disk)
-        return replace(state, holder=self._holder, kept=self._lock.kept, room=self._room)
-
-    async def follow_other_process(self) -> None:
-        """Follow another process's fetch until it is whole, or it is for us to go on.
-
-        Raises the failure that the other process met.
-        """
-        watch, pause, polls = Watch(self._s.layout, self.digest), _FIRST_POLL, 0
-        while not self.verified:
-            grown = self._look_at_file(watch)
-            self._wake()
-            if self.verified:
-                return await self._lock.downgrade_to_shared()
-            if not self._lock.path_is_ours and not self._lock.is_published:
-                if not self._on_disk:
-                    return self._lock.reset()
-                self._detach("handover")
-            elif watch.silence > STALLED:
-                self._detach("stalled")
-            polls += 1
-            if self._window is not None or (
-                polls % _POLLS_PER_LOCK == 0 and await self.try_lead() is not Role.FOLLOWER
-            ):
-                return None
-            pause = _POLL if grown else min(pause * 1.2, _POLL * 4)
-            await asyncio.sleep(pause)
-        return None
-
-    def _look_at_file(self, watch: Watch) -> bool:
-        # In this order: what is published is whole, so its length is its size.
-        published = self._lock.is_published
-        end = self._lock.length
-        grown = end > self._on_disk
-        watch.look(self._on_disk, grown=grown)
-        if watch.state is not None and (self.size is None or not self._on_disk):
-            self.size = watch.state.size
-        if published:
-            self.size = end
-        self._confirmed = self._confirmed or published or watch.state is not None
-        if self._confirmed:
-            self._on_disk = self.position = max(self._on_disk, end)
-        if grown:
-            self.last_progress = time.monotonic()
-        # An empty file says nothing yet, unless empty is what was asked for.
-        if end == self.size and (end > 0 or self._verifier.matches()):
-            self.verified = True
-        return grown
+        return disk.IngestState(
+            size=self.size,
+            boot=self.context.boot,
+            written=self.on_disk,
+            holder=self._holder,
+            resumed_from=self.lock.resumed_from,
+            room=self._reserved,
+        )
 
     async def declare(self, size: int | None) -> None:
-        """An upstream answers; ``size`` is its word on the bytes of the whole content.
+        """Confirm that the upstream sends this content, before its first byte is fed.
 
-        Raises :class:`UpstreamProtocolError` if it is another than that of bytes that have come.
+        From here on followers get the bytes that an earlier fetch left.
+
+        Args:
+            size: Bytes of the whole content; None if the upstream does not state them.
+
+        Raises:
+            UpstreamProtocolError: ``size`` contradicts the bytes that have arrived.
         """
         if not self.position:
             self.size = None
         if size is not None and self.size is not None and size != self.size:
-            raise UpstreamProtocolError(f"upstream offers {size} bytes, not {self.size}")
+            raise UpstreamProtocolError(f"upstream states {size} bytes, expected {self.size}")
         if size is not None and size < self.position:
-            raise UpstreamProtocolError(f"upstream offers {size} bytes, {self.position} are here")
+            raise UpstreamProtocolError(
+                f"upstream states {size} bytes, {self.position} have arrived"
+            )
         self.size = size if size is not None else self.size
-        self._confirmed = True
-        self._wake()
-        if self._window is None:
-            await self._reserve()
+        self.is_confirmed = True
+        self.wake_followers()
+        if self.window is None:
+            await self._reserve_space()
 
-    async def _reserve(self) -> None:
-        """Have room for what was announced, or for the next bytes where nothing was.
+    async def _reserve_space(self) -> None:
+        """Ask for space for the whole content, or for the next bytes if its size is unknown.
 
-        It is declared before it is made, so that whoever else makes room counts it.
+        The need is published in the state file first, so that an eviction in another process counts
+        it.
         """
-        self._room = self.size if self.size is not None else self.position + PENDING_LIMIT
+        self._reserved = self.size if self.size is not None else self.position + PENDING_LIMIT_BYTES
         try:
-            await self._lock.write_state(self._state())
+            await self.lock.write_state(self._state())
         except OSError as error:
-            self._detach(disk.reason_of(error))
+            self.continue_in_memory(disk.reason_of(error))
             return
-        if not await self._s.make_room(self._room - self._on_disk):
-            self._detach("full")
+        if not await self.context.make_room(self._reserved - self.on_disk):
+            self.continue_in_memory("full")
 
     def start_over(self) -> bool:
-        """Forget what an earlier fetch left, where the answer does not fit to it; then ``lead``."""
-        if self._confirmed or not self._on_disk:
+        """Discard the bytes of an earlier fetch, which the upstream's response does not continue.
+
+        Returns:
+            True if they are discarded: call :meth:`try_lead` again. False if there are none, or if
+            followers may already have them.
+        """
+        if self.is_confirmed or not self.on_disk:
             return False
-        self._lock.discard_previous()
-        self._on_disk = self.position = 0
+        self.lock.discard_previous()
+        self.on_disk = self.position = 0
         return True
 
     async def feed(self, chunk: bytes) -> None:
-        """Take the next bytes. Waits only for the disk, or for memory where there is no disk.
+        """Add the next bytes. Waits for the disk; for followers only if the disk takes no more.
 
-        Raises what the writer met: ``DigestMismatch``, ``ContentLost``, ``UpstreamProtocolError``.
+        Raises:
+            UpstreamProtocolError: The content would be longer than its declared size.
+            DigestMismatch: The content is complete and wrong.
+            ContentLost: The ingest file cannot be read.
         """
         end = self.position + len(chunk)
         if self.size is not None and end > self.size:
-            raise UpstreamProtocolError("more bytes than were announced")
-        if self._window is None and end > self._room:
-            await self._written_so_far()
-            await self._reserve()
-        self._pending.append(chunk)
-        self.position = end
-        self._pump()
-        while self._broken is None and self._backlog() > PENDING_LIMIT:
-            if self._job is not None:
-                await asyncio.wait({self._job})
-            elif self._window is not None and self.followers:
-                if not await self._window.room(PATIENCE):
-                    self.followers -= too_slow(self.followers, self.head, self._window.next_drop)
-                    self.moved()
-            else:
-                self.moved()
-                break
-        if self._broken is not None:
-            raise self._broken
+            raise UpstreamProtocolError("upstream sent more bytes than it stated")
+        if self.window is None and end > self._reserved:
+            await self._writer.wait_until_written()
+            await self._reserve_space()
+        await self._writer.write(chunk)
 
-    async def _written_so_far(self) -> None:
-        while self._job is not None:
-            await asyncio.wait({self._job})
-
-    def _backlog(self) -> int:
-        return sum(map(len, self._pending)) + (len(self._window) if self._window else 0)
+    # --- the three ends -----------------------------------------------------------------------
 
     async def finish(self) -> None:
-        """The upstream has ended cleanly. Returns when the content is published, or given up.
+        """End successfully: verify the content and publish it.
 
-        Raises ``DigestMismatch``, or ``UpstreamUnavailable`` if it ended short.
+        Returns once it is published, or once the disk has refused it (the followers get it anyway).
+
+        Raises:
+            UpstreamUnavailable: Bytes are missing.
+            DigestMismatch: The content is wrong.
+            ContentLost: The ingest file cannot be read.
         """
         if self.size is not None and self.position < self.size:
             raise UpstreamUnavailable(f"ended at {self.position} of {self.size} bytes")
-        self._ended = True
-        self._pump()
-        await self._written_so_far()
-        if self._broken is not None:
-            raise self._broken
-        if self._window is None:
-            await self._lock.publish(self._began)
-        await self._lock.settled()
+        await self._writer.write_last()
+        if self.window is None:
+            await self.lock.publish(self._started_at)
+        await self.lock.settled()
 
     async def fail(self, error: MirrorError) -> None:
-        """End for everybody, in every process. Right bytes are kept for a resume."""
+        """End with a failure for all followers, in all processes.
+
+        Bytes on disk are kept for a resume, except after a digest mismatch or lost content. Does
+        nothing after another end.
+        """
         if self.closed:
             return
         self.failure = error
-        self._pending.clear()
-        # Who waits learns it when nothing is left to do, or else at once.
-        at_once = self._loop.call_later(_AT_ONCE, self._wake)
+        self._writer.discard_pending()
+        # Followers learn of the failure when all is done here, so that a client that tries again
+        # finds the lock free. A disk that hangs delays them by 50 ms at most.
+        wake = asyncio.get_running_loop().call_later(_MAX_FAILURE_DELAY_S, self.wake_followers)
         try:
-            await self._written_so_far()
-            if self._lock.locked and self._window is None:
-                await self._leave(error)
-            await self._lock.settled()
+            await self._writer.wait_until_written()
+            if self.lock.is_locked and self.window is None:
+                await self._leave_file(error)
+            await self.lock.settled()
         finally:
-            at_once.cancel()
-            self._wake()
+            wake.cancel()
+            self.wake_followers()
 
-    async def _leave(self, error: MirrorError) -> None:
-        if not self._on_disk:
-            self._lock.drop()  # nothing to resume, and nobody else has seen a byte
+    async def _leave_file(self, error: MirrorError) -> None:
+        """Leave the file for a resume and the error for other processes, as far as they make sense.
+
+        A file without a byte is removed: there is nothing to resume, and no other process has
+        handed out any byte.
+        """
+        if not self.on_disk:
+            self.lock.remove_file()
             return
-        self._lock.stop_heartbeat()
+        self.lock.stop_heartbeat()
         try:
             state = replace(self._state(), error=(error.code, error.message))
-            await self._lock.write_state(state)
-        except OSError as refused:
-            self._s.emit(Uncached(str(self.digest), disk.reason_of(refused)))
+            await self.lock.write_state(state)
+        except OSError as refusal:
+            self.context.emit(Uncached(str(self.digest), disk.reason_of(refusal)))
         if isinstance(error, DigestMismatch | ContentLost):
-            self._lock.drop(keep_state=True)  # it is what others learn the failure from
+            # Other processes learn the failure from the state file, so that one stays.
+            self.lock.remove_file(keep_state=True)
 
     def release(self) -> None:
-        """The fetch loop lets go; followers may still read what is there."""
+        """End the fetch's use of this ingest. Always the last call; never waits.
+
+        The file is unlocked once no thread uses it, and closed after the last follower. Without
+        ``finish`` or ``fail`` before, followers get ``UpstreamUnavailable``, and the bytes on disk
+        are kept.
+        """
         self.released.set()
         if not self.closed:
             self.failure = UpstreamUnavailable("the fetch was given up")
-        self._wake()
+        self.wake_followers()
         self._close_if_unused()
-
-    # --- the writer ---------------------------------------------------------------------------
-
-    def _pump(self) -> None:
-        """Start the next batch if none is being written."""
-        if self._job is not None or self.closed or self._broken is not None:
-            return
-        last = self._ended or self.position == self.size
-        # Without a known size the newest chunk may be the last: it waits until that is known.
-        hold = 1 if self.size is None and not last else 0
-        batch = self._pending[: len(self._pending) - hold]
-        if not batch and not last:
-            return
-        start = self.position - sum(map(len, self._pending))
-        del self._pending[: len(batch)]
-        append = partial(disk.append, last=last, keep=self._window is None)
-        fd, verifier = self._lock.fd, self._verifier
-        self._job = self._lock.run(self._s.io, append, fd, verifier, batch, start)
-        self._job.add_done_callback(lambda job: self._written(job, batch, start, last))
-
-    def _written(
-        self, job: asyncio.Future[int], batch: list[bytes], start: int, last: bool
-    ) -> None:
-        self._job = None
-        self.last_progress = time.monotonic()
-        try:
-            end = job.result()
-            self._arrive(batch, end, last)
-        except disk.ShortWrite as short:
-            self._on_disk = short.end
-            self._detach(disk.reason_of(short.cause))
-            rest = disk.after(batch, short.end - start)
-            if last:
-                # The hash came first: these bytes are proven, only homeless.
-                self._arrive(rest, start, last)
-            else:
-                self._pending[:0] = rest
-        except MirrorError as error:
-            self._broken = error
-        except OSError as error:
-            self._broken = ContentLost(f"growing content cannot be read: {error.strerror}")
-        self._wake()
-        self._pump()
-        self._close_if_unused()
-
-    def _arrive(self, batch: list[bytes], end: int, last: bool) -> None:
-        if self._window is None:
-            self._on_disk = end
-        else:
-            self._window.append(batch)
-            self.moved()
-        if last:
-            self.size = self.position
-            self.verified = True
-
-    def _detach(self, reason: str) -> None:
-        """Go on in memory from here: the disk keeps what it has, and gets no more."""
-        if self._window is None:
-            self._window = Window(self._on_disk)
-            self._lock.drop()
-            self._s.emit(Uncached(str(self.digest), reason))
-
-    def _close_if_unused(self) -> None:
-        if not self.released.is_set() or self._job is not None or self._lock.busy:
-            return
-        self._lock.release()
-        if not self.followers:
-            self._lock.close()

@@ -1,10 +1,11 @@
-"""Who brings the bytes of growing content: we, another process, or nobody any more.
+"""The lock of one ingest: says which process fetches, and what it may keep of an earlier fetch.
 
-Lives here: the lock on the growing file, what an earlier holder left, signs of life, letting go.
-Must not know: followers, memory, hashes in progress.
+Contains the lock on the ingest file, the decision about bytes that were left there, the heartbeat,
+publishing and removing. Must not know: followers, memory, hashes in progress.
 
-The lock (``flock``) dies with its holder, so a crash hands the content over by itself. A holder
-that is stopped keeps it; its missing signs of life say so.
+The lock is a ``flock``. The kernel releases it when its holder dies, so a crash hands the content
+over to another process. A stopped holder keeps it. Other processes see then that its heartbeat is
+missing.
 """
 
 from __future__ import annotations
@@ -31,81 +32,127 @@ from mirror.store.layout import Layout
 T = TypeVar("T")
 
 HEARTBEAT_S: Final = 1.0
-"""Seconds between signs of life."""
-_JUST_NOW: Final = 3 * HEARTBEAT_S
-_ATTEMPTS: Final = 1000
-_SHARE_ATTEMPTS, _SHARE_PAUSE = 1200, 0.05
-"""A minute: an ``fsync`` may take half of that."""
+"""Seconds between two heartbeats: seldom enough to cost nothing, and ten fit into the 10 s after
+which other processes do not wait any longer."""
+_RECENT_DEATH_S: Final = 3 * HEARTBEAT_S
+"""Seconds since the last heartbeat in which the holder died a moment ago: two may be late."""
+_MAX_LOCK_ATTEMPTS: Final = 1000
+"""Files that may be unlinked between opening and locking, one after the other.
+
+Each attempt means that another process ended an ingest just then, so a few suffice in practice.
+"""
+_SHARE_PAUSE_S: Final = 0.05
+"""Seconds between two attempts to share the lock of content that another process publishes."""
+_MAX_SHARE_ATTEMPTS: Final = 1200
+"""Attempts to share the lock: a minute of them, because an ``fsync`` may take half a minute."""
 
 
 class Role(Enum):
-    """What is to be done about growing content."""
+    """The role of this process for one ingest."""
 
     LEADER = auto()
-    """Fetch it: the lock is ours."""
+    """It holds the lock, and has to fetch."""
     FOLLOWER = auto()
-    """Another process fetches it."""
+    """Another process holds the lock, and fetches."""
     DONE = auto()
-    """It is whole."""
+    """The content is complete. Nobody fetches."""
 
 
 @dataclass(frozen=True, slots=True)
 class IngestContext:
-    """What growing content needs of its store."""
+    """The parts of a store that an ingest uses."""
 
     layout: Layout
     io: Executor
+    """Threads that open, read, hash and write."""
     publishing: Executor
-    """Apart from ``io``: an ``fsync`` may take half a minute, and writes must not wait for it."""
+    """Threads that publish. An ``fsync`` may take half a minute; writes must not wait for it."""
     emit: Observer
     make_room: Callable[[int], Awaitable[bool]]
+    """Evicts content until the given number of bytes fits. Returns False if it cannot fit."""
     published: Callable[[Digest], Awaitable[None]]
+    """Called after content was published. Records that it was verified just now."""
     now: Callable[[], float]
     """Seconds since the epoch."""
     boot: str
+    """The kernel's boot id (see :func:`mirror.store.disk.boot_id`)."""
 
 
 class IngestLock:
-    """One process's hold on the growing file of one digest."""
+    """One process's hold on the ingest file of one digest.
+
+    It ends in one of three ways: ``publish`` (a success), ``remove_file`` (nothing to resume), or
+    neither (the file stays for a resume). After each of them, ``release`` unlocks and closes.
+    """
 
     def __init__(
         self,
-        ingest_context: IngestContext,
+        context: IngestContext,
         digest: Digest,
         when_idle: Callable[[], None] = lambda: None,
     ) -> None:
+        """Start without a file.
+
+        Args:
+            context: What the ingest needs of its store.
+            digest: The name of the content.
+            when_idle: Called in the event loop each time that the last thread is done with the
+                file.
+        """
         self.fd: int | None = None
-        self.locked = False
-        self.kept = 0
-        """Bytes of an earlier fetch that were there when the lock became ours."""
+        """The ingest file, or the published file after that; None if none is open."""
+        self.is_locked = False
+        """Whether this process holds the exclusive lock."""
+        self.resumed_from = 0
+        """Bytes of an earlier fetch that were kept when this process got the lock."""
         self._has_followed = False
+        """Whether this process has read from the open file while another one was writing it."""
         self._must_replace = False
-        self._s = ingest_context
+        """Whether the open file has to be replaced by a new one before it is written."""
+        self._context = context
+        self._layout = context.layout
         self._digest = digest
         self._when_idle = when_idle
         self._loop = asyncio.get_running_loop()
         self._jobs: set[asyncio.Future[Any]] = set()
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._state_job: asyncio.Future[None] | None = None
 
     # --- threads --------------------------------------------------------------------------------
 
     @property
-    def busy(self) -> bool:
-        """Whether a thread is using the file: it must stay open, and locked, until it is done."""
+    def is_busy(self) -> bool:
+        """Whether a thread uses the file. It has to stay open and locked until then."""
         return bool(self._jobs)
 
-    def run(self, executor: Executor, work: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """``work`` in a thread. Wait for it with ``outcome``: a thread is not ended by a cancel."""
+    def run_in_thread(
+        self,
+        executor: Executor,
+        work: Callable[..., T],
+        *arguments: Any,
+        when_done: Callable[[asyncio.Future[T]], None] = lambda job: None,
+    ) -> asyncio.Future[T]:
+        """Run ``work(*arguments)`` in a thread, and keep the file open and locked until its end.
+
+        Await the result with :func:`wait_for_thread`: a cancelled waiter does not stop a thread.
+
+        Args:
+            executor: Runs it.
+            work: Blocks.
+            arguments: Passed to ``work``.
+            when_done: Called in the event loop with the finished future. It may start the next job:
+                the file is not closed between the two.
+        """
         job = self._loop.run_in_executor(executor, work, *arguments)
         self._jobs.add(job)
-        job.add_done_callback(self._done)
+        job.add_done_callback(when_done)
+        job.add_done_callback(self._on_job_done)
         return job
 
-    def _done(self, job: asyncio.Future[Any]) -> None:
+    def _on_job_done(self, job: asyncio.Future[Any]) -> None:
         self._jobs.discard(job)
         if not job.cancelled():
-            job.exception()  # for whoever waits; nobody may
+            job.exception()  # marked as retrieved, so asyncio logs nothing if nobody waits
         if not self._jobs:
             self._when_idle()
 
@@ -118,45 +165,54 @@ class IngestLock:
 
     @property
     def path_is_ours(self) -> bool:
-        """Whether the ingest path still names the file that is open here."""
-        return self.fd is not None and disk.is_at(self.fd, self._s.layout.ingest(self._digest))
+        """Whether the ingest path still names the open file."""
+        return self.fd is not None and disk.is_at(self.fd, self._layout.ingest(self._digest))
 
     @property
     def is_published(self) -> bool:
-        """Whether the open file is what the digest's path under ``blobs/`` names."""
-        return self.fd is not None and disk.is_at(self.fd, self._s.layout.blob(self._digest))
+        """Whether the digest's path under ``blobs/`` names the open file."""
+        return self.fd is not None and disk.is_at(self.fd, self._layout.blob(self._digest))
 
     @property
     def length(self) -> int:
-        """Bytes in the file."""
-        return os.fstat(self.opened()).st_size
+        """Bytes in the file. Raises ``OSError`` if it is closed."""
+        return os.fstat(self._require_open()).st_size
 
-    def opened(self) -> int:
-        """The descriptor of the growing file."""
+    def _require_open(self) -> int:
         if self.fd is None:
-            raise OSError(errno.EBADF, "growing content is closed")
+            raise OSError(errno.EBADF, "the ingest file is closed")
         return self.fd
 
     # --- the lock -------------------------------------------------------------------------------
 
-    async def try_acquire(self, size: int | None, served: int) -> Role:
-        """Try to get hold of the lock. ``served`` bytes of it were handed out already.
+    async def try_acquire(self, expected_size: int | None, served: int) -> Role:
+        """Try to lock the ingest file, which is created if it does not exist.
 
-        Raises ``OSError`` where the disk refuses, or the file was taken away, and ``ContentLost``
-        if it is shorter than what was handed out.
+        Args:
+            expected_size: Bytes of the whole content; None if unknown.
+            served: Bytes that clients already have. The file is never cut below this.
+
+        Returns:
+            ``LEADER`` if the lock is ours; ``resumed_from`` bytes are in the file then.
+            ``FOLLOWER`` if another process holds it. ``DONE`` if the content is published; the open
+            file is the published one then.
+
+        Raises:
+            OSError: The disk refuses, or the file that was followed has been removed.
+            ContentLost: The file is shorter than ``served``.
         """
-        return await wait_for_thread(self.run(self._s.io, self._try_acquire, size, served))
+        job = self.run_in_thread(self._context.io, self._try_acquire, expected_size, served)
+        return await wait_for_thread(job)
 
-    def _try_acquire(self, size: int | None, served: int) -> Role:
-        layout, digest = self._s.layout, self._digest
+    def _try_acquire(self, expected_size: int | None, served: int) -> Role:
         if self._must_replace:
-            self._remove()
-            self._close()
-        for _ in range(_ATTEMPTS):
+            self._unlink()
+            self._close_in_thread()
+        for _ in range(_MAX_LOCK_ATTEMPTS):
             if self.fd is None:
-                self.fd = disk.open_ingest(layout, digest)
+                self.fd = disk.open_ingest(self._layout, self._digest)
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
-                raise FileExistsError(errno.EEXIST, "growing content is not a regular file")
+                raise FileExistsError(errno.EEXIST, "the ingest file is not a regular file")
             if not disk.try_lock(self.fd):
                 self._has_followed = True
                 return Role.FOLLOWER
@@ -166,30 +222,33 @@ class IngestLock:
                 fcntl.flock(self.fd, fcntl.LOCK_SH)
                 return Role.DONE
             if self._has_followed:
-                raise FileNotFoundError(errno.ENOENT, "growing content was taken away")
-            self._close()
+                raise FileNotFoundError(errno.ENOENT, "the ingest file was removed")
+            self._close_in_thread()
         else:
-            raise FileExistsError(errno.EEXIST, "growing content changes hands without end")
-        whole = self._find_whole() if not self._has_followed else None
-        if whole is not None:
-            self._remove()
-            self._close()
-            self.fd = whole
+            raise FileExistsError(errno.EEXIST, "the ingest file is replaced again and again")
+        published = self._open_published() if not self._has_followed else None
+        if published is not None:
+            self._unlink()
+            self._close_in_thread()
+            self.fd = published
             return Role.DONE
-        self.locked = True
-        self.kept = self._trim(size, served)
+        self.is_locked = True
+        self.resumed_from = self._cut_to_trusted(expected_size, served)
         return Role.LEADER
 
-    def _find_whole(self) -> int | None:
-        """Content that was published before the lock was ours: hashed, since nobody else did."""
-        opened = disk.open_whole(self._s.layout, self._digest)
+    def _open_published(self) -> int | None:
+        """Open content that was published before this process got the lock; None if there is none.
+
+        It is hashed here, because no reader in this process has verified it.
+        """
+        opened = disk.open_whole(self._layout, self._digest)
         if opened is None:
             return None
         fd, status = opened
         try:
             disk.verify(fd, status.st_size, self._digest)
         except DigestMismatch:
-            quarantine.put_aside(self._s.layout, self._digest, fd)
+            quarantine.put_aside(self._layout, self._digest, fd)
             os.close(fd)
             return None
         except BaseException:
@@ -197,146 +256,161 @@ class IngestLock:
             raise
         return fd
 
-    def _trim(self, size: int | None, served: int) -> int:
-        """Keep of an earlier fetch's bytes only what may be resumed; returns how many."""
-        fd = self.opened()
-        found = os.fstat(fd).st_size
-        if found < served:
-            raise ContentLost("growing content was cut")
-        left = disk.read_state(self._s.layout, self._digest)
-        state = left[0] if left is not None and left[0].boot == self._s.boot else None
-        # Where nobody saw the bytes being written, only what their writer vouched for is kept.
-        vouched = min(found, state.written) if state is not None else 0
-        if left is not None and state is not None and state.error is None:
-            # One that died a moment ago vouched for the rest by dying: others may have it.
-            vouched = found if 0 <= self._s.now() - left[1] <= _JUST_NOW else vouched
-        keep = found if self._has_followed else vouched
-        known = size if size is not None else state.size if state is not None else None
-        if known is not None and keep >= known:
-            # Full length would say that it is verified, and it is not.
-            keep = max(0, known - 1) if keep == known else 0
+    def _cut_to_trusted(self, expected_size: int | None, served: int) -> int:
+        """Cut the file to the bytes of an earlier fetch that may be resumed; returns how many."""
+        fd = self._require_open()
+        length = os.fstat(fd).st_size
+        if length < served:
+            raise ContentLost("the ingest file was cut")
+        record = disk.read_state(self._layout, self._digest)
+        # Unsynced bytes of another boot may be anything.
+        state = record[0] if record is not None and record[0].boot == self._context.boot else None
+        # Trust only the `written` bytes that the last holder recorded in the state file.
+        trusted = min(length, state.written) if state is not None else 0
+        if record is not None and state is not None and state.error is None:
+            # If the holder died within 3 s, another process may already have served bytes after
+            # `written`. Keep them.
+            age = self._context.now() - record[1]
+            trusted = length if 0 <= age <= _RECENT_DEATH_S else trusted
+        # This process has seen the bytes being written.
+        keep = length if self._has_followed else trusted
+        size = expected_size
+        if size is None and state is not None:
+            size = state.size
+        if size is not None and keep >= size:
+            # Full length would mean that the content is verified, and it is not.
+            keep = max(0, size - 1) if keep == size else 0
         keep = max(keep, served)
-        if keep != found:
+        if keep != length:
             os.ftruncate(fd, keep)
         return keep
 
     def discard_previous(self) -> None:
-        """What is there does not belong: begin anew when the lock is taken next.
+        """Give up the bytes of an earlier fetch: the next ``try_acquire`` opens a new file.
 
-        In another file, so that whoever is reading this one does not get a mixture.
+        The old file is not cut, so that other processes that read it never get a mixture.
         """
         self.stop_heartbeat()
-        self.locked, self._must_replace = False, True
+        self.is_locked, self._must_replace = False, True
 
-    # --- signs of life ------------------------------------------------------------------------
+    # --- the state file ---------------------------------------------------------------------------
 
     async def write_state(self, state: disk.IngestState) -> None:
-        """Tell other processes. Raises ``OSError`` where the disk refuses."""
-        while self._writing is not None:
-            await asyncio.wait({self._writing})
-        await wait_for_thread(self._start_writing(state))
+        """Write the state file, for other processes. Raises ``OSError`` if the disk refuses."""
+        while (job := self._state_job) is not None and not job.done():
+            await asyncio.wait({job})
+        await wait_for_thread(self._start_writing_state(state))
 
-    def _start_writing(self, state: disk.IngestState) -> asyncio.Future[None]:
-        arguments = (self._s.layout, self._digest, state)
-        # A sign of life that could not be written is one that is missed, which others notice.
-        job = self.run(self._s.io, disk.write_state, *arguments)
-        self._writing = job
-        job.add_done_callback(self._written)
-        return job
-
-    def _written(self, job: asyncio.Future[None]) -> None:
-        self._writing = None
+    def _start_writing_state(self, state: disk.IngestState) -> asyncio.Future[None]:
+        arguments = (self._layout, self._digest, state)
+        self._state_job = self.run_in_thread(self._context.io, disk.write_state, *arguments)
+        return self._state_job
 
     def start_heartbeat(self, state: Callable[[], disk.IngestState]) -> None:
-        """Write ``state()`` every second until the claim ends."""
+        """Write ``state()`` every second until :meth:`stop_heartbeat`.
+
+        A heartbeat that the disk refuses is a missing one, which other processes notice.
+        """
 
         def beat() -> None:
-            if self._writing is None:
-                self._start_writing(state())
+            if self._state_job is None or self._state_job.done():
+                self._start_writing_state(state())
             self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
         self.stop_heartbeat()
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
     def stop_heartbeat(self) -> None:
-        """No sign of life will come after this one."""
+        """Start no further heartbeat. One that a thread is writing goes on."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             self._heartbeat = None
 
     # --- the end --------------------------------------------------------------------------------
 
-    async def publish(self, began: float) -> None:
-        """Make the verified file durable and visible; where the disk refuses, it is gone.
+    async def publish(self, started_at: float) -> None:
+        """Make the verified file durable and visible under ``blobs/``.
 
-        ``began``: when its fetch did, on the monotonic clock.
+        If the disk refuses, the file is removed and its descriptor stays readable.
+
+        Args:
+            started_at: When the ingest started, on the monotonic clock; for its duration.
         """
         self.stop_heartbeat()
         await self.settled()
-        layout, digest, now = self._s.layout, self._digest, self._s.now()
+        digest, now = self._digest, self._context.now()
         try:
-            fd, size = self.opened(), self.length
-            await wait_for_thread(
-                self.run(self._s.publishing, disk.publish, layout, digest, fd, now)
-            )
+            fd, size = self._require_open(), self.length
+            arguments = (self._layout, digest, fd, now)
+            job = self.run_in_thread(self._context.publishing, disk.publish, *arguments)
+            await wait_for_thread(job)
         except OSError as error:
-            self._s.emit(Uncached(str(digest), disk.reason_of(error)))
+            self._context.emit(Uncached(str(digest), disk.reason_of(error)))
             return
-        await self._s.published(digest)
-        self._s.emit(Published(str(digest), size, time.monotonic() - began))
+        await self._context.published(digest)
+        self._context.emit(Published(str(digest), size, time.monotonic() - started_at))
 
-    def drop(self, *, keep_state: bool = False) -> None:
-        """Remove the file and its state: nobody shall resume it. Open descriptors go on."""
+    def remove_file(self, *, keep_state: bool = False) -> None:
+        """Unlink the file if the lock is ours, so that nobody resumes it. Runs in a thread.
+
+        Open descriptors stay readable, here and in other processes.
+
+        Args:
+            keep_state: Leave the state file, from which other processes learn the failure.
+        """
         self.stop_heartbeat()
-        if self.locked and self.fd is not None:
-            self.run(self._s.io, self._remove, keep_state)
+        if self.is_locked and self.fd is not None:
+            self.run_in_thread(self._context.io, self._unlink, keep_state)
 
-    def _remove(self, keep_state: bool = False) -> None:
-        # The state first: without the file, it would be somebody else's.
+    def _unlink(self, keep_state: bool = False) -> None:
+        # The state file goes first. Once the ingest file is gone, another process may create both
+        # anew, and its state file must not be removed.
         if self.path_is_ours and not keep_state:
-            disk.drop_state(self._s.layout, self._digest)
-        disk.drop_ingest(self._s.layout, self._digest, self.opened())
+            disk.drop_state(self._layout, self._digest)
+        disk.drop_ingest(self._layout, self._digest, self._require_open())
 
     async def downgrade_to_shared(self) -> None:
-        """Hold what another process verified against eviction, once that one has published it."""
-        for _ in range(_SHARE_ATTEMPTS):
+        """Wait until another process has published the content, and protect it from eviction.
+
+        Gives up after a minute, or at once if the file was unlinked. Readers keep their descriptor.
+        """
+        for _ in range(_MAX_SHARE_ATTEMPTS):
             if self.fd is None or os.fstat(self.fd).st_nlink == 0:
                 return
             try:
                 fcntl.flock(self.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                await asyncio.sleep(_SHARE_PAUSE)
+                await asyncio.sleep(_SHARE_PAUSE_S)
             else:
                 return
 
-    def reset(self) -> None:
-        """What was followed came to nothing before its first byte: forget it."""
-        self.close()
-        self._has_followed = False
+    def release(self, *, keep_open: bool = False) -> None:
+        """Unlock the file, so that another process may go on, and close it. Safe to call twice.
 
-    def release(self) -> None:
-        """Unlock, so that another process may go on; this one keeps reading what is there."""
+        Args:
+            keep_open: Leave the file open for followers in this process. A published file keeps a
+                shared lock then, which protects it from eviction.
+        """
         self.stop_heartbeat()
-        if self.fd is not None and (self.locked or self._must_replace):
-            # Shared, not none: what is published is being read here, and is not evicted.
+        if self.fd is not None and (self.is_locked or self._must_replace):
             kind = fcntl.LOCK_SH | fcntl.LOCK_NB if self.is_published else fcntl.LOCK_UN
             with suppress(BlockingIOError):
                 fcntl.flock(self.fd, kind)
-        self.locked = False
+        self.is_locked = False
+        if not keep_open and self.fd is not None:
+            fd, self.fd, self._has_followed = self.fd, None, False
+            disk.close(fd, self._context.io)
 
-    def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            disk.close(fd, self._s.io)
-
-    def _close(self) -> None:
-        """In the thread."""
-        fd, self.fd, self._must_replace = self.opened(), None, False
+    def _close_in_thread(self) -> None:
+        fd, self.fd = self._require_open(), None
+        self._must_replace = self._has_followed = False
         os.close(fd)
 
 
 async def wait_for_thread(job: asyncio.Future[T]) -> T:
-    """What a thread brings. Whoever waits may be cancelled: the thread goes on, and ends well."""
+    """Wait for a thread's result.
+
+    Cancelling the waiter does not stop the thread, and its exception is not lost.
+    """
     await asyncio.wait({job})
     return job.result()

@@ -1,7 +1,8 @@
-"""What the other rooms see of content: one protocol, whatever state the content is in.
+"""How other packages read content: one protocol for every state of the content.
 
-Whole, ageing and growing content are all read the same way: *wait until the bytes you want are
-there, then send them*. A hit is the case with nothing to wait for.
+Cached content, content that is being verified again and content that is being fetched are read the
+same way: wait until the wanted bytes are there, then send them. For a hit, nothing is waited for.
+Must not know: where the bytes come from.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from mirror.oci.reference import Digest
 
 @dataclass(frozen=True, slots=True)
 class FileExtent:
-    """Bytes ``start`` to ``stop`` (exclusive) of an open file, ready for ``sendfile``."""
+    """Bytes ``start`` to ``stop`` (exclusive) of an open file, ready for ``sendfile``.
+
+    The file stays open until the reader that returned the extent is closed.
+    """
 
     fd: int
     start: int
@@ -26,14 +30,14 @@ class FileExtent:
 
 @dataclass(frozen=True, slots=True)
 class MemoryExtent:
-    """Bytes from ``start`` on that are on no disk."""
+    """Bytes from offset ``start`` on, of content that is not on disk."""
 
     data: memoryview
     start: int
 
     @property
     def stop(self) -> int:
-        """Offset behind the last byte."""
+        """Offset after the last byte."""
         return self.start + len(self.data)
 
 
@@ -41,7 +45,7 @@ Extent: TypeAlias = FileExtent | MemoryExtent
 
 
 class Reader(Protocol):
-    """Content that is open for one client. ``close`` it; the lease ends with the last reader."""
+    """Content that is open for one client. It is not evicted before its last reader is closed."""
 
     @property
     def digest(self) -> Digest:
@@ -49,25 +53,48 @@ class Reader(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes of the whole content; None while an upstream that does not say is still sending."""
+        """Bytes of the whole content; None while an upstream sends it without stating its size."""
 
     @property
     def arrived(self) -> int:
         """Bytes that can be read without waiting."""
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
-        """The next bytes from ``start`` on, at most up to ``stop``; None at the content's end.
+        """Wait for the byte at ``start``, and return an extent that begins with it.
 
-        The end of the content is handed out only once all of it hashes to the digest. Raises
-        ``DigestMismatch``, ``ContentLost``, or whatever ended the fetch.
+        The last bytes of the content are returned only once the whole of it hashes to the digest.
+
+        Args:
+            start: Offset of the first wanted byte.
+            stop: Offset after the last wanted byte; None for the end of the content. The extent may
+                end before it: ask again from its ``stop``.
+
+        Returns:
+            At least one byte; None if ``start`` is at or after the end of the content, or at or
+            after ``stop``.
+
+        Raises:
+            DigestMismatch: The content is wrong. No further byte of it is returned.
+            ContentLost: The bytes are not available any more, or this reader is closed.
+            MirrorError: Any other error that ended the fetch; bytes before the break are returned
+                first.
         """
 
     def close(self) -> None:
-        """End the lease. Safe to call twice."""
+        """Stop reading. Extents must not be used after this. Safe to call twice."""
 
 
 async def read_all(reader: Reader, limit: int) -> bytes:
-    """Small content as bytes, once verified. Raises ``ContentLost`` above ``limit`` bytes."""
+    """Read small content into memory, up to its verified end.
+
+    Args:
+        reader: The caller closes it.
+        limit: Most bytes to read.
+
+    Raises:
+        ContentLost: The content has more than ``limit`` bytes, or its file was cut.
+        MirrorError: What :meth:`Reader.wait` raises.
+    """
     loop = asyncio.get_running_loop()
     parts: list[bytes] = []
     position = 0

@@ -1,6 +1,7 @@
-"""Bytes of growing content that are on no disk, in a window that slides with its readers.
+"""The bytes of an ingest that are in memory only, in a window that slides with its followers.
 
-Lives here: memory bounded by what the slowest reader still needs. Must not know: files, hashes.
+Contains memory that is bounded by the position of the slowest follower. Must not know: files,
+hashes.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from mirror.store.reader import MemoryExtent
 
 
 class Window:
-    """The content from ``start`` to ``stop``; whoever appends waits for :meth:`room`."""
+    """The bytes from ``start`` to ``stop``. Its writer calls :meth:`wait_until_freed`."""
 
     def __init__(self, start: int) -> None:
         self.origin = start
-        """Where the disk ends and memory began."""
+        """Offset of the first byte that is not on disk."""
         self.start = start
+        """Offset of the first byte that is still in memory."""
         self.stop = start
+        """Offset after the last byte."""
         self._chunks: list[bytes] = []
         self._offsets: list[int] = []
-        self._slid: asyncio.Future[None] | None = None
+        self._freed: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def append(self, chunks: Iterable[bytes]) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         for chunk in chunks:
             if chunk:
                 self._chunks.append(chunk)
@@ -37,39 +40,44 @@ class Window:
                 self.stop += len(chunk)
 
     def holds_all_from(self, position: int) -> bool:
-        """Whether a reader at ``position`` finds every byte, here or on the disk before."""
+        """Whether a follower at ``position`` finds every byte, here or on the disk before."""
         return self.start == self.origin or position >= self.start
 
     def extent(self, start: int, stop: int) -> MemoryExtent:
-        """Bytes from ``start`` to at most ``stop``. Raises ``ContentLost`` if they are gone."""
+        """Bytes from ``start`` to at most ``stop``, without a copy.
+
+        Raises ``ContentLost`` if they have left memory, or have not arrived.
+        """
         index = bisect_right(self._offsets, start) - 1
         if index < 0 or start >= self.stop:
-            raise ContentLost("uncached content has moved on")
+            raise ContentLost("these bytes of content that is not cached have left memory")
         offset = self._offsets[index]
         view = memoryview(self._chunks[index])[start - offset : stop - offset]
         return MemoryExtent(view, start)
 
     def slide(self, positions: Iterable[int]) -> None:
-        """Drop what every reader (at ``positions``) has behind it; all of it if there is none."""
-        floor = min(positions, default=self.stop)
-        drop = 0
-        while drop < len(self._chunks) and self._offsets[drop] + len(self._chunks[drop]) <= floor:
-            drop += 1
-        if drop == 0:
+        """Free the chunks before the lowest of ``positions``; all chunks if there is none."""
+        lowest = min(positions, default=self.stop)
+        count = 0
+        while (
+            count < len(self._chunks) and self._offsets[count] + len(self._chunks[count]) <= lowest
+        ):
+            count += 1
+        if count == 0:
             return
-        del self._chunks[:drop], self._offsets[:drop]
+        del self._chunks[:count], self._offsets[:count]
         self.start = self._offsets[0] if self._offsets else self.stop
-        if self._slid is not None and not self._slid.done():
-            self._slid.set_result(None)
-        self._slid = None
+        if self._freed is not None and not self._freed.done():
+            self._freed.set_result(None)
+        self._freed = None
 
     @property
-    def next_drop(self) -> int:
-        """Where the last reader has to get to before anything is dropped."""
+    def first_chunk_end(self) -> int:
+        """Offset up to which every follower has to read before memory is freed again."""
         return self._offsets[0] + len(self._chunks[0]) if self._chunks else self.stop
 
-    async def room(self, patience: float) -> bool:
-        """Wait until something was dropped, for at most ``patience`` seconds; whether it was."""
-        if self._slid is None or self._slid.done():
-            self._slid = asyncio.get_running_loop().create_future()
-        return bool((await asyncio.wait({self._slid}, timeout=patience))[0])
+    async def wait_until_freed(self, timeout: float) -> bool:
+        """Wait until the window has freed memory. Returns False after ``timeout`` seconds."""
+        if self._freed is None or self._freed.done():
+            self._freed = asyncio.get_running_loop().create_future()
+        return bool((await asyncio.wait({self._freed}, timeout=timeout))[0])

@@ -24,6 +24,7 @@ from mirror.store.blobs import BlobStore
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.layout import Layout
+from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, access_records_of, confirm
 from mirror.store.store import Store
@@ -161,7 +162,7 @@ async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
 async def go_on(content: Ingest, data: bytes = DATA) -> None:
     """What a fetch does beside another process's: follow it, then lead where it has to."""
     while (role := await content.try_lead()) is Role.FOLLOWER:
-        await content.follow_other_process()
+        await follow_other_process(content)
     if role is Role.LEADER:
         await bring(content, data, len(data))
     else:

@@ -8,7 +8,6 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.oci.errors import DigestMismatch
-from mirror.oci.reference import Digest, Verifier
+from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout
-from tests.unit.store.kit import flip, pieces, random_bytes
+from tests.unit.store.kit import flip, random_bytes
 
 DATA = random_bytes(300_000, 21)
 DIGEST = Digest.of(DATA)
@@ -155,91 +154,6 @@ def test_a_refusal_has_one_of_few_reasons(code: int, reason: str) -> None:
     assert disk.reason_of(OSError(code, "")) == reason
 
 
-# --- appending ------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.binary(max_size=50), max_size=8), st.integers(0, 300))
-def test_what_comes_after_a_count_of_bytes(batch: list[bytes], count: int) -> None:
-    assert b"".join(disk.after(batch, count)) == b"".join(batch)[count:]
-
-
-def test_a_batch_of_any_number_of_pieces_is_written_whole(tmp_path: Path) -> None:
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    batch = pieces(DATA, 97)  # more than one call takes
-    assert disk.write_all(fd, [b"", *batch, b""], 5) == 5 + len(DATA)
-    assert os.pread(fd, len(DATA) + 10, 5) == DATA
-    os.close(fd)
-
-
-@given(st.integers(0, 2_000), st.integers(1, 700))
-def test_short_writes_go_on_and_a_refusal_says_where(limit: int, most: int) -> None:
-    written = bytearray()
-
-    def pwritev(fd: int, views: list[memoryview], offset: int) -> int:
-        assert offset == len(written)
-        room = min(most, limit - len(written))
-        if room == 0:
-            raise OSError(errno.ENOSPC, "full")
-        data = b"".join(views)[:room]
-        written.extend(data)
-        return len(data)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "pwritev", pwritev)
-        batch = pieces(DATA[:1_500], 100)
-        if limit >= 1_500:
-            assert disk.write_all(0, batch, 0) == 1_500
-        else:
-            with pytest.raises(disk.ShortWrite) as caught:
-                disk.write_all(0, batch, 0)
-            assert caught.value.end == limit
-            assert caught.value.cause.errno == errno.ENOSPC
-    assert bytes(written) == DATA[: min(limit, 1_500)]
-
-
-@given(st.lists(st.integers(0, len(DATA)), min_size=1, max_size=5), st.booleans())
-def test_the_last_batch_is_hashed_before_it_is_written(cuts: list[int], right: bool) -> None:
-    data = DATA if right else DATA[:-1] + bytes([DATA[-1] ^ 1])
-    edges = [0, *sorted(cuts), len(data)]
-    with pytest.MonkeyPatch.context() as patch:
-        there = bytearray()
-
-        def write_all(fd: int, chunks: list[bytes], offset: int) -> int:
-            assert offset == len(there)
-            there.extend(b"".join(chunks))
-            return len(there)
-
-        patch.setattr(disk, "write_all", write_all)
-        verifier = Verifier(DIGEST)
-        for start, stop in pairwise(edges):
-            last = (start, stop) == (edges[-2], edges[-1])
-            batch = pieces(data[start:stop], 60_000)
-            if not last or right:
-                end = disk.append(0, verifier, batch, start, last=last, keep=True)
-                assert end == stop
-            else:
-                with pytest.raises(DigestMismatch):
-                    disk.append(0, verifier, batch, start, last=True, keep=True)
-    assert there == (data if right else data[: edges[-2]])
-
-
-def test_what_an_earlier_fetch_left_is_hashed_from_the_file(tmp_path: Path) -> None:
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    os.pwrite(fd, DATA[:100_000], 0)
-    verifier = Verifier(DIGEST)
-    disk.append(fd, verifier, [DATA[100_000:200_000]], 100_000, last=False, keep=True)
-    assert verifier.position == 200_000
-    disk.append(fd, verifier, [DATA[200_000:]], 200_000, last=True, keep=True)
-    assert os.pread(fd, len(DATA), 0) == DATA
-    os.close(fd)
-
-
-def test_what_is_not_kept_is_hashed_all_the_same() -> None:
-    verifier = Verifier(DIGEST)
-    assert disk.append(None, verifier, [DATA[:9]], 0, last=False, keep=False) == 9
-    assert disk.append(None, verifier, [DATA[9:]], 9, last=True, keep=False) == len(DATA)
-
-
 # --- the state beside growing content -------------------------------------------------------------
 
 
@@ -321,7 +235,7 @@ def test_growing_content_never_follows_a_link(layout: Layout, tmp_path: Path) ->
 def grown(layout: Layout) -> int:
     fd = disk.open_ingest(layout, DIGEST)
     assert disk.try_lock(fd)
-    disk.write_all(fd, [DATA], 0)
+    os.pwrite(fd, DATA, 0)
     disk.write_state(layout, DIGEST, IngestState(len(DATA)))
     return fd
 
@@ -392,3 +306,44 @@ def test_what_was_taken_away_is_not_published(layout: Layout) -> None:
     assert layout.ingest(DIGEST).exists()
     os.close(fd)
     os.close(other)
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+def test_open_locked_yields_none_while_another_descriptor_holds_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with disk.open_locked(path) as first:
+        assert first is not None
+        assert disk.is_locked(path)
+        with disk.open_locked(path, os.O_RDONLY) as second:
+            assert second is None
+    assert not disk.is_locked(path)
+    with disk.open_locked(path) as third:
+        assert third is not None
+
+
+def test_open_locked_yields_none_for_a_file_that_left_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "file", disk.try_lock
+    path.touch()
+
+    def unlinked_meanwhile(fd: int) -> bool:
+        path.unlink()
+        return real(fd)
+
+    monkeypatch.setattr(disk, "try_lock", unlinked_meanwhile)
+    with disk.open_locked(path) as fd:
+        assert fd is None
+
+
+def test_open_locked_follows_no_link_and_creates_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "target")
+    for missing in (path, tmp_path / "missing"):
+        with pytest.raises(OSError, match=r"file|link"), disk.open_locked(missing):
+            raise AssertionError
+        assert not disk.is_locked(missing)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]

@@ -1,4 +1,4 @@
-"""Followers and waiters, over growing content that is only said to grow."""
+"""Followers and waiters, over an ingest whose progress the test sets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ DATA = bytes(range(100))
 
 
 @dataclass
-class Said:
-    """Content of which a test says how far it is."""
+class FakeIngest:
+    """An ingest whose progress a test sets with ``set_progress``."""
 
     head: int = 0
     digest: Digest = field(default_factory=lambda: Digest.of(DATA))
@@ -33,16 +33,13 @@ class Said:
     def extent(self, start: int, stop: int) -> Extent:
         return MemoryExtent(memoryview(DATA)[start : min(stop, self.head)], start)
 
-    async def progress(self, start: int) -> None:
-        await self.waiters.wait(start)
-
     def holds_all_from(self, start: int) -> bool:
         return True
 
-    def moved(self) -> None:
+    def on_follower_moved(self) -> None:
         self.moves += 1
 
-    def say(self, head: int, **state: object) -> None:
+    def set_progress(self, head: int, **state: object) -> None:
         self.head = head
         for name, value in state.items():
             setattr(self, name, value)
@@ -50,13 +47,13 @@ class Said:
 
 
 async def settle() -> None:
-    """Let everybody who was woken go as far as it can."""
+    """Let every task that was woken run until it waits again."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), max_size=12), st.integers(0, 50))
-def test_only_those_are_woken_for_whom_there_is_news(
+def test_waiters_are_woken_only_for_their_byte_or_the_end(
     waits: list[tuple[int, bool]], head: int
 ) -> None:
     async def run() -> None:
@@ -79,11 +76,11 @@ def test_only_those_are_woken_for_whom_there_is_news(
     asyncio.run(run())
 
 
-async def test_a_follower_gets_what_is_there_up_to_where_it_wants_it() -> None:
-    said = Said(head=50)
-    follower = Follower(said, 0)
-    assert said.followers == {follower}
-    assert (follower.digest, follower.size, follower.arrived) == (said.digest, None, 50)
+async def test_a_follower_gets_the_bytes_between_its_start_and_its_stop() -> None:
+    fake = FakeIngest(head=50)
+    follower = Follower(fake, 0)
+    assert fake.followers == {follower}
+    assert (follower.digest, follower.size, follower.arrived) == (fake.digest, None, 50)
     for start, stop, want in ((0, None, 50), (10, 20, 20), (10, 90, 50)):
         extent = await follower.wait(start, stop)
         assert extent
@@ -93,63 +90,63 @@ async def test_a_follower_gets_what_is_there_up_to_where_it_wants_it() -> None:
     assert await follower.wait(20, 10) is None
 
 
-async def test_a_follower_waits_for_what_has_not_come() -> None:
-    said = Said(head=50)
-    follower = Follower(said, 0)
+async def test_a_follower_waits_for_bytes_that_have_not_arrived() -> None:
+    fake = FakeIngest(head=50)
+    follower = Follower(fake, 0)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
         first = group.create_task(follower.wait(50))
-        end = group.create_task(Follower(said, 0).wait(100))
+        end = group.create_task(Follower(fake, 0).wait(100))
         await settle()
         assert not first.done()
-        said.say(60)
+        fake.set_progress(60)
         await settle()
         assert not end.done()
-        said.say(100, verified=True)
+        fake.set_progress(100, verified=True)
     extent = first.result()
     assert extent
     assert (extent.start, extent.stop) == (50, 60)
     assert end.result() is None
 
 
-async def test_what_is_there_is_handed_out_before_a_failure_is() -> None:
-    said = Said(head=50)
-    follower = Follower(said, 0)
-    said.say(50, failure=UpstreamUnavailable("gone"))
+async def test_bytes_before_a_failure_are_returned_before_it_is_raised() -> None:
+    fake = FakeIngest(head=50)
+    follower = Follower(fake, 0)
+    fake.set_progress(50, failure=UpstreamUnavailable("gone"))
     assert await follower.wait(0)
     for start in (50, 90):
         with pytest.raises(UpstreamUnavailable):
             await follower.wait(start)
 
 
-async def test_of_wrong_bytes_nothing_more_is_handed_out() -> None:
-    said = Said(head=50)
-    follower = Follower(said, 0)
+async def test_no_byte_is_returned_after_a_digest_mismatch() -> None:
+    fake = FakeIngest(head=50)
+    follower = Follower(fake, 0)
     assert await follower.wait(0)
-    said.say(50, failure=DigestMismatch("wrong"))
+    fake.set_progress(50, failure=DigestMismatch("wrong"))
     with pytest.raises(DigestMismatch):
         await follower.wait(10)
 
 
-async def test_every_waiter_gets_the_failure_and_those_that_left_do_not_matter() -> None:
-    said = Said()
+async def test_every_waiter_gets_the_failure_after_others_were_cancelled() -> None:
+    fake = FakeIngest()
     async with asyncio.timeout(10):
-        waits = [asyncio.ensure_future(Follower(said, 0).wait(n)) for n in range(20)]  # noqa: TID251 - a test
+        waits = [asyncio.ensure_future(Follower(fake, 0).wait(n)) for n in range(20)]  # noqa: TID251 - a test
         await settle()
         for wait in waits[::4]:
             wait.cancel()
-        said.say(0, failure=UpstreamUnavailable("gone"))
+        fake.set_progress(0, failure=UpstreamUnavailable("gone"))
         results = await asyncio.gather(*waits, return_exceptions=True)
     kinds = [type(result) for result in results]
     assert kinds == [UpstreamUnavailable if n % 4 else asyncio.CancelledError for n in range(20)]
 
 
-async def test_a_follower_that_has_left_gets_nothing_and_leaves_once() -> None:
-    said = Said(head=50)
-    follower = Follower(said, 0)
+async def test_a_closed_follower_raises_and_leaves_only_once() -> None:
+    fake = FakeIngest(head=50)
+    follower = Follower(fake, 0)
     follower.close()
-    assert (said.followers, said.moves) == (set(), 1)
+    assert (fake.followers, fake.moves) == (set(), 1)
     follower.close()
-    assert said.moves == 1
+    assert fake.moves == 1
     with pytest.raises(ContentLost):
         await follower.wait(0)
-    assert said.moves == 1, "nobody is kept waiting for it"
+    assert fake.moves == 1, "a closed follower must not count as a position"

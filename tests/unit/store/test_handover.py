@@ -1,6 +1,6 @@
-"""From one process to another: nobody gets a mixture of two fetches, whoever goes on with what.
+"""Handover of an ingest between processes: no reader gets a mixture of two fetches.
 
-A lock belongs to an open file, so two kits over one directory are two processes.
+A ``flock`` belongs to an open file, so two kits over one directory act like two processes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def processes(tmp_path: Path) -> AsyncIterator[list[Kit]]:
 
 
 async def left_behind(parts: Kit, stop: int) -> None:
-    """A fetch that broke at ``stop``."""
+    """Leave the file of a fetch that failed at ``stop``."""
     content = Ingest(parts.ingest_context, DIGEST, None)
     await content.try_lead()
     await content.declare(len(DATA))
@@ -51,7 +51,7 @@ def follow(content: Ingest) -> Follower:
 
 
 async def in_vain(content: Ingest) -> MirrorError:
-    """A fetch that is to fail."""
+    """Run a fetch that has to fail, and return its error."""
     try:
         await go_on(content)
     except MirrorError as error:
@@ -61,8 +61,10 @@ async def in_vain(content: Ingest) -> MirrorError:
     raise AssertionError("it did not fail")
 
 
-async def test_what_does_not_belong_is_replaced_and_not_mixed(processes: list[Kit]) -> None:
-    """An upstream cannot resume what was left, and what was left was wrong."""
+async def test_bytes_that_the_upstream_cannot_continue_are_replaced_and_not_mixed(
+    processes: list[Kit],
+) -> None:
+    """The bytes of an earlier fetch are wrong, and the upstream cannot resume them."""
     await left_behind(processes[0], HALF)
     flip(processes[0].layout.ingest(DIGEST), 5)
     leader = Ingest(processes[0].ingest_context, DIGEST, None)
@@ -72,22 +74,26 @@ async def test_what_does_not_belong_is_replaced_and_not_mixed(processes: list[Ki
     assert await other.try_lead() is Role.FOLLOWER
     ours, theirs = follow(leader), follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        tailing = group.create_task(in_vain(other))
+        following = group.create_task(in_vain(other))
         assert len(await read(theirs, 0, HALF)) == HALF
-        assert leader.head == 0, "the leader's own clients wait for the upstream's word"
+        assert leader.head == 0, (
+            "the leader's own clients wait until the upstream confirms the content"
+        )
         assert leader.start_over()
         assert not leader.start_over()
         _, got = await asyncio.gather(bring(leader), read(ours))
         assert got == DATA
         with pytest.raises(DigestMismatch):
             await read(theirs, HALF)
-    assert isinstance(tailing.result(), DigestMismatch)
+    assert isinstance(following.result(), DigestMismatch)
     assert processes[0].layout.blob(DIGEST).read_bytes() == DATA
     ours.close()
     theirs.close()
 
 
-async def test_right_bytes_go_on_when_their_file_was_replaced(processes: list[Kit]) -> None:
+async def test_a_follower_of_right_bytes_continues_after_their_file_was_replaced(
+    processes: list[Kit],
+) -> None:
     await left_behind(processes[0], HALF)
     leader = Ingest(processes[0].ingest_context, DIGEST, None)
     await leader.try_lead()
@@ -101,15 +107,15 @@ async def test_right_bytes_go_on_when_their_file_was_replaced(processes: list[Ki
         assert await read(theirs, HALF) == DATA[HALF:]
     theirs.close()
     reasons = [e.reason for e in processes[1].events if isinstance(e, Uncached)]
-    assert reasons in (["handover"], []), "[]: it saw all of the new file before it looked"
+    assert reasons in (["handover"], []), "[]: the new file was complete before the first check"
 
 
 @pytest.mark.row("C7")
 @pytest.mark.parametrize("after", [1.0, 3600.0, -3600.0])
-async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
+async def test_a_leader_that_resumes_before_bytes_served_elsewhere_ends_those_readers(
     processes: list[Kit], after: float
 ) -> None:
-    """A moment after a death all that is there is its own; later it may be anything."""
+    """All bytes are kept within 3 s of the holder's death; later only those it had recorded."""
     first, second, third = processes
     dying = Ingest(first.ingest_context, DIGEST, None)
     await dying.try_lead()
@@ -119,17 +125,17 @@ async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
     other = Ingest(second.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
-    dying._lock.stop_heartbeat()
+    dying.lock.stop_heartbeat()
     state = IngestState(len(DATA), disk.boot_id(), HALF - 1000, holder="dead")
-    await dying._lock.write_state(state)
+    await dying.lock.write_state(state)
     now = time.time() + after
     fresh = Ingest(replace(third.ingest_context, now=lambda: now), DIGEST, None)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        tailing = group.create_task(in_vain(other) if after != 1.0 else go_on(other))
+        following = group.create_task(in_vain(other) if after != 1.0 else go_on(other))
         assert await read(theirs, 0, HALF) == DATA[:HALF]
-        dying._lock.close()  # what the kernel does for the dead
+        dying.lock.release()  # as the kernel does for a process that died
         role = await fresh.try_lead()
-        if role is Role.FOLLOWER:  # the other one was faster, as it may be
+        if role is Role.FOLLOWER:  # the other process was faster, which is right as well
             await go_on(fresh)
             assert await read(theirs, HALF) == DATA[HALF:]
             return
@@ -140,14 +146,14 @@ async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
         else:
             with pytest.raises(ContentLost):
                 await read(theirs, HALF)
-            assert isinstance(await tailing, ContentLost)
+            assert isinstance(await following, ContentLost)
             await bring(fresh)
     theirs.close()
     assert first.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_a_failure_of_yesterday_is_no_answer(processes: list[Kit]) -> None:
-    """Somebody has the lock already, and has not yet said that it goes on."""
+async def test_a_failure_recorded_before_we_followed_is_ignored(processes: list[Kit]) -> None:
+    """A new holder has the lock, and has not written its state yet."""
     await left_behind(processes[0], HALF)
     holder = IngestLock(processes[0].ingest_context, DIGEST)
     assert await holder.try_acquire(None, 0) is Role.LEADER
@@ -157,12 +163,11 @@ async def test_a_failure_of_yesterday_is_no_answer(processes: list[Kit]) -> None
         group.create_task(go_on(other))
         assert await read(theirs, 0, 1000) == DATA[:1000]
         holder.release()
-        holder.close()
         assert await read(theirs) == DATA
     theirs.close()
 
 
-async def test_a_failure_of_now_reaches_those_in_other_processes(processes: list[Kit]) -> None:
+async def test_a_failure_reaches_the_followers_in_other_processes(processes: list[Kit]) -> None:
     leader = Ingest(processes[0].ingest_context, DIGEST, None)
     await leader.try_lead()
     await leader.declare(len(DATA))
@@ -172,21 +177,21 @@ async def test_a_failure_of_now_reaches_those_in_other_processes(processes: list
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
-        tailing = group.create_task(in_vain(other))
+        following = group.create_task(in_vain(other))
         assert await read(theirs, 0, HALF) == DATA[:HALF]
         await leader.fail(UpstreamUnavailable("the upstream is gone"))
         leader.release()
         with pytest.raises(UpstreamUnavailable, match="the upstream is gone"):
             await theirs.wait(HALF)
-    assert isinstance(tailing.result(), UpstreamUnavailable)
+    assert isinstance(following.result(), UpstreamUnavailable)
     theirs.close()
 
 
 @pytest.mark.parametrize("size", [len(DATA), None])
-async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
+async def test_content_published_between_two_checks_is_read_to_its_end(
     processes: list[Kit], size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The length and the publication are two looks, and a publish may come in between."""
+    """The length and the publication are two checks. A publish may fall between."""
     leader = Ingest(processes[0].ingest_context, DIGEST, None)
     await leader.try_lead()
     await leader.declare(size)
@@ -199,12 +204,12 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
     looked = []
 
     def published_now(fd: int, path: Path) -> bool:
-        """Whoever looks whether it is published finds that it is, from the second look on."""
+        """Publish the content just before the first check whether it is published."""
         if path == layout.blob(DIGEST) and not looked:
             looked.append(path)
             os.pwrite(fd, DATA[HALF:], HALF)
-            assert leader._lock.fd is not None
-            fcntl.flock(leader._lock.fd, fcntl.LOCK_SH)
+            assert leader.lock.fd is not None
+            fcntl.flock(leader.lock.fd, fcntl.LOCK_SH)
             layout.ingest(DIGEST).rename(path)
         return real(fd, path)
 
@@ -221,11 +226,10 @@ async def test_content_that_is_published_while_it_is_looked_at_is_not_cut(
     leader.release()
 
 
-async def test_what_was_cut_under_a_follower_is_not_filled_up(processes: list[Kit]) -> None:
+async def test_a_file_shorter_than_the_bytes_served_is_not_resumed(processes: list[Kit]) -> None:
     await left_behind(processes[0], HALF)
     lock = IngestLock(processes[0].ingest_context, DIGEST)
     with pytest.raises(ContentLost):
         await lock.try_acquire(None, HALF + 1)
     lock.release()
-    lock.close()
     assert processes[0].layout.ingest(DIGEST).stat().st_size == HALF

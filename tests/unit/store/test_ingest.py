@@ -1,4 +1,4 @@
-"""Growing content: one writer, many followers, and every way in which it can go wrong."""
+"""One ingest: its fetch, its followers, wrong content, resumes and failed publishing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, kit, pieces, random_bytes, read
 
 
-async def test_followers_get_all_bytes_and_the_content_is_published(tmp_path: Path) -> None:
+async def test_all_followers_get_all_bytes_and_the_content_is_published(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(8)]
@@ -33,7 +33,7 @@ async def test_followers_get_all_bytes_and_the_content_is_published(tmp_path: Pa
             follower.close()
 
 
-async def test_a_follower_streams_before_the_end_is_there(tmp_path: Path) -> None:
+async def test_a_follower_reads_bytes_before_the_rest_has_arrived(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
@@ -51,7 +51,9 @@ async def test_a_follower_streams_before_the_end_is_there(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("size", [len(DATA), None])
-async def test_wrong_bytes_are_never_handed_out_whole(tmp_path: Path, size: int | None) -> None:
+async def test_wrong_content_is_never_readable_to_its_end_and_not_published(
+    tmp_path: Path, size: int | None
+) -> None:
     wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
@@ -75,7 +77,9 @@ async def test_wrong_bytes_are_never_handed_out_whole(tmp_path: Path, size: int 
 
 @pytest.mark.parametrize("data", [b"", b"x", random_bytes(65_536), random_bytes(65_537)])
 @pytest.mark.parametrize("declared", [True, False])
-async def test_every_length_arrives(tmp_path: Path, data: bytes, declared: bool) -> None:
+async def test_content_of_every_length_is_read_and_published(
+    tmp_path: Path, data: bytes, declared: bool
+) -> None:
     digest = Digest.of(data, "sha512")
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, digest, None)
@@ -89,7 +93,7 @@ async def test_every_length_arrives(tmp_path: Path, data: bytes, declared: bool)
         follower.close()
 
 
-async def test_a_fetch_that_stopped_is_resumed_where_it_ended(tmp_path: Path) -> None:
+async def test_a_failed_fetch_is_resumed_after_its_last_byte(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         first = Ingest(parts.ingest_context, DIGEST, None)
         await first.try_lead()
@@ -109,7 +113,9 @@ async def test_a_fetch_that_stopped_is_resumed_where_it_ended(tmp_path: Path) ->
 
 @pytest.mark.row("C8")
 @pytest.mark.parametrize("garbage", [b"\0" * 4096, random_bytes(4096, 9), b"\0" * 5_000_000])
-async def test_garbage_behind_an_ingest_is_not_resumed(tmp_path: Path, garbage: bytes) -> None:
+async def test_garbage_appended_to_an_ingest_file_is_cut_before_a_resume(
+    tmp_path: Path, garbage: bytes
+) -> None:
     with kit(tmp_path) as parts:
         first = Ingest(parts.ingest_context, DIGEST, None)
         await first.try_lead()
@@ -124,7 +130,7 @@ async def test_garbage_behind_an_ingest_is_not_resumed(tmp_path: Path, garbage: 
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
+async def test_more_bytes_than_the_declared_size_are_a_protocol_error(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         await content.try_lead()
@@ -134,12 +140,12 @@ async def test_more_bytes_than_announced_are_refused(tmp_path: Path) -> None:
         content.release()
 
 
-async def test_another_total_is_refused(tmp_path: Path) -> None:
+async def test_a_size_that_contradicts_arrived_bytes_is_a_protocol_error(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         await content.try_lead()
         await content.declare(9)
-        await content.declare(10)  # no byte of the other has come
+        await content.declare(10)  # no byte has arrived, so another size is accepted
         await content.feed(b"x")
         for size in (9, 11):
             with pytest.raises(UpstreamProtocolError):
@@ -149,7 +155,7 @@ async def test_another_total_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.row("D4")
 @pytest.mark.parametrize("call", ["fsync", "rename", "utime"])
-async def test_publishing_that_fails_publishes_nothing(
+async def test_a_failed_publish_is_not_retried_and_leaves_no_file(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -167,34 +173,34 @@ async def test_publishing_that_fails_publishes_nothing(
             patch.setattr(target, call, broken)
             _, got = await asyncio.gather(bring(content), read(follower))
         assert got == DATA
-        assert len(calls) == 1, "what failed once is not tried again"
+        assert len(calls) == 1, "a call that failed once must not be tried again"
         assert not parts.layout.blob(DIGEST).exists()
         assert not parts.layout.ingest(DIGEST).exists()
         follower.close()
 
 
 @pytest.mark.row("L5")
-async def test_a_range_far_ahead_waits_without_being_woken(tmp_path: Path) -> None:
+async def test_a_follower_of_a_range_far_ahead_is_woken_once(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         ahead = content.follow(2_900_000)
         assert ahead
         waits = 0
-        real = content.progress
+        real = content.waiters.wait
 
         async def counted(start: int) -> None:
             nonlocal waits
             waits += 1
             await real(start)
 
-        content.progress = counted  # type: ignore[method-assign] # counts the wake-ups
+        content.waiters.wait = counted  # type: ignore[method-assign] # counts the wake-ups
         _, got = await asyncio.gather(bring(content), read(ahead, 2_900_000, 2_900_100))
         assert got == DATA[2_900_000:2_900_100]
         assert waits == 1
         ahead.close()
 
 
-async def test_a_waiter_that_is_cancelled_takes_nobody_along(tmp_path: Path) -> None:
+async def test_a_cancelled_reader_does_not_disturb_the_others(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(10)]

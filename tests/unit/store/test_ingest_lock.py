@@ -1,4 +1,4 @@
-"""A claim on growing content: one holder at a time, in whichever process it is."""
+"""The lock of an ingest: one holder at a time in all processes, also after kills and cancels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from mirror.observability.events import Uncached
 from mirror.oci.errors import UpstreamUnavailable
-from mirror.store import disk, ingest, ingest_lock
+from mirror.store import disk, ingest_lock, other_process
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
@@ -69,21 +69,21 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-async def test_another_process_streams_along_and_sees_the_end(tmp_path: Path) -> None:
+async def test_a_second_process_reads_along_until_the_content_is_published(tmp_path: Path) -> None:
     process = leader(tmp_path, 1_000_000)
     try:
         with kit(tmp_path) as parts:
             content = Ingest(parts.ingest_context, DIGEST, None)
             follower = content.follow()
             assert follower
-            tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
+            following = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
             assert await read(follower, 0, 1_000_000) == DATA[:1_000_000]
             assert content.size == len(DATA)
             assert process.stdin
             process.stdin.write(b"\n")
             process.stdin.flush()
             assert await read(follower, 1_000_000) == DATA[1_000_000:]
-            await tailing
+            await following
             follower.close()
             assert await asyncio.to_thread(process.wait, 20) == 0
             assert parts.layout.blob(DIGEST).read_bytes() == DATA
@@ -93,7 +93,9 @@ async def test_another_process_streams_along_and_sees_the_end(tmp_path: Path) ->
 
 @pytest.mark.row("C7")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
-async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part: float) -> None:
+async def test_the_fetch_of_a_killed_process_is_taken_over_within_5_seconds(
+    tmp_path: Path, part: float
+) -> None:
     stop = int(len(DATA) * part)
     process = leader(tmp_path, stop)
     try:
@@ -102,14 +104,14 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
             follower = content.follow()
             assert follower
             assert await content.try_lead() is Role.FOLLOWER
-            tailing = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
+            following = asyncio.ensure_future(go_on(content))  # noqa: TID251 - a test
             assert await read(follower, 0, stop) == DATA[:stop]
             killed = time.monotonic()
             end(process)
             await follower.wait(stop)
             assert time.monotonic() - killed < 5
             assert await read(follower, stop) == DATA[stop:]
-            await tailing
+            await following
             follower.close()
             assert parts.layout.blob(DIGEST).read_bytes() == DATA
     finally:
@@ -117,10 +119,10 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
 
 
 @pytest.mark.row("M2")
-async def test_a_stopped_fetch_is_not_waited_for(
+async def test_a_follower_of_a_stopped_process_continues_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "STALLED", 1.5)
+    monkeypatch.setattr(other_process, "STALLED_S", 1.5)
     process = leader(tmp_path, 1_000_000)
     try:
         process.send_signal(signal.SIGSTOP)
@@ -145,7 +147,7 @@ async def test_a_stopped_fetch_is_not_waited_for(
 
 
 @pytest.mark.row("M4")
-async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) -> None:
+async def test_repeated_lock_and_unlink_never_makes_two_leaders(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         leaders = 0
         most = 0
@@ -160,20 +162,19 @@ async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) ->
                     most = max(most, leaders)
                     await asyncio.sleep(0)
                     leaders -= 1
-                    mine.drop()
+                    mine.remove_file()
                     await mine.settled()
-                    mine.release()
-                mine.close()
+                mine.release()
 
         await asyncio.gather(*(contend(250) for _ in range(4)))
         assert most == 1
 
 
-# --- a claim outlives whoever waits for it --------------------------------------------------------
+# --- threads outlive cancelled waiters ------------------------------------------------------------
 
 
 def descriptors(root: Path) -> list[str]:
-    """What this process has open below a data directory."""
+    """The files below a data directory that this process has open."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
@@ -183,7 +184,7 @@ def descriptors(root: Path) -> list[str]:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], threading.Event]]:
-    """``gate(name)``: this call of the disk waits until the event is set."""
+    """``gate(name)`` makes that function of ``disk`` wait until the returned event is set."""
     gates = []
 
     def close(name: str) -> threading.Event:
@@ -203,7 +204,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], threading.
 
 
 @pytest.mark.parametrize("call", ["open_ingest", "try_lock", "write_state"])
-async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
+async def test_a_fetch_cancelled_while_it_locks_leaves_no_lock_and_no_descriptor(
     tmp_path: Path, call: str, gate: Callable[[str], threading.Event]
 ) -> None:
     opened = gate(call)
@@ -216,14 +217,14 @@ async def test_a_fetch_that_is_cancelled_while_it_takes_the_lock_keeps_no_lock(
             await fetch
         content.release()
         opened.set()
-        await content._lock.settled()
+        await content.lock.settled()
         await eventually(lambda: not descriptors(tmp_path))
         again = Ingest(parts.ingest_context, DIGEST, None)
         await bring(again)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
+async def test_a_fetch_cancelled_while_it_publishes_still_publishes(
     tmp_path: Path, gate: Callable[[str], threading.Event]
 ) -> None:
     synced = gate("publish")
@@ -239,13 +240,13 @@ async def test_a_fetch_that_is_cancelled_while_it_publishes_has_published(
             await fetch
         content.release()
         follower.close()
-        assert descriptors(tmp_path), "the thread still needs it"
+        assert descriptors(tmp_path), "the thread still needs the file"
         synced.set()
         await eventually(lambda: not descriptors(tmp_path))
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
+async def test_followers_learn_of_a_failure_while_the_disk_hangs(
     tmp_path: Path, gate: Callable[[str], threading.Event]
 ) -> None:
     with kit(tmp_path) as parts:
@@ -272,7 +273,7 @@ async def test_a_disk_that_hangs_keeps_no_failure_from_those_who_wait(
         assert not descriptors(tmp_path)
 
 
-async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_believed(
+async def test_content_published_before_the_lock_was_taken_is_hashed_before_use(
     tmp_path: Path,
 ) -> None:
     with kit(tmp_path) as parts:
@@ -294,7 +295,7 @@ async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_beli
 
 
 @pytest.mark.row("D12")
-async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_path: Path) -> None:
+async def test_a_link_at_the_ingest_path_is_not_written_through(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_bytes(b"stays")
     with kit(tmp_path) as parts:
@@ -303,6 +304,6 @@ async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_
         follower = content.follow()
         assert follower
         _, got = await asyncio.gather(bring(content), read(follower))
-        assert got == DATA, "served, and not kept"
+        assert got == DATA, "it must be served although it is not stored"
         follower.close()
     assert target.read_bytes() == b"stays"

@@ -1,4 +1,4 @@
-"""Growing content that no disk takes: it goes on in memory, and its followers notice nothing."""
+"""Ingests that the disk refuses: they continue in memory, and their followers notice nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from mirror.observability.events import Uncached
 from mirror.oci.errors import ContentLost
 from mirror.oci.reference import Digest
-from mirror.store import disk, ingest
+from mirror.store import follower as follower_module
+from mirror.store import ingest_writer
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.reader import MemoryExtent
@@ -21,7 +22,7 @@ from tests.unit.store.kit import DATA, DIGEST, Kit, bring, kit, pieces, random_b
 
 
 def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Follower, ...]]:
-    """Content that finds no room on the disk, and ``count`` that follow it."""
+    """An ingest without space on the disk, and ``count`` followers."""
     parts.room[0] = False
     content = Ingest(parts.ingest_context, digest, None)
     return content, *(Follower(content, 0) for _ in range(count))
@@ -29,10 +30,10 @@ def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Fo
 
 @pytest.mark.row("D1")
 @pytest.mark.parametrize("limit", [0, 1, 65_535, 1_000_000, len(DATA) - 1])
-async def test_a_disk_that_is_full_does_not_fail_a_pull(
+async def test_a_full_disk_does_not_fail_a_pull_and_leaves_no_file(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = disk.write_all
+    real = ingest_writer.write_all
 
     def full(fd: int, chunks: list[bytes], offset: int) -> int:
         end = offset + sum(map(len, chunks))
@@ -40,9 +41,9 @@ async def test_a_disk_that_is_full_does_not_fail_a_pull(
             return real(fd, chunks, offset)
         room = max(0, limit - offset)
         real(fd, [b"".join(chunks)[:room]], offset)
-        raise disk.ShortWrite(OSError(errno.ENOSPC, "full"), offset + room)
+        raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), offset + room)
 
-    monkeypatch.setattr(disk, "write_all", full)
+    monkeypatch.setattr(ingest_writer, "write_all", full)
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(3)]
@@ -58,30 +59,30 @@ async def test_a_disk_that_is_full_does_not_fail_a_pull(
         assert not list((tmp_path / "ingest" / "sha256").iterdir())
 
 
-async def test_no_room_means_memory_and_bounded(tmp_path: Path) -> None:
+async def test_without_space_content_passes_through_bounded_memory(tmp_path: Path) -> None:
     data = random_bytes(40_000_000)
     digest = Digest.of(data)
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, digest, 1)
-        held = 0
+        unread = 0
 
         async def slow() -> bytes:
-            nonlocal held
+            nonlocal unread
             got = bytearray()
             while extent := await follower.wait(len(got)):
                 assert isinstance(extent, MemoryExtent)
                 got += extent.data
-                held = max(held, content.head - len(got))
+                unread = max(unread, content.head - len(got))
                 await asyncio.sleep(0)
             return bytes(got)
 
         _, got = await asyncio.gather(bring(content, data, len(data)), slow())
         assert got == data
-        assert held <= 2 * ingest.PENDING_LIMIT + 65_536
+        assert unread <= 2 * ingest_writer.PENDING_LIMIT_BYTES + 65_536
         follower.close()
 
 
-async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
+async def test_an_ingest_in_memory_cannot_be_joined_before_its_window(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, DIGEST, 1)
         await content.try_lead()
@@ -100,10 +101,10 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("D1")
-async def test_one_that_reads_nothing_does_not_hold_up_the_others(
+async def test_a_follower_that_reads_nothing_is_dropped_when_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 0.05)
+    monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.05)
     data = random_bytes(40_000_000)
     with kit(tmp_path) as parts:
         content, stuck, *others = in_memory(parts, Digest.of(data), 3)
@@ -116,7 +117,7 @@ async def test_one_that_reads_nothing_does_not_hold_up_the_others(
             follower.close()
 
 
-async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_again(
+async def test_a_dropped_follower_counts_again_if_it_returns_in_time(
     tmp_path: Path,
 ) -> None:
     with kit(tmp_path) as parts:
@@ -128,7 +129,7 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
         content.followers -= {slow}
         await slow.wait(0)
         await quick.wait(65_535)
-        content.moved()
+        content.on_follower_moved()
         assert await read(slow, 0, 65_536) == DATA[:65_536]
         content.followers -= {slow}
         await slow.wait(0)
@@ -136,19 +137,21 @@ async def test_one_that_was_left_behind_and_comes_back_in_time_is_waited_for_aga
         content.followers -= {slow}
         await content.feed(DATA[65_536:131_072])
         await quick.wait(131_071)
-        content.moved()
+        content.on_follower_moved()
         with pytest.raises(ContentLost):
             await slow.wait(0)
-        assert slow not in content.followers, "what it needs has gone: nobody waits for it"
+        assert slow not in content.followers, (
+            "its bytes have left memory, so the fetch must not wait for it"
+        )
         content.release()
         slow.close()
         quick.close()
 
 
-async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
+async def test_a_follower_that_reads_nothing_is_not_dropped_when_it_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ingest, "PATIENCE", 0.01)
+    monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.01)
     data = random_bytes(20_000_000)
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, Digest.of(data), 1)
@@ -163,7 +166,7 @@ async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
 
 @pytest.mark.row("R8")
 @pytest.mark.parametrize("granted", [0, 1, 3])
-async def test_content_of_unknown_size_asks_for_room_as_it_grows(
+async def test_content_of_unknown_size_reserves_space_step_by_step(
     tmp_path: Path, granted: int
 ) -> None:
     data = random_bytes(30_000_000)
@@ -183,13 +186,13 @@ async def test_content_of_unknown_size_asks_for_room_as_it_grows(
         assert not parts.layout.blob(digest).exists()
         assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["full"]
         assert len(asked) == granted + 1
-        # beside what it wants to come, a piece that waits to be known as the last one or not
-        step = range(ingest.PENDING_LIMIT, ingest.PENDING_LIMIT + 65_537)
+        # each request is for one step, and for the chunk that is held back as the possible end
+        step = range(ingest_writer.PENDING_LIMIT_BYTES, ingest_writer.PENDING_LIMIT_BYTES + 65_537)
         assert all(need in step for need in asked)
         follower.close()
 
 
-async def test_content_of_unknown_size_is_kept_where_there_is_room(tmp_path: Path) -> None:
+async def test_content_of_unknown_size_is_published_if_there_is_space(tmp_path: Path) -> None:
     data = random_bytes(30_000_000)
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, Digest.of(data), None)
@@ -198,21 +201,21 @@ async def test_content_of_unknown_size_is_kept_where_there_is_room(tmp_path: Pat
 
 
 @pytest.mark.row("D1")
-async def test_a_disk_that_fills_up_while_room_is_asked_for_mixes_nothing_up(
+async def test_a_short_write_during_a_reservation_keeps_the_order_of_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal comes while a batch is on its way, of which the disk takes a part."""
+    """The disk takes a part of a batch while the fetch waits to reserve the next step."""
     data = random_bytes(12_000_000)
-    real, slow = disk.write_all, threading.Event()
+    real, slow = ingest_writer.write_all, threading.Event()
 
     def write_all(fd: int, chunks: list[bytes], offset: int) -> int:
         if offset == 0:
             return real(fd, chunks, offset)
         slow.wait(30)
         end = real(fd, [b"".join(chunks)[:1000]], offset)
-        raise disk.ShortWrite(OSError(errno.ENOSPC, "full"), end)
+        raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), end)
 
-    monkeypatch.setattr(disk, "write_all", write_all)
+    monkeypatch.setattr(ingest_writer, "write_all", write_all)
     with kit(tmp_path) as parts:
         asked = 0
 

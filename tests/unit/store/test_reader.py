@@ -1,4 +1,4 @@
-"""One suite for every reader, whatever state its content is in."""
+"""The contract of readers, tested on each state that content can be in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TypeAlias
 import pytest
 
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
-from mirror.store import blobs as content_module
+from mirror.store import blobs as blobs_module
 from mirror.store import disk
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
@@ -33,22 +33,22 @@ from tests.unit.store.kit import (
     read,
 )
 
-DATA = random_bytes(content_module.SMALL + 700_000, 81)
+DATA = random_bytes(blobs_module.SMALL + 700_000, 81)
 WRONG = DATA[:-1] + bytes([DATA[-1] ^ 1])
 
 
 @dataclass
 class Scene:
-    """Content in some state, and how it comes to its end."""
+    """Content in one state, and how a test completes it."""
 
     layout: Layout
     open: Callable[[], Awaitable[Reader]]
     finish: Callable[[], Awaitable[None]]
-    """All bytes are there, and they are verified."""
+    """Completes and verifies the content."""
     waits: bool = True
-    """Whether there is anything to wait for."""
-    kept: bool = True
-    """Whether it is on disk in the end."""
+    """Whether a reader has to wait for the end."""
+    is_stored: bool = True
+    """Whether the content is on disk in the end."""
 
 
 Making: TypeAlias = Callable[[Path, bytes], AbstractAsyncContextManager[Scene]]
@@ -74,7 +74,7 @@ async def ageing(root: Path, data: bytes) -> AsyncIterator[Scene]:
         digest = await put(parts, DATA)
         parts.layout.blob(digest).write_bytes(data)
         no_trace(parts.layout.blob(digest))
-        for _ in range(4):  # what is hashed waits for the gate
+        for _ in range(4):  # hashing waits for the gate
             parts.pools[3].submit(gate.wait)
 
         async def finish() -> None:
@@ -97,16 +97,16 @@ def _finder(parts: Kit) -> Callable[[], Awaitable[Reader]]:
 
 @asynccontextmanager
 async def ingest(
-    root: Path, data: bytes, *, known: bool = True, kept: bool = True, left: int = 0
+    root: Path, data: bytes, *, has_size: bool = True, is_stored: bool = True, resumed_from: int = 0
 ) -> AsyncIterator[Scene]:
     with kit(root) as parts:
-        parts.room[0] = kept
-        if left:
-            await _leave(parts, data[:left])
+        parts.room[0] = is_stored
+        if resumed_from:
+            await _leave_file(parts, data[:resumed_from])
         content = Ingest(parts.ingest_context, DIGEST, None)
         assert await content.try_lead() is Role.LEADER
-        assert content.position == left
-        await content.declare(len(data) if known else None)
+        assert content.position == resumed_from
+        await content.declare(len(data) if has_size else None)
 
         async def follow() -> Reader:
             follower = content.follow()
@@ -115,18 +115,18 @@ async def ingest(
 
         async with asyncio.TaskGroup() as group:
             first = asyncio.Event()
-            fetch = group.create_task(_bring(content, data, first))
+            fetch = group.create_task(_fetch(content, data, first))
 
             async def finish() -> None:
                 first.set()
 
-            yield Scene(parts.layout, follow, finish, kept=kept)
+            yield Scene(parts.layout, follow, finish, is_stored=is_stored)
             first.set()
             await fetch
 
 
-async def _leave(parts: Kit, data: bytes) -> None:
-    """What a fetch left that broke."""
+async def _leave_file(parts: Kit, data: bytes) -> None:
+    """Leave the file of a fetch that failed after ``data``."""
     content = Ingest(parts.ingest_context, DIGEST, None)
     await content.try_lead()
     await content.declare(len(DATA))
@@ -135,8 +135,8 @@ async def _leave(parts: Kit, data: bytes) -> None:
     content.release()
 
 
-async def _bring(content: Ingest, data: bytes, first: asyncio.Event) -> None:
-    """All but the last piece, and that one when it is time."""
+async def _fetch(content: Ingest, data: bytes, first: asyncio.Event) -> None:
+    """Feed all chunks but the last, and that one once ``first`` is set."""
     try:
         chunks = pieces(data[content.position :])
         for chunk in chunks[:-1]:
@@ -151,9 +151,9 @@ async def _bring(content: Ingest, data: bytes, first: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def tailed(root: Path, data: bytes, *, known: bool = True) -> AsyncIterator[Scene]:
-    """Another process's fetch; a lock belongs to an open file, so this process will do."""
-    async with ingest(root, data, known=known) as scene:
+async def other_process(root: Path, data: bytes, *, has_size: bool = True) -> AsyncIterator[Scene]:
+    """Another process's fetch: a ``flock`` belongs to an open file, so two kits act as two."""
+    async with ingest(root, data, has_size=has_size) as scene:
         with kit(root) as parts:
             content = Ingest(parts.ingest_context, DIGEST, None)
             assert await content.try_lead() is Role.FOLLOWER
@@ -183,15 +183,15 @@ def _with(make: Callable[..., AbstractAsyncContextManager[Scene]], **options: ob
 STATES: dict[str, Making] = {
     "trusted": trusted,
     "ageing": ageing,
-    "growing": ingest,
-    "growing, resumed": _with(ingest, left=1_000_000),
-    "growing, of unknown size": _with(ingest, known=False),
-    "in memory": _with(ingest, kept=False),
-    "in memory, of unknown size": _with(ingest, known=False, kept=False),
-    "in another process": tailed,
-    "in another process, of unknown size": _with(tailed, known=False),
+    "ingest": ingest,
+    "ingest, resumed": _with(ingest, resumed_from=1_000_000),
+    "ingest, of unknown size": _with(ingest, has_size=False),
+    "in memory": _with(ingest, is_stored=False),
+    "in memory, of unknown size": _with(ingest, has_size=False, is_stored=False),
+    "in another process": other_process,
+    "in another process, of unknown size": _with(other_process, has_size=False),
 }
-DIGEST = content_module.Digest.of(DATA)
+DIGEST = blobs_module.Digest.of(DATA)
 every_state = pytest.mark.parametrize("make", STATES.values(), ids=STATES.keys())
 every_state_that_waits = pytest.mark.parametrize(
     "make", [make for make in STATES.values() if make is not trusted], ids=list(STATES)[1:]
@@ -209,7 +209,7 @@ async def readers(scene: Scene, count: int) -> AsyncIterator[list[Reader]]:
 
 
 def taken(extent: Extent, start: int) -> bytes:
-    """The bytes of an extent, which begins where it was asked to."""
+    """The bytes of an extent, which must begin at ``start``."""
     assert extent.start == start < extent.stop
     if isinstance(extent, FileExtent):
         return os.pread(extent.fd, extent.stop - start, start)
@@ -217,7 +217,7 @@ def taken(extent: Extent, start: int) -> bytes:
 
 
 @every_state
-async def test_all_bytes_and_then_none(tmp_path: Path, make: Making) -> None:
+async def test_wait_returns_all_bytes_and_then_none(tmp_path: Path, make: Making) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 3) as opened:
         await scene.finish()
         async with asyncio.timeout(30):
@@ -231,7 +231,7 @@ async def test_all_bytes_and_then_none(tmp_path: Path, make: Making) -> None:
 
 
 @every_state
-async def test_extents_are_where_they_were_asked_for(tmp_path: Path, make: Making) -> None:
+async def test_extents_begin_at_start_and_end_at_stop_at_most(tmp_path: Path, make: Making) -> None:
     chance = random.Random(5)
     edges = sorted(chance.sample(range(len(DATA)), 20))
     async with make(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
@@ -253,7 +253,9 @@ async def test_extents_are_where_they_were_asked_for(tmp_path: Path, make: Makin
 
 
 @every_state
-async def test_a_reader_that_is_closed_hands_out_nothing(tmp_path: Path, make: Making) -> None:
+async def test_a_closed_reader_raises_content_lost_and_others_read_on(
+    tmp_path: Path, make: Making
+) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 2) as (gone, stays):
         gone.close()
         gone.close()
@@ -266,11 +268,13 @@ async def test_a_reader_that_is_closed_hands_out_nothing(tmp_path: Path, make: M
 
 
 @every_state_that_waits
-async def test_the_end_waits_until_the_digest_holds(tmp_path: Path, make: Making) -> None:
+async def test_the_last_byte_waits_until_the_digest_is_verified(
+    tmp_path: Path, make: Making
+) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 2) as (first, last):
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             begin = await first.wait(0)
-            assert begin, "what is there flows at once"
+            assert begin, "bytes that have arrived must not wait"
             assert taken(begin, 0) == DATA[: begin.stop]
             end = group.create_task(last.wait(len(DATA) - 1))
             beyond = group.create_task(last.wait(len(DATA) - 1, len(DATA)))
@@ -286,7 +290,7 @@ async def test_the_end_waits_until_the_digest_holds(tmp_path: Path, make: Making
 
 
 @every_state_that_waits
-async def test_of_wrong_bytes_nobody_gets_the_end(tmp_path: Path, make: Making) -> None:
+async def test_no_reader_gets_the_end_of_wrong_content(tmp_path: Path, make: Making) -> None:
     async with make(tmp_path, WRONG) as scene, readers(scene, 3) as opened:
         got = [0, 0, 0]
 
@@ -298,16 +302,18 @@ async def test_of_wrong_bytes_nobody_gets_the_end(tmp_path: Path, make: Making) 
         await scene.finish()
         async with asyncio.timeout(30):
             ends = await tasks
-        if make not in (tailed, STATES["in another process, of unknown size"]):
+        if make not in (other_process, STATES["in another process, of unknown size"]):
             assert [type(end) for end in ends] == [DigestMismatch] * 3
-        # Another process may begin anew, by itself; and what it had was wrong.
+        # A second process may fetch again by itself, so its readers may get another error.
         assert all(isinstance(end, MirrorError) for end in ends)
         assert max(got) < len(DATA)
         assert not scene.layout.blob(DIGEST).exists()
 
 
 @every_state_that_waits
-async def test_a_wait_that_is_cancelled_takes_no_other_along(tmp_path: Path, make: Making) -> None:
+async def test_a_cancelled_wait_does_not_disturb_other_readers(
+    tmp_path: Path, make: Making
+) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 9) as opened:
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             waits = [group.create_task(r.wait(len(DATA) - 1)) for r in opened]
@@ -323,11 +329,13 @@ async def test_a_wait_that_is_cancelled_takes_no_other_along(tmp_path: Path, mak
                 assert extent
                 assert taken(extent, len(DATA) - 1) == DATA[-1:]
         async with asyncio.timeout(30):
-            assert (await opened[0].wait(len(DATA) - 1)) is not None, "it may ask again"
+            assert (await opened[0].wait(len(DATA) - 1)) is not None, (
+                "a reader may wait again after a cancelled wait"
+            )
 
 
 @every_state
-async def test_what_is_read_is_not_evicted_and_what_was_is_still_read(
+async def test_open_content_is_not_evicted_and_unlinked_content_stays_readable(
     tmp_path: Path, make: Making
 ) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
@@ -336,11 +344,11 @@ async def test_what_is_read_is_not_evicted_and_what_was_is_still_read(
         async with asyncio.timeout(30):
             assert await read(reader, 0, 1000) == DATA[:1000]
             assert await read(reader, len(DATA) - 1) == DATA[-1:]
-        if not scene.kept:
+        if not scene.is_stored:
             assert not path.exists()
             return
         await eventually(path.exists)
-        # Its fetch holds it until the reader does.
+        # The fetch protects the content until the reader holds its own lease.
         await eventually(lambda: not can_be_evicted(path))
         await asyncio.sleep(0)
         assert not can_be_evicted(path)
@@ -350,7 +358,7 @@ async def test_what_is_read_is_not_evicted_and_what_was_is_still_read(
 
 
 def can_be_evicted(path: Path) -> bool:
-    """Whether nobody holds a lease, which is what an eviction asks."""
+    """Whether no reader holds a lease: the check that eviction makes."""
     fd = os.open(path, os.O_RDONLY)
     try:
         return disk.try_lock(fd)
@@ -359,7 +367,9 @@ def can_be_evicted(path: Path) -> bool:
 
 
 @every_state
-async def test_a_lease_ends_with_its_last_reader(tmp_path: Path, make: Making) -> None:
+async def test_content_can_be_evicted_after_its_last_reader_is_closed(
+    tmp_path: Path, make: Making
+) -> None:
     async with make(tmp_path, DATA) as scene:
         async with readers(scene, 2) as (first, second):
             await scene.finish()
@@ -367,12 +377,14 @@ async def test_a_lease_ends_with_its_last_reader(tmp_path: Path, make: Making) -
                 assert await read(first) == DATA
                 assert await read(second) == DATA
         path = scene.layout.blob(DIGEST)
-        if scene.kept:
+        if scene.is_stored:
             await eventually(lambda: path.exists() and can_be_evicted(path))
 
 
 @every_state
-async def test_small_content_is_bytes_once_it_is_verified(tmp_path: Path, make: Making) -> None:
+async def test_read_all_returns_verified_content_up_to_its_limit(
+    tmp_path: Path, make: Making
+) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 2) as (first, second):
         await scene.finish()
         async with asyncio.timeout(30):
@@ -381,7 +393,7 @@ async def test_small_content_is_bytes_once_it_is_verified(tmp_path: Path, make: 
                 await read_all(second, len(DATA) - 1)
 
 
-async def test_content_that_is_cut_while_it_is_read_is_lost(tmp_path: Path) -> None:
+async def test_read_all_of_a_file_that_was_cut_raises_content_lost(tmp_path: Path) -> None:
     async with trusted(tmp_path, DATA) as scene, readers(scene, 1) as (reader,):
         os.truncate(scene.layout.blob(DIGEST), 1000)
         with pytest.raises(ContentLost, match="cut"):

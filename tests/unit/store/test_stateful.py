@@ -32,7 +32,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Evicted
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import ingest
+from mirror.store import ingest, ingest_writer
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
@@ -69,7 +69,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="oci-mirror-stateful-"))
         self.loop = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(ingest, "PENDING_LIMIT", 4 * PIECE)
+        for module in (ingest, ingest_writer):
+            self.patch.setattr(module, "PENDING_LIMIT_BYTES", 4 * PIECE)
         self.clock = [1_800_000_000.0]
         self.chance = random.Random(0)
         self.events: list[object] = []
@@ -324,10 +325,10 @@ class StoreMachine(RuleBasedStateMachine):
                 for piece in pieces(data[content.position : int(len(data) * part)], PIECE):
                     if content.size is not None and content.position + len(piece) < content.size:
                         await content.feed(piece)
-                await content._written_so_far()
-            content._lock.stop_heartbeat()
-            await content._lock.settled()
-            content._lock.close()
+                await content._writer.wait_until_written()
+            content.lock.stop_heartbeat()
+            await content.lock.settled()
+            content.lock.release()
             s = self.store
             for pool in (s._opening, s._writing, s._publishing, s._hashing):
                 await asyncio.get_running_loop().run_in_executor(None, pool.shutdown)

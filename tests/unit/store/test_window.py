@@ -1,4 +1,4 @@
-"""The window: bytes in memory that slide with their readers."""
+"""The window of bytes in memory, which slides with its readers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def data_at(start: int, count: int) -> bytes:
 
 
 class Sliding(RuleBasedStateMachine):
-    """Readers at any positions; the window against all that was ever appended."""
+    """Readers at random positions; every byte that they read is compared."""
 
     @initialize(origin=st.integers(0, 1000))
     def begin(self, origin: int) -> None:
@@ -62,7 +62,7 @@ class Sliding(RuleBasedStateMachine):
         self.window.slide(self.readers)
 
     @invariant()
-    def nothing_that_a_reader_needs_is_gone(self) -> None:
+    def every_byte_that_a_reader_needs_is_in_the_window(self) -> None:
         window = self.window
         assert self.origin <= window.start <= window.stop
         assert len(window) == window.stop - window.start
@@ -78,23 +78,21 @@ TestSliding.settings = settings(max_examples=40, stateful_step_count=25, deadlin
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.data())
-def test_what_all_readers_have_behind_them_is_dropped(
-    sizes: list[int], data: st.DataObject
-) -> None:
+def test_chunks_before_the_slowest_reader_are_freed(sizes: list[int], data: st.DataObject) -> None:
     window = Window(0)
     offsets = [sum(sizes[:n]) for n in range(len(sizes) + 1)]
     window.append([data_at(start, size) for start, size in zip(offsets, sizes, strict=False)])
     positions = data.draw(st.lists(st.integers(0, offsets[-1]), max_size=3))
     window.slide(positions)
     floor = min(positions, default=window.stop)
-    # chunks are kept whole: what is left begins where the one does that the slowest is in
+    # chunks are never split: the window begins with the chunk that the slowest reader is in
     assert window.start == max(offset for offset in offsets if offset <= floor)
     assert window.holds_all_from(window.start)
     assert window.holds_all_from(0) == (window.start == 0)
 
 
 @pytest.mark.parametrize("start", [4, 9, 20, 25])
-def test_bytes_that_are_gone_or_have_not_come_are_refused(start: int) -> None:
+def test_bytes_outside_the_window_raise_content_lost(start: int) -> None:
     window = Window(5)
     window.append([data_at(5, 5), data_at(10, 10)])
     window.slide([12])
@@ -102,11 +100,14 @@ def test_bytes_that_are_gone_or_have_not_come_are_refused(start: int) -> None:
         window.extent(start, 30)
 
 
-async def test_who_appends_waits_until_something_was_dropped() -> None:
+async def test_a_wait_ends_once_a_chunk_is_freed() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        first, second = group.create_task(window.room(30)), group.create_task(window.room(30))
+        first, second = (
+            group.create_task(window.wait_until_freed(30)),
+            group.create_task(window.wait_until_freed(30)),
+        )
         await asyncio.sleep(0)
         window.slide([5])
         await asyncio.sleep(0)
@@ -117,26 +118,26 @@ async def test_who_appends_waits_until_something_was_dropped() -> None:
     assert len(window) == 10
 
 
-async def test_a_wait_for_room_has_an_end() -> None:
+async def test_a_wait_returns_false_after_its_timeout() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
-    assert window.next_drop == 10
-    assert not await window.room(0.01)
+    assert window.first_chunk_end == 10
+    assert not await window.wait_until_freed(0.01)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        wait = group.create_task(window.room(30))
+        wait = group.create_task(window.wait_until_freed(30))
         await asyncio.sleep(0)
         window.slide([10])
-        assert window.next_drop == 20
+        assert window.first_chunk_end == 20
     assert wait.result()
     window.slide([])
-    assert window.next_drop == 20, "nothing is left: the next bytes begin there"
+    assert window.first_chunk_end == 20, "the window is empty: the next chunk begins there"
 
 
-async def test_a_wait_for_room_that_is_cancelled_takes_no_other_along() -> None:
+async def test_a_cancelled_wait_does_not_cancel_the_others() -> None:
     window = Window(0)
     window.append([b"x"])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        waits = [group.create_task(window.room(30)) for _ in range(3)]
+        waits = [group.create_task(window.wait_until_freed(30)) for _ in range(3)]
         await asyncio.sleep(0)
         waits[0].cancel()
         await asyncio.sleep(0)

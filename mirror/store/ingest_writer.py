@@ -1,0 +1,245 @@
+"""The writer of one ingest: hashes its bytes and writes them to disk, one batch at a time.
+
+Contains the queue of chunks, the batches, and the blocking calls that a thread runs for each.
+Must not know: upstreams, followers' positions, who holds the lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Final
+
+from mirror.oci.errors import ContentLost, MirrorError
+from mirror.oci.reference import Verifier
+from mirror.store import disk
+from mirror.store.follower import ReadableIngest
+
+PENDING_LIMIT_BYTES: Final = 8 * 1024 * 1024
+"""Bytes that may wait for the disk or for followers before reading from the upstream pauses.
+
+It bounds the memory of one fetch, and is large enough for batches that a disk writes well.
+"""
+_CATCH_UP_BYTES: Final = 64 * 1024 * 1024
+"""Bytes of an earlier fetch that are hashed with each batch.
+
+More would delay the batch, and so the followers, for longer than about 0.1 s.
+"""
+_MAX_BUFFERS: Final = 512
+"""Buffers in one ``pwritev``, which takes at most 1024 (``IOV_MAX``) on Linux."""
+
+
+class IngestWriter:
+    """Hashes and writes the chunks of one ingest. At most one batch is in a thread at a time."""
+
+    def __init__(self, ingest: ReadableIngest) -> None:
+        self.error: MirrorError | None = None
+        """Why no further byte can be taken; None as long as all is well."""
+        self._ingest = ingest
+        self._verifier = Verifier(ingest.digest)
+        self._pending: list[bytes] = []
+        self._has_ended = False
+        self._job: asyncio.Future[int] | None = None
+
+    async def write(self, chunk: bytes) -> None:
+        """Add the next bytes. Pauses while more than ``PENDING_LIMIT_BYTES`` wait.
+
+        Raises ``DigestMismatch`` or ``ContentLost`` of this batch or of an earlier one.
+        """
+        ingest = self._ingest
+        self._pending.append(chunk)
+        ingest.position += len(chunk)
+        self._start_next_batch()
+        while self.error is None and self._backlog() > PENDING_LIMIT_BYTES:
+            if self._job is not None:
+                await asyncio.wait({self._job})
+            elif ingest.window is not None and ingest.followers:
+                await ingest.wait_for_memory()
+            else:
+                ingest.on_follower_moved()
+                break
+        if self.error is not None:
+            raise self.error
+
+    async def write_last(self) -> None:
+        """Write what is pending as the end of the content, and return once it is verified.
+
+        Raises ``DigestMismatch`` or ``ContentLost``.
+        """
+        self._has_ended = True
+        self._start_next_batch()
+        await self.wait_until_written()
+        if self.error is not None:
+            raise self.error
+
+    async def wait_until_written(self) -> None:
+        """Return once no batch is in a thread."""
+        while self._job is not None:
+            await asyncio.wait({self._job})
+
+    def discard_pending(self) -> None:
+        """Drop the chunks that no thread has begun to write."""
+        self._pending.clear()
+
+    def _backlog(self) -> int:
+        window = self._ingest.window
+        return sum(map(len, self._pending)) + (len(window) if window is not None else 0)
+
+    def _start_next_batch(self) -> None:
+        """Give the pending chunks to a thread, unless it is still busy with the last batch."""
+        ingest = self._ingest
+        if self._job is not None or ingest.closed or self.error is not None:
+            return
+        is_last = self._has_ended or ingest.position == ingest.size
+        # Without a known size, the newest chunk may be the last. It is held back until the end is
+        # known, because the last batch has to be hashed before it is written.
+        held_back = 1 if ingest.size is None and not is_last else 0
+        batch = self._pending[: len(self._pending) - held_back]
+        if not batch and not is_last:
+            return
+        start = ingest.position - sum(map(len, self._pending))
+        del self._pending[: len(batch)]
+        append = partial(append_batch, is_last=is_last, is_stored=ingest.window is None)
+        self._job = ingest.lock.run_in_thread(
+            ingest.context.io,
+            append,
+            ingest.lock.fd,
+            self._verifier,
+            batch,
+            start,
+            when_done=lambda job: self._on_batch_written(job, batch, start, is_last),
+        )
+
+    def _on_batch_written(
+        self, job: asyncio.Future[int], batch: list[bytes], start: int, is_last: bool
+    ) -> None:
+        ingest = self._ingest
+        self._job = None
+        ingest.last_progress = time.monotonic()
+        try:
+            self._hand_out(batch, job.result(), is_last)
+        except ShortWrite as short:
+            ingest.on_disk = short.end
+            ingest.continue_in_memory(disk.reason_of(short.cause))
+            remaining = bytes_after(batch, short.end - start)
+            if is_last:
+                # The last batch is hashed before it is written. So these bytes are verified, and
+                # can be served from memory.
+                self._hand_out(remaining, start, is_last)
+            else:
+                self._pending[:0] = remaining
+        except MirrorError as error:
+            self.error = error
+        except OSError as error:
+            self.error = ContentLost(f"the ingest file cannot be read: {error.strerror}")
+        ingest.wake_followers()
+        self._start_next_batch()
+
+    def _hand_out(self, batch: list[bytes], end: int, is_last: bool) -> None:
+        """Let followers have ``batch``, which is in the file up to ``end`` unless in memory."""
+        ingest = self._ingest
+        if ingest.window is None:
+            ingest.on_disk = end
+        else:
+            ingest.window.append(batch)
+            ingest.on_follower_moved()
+        if is_last:
+            ingest.size = ingest.position
+            ingest.verified = True
+
+
+# --- blocking calls -------------------------------------------------------------------------------
+
+
+class ShortWrite(Exception):
+    """The disk refused in the middle of a batch: ``end`` bytes of the content are in the file."""
+
+    def __init__(self, cause: OSError, end: int) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.end = end
+
+
+def append_batch(
+    fd: int | None,
+    verifier: Verifier,
+    batch: list[bytes],
+    start: int,
+    *,
+    is_last: bool,
+    is_stored: bool,
+) -> int:
+    """Hash ``batch`` and write it. Blocks.
+
+    Args:
+        fd: The ingest file; None if it is closed.
+        verifier: The hash of the content before ``start``, or of a part of it.
+        batch: The next bytes of the content.
+        start: Offset of the first of them.
+        is_last: The content ends with them. All of it is hashed before any of them is written.
+        is_stored: Write them to ``fd``. False for content that stays in memory.
+
+    Returns:
+        The offset after ``batch``.
+
+    Raises:
+        DigestMismatch: The content is complete and its hash is another one.
+        ShortWrite: The disk took only a part of ``batch``.
+        OSError: The bytes of an earlier fetch cannot be read.
+    """
+    if is_last or not is_stored:
+        if verifier.position < start:
+            disk.hash_file(_require_open(fd), verifier, start)
+        verifier.update_all(batch)
+        if is_last:
+            verifier.finish()
+        if not is_stored:
+            return start + sum(map(len, batch))
+    end = write_all(_require_open(fd), batch, start)
+    if not is_last and verifier.position == start:
+        verifier.update_all(batch)
+    elif not is_last:
+        # The hash is still behind, at bytes of an earlier fetch. Each batch hashes a part of them.
+        disk.hash_file(_require_open(fd), verifier, min(end, verifier.position + _CATCH_UP_BYTES))
+    return end
+
+
+def _require_open(fd: int | None) -> int:
+    if fd is None:
+        raise OSError(errno.EBADF, "the ingest file is closed")
+    return fd
+
+
+def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
+    """Write at ``offset`` until all is written; returns the new end. Short writes are continued.
+
+    Raises ``ShortWrite`` with the end that was reached, so that the file's valid length is known.
+    """
+    views = [memoryview(chunk) for chunk in chunks if chunk]
+    while views:
+        try:
+            count = os.pwritev(fd, views[:_MAX_BUFFERS], offset)
+        except OSError as error:
+            raise ShortWrite(error, offset) from error
+        if count == 0:
+            raise ShortWrite(OSError(errno.ENOSPC, "nothing could be written"), offset)
+        offset += count
+        while views and count >= len(views[0]):
+            count -= len(views.pop(0))
+        if count:
+            views[0] = views[0][count:]
+    return offset
+
+
+def bytes_after(batch: list[bytes], count: int) -> list[bytes]:
+    """The chunks of ``batch`` without its first ``count`` bytes."""
+    remaining = []
+    for chunk in batch:
+        if count < len(chunk):
+            remaining.append(chunk[max(0, count) :])
+        count -= len(chunk)
+    return remaining

@@ -1,0 +1,142 @@
+"""Following an ingest that another process fetches, by its file and its state file.
+
+Contains the loop that reads how far the other process is, and decides when this process takes over.
+Must not know: this process's followers, upstreams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from mirror.oci.errors import ContentLost, UpstreamUnavailable
+from mirror.oci.reference import Digest, Verifier
+from mirror.store import disk
+from mirror.store.ingest import Ingest
+from mirror.store.ingest_lock import Role
+from mirror.store.layout import Layout
+
+STALLED_S: Final = 10.0
+"""Seconds without a heartbeat or a byte after which the other process counts as stopped.
+
+Ten heartbeats: a loaded machine may miss some of them.
+"""
+_FIRST_POLL_S: Final = 0.002
+"""Seconds from the first look at the file to the second: small content is complete by then."""
+_POLL_S: Final = 0.01
+"""Seconds between two looks while bytes arrive: the delay that a follower here has at most."""
+_MAX_POLL_S: Final = 4 * _POLL_S
+"""Seconds between two looks while none arrive. Each look costs a few system calls."""
+_POLLS_PER_LOCK: Final = 5
+"""Looks per attempt to take the lock, which is what finds a dead process (0.05 to 0.2 s)."""
+_SHARED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
+"""OCI codes of failures that this process would meet as well."""
+
+
+async def follow_other_process(ingest: Ingest) -> None:
+    """Follow another process's fetch, after :meth:`Ingest.try_lead` has returned ``FOLLOWER``.
+
+    Returns when the content is complete or when this process has to take over. Either way, call
+    ``try_lead`` next.
+
+    Raises:
+        UpstreamUnavailable: The other process's upstream failed, or limits the rate.
+        ContentLost: The file no longer continues what followers here already have.
+    """
+    leader = LeaderState(ingest.context.layout, ingest.digest)
+    pause_s, polls = _FIRST_POLL_S, 0
+    while not ingest.verified:
+        has_grown = _read_progress(ingest, leader)
+        ingest.wake_followers()
+        if ingest.verified:
+            return await ingest.lock.downgrade_to_shared()
+        if not ingest.lock.path_is_ours and not ingest.lock.is_published:
+            if not ingest.on_disk:
+                # The fetch ended before its first byte. Start with a new file.
+                return ingest.lock.release()
+            ingest.continue_in_memory("handover")
+        elif leader.silence_s > STALLED_S:
+            ingest.continue_in_memory("stalled")
+        polls += 1
+        if ingest.window is not None or (
+            polls % _POLLS_PER_LOCK == 0 and await ingest.try_lead() is not Role.FOLLOWER
+        ):
+            return None
+        pause_s = _POLL_S if has_grown else min(pause_s * 1.2, _MAX_POLL_S)
+        await asyncio.sleep(pause_s)
+    return None
+
+
+def _read_progress(ingest: Ingest, leader: LeaderState) -> bool:
+    """Take over the length of the file into ``ingest``. Returns whether the file has grown."""
+    # Publication is checked before the length: a published file is complete, so its length is its
+    # size. The other way round, it could be published between the two.
+    is_published = ingest.lock.is_published
+    length = ingest.lock.length
+    has_grown = length > ingest.on_disk
+    leader.refresh(ingest.on_disk, has_grown=has_grown)
+    if leader.state is not None and (ingest.size is None or not ingest.on_disk):
+        ingest.size = leader.state.size
+    if is_published:
+        ingest.size = length
+    ingest.is_confirmed = ingest.is_confirmed or is_published or leader.state is not None
+    if ingest.is_confirmed:
+        ingest.on_disk = ingest.position = max(ingest.on_disk, length)
+    if has_grown:
+        ingest.last_progress = time.monotonic()
+    # A file of full length is verified. But an empty file is complete only if the digest is that
+    # of no bytes.
+    if length == ingest.size and (length > 0 or Verifier(ingest.digest).matches()):
+        ingest.verified = True
+    return has_grown
+
+
+class LeaderState:
+    """The state file of an ingest, read by another process each time that it changes."""
+
+    def __init__(self, layout: Layout, digest: Digest) -> None:
+        self.state: disk.IngestState | None = None
+        """The state that was read last; None if there was none."""
+        self._layout = layout
+        self._digest = digest
+        self._stamp: tuple[int, int] | None = None
+        self._last_sign_at = time.monotonic()
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds without a heartbeat or a new byte."""
+        return time.monotonic() - self._last_sign_at
+
+    def refresh(self, served: int, *, has_grown: bool) -> None:
+        """Read the state file if it has changed.
+
+        Call it after reading the file's length, and before handing out the bytes up to there: a new
+        leader that keeps fewer bytes than the file had says so before it writes the first one.
+
+        Args:
+            served: Bytes that followers in this process already have.
+            has_grown: The file is longer than that.
+
+        Raises:
+            UpstreamUnavailable: The fetch has failed in a way that would meet this process, too.
+            ContentLost: A new leader continues from before ``served``. Its bytes need not fit to
+                those that followers have.
+        """
+        if has_grown:
+            self._last_sign_at = time.monotonic()
+        stamp = disk.stamp_of_state(self._layout, self._digest)
+        if stamp is None or stamp == self._stamp:
+            return
+        record = disk.read_state(self._layout, self._digest)
+        if record is None:
+            return
+        previous, self.state = self.state, record[0]
+        self._stamp, self._last_sign_at = stamp, time.monotonic()
+        if previous is None:
+            return  # an error that was recorded before we began to watch
+        # A 401, 403 or 404 of the other process applies to its repository only. Ask for our own.
+        if self.state.error is not None and self.state.error[0] in _SHARED_FAILURES:
+            raise UpstreamUnavailable(self.state.error[1])
+        if previous.holder != self.state.holder and self.state.resumed_from < served:
+            raise ContentLost("another process restarted the ingest before the bytes served here")
