@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Final, Protocol
 
 from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
@@ -26,10 +28,11 @@ from mirror.store.reader import FileExtent
 
 SMALL: Final = 4 * 1024 * 1024
 """Bytes up to which aged content is verified before its first byte, so that damage is a miss."""
-
-
-_REMEMBERED: Final = 100_000
-"""Verification times that are kept in memory; of more, the oldest are asked for again."""
+_MAX_REMEMBERED: Final = 100_000
+"""Digests whose times are kept in memory (24 MB). An older verification time is read from the index
+again, and forgotten recency costs one more system call."""
+_RECENCY_STEP_S: Final = 60.0
+"""Seconds between two updates of one file's last use: LRU eviction needs no finer order."""
 
 
 class Verifications(Protocol):
@@ -77,6 +80,7 @@ class BlobStore:
         self._leases: dict[Digest, _Lease] = {}
         self._verified: dict[Digest, float] = {}
         self._unsaved: set[Digest] = set()
+        self._used_at: dict[Digest, float] = {}
 
     async def find(self, digest: Digest, size: int | None = None) -> WholeReader | None:
         """Open content for reading; None is a miss: absent or damaged.
@@ -186,7 +190,7 @@ class BlobStore:
         self._verified[digest] = at
         if not saved:
             self._unsaved.add(digest)
-        while len(self._verified) > _REMEMBERED:
+        while len(self._verified) > _MAX_REMEMBERED:
             oldest = next(iter(self._verified))
             del self._verified[oldest]
             self._unsaved.discard(oldest)
@@ -245,6 +249,25 @@ class BlobStore:
         now = self._now()
         self._remember(digest, now, saved=True)
         await self._verifications.set_verified([(digest, now)])
+
+    def mark_used(self, digests: Collection[Digest]) -> None:
+        """Record the use of content for LRU eviction, at most once a minute each.
+
+        Returns at once: a thread of the store sets the times of the files, and closing the store
+        waits for it. Missing content is passed over. Never raises.
+
+        Args:
+            digests: A manifest together with its parts, or one blob. If the use of any is due, the
+                use of all is recorded: a manifest is never more than a minute ahead of its parts.
+        """
+        now = self._now()
+        if all(0 <= now - self._used_at.get(d, -inf) < _RECENCY_STEP_S for d in digests):
+            return
+        if len(self._used_at) > _MAX_REMEMBERED:
+            self._used_at.clear()
+        self._used_at.update(dict.fromkeys(digests, now))
+        with suppress(RuntimeError):  # The store is closed.
+            self._opening.submit(disk.touch, self._layout, tuple(digests), now)
 
     async def flush(self) -> None:
         """Remember the verifications that this process did, for the next one."""

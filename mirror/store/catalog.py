@@ -10,7 +10,7 @@ import fcntl
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,6 @@ from mirror.store import disk, quarantine
 from mirror.store.layout import Layout
 
 _BLOCK: Final = 512
-_NANOSECONDS: Final = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ class Catalog:
                 except (OSError, DigestInvalid):
                     continue
                 if status.st_mtime > now:
-                    touch(self._layout, [digest], now)
+                    disk.touch(self._layout, [digest], now)
                 entries.append(Entry(digest, status.st_size, min(status.st_mtime, now)))
         return entries
 
@@ -165,18 +164,3 @@ def _size_of(entry: os.DirEntry[str], algorithm: str) -> int | None:
     except (DigestInvalid, OSError):
         return None
     return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of content, in whole seconds (``disk.set_by_us``). What is missing stays so.
-
-    A file that somebody else wrote to keeps its time: it is the evidence.
-    """
-    seconds = int(now) * _NANOSECONDS
-    for digest in digests:
-        path = layout.blob(digest)
-        try:
-            if disk.set_by_us(path.lstat()):
-                os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
-        except OSError:
-            continue

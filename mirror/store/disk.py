@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,6 +112,22 @@ def touch_open(fd: int, now: float) -> None:
         os.utime(fd, ns=(seconds, seconds))
     except OSError:
         return  # read-only: it will be verified again at its next use
+
+
+def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
+    """Set the last use of whole content, in whole seconds (see :func:`set_by_us`).
+
+    A missing file is passed over. So is a file that another program wrote to: its time is the
+    evidence of that write. Never raises for a disk that refuses.
+    """
+    seconds = int(now) * _NANOSECONDS
+    for digest in digests:
+        path = layout.blob(digest)
+        try:
+            if set_by_us(path.lstat()):
+                os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
+        except OSError:
+            continue
 
 
 def verify(fd: int, size: int, digest: Digest) -> None:

@@ -31,7 +31,7 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
-from mirror.store.catalog import Catalog, touch
+from mirror.store.catalog import Catalog
 from mirror.store.eviction import Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
@@ -163,7 +163,7 @@ class Store:
             self._touched.clear()
         self._touched.update(dict.fromkeys(used, now))
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._opening, touch, self.layout, used, now)
+        await loop.run_in_executor(self._opening, disk.touch, self.layout, used, now)
 
     # --- what is here -------------------------------------------------------------------------
 

@@ -9,10 +9,11 @@ import random
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
@@ -264,6 +265,20 @@ async def served(store: Store, data: bytes) -> bool:
         return await read(reader) == data
     finally:
         reader.close()
+
+
+async def mark_used(store: Store, *digests: Digest) -> None:
+    """Mark content as used, and wait for the thread that sets the times of its files."""
+    jobs: list[Future[None]] = []
+    submit = store._opening.submit
+
+    def record(work: Callable[..., None], *arguments: object) -> Future[None]:
+        jobs.append(submit(work, *arguments))
+        return jobs[-1]
+
+    with patch.object(store._opening, "submit", record):
+        store.blobs.mark_used(digests)
+    await asyncio.gather(*map(asyncio.wrap_future, jobs))
 
 
 # --- disks ----------------------------------------------------------------------------------------

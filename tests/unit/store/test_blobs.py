@@ -254,7 +254,7 @@ async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: 
 async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content_module, "_REMEMBERED", 5)
+    monkeypatch.setattr(content_module, "_MAX_REMEMBERED", 5)
     saved: list[Digest] = []
 
     class Noting(Verified):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
-from mirror.store.catalog import Catalog, Entry, Usage, touch
+from mirror.store.catalog import Catalog, Entry, Usage
 from mirror.store.disk import IngestState
 from mirror.store.layout import Layout
 from tests.unit.store.kit import random_bytes
@@ -140,7 +140,7 @@ def test_recency_is_the_last_use(tmp_path: Path) -> None:
     catalog = Catalog(layout)
     catalog.refresh()
     assert set(catalog.entries(5000.0)) == {Entry(one, 3, 1000.0), Entry(two, 4, 2000.0)}
-    touch(layout, [one, Digest.of(b"missing")], 3000.7)
+    disk.touch(layout, [one, Digest.of(b"missing")], 3000.7)
     assert set(catalog.entries(5000.0)) == {Entry(one, 3, 3000.0), Entry(two, 4, 2000.0)}
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_somebody_else_wrote_to_keeps_its_time(tmp_path: Path) -> No
     layout = prepare(tmp_path)
     digest = put(layout, b"content")
     os.utime(layout.blob(digest), ns=(10**9 + 5, 10**9 + 5))
-    touch(layout, [digest], 3000.0)
+    disk.touch(layout, [digest], 3000.0)
     assert layout.blob(digest).stat().st_mtime_ns == 10**9 + 5
 
 
@@ -169,5 +169,5 @@ def test_a_touch_never_follows_a_link(tmp_path: Path) -> None:
     link = Digest.of(b"link")
     layout.blob(link).symlink_to(layout.blob(target))
     os.utime(layout.blob(link), (0, 0), follow_symlinks=False)
-    touch(layout, [link], 9000.0)
+    disk.touch(layout, [link], 9000.0)
     assert layout.blob(target).stat().st_mtime == 1000

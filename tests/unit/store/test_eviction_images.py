@@ -18,7 +18,17 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import eviction
 from mirror.store.index import Index
 from mirror.store.store import Store
-from tests.unit.store.kit import image, index_of, keep, opened, pulled, random_bytes, read, served
+from tests.unit.store.kit import (
+    image,
+    index_of,
+    keep,
+    mark_used,
+    opened,
+    pulled,
+    random_bytes,
+    read,
+    served,
+)
 
 NOW = 1_800_000_000.0
 QUOTA = Storage(max_size=1_000_000, high_water=0.9, low_water=0.5)
@@ -31,7 +41,7 @@ def layer(seed: int, size: int = 200_000) -> bytes:
 
 async def use(store: Store, body: bytes, *parts: bytes) -> None:
     """A manifest that is served refreshes the recency of all that it refers to."""
-    await store.touch([Digest.of(body), *(Digest.of(part) for part in parts)])
+    await mark_used(store, *map(Digest.of, (body, *parts)))
 
 
 def held(store: Store) -> set[Digest]:
@@ -45,7 +55,7 @@ async def test_the_least_recently_used_goes_down_to_the_low_water_mark(tmp_path:
         for seed in range(4):
             await keep(store, layer(seed))
             clock[0] += 100
-        await store.touch([Digest.of(layer(0))])
+        await mark_used(store, Digest.of(layer(0)))
         assert store.catalog.refresh().total == 800_000
         clock[0] += 100
         await keep(store, layer(4))

@@ -37,7 +37,16 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
 from mirror.store.store import Store
-from tests.unit.store.kit import flip, image, no_trace, pieces, random_bytes, read, remember
+from tests.unit.store.kit import (
+    flip,
+    image,
+    mark_used,
+    no_trace,
+    pieces,
+    random_bytes,
+    read,
+    remember,
+)
 
 T = TypeVar("T")
 QUOTA = Storage(max_size=110_000, high_water=0.9, low_water=0.6, reverify=3600.0)
@@ -200,7 +209,7 @@ class StoreMachine(RuleBasedStateMachine):
     def use(self, number: int) -> None:
         assert self.store
         used = [IMAGES[number], *(UNIVERSE[n] for n in LAYERS[number])]
-        self.run(self.store.touch([Digest.of(data) for data in used]))
+        self.run(mark_used(self.store, *map(Digest.of, used)))
 
     # --- what upstreams do ----------------------------------------------------------------------
 

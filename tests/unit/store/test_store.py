@@ -17,7 +17,7 @@ from mirror.observability.events import (
 )
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import disk
+from mirror.store import blobs, disk
 from mirror.store import store as module
 from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
@@ -26,6 +26,7 @@ from tests.unit.store.kit import (
     image,
     keep,
     make_read_only,
+    mark_used,
     no_trace,
     opened,
     pulled,
@@ -89,7 +90,7 @@ async def test_recency_is_refreshed_once_a_minute(tmp_path: Path) -> None:
         digest = await keep(store, b"content")
         for after, wanted in ((0, 0), (59, 0), (60, 60), (100, 60), (121, 121)):
             clock[0] = NOW + after
-            await store.touch([digest])
+            await mark_used(store, digest)
             assert used(store, b"content") == NOW + wanted
 
 
@@ -98,9 +99,9 @@ async def test_a_clock_that_was_set_back_stops_no_recency(tmp_path: Path) -> Non
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
         digest = await keep(store, b"content")
-        await store.touch([digest])
+        await mark_used(store, digest)
         clock[0] -= YEAR
-        await store.touch([digest])
+        await mark_used(store, digest)
         assert used(store, b"content") == NOW - YEAR
 
 
@@ -113,20 +114,34 @@ async def test_a_manifest_is_never_far_ahead_of_what_it_refers_to(tmp_path: Path
         for data in (one, two, shared):
             await keep(store, data)
         digest_of = Digest.of
-        await store.touch([digest_of(one), digest_of(shared)])
+        await mark_used(store, digest_of(one), digest_of(shared))
         clock[0] += 30
-        await store.touch([digest_of(two), digest_of(shared)])
+        await mark_used(store, digest_of(two), digest_of(shared))
         assert used(store, two) == used(store, shared) == NOW + 30
 
 
 async def test_what_is_remembered_of_recency_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_TOUCHED_LIMIT", 10)
+    monkeypatch.setattr(blobs, "_MAX_REMEMBERED", 10)
     async with opened(tmp_path) as store:
         for number in range(50):
-            await store.touch([Digest.of(str(number).encode())])
-        assert len(store._touched) <= 11
+            store.blobs.mark_used([Digest.of(str(number).encode())])
+        assert len(store.blobs._used_at) <= 11
+
+
+async def test_recency_marked_at_close_is_written_and_after_close_is_dropped(
+    tmp_path: Path,
+) -> None:
+    clock = [NOW]
+    async with opened(tmp_path, clock) as store:
+        digest = await keep(store, b"content")
+        clock[0] += 60
+        store.blobs.mark_used([digest])
+    assert used(store, b"content") == NOW + 60
+    clock[0] += 60
+    store.blobs.mark_used([digest])
+    assert used(store, b"content") == NOW + 60
 
 
 # --- what is said of it ---------------------------------------------------------------------------
@@ -185,14 +200,14 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
 @pytest.mark.row("C9")
 async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Path) -> None:
     """It can be put aside no more than it can be mended: it is fetched, and not kept."""
-    blobs = tmp_path / "blobs"
-    with small_disk(blobs, "20m"):
+    directory = tmp_path / "blobs"
+    with small_disk(directory, "20m"):
         async with opened(tmp_path) as store:
             digest = await keep(store, LAYER)
             path = store.layout.blob(digest)
             path.write_bytes(LAYER[:-1] + b"?")
             no_trace(path)
-        make_read_only(blobs)
+        make_read_only(directory)
         async with opened(tmp_path, settings=Storage(reverify=0)) as store:
             assert not await _is_handed_out(store, digest)
             content = store.start_ingest(digest)
