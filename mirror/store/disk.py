@@ -15,9 +15,9 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -247,6 +247,44 @@ def is_at(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
         return False
+
+
+@contextmanager
+def open_locked(path: Path, access: int = os.O_RDWR) -> Iterator[int | None]:
+    """Open an existing file and hold its exclusive lock while the block runs.
+
+    Args:
+        path: The file. A link is not followed.
+        access: ``os.O_RDONLY`` where the file itself may be read-only.
+
+    Yields:
+        The descriptor; None if another process holds a lock, or if ``path`` does not name this file
+        any more (a lock on an unlinked file locks nothing).
+
+    Raises:
+        OSError: The file cannot be opened; ``FileNotFoundError`` if it does not exist.
+    """
+    fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd if try_lock(fd) and is_at(fd, path) else None
+    finally:
+        os.close(fd)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the exclusive lock of a file. False if it cannot be opened."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        # Shared, so that two processes that check at the same time do not see each other's lock.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:

@@ -392,3 +392,44 @@ def test_what_was_taken_away_is_not_published(layout: Layout) -> None:
     assert layout.ingest(DIGEST).exists()
     os.close(fd)
     os.close(other)
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+def test_open_locked_yields_none_while_another_descriptor_holds_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with disk.open_locked(path) as first:
+        assert first is not None
+        assert disk.is_locked(path)
+        with disk.open_locked(path, os.O_RDONLY) as second:
+            assert second is None
+    assert not disk.is_locked(path)
+    with disk.open_locked(path) as third:
+        assert third is not None
+
+
+def test_open_locked_yields_none_for_a_file_that_left_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "file", disk.try_lock
+    path.touch()
+
+    def unlinked_meanwhile(fd: int) -> bool:
+        path.unlink()
+        return real(fd)
+
+    monkeypatch.setattr(disk, "try_lock", unlinked_meanwhile)
+    with disk.open_locked(path) as fd:
+        assert fd is None
+
+
+def test_open_locked_follows_no_link_and_creates_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    path.symlink_to(tmp_path / "target")
+    for missing in (path, tmp_path / "missing"):
+        with pytest.raises(OSError, match=r"file|link"), disk.open_locked(missing):
+            raise AssertionError
+        assert not disk.is_locked(missing)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
