@@ -22,8 +22,8 @@ from typing import Final, Protocol
 from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
 from mirror.store.reader import FileExtent
 
 SMALL: Final = 4 * 1024 * 1024
@@ -169,7 +169,7 @@ class BlobStore:
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
-                quarantine.put_aside(self._layout, digest, fd)
+                disk.quarantine(self._layout, digest, fd)
                 self._loop.call_soon_threadsafe(self._report_damage, digest, status.st_size)
             return None
         finally:
@@ -208,11 +208,11 @@ class BlobStore:
         try:
             disk.verify(fd, size, digest)
         except DigestMismatch:
-            quarantine.put_aside(self._layout, digest, fd)
+            disk.quarantine(self._layout, digest, fd)
             raise
         except OSError as error:
             # Sectors that cannot be read are damage like any other.
-            quarantine.put_aside(self._layout, digest, fd)
+            disk.quarantine(self._layout, digest, fd)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
 

@@ -17,8 +17,8 @@ from typing import Final
 
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
 
 _BLOCK: Final = 512
 
@@ -68,7 +68,7 @@ class Catalog:
             for directory in self._layout.content_directories():
                 self._scan(directory)
             sizes = [size for known in self._sizes.values() for size in known.values()]
-            usage = Usage(len(sizes), sum(sizes), 0, left=quarantine.size(self._layout))
+            usage = Usage(len(sizes), sum(sizes), 0, left=disk.quarantine_size(self._layout))
             for digest, status in self._ingests():
                 usage = self._with_ingest(usage, digest, status)
             return usage

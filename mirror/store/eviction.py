@@ -20,10 +20,10 @@ from mirror.observability.events import Evicted, LogMessage, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
+from mirror.store import disk
 from mirror.store.catalog import Catalog, Entry, Usage
+from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.layout import Layout
 
 _LOCK_PATIENCE: Final = 5.0
 _SPARE: Final = 0.01
@@ -148,7 +148,7 @@ class Evictor:
         return int((status.f_bavail - status.f_blocks * _SPARE) * status.f_frsize)
 
     def _evict(self, free: int, reason: str, pinned: set[Digest]) -> None:
-        freed = quarantine.drop(self._layout, 0)
+        freed = disk.trim_quarantine(self._layout, 0)
         for digest in self._catalog.leftovers():
             if freed < free:
                 freed += self._drop_leftover(digest)

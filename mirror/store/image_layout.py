@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from mirror.oci.descriptor import OCI_INDEX
-from mirror.oci.errors import InvalidRequest
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.layout import Layout
-from mirror.store.records import Named, size_of
+from mirror.store.disk import Layout
+from mirror.store.records import MALFORMED, Named, size_of
 
 _NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
@@ -70,7 +69,7 @@ def read(layout: Layout) -> list[Named]:
             return []
         document = json.loads(path.read_bytes())
         entries = document["manifests"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, *MALFORMED):
         return []
     if not isinstance(entries, list):
         return []
@@ -91,5 +90,5 @@ def _named(entry: Any) -> Named | None:
             size_of(entry["size"]),
             pinned=annotations.get(_PINNED) == "true",
         )
-    except (TypeError, KeyError, ValueError, AttributeError, InvalidRequest):
+    except MALFORMED:
         return None

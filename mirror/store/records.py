@@ -17,10 +17,11 @@ from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository, Tag
 
 MAX_PREVIOUS_DIGESTS: Final = 16
-_GARBAGE: Final = (
-    *(ValueError, TypeError, KeyError, OverflowError, RecursionError),
+MALFORMED: Final = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError),
     InvalidRequest,
 )
+"""Exceptions that a document of ours can raise while it is read: all mean that it is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ def load_tag(text: object) -> TagRecord | None:
                 for digest, first, last in raw["ledger"][:MAX_PREVIOUS_DIGESTS]
             ),
         )
-    except _GARBAGE:
+    except MALFORMED:
         return None
 
 
@@ -246,7 +247,7 @@ def load_access_record(text: object) -> AccessRecord | None:
             None if raw["via"] is None else Digest.parse(raw["via"]),
             None if raw["until"] is None else _time(raw["until"]),
         )
-    except _GARBAGE:
+    except MALFORMED:
         return None
 
 

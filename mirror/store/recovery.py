@@ -16,8 +16,8 @@ from typing import Final
 
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
 
 _STALE: Final = 86400.0
 """Seconds after which an ingest that nobody went on with is given up."""
@@ -41,7 +41,7 @@ def recover(layout: Layout, now: float, boot: str) -> Recovered:
             path.mkdir(parents=True, exist_ok=True)
         _write_marker(layout.root / "oci-layout")
         dropped = sweep(layout, now, boot)
-        quarantine.drop(layout, quarantine.KEPT)
+        disk.trim_quarantine(layout, disk.MAX_QUARANTINED_FILES)
         for path in (*layout.content_directories(), *layout.ingest_directories()):
             # Asked of the kernel, which knows of read-only mounts as well, and leaves no file.
             if not os.access(path, os.W_OK | os.X_OK):

@@ -32,11 +32,11 @@ from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
 from mirror.store.catalog import Catalog
+from mirror.store.disk import Layout
 from mirror.store.eviction import Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
-from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord, TagRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, sweep
 

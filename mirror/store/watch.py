@@ -12,7 +12,7 @@ from typing import Final
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.layout import Layout
+from mirror.store.disk import Layout
 
 _SHARED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
 

@@ -21,9 +21,9 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
 from mirror.store.blobs import BlobStore
+from mirror.store.disk import Layout
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
-from mirror.store.layout import Layout
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, access_records_of, confirm
 from mirror.store.store import Store

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
 from mirror.store.catalog import Catalog, Entry, Usage
-from mirror.store.disk import IngestState
-from mirror.store.layout import Layout
+from mirror.store.disk import IngestState, Layout
 from tests.unit.store.kit import random_bytes
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import image_layout
-from mirror.store.layout import Layout
+from mirror.store.disk import Layout
 from mirror.store.records import Named
 
 REPO = Repository("docker.io", "library/app")

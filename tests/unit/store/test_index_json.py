@@ -10,8 +10,8 @@ import pytest
 from mirror.config.settings import Storage
 from mirror.oci.reference import Digest, Tag
 from mirror.store import image_layout
+from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.layout import Layout
 from mirror.store.records import Named
 from mirror.store.store import Store
 from mirror.store.sweep import KEPT

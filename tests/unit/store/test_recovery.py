@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import ALGORITHMS, Digest
-from mirror.store import disk, quarantine
-from mirror.store.disk import IngestState
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import IngestState, Layout
 from mirror.store.recovery import Recovered, recover, sweep
 from tests.unit.store.kit import make_read_only, small_disk
 
@@ -145,12 +144,12 @@ def test_drafts_of_the_image_layout_go_when_nobody_writes_them_any_more(tmp_path
 
 def test_a_start_keeps_only_the_newest_of_what_is_damaged(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    for number in range(quarantine.KEPT + 5):
+    for number in range(disk.MAX_QUARANTINED_FILES + 5):
         path = layout.quarantine(Digest.of(str(number).encode()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     recover(layout, NOW, BOOT)
-    assert quarantine.size(layout) == quarantine.KEPT
+    assert disk.quarantine_size(layout) == disk.MAX_QUARANTINED_FILES
 
 
 @pytest.mark.row("D7")

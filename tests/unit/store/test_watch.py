@@ -9,8 +9,7 @@ import pytest
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk, watch
-from mirror.store.disk import IngestState
-from mirror.store.layout import Layout
+from mirror.store.disk import IngestState, Layout
 from mirror.store.watch import Watch
 
 DIGEST = Digest.of(b"content")
