@@ -55,7 +55,7 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     await index.put_access_records(APP, members)
     for number in range(tags):
         record = TagRecord(APP, Tag.parse(f"v{number}"), held[number][0], 1.0, 2.0)
-        await index.put_tag(record)
+        await index.put_tags([record])
     await index.set_verified([(digest, 3.0) for digest, _ in held])
     await index.close()
     assert not events

@@ -33,7 +33,7 @@ from tests.unit.store.kit import (
     read,
 )
 
-DATA = random_bytes(content_module.SMALL + 700_000, 81)
+DATA = random_bytes(content_module.SMALL_BYTES + 700_000, 81)
 WRONG = DATA[:-1] + bytes([DATA[-1] ^ 1])
 
 
