@@ -36,7 +36,8 @@ from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import ALGORITHMS, Digest, Verifier
 from mirror.store.records import MALFORMED
 
-READ_SIZE: Final = 4 * 1024 * 1024
+_READ_BYTES: Final = 4 * 1024 * 1024
+"""Bytes that are read and hashed at a time: few calls, and little memory for each thread."""
 _CATCH_UP: Final = 64 * 1024 * 1024
 _IOV_LIMIT: Final = 512
 _DESCRIPTOR_TIMEOUT_S: Final = 10.0
@@ -208,7 +209,7 @@ def verify(fd: int, size: int, digest: Digest) -> None:
 def hash_file(fd: int, verifier: Verifier, stop: int) -> None:
     """Hash the bytes of a file from the verifier's position up to ``stop``, or to its end."""
     while verifier.position < stop:
-        data = os.pread(fd, min(READ_SIZE, stop - verifier.position), verifier.position)
+        data = os.pread(fd, min(_READ_BYTES, stop - verifier.position), verifier.position)
         if not data:
             return
         verifier.update(data)

@@ -49,13 +49,13 @@ class Usage:
     """Running fetches: their announced size, or the size of the file if that is larger."""
     unwritten: int = 0
     """The part of ``reserved`` that is not on the disk yet."""
-    left: int = 0
+    leftover: int = 0
     """Leftovers of ended fetches, and damaged content."""
 
     @property
     def total(self) -> int:
         """The bytes that count against the quota."""
-        return self.bytes + self.reserved + self.left
+        return self.bytes + self.reserved + self.leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +89,19 @@ class Catalog:
                 self._scan(directory)
             sizes = [size for names in self._sizes.values() for size in names.values()]
             quarantined = disk.quarantine_size(self._layout)
-            usage = Usage(count=len(sizes), bytes=sum(sizes), reserved=0, left=quarantined)
+            usage = Usage(count=len(sizes), bytes=sum(sizes), reserved=0, leftover=quarantined)
             for digest, status in self._ingests():
                 usage = self._with_ingest(usage, digest, status)
             return usage
 
     def _scan(self, directory: Path) -> None:
         algorithm = directory.name
-        known = self._sizes.setdefault(algorithm, {})
+        known_sizes = self._sizes.setdefault(algorithm, {})
         sizes: dict[str, int] = {}
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    size = known.get(entry.name)
+                    size = known_sizes.get(entry.name)
                     if size is None:
                         size = _size_of(entry, algorithm)
                     if size is not None:
@@ -128,7 +128,7 @@ class Catalog:
     def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):
             # A leftover counts with the blocks that it takes up, not with its announced size.
-            return replace(usage, left=usage.left + status.st_blocks * _BLOCK_BYTES)
+            return replace(usage, leftover=usage.leftover + status.st_blocks * _BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
         announced = max(state[0].size or 0, state[0].room) if state is not None else 0
         return replace(
@@ -190,7 +190,7 @@ def bytes_to_free(
     Args:
         usage: The current usage. It includes the caller's own reservation, if that was declared.
         need: Bytes that are about to be written.
-        disk_free: Free bytes of the disk, less the reserve that is left free.
+        disk_free: Free bytes of the disk, less the reserve.
         settings: The quota and its water marks.
 
     Returns:

@@ -88,10 +88,10 @@ def _parse_entry(entry: Any) -> NamedManifest | None:
         path, _, tag = rest.partition("@") if "@" in rest else rest.rpartition(":")
         return NamedManifest(
             Repository.parse(upstream, path),
-            None if "@" in rest else Tag.parse(tag),
-            Digest.parse(entry["digest"]),
-            media_type_of(entry["mediaType"]),
-            size_of(entry["size"]),
+            tag=None if "@" in rest else Tag.parse(tag),
+            digest=Digest.parse(entry["digest"]),
+            media_type=media_type_of(entry["mediaType"]),
+            size=size_of(entry["size"]),
             pinned=annotations.get(_PINNED) == "true",
         )
     except MALFORMED:

@@ -135,8 +135,8 @@ class Index:
 
         def write() -> TagRecord | None:
             with self._rows.transaction(_NAMED):
-                known = load_tag(self._text(_NAMED, key))
-                record = confirm(known, repository, tag, digest, now, keep)
+                earlier = load_tag(self._text(_NAMED, key))
+                record = confirm(earlier, repository, tag, digest, now, keep)
                 self._rows.write(_NAMED, key, dump_tag(record))
             self.changed = True
             return record
@@ -242,9 +242,9 @@ class Index:
     def _merge(self, repository: Repository, new: AccessRecord) -> bool:
         """Write one access record. True if it contradicts the earlier one."""
         key = _member(repository, new.digest, new.kind)
-        known = load_access_record(self._text(_MEMBERS, key))
-        self._rows.write(_MEMBERS, key, dump_access_record(merge(known, new)))
-        return contradicts(known, new)
+        earlier = load_access_record(self._text(_MEMBERS, key))
+        self._rows.write(_MEMBERS, key, dump_access_record(merge(earlier, new)))
+        return contradicts(earlier, new)
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
         """Delete the record that ``repository`` refers to ``digest``.
@@ -382,7 +382,13 @@ def _load_name(row: Row) -> TagRecord | NamedManifest | None:
     record, repository = load_access_record(row.text), repository_of(name)
     if record is None or repository is None:
         return None
-    return NamedManifest(repository, None, record.digest, record.media_type, record.size)
+    return NamedManifest(
+        repository,
+        tag=None,
+        digest=record.digest,
+        media_type=record.media_type,
+        size=record.size,
+    )
 
 
 def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[NamedManifest] | None:
@@ -393,11 +399,11 @@ def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[Nam
         if isinstance(named, NamedManifest)
     }
     tagged = [
-        replace(known, tag=record.tag)
+        replace(named, tag=record.tag)
         for record in names
         if isinstance(record, TagRecord)
         for digest in record.digests
-        if (known := pulled.get((record.repository, digest))) is not None
+        if (named := pulled.get((record.repository, digest))) is not None
     ]
     return [*pulled.values(), *tagged]
 
@@ -412,9 +418,9 @@ def _number(text: str | None) -> float | None:
 
 def _pins(text: str | None) -> set[Digest]:
     pins = set()
-    for word in (text or "").split():
+    for digest in (text or "").split():
         try:
-            pins.add(Digest.parse(word))
+            pins.add(Digest.parse(digest))
         except InvalidRequest:
             continue
     return pins

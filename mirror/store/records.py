@@ -154,46 +154,50 @@ def _media_type_of(part: Descriptor, kind: str) -> str:
     return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 
-def merge(known: AccessRecord | None, new: AccessRecord) -> AccessRecord:
+def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     """The record of a digest, as one kind, after a new statement about it.
 
     The author of a manifest may state anything of the content that it refers to. A reference is a
     reason to believe that the repository has the content. It never overrules the media type and
     the size that the upstream itself has stated.
     """
-    if known is None:
+    if earlier is None:
         return new
-    expires_at = None if known.expires_at is None else new.expires_at
+    expires_at = None if earlier.expires_at is None else new.expires_at
     if new.referrer is None:
         return replace(new, expires_at=expires_at)
-    if known.referrer is None:
-        return replace(known, expires_at=new.expires_at)
+    if earlier.referrer is None:
+        return replace(earlier, expires_at=new.expires_at)
     return replace(
         new,
-        media_type=new.media_type if new.media_type == known.media_type else "",
-        size=new.size if new.size == known.size else None,
+        media_type=new.media_type if new.media_type == earlier.media_type else "",
+        size=new.size if new.size == earlier.size else None,
     )
 
 
-def contradicts(known: AccessRecord | None, new: AccessRecord) -> bool:
+def contradicts(earlier: AccessRecord | None, new: AccessRecord) -> bool:
     """True if an index states another media type for a manifest than an earlier or later source."""
-    if known is None or new.kind != "manifest" or (known.referrer is None and new.referrer is None):
+    if (
+        earlier is None
+        or new.kind != "manifest"
+        or (earlier.referrer is None and new.referrer is None)
+    ):
         return False
-    stated = {known.media_type.lower(), new.media_type.lower()} - {""}
+    stated = {earlier.media_type.lower(), new.media_type.lower()} - {""}
     return len(stated) > 1
 
 
-def parse_as_recorded(body: bytes, known: AccessRecord) -> Manifest:
+def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
     """Parse a manifest by its recorded media type.
 
     The upstream's own media type is binding. The one that an index has stated is only tried: if the
     bytes do not match it, their own content decides. Raises ``ManifestInvalid``.
     """
-    if known.media_type:
+    if recorded.media_type:
         try:
-            return parse_manifest(body, known.media_type)
+            return parse_manifest(body, recorded.media_type)
         except ManifestInvalid:
-            if known.referrer is None:
+            if recorded.referrer is None:
                 raise
     return parse_manifest(body, sniff_media_type(body))
 

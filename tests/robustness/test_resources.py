@@ -49,7 +49,14 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     index = await Index.open(layout.index, events.append)
     kinds = ["manifest"] * tags + ["blob"] * (len(held) - tags)
     members = [
-        AccessRecord(digest, kind, "application/octet-stream", size, None, None)
+        AccessRecord(
+            digest=digest,
+            kind=kind,
+            media_type="application/octet-stream",
+            size=size,
+            referrer=None,
+            expires_at=None,
+        )
         for (digest, size), kind in zip(held, kinds, strict=True)
     ]
     await index.put_access_records(APP, members)

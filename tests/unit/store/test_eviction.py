@@ -120,17 +120,17 @@ def test_a_leftover_counts_with_its_blocks_and_not_its_announced_size(tmp_path: 
     catalog = Catalog(layout)
     usage = catalog.refresh()
     assert usage.reserved == usage.unwritten == 0
-    assert 8_192 <= usage.left < 100_000
-    assert usage.total == usage.left
+    assert 8_192 <= usage.leftover < 100_000
+    assert usage.total == usage.leftover
     assert catalog.leftovers() == [full, sparse], "the oldest first"
 
 
-def test_damaged_content_counts_as_left(tmp_path: Path) -> None:
+def test_damaged_content_counts_as_leftover(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     path = layout.quarantine(Digest.of(b"damaged"))
     path.parent.mkdir(parents=True)
     path.write_bytes(b"x" * 500)
-    assert Catalog(layout).refresh() == Usage(0, 0, 0, left=500)
+    assert Catalog(layout).refresh() == Usage(0, 0, 0, leftover=500)
 
 
 # --- recency --------------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ SIZES = st.integers(0, 1_000_000)
 
 @given(SIZES, SIZES, SIZES, SIZES, st.integers(0, 10**7))
 def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
-    size: int, reserved: int, left: int, need: int, free: int
+    size: int, reserved: int, leftover: int, need: int, free: int
 ) -> None:
-    usage = Usage(1, size, reserved, unwritten=reserved, left=left)
+    usage = Usage(1, size, reserved, unwritten=reserved, leftover=leftover)
     shortage = bytes_to_free(usage, need, free, SETTINGS)
     assert (shortage is None) == (need > HIGH or reserved > HIGH)
     if shortage is None:
@@ -241,7 +241,7 @@ def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
         (Usage(1, 0, HIGH + 1), 0, 10**7, None),
         (Usage(1, 0, 0), 500, 499, (1, "disk")),
         (Usage(1, 0, 700, unwritten=600), 500, 500, (100, "disk")),
-        (Usage(1, HIGH, 1, left=100), 1, 0, (100_101, "quota")),
+        (Usage(1, HIGH, 1, leftover=100), 1, 0, (100_101, "quota")),
     ],
 )
 def test_bytes_to_free_at_the_edges_of_the_water_marks(

@@ -224,10 +224,10 @@ async def test_leftovers_and_damaged_content_go_before_whole_content(tmp_path: P
         damaged = await keep(store, layer(2))
         store.layout.blob(damaged).write_bytes(b"x" * 200_000)
         assert await store.blobs.find(damaged) is None
-        assert store.catalog.refresh().left >= 550_000
+        assert store.catalog.refresh().leftover >= 550_000
         await keep(store, layer(3))
         assert held(store) == {Digest.of(layer(0)), Digest.of(layer(3))}
-        assert store.catalog.refresh().left == 0
+        assert store.catalog.refresh().leftover == 0
         assert not list(store.layout.ingest(damaged).parent.iterdir())
 
 

@@ -56,12 +56,12 @@ RECORDS = st.builds(
 )
 ACCESS_RECORDS = st.builds(
     AccessRecord,
-    DIGESTS,
-    st.sampled_from(["manifest", "blob"]),
-    st.text(max_size=20),
-    st.none() | st.integers(0, 2**63),
-    st.none() | DIGESTS,
-    st.none() | TIMES,
+    digest=DIGESTS,
+    kind=st.sampled_from(["manifest", "blob"]),
+    media_type=st.text(max_size=20),
+    size=st.none() | st.integers(0, 2**63),
+    referrer=st.none() | DIGESTS,
+    expires_at=st.none() | TIMES,
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -120,23 +120,54 @@ def test_confirm_keeps_the_given_digest_in_a_full_record(moves: int, before: int
 # --- access records -------------------------------------------------------------------------------
 
 
+def access_record(
+    digest: Digest,
+    kind: str,
+    media_type: str,
+    *,
+    size: int = 3,
+    referrer: Digest | None = None,
+    expires_at: float | None = None,
+) -> AccessRecord:
+    return AccessRecord(
+        digest=digest,
+        kind=kind,
+        media_type=media_type,
+        size=size,
+        referrer=referrer,
+        expires_at=expires_at,
+    )
+
+
 def test_access_records_of_covers_children_and_layers() -> None:
     child, layer = Descriptor(OCI_MANIFEST, ONE, 7), Descriptor("a/layer", TWO, 9)
-    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
+    root = access_record(THREE, "manifest", OCI_INDEX, size=100)
     manifest = Manifest(OCI_INDEX, (child,), (layer,), None, None, ())
     assert access_records_of(root, manifest) == [
-        AccessRecord(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
-        AccessRecord(TWO, "blob", "a/layer", 9, THREE, None),
+        access_record(ONE, "manifest", OCI_MANIFEST, size=7, referrer=THREE),
+        access_record(TWO, "blob", "a/layer", size=9, referrer=THREE),
     ]
 
 
 TYPES = st.sampled_from(["", "a/one", "a/two"])
 SIZES = st.none() | st.integers(0, 3)
 OWN = st.builds(
-    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.none(), st.none() | TIMES
+    AccessRecord,
+    digest=st.just(ONE),
+    kind=st.just("manifest"),
+    media_type=TYPES,
+    size=SIZES,
+    referrer=st.none(),
+    expires_at=st.none() | TIMES,
 )
 LISTED = st.builds(
-    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.just(THREE), st.none()
+    AccessRecord,
+    digest=st.just(ONE),
+    kind=st.just("manifest"),
+    media_type=TYPES,
+    size=SIZES,
+    referrer=st.just(THREE),
+    expires_at=st.none(),
 )
 
 
@@ -164,7 +195,7 @@ def test_merge_of_several_statements_about_one_digest(statements: list[AccessRec
 
 def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None:
     own, listed = (
-        AccessRecord(ONE, "manifest", "a/own", 3, referrer, None) for referrer in (None, TWO)
+        access_record(ONE, "manifest", "a/own", referrer=referrer) for referrer in (None, TWO)
     )
     wrong = replace(listed, media_type="a/wrong")
     assert contradicts(own, wrong)
@@ -181,7 +212,7 @@ def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None
 
 def test_a_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:
     part = Descriptor(OCTET_STREAM, ONE, 7)
-    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
+    root = access_record(THREE, "manifest", OCI_INDEX, size=100)
     child, layer = access_records_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
     assert (child.media_type, layer.media_type) == ("", OCTET_STREAM)
 
@@ -243,7 +274,9 @@ def test_an_access_record_with_one_other_field_is_read_as_none_or_valid(
     assert found is None or load_access_record(dump_access_record(found)) == found
 
 
-BASE: dict[str, Any] = json.loads(dump_access_record(AccessRecord(ONE, "blob", "a/b", 3, TWO, 4.0)))
+BASE: dict[str, Any] = json.loads(
+    dump_access_record(access_record(ONE, "blob", "a/b", referrer=TWO, expires_at=4.0))
+)
 
 
 @pytest.mark.parametrize(
