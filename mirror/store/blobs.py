@@ -272,7 +272,7 @@ class BlobStore:
         self._set_verified(digest, now, is_saved=True)
         await self._index.set_verified([(digest, now)])
 
-    def mark_used(self, digests: Collection[Digest]) -> None:
+    def mark_used(self, digests: Collection[Digest]) -> bool:
         """Record the use of content for LRU eviction, at most once a minute each.
 
         Returns at once: a thread of the store sets the times of the files, and closing the store
@@ -281,15 +281,19 @@ class BlobStore:
         Args:
             digests: A manifest together with its parts, or one blob. If the use of any is due, the
                 use of all is recorded: a manifest is never more than a minute ahead of its parts.
+
+        Returns:
+            True if the use is recorded, False if none was due.
         """
         now = self._now()
         if all(0 <= now - self._used_at.get(d, -inf) < _RECENCY_STEP_S for d in digests):
-            return
+            return False
         if len(self._used_at) > _MAX_REMEMBERED:
             self._used_at.clear()
         self._used_at.update(dict.fromkeys(digests, now))
         with suppress(RuntimeError):  # The store is closed.
             self._opening.submit(disk.touch, self._layout, tuple(digests), now)
+        return True
 
     async def flush(self) -> None:
         """Write the verification times of this process to the index."""

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.oci.errors import DigestMismatch
@@ -302,6 +302,8 @@ def test_a_state_is_read_as_written_and_each_write_changes_its_stamp(layout: Lay
     assert not list(layout.ingest(DIGEST).parent.iterdir())
 
 
+# The first draw of any text builds Hypothesis's table of Unicode, which takes a second or more.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.binary(max_size=30)
     | st.dictionaries(

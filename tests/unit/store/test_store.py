@@ -93,6 +93,7 @@ async def test_recency_is_updated_once_a_minute(tmp_path: Path) -> None:
         for after, wanted in ((0, 0), (59, 0), (60, 60), (100, 60), (121, 121)):
             clock[0] = NOW + after
             await mark_used(store, digest)
+            assert not store.blobs.mark_used([digest]), "it is not due again"
             assert used(store, b"content") == NOW + wanted
 
 
