@@ -41,7 +41,7 @@ async def test_missing_content_is_a_miss(tmp_path: Path) -> None:
         assert await parts.blobs.read(Digest.of(b"nothing"), 100) is None
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip", "flip-last"])
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 async def test_damaged_content_is_never_served_completely(
@@ -70,7 +70,7 @@ async def test_damaged_content_is_never_served_completely(
         assert [e.where for e in parts.events if isinstance(e, DigestMismatched)] == ["disk"]
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 async def test_silent_damage_is_found_once_the_verification_is_old(tmp_path: Path) -> None:
     with kit(tmp_path, reverify=0) as parts:
         digest = await put(parts, LARGE)
@@ -109,7 +109,7 @@ async def test_a_wrong_size_in_a_manifest_does_not_damage_content(tmp_path: Path
         assert parts.layout.blob(digest).exists()
 
 
-@pytest.mark.row("M5")
+@pytest.mark.row("M5-eviction-while-opening")
 async def test_content_under_eviction_is_a_miss_and_a_reader_blocks_eviction(
     tmp_path: Path,
 ) -> None:
@@ -131,7 +131,7 @@ async def test_content_under_eviction_is_a_miss_and_a_reader_blocks_eviction(
         os.close(evictor)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 @pytest.mark.parametrize("stranger", ["link", "fifo", "directory", "dangling"])
 async def test_links_pipes_and_directories_are_a_miss_and_never_followed(
     tmp_path: Path, stranger: str
@@ -155,7 +155,7 @@ async def test_links_pipes_and_directories_are_a_miss_and_never_followed(
             assert await parts.blobs.read(digest, 1_000_000) is None
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 async def test_running_out_of_descriptors_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +175,8 @@ async def test_running_out_of_descriptors_is_no_damage(
         assert not [e for e in parts.events if isinstance(e, DigestMismatched)]
 
 
-@pytest.mark.row("D4")
-@pytest.mark.row("D7")
+@pytest.mark.row("D4-io-error-at-a-call")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 async def test_content_that_cannot_be_opened_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -195,7 +195,7 @@ async def test_content_that_cannot_be_opened_is_a_miss(
         assert await parts.blobs.read(digest, 1_000_000) == SMALL, "it was not quarantined"
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 async def test_small_content_that_cannot_be_read_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,7 +211,7 @@ async def test_small_content_that_cannot_be_read_is_damaged(
         assert parts.layout.quarantine(digest).exists()
 
 
-@pytest.mark.row("D11")
+@pytest.mark.row("D11-content-cut-under-readers")
 async def test_content_truncated_under_a_reader_is_a_miss_for_the_next(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
@@ -235,7 +235,7 @@ async def test_readers_share_one_descriptor_and_close_it(tmp_path: Path) -> None
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
-@pytest.mark.row("L2")
+@pytest.mark.row("L2-clients-that-reset")
 async def test_a_request_cancelled_during_the_open_leaves_no_descriptor(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
@@ -282,8 +282,8 @@ async def test_remembered_verification_times_are_bounded_and_saved_once(
         assert sorted(saved) == sorted(digests[:3]), "each once, and none that was saved before"
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K4")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K4-negative-ages")
 @pytest.mark.parametrize("jump", [365 * 86400.0, -365 * 86400.0])
 async def test_content_is_verified_again_and_served_after_a_clock_jump(
     tmp_path: Path, jump: float

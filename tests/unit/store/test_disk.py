@@ -355,7 +355,7 @@ def test_drop_ingest_leaves_the_file_of_another_holder(layout: Layout) -> None:
     os.close(other)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 def test_open_ingest_never_follows_a_link(layout: Layout, tmp_path: Path) -> None:
     layout.ingest(DIGEST).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
@@ -408,7 +408,7 @@ def test_publish_accepts_an_unsupported_directory_sync_but_no_failed_one(
     os.close(fd)
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 def test_publish_waits_for_a_free_descriptor(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,7 +63,7 @@ def test_usage_equals_du_after_every_change(
     assert Catalog(layout).refresh() == catalog.refresh()
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 def test_foreign_entries_are_neither_counted_nor_followed(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     kept = put(layout, b"content")
@@ -108,7 +108,7 @@ def test_a_running_fetch_counts_with_its_announced_size(tmp_path: Path) -> None:
     os.close(fd)
 
 
-@pytest.mark.row("C11")
+@pytest.mark.row("C11-stale-sparse-ingest")
 def test_a_leftover_counts_with_its_blocks_and_not_its_announced_size(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     sparse, full = Digest.of(b"sparse"), Digest.of(b"full")
@@ -146,7 +146,7 @@ def test_touch_sets_the_last_use_in_whole_seconds(tmp_path: Path) -> None:
     assert set(catalog.blobs(5000.0)) == {StoredBlob(one, 3, 3000.0), StoredBlob(two, 4, 2000.0)}
 
 
-@pytest.mark.row("K3")
+@pytest.mark.row("K3-future-recency")
 def test_a_last_use_in_the_future_is_set_to_now(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     ahead = put(layout, b"used before the clock was set back", used=50_000_000)

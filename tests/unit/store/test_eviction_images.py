@@ -231,7 +231,7 @@ async def test_leftovers_and_damaged_content_go_before_whole_content(tmp_path: P
         assert not list(store.layout.ingest(damaged).parent.iterdir())
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_content_that_can_never_fit_evicts_nothing(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
@@ -249,7 +249,7 @@ async def test_content_that_can_never_fit_evicts_nothing(tmp_path: Path) -> None
             store.end_ingest(content)
 
 
-@pytest.mark.row("HC10")
+@pytest.mark.row("HC10-twice-the-quota")
 async def test_a_pull_of_twice_the_quota_does_not_evict_an_image_in_use(tmp_path: Path) -> None:
     clock = [NOW]
     hot = image(layer(0))

@@ -83,7 +83,7 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     assert not events
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
@@ -102,7 +102,7 @@ async def test_a_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
     assert events
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_busy_database_drops_the_write_and_logs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,7 +230,7 @@ async def test_a_failing_database_is_told_apart_from_an_empty_one(
     await index.close()
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_access_records(REPO, [root(ONE), root(TWO)])
@@ -248,8 +248,8 @@ async def test_a_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None
 # --- negative responses, lists --------------------------------------------------------------------
 
 
-@pytest.mark.row("U15")
-@pytest.mark.row("K4")
+@pytest.mark.row("U15-negative-answers")
+@pytest.mark.row("K4-negative-ages")
 async def test_a_recorded_404_ends_with_its_ttl_and_when_the_clock_jumps(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
@@ -269,7 +269,7 @@ async def test_a_list_is_read_as_it_was_put(tmp_path: Path) -> None:
         assert await index.cached_list("tags b") is None
 
 
-@pytest.mark.row("HC9")
+@pytest.mark.row("HC9-random-names")
 async def test_lists_and_404s_are_bounded_and_displace_no_other_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,8 +313,8 @@ async def is_known(index: Index, digest: Digest) -> bool:
     return found.pop()
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jumps", [[YEAR], [-YEAR], [YEAR, -2 * YEAR, 3 * YEAR, -YEAR]])
 async def test_records_of_content_on_disk_stay_whatever_the_clock_does(
     tmp_path: Path, jumps: list[float]

@@ -28,7 +28,7 @@ def names(root: Path) -> list[str]:
     return [named.name for named in image_layout.read_index_json(Layout(root))]
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_a_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path: Path) -> None:
     child = image(LAYER)
     body = index_of(child)
@@ -49,8 +49,8 @@ async def test_a_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_pat
         assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jump", [YEAR, -YEAR, ORPHAN_ROW_TTL_S + 1])
 async def test_a_clock_that_jumps_removes_no_content_and_no_record(
     tmp_path: Path, jump: float
@@ -139,7 +139,7 @@ async def test_evicted_and_revoked_manifests_leave_index_json(tmp_path: Path) ->
         assert names(tmp_path) == []
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
     tmp_path: Path,
 ) -> None:

@@ -21,7 +21,7 @@ ONE, TWO = Digest.of(b"one"), Digest.of(b"two", "sha512")
 TIMES = st.floats(-1e12, 1e12)
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 @given(st.none() | TIMES, TIMES)
 def test_a_row_about_content_on_disk_stays_at_any_time(
     missing_since: float | None, now: float

@@ -152,7 +152,7 @@ def test_a_start_keeps_the_newest_16_damaged_files(tmp_path: Path) -> None:
     assert disk.quarantine_size(layout) == disk.MAX_QUARANTINED_FILES
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 def test_a_disk_that_refuses_writes_is_reported_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     why = recover(Layout(tmp_path / "file"), NOW, BOOT)

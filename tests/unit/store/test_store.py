@@ -97,7 +97,7 @@ async def test_recency_is_updated_once_a_minute(tmp_path: Path) -> None:
             assert used(store, b"content") == NOW + wanted
 
 
-@pytest.mark.row("K3")
+@pytest.mark.row("K3-future-recency")
 async def test_recency_is_updated_after_the_clock_was_set_back(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
@@ -164,7 +164,7 @@ async def test_measure_reports_usage_and_running_ingests(tmp_path: Path) -> None
         store.end_ingest(content)
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 async def test_a_disk_that_refuses_writes_serves_its_content_and_is_reported(
     tmp_path: Path,
 ) -> None:
@@ -199,8 +199,8 @@ async def test_a_disk_that_refuses_writes_serves_its_content_and_is_reported(
         )
 
 
-@pytest.mark.row("D7")
-@pytest.mark.row("C9")
+@pytest.mark.row("D7-unwritable-directories")
+@pytest.mark.row("C9-damaged-content")
 async def test_damage_on_a_disk_that_refuses_writes_is_never_served(tmp_path: Path) -> None:
     """It can be neither quarantined nor replaced. So it is fetched, and not kept."""
     directory = tmp_path / "blobs"
