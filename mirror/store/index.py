@@ -383,11 +383,7 @@ def _load_name(row: Row) -> TagRecord | NamedManifest | None:
     if record is None or repository is None:
         return None
     return NamedManifest(
-        repository,
-        tag=None,
-        digest=record.digest,
-        media_type=record.media_type,
-        size=record.size,
+        repository, tag=None, digest=record.digest, media_type=record.media_type, size=record.size
     )
 
 

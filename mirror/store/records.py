@@ -124,12 +124,7 @@ def confirm(
         droppable = (n for n in range(len(previous) - 1, 0, -1) if previous[n].digest != keep)
         del previous[next(droppable, -1)]
     return TagRecord(
-        repository,
-        tag,
-        digest,
-        first_seen=now,
-        confirmed=now,
-        previous_digests=tuple(previous),
+        repository, tag, digest, first_seen=now, confirmed=now, previous_digests=tuple(previous)
     )
 
 
