@@ -1,4 +1,33 @@
-"""Bytes on disk: content by digest, growing content, tag records, quota, eviction, pins.
+"""Keep content on disk by its digest, serve it while it arrives, and evict it when space is needed.
 
-Must not know: HTTP, registries.
+Must not know: HTTP, registries, which repository may read which content.
+
+Other packages use four modules. :class:`~mirror.store.store.Store` is the data directory of one
+process. Its :class:`~mirror.store.blobs.BlobStore` opens whole content, its
+:class:`~mirror.store.index.Index` keeps records about content, and each
+:class:`~mirror.store.ingest.Ingest` is content that is being fetched. Cached content and content
+that is being fetched are read through one protocol, :class:`~mirror.store.reader.Reader`.
+
+Reading order:
+
+1. :mod:`~mirror.store.store`: composes all the others, and owns their threads.
+2. :mod:`~mirror.store.disk`: the paths below ``data_dir``, and the system calls on these files.
+3. :mod:`~mirror.store.reader`: how content is read, whatever its state.
+4. :mod:`~mirror.store.blobs`: whole content. Trusts a recent verification, and hashes again later.
+5. :mod:`~mirror.store.ingest`: content that is being fetched, in this process or in another one.
+   Begin with its theory of operation, then read ``ingest_lock``, ``ingest_writer``, ``follower``,
+   ``window`` and ``other_process``.
+6. :mod:`~mirror.store.eviction`: what the directory holds, and which content goes first.
+7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
+   values, ``rows`` its database, and ``orphans`` decides which records go.
+8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
+   crash, and ``index.json``, from which a lost index is restored.
+
+Contracts that the whole package keeps:
+
+- A file under ``blobs/`` is complete, and it was hashed before it got there.
+- No complete response has a wrong byte: the last byte waits for the hash.
+- Several processes may share one data directory. File locks (``flock``) coordinate them, and the
+  kernel releases the locks of a process that dies.
+- The index may be lost: then content is fetched again, and nothing wrong is served.
 """

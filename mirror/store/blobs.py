@@ -1,11 +1,14 @@
-"""Whole content: opening it, trusting it, verifying it again when its verification has aged.
+"""Whole content by digest: opening, verifying again when a verification is old, recency.
 
-Lives here: one shared descriptor for each content that is being read (the lease that eviction
-respects), the age of verifications, quarantine. Must not know: repositories, tags, who may read.
+Lives here: one open file for each content that is being read (its lease, which eviction respects),
+the age of verifications, quarantine, marking content as used. Must not know: repositories, tags,
+which repository may read which content.
 
-Content is trusted while its verification is younger than ``storage.reverify`` and nobody but us
-has written to the file (``disk.set_by_us``). Otherwise it is served through the same door as
-growing content: bytes flow at once, the hash is computed beside, the last byte waits for it.
+Theory of operation: content is trusted while its verification is younger than ``storage.reverify``
+and no other program has written to the file (:func:`mirror.store.disk.set_by_us`). Otherwise it is
+verified again. A small file is hashed before its first byte is served, so damage is a cache miss. A
+large file is served like content that is being fetched: its bytes are sent at once, a thread hashes
+the file at the same time, and the last byte is held back until the hash is right.
 """
 
 from __future__ import annotations
@@ -17,17 +20,18 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
-from typing import Final, Protocol
+from typing import Final
 
 from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
+from mirror.store.index import Index
 from mirror.store.reader import FileExtent
 
-SMALL: Final = 4 * 1024 * 1024
-"""Bytes up to which aged content is verified before its first byte, so that damage is a miss."""
+SMALL_BYTES: Final = 4 * 1024 * 1024
+"""Bytes up to which content is verified before its first byte is served: hashed within 10 ms."""
 _MAX_REMEMBERED: Final = 100_000
 """Digests whose times are kept in memory (24 MB). An older verification time is read from the index
 again, and forgotten recency costs one more system call."""
@@ -35,33 +39,25 @@ _RECENCY_STEP_S: Final = 60.0
 """Seconds between two updates of one file's last use: LRU eviction needs no finer order."""
 
 
-class Verifications(Protocol):
-    """Where the times of verifications are kept (the index)."""
-
-    async def verified_at(self, digest: Digest) -> float | None:
-        """Seconds since the epoch; None: not known."""
-
-    async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
-        """Remember."""
-
-
 @dataclass(slots=True, eq=False)
 class _Lease:
-    """One open file, shared by all that read it."""
+    """One open file, shared by all its readers. It is closed after the last one."""
 
     fd: int
     size: int
+    """Bytes of the file when it was opened."""
     readers: int = 0
     verification: asyncio.Future[None] | None = None
+    """A running verification, or one that has found damage."""
 
 
 class BlobStore:
-    """Whole content by digest."""
+    """The whole content of one data directory. All methods run on the event loop."""
 
     def __init__(
         self,
         layout: Layout,
-        verifications: Verifications,
+        index: Index,
         *,
         reverify: float,
         opening: Executor,
@@ -69,8 +65,19 @@ class BlobStore:
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            layout: The data directory.
+            index: Keeps the times of verifications.
+            reverify: Seconds for which a verification is trusted. Zero: it never is.
+            opening: Threads that open files and set their times.
+            hashing: Threads that verify content.
+            emit: Receives events, on the event loop only.
+            now: Seconds since the epoch.
+        """
         self._layout = layout
-        self._verifications = verifications
+        self._index = index
         self._reverify = reverify
         self._opening = opening
         self._hashing = hashing
@@ -83,11 +90,18 @@ class BlobStore:
         self._used_at: dict[Digest, float] = {}
 
     async def find(self, digest: Digest, size: int | None = None) -> WholeReader | None:
-        """Open content for reading; None is a miss: absent or damaged.
+        """Open content for reading. The caller closes the reader.
 
-        ``size``: what a manifest says of it; content of another length is verified first.
+        Args:
+            digest: The content.
+            size: Its length in bytes as a manifest states it, or None. Content of another length is
+                verified before its first byte is served.
 
-        Raises :class:`StorageUnavailable` out of descriptors.
+        Returns:
+            A reader; None if the content is missing or damaged.
+
+        Raises:
+            StorageUnavailable: There are too few descriptors.
         """
         lease = await self._lease(digest)
         if lease is None:
@@ -95,13 +109,13 @@ class BlobStore:
         reader = WholeReader(self, digest, lease)
         try:
             status = os.fstat(lease.fd)
-            # A manifest may lie about a size, so another length is a suspicion, not a verdict.
-            suspect = status.st_size != lease.size or size not in (None, lease.size)
+            # A manifest may lie about a size. So another length calls for a verification only.
+            is_suspect = status.st_size != lease.size or size not in (None, lease.size)
             if lease.verification is None and (
-                suspect or not await self._is_trusted(digest, status)
+                is_suspect or not await self._is_trusted(digest, status)
             ):
                 self._start_verification(digest, lease)
-            if lease.verification is not None and (suspect or lease.size <= SMALL):
+            if lease.verification is not None and (is_suspect or lease.size <= SMALL_BYTES):
                 await asyncio.wait({lease.verification})
             reader.raise_if_damaged()
         except DigestMismatch:
@@ -124,7 +138,7 @@ class BlobStore:
             job.add_done_callback(_close_opened)
             raise
         except OSError as error:
-            self._miss(digest, error)
+            self._report_unopened(digest, error)
             return None
         if opened is None:
             return None
@@ -136,23 +150,31 @@ class BlobStore:
         return self._leases[digest]
 
     async def read(self, digest: Digest, limit: int) -> bytes | None:
-        """Small content as bytes, hashed again as it is read; None is a miss.
+        """Read small content. It is hashed again at every read.
 
-        Raises :class:`StorageUnavailable`.
+        Args:
+            digest: The content.
+            limit: Bytes. Content of more is not read.
+
+        Returns:
+            The bytes; None if the content is missing, damaged or larger than ``limit``.
+
+        Raises:
+            StorageUnavailable: There are too few descriptors.
         """
         try:
             body = await self._loop.run_in_executor(self._opening, self._read, digest, limit)
         except OSError as error:
-            self._miss(digest, error)
+            self._report_unopened(digest, error)
             return None
         if body is not None:
-            self._remember(digest, self._now())
+            self._set_verified(digest, self._now())
         return body
 
-    def _miss(self, digest: Digest, error: OSError) -> None:
-        """Content that cannot be opened is fetched anew, and the disk is asked again next time.
+    def _report_unopened(self, digest: Digest, error: OSError) -> None:
+        """Log that content could not be opened. It is a miss then, and is fetched again.
 
-        Raises :class:`StorageUnavailable` out of descriptors: a fetch would want more of them.
+        Raises :class:`StorageUnavailable` for too few descriptors: a fetch would need even more.
         """
         if disk.reason_of(error) == "descriptors":
             raise StorageUnavailable(f"content cannot be opened: {error.strerror}") from error
@@ -169,7 +191,7 @@ class BlobStore:
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
-                quarantine.put_aside(self._layout, digest, fd)
+                disk.quarantine(self._layout, digest, fd)
                 self._loop.call_soon_threadsafe(self._report_damage, digest, status.st_size)
             return None
         finally:
@@ -180,15 +202,15 @@ class BlobStore:
             return False
         at = self._verified.get(digest)
         if at is None:
-            at = await self._verifications.verified_at(digest)
+            at = await self._index.verified_at(digest)
             if at is not None:
-                self._remember(digest, at, saved=True)
+                self._set_verified(digest, at, is_saved=True)
         return at is not None and 0 <= self._now() - at < self._reverify
 
-    def _remember(self, digest: Digest, at: float, *, saved: bool = False) -> None:
+    def _set_verified(self, digest: Digest, at: float, *, is_saved: bool = False) -> None:
         self._verified.pop(digest, None)
         self._verified[digest] = at
-        if not saved:
+        if not is_saved:
             self._unsaved.add(digest)
         while len(self._verified) > _MAX_REMEMBERED:
             oldest = next(iter(self._verified))
@@ -196,7 +218,7 @@ class BlobStore:
             self._unsaved.discard(oldest)
 
     def _start_verification(self, digest: Digest, lease: _Lease) -> None:
-        lease.readers += 1  # the verification reads as well
+        lease.readers += 1  # The verification reads the file as well.
         lease.verification = self._loop.run_in_executor(
             self._hashing, self._verify, digest, lease.fd, lease.size
         )
@@ -208,11 +230,11 @@ class BlobStore:
         try:
             disk.verify(fd, size, digest)
         except DigestMismatch:
-            quarantine.put_aside(self._layout, digest, fd)
+            disk.quarantine(self._layout, digest, fd)
             raise
         except OSError as error:
-            # Sectors that cannot be read are damage like any other.
-            quarantine.put_aside(self._layout, digest, fd)
+            # An unreadable sector counts as damage.
+            disk.quarantine(self._layout, digest, fd)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
 
@@ -222,7 +244,7 @@ class BlobStore:
             self._forget(digest, lease)
         else:
             lease.verification = None
-            self._remember(digest, self._now())
+            self._set_verified(digest, self._now())
             self._emit(Reverified(str(digest), ok=True))
         self.release(digest, lease)
 
@@ -238,17 +260,17 @@ class BlobStore:
             del self._leases[digest]
 
     def release(self, digest: Digest, lease: _Lease) -> None:
-        """One reader less."""
+        """Count one reader less, and close the file after the last one."""
         lease.readers -= 1
         if lease.readers == 0:
             self._forget(digest, lease)
             disk.close(lease.fd, self._opening)
 
-    async def published(self, digest: Digest) -> None:
-        """Content was verified just now."""
+    async def on_published(self, digest: Digest) -> None:
+        """Record that content was verified just now, as it was fetched."""
         now = self._now()
-        self._remember(digest, now, saved=True)
-        await self._verifications.set_verified([(digest, now)])
+        self._set_verified(digest, now, is_saved=True)
+        await self._index.set_verified([(digest, now)])
 
     def mark_used(self, digests: Collection[Digest]) -> bool:
         """Record the use of content for LRU eviction, at most once a minute each.
@@ -274,21 +296,21 @@ class BlobStore:
         return True
 
     async def flush(self) -> None:
-        """Remember the verifications that this process did, for the next one."""
+        """Write the verification times of this process to the index."""
         times = [(digest, self._verified[digest]) for digest in self._unsaved]
         self._unsaved.clear()
-        await self._verifications.set_verified(times)
+        await self._index.set_verified(times)
 
 
 def _read_open(fd: int, limit: int) -> bytes:
     try:
         return os.pread(fd, limit + 1, 0)
     except OSError:
-        return b""  # sectors that cannot be read are damage like any other
+        return b""  # An unreadable sector counts as damage.
 
 
 def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> None:
-    """Whoever wanted it has left in the meantime."""
+    """Close a file that was opened for a request which has been cancelled."""
     if not job.cancelled() and job.exception() is None:
         opened = job.result()
         if opened is not None:
@@ -298,11 +320,11 @@ def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> Non
 class WholeReader:
     """One reader of whole content (see :class:`mirror.store.reader.Reader`)."""
 
-    def __init__(self, contents: BlobStore, digest: Digest, lease: _Lease) -> None:
+    def __init__(self, blobs: BlobStore, digest: Digest, lease: _Lease) -> None:
         self.digest = digest
-        self._blobs = contents
+        self._blobs = blobs
         self._lease = lease
-        self._open = True
+        self._is_open = True
         lease.readers += 1
 
     @property
@@ -312,15 +334,16 @@ class WholeReader:
 
     @property
     def arrived(self) -> int:
-        """All of it."""
+        """Bytes that can be read: all of them."""
         return self._lease.size
 
     async def wait(self, start: int, stop: int | None = None) -> FileExtent | None:
         """See :meth:`mirror.store.reader.Reader.wait`.
 
-        While a verification runs the last byte of every answer waits for it, of a range as well.
+        While a verification runs, the last byte of every response waits for its result, also that
+        of a range.
         """
-        if not self._open:
+        if not self._is_open:
             raise ContentLost("this reader is closed")
         limit = self.size if stop is None else min(stop, self.size)
         if start >= limit:
@@ -334,13 +357,13 @@ class WholeReader:
         return FileExtent(self._lease.fd, start, limit)
 
     def raise_if_damaged(self) -> None:
-        """Raises :class:`DigestMismatch` if a verification has found damage."""
+        """Raise :class:`DigestMismatch` if a verification has found damage."""
         verification = self._lease.verification
         if verification is not None and verification.done():
             verification.result()
 
     def close(self) -> None:
-        """End the lease."""
-        if self._open:
-            self._open = False
+        """Release the lease. Further calls do nothing."""
+        if self._is_open:
+            self._is_open = False
             self._blobs.release(self.digest, self._lease)

@@ -1,10 +1,20 @@
-"""The blocking half of the store: each function here is system calls, run in a thread.
+"""Files and paths of the data directory. Every function here blocks, and runs in a thread.
 
-Lives here: opening and leasing whole content, locking growing content, appending with the hash
-beside it, durable publishing. Must not know: the event loop, who waits, what a client is.
+Lives here: the paths, opening and leasing whole content, locking an ingest file, appending with the
+hash beside it, durable publishing, quarantine. Must not know: the event loop, followers, clients.
 
-Errors are ``OSError`` as the kernel gave them; the callers decide what a full or failing disk
-means. Out of descriptors (``EMFILE``, ``ENFILE``) is never taken for a missing or damaged file.
+Errors are ``OSError`` as the kernel raised them. The callers decide what a full or failing disk
+means. Too few descriptors (``EMFILE``, ``ENFILE``) never count as a missing or damaged file.
+
+::
+
+    oci-layout, index.json   the directory is a valid OCI image layout
+    blobs/<alg>/<hex>        whole and verified content
+    ingest/<alg>/<hex>       content of a running or broken fetch; ``flock`` on it = a fetch runs
+    ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
+    quarantine/<alg>/<hex>   content that did not hash to its name
+    index/                   databases of the index
+    eviction.lock            ``flock`` = an eviction runs
 """
 
 from __future__ import annotations
@@ -23,24 +33,68 @@ from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import DigestMismatch
-from mirror.oci.reference import Digest, Verifier
-from mirror.store.layout import Layout
+from mirror.oci.reference import ALGORITHMS, Digest, Verifier
+from mirror.store.records import MALFORMED
 
-READ_SIZE: Final = 4 * 1024 * 1024
-_PATIENCE: Final = 10.0
-"""Seconds that publishing waits for a descriptor."""
+_READ_BYTES: Final = 4 * 1024 * 1024
+"""Bytes that are read and hashed at a time: few calls, and little memory for each thread."""
+_DESCRIPTOR_TIMEOUT_S: Final = 10.0
+"""Seconds that publishing waits for a free descriptor: a burst of requests has ended by then."""
 _NANOSECONDS: Final = 10**9
-# Not there, or not what we would have put there (a link, a directory, a socket).
+"""Nanoseconds in a second."""
+_STATE_LIMIT_BYTES: Final = 16 * 1024
+"""Bytes that are read of an ingest state. Ours are smaller, with any error message."""
+MAX_QUARANTINED_FILES: Final = 16
+"""Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
+# Missing, or not a file that we would have put there (a link, a directory, a socket).
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
-# fsync of a directory is not supported everywhere; there rename is as durable as it gets.
+# Some file systems cannot sync a directory. There a rename is as durable as it gets.
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
 
 
-_GARBAGE: Final = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one data directory. Nothing else joins paths. A digest is parsed before."""
+
+    root: Path
+
+    def blob(self, digest: Digest) -> Path:
+        """The file of whole content."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def ingest(self, digest: Digest) -> Path:
+        """The file that a fetch appends to."""
+        return self.root / "ingest" / digest.algorithm / digest.hex
+
+    def ingest_state(self, digest: Digest) -> Path:
+        """The state of a fetch, for other processes (:class:`IngestState`)."""
+        return self.root / "ingest" / digest.algorithm / f"{digest.hex}.json"
+
+    def quarantine(self, digest: Digest) -> Path:
+        """The file of damaged content."""
+        return self.root / "quarantine" / digest.algorithm / digest.hex
+
+    @property
+    def index(self) -> Path:
+        """The directory of the index's databases."""
+        return self.root / "index"
+
+    @property
+    def eviction_lock(self) -> Path:
+        """The file whose lock is held while an eviction runs."""
+        return self.root / "eviction.lock"
+
+    def content_directories(self) -> list[Path]:
+        """``blobs/<alg>`` for each registered algorithm."""
+        return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
+
+    def ingest_directories(self) -> list[Path]:
+        """``ingest/<alg>`` for each registered algorithm."""
+        return [self.root / "ingest" / algorithm for algorithm in ALGORITHMS]
 
 
 def boot_id() -> str:
-    """The kernel's boot id: unsynced bytes of another boot are not to be trusted."""
+    """The kernel's boot id, or an empty string. Unsynced bytes of another boot are not trusted."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -48,12 +102,12 @@ def boot_id() -> str:
 
 
 def set_by_us(status: os.stat_result) -> bool:
-    """Whether nobody but us wrote to this content: we set whole seconds, the kernel does not."""
+    """Whether no other program has written to a file. We set whole seconds, the kernel does not."""
     return status.st_mtime_ns % _NANOSECONDS == 0
 
 
 def reason_of(error: OSError) -> str:
-    """Why the disk refused, as a bounded label."""
+    """The label of an error: ``full``, ``readonly``, ``descriptors`` or ``io``."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return "full"
@@ -65,10 +119,18 @@ def reason_of(error: OSError) -> str:
             return "io"
 
 
-def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | None:
-    """Open whole content and lease it (``flock`` shared, which eviction respects).
+# --- whole content --------------------------------------------------------------------------------
 
-    None if it is not there, is no regular file, or is being evicted at this moment.
+
+def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | None:
+    """Open whole content and lease it: a shared ``flock``, which eviction respects.
+
+    Returns:
+        The descriptor and its status. None if the file is missing, is no regular file, or is being
+        evicted at this moment.
+
+    Raises:
+        OSError: The disk does not say whether the file exists.
     """
     path = layout.blob(digest)
     try:
@@ -95,21 +157,21 @@ def open_whole(layout: Layout, digest: Digest) -> tuple[int, os.stat_result] | N
 
 
 def close(fd: int, threads: Executor) -> None:
-    """Close a file; in a thread if it is the end of it: to free a few GB takes a second."""
+    """Close a file. An unlinked one is closed in a thread: to free a few GB takes a second."""
     if os.fstat(fd).st_nlink == 0:
-        with suppress(RuntimeError):  # the threads have ended
+        with suppress(RuntimeError):  # The threads have ended.
             threads.submit(os.close, fd)
             return
     os.close(fd)
 
 
 def touch_open(fd: int, now: float) -> None:
-    """Set the last use of an open file, in whole seconds: the mark that it is as we left it."""
+    """Set the last use of an open file, in whole seconds (see :func:`set_by_us`)."""
     seconds = int(now) * _NANOSECONDS
     try:
         os.utime(fd, ns=(seconds, seconds))
     except OSError:
-        return  # read-only: it will be verified again at its next use
+        return  # A read-only disk: the content is verified again at its next use.
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
@@ -129,7 +191,12 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
 
 
 def verify(fd: int, size: int, digest: Digest) -> None:
-    """Hash ``size`` bytes of an open file. Raises :class:`DigestMismatch` or ``OSError``."""
+    """Hash ``size`` bytes of an open file.
+
+    Raises:
+        DigestMismatch: The file is shorter, or hashes to another digest.
+        OSError: The file cannot be read.
+    """
     verifier = Verifier(digest)
     hash_file(fd, verifier, size)
     if verifier.position != size:
@@ -138,45 +205,93 @@ def verify(fd: int, size: int, digest: Digest) -> None:
 
 
 def hash_file(fd: int, verifier: Verifier, stop: int) -> None:
-    """Let ``verifier`` catch up with the file, up to ``stop``."""
+    """Hash the bytes of a file from the verifier's position up to ``stop``, or to its end."""
     while verifier.position < stop:
-        data = os.pread(fd, min(READ_SIZE, stop - verifier.position), verifier.position)
+        data = os.pread(fd, min(_READ_BYTES, stop - verifier.position), verifier.position)
         if not data:
             return
         verifier.update(data)
 
 
-# --- growing content ------------------------------------------------------------------------
+# --- quarantine -----------------------------------------------------------------------------------
+
+
+def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
+    """Move damaged content out of ``blobs/``, if its path still names the open file ``fd``.
+
+    Never raises. On a read-only disk the file stays: it is hashed at every use and never served.
+    """
+    path, target = layout.blob(digest), layout.quarantine(digest)
+    with suppress(OSError):
+        if not is_at(fd, path):
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        except OSError:
+            path.unlink(missing_ok=True)
+        trim_quarantine(layout, MAX_QUARANTINED_FILES)
+
+
+def trim_quarantine(layout: Layout, keep: int) -> int:
+    """Remove damaged files except the newest ``keep``. Returns the freed bytes."""
+    newest_first = sorted(_quarantined(layout), key=lambda file: file[1].st_ctime, reverse=True)
+    freed = 0
+    for path, status in newest_first[keep:]:
+        with suppress(OSError):
+            path.unlink()
+            freed += status.st_size
+    return freed
+
+
+def quarantine_size(layout: Layout) -> int:
+    """The bytes of all damaged files."""
+    return sum(status.st_size for _, status in _quarantined(layout))
+
+
+def _quarantined(layout: Layout) -> list[tuple[Path, os.stat_result]]:
+    files = []
+    for path in (layout.root / "quarantine").glob("*/*"):
+        with suppress(OSError):
+            files.append((path, path.lstat()))
+    return files
+
+
+# --- ingest files ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class IngestState:
-    """What the fetcher of growing content tells other processes, in a file beside it."""
+    """The state of a fetch, in a file beside the ingest file. Other processes read it."""
 
     size: int | None
-    """Bytes of the whole content, where the upstream said so."""
+    """Bytes of the whole content. None: the upstream has not declared them."""
     boot: str = ""
+    """:func:`boot_id` of the writer."""
     written: int = 0
-    """Bytes that were in the file when this was written (at least once a second)."""
+    """Bytes in the ingest file when this state was written, at least once a second."""
     error: tuple[str, str] | None = None
     """(OCI code, message) of a fetch that failed."""
     holder: str = ""
-    """Who writes this: another one every time somebody gets hold of the lock."""
+    """Identifies one hold of the lock: each one has another value."""
     resumed_from: int = 0
-    """Bytes that this holder kept of an earlier fetch. It wrote all that follows."""
+    """Bytes in the ingest file when this hold began. The holder has written all that follow."""
     room: int = 0
-    """Bytes that the file may take, as far as room was asked for."""
+    """Bytes that the ingest file may reach: eviction has made room for them."""
 
 
 def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | None:
-    """The state and the time of its last sign of life; None if there is none to be read."""
+    """The state of a fetch and when it was last renewed, in seconds since the epoch.
+
+    None if there is no readable state.
+    """
     path = layout.ingest_state(digest)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        raw = json.loads(os.read(fd, 16384))
+        raw = json.loads(os.read(fd, _STATE_LIMIT_BYTES))
         error = raw.get("error")
         state = IngestState(
             size=raw["size"] if type(raw["size"]) is int and raw["size"] >= 0 else None,
@@ -188,14 +303,14 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             room=int(raw.get("room", 0)),
         )
         return state, os.fstat(fd).st_mtime
-    except (OSError, RecursionError, *_GARBAGE):
+    except (OSError, *MALFORMED):
         return None
     finally:
         os.close(fd)
 
 
 def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
-    """Replace the state atomically."""
+    """Replace the state atomically. Raises ``OSError``, and leaves no draft then."""
     path = layout.ingest_state(digest)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     document = {
@@ -216,7 +331,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
 
 
 def stamp_of_state(layout: Layout, digest: Digest) -> tuple[int, int] | None:
-    """Another value whenever the state was written; None if there is none."""
+    """A value that differs after each write of the state. None if there is no state."""
     try:
         status = layout.ingest_state(digest).lstat()
     except OSError:
@@ -225,13 +340,13 @@ def stamp_of_state(layout: Layout, digest: Digest) -> tuple[int, int] | None:
 
 
 def open_ingest(layout: Layout, digest: Digest) -> int:
-    """Open or create the file that grows. Never follows a link."""
+    """Open or create the ingest file. Never follows a link. Raises ``OSError``."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     return os.open(layout.ingest(digest), flags, 0o644)
 
 
 def try_lock(fd: int) -> bool:
-    """Take the exclusive lock if nobody holds one."""
+    """Take the exclusive lock of a file. False if another descriptor holds a lock."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -240,7 +355,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Whether ``path`` still names this open file: a lock on an unlinked file locks nothing."""
+    """Whether ``path`` still names an open file. A lock on an unlinked file locks nothing."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
@@ -288,9 +403,11 @@ def is_locked(path: Path) -> bool:
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
     """Make verified content durable and visible: fsync, rename, fsync of the directory.
 
-    Raises ``OSError`` of whichever failed; then nothing is left under ``blobs/`` and the file is
-    gone: an ``fsync`` that failed once may report success later without having written anything
-    (Rebello et al., "Can Applications Recover from fsync Failures?"), so it is never tried again.
+    Raises:
+        OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
+            removed. An ``fsync`` that failed once may report success later without having written
+            anything (Rebello et al., "Can Applications Recover from fsync Failures?"), so it is
+            never tried again.
     """
     source, target = layout.ingest(digest), layout.blob(digest)
     try:
@@ -312,8 +429,8 @@ def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: i
     os.utime(fd, ns=(used, used))
     os.fsync(fd)
     if not is_at(fd, source):
-        raise FileNotFoundError(errno.ENOENT, "growing content was taken away", str(source))
-    # From here on it can be opened as whole content, whose readers share the lock.
+        raise FileNotFoundError(errno.ENOENT, "the ingest file was removed", str(source))
+    # From now on clients can open it as whole content, and its readers share the lock.
     fcntl.flock(fd, fcntl.LOCK_SH)
     source.rename(target)
     try:
@@ -325,8 +442,8 @@ def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: i
 
 
 def _open_directory(path: Path) -> int:
-    """Opened before it is needed, and waited for: few descriptors are no reason to drop content."""
-    deadline = time.monotonic() + _PATIENCE
+    """Open a directory, and wait for a free descriptor: a lack of them must not drop content."""
+    deadline = time.monotonic() + _DESCRIPTOR_TIMEOUT_S
     while True:
         try:
             return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -337,7 +454,7 @@ def _open_directory(path: Path) -> int:
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
-    """Remove growing content whose lock we hold. Never raises: there is nothing left to do."""
+    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
     try:
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)
@@ -346,7 +463,7 @@ def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
 
 
 def drop_state(layout: Layout, digest: Digest) -> None:
-    """Remove the state of growing content. Never raises: a stale one is not believed."""
+    """Remove the state of a fetch. Never raises: a state without its lock is not trusted."""
     try:
         layout.ingest_state(digest).unlink(missing_ok=True)
     except OSError:

@@ -1,51 +1,201 @@
-"""What goes when room is needed: pure accounting, and a thin loop that unlinks.
+"""Accounting and eviction: what the data directory holds, and what goes when space is needed.
 
-Lives here: the order of eviction and its limits (quota, water marks, free space, pins). Must not
-know: why room is needed.
+Lives here: scans of the directories, the order of eviction, its limits (quota, water marks, free
+space, pins). Must not know: why space is needed.
+
+The accounting is a scan, never a counter: it equals ``du``, after any crash. A further scan looks
+only at new files, because whole content never changes its size.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
+import stat
+import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
 from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
-from mirror.oci.errors import ManifestInvalid
+from mirror.oci.errors import DigestInvalid, ManifestInvalid
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.catalog import Catalog, Entry, Usage
+from mirror.store import disk
+from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.layout import Layout
 
-_LOCK_PATIENCE: Final = 5.0
-_SPARE: Final = 0.01
-"""Part of a disk that is left free: the index needs some."""
+_BLOCK_BYTES: Final = 512
+"""Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
+_EVICTION_LOCK_TIMEOUT_S: Final = 5.0
+"""Seconds to wait for an eviction by another process. It may have freed enough by then."""
+_DISK_RESERVE: Final = 0.01
+"""Fraction of a disk that is left free: the index needs space of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What goes, in this order, until ``free`` bytes are gained."""
+class Usage:
+    """The space that a data directory takes up. All but ``count`` in bytes."""
 
-    free: int
-    candidates: tuple[Entry, ...]
+    count: int
+    """Number of whole contents."""
+    bytes: int
+    """Size of the whole contents."""
+    reserved: int
+    """Running fetches: their announced size, or the size of the file if that is larger."""
+    unwritten: int = 0
+    """The part of ``reserved`` that is not on the disk yet."""
+    leftover: int = 0
+    """Leftovers of ended fetches, and damaged content."""
+
+    @property
+    def total(self) -> int:
+        """The bytes that count against the quota."""
+        return self.bytes + self.reserved + self.leftover
 
 
-def needed(usage: Usage, need: int, disk_free: int, settings: Storage) -> tuple[int, str] | None:
-    """How many bytes have to go before ``need`` more may come, and why; (0, "") for none.
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """One whole content on disk."""
 
-    ``disk_free`` is what the disk has, less what is left free.
+    digest: Digest
+    size: int
+    used: float
+    """Last use, in seconds since the epoch."""
 
-    Above the high water mark it is so many that the low water mark is reached. None: it cannot fit,
-    whatever went. ``usage`` counts the reservation of whoever asks already, where it could be
-    declared.
+
+# --- accounting -----------------------------------------------------------------------------------
+
+
+class Catalog:
+    """The content of one data directory. Its methods block, and threads may share it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._lock = threading.Lock()
+        self._sizes: dict[str, dict[str, int]] = {}
+
+    def refresh(self) -> Usage:
+        """Scan the directories.
+
+        Foreign entries (links, pipes, directories, other names) are neither counted nor opened.
+        """
+        with self._lock:
+            for directory in self._layout.content_directories():
+                self._scan(directory)
+            sizes = [size for names in self._sizes.values() for size in names.values()]
+            quarantined = disk.quarantine_size(self._layout)
+            usage = Usage(count=len(sizes), bytes=sum(sizes), reserved=0, leftover=quarantined)
+            for digest, status in self._ingests():
+                usage = self._with_ingest(usage, digest, status)
+            return usage
+
+    def _scan(self, directory: Path) -> None:
+        algorithm = directory.name
+        known_sizes = self._sizes.setdefault(algorithm, {})
+        sizes: dict[str, int] = {}
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    size = known_sizes.get(entry.name)
+                    if size is None:
+                        size = _size_of(entry, algorithm)
+                    if size is not None:
+                        sizes[entry.name] = size
+        except OSError:
+            return
+        self._sizes[algorithm] = sizes
+
+    def _ingests(self) -> Iterator[tuple[Digest, os.stat_result]]:
+        for directory in self._layout.ingest_directories():
+            try:
+                names = [entry.name for entry in os.scandir(directory)]
+            except OSError:
+                continue
+            for name in names:
+                try:
+                    digest = Digest.parse(f"{directory.name}:{name}")
+                    status = (directory / name).lstat()
+                except (DigestInvalid, OSError):
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    yield digest, status
+
+    def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
+        if not disk.is_locked(self._layout.ingest(digest)):
+            # A leftover counts with the blocks that it takes up, not with its announced size.
+            return replace(usage, leftover=usage.leftover + status.st_blocks * _BLOCK_BYTES)
+        state = disk.read_state(self._layout, digest)
+        announced = max(state[0].size or 0, state[0].room) if state is not None else 0
+        return replace(
+            usage,
+            reserved=usage.reserved + max(announced, status.st_size),
+            unwritten=usage.unwritten + max(announced - status.st_size, 0),
+        )
+
+    def leftovers(self) -> list[Digest]:
+        """The ingest files of ended fetches, the oldest first."""
+        oldest_first = sorted((status.st_mtime, digest) for digest, status in self._ingests())
+        return [
+            digest for _, digest in oldest_first if not disk.is_locked(self._layout.ingest(digest))
+        ]
+
+    def holds(self, digest: Digest) -> bool:
+        """Whether the last scan found whole content of this digest."""
+        return digest.hex in self._sizes.get(digest.algorithm, ())
+
+    def blobs(self, now: float) -> list[StoredBlob]:
+        """All whole content of the last scan, with its recency.
+
+        A last use in the future (a clock was set back) is set to ``now``, also on the disk: the
+        content ages from now on.
+        """
+        blobs = []
+        for directory in self._layout.content_directories():
+            for name in list(self._sizes.get(directory.name, ())):
+                try:
+                    status = (directory / name).lstat()
+                    digest = Digest.parse(f"{directory.name}:{name}")
+                except (OSError, DigestInvalid):
+                    continue
+                if status.st_mtime > now:
+                    disk.touch(self._layout, [digest], now)
+                blobs.append(StoredBlob(digest, status.st_size, min(status.st_mtime, now)))
+        return blobs
+
+
+def _size_of(entry: os.DirEntry[str], algorithm: str) -> int | None:
+    try:
+        Digest.parse(f"{algorithm}:{entry.name}")
+        status = entry.stat(follow_symlinks=False)
+    except (DigestInvalid, OSError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+# --- the order of eviction ------------------------------------------------------------------------
+
+
+def bytes_to_free(
+    usage: Usage, need: int, disk_free: int, settings: Storage
+) -> tuple[int, str] | None:
+    """How many bytes have to go before ``need`` more bytes may be written.
+
+    Above the high water mark, this is the distance to the low water mark.
+
+    Args:
+        usage: The current usage. It includes the caller's own reservation, if that was declared.
+        need: Bytes that are about to be written.
+        disk_free: Free bytes of the disk, less the reserve.
+        settings: The quota and its water marks.
+
+    Returns:
+        The bytes and the reason, ``quota`` or ``disk``. ``(0, "")`` if nothing has to go. None if
+        ``need`` cannot fit, whatever goes.
     """
     high = int(settings.max_size * settings.high_water)
     low = int(settings.max_size * settings.low_water)
@@ -58,32 +208,33 @@ def needed(usage: Usage, need: int, disk_free: int, settings: Storage) -> tuple[
     return max(over_quota, over_disk), "quota" if over_quota >= over_disk else "disk"
 
 
-def plan(
-    entries: Iterable[Entry],
-    free: int,
+def eviction_order(
+    blobs: Iterable[StoredBlob],
     pinned: Collection[Digest],
     references: Mapping[Digest, Collection[Digest]],
-) -> Plan:
-    """What goes, least recently used first.
+) -> list[StoredBlob]:
+    """The content that may go, least recently used first.
 
-    Never what is pinned, or what a pinned manifest refers to, directly or through an index. At the
-    same recency small content (manifests) goes first, so that what is left is rather whole images
-    than manifests without layers.
+    Pinned manifests never go, nor does content that one refers to, directly or through an index.
+    At the same recency small content (manifests) goes first: so whole images are left, rather than
+    manifests without layers.
     """
-    kept: set[Digest] = set()
+    protected: set[Digest] = set()
     queue = list(pinned)
     while queue:
         digest = queue.pop()
-        if digest not in kept:
-            kept.add(digest)
+        if digest not in protected:
+            protected.add(digest)
             queue.extend(references.get(digest, ()))
-    candidates = [entry for entry in entries if entry.digest not in kept]
-    candidates.sort(key=lambda entry: (entry.used, entry.size, entry.digest))
-    return Plan(free, tuple(candidates))
+    candidates = [blob for blob in blobs if blob.digest not in protected]
+    return sorted(candidates, key=lambda blob: (blob.used, blob.size, blob.digest))
+
+
+# --- eviction -------------------------------------------------------------------------------------
 
 
 class Evictor:
-    """Makes room, in any process: one eviction at a time in the whole data directory."""
+    """Frees space. Only one eviction runs at a time, over all processes of a data directory."""
 
     def __init__(
         self,
@@ -104,13 +255,13 @@ class Evictor:
         self._now = now
 
     async def make_room(self, need: int) -> bool:
-        """Whether ``need`` more bytes may be written, after evicting what has to go for them.
+        """Evict as much as ``need`` more bytes require. True if they may be written now.
 
-        Never raises for a disk that refuses: then there is no room.
+        Never raises: a disk that refuses is logged, and has no room.
         """
         pinned = await self._index.pinned()
         if pinned is None:
-            return False  # anything may be pinned
+            return False  # The index does not answer, so any manifest may be pinned.
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._executor, self._make_room, need, pinned)
@@ -119,53 +270,52 @@ class Evictor:
             return False
 
     def _make_room(self, need: int, pinned: set[Digest]) -> bool:
-        verdict = self._look(need)
-        if verdict is None or verdict[0] == 0:
-            return verdict is not None
+        shortage = self._shortage(need)
+        if shortage is None or shortage[0] == 0:
+            return shortage is not None
         fd = os.open(self._layout.eviction_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            if not _lock(fd):
+            if not _wait_for_lock(fd):
                 return False
-            # Another process may have made the room while we waited.
-            verdict = self._look(need)
-            if verdict is None or verdict[0] == 0:
-                return verdict is not None
-            self._evict(*verdict, pinned)
+            # Another process may have made room in the meantime.
+            shortage = self._shortage(need)
+            if shortage is None or shortage[0] == 0:
+                return shortage is not None
+            self._evict(*shortage, pinned)
             return self._fits(need)
         finally:
             os.close(fd)
 
-    def _look(self, need: int) -> tuple[int, str] | None:
-        return needed(self._catalog.refresh(), need, self._disk_free(), self._settings)
+    def _shortage(self, need: int) -> tuple[int, str] | None:
+        return bytes_to_free(self._catalog.refresh(), need, self._disk_free(), self._settings)
 
     def _fits(self, need: int) -> bool:
-        """Below the high water mark it is enough, even if the low one was not reached."""
+        """Below the high water mark is enough, even if the low one was not reached."""
         high = int(self._settings.max_size * self._settings.high_water)
         return self._catalog.refresh().total <= high and self._disk_free() >= need
 
     def _disk_free(self) -> int:
         status = os.statvfs(self._layout.root)
-        return int((status.f_bavail - status.f_blocks * _SPARE) * status.f_frsize)
+        return int((status.f_bavail - status.f_blocks * _DISK_RESERVE) * status.f_frsize)
 
     def _evict(self, free: int, reason: str, pinned: set[Digest]) -> None:
-        freed = quarantine.drop(self._layout, 0)
+        freed = disk.trim_quarantine(self._layout, keep=0)
         for digest in self._catalog.leftovers():
             if freed < free:
                 freed += self._drop_leftover(digest)
-        chosen = plan(
-            self._catalog.entries(self._now()), free - freed, pinned, self._references(pinned)
-        )
+        free -= freed
         count = gained = 0
-        for entry in chosen.candidates:
-            if gained >= chosen.free:
+        blobs = self._catalog.blobs(self._now())
+        for blob in eviction_order(blobs, pinned, self._references(pinned)):
+            if gained >= free:
                 break
-            if self._unlink(entry.digest):
-                count, gained = count + 1, gained + entry.size
+            if self._unlink(blob.digest):
+                count, gained = count + 1, gained + blob.size
         if count:
             self._emit(Evicted(count, gained, reason))
 
     def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
-        """What the pinned manifests refer to, and the manifests among that, and so on."""
+        """The parts of each pinned manifest, and of each manifest among those parts."""
         references: dict[Digest, list[Digest]] = {}
         queue = list(pinned)
         while queue:
@@ -191,48 +341,33 @@ class Evictor:
         return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]
 
     def _drop_leftover(self, digest: Digest) -> int:
-        """Remove what is left of a fetch, unless somebody goes on with it; returns its bytes."""
-        path = self._layout.ingest(digest)
+        """Remove the leftover of an ended fetch, unless a fetch resumes it. Returns its bytes."""
         try:
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with disk.open_locked(self._layout.ingest(digest)) as fd:
+                if fd is None:
+                    return 0
+                disk.drop_state(self._layout, digest)
+                disk.drop_ingest(self._layout, digest, fd)
+                return os.fstat(fd).st_size
         except OSError:
             return 0
-        try:
-            if not disk.try_lock(fd) or not disk.is_at(fd, path):
-                return 0
-            disk.drop_state(self._layout, digest)
-            disk.drop_ingest(self._layout, digest, fd)
-            return os.fstat(fd).st_size
-        except OSError:
-            return 0
-        finally:
-            os.close(fd)
 
     def _unlink(self, digest: Digest) -> bool:
-        """Unlink, unless somebody is reading it."""
+        """Unlink whole content, unless a client reads it. True if it was unlinked."""
         path = self._layout.blob(digest)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with disk.open_locked(path, os.O_RDONLY) as fd:
+                if fd is not None:
+                    path.unlink()
+                return fd is not None
         except OSError:
             return False
-        try:
-            if not disk.try_lock(fd) or not disk.is_at(fd, path):
-                return False
-            path.unlink()
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
-        return True
 
 
-def _lock(fd: int) -> bool:
-    deadline = time.monotonic() + _LOCK_PATIENCE
+def _wait_for_lock(fd: int) -> bool:
+    deadline = time.monotonic() + _EVICTION_LOCK_TIMEOUT_S
     while time.monotonic() < deadline:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.02)
-        else:
+        if disk.try_lock(fd):
             return True
+        time.sleep(0.02)
     return False

@@ -1,7 +1,7 @@
-"""The data directory as an OCI image layout: ``index.json`` (image spec, image-layout.md).
+"""``index.json`` of the data directory, an OCI image layout (image-spec, image-layout.md).
 
-Lives here: writing what is known by name, so that ``skopeo`` can read the directory, and reading
-it back where the index was lost. Must not know: freshness; what is read back is as old as can be.
+Lives here: writing the manifests on disk by name, so that ``skopeo`` can read the directory, and
+reading them back after the index was lost. Must not know: freshness.
 """
 
 from __future__ import annotations
@@ -13,43 +13,43 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from mirror.oci.descriptor import OCI_INDEX
-from mirror.oci.errors import InvalidRequest
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.layout import Layout
-from mirror.store.records import Named, size_of
+from mirror.store.disk import Layout
+from mirror.store.records import MALFORMED, NamedManifest, size_of
 
-_NAME: Final = "org.opencontainers.image.ref.name"
+_REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
 _PINNED: Final = "org.oci-mirror.pinned"
-_SIZE_LIMIT: Final = 64 * 1024 * 1024
+_INDEX_LIMIT_BYTES: Final = 64 * 1024 * 1024
+"""Bytes up to which ``index.json`` is read: 200,000 names. It is parsed in memory."""
 
 
-def write(layout: Layout, entries: Iterable[Named]) -> None:
-    """Replace ``index.json`` atomically: it names what is on disk only. Raises ``OSError``.
+def write_index_json(layout: Layout, entries: Iterable[NamedManifest]) -> None:
+    """Replace ``index.json`` atomically. It names only manifests on disk. Raises ``OSError``.
 
-    Of several entries with one name it is the first that is on disk.
+    If several entries have one name, the first one that is on disk is written.
     """
-    held: dict[str, Named] = {}
+    on_disk: dict[str, NamedManifest] = {}
     for entry in entries:
-        if entry.name not in held and layout.blob(entry.digest).is_file():
-            held[entry.name] = entry
+        if entry.name not in on_disk and layout.blob(entry.digest).is_file():
+            on_disk[entry.name] = entry
     manifests = [
         {
             "mediaType": entry.media_type,
             "digest": str(entry.digest),
             "size": entry.size,
             "annotations": {
-                _NAME: entry.name,
+                _REF_NAME: entry.name,
                 _UPSTREAM: entry.repository.upstream,
                 **({_PINNED: "true"} if entry.pinned else {}),
             },
         }
-        for _, entry in sorted(held.items())
+        for _, entry in sorted(on_disk.items())
     ]
     document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
     path = layout.root / "index.json"
-    # Its own name for each writer: several servers may share the directory.
+    # Each writer has its own draft, because several servers may share the directory.
     draft = path.with_name(f"index.json.{secrets.token_hex(8)}.tmp")
     try:
         with draft.open("w", encoding="utf-8") as file:
@@ -62,34 +62,37 @@ def write(layout: Layout, entries: Iterable[Named]) -> None:
         raise
 
 
-def read(layout: Layout) -> list[Named]:
-    """What ``index.json`` says; nothing where it is missing, too large or garbage."""
+def read_index_json(layout: Layout) -> list[NamedManifest]:
+    """The names in ``index.json``. Empty if it is missing, too large or malformed.
+
+    A single malformed entry is passed over.
+    """
     path = layout.root / "index.json"
     try:
-        if path.stat().st_size > _SIZE_LIMIT:
+        if path.stat().st_size > _INDEX_LIMIT_BYTES:
             return []
         document = json.loads(path.read_bytes())
         entries = document["manifests"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, *MALFORMED):
         return []
     if not isinstance(entries, list):
         return []
-    return [named for entry in entries if (named := _named(entry)) is not None]
+    return [named for entry in entries if (named := _parse_entry(entry)) is not None]
 
 
-def _named(entry: Any) -> Named | None:
+def _parse_entry(entry: Any) -> NamedManifest | None:
     try:
         annotations = entry["annotations"]
-        upstream, name = annotations[_UPSTREAM], annotations[_NAME]
+        upstream, name = annotations[_UPSTREAM], annotations[_REF_NAME]
         rest = name.removeprefix(f"{upstream}/")
         path, _, tag = rest.partition("@") if "@" in rest else rest.rpartition(":")
-        return Named(
+        return NamedManifest(
             Repository.parse(upstream, path),
-            None if "@" in rest else Tag.parse(tag),
-            Digest.parse(entry["digest"]),
-            media_type_of(entry["mediaType"]),
-            size_of(entry["size"]),
+            tag=None if "@" in rest else Tag.parse(tag),
+            digest=Digest.parse(entry["digest"]),
+            media_type=media_type_of(entry["mediaType"]),
+            size=size_of(entry["size"]),
             pinned=annotations.get(_PINNED) == "true",
         )
-    except (TypeError, KeyError, ValueError, AttributeError, InvalidRequest):
+    except MALFORMED:
         return None

@@ -1,11 +1,12 @@
-"""The index: small things about content, by key.
+"""The index: small records about content, by key.
 
-Lives here: what is asked and remembered, and under which keys. Must not know: content, or what a
-database is (:mod:`mirror.store.rows`). Everything in it can be lost without a wrong byte being
-served, so nothing in it ever fails a pull.
+Lives here: the operations on these records, and their keys. Must not know: content, or the database
+(:mod:`mirror.store.rows`).
 
-What is known of content stays as long as the content (:mod:`mirror.store.sweep`), whatever the
-clock does. Answers have a time to live, and a bound on their bytes.
+Theory of operation: all of the index can be lost without a wrong byte being served. So no operation
+here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
+record about content stays as long as the content (:mod:`mirror.store.orphans`), whatever the clock
+does. Negative responses and lists have a time to live, and a bound on their bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Final, TypeVar
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.orphans import VERIFIED_PREFIX, RowState, digests_of, next_row_state
 from mirror.store.records import (
     AccessRecord,
-    Named,
+    NamedManifest,
     TagRecord,
     confirm,
     contradicts,
@@ -35,61 +37,76 @@ from mirror.store.records import (
     repository_of,
 )
 from mirror.store.rows import Row, Rows
-from mirror.store.sweep import VERIFIED, RowState, digests_of, next_row_state
 
 T = TypeVar("T")
 
 _NAMED: Final = "named"
-"""Tag records, manifests that were pulled by name, pins: what ``index.json`` shows."""
+"""Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
 _MEMBERS: Final = "members"
-"""Memberships and verification times."""
+"""Table of access records and verification times."""
 _ANSWERS: Final = "answers"
-"""Negative answers and lists."""
+"""Table of negative responses and lists."""
 _TABLES: Final = {_NAMED: None, _MEMBERS: None, _ANSWERS: 64 * 1024 * 1024}
+"""Table -> the bytes that it may take up. None: no bound, because its rows go with the content."""
 _PINS: Final = "pins"
+"""Key of the row that lists all pinned digests."""
 
 
 class Index:
-    """Tag records, memberships, verifications, pins, negative answers, lists."""
+    """Tag records, access records, verification times, pins, negative responses, lists.
+
+    Create it with :meth:`open`. The methods are safe beside other processes on the same directory.
+    """
 
     def __init__(self, rows: Rows, emit: Observer, now: Callable[[], float]) -> None:
+        """For :meth:`open`.
+
+        Args:
+            rows: The tables. The index closes them.
+            emit: Receives warnings.
+            now: Seconds since the epoch.
+        """
         self._rows = rows
         self._emit = emit
         self._now = now
-        self._swept = _NAMED, 0
-        """Where the sweep is: in which table, behind which row."""
+        self._next_check = _NAMED, 0
+        """(table, row id) after which :meth:`drop_orphaned_rows` continues."""
         self.changed = True
-        """Whether names were put since somebody last set this to False.
+        """Whether a name was put since the store last reset this.
 
-        At first it is not known: a crash may have come between a name and ``index.json``.
+        True at first: a crash may have come between a name and the write of ``index.json``.
         """
 
     @classmethod
     async def open(cls, path: Path, emit: Observer, now: Callable[[], float] = time.time) -> Index:
-        """Open it; one that is damaged is put aside and begun anew."""
+        """Open the databases below ``path``. A damaged one is moved aside and created anew.
+
+        Args:
+            path: The directory of the databases. It is created if it is missing.
+            emit: Receives warnings, once a minute at most.
+            now: Seconds since the epoch.
+        """
         rows = Rows(path, _TABLES, emit)
         await rows.page(_NAMED, 0)
         return cls(rows, emit, now)
 
     async def close(self) -> None:
-        """End the thread, and its databases with it."""
+        """Close the databases and end their thread."""
         await self._rows.close()
 
     # --- tags -----------------------------------------------------------------------------------
 
     async def tag(self, repository: Repository, tag: Tag, variant: str = "") -> TagRecord | None:
-        """What is known of a tag; ``variant`` names what clients accept who take not everything."""
+        """The record of a tag, or None.
+
+        ``variant`` distinguishes clients that do not accept every media type: an upstream may
+        answer them with another manifest.
+        """
         return load_tag(await self._rows.get(_NAMED, f"{repository}:{tag}{variant}"))
 
-    async def put_tag(self, record: TagRecord, variant: str = "") -> None:
-        """Remember a tag."""
-        await self.put_tags([record], variant)
-
-    async def put_tags(self, records: Iterable[TagRecord], variant: str = "") -> bool:
-        """Remember tags, all or none; whether they were written."""
-        return await self._put_named(
-            [(f"{r.repository}:{r.tag}{variant}", dump_tag(r)) for r in records]
-        )
+    async def put_tags(self, records: Iterable[TagRecord]) -> bool:
+        """Write tag records, all or none. True if they were written."""
+        return await self._put_named([(f"{r.repository}:{r.tag}", dump_tag(r)) for r in records])
 
     async def confirm_tag(
         self,
@@ -99,16 +116,27 @@ class Index:
         variant: str = "",
         keep: Digest | None = None,
     ) -> TagRecord | None:
-        """Remember that the upstream just said that ``tag`` is ``digest`` (see ``confirm``).
+        """Record that the upstream has just resolved ``tag`` to ``digest``.
 
-        What another process learns at the same time is not lost. None: it was not written.
+        The earlier record is read and written in one transaction, so a confirmation by another
+        process at the same time is not lost.
+
+        Args:
+            repository: Where the tag is.
+            tag: The tag.
+            digest: The manifest that it names now.
+            variant: See :meth:`tag`.
+            keep: A digest that stays among the earlier ones, see :func:`records.confirm`.
+
+        Returns:
+            The new record; None if it was not written.
         """
         key, now = f"{repository}:{tag}{variant}", self._now()
 
         def write() -> TagRecord | None:
             with self._rows.transaction(_NAMED):
-                known = load_tag(self._text(_NAMED, key))
-                record = confirm(known, repository, tag, digest, now, keep)
+                earlier = load_tag(self._text(_NAMED, key))
+                record = confirm(earlier, repository, tag, digest, now, keep)
                 self._rows.write(_NAMED, key, dump_tag(record))
             self.changed = True
             return record
@@ -117,28 +145,24 @@ class Index:
         return await self._rows.run(write, unwritten)
 
     def _text(self, table: str, key: str) -> str | None:
-        """A row that is about to be written; one of another kind is none."""
+        """The text of a row that is about to be replaced. None also for a row that is not text."""
         try:
             return self._rows.read(table, key)[0]
         except TypeError:
             return None
 
     async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
-        put = await self._rows.put(_NAMED, rows)
-        self.changed = self.changed or (put and bool(rows))
-        return put
+        was_written = await self._rows.put(_NAMED, rows)
+        self.changed = self.changed or (was_written and bool(rows))
+        return was_written
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
-        """All tags of a repository that are known."""
-        return [r.tag for r in await self.tag_records() if r.repository == repository]
-
-    async def tag_records(self) -> list[TagRecord]:
-        """All tags of all repositories."""
-        found = await self._each_name(lambda row: None if " " in row.key else load_tag(row.text))
-        return found or []
+        """All recorded tags of a repository."""
+        records = await self._each_name(lambda row: None if " " in row.key else load_tag(row.text))
+        return [record.tag for record in records or () if record.repository == repository]
 
     async def has_tags(self) -> bool | None:
-        """Whether any tag is known; None if the index does not answer."""
+        """Whether any tag is recorded. None if the database does not answer."""
         after = 0
         while page := await self._rows.page(_NAMED, after):
             if any(load_tag(row.text) is not None for row in page):
@@ -146,104 +170,116 @@ class Index:
             after = page[-1].id
         return None if page is None else False
 
-    async def manifests(self) -> list[Named] | None:
+    async def manifests(self) -> list[NamedManifest] | None:
         """All manifests that were pulled by a name of their own: a tag, or their digest.
 
-        None if the index does not answer, which is not the same as none.
+        None if the database does not answer.
         """
-        found: list[TagRecord | Named] | None = await self._each_name(_pulled)
+        names: list[TagRecord | NamedManifest] | None = await self._each_name(_load_name)
         pins = await self.pinned()
-        if found is None or pins is None:
+        if names is None or pins is None:
             return None
-        return await self._rows.run(partial(_join, found, pins), None)
+        return await self._rows.run(partial(_join, names, pins), None)
 
     async def _each_name(self, load: Callable[[Row], T | None]) -> list[T] | None:
-        """What ``load`` makes of all names, in bounded steps; None if the index does not answer."""
-        found: list[T] = []
+        """Apply ``load`` to all names, a page at a time. None if the database does not answer."""
+        values: list[T] = []
         after: int | None = 0
         while after is not None:
             step = await self._rows.run(partial(self._load_page, after, load), None)
             if step is None:
                 return None
-            found += step[1]
+            values += step[1]
             after = step[0]
-        return found
+        return values
 
     def _load_page(
         self, after: int, load: Callable[[Row], T | None]
     ) -> tuple[int | None, list[T]] | None:
         page = self._rows.read_page(_NAMED, after)
-        found = [value for row in page if (value := load(row)) is not None]
-        return page[-1].id if page else None, found
+        values = [value for row in page if (value := load(row)) is not None]
+        return page[-1].id if page else None, values
 
-    # --- who refers to what ---------------------------------------------------------------------
+    # --- access records -------------------------------------------------------------------------
 
     async def access_record(
         self, repository: Repository, digest: Digest, kind: str
     ) -> AccessRecord | None:
-        """What ``digest`` is in ``repository`` as a ``kind``; None if that is not known."""
+        """The record that ``repository`` refers to a digest, or None.
+
+        Args:
+            repository: The repository.
+            digest: A digest that it may refer to.
+            kind: ``manifest`` or ``blob``. A digest may be of both kinds.
+        """
         return load_access_record(await self._rows.get(_MEMBERS, _member(repository, digest, kind)))
 
     async def put_access_records(
         self, repository: Repository, access_records: Iterable[AccessRecord]
     ) -> bool:
-        """Remember what ``repository`` refers to (see ``merge``); whether that was written.
+        """Record that ``repository`` refers to content (see :func:`records.merge`).
 
-        Says so where an index calls a manifest what it is not.
+        Logs a warning if an index and a manifest disagree on a media type. True if all was written.
         """
-        learnt = list(access_records)
+        records = list(access_records)
 
         def write() -> list[AccessRecord] | None:
             with self._rows.transaction(_MEMBERS):
-                return [new for new in learnt if self._learn(repository, new)]
+                return [new for new in records if self._merge(repository, new)]
 
         unwritten: list[AccessRecord] | None = None
-        contradicted = await self._rows.run(write, unwritten) if learnt else []
+        contradicted = await self._rows.run(write, unwritten) if records else []
         for new in (contradicted or ())[:1]:
             why = (("repository", str(repository)), ("digest", str(new.digest)))
             self._emit(LogMessage("warning", "an index and a manifest disagree on its type", why))
         named = [
-            (f"{repository}@{m.digest}", dump_access_record(m))
-            for m in learnt
-            if m.kind == "manifest" and m.referrer is None and m.size is not None
+            (f"{repository}@{record.digest}", dump_access_record(record))
+            for record in records
+            if record.kind == "manifest" and record.referrer is None and record.size is not None
         ]
         return await self._put_named(named) and contradicted is not None
 
-    def _learn(self, repository: Repository, new: AccessRecord) -> bool:
-        """Write one membership; whether it contradicts what was known."""
+    def _merge(self, repository: Repository, new: AccessRecord) -> bool:
+        """Write one access record. True if it contradicts the earlier one."""
         key = _member(repository, new.digest, new.kind)
-        known = load_access_record(self._text(_MEMBERS, key))
-        self._rows.write(_MEMBERS, key, dump_access_record(merge(known, new)))
-        return contradicts(known, new)
+        earlier = load_access_record(self._text(_MEMBERS, key))
+        self._rows.write(_MEMBERS, key, dump_access_record(merge(earlier, new)))
+        return contradicts(earlier, new)
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
-        """Forget that ``repository`` refers to ``digest`` as a ``kind``."""
+        """Delete the record that ``repository`` refers to ``digest``.
+
+        Args:
+            repository: The repository.
+            digest: The digest that its upstream has refused.
+            kind: ``manifest`` or ``blob``. The record of the other kind stays.
+        """
         await self._rows.drop(_MEMBERS, _member(repository, digest, kind))
         if kind == "manifest":
             await self._rows.drop(_NAMED, f"{repository}@{digest}")
-            self.changed = True  # or it would be read back from index.json one day
+            self.changed = True  # Otherwise a restore from index.json would bring it back.
 
-    # --- verifications, pins ----------------------------------------------------------------------
+    # --- verification times, pins -----------------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
-        """When content was last hashed, in seconds since the epoch."""
-        return _number(await self._rows.get(_MEMBERS, f"{VERIFIED}{digest}"))
+        """When content was last hashed, in seconds since the epoch. None: not recorded."""
+        return _number(await self._rows.get(_MEMBERS, f"{VERIFIED_PREFIX}{digest}"))
 
     async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
-        """Remember when content was hashed."""
-        rows = [(f"{VERIFIED}{digest}", repr(at)) for digest, at in entries]
+        """Record when content was hashed, in seconds since the epoch."""
+        rows = [(f"{VERIFIED_PREFIX}{digest}", repr(at)) for digest, at in entries]
         await self._rows.put(_MEMBERS, rows)
 
     async def pinned(self) -> set[Digest] | None:
-        """Manifests that are never evicted, with all that they refer to.
+        """Manifests that are never evicted, nor the content that they refer to.
 
-        None if the index does not answer: then anything may be pinned.
+        None if the database does not answer: any manifest may be pinned then.
         """
         unknown: set[Digest] | None = None
         return await self._rows.run(lambda: _pins(self._rows.read(_NAMED, _PINS)[0]), unknown)
 
     async def pin(self, digests: Iterable[Digest], *, pinned: bool = True) -> bool:
-        """Pin manifests, or end their pins; whether that was written."""
+        """Pin manifests, or unpin them. True if that was written."""
         chosen = set(digests)
 
         def write() -> bool:
@@ -253,67 +289,78 @@ class Index:
                 self._rows.write(_NAMED, _PINS, " ".join(map(str, sorted(pins))))
             return True
 
-        done = await self._rows.run(write, False)
-        self.changed = self.changed or done
-        return done
+        was_written = await self._rows.run(write, False)
+        self.changed = self.changed or was_written
+        return was_written
 
-    # --- answers ----------------------------------------------------------------------------------
+    # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
-        """The message of a 404 that the upstream gave a moment ago."""
+        """The message of a 404 by the upstream, while its time to live lasts."""
         text = await self._rows.get(_ANSWERS, f"negative {key}") or ""
-        begun, ended, message = (*text.split(" ", 2), "", "", "")[:3]
-        since, until = _number(begun), _number(ended)
-        # Not for as long as a clock was set back by.
+        start, end, message = (*text.split(" ", 2), "", "", "")[:3]
+        since, until = _number(start), _number(end)
+        # A clock that was set back must not prolong it: now is also compared with the start.
         if since is None or until is None or not since <= self._now() < until:
             return None
         return message
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
-        """Remember a 404 for ``ttl`` seconds."""
+        """Record a 404 of an upstream.
+
+        Args:
+            key: The request that the upstream has answered.
+            message: Its message for clients.
+            ttl: Seconds for which the record is valid. Zero: nothing is recorded.
+        """
         if ttl > 0:
             now = self._now()
             row = f"negative {key}", f"{now!r} {now + ttl!r} {message}"
             await self._rows.put(_ANSWERS, [row], ttl)
 
-    async def drop_negative(self, key: str) -> None:
-        """Forget a 404."""
-        await self._rows.drop(_ANSWERS, f"negative {key}")
-
     async def cached_list(self, key: str) -> str | None:
-        """A list as it was put."""
+        """A list as it was put, while its time to live lasts."""
         return await self._rows.get(_ANSWERS, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
-        """Remember a list for ``ttl`` seconds."""
+        """Record a list of an upstream.
+
+        Args:
+            key: The request that the upstream has answered.
+            value: The list as text.
+            ttl: Seconds for which the record is valid.
+        """
         await self._rows.put(_ANSWERS, [(f"list {key}", value)], ttl)
 
-    # --- the sweep --------------------------------------------------------------------------------
+    # --- orphaned rows ----------------------------------------------------------------------------
 
-    async def sweep(self, on_disk: Callable[[Digest], bool]) -> None:
-        """Look at the next few rows, in turn and without end, and forget those that are due."""
+    async def drop_orphaned_rows(self, is_on_disk: Callable[[Digest], bool]) -> None:
+        """Check the next page of rows, and delete those whose content is gone for 90 days.
+
+        Repeated calls go through both tables about content, again and again.
+        """
         now = self._now()
-        await self._rows.run(lambda: self._sweep(on_disk, now), None)
+        await self._rows.run(lambda: self._check_page(is_on_disk, now), None)
 
-    def _sweep(self, on_disk: Callable[[Digest], bool], now: float) -> None:
-        def fate(row: Row) -> RowState:
-            present = row.key == _PINS or any(map(on_disk, digests_of(row.key, row.text)))
-            return next_row_state(present, _number(row.mark), now)
+    def _check_page(self, is_on_disk: Callable[[Digest], bool], now: float) -> None:
+        def next_state(row: Row) -> RowState:
+            is_present = row.key == _PINS or any(map(is_on_disk, digests_of(row.key, row.text)))
+            return next_row_state(is_present, _number(row.mark), now)
 
-        rows, (table, after) = self._rows, self._swept
+        rows, (table, after) = self._rows, self._next_check
         page = rows.read_page(table, after)
         following = _MEMBERS if table == _NAMED else _NAMED
-        self._swept = (table, page[-1].id) if page else (following, 0)
-        due = [row for row in page if fate(row) is not RowState.KEEP]
+        self._next_check = (table, page[-1].id) if page else (following, 0)
+        due = [row for row in page if next_state(row) is not RowState.KEEP]
         if not due:
             return
         with rows.transaction(table):
             for row in due:
-                # Another process may have written it since: what counts is what is there now.
+                # Another process may have written the row since: decide again in the transaction.
                 text, mark = rows.read(table, row.key)
                 if text is None:
                     continue
-                match fate(replace(row, text=text, mark=mark)):
+                match next_state(replace(row, text=text, mark=mark)):
                     case RowState.MARK:
                         rows.write(table, row.key, text, mark=repr(now))
                     case RowState.CLEAR:
@@ -326,31 +373,33 @@ def _member(repository: Repository, digest: Digest, kind: str) -> str:
     return f"{kind} {repository}@{digest}"
 
 
-def _pulled(row: Row) -> TagRecord | Named | None:
+def _load_name(row: Row) -> TagRecord | NamedManifest | None:
     """A tag, or a manifest that was pulled by its digest."""
     name, _, digest = row.key.partition("@")
     if not digest:
-        # A variant's name is somebody else's.
+        # A space separates a variant from its tag. A variant is not the manifest of every client.
         return None if " " in name else load_tag(row.text)
-    member, repository = load_access_record(row.text), repository_of(name)
-    if member is None or repository is None:
+    record, repository = load_access_record(row.text), repository_of(name)
+    if record is None or repository is None:
         return None
-    return Named(repository, None, member.digest, member.media_type, member.size)
+    return NamedManifest(
+        repository, tag=None, digest=record.digest, media_type=record.media_type, size=record.size
+    )
 
 
-def _join(found: list[TagRecord | Named], pins: set[Digest]) -> list[Named] | None:
-    """Every pulled manifest, by its digest and by each tag that it has or had, newest first."""
+def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[NamedManifest] | None:
+    """Each pulled manifest by its digest, and by each tag that names or named it, newest first."""
     pulled = {
         (named.repository, named.digest): replace(named, pinned=named.digest in pins)
-        for named in found
-        if isinstance(named, Named)
+        for named in names
+        if isinstance(named, NamedManifest)
     }
     tagged = [
-        replace(known, tag=record.tag)
-        for record in found
+        replace(named, tag=record.tag)
+        for record in names
         if isinstance(record, TagRecord)
         for digest in record.digests
-        if (known := pulled.get((record.repository, digest))) is not None
+        if (named := pulled.get((record.repository, digest))) is not None
     ]
     return [*pulled.values(), *tagged]
 
@@ -365,9 +414,9 @@ def _number(text: str | None) -> float | None:
 
 def _pins(text: str | None) -> set[Digest]:
     pins = set()
-    for word in (text or "").split():
+    for digest in (text or "").split():
         try:
-            pins.add(Digest.parse(word))
+            pins.add(Digest.parse(digest))
         except InvalidRequest:
             continue
     return pins

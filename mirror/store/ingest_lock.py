@@ -26,8 +26,8 @@ from typing import Any, Final, TypeVar
 from mirror.observability.events import Observer, Published, Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
 
 T = TypeVar("T")
 
@@ -248,7 +248,7 @@ class IngestLock:
         try:
             disk.verify(fd, status.st_size, self._digest)
         except DigestMismatch:
-            quarantine.put_aside(self._layout, self._digest, fd)
+            disk.quarantine(self._layout, self._digest, fd)
             os.close(fd)
             return None
         except BaseException:

@@ -1,7 +1,7 @@
-"""Small things that the index keeps: what a tag was, what a repository refers to.
+"""The records of the index: the digests of a tag, the content that a repository refers to.
 
-Lives here: frozen records, how they change, and their JSON, read strictly: garbage is a miss.
-Must not know: where they are kept.
+Lives here: frozen records, how they change, and their JSON, which is read strictly: a malformed
+record is a missing record. Must not know: where records are kept.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository, Tag
 
 MAX_PREVIOUS_DIGESTS: Final = 16
-_GARBAGE: Final = (
-    *(ValueError, TypeError, KeyError, OverflowError, RecursionError),
+"""Earlier digests that a tag record keeps. Any of them may be served if the newest cannot be
+fetched. More would keep the records of images alive that no node pulls any more."""
+MALFORMED: Final = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError),
     InvalidRequest,
 )
+"""Exceptions that a document of ours can raise while it is read: all mean that it is malformed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A digest that a tag had. Times in seconds since the epoch."""
+class PreviousDigest:
+    """An earlier digest of a tag. Times in seconds since the epoch."""
 
     digest: Digest
     first_seen: float
@@ -34,56 +37,57 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class TagRecord:
-    """What a tag is, and was: ``ledger`` holds its earlier digests, newest first, bounded."""
+    """The digest of a tag, and its earlier ones. Times in seconds since the epoch."""
 
     repository: Repository
     tag: Tag
     digest: Digest
     first_seen: float
     confirmed: float
-    """When the upstream last said that the tag is this digest."""
-    previous_digests: tuple[Entry, ...] = ()
+    """When the upstream last resolved the tag to this digest."""
+    previous_digests: tuple[PreviousDigest, ...] = ()
+    """Newest first, at most :data:`MAX_PREVIOUS_DIGESTS`."""
 
     @property
     def digests(self) -> tuple[Digest, ...]:
-        """What the tag is and was, each once, newest first."""
-        return tuple(
-            dict.fromkeys((self.digest, *(entry.digest for entry in self.previous_digests)))
-        )
+        """The current and the earlier digests, each once, newest first."""
+        earlier = (previous.digest for previous in self.previous_digests)
+        return tuple(dict.fromkeys((self.digest, *earlier)))
 
 
 @dataclass(frozen=True, slots=True)
 class AccessRecord:
-    """That a repository refers to a digest, as one kind of thing: a digest may be of both kinds."""
+    """A repository refers to a digest, as one kind. A digest may be of both kinds."""
 
     digest: Digest
     kind: str
     """``manifest`` or ``blob``."""
     media_type: str
-    """Empty: nobody said, or those who refer to it disagree."""
+    """Empty: no source has stated it, or the manifests that refer to it disagree."""
     size: int | None
+    """Bytes. None: unknown."""
     referrer: Digest | None
-    """The manifest that refers to it; None: the upstream said so, and what it is."""
+    """The manifest that refers to it. None: the upstream itself has confirmed it."""
     expires_at: float | None
-    """Until when it is believed; None: as long as it is remembered."""
+    """When the upstream must be asked again, in seconds since the epoch. None: never."""
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A manifest that is on disk, under a name."""
+class NamedManifest:
+    """A manifest that was pulled, under one of its names."""
 
     repository: Repository
     tag: Tag | None
-    """None: it is known by its digest only."""
+    """None: the name is the digest."""
     digest: Digest
     media_type: str
     size: int | None
     pinned: bool = False
-    """Whether it is never evicted, with all that it refers to."""
+    """Whether it is never evicted, nor any content that it refers to."""
 
     @property
     def name(self) -> str:
-        """As in an image reference."""
+        """The image reference: ``host/path:tag`` or ``host/path@digest``."""
         if self.tag is None:
             return f"{self.repository}@{self.digest}"
         return f"{self.repository}:{self.tag}"
@@ -97,83 +101,104 @@ def confirm(
     now: float,
     keep: Digest | None = None,
 ) -> TagRecord:
-    """The record after the upstream said that ``tag`` is ``digest``.
+    """The record of a tag after the upstream has resolved it.
 
-    ``keep`` stays in the ledger however full that is: it is what can be served meanwhile.
+    Args:
+        record: The earlier record, or None.
+        repository: Where the tag is.
+        tag: The tag.
+        digest: The digest that the upstream has resolved it to.
+        now: Seconds since the epoch.
+        keep: An earlier digest that stays even if the record is full: it is the one that can be
+            served while ``digest`` cannot be fetched.
     """
     if record is None:
-        return TagRecord(repository, tag, digest, now, now)
+        return TagRecord(repository, tag, digest, first_seen=now, confirmed=now)
     if record.digest == digest:
-        return TagRecord(repository, tag, digest, record.first_seen, now, record.previous_digests)
-    earlier = Entry(record.digest, record.first_seen, record.confirmed)
-    previous_digests = [earlier, *record.previous_digests]
-    while len(previous_digests) > MAX_PREVIOUS_DIGESTS:
-        spare = (
-            n for n in range(len(previous_digests) - 1, 0, -1) if previous_digests[n].digest != keep
-        )
-        del previous_digests[next(spare, -1)]
-    return TagRecord(repository, tag, digest, now, now, tuple(previous_digests))
+        return replace(record, repository=repository, tag=tag, confirmed=now)
+    previous = [
+        PreviousDigest(record.digest, record.first_seen, record.confirmed),
+        *record.previous_digests,
+    ]
+    while len(previous) > MAX_PREVIOUS_DIGESTS:
+        droppable = (n for n in range(len(previous) - 1, 0, -1) if previous[n].digest != keep)
+        del previous[next(droppable, -1)]
+    return TagRecord(
+        repository, tag, digest, first_seen=now, confirmed=now, previous_digests=tuple(previous)
+    )
 
 
 def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
-    """What a repository refers to because it has the manifest ``root``."""
+    """The content that a repository refers to because it has the manifest ``root``."""
     return [
-        AccessRecord(part.digest, kind, _said(part, kind), part.size, root.digest, None)
+        AccessRecord(
+            digest=part.digest,
+            kind=kind,
+            media_type=_media_type_of(part, kind),
+            size=part.size,
+            referrer=root.digest,
+            expires_at=None,
+        )
         for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
         for part in parts
     ]
 
 
-def _said(part: Descriptor, kind: str) -> str:
-    """The type of a part; none is read as any bytes, which no manifest is."""
+def _media_type_of(part: Descriptor, kind: str) -> str:
+    """The media type of a part. Empty if it was not stated: no manifest is an octet stream."""
     return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 
-def merge(known: AccessRecord | None, new: AccessRecord) -> AccessRecord:
-    """What is known of a digest of one kind, after ``new``.
+def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
+    """The record of a digest, as one kind, after a new statement about it.
 
-    Whoever may push a manifest may say anything of what it refers to: that is a reason to believe
-    that the repository has it, and never outdoes the upstream's own word on what it is.
+    The author of a manifest may state anything of the content that it refers to. A reference is a
+    reason to believe that the repository has the content. It never overrules the media type and
+    the size that the upstream itself has stated.
     """
-    if known is None:
+    if earlier is None:
         return new
-    expires_at = None if known.expires_at is None else new.expires_at
+    expires_at = None if earlier.expires_at is None else new.expires_at
     if new.referrer is None:
         return replace(new, expires_at=expires_at)
-    if known.referrer is None:
-        return replace(known, expires_at=new.expires_at)
+    if earlier.referrer is None:
+        return replace(earlier, expires_at=new.expires_at)
     return replace(
         new,
-        media_type=new.media_type if new.media_type == known.media_type else "",
-        size=new.size if new.size == known.size else None,
+        media_type=new.media_type if new.media_type == earlier.media_type else "",
+        size=new.size if new.size == earlier.size else None,
     )
 
 
-def contradicts(known: AccessRecord | None, new: AccessRecord) -> bool:
-    """Whether an index calls a manifest something else than whoever spoke before, or after it."""
-    if known is None or new.kind != "manifest" or (known.referrer is None and new.referrer is None):
+def contradicts(earlier: AccessRecord | None, new: AccessRecord) -> bool:
+    """True if an index states another media type for a manifest than an earlier or later source."""
+    if (
+        earlier is None
+        or new.kind != "manifest"
+        or (earlier.referrer is None and new.referrer is None)
+    ):
         return False
-    said = {known.media_type.lower(), new.media_type.lower()} - {""}
-    return len(said) > 1
+    stated = {earlier.media_type.lower(), new.media_type.lower()} - {""}
+    return len(stated) > 1
 
 
-def parse_as_recorded(body: bytes, known: AccessRecord) -> Manifest:
-    """The manifest of ``known``, as what the upstream says that it is.
+def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
+    """Parse a manifest by its recorded media type.
 
-    An index's word is taken where its bytes allow it; else they say themselves what they are.
-    Raises ``ManifestInvalid``.
+    The upstream's own media type is binding. The one that an index has stated is only tried: if the
+    bytes do not match it, their own content decides. Raises ``ManifestInvalid``.
     """
-    if known.media_type:
+    if recorded.media_type:
         try:
-            return parse_manifest(body, known.media_type)
+            return parse_manifest(body, recorded.media_type)
         except ManifestInvalid:
-            if known.referrer is None:
+            if recorded.referrer is None:
                 raise
     return parse_manifest(body, sniff_media_type(body))
 
 
 def repository_of(name: str) -> Repository | None:
-    """The repository of ``str(repository)``: an upstream's host has no slash."""
+    """The repository of ``str(repository)``. The host of an upstream has no slash."""
     upstream, _, path = name.partition("/")
     try:
         return Repository.parse(upstream, path)
@@ -185,7 +210,7 @@ def repository_of(name: str) -> Repository | None:
 
 
 def dump_tag(record: TagRecord) -> str:
-    """The record as text."""
+    """The JSON of a tag record."""
     return json.dumps(
         {
             "upstream": record.repository.upstream,
@@ -194,32 +219,32 @@ def dump_tag(record: TagRecord) -> str:
             "digest": str(record.digest),
             "first_seen": record.first_seen,
             "confirmed": record.confirmed,
-            "ledger": [[str(e.digest), e.first_seen, e.last_seen] for e in record.previous_digests],
+            "ledger": [[str(p.digest), p.first_seen, p.last_seen] for p in record.previous_digests],
         }
     )
 
 
 def load_tag(text: object) -> TagRecord | None:
-    """The record, or None for what is none."""
+    """The tag record of a JSON text. None if it is malformed."""
     try:
         raw = _document(text)
         return TagRecord(
             Repository.parse(raw["upstream"], raw["repository"]),
             Tag.parse(raw["tag"]),
             Digest.parse(raw["digest"]),
-            _time(raw["first_seen"]),
-            _time(raw["confirmed"]),
-            tuple(
-                Entry(Digest.parse(digest), _time(first), _time(last))
+            first_seen=_time(raw["first_seen"]),
+            confirmed=_time(raw["confirmed"]),
+            previous_digests=tuple(
+                PreviousDigest(Digest.parse(digest), _time(first), _time(last))
                 for digest, first, last in raw["ledger"][:MAX_PREVIOUS_DIGESTS]
             ),
         )
-    except _GARBAGE:
+    except MALFORMED:
         return None
 
 
 def dump_access_record(access_record: AccessRecord) -> str:
-    """The membership as text."""
+    """The JSON of an access record."""
     return json.dumps(
         {
             "digest": str(access_record.digest),
@@ -233,32 +258,32 @@ def dump_access_record(access_record: AccessRecord) -> str:
 
 
 def load_access_record(text: object) -> AccessRecord | None:
-    """The membership, or None for what is none."""
+    """The access record of a JSON text. None if it is malformed."""
     try:
         raw = _document(text)
         if raw["kind"] not in ("manifest", "blob") or not isinstance(raw["type"], str):
             return None
         return AccessRecord(
-            Digest.parse(raw["digest"]),
-            raw["kind"],
-            raw["type"],
-            None if raw["size"] is None else size_of(raw["size"]),
-            None if raw["via"] is None else Digest.parse(raw["via"]),
-            None if raw["until"] is None else _time(raw["until"]),
+            digest=Digest.parse(raw["digest"]),
+            kind=raw["kind"],
+            media_type=raw["type"],
+            size=None if raw["size"] is None else size_of(raw["size"]),
+            referrer=None if raw["via"] is None else Digest.parse(raw["via"]),
+            expires_at=None if raw["until"] is None else _time(raw["until"]),
         )
-    except _GARBAGE:
+    except MALFORMED:
         return None
 
 
 def _time(value: Any) -> float:
-    # not isinstance: true is an int in Python
+    # Not isinstance: JSON's ``true`` is an int in Python.
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError
     return float(value)
 
 
 def size_of(value: object) -> int:
-    """A size as JSON has it. Raises ``ValueError``."""
+    """A count of bytes in JSON. Raises ``ValueError`` for any other value."""
     if type(value) is not int or value < 0:
         raise ValueError("not a count of bytes")
     return value

@@ -1,6 +1,7 @@
-"""What a start makes of what a crash left: quick, without a manual step, without hashing.
+"""Recovery of a data directory at a start: quick, without a manual step, without hashing.
 
-Must not know: the index, the event loop.
+Lives here: the directories of the layout, which ingest files a fetch may resume, stale drafts. Must
+not know: the index, the event loop.
 """
 
 from __future__ import annotations
@@ -10,45 +11,47 @@ import os
 import shutil
 import stat
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
-from mirror.store import disk, quarantine
-from mirror.store.layout import Layout
+from mirror.store import disk
+from mirror.store.disk import Layout
 
-_STALE: Final = 86400.0
-"""Seconds after which an ingest that nobody went on with is given up."""
-_DRAFT: Final = 60.0
-"""Seconds after which nobody is writing a draft any more."""
+_INGEST_TTL_S: Final = 86400.0
+"""Seconds for which an ingest file waits to be resumed: a node that wants the content retries much
+sooner."""
+_DRAFT_TTL_S: Final = 60.0
+"""Seconds after which a draft of ``index.json`` belongs to no running writer: one takes less."""
 _LAYOUT_VERSION: Final = {"imageLayoutVersion": "1.0.0"}
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """What was found. ``why`` says why nothing can be stored, or is None."""
+def recover(layout: Layout, now: float, boot: str) -> str | None:
+    """Prepare a data directory. Never raises.
 
-    why: str | None
-    dropped: int = 0
+    Args:
+        layout: The data directory, which need not exist.
+        now: Seconds since the epoch.
+        boot: The kernel's boot id (:func:`mirror.store.disk.boot_id`).
 
-
-def recover(layout: Layout, now: float, boot: str) -> Recovered:
-    """Prepare a data directory. Raises nothing: what cannot be written is said in ``why``."""
+    Returns:
+        Why nothing can be stored; None if the directory is writable.
+    """
+    directories = (*layout.content_directories(), *layout.ingest_directories())
     try:
-        for path in (*layout.content_directories(), *layout.ingest_directories()):
+        for path in directories:
             path.mkdir(parents=True, exist_ok=True)
         _write_marker(layout.root / "oci-layout")
-        dropped = sweep(layout, now, boot)
-        quarantine.drop(layout, quarantine.KEPT)
-        for path in (*layout.content_directories(), *layout.ingest_directories()):
-            # Asked of the kernel, which knows of read-only mounts as well, and leaves no file.
+        remove_leftovers(layout, now, boot)
+        disk.trim_quarantine(layout, disk.MAX_QUARANTINED_FILES)
+        for path in directories:
+            # The kernel's answer covers read-only mounts as well, and leaves no file.
             if not os.access(path, os.W_OK | os.X_OK):
-                return Recovered(f"{path}: not writable", dropped)
+                return f"{path}: not writable"
     except OSError as error:
-        return Recovered(f"{error.filename or layout.root}: {error.strerror}")
-    return Recovered(None, dropped)
+        return f"{error.filename or layout.root}: {error.strerror}"
+    return None
 
 
 def _write_marker(path: Path) -> None:
@@ -57,68 +60,52 @@ def _write_marker(path: Path) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def sweep(layout: Layout, now: float, boot: str) -> int:
-    """Drop the ingests that will not be resumed, and drafts; returns how many ingests.
+def remove_leftovers(layout: Layout, now: float, boot: str) -> None:
+    """Remove the ingest files that no fetch may resume, their states, and stale drafts.
 
-    Others may be at work in the same directories: what they have locked, or removed themselves,
-    is left alone. Raises ``OSError`` where the disk refuses.
+    Other processes may work in the same directories. Files that they have locked, or have removed
+    in the meantime, are passed over. Raises ``OSError`` if the disk refuses.
     """
-    dropped = 0
     for directory in layout.ingest_directories():
         for name in [entry.name for entry in os.scandir(directory)]:
             digest_part, _, beside = name.partition(".json")
             path, ingest = directory / name, directory / digest_part
             with suppress(FileNotFoundError):
                 if beside or name.endswith(".json"):
-                    # A state is written beside a file that is locked: without one it is nobody's.
-                    if not ingest.exists() or (beside and not _is_locked(ingest)):
+                    # Only the holder of the ingest file's lock writes a state: without that file
+                    # the state has no owner, and without the lock a draft (``beside``) has none.
+                    if not ingest.exists() or (beside and not disk.is_locked(ingest)):
                         path.unlink()
                 else:
-                    dropped += _sweep_one(layout, directory, path, now, boot)
+                    _remove_unless_resumable(layout, path, now, boot)
     for draft in layout.root.glob("index.json.*.tmp"):
         with suppress(FileNotFoundError):
-            if abs(now - draft.lstat().st_mtime) > _DRAFT:
+            if abs(now - draft.lstat().st_mtime) > _DRAFT_TTL_S:
                 draft.unlink()
-    return dropped
 
 
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return not disk.try_lock(fd)
-    finally:
-        os.close(fd)
-
-
-def _sweep_one(layout: Layout, directory: Path, path: Path, now: float, boot: str) -> bool:
+def _remove_unless_resumable(layout: Layout, path: Path, now: float, boot: str) -> None:
     status = path.lstat()
     try:
-        digest = Digest.parse(f"{directory.name}:{path.name}")
+        digest = Digest.parse(f"{path.parent.name}:{path.name}")
     except DigestInvalid:
         digest = None
     if digest is None or not stat.S_ISREG(status.st_mode):
         _remove(path)
-        return True
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not disk.try_lock(fd):
-            return False  # another process is fetching it
-        left = disk.read_state(layout, digest)
-        resumable = (
-            left is not None
-            and left[0].boot == boot  # after another boot unsynced bytes may be anything
-            and now - left[1] < _STALE
-            and (left[0].size is None or status.st_size <= left[0].size)
+        return
+    with disk.open_locked(path) as fd:
+        if fd is None:
+            return  # Another process fetches it, or has removed it.
+        last = disk.read_state(layout, digest)
+        is_resumable = (
+            last is not None
+            and last[0].boot == boot  # After another boot, unsynced bytes may be anything.
+            and now - last[1] < _INGEST_TTL_S
+            and (last[0].size is None or status.st_size <= last[0].size)
         )
-        if not resumable:
+        if not is_resumable:
             disk.drop_ingest(layout, digest, fd)
             disk.drop_state(layout, digest)
-        return not resumable
-    finally:
-        os.close(fd)
 
 
 def _remove(path: Path) -> None:

@@ -1,13 +1,14 @@
-"""Rows of text in diskcache, behind one thread: what the index is made of.
+"""Tables of text rows in diskcache, behind one thread. The index is built on them.
 
-Lives here: the only import of diskcache, which blocks; what becomes of a database that is damaged,
-busy or cannot be written. Must not know: what a row means.
+Lives here: the only import of diskcache, and the handling of a database that is damaged, busy or
+not writable. Must not know: the meaning of a row.
 
-Nothing here ever fails: what cannot be read is a miss, what cannot be written is dropped and noted.
+The asynchronous methods never raise: a failed read is a miss, a failed write is dropped, and both
+are logged. A damaged database is moved aside and created anew. On a disk that refuses writes, a
+copy in the temporary directory serves until the process ends.
 
-diskcache unpickles rows (CVE-2025-69872), so its ``Disk`` is replaced by one that knows text only,
-when it writes and when it reads. Its own eviction, which drops rows in silence, is off but for a
-table with a bound.
+diskcache unpickles rows (CVE-2025-69872). So its ``Disk`` is replaced by one that reads and writes
+text only. Its own eviction drops rows without a notice, and is off except for bounded tables.
 """
 
 from __future__ import annotations
@@ -32,110 +33,136 @@ from mirror.observability.events import LogMessage, Observer
 T = TypeVar("T")
 
 STEP: Final = 200
-"""Rows that are read in one go: other questions wait for them."""
-_BUSY: Final = 2.0
-"""Seconds to wait for another process's write."""
-_NOTE_EVERY: Final = 60.0
-_OPEN_EVERY: Final = 5.0
-"""Seconds between two attempts to open what could not be opened."""
+"""Rows in one page: reading them takes 1 ms, for which other operations wait."""
+_BUSY_TIMEOUT_S: Final = 2.0
+"""Seconds to wait for a write by another process. Those take milliseconds on a healthy disk."""
+_LOG_INTERVAL_S: Final = 60.0
+"""Seconds between two log messages of failures: one outage fails every operation."""
+_REOPEN_INTERVAL_S: Final = 5.0
+"""Seconds between two attempts to open a database that could not be opened: an attempt is slow."""
 _RAW: Final = 1
+"""diskcache's ``MODE_RAW``: a value that is kept in its row as it is."""
 _FAILURES: Final = (sqlite3.Error, diskcache.Timeout, OSError, TypeError, ValueError, EOFError)
+# SQLite's and the system's codes for a disk that can be read but refuses writes.
 _REFUSED: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
-_UNREADABLE: Final = frozenset(
-    {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS}
-)
-_PASSING: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM})
 _REFUSED_BY_DISK: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 )
-_PASSING_OF_DISK: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+# An I/O error with one of these codes comes from reading: the database is damaged.
+_UNREADABLE: Final = frozenset(
+    {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS}
+)
+# Codes of temporary failures: the database is not at fault.
+_TEMPORARY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM})
+_TEMPORARY_OF_DISK: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
-    """Rows are text. Whatever else is in the database is refused, never interpreted."""
+    """Keys and values are text. Any other type in the database is refused, never interpreted."""
 
     def put(self, key: object) -> tuple[str, bool]:
-        """A key for the database."""
+        """Encode a key for the database."""
         if not isinstance(key, str):
             raise TypeError("keys of the index are text")
         return key, True
 
     def get(self, key: object, raw: object) -> str:
-        """A key from the database."""
+        """Decode a key from the database."""
         if not raw or not isinstance(key, str):
             raise TypeError("a key of the index is not text")
         return key
 
     def store(self, value: object, read: bool, key: object = None) -> tuple[int, int, None, str]:
-        """A value for the database."""
+        """Encode a value for the database."""
         if read or not isinstance(value, str):
             raise TypeError("values of the index are text")
         return len(value), _RAW, None, value
 
     def fetch(self, mode: int, filename: str | None, value: object, read: bool) -> str:
-        """A value from the database."""
+        """Decode a value from the database."""
         if mode != _RAW or read or filename is not None or not isinstance(value, str):
             raise TypeError("a value of the index is not text")
         return value
 
     def remove(self, file_path: str) -> None:
-        """No row of ours has a file: one that names a file does not get it removed."""
+        """Do nothing. Our rows have no files, and a planted row must not remove one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it is in the database."""
+    """One row of a table."""
 
     id: int
+    """SQLite's rowid: rows are read in its order."""
     key: str
     text: str
     mark: str | None = None
-    """What was noted beside it."""
+    """A second text beside it. Writing the row without a mark removes it."""
 
 
 class Rows:
-    """Tables of text by key. ``tables``: their names, and the bytes of those that have a bound."""
+    """Tables of text by key.
+
+    All access runs in one thread, which the object owns: a transaction is never interleaved with
+    another operation of this process.
+    """
 
     def __init__(self, path: Path, tables: Mapping[str, int | None], emit: Observer) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            path: The directory of the databases.
+            tables: Name -> its bound in bytes. None: no bound.
+            emit: Receives warnings.
+        """
         self._path = path
         self._bounds = tables
         self._emit = emit
         self._thread = ThreadPoolExecutor(1, "index")
-        self._noted = 0.0
-        self._dropped = 0
+        self._logged_at = 0.0
+        self._failures = 0
         self._tables: dict[str, Any] = {}
-        self._refused = 0.0
+        self._open_failed_at = 0.0
         self._copy: tempfile.TemporaryDirectory[str] | None = None
         self._degraded: Exception | None = None
-        """Why a copy is used, until that was noted."""
+        """Why a copy is used, until that is logged."""
 
     async def close(self) -> None:
-        """End the thread, and its databases with it."""
+        """Close the databases and end the thread."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self._thread, self._close)
         await loop.run_in_executor(None, self._thread.shutdown)
 
     async def run(self, work: Callable[[], T], otherwise: T) -> T:
-        """``work`` in the thread, where it may use what follows; ``otherwise`` if that fails."""
+        """Run ``work`` in the thread, where it may call the blocking methods below.
+
+        Returns its result. If it fails, that is logged, and ``otherwise`` is returned.
+        """
         loop = asyncio.get_running_loop()
         try:
             result = await loop.run_in_executor(self._thread, self._guard, work)
         except _FAILURES as error:
-            self._note(error, "the index did not answer")
+            self._warn(error, "the index did not answer")
             return otherwise
         if self._degraded is not None:
-            self._note(self._degraded, "the index cannot be written: a copy is used until the end")
+            self._warn(self._degraded, "the index cannot be written: a copy is used until the end")
             self._degraded = None
         return result
 
     async def get(self, table: str, key: str) -> str | None:
-        """The text of a row."""
+        """The text of a row. None if it is missing, or if the database does not answer."""
         return await self.run(lambda: self.read(table, key)[0], None)
 
     async def put(
         self, table: str, rows: Sequence[tuple[str, str]], ttl: float | None = None
     ) -> bool:
-        """Write rows, all or none; whether they were written."""
+        """Write rows, all or none. True if they were written.
+
+        Args:
+            table: The table.
+            rows: (key, text) of each.
+            ttl: Seconds until they expire. None: they do not.
+        """
 
         def write() -> bool:
             with self.transaction(table):
@@ -146,45 +173,56 @@ class Rows:
         return not rows or await self.run(write, False)
 
     async def drop(self, table: str, key: str) -> None:
-        """Forget a row."""
+        """Delete a row."""
         await self.run(lambda: self.delete(table, key), None)
 
     async def page(self, table: str, after: int) -> list[Row] | None:
-        """The next rows behind row ``after``, at most ``STEP``; None if there is no answer."""
-        nothing: list[Row] | None = None
-        return await self.run(lambda: self.read_page(table, after), nothing)
+        """See :meth:`read_page`. None if the database does not answer."""
+        unanswered: list[Row] | None = None
+        return await self.run(lambda: self.read_page(table, after), unanswered)
 
-    # --- in the thread ----------------------------------------------------------------------------
+    # --- blocking methods, for ``work`` in the thread ---------------------------------------------
 
     def transaction(self, table: str) -> Any:
-        """A context: what is read and written in it is not mixed with others' writes."""
+        """A context in which no other process writes: reads and writes in it are atomic."""
         return self._tables[table].transact()
 
     def read(self, table: str, key: str) -> tuple[str | None, str | None]:
-        """(text, mark) of a row."""
+        """(text, mark) of a row. Raises ``TypeError`` if the row is not text."""
         text, mark = self._tables[table].get(key, tag=True)
         return text, mark if isinstance(mark, str) else None
 
     def write(
         self, table: str, key: str, text: str, mark: str | None = None, ttl: float | None = None
     ) -> None:
-        """Write a row. What was noted beside an earlier one is gone."""
+        """Write a row, with its mark. The mark of an earlier row under this key is removed.
+
+        Args:
+            table: The table.
+            key: The key of the row.
+            text: Its text.
+            mark: A second text beside it, or None.
+            ttl: Seconds until the row expires. None: it does not.
+        """
         self._tables[table].set(key, text, expire=ttl, tag=mark)
 
     def delete(self, table: str, key: str) -> None:
-        """Forget a row."""
+        """Delete a row."""
         self._tables[table].delete(key)
 
     def read_page(self, table: str, after: int) -> list[Row]:
-        """The next rows of text; whatever else is in the database is passed over."""
+        """The next rows after row id ``after``, at most :data:`STEP`.
+
+        Rows that are not text are passed over.
+        """
         select = (
             "SELECT rowid, key, value, tag FROM Cache WHERE rowid > ? AND raw = 1 AND mode = ?"
             " AND typeof(key) = 'text' AND typeof(value) = 'text' ORDER BY rowid LIMIT ?"
         )
-        found = self._tables[table]._sql(select, (after, _RAW, STEP)).fetchall()
+        rows = self._tables[table]._sql(select, (after, _RAW, STEP)).fetchall()
         return [
             Row(number, key, text, mark if isinstance(mark, str) else None)
-            for number, key, text, mark in found
+            for number, key, text, mark in rows
         ]
 
     def _guard(self, work: Callable[[], T]) -> T:
@@ -193,9 +231,9 @@ class Rows:
         try:
             return work()
         except sqlite3.OperationalError:
-            raise  # busy, or the disk refuses: nothing is wrong with the database
+            raise  # Busy, or the disk refuses: the database is not damaged.
         except sqlite3.DatabaseError:
-            # One that is none any more is begun anew, once for each call.
+            # The database is damaged: create it anew, once for each call.
             self._close()
             self._open()
             return work()
@@ -203,9 +241,10 @@ class Rows:
     # --- opening ----------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self._refused and time.monotonic() - self._refused < _OPEN_EVERY:
-            raise OSError(errno.EAGAIN, "could not be opened a moment ago")
-        self._refused = time.monotonic()
+        elapsed = time.monotonic() - self._open_failed_at
+        if self._open_failed_at and elapsed < _REOPEN_INTERVAL_S:
+            raise OSError(errno.EAGAIN, "the database could not be opened a moment ago")
+        self._open_failed_at = time.monotonic()
         try:
             self._open_tables(self._path)
         except _FAILURES as error:
@@ -221,10 +260,10 @@ class Rows:
                 self._open_tables(self._path)
             else:
                 raise
-        self._refused = 0.0
+        self._open_failed_at = 0.0
 
     def _open_copy(self) -> None:
-        """What is known stays known on a disk that takes nothing; what is new ends with us."""
+        """Use a copy, because the disk refuses writes. New rows are lost when the process ends."""
         self._copy = tempfile.TemporaryDirectory(prefix="oci-mirror-index-")
         try:
             if self._path.is_dir():
@@ -243,7 +282,7 @@ class Rows:
         table = diskcache.Cache(
             str(path / name),
             disk=TextDisk,
-            timeout=_BUSY,
+            timeout=_BUSY_TIMEOUT_S,
             eviction_policy="none" if bound is None else "least-recently-stored",
             cull_limit=0 if bound is None else 10,
             size_limit=2**62 if bound is None else bound,
@@ -257,7 +296,7 @@ class Rows:
         return table
 
     def _is_refused(self, error: Exception) -> bool:
-        """Whether the disk takes nothing, but may be read."""
+        """Whether the disk refuses writes, but can be read."""
         if isinstance(error, sqlite3.Error):
             match _code(error):
                 case sqlite3.SQLITE_CANTOPEN:
@@ -273,20 +312,20 @@ class Rows:
         return os.access(path, os.W_OK)
 
     def _is_damaged(self, error: Exception) -> bool:
-        """Whether it is the database's fault, and not that of a moment (busy, few descriptors)."""
+        """Whether the database is damaged. Not for temporary failures: busy, few descriptors."""
         if isinstance(error, sqlite3.Error):
             if _code(error) == sqlite3.SQLITE_CANTOPEN:
                 return not self._lacks_descriptors()
-            return _code(error) not in _PASSING
+            return _code(error) not in _TEMPORARY
         if isinstance(error, OSError):
-            return error.errno not in _PASSING_OF_DISK
+            return error.errno not in _TEMPORARY_OF_DISK
         return not isinstance(error, diskcache.Timeout)
 
     def _lacks_descriptors(self) -> bool:
         try:
             os.close(os.open(self._path.parent, os.O_RDONLY))
         except OSError as error:
-            return error.errno in _PASSING_OF_DISK
+            return error.errno in _TEMPORARY_OF_DISK
         return False
 
     def _close(self) -> None:
@@ -297,14 +336,14 @@ class Rows:
             self._copy.cleanup()
             self._copy = None
 
-    def _note(self, error: Exception, message: str) -> None:
-        self._dropped += 1
-        if not self._noted or time.monotonic() - self._noted > _NOTE_EVERY:
-            self._noted = time.monotonic()
-            fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._dropped))
+    def _warn(self, error: Exception, message: str) -> None:
+        self._failures += 1
+        if not self._logged_at or time.monotonic() - self._logged_at > _LOG_INTERVAL_S:
+            self._logged_at = time.monotonic()
+            fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._failures))
             self._emit(LogMessage("warning", message, fields))
 
 
 def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code; 0 where the error is our own."""
+    """SQLite's primary result code. Zero for an error that we raised ourselves."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

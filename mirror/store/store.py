@@ -1,7 +1,7 @@
-"""The store: composes what is on disk, and owns its threads.
+"""The store: composes the parts of the data directory, and owns their threads.
 
-Lives here: opening and closing, which content is growing in this process, recency. Must not know:
-HTTP, registries, who may read what.
+Lives here: opening and closing, the running ingests of this process, readiness, restoring the index
+from ``index.json``. Must not know: HTTP, registries, which repository may read which content.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -31,24 +30,23 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
-from mirror.store.catalog import Catalog
-from mirror.store.eviction import Evictor
+from mirror.store.disk import Layout
+from mirror.store.eviction import Catalog, Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
-from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord, TagRecord, access_records_of, parse_as_recorded
-from mirror.store.recovery import recover, sweep
+from mirror.store.recovery import recover, remove_leftovers
 
-_RECENCY_STEP: Final = 60.0
-"""Seconds between two updates of one content's recency."""
-_SWEEP_EVERY: Final = 3600.0
-"""Seconds between two looks for what ended fetches left behind."""
-_TOUCHED_LIMIT: Final = 100_000
+_LEFTOVERS_INTERVAL_S: Final = 3600.0
+"""Seconds between two removals of leftovers: each lives for a day, so an hour is soon enough."""
 
 
 class Store:
-    """Everything on disk, for one process. Make it with :meth:`open`."""
+    """Everything on disk, for one process. Create it with :meth:`open`.
+
+    Several processes may share one data directory: each has its own store.
+    """
 
     def __init__(
         self,
@@ -58,41 +56,49 @@ class Store:
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
+        """For :meth:`open`.
+
+        Args:
+            layout: A data directory that was recovered.
+            index: Its open index. The store closes it.
+            settings: The quota, and for how long a verification is trusted.
+            emit: Receives the events of this store, also from its threads.
+            now: Seconds since the epoch.
+        """
         self.layout = layout
         self.index = index
         self.active_ingests: dict[Digest, Ingest] = {}
         self._emit = emit
         self._now = now
         self._settings = settings
-        # One pool for each kind of waiting, so that none waits for another.
+        # Each kind of blocking work has its own pool, so that none waits for another.
         self._opening = ThreadPoolExecutor(8, "open")
         self._writing = ThreadPoolExecutor(8, "write")
         self._publishing = ThreadPoolExecutor(4, "publish")
         self._hashing = ThreadPoolExecutor(2, "hash")
-        self._touched: dict[Digest, float] = {}
         self._unwritable: str | None = None
-        self._restored = False
-        self._swept = time.monotonic()
+        self._is_restored = False
+        self._leftovers_removed_at = time.monotonic()
         self.blobs = BlobStore(
             layout,
             index,
             reverify=settings.reverify,
             opening=self._opening,
             hashing=self._hashing,
-            emit=self._notice,
+            emit=self._update_readiness,
             now=now,
         )
         self.catalog = Catalog(layout)
         self.evictor = Evictor(
-            layout, self.catalog, settings, index, self._opening, self._notice, now
+            layout, self.catalog, settings, index, self._opening, self._update_readiness, now
         )
         self._ingest_context = IngestContext(
             layout=layout,
             io=self._writing,
             publishing=self._publishing,
-            emit=self._notice,
+            emit=self._update_readiness,
             make_room=self.evictor.make_room,
-            published=self.blobs.published,
+            published=self.blobs.on_published,
             now=now,
             boot=disk.boot_id(),
         )
@@ -105,67 +111,63 @@ class Store:
         emit: Observer,
         now: Callable[[], float] = time.time,
     ) -> Store:
-        """Make of what a crash left what can be served, and open it."""
+        """Recover a data directory from any crash, and open it.
+
+        Never raises for a disk that refuses: the store then serves the content that it has, and
+        :attr:`unwritable` says why it stores nothing.
+
+        Args:
+            data_dir: Its path. It is created if it is missing.
+            settings: The quota, and for how long a verification is trusted.
+            emit: Receives the events of the store, also from its threads.
+            now: Seconds since the epoch.
+        """
         loop = asyncio.get_running_loop()
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
-        recovered = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
+        unwritable = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
         index = await Index.open(layout.index, emit, now)
         store = cls(layout, index, settings, emit, now)
-        store._unwritable = recovered.why
-        if recovered.why is not None:
-            emit(LogMessage("warning", "nothing can be stored", (("why", recovered.why),)))
-        store._restored = bool(await index.has_tags()) or await store._reseed()
+        store._unwritable = unwritable
+        if unwritable is not None:
+            emit(LogMessage("warning", "nothing can be stored", (("why", unwritable),)))
+        store._is_restored = bool(await index.has_tags()) or await store._restore_index()
         return store
 
-    def _notice(self, event: Event) -> None:
-        """Readiness tells of a disk that refuses, until it takes content again."""
+    def _update_readiness(self, event: Event) -> None:
+        """Report a disk that refuses as not writable, until content is published again."""
         if isinstance(event, Uncached) and event.reason in ("readonly", "io"):
             self._unwritable = f"content could not be stored ({event.reason})"
         elif isinstance(event, Published):
             self._unwritable = None
         elif isinstance(event, Evicted):
-            self.index.changed = True  # index.json names what is on disk
+            self.index.changed = True  # index.json names only content on disk.
         self._emit(event)
 
-    # --- growing content ----------------------------------------------------------------------
+    # --- ingests ------------------------------------------------------------------------------
 
     def start_ingest(self, digest: Digest) -> Ingest:
-        """New growing content: the caller drives it, and says when it is :meth:`grown`."""
+        """Register a new ingest. The caller drives it, and ends it with :meth:`end_ingest`."""
         ingest = Ingest(self._ingest_context, digest, None)
         self.active_ingests[digest] = ingest
         return ingest
 
     def end_ingest(self, ingest: Ingest) -> None:
-        """The fetch of this content is over."""
+        """Unregister an ingest whose fetch has ended."""
         if self.active_ingests.get(ingest.digest) is ingest:
             del self.active_ingests[ingest.digest]
 
     async def settled(self) -> None:
-        """Wait until all content that is verified is published as well."""
+        """Wait until all verified content is published, or has failed to be."""
         while verified := [ingest for ingest in self.active_ingests.values() if ingest.verified]:
             await verified[0].released.wait()
 
     async def idle(self) -> None:
-        """Wait until nothing is growing any more."""
+        """Wait until no ingest runs."""
         while self.active_ingests:
             await next(iter(self.active_ingests.values())).released.wait()
             await asyncio.sleep(0)
 
-    # --- recency ------------------------------------------------------------------------------
-
-    async def touch(self, digests: Iterable[Digest]) -> None:
-        """Refresh the recency of content that was used, at most once a minute each."""
-        now, used = self._now(), list(digests)
-        # All of them if any: a manifest is never ahead of its parts for longer than a step.
-        if all(0 <= now - self._touched.get(d, -inf) < _RECENCY_STEP for d in used):
-            return
-        if len(self._touched) > _TOUCHED_LIMIT:
-            self._touched.clear()
-        self._touched.update(dict.fromkeys(used, now))
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._opening, disk.touch, self.layout, used, now)
-
-    # --- what is here -------------------------------------------------------------------------
+    # --- housekeeping -------------------------------------------------------------------------
 
     @property
     def unwritable(self) -> str | None:
@@ -173,7 +175,10 @@ class Store:
         return self._unwritable
 
     async def measure(self) -> None:
-        """Report what is on disk and what is growing; forget what was known of what is gone."""
+        """Report the usage and the running ingests, and remove some outdated rows and files.
+
+        The server calls this every few seconds.
+        """
         loop = asyncio.get_running_loop()
         usage = await loop.run_in_executor(self._opening, self.catalog.refresh)
         self._emit(
@@ -181,22 +186,25 @@ class Store:
                 usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
             )
         )
-        await self._tidy()
+        await self.index.drop_orphaned_rows(self.catalog.holds)
+        await self._remove_leftovers()
         idle = (time.monotonic() - ingest.last_progress for ingest in self.active_ingests.values())
         self._emit(IngestsMeasured(len(self.active_ingests), max(idle, default=0.0)))
 
-    async def _tidy(self) -> None:
-        """Forget, in small steps, what was known of content that is gone."""
-        await self.index.sweep(self.catalog.holds)
-        if time.monotonic() - self._swept > _SWEEP_EVERY and self._unwritable is None:
-            self._swept = time.monotonic()
+    async def _remove_leftovers(self) -> None:
+        elapsed = time.monotonic() - self._leftovers_removed_at
+        if elapsed > _LEFTOVERS_INTERVAL_S and self._unwritable is None:
+            self._leftovers_removed_at = time.monotonic()
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(
-                self._opening, sweep, self.layout, self._now(), disk.boot_id()
+                self._opening, remove_leftovers, self.layout, self._now(), disk.boot_id()
             )
 
     async def close(self) -> None:
-        """Remember what the next start wants to know, and end the threads."""
+        """Save verification times and ``index.json``, close the index, and end the threads.
+
+        All ingests have ended before (:meth:`settled`). Work that was submitted is finished.
+        """
         await self.blobs.flush()
         await self.save_image_layout()
         await self.index.close()
@@ -204,47 +212,61 @@ class Store:
         for pool in (self._opening, self._writing, self._publishing, self._hashing):
             await loop.run_in_executor(None, pool.shutdown)
 
+    # --- index.json ---------------------------------------------------------------------------
+
     async def save_image_layout(self) -> None:
-        """Write ``index.json`` if there is news, so that other tools can read the directory."""
+        """Write ``index.json`` if names have changed, so that other tools can read the directory.
+
+        Never raises: a failed write is logged, and is tried again at the next call.
+        """
         if not self.index.changed or self._unwritable is not None:
             return
-        # Until what it names is known again, index.json is all that is left of it.
-        self._restored = self._restored or await self._reseed()
-        # Before it is read: what is put from here on is news again.
+        # Until the index is restored, index.json is the only record of the names in it.
+        self._is_restored = self._is_restored or await self._restore_index()
+        # Reset before the names are read: a name that is put meanwhile sets it again.
         self.index.changed = False
-        entries = await self.index.manifests() if self._restored else None
+        entries = await self.index.manifests() if self._is_restored else None
         if entries is None:
             self.index.changed = True
             return
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._opening, image_layout.write, self.layout, entries)
+            await loop.run_in_executor(
+                self._opening, image_layout.write_index_json, self.layout, entries
+            )
         except OSError as error:
             self.index.changed = True
             self._emit(LogMessage("warning", "index.json was not written", (("why", str(error)),)))
 
-    async def _reseed(self) -> bool:
-        """The index was lost: what ``index.json`` names is known again, but not fresh.
+    async def _restore_index(self) -> bool:
+        """Restore a lost index from ``index.json``, as never confirmed. True if all was written.
 
-        Whether that is done. Tags come last and all at once: where there are none, it was not.
+        Tags are written last and all at once: an index without tags was not fully restored.
         """
         loop = asyncio.get_running_loop()
-        read = await loop.run_in_executor(self._opening, image_layout.read, self.layout)
+        saved = await loop.run_in_executor(self._opening, image_layout.read_index_json, self.layout)
         done = True
-        for named in read:
-            root = AccessRecord(named.digest, "manifest", named.media_type, named.size, None, None)
-            done = await self._reseed_parts(named.repository, root) and done
-        pins = {named.digest for named in read if named.pinned}
+        for named in saved:
+            root = AccessRecord(
+                digest=named.digest,
+                kind="manifest",
+                media_type=named.media_type,
+                size=named.size,
+                referrer=None,
+                expires_at=None,
+            )
+            done = await self._restore_parts(named.repository, root) and done
+        pins = {named.digest for named in saved if named.pinned}
         done = (not pins or await self.index.pin(pins)) and done
         tags = [
-            TagRecord(named.repository, named.tag, named.digest, 0.0, 0.0)
-            for named in read
+            TagRecord(named.repository, named.tag, named.digest, first_seen=0.0, confirmed=0.0)
+            for named in saved
             if named.tag is not None and await self.index.tag(named.repository, named.tag) is None
         ]
         return done and await self.index.put_tags(tags)
 
-    async def _reseed_parts(self, repository: Repository, root: AccessRecord) -> bool:
-        """Whether what the manifest refers to is known again, or cannot be any more."""
+    async def _restore_parts(self, repository: Repository, root: AccessRecord) -> bool:
+        """Restore the access records of a manifest's parts. False if it can be tried again."""
         try:
             body = await self.blobs.read(root.digest, MANIFEST_LIMIT)
             parsed = parse_as_recorded(body, root) if body is not None else None
@@ -258,5 +280,5 @@ class Store:
         done = await self.index.put_access_records(repository, [root, *parts])
         for part in parts:
             if part.kind == "manifest":
-                done = await self._reseed_parts(repository, part) and done
+                done = await self._restore_parts(repository, part) and done
         return done

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.store.layout import Layout
+from mirror.store.disk import Layout
 from mirror.store.recovery import recover
 from tests.robustness.crash_driver import MORE, pull, registry
 from tests.robustness.crash_states import Operation, State, states, trace
@@ -63,7 +63,7 @@ def check(
         layout = Layout(target)
         state.make(data, target, known)
         found += complaints(layout, state)
-        assert recover(layout, time.time(), "of another boot").why is None
+        assert recover(layout, time.time(), "of another boot") is None
         found += complaints(layout, state)
         assert not list((target / "ingest").glob("*/*")), "what was not synced is not resumed"
         if pull_every is not None and number % pull_every == 0:

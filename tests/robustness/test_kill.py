@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import IngestState, boot_id, write_state
-from mirror.store.layout import Layout
+from mirror.store.disk import IngestState, Layout, boot_id, write_state
 from mirror.store.recovery import recover
 from tests.fakes.registry import FakeRegistry
 from tests.real import images

@@ -18,8 +18,8 @@ import pytest
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.layout import Layout
 from mirror.store.records import AccessRecord, TagRecord
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
@@ -49,13 +49,20 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     index = await Index.open(layout.index, events.append)
     kinds = ["manifest"] * tags + ["blob"] * (len(held) - tags)
     members = [
-        AccessRecord(digest, kind, "application/octet-stream", size, None, None)
+        AccessRecord(
+            digest=digest,
+            kind=kind,
+            media_type="application/octet-stream",
+            size=size,
+            referrer=None,
+            expires_at=None,
+        )
         for (digest, size), kind in zip(held, kinds, strict=True)
     ]
     await index.put_access_records(APP, members)
     for number in range(tags):
         record = TagRecord(APP, Tag.parse(f"v{number}"), held[number][0], 1.0, 2.0)
-        await index.put_tag(record)
+        await index.put_tags([record])
     await index.set_verified([(digest, 3.0) for digest, _ in held])
     await index.close()
     assert not events

@@ -34,7 +34,7 @@ from mirror.pull.freshness import (
     decide_access,
     decide_tag,
 )
-from mirror.store.records import AccessRecord, Entry, TagRecord
+from mirror.store.records import AccessRecord, PreviousDigest, TagRecord
 
 
 def upstream(**changes: object) -> Upstream:
@@ -78,7 +78,7 @@ def test_fresh_means_younger_than_tag_ttl(confirmed: float, now: float, ttl: flo
 
 NEW, OLD = Digest.of(b"new"), Digest.of(b"old")
 MOVED = TagRecord(
-    *(Repository("docker.io", "app"), Tag("1.0"), NEW, 2e9, 2e9), (Entry(OLD, 1e9, 2e9),)
+    *(Repository("docker.io", "app"), Tag("1.0"), NEW, 2e9, 2e9), (PreviousDigest(OLD, 1e9, 2e9),)
 )
 
 

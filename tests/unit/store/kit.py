@@ -1,4 +1,4 @@
-"""What the tests of growing and whole content share: surroundings without an index."""
+"""Helpers that the tests of the store share: parts of a store, whole stores, images, disks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
 from mirror.store.blobs import BlobStore
+from mirror.store.disk import Layout
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
-from mirror.store.layout import Layout
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, access_records_of, confirm
@@ -55,7 +55,7 @@ class Verified:
 
 @dataclass
 class Kit:
-    """One store's worth of parts."""
+    """The parts of one store, without its index."""
 
     layout: Layout
     ingest_context: IngestContext
@@ -67,7 +67,7 @@ class Kit:
 
 @contextmanager
 def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
-    """Parts over ``root``; threads end with the context."""
+    """Create the parts over ``root``. Their threads end with the context."""
     layout = Layout(root)
     for directory in (*layout.content_directories(), *layout.ingest_directories()):
         directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         publishing=pools[1],
         emit=events.append,
         make_room=make_room,
-        published=blobs.published,
+        published=blobs.on_published,
         now=time.time,
         boot=disk.boot_id(),
     )
@@ -105,7 +105,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
 
 
 async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes:
-    """All that a client would get."""
+    """Read all bytes that a client would receive."""
     parts = []
     position = start
     while stop is None or position < stop:
@@ -124,7 +124,7 @@ async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes
 
 
 async def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for what another thread or process brings about. Raises ``TimeoutError``."""
+    """Wait until a condition holds that another thread or process causes, or ``TimeoutError``."""
     async with asyncio.timeout(seconds):
         while True:
             if holds():
@@ -132,16 +132,16 @@ async def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> None:
             await asyncio.sleep(0.01)
 
 
-# --- growing content ------------------------------------------------------------------------------
+# --- ingests --------------------------------------------------------------------------------------
 
 
 def pieces(data: bytes, size: int = 65_536) -> list[bytes]:
-    """``data`` as an upstream sends it."""
+    """Split ``data`` as an upstream sends it."""
     return [data[i : i + size] for i in range(0, len(data), size)]
 
 
 async def bring(content: Ingest, data: bytes = DATA, size: int | None = len(DATA)) -> None:
-    """A fetch that goes well, from wherever it is to be resumed."""
+    """Run a successful fetch, from the position where it has to be resumed."""
     assert await content.try_lead() is Role.LEADER
     await content.declare(size)
     for piece in pieces(data[content.position :]):
@@ -152,7 +152,7 @@ async def bring(content: Ingest, data: bytes = DATA, size: int | None = len(DATA
 
 
 async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
-    """A fetch through the store that goes well; whether it is kept is the disk's affair."""
+    """Run a successful fetch through the store. Whether it is kept depends on the disk."""
     content = store.start_ingest(Digest.of(data, algorithm))
     await bring(content, data, len(data))
     store.end_ingest(content)
@@ -160,7 +160,7 @@ async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
 
 
 async def go_on(content: Ingest, data: bytes = DATA) -> None:
-    """What a fetch does beside another process's: follow it, then lead where it has to."""
+    """Follow the fetch of another process, and take over if it ends early."""
     while (role := await content.try_lead()) is Role.FOLLOWER:
         await follow_other_process(content)
     if role is Role.LEADER:
@@ -173,17 +173,17 @@ async def go_on(content: Ingest, data: bytes = DATA) -> None:
 
 
 async def put(parts: Kit, data: bytes) -> Digest:
-    """Content as publishing leaves it."""
+    """Store content as publishing leaves it."""
     digest = Digest.of(data)
     path = parts.layout.blob(digest)
     path.write_bytes(data)
     no_trace(path)
-    await parts.blobs.published(digest)
+    await parts.blobs.on_published(digest)
     return digest
 
 
 def flip(path: Path, offset: int) -> None:
-    """One wrong bit."""
+    """Flip one bit."""
     with path.open("r+b") as file:
         file.seek(offset)
         byte = file.read(1)
@@ -192,7 +192,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def no_trace(path: Path) -> None:
-    """Times as we set them: what was done to the file was rot, and not a stranger's write."""
+    """Set the time of a file as we set it: then a change was silent damage, not a write."""
     now = int(time.time())
     os.utime(path, (now, now))
 
@@ -209,7 +209,7 @@ async def opened(
     events: list[Event] | None = None,
     settings: Storage | None = None,
 ) -> AsyncIterator[Store]:
-    """A store over ``root``, at the time that ``clock`` says."""
+    """Open a store over ``root``. ``clock`` holds the current time."""
     times = clock if clock is not None else [1_800_000_000.0]
     emit = (events if events is not None else []).append
     store = await Store.open(str(root), settings or Storage(), emit, lambda: times[0])
@@ -224,7 +224,7 @@ def _described(media_type: str, data: bytes) -> dict[str, object]:
 
 
 def image(*layers: bytes) -> bytes:
-    """The manifest of an image."""
+    """Make the manifest of an image."""
     document = {
         "schemaVersion": 2,
         "mediaType": OCI_MANIFEST,
@@ -235,30 +235,37 @@ def image(*layers: bytes) -> bytes:
 
 
 def index_of(*manifests: bytes) -> bytes:
-    """The index of several images."""
+    """Make the index of several images."""
     entries = [_described(OCI_MANIFEST, body) for body in manifests]
     return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
 
 
 async def pulled(store: Store, body: bytes, tag: Tag | None, *blobs: bytes) -> None:
-    """What a pull of an image leaves: its content, and what is known of it."""
+    """Store the content and the records that a pull of an image leaves."""
     for data in (*blobs, body):
         await keep(store, data)
     await remember(store, body, tag)
 
 
 async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
-    """What the index knows of an image that was pulled."""
+    """Write the records that a pull of an image leaves in the index."""
     media_type = OCI_INDEX if b'"manifests"' in body else OCI_MANIFEST
-    root = AccessRecord(Digest.of(body), "manifest", media_type, len(body), None, None)
+    root = AccessRecord(
+        digest=Digest.of(body),
+        kind="manifest",
+        media_type=media_type,
+        size=len(body),
+        referrer=None,
+        expires_at=None,
+    )
     parts = access_records_of(root, parse_manifest(body, media_type))
     await store.index.put_access_records(REPO, [root, *parts])
     if tag is not None:
-        await store.index.put_tag(confirm(None, REPO, tag, root.digest, store._now()))
+        await store.index.put_tags([confirm(None, REPO, tag, root.digest, store._now())])
 
 
 async def served(store: Store, data: bytes) -> bool:
-    """Whether this content is here, whole."""
+    """Whether the store serves this content, with the right bytes."""
     reader = await store.blobs.find(Digest.of(data))
     if reader is None:
         return False
@@ -287,7 +294,7 @@ async def mark_used(store: Store, *digests: Digest) -> None:
 
 @contextmanager
 def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
-    """A disk of its own. Needs root, as the suite has it in a container."""
+    """Mount a small disk of its own. Needs root, as the suite has it in a container."""
     path.mkdir(parents=True, exist_ok=True)
     mount = [need("mount"), "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     subprocess.run(mount, check=True)
@@ -298,11 +305,11 @@ def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
 
 
 def make_read_only(path: Path) -> None:
-    """From now on the disk at ``path`` takes nothing."""
+    """Remount the disk at ``path`` read-only."""
     subprocess.run([need("mount"), "-o", "remount,ro", str(path)], check=True)
 
 
 def fill_up(path: Path) -> None:
-    """Take all that the disk at ``path`` has left."""
+    """Fill the disk at ``path``."""
     fill = [need("dd"), "if=/dev/zero", f"of={path}/filler", "bs=4k"]
     assert subprocess.run(fill, capture_output=True).returncode != 0

@@ -1,4 +1,4 @@
-"""Whole content: what is trusted, what is verified again, what is damaged."""
+"""Whole content: when it is trusted, when it is verified again, how damage is handled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import pytest
 from mirror.observability.events import DigestMismatched, LogMessage, Reverified
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import blobs as content_module
+from mirror.store import blobs as module
 from mirror.store import disk
 from tests.unit.store.kit import Verified, eventually, flip, kit, no_trace, put, random_bytes, read
 
 SMALL = random_bytes(100_000, 3)
-LARGE = random_bytes(content_module.SMALL + 1_000_000, 4)
+LARGE = random_bytes(module.SMALL_BYTES + 1_000_000, 4)
 
 
 async def test_trusted_content_is_served_without_hashing(tmp_path: Path) -> None:
@@ -41,10 +41,12 @@ async def test_missing_content_is_a_miss(tmp_path: Path) -> None:
         assert await parts.blobs.read(Digest.of(b"nothing"), 100) is None
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip", "flip-last"])
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-async def test_damage_is_never_served_whole(tmp_path: Path, damage: str, data: bytes) -> None:
+async def test_damaged_content_is_never_served_completely(
+    tmp_path: Path, damage: str, data: bytes
+) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, data)
         path = parts.layout.blob(digest)
@@ -68,8 +70,8 @@ async def test_damage_is_never_served_whole(tmp_path: Path, damage: str, data: b
         assert [e.where for e in parts.events if isinstance(e, DigestMismatched)] == ["disk"]
 
 
-@pytest.mark.row("C9")
-async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> None:
+@pytest.mark.row("C9-damaged-content")
+async def test_silent_damage_is_found_once_the_verification_is_old(tmp_path: Path) -> None:
     with kit(tmp_path, reverify=0) as parts:
         digest = await put(parts, LARGE)
         path = parts.layout.blob(digest)
@@ -82,7 +84,9 @@ async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> No
         reader.close()
 
 
-async def test_ageing_content_flows_at_once_and_ends_when_verified(tmp_path: Path) -> None:
+async def test_content_with_an_old_verification_is_sent_at_once_and_ends_when_verified(
+    tmp_path: Path,
+) -> None:
     with kit(tmp_path, reverify=0) as parts:
         digest = await put(parts, LARGE)
         reader = await parts.blobs.find(digest)
@@ -95,7 +99,7 @@ async def test_ageing_content_flows_at_once_and_ends_when_verified(tmp_path: Pat
         assert [e.ok for e in parts.events if isinstance(e, Reverified)] == [True]
 
 
-async def test_a_manifest_that_lies_about_a_size_does_no_harm(tmp_path: Path) -> None:
+async def test_a_wrong_size_in_a_manifest_does_not_damage_content(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         reader = await parts.blobs.find(digest, 17)
@@ -105,8 +109,8 @@ async def test_a_manifest_that_lies_about_a_size_does_no_harm(tmp_path: Path) ->
         assert parts.layout.blob(digest).exists()
 
 
-@pytest.mark.row("M5")
-async def test_content_that_is_being_evicted_is_a_miss_and_a_reader_is_a_lease(
+@pytest.mark.row("M5-eviction-while-opening")
+async def test_content_under_eviction_is_a_miss_and_a_reader_blocks_eviction(
     tmp_path: Path,
 ) -> None:
     with kit(tmp_path) as parts:
@@ -127,9 +131,11 @@ async def test_content_that_is_being_evicted_is_a_miss_and_a_reader_is_a_lease(
         os.close(evictor)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 @pytest.mark.parametrize("stranger", ["link", "fifo", "directory", "dangling"])
-async def test_strangers_are_never_followed(tmp_path: Path, stranger: str) -> None:
+async def test_links_pipes_and_directories_are_a_miss_and_never_followed(
+    tmp_path: Path, stranger: str
+) -> None:
     with kit(tmp_path) as parts:
         digest = Digest.of(SMALL)
         path = parts.layout.blob(digest)
@@ -149,8 +155,8 @@ async def test_strangers_are_never_followed(tmp_path: Path, stranger: str) -> No
             assert await parts.blobs.read(digest, 1_000_000) is None
 
 
-@pytest.mark.row("D6")
-async def test_running_out_of_descriptors_is_not_corruption(
+@pytest.mark.row("D6-no-descriptors")
+async def test_running_out_of_descriptors_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with kit(tmp_path) as parts:
@@ -169,8 +175,8 @@ async def test_running_out_of_descriptors_is_not_corruption(
         assert not [e for e in parts.events if isinstance(e, DigestMismatched)]
 
 
-@pytest.mark.row("D4")
-@pytest.mark.row("D7")
+@pytest.mark.row("D4-io-error-at-a-call")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 async def test_content_that_cannot_be_opened_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -186,10 +192,10 @@ async def test_content_that_cannot_be_opened_is_a_miss(
             assert await parts.blobs.find(digest) is None
             assert await parts.blobs.read(digest, 1_000_000) is None
         assert len([e for e in parts.events if isinstance(e, LogMessage)]) == 2
-        assert await parts.blobs.read(digest, 1_000_000) == SMALL, "it was not put aside"
+        assert await parts.blobs.read(digest, 1_000_000) == SMALL, "it was not quarantined"
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 async def test_small_content_that_cannot_be_read_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,8 +211,8 @@ async def test_small_content_that_cannot_be_read_is_damaged(
         assert parts.layout.quarantine(digest).exists()
 
 
-@pytest.mark.row("D11")
-async def test_content_cut_under_a_reader_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.row("D11-content-cut-under-readers")
+async def test_content_truncated_under_a_reader_is_a_miss_for_the_next(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         first = await parts.blobs.find(digest)
@@ -217,7 +223,7 @@ async def test_content_cut_under_a_reader_is_noticed(tmp_path: Path) -> None:
         first.close()
 
 
-async def test_readers_share_one_descriptor_and_give_it_back(tmp_path: Path) -> None:
+async def test_readers_share_one_descriptor_and_close_it(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         before = len(os.listdir("/proc/self/fd"))
@@ -229,13 +235,13 @@ async def test_readers_share_one_descriptor_and_give_it_back(tmp_path: Path) -> 
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
-@pytest.mark.row("L2")
-async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: Path) -> None:
+@pytest.mark.row("L2-clients-that-reset")
+async def test_a_request_cancelled_during_the_open_leaves_no_descriptor(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         before = len(os.listdir("/proc/self/fd"))
         gate = threading.Event()
-        for _ in range(4):  # what opens waits for the gate
+        for _ in range(4):  # every thread that opens files waits for the gate
             parts.pools[2].submit(gate.wait)
         finds = [asyncio.ensure_future(parts.blobs.find(digest)) for _ in range(20)]  # noqa: TID251 - a test
         await asyncio.sleep(0)
@@ -251,19 +257,19 @@ async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: 
         await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
-async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
+async def test_remembered_verification_times_are_bounded_and_saved_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(content_module, "_MAX_REMEMBERED", 5)
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 5)
     saved: list[Digest] = []
 
-    class Noting(Verified):
+    class Recording(Verified):
         async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
             saved.extend(digest for digest, _ in entries)
             await super().set_verified(entries)
 
     with kit(tmp_path) as parts:
-        parts.blobs._verifications = Noting()
+        parts.blobs._index = Recording()
         bodies = [str(number).encode() for number in range(9)]
         digests = [await put(parts, body) for body in bodies]
         assert saved == digests
@@ -273,20 +279,20 @@ async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
             assert await parts.blobs.read(digest, 100) == body
         await parts.blobs.flush()
         await parts.blobs.flush()
-        assert sorted(saved) == sorted(digests[:3]), "each once, and nothing that was saved before"
+        assert sorted(saved) == sorted(digests[:3]), "each once, and none that was saved before"
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K4")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K4-negative-ages")
 @pytest.mark.parametrize("jump", [365 * 86400.0, -365 * 86400.0])
-async def test_a_clock_that_jumps_makes_content_verified_again_and_served(
+async def test_content_is_verified_again_and_served_after_a_clock_jump(
     tmp_path: Path, jump: float
 ) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         now = time.time() + jump
         parts.blobs._now = lambda: now
-        for times in (1, 1):  # the second time its verification is of now
+        for times in (1, 1):  # the second time it was verified at this time
             reader = await parts.blobs.find(digest)
             assert reader
             assert await read(reader) == LARGE
@@ -294,7 +300,7 @@ async def test_a_clock_that_jumps_makes_content_verified_again_and_served(
             assert [e.ok for e in parts.events if isinstance(e, Reverified)] == [True] * times
 
 
-async def test_damage_that_cannot_be_put_aside_is_a_miss_each_time(
+async def test_damage_that_cannot_be_quarantined_is_a_miss_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with kit(tmp_path) as parts:

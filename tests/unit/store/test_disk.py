@@ -1,4 +1,4 @@
-"""The blocking half of the store, call by call, on a real file system."""
+"""Files and paths of the data directory, call by call, on a real file system."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.oci.errors import DigestMismatch
-from mirror.oci.reference import Digest
+from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
-from mirror.store.disk import IngestState
-from mirror.store.layout import Layout
+from mirror.store.disk import IngestState, Layout
 from tests.unit.store.kit import flip, random_bytes
 
 DATA = random_bytes(300_000, 21)
@@ -37,10 +36,52 @@ def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+# --- paths ----------------------------------------------------------------------------------------
+
+DATA_DIR = Path("/data")
+PATHS = Layout(DATA_DIR)
+DIGESTS = st.builds(Digest.of, st.binary(max_size=8), st.sampled_from(ALGORITHMS))
+
+
+@given(DIGESTS, DIGESTS)
+def test_two_digests_or_two_states_never_share_a_path(one: Digest, two: Digest) -> None:
+    def paths(digest: Digest) -> list[Path]:
+        return [
+            PATHS.blob(digest),
+            PATHS.ingest(digest),
+            PATHS.ingest_state(digest),
+            PATHS.quarantine(digest),
+        ]
+
+    assert len(set(paths(one))) == 4
+    assert all(path.is_relative_to(DATA_DIR) for path in paths(one))
+    assert (one == two) == bool(set(paths(one)) & set(paths(two)))
+
+
+def test_whole_content_is_at_the_path_of_the_oci_image_layout() -> None:
+    digest = Digest.of(b"x", "sha512")
+    assert PATHS.blob(digest) == DATA_DIR / "blobs" / "sha512" / digest.hex
+    assert PATHS.content_directories() == [DATA_DIR / "blobs" / name for name in ALGORITHMS]
+
+
+@given(DIGESTS)
+def test_every_path_of_content_is_in_a_listed_directory(digest: Digest) -> None:
+    assert PATHS.blob(digest).parent in PATHS.content_directories()
+    assert PATHS.ingest(digest).parent in PATHS.ingest_directories()
+    assert PATHS.ingest_state(digest).parent in PATHS.ingest_directories()
+
+
+def test_index_and_eviction_lock_are_outside_the_content_directories() -> None:
+    beside = {PATHS.index, PATHS.eviction_lock}
+    directories = {*PATHS.content_directories(), *PATHS.ingest_directories()}
+    assert not beside & directories
+    assert all(path.parent == DATA_DIR for path in beside)
+
+
 # --- whole content --------------------------------------------------------------------------------
 
 
-def test_whole_content_is_opened_with_a_lease(layout: Layout) -> None:
+def test_open_whole_takes_a_lease_that_blocks_eviction(layout: Layout) -> None:
     layout.blob(DIGEST).write_bytes(DATA)
     opened = disk.open_whole(layout, DIGEST)
     assert opened
@@ -55,7 +96,7 @@ def test_whole_content_is_opened_with_a_lease(layout: Layout) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.EACCES])
-def test_a_disk_that_cannot_tell_is_no_miss(
+def test_open_whole_raises_when_the_disk_does_not_answer(
     layout: Layout, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*arguments: object) -> int:
@@ -67,7 +108,7 @@ def test_a_disk_that_cannot_tell_is_no_miss(
             disk.open_whole(layout, DIGEST)
 
 
-def test_what_is_no_file_is_a_miss_and_leaks_no_descriptor(layout: Layout) -> None:
+def test_open_whole_of_no_regular_file_is_none_and_leaks_no_descriptor(layout: Layout) -> None:
     before = open_descriptors()
     path = layout.blob(DIGEST)
     assert disk.open_whole(layout, DIGEST) is None
@@ -79,7 +120,7 @@ def test_what_is_no_file_is_a_miss_and_leaks_no_descriptor(layout: Layout) -> No
     assert open_descriptors() == before
 
 
-def test_only_times_that_we_set_are_in_whole_seconds(layout: Layout) -> None:
+def test_a_write_by_another_program_shows_in_the_time_of_the_file(layout: Layout) -> None:
     path = layout.blob(DIGEST)
     path.write_bytes(DATA)
     while disk.set_by_us(path.stat()):  # one in a billion
@@ -95,7 +136,9 @@ def test_only_times_that_we_set_are_in_whole_seconds(layout: Layout) -> None:
 
 @pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
 @pytest.mark.parametrize("damage", ["none", "flip", "cut", "longer"])
-def test_content_is_verified_byte_by_byte(layout: Layout, algorithm: str, damage: str) -> None:
+def test_verify_finds_a_flipped_bit_a_cut_file_and_extra_bytes(
+    layout: Layout, algorithm: str, damage: str
+) -> None:
     digest = Digest.of(DATA, algorithm)
     path = layout.blob(digest)
     path.write_bytes(DATA)
@@ -116,7 +159,7 @@ def test_content_is_verified_byte_by_byte(layout: Layout, algorithm: str, damage
     os.close(fd)
 
 
-def test_closing_the_last_of_an_unlinked_file_is_left_to_a_thread(tmp_path: Path) -> None:
+def test_close_of_an_unlinked_file_runs_in_a_thread(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with ThreadPoolExecutor(1) as threads:
         path.write_bytes(b"x")
@@ -132,7 +175,7 @@ def test_closing_the_last_of_an_unlinked_file_is_left_to_a_thread(tmp_path: Path
     path.write_bytes(b"x")
     late = os.open(path, os.O_RDONLY)
     path.unlink()
-    disk.close(late, threads)  # whose threads have ended
+    disk.close(late, threads)  # its threads have ended
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(late)
 
@@ -150,14 +193,14 @@ def test_closing_the_last_of_an_unlinked_file_is_left_to_a_thread(tmp_path: Path
         (errno.EXDEV, "io"),
     ],
 )
-def test_a_refusal_has_one_of_few_reasons(code: int, reason: str) -> None:
+def test_reason_of_maps_each_error_to_one_of_four_labels(code: int, reason: str) -> None:
     assert disk.reason_of(OSError(code, "")) == reason
 
 
-# --- the state beside growing content -------------------------------------------------------------
+# --- ingest state ---------------------------------------------------------------------------------
 
 
-def test_a_state_survives_its_file_and_leaves_another_stamp(layout: Layout) -> None:
+def test_a_state_is_read_as_written_and_each_write_changes_its_stamp(layout: Layout) -> None:
     state = IngestState(7, "boot", 3, ("UNAVAILABLE", "why"), "holder", 2)
     assert disk.read_state(layout, DIGEST) is None
     assert disk.stamp_of_state(layout, DIGEST) is None
@@ -173,6 +216,8 @@ def test_a_state_survives_its_file_and_leaves_another_stamp(layout: Layout) -> N
     assert not list(layout.ingest(DIGEST).parent.iterdir())
 
 
+# The first draw of any text builds Hypothesis's table of Unicode, which takes a second or more.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.binary(max_size=30)
     | st.dictionaries(
@@ -180,7 +225,7 @@ def test_a_state_survives_its_file_and_leaves_another_stamp(layout: Layout) -> N
         st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.text()) | st.text(),
     ).map(lambda document: json.dumps({"size": None, **document}).encode())
 )
-def test_a_garbled_state_is_none_or_a_state(
+def test_a_malformed_state_is_read_as_none_or_as_valid_values(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
     layout = Layout(tmp_path_factory.getbasetemp())
@@ -192,7 +237,7 @@ def test_a_garbled_state_is_none_or_a_state(
         assert type(found[0].written) is int
 
 
-def test_a_state_that_cannot_be_written_leaves_no_draft(
+def test_a_failed_write_of_a_state_leaves_no_draft(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.write_state(layout, DIGEST, IngestState(5))
@@ -209,7 +254,7 @@ def test_a_state_that_cannot_be_written_leaves_no_draft(
 # --- locks, publishing ----------------------------------------------------------------------------
 
 
-def test_a_lock_on_an_unlinked_file_locks_nothing(layout: Layout) -> None:
+def test_drop_ingest_leaves_the_file_of_another_holder(layout: Layout) -> None:
     fd = disk.open_ingest(layout, DIGEST)
     assert disk.try_lock(fd)
     assert disk.is_at(fd, layout.ingest(DIGEST))
@@ -219,20 +264,20 @@ def test_a_lock_on_an_unlinked_file_locks_nothing(layout: Layout) -> None:
     assert disk.try_lock(other)
     assert not disk.is_at(fd, layout.ingest(DIGEST))
     disk.drop_ingest(layout, DIGEST, fd)
-    assert layout.ingest(DIGEST).exists(), "it is another's by now"
+    assert layout.ingest(DIGEST).exists(), "it belongs to another holder"
     os.close(fd)
     os.close(other)
 
 
-@pytest.mark.row("D12")
-def test_growing_content_never_follows_a_link(layout: Layout, tmp_path: Path) -> None:
+@pytest.mark.row("D12-odd-files")
+def test_open_ingest_never_follows_a_link(layout: Layout, tmp_path: Path) -> None:
     layout.ingest(DIGEST).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
         disk.open_ingest(layout, DIGEST)
     assert not (tmp_path / "elsewhere").exists()
 
 
-def grown(layout: Layout) -> int:
+def full_ingest(layout: Layout) -> int:
     fd = disk.open_ingest(layout, DIGEST)
     assert disk.try_lock(fd)
     os.pwrite(fd, DATA, 0)
@@ -240,8 +285,8 @@ def grown(layout: Layout) -> int:
     return fd
 
 
-def test_publishing_makes_content_visible_leased_and_marked(layout: Layout) -> None:
-    fd, before = grown(layout), open_descriptors()
+def test_publish_makes_content_visible_leased_and_marked_as_ours(layout: Layout) -> None:
+    fd, before = full_ingest(layout), open_descriptors()
     disk.publish(layout, DIGEST, fd, 1_700_000_000.5)
     assert layout.blob(DIGEST).read_bytes() == DATA
     assert disk.set_by_us(layout.blob(DIGEST).stat())
@@ -254,7 +299,7 @@ def test_publishing_makes_content_visible_leased_and_marked(layout: Layout) -> N
 
 
 @pytest.mark.parametrize(("code", "published"), [(errno.EINVAL, True), (errno.EIO, False)])
-def test_a_directory_sync_may_be_unsupported_but_must_not_fail(
+def test_publish_accepts_an_unsupported_directory_sync_but_no_failed_one(
     layout: Layout, code: int, published: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.fsync
@@ -264,7 +309,7 @@ def test_a_directory_sync_may_be_unsupported_but_must_not_fail(
             raise OSError(code, "refused")
         real(fd)
 
-    fd, before = grown(layout), open_descriptors()
+    fd, before = full_ingest(layout), open_descriptors()
     monkeypatch.setattr(os, "fsync", fsync)
     if published:
         disk.publish(layout, DIGEST, fd, time.time())
@@ -277,8 +322,10 @@ def test_a_directory_sync_may_be_unsupported_but_must_not_fail(
     os.close(fd)
 
 
-@pytest.mark.row("D6")
-def test_publishing_waits_for_a_descriptor(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.row("D6-no-descriptors")
+def test_publish_waits_for_a_free_descriptor(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, refusals = os.open, 2
 
     def scarce(path: Path, flags: int, *mode: int) -> int:
@@ -288,7 +335,7 @@ def test_publishing_waits_for_a_descriptor(layout: Layout, monkeypatch: pytest.M
             raise OSError(errno.EMFILE, "Too many open files")
         return real(path, flags, *mode)
 
-    fd = grown(layout)
+    fd = full_ingest(layout)
     monkeypatch.setattr(os, "open", scarce)
     disk.publish(layout, DIGEST, fd, time.time())
     assert refusals == 0
@@ -296,8 +343,8 @@ def test_publishing_waits_for_a_descriptor(layout: Layout, monkeypatch: pytest.M
     os.close(fd)
 
 
-def test_what_was_taken_away_is_not_published(layout: Layout) -> None:
-    fd = grown(layout)
+def test_publish_raises_if_the_ingest_file_was_removed(layout: Layout) -> None:
+    fd = full_ingest(layout)
     layout.ingest(DIGEST).unlink()
     other = disk.open_ingest(layout, DIGEST)
     with pytest.raises(FileNotFoundError):
@@ -347,3 +394,57 @@ def test_open_locked_follows_no_link_and_creates_no_file(tmp_path: Path) -> None
             raise AssertionError
         assert not disk.is_locked(missing)
     assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+# --- quarantine -----------------------------------------------------------------------------------
+
+
+def damaged(layout: Layout, name: str) -> tuple[Digest, int]:
+    digest = Digest.of(name.encode())
+    layout.blob(digest).parent.mkdir(parents=True, exist_ok=True)
+    layout.blob(digest).write_bytes(f"not {name}".encode())
+    return digest, os.open(layout.blob(digest), os.O_RDONLY)
+
+
+def test_quarantine_moves_damaged_content_and_keeps_the_newest_16(layout: Layout) -> None:
+    digests = []
+    for number in range(disk.MAX_QUARANTINED_FILES + 3):
+        digest, fd = damaged(layout, f"content {number:02}")
+        disk.quarantine(layout, digest, fd)
+        os.close(fd)
+        digests.append(digest)
+        assert not layout.blob(digest).exists()
+        assert layout.quarantine(digest).exists()
+    kept = [digest for digest in digests if layout.quarantine(digest).exists()]
+    assert len(kept) == disk.MAX_QUARANTINED_FILES
+    assert disk.quarantine_size(layout) == disk.MAX_QUARANTINED_FILES * len("not content 00")
+    assert disk.trim_quarantine(layout, 0) == disk.MAX_QUARANTINED_FILES * len("not content 00")
+    assert disk.quarantine_size(layout) == disk.trim_quarantine(layout, 0) == 0
+
+
+def test_quarantine_leaves_a_file_that_was_replaced_meanwhile(layout: Layout) -> None:
+    digest, fd = damaged(layout, "content")
+    layout.blob(digest).unlink()
+    layout.blob(digest).write_bytes(b"content")
+    disk.quarantine(layout, digest, fd)
+    os.close(fd)
+    assert layout.blob(digest).read_bytes() == b"content"
+    assert not layout.quarantine(digest).exists()
+
+
+@pytest.mark.parametrize("calls", [["rename"], ["mkdir"], ["rename", "unlink"]])
+def test_quarantine_never_raises_on_a_read_only_disk(
+    layout: Layout, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, fd = damaged(layout, "content")
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    with monkeypatch.context() as patch:
+        for call in calls:
+            patch.setattr(Path, call, refuse)
+        disk.quarantine(layout, digest, fd)
+    os.close(fd)
+    assert layout.blob(digest).exists() == ("unlink" in calls)
+    assert not layout.quarantine(digest).exists()

@@ -1,4 +1,4 @@
-"""Eviction in a real directory: images as wholes, what is pinned, what is read, what goes first."""
+"""Eviction in a real directory: whole images, pins, readers, leftovers, several processes."""
 
 from __future__ import annotations
 
@@ -40,16 +40,18 @@ def layer(seed: int, size: int = 200_000) -> bytes:
 
 
 async def use(store: Store, body: bytes, *parts: bytes) -> None:
-    """A manifest that is served refreshes the recency of all that it refers to."""
+    """Serve a manifest: that marks it and its parts as used."""
     await mark_used(store, *map(Digest.of, (body, *parts)))
 
 
 def held(store: Store) -> set[Digest]:
     store.catalog.refresh()
-    return {entry.digest for entry in store.catalog.entries(10**12)}
+    return {blob.digest for blob in store.catalog.blobs(10**12)}
 
 
-async def test_the_least_recently_used_goes_down_to_the_low_water_mark(tmp_path: Path) -> None:
+async def test_the_least_recently_used_content_goes_until_the_low_water_mark(
+    tmp_path: Path,
+) -> None:
     clock, events = [NOW], list[Event]()
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(4):
@@ -63,8 +65,8 @@ async def test_the_least_recently_used_goes_down_to_the_low_water_mark(tmp_path:
         assert [e for e in events if isinstance(e, Evicted)] == [Evicted(3, 600_000, "quota")]
 
 
-async def test_a_base_layer_stays_with_the_images_that_share_it(tmp_path: Path) -> None:
-    """Nobody asks for the layer itself any more: every node has it."""
+async def test_a_base_layer_stays_while_an_image_that_shares_it_is_used(tmp_path: Path) -> None:
+    """No client pulls the layer itself any more, because every node has it."""
     base, clock = layer(0), [NOW]
     one, two = image(base), image(base, b"top")
     async with opened(tmp_path, clock, settings=QUOTA) as store:
@@ -88,12 +90,11 @@ IMAGES = [[f"layer {n}".encode() for n in layers] for layers in ((0,), (0, 1), (
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200)), min_size=1, max_size=12),
-    st.integers(1, 3_000),
 )
-def test_an_index_keeps_its_manifests_and_a_manifest_its_layers(
-    tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[int, int]], free: int
+def test_an_index_goes_before_its_manifests_and_a_manifest_before_its_layers(
+    tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[int, int]]
 ) -> None:
-    """Whatever was used and shared in between: to within the minute that recency is kept to."""
+    """For any order of uses and shared layers, within the minute that recency is throttled to."""
 
     async def run() -> None:
         clock = [NOW]
@@ -112,10 +113,9 @@ def test_an_index_keeps_its_manifests_and_a_manifest_its_layers(
                     for body, layers in zip(bodies, IMAGES, strict=True):
                         await use(store, body, *layers)
             store.catalog.refresh()
-            entries = store.catalog.entries(clock[0])
-            chosen = eviction.plan(entries, free, set(), {}).candidates
-            order = [entry.digest for entry in chosen]
-            recency = {entry.digest: entry.used for entry in entries}
+            blobs = store.catalog.blobs(clock[0])
+            order = [blob.digest for blob in eviction.eviction_order(blobs, set(), {})]
+            recency = {blob.digest: blob.used for blob in blobs}
             for digest, refers in parts.items():
                 for part in refers:
                     assert recency[part] > recency[digest] - 61
@@ -125,7 +125,7 @@ def test_an_index_keeps_its_manifests_and_a_manifest_its_layers(
     asyncio.run(run())
 
 
-async def test_a_pinned_index_keeps_all_that_it_refers_to_however_deep(tmp_path: Path) -> None:
+async def test_a_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path: Path) -> None:
     clock, events = [NOW], list[Event]()
     layers = [layer(seed, 60_000) for seed in range(4)]
     images = [image(data) for data in layers]
@@ -149,7 +149,7 @@ async def test_a_pinned_index_keeps_all_that_it_refers_to_however_deep(tmp_path:
         assert not kept & held(store)
 
 
-async def test_where_all_is_pinned_a_pull_is_served_and_not_kept(tmp_path: Path) -> None:
+async def test_a_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: Path) -> None:
     events: list[Event] = []
     layers = [layer(seed) for seed in range(4)]
     body = image(*layers)
@@ -173,7 +173,7 @@ async def test_where_all_is_pinned_a_pull_is_served_and_not_kept(tmp_path: Path)
         assert Digest.of(layer(9)) not in held(store)
 
 
-async def test_an_index_that_does_not_say_what_is_pinned_lets_nothing_go(
+async def test_no_content_goes_while_the_index_does_not_answer_for_pins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, events = [NOW], list[Event]()
@@ -192,7 +192,7 @@ async def test_an_index_that_does_not_say_what_is_pinned_lets_nothing_go(
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
 
 
-async def test_what_is_being_read_is_left_and_what_was_goes(tmp_path: Path) -> None:
+async def test_content_stays_while_it_is_read_and_goes_afterwards(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock, settings=QUOTA) as store:
         for seed in range(4):
@@ -210,7 +210,7 @@ async def test_what_is_being_read_is_left_and_what_was_goes(tmp_path: Path) -> N
         assert Digest.of(layer(0)) not in held(store)
 
 
-async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
+async def test_leftovers_and_damaged_content_go_before_whole_content(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock, settings=QUOTA) as store:
         await keep(store, layer(0))
@@ -224,15 +224,15 @@ async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
         damaged = await keep(store, layer(2))
         store.layout.blob(damaged).write_bytes(b"x" * 200_000)
         assert await store.blobs.find(damaged) is None
-        assert store.catalog.refresh().left >= 550_000
+        assert store.catalog.refresh().leftover >= 550_000
         await keep(store, layer(3))
         assert held(store) == {Digest.of(layer(0)), Digest.of(layer(3))}
-        assert store.catalog.refresh().left == 0
+        assert store.catalog.refresh().leftover == 0
         assert not list(store.layout.ingest(damaged).parent.iterdir())
 
 
-@pytest.mark.row("R8")
-async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
+@pytest.mark.row("R8-beyond-the-quota")
+async def test_content_that_can_never_fit_evicts_nothing(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await keep(store, layer(0))
@@ -249,8 +249,8 @@ async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
             store.end_ingest(content)
 
 
-@pytest.mark.row("HC10")
-async def test_one_who_pulls_twice_the_quota_takes_no_hot_image_along(tmp_path: Path) -> None:
+@pytest.mark.row("HC10-twice-the-quota")
+async def test_a_pull_of_twice_the_quota_does_not_evict_an_image_in_use(tmp_path: Path) -> None:
     clock = [NOW]
     hot = image(layer(0))
     async with opened(tmp_path, clock, settings=QUOTA) as store:
@@ -264,7 +264,7 @@ async def test_one_who_pulls_twice_the_quota_takes_no_hot_image_along(tmp_path: 
         assert store.catalog.refresh().total <= HIGH
 
 
-async def test_two_processes_make_room_one_after_the_other(tmp_path: Path) -> None:
+async def test_two_processes_evict_one_after_the_other(tmp_path: Path) -> None:
     async with (
         opened(tmp_path, settings=QUOTA) as one,
         opened(tmp_path, settings=QUOTA) as two,
@@ -277,10 +277,10 @@ async def test_two_processes_make_room_one_after_the_other(tmp_path: Path) -> No
         assert one.catalog.refresh().count >= 2
 
 
-async def test_an_eviction_that_hangs_elsewhere_is_not_waited_for(
+async def test_a_hanging_eviction_of_another_process_is_waited_for_5_seconds_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eviction, "_LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(eviction, "_EVICTION_LOCK_TIMEOUT_S", 0.1)
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         for seed in range(4):

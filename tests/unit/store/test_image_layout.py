@@ -1,4 +1,4 @@
-"""The data directory as an OCI image layout: written for others, read back where we have to."""
+"""``index.json``: its format, and reading it strictly."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import image_layout
-from mirror.store.layout import Layout
-from mirror.store.records import Named
+from mirror.store.disk import Layout
+from mirror.store.records import NamedManifest
 
 REPO = Repository("docker.io", "library/app")
 PORT = Repository("registry.example:5000", "app")
 
 
-def named(layout: Layout, repository: Repository, tag: str | None, body: bytes) -> Named:
-    """A manifest that is on disk."""
+def named(layout: Layout, repository: Repository, tag: str | None, body: bytes) -> NamedManifest:
+    """Put a manifest on disk, and name it."""
     digest = Digest.of(body)
     layout.blob(digest).parent.mkdir(parents=True, exist_ok=True)
     layout.blob(digest).write_bytes(body)
     made = Tag(tag) if tag is not None else None
-    return Named(repository, made, digest, OCI_MANIFEST, len(body))
+    return NamedManifest(repository, made, digest, OCI_MANIFEST, len(body))
 
 
 def document(layout: Layout) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def document(layout: Layout) -> dict[str, Any]:
     return found
 
 
-def test_names_survive_their_json(tmp_path: Path) -> None:
+def test_names_are_read_back_as_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entries = [
         named(layout, REPO, "1.0", b"one"),
@@ -43,15 +43,15 @@ def test_names_survive_their_json(tmp_path: Path) -> None:
         named(layout, PORT, "1.0", b"two"),
         named(layout, PORT, None, b"three"),
     ]
-    pinned = Named(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, pinned=True)
-    image_layout.write(layout, [*entries, pinned])
-    assert set(image_layout.read(layout)) == {*entries, pinned}
+    pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, pinned=True)
+    image_layout.write_index_json(layout, [*entries, pinned])
+    assert set(image_layout.read_index_json(layout)) == {*entries, pinned}
 
 
-def test_it_is_an_index_of_what_others_can_find_by_name(tmp_path: Path) -> None:
+def test_index_json_is_an_oci_index_with_reference_names(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
-    image_layout.write(layout, [entry])
+    image_layout.write_index_json(layout, [entry])
     written = document(layout)
     assert (written["schemaVersion"], written["mediaType"]) == (2, OCI_INDEX)
     (descriptor,) = written["manifests"]
@@ -60,36 +60,36 @@ def test_it_is_an_index_of_what_others_can_find_by_name(tmp_path: Path) -> None:
     assert descriptor == {"mediaType": OCI_MANIFEST, "digest": str(entry.digest), "size": 3}
 
 
-def test_what_is_not_on_disk_is_not_named(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_on_disk_is_not_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
-    gone = Named(REPO, Tag("2.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
-    image_layout.write(layout, [gone, entry])
-    assert image_layout.read(layout) == [entry]
+    gone = NamedManifest(REPO, Tag("2.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
+    image_layout.write_index_json(layout, [gone, entry])
+    assert image_layout.read_index_json(layout) == [entry]
 
 
-def test_of_several_digests_of_a_tag_the_first_one_that_is_on_disk_is_named(tmp_path: Path) -> None:
+def test_a_tag_names_its_first_digest_that_is_on_disk(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    gone = Named(REPO, Tag("1.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
+    gone = NamedManifest(REPO, Tag("1.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
     newer, older = (named(layout, REPO, "1.0", body) for body in (b"newer", b"older"))
-    image_layout.write(layout, [gone, newer, older])
-    assert image_layout.read(layout) == [newer]
+    image_layout.write_index_json(layout, [gone, newer, older])
+    assert image_layout.read_index_json(layout) == [newer]
 
 
-def test_a_write_that_fails_leaves_what_was_there(
+def test_a_failed_write_leaves_the_earlier_file_and_no_draft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
-    image_layout.write(layout, [entry])
+    image_layout.write_index_json(layout, [entry])
 
     def refuse(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_layout.os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
-        image_layout.write(layout, [])
-    assert image_layout.read(layout) == [entry]
+        image_layout.write_index_json(layout, [])
+    assert image_layout.read_index_json(layout) == [entry]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["index.json"]
 
 
@@ -121,17 +121,17 @@ GOOD: dict[str, Any] = {
     ],
     ids=str,
 )
-def test_an_entry_of_another_kind_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_a_malformed_entry_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
     text = json.dumps({"manifests": [{**GOOD, **wrong}, 5, GOOD, None]})
     (tmp_path / "index.json").write_text(text)
-    found = image_layout.read(Layout(tmp_path))
-    assert found == [Named(REPO, Tag("1.0"), Digest.of(b"one"), OCI_MANIFEST, 3)]
+    found = image_layout.read_index_json(Layout(tmp_path))
+    assert found == [NamedManifest(REPO, Tag("1.0"), Digest.of(b"one"), OCI_MANIFEST, 3)]
 
 
-def test_a_media_type_is_safe_in_a_header(tmp_path: Path) -> None:
+def test_a_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
     wrong = {**GOOD, "mediaType": "a/b\r\nX-Header: x"}
     (tmp_path / "index.json").write_text(json.dumps({"manifests": [wrong]}))
-    assert [n.media_type for n in image_layout.read(Layout(tmp_path))] == [
+    assert [n.media_type for n in image_layout.read_index_json(Layout(tmp_path))] == [
         "application/octet-stream"
     ]
 
@@ -144,18 +144,20 @@ def test_a_media_type_is_safe_in_a_header(tmp_path: Path) -> None:
         max_leaves=6,
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_garbage_names_nothing(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+def test_a_malformed_file_is_read_as_empty(
+    tmp_path_factory: pytest.TempPathFactory, raw: bytes
+) -> None:
     root = tmp_path_factory.getbasetemp()
     (root / "index.json").write_bytes(raw)
-    assert image_layout.read(Layout(root)) == []
+    assert image_layout.read_index_json(Layout(root)) == []
 
 
-def test_what_is_missing_or_too_large_names_nothing(tmp_path: Path) -> None:
-    assert image_layout.read(Layout(tmp_path)) == []
+def test_a_missing_or_too_large_file_is_read_as_empty(tmp_path: Path) -> None:
+    assert image_layout.read_index_json(Layout(tmp_path)) == []
     (tmp_path / "index.json").write_text(json.dumps({"manifests": [GOOD]}))
-    assert image_layout.read(Layout(tmp_path))
+    assert image_layout.read_index_json(Layout(tmp_path))
     with (tmp_path / "index.json").open("r+b") as file:
-        file.truncate(2**33)  # sparse, and never read
-    assert image_layout.read(Layout(tmp_path)) == []
+        file.truncate(2**33)  # a sparse file, which must not be read
+    assert image_layout.read_index_json(Layout(tmp_path)) == []
     (tmp_path / "index.json").write_text("[" * 200_000)
-    assert image_layout.read(Layout(tmp_path)) == []
+    assert image_layout.read_index_json(Layout(tmp_path)) == []

@@ -1,4 +1,4 @@
-"""The index: what is asked and remembered, how long, and what becomes of what is in its way."""
+"""The index: what it records, for how long, and how it answers while its database fails."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ from mirror.observability.events import Event
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store.index import Index
-from mirror.store.records import MAX_PREVIOUS_DIGESTS, AccessRecord, Named, confirm, dump_tag
+from mirror.store.orphans import ORPHAN_ROW_TTL_S
+from mirror.store.records import (
+    MAX_PREVIOUS_DIGESTS,
+    AccessRecord,
+    NamedManifest,
+    confirm,
+    dump_tag,
+)
 from mirror.store.rows import STEP
-from mirror.store.sweep import KEPT
 
 YEAR = 365 * 86400.0
 REPO = Repository("docker.io", "library/app")
@@ -38,7 +44,7 @@ class Evil:
 
 @asynccontextmanager
 async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[Index]:
-    """An index that has nothing to complain of."""
+    """Open an index, and expect no warnings."""
     events: list[Event] = []
     times = clock or [1_800_000_000.0]
     index = await Index.open(path / "index", events.append, lambda: times[0])
@@ -49,12 +55,12 @@ async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[
     assert not events
 
 
-async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
+async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     record = confirm(None, REPO, TAG, ONE, 1.0)
-    await index.put_tag(record)
-    await index.put_access_records(REPO, [AccessRecord(ONE, "manifest", "a/b", 3, None, None)])
+    await index.put_tags([record])
+    await index.put_access_records(REPO, [root(ONE)])
     await index.set_verified([(ONE, 5.0)])
     await index.pin([ONE])
     await index.close()
@@ -77,11 +83,11 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert not events
 
 
-@pytest.mark.row("M10")
-async def test_a_planted_pickle_is_refused_and_never_unpickled(tmp_path: Path) -> None:
+@pytest.mark.row("M10-hostile-index")
+async def test_a_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
     await index.close()
     target = tmp_path / "unpickled"
     database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
@@ -90,27 +96,27 @@ async def test_a_planted_pickle_is_refused_and_never_unpickled(tmp_path: Path) -
     database.close()
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) is None
-    assert await index.tag_records() == []
+    assert await index.tags_of(REPO) == []
     await index.close()
     assert not target.exists()
     assert events
 
 
-@pytest.mark.row("M10")
-async def test_a_busy_database_fails_nothing(
+@pytest.mark.row("M10-hostile-index")
+async def test_a_busy_database_drops_the_write_and_logs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.store.rows._BUSY", 0.1)
+    monkeypatch.setattr("mirror.store.rows._BUSY_TIMEOUT_S", 0.1)
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
     other = sqlite3.connect(tmp_path / "index" / "named" / "cache.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    await index.put_tag(confirm(None, REPO, TAG, TWO, 2.0))
-    assert events, "it was dropped, and noted"
+    await index.put_tags([confirm(None, REPO, TAG, TWO, 2.0)])
+    assert events, "the write was dropped and logged"
     other.execute("ROLLBACK")
     other.close()
-    await index.put_tag(confirm(None, REPO, TAG, TWO, 2.0))
+    await index.put_tags([confirm(None, REPO, TAG, TWO, 2.0)])
     record = await index.tag(REPO, TAG)
     assert record
     assert record.digest == TWO
@@ -121,25 +127,39 @@ async def test_a_busy_database_fails_nothing(
 
 
 def root(digest: Digest, size: int | None = 3) -> AccessRecord:
-    """A manifest that was pulled by a name of its own."""
-    return AccessRecord(digest, "manifest", "a/b", size, None, None)
+    """The record of a manifest that was pulled by a name of its own."""
+    return AccessRecord(
+        digest=digest,
+        kind="manifest",
+        media_type="a/b",
+        size=size,
+        referrer=None,
+        expires_at=None,
+    )
 
 
-async def test_only_what_was_pulled_by_a_name_of_its_own_is_named(tmp_path: Path) -> None:
+def part(digest: Digest, kind: str) -> AccessRecord:
+    """The record of a part of the manifest ``ONE``."""
+    return AccessRecord(
+        digest=digest, kind=kind, media_type="a/b", size=3, referrer=ONE, expires_at=None
+    )
+
+
+async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         parts = [
-            AccessRecord(TWO, "manifest", "a/b", 3, ONE, None),
-            AccessRecord(Digest.of(b"layer"), "blob", "a/b", 3, ONE, None),
+            part(TWO, "manifest"),
+            part(Digest.of(b"layer"), "blob"),
             root(Digest.of(b"of unknown size"), None),
         ]
         await index.put_access_records(REPO, [root(ONE), *parts])
-        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
-        await index.put_tag(confirm(None, REPO, Tag("child"), TWO, 1.0))
-        await index.put_tag(confirm(None, REPO, Tag("old"), ONE, 1.0), " variant")
+        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        await index.put_tags([confirm(None, REPO, Tag("child"), TWO, 1.0)])
+        await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
         await index.pin([ONE])
         assert await index.manifests() == [
-            Named(REPO, None, ONE, "a/b", 3, pinned=True),
-            Named(REPO, TAG, ONE, "a/b", 3, pinned=True),
+            NamedManifest(REPO, None, ONE, "a/b", 3, pinned=True),
+            NamedManifest(REPO, TAG, ONE, "a/b", 3, pinned=True),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
         assert await index.tags_of(Repository("ghcr.io", "app")) == []
@@ -147,7 +167,7 @@ async def test_only_what_was_pulled_by_a_name_of_its_own_is_named(tmp_path: Path
         assert await index.tag(REPO, Tag("old"), " variant")
 
 
-async def test_what_two_processes_learn_of_a_tag_is_in_one_ledger(tmp_path: Path) -> None:
+async def test_confirmations_by_two_processes_are_in_one_tag_record(tmp_path: Path) -> None:
     async with opened(tmp_path) as index, opened(tmp_path) as other:
         assert await index.confirm_tag(REPO, TAG, ONE) == await other.tag(REPO, TAG)
         steps = [(index, Digest.of(b"%d" % n)) for n in range(20)]
@@ -160,16 +180,16 @@ async def test_what_two_processes_learn_of_a_tag_is_in_one_ledger(tmp_path: Path
         assert await index.tag(REPO, TAG, " variant") is None
 
 
-async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path) -> None:
+async def test_changed_is_set_when_a_name_is_written_or_revoked(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
-        assert index.changed, "nobody knows what a crash came between"
+        assert index.changed, "a crash may have come before the write of index.json"
         index.changed = False
-        await index.put_access_records(REPO, [AccessRecord(TWO, "blob", "a/b", 3, ONE, None)])
+        await index.put_access_records(REPO, [part(TWO, "blob")])
         await index.set_verified([(ONE, 1.0)])
         assert not index.changed
         for step in (
             lambda: index.put_access_records(REPO, [root(ONE)]),
-            lambda: index.put_tag(confirm(None, REPO, TAG, ONE, 1.0)),
+            lambda: index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)]),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
@@ -179,10 +199,10 @@ async def test_names_are_news_when_they_were_written_or_withdrawn(tmp_path: Path
             assert index.changed
 
 
-async def test_an_index_that_does_not_answer_is_not_empty(
+async def test_a_failing_database_is_told_apart_from_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.store.rows._BUSY", 0.05)
+    monkeypatch.setattr("mirror.store.rows._BUSY_TIMEOUT_S", 0.05)
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_access_records(REPO, [root(ONE)])
@@ -205,16 +225,16 @@ async def test_an_index_that_does_not_answer_is_not_empty(
         assert not index.changed, "nothing was written"
     assert await index.pinned() == {ONE}
     assert await index.has_tags() is False
-    await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
     assert await index.has_tags() is True
     await index.close()
 
 
-@pytest.mark.row("M10")
-async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> None:
+@pytest.mark.row("M10-hostile-index")
+async def test_a_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_access_records(REPO, [root(ONE), root(TWO)])
-        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
     database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
     with database:
         garbage = "UPDATE Cache SET mode = 4, value = x'80' WHERE key = ?"
@@ -225,12 +245,12 @@ async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> N
         assert await index.has_tags()
 
 
-# --- answers --------------------------------------------------------------------------------------
+# --- negative responses, lists --------------------------------------------------------------------
 
 
-@pytest.mark.row("U15")
-@pytest.mark.row("K4")
-async def test_a_404_ends_with_its_time_and_with_a_clock_that_jumps(tmp_path: Path) -> None:
+@pytest.mark.row("U15-negative-answers")
+@pytest.mark.row("K4-negative-ages")
+async def test_a_recorded_404_ends_with_its_ttl_and_when_the_clock_jumps(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await index.put_negative("blob a@b", "not here, they say", 10.0)
@@ -240,25 +260,22 @@ async def test_a_404_ends_with_its_time_and_with_a_clock_that_jumps(tmp_path: Pa
             clock[0] = 1_800_000_000.0 + after
             found = await index.negative("blob a@b")
             assert found == ("not here, they say" if known else None), after
-        clock[0] = 1_800_000_000.0
-        await index.drop_negative("blob a@b")
-        assert await index.negative("blob a@b") is None
 
 
-async def test_a_list_is_what_was_put(tmp_path: Path) -> None:
+async def test_a_list_is_read_as_it_was_put(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_list("tags a", "1.0 [a, b]", 100.0)
         assert await index.cached_list("tags a") == "1.0 [a, b]"
         assert await index.cached_list("tags b") is None
 
 
-@pytest.mark.row("HC9")
-async def test_answers_are_bounded_and_take_nothing_else_along(
+@pytest.mark.row("HC9-random-names")
+async def test_lists_and_404s_are_bounded_and_displace_no_other_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(index_module._TABLES, "answers", 500_000)
     async with opened(tmp_path) as index:
-        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
         for number in range(100):
             await index.put_list(f"tags {number}", "x" * 20_000, 1e6)
             await index.put_negative(f"blob {number}", "x" * 100, 1e6)
@@ -269,37 +286,37 @@ async def test_answers_are_bounded_and_take_nothing_else_along(
         assert await index.tag(REPO, TAG)
 
 
-# --- what is known of content stays as long as the content ----------------------------------------
+# --- orphaned rows --------------------------------------------------------------------------------
 
 
-async def rounds(index: Index, on_disk: set[Digest], steps: int = 8) -> None:
-    """So many looks that every row had its turn."""
+async def check_all(index: Index, on_disk: set[Digest], steps: int = 8) -> None:
+    """Check so many pages that every row was checked."""
     for _ in range(steps):
-        await index.sweep(on_disk.__contains__)
+        await index.drop_orphaned_rows(on_disk.__contains__)
 
 
 async def remember(index: Index, digest: Digest) -> None:
     await index.put_access_records(REPO, [root(digest)])
-    await index.put_tag(confirm(None, REPO, Tag(digest.hex[:8]), digest, 1.0))
+    await index.put_tags([confirm(None, REPO, Tag(digest.hex[:8]), digest, 1.0)])
     await index.set_verified([(digest, 1.0)])
 
 
 async def is_known(index: Index, digest: Digest) -> bool:
-    """All that is known of a digest, or nothing."""
+    """Whether all records of a digest exist. Fails if only some do."""
     found = {
         await index.access_record(REPO, digest, "manifest") is not None,
         await index.tag(REPO, Tag(digest.hex[:8])) is not None,
         await index.verified_at(digest) is not None,
         digest in {named.digest for named in await index.manifests() or ()},
     }
-    assert len(found) == 1, "half of it is known"
+    assert len(found) == 1, "only some records exist"
     return found.pop()
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jumps", [[YEAR], [-YEAR], [YEAR, -2 * YEAR, 3 * YEAR, -YEAR]])
-async def test_what_is_known_of_content_on_disk_depends_on_no_clock(
+async def test_records_of_content_on_disk_stay_whatever_the_clock_does(
     tmp_path: Path, jumps: list[float]
 ) -> None:
     clock = [1_800_000_000.0]
@@ -308,72 +325,74 @@ async def test_what_is_known_of_content_on_disk_depends_on_no_clock(
         await index.pin([ONE])
         for jump in jumps:
             clock[0] += jump
-            await rounds(index, {ONE})
+            await check_all(index, {ONE})
             assert await is_known(index, ONE)
         assert await index.pinned() == {ONE}
     async with opened(tmp_path, clock) as index:
         assert await is_known(index, ONE)
 
 
-async def test_what_is_known_of_content_that_is_gone_goes_long_after_it(tmp_path: Path) -> None:
+async def test_records_of_missing_content_go_after_90_days(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await remember(index, ONE)
         await remember(index, TWO)
-        clock[0] += 10 * YEAR  # never looked at before: it was gone from now on
-        await rounds(index, {TWO})
-        clock[0] += KEPT - 1
-        await rounds(index, {TWO})
+        clock[0] += 10 * YEAR  # it was never checked before, so it is missing from now on
+        await check_all(index, {TWO})
+        clock[0] += ORPHAN_ROW_TTL_S - 1
+        await check_all(index, {TWO})
         assert await is_known(index, ONE)
         clock[0] += 2
-        await rounds(index, {TWO})
+        await check_all(index, {TWO})
         assert not await is_known(index, ONE)
         assert await is_known(index, TWO)
 
 
-async def test_what_comes_back_or_is_written_again_counts_from_anew(tmp_path: Path) -> None:
+async def test_the_90_days_start_again_when_content_returns_or_a_record_is_written(
+    tmp_path: Path,
+) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await remember(index, ONE)
         await remember(index, TWO)
-        await rounds(index, set())
-        clock[0] += KEPT - 1
-        await rounds(index, {ONE})
+        await check_all(index, set())
+        clock[0] += ORPHAN_ROW_TTL_S - 1
+        await check_all(index, {ONE})
         await remember(index, TWO)
-        clock[0] += KEPT - 1
-        await rounds(index, set())
+        clock[0] += ORPHAN_ROW_TTL_S - 1
+        await check_all(index, set())
         assert await is_known(index, ONE)
         assert await is_known(index, TWO)
 
 
-async def test_a_tag_is_known_as_long_as_anything_that_it_was(tmp_path: Path) -> None:
+async def test_a_tag_record_stays_while_any_of_its_digests_is_on_disk(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
-        await index.put_tag(confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0))
+        await index.put_tags([confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0)])
         for on_disk, known in (({ONE}, True), ({TWO}, True), (set[Digest](), False)):
-            await rounds(index, on_disk)
-            clock[0] += KEPT + 1
-            await rounds(index, on_disk)
+            await check_all(index, on_disk)
+            clock[0] += ORPHAN_ROW_TTL_S + 1
+            await check_all(index, on_disk)
             assert (await index.tag(REPO, TAG) is not None) == known
 
 
-async def test_a_step_of_the_sweep_is_bounded_and_none_is_left_out(tmp_path: Path) -> None:
+async def test_each_check_reads_a_bounded_page_and_none_is_left_out(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         digests = {Digest.of(str(number).encode()) for number in range(3 * STEP)}
         await index.put_access_records(REPO, [root(digest) for digest in digests])
         seen: list[Digest] = []
         for _ in range(20):
             before = len(seen)
-            await index.sweep(lambda digest: seen.append(digest) or True)
+            await index.drop_orphaned_rows(lambda digest: seen.append(digest) or True)
             assert len(seen) - before <= STEP
         assert set(seen) == digests
-        assert len(seen) > 3 * len(digests), "it begins again"
+        assert len(seen) > 3 * len(digests), "it starts again after the last row"
 
 
-async def test_a_row_that_another_process_writes_meanwhile_is_not_undone(tmp_path: Path) -> None:
+async def test_a_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index, opened(tmp_path, clock) as other:
-        await index.put_tag(confirm(None, REPO, TAG, ONE, 1.0))
+        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
         newer = confirm(None, REPO, TAG, TWO, 2.0)
         real = index._rows.transaction
 
@@ -383,6 +402,6 @@ async def test_a_row_that_another_process_writes_meanwhile_is_not_undone(tmp_pat
             return real(table)
 
         await other.tag(REPO, TAG)
-        index._rows.transaction = too_late  # type: ignore[method-assign] # between look and lock
-        await rounds(index, set(), 1)
+        index._rows.transaction = too_late  # type: ignore[method-assign] # between the check and the lock
+        await check_all(index, set(), 1)
         assert await index.tag(REPO, TAG) == newer

@@ -1,9 +1,10 @@
-"""Memberships in the index: what several say of one digest, and what they may not undo."""
+"""Access records in the index: how statements of several sources about one digest combine."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,26 @@ from mirror.store.records import AccessRecord
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("docker.io", "library/other")
 TAG = Tag("1.0")
 ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
-OWN = AccessRecord(ONE, "manifest", "a/own", 3, None, None)
-LISTED = AccessRecord(ONE, "manifest", "a/listed", 7, TWO, None)
-LAYER = AccessRecord(ONE, "blob", "a/layer", 7, TWO, None)
 
 
-async def test_the_upstreams_word_is_not_written_over(tmp_path: Path) -> None:
+def manifest(digest: Digest, media_type: str, size: int, referrer: Digest | None) -> AccessRecord:
+    """The record of a manifest, by the upstream itself (``referrer`` is None) or by an index."""
+    return AccessRecord(
+        digest=digest,
+        kind="manifest",
+        media_type=media_type,
+        size=size,
+        referrer=referrer,
+        expires_at=None,
+    )
+
+
+OWN = manifest(ONE, "a/own", 3, None)
+LISTED = manifest(ONE, "a/listed", 7, TWO)
+LAYER = replace(LISTED, kind="blob", media_type="a/layer")
+
+
+async def test_the_upstreams_own_statement_is_not_overwritten_by_an_index(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     other = await Index.open(tmp_path / "index", events.append)
@@ -36,16 +51,14 @@ async def test_the_upstreams_word_is_not_written_over(tmp_path: Path) -> None:
         await opened.close()
 
 
-async def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+async def test_two_processes_that_write_at_once_lose_no_record(tmp_path: Path) -> None:
     indexes = [await Index.open(tmp_path / "index", lambda event: None) for _ in range(2)]
     digests = [Digest.of(b"%d" % number) for number in range(30)]
     await asyncio.gather(
         *(
-            index.put_access_records(
-                REPO, [AccessRecord(digest, "manifest", word, 3, referrer, None)]
-            )
+            index.put_access_records(REPO, [manifest(digest, media_type, 3, referrer)])
             for digest in digests
-            for index, word, referrer in zip(
+            for index, media_type, referrer in zip(
                 indexes, ("a/own", "a/listed"), (None, TWO), strict=True
             )
         )
@@ -58,8 +71,8 @@ async def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> 
         await index.close()
 
 
-@pytest.mark.row("HC6")
-async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
+@pytest.mark.row("HC6-withdrawn-access")
+async def test_a_digest_may_be_a_manifest_and_a_blob(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     assert await index.put_access_records(REPO, [OWN, LAYER])
     assert await index.access_record(OTHER, ONE, "manifest") is None
@@ -75,8 +88,8 @@ async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
     await index.close()
 
 
-@pytest.mark.row("M10")
-async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
+@pytest.mark.row("M10-hostile-index")
+async def test_a_row_that_is_not_text_is_overwritten(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     await index.confirm_tag(REPO, TAG, ONE)
     await index.put_access_records(REPO, [OWN])
@@ -89,5 +102,7 @@ async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
     assert await index.put_access_records(REPO, [OWN])
     assert await index.access_record(REPO, ONE, "manifest") == OWN
     assert await index.confirm_tag(REPO, TAG, TWO)
-    assert [record.digests for record in await index.tag_records()] == [(TWO,)]
+    record = await index.tag(REPO, TAG)
+    assert record
+    assert record.digests == (TWO,)
     await index.close()

@@ -1,4 +1,4 @@
-"""``index.json``: what other tools read, and all that is left where the index was lost."""
+"""``index.json``: when the store writes it, and restoring a lost index from it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from mirror.config.settings import Storage
 from mirror.oci.reference import Digest, Tag
 from mirror.store import image_layout
+from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.layout import Layout
-from mirror.store.records import Named
+from mirror.store.orphans import ORPHAN_ROW_TTL_S
+from mirror.store.records import NamedManifest
 from mirror.store.store import Store
-from mirror.store.sweep import KEPT
 from tests.unit.store.kit import REPO, image, index_of, keep, opened, pulled, random_bytes, served
 
 NOW = 1_800_000_000.0
@@ -24,12 +24,12 @@ LAYER = random_bytes(5_000_000, 71)
 
 
 def names(root: Path) -> list[str]:
-    """What ``index.json`` names."""
-    return [named.name for named in image_layout.read(Layout(root))]
+    """The names in ``index.json``."""
+    return [named.name for named in image_layout.read_index_json(Layout(root))]
 
 
-@pytest.mark.row("C12")
-async def test_a_lost_index_is_read_back_but_is_not_fresh(tmp_path: Path) -> None:
+@pytest.mark.row("C12-damaged-index")
+async def test_a_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path: Path) -> None:
     child = image(LAYER)
     body = index_of(child)
     async with opened(tmp_path) as store:
@@ -38,21 +38,23 @@ async def test_a_lost_index_is_read_back_but_is_not_fresh(tmp_path: Path) -> Non
         await store.index.pin([Digest.of(body)])
     shutil.rmtree(tmp_path / "index")
     async with opened(tmp_path) as store:
-        record = await store.index.tag(REPO, TAG)
-        assert record
-        assert (record.digest, record.confirmed) == (Digest.of(body), 0.0)
+        tag = await store.index.tag(REPO, TAG)
+        assert tag
+        assert (tag.digest, tag.confirmed) == (Digest.of(body), 0.0)
         for data, kind in ((body, "manifest"), (child, "manifest"), (LAYER, "blob")):
-            member = await store.index.access_record(REPO, Digest.of(data), kind)
-            assert member
-            assert (member.kind, member.size) == (kind, len(data))
+            record = await store.index.access_record(REPO, Digest.of(data), kind)
+            assert record
+            assert (record.kind, record.size) == (kind, len(data))
         assert await store.index.pinned() == {Digest.of(body)}
         assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
-@pytest.mark.parametrize("jump", [YEAR, -YEAR, KEPT + 1])
-async def test_a_clock_that_jumps_takes_nothing_away(tmp_path: Path, jump: float) -> None:
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
+@pytest.mark.parametrize("jump", [YEAR, -YEAR, ORPHAN_ROW_TTL_S + 1])
+async def test_a_clock_that_jumps_removes_no_content_and_no_record(
+    tmp_path: Path, jump: float
+) -> None:
     body, clock = image(LAYER), [NOW]
     async with opened(tmp_path, clock) as store:
         await pulled(store, body, TAG, LAYER, b"{}")
@@ -72,7 +74,7 @@ async def test_a_clock_that_jumps_takes_nothing_away(tmp_path: Path, jump: float
         assert await store.index.tag(REPO, TAG)
 
 
-async def test_index_json_outlives_an_index_that_does_not_answer(
+async def test_index_json_stays_while_the_index_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path) as store:
@@ -88,10 +90,10 @@ async def test_index_json_outlives_an_index_that_does_not_answer(
             patch.setattr(Index, "manifests", silent)
             await store.save_image_layout()
         assert (tmp_path / "index.json").read_bytes() == before
-        assert store.index.changed, "it is written when there is an answer"
+        assert store.index.changed, "it is written once the index answers"
 
 
-async def test_index_json_is_not_written_before_it_was_read_back(
+async def test_index_json_is_not_written_before_the_index_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = image(LAYER)
@@ -114,11 +116,11 @@ async def test_index_json_is_not_written_before_it_was_read_back(
     assert {f"{REPO}:new", f"{REPO}:{TAG}"} <= set(names(tmp_path))
     record = await store.index.tag(REPO, Tag("new"))
     assert record
-    assert record.confirmed == NOW, "what was learnt meanwhile is the newer one"
+    assert record.confirmed == NOW, "a newer record is not overwritten"
     await store.close()
 
 
-async def test_index_json_forgets_what_was_evicted_or_withdrawn(tmp_path: Path) -> None:
+async def test_evicted_and_revoked_manifests_leave_index_json(tmp_path: Path) -> None:
     clock, settings = [NOW], Storage(max_size=20_000_000)
     async with opened(tmp_path, clock, settings=settings) as store:
         old, gone = image(b"old"), image(b"gone")
@@ -137,8 +139,8 @@ async def test_index_json_forgets_what_was_evicted_or_withdrawn(tmp_path: Path) 
         assert names(tmp_path) == []
 
 
-@pytest.mark.row("C12")
-async def test_what_a_crash_kept_out_of_index_json_is_in_it_after_the_next_start(
+@pytest.mark.row("C12-damaged-index")
+async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
     tmp_path: Path,
 ) -> None:
     body = image(LAYER)
@@ -150,19 +152,19 @@ async def test_what_a_crash_kept_out_of_index_json_is_in_it_after_the_next_start
     (tmp_path / "index.json").write_bytes(before)
     async with opened(tmp_path):
         pass
-    named = image_layout.read(Layout(tmp_path))
+    named = image_layout.read_index_json(Layout(tmp_path))
     assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
     assert all(entry.pinned for entry in named)
 
 
-async def test_a_name_that_comes_while_index_json_is_collected_is_news_again(
+async def test_a_name_that_is_put_during_a_write_is_in_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = image(LAYER)
     async with opened(tmp_path) as store:
         collect = store.index.manifests
 
-        async def meanwhile() -> list[Named] | None:
+        async def meanwhile() -> list[NamedManifest] | None:
             found = await collect()
             await pulled(store, body, TAG)
             return found

@@ -9,8 +9,7 @@ import pytest
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk, other_process
-from mirror.store.disk import IngestState
-from mirror.store.layout import Layout
+from mirror.store.disk import IngestState, Layout
 from mirror.store.other_process import LeaderState
 
 DIGEST = Digest.of(b"content")

@@ -1,4 +1,4 @@
-"""Records: how they change, and their JSON, of which garbage is a miss."""
+"""Records of the index: how they change, and reading their JSON strictly."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mirror.oci.reference import ALGORITHMS, Digest, Repository, Tag
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
     AccessRecord,
-    Entry,
-    Named,
+    NamedManifest,
+    PreviousDigest,
     TagRecord,
     access_records_of,
     confirm,
@@ -50,16 +50,18 @@ RECORDS = st.builds(
     DIGESTS,
     TIMES,
     TIMES,
-    st.lists(st.builds(Entry, DIGESTS, TIMES, TIMES), max_size=MAX_PREVIOUS_DIGESTS).map(tuple),
+    st.lists(st.builds(PreviousDigest, DIGESTS, TIMES, TIMES), max_size=MAX_PREVIOUS_DIGESTS).map(
+        tuple
+    ),
 )
-MEMBERSHIPS = st.builds(
+ACCESS_RECORDS = st.builds(
     AccessRecord,
-    DIGESTS,
-    st.sampled_from(["manifest", "blob"]),
-    st.text(max_size=20),
-    st.none() | st.integers(0, 2**63),
-    st.none() | DIGESTS,
-    st.none() | TIMES,
+    digest=DIGESTS,
+    kind=st.sampled_from(["manifest", "blob"]),
+    media_type=st.text(max_size=20),
+    size=st.none() | st.integers(0, 2**63),
+    referrer=st.none() | DIGESTS,
+    expires_at=st.none() | TIMES,
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -68,24 +70,24 @@ JSON = st.recursive(
 )
 
 
-# --- what a tag was -------------------------------------------------------------------------------
+# --- tag records ----------------------------------------------------------------------------------
 
 
-def test_a_tag_that_stays_is_confirmed_and_one_that_moves_is_remembered() -> None:
+def test_confirm_of_the_same_digest_keeps_first_seen_and_a_move_keeps_the_earlier_digest() -> None:
     first = confirm(None, REPO, TAG, ONE, 1.0)
     assert first == TagRecord(REPO, TAG, ONE, 1.0, 1.0)
     again = confirm(first, REPO, TAG, ONE, 5.0)
     assert again == TagRecord(REPO, TAG, ONE, 1.0, 5.0)
     moved = confirm(again, REPO, TAG, TWO, 7.0)
-    assert moved == TagRecord(REPO, TAG, TWO, 7.0, 7.0, (Entry(ONE, 1.0, 5.0),))
+    assert moved == TagRecord(REPO, TAG, TWO, 7.0, 7.0, (PreviousDigest(ONE, 1.0, 5.0),))
     back = confirm(moved, REPO, TAG, ONE, 9.0)
     assert back.digest == ONE
     assert back.first_seen == 9.0
-    assert back.previous_digests == (Entry(TWO, 7.0, 7.0), Entry(ONE, 1.0, 5.0))
+    assert back.previous_digests == (PreviousDigest(TWO, 7.0, 7.0), PreviousDigest(ONE, 1.0, 5.0))
 
 
 @given(st.lists(st.sampled_from([ONE, TWO, THREE]), min_size=1, max_size=60))
-def test_a_ledger_holds_the_newest_earlier_digests_and_is_bounded(moves: list[Digest]) -> None:
+def test_a_tag_record_keeps_the_newest_16_earlier_digests(moves: list[Digest]) -> None:
     record: TagRecord | None = None
     for now, digest in enumerate(moves):
         record = confirm(record, REPO, TAG, digest, float(now))
@@ -102,7 +104,7 @@ def test_a_ledger_holds_the_newest_earlier_digests_and_is_bounded(moves: list[Di
     st.integers(MAX_PREVIOUS_DIGESTS, 3 * MAX_PREVIOUS_DIGESTS),
     st.integers(0, MAX_PREVIOUS_DIGESTS - 1),
 )
-def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> None:
+def test_confirm_keeps_the_given_digest_in_a_full_record(moves: int, before: int) -> None:
     record = confirm(None, REPO, TAG, Digest.of(b"before"), 0.0)
     for number in range(before + moves):
         keep = ONE if number > before else None
@@ -110,40 +112,73 @@ def test_what_can_be_served_stays_in_a_full_ledger(moves: int, before: int) -> N
         record = confirm(record, REPO, TAG, digest, 1.0 + number, keep)
     assert ONE in record.digests
     assert len(record.previous_digests) <= MAX_PREVIOUS_DIGESTS
-    assert record.digests[1] == Digest.of(b"%d" % (before + moves - 2)), "and the newest beside it"
+    assert record.digests[1] == Digest.of(b"%d" % (before + moves - 2)), (
+        "beside the newest earlier digest"
+    )
 
 
-# --- what a repository refers to ------------------------------------------------------------------
+# --- access records -------------------------------------------------------------------------------
 
 
-def test_a_manifest_makes_its_parts_members() -> None:
+def access_record(
+    digest: Digest,
+    kind: str,
+    media_type: str,
+    *,
+    size: int = 3,
+    referrer: Digest | None = None,
+    expires_at: float | None = None,
+) -> AccessRecord:
+    return AccessRecord(
+        digest=digest,
+        kind=kind,
+        media_type=media_type,
+        size=size,
+        referrer=referrer,
+        expires_at=expires_at,
+    )
+
+
+def test_access_records_of_covers_children_and_layers() -> None:
     child, layer = Descriptor(OCI_MANIFEST, ONE, 7), Descriptor("a/layer", TWO, 9)
-    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
+    root = access_record(THREE, "manifest", OCI_INDEX, size=100)
     manifest = Manifest(OCI_INDEX, (child,), (layer,), None, None, ())
     assert access_records_of(root, manifest) == [
-        AccessRecord(ONE, "manifest", OCI_MANIFEST, 7, THREE, None),
-        AccessRecord(TWO, "blob", "a/layer", 9, THREE, None),
+        access_record(ONE, "manifest", OCI_MANIFEST, size=7, referrer=THREE),
+        access_record(TWO, "blob", "a/layer", size=9, referrer=THREE),
     ]
 
 
 TYPES = st.sampled_from(["", "a/one", "a/two"])
 SIZES = st.none() | st.integers(0, 3)
 OWN = st.builds(
-    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.none(), st.none() | TIMES
+    AccessRecord,
+    digest=st.just(ONE),
+    kind=st.just("manifest"),
+    media_type=TYPES,
+    size=SIZES,
+    referrer=st.none(),
+    expires_at=st.none() | TIMES,
 )
 LISTED = st.builds(
-    AccessRecord, st.just(ONE), st.just("manifest"), TYPES, SIZES, st.just(THREE), st.none()
+    AccessRecord,
+    digest=st.just(ONE),
+    kind=st.just("manifest"),
+    media_type=TYPES,
+    size=SIZES,
+    referrer=st.just(THREE),
+    expires_at=st.none(),
 )
 
 
 @given(st.lists(LISTED | OWN, min_size=1))
-def test_what_several_say_of_a_digest(words: list[AccessRecord]) -> None:
-    """The upstream's last word on what it is; believed for good once a manifest refers to it."""
+def test_merge_of_several_statements_about_one_digest(statements: list[AccessRecord]) -> None:
+    """The upstream's last statement decides. A reference by a manifest never expires."""
     known: AccessRecord | None = None
-    for word in words:
-        known = merge(known, word)
+    for statement in statements:
+        known = merge(known, statement)
     assert known is not None
-    own = [word for word in words if word.referrer is None]
+    own = [statement for statement in statements if statement.referrer is None]
     if own:
         assert (known.media_type, known.size, known.referrer) == (
             own[-1].media_type,
@@ -151,16 +186,16 @@ def test_what_several_say_of_a_digest(words: list[AccessRecord]) -> None:
             None,
         )
     else:
-        agreed = len({word.media_type for word in words}) == 1
-        assert known.media_type == (words[0].media_type if agreed else "")
-        assert known.size in (words[-1].size, None)
-    for_good = any(word.expires_at is None for word in words)
-    assert known.expires_at == (None if for_good else words[-1].expires_at)
+        agreed = len({statement.media_type for statement in statements}) == 1
+        assert known.media_type == (statements[0].media_type if agreed else "")
+        assert known.size in (statements[-1].size, None)
+    never_expires = any(statement.expires_at is None for statement in statements)
+    assert known.expires_at == (None if never_expires else statements[-1].expires_at)
 
 
-def test_a_word_contradicts_another_where_one_of_them_is_an_index() -> None:
+def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None:
     own, listed = (
-        AccessRecord(ONE, "manifest", "a/own", 3, referrer, None) for referrer in (None, TWO)
+        access_record(ONE, "manifest", "a/own", referrer=referrer) for referrer in (None, TWO)
     )
     wrong = replace(listed, media_type="a/wrong")
     assert contradicts(own, wrong)
@@ -169,56 +204,58 @@ def test_a_word_contradicts_another_where_one_of_them_is_an_index() -> None:
     assert not contradicts(None, wrong)
     assert not contradicts(own, replace(listed, media_type="A/OWN"))
     assert not contradicts(own, replace(listed, media_type=""))
-    assert not contradicts(own, replace(own, media_type="a/another")), "it changed its mind"
+    assert not contradicts(own, replace(own, media_type="a/another")), (
+        "an upstream may change its own statement"
+    )
     assert not contradicts(replace(own, kind="blob"), replace(wrong, kind="blob"))
 
 
-def test_a_child_without_a_type_is_of_no_type_yet() -> None:
+def test_a_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:
     part = Descriptor(OCTET_STREAM, ONE, 7)
-    root = AccessRecord(THREE, "manifest", OCI_INDEX, 100, None, None)
+    root = access_record(THREE, "manifest", OCI_INDEX, size=100)
     child, layer = access_records_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
     assert (child.media_type, layer.media_type) == ("", OCTET_STREAM)
 
 
 @given(REPOSITORIES)
-def test_a_repository_is_known_by_its_name(repository: Repository) -> None:
+def test_repository_of_reads_every_name_of_a_repository(repository: Repository) -> None:
     assert repository_of(str(repository)) == repository
 
 
 @pytest.mark.parametrize("name", ["", "docker.io", "docker.io/", "docker.io/UPPER", "a/../b"])
-def test_what_is_no_name_is_no_repository(name: str) -> None:
+def test_repository_of_a_malformed_name_is_none(name: str) -> None:
     assert repository_of(name) is None
 
 
-def test_a_manifest_is_named_as_in_an_image_reference() -> None:
-    named = Named(REPO, TAG, ONE, OCI_MANIFEST, 3)
+def test_the_name_of_a_manifest_is_an_image_reference() -> None:
+    named = NamedManifest(REPO, TAG, ONE, OCI_MANIFEST, 3)
     assert named.name == "docker.io/library/app:1.0"
-    assert Named(REPO, None, ONE, OCI_MANIFEST, 3).name == f"docker.io/library/app@{ONE}"
+    assert NamedManifest(REPO, None, ONE, OCI_MANIFEST, 3).name == f"docker.io/library/app@{ONE}"
 
 
 # --- JSON -----------------------------------------------------------------------------------------
 
 
 @given(RECORDS)
-def test_a_tag_record_survives_its_json(record: TagRecord) -> None:
+def test_a_tag_record_is_read_back_from_its_json(record: TagRecord) -> None:
     assert load_tag(dump_tag(record)) == record
     assert load_access_record(dump_tag(record)) is None
 
 
-@given(MEMBERSHIPS)
-def test_a_membership_survives_its_json(access_record: AccessRecord) -> None:
+@given(ACCESS_RECORDS)
+def test_an_access_record_is_read_back_from_its_json(access_record: AccessRecord) -> None:
     assert load_access_record(dump_access_record(access_record)) == access_record
     assert load_tag(dump_access_record(access_record)) is None
 
 
 @given(st.text() | st.binary() | st.none() | JSON.map(json.dumps))
-def test_garbage_is_a_miss(text: object) -> None:
+def test_malformed_json_is_read_as_none(text: object) -> None:
     assert load_tag(text) is None
     assert load_access_record(text) is None
 
 
 @given(RECORDS, st.data())
-def test_a_record_with_one_field_of_another_kind_is_a_miss_or_a_record(
+def test_a_tag_record_with_one_other_field_is_read_as_none_or_valid(
     record: TagRecord, data: st.DataObject
 ) -> None:
     raw = json.loads(dump_tag(record))
@@ -227,8 +264,8 @@ def test_a_record_with_one_field_of_another_kind_is_a_miss_or_a_record(
     assert found is None or load_tag(dump_tag(found)) == found
 
 
-@given(MEMBERSHIPS, st.data())
-def test_a_membership_with_one_field_of_another_kind_is_a_miss_or_a_membership(
+@given(ACCESS_RECORDS, st.data())
+def test_an_access_record_with_one_other_field_is_read_as_none_or_valid(
     access_record: AccessRecord, data: st.DataObject
 ) -> None:
     raw = json.loads(dump_access_record(access_record))
@@ -237,7 +274,9 @@ def test_a_membership_with_one_field_of_another_kind_is_a_miss_or_a_membership(
     assert found is None or load_access_record(dump_access_record(found)) == found
 
 
-BASE: dict[str, Any] = json.loads(dump_access_record(AccessRecord(ONE, "blob", "a/b", 3, TWO, 4.0)))
+BASE: dict[str, Any] = json.loads(
+    dump_access_record(access_record(ONE, "blob", "a/b", referrer=TWO, expires_at=4.0))
+)
 
 
 @pytest.mark.parametrize(
@@ -259,18 +298,18 @@ BASE: dict[str, Any] = json.loads(dump_access_record(AccessRecord(ONE, "blob", "
     ],
     ids=str,
 )
-def test_what_json_lets_through_is_read_strictly(change: dict[str, Any]) -> None:
+def test_values_that_json_allows_are_checked_strictly(change: dict[str, Any]) -> None:
     assert load_access_record(json.dumps(BASE)) is not None
     assert load_access_record(json.dumps({**BASE, **change})) is None
 
 
-def test_deep_nesting_is_a_miss() -> None:
+def test_deeply_nested_json_is_read_as_none() -> None:
     assert load_tag("[" * 100_000) is None
     assert load_access_record('{"digest":' * 50_000) is None
 
 
 @given(JSON)
-def test_a_size_is_a_count_of_bytes(value: object) -> None:
+def test_size_of_accepts_only_a_count_of_bytes(value: object) -> None:
     if type(value) is int and value >= 0:
         assert size_of(value) == value
     else:

@@ -1,4 +1,4 @@
-"""Rows of text: bounded reads, one thread, and databases in every state."""
+"""Tables of text rows: bounded pages, marks, and databases in every state."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.unit.store.kit import fill_up, make_read_only, small_disk
 
 @asynccontextmanager
 async def opened(path: Path, events: list[Event] | None = None) -> AsyncIterator[Rows]:
-    noted = [] if events is None else events
-    rows = Rows(path, {"kept": None, "bounded": 1_000_000}, noted.append)
+    warnings = [] if events is None else events
+    rows = Rows(path, {"kept": None, "bounded": 1_000_000}, warnings.append)
     try:
         yield rows
     finally:
         await rows.close()
     if events is None:
-        assert not noted
+        assert not warnings
 
 
 async def everything(rows: Rows, table: str = "kept") -> list[Row]:
@@ -40,7 +40,7 @@ async def everything(rows: Rows, table: str = "kept") -> list[Row]:
     return found
 
 
-async def test_rows_are_there_after_a_restart(tmp_path: Path) -> None:
+async def test_rows_are_read_after_a_restart(tmp_path: Path) -> None:
     async with opened(tmp_path / "index") as rows:
         assert await rows.put("kept", [("a", "1"), ("b", "2"), ("a", "3")])
         assert await rows.put("kept", [])
@@ -51,14 +51,14 @@ async def test_rows_are_there_after_a_restart(tmp_path: Path) -> None:
         assert [row.text for row in await everything(rows)] == ["2"]
 
 
-async def test_many_rows_are_read_in_bounded_steps(tmp_path: Path) -> None:
+async def test_many_rows_are_read_in_bounded_pages(tmp_path: Path) -> None:
     wanted = [(f"key {n}", f"text {n}") for n in range(2 * STEP + 1)]
     async with opened(tmp_path / "index") as rows:
         await rows.put("kept", wanted)
         assert [(row.key, row.text) for row in await everything(rows)] == wanted
 
 
-async def test_a_mark_is_gone_when_its_row_is_written_again(tmp_path: Path) -> None:
+async def test_writing_a_row_removes_its_mark(tmp_path: Path) -> None:
     async with opened(tmp_path / "index") as rows:
         await rows.run(lambda: rows.write("kept", "a", "1", mark="missed"), None)
         assert await rows.run(lambda: rows.read("kept", "a"), None) == ("1", "missed")
@@ -67,7 +67,7 @@ async def test_a_mark_is_gone_when_its_row_is_written_again(tmp_path: Path) -> N
         assert await rows.run(lambda: rows.read("kept", "a"), None) == ("2", None)
 
 
-async def test_several_rows_are_written_all_or_none(tmp_path: Path) -> None:
+async def test_a_put_of_several_rows_writes_all_or_none(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path / "index", events) as rows:
         broken: list[tuple[str, str]] = [("a", "1"), ("b", 2)]  # type: ignore[list-item] # no text
@@ -76,7 +76,7 @@ async def test_several_rows_are_written_all_or_none(tmp_path: Path) -> None:
     assert len(events) == 1
 
 
-async def test_the_newest_of_a_bounded_table_stay(tmp_path: Path) -> None:
+async def test_a_bounded_table_keeps_the_newest_rows(tmp_path: Path) -> None:
     text = "x" * 20_000
     async with opened(tmp_path / "index") as rows:
         for number in range(200):
@@ -87,7 +87,7 @@ async def test_the_newest_of_a_bounded_table_stay(tmp_path: Path) -> None:
         assert kept == list(range(200 - len(kept), 200))
 
 
-async def test_what_has_expired_goes_as_others_come(tmp_path: Path) -> None:
+async def test_expired_rows_are_removed_when_others_are_written(tmp_path: Path) -> None:
     async with opened(tmp_path / "index") as rows:
         for number in range(50):
             await rows.put("bounded", [(str(number), "x")], -1.0)
@@ -96,7 +96,7 @@ async def test_what_has_expired_goes_as_others_come(tmp_path: Path) -> None:
         assert len(await everything(rows, "bounded")) <= 2
 
 
-def test_only_text_is_put_and_nothing_else_is_interpreted() -> None:
+def test_text_disk_refuses_every_type_but_text() -> None:
     disk = TextDisk(".")
     assert disk.fetch(*disk.store("text", False)[1:], False) == "text"
     for wrong in (b"bytes", 5, None, ["list"]):
@@ -112,8 +112,8 @@ def test_only_text_is_put_and_nothing_else_is_interpreted() -> None:
             disk.fetch(mode, filename, value, False)
 
 
-@pytest.mark.row("M10")
-async def test_rows_of_another_kind_are_passed_over_and_remove_no_file(tmp_path: Path) -> None:
+@pytest.mark.row("M10-hostile-index")
+async def test_rows_that_are_not_text_are_passed_over_and_remove_no_file(tmp_path: Path) -> None:
     events: list[Event] = []
     precious = tmp_path / "precious"
     precious.write_text("stays")
@@ -135,7 +135,7 @@ async def test_rows_of_another_kind_are_passed_over_and_remove_no_file(tmp_path:
     assert precious.exists()
 
 
-# --- databases that are none ----------------------------------------------------------------------
+# --- damaged and unavailable databases ------------------------------------------------------------
 
 
 def lose(index: Path) -> None:
@@ -163,9 +163,9 @@ def make_directories(index: Path) -> None:
         database.mkdir()
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 @pytest.mark.parametrize("damage", [lose, replace_by_text, overwrite, cut, make_directories])
-async def test_a_damaged_database_is_begun_anew(
+async def test_a_damaged_database_is_moved_aside_and_created_anew(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     index = tmp_path / "index"
@@ -179,8 +179,8 @@ async def test_a_damaged_database_is_begun_anew(
     assert (tmp_path / "index.damaged").exists() == (damage is not lose)
 
 
-@pytest.mark.row("C12")
-async def test_a_database_that_is_damaged_in_use_is_begun_anew(tmp_path: Path) -> None:
+@pytest.mark.row("C12-damaged-index")
+async def test_a_database_that_is_damaged_in_use_is_created_anew(tmp_path: Path) -> None:
     index = tmp_path / "index"
     async with opened(index) as rows:
         await rows.put("kept", [(f"key {n}", "text" * 50) for n in range(500)])
@@ -190,8 +190,8 @@ async def test_a_database_that_is_damaged_in_use_is_begun_anew(tmp_path: Path) -
         assert await rows.get("kept", "a") == "1"
 
 
-@pytest.mark.row("M10")
-async def test_a_database_that_others_hold_is_not_put_aside(
+@pytest.mark.row("M10-hostile-index")
+async def test_a_busy_database_is_not_moved_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, events = tmp_path / "index", list[Event]()
@@ -203,7 +203,7 @@ async def test_a_database_that_others_hold_is_not_put_aside(
         error.sqlite_errorcode = sqlite3.SQLITE_BUSY
         raise error
 
-    monkeypatch.setattr(module, "_OPEN_EVERY", 0.0)
+    monkeypatch.setattr(module, "_REOPEN_INTERVAL_S", 0.0)
     async with opened(index, events) as rows:
         with monkeypatch.context() as patch:
             patch.setattr(rows, "_open_table", busy)
@@ -212,7 +212,7 @@ async def test_a_database_that_others_hold_is_not_put_aside(
     assert not (tmp_path / "index.damaged").exists()
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 async def test_running_out_of_descriptors_loses_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,17 +235,15 @@ async def test_running_out_of_descriptors_loses_no_row(
             patch.setattr(rows, "_open_table", unopened)
             assert await rows.get("kept", "a") is None
         monkeypatch.setattr(os, "open", real)
-        assert await rows.get("kept", "a") is None, "it is not tried again at once"
-        monkeypatch.setattr(module, "_OPEN_EVERY", 0.0)
+        assert await rows.get("kept", "a") is None, "it is not opened again at once"
+        monkeypatch.setattr(module, "_REOPEN_INTERVAL_S", 0.0)
         assert await rows.get("kept", "a") == "1"
     assert not (tmp_path / "index.damaged").exists()
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("refusal", ["read-only", "full"])
-async def test_what_is_known_stays_known_on_a_disk_that_takes_nothing(
-    tmp_path: Path, refusal: str
-) -> None:
+async def test_a_copy_serves_while_the_disk_refuses_writes(tmp_path: Path, refusal: str) -> None:
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         async with opened(disk / "index") as rows:
@@ -264,7 +262,7 @@ async def test_what_is_known_stays_known_on_a_disk_that_takes_nothing(
         assert not (disk / "index.damaged").exists()
 
 
-async def test_one_question_that_is_given_up_is_none_of_the_others(tmp_path: Path) -> None:
+async def test_a_cancelled_read_does_not_disturb_the_others(tmp_path: Path) -> None:
     async with opened(tmp_path / "index") as rows:
         await rows.put("kept", [("a", "1")])
         async with asyncio.TaskGroup() as group:

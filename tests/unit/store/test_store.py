@@ -1,4 +1,4 @@
-"""The store: what it composes, over a real directory."""
+"""The store over a real directory: opening, recency, reports, a disk that refuses, leftovers."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ POOLS = ("open", "write", "publish", "hash", "index")
 
 
 def threads() -> list[str]:
-    """The threads of a store that have not ended."""
+    """The running threads of stores."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith(POOLS)]
 
 
-async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
+async def test_stored_content_is_served_after_a_restart(tmp_path: Path) -> None:
     before = threads()
     async with opened(tmp_path) as store:
         for algorithm in ("sha256", "sha512"):
@@ -63,13 +63,15 @@ async def test_what_was_stored_is_there_after_a_restart(tmp_path: Path) -> None:
     assert threads() == before
 
 
-async def test_content_is_known_to_grow_until_its_fetch_is_over(tmp_path: Path) -> None:
+async def test_an_ingest_is_active_until_its_fetch_has_ended(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         first = store.start_ingest(Digest.of(LAYER))
         assert store.active_ingests == {Digest.of(LAYER): first}
         second = store.start_ingest(Digest.of(LAYER))
         store.end_ingest(first)
-        assert store.active_ingests == {Digest.of(LAYER): second}, "it is the other's by now"
+        assert store.active_ingests == {Digest.of(LAYER): second}, (
+            "the second one is registered now"
+        )
         for content in (first, second):
             content.release()
             store.end_ingest(content)
@@ -84,18 +86,19 @@ def used(store: Store, data: bytes) -> float:
     return store.layout.blob(Digest.of(data)).stat().st_mtime
 
 
-async def test_recency_is_refreshed_once_a_minute(tmp_path: Path) -> None:
+async def test_recency_is_updated_once_a_minute(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
         digest = await keep(store, b"content")
         for after, wanted in ((0, 0), (59, 0), (60, 60), (100, 60), (121, 121)):
             clock[0] = NOW + after
             await mark_used(store, digest)
+            assert not store.blobs.mark_used([digest]), "it is not due again"
             assert used(store, b"content") == NOW + wanted
 
 
-@pytest.mark.row("K3")
-async def test_a_clock_that_was_set_back_stops_no_recency(tmp_path: Path) -> None:
+@pytest.mark.row("K3-future-recency")
+async def test_recency_is_updated_after_the_clock_was_set_back(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
         digest = await keep(store, b"content")
@@ -105,8 +108,8 @@ async def test_a_clock_that_was_set_back_stops_no_recency(tmp_path: Path) -> Non
         assert used(store, b"content") == NOW - YEAR
 
 
-async def test_a_manifest_is_never_far_ahead_of_what_it_refers_to(tmp_path: Path) -> None:
-    """A layer that two images share is as recent as either, whichever was used first."""
+async def test_a_manifest_is_never_more_than_a_minute_ahead_of_its_parts(tmp_path: Path) -> None:
+    """A layer that two images share is as recent as the newer of the two."""
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
         one, two = b"manifest one", b"manifest two"
@@ -120,9 +123,7 @@ async def test_a_manifest_is_never_far_ahead_of_what_it_refers_to(tmp_path: Path
         assert used(store, two) == used(store, shared) == NOW + 30
 
 
-async def test_what_is_remembered_of_recency_is_bounded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_remembered_uses_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blobs, "_MAX_REMEMBERED", 10)
     async with opened(tmp_path) as store:
         for number in range(50):
@@ -144,10 +145,10 @@ async def test_recency_marked_at_close_is_written_and_after_close_is_dropped(
     assert used(store, b"content") == NOW + 60
 
 
-# --- what is said of it ---------------------------------------------------------------------------
+# --- reports, a disk that refuses -----------------------------------------------------------------
 
 
-async def test_it_reports_what_is_on_disk_and_what_grows(tmp_path: Path) -> None:
+async def test_measure_reports_usage_and_running_ingests(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=Storage(max_size=10**9)) as store:
         await keep(store, LAYER)
@@ -163,8 +164,10 @@ async def test_it_reports_what_is_on_disk_and_what_grows(tmp_path: Path) -> None
         store.end_ingest(content)
 
 
-@pytest.mark.row("D7")
-async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.row("D7-unwritable-directories")
+async def test_a_disk_that_refuses_writes_serves_its_content_and_is_reported(
+    tmp_path: Path,
+) -> None:
     body, events = image(LAYER), list[Event]()
     with small_disk(tmp_path / "disk", "20m") as root:
         async with opened(root) as store:
@@ -185,7 +188,7 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
             await content.feed(b"new")
             await content.finish()
             content.release()
-            assert await read(follower) == b"new", "served, and not kept"
+            assert await read(follower) == b"new", "it is served but not kept"
             follower.close()
             store.end_ingest(content)
             await store.measure()
@@ -196,10 +199,10 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
         )
 
 
-@pytest.mark.row("D7")
-@pytest.mark.row("C9")
-async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Path) -> None:
-    """It can be put aside no more than it can be mended: it is fetched, and not kept."""
+@pytest.mark.row("D7-unwritable-directories")
+@pytest.mark.row("C9-damaged-content")
+async def test_damage_on_a_disk_that_refuses_writes_is_never_served(tmp_path: Path) -> None:
+    """It can be neither quarantined nor replaced. So it is fetched, and not kept."""
     directory = tmp_path / "blobs"
     with small_disk(directory, "20m"):
         async with opened(tmp_path) as store:
@@ -209,11 +212,13 @@ async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Pat
             no_trace(path)
         make_read_only(directory)
         async with opened(tmp_path, settings=Storage(reverify=0)) as store:
-            assert not await _is_handed_out(store, digest)
+            assert not await _is_found(store, digest)
             content = store.start_ingest(digest)
             follower = content.follow()
             assert follower
-            assert await content.try_lead() is Role.LEADER, "what is there is not taken for whole"
+            assert await content.try_lead() is Role.LEADER, (
+                "the damaged file is not taken for whole content"
+            )
             await content.declare(len(LAYER))
             await content.feed(LAYER)
             await content.finish()
@@ -223,14 +228,14 @@ async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Pat
             store.end_ingest(content)
 
 
-async def _is_handed_out(store: Store, digest: Digest) -> bool:
+async def _is_found(store: Store, digest: Digest) -> bool:
     reader = await store.blobs.find(digest, 1)
     if reader is not None:
         reader.close()
     return reader is not None
 
 
-async def test_readiness_tells_of_a_disk_that_refuses_until_it_takes_content_again(
+async def test_a_failed_publish_is_reported_until_content_is_published_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path) as store:
@@ -246,7 +251,7 @@ async def test_readiness_tells_of_a_disk_that_refuses_until_it_takes_content_aga
         assert store.unwritable is None
 
 
-async def test_what_ended_fetches_left_behind_is_looked_for_now_and_then(
+async def test_leftovers_of_ended_fetches_are_removed_once_an_hour(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [NOW]
@@ -260,7 +265,7 @@ async def test_what_ended_fetches_left_behind_is_looked_for_now_and_then(
         store.end_ingest(content)
         clock[0] += YEAR
         await store.measure()
-        assert store.layout.ingest(content.digest).exists(), "not at every look"
-        monkeypatch.setattr(module, "_SWEEP_EVERY", -1.0)
+        assert store.layout.ingest(content.digest).exists(), "not at every call"
+        monkeypatch.setattr(module, "_LEFTOVERS_INTERVAL_S", -1.0)
         await store.measure()
         assert not list(store.layout.ingest(content.digest).parent.iterdir())
