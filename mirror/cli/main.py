@@ -254,7 +254,7 @@ def _clients(arguments: argparse.Namespace) -> int:
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    _print(schema.text())
+    _print(schema.schema_text())
     return 0
 
 
