@@ -96,7 +96,7 @@ async def work(settings: Settings, listener: socket.socket) -> int:
     from mirror.observability.metrics import Metrics
 
     loop = asyncio.get_running_loop()
-    lines = configure_logging(settings.log, later=loop.call_soon)
+    lines = configure_logging(settings.log, schedule=loop.call_soon)
     log = LogObserver(lines)
     metrics = Metrics(settings.upstreams)
 
