@@ -82,6 +82,17 @@ class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
         """No row of ours has a file: one that names a file does not get it removed."""
 
 
+class _Table(diskcache.Cache):  # type: ignore[misc] # diskcache has no types
+    """A table. If it cannot be opened, its connection is closed at once."""
+
+    def __init__(self, directory: str, **settings: object) -> None:
+        try:
+            super().__init__(directory, disk=TextDisk, **settings)
+        except BaseException:
+            self.close()
+            raise
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row as it is in the database."""
@@ -240,9 +251,8 @@ class Rows:
 
     def _open_table(self, path: Path, name: str) -> Any:
         bound = self._bounds[name]
-        table = diskcache.Cache(
+        table = _Table(
             str(path / name),
-            disk=TextDisk,
             timeout=_BUSY,
             eviction_policy="none" if bound is None else "least-recently-stored",
             cull_limit=0 if bound is None else 10,

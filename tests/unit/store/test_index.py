@@ -380,6 +380,7 @@ async def test_a_row_that_another_process_writes_meanwhile_is_not_undone(tmp_pat
         def too_late(table: str) -> object:
             text = dump_tag(newer)
             other._rows.write(table, f"{REPO}:{TAG}", text)
+            other._rows._tables[table].close()  # the connection of this thread
             return real(table)
 
         await other.tag(REPO, TAG)
