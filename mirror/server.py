@@ -93,12 +93,12 @@ def _listen(settings: Settings, index: int) -> socket.socket:
 async def work(settings: Settings, listener: socket.socket) -> int:
     """One worker process: everything, on one event loop."""
     # Imported here: prometheus_client looks at its environment when it is imported.
-    from mirror.observability.metrics import Metrics
+    from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
     lines = configure_logging(settings.log, schedule=loop.call_soon)
     log = LogObserver(lines)
-    metrics = Metrics(settings.upstreams)
+    metrics = MetricsObserver(settings.upstreams)
 
     def emit(event: Event) -> None:
         metrics.observe(event)

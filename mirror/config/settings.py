@@ -229,7 +229,7 @@ class Settings(Section):
     drain_timeout: FiniteDuration = 30.0
     """Longest time that running pulls may take after SIGTERM."""
     abandoned: Literal["finish", "cancel"] = "finish"
-    """Whether a fetch whose last client has left is finished or cancelled."""
+    """Finish or cancel a fetch whose last client has left."""
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()
@@ -279,16 +279,17 @@ def section_type(model: type[Section], key: str) -> type[Section] | None:
 
 
 class InvalidSetting(ValueError):
-    """A value was refused. Raised by :func:`build`; ``load.py`` turns it into a ``ConfigError``."""
+    """A value was refused. Raised by :func:`build`; ``load.py`` turns it into a ``ConfigError``.
+
+    ``path`` is that of the key. ``message`` is the reason, without the value, which may be a
+    secret. ``more`` is the number of other values that were refused.
+    """
 
     def __init__(self, path: KeyPath, message: str, more: int) -> None:
         super().__init__(message)
         self.path = path
-        """Path of the key."""
         self.message = message
-        """Reason, without the value, which may be a secret."""
         self.more = more
-        """Number of other values that were refused."""
 
 
 def build(tree: Mapping[str, Any]) -> Settings:

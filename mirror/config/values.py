@@ -103,15 +103,15 @@ SIZE_SCHEMA: Final[dict[str, Any]] = {
     "minimum": 1,
     "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,9})?\s*([kKmMgGtTpPeE][iI]?)?[bB]?\s*$",
 }
-"""JSON Schema of what :func:`parse_size` reads."""
+"""JSON Schema of a size, as :func:`parse_size` reads it."""
 FINITE_DURATION_SCHEMA: Final[dict[str, Any]] = {
     **_NUMBER_OR_STRING,
     "minimum": 0,
     "pattern": rf"^\s*({_FINITE_TEXT})\s*$",
 }
-"""JSON Schema of what :func:`parse_duration` reads, without ``inf``."""
+"""JSON Schema of a duration without ``inf``."""
 DURATION_SCHEMA: Final = {**FINITE_DURATION_SCHEMA, "pattern": rf"^\s*(inf|{_FINITE_TEXT})\s*$"}
-"""JSON Schema of what :func:`parse_duration` reads."""
+"""JSON Schema of a duration, as :func:`parse_duration` reads it."""
 POSITIVE_DURATION_SCHEMA: Final[dict[str, Any]] = {
     **_NUMBER_OR_STRING,
     "pattern": FINITE_DURATION_SCHEMA["pattern"],
@@ -124,7 +124,7 @@ RATIO_SCHEMA: Final[dict[str, Any]] = {
     "maximum": 1,
     "pattern": rf"^\s*{_NUMBER_TEXT}\s*%?\s*$",
 }
-"""JSON Schema of what :func:`parse_ratio` reads."""
+"""JSON Schema of a ratio, as :func:`parse_ratio` reads it."""
 
 
 # --- printing -------------------------------------------------------------------------------------

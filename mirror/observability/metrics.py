@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Final, assert_never
+from typing import Final, Literal, TypeAlias, assert_never
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -28,6 +28,8 @@ from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome
 
+_Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
+
 NO_UPSTREAM: Final = "none"
 """Label ``upstream`` of requests that name no configured upstream."""
 _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -38,7 +40,7 @@ _UNCACHED_REASONS: Final = ("full", "readonly", "descriptors", "io", "stalled", 
 _MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
 
-class Metrics:
+class MetricsObserver:
     """The observer that counts. ``upstreams``: the names of the configured upstreams."""
 
     def __init__(self, upstreams: Collection[str]) -> None:
@@ -46,22 +48,29 @@ class Metrics:
         self._known = frozenset(upstreams)
         names = (*sorted(upstreams), NO_UPSTREAM)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"oci_mirror_{name}", text, labels, registry=registry)
+        def counter(name: str, text: str, labels: str = "") -> Counter:
+            return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
 
-        def histogram(name: str, text: str, *labels: str) -> Histogram:
+        def gauge(name: str, text: str, labels: str = "", mode: _Mode = "mostrecent") -> Gauge:
+            """``mode``: how the values of several worker processes become one."""
+            return Gauge(
+                f"oci_mirror_{name}",
+                text,
+                labels.split(),
+                registry=registry,
+                multiprocess_mode=mode,
+            )
+
+        def histogram(name: str, text: str, labels: str = "") -> Histogram:
             return Histogram(
-                f"oci_mirror_{name}", text, labels, registry=registry, buckets=_BUCKETS_S
+                f"oci_mirror_{name}", text, labels.split(), registry=registry, buckets=_BUCKETS_S
             )
 
         self._requests = counter(
-            "requests", "Requests, each counted once when it ends.", "upstream", "kind", "outcome"
+            "requests", "Requests, each counted once when it ends.", "upstream kind outcome"
         )
-        self._in_flight = Gauge(
-            "oci_mirror_requests_in_flight",
-            "Requests that are being served now.",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._in_flight = gauge(
+            "requests_in_flight", "Requests that are being served now.", mode="livesum"
         )
         self._incomplete = counter(
             "incomplete_responses",
@@ -75,23 +84,17 @@ class Metrics:
         self._first_byte = histogram(
             "time_to_first_byte_seconds",
             "Seconds from a request to the first byte of its response.",
-            "kind",
-            "outcome",
+            "kind outcome",
         )
         self._duration = histogram(
             "request_duration_seconds",
             "Seconds from a request to the last byte of its response.",
-            "kind",
-            "outcome",
+            "kind outcome",
         )
         self._upstream_requests = counter(
             "upstream_requests",
             "HTTP requests to endpoints of upstreams.",
-            "upstream",
-            "endpoint",
-            "method",
-            "kind",
-            "status",
+            "upstream endpoint method kind status",
         )
         self._billed = counter(
             "upstream_billed_requests",
@@ -103,30 +106,27 @@ class Metrics:
             "Seconds from a request to an endpoint to the response headers.",
             "upstream",
         )
-        self._tokens = counter(
-            "token_requests", "Requests to token services.", "upstream", "result"
-        )
+        self._tokens = counter("token_requests", "Requests to token services.", "upstream result")
         self._token_latency = histogram(
             "token_latency_seconds",
             "Seconds from a request to a token service to its result.",
             "upstream",
         )
-        self._remaining = self._gauge(
+        self._remaining = gauge(
             "ratelimit_remaining",
             "Pulls left in the current window, as the upstream last reported.",
             "upstream",
         )
-        self._limit = self._gauge(
+        self._limit = gauge(
             "ratelimit_limit",
             "Pulls allowed in a window, as the upstream last reported.",
             "upstream",
         )
-        self._circuit = Gauge(
-            "oci_mirror_circuit_open",
+        self._circuit = gauge(
+            "circuit_open",
             "1 while the circuit breaker of an endpoint is open: no requests are sent to it.",
-            ("upstream", "endpoint"),
-            registry=registry,
-            multiprocess_mode="livemax",
+            "upstream endpoint",
+            mode="livemax",
         )
         self._resumed = counter(
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
@@ -134,8 +134,7 @@ class Metrics:
         self._mismatches = counter(
             "digest_mismatches",
             "Contents whose bytes did not hash to their digest.",
-            "upstream",
-            "where",
+            "upstream where",
         )
         self._reverified = counter(
             "reverifications",
@@ -155,27 +154,21 @@ class Metrics:
         self._published_bytes = counter(
             "published_bytes", "Bytes of contents stored after a complete and verified fetch."
         )
-        self._count = self._gauge("contents", "Contents on disk.")
-        self._bytes = self._gauge("content_bytes", "Bytes of content on disk.")
-        self._quota = self._gauge("quota_bytes", "The quota in bytes: storage.max_size.")
-        self._writable = self._gauge(
+        self._count = gauge("contents", "Contents on disk.")
+        self._bytes = gauge("content_bytes", "Bytes of content on disk.")
+        self._quota = gauge("quota_bytes", "The quota in bytes: storage.max_size.")
+        self._writable = gauge(
             "storage_writable", "1 if content can be stored, 0 if the disk refuses it."
         )
-        self._ingest = Gauge(
-            "oci_mirror_growing_contents",
-            "Running fetches of content (ingests).",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._ingest = gauge(
+            "growing_contents", "Running fetches of content (ingests).", mode="livesum"
         )
-        self._idle = Gauge(
-            "oci_mirror_growing_oldest_idle_seconds",
+        self._idle = gauge(
+            "growing_oldest_idle_seconds",
             "Longest time, in seconds, that any running fetch has received no data.",
-            registry=registry,
-            multiprocess_mode="livemax",
+            mode="livemax",
         )
-        build = self._gauge(
-            "build_info", "Always 1; the label is the version of the server.", "version"
-        )
+        build = gauge("build_info", "Always 1; the label is the version of the server.", "version")
         build.labels(__version__).set(1)
         # The children of labels are looked up once, because labels() is slow.
         self._requests_by = {
@@ -195,15 +188,6 @@ class Metrics:
         self._sent_by = {upstream: self._sent.labels(upstream) for upstream in names}
         self._fetched_by = {upstream: self._fetched.labels(upstream) for upstream in names}
         self._start_at_zero(names)
-
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(
-            f"oci_mirror_{name}",
-            text,
-            labels,
-            registry=self._registry,
-            multiprocess_mode="mostrecent",
-        )
 
     def _start_at_zero(self, names: Collection[str]) -> None:
         """Create the series of each known label with 0, or rate() would miss the first event."""

@@ -12,12 +12,12 @@ import pytest
 
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, Pull
-from mirror.observability.metrics import Metrics
+from mirror.observability.metrics import MetricsObserver
 
 ROOT = Path(__file__).parents[3]
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float:
+def value(metrics: MetricsObserver, name: str, **labels: str) -> float:
     """The sum of all samples of ``name`` that have these labels."""
     total = 0.0
     for line in metrics.render()[0].decode().splitlines():
@@ -95,13 +95,13 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
 def test_event_changes_its_metric(
     event: Event, name: str, labels: dict[str, str], expected: float
 ) -> None:
-    metrics = Metrics(["docker.io"])
+    metrics = MetricsObserver(["docker.io"])
     metrics.observe(event)
     assert value(metrics, name, **labels) == expected
 
 
 def test_made_up_upstreams_are_counted_without_new_series() -> None:
-    metrics = Metrics(["docker.io"])
+    metrics = MetricsObserver(["docker.io"])
     series = len(metrics.render()[0].splitlines())
     for number in range(100):
         pull = a_pull(upstream=f"made-up-{number}", kind=list(Kind)[number % len(Kind)])
@@ -113,7 +113,7 @@ def test_made_up_upstreams_are_counted_without_new_series() -> None:
 
 
 def test_series_of_known_labels_start_at_zero() -> None:
-    text = Metrics(["docker.io", "ghcr.io"]).render()[0].decode()
+    text = MetricsObserver(["docker.io", "ghcr.io"]).render()[0].decode()
     for outcome in Outcome:
         assert f'kind="blob",outcome="{outcome.value}",upstream="ghcr.io"}} 0.0' in text
 
@@ -123,8 +123,8 @@ WORKER = textwrap.dedent(
     import os, sys
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
     from mirror.observability import events
-    from mirror.observability.metrics import Metrics, worker_died
-    metrics = Metrics(["docker.io"])
+    from mirror.observability.metrics import MetricsObserver, worker_died
+    metrics = MetricsObserver(["docker.io"])
     pids = []
     for n in range(3):
         pid = os.fork()
@@ -164,7 +164,7 @@ def test_counters_of_workers_are_added_and_gauges_of_dead_ones_dropped(tmp_path:
 
 
 def test_reference_has_every_metric_with_its_help_text() -> None:
-    text = Metrics(["docker.io"]).render()[0].decode()
+    text = MetricsObserver(["docker.io"]).render()[0].decode()
     names = set(re.findall(r"^# TYPE (oci_mirror_\w+) (?:counter|gauge|histogram)", text, re.M))
     names = {name for name in names if not name.endswith("_created")}
     reference = (ROOT / "docs/metrics.md").read_text()

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from mirror.observability.metrics import Metrics
+from mirror.observability.metrics import MetricsObserver
 from tests.real import images
 from tests.real.process import Program, need
 from tests.real.registry import DockerRegistry
@@ -38,7 +38,7 @@ def names(text: str) -> set[str]:
 
 
 def test_dashboard_and_alerts_name_exposed_metrics_only() -> None:
-    exposed = names(Metrics(["docker.io"]).render()[0].decode())
+    exposed = names(MetricsObserver(["docker.io"]).render()[0].decode())
     recorded = set(re.findall(r"record: (\S+)", ALERTS.read_text()))
     used = {name for expression in expressions() for name in names(expression)}
     assert len(used) > 20
@@ -57,7 +57,7 @@ def test_promtool_accepts_rules_configuration_and_metrics() -> None:
     ):
         done = subprocess.run([promtool, *command], cwd=directory, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    text = Metrics(["docker.io"]).render()[0]
+    text = MetricsObserver(["docker.io"]).render()[0]
     done = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, check=False
     )
