@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     configure.add_argument(
         "--mirror",
         metavar="URL",
-        help="URL at which clients reach the mirror (default: where it listens)",
+        help="URL at which clients reach the mirror (default: its listen address)",
     )
     configure.add_argument("--client", choices=(*clients.CLIENTS, "all"), default="all")
     configure.add_argument(

@@ -40,6 +40,11 @@ _MAX_YAML_VALUES: Final = 50_000
 _MAX_YAML_DEPTH: Final = 16
 """Nested mappings and lists; the settings have at most five levels."""
 
+_MAX_SHOWN_NAME_CHARS: Final = 200
+"""Characters of a file name, key or variable in a message, which is one line."""
+_MAX_SHOWN_VALUE_CHARS: Final = 120
+"""Characters of a value in a message, which is one line."""
+
 Tree: TypeAlias = dict[str, Any]
 """Plain values of a section: text, None, lists and mappings."""
 
@@ -82,13 +87,13 @@ class ValueOrigins:
         """
         around = (path[:end] for end in range(len(path), -1, -1))
         place = next((self.places[key] for key in around if key in self.places), self.default)
-        return f"{place}: {dotted(path)}: " if path else f"{place}: "
+        return f"{place}: {_dotted(path)}: " if path else f"{place}: "
 
 
-def dotted(path: KeyPath) -> str:
+def _dotted(path: KeyPath) -> str:
     """Format a path for a message: ``upstreams.docker.io.endpoints[0]``."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return printable("".join(parts).removeprefix("."), 200)
+    return printable("".join(parts).removeprefix("."), _MAX_SHOWN_NAME_CHARS)
 
 
 _PUBLIC_CREDENTIALS: Final = {"username", "docker_config", "helper"}
@@ -106,7 +111,7 @@ def _format_value(path: KeyPath, value: object) -> str:
         # A URL that was refused may have a password before its host, or a token in its query.
         text = re.sub(r"(//)?[^/\s]*@", r"\1***@", text)
         text = re.sub(r"[?#].*", "?***", text, flags=re.DOTALL)
-    return f"'{printable(text, 120)}': "
+    return f"'{printable(text, _MAX_SHOWN_VALUE_CHARS)}': "
 
 
 def _value_at(tree: object, path: KeyPath) -> object:
@@ -160,7 +165,7 @@ def _check_keys(tree: Tree, model: type[Section], path: KeyPath, origins: ValueO
 
 def _read_file(path: str, origins: ValueOrigins) -> Tree:
     """Read a YAML file into plain values, and note the line of each. Raises ``ConfigError``."""
-    name = printable(path, 200)
+    name = printable(path, _MAX_SHOWN_NAME_CHARS)
     origins.default = name
     try:
         with Path(path).open("rb") as file:
@@ -242,7 +247,7 @@ class _NodeReader:
             key = key_node.value
             here = (*path, key)
             if key in lines:
-                reason = f"{dotted(here)}: set twice, first on line {lines[key]}"
+                reason = f"{_dotted(here)}: set twice, first on line {lines[key]}"
                 raise self._error(key_node, reason)
             lines[key] = key_node.start_mark.line + 1
             self._origins.places[here] = f"{self._name}:{lines[key]}"
@@ -279,7 +284,7 @@ def _apply_environment(tree: Tree, environ: Mapping[str, str], origins: ValueOri
             if _SERVICE_LINK.fullmatch(rest):
                 continue
             near = _suggestion(name, list(_variable_names(tree)))
-            raise ConfigError(f"{printable(name, 120)}: unknown variable{near}")
+            raise ConfigError(f"{printable(name, _MAX_SHOWN_NAME_CHARS)}: unknown variable{near}")
         origins.places[path] = name
         _set_value(tree, path, _parse_variable(name, environ[name], path))
 
@@ -352,9 +357,9 @@ def _parse_variable(name: str, text: str, path: KeyPath) -> Any:
     try:
         value = json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
-        raise ConfigError(f"{name}: {dotted(path)}: not JSON") from None
+        raise ConfigError(f"{name}: {_dotted(path)}: not JSON") from None
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"{name}: {dotted(path)}: must be a JSON object")
+        raise ConfigError(f"{name}: {_dotted(path)}: must be a JSON object")
     return value
 
 

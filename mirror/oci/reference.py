@@ -83,7 +83,7 @@ _PATH_COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
 _REPOSITORY_PATH: Final = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*", re.ASCII)
 # "Many clients impose a limit of 255 characters on the length of the concatenation of the
 # registry hostname (and optional port), /, and <name> value."
-_MAX_NAME_CHARS: Final = 255
+_MAX_REPOSITORY_NAME_CHARS: Final = 255
 # <reference> as a tag: [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}
 _TAG: Final = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", re.ASCII)
 
@@ -103,7 +103,9 @@ class Repository:
         """
         if upstream == "docker.io" and "/" not in path:
             path = f"library/{path}"
-        if len(upstream) + 1 + len(path) > _MAX_NAME_CHARS or not _REPOSITORY_PATH.fullmatch(path):
+        if len(upstream) + 1 + len(
+            path
+        ) > _MAX_REPOSITORY_NAME_CHARS or not _REPOSITORY_PATH.fullmatch(path):
             raise NameInvalid("not a repository name")
         return cls(upstream, path)
 
