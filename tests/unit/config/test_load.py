@@ -364,7 +364,10 @@ def test_alias_and_merge_key_copy_values_and_a_variable_changes_one_copy(tmp_pat
     assert (got["ghcr.io"].negative_ttl, got["docker.io"].negative_ttl) == (3, 10)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=200,
+)
 @given(
     st.one_of(st.binary(max_size=200), st.text(alphabet="ab:-[]{}&*!<>?'\"#%\n \t|0", max_size=60))
 )
