@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# Two stages: what builds stays behind, what runs is Python, one virtual environment and nothing else.
+# Two stages. The second one has Python and the virtual environment that the first one built.
 
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /src
@@ -15,14 +15,13 @@ FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="oci-mirror" \
       org.opencontainers.image.description="A pull-through mirror for container registries" \
       org.opencontainers.image.licenses="Apache-2.0"
-# By number, so that Kubernetes can see that it is not root.
+# A numeric user, so that Kubernetes can check that it is not root.
 RUN groupadd --gid 10001 oci-mirror \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin oci-mirror \
     && install -d -o 10001 -g 10001 -m 0750 /data
 COPY --from=build /opt/oci-mirror /opt/oci-mirror
 COPY config/mirror.yaml /etc/oci-mirror/mirror.yaml
-# The environment wins over the file: whatever file is mounted, the container listens here and
-# writes there.
+# The environment wins over the file. So the address and the directory hold for any mounted file.
 ENV PATH=/opt/oci-mirror/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     OCI_MIRROR_LISTEN=0.0.0.0:5100 \

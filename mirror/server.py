@@ -98,12 +98,12 @@ def _listen(settings: Settings, index: int) -> socket.socket:
 async def run_worker(settings: Settings, listener: socket.socket) -> int:
     """Run one worker process on one event loop, until a signal. Returns the exit code."""
     # Imported here: prometheus_client reads its environment when it is imported.
-    from mirror.observability.metrics import Metrics
+    from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
-    lines = configure_logging(settings.log, later=loop.call_soon)
+    lines = configure_logging(settings.log, schedule=loop.call_soon)
     log = LogObserver(lines)
-    metrics = Metrics(settings.upstreams)
+    metrics = MetricsObserver(settings.upstreams)
 
     def emit(event: Event) -> None:
         metrics.observe(event)

@@ -15,9 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.robustness.table import Case, rewritten
 from tests.slow_callbacks import Watch
+
+# Hypothesis fails a test whose examples are slow. On a busy machine any example may be.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -16,7 +16,7 @@ from multidict import CIMultiDictProxy
 
 from mirror.config.settings import Limits, Settings, Storage, Upstream
 from mirror.observability.events import Event, PullEnded
-from mirror.observability.metrics import Metrics
+from mirror.observability.metrics import MetricsObserver
 from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -116,7 +116,7 @@ async def running(
         }
     )
     events: list[Event] = []
-    metrics = Metrics(settings.upstreams)
+    metrics = MetricsObserver(settings.upstreams)
 
     def emit(event: Event) -> None:
         metrics.observe(event)

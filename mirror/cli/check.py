@@ -1,7 +1,7 @@
-"""``check-config``: is this configuration usable here, and what does it come to.
+"""``check-config``: validate a configuration on this machine, and print the effective settings.
 
-Lives here: what a configuration names on this machine, and its printing without secrets. Must not
-know: how a configuration is read.
+Lives here: the checks of files and addresses that a configuration names, the warnings, and the
+printing without secrets. Must not know: how a configuration is read.
 """
 
 from __future__ import annotations
@@ -21,27 +21,28 @@ from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, check_url
 from mirror.upstream.transport import own_addresses
 
 HIDDEN: Final = "(not shown)"
+"""Printed in place of a password."""
 
 
-def check_here(settings: Settings, *, secrets: bool = True) -> None:
-    """Hold files and addresses that are named to what they are for. ``secrets``: credentials too.
+def check_environment(settings: Settings, *, secrets: bool = True) -> None:
+    """Check the files and addresses that ``settings`` name. ``secrets``: those of logins, too.
 
-    Raises :class:`ConfigError` for the first that will not do.
+    Raises :class:`ConfigError` for the first one that cannot be used.
     """
-    directory = _nearest(settings.data_dir)
+    directory = _nearest_existing(settings.data_dir)
     if not directory.is_dir():
         raise ConfigError(f"data_dir: '{settings.data_dir}': '{directory}' is not a directory")
     if settings.tls:
-        _readable("tls.certificate", settings.tls.certificate)
-        _readable("tls.key", settings.tls.key)
+        _check_readable("tls.certificate", settings.tls.certificate)
+        _check_readable("tls.key", settings.tls.key)
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # An empty passphrase, so that nobody is asked for one.
+            # An empty passphrase, so that OpenSSL does not prompt for one.
             context.load_cert_chain(settings.tls.certificate, settings.tls.key, password="")
         except (OSError, ValueError) as error:
-            why = getattr(error, "reason", None) or "cannot be used"
+            reason = getattr(error, "reason", None) or "cannot be used"
             raise ConfigError(
-                f"tls: '{settings.tls.certificate}' and '{settings.tls.key}': {why}"
+                f"tls: '{settings.tls.certificate}' and '{settings.tls.key}': {reason}"
             ) from None
     own = own_addresses(settings.listen)
     for name, upstream in settings.upstreams.items():
@@ -49,12 +50,12 @@ def check_here(settings: Settings, *, secrets: bool = True) -> None:
         _check_upstream(f"upstreams.{name}", upstream, secrets)
 
 
-def _nearest(path: str) -> Path:
-    """What there is already of a path that is made when it is needed."""
-    found = Path(path).absolute()
-    while not os.path.lexists(found) and found != found.parent:
-        found = found.parent
-    return found
+def _nearest_existing(path: str) -> Path:
+    """``path``, or its nearest parent that exists. The server makes the missing directories."""
+    nearest = Path(path).absolute()
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    return nearest
 
 
 def _check_endpoints(
@@ -69,18 +70,18 @@ def _check_endpoints(
 
 def _check_upstream(key: str, upstream: Upstream, secrets: bool) -> None:
     if upstream.ca is not None:
-        _readable(f"{key}.ca", upstream.ca)
+        _check_readable(f"{key}.ca", upstream.ca)
         try:
             ssl.create_default_context(cafile=upstream.ca)
         except (OSError, ValueError):
-            raise ConfigError(f"{key}.ca: '{upstream.ca}': holds no certificates (PEM)") from None
+            raise ConfigError(f"{key}.ca: '{upstream.ca}': has no certificates (PEM)") from None
     if not secrets:
         return
     credentials = upstream.credentials
     if credentials.password is not None and credentials.password.startswith("file:"):
-        _readable(f"{key}.credentials.password", credentials.password.removeprefix("file:"))
+        _check_readable(f"{key}.credentials.password", credentials.password.removeprefix("file:"))
     if credentials.docker_config is not None:
-        _readable(f"{key}.credentials.docker_config", credentials.docker_config)
+        _check_readable(f"{key}.credentials.docker_config", credentials.docker_config)
     if credentials.helper is not None and which(f"docker-credential-{credentials.helper}") is None:
         raise ConfigError(
             f"{key}.credentials.helper: '{credentials.helper}': "
@@ -88,7 +89,7 @@ def _check_upstream(key: str, upstream: Upstream, secrets: bool) -> None:
         )
 
 
-def _readable(key: str, path: str) -> None:
+def _check_readable(key: str, path: str) -> None:
     try:
         with Path(path).expanduser().open("rb") as file:
             file.read(1)
@@ -97,34 +98,35 @@ def _readable(key: str, path: str) -> None:
 
 
 def effective(settings: Settings) -> str:
-    """The whole configuration as YAML, without passwords."""
+    """Return the whole configuration as YAML, with passwords hidden."""
     tree = settings.model_dump(mode="json")
     for name, upstream in settings.upstreams.items():
-        shown: dict[str, Any] = tree["upstreams"][name]["credentials"]
+        credentials: dict[str, Any] = tree["upstreams"][name]["credentials"]
         password = upstream.credentials.password
         if password is not None and not password.startswith("file:"):
-            shown["password"] = HIDDEN
+            credentials["password"] = HIDDEN
     return str(yaml.safe_dump(_without_none(tree), sort_keys=False, allow_unicode=True))
 
 
 def _without_none(value: Any) -> Any:
+    """``value`` without keys that have no value, and without the sections that are empty then."""
     if isinstance(value, dict):
-        kept = {key: _without_none(item) for key, item in value.items() if item is not None}
-        return {key: item for key, item in kept.items() if item != {}}
+        items = {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: item for key, item in items.items() if item != {}}
     return value
 
 
 def warnings(settings: Settings) -> Iterator[str]:
-    """What can be used, but should be looked at."""
-    directory = _nearest(settings.data_dir)
+    """Yield one line for each setting that works, but is likely a mistake."""
+    directory = _nearest_existing(settings.data_dir)
     if not os.access(directory, os.W_OK | os.X_OK):
-        yield f"data_dir: '{directory}' is not writable: nothing would be stored"
+        yield f"data_dir: '{directory}' is not writable: no content would be stored"
     for name, upstream in settings.upstreams.items():
         if upstream.credentials.model_fields_set and not upstream.allow:
             yield (
-                f"upstreams.{name}: credentials without an allow list open all that they open "
-                "to everybody who can reach the mirror"
+                f"upstreams.{name}: credentials without an allow list: every client "
+                "of the mirror can pull all that they allow"
             )
         insecure = [end for end in upstream.endpoints if end.startswith("http://")]
         if insecure and upstream.credentials.model_fields_set:
-            yield f"upstreams.{name}: credentials are sent in the clear to {insecure[0]}"
+            yield f"upstreams.{name}: credentials are sent unencrypted to {insecure[0]}"

@@ -1,6 +1,7 @@
-"""``healthcheck``: does the server here answer, as a container's ``HEALTHCHECK`` asks it.
+"""``healthcheck``: check the health of the server on this machine, for ``HEALTHCHECK`` of an image.
 
-Must not know: anything of the server but its address. No proxy is ever asked.
+Lives here: the request to ``/healthz``, without any proxy. Must not know: the server, but for its
+address.
 """
 
 from __future__ import annotations
@@ -14,42 +15,50 @@ from urllib.parse import urlsplit
 from mirror.config.settings import Settings
 from mirror.config.values import check_listen, split_host
 
-_TIMEOUT: Final = 5.0
-EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - mapped, not listened on
+_TIMEOUT_S: Final = 5.0
+"""Seconds; less than the ``--timeout`` of the image's ``HEALTHCHECK``, so that it can say why."""
+WILDCARD_ADDRESSES: Final = {
+    "0.0.0.0": "127.0.0.1",  # noqa: S104 - mapped, not listened on
+    "::": "::1",
+}
+"""Address of all interfaces to the loopback address at which such a server can be reached."""
 
 
 def own_url(listen: str, *, tls: bool) -> str:
-    """The address to ask a server at that listens there."""
+    """Return the health URL of a server that listens on ``listen``."""
     host, port = split_host(listen)
-    host = EVERYWHERE.get(host, host)
+    host = WILDCARD_ADDRESSES.get(host, host)
     return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/healthz"
 
 
-def default_url(settings: Settings | None, environ: Mapping[str, str]) -> str:
-    """As configured, or as the environment says. Raises ``ValueError``."""
+def health_url(settings: Settings | None, environ: Mapping[str, str]) -> str:
+    """Return the health URL of the configured server. Without ``settings``, as ``environ`` says.
+
+    Raises ``ValueError`` for a malformed ``OCI_MIRROR_LISTEN``.
+    """
     if settings is not None:
         return own_url(settings.listen, tls=settings.tls is not None)
     listen = environ.get("OCI_MIRROR_LISTEN") or Settings.model_fields["listen"].default
     return own_url(check_listen(listen), tls="OCI_MIRROR_TLS__CERTIFICATE" in environ)
 
 
-def ask(url: str) -> str | None:
-    """Why it is not healthy, or None where it answers 200."""
+def check_health(url: str) -> str | None:
+    """Request ``url``. Returns None for a response of 200, else the reason why it is unhealthy."""
     try:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             return "not an http(s) URL"
         connection: HTTPConnection
         if parts.scheme == "https":
-            # It asks itself, by an address that its certificate need not name.
+            # The server is on this machine, and its certificate need not name the address.
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             connection = HTTPSConnection(
-                parts.hostname, parts.port, timeout=_TIMEOUT, context=context
+                parts.hostname, parts.port, timeout=_TIMEOUT_S, context=context
             )
         else:
-            connection = HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT)
+            connection = HTTPConnection(parts.hostname, parts.port, timeout=_TIMEOUT_S)
         try:
             connection.request("GET", parts.path or "/healthz")
             status = connection.getresponse().status

@@ -1,9 +1,7 @@
 """The command line: ``oci-mirror`` and ``python -m mirror``.
 
-Lives here: the commands, their arguments, and what a failure looks like: one line on standard
+Lives here: the commands, their arguments, and their exit codes. A failure is one line on standard
 error, never a traceback. Must not know: how a command does its work.
-
-Exit codes: see ``EPILOG``; 70, 74 and 78 are those of ``sysexits.h``.
 """
 
 from __future__ import annotations
@@ -25,27 +23,36 @@ from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
 
 EX_FAILED: Final = 1
+"""Exit code: the command failed (address in use, not healthy, a file exists and differs)."""
 EX_USAGE: Final = 2
+"""Exit code: the arguments are wrong, as argparse has it."""
 EX_SOFTWARE: Final = 70
+"""Exit code: a fault in our code (``sysexits.h``)."""
 EX_IOERR: Final = 74
+"""Exit code: standard output could not be written (``sysexits.h``)."""
 EX_CONFIG: Final = 78
+"""Exit code: the configuration cannot be used (``sysexits.h``)."""
 EX_INTERRUPTED: Final = 130
-EPILOG: Final = (
-    "exit codes: 0 all is well, 1 it could not be done (address taken, not healthy, a file is in "
-    "the way), 2 usage, 70 a fault of ours, 74 the output could not be written, 78 configuration"
+"""Exit code: interrupted by the user; 128 and the number of SIGINT, as shells have it."""
+_EPILOG: Final = (
+    "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
+    "2 wrong usage, 70 internal fault, 74 the output could not be written, "
+    "78 configuration cannot be used, 130 interrupted"
 )
+_MAX_MESSAGE_CHARS: Final = 2000
+"""Characters of a message on standard error: one line that a terminal can show."""
 
 
-class _Output(Exception):
-    """Standard output takes nothing: closed, or its disk is full."""
+class _OutputError(Exception):
+    """Standard output cannot be written: it is closed, or its disk is full."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Raises nothing."""
+    """Run a command and return its exit code. ``argv``: None is ``sys.argv``. Raises nothing."""
     try:
         code = _run(argv)
         _flush()
-    except _Output as error:
+    except _OutputError as error:
         code = _fail(f"the output could not be written: {error}", EX_IOERR)
     except ConfigError as error:
         code = _fail(str(error), EX_CONFIG)
@@ -57,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = EX_INTERRUPTED
     except Exception as error:
-        code = _fail(_fault(error), EX_SOFTWARE)
+        code = _fail(_describe_fault(error), EX_SOFTWARE)
     _discard_output()
     return code
 
@@ -71,29 +78,33 @@ def _run(argv: Sequence[str] | None) -> int:
     return code
 
 
-def _fault(error: Exception) -> str:
+def _describe_fault(error: Exception) -> str:
+    """The place and the text of an exception that is a fault in our code."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"internal fault{where}: {type(error).__name__}: {error}"
 
 
-def _say(text: str) -> None:
+def _print_error(text: str) -> None:
+    """Print a line on standard error. A closed or full one changes no exit code."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         print(f"oci-mirror: {text}", file=sys.stderr, flush=True)
 
 
 def _fail(text: str, code: int) -> int:
-    _say(printable(text, 2000))
+    """Print why a command failed, as one line, and return its exit code."""
+    _print_error(printable(text, _MAX_MESSAGE_CHARS))
     return code
 
 
 def _print(text: str) -> None:
+    """Print a line on standard output. Raises ``_OutputError``."""
     if sys.stdout is None:
-        raise _Output("it is closed")
+        raise _OutputError("it is closed")
     try:
         sys.stdout.write(f"{text}\n")
     except OSError as error:
-        raise _Output(error.strerror) from None
+        raise _OutputError(error.strerror) from None
 
 
 def _flush() -> None:
@@ -101,33 +112,36 @@ def _flush() -> None:
         try:
             sys.stdout.flush()
         except OSError as error:
-            raise _Output(error.strerror) from None
+            raise _OutputError(error.strerror) from None
 
 
 def _discard_output() -> None:
-    """What no stream took must not be tried again, with a traceback, when the process ends."""
+    """Drop text that a stream did not accept: Python would try again at exit, with a traceback."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except OSError:
             with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
 
 
 # --- commands -------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's own printing is silent where standard output takes nothing."""
+    """A parser whose help fails if standard output cannot be written. argparse ignores that."""
 
     def print_help(self, file: object = None) -> None:
+        """Print the help. Raises ``_OutputError``."""
         _print(self.format_help().rstrip("\n"))
 
 
 class _Version(argparse.Action):
+    """``--version``, with the same check of standard output."""
+
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         _print(f"oci-mirror {__version__}")
         parser.exit()
@@ -137,38 +151,47 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="oci-mirror",
         description="A pull-through mirror for container registries.",
-        epilog=EPILOG,
+        epilog=_EPILOG,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve until a signal says to stop")
-    _config(serve)
+    serve = commands.add_parser("serve", help="run the server until SIGTERM or SIGINT")
+    _add_config_option(serve)
     serve.set_defaults(run=_serve)
 
     checking = commands.add_parser(
         "check-config",
-        help="say what is wrong with a configuration, or print what it comes to",
-        description="Reads FILE and the environment as `serve` does, looks for the files that they "
-        "name, and prints the whole configuration without secrets.",
+        help="validate a configuration and print the effective settings",
+        description="Reads FILE and the environment as `serve` does, checks the files that "
+        "they name, and prints the whole configuration without secrets.",
     )
     checking.add_argument("file", metavar="FILE")
     checking.set_defaults(run=_check_config)
 
     configure = commands.add_parser(
         "clients",
-        help="print or write the files that clients need",
-        description="Without --write, prints them. Notes go to standard error.",
+        help="print or write the configuration files of container clients",
+        description="Prints the files, unless --write is given. Notes go to standard error.",
     )
-    _config(configure)
-    configure.add_argument("--mirror", metavar="URL", help="where clients reach the mirror")
+    _add_config_option(configure)
+    configure.add_argument(
+        "--mirror",
+        metavar="URL",
+        help="URL at which clients reach the mirror (default: its listen address)",
+    )
     configure.add_argument("--client", choices=(*clients.CLIENTS, "all"), default="all")
     configure.add_argument(
-        "--ca", metavar="FILE", help="the authority (PEM) of an https:// mirror, at its path there"
+        "--ca",
+        metavar="FILE",
+        help="certificate authority (PEM) of an https:// mirror; clients read it at the same path",
     )
     configure.add_argument(
-        "--write", metavar="DIR", type=Path, help="write below DIR, which stands for /etc"
+        "--write",
+        metavar="DIR",
+        type=Path,
+        help="write the files below DIR, in place of /etc; never overwrites a file",
     )
     configure.set_defaults(run=_clients)
 
@@ -179,9 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     describing.set_defaults(run=_schema)
 
-    healthy = commands.add_parser("healthcheck", help="ask the server here whether it is healthy")
-    _config(healthy)
-    healthy.add_argument("--url", help="ask there (default: where it is configured to listen)")
+    healthy = commands.add_parser(
+        "healthcheck", help="check the health of the server on this machine"
+    )
+    _add_config_option(healthy)
+    healthy.add_argument("--url", help="URL to request (default: the configured address)")
     healthy.set_defaults(run=_healthcheck)
 
     version = commands.add_parser("version", help="print the version")
@@ -189,17 +214,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(parser: argparse.ArgumentParser) -> None:
+def _add_config_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", metavar="FILE", help="the configuration (default: the environment only)"
+        "--config", metavar="FILE", help="configuration file (default: only the environment)"
     )
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     settings = load(arguments.config, os.environ)
-    # Secrets are read at each use, and may come later than the server.
-    check.check_here(settings, secrets=False)
-    # Imported late: no other command needs it, and prometheus_client reads its environment then.
+    # Secrets are read at each use, so they may be written after the server has started.
+    check.check_environment(settings, secrets=False)
+    # Imported here: no other command needs it, and its prometheus_client reads the environment.
     from mirror.server import run
 
     return run(settings)
@@ -207,54 +232,54 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     settings = load(arguments.file, os.environ)
-    check.check_here(settings)
+    check.check_environment(settings)
     for warning in check.warnings(settings):
-        _say(f"warning: {warning}")
+        _print_error(f"warning: {warning}")
     _print(check.effective(settings).rstrip("\n"))
     return 0
 
 
 def _clients(arguments: argparse.Namespace) -> int:
     settings = load(arguments.config, os.environ)
-    if arguments.mirror is None and split_host(settings.listen)[0] in health.EVERYWHERE:
-        return _fail(f"--mirror is needed: it listens on {settings.listen}", EX_USAGE)
+    if arguments.mirror is None and split_host(settings.listen)[0] in health.WILDCARD_ADDRESSES:
+        return _fail(f"--mirror is needed: the server listens on {settings.listen}", EX_USAGE)
     scheme = "https" if settings.tls else "http"
     own = f"{scheme}://{settings.listen}"
     url = own if arguments.mirror is None else arguments.mirror
     ca = Path(arguments.ca).absolute() if arguments.ca else None
     try:
-        authority = ca.read_text(encoding="utf-8") if ca else ""
-        if ca and "-----BEGIN CERTIFICATE-----" not in authority:
-            raise ValueError(f"{ca} holds no certificate (PEM)")
-        mirror = clients.Mirror.parse(url, str(ca) if ca else None, authority)
+        ca_text = ca.read_text(encoding="utf-8") if ca else ""
+        if ca and "-----BEGIN CERTIFICATE-----" not in ca_text:
+            raise ValueError(f"{ca} has no certificate (PEM)")
+        mirror = clients.MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
     except ValueError as error:
         return _fail(f"--mirror '{url}': {error}", EX_USAGE)
     chosen = clients.CLIENTS if arguments.client == "all" else (arguments.client,)
     setups = {
-        client: clients.setup(client, mirror, settings.upstreams, settings.default_upstream)
+        client: clients.client_setup(client, mirror, settings.upstreams, settings.default_upstream)
         for client in chosen
     }
     files = [file for setup in setups.values() for file in setup.files]
     if arguments.write is not None:
         try:
-            for path, changed in clients.write(arguments.write, files):
-                _print(f"{path}{'' if changed else ' (as it was)'}")
+            for path, is_new in clients.write_files(arguments.write, files):
+                _print(f"{path}{'' if is_new else ' (unchanged)'}")
         except FileExistsError as error:
             return _fail(str(error), EX_FAILED)
     else:
         for file in files:
-            # A single file is printed bare, so that it can be piped to where it belongs.
+            # A single file is printed without its path, so that it can be piped.
             if len(files) > 1:
                 _print(f"# /etc/{file.path}")
             _print(file.text)
     for client, setup in setups.items():
         for note in setup.notes:
-            _say(f"{client}: {note}")
+            _print_error(f"{client}: {note}")
     return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    _print(schema.text())
+    _print(schema.schema_text())
     return 0
 
 
@@ -263,12 +288,12 @@ def _healthcheck(arguments: argparse.Namespace) -> int:
     if url is None:
         settings = load(arguments.config, os.environ) if arguments.config else None
         try:
-            url = health.default_url(settings, os.environ)
+            url = health.health_url(settings, os.environ)
         except ValueError as error:
             raise ConfigError(f"OCI_MIRROR_LISTEN: {error}") from None
-    why = health.ask(url)
-    if why is not None:
-        return _fail(f"{url}: {why}", EX_FAILED)
+    reason = health.check_health(url)
+    if reason is not None:
+        return _fail(f"{url}: {reason}", EX_FAILED)
     _print("healthy")
     return 0
 

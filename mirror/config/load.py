@@ -1,11 +1,11 @@
-"""Reading the configuration: a YAML file, and the environment over it.
+"""Load the configuration: a YAML file, with environment variables over it.
 
-Lives here: YAML as this configuration uses it, the names of the variables, and errors of one line
-that name where a value comes from, its key and itself (secrets never). Must not know: what the
-values mean (``settings.py``).
+Lives here: the subset of YAML that a configuration may use, the name of each variable, and error
+messages of one line. A message names where the value comes from, its key, and the value itself
+unless it may be a secret. Must not know: what the values mean (``settings.py``).
 
-Scalars stay the text that they are, but for an empty one or ``null``: a password of digits is what
-was written, and nothing turns into a number of base 60. The settings read text.
+A scalar stays text, as it is written: a password of digits stays those digits, and nothing becomes
+a number of base 60. An empty scalar and ``null`` are no value. The settings read text.
 """
 
 from __future__ import annotations
@@ -16,86 +16,106 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias, get_args, get_origin
+from typing import Any, Final, TypeAlias, get_origin
 
 import yaml
 
-from mirror.config.settings import Frozen, Invalid, Settings, build
+from mirror.config.settings import (
+    InvalidSetting,
+    KeyPath,
+    Section,
+    Settings,
+    build,
+    section_type,
+)
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 
 PREFIX: Final = "OCI_MIRROR_"
-_FILE_LIMIT: Final = 1 << 20
-_NODE_LIMIT: Final = 50_000
-"""Values in a file, aliases counted as often as they are used: no billion laughs."""
-_DEPTH_LIMIT: Final = 16
+"""Begins the name of each environment variable."""
+_MAX_FILE_BYTES: Final = 1 << 20
+"""Bytes; a configuration of all registries that exist is far smaller."""
+_MAX_YAML_VALUES: Final = 50_000
+"""Values in a file. An alias counts as often as it is used, which stops a "billion laughs"."""
+_MAX_YAML_DEPTH: Final = 16
+"""Nested mappings and lists; the settings have at most five levels."""
 
-Path_: TypeAlias = tuple[str | int, ...]
+_MAX_SHOWN_NAME_CHARS: Final = 200
+"""Characters of a file name, key or variable in a message, which is one line."""
+_MAX_SHOWN_VALUE_CHARS: Final = 120
+"""Characters of a value in a message, which is one line."""
+
 Tree: TypeAlias = dict[str, Any]
+"""Plain values of a section: text, None, lists and mappings."""
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Settings:
-    """The settings of a file (if any), with the environment's over them.
+    """Load the settings of a file (None: no file), with the variables of ``environ`` over them.
 
-    Raises :class:`ConfigError`, whose one line names the source, the key and the value.
+    Raises :class:`ConfigError`, whose one line names the origin, the key and the value.
     """
-    source = Source()
-    tree: Tree = {} if path is None else _read_file(path, source)
-    _check_keys(tree, Settings, (), source)
-    _apply_environment(tree, environ, source)
-    _check_keys(tree, Settings, (), source)
+    origins = ValueOrigins()
+    tree: Tree = {} if path is None else _read_file(path, origins)
+    _check_keys(tree, Settings, (), origins)
+    _apply_environment(tree, environ, origins)
+    _check_keys(tree, Settings, (), origins)
     if not tree.get("upstreams"):
         where = path or "environment (no --config FILE was given)"
-        raise ConfigError(f"{where}: upstreams: there must be at least one")
+        raise ConfigError(f"{where}: upstreams: at least one is needed")
     try:
         return build(tree)
-    except Invalid as error:
+    except InvalidSetting as error:
         more = f" (and {error.more} more)" if error.more else ""
-        shown = _shown(error.path, _at(tree, error.path))
-        raise ConfigError(f"{source.line(error.path)}{shown}{error.message}{more}") from None
+        shown = _format_value(error.path, _value_at(tree, error.path))
+        raise ConfigError(f"{origins.prefix(error.path)}{shown}{error.message}{more}") from None
 
 
-# --- where a value comes from, and how it is shown ------------------------------------------------
+# --- the origin of a value, and its text in a message ---------------------------------------------
 
 
 @dataclass(slots=True)
-class Source:
-    """Where each key was set: ``mirror.yaml:12`` or the name of a variable."""
+class ValueOrigins:
+    """The origin of each value: ``mirror.yaml:12``, or the name of a variable."""
 
     default: str = "environment"
-    places: dict[Path_, str] = field(default_factory=dict)
+    places: dict[KeyPath, str] = field(default_factory=dict)
 
-    def line(self, path: Path_) -> str:
-        """``mirror.yaml:12: storage.max_size: ``, by the nearest key above that is known."""
-        above = (path[:end] for end in range(len(path), -1, -1))
-        place = next((self.places[key] for key in above if key in self.places), self.default)
-        return f"{place}: {dotted(path)}: " if path else f"{place}: "
+    def prefix(self, path: KeyPath) -> str:
+        """Begin a message: ``mirror.yaml:12: storage.max_size: ``.
+
+        A key that was not set has the origin of the nearest section around it.
+        """
+        around = (path[:end] for end in range(len(path), -1, -1))
+        place = next((self.places[key] for key in around if key in self.places), self.default)
+        return f"{place}: {_dotted(path)}: " if path else f"{place}: "
 
 
-def dotted(path: Path_) -> str:
-    """``upstreams.docker.io.endpoints[0]``."""
+def _dotted(path: KeyPath) -> str:
+    """Format a path for a message: ``upstreams.docker.io.endpoints[0]``."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return printable("".join(parts).removeprefix("."), 200)
+    return printable("".join(parts).removeprefix("."), _MAX_SHOWN_NAME_CHARS)
 
 
-_SHOWN_OF_CREDENTIALS: Final = {"username", "docker_config", "helper"}
+_PUBLIC_CREDENTIALS: Final = {"username", "docker_config", "helper"}
+"""Keys below ``credentials`` whose values are not secret."""
 
 
-def _shown(path: Path_, value: object) -> str:
-    """``'fifty': `` for a value that may be shown, nothing for a secret or a structure."""
+def _format_value(path: KeyPath, value: object) -> str:
+    """``'fifty': `` for a value that may be shown, nothing for a secret, a mapping or a list."""
     if not isinstance(value, str | int | float):
         return ""
-    if "credentials" in path and path[-1] not in _SHOWN_OF_CREDENTIALS:
+    if "credentials" in path and path[-1] not in _PUBLIC_CREDENTIALS:
         return ""
     text = str(value)
     if "//" in text or "@" in text:
-        # A URL that was refused may carry a password before its host, or a token in its query.
+        # A URL that was refused may have a password before its host, or a token in its query.
         text = re.sub(r"(//)?[^/\s]*@", r"\1***@", text)
         text = re.sub(r"[?#].*", "?***", text, flags=re.DOTALL)
-    return f"'{printable(text, 120)}': "
+    return f"'{printable(text, _MAX_SHOWN_VALUE_CHARS)}': "
 
 
-def _at(tree: object, path: Path_) -> object:
+def _value_at(tree: object, path: KeyPath) -> object:
+    """The value at ``path``, or None if the tree has none there."""
     for part in path:
         if isinstance(tree, dict):
             tree = tree.get(part)
@@ -106,62 +126,59 @@ def _at(tree: object, path: Path_) -> object:
     return tree
 
 
-# --- the keys there are ---------------------------------------------------------------------------
+# --- known keys -----------------------------------------------------------------------------------
 
 
-def _section(annotation: Any) -> type[Frozen] | None:
-    """The settings type of a key that is a section, ``Tls | None`` included."""
-    options = get_args(annotation) or (annotation,)
-    found = (one for one in options if isinstance(one, type) and issubclass(one, Frozen))
-    return next(found, None)
+def _suggestion(word: str, known: list[str]) -> str:
+    """``, did you mean storage?``: the known word that is nearest, if any word is known."""
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return f", did you mean {nearest[0]}?" if nearest else ""
 
 
-def _kind(model: type[Frozen], key: str) -> Any:
-    return model.model_fields[key].annotation
+def _is_mapping_of_sections(model: type[Section], key: str) -> bool:
+    """Whether the keys below are names (of upstreams), and each value is a section."""
+    return get_origin(model.model_fields[key].annotation) is dict
 
 
-def _nearest(word: str, known: Iterator[str] | list[str]) -> str:
-    best = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f", did you mean {best[0]}?" if best else ""
-
-
-def _check_keys(tree: Tree, model: type[Frozen], path: Path_, source: Source) -> None:
-    """Unknown keys are errors; a key without a value is one that is not there."""
+def _check_keys(tree: Tree, model: type[Section], path: KeyPath, origins: ValueOrigins) -> None:
+    """Refuse unknown keys, and delete keys without a value: they have their default."""
     for key, value in list(tree.items()):
         here = (*path, key)
         if key not in model.model_fields:
-            near = _nearest(key, list(model.model_fields))
-            raise ConfigError(f"{source.line(here)}unknown key{near}")
+            near = _suggestion(key, list(model.model_fields))
+            raise ConfigError(f"{origins.prefix(here)}unknown key{near}")
         if value is None:
             del tree[key]
-        kind = _kind(model, key)
-        if isinstance(value, dict) and (section := _section(kind)):
-            if get_origin(kind) is dict:
-                for name, entry in value.items():
-                    if isinstance(entry, dict):
-                        _check_keys(entry, section, (*here, name), source)
-            else:
-                _check_keys(value, section, here, source)
+        section = section_type(model, key)
+        if not isinstance(value, dict) or section is None:
+            continue
+        if not _is_mapping_of_sections(model, key):
+            _check_keys(value, section, here, origins)
+            continue
+        for name, entry in value.items():
+            if isinstance(entry, dict):
+                _check_keys(entry, section, (*here, name), origins)
 
 
 # --- YAML -----------------------------------------------------------------------------------------
 
 
-def _read_file(path: str, source: Source) -> Tree:
-    name = printable(path, 200)
-    source.default = name
+def _read_file(path: str, origins: ValueOrigins) -> Tree:
+    """Read a YAML file into plain values, and note the line of each. Raises ``ConfigError``."""
+    name = printable(path, _MAX_SHOWN_NAME_CHARS)
+    origins.default = name
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(_FILE_LIMIT + 1)
+            raw = file.read(_MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    if len(raw) > _FILE_LIMIT:
-        raise ConfigError(f"{name}: larger than {_FILE_LIMIT} bytes")
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{name}: larger than {_MAX_FILE_BYTES} bytes")
     try:
         root = yaml.compose(raw.decode("utf-8-sig"), Loader=yaml.SafeLoader)
         if root is None:
             return {}
-        tree = _Plain(name, source).value(root, (), 0)
+        tree = _NodeReader(name, origins).read(root, (), 0)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{name}:{line}: not UTF-8") from None
@@ -170,7 +187,7 @@ def _read_file(path: str, source: Source) -> Tree:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}" if mark else ""
-        # The parser quotes what it stumbled over, which may be a part of a password.
+        # The parser quotes the text that it could not read. It may be part of a password.
         problem = re.sub(r"(alias|anchor|handle) .*", r"\1", error.problem or "cannot be read")
         raise ConfigError(f"{name}{where}: YAML: {printable(problem)}") from None
     except yaml.reader.ReaderError as error:
@@ -181,36 +198,42 @@ def _read_file(path: str, source: Source) -> Tree:
     return tree
 
 
-class _Plain:
-    """Plain values of YAML nodes: mappings, lists, text and None."""
+class _NodeReader:
+    """Turns the YAML nodes of one file into plain values: mappings, lists, text and None.
 
-    def __init__(self, name: str, source: Source) -> None:
+    Each use of an alias becomes a value of its own, so a variable changes one key only.
+    """
+
+    def __init__(self, name: str, origins: ValueOrigins) -> None:
         self._name = name
-        self._source = source
+        self._origins = origins
         self._nodes = 0
 
-    def _wrong(self, node: yaml.Node, why: str) -> ConfigError:
-        return ConfigError(f"{self._name}:{node.start_mark.line + 1}: {why}")
+    def _error(self, node: yaml.Node, reason: str) -> ConfigError:
+        return ConfigError(f"{self._name}:{node.start_mark.line + 1}: {reason}")
 
-    def value(self, node: yaml.Node, path: Path_, depth: int) -> Any:
+    def read(self, node: yaml.Node, path: KeyPath, depth: int) -> Any:
+        """Read ``node``, the value of the key at ``path``, ``depth`` levels below the root."""
         self._nodes += 1
-        if self._nodes > _NODE_LIMIT:
-            raise self._wrong(node, f"more than {_NODE_LIMIT} values, aliases counted")
-        if depth > _DEPTH_LIMIT:
-            raise self._wrong(node, "nested too deeply")
+        if self._nodes > _MAX_YAML_VALUES:
+            raise self._error(
+                node, f"more than {_MAX_YAML_VALUES} values, with each use of an alias"
+            )
+        if depth > _MAX_YAML_DEPTH:
+            raise self._error(node, "nested too deeply")
         if not node.tag.startswith("tag:yaml.org,2002:") or ":python/" in node.tag:
-            raise self._wrong(
+            raise self._error(
                 node, "YAML tags are not used here (quote a value that begins with !)"
             )
-        self._source.places.setdefault(path, f"{self._name}:{node.start_mark.line + 1}")
+        self._origins.places.setdefault(path, f"{self._name}:{node.start_mark.line + 1}")
         if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path, depth)
+            return self._read_mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode):
-            return [self.value(n, (*path, i), depth + 1) for i, n in enumerate(node.value)]
+            return [self.read(n, (*path, i), depth + 1) for i, n in enumerate(node.value)]
         return None if node.tag.endswith(":null") else node.value
 
-    def _mapping(self, node: yaml.MappingNode, path: Path_, depth: int) -> Tree:
-        found: Tree = {}
+    def _read_mapping(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> Tree:
+        tree: Tree = {}
         merged: list[yaml.Node] = []
         lines: dict[str, int] = {}
         for key_node, value_node in node.value:
@@ -220,145 +243,143 @@ class _Plain:
                 )
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
-                raise self._wrong(key_node, "a key must be a word")
+                raise self._error(key_node, "a key must be plain text")
             key = key_node.value
             here = (*path, key)
             if key in lines:
-                why = f"{dotted(here)}: there twice, first on line {lines[key]}"
-                raise self._wrong(key_node, why)
+                reason = f"{_dotted(here)}: set twice, first on line {lines[key]}"
+                raise self._error(key_node, reason)
             lines[key] = key_node.start_mark.line + 1
-            self._source.places[here] = f"{self._name}:{lines[key]}"
-            found[key] = self.value(value_node, here, depth + 1)
+            self._origins.places[here] = f"{self._name}:{lines[key]}"
+            tree[key] = self.read(value_node, here, depth + 1)
         for other in merged:
-            values = self.value(other, path, depth + 1)
+            values = self.read(other, path, depth + 1)
             if not isinstance(values, dict):
-                raise self._wrong(other, "only a mapping can be merged with <<")
-            found = {**values, **found}
-        return found
+                raise self._error(other, "only a mapping can be merged with <<")
+            tree = {**values, **tree}
+        return tree
 
 
 # --- environment ----------------------------------------------------------------------------------
 
-# What Kubernetes and Docker links put into every container beside a Service named oci-mirror.
+# Kubernetes and Docker links set these in each container, for a Service named oci-mirror.
 _SERVICE_LINK: Final = re.compile(
     r"(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)?)"
 )
 
 
-def variable_part(name: str) -> str:
-    """An upstream's name in a variable: ``docker.io`` is ``DOCKER_IO``."""
+def _variable_part(name: str) -> str:
+    """Write the name of an upstream as in a variable: ``docker.io`` is ``DOCKER_IO``."""
     return re.sub(r"[^A-Za-z0-9]", "_", name).upper()
 
 
-def _apply_environment(tree: Tree, environ: Mapping[str, str], source: Source) -> None:
-    ours = {name for name in environ if name.startswith(PREFIX)}
-    # Sections before what is in them; by name, so that the order of the environment says nothing.
-    for name in sorted(ours, key=lambda name: (name.count("__"), name)):
+def _apply_environment(tree: Tree, environ: Mapping[str, str], origins: ValueOrigins) -> None:
+    """Put the value of each of our variables into ``tree``."""
+    variables = {name for name in environ if name.startswith(PREFIX)}
+    # A section comes before its keys. Sorted, so that the order of the environment has no effect.
+    for name in sorted(variables, key=lambda name: (name.count("__"), name)):
         rest = name.removeprefix(PREFIX)
-        path = _find(rest, tree, name)
+        path = _find_path(rest, tree, name)
         if path is None:
             if _SERVICE_LINK.fullmatch(rest):
                 continue
-            near = _nearest(name, _names(tree))
-            raise ConfigError(f"{printable(name, 120)}: unknown variable{near}")
-        source.places[path] = name
-        _put(tree, path, _decode(name, environ[name], path), source)
+            near = _suggestion(name, list(_variable_names(tree)))
+            raise ConfigError(f"{printable(name, _MAX_SHOWN_NAME_CHARS)}: unknown variable{near}")
+        origins.places[path] = name
+        _set_value(tree, path, _parse_variable(name, environ[name], path))
 
 
-def _find(rest: str, tree: Tree, variable: str) -> Path_ | None:
-    """The path of the key that a variable names."""
-    if rest.startswith("UPSTREAMS__"):
-        return _find_upstream(rest.removeprefix("UPSTREAMS__"), tree, variable)
-    return _find_key(rest, Settings)
+def _find_path(rest: str, tree: Tree, variable: str) -> KeyPath | None:
+    """The path of the key that a variable names. ``rest``: its name without the prefix."""
+    if not rest.startswith("UPSTREAMS__"):
+        return _find_key(rest, Settings)
+    paths: dict[str, KeyPath] = {}
+    for name, section in _upstreams(tree):
+        part = f"UPSTREAMS__{_variable_part(name)}__"
+        if rest.startswith(part) and (below := _find_key(rest.removeprefix(part), section)):
+            paths[name] = ("upstreams", name, *below)
+    if len(paths) > 1:
+        raise ConfigError(f"{variable}: names more than one upstream: {', '.join(sorted(paths))}")
+    return next(iter(paths.values()), None)
 
 
-def _find_key(rest: str, model: type[Frozen]) -> Path_ | None:
-    first, _, more = rest.partition("__")
+def _find_key(rest: str, model: type[Section]) -> KeyPath | None:
+    """The path of a key in ``model``. ``STORAGE__MAX_SIZE`` is ``("storage", "max_size")``."""
+    first, separator, more = rest.partition("__")
     key = first.lower()
     if first != first.upper() or key not in model.model_fields:
         return None
-    if not more:
-        return None if rest.endswith("__") else (key,)
-    section = _section(_kind(model, key))
+    if not separator:
+        return (key,)
+    section = section_type(model, key)
     below = _find_key(more, section) if section else None
     return None if below is None else (key, *below)
 
 
-def _find_upstream(rest: str, tree: Tree, variable: str) -> Path_ | None:
+def _upstreams(tree: Tree) -> Iterator[tuple[str, type[Section]]]:
+    """The names of the upstreams that are configured so far, and the type of their sections."""
+    section = section_type(Settings, "upstreams")
+    assert section is not None
     upstreams = tree.get("upstreams")
-    found: dict[str, Path_] = {}
     for name in upstreams if isinstance(upstreams, dict) else ():
-        part = variable_part(name)
-        if not rest.startswith(f"{part}__"):
-            continue
-        section = _section(_kind(Settings, "upstreams"))
-        assert section is not None
-        if below := _find_key(rest.removeprefix(f"{part}__"), section):
-            found[name] = ("upstreams", name, *below)
-    if len(found) > 1:
-        raise ConfigError(f"{variable}: could be of any of {', '.join(sorted(found))}")
-    return next(iter(found.values()), None)
+        yield name, section
 
 
-def _names(tree: Tree) -> Iterator[str]:
-    """Every variable there is."""
+def _variable_names(tree: Tree) -> Iterator[str]:
+    """The name of each variable that would be accepted."""
 
-    def below(model: type[Frozen], prefix: str) -> Iterator[str]:
+    def below(model: type[Section], prefix: str) -> Iterator[str]:
         for key in model.model_fields:
-            kind = _kind(model, key)
             yield f"{prefix}{key.upper()}"
-            section = _section(kind)
-            if section and get_origin(kind) is not dict:
+            section = section_type(model, key)
+            if section and not _is_mapping_of_sections(model, key):
                 yield from below(section, f"{prefix}{key.upper()}__")
 
     yield from below(Settings, PREFIX)
-    upstreams = tree.get("upstreams")
-    section = _section(_kind(Settings, "upstreams"))
-    assert section is not None
-    for name in upstreams if isinstance(upstreams, dict) else ():
-        yield from below(section, f"{PREFIX}UPSTREAMS__{variable_part(name)}__")
+    for name, section in _upstreams(tree):
+        yield from below(section, f"{PREFIX}UPSTREAMS__{_variable_part(name)}__")
 
 
-def _decode(name: str, text: str, path: Path_) -> Any:
-    """A section is JSON, a list is separated by commas, all else is text. Empty: none."""
-    model: type[Frozen] = Settings
-    kind: Any = None
+def _parse_variable(name: str, text: str, path: KeyPath) -> Any:
+    """Read a variable: a section is JSON, a list is separated by commas, all else is text.
+
+    Returns None for an empty variable, which is no value.
+    """
+    model: type[Section] = Settings
     keys = path if path[0] != "upstreams" or len(path) == 1 else ("upstreams", *path[2:])
-    for key in keys:
-        kind = _kind(model, str(key))
-        model = _section(kind) or model
-    if get_origin(kind) is tuple:
+    *sections, last = map(str, keys)
+    for key in sections:
+        model = section_type(model, key) or model
+    if get_origin(model.model_fields[last].annotation) is tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
-    if _section(kind) is not None:
-        try:
-            value = json.loads(text, parse_int=str, parse_float=str) if text else None
-        except (ValueError, RecursionError):
-            raise ConfigError(f"{name}: {dotted(path)}: not JSON") from None
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{name}: {dotted(path)}: must be a JSON object")
-        return value
-    return text or None
+    if section_type(model, last) is None or not text:
+        return text or None
+    try:
+        value = json.loads(text, parse_int=str, parse_float=str)
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{name}: {_dotted(path)}: not JSON") from None
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{name}: {_dotted(path)}: must be a JSON object")
+    return value
 
 
-def _put(tree: Tree, path: Path_, value: Any, source: Source) -> None:
-    *above, last = path
-    for key in above:
-        below = tree.get(str(key))
+def _set_value(tree: Tree, path: KeyPath, value: Any) -> None:
+    """Set the value at ``path``. A mapping is merged into the mapping that is there."""
+    *sections, last = map(str, path)
+    for key in sections:
+        below = tree.get(key)
         if not isinstance(below, dict):
-            # An alias of YAML became two values, so that no other key changes with this one.
-            below = tree[str(key)] = {}
+            below = tree[key] = {}
         tree = below
-    old = tree.get(str(last))
-    tree[str(last)] = value
-    if isinstance(old, dict) and isinstance(value, dict):
-        tree[str(last)] = _merged(old, value)
+    old = tree.get(last)
+    tree[last] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
 
 
-def _merged(old: Tree, new: Tree) -> Tree:
-    both = dict(old)
+def _merge(old: Tree, new: Tree) -> Tree:
+    merged = dict(old)
     for key, value in new.items():
-        before = both.get(key)
+        before = merged.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
-            value = _merged(before, value)
-        both[key] = value
-    return both
+            value = _merge(before, value)
+        merged[key] = value
+    return merged

@@ -1,15 +1,16 @@
-"""Typed settings, and what must hold between them. Nothing here does I/O.
+"""The settings: each key, its type, its default and its description.
 
-Lives here: every key, its type and its default. Must not know: where values come from
-(``load.py``), how they are written (``values.py``).
+Lives here: one pydantic model for each section, and the rules between keys. The text below a key
+is its only description: ``oci-mirror schema`` prints it for editors. Does no I/O. Must not know:
+where values come from (``load.py``), how they are written (``values.py``).
 
-Every value is accepted as text too, as YAML scalars and environment variables bring it.
+Every value is accepted as text, too, because YAML scalars and environment variables are text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,215 +20,288 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from mirror.config.values import (
-    above_zero,
-    check_endpoint,
-    check_filled,
-    check_helper,
-    check_host,
-    check_listen,
-    check_pattern,
-    check_upstream_name,
-    finite,
-    format_duration,
-    format_size,
-    parse_duration,
-    parse_part,
-    parse_size,
-)
+from mirror.config import values
+from mirror.config.values import format_duration, format_size
 
 _as_duration = PlainSerializer(format_duration, return_type=str, when_used="json")
+_read_duration = BeforeValidator(values.parse_duration)
+
 Size = Annotated[
     int,
-    BeforeValidator(parse_size),
+    BeforeValidator(values.parse_size),
     PlainSerializer(format_size, return_type=str, when_used="json"),
+    WithJsonSchema(values.SIZE_SCHEMA),
 ]
-Duration = Annotated[float, BeforeValidator(parse_duration), _as_duration]
-Limit = Annotated[float, AfterValidator(above_zero), BeforeValidator(parse_duration), _as_duration]
-Bounded = Annotated[float, AfterValidator(finite), BeforeValidator(parse_duration), _as_duration]
-Part = Annotated[float, BeforeValidator(parse_part)]
-Filled = Annotated[str, AfterValidator(check_filled)]
-Endpoint = Annotated[str, AfterValidator(check_endpoint)]
-Host = Annotated[str, AfterValidator(check_host)]
-Pattern = Annotated[str, AfterValidator(check_pattern)]
+"""Bytes, or bytes per second."""
+Duration = Annotated[float, _read_duration, _as_duration, WithJsonSchema(values.DURATION_SCHEMA)]
+"""Seconds; 0 and ``inf`` are allowed."""
+FiniteDuration = Annotated[
+    float,
+    AfterValidator(values.check_finite),
+    _read_duration,
+    _as_duration,
+    WithJsonSchema(values.FINITE_DURATION_SCHEMA),
+]
+"""Seconds; 0 is allowed."""
+PositiveDuration = Annotated[
+    float,
+    AfterValidator(values.check_positive),
+    _read_duration,
+    _as_duration,
+    WithJsonSchema(values.POSITIVE_DURATION_SCHEMA),
+]
+"""Seconds; neither 0 nor ``inf``."""
+Ratio = Annotated[float, BeforeValidator(values.parse_ratio), WithJsonSchema(values.RATIO_SCHEMA)]
+"""More than 0 and at most 1."""
+NonEmptyText = Annotated[str, AfterValidator(values.check_not_empty)]
+Endpoint = Annotated[str, AfterValidator(values.check_endpoint)]
+Host = Annotated[str, AfterValidator(values.check_host)]
+Pattern = Annotated[str, AfterValidator(values.check_pattern)]
 PullPolicy: TypeAlias = Literal["Always", "IfNotPresent", "Never"]
+KeyPath: TypeAlias = tuple[str | int, ...]
+"""Keys and list indexes from the root to one value: ``("upstreams", "docker.io", "ca")``."""
 
-# --- settings -------------------------------------------------------------------------------------
-
-
-def _wrong(below: tuple[str | int, ...], why: str) -> PydanticCustomError:
-    """An error of a whole section that is about one key in it."""
-    return PydanticCustomError("between", "{why}", {"why": why, "below": below})
+# --- sections -------------------------------------------------------------------------------------
 
 
-class Frozen(BaseModel):
-    """The base of every settings type: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Tls(Frozen):
-    """The listener's certificate; both files are read again when they change."""
-
-    certificate: Filled
-    key: Filled
+def _key_error(below: KeyPath, reason: str) -> PydanticCustomError:
+    """An error that a section's validator found in one key. ``below``: its path in the section."""
+    return PydanticCustomError("key_error", "{reason}", {"reason": reason, "below": below})
 
 
-class Log(Frozen):
-    """``auto`` is human-readable on a terminal, JSON otherwise."""
+class Section(BaseModel):
+    """The base of every section. Unknown keys are errors, and values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Tls(Section):
+    """The server's certificate and its private key."""
+
+    certificate: NonEmptyText
+    """PEM file with the certificate, followed by its intermediates."""
+    key: NonEmptyText
+    """PEM file with the private key of the certificate."""
+
+
+class Log(Section):
+    """The log lines on standard output."""
 
     format: Literal["auto", "human", "json"] = "auto"
+    """auto is human-readable on a terminal, and JSON otherwise."""
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severity that is written."""
 
 
-class Storage(Frozen):
-    """Sizes in bytes, times in seconds, marks as parts of ``max_size``."""
+class Storage(Section):
+    """The quota of the content on disk, and the lifetime of its verification."""
 
     max_size: Size = 50 * 2**30
-    high_water: Part = 0.95
-    low_water: Part = 0.85
+    """The quota: most bytes that content may take on disk."""
+    high_water: Ratio = 0.95
+    """Ratio of max_size at which eviction starts, such as 0.95 or 95%."""
+    low_water: Ratio = 0.85
+    """Ratio of max_size at which eviction ends. Less than high_water."""
     reverify: Duration = 86400.0
-    """Age at which content is hashed again while it is served; 0 = at every use, inf = never."""
+    """
+    Age of the last verification at which content is hashed again while it is served.
+    0: at every use, inf: never.
+    """
 
     @model_validator(mode="after")
-    def _marks(self) -> Self:
+    def _check_marks(self) -> Self:
         if self.low_water >= self.high_water:
-            raise _wrong(
+            raise _key_error(
                 ("low_water",),
                 f"{self.low_water:g} is not less than high_water, {self.high_water:g}",
             )
         return self
 
 
-class Limits(Frozen):
-    """Time limits in seconds and rates in bytes per second, for one upstream exchange."""
+class Limits(Section):
+    """The time limits and the least rate of one exchange with an upstream."""
 
-    connect: Limit = 5.0
-    headers: Limit = 15.0
-    idle: Limit = 30.0
+    connect: PositiveDuration = 5.0
+    """Longest time to connect, TLS included."""
+    headers: PositiveDuration = 15.0
+    """Longest time until the response headers are complete."""
+    idle: PositiveDuration = 30.0
+    """Longest time in which a body receives no data."""
     min_rate: Size = 1024
-    """A body slower than this over ``idle`` seconds is given up and resumed."""
+    """
+    Least rate of a body, in bytes per second over the time of idle.
+    A slower body is given up and resumed.
+    """
 
 
-class Credentials(Frozen):
-    """At most one source. ``password`` may be ``file:/path`` (see ``upstream/credentials.py``)."""
+class Credentials(Section):
+    """The mirror's login at one upstream, from at most one source."""
 
-    username: Filled | None = None
-    password: Filled | None = Field(default=None, repr=False)
-    docker_config: Filled | None = None
-    """A Docker ``config.json``: ``auths``, ``credHelpers`` and ``credsStore`` are honoured."""
-    helper: Annotated[str, AfterValidator(check_helper)] | None = None
-    """The name of a credential helper: ``docker-credential-<helper>`` on the PATH."""
+    username: NonEmptyText | None = None
+    """User name. Needs password."""
+    password: NonEmptyText | None = Field(default=None, repr=False)
+    """Password, or file:/path of a file that holds it. Needs username."""
+    docker_config: NonEmptyText | None = None
+    """A Docker config.json; its auths, credHelpers and credsStore are used."""
+    helper: Annotated[str, AfterValidator(values.check_helper)] | None = None
+    """Name of a credential helper: the mirror runs docker-credential-<name> from the PATH."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_one_source(self) -> Self:
         if (self.username is None) != (self.password is None):
-            raise ValueError("username and password go together")
-        named = {
+            raise ValueError("username and password must be set together")
+        sources = {
             "username": self.username,
             "docker_config": self.docker_config,
             "helper": self.helper,
         }
-        given = [name for name, value in named.items() if value is not None]
+        given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"more than one source: {' and '.join(given)}")
         if self.password == "file:":  # noqa: S105 - the prefix of a reference, no password
-            raise _wrong(("password",), "file: names no file")
+            raise _key_error(("password",), "file: must be followed by a path")
         return self
 
 
-class Upstream(Frozen):
-    """One registry that is mirrored. Times in seconds."""
+class Upstream(Section):
+    """One registry that is mirrored."""
 
     endpoints: tuple[Endpoint, ...]
+    """URLs of the registry. With more than one: failover in this order."""
     pull_policy: PullPolicy = "IfNotPresent"
+    """
+    Condition on which a cached tag is served. Always: the upstream confirms it.
+    IfNotPresent: it was confirmed within tag_ttl; otherwise as with Always.
+    Never: no condition, and nothing is fetched.
+    """
     tag_ttl: Duration = 300.0
+    """Age at which a tag is checked again, with IfNotPresent. 0: each time, inf: never."""
     serve_stale: bool = True
-    negative_ttl: Bounded = 10.0
+    """Serve the last known state of a tag when the upstream is unavailable."""
+    negative_ttl: FiniteDuration = 10.0
+    """How long a 404 of the upstream is remembered."""
     credentials: Credentials = Credentials()
+    """
+    The mirror's own login, from one source: username and password, docker_config, or helper.
+    All clients of the mirror can pull what this login can pull: use it with an allow list.
+    """
     token_hosts: tuple[Host, ...] = ()
+    """
+    Hosts that may issue tokens, beside the endpoint's own host and the built-in list for the
+    public registries.
+    """
     allow: tuple[Pattern, ...] = ()
-    """Patterns of repositories (``fnmatch``); empty allows all."""
+    """Shell-style patterns of repositories that may be served. Empty: all."""
     deny: tuple[Pattern, ...] = ()
-    ca: Filled | None = None
-    """A PEM file of certificate authorities for this upstream, beside the system's."""
+    """Shell-style patterns of repositories that may not be served. They win over allow."""
+    ca: NonEmptyText | None = None
+    """PEM file of certificate authorities, beside those of the system."""
     limits: Limits = Limits()
+    """Limits of one exchange with the upstream."""
 
     @model_validator(mode="after")
-    def _endpoints(self) -> Self:
+    def _check_endpoints(self) -> Self:
         if not self.endpoints:
-            raise _wrong(("endpoints",), "must not be empty")
+            raise _key_error(("endpoints",), "must not be empty")
         ends = [endpoint.rstrip("/") for endpoint in self.endpoints]
-        twice = next((end for end in ends if ends.count(end) > 1), None)
-        if twice is not None:
-            raise _wrong(("endpoints",), f"{twice} is there twice")
+        duplicate = next((end for end in ends if ends.count(end) > 1), None)
+        if duplicate is not None:
+            raise _key_error(("endpoints",), f"{duplicate} is listed twice")
         return self
 
 
-class Settings(Frozen):
+class Settings(Section):
     """The whole configuration."""
 
-    listen: Annotated[str, AfterValidator(check_listen)] = "127.0.0.1:5100"
+    listen: Annotated[str, AfterValidator(values.check_listen)] = "127.0.0.1:5100"
+    """Address and port to listen on; IPv6 as [::1]:5100."""
     tls: Tls | None = None
-    data_dir: Filled = "./data"
+    """Serve HTTPS. Both files are read again when they change."""
+    data_dir: NonEmptyText = "./data"
+    """Directory of the content; a valid OCI image layout."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
-    drain_timeout: Bounded = 30.0
-    """Seconds that pulls in flight may take after SIGTERM."""
+    """Number of server processes. They share the store and each fetch."""
+    drain_timeout: FiniteDuration = 30.0
+    """Longest time that running pulls may take after SIGTERM."""
     abandoned: Literal["finish", "cancel"] = "finish"
-    """What becomes of a fetch when its last client left."""
+    """Finish or cancel a fetch whose last client has left."""
     log: Log = Log()
+    """The log lines on standard output."""
     storage: Storage = Storage()
+    """How much content is kept, and how long its verification is valid."""
     default_upstream: str = "docker.io"
-    upstreams: dict[Annotated[str, AfterValidator(check_upstream_name)], Upstream] = {}
+    """
+    Upstream for clients that cannot name one, such as Docker with registry-mirrors.
+    Must be one of upstreams.
+    """
+    upstreams: dict[Annotated[str, AfterValidator(values.check_upstream_name)], Upstream] = {}
+    """The registries to mirror, by the host or host:port in image references."""
 
     @model_validator(mode="after")
-    def _upstreams(self) -> Self:
-        # Not asked for, it may be missing: clients that name no upstream get NAME_UNKNOWN then.
+    def _check_upstreams(self) -> Self:
+        # The built-in default may be missing from upstreams: then a client that names no upstream
+        # gets NAME_UNKNOWN. A default that was set must be one of them.
         if (
             "default_upstream" in self.model_fields_set
             and self.default_upstream not in self.upstreams
         ):
-            raise _wrong(("default_upstream",), "is not one of upstreams")
+            raise _key_error(("default_upstream",), "is not one of upstreams")
         for name, upstream in self.upstreams.items():
             for key in ("allow", "deny"):
                 for index, pattern in enumerate(getattr(upstream, key)):
                     if pattern.startswith(f"{name}/"):
-                        # It would match nothing, and a deny-list that denies nothing is silent.
-                        raise _wrong(
+                        # It would match no repository, so a deny list would deny nothing.
+                        raise _key_error(
                             ("upstreams", name, key, index),
-                            "a pattern does not begin with the upstream's name",
+                            "a pattern must not begin with the upstream's name",
                         )
         return self
+
+
+def section_type(model: type[Section], key: str) -> type[Section] | None:
+    """Return the type of a key that is a section, also of ``Tls | None``; None for a plain value.
+
+    For ``upstreams`` this is the type of one entry.
+    """
+    annotation = model.model_fields[key].annotation
+    options = get_args(annotation) or (annotation,)
+    return next(
+        (one for one in options if isinstance(one, type) and issubclass(one, Section)), None
+    )
 
 
 # --- from plain values ----------------------------------------------------------------------------
 
 
-class Invalid(ValueError):
-    """A value that cannot be used: ``path`` of the key, ``message`` without the value."""
+class InvalidSetting(ValueError):
+    """A value was refused. Raised by :func:`build`; ``load.py`` turns it into a ``ConfigError``.
 
-    def __init__(self, path: tuple[str | int, ...], message: str, more: int) -> None:
+    ``path`` is that of the key. ``message`` is the reason, without the value, which may be a
+    secret. ``more`` is the number of other values that were refused.
+    """
+
+    def __init__(self, path: KeyPath, message: str, more: int) -> None:
         super().__init__(message)
         self.path = path
         self.message = message
         self.more = more
-        """How many other values cannot be used either."""
 
 
 def build(tree: Mapping[str, Any]) -> Settings:
-    """Settings from plain values. Raises :class:`Invalid` for the first value that is wrong."""
+    """Build settings from plain values. Raises :class:`InvalidSetting` for the first bad value."""
     try:
         return Settings.model_validate(tree)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False)
-        first = found[0]
-        below = first["ctx"]["below"] if first["type"] == "between" else ()
+        errors = error.errors(include_url=False, include_input=False)
+        first = errors[0]
+        below = first["ctx"]["below"] if first["type"] == "key_error" else ()
         path = (*(part for part in first["loc"] if part != "[key]"), *below)
-        raise Invalid(path, _message(first["type"], first["msg"]), len(found) - 1) from None
+        raise InvalidSetting(path, _message(first["type"], first["msg"]), len(errors) - 1) from None
 
 
 _MESSAGES: Final = {
@@ -244,8 +318,9 @@ _MESSAGES: Final = {
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
 }
+"""Type of pydantic's error to our message for it."""
 
 
-def _message(kind: str, text: str) -> str:
+def _message(error_type: str, text: str) -> str:
     text = text.removeprefix("Value error, ").replace("Input should be", "must be")
-    return _MESSAGES.get(kind, text)
+    return _MESSAGES.get(error_type, text)

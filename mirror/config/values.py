@@ -1,7 +1,8 @@
-"""What values of the configuration look like: sizes, durations, hosts, URLs, patterns.
+"""The values of the configuration: sizes, durations, ratios, hosts, URLs, patterns.
 
-Lives here: their grammars, as pure functions that raise ``ValueError`` with a message that does not
-hold the value. Must not know: which setting has which.
+Lives here: the grammar of each kind of value, as a pure function that reads or checks it, and the
+same grammar as a JSON Schema for editors. A function raises ``ValueError``; its message never
+holds the value, which may be a secret. Must not know: which key has which kind of value.
 """
 
 from __future__ import annotations
@@ -11,20 +12,22 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from mirror.oci.text import printable
 
 NEVER: Final = math.inf
-_MOST: Final = 2**63 - 1
+"""The duration ``inf``."""
+_MAX_SIZE_BYTES: Final = 2**63 - 1
+"""Bytes; the largest signed 64-bit number, in which databases and file systems hold a size."""
 
 # size: number [K|M|G|T|P|E [i]] [B]   with i: powers of 1024, without: powers of 1000
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*(?:([kmgtpe])(i?))?b?", re.ASCII | re.I)
 # duration: number without a unit (seconds) | 1*(number unit) | inf
-_PLAIN: Final = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
-_PART: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|w)", re.ASCII)
-_PARTS: Final = re.compile(rf"(?:{_PART.pattern})+", re.ASCII)
+_NUMBER: Final = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
+_DURATION_PART: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|w)", re.ASCII)
+_DURATION: Final = re.compile(rf"(?:{_DURATION_PART.pattern})+", re.ASCII)
 _UNITS: Final = {
     **{
         unit: Fraction(n)
@@ -32,33 +35,40 @@ _UNITS: Final = {
     },
     "ms": Fraction(1, 1000),
 }
+"""Unit of a duration to its length in seconds."""
 
 
 def parse_size(raw: object) -> int:
-    """Bytes: ``50GiB`` (1024), ``500MB`` (1000), ``50Gi``, ``4096``. Raises ``ValueError``."""
+    """Read a size, and return bytes: ``50GiB`` (1024), ``500MB`` (1000), ``50Gi``, ``4096``.
+
+    Raises ``ValueError``.
+    """
     if isinstance(raw, int) and not isinstance(raw, bool):
         size = raw
-    elif isinstance(raw, str) and (found := _SIZE.fullmatch(raw.strip())):
-        number, prefix, binary = found.groups()
+    elif isinstance(raw, str) and (match := _SIZE.fullmatch(raw.strip())):
+        number, prefix, binary = match.groups()
         power = " kmgtpe".index(prefix.lower()) if prefix else 0
         size = int(Fraction(number) * (1024 if binary else 1000) ** power)
     else:
         raise ValueError("not a size, such as 50GiB or 500MB")
-    if not 0 < size <= _MOST:
+    if not 0 < size <= _MAX_SIZE_BYTES:
         raise ValueError("must be a size of at least 1 byte, and less than 8EiB")
     return size
 
 
 def parse_duration(raw: object) -> float:
-    """Seconds: ``5m``, ``1h30m``, ``250ms``, ``30``, ``0``, ``inf``. Raises ``ValueError``."""
+    """Read a duration, and return seconds: ``5m``, ``1h30m``, ``250ms``, ``30``, ``0``, ``inf``.
+
+    Raises ``ValueError``.
+    """
     if isinstance(raw, int | float) and not isinstance(raw, bool):
         seconds = float(raw)
     elif isinstance(raw, str) and raw.strip() == "inf":
         seconds = NEVER
-    elif isinstance(raw, str) and _PLAIN.fullmatch(raw.strip()):
+    elif isinstance(raw, str) and _NUMBER.fullmatch(raw.strip()):
         seconds = float(raw)
-    elif isinstance(raw, str) and _PARTS.fullmatch(raw.strip()):
-        parts = _PART.findall(raw)
+    elif isinstance(raw, str) and _DURATION.fullmatch(raw.strip()):
+        parts = _DURATION_PART.findall(raw)
         seconds = float(sum(Fraction(number) * _UNITS[unit] for number, unit in parts))
     else:
         raise ValueError("not a duration, such as 30s, 5m, 1d, 0 or inf")
@@ -67,25 +77,61 @@ def parse_duration(raw: object) -> float:
     return seconds
 
 
-def parse_part(raw: object) -> float:
-    """A part of the whole: ``0.95`` or ``95%``. Raises ``ValueError``."""
-    scale = 1.0
+def parse_ratio(raw: object) -> float:
+    """Read a ratio above 0 and up to 1: ``0.95`` or ``95%``. Raises ``ValueError``."""
+    divisor = 1.0
     if isinstance(raw, str):
         text = raw.strip()
         if text.endswith("%"):
-            text, scale = text[:-1].strip(), 100.0
-        if not _PLAIN.fullmatch(text):
-            raise ValueError("not a part of the whole, such as 0.95 or 95%")
-        raw = float(text)
+            text, divisor = text[:-1].strip(), 100.0
+        raw = float(text) if _NUMBER.fullmatch(text) else None
     if isinstance(raw, bool) or not isinstance(raw, int | float):
-        raise ValueError("not a part of the whole, such as 0.95 or 95%")
-    part = float(raw) / scale
-    if not 0 < part <= 1:
+        raise ValueError("not a ratio, such as 0.95 or 95%")
+    ratio = float(raw) / divisor
+    if not 0 < ratio <= 1:
         raise ValueError("must be more than 0 and at most 1 (100%)")
-    return part
+    return ratio
 
 
-def _exact(number: int | float, units: Mapping[str, int]) -> str | None:
+# --- the same grammars for editors ----------------------------------------------------------------
+
+_NUMBER_TEXT: Final = r"[0-9]{1,15}(\.[0-9]{1,9})?"
+_FINITE_TEXT: Final = rf"{_NUMBER_TEXT}|({_NUMBER_TEXT}(ms|s|m|h|d|w))+"
+_NUMBER_OR_STRING: Final = {"type": ["number", "string"]}
+SIZE_SCHEMA: Final[dict[str, Any]] = {
+    **_NUMBER_OR_STRING,
+    "minimum": 1,
+    "pattern": r"^\s*[0-9]{1,20}(\.[0-9]{1,9})?\s*([kKmMgGtTpPeE][iI]?)?[bB]?\s*$",
+}
+"""JSON Schema of a size, as :func:`parse_size` reads it."""
+FINITE_DURATION_SCHEMA: Final[dict[str, Any]] = {
+    **_NUMBER_OR_STRING,
+    "minimum": 0,
+    "pattern": rf"^\s*({_FINITE_TEXT})\s*$",
+}
+"""JSON Schema of a duration without ``inf``."""
+DURATION_SCHEMA: Final = {**FINITE_DURATION_SCHEMA, "pattern": rf"^\s*(inf|{_FINITE_TEXT})\s*$"}
+"""JSON Schema of a duration, as :func:`parse_duration` reads it."""
+POSITIVE_DURATION_SCHEMA: Final[dict[str, Any]] = {
+    **_NUMBER_OR_STRING,
+    "pattern": FINITE_DURATION_SCHEMA["pattern"],
+    "exclusiveMinimum": 0,
+}
+"""JSON Schema of a finite duration above 0."""
+RATIO_SCHEMA: Final[dict[str, Any]] = {
+    **_NUMBER_OR_STRING,
+    "exclusiveMinimum": 0,
+    "maximum": 1,
+    "pattern": rf"^\s*{_NUMBER_TEXT}\s*%?\s*$",
+}
+"""JSON Schema of a ratio, as :func:`parse_ratio` reads it."""
+
+
+# --- printing -------------------------------------------------------------------------------------
+
+
+def _format_exact(number: int | float, units: Mapping[str, int]) -> str | None:
+    """``number`` in the first unit that divides it, or None if no unit does."""
     for unit, worth in units.items():
         if number and number % worth == 0:
             return f"{int(number) // worth}{unit}"
@@ -93,46 +139,51 @@ def _exact(number: int | float, units: Mapping[str, int]) -> str | None:
 
 
 def format_size(size: int) -> str:
-    """The shortest text that :func:`parse_size` reads as exactly ``size``."""
+    """Return the shortest text that :func:`parse_size` reads as exactly ``size`` bytes."""
     binary = {f"{prefix}iB": 1024**power for power, prefix in ((4, "T"), (3, "G"), (2, "M"))}
-    return _exact(size, {**binary, "KiB": 1024}) or str(size)
+    return _format_exact(size, {**binary, "KiB": 1024}) or str(size)
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest text that :func:`parse_duration` reads as exactly ``seconds``."""
+    """Return the shortest text that :func:`parse_duration` reads as exactly ``seconds``."""
     if seconds == NEVER:
         return "inf"
-    exact = _exact(seconds, {"d": 86400, "h": 3600, "m": 60, "s": 1})
+    exact = _format_exact(seconds, {"d": 86400, "h": 3600, "m": 60, "s": 1})
     return exact or (
         f"{seconds:.9f}".rstrip("0").rstrip(".") if seconds < 1e6 else f"{seconds:.0f}"
     )
 
 
-def finite(seconds: float) -> float:
-    """For what must end."""
+# --- checks ---------------------------------------------------------------------------------------
+# Each returns its argument, as pydantic's validators do, or raises ``ValueError``.
+
+
+def check_finite(seconds: float) -> float:
+    """Refuse ``inf``."""
     if seconds == NEVER:
         raise ValueError("must be finite")
     return seconds
 
 
-def above_zero(seconds: float) -> float:
-    """For limits: finite, and more than 0."""
+def check_positive(seconds: float) -> float:
+    """Refuse 0 and ``inf``."""
     if seconds <= 0:
         raise ValueError("must be more than 0")
-    return finite(seconds)
+    return check_finite(seconds)
 
 
 def split_host(text: str) -> tuple[str, int | None]:
-    """``host``, ``host:port``, ``[::1]:port`` to (host without brackets, port or None).
+    """Split ``host``, ``host:port`` or ``[::1]:port`` into the host and the port.
 
-    Raises ``ValueError`` where it is none of these.
+    The host has no brackets; the port is None if the text has none. Raises ``ValueError`` for any
+    other text.
     """
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/?#@\s]+))(?::(\d{1,5}))?", text, re.ASCII
     )
-    if found is None:
+    if match is None:
         raise ValueError("not host or host:port")
-    literal, name, port = found.groups()
+    literal, name, port = match.groups()
     if literal is not None:
         ipaddress.IPv6Address(literal)
     elif not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", name, re.ASCII):
@@ -143,7 +194,7 @@ def split_host(text: str) -> tuple[str, int | None]:
 
 
 def check_listen(text: str) -> str:
-    """``address:port``, IPv6 in brackets; 0 lets the system choose."""
+    """Check an ``address:port``. IPv6 is in brackets; with port 0 the system chooses the port."""
     try:
         port = split_host(text)[1]
     except ValueError:
@@ -154,7 +205,7 @@ def check_listen(text: str) -> str:
 
 
 def check_endpoint(text: str) -> str:
-    """An absolute http(s) URL; a path prefix is allowed."""
+    """Check an absolute http(s) URL. It may have a path, which is put before ``/v2/``."""
     try:
         url = urlsplit(text)
         host, _ = split_host(url.netloc.rpartition("@")[2])
@@ -163,7 +214,7 @@ def check_endpoint(text: str) -> str:
     if url.scheme not in ("http", "https") or not host:
         raise ValueError("must be an absolute URL that begins with https:// or http://")
     if "@" in url.netloc:
-        raise ValueError("must not carry a user or password: use credentials")
+        raise ValueError("must not have a user or password: use credentials")
     if "?" in text or "#" in text:
         raise ValueError("must have neither query nor fragment")
     if printable(text) != text or not text.isascii() or " " in text or "\\" in text:
@@ -172,27 +223,27 @@ def check_endpoint(text: str) -> str:
 
 
 def check_upstream_name(text: str) -> str:
-    """``host`` or ``host:port``, as in image references."""
+    """Check the name of an upstream: ``host`` or ``host:port``, as in image references."""
     try:
         host, port = split_host(text)
     except ValueError:
         raise ValueError("an upstream is named by host or host:port, as in references") from None
     if text != text.lower():
-        raise ValueError("must be written in lower case")
+        raise ValueError("must be in lower case")
     if "." not in host and ":" not in host and port is None and host != "localhost":
-        # As in image references: what has neither is the first part of a path.
+        # In an image reference, a first component without dot or port is part of the path.
         raise ValueError("the host of a reference has a dot or a port, or is localhost")
     return text
 
 
 def check_host(text: str) -> str:
-    """``host`` or ``host:port``."""
+    """Check a ``host`` or ``host:port``."""
     split_host(text)
     return text
 
 
-def check_filled(text: str) -> str:
-    """Text that is not blank."""
+def check_not_empty(text: str) -> str:
+    """Refuse blank text, and a zero byte, which no path may have."""
     if not text.strip():
         raise ValueError("must not be empty")
     if "\0" in text:
@@ -201,15 +252,15 @@ def check_filled(text: str) -> str:
 
 
 def check_pattern(text: str) -> str:
-    """A pattern of repositories for ``fnmatch``."""
+    """Check a pattern of repositories for ``fnmatch``."""
     if not text.strip() or re.search(r"\s", text) or text.startswith("/"):
         raise ValueError("not a pattern of repositories, such as library/*")
     return text
 
 
 def check_helper(text: str) -> str:
-    """The name of a credential helper, without ``docker-credential-``."""
-    # It becomes a part of a file name.
+    """Check the name of a credential helper, without ``docker-credential-``."""
+    # The name becomes part of a file name, so it must not hold a slash.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text, re.ASCII):
         raise ValueError("must be the part after docker-credential-")
     return text

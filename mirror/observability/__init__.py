@@ -1,8 +1,14 @@
-"""What operators see: events, log lines, metrics.
+"""Reports to the operator: events, log lines, metrics.
 
-Other packages report frozen events (``events``) to an observer. ``logs`` and ``metrics`` are the
-observers. Must not know: who reports an event, or why.
+Another package reports a frozen event to an observer, and does not know who observes. In reading
+order:
 
-Nothing is imported here: ``prometheus_client`` reads its environment when it is imported, so the
-server decides when that happens.
+- ``events.py``: each event, and ``Pull``, the record of one request.
+- ``logs.py``: the observer that writes log lines, and the ``Server-Timing`` header.
+- ``metrics.py``: the observer that counts, for Prometheus.
+
+Must not know: how an event comes about.
+
+This module imports nothing: ``prometheus_client`` reads its environment when it is imported, so
+the server decides when that happens.
 """

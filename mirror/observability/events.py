@@ -1,10 +1,11 @@
-"""What happened, as frozen values, and the record of one pull.
+"""Events, and the record of one request.
 
-Lives here: the vocabulary in which every room reports. A room gets an :data:`Observer` and calls
-it; ``metrics.py`` and ``logs.py`` are the observers. Must not know: who listens.
+Lives here: a frozen type for each event that a package may report. A package gets an
+:data:`Observer` and calls it with events; ``metrics.py`` and ``logs.py`` have the observers. Must
+not know: who observes.
 
-A pull is one :class:`Pull`, filled in as it passes the rooms; the log line, ``Server-Timing`` and
-the metrics all read it, so nothing is measured twice.
+A request is one :class:`Pull`, which the packages fill in as the request passes them. The log
+line, ``Server-Timing`` and the metrics all read it, so nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TypeAlias
 
 
 class Kind(StrEnum):
-    """What a request is about. A bounded label."""
+    """The kind of object that a request names. A metric label, so its values are few."""
 
     PING = "ping"
     MANIFEST = "manifest"
@@ -28,7 +29,7 @@ class Kind(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How a request ended. Exactly one each, so that they add up to all requests."""
+    """The result of a request. Each request has exactly one (``docs/metrics.md`` explains them)."""
 
     HIT = "hit"
     JOIN = "join"
@@ -42,7 +43,7 @@ class Outcome(StrEnum):
 
 @dataclass(slots=True)
 class Pull:
-    """One request, from its first line to its last byte. Times are seconds."""
+    """The record of one request, from its first line to its last byte. Times are in seconds."""
 
     request_id: str
     method: str
@@ -51,52 +52,52 @@ class Pull:
     user_agent: str = ""
     kind: Kind = Kind.INVALID
     ns: str | None = None
-    """What the client named the upstream, where it said so and we know it."""
+    """The ``ns`` query parameter, if it names a configured upstream (containerd sends it)."""
     upstream: str = ""
-    """The configured upstream's name, or empty: never what a client made up."""
+    """Name of the configured upstream; empty if the request names none of them."""
     repository: str = ""
     reference: str = ""
     digest: str = ""
     outcome: Outcome = Outcome.ERROR
     status: int = 0
-    """What the client was told; 0 until its headers are on their way."""
+    """HTTP status of the response; 0 until its headers are sent."""
     error: str = ""
-    """The OCI code, and why, where there was an error."""
+    """OCI code and message of an error; empty without one."""
     warning: str = ""
-    """Why a stale answer was given; becomes the ``Warning`` header."""
+    """Reason for a stale response; becomes the ``Warning`` header."""
     bytes_sent: int = 0
     sent_in_one_write: bool = False
-    """Whether the body went out at once: then no :class:`BytesSent` tells of it."""
+    """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
     complete: bool = False
-    """Whether all that the response promised was sent."""
+    """Whether the whole body was sent."""
     joined_at: int | None = None
-    """Bytes that had arrived when this pull joined growing content."""
+    """Bytes that a running ingest had when this request joined it; None if it joined none."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
-    """Seconds from the start to the first byte of the answer."""
+    """Seconds from the start to the first byte of the response; None before it."""
     duration: float = 0.0
     stages: list[tuple[str, float]] = field(default_factory=list)
-    """(name, seconds): admission, index, token, resolve, upstream, wait, send …"""
+    """(name, seconds) of each measured stage: index, resolve, upstream, fetch, wait, send."""
 
-    def stage(self, name: str) -> Stage:
-        """Measure one stage; stages of the same name add up for ``Server-Timing``."""
-        return Stage(self.stages, name)
+    def stage(self, name: str) -> StageTimer:
+        """Return a context that measures one stage. Stages of the same name add up."""
+        return StageTimer(self.stages, name)
 
 
-class Stage:
-    """A context whose time is one stage of a pull, however it ends."""
+class StageTimer:
+    """A context manager that adds its duration to ``stages``, also if its block raises."""
 
-    __slots__ = ("_begun", "_name", "_stages")
+    __slots__ = ("_name", "_stages", "_started")
 
     def __init__(self, stages: list[tuple[str, float]], name: str) -> None:
         self._stages = stages
         self._name = name
 
     def __enter__(self) -> None:
-        self._begun = time.monotonic()
+        self._started = time.monotonic()
 
-    def __exit__(self, *ending: object) -> None:
-        self._stages.append((self._name, time.monotonic() - self._begun))
+    def __exit__(self, *exc_info: object) -> None:
+        self._stages.append((self._name, time.monotonic() - self._started))
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -104,21 +105,21 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class PullStarted:
-    """A request came in."""
+    """A request was received."""
 
     pull: Pull
 
 
 @dataclass(frozen=True, slots=True)
 class PullEnded:
-    """A request is over, whatever its outcome: exactly one for each ``PullStarted``."""
+    """A request ended, with any outcome. There is exactly one for each :class:`PullStarted`."""
 
     pull: Pull
 
 
 @dataclass(frozen=True, slots=True)
 class BytesSent:
-    """Bytes of a body that went to a client, as they go."""
+    """Bytes of a body were sent to a client. Reported several times for one body."""
 
     upstream: str
     count: int
@@ -126,7 +127,7 @@ class BytesSent:
 
 @dataclass(frozen=True, slots=True)
 class BytesFetched:
-    """Bytes of a body that came from an upstream, as they come."""
+    """Bytes of a body were received from an upstream. Reported several times for one body."""
 
     upstream: str
     count: int
@@ -134,9 +135,11 @@ class BytesFetched:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamResponded:
-    """One HTTP exchange with an endpoint. ``status`` 0: no answer, ``error`` says why.
+    """An HTTP exchange with an endpoint ended.
 
-    ``billed``: a request that a registry counts against a pull limit (``GET`` of a manifest).
+    ``status`` is 0 if there was no response; ``error`` says why. ``seconds`` is the time to the
+    response headers. ``billed``: the registry may count the request against a pull limit (a ``GET``
+    of a manifest).
     """
 
     upstream: str
@@ -151,7 +154,7 @@ class UpstreamResponded:
 
 @dataclass(frozen=True, slots=True)
 class TokenFetched:
-    """One exchange with a token service."""
+    """An exchange with a token service ended, with a token if ``ok``, after ``seconds``."""
 
     upstream: str
     ok: bool
@@ -160,18 +163,18 @@ class TokenFetched:
 
 @dataclass(frozen=True, slots=True)
 class RateLimitSeen:
-    """``ratelimit-limit`` and ``ratelimit-remaining`` of an answer (Docker Hub)."""
+    """A response had ``ratelimit-limit`` and ``ratelimit-remaining`` (Docker Hub), in pulls."""
 
     upstream: str
     limit: int
     remaining: int
     window: int
-    """Seconds."""
+    """Seconds for which the limit counts pulls."""
 
 
 @dataclass(frozen=True, slots=True)
 class CircuitChanged:
-    """A circuit opened (requests are not tried) or closed again."""
+    """The circuit breaker of an endpoint opened (no requests are sent) or closed again."""
 
     upstream: str
     endpoint: str
@@ -180,7 +183,7 @@ class CircuitChanged:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A transfer broke at ``offset`` and goes on from there (or from 0: ``restarted``)."""
+    """A broken transfer was resumed at ``offset`` bytes, or from 0 if ``restarted``."""
 
     upstream: str
     offset: int
@@ -190,7 +193,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class DigestMismatched:
-    """Bytes that were not what their name says. ``where``: upstream, disk or resume."""
+    """Bytes did not hash to their digest. ``where`` they came from: upstream, resume or disk."""
 
     upstream: str
     digest: str
@@ -199,7 +202,7 @@ class DigestMismatched:
 
 @dataclass(frozen=True, slots=True)
 class Reverified:
-    """Content whose verification had aged was hashed again."""
+    """Content whose last verification was too old was hashed again. ``ok``: it is intact."""
 
     digest: str
     ok: bool
@@ -207,7 +210,7 @@ class Reverified:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """Content that was dropped. ``reason``: quota, disk, corrupt."""
+    """``count`` contents of ``bytes`` in all were deleted. ``reason``: quota, disk, corrupt."""
 
     count: int
     bytes: int
@@ -216,7 +219,10 @@ class Evicted:
 
 @dataclass(frozen=True, slots=True)
 class Uncached:
-    """A pull was served, but not kept. ``reason``: full, quota, readonly, io, stalled …"""
+    """A pull was served, but its content was not stored.
+
+    ``reason``: full, readonly, descriptors, io, stalled, handover (``docs/metrics.md``).
+    """
 
     digest: str
     reason: str
@@ -224,17 +230,17 @@ class Uncached:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """Content became whole and durable."""
+    """Content is complete, verified and durable."""
 
     digest: str
     bytes: int
     seconds: float
-    """From the first byte asked of the upstream to the rename."""
+    """Seconds from the start of the ingest to the rename of its file."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageMeasured:
-    """What is on disk now."""
+    """The current number and bytes of contents on disk, and the quota in bytes."""
 
     count: int
     bytes: int
@@ -244,7 +250,10 @@ class StorageMeasured:
 
 @dataclass(frozen=True, slots=True)
 class IngestsMeasured:
-    """Growing content of this process now; ``oldest_idle`` is seconds without progress."""
+    """The current number of running ingests of this process.
+
+    ``oldest_idle``: the longest time, in seconds, that one of them has received no data.
+    """
 
     count: int
     oldest_idle: float
@@ -252,7 +261,7 @@ class IngestsMeasured:
 
 @dataclass(frozen=True, slots=True)
 class LogMessage:
-    """Something an operator wants to read once, in one line."""
+    """A message for the log, as one line. ``level``: debug, info, warning, error."""
 
     level: str
     message: str
@@ -279,7 +288,3 @@ Event: TypeAlias = (
     | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]
-
-
-def ignore(event: Event) -> None:
-    """The observer that does nothing."""

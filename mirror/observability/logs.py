@@ -1,7 +1,8 @@
-"""Log lines: one for each pull, one for each thing an operator wants to know, and none too many.
+"""Log lines: one for each request, and one for each event that an operator should know of.
 
-Lives here: the formats, what is escaped, what is held back. Must not know: how events come about.
-Lines are written without waiting: a pipe that is full or closed loses lines, never a pull.
+Lives here: the two formats, the escapes, the masking of secrets, and the limit on repeated lines.
+Must not know: how an event comes about. A write never blocks: a pipe that is full or closed loses
+lines, and delays no request.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from mirror.observability.events import Event, Kind, Pull
 from mirror.oci.text import printable
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
-_FIELD_LIMIT: Final = 512
-_BURST: Final = 5
-"""Lines of one kind that are written in a period; the others are counted."""
-_PERIOD: Final = 10.0
+_MAX_FIELD_CHARS: Final = 512
+"""Characters of one field; enough for a digest and a long URL."""
+_BURST_LINES: Final = 5
+"""Lines with the same message that are written in a period. Further ones are only counted."""
+_BURST_PERIOD_S: Final = 10.0
+"""Seconds; a repeated message stays visible, and cannot fill the disk."""
+_MAX_BURST_KEYS: Final = 1000
+"""Messages that are counted at a time; bounds the memory if messages differ."""
+# A password in a URL, the value of an Authorization header, the query of a signed URL.
 _SECRETS: Final = re.compile(
     r"(?P<keep>://)[^\s/@]+(?=@)|(?P<name>authorization\s*[:=]\s*(?:(?:bearer|basic)\s+)?)\S+"
     r"|(?P<query>https?://[^\s?]+)\?\S+",
@@ -33,90 +39,100 @@ _SECRETS: Final = re.compile(
 )
 _NUMBERS: Final = "id=%s bytes=%d seconds=%.6f first_byte=%.6f"
 _JSON_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
-_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
+_NOT_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
-_NAMES: Final = {level: name for name, level in _LEVELS.items()}
+_LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
 
-Later: TypeAlias = Callable[[Callable[[], None]], object]
-Steady: TypeAlias = tuple[tuple[str, str | int], ...]
+Schedule: TypeAlias = Callable[[Callable[[], None]], object]
+"""Calls a function soon, such as an event loop's ``call_soon``."""
+Fields: TypeAlias = tuple[tuple[str, str | int], ...]
+"""(key, value) of each field, in the order of the line."""
 
 
-class Lines:
-    """Writes lines to a stream; one that is closed or full loses them.
+class LogWriter:
+    """Writes log lines to a stream. Lines are lost if it is closed or full.
 
-    ``logging`` is for what libraries have to say: its records cost more than an answer does.
+    ``settings`` chooses level and format. ``schedule``: the lines of one turn of the event loop are
+    written together; None writes each line at once. Only libraries use ``logging``: a record of it
+    takes longer than a response from the cache.
     """
 
-    def __init__(self, settings: Log, stream: TextIO, later: Later | None = None) -> None:
+    def __init__(self, settings: Log, stream: TextIO, schedule: Schedule | None = None) -> None:
         self._stream = stream
-        self._later = later
-        self._held: list[str] = []
+        self._schedule = schedule
+        self._pending: list[str] = []
         self._level = _LEVELS[settings.level]
         self._as_json = settings.format == "json" or (
             settings.format == "auto" and not stream.isatty()
         )
         self._second = (0, "")
+        """A second since the epoch, and its text: most lines are of the same second."""
 
-    def enabled(self, level: int) -> bool:
+    def is_enabled(self, level: int) -> bool:
         """Whether lines of this level are written."""
         return level >= self._level
 
     def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
-        """Write one line, whatever is in its fields."""
-        self._write(level, message, [_pair(*field, self._as_json) for field in fields.items()])
+        """Write one line of ``level`` with ``message``. ``fields`` may hold any values."""
+        self._add(
+            level, message, [_encode_field(*field, self._as_json) for field in fields.items()]
+        )
 
     def write_pull(self, level: int, pull: Pull) -> None:
-        """Write the line of a pull."""
-        self._write(level, "pull", pull_pairs(pull, self._as_json))
+        """Write the line of a request."""
+        self._add(level, "pull", encode_pull(pull, self._as_json))
 
-    def _write(self, level: int, message: str, pairs: list[str]) -> None:
-        """Hold a line; ``later`` brings those of one moment out together."""
-        self._held.append(self._line(time.time(), level, message, pairs))
-        if self._later is None:
+    def _add(self, level: int, message: str, fields: list[str]) -> None:
+        self._pending.append(self._format_line(time.time(), level, message, fields))
+        if self._schedule is None:
             self.flush()
-        elif len(self._held) == 1:
-            self._later(self.flush)
+        elif len(self._pending) == 1:
+            self._schedule(self.flush)
 
     def flush(self) -> None:
-        """Bring out what is held back."""
-        lines, self._held = self._held, []
+        """Write the pending lines."""
+        lines, self._pending = self._pending, []
         try:
             self._stream.write("".join(lines))
             self._stream.flush()
         except (OSError, ValueError):
             return
 
-    def _line(self, at: float, level: int, message: str, pairs: list[str]) -> str:
-        """Human-readable, or JSON; always exactly one line."""
+    def _format_line(self, at: float, level: int, message: str, fields: list[str]) -> str:
+        """Exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
-        name = _NAMES.get(level, "info")
+        name = _LEVEL_NAMES.get(level, "info")
         if self._as_json:
-            head = f'{{"time":"{stamp}","level":"{name}","message":{_encoded(message)}'
-            return ",".join((head, *pairs)) + "}\n"
-        return " ".join((f"{stamp} {name:7} {_clean(message)}", *pairs)).rstrip() + "\n"
+            head = f'{{"time":"{stamp}","level":"{name}","message":{_to_json(message)}'
+            return ",".join((head, *fields)) + "}\n"
+        return " ".join((f"{stamp} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
 
 
-def _pair(key: str, value: object, as_json: bool) -> str:
-    return f'"{key}":{_encoded(value)}' if as_json else f"{key}={_quoted(_clean(value))}"
+# --- encoding -------------------------------------------------------------------------------------
+
+
+def _encode_field(key: str, value: object, as_json: bool) -> str:
+    return f'"{key}":{_to_json(value)}' if as_json else f"{key}={_quote(_sanitize(value))}"
 
 
 @lru_cache(4096)
-def _remembered(steady: Steady, as_json: bool) -> str:
-    pairs = (_pair(key, value, as_json) for key, value in steady)
-    return ("," if as_json else " ").join(pairs)
+def _encode_fields(fields: Fields, as_json: bool) -> str:
+    """Encode fields that are the same for many requests."""
+    encoded = (_encode_field(key, value, as_json) for key, value in fields)
+    return ("," if as_json else " ").join(encoded)
 
 
-def _encoded(value: object) -> str:
-    """JSON (RFC 8259); the standard encoder takes longer than the answer that the line is about."""
+def _to_json(value: object) -> str:
+    """Encode as JSON (RFC 8259). The standard encoder takes longer than a cached response."""
     match value:
         case float():
             return f"{value:.6f}"
@@ -125,38 +141,38 @@ def _encoded(value: object) -> str:
         case int():
             return repr(value)
         case dict():
-            pairs = [f'"{key}":{_encoded(part)}' for key, part in value.items()]
-            return "{" + ",".join(pairs) + "}"
-    return encode_basestring_ascii(str(_clean(value)))
+            fields = [f'"{key}":{_to_json(item)}' for key, item in value.items()]
+            return "{" + ",".join(fields) + "}"
+    return encode_basestring_ascii(str(_sanitize(value)))
 
 
-def _clean(value: object) -> object:
-    """No control characters, no secrets, no novels."""
+def _sanitize(value: object) -> object:
+    """Escape control characters, mask secrets, and cut long text. Round a float to microseconds."""
     if isinstance(value, str):
-        plain = len(value) <= _FIELD_LIMIT and value.isascii() and value.isalnum()
-        return value if plain else _mask_secrets(value)
+        plain = len(value) <= _MAX_FIELD_CHARS and value.isascii() and value.isalnum()
+        return value if plain else _SECRETS.sub(_mask, printable(value, _MAX_FIELD_CHARS))
     return round(value, 6) if isinstance(value, float) else value
-
-
-def _mask_secrets(text: str) -> str:
-    return _SECRETS.sub(_mask, printable(text, _FIELD_LIMIT))
 
 
 def _mask(match: re.Match[str]) -> str:
     return (match["keep"] or match["name"] or match["query"] or "") + "***"
 
 
-def _quoted(value: object) -> str:
+def _quote(value: object) -> str:
+    """Quote text that would not be one word of a line for humans."""
     text = str(value)
     return json.dumps(text) if not text or any(char in text for char in ' ="') else text
 
 
-class _Forward(logging.Handler):
-    """What libraries log, as lines of ours; a traceback becomes its last line."""
+# --- the log of libraries -------------------------------------------------------------------------
 
-    def __init__(self, lines: Lines) -> None:
+
+class _LibraryLogHandler(logging.Handler):
+    """Writes the records of libraries as our lines. A traceback becomes its last line."""
+
+    def __init__(self, writer: LogWriter) -> None:
         super().__init__()
-        self._lines = lines
+        self._writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -164,136 +180,134 @@ class _Forward(logging.Handler):
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             fields["error"] = f"{type(error).__name__}: {error}"
-        self._lines.write(record.levelno, record.getMessage(), fields)
+        self._writer.write(record.levelno, record.getMessage(), fields)
 
 
-class _OneLine(logging.Filter):
-    """aiohttp's server logs a dozen lines for a malformed request: one, and not each time."""
+class _RepeatFilter(logging.Filter):
+    """Limits repeated records: aiohttp's server logs several for each malformed request."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._limit = RateLimit()
+        self._limit = BurstLimit()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is written."""
-        suppressed = self._limit.allow(record.msg if isinstance(record.msg, str) else "")
+        suppressed = self._limit.admit(record.msg if isinstance(record.msg, str) else "")
         if suppressed is None:
             return False
         record.fields = {"suppressed": suppressed} if suppressed else {}
         return True
 
 
-class RateLimit:
-    """Lets a burst through in each period, for each key, and counts the rest."""
+class BurstLimit:
+    """Admits a few lines for each key in a period, and counts the others."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, int]] = {}
+        self._bursts: dict[str, tuple[float, int]] = {}
+        """Key to the start of its period (monotonic, in seconds) and its lines since then."""
 
-    def allow(self, key: str) -> int | None:
-        """None: hold it back. Else how many were held back before it."""
+    def admit(self, key: str) -> int | None:
+        """Count a line. Returns None to suppress it, else the number suppressed before it."""
         now = time.monotonic()
-        begun, count = self._seen.get(key, (now, 0))
-        if now - begun > _PERIOD:
-            self._seen[key] = (now, 1)
-            return max(0, count - _BURST)
-        if len(self._seen) > 1000:
-            self._seen.clear()
-        self._seen[key] = (begun, count + 1)
-        return 0 if count < _BURST else None
+        started, count = self._bursts.get(key, (now, 0))
+        if now - started > _BURST_PERIOD_S:
+            self._bursts[key] = (now, 1)
+            return max(0, count - _BURST_LINES)
+        if len(self._bursts) > _MAX_BURST_KEYS:
+            self._bursts.clear()
+        self._bursts[key] = (started, count + 1)
+        return 0 if count < _BURST_LINES else None
 
 
 def configure_logging(
-    settings: Log, stream: TextIO | None = None, later: Later | None = None
-) -> Lines:
-    """Set up logging of this process, and return where lines go.
+    settings: Log, stream: TextIO | None = None, schedule: Schedule | None = None
+) -> LogWriter:
+    """Set up logging of this process as ``settings`` says, and return the writer of its lines.
 
-    ``later``: an event loop's ``call_soon``; without it each line is written at once.
+    ``stream``: None is standard output. ``schedule``: see :class:`LogWriter`.
     """
-    lines = Lines(settings, stream or sys.stdout, later)
+    writer = LogWriter(settings, stream or sys.stdout, schedule)
     root = logging.getLogger()
-    root.handlers = [_Forward(lines)]
+    root.handlers = [_LibraryLogHandler(writer)]
     root.setLevel(logging.WARNING)
     logging.raiseExceptions = False
-    logging.getLogger("aiohttp.server").filters = [_OneLine()]
-    return lines
+    logging.getLogger("aiohttp.server").filters = [_RepeatFilter()]
+    return writer
+
+
+# --- events ---------------------------------------------------------------------------------------
 
 
 class LogObserver:
-    """The observer that writes."""
+    """The observer that writes log lines."""
 
-    def __init__(self, lines: Lines) -> None:
-        self._lines = lines
-        self._limit = RateLimit()
+    def __init__(self, writer: LogWriter) -> None:
+        self._writer = writer
+        self._limit = BurstLimit()
 
     def observe(self, event: Event) -> None:
-        """Write what is worth a line."""
+        """Write the line of an event, if it has one."""
         match event:
             case events.PullStarted() | events.BytesSent():
                 pass
             case events.PullEnded(pull):
-                quiet = pull.kind is Kind.PING and not pull.error
-                level = logging.DEBUG if quiet else logging.INFO
-                if self._lines.enabled(level):
-                    self._lines.write_pull(level, pull)
+                is_quiet = pull.kind is Kind.PING and not pull.error
+                level = logging.DEBUG if is_quiet else logging.INFO
+                if self._writer.is_enabled(level):
+                    self._writer.write_pull(level, pull)
             case events.LogMessage(level, message, fields):
-                self._note(_LEVELS.get(level, logging.INFO), message, dict(fields))
+                self._write_limited(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
                 fields_ = {"upstream": upstream, "digest": digest, "where": where}
-                self._note(logging.ERROR, "digest mismatch", fields_)
+                self._write_limited(logging.ERROR, "digest mismatch", fields_)
             case events.Uncached(digest, reason):
-                self._note(logging.WARNING, "served uncached", {"digest": digest, "reason": reason})
+                fields_ = {"digest": digest, "reason": reason}
+                self._write_limited(logging.WARNING, "served uncached", fields_)
             case events.Evicted(count, size, reason):
-                self._note(
-                    logging.INFO, "evicted", {"count": count, "bytes": size, "reason": reason}
-                )
+                counts = {"count": count, "bytes": size, "reason": reason}
+                self._write_limited(logging.INFO, "evicted", counts)
             case events.CircuitChanged(upstream, endpoint, is_open):
-                state = "open" if is_open else "closed"
-                self._note(
-                    logging.WARNING,
-                    f"circuit {state}",
-                    {"upstream": upstream, "endpoint": endpoint},
-                )
+                message = "circuit open" if is_open else "circuit closed"
+                fields_ = {"upstream": upstream, "endpoint": endpoint}
+                self._write_limited(logging.WARNING, message, fields_)
             case events.Resumed(upstream, offset, _, reason):
-                self._note(
-                    logging.INFO,
-                    "transfer resumed",
-                    {"upstream": upstream, "offset": offset, "reason": reason},
-                )
+                resumed = {"upstream": upstream, "offset": offset, "reason": reason}
+                self._write_limited(logging.INFO, "transfer resumed", resumed)
             case _:
                 pass
 
-    def _note(self, level: int, message: str, fields: dict[str, Any]) -> None:
-        suppressed = self._limit.allow(message) if self._lines.enabled(level) else None
+    def _write_limited(self, level: int, message: str, fields: dict[str, Any]) -> None:
+        suppressed = self._limit.admit(message) if self._writer.is_enabled(level) else None
         if suppressed is not None:
             more = {"suppressed": suppressed} if suppressed else {}
-            self._lines.write(level, message, {**fields, **more})
+            self._writer.write(level, message, {**fields, **more})
 
 
-def pull_pairs(pull: Pull, as_json: bool) -> list[str]:
-    """A pull's story, encoded: what it has in common with others first, then what is its own."""
-    # A request id is letters and digits by its pattern: nothing in it has to be escaped.
+def encode_pull(pull: Pull, as_json: bool) -> list[str]:
+    """Encode the fields of a request: those that many requests share first, then its own."""
+    # A request id has only letters and digits, so it needs no escape.
     numbers = _JSON_NUMBERS if as_json else _NUMBERS
     first = pull.first_byte or 0.0
-    pairs = [
-        _remembered(pull_names(pull), as_json),
+    fields = [
+        _encode_fields(_shared_fields(pull), as_json),
         numbers % (pull.request_id, pull.bytes_sent, pull.duration, first),
     ]
     if pull.joined_at is not None:
-        pairs.append(_pair("joined_at", pull.joined_at, as_json))
+        fields.append(_encode_field("joined_at", pull.joined_at, as_json))
     if pull.stages:
-        pairs.append(_pair("stages", _totals(pull), as_json))
+        fields.append(_encode_field("stages", _stage_totals(pull), as_json))
     if not pull.repository:
-        pairs.append(_pair("path", pull.path.partition("?")[0], as_json))
+        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json))
     if pull.warning:
-        pairs.append(_pair("warning", pull.warning, as_json))
+        fields.append(_encode_field("warning", pull.warning, as_json))
     if pull.error:
-        pairs.append(_pair("error", pull.error, as_json))
-    return pairs
+        fields.append(_encode_field("error", pull.error, as_json))
+    return fields
 
 
-def pull_names(pull: Pull) -> Steady:
-    """What it has in common with others: who asked for what, and how that ended."""
-    named: Steady = (
+def _shared_fields(pull: Pull) -> Fields:
+    """The fields that are the same for many requests, so that their encoding is cached."""
+    fields: Fields = (
         ("outcome", pull.outcome.value),
         ("status", pull.status),
         ("method", pull.method),
@@ -305,23 +319,28 @@ def pull_names(pull: Pull) -> Steady:
         ("client", pull.client),
     )
     if not pull.digest:
-        named = tuple(pair for pair in named if pair[1] != "")
-    agent = pull.user_agent[: _FIELD_LIMIT + 1]
-    return (*named, ("user_agent", agent)) if agent else named
+        fields = tuple(field for field in fields if field[1] != "")
+    agent = pull.user_agent[: _MAX_FIELD_CHARS + 1]
+    return (*fields, ("user_agent", agent)) if agent else fields
+
+
+# --- Server-Timing --------------------------------------------------------------------------------
 
 
 def server_timing(pull: Pull) -> str:
-    """``Server-Timing`` (W3C): the stages so far, in milliseconds."""
-    totals = {**_totals(pull), "total": time.monotonic() - pull.started}
+    """Return ``Server-Timing`` (W3C Server Timing): the stages so far, in milliseconds."""
+    totals = {**_stage_totals(pull), "total": time.monotonic() - pull.started}
     return ", ".join(f"{_token(name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items())
 
 
 @lru_cache(64)
 def _token(name: str) -> str:
-    return _TOKEN.sub("-", name)
+    """``name`` as a ``token`` (RFC 9110, section 5.6.2), with ``-`` for all other characters."""
+    return _NOT_TOKEN.sub("-", name)
 
 
-def _totals(pull: Pull) -> dict[str, float]:
+def _stage_totals(pull: Pull) -> dict[str, float]:
+    """The seconds of each stage. Stages of the same name are added up."""
     totals: dict[str, float] = {}
     for name, seconds in pull.stages:
         totals[name] = totals.get(name, 0.0) + seconds

@@ -1,17 +1,18 @@
-"""Every metric there is, and the only import of prometheus_client.
+"""All metrics, and the only import of ``prometheus_client``.
 
-Lives here: how events become numbers. Must not know: who reports them. No label has values that a
-client can make up: upstreams are those of the configuration, the rest are bounded words.
+Lives here: the counting of events. Must not know: who reports them. A client cannot create label
+values: upstreams are those of the configuration, and other labels have a fixed set of values.
+``docs/metrics.md`` has the same help texts; a test compares the two.
 
-With several worker processes prometheus_client adds up files below ``PROMETHEUS_MULTIPROC_DIR``,
-which has to be set before this module is imported.
+With several worker processes, ``prometheus_client`` adds up files below
+``PROMETHEUS_MULTIPROC_DIR``. The variable must be set before this module is imported.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Final, assert_never
+from typing import Final, Literal, TypeAlias, assert_never
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -27,121 +28,156 @@ from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome
 
-NONE: Final = "none"
-"""The upstream of requests that name none of ours."""
-_SECONDS: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-_EVICTIONS: Final = ("quota", "disk", "corrupt")
-_UNCACHED: Final = ("full", "readonly", "descriptors", "io", "stalled", "handover")
-_MISMATCHES: Final = ("upstream", "resume", "disk")
+_Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
+
+NO_UPSTREAM: Final = "none"
+"""Label ``upstream`` of requests that name no configured upstream."""
+_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+"""Seconds; from a cached manifest (1 ms) to a large layer over a slow line (5 minutes)."""
+# The values of the label ``reason``, or ``where``. Any other value is counted as "other".
+_EVICTION_REASONS: Final = ("quota", "disk", "corrupt")
+_UNCACHED_REASONS: Final = ("full", "readonly", "descriptors", "io", "stalled", "handover")
+_MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
 
-class Metrics:
-    """The observer that counts."""
+class MetricsObserver:
+    """The observer that counts. ``upstreams``: the names of the configured upstreams."""
 
     def __init__(self, upstreams: Collection[str]) -> None:
         self._registry = registry = CollectorRegistry()
         self._known = frozenset(upstreams)
-        names = (*sorted(upstreams), NONE)
+        names = (*sorted(upstreams), NO_UPSTREAM)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"oci_mirror_{name}", text, labels, registry=registry)
+        def counter(name: str, text: str, labels: str = "") -> Counter:
+            return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
 
-        def histogram(name: str, text: str, *labels: str) -> Histogram:
+        def gauge(name: str, text: str, labels: str = "", mode: _Mode = "mostrecent") -> Gauge:
+            """``mode``: how the values of several worker processes become one."""
+            return Gauge(
+                f"oci_mirror_{name}",
+                text,
+                labels.split(),
+                registry=registry,
+                multiprocess_mode=mode,
+            )
+
+        def histogram(name: str, text: str, labels: str = "") -> Histogram:
             return Histogram(
-                f"oci_mirror_{name}", text, labels, registry=registry, buckets=_SECONDS
+                f"oci_mirror_{name}", text, labels.split(), registry=registry, buckets=_BUCKETS_S
             )
 
         self._requests = counter(
-            "requests", "Requests, each counted once.", "upstream", "kind", "outcome"
+            "requests", "Requests, each counted once when it ends.", "upstream kind outcome"
         )
-        self._in_flight = Gauge(
-            "oci_mirror_requests_in_flight",
-            "Requests that are being answered.",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._in_flight = gauge(
+            "requests_in_flight", "Requests that are being served now.", mode="livesum"
         )
         self._incomplete = counter(
             "incomplete_responses",
-            "Answers that ended before all of the body was sent; clients that hang up included.",
+            "Responses whose body was not sent completely, also because the client disconnected.",
             "upstream",
         )
-        self._sent = counter("bytes_sent", "Bytes of bodies sent to clients.", "upstream")
-        self._fetched = counter("bytes_fetched", "Bytes of bodies from upstreams.", "upstream")
+        self._sent = counter("bytes_sent", "Bytes of response bodies sent to clients.", "upstream")
+        self._fetched = counter(
+            "bytes_fetched", "Bytes of response bodies received from upstreams.", "upstream"
+        )
         self._first_byte = histogram(
-            "time_to_first_byte_seconds", "From the request to its first byte.", "kind", "outcome"
+            "time_to_first_byte_seconds",
+            "Seconds from a request to the first byte of its response.",
+            "kind outcome",
         )
         self._duration = histogram(
-            "request_duration_seconds", "From the request to its last byte.", "kind", "outcome"
+            "request_duration_seconds",
+            "Seconds from a request to the last byte of its response.",
+            "kind outcome",
         )
-        self._asked = counter(
+        self._upstream_requests = counter(
             "upstream_requests",
-            "Exchanges with endpoints.",
-            "upstream",
-            "endpoint",
-            "method",
-            "kind",
-            "status",
+            "HTTP requests to endpoints of upstreams.",
+            "upstream endpoint method kind status",
         )
         self._billed = counter(
             "upstream_billed_requests",
-            "Requests that a registry may count against a pull limit.",
+            "Requests that the upstream may count against a pull limit.",
             "upstream",
         )
         self._latency = histogram(
-            "upstream_latency_seconds", "From a request to its headers.", "upstream"
+            "upstream_latency_seconds",
+            "Seconds from a request to an endpoint to the response headers.",
+            "upstream",
         )
-        self._tokens = counter("token_requests", "Tokens asked for.", "upstream", "result")
+        self._tokens = counter("token_requests", "Requests to token services.", "upstream result")
         self._token_latency = histogram(
-            "token_latency_seconds", "From asking for a token to having it.", "upstream"
+            "token_latency_seconds",
+            "Seconds from a request to a token service to its result.",
+            "upstream",
         )
-        self._remaining = self._gauge(
-            "ratelimit_remaining", "Pulls left, as the upstream last said.", "upstream"
+        self._remaining = gauge(
+            "ratelimit_remaining",
+            "Pulls left in the current window, as the upstream last reported.",
+            "upstream",
         )
-        self._limit = self._gauge(
-            "ratelimit_limit", "Pulls in a window, as the upstream last said.", "upstream"
+        self._limit = gauge(
+            "ratelimit_limit",
+            "Pulls allowed in a window, as the upstream last reported.",
+            "upstream",
         )
-        self._circuit = Gauge(
-            "oci_mirror_circuit_open",
-            "Whether an endpoint is not asked at the moment.",
-            ("upstream", "endpoint"),
-            registry=registry,
-            multiprocess_mode="livemax",
+        self._circuit = gauge(
+            "circuit_open",
+            "1 while the circuit breaker of an endpoint is open: no requests are sent to it.",
+            "upstream endpoint",
+            mode="livemax",
         )
-        self._resumed = counter("resumed_transfers", "Broken bodies that went on.", "upstream")
+        self._resumed = counter(
+            "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
+        )
         self._mismatches = counter(
-            "digest_mismatches", "Bytes that did not hash to their name.", "upstream", "where"
+            "digest_mismatches",
+            "Contents whose bytes did not hash to their digest.",
+            "upstream where",
         )
-        self._reverified = counter("reverifications", "Aged content hashed again.", "result")
-        self._evicted = counter("evictions", "Contents dropped.", "reason")
-        self._evicted_bytes = counter("evicted_bytes", "Bytes dropped.", "reason")
-        self._uncached = counter("uncached_pulls", "Served, but not kept.", "reason")
-        self._published = counter("published_contents", "Contents that became whole.")
-        self._published_bytes = counter("published_bytes", "Bytes that became whole.")
-        self._count = self._gauge("contents", "Contents on disk.")
-        self._bytes = self._gauge("content_bytes", "Bytes of content on disk.")
-        self._quota = self._gauge("quota_bytes", "storage.max_size.")
-        self._writable = self._gauge("storage_writable", "Whether content can be stored.")
-        self._ingest = Gauge(
-            "oci_mirror_growing_contents",
-            "Contents on their way in.",
-            registry=registry,
-            multiprocess_mode="livesum",
+        self._reverified = counter(
+            "reverifications",
+            "Contents hashed again because their verification was too old.",
+            "result",
         )
-        self._idle = Gauge(
-            "oci_mirror_growing_oldest_idle_seconds",
-            "The longest time without progress of a content on its way in.",
-            registry=registry,
-            multiprocess_mode="livemax",
+        self._evicted = counter("evictions", "Contents deleted from disk.", "reason")
+        self._evicted_bytes = counter(
+            "evicted_bytes", "Bytes of contents deleted from disk.", "reason"
         )
-        build = self._gauge("build_info", "The version that runs.", "version")
+        self._uncached = counter(
+            "uncached_pulls", "Pulls that were served, but whose content was not stored.", "reason"
+        )
+        self._published = counter(
+            "published_contents", "Contents stored after a complete and verified fetch."
+        )
+        self._published_bytes = counter(
+            "published_bytes", "Bytes of contents stored after a complete and verified fetch."
+        )
+        self._count = gauge("contents", "Contents on disk.")
+        self._bytes = gauge("content_bytes", "Bytes of content on disk.")
+        self._quota = gauge("quota_bytes", "The quota in bytes: storage.max_size.")
+        self._writable = gauge(
+            "storage_writable", "1 if content can be stored, 0 if the disk refuses it."
+        )
+        self._ingest = gauge(
+            "growing_contents", "Running fetches of content (ingests).", mode="livesum"
+        )
+        self._idle = gauge(
+            "growing_oldest_idle_seconds",
+            "Longest time, in seconds, that any running fetch has received no data.",
+            mode="livemax",
+        )
+        build = gauge("build_info", "Always 1; the label is the version of the server.", "version")
         build.labels(__version__).set(1)
-        self._hot = {
+        # The children of labels are looked up once, because labels() is slow.
+        self._requests_by = {
             (upstream, kind, outcome): self._requests.labels(upstream, kind.value, outcome.value)
             for upstream in names
             for kind in Kind
             for outcome in Outcome
         }
-        self._times = {
+        self._durations_by = {
             (kind, outcome): (
                 self._first_byte.labels(kind.value, outcome.value),
                 self._duration.labels(kind.value, outcome.value),
@@ -151,19 +187,10 @@ class Metrics:
         }
         self._sent_by = {upstream: self._sent.labels(upstream) for upstream in names}
         self._fetched_by = {upstream: self._fetched.labels(upstream) for upstream in names}
-        self._begin_at_zero(names)
+        self._start_at_zero(names)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(
-            f"oci_mirror_{name}",
-            text,
-            labels,
-            registry=self._registry,
-            multiprocess_mode="mostrecent",
-        )
-
-    def _begin_at_zero(self, names: Collection[str]) -> None:
-        """A rate needs a first value: alerts are to see the first failure too."""
+    def _start_at_zero(self, names: Collection[str]) -> None:
+        """Create the series of each known label with 0, or rate() would miss the first event."""
         for upstream in names:
             self._incomplete.labels(upstream)
             self._billed.labels(upstream)
@@ -172,21 +199,22 @@ class Metrics:
             self._token_latency.labels(upstream)
             for result in ("ok", "error"):
                 self._tokens.labels(upstream, result)
-            for where in _MISMATCHES:
+            for where in _MISMATCH_ORIGINS:
                 self._mismatches.labels(upstream, where)
-        for reason in _EVICTIONS:
+        for reason in _EVICTION_REASONS:
             self._evicted.labels(reason)
             self._evicted_bytes.labels(reason)
-        for reason in _UNCACHED:
+        for reason in _UNCACHED_REASONS:
             self._uncached.labels(reason)
         for result in ("ok", "damaged"):
             self._reverified.labels(result)
 
     def _upstream(self, name: str) -> str:
-        return name if name in self._known else NONE
+        """The label of an upstream."""
+        return name if name in self._known else NO_UPSTREAM
 
     def observe(self, event: Event) -> None:
-        """Count an event."""
+        """Count ``event``."""
         match event:
             case events.PullStarted():
                 self._in_flight.inc()
@@ -210,14 +238,16 @@ class Metrics:
             case events.Resumed(upstream):
                 self._resumed.labels(self._upstream(upstream)).inc()
             case events.DigestMismatched(upstream, _, where):
-                self._mismatches.labels(self._upstream(upstream), _word(where, _MISMATCHES)).inc()
+                self._mismatches.labels(
+                    self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)
+                ).inc()
             case events.Reverified(_, ok):
                 self._reverified.labels("ok" if ok else "damaged").inc()
             case events.Evicted(count, size, reason):
-                self._evicted.labels(_word(reason, _EVICTIONS)).inc(count)
-                self._evicted_bytes.labels(_word(reason, _EVICTIONS)).inc(size)
+                self._evicted.labels(_bounded(reason, _EVICTION_REASONS)).inc(count)
+                self._evicted_bytes.labels(_bounded(reason, _EVICTION_REASONS)).inc(size)
             case events.Uncached(_, reason):
-                self._uncached.labels(_word(reason, _UNCACHED)).inc()
+                self._uncached.labels(_bounded(reason, _UNCACHED_REASONS)).inc()
             case events.Published(_, size):
                 self._published.inc()
                 self._published_bytes.inc(size)
@@ -237,10 +267,10 @@ class Metrics:
     def _pull_ended(self, pull: events.Pull) -> None:
         self._in_flight.dec()
         upstream = self._upstream(pull.upstream)
-        self._hot[upstream, pull.kind, pull.outcome].inc()
-        first, whole = self._times[pull.kind, pull.outcome]
-        first.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
-        whole.observe(pull.duration)
+        self._requests_by[upstream, pull.kind, pull.outcome].inc()
+        first_byte, duration = self._durations_by[pull.kind, pull.outcome]
+        first_byte.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
+        duration.observe(pull.duration)
         if pull.sent_in_one_write:
             self._sent_by[upstream].inc(pull.bytes_sent)
         if pull.bytes_sent and not pull.complete:
@@ -249,13 +279,15 @@ class Metrics:
     def _upstream_responded(self, event: events.UpstreamResponded) -> None:
         name = self._upstream(event.upstream)
         status = _status(event.status)
-        self._asked.labels(name, event.endpoint, event.method, event.kind.value, status).inc()
+        self._upstream_requests.labels(
+            name, event.endpoint, event.method, event.kind.value, status
+        ).inc()
         self._latency.labels(name).observe(event.seconds)
         if event.billed:
             self._billed.labels(name).inc()
 
     def render(self) -> tuple[bytes, str]:
-        """All metrics in the text format, and its content type."""
+        """Return all metrics in the Prometheus text format, and its content type."""
         registry = self._registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             registry = CollectorRegistry()
@@ -264,15 +296,17 @@ class Metrics:
 
 
 def worker_died(pid: int) -> None:
-    """Forget the gauges of a worker process that is gone."""
+    """Delete the gauges of a worker process that has ended."""
     multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call] # theirs
 
 
-def _word(word: str, known: tuple[str, ...]) -> str:
-    return word if word in known else "other"
+def _bounded(value: str, known: tuple[str, ...]) -> str:
+    """``value`` as a label; ``other`` if it is not one of ``known``."""
+    return value if value in known else "other"
 
 
 def _status(status: int) -> str:
+    """The label of an HTTP status: its class, but 429 as it is; ``none`` without a response."""
     match status:
         case 0:
             return "none"

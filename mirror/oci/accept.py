@@ -1,8 +1,8 @@
-"""``Accept`` (RFC 9110, section 12.5.1), as far as it is passed on to an upstream.
+"""``Accept`` (RFC 9110, section 12.5.1), as it is passed on to an upstream.
 
-Lives here: all of a request's ``Accept`` lines as one canonical value, so that clients that ask
-for the same in another order (Docker sends a random one) share one request. Must not know: what
-an upstream makes of it.
+Lives here: the canonical form of a request's ``Accept`` lines. Clients that send the same media
+ranges in another order (Docker's order is random) share one request to the upstream. Must not
+know: how an upstream chooses.
 """
 
 from __future__ import annotations
@@ -15,42 +15,47 @@ from typing import Final
 from mirror.oci.descriptor import DEFAULT_ACCEPT
 from mirror.oci.text import TCHARS
 
-# media-range with parameters; tokens only, which is what registry clients send
+# media-range with parameters (RFC 9110, section 12.5.1). Registry clients send tokens only.
 _MEDIA_RANGE: Final = re.compile(
     rf"{TCHARS}/{TCHARS}(?:[ \t]*;[ \t]*{TCHARS}=(?:{TCHARS}|\"[ !#-\[\]-~]*\"))*", re.ASCII
 )
-_LIMIT: Final = 64
-_LENGTH_LIMIT: Final = 4096
-_CACHED_LENGTH: Final = 1024
+_MAX_MEDIA_RANGES: Final = 64
+"""Media ranges of a request; clients send about ten."""
+_MAX_ACCEPT_CHARS: Final = 4096
+"""Characters of the canonical value; servers usually limit a header line to 8 KiB."""
+_MAX_CACHED_ACCEPT_CHARS: Final = 1024
+"""Characters of a request's lines that are cached; bounds the memory of the cache to 256 KiB."""
 
 
 def parse_accept(lines: Iterable[str]) -> tuple[str, ...]:
-    """The media ranges of all ``lines``: each once, sorted, wildcards last, at most 64.
+    """Return the media ranges of all ``lines``: each once, sorted, wildcards last, at most 64.
 
-    What is no media range is dropped; nothing left means :data:`DEFAULT_ACCEPT`. Never raises.
+    Malformed items are dropped. Without any media range the result is :data:`DEFAULT_ACCEPT`.
+    Never raises.
     """
     given = tuple(lines)
-    return _remembered(given) if sum(map(len, given)) <= _CACHED_LENGTH else _parse(given)
+    is_short = sum(map(len, given)) <= _MAX_CACHED_ACCEPT_CHARS
+    return _parse_cached(given) if is_short else _parse(given)
 
 
 def _parse(lines: tuple[str, ...]) -> tuple[str, ...]:
     ranges: set[str] = set()
-    budget = _LENGTH_LIMIT
+    budget = _MAX_ACCEPT_CHARS
     for line in lines:
-        for item in line[:_LENGTH_LIMIT].split(","):
+        for item in line[:_MAX_ACCEPT_CHARS].split(","):
             media_range = item.strip(" \t")
             if media_range in ranges or not _MEDIA_RANGE.fullmatch(media_range):
                 continue
             budget -= len(media_range) + 1
-            if budget < 0 or len(ranges) == _LIMIT:
-                return _ordered(ranges)
+            if budget < 0 or len(ranges) == _MAX_MEDIA_RANGES:
+                return _sort(ranges)
             ranges.add(media_range)
-    return _ordered(ranges)
+    return _sort(ranges)
 
 
-# A fleet's clients send the same few values for ever.
-_remembered: Final = lru_cache(256)(_parse)
+# The clients of a cluster send the same few values again and again.
+_parse_cached: Final = lru_cache(256)(_parse)
 
 
-def _ordered(ranges: set[str]) -> tuple[str, ...]:
+def _sort(ranges: set[str]) -> tuple[str, ...]:
     return tuple(sorted(ranges, key=lambda item: ("*" in item, item))) or DEFAULT_ACCEPT

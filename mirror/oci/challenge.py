@@ -1,7 +1,7 @@
 """``WWW-Authenticate`` (RFC 9110, section 11.6.1).
 
-Lives here: the grammar of challenges, read into frozen types. Must not know: whether a realm may
-be asked (the outbound guard does), what a token is.
+Lives here: the parser of challenges. Must not know: whether a request to a realm is allowed (the
+outbound guard decides), what a token is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from mirror.oci.text import TCHARS
 
 @dataclass(frozen=True, slots=True)
 class Bearer:
-    """A token is wanted (Distribution, ``spec/auth/token.md``). ``realm`` is an untrusted URL."""
+    """The server requires a token (Distribution, ``spec/auth/token.md``).
+
+    ``realm`` is the URL of the token service, untrusted.
+    """
 
     realm: str
     service: str | None = None
@@ -26,24 +29,24 @@ class Bearer:
 
 @dataclass(frozen=True, slots=True)
 class Basic:
-    """A name and a password are wanted (RFC 7617)."""
+    """The server requires a user name and a password (RFC 7617)."""
 
     realm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Other:
-    """A scheme that we do not speak, or a Bearer without a realm. ``scheme`` is lower case."""
+    """A scheme that we do not support, or Bearer without a realm. ``scheme`` is in lower case."""
 
     scheme: str
 
 
 Challenge: TypeAlias = Bearer | Basic | Other
 
-LENGTH_LIMIT: Final = 8192
-"""Characters of all challenges of an answer."""
-COUNT_LIMIT: Final = 16
-"""Challenges of an answer."""
+MAX_CHALLENGE_CHARS: Final = 8192
+"""Characters of all challenges of a response; servers usually limit a header line to 8 KiB."""
+MAX_CHALLENGES: Final = 16
+"""Challenges of a response; registries send one or two."""
 
 # challenge  = auth-scheme [ 1*SP ( token68 / #auth-param ) ]
 # auth-param = token BWS "=" BWS ( token / quoted-string )
@@ -60,68 +63,65 @@ _ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
 
 
 def parse_challenges(headers: str | Iterable[str]) -> tuple[Challenge, ...]:
-    """The challenges of one or several header lines, in order. Never raises.
+    """Return the challenges of one or several header lines, in order. Never raises.
 
-    A line outside the grammar, one that names a parameter twice, and what is beyond
-    :data:`LENGTH_LIMIT` or :data:`COUNT_LIMIT` gives none: half a challenge is not guessed at.
+    A line outside the grammar, or with a parameter twice, gives no challenge: a part of a challenge
+    could be misread. Lines beyond :data:`MAX_CHALLENGE_CHARS` or :data:`MAX_CHALLENGES` make the
+    result empty.
     """
     challenges: list[Challenge] = []
-    budget = LENGTH_LIMIT
+    budget = MAX_CHALLENGE_CHARS
     for line in (headers,) if isinstance(headers, str) else headers:
         budget -= len(line)
         if budget < 0:
             return ()
         challenges += _parse_line(line)
-    return tuple(challenges) if len(challenges) <= COUNT_LIMIT else ()
+    return tuple(challenges) if len(challenges) <= MAX_CHALLENGES else ()
 
 
 def _parse_line(line: str) -> list[Challenge]:
-    found: list[tuple[str, dict[str, str]]] = []
-    position = _start(line)
+    pairs: list[tuple[str, dict[str, str]]] = []
+    position = _skip_empty_elements(line)
     while position < len(line):
-        # A parameter continues the challenge before it; only the look ahead tells it from a scheme.
-        parameter = _PARAMETER.match(line, position) if found else None
+        # "name=" continues the challenge before it. A name without "=" begins the next challenge.
+        parameter = _PARAMETER.match(line, position) if pairs else None
         if parameter is None:
             scheme = _SCHEME.match(line, position)
             if scheme is None:
                 return []
-            found.append((scheme["scheme"].lower(), {}))
+            pairs.append((scheme["scheme"].lower(), {}))
             position = scheme.end()
             if scheme["more"] is None:
-                position = _next(line, position)
+                position = _skip_separator(line, position)
             else:
-                position = _end_of(_SPACE, line, position)
+                space = _SPACE.match(line, position)
+                position = space.end() if space else position
                 parameter = _PARAMETER.match(line, position)
                 if parameter is None:
                     token68 = _TOKEN68.match(line, position)
-                    position = -1 if token68 is None else _next(line, token68.end())
+                    position = -1 if token68 is None else _skip_separator(line, token68.end())
         if parameter is not None:
-            parameters = found[-1][1]
+            parameters = pairs[-1][1]
             name = parameter["name"].lower()
             if name in parameters:
                 return []
             bare = parameter["bare"]
             parameters[name] = _ESCAPE.sub(r"\1", parameter["quoted"]) if bare is None else bare
-            position = _next(line, parameter.end())
+            position = _skip_separator(line, parameter.end())
         if position < 0:
             return []
-    return [_challenge(scheme, parameters) for scheme, parameters in found]
+    return [_challenge(scheme, parameters) for scheme, parameters in pairs]
 
 
-def _start(line: str) -> int:
-    """Past the empty elements that RFC 9110, section 5.6.1 lets a sender put first."""
+def _skip_empty_elements(line: str) -> int:
+    """The position after the empty elements that a list may begin with (RFC 9110, 5.6.1)."""
     return len(line) - len(line.lstrip(" \t,"))
 
 
-def _next(line: str, position: int) -> int:
-    """Past the separator at ``position``; -1 where there is none."""
+def _skip_separator(line: str, position: int) -> int:
+    """The position after the separator at ``position``; -1 if there is none."""
     match = _SEPARATOR.match(line, position)
     return -1 if match is None else match.end()
-
-
-def _end_of(pattern: re.Pattern[str], line: str, position: int) -> int:
-    match = pattern.match(line, position)
-    return position if match is None else match.end()
 
 
 def _challenge(scheme: str, parameters: dict[str, str]) -> Challenge:

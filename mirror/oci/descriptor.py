@@ -1,10 +1,11 @@
 """Descriptors and manifests (OCI Image specification: descriptor.md, manifest.md, image-index.md).
 
-Lives here: media types, what a manifest refers to, and the referrers of a manifest (Distribution
-specification, "Listing Referrers"). Must not know: where manifests are kept.
+Lives here: media types, the blobs and manifests that a manifest refers to, and the list of a
+manifest's referrers (Distribution specification, "Listing Referrers"). Must not know: where
+manifests are stored.
 
-A manifest is hostile until it is parsed: two readers that disagree about one body are how one
-image is checked and another one is run (CVE-2021-41190). So whatever two JSON parsers could read
+A manifest is untrusted until it is parsed. If two programs read one body differently, one image is
+checked and another one is run (CVE-2021-41190). So a body that two JSON parsers could read
 differently is refused, and ``urls`` of a descriptor are never read (CVE-2020-15157).
 """
 
@@ -32,18 +33,18 @@ MANIFESTS: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
 INDEXES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
-"""Bytes of the largest manifest that is accepted (distribution spec: "at least 4 megabytes")."""
+"""Bytes of the largest manifest that is accepted (Distribution: "at least 4 megabytes")."""
 
 DEFAULT_ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*")
-"""Asked of an upstream where the client's own ``Accept`` does not matter."""
+"""``Accept`` of a request to an upstream that no client's own ``Accept`` decides."""
 
-SIZE_LIMIT: Final = 2**63 - 1
-"""The largest size of a descriptor (descriptor.md: "int64")."""
+MAX_DESCRIPTOR_SIZE: Final = 2**63 - 1
+"""Bytes; the largest size in a descriptor (descriptor.md: "int64")."""
 
-# An escape that may be half of a pair: worth the check that every string can be encoded.
+# An escape that may be half of a surrogate pair. Only such a body is checked for lone halves.
 _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# Go's decoder takes a key in any case, so ``Layers`` beside ``layers`` are two readings.
+# Go's decoder ignores the case of a key, so it could read ``Layers`` in place of ``layers``.
 _FIELDS: Final = {
     name.casefold(): name
     for name in (
@@ -58,7 +59,7 @@ _Json: TypeAlias = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """What a manifest says of one thing that it refers to. ``size`` is in bytes."""
+    """The type, digest and size (in bytes) of content that a manifest refers to."""
 
     media_type: str
     digest: Digest
@@ -67,7 +68,7 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest, parsed. ``children`` are manifests, ``blobs`` are a config and layers."""
+    """A parsed manifest. ``children``: manifests (of an index); ``blobs``: config and layers."""
 
     media_type: str
     children: tuple[Descriptor, ...]
@@ -87,17 +88,17 @@ class Referrer:
 
 
 def parse_manifest(body: bytes, content_type: str) -> Manifest:
-    """Read a manifest of ``content_type``; raises :class:`mirror.oci.errors.ManifestInvalid`.
+    """Parse a manifest of ``content_type``. Raises :class:`ManifestInvalid`.
 
-    The two OCI and the two Docker types are held to their grammar. Any other type is an artifact's
-    own: whatever it refers to in the usual fields is listed, and nothing else is asked of it but
-    that it is not confused about its type.
+    The two OCI and the two Docker types are checked against their specifications. Any other type is
+    that of an artifact: descriptors in the usual fields are listed, and the body may have any form,
+    as long as it does not contradict its type.
     """
     media_type = media_type_of(content_type)
     known = media_type.lower()
     if known in INDEXES or known in MANIFESTS:
         document = _load(body)
-        _refuse_confusion(document, known)
+        _check_type(document, known)
         return _parse_known(document, known)
     if len(body) > MANIFEST_LIMIT:
         raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
@@ -106,21 +107,22 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
         document = _load(body)
     except ManifestInvalid:
         return opaque
-    _refuse_confusion(document, media_type)
+    _check_type(document, media_type)
     try:
-        return _manifest(document, media_type)
+        return _to_manifest(document, media_type)
     except ManifestInvalid:
         return opaque
 
 
 def sniff_media_type(body: bytes) -> str:
-    """The media type of a manifest whose record was lost: what it says, or what it looks like.
+    """Guess the media type of a manifest whose record was lost. Never raises.
 
-    Never raises; ``application/octet-stream`` for what is neither.
+    The result is its ``mediaType``, else the type that its fields indicate, else
+    ``application/octet-stream``.
     """
     try:
         document = _load(body)
-        _refuse_confusion(document, None)
+        _check_type(document, None)
     except ManifestInvalid:
         return OCTET_STREAM
     declared = document.get("mediaType")
@@ -134,12 +136,12 @@ def sniff_media_type(body: bytes) -> str:
 
 
 def referrers_tag(digest: Digest) -> str:
-    """The tag that lists the referrers of ``digest`` (specification, "Referrers Tag Schema")."""
+    """Return the tag of the list of referrers (Distribution, "Referrers Tag Schema")."""
     return f"{digest.algorithm[:32]}-{digest.hex[:64]}"
 
 
 def referrers_index(referrers: Iterable[Referrer] = ()) -> bytes:
-    """An OCI index of ``referrers``; without any, the empty one that means "none"."""
+    """Return an OCI index of ``referrers``. An index without entries means that there are none."""
     entries: list[_Json] = []
     for referrer in referrers:
         entry: _Json = {
@@ -156,7 +158,7 @@ def referrers_index(referrers: Iterable[Referrer] = ()) -> bytes:
 
 
 def parse_referrers(body: bytes) -> tuple[Referrer, ...]:
-    """Read a referrers index. Raises :class:`ManifestInvalid`."""
+    """Parse a referrers index. Raises :class:`ManifestInvalid`."""
     return tuple(
         Referrer(_descriptor(entry), _text(entry, "artifactType"), _annotations(entry))
         for entry in _referrers_document(body)["manifests"]
@@ -164,9 +166,9 @@ def parse_referrers(body: bytes) -> tuple[Referrer, ...]:
 
 
 def filter_referrers(body: bytes, artifact_type: str) -> bytes:
-    """The referrers index ``body`` with the entries of one artifact type only.
+    """Return the referrers index ``body`` with the entries of one artifact type only.
 
-    Everything else of the index and of its entries is kept. Raises :class:`ManifestInvalid`.
+    All other fields of the index and of its entries are kept. Raises :class:`ManifestInvalid`.
     """
     document = _referrers_document(body)
     chosen = [
@@ -175,7 +177,7 @@ def filter_referrers(body: bytes, artifact_type: str) -> bytes:
     return _dump({**document, "manifests": chosen})
 
 
-# --- the parts ----------------------------------------------------------------------------------
+# --- parsing ------------------------------------------------------------------------------------
 
 
 def _dump(document: _Json) -> bytes:
@@ -183,55 +185,55 @@ def _dump(document: _Json) -> bytes:
 
 
 def _load(body: bytes) -> _Json:
-    """One JSON object that every parser reads alike. Raises :class:`ManifestInvalid`."""
+    """Parse a JSON object that every parser reads alike. Raises :class:`ManifestInvalid`."""
     if len(body) > MANIFEST_LIMIT:
         raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
     try:
         document = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_constant=_constant,
-            parse_float=_float,
+            object_pairs_hook=_unique_fields,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
         )
         if _SURROGATE.search(body):
             json.dumps(document, ensure_ascii=False).encode("utf-8")
-    except ValueError as error:  # of the decoder, of UTF-8, of an integer of 4,300 digits
+    except ValueError as error:  # bad JSON, bad UTF-8, or an integer of more than 4300 digits
         raise ManifestInvalid("a manifest that is not JSON") from error
     except RecursionError:
-        raise ManifestInvalid("a manifest that is nested too deep") from None
+        raise ManifestInvalid("a manifest that is nested too deeply") from None
     if not isinstance(document, dict):
         raise ManifestInvalid("a manifest that is not a JSON object")
     return document
 
 
-def _object(pairs: list[tuple[str, Any]]) -> _Json:
+def _unique_fields(pairs: list[tuple[str, Any]]) -> _Json:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise ManifestInvalid("a manifest with a key that is there twice")
+        raise ManifestInvalid("a manifest with a duplicate key")
     return fields
 
 
-def _constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ManifestInvalid(f"a manifest with the number {name}")
 
 
-def _float(text: str) -> float:
+def _finite_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ManifestInvalid("a manifest with a number out of range")
     return number
 
 
-def _refuse_confusion(document: _Json, media_type: str | None) -> None:
+def _check_type(document: _Json, media_type: str | None) -> None:
     """Raise unless ``document`` can be read as one type only, and as ``media_type`` if given."""
     _refuse_case_variants(document)
     if "manifests" in document and any(name in document for name in _IMAGE_FIELDS):
         raise ManifestInvalid("a manifest that is an index and an image at once")
     declared = document.get("mediaType")
-    if media_type is None or declared in (None, ""):  # Go reads null and absence alike
+    if media_type is None or declared in (None, ""):  # Go does not tell null from absence
         return
     if not isinstance(declared, str) or declared.lower() != media_type.lower():
-        raise ManifestInvalid("a manifest whose mediaType is not its Content-Type")
+        raise ManifestInvalid("a manifest whose mediaType differs from its Content-Type")
 
 
 def _refuse_case_variants(fields: _Json) -> None:
@@ -248,10 +250,10 @@ def _parse_known(document: _Json, media_type: str) -> Manifest:
         raise ManifestInvalid(
             "an image manifest without config, or with the fields of another type"
         )
-    return _manifest(document, media_type)
+    return _to_manifest(document, media_type)
 
 
-def _manifest(document: _Json, media_type: str) -> Manifest:
+def _to_manifest(document: _Json, media_type: str) -> Manifest:
     config = document.get("config")
     subject = document.get("subject")
     return Manifest(
@@ -269,7 +271,7 @@ def _manifest(document: _Json, media_type: str) -> Manifest:
 
 def _referrers_document(body: bytes) -> _Json:
     document = _load(body)
-    _refuse_confusion(document, OCI_INDEX)
+    _check_type(document, OCI_INDEX)
     _parse_known(document, OCI_INDEX)
     return {**document, "manifests": document["manifests"] or []}
 
@@ -288,15 +290,15 @@ def _descriptor(entry: object) -> Descriptor:
         raise ManifestInvalid("a descriptor that is not an object")
     _refuse_case_variants(entry)
     size, raw = entry.get("size"), entry.get("digest")
-    # not isinstance: true is an int in Python, and 1 nowhere else
-    if type(size) is not int or not 0 <= size <= SIZE_LIMIT:
+    # Not isinstance: in Python, true is an int.
+    if type(size) is not int or not 0 <= size <= MAX_DESCRIPTOR_SIZE:
         raise ManifestInvalid("a descriptor whose size is not a 64-bit count of bytes")
     if not isinstance(raw, str):
         raise ManifestInvalid("a descriptor without a digest")
     try:
         digest = Digest.parse(raw)
     except DigestInvalid:
-        raise ManifestInvalid("a descriptor with a digest that is none") from None
+        raise ManifestInvalid("a descriptor with a malformed digest") from None
     return Descriptor(media_type_of(_text(entry, "mediaType")), digest, size)
 
 
@@ -310,7 +312,7 @@ def _text(fields: _Json, name: str) -> str | None:
 
 
 def _annotations(fields: _Json) -> tuple[tuple[str, str], ...]:
-    """What is text of the annotations; nothing here depends on them, so the rest is no fault."""
+    """The annotations that are strings. Others are ignored: nothing here depends on them."""
     annotations = fields.get("annotations")
     if not isinstance(annotations, dict):
         return ()

@@ -1,12 +1,11 @@
-"""Every error that one room raises for another, as one tree.
+"""The errors that one package raises for another, as one tree.
 
-Lives here: what went wrong, in the words of the domain, with the OCI error
-code that a client will be shown. Must not know: HTTP status codes of ours
-(``web/errors.py`` holds the one table), aiohttp, files.
+Lives here: one class for each kind of failure, with the OCI error code for the client. A docstring
+says what happened, who raises it, and the code if the class has one of its own. Must not know: our
+HTTP status codes (``web/errors.py`` has the one table), aiohttp, files.
 
-Codes are those of the OCI Distribution specification ("Error Codes") and of
-Distribution's ``errcode`` for the two the specification leaves out
-(``UNKNOWN``, ``UNAVAILABLE``).
+Codes are those of the OCI Distribution specification ("Error Codes"). ``UNKNOWN`` and
+``UNAVAILABLE`` are not among them, and come from the ``errcode`` package of Distribution.
 """
 
 from __future__ import annotations
@@ -15,7 +14,11 @@ from enum import Enum, auto
 
 
 class MirrorError(Exception):
-    """The root. ``code`` is the OCI code, ``str(error)`` is safe to show to a client."""
+    """The root of the tree.
+
+    ``message`` and ``detail`` go to the client, so they must not hold secrets. ``code`` is the OCI
+    error code. The root's own code, ``UNKNOWN``, is for faults in our code.
+    """
 
     code = "UNKNOWN"
 
@@ -25,47 +28,66 @@ class MirrorError(Exception):
         self.detail = detail
 
 
-# --- what a client asked for cannot be understood -------------------------------------------
+# --- the request cannot be understood -------------------------------------------------------------
 
 
 class InvalidRequest(MirrorError):
-    """The request itself is malformed; answered with 400 and no look at the store."""
+    """The request is malformed. ``web`` raises it before the store is asked."""
 
     code = "UNSUPPORTED"
 
 
 class NameInvalid(InvalidRequest):
-    """A repository name outside the grammar (spec, "Pulling manifests", ``<name>``)."""
+    """A repository name is outside the grammar (Distribution, "Pulling manifests", ``<name>``).
+
+    Raised by :meth:`mirror.oci.reference.Repository.parse`. Code ``NAME_INVALID``.
+    """
 
     code = "NAME_INVALID"
 
 
 class TagInvalid(InvalidRequest):
-    """A tag outside the grammar (spec, "Pulling manifests", ``<reference>``)."""
+    """A tag is outside the grammar (Distribution, "Pulling manifests", ``<reference>``).
+
+    Raised by :meth:`mirror.oci.reference.Tag.parse`. Code ``TAG_INVALID``.
+    """
 
     code = "TAG_INVALID"
 
 
 class DigestInvalid(InvalidRequest):
-    """A digest outside the grammar, or of an algorithm that is not registered."""
+    """A digest is outside the grammar, or its algorithm is not registered (descriptor.md).
+
+    Raised by :meth:`mirror.oci.reference.Digest.parse`. Code ``DIGEST_INVALID``.
+    """
 
     code = "DIGEST_INVALID"
 
 
 class PaginationInvalid(InvalidRequest):
-    """``n`` or ``last`` of a list request is not what the specification allows."""
+    """``n`` or ``last`` of a list request is not what the specification allows.
+
+    Raised by ``web`` (Distribution, "Listing Tags"). Code ``PAGINATION_NUMBER_INVALID``.
+    """
 
     code = "PAGINATION_NUMBER_INVALID"
 
 
 class MethodUnsupported(MirrorError):
-    """A method or an operation that a pull-through mirror does not offer."""
+    """The client asked for a method or an operation that a pull-through mirror does not offer.
+
+    Raised by ``web``, for uploads and deletions. Code ``UNSUPPORTED``.
+    """
 
     code = "UNSUPPORTED"
 
 
 class RangeNotSatisfiable(MirrorError):
-    """RFC 9110 section 15.5.17; ``size`` is the length that the range missed."""
+    """No requested range lies within the content (RFC 9110, section 15.5.17).
+
+    ``size`` is the length of the content in bytes. Raised by
+    :func:`mirror.oci.headers.parse_range`. Code ``SIZE_INVALID``.
+    """
 
     code = "SIZE_INVALID"
 
@@ -74,69 +96,97 @@ class RangeNotSatisfiable(MirrorError):
         self.size = size
 
 
-# --- what was asked for is not here, or not for this client ---------------------------------
+# --- the content does not exist, or this client may not have it -----------------------------------
 
 
 class NotFound(MirrorError):
-    """The content is not known: the upstream said so, or the policy forbids to ask it."""
+    """The content is unknown: the upstream says so, or a policy forbids to ask the upstream."""
 
 
 class NameUnknown(NotFound):
-    """A repository, or an upstream, that does not exist for us."""
+    """The repository does not exist, or its upstream is not configured.
+
+    Raised by ``web`` for the upstream, and by ``pull`` and ``upstream`` for the repository. Code
+    ``NAME_UNKNOWN``.
+    """
 
     code = "NAME_UNKNOWN"
 
 
 class ManifestUnknown(NotFound):
-    """No such tag or manifest in this repository."""
+    """The repository has no such tag or manifest.
+
+    Raised by ``upstream`` for a 404, and by ``pull`` for a remembered 404 and for content that is
+    not cached under the policy Never. Code ``MANIFEST_UNKNOWN``.
+    """
 
     code = "MANIFEST_UNKNOWN"
 
 
 class BlobUnknown(NotFound):
-    """No such blob in this repository."""
+    """The repository has no such blob.
+
+    Raised by ``upstream`` for a 404, and by ``pull`` for content that is not cached under the
+    policy Never. Code ``BLOB_UNKNOWN``.
+    """
 
     code = "BLOB_UNKNOWN"
 
 
 class Denied(MirrorError):
-    """The upstream (403), or a rule of ours, refuses this repository."""
+    """The upstream (403), or an allow or deny list, refuses this repository.
+
+    Raised by ``upstream`` and ``pull``. Code ``DENIED``.
+    """
 
     code = "DENIED"
 
 
 class Unauthorized(MirrorError):
-    """The upstream wants credentials that we do not have, or refused ours (401)."""
+    """The upstream needs credentials that we do not have, or refused ours (401).
+
+    Raised by ``upstream``. Code ``UNAUTHORIZED``.
+    """
 
     code = "UNAUTHORIZED"
 
 
-# --- the upstream cannot be asked, or answers nonsense --------------------------------------
+# --- the upstream is unavailable, or its response is malformed ------------------------------------
 
 
 class UpstreamError(MirrorError):
-    """The upstream failed. Never an answer about the content, so never a 404 of ours."""
+    """The upstream failed.
+
+    This says nothing about the content, so the client must never get a 404 for it. The code is
+    ``UNAVAILABLE``, unless a subclass has another one.
+    """
 
     code = "UNAVAILABLE"
     endpoint = ""
-    """The endpoint that failed, where it is of one."""
+    """URL of the endpoint that failed; empty if the failure is not that of one endpoint."""
 
 
 class FailureScope(Enum):
-    """How far a failure reaches: what it says of other questions to the same endpoint."""
+    """The requests to an endpoint that a failure says something about.
+
+    The circuit breaker (``upstream/endpoints.py``) counts a failure by its scope.
+    """
 
     NONE = auto()
-    """Nothing: it is not the endpoint's, or the endpoint was not asked."""
+    """No request: the endpoint is not at fault, or was not asked."""
     REQUEST = auto()
-    """The endpoint works: it has answered, and this request failed."""
+    """This request only: the endpoint responded, so it works."""
     PATH = auto()
-    """It had no answer for this path, and may have one for others."""
+    """Requests for the same path: the endpoint did not respond to it in time, or broke off."""
     ENDPOINT = auto()
-    """It cannot be asked at all, or not in time."""
+    """All requests: the endpoint cannot be reached, or does not respond at all."""
 
 
 class UpstreamUnavailable(UpstreamError):
-    """It cannot be asked now: DNS, connect, TLS, 5xx, an open circuit, a failing token service."""
+    """The upstream could not be asked: DNS, connect, TLS, 5xx, or a token service that failed.
+
+    Raised by ``upstream``, and by ``store`` for a fetch of another process that failed so.
+    """
 
     def __init__(self, message: str, *, scope: FailureScope = FailureScope.NONE) -> None:
         super().__init__(message)
@@ -144,15 +194,25 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class AllCircuitsOpen(UpstreamUnavailable):
-    """No endpoint was asked: all have failed too often, and are tried again after a while."""
+    """No endpoint was asked, because each one failed too often. They are tried again later.
+
+    Raised by ``upstream/failover.py``.
+    """
 
 
 class UpstreamTimeout(UpstreamUnavailable):
-    """A time limit ran out: connect, response headers, silence in mid-body, the rate floor."""
+    """A time limit ran out: connect, response headers, idle body, or the least rate of a body.
+
+    Raised by ``upstream``, and by ``single_flight`` for a client that has waited too long.
+    """
 
 
 class UpstreamRateLimited(UpstreamUnavailable):
-    """429, or a budget that is used up. ``retry_after`` is in seconds, where one was given."""
+    """The upstream responded 429, or a pause that it asked for has not ended.
+
+    ``retry_after`` is in seconds; None if the upstream gave no time. Raised by ``upstream``. Code
+    ``TOOMANYREQUESTS``.
+    """
 
     code = "TOOMANYREQUESTS"
 
@@ -162,43 +222,68 @@ class UpstreamRateLimited(UpstreamUnavailable):
 
 
 class UpstreamProtocolError(UpstreamError):
-    """It answered, but not as the specification says (sizes, types, lengths, headers)."""
+    """The upstream responded against the specification (sizes, types, lengths, headers).
+
+    Raised by ``upstream``, ``pull`` and ``store``.
+    """
 
 
 class OutboundRefused(UpstreamError):
-    """The outbound guard refused a URL that the upstream named (realm, redirect, next page)."""
+    """The outbound guard refused a URL that the upstream named (token realm, redirect, next page).
+
+    Raised by ``upstream`` (see ``upstream/outbound.py``).
+    """
 
 
 class DigestMismatch(UpstreamError):
-    """Bytes that do not hash to their name. What was received has been dropped."""
+    """Bytes do not hash to their digest. The bytes have been dropped.
+
+    Raised by :class:`mirror.oci.reference.Verifier` and by ``store``.
+    """
 
 
 class ManifestInvalid(UpstreamError):
-    """A manifest that is too large, no JSON object, or is confused about its own type."""
+    """A manifest is too large, is no JSON object, or contradicts its own type.
+
+    Raised by :mod:`mirror.oci.descriptor` and by ``pull``. Code ``MANIFEST_INVALID``.
+    """
 
     code = "MANIFEST_INVALID"
 
 
-# --- ourselves ------------------------------------------------------------------------------
+# --- the mirror itself fails ----------------------------------------------------------------------
 
 
 class Draining(MirrorError):
-    """The server is shutting down and takes no new work."""
+    """The server is shutting down and takes no new work.
+
+    Raised by ``single_flight`` and ``web``. Code ``UNAVAILABLE``.
+    """
 
     code = "UNAVAILABLE"
 
 
 class ContentLost(MirrorError):
-    """Content that was there went away under a reader (cut, unlinked, an I/O error)."""
+    """Content was truncated or deleted, or cannot be read, while a reader had it open.
+
+    Raised by ``store`` and ``web``. Code ``UNAVAILABLE``.
+    """
 
     code = "UNAVAILABLE"
 
 
 class StorageUnavailable(MirrorError):
-    """The disk refused (full, read-only, I/O error, out of descriptors). Never corruption."""
+    """The disk refused an operation: full, read-only, I/O error, or out of file descriptors.
+
+    The content on disk is not damaged by it. Raised by ``store`` and ``web``. Code
+    ``UNAVAILABLE``.
+    """
 
     code = "UNAVAILABLE"
 
 
 class ConfigError(Exception):
-    """A setting that cannot be used: one line that names the key and the value."""
+    """A setting cannot be used. The text is one line that names the key and the value.
+
+    Raised by ``config`` and ``cli``, before a server runs, so no client sees it.
+    """

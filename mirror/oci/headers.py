@@ -1,10 +1,9 @@
-"""Header fields about content: media types, ranges, and the conditions that guard them.
+"""Header fields about content: media types, ranges, conditions.
 
-Lives here: ``Content-Type``, ``Range`` and ``Content-Range`` as spans of bytes, ``ETag`` and its
-conditions (RFC 9110, sections 8.3, 13 and 14). Must not know: where the bytes are, or whether they
-have arrived.
+Lives here: ``Content-Type`` (RFC 9110, section 8.3), ``ETag`` and its conditions (13), ``Range``
+and ``Content-Range`` (14). Must not know: where the bytes are, or whether they have arrived.
 
-A span is half open, ``start`` to ``stop`` (exclusive), unlike the positions on the wire.
+A span is half open: ``stop`` is exclusive. The positions in a header are inclusive.
 """
 
 from __future__ import annotations
@@ -19,36 +18,39 @@ from mirror.oci.reference import Digest
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
-    """The bytes from ``start`` up to, not including, ``stop``."""
+    """The bytes from ``start`` up to ``stop`` (exclusive)."""
 
     start: int
     stop: int
 
     @property
     def length(self) -> int:
-        """In bytes, at least 1."""
+        """Number of bytes, at least 1."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """All of the content: 200."""
+    """The response has the whole content: 200."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Parts of the content: 206. Sorted, disjoint; one span is one part, several are multipart."""
+    """The response has parts of the content: 206. With more than one span it is multipart.
+
+    The spans are sorted and do not overlap.
+    """
 
     spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class NeedsSize:
-    """The answer depends on the size of the content, which is not known yet."""
+    """The response depends on the size of the content, which is not known yet."""
 
 
 class ContentRange(NamedTuple):
-    """``Content-Range`` of an answer; ``stop`` is exclusive, ``total`` None where it is ``*``."""
+    """``Content-Range`` of a response. ``stop`` is exclusive; ``total`` is None for ``*``."""
 
     start: int
     stop: int
@@ -56,18 +58,19 @@ class ContentRange(NamedTuple):
 
 
 _Spec: TypeAlias = tuple[int | None, int | None]
-"""(first, last) as on the wire: (a, b), (a, None) for ``a-``, (None, n) for ``-n``."""
+"""(first, last) as in the header: (a, b), (a, None) for ``a-``, (None, n) for ``-n``."""
 
 OCTET_STREAM: Final = "application/octet-stream"
 # RFC 6838 section 4.2: restricted-name = restricted-name-first *126restricted-name-chars
 _RESTRICTED: Final = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"
 _MEDIA_TYPE: Final = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}", re.ASCII)
 
-SPAN_LIMIT: Final = 1024
-"""Spans of one answer: as many as Podman's partial pulls ask for at once."""
+MAX_SPANS: Final = 1024
+"""Spans of one response: as many as a partial pull of Podman requests at once."""
+_MAX_RANGE_CHARS: Final = 32 * 1024
+"""Characters of ``Range``: enough for ``MAX_SPANS`` ranges of 32 characters."""
 
-_HEADER_LIMIT: Final = 32 * 1024
-# range-unit "=" 1#( int-range / suffix-range ), and RFC 9110, section 5.6.1: empty elements
+# range-unit "=" 1#( int-range / suffix-range ). A list may have empty elements (section 5.6.1).
 _SPECIFIER: Final = re.compile(r"bytes=(?P<set>[0-9, \t-]+)", re.ASCII | re.IGNORECASE)
 # int-range = first-pos "-" [ last-pos ]    suffix-range = "-" suffix-length
 _SPEC: Final = re.compile(r"(?P<first>[0-9]{1,100})?-(?P<last>[0-9]{1,100})?", re.ASCII)
@@ -84,25 +87,28 @@ _ENTITY_TAG: Final = re.compile(
 
 
 def media_type_of(header: str | None) -> str:
-    """A ``Content-Type`` without its parameters; ``application/octet-stream`` if it is none.
+    """Return a ``Content-Type`` without its parameters.
 
-    The result is safe in a header. Its case is kept: clients compare it with a descriptor's.
+    A malformed or missing one gives ``application/octet-stream``, so the result is always safe in a
+    header. Its case is kept, because clients compare it with the media type of a descriptor.
     """
     raw = (header or "").partition(";")[0].strip(" \t")
     return raw if _MEDIA_TYPE.fullmatch(raw) else OCTET_STREAM
 
 
 def parse_range(header: str | None, size: int) -> Whole | Ranges:
-    """What ``Range`` asks of a content of ``size`` bytes.
+    """Choose the response to ``Range`` for content of ``size`` bytes (RFC 9110, section 14.2).
 
-    Raises :class:`RangeNotSatisfiable`. Another unit, a malformed header and absurdly many ranges
-    are ignored, as RFC 9110, section 14.2 allows: the whole answers every request for a part.
+    The result is :class:`Whole` if the header is absent, is malformed, has another unit than bytes,
+    or would give more than :data:`MAX_SPANS` spans: a server may ignore ``Range``. Raises
+    :class:`RangeNotSatisfiable`.
 
-    Overlapping spans become one, adjacent ones do not: Podman counts the parts. Nor is a request
-    for several ranges ever answered by a single part, which it would take for all of them.
+    Overlapping ranges become one span, adjacent ones do not, because Podman counts the parts. If
+    several ranges were requested but one span is left, the result is :class:`Whole`, too: Podman
+    would take a single part for all ranges.
     """
     specs = _parse_specs(header)
-    if specs is None or size == 0:  # no Content-Range can describe a part of nothing
+    if specs is None or size == 0:  # Content-Range cannot describe a part of 0 bytes
         return Whole()
     spans = sorted(span for spec in specs if (span := _resolve(spec, size)) is not None)
     if not spans:
@@ -113,23 +119,23 @@ def parse_range(header: str | None, size: int) -> Whole | Ranges:
             merged[-1] = Span(merged[-1].start, max(merged[-1].stop, span.stop))
         else:
             merged.append(span)
-    if len(merged) > SPAN_LIMIT or (len(merged) == 1 and len(specs) > 1):
+    if len(merged) > MAX_SPANS or (len(merged) == 1 and len(specs) > 1):
         return Whole()
     return Ranges(tuple(merged))
 
 
 def parse_range_unsized(header: str | None) -> Whole | NeedsSize:
-    """What ``Range`` asks of a content whose size is not known: nothing special, or to wait for it.
+    """Choose the response to ``Range`` for content whose size is not known yet.
 
-    ``bytes=0-`` is the whole, and a 200 tells the client truthfully that ranges do not work yet.
+    ``bytes=0-`` gives :class:`Whole`: the client gets a 200, so it knows that it cannot resume.
     """
     specs = _parse_specs(header)
     return Whole() if specs is None or specs == [(0, None)] else NeedsSize()
 
 
 def _parse_specs(header: str | None) -> list[_Spec] | None:
-    """None for what is to be ignored."""
-    if header is None or len(header) > _HEADER_LIMIT:
+    """The ranges of the header, or None if it has to be ignored."""
+    if header is None or len(header) > _MAX_RANGE_CHARS:
         return None
     specifier = _SPECIFIER.fullmatch(header.strip(" \t"))
     if specifier is None:
@@ -144,7 +150,8 @@ def _parse_specs(header: str | None) -> list[_Spec] | None:
             return None
         first = None if match["first"] is None else int(match["first"])
         last = None if match["last"] is None else int(match["last"])
-        # "-" alone is none; "A int-range is invalid if the last-pos value is less than first-pos"
+        # "-" alone is no range. Section 14.1.1: "An int-range is invalid if the last-pos value is
+        # present and less than first-pos".
         if last is None if first is None else last is not None and last < first:
             return None
         specs.append((first, last))
@@ -152,7 +159,7 @@ def _parse_specs(header: str | None) -> list[_Spec] | None:
 
 
 def _resolve(spec: _Spec, size: int) -> Span | None:
-    """None for a range that cannot be satisfied. ``size`` is at least 1."""
+    """The span of one range, or None if it cannot be satisfied. ``size`` is at least 1."""
     first, last = spec
     if first is None:
         return Span(max(0, size - (last or 0)), size) if last else None
@@ -161,21 +168,21 @@ def _resolve(spec: _Spec, size: int) -> Span | None:
     return Span(first, size if last is None else min(last + 1, size))
 
 
-# --- what an answer says ------------------------------------------------------------------------
+# --- responses ----------------------------------------------------------------------------------
 
 
 def content_range(span: Span, size: int) -> str:
-    """``Content-Range`` of a 206 with one part."""
+    """Return ``Content-Range`` of a 206 with one part."""
     return f"bytes {span.start}-{span.stop - 1}/{size}"
 
 
 def unsatisfied_range(size: int) -> str:
-    """``Content-Range`` of a 416."""
+    """Return ``Content-Range`` of a 416."""
     return f"bytes */{size}"
 
 
 def parse_content_range(header: str | None) -> ContentRange | None:
-    """Which part an upstream says it sends; None if it does not say, or nonsense."""
+    """Parse ``Content-Range`` of an upstream's 206; None if it is absent or malformed."""
     match = None if header is None else _CONTENT_RANGE.fullmatch(header.strip(" \t"))
     if match is None:
         return None
@@ -188,10 +195,11 @@ def parse_content_range(header: str | None) -> ContentRange | None:
 
 @dataclass(frozen=True, slots=True)
 class Multipart:
-    """An answer of several parts (RFC 9110, section 14.6): all of it but the bytes of the spans.
+    """The framing of a response with several parts (RFC 9110, section 14.6).
 
-    ``boundary`` has to be random: content that could guess it could end a part. Send ``head(i)``
-    and the bytes of ``spans[i]`` for each span, then ``tail``: ``length`` bytes in all.
+    Send ``head(i)`` and the bytes of ``spans[i]`` for each span, then ``tail``: ``length`` bytes in
+    all. ``boundary`` must be random, because content that holds the boundary could end a part.
+    ``size`` is that of the whole content.
     """
 
     boundary: str
@@ -201,11 +209,11 @@ class Multipart:
 
     @property
     def content_type(self) -> str:
-        """``Content-Type`` of the answer."""
+        """``Content-Type`` of the response."""
         return f"multipart/byteranges; boundary={self.boundary}"
 
     def head(self, index: int) -> bytes:
-        """What goes before the bytes of the span at ``index``."""
+        """Return the bytes to send before those of ``spans[index]``."""
         opening = "\r\n--" if index else "--"
         return (
             f"{opening}{self.boundary}\r\n"
@@ -215,12 +223,12 @@ class Multipart:
 
     @property
     def tail(self) -> bytes:
-        """What goes after the last span."""
+        """The bytes to send after the last span."""
         return f"\r\n--{self.boundary}--\r\n".encode("ascii")
 
     @property
     def length(self) -> int:
-        """``Content-Length`` of the answer, in bytes."""
+        """``Content-Length`` of the response, in bytes."""
         parts = sum(len(self.head(i)) + span.length for i, span in enumerate(self.spans))
         return parts + len(self.tail)
 
@@ -229,14 +237,14 @@ class Multipart:
 
 
 def entity_tag(digest: Digest) -> str:
-    """``ETag`` of content: strong, since a digest names its bytes."""
+    """Return the ``ETag`` of content: a strong one, because a digest names exact bytes."""
     return f'"{digest}"'
 
 
 def not_modified(if_none_match: str | None, etag: str) -> bool:
-    """Whether ``If-None-Match`` (lines joined by commas) holds ``etag``: then 304.
+    """Whether ``If-None-Match`` (its lines joined by commas) has ``etag``: the response is 304.
 
-    Weak comparison (RFC 9110, section 13.1.2). Garbage is no match.
+    The comparison is weak (RFC 9110, section 13.1.2). A malformed list ends at its first error.
     """
     if if_none_match is None:
         return False
@@ -251,8 +259,9 @@ def not_modified(if_none_match: str | None, etag: str) -> bool:
 
 
 def range_applies(if_range: str | None, etag: str) -> bool:
-    """Whether ``Range`` is to be honoured (RFC 9110, section 13.1.5): otherwise the whole is sent.
+    """Whether ``If-Range`` allows ``Range`` (RFC 9110, section 13.1.5); if not, send the whole.
 
-    Strong comparison: a weak tag never matches, nor does a date, since we send none.
+    The comparison is strong, so a weak tag never matches. Nor does a date: we send no
+    ``Last-Modified``.
     """
     return if_range is None or if_range.strip(" \t") == etag

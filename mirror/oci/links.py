@@ -1,7 +1,7 @@
-"""``Link`` (RFC 8288), as far as pagination needs it.
+"""``Link`` (RFC 8288), as pagination needs it (Distribution, "Listing Tags").
 
-Lives here: reading the next page's target out of an upstream's answer, and writing ours. Must not
-know: whether a target may be asked (the outbound guard does).
+Lives here: reading the target of the next page from an upstream's response, and writing our own.
+Must not know: whether a request to a target is allowed (the outbound guard decides).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from urllib.parse import quote, urlencode
 
 from mirror.oci.text import TCHARS
 
-LENGTH_LIMIT: Final = 8192
-"""Characters of all ``Link`` lines of an answer."""
+MAX_LINK_CHARS: Final = 8192
+"""Characters of all ``Link`` lines of a response; servers usually limit a line to 8 KiB."""
 
 # Link       = #link-value
 # link-value = "<" URI-Reference ">" *( OWS ";" OWS link-param )
@@ -27,11 +27,11 @@ _END: Final = re.compile(r"[ \t]*(?:,|\Z)")
 
 
 def next_link(headers: str | Iterable[str]) -> str | None:
-    """The target of the first link with ``rel=next``, as it was written: maybe relative.
+    """Return the target of the first link with ``rel=next``, as it was written: maybe relative.
 
-    None if there is none, or for what is outside the grammar or too long. Never raises.
+    Returns None without such a link, and for lines that are malformed or too long. Never raises.
     """
-    budget = LENGTH_LIMIT
+    budget = MAX_LINK_CHARS
     for line in (headers,) if isinstance(headers, str) else headers:
         budget -= len(line)
         if budget < 0:
@@ -54,7 +54,7 @@ def next_link(headers: str | Iterable[str]) -> str | None:
 
 
 def build_next(path: str, query: Mapping[str, str | int | None]) -> str:
-    """A ``Link`` to the next page at ``path`` (decoded); what is None in ``query`` is left out."""
+    """Return a ``Link`` to the next page at ``path`` (decoded), without the Nones in ``query``."""
     pairs = {name: value for name, value in query.items() if value is not None}
     target = quote(path, safe="/:@!$&'()*+,=~")
     return f'<{target}?{urlencode(pairs, quote_via=quote, safe="")}>; rel="next"'

@@ -2,7 +2,7 @@
 
 Lives here: the grammar of each name, and the running hash that checks content against its digest
 (OCI Image specification, descriptor.md, "Digests"; OCI Distribution specification, "Pulling
-manifests"). Must not know: routing of our own paths (``web/paths.py``), configuration, where bytes
+manifests"). Must not know: the routes of our server (``web/paths.py``), configuration, where bytes
 come from.
 """
 
@@ -22,6 +22,7 @@ _HEX_LENGTH: Final = {"sha256": 64, "sha512": 128}
 _DIGEST: Final = re.compile(r"(?P<algorithm>sha256|sha512):(?P<hex>[a-f0-9]+)", re.ASCII)
 
 ALGORITHMS: Final = tuple(_HEX_LENGTH)
+"""The registered algorithms."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -41,7 +42,7 @@ class Digest:
 
     @classmethod
     def of(cls, data: bytes, algorithm: str = "sha256") -> Digest:
-        """The digest of ``data``."""
+        """Hash ``data``, and return its digest."""
         return cls(algorithm, hashlib.new(algorithm, data).hexdigest())
 
     def __str__(self) -> str:
@@ -49,46 +50,47 @@ class Digest:
 
 
 class Verifier:
-    """A running hash over content that arrives in order. Safe to use from one thread at a time."""
+    """A running hash of content that arrives in order. One thread at a time may use it."""
 
     def __init__(self, expected: Digest) -> None:
         self._expected = expected
         self._hash: Any = hashlib.new(expected.algorithm)
         self.position = 0
+        """Bytes that were hashed so far."""
 
     def update(self, data: bytes | bytearray | memoryview) -> None:
-        """Take the next bytes. The interpreter lock is free while large batches are hashed."""
+        """Hash the next bytes. The interpreter lock is free while more than 2 KiB are hashed."""
         self._hash.update(data)
         self.position += len(data)
 
     def update_all(self, chunks: Iterable[bytes]) -> None:
-        """Take the next bytes, in several pieces."""
+        """Hash the next bytes, given in several pieces."""
         for chunk in chunks:
             self.update(chunk)
 
     def matches(self) -> bool:
-        """Whether all that was taken so far hashes to the expected digest."""
+        """Whether the bytes so far hash to the expected digest."""
         return bool(self._hash.hexdigest() == self._expected.hex)
 
     def finish(self) -> None:
-        """Raises :class:`DigestMismatch` unless all that was taken hashes to the digest."""
+        """Raise :class:`DigestMismatch` unless the bytes so far hash to the expected digest."""
         if not self.matches():
             raise DigestMismatch(f"content of {self.position} bytes is not {self._expected}")
 
 
 # <name>: [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*
-_COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
-_NAME: Final = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*", re.ASCII)
+_PATH_COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
+_REPOSITORY_PATH: Final = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*", re.ASCII)
 # "Many clients impose a limit of 255 characters on the length of the concatenation of the
 # registry hostname (and optional port), /, and <name> value."
-_NAME_LIMIT: Final = 255
+_MAX_REPOSITORY_NAME_CHARS: Final = 255
 # <reference> as a tag: [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}
 _TAG: Final = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Repository:
-    """A repository of one upstream: ``upstream`` is the host as in image references."""
+    """A repository of one upstream. ``upstream`` is the host (and port), as in image references."""
 
     upstream: str
     path: str
@@ -97,11 +99,13 @@ class Repository:
     def parse(cls, upstream: str, path: str) -> Repository:
         """Check ``path`` against the grammar. Raises :class:`NameInvalid`.
 
-        ``docker.io/nginx`` is ``docker.io/library/nginx``, as in every Docker client.
+        ``docker.io/nginx`` becomes ``docker.io/library/nginx``, as in every Docker client.
         """
         if upstream == "docker.io" and "/" not in path:
             path = f"library/{path}"
-        if len(upstream) + 1 + len(path) > _NAME_LIMIT or not _NAME.fullmatch(path):
+        if len(upstream) + 1 + len(
+            path
+        ) > _MAX_REPOSITORY_NAME_CHARS or not _REPOSITORY_PATH.fullmatch(path):
             raise NameInvalid("not a repository name")
         return cls(upstream, path)
 
@@ -117,7 +121,7 @@ class Tag:
 
     @classmethod
     def parse(cls, raw: str) -> Tag:
-        """Raises :class:`TagInvalid`."""
+        """Check ``raw`` against the grammar. Raises :class:`TagInvalid`."""
         if not _TAG.fullmatch(raw):
             raise TagInvalid("not a tag")
         return cls(raw)
@@ -130,7 +134,7 @@ Reference: TypeAlias = Tag | Digest
 
 
 def parse_reference(raw: str) -> Reference:
-    """A tag or a digest: only a digest has a colon.
+    """Parse a tag or a digest. Only a digest has a colon.
 
     Raises :class:`TagInvalid` or :class:`mirror.oci.errors.DigestInvalid`.
     """

@@ -1,8 +1,8 @@
-"""Text of strangers, made safe to show.
+"""Untrusted text, made safe to print.
 
-Lives here: the one escape for what an upstream or a client wrote before it goes into a header, an
-error body or a log line, and the pattern that the grammars of headers share. Must not know: where
-it is shown.
+Lives here: the escape of text from an upstream or a client, before it goes into a header, an error
+body or a log line; and the ``token`` pattern that the header grammars share. Must not know: where
+the text is printed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _UNSAFE: Final = re.compile(r"[^ -~]")
 
 
 def printable(text: str, limit: int = 512) -> str:
-    """``text`` in printable ASCII, at most ``limit`` characters; the rest as ``\\xNN`` escapes.
+    """Return ``text`` in printable ASCII, with all other characters as escapes such as ``\\x1b``.
 
-    Escapes terminal sequences, line breaks, bidirectional marks and lone surrogates alike.
+    Terminal sequences, line breaks, bidirectional marks and lone surrogates are escaped alike. The
+    result has at most ``limit`` characters: a longer one is cut, and ends with ``...``.
     """
     escaped = _UNSAFE.sub(_escape, text[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
@@ -27,6 +28,6 @@ def printable(text: str, limit: int = 512) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     character = match[0]
-    if character < "\x80":  # the codec below leaves control characters as they are
+    if character < "\x80":  # the codec below does not escape control characters
         return f"\\x{ord(character):02x}"
     return character.encode("ascii", "backslashreplace").decode()

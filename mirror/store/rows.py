@@ -88,6 +88,17 @@ class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
         """Do nothing. Our rows have no files, and a planted row must not remove one."""
 
 
+class _Table(diskcache.Cache):  # type: ignore[misc] # diskcache has no types
+    """A table. If it cannot be opened, its connection is closed at once."""
+
+    def __init__(self, directory: str, **settings: object) -> None:
+        try:
+            super().__init__(directory, disk=TextDisk, **settings)
+        except BaseException:
+            self.close()
+            raise
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a table."""
@@ -279,9 +290,8 @@ class Rows:
 
     def _open_table(self, path: Path, name: str) -> Any:
         bound = self._bounds[name]
-        table = diskcache.Cache(
+        table = _Table(
             str(path / name),
-            disk=TextDisk,
             timeout=_BUSY_TIMEOUT_S,
             eviction_policy="none" if bound is None else "least-recently-stored",
             cull_limit=0 if bound is None else 10,

@@ -1,4 +1,4 @@
-"""Image, Compose file and Kubernetes manifests: what each says of another must be so."""
+"""Image, Compose file and Kubernetes manifests: they agree with each other and the settings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def instructions(name: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What the image sets for the server."""
+    """The variables that the image sets for the server."""
     return dict(re.findall(r"(OCI_MIRROR_\w+)=(\S+)", " ".join(instructions("ENV"))))
 
 
@@ -37,13 +37,13 @@ def environment() -> dict[str, str]:
 
 
 def copied() -> Iterator[str]:
-    """What the image is made of, from this directory."""
+    """The files and directories of the checkout that the image copies."""
     for line in instructions("COPY"):
         if not line.startswith("--from"):
             yield from line.split()[:-1]
 
 
-def test_what_the_image_copies_is_there_and_not_ignored() -> None:
+def test_files_that_the_image_copies_exist_and_all_others_are_ignored() -> None:
     rules = [
         line
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -54,30 +54,29 @@ def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     assert set(copied()) == kept
     for name in kept:
         assert (ROOT / name).exists(), name
-    # whatever else lies in the directory stays out: data, secrets, history
+    # All else in the directory is ignored: data, secrets, history.
     dropped = [rule for rule in rules[1:] if not rule.startswith("!")]
     assert any(fnmatch("mirror/__pycache__", rule) for rule in dropped)
 
 
-def test_the_image_runs_as_nobody_in_particular() -> None:
+def test_image_runs_as_an_unprivileged_numeric_user() -> None:
     assert len(instructions("FROM")) == 2
     (user,) = instructions("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert instructions("VOLUME") == [environment()["OCI_MIRROR_DATA_DIR"]]
     assert instructions("EXPOSE") == [str(split_host(environment()["OCI_MIRROR_LISTEN"])[1])]
     assert instructions("STOPSIGNAL") == ["SIGTERM"]
-    # what is in the stage that runs came from the one that builds
     assert instructions("ENTRYPOINT") == ['["oci-mirror"]']
 
 
-def test_the_image_s_configuration_loads() -> None:
+def test_configuration_of_the_image_loads() -> None:
     settings = load(str(ROOT / "config" / "mirror.yaml"), environment())
     assert settings.listen == f"0.0.0.0:{PORT}"
     assert settings.data_dir == "/data"
 
 
 @pytest.mark.parametrize("name", ["CMD", "HEALTHCHECK"])
-def test_the_image_s_commands_parse(name: str) -> None:
+def test_commands_of_the_image_parse(name: str) -> None:
     line = re.findall(rf"^{name}.*?(\[.*\])$", DOCKERFILE, re.MULTILINE)[0]
     command = [word for word in yaml.safe_load(line) if word != "oci-mirror"]
     arguments = _parser().parse_args(command)
@@ -95,7 +94,7 @@ def mounts(service: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("name", list(COMPOSE["services"]))
-def test_compose_mounts_what_there_is(name: str) -> None:
+def test_compose_mounts_existing_files_and_declared_volumes(name: str) -> None:
     for source, target in mounts(COMPOSE["services"][name]):
         assert target.startswith("/")
         if source.startswith("."):
@@ -122,13 +121,13 @@ def test_compose_runs_the_image_of_this_version() -> None:
     assert "/tmp" in service["tmpfs"]
 
 
-def test_compose_waits_for_the_drain() -> None:
+def test_compose_stops_the_mirror_later_than_drain_timeout() -> None:
     settings = load(str(ROOT / "config" / "mirror.yaml"), {})
     grace = parse_duration(COMPOSE["services"]["mirror"]["stop_grace_period"])
     assert settings.drain_timeout < grace
 
 
-def test_prometheus_asks_the_mirror_of_compose() -> None:
+def test_prometheus_scrapes_the_mirror_of_compose_and_finds_its_rules() -> None:
     text = (ROOT / "config" / "prometheus" / "prometheus.yml").read_text()
     jobs = yaml.safe_load(text)["scrape_configs"]
     targets = [
@@ -166,7 +165,7 @@ def test_grafana_finds_its_dashboards_and_prometheus() -> None:
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """``Kind/name`` to manifest."""
+    """``Kind/name`` of each manifest to its content."""
     kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
     found = {}
     for name in kustomization["resources"]:
@@ -180,7 +179,7 @@ POD: dict[str, Any] = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["spe
 CONTAINER: dict[str, Any] = POD["containers"][0]
 
 
-def test_every_manifest_is_a_resource() -> None:
+def test_kustomization_lists_every_manifest_and_this_version() -> None:
     kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
     others = {path.name for path in KUBERNETES.iterdir()} - {"kustomization.yaml"}
     assert set(kustomization["resources"]) == others
@@ -199,7 +198,7 @@ def configured(tmp_path: Path) -> Settings:
     return load(str(file), {one["name"]: one["value"] for one in CONTAINER["env"]})
 
 
-def test_the_configmap_is_a_configuration(configured: Settings) -> None:
+def test_configmap_loads_with_the_shipped_upstreams(configured: Settings) -> None:
     shipped = load(str(ROOT / "config" / "mirror.yaml"), {})
     assert {name: one.endpoints for name, one in configured.upstreams.items()} == {
         name: one.endpoints for name, one in shipped.upstreams.items()
@@ -210,7 +209,7 @@ def test_the_configmap_is_a_configuration(configured: Settings) -> None:
     assert directory in [one["mountPath"] for one in CONTAINER["volumeMounts"]]
 
 
-def test_the_quota_fits_the_volume(configured: Settings) -> None:
+def test_quota_is_smaller_than_the_volume(configured: Settings) -> None:
     (claim,) = OBJECTS["StatefulSet/oci-mirror"]["spec"]["volumeClaimTemplates"]
     assert configured.storage.max_size < parse_size(
         claim["spec"]["resources"]["requests"]["storage"]
@@ -221,12 +220,12 @@ def test_the_quota_fits_the_volume(configured: Settings) -> None:
     assert mounted[claim["metadata"]["name"]] == configured.data_dir
 
 
-def test_the_drain_ends_before_the_grace(configured: Settings) -> None:
+def test_drain_ends_before_the_grace_period_of_the_pod(configured: Settings) -> None:
     pause = float(CONTAINER["lifecycle"]["preStop"]["exec"]["command"][1])
     assert configured.drain_timeout + pause < POD["terminationGracePeriodSeconds"]
 
 
-def test_ports_and_probes_agree(configured: Settings) -> None:
+def test_ports_probes_and_services_agree(configured: Settings) -> None:
     (port,) = CONTAINER["ports"]
     assert port["containerPort"] == split_host(configured.listen)[1] == PORT
     probes = {
@@ -250,7 +249,7 @@ def test_ports_and_probes_agree(configured: Settings) -> None:
     )
 
 
-def test_selectors_find_the_pods() -> None:
+def test_selectors_match_the_labels_of_the_pods() -> None:
     labels = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["metadata"]["labels"]
     selectors = [
         OBJECTS["StatefulSet/oci-mirror"]["spec"]["selector"]["matchLabels"],
@@ -263,7 +262,7 @@ def test_selectors_find_the_pods() -> None:
         assert selector.items() <= labels.items()
 
 
-def test_the_pod_may_nothing() -> None:
+def test_pod_has_no_privileges() -> None:
     user, group = map(int, instructions("USER")[0].split(":"))
     context = POD["securityContext"]
     assert context["runAsNonRoot"] is True
@@ -274,7 +273,7 @@ def test_the_pod_may_nothing() -> None:
         "capabilities": {"drop": ["ALL"]},
     }
     assert POD["automountServiceAccountToken"] is False
-    # OCI_MIRROR_PORT and the like would be unknown settings
+    # Service links would set OCI_MIRROR_PORT and the like.
     assert POD["enableServiceLinks"] is False
-    # with several workers, metrics are shared through files
+    # With several workers, metrics are shared through files.
     assert "/tmp" in [one["mountPath"] for one in CONTAINER["volumeMounts"]]

@@ -1,7 +1,6 @@
-"""The project's own files: what each says of another must be so.
+"""The project's own files agree: metadata, hooks, workflow, changelog, threat model, links.
 
-Package metadata, hooks, workflow, changelog, security model and links. (Image, Compose file and
-Kubernetes manifests: ``test_packaging.py``.)
+(Image, Compose file and Kubernetes manifests: ``test_packaging.py``.)
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def read(name: str) -> str:
 
 
 def read_yaml(name: str) -> Any:
-    # "on" is a key of workflows, and no truth value: text stays text.
+    # Without types: "on" is a key of a workflow, and YAML would read it as true.
     return yaml.load(read(name), Loader=yaml.BaseLoader)
 
 
@@ -70,11 +69,11 @@ def python_versions() -> list[str]:
     return [name for name in names if re.fullmatch(r"3\.\d+", name)]
 
 
-def test_version_of_the_package_is_that_of_the_program() -> None:
+def test_package_and_program_have_the_same_version() -> None:
     assert PROJECT["version"] == __version__
 
 
-def test_python_versions_agree_everywhere() -> None:
+def test_metadata_workflow_tools_and_image_name_the_same_python_versions() -> None:
     versions = python_versions()
     oldest = versions[0]
     assert versions == sorted(versions, key=Version)
@@ -91,7 +90,7 @@ def test_python_versions_agree_everywhere() -> None:
             assert version in (*versions, "${{ matrix.python-version }}")
 
 
-def test_licence_is_the_one_that_is_claimed() -> None:
+def test_licence_file_is_the_licence_of_the_metadata() -> None:
     assert PROJECT["license"] == "Apache-2.0"
     (name,) = PROJECT["license-files"]
     text = read(name)
@@ -102,11 +101,11 @@ def test_licence_is_the_one_that_is_claimed() -> None:
     (build,) = (Requirement(one) for one in PYPROJECT["build-system"]["requires"])
     assert build.name == "setuptools"
     assert "76.1" not in build.specifier
-    # a classifier beside the expression is an error of the build
+    # setuptools refuses a licence classifier beside the expression.
     assert not [one for one in PROJECT["classifiers"] if one.startswith("License ::")]
 
 
-def test_image_is_built_with_the_files_that_the_metadata_name() -> None:
+def test_image_is_built_with_the_files_that_the_metadata_names() -> None:
     copied = re.findall(r"^COPY (?!--from)(.*) \S+$", read("Dockerfile"), re.MULTILINE)
     files = " ".join(copied).split()
     for name in (PROJECT["readme"], *PROJECT["license-files"]):
@@ -151,7 +150,7 @@ def test_hooks_run_what_make_check_runs() -> None:
     assert runs == {"lint": ["pre-commit"], "check": ["pre-push"]}
     for hook in HOOKS:
         assert hook["entry"].startswith("make --no-print-directory ")
-        # make names the files itself
+        # The make target names the files itself.
         assert hook["pass_filenames"] == "false"
     prerequisites, commands = TARGETS["check"]
     assert "lint" in prerequisites
@@ -192,7 +191,7 @@ def test_actions_are_pinned_by_commit() -> None:
     assert lines
     for line in lines:
         assert re.fullmatch(r"actions/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
-    # one commit for one action
+    # The same commit wherever an action is used.
     assert len(set(lines)) == len({line.partition("@")[0] for line in lines})
 
 
@@ -206,7 +205,7 @@ def test_checkouts_leave_no_token_behind() -> None:
 # --- changelog ------------------------------------------------------------------------------------
 
 
-def test_changelog_begins_with_the_unreleased_and_this_version() -> None:
+def test_changelog_begins_with_unreleased_and_this_version() -> None:
     headings = re.findall(r"^## (.*)$", read("CHANGELOG.md"), re.MULTILINE)
     assert headings[0] == "[Unreleased]"
     found = []
@@ -242,7 +241,7 @@ def test_threat_model_names_every_hostile_row() -> None:
     assert hostile <= named_rows()
 
 
-def test_threat_model_names_no_other_rows_than_there_are() -> None:
+def test_threat_model_names_existing_rows_only() -> None:
     assert named_rows() <= robustness_rows()
 
 
@@ -255,7 +254,7 @@ def slug(heading: str) -> str:
 
 
 @pytest.mark.parametrize("name", MARKDOWN, ids=str)
-def test_links_of_documents_lead_somewhere(name: Path) -> None:
+def test_links_in_documents_have_existing_targets(name: Path) -> None:
     text = re.sub(r"^```.*?^```", "", read(str(name)), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http://", "https://")):
@@ -287,7 +286,7 @@ def test_contributing_names_every_gate() -> None:
         assert f"| `make {target}` |" in text
 
 
-def test_readme_leads_to_the_documents_of_the_project() -> None:
+def test_readme_links_to_the_documents_of_the_project() -> None:
     text = read("README.md")
     for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "LICENSE", "docs/releasing.md"):
         assert f"]({name})" in text
@@ -309,7 +308,7 @@ def test_release_guide_names_every_place_of_the_version() -> None:
 TEXT = {".cfg", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml"}
 
 
-def test_files_are_as_editorconfig_says() -> None:
+def test_files_have_the_line_ends_that_editorconfig_demands() -> None:
     folders = ("mirror", "tests", "tools", "config", "docs", "bench", ".github")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     files += [path for path in ROOT.iterdir() if path.is_file()]

@@ -1,4 +1,4 @@
-"""``check-config``: what a configuration comes to, without secrets, and the files that it names."""
+"""``check-config``: effective settings without secrets, checks of named files, warnings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
 
 @pytest.fixture
 def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
-    """Exit code, output and errors for a file of this text."""
+    """Run ``check-config`` on a file of this text; returns exit code, output and errors."""
 
     def call(text: str) -> tuple[int, str, str]:
         file = tmp_path / "m.yaml"
@@ -59,7 +59,7 @@ def pair(directory: Path, name: str) -> tuple[Path, Path]:
     return certificate_file, key_file
 
 
-def test_what_is_printed_is_the_same_configuration(check: Check, tmp_path: Path) -> None:
+def test_printed_settings_load_to_the_same_configuration(check: Check, tmp_path: Path) -> None:
     code, out, err = check(SHIPPED.read_text())
     assert code == 0
     assert not [line for line in err.splitlines() if "data_dir" not in line]
@@ -68,12 +68,16 @@ def test_what_is_printed_is_the_same_configuration(check: Check, tmp_path: Path)
     assert load(str(again), {}) == load(str(SHIPPED), {})
 
 
-def test_the_environment_is_in_it(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_settings_include_the_environment(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OCI_MIRROR_UPSTREAMS__DOCKER_IO__TAG_TTL", "90m")
     assert "tag_ttl: 90m" in check(HUB)[1]
 
 
-def test_no_secret_is_printed(check: Check, tmp_path: Path) -> None:
+def test_password_is_hidden_and_risky_credentials_are_warned_of(
+    check: Check, tmp_path: Path
+) -> None:
     (tmp_path / "secret").write_text("s3cret")
     code, out, err = check(
         f"{HUB}    credentials: {{username: joe, password: s3cret}}\n"
@@ -85,12 +89,11 @@ def test_no_secret_is_printed(check: Check, tmp_path: Path) -> None:
     shown = yaml.safe_load(out)["upstreams"]
     assert shown["docker.io"]["credentials"] == {"username": "joe", "password": "(not shown)"}
     assert shown["ghcr.io"]["credentials"]["password"] == f"file:{tmp_path}/secret"
-    # and what should be looked at is said
     assert err.count("credentials without an allow list") == 2
-    assert err.count("sent in the clear to http://g.example") == 1
+    assert err.count("sent unencrypted to http://g.example") == 1
 
 
-def test_a_certificate_and_its_key(check: Check, tmp_path: Path) -> None:
+def test_certificate_must_match_its_key(check: Check, tmp_path: Path) -> None:
     certificate, key = pair(tmp_path, "one")
     _, other = pair(tmp_path, "two")
     assert check(f"{HUB}tls: {{certificate: {certificate}, key: {key}}}\n")[0] == 0
@@ -107,7 +110,7 @@ def test_a_certificate_and_its_key(check: Check, tmp_path: Path) -> None:
     [
         ("tls: {certificate: /none, key: /none}", "tls.certificate", "No such file"),
         ("    ca: /none", "upstreams.docker.io.ca", "No such file"),
-        ("    ca: /dev/null", "upstreams.docker.io.ca", "holds no certificates"),
+        ("    ca: /dev/null", "upstreams.docker.io.ca", "has no certificates"),
         (
             "    credentials: {username: a, password: 'file:/none'}",
             "upstreams.docker.io.credentials.password",
@@ -125,7 +128,9 @@ def test_a_certificate_and_its_key(check: Check, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_will_not_do(check: Check, more: str, key: str, why: str) -> None:
+def test_named_file_that_cannot_be_used_is_refused_in_one_line(
+    check: Check, more: str, key: str, why: str
+) -> None:
     code, out, err = check(f"{HUB}{more}\n")
     assert (code, out) == (78, "")
     assert err.count("\n") == 1
@@ -133,7 +138,9 @@ def test_a_file_that_will_not_do(check: Check, more: str, key: str, why: str) ->
     assert why in err
 
 
-def test_a_directory_that_cannot_be_made(check: Check, tmp_path: Path) -> None:
+def test_data_dir_that_cannot_be_made_is_refused_and_none_is_made(
+    check: Check, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to("none")
     for name in ("file", "file/below", "dangling/below"):
@@ -142,17 +149,17 @@ def test_a_directory_that_cannot_be_made(check: Check, tmp_path: Path) -> None:
         assert err.startswith(f"oci-mirror: data_dir: '{tmp_path}/{name}': '{tmp_path}/")
         assert err.endswith("is not a directory\n")
     assert check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")[0] == 0
-    assert not (tmp_path / "to").exists(), "it was only looked at"
+    assert not (tmp_path / "to").exists(), "the check made the directory"
 
 
-def test_a_directory_that_takes_nothing_is_warned_of(
+def test_data_dir_that_is_not_writable_gives_a_warning(
     check: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # root, who may write everywhere, runs these tests as well
+    # These tests also run as root, who may write everywhere.
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     code, _, err = check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")
     assert code == 0
-    assert f"data_dir: '{tmp_path}' is not writable: nothing would be stored" in err
+    assert f"data_dir: '{tmp_path}' is not writable: no content would be stored" in err
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,9 @@ def test_a_directory_that_takes_nothing_is_warned_of(
         ("mirror.example:443", "https://mirror.example/sub"),
     ],
 )
-def test_an_endpoint_that_is_the_mirror_itself(check: Check, listen: str, endpoint: str) -> None:
+def test_endpoint_that_is_the_mirror_itself_is_refused(
+    check: Check, listen: str, endpoint: str
+) -> None:
     code, out, err = check(
         f"listen: {listen}\nupstreams: {{docker.io: {{endpoints: ['{endpoint}']}}}}\n"
     )
@@ -174,7 +183,7 @@ def test_an_endpoint_that_is_the_mirror_itself(check: Check, listen: str, endpoi
     assert err == f"oci-mirror: {key}: '{endpoint}': an address of this mirror\n"
 
 
-def test_serve_looks_at_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serve_checks_named_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "m.yaml"
     file.write_text(f"{HUB}tls: {{certificate: /none, key: /none}}\n")
     assert main(["serve", "--config", str(file)]) == 78

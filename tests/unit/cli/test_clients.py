@@ -1,4 +1,4 @@
-"""The files for clients: parsed as their programs parse them, and used by real ones."""
+"""The files for clients: parsed, written, and used by real clients."""
 
 from __future__ import annotations
 
@@ -25,48 +25,51 @@ UPSTREAMS = {
     "ghcr.io": Upstream(endpoints=("https://cache.example/ghcr", "https://ghcr.io")),
     "reg.example:5000": Upstream(endpoints=("http://reg.example:5000",)),
 }
-PLAIN = clients.Mirror.parse("http://mirror.example:5100/")
-TLS = clients.Mirror.parse("https://mirror.example", "/etc/ssl/m.pem", "-----BEGIN…")
+PLAIN = clients.MirrorAddress.parse("http://mirror.example:5100/")
+TLS = clients.MirrorAddress.parse("https://mirror.example", "/etc/ssl/m.pem", "-----BEGIN…")
 
 
 def files(
-    client: str, mirror: clients.Mirror = PLAIN, default: str = "docker.io"
+    client: str, mirror: clients.MirrorAddress = PLAIN, default: str = "docker.io"
 ) -> dict[str, str]:
     return {
-        file.path: file.text for file in clients.setup(client, mirror, UPSTREAMS, default).files
+        file.path: file.text
+        for file in clients.client_setup(client, mirror, UPSTREAMS, default).files
     }
 
 
-def test_containerd() -> None:
+def test_containerd_gets_one_hosts_toml_for_each_upstream() -> None:
     got = files("containerd")
     assert list(got) == [f"containerd/certs.d/{name}/hosts.toml" for name in UPSTREAMS]
     read = {path.split("/")[2]: tomllib.loads(text) for path, text in got.items()}
     host = {"http://mirror.example:5100": {"capabilities": ["pull", "resolve"]}}
     assert read["docker.io"] == {"server": "https://registry-1.docker.io", "host": host}
-    # the registry itself, and not another mirror of it that we ask
+    # the registry itself, and not the other mirror that is its first endpoint
     assert read["ghcr.io"]["server"] == "https://ghcr.io"
     assert read["reg.example:5000"]["server"] == "http://reg.example:5000"
 
 
-def test_containerd_with_an_authority() -> None:
+def test_containerd_file_names_the_certificate_authority() -> None:
     read = tomllib.loads(files("containerd", TLS)["containerd/certs.d/docker.io/hosts.toml"])
     assert read["host"]["https://mirror.example"]["ca"] == "/etc/ssl/m.pem"
 
 
-def test_docker() -> None:
+def test_docker_gets_registry_mirrors_and_the_certificate_authority() -> None:
     assert {path: json.loads(text) for path, text in files("docker").items()} == {
         "docker/daemon.json": {"registry-mirrors": ["http://mirror.example:5100"]}
     }
     assert files("docker", TLS)["docker/certs.d/mirror.example/ca.crt"] == "-----BEGIN…"
 
 
-def test_docker_cannot_mirror_another_default() -> None:
-    notes = clients.setup("docker", PLAIN, UPSTREAMS, "ghcr.io").notes
+def test_docker_note_warns_if_default_upstream_is_not_docker_hub() -> None:
+    notes = clients.client_setup("docker", PLAIN, UPSTREAMS, "ghcr.io").notes
     assert "default_upstream must be docker.io, and it is ghcr.io" in notes[0]
-    assert not any("default_upstream" in n for n in clients.setup("docker", PLAIN, UPSTREAMS).notes)
+    assert not any(
+        "default_upstream" in n for n in clients.client_setup("docker", PLAIN, UPSTREAMS).notes
+    )
 
 
-def test_podman() -> None:
+def test_podman_gets_a_mirror_for_each_upstream() -> None:
     read = tomllib.loads(files("podman")["containers/registries.conf"])
     assert read["unqualified-search-registries"] == ["docker.io"]
     registries = {one["prefix"]: one for one in read["registry"]}
@@ -81,7 +84,7 @@ def test_podman() -> None:
     assert files("podman", TLS)["containers/certs.d/mirror.example/ca.crt"] == "-----BEGIN…"
 
 
-def test_buildkit() -> None:
+def test_buildkit_gets_a_mirror_for_each_upstream() -> None:
     read = tomllib.loads(files("buildkit")["buildkit/buildkitd.toml"])["registry"]
     for name in UPSTREAMS:
         assert read[name] == {"mirrors": ["mirror.example:5100"]}
@@ -90,9 +93,10 @@ def test_buildkit() -> None:
     assert secure["mirror.example"] == {"ca": ["/etc/ssl/m.pem"]}
 
 
-def test_notes_say_what_silently_goes_wrong() -> None:
+def test_notes_name_the_mistakes_that_clients_do_not_report() -> None:
     notes = {
-        name: " ".join(clients.setup(name, PLAIN, UPSTREAMS).notes) for name in clients.CLIENTS
+        name: " ".join(clients.client_setup(name, PLAIN, UPSTREAMS).notes)
+        for name in clients.CLIENTS
     }
     assert "use_local_image_pull = true" in notes["containerd"]
     assert "config_path" in notes["containerd"]
@@ -105,7 +109,9 @@ def test_notes_say_what_silently_goes_wrong() -> None:
     "url",
     ["", "mirror:5100", "ftp://m", "http://m/prefix", "http://u:p@m", "http://m?x", "http://m#x"],
 )
-def test_a_url_that_clients_cannot_use(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mirror_url_that_clients_cannot_use_is_wrong_usage(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["clients", "--config", str(SHIPPED), "--mirror", url]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -113,7 +119,9 @@ def test_a_url_that_clients_cannot_use(url: str, capsys: pytest.CaptureFixture[s
     assert said.err.count("\n") == 1
 
 
-def test_an_authority_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ca_must_be_a_readable_certificate_for_https(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["clients", "--config", str(SHIPPED), "--mirror", "https://m", "--ca"]
     assert main([*command, str(tmp_path / "none.pem")]) == 1
     (tmp_path / "no.pem").write_bytes(b"\xff")
@@ -124,14 +132,14 @@ def test_an_authority_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert str(tmp_path / "yes.pem") in capsys.readouterr().out
 
 
-def test_one_file_is_printed_bare(capsys: pytest.CaptureFixture[str]) -> None:
+def test_single_file_is_printed_without_its_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["clients", "--config", str(SHIPPED), "--client", "docker"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out) == {"registry-mirrors": ["http://127.0.0.1:5100"]}
     assert all(line.startswith("oci-mirror: docker: ") for line in said.err.splitlines())
 
 
-def test_a_mirror_that_listens_everywhere_must_be_named(
+def test_mirror_that_listens_on_all_interfaces_needs_the_url_option(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OCI_MIRROR_LISTEN", "0.0.0.0:5100")
@@ -140,7 +148,9 @@ def test_a_mirror_that_listens_everywhere_must_be_named(
     assert main(["clients", "--config", str(SHIPPED), "--mirror", "http://m:1"]) == 0
 
 
-def test_write_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_never_overwrites_a_file_that_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["clients", "--config", str(SHIPPED), "--write", str(tmp_path)]
     theirs = tmp_path / "docker" / "daemon.json"
     theirs.parent.mkdir()
@@ -155,7 +165,7 @@ def test_write_overwrites_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert sorted(map(Path, written)) == sorted(p for p in tmp_path.rglob("*") if p.is_file())
     assert len(written) == 8 + 3
     assert main(command) == 0
-    assert all(line.endswith(" (as it was)") for line in capsys.readouterr().out.splitlines())
+    assert all(line.endswith(" (unchanged)") for line in capsys.readouterr().out.splitlines())
 
 
 # --- with real clients ----------------------------------------------------------------------------
@@ -180,7 +190,9 @@ def written(mirror: Mirror, directory: Path, client: str) -> Path:
     return directory
 
 
-def test_skopeo_pulls_with_its_file(mirror: Mirror, pushed: images.Image, tmp_path: Path) -> None:
+def test_skopeo_pulls_with_the_written_file(
+    mirror: Mirror, pushed: images.Image, tmp_path: Path
+) -> None:
     conf = written(mirror, tmp_path, "podman") / "containers" / "registries.conf"
     with_policy = Skopeo()
     try:
@@ -194,7 +206,7 @@ def test_skopeo_pulls_with_its_file(mirror: Mirror, pushed: images.Image, tmp_pa
     assert raw == pushed.manifest.data
 
 
-def test_containerd_pulls_with_its_files(
+def test_containerd_pulls_with_the_written_files(
     mirror: Mirror, pushed: images.Image, tmp_path: Path
 ) -> None:
     directory = written(mirror, tmp_path, "containerd") / "containerd" / "certs.d"

@@ -1,6 +1,6 @@
-"""``healthcheck``: where it asks, and why a server is not healthy.
+"""``healthcheck``: the URL of the server, and the reasons why it is not healthy.
 
-The command's exit codes are in ``test_cli_main.py``.
+The command's exit codes are in ``test_main.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.cli.health import ask, default_url, own_url
+from mirror.cli.health import check_health, health_url, own_url
 from mirror.config.settings import Settings
 from tests.real.process import free_port
 from tests.real.tokens import Certificate
@@ -31,22 +31,24 @@ from tests.real.tokens import Certificate
         ("mirror.internal:443", True, "https://mirror.internal:443/healthz"),
     ],
 )
-def test_a_server_is_asked_where_it_listens(listen: str, tls: bool, url: str) -> None:
+def test_own_url_has_a_loopback_address_for_all_interfaces(
+    listen: str, tls: bool, url: str
+) -> None:
     assert own_url(listen, tls=tls) == url
 
 
-def test_the_configuration_wins_over_the_environment() -> None:
+def test_configuration_wins_over_the_environment() -> None:
     environ = {"OCI_MIRROR_LISTEN": "127.0.0.1:1", "OCI_MIRROR_TLS__CERTIFICATE": "x"}
     settings = Settings(listen="127.0.0.1:2")
-    assert default_url(settings, environ) == "http://127.0.0.1:2/healthz"
-    assert default_url(None, environ) == "https://127.0.0.1:1/healthz"
-    assert default_url(None, {}) == "http://127.0.0.1:5100/healthz"
+    assert health_url(settings, environ) == "http://127.0.0.1:2/healthz"
+    assert health_url(None, environ) == "https://127.0.0.1:1/healthz"
+    assert health_url(None, {}) == "http://127.0.0.1:5100/healthz"
     with pytest.raises(ValueError, match="port"):
-        default_url(None, {"OCI_MIRROR_LISTEN": "127.0.0.1"})
+        health_url(None, {"OCI_MIRROR_LISTEN": "127.0.0.1"})
 
 
 class Healthy(BaseHTTPRequestHandler):
-    """Answers on every path, and keeps what it was asked."""
+    """Responds on every path, and records the paths."""
 
     asked: list[str]
 
@@ -61,7 +63,7 @@ class Healthy(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(certificate: Certificate | None = None) -> Iterator[tuple[int, list[str]]]:
-    """A server on a loopback port, and the paths that it is asked for."""
+    """A server on a loopback port, and the paths of its requests."""
     handler = type("Handler", (Healthy,), {"asked": []})
     with HTTPServer(("127.0.0.1", 0), handler) as server:
         if certificate is not None:
@@ -77,16 +79,16 @@ def serving(certificate: Certificate | None = None) -> Iterator[tuple[int, list[
             thread.join()
 
 
-def test_a_healthy_server_has_no_reason_not_to_be() -> None:
+def test_status_200_is_healthy() -> None:
     with serving() as (port, asked):
-        assert ask(f"http://127.0.0.1:{port}/readyz") is None
-        assert ask(f"http://127.0.0.1:{port}") is None
+        assert check_health(f"http://127.0.0.1:{port}/readyz") is None
+        assert check_health(f"http://127.0.0.1:{port}") is None
         assert asked == ["/readyz", "/healthz"]
 
 
-def test_its_own_certificate_need_not_name_its_address(tmp_path: Path) -> None:
+def test_certificate_of_the_server_need_not_name_its_address(tmp_path: Path) -> None:
     with serving(Certificate.make(tmp_path)) as (port, asked):
-        assert ask(f"https://127.0.0.1:{port}/healthz") is None
+        assert check_health(f"https://127.0.0.1:{port}/healthz") is None
         assert asked == ["/healthz"]
 
 
@@ -101,11 +103,11 @@ def test_its_own_certificate_need_not_name_its_address(tmp_path: Path) -> None:
     ],
     ids=["503", "301", "not http", "nothing", "silence"],
 )
-def test_what_is_no_healthy_answer(
+def test_other_response_is_unhealthy_with_a_reason(
     said: bytes | None, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if said is None:
-        monkeypatch.setattr("mirror.cli.health._TIMEOUT", 0.1)
+        monkeypatch.setattr("mirror.cli.health._TIMEOUT_S", 0.1)
     gone = threading.Event()
 
     def answer(listener: socket.socket) -> None:
@@ -120,12 +122,12 @@ def test_what_is_no_healthy_answer(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=answer, args=(listener,))
         thread.start()
-        found = ask(f"http://127.0.0.1:{listener.getsockname()[1]}/healthz")
+        found = check_health(f"http://127.0.0.1:{listener.getsockname()[1]}/healthz")
         gone.set()
         thread.join()
     assert found is not None
     assert why in found
 
 
-def test_nobody_there() -> None:
-    assert "refused" in (ask(f"http://127.0.0.1:{free_port()}/healthz") or "")
+def test_refused_connection_is_unhealthy_with_a_reason() -> None:
+    assert "refused" in (check_health(f"http://127.0.0.1:{free_port()}/healthz") or "")

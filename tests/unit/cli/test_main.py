@@ -1,4 +1,4 @@
-"""The commands as they are run: exit codes, one line for each failure, never a traceback."""
+"""The commands: exit codes, one line for each failure, never a traceback."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHIPPED = str(ROOT / "config" / "mirror.yaml")
 
 
 def run(*argv: str, **more: object) -> subprocess.CompletedProcess[str]:
-    """``python -m mirror``, by itself."""
+    """Run ``python -m mirror`` as a process of its own."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environ, **more}
     command = [sys.executable, "-m", "mirror", *argv]
@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     return file
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_printed_by_command_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["version"], ["--version"]):
         assert main(argv) == 0
         assert capsys.readouterr().out == f"oci-mirror {__version__}\n"
@@ -51,7 +51,7 @@ def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     "argv", [[], ["nope"], ["serve", "--bogus"], ["check-config"], ["clients", "--client", "x"]]
 )
-def test_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -59,7 +59,7 @@ def test_usage_is_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("command", ["serve --config", "check-config", "clients --config"])
-def test_configuration_is_78(
+def test_bad_configuration_exits_with_78(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "m.yaml"
@@ -79,7 +79,7 @@ def test_configuration_is_78(
         (KeyboardInterrupt(), 130, None),
     ],
 )
-def test_a_fault_is_one_line(
+def test_failure_of_serve_is_one_line_with_its_exit_code(
     error: BaseException,
     code: int,
     line: str | None,
@@ -101,7 +101,7 @@ def test_a_fault_is_one_line(
         assert said[:-1].isprintable()
 
 
-def test_serve_passes_the_settings_and_the_code(
+def test_serve_passes_its_settings_and_returns_the_code_of_the_server(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[object] = []
@@ -111,7 +111,7 @@ def test_serve_passes_the_settings_and_the_code(
     assert seen == ["127.0.0.1:1"]
 
 
-def test_an_address_that_is_taken_is_one_line(config: Path, tmp_path: Path) -> None:
+def test_address_in_use_exits_with_1_and_one_line(config: Path, tmp_path: Path) -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
         environ = {
             **os.environ,
@@ -139,7 +139,9 @@ PRINTING = [
 @pytest.mark.parametrize("argv", PRINTING)
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "closed"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_output_that_is_not_taken_is_74(argv: list[str], output: str, unbuffered: str) -> None:
+def test_standard_output_that_cannot_be_written_exits_with_74(
+    argv: list[str], output: str, unbuffered: str
+) -> None:
     environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     if output == "closed":
         command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "mirror", *argv]
@@ -165,7 +167,7 @@ def test_output_that_is_not_taken_is_74(argv: list[str], output: str, unbuffered
 
 
 @pytest.mark.row("R9")
-def test_standard_error_that_is_not_taken_changes_no_code() -> None:
+def test_standard_error_that_cannot_be_written_does_not_change_the_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
         assert run("check-config", "/nowhere", stderr=full).returncode == 78
         assert run("version", stdout=full, stderr=full).returncode == 74
@@ -174,7 +176,7 @@ def test_standard_error_that_is_not_taken_changes_no_code() -> None:
 # --- healthcheck ----------------------------------------------------------------------------------
 
 
-class Answering(BaseHTTPRequestHandler):
+class HealthHandler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200 if self.path == "/healthz" else 503)
         self.end_headers()
@@ -183,12 +185,12 @@ class Answering(BaseHTTPRequestHandler):
         pass
 
 
-def test_healthcheck(
+def test_healthcheck_succeeds_only_for_status_200(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # a proxy of the environment is not what is asked
+    # Proxies of the environment are not used.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with HTTPServer(("127.0.0.1", 0), Answering) as own:
+    with HTTPServer(("127.0.0.1", 0), HealthHandler) as own:
         thread = Thread(target=own.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -210,12 +212,12 @@ def test_healthcheck(
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "x", "http://", "http://127.0.0.1:99999/"])
-def test_healthcheck_of_no_url(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_healthcheck_of_a_malformed_url_fails(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["healthcheck", "--url", url]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_healthcheck_with_a_listen_that_is_none(
+def test_healthcheck_with_a_malformed_listen_address_exits_with_78(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OCI_MIRROR_LISTEN", ":5100")

@@ -1,4 +1,4 @@
-"""``schema``: what editors are told of the configuration is what the loader does."""
+"""``schema``: the printed schema agrees with the loader, the shipped file and the README."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from mirror.cli.main import main
-from mirror.cli.schema import ANY_UPSTREAM, DESCRIPTIONS, json_schema
+from mirror.cli.schema import json_schema
 from mirror.config.load import load
 from mirror.oci.errors import ConfigError
 
@@ -22,6 +22,8 @@ SHIPPED = ROOT / "config" / "mirror.schema.json"
 CONFIGURATION = ROOT / "config" / "mirror.yaml"
 SCHEMA = json_schema()
 VALIDATOR = Draft7Validator(SCHEMA)
+ANY_UPSTREAM = "<host>"
+"""Stands for the name of an upstream in the path of a key, as in the README."""
 HUB = "upstreams:\n  docker.io:\n    endpoints: [https://r.example]\n"
 
 
@@ -54,10 +56,9 @@ def test_schema_is_valid_and_names_no_host() -> None:
     assert SCHEMA["title"]
 
 
-def test_every_key_has_a_description_and_every_description_a_key() -> None:
-    assert list(KEYS) == list(DESCRIPTIONS)
+def test_every_key_has_a_description_of_whole_sentences() -> None:
+    assert len(KEYS) > 30
     for path, schema in KEYS.items():
-        assert schema["description"] == DESCRIPTIONS[path]
         assert schema["description"].endswith("."), path
 
 
@@ -68,7 +69,7 @@ def test_every_section_refuses_unknown_keys() -> None:
             assert section["additionalProperties"] is False
 
 
-def test_editors_find_the_schema_of_the_shipped_configuration() -> None:
+def test_shipped_configuration_names_its_schema_for_editors() -> None:
     first = CONFIGURATION.read_text(encoding="utf-8").splitlines()[0]
     assert first == f"# yaml-language-server: $schema={SHIPPED.name}"
     assert SHIPPED.parent == CONFIGURATION.parent
@@ -86,7 +87,7 @@ def test_shipped_configurations_validate(text: str) -> None:
     assert [error.message for error in VALIDATOR.iter_errors(yaml.safe_load(text))] == []
 
 
-# --- what the loader accepts ----------------------------------------------------------------------
+# --- the loader ----------------------------------------------------------------------------------
 
 
 def loads(text: str, tmp_path: Path) -> bool:
@@ -114,8 +115,8 @@ DURATIONS = ["30", "0.5", "30s", "1h30m", "250ms", "1.5d", "'30'", "' 5m '", "2w
 NO_DURATIONS = ["-1", "-1s", "fast", "5 m", "5M", "m5", "''", "true", "[5m]", "1e3s"]
 SIZES = ["4096", "50GiB", "500MB", "50Gi", "1.5 TiB", "10b", "1k", "1.5", "'4096'"]
 NO_SIZES = ["0", "-1", "0.5", "big", "50GiBs", "50iB", "true", "[1]", "5 0GB"]
-PARTS = ["0.9", "1", "90%", "'0.9'", "87.5 %"]
-NO_PARTS = ["0", "1.5", "-0.5", "much", "'%'", "true", "[0.9]"]
+RATIOS = ["0.9", "1", "90%", "'0.9'", "87.5 %"]
+NO_RATIOS = ["0", "1.5", "-0.5", "much", "'%'", "true", "[0.9]"]
 OTHERS = [
     ("listen", "'[::1]:5100'", True),
     ("listen", "[a]", False),
@@ -159,8 +160,8 @@ CASES = [
     *(("storage.max_size", value, True) for value in SIZES),
     *(("storage.max_size", value, False) for value in NO_SIZES),
     *(("upstreams.<host>.limits.min_rate", value, True) for value in SIZES),
-    *(("storage.high_water", value, True) for value in PARTS),
-    *(("storage.high_water", value, False) for value in NO_PARTS),
+    *(("storage.high_water", value, True) for value in RATIOS),
+    *(("storage.high_water", value, False) for value in NO_RATIOS),
     *OTHERS,
 ]
 
@@ -172,7 +173,7 @@ def test_schema_and_loader_agree(path: str, value: str, accepted: bool, tmp_path
     assert VALIDATOR.is_valid(yaml.safe_load(text)) is accepted
 
 
-def test_an_upstream_needs_endpoints(tmp_path: Path) -> None:
+def test_upstream_without_endpoints_is_refused_by_schema_and_loader(tmp_path: Path) -> None:
     text = "upstreams: {docker.io: {tag_ttl: 5m}}\n"
     assert not loads(text, tmp_path)
     assert not VALIDATOR.is_valid(yaml.safe_load(text))
@@ -180,8 +181,8 @@ def test_an_upstream_needs_endpoints(tmp_path: Path) -> None:
 
 # --- the README's table ---------------------------------------------------------------------------
 
-WORDS_FOR_EMPTY = {"none", "all", "shipped for the public registries"}
-"""How the table says that a key without a value has a meaning of its own."""
+MEANINGS_OF_EMPTY = {"none", "all", "shipped for the public registries"}
+"""Defaults in the table that are no values: they say what an empty key means."""
 
 
 def table() -> dict[str, tuple[str, str]]:
@@ -225,9 +226,9 @@ def test_readme_table_has_every_key(path: str) -> None:
         # The row of a section names its keys: in its default, or in its meaning.
         key = path.removeprefix(f"{row}.")
         assert key in defaults(row) or re.search(rf"(`|\W){key}(`|:)", meaning), meaning
-    elif "properties" in KEYS[path] and default not in WORDS_FOR_EMPTY:
+    elif "properties" in KEYS[path] and default not in MEANINGS_OF_EMPTY:
         assert yaml.safe_load(default) == defaults(path)
-    elif default in WORDS_FOR_EMPTY:
+    elif default in MEANINGS_OF_EMPTY:
         assert not KEYS[path].get("default")
     elif default == "":
         assert "null" not in KEYS[path]["type"], "only a required key has no default"

@@ -1,4 +1,4 @@
-"""Every key is a variable too; one that is unknown, or cannot be used, is refused in one line."""
+"""Environment variables: each key has one, and a bad one is refused in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mirror.config.load import load
 from tests.unit.config.test_load import UPSTREAMS, read, refused, upstream
 
 
-def test_environment_wins(tmp_path: Path) -> None:
+def test_variable_overrides_the_value_in_the_file(tmp_path: Path) -> None:
     environ = {
         "OCI_MIRROR_LISTEN": "[::1]:5200",
         "OCI_MIRROR_WORKERS": "3",
@@ -39,7 +39,7 @@ def test_environment_wins(tmp_path: Path) -> None:
     assert (hub.credentials.username, hub.credentials.password) == ("joe", "a,b")
 
 
-def test_new_upstreams_come_as_json() -> None:
+def test_json_object_in_a_variable_adds_an_upstream() -> None:
     environ = {
         "OCI_MIRROR_UPSTREAMS": json.dumps(
             {
@@ -57,7 +57,7 @@ def test_new_upstreams_come_as_json() -> None:
     assert got.pull_policy == "Never"
 
 
-def test_json_is_laid_over_the_file(tmp_path: Path) -> None:
+def test_json_object_in_a_variable_is_merged_into_the_section_of_the_file(tmp_path: Path) -> None:
     got = read(
         tmp_path,
         upstream("tag_ttl: 1h"),
@@ -66,8 +66,8 @@ def test_json_is_laid_over_the_file(tmp_path: Path) -> None:
     assert (got.tag_ttl, got.negative_ttl) == (3600, 1)
 
 
-def test_every_key_has_a_variable(tmp_path: Path) -> None:
-    """Each key of each settings type is settable; the value is taken from the defaults."""
+def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
+    """The values are those of the defaults, as they are printed."""
     text = upstream("", "a-b.example")
     base = read(tmp_path, text).model_dump(mode="json")
     base["upstreams"]["a-b.example"]["credentials"] = {"helper": "x"}
@@ -136,17 +136,19 @@ def test_every_key_has_a_variable(tmp_path: Path) -> None:
         (
             "OCI_MIRROR_UPSTREAMS__DOCKER_IO__CREDENTIALS__PASSWORD",
             "s3cret",
-            "m.yaml:2: upstreams.docker.io.credentials: username and password go together",
+            "m.yaml:2: upstreams.docker.io.credentials: username and password must be set together",
         ),
     ],
 )
-def test_variables_refused_in_one_line(tmp_path: Path, name: str, value: str, line: str) -> None:
+def test_bad_variable_is_refused_in_one_line(
+    tmp_path: Path, name: str, value: str, line: str
+) -> None:
     said = refused(tmp_path, upstream(""), {name: value})
     assert said == line
     assert "s3cret" not in said
 
 
-def test_what_kubernetes_adds_is_no_key(tmp_path: Path) -> None:
+def test_service_links_of_kubernetes_are_ignored(tmp_path: Path) -> None:
     environ = {
         "OCI_MIRROR_SERVICE_HOST": "10.0.0.1",
         "OCI_MIRROR_SERVICE_PORT": "5100",
@@ -159,12 +161,13 @@ def test_what_kubernetes_adds_is_no_key(tmp_path: Path) -> None:
     assert read(tmp_path, UPSTREAMS, environ) == read(tmp_path, UPSTREAMS)
 
 
-def test_one_variable_for_two_upstreams(tmp_path: Path) -> None:
+def test_variable_that_names_two_upstreams_is_refused(tmp_path: Path) -> None:
     text = (
         "upstreams:\n"
         "  a-b.example: {endpoints: [https://r.example]}\n"
         "  a.b.example: {endpoints: [https://r.example]}\n"
     )
     assert refused(tmp_path, text, {"OCI_MIRROR_UPSTREAMS__A_B_EXAMPLE__CA": "x"}) == (
-        "OCI_MIRROR_UPSTREAMS__A_B_EXAMPLE__CA: could be of any of a-b.example, a.b.example"
+        "OCI_MIRROR_UPSTREAMS__A_B_EXAMPLE__CA: "
+        "names more than one upstream: a-b.example, a.b.example"
     )

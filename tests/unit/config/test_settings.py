@@ -1,16 +1,22 @@
-"""The configuration that is shipped: it loads, it is the defaults, and it explains every key."""
+"""The shipped configuration file, and the settings: defaults, comments, secrets."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from mirror.config.load import load
-from mirror.config.settings import Frozen, Invalid, Settings, Upstream, build
+from mirror.config.settings import (
+    InvalidSetting,
+    Section,
+    Settings,
+    Upstream,
+    build,
+    section_type,
+)
 
 FILE = Path(__file__).parents[3] / "config" / "mirror.yaml"
 PUBLIC = {
@@ -26,17 +32,16 @@ PUBLIC = {
 LINES = FILE.read_text(encoding="utf-8").splitlines()
 
 
-def keys(model: type[Frozen]) -> Iterator[tuple[type[Frozen], str]]:
-    for key, field in model.model_fields.items():
+def keys(model: type[Section]) -> Iterator[tuple[type[Section], str]]:
+    for key in model.model_fields:
         yield model, key
-        for option in get_args(field.annotation) or (field.annotation,):
-            if isinstance(option, type) and issubclass(option, Frozen):
-                yield from keys(option)
+        if section := section_type(model, key):
+            yield from keys(section)
 
 
 @pytest.mark.parametrize(("model", "key"), list(keys(Settings)))
-def test_every_key_is_there_and_explained(model: type[Frozen], key: str) -> None:
-    """A comment on the line, above it, or above the section that the line is in."""
+def test_shipped_file_has_and_explains_every_key(model: type[Section], key: str) -> None:
+    """The comment is on the line, above it, or above the section around the line."""
     place = next(
         (n for n, line in enumerate(LINES) if re.match(rf"\s*(# *)?{key}:", line)),
         None,
@@ -47,11 +52,11 @@ def test_every_key_is_there_and_explained(model: type[Frozen], key: str) -> None
         place -= 1
         block.append(LINES[place])
     words = [line.partition("#")[2] for line in block]
-    # more than a key that is commented out
+    # A key that is commented out is no explanation.
     assert any(re.search(r"[A-Za-z]{2,} [A-Za-z]{2,}", text) for text in words), block
 
 
-def test_it_is_the_defaults_with_the_public_registries() -> None:
+def test_shipped_file_has_the_defaults_and_the_public_registries() -> None:
     settings = load(str(FILE), {})
     assert {name: one.endpoints for name, one in settings.upstreams.items()} == {
         name: (endpoint,) for name, endpoint in PUBLIC.items()
@@ -64,8 +69,8 @@ def test_it_is_the_defaults_with_the_public_registries() -> None:
         assert bare == Upstream(endpoints=upstream.endpoints)
 
 
-def test_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
-    """Each commented key, by itself, with a space too many taken away, makes a file that loads."""
+def test_each_commented_example_of_the_shipped_file_loads(tmp_path: Path) -> None:
+    """One example at a time, without its comment signs, makes a file that loads."""
     examples = [
         LINES[start:end]
         for start, line in enumerate(LINES)
@@ -93,7 +98,7 @@ def test_examples_that_are_commented_out_are_right(tmp_path: Path) -> None:
         assert load(str(file), {}) != load(str(FILE), {})
 
 
-def test_variables_in_comments_are_right() -> None:
+def test_variables_in_the_comments_of_the_shipped_file_load() -> None:
     found = re.findall(r"(OCI_MIRROR_\w+)=(\S.*)", "\n".join(LINES))
     environ = {name: value.strip("'") for name, value in found}
     assert len(environ) == 4
@@ -102,15 +107,15 @@ def test_variables_in_comments_are_right() -> None:
     assert "registry.example:5000" in settings.upstreams
 
 
-def test_values_in_code_need_no_text() -> None:
+def test_build_accepts_numbers_and_raises_with_the_path_of_a_missing_key() -> None:
     tree = {"upstreams": {"r.example": {"endpoints": ["http://r.example"], "tag_ttl": 1.5}}}
     assert build(tree).upstreams["r.example"].tag_ttl == 1.5
-    with pytest.raises(Invalid, match="is missing") as caught:
+    with pytest.raises(InvalidSetting, match="is missing") as caught:
         build({"upstreams": {"r.example": {}}})
     assert caught.value.path == ("upstreams", "r.example", "endpoints")
 
 
-def test_the_password_is_not_in_what_is_logged() -> None:
+def test_password_is_not_in_the_text_of_settings() -> None:
     tree = {"endpoints": ["http://r"], "credentials": {"username": "joe", "password": "s3cret"}}
     settings = build({"upstreams": {"r.example": tree}})
     assert "joe" in repr(settings)
@@ -118,6 +123,6 @@ def test_the_password_is_not_in_what_is_logged() -> None:
     assert "s3cret" not in str(settings)
 
 
-def test_settings_never_change() -> None:
+def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Settings().listen = "x"  # type: ignore[misc]  # what is tried here
+        Settings().listen = "x"  # type: ignore[misc]  # the assignment that must fail

@@ -1,4 +1,4 @@
-"""Sizes, durations, hosts and URLs, held to their grammars and to their own printing."""
+"""The grammars of sizes, durations, ratios and hosts, and their printing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mirror.config import values
         (123, 123),
     ],
 )
-def test_size(text: object, size: int) -> None:
+def test_size_is_read_as_bytes(text: object, size: int) -> None:
     assert values.parse_size(text) == size
 
 
@@ -58,7 +58,7 @@ def test_size(text: object, size: int) -> None:
         "1\n2",
     ],
 )
-def test_no_size(text: object) -> None:
+def test_text_that_is_no_size_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match="size"):
         values.parse_size(text)
 
@@ -70,7 +70,7 @@ def test_every_size_is_read_as_it_is_printed(size: int) -> None:
 
 
 @given(st.integers(1, 999), st.sampled_from(["K", "M", "G", "T"]))
-def test_binary_units_are_larger(number: int, prefix: str) -> None:
+def test_binary_unit_is_a_power_of_1024_and_decimal_of_1000(number: int, prefix: str) -> None:
     binary = values.parse_size(f"{number}{prefix}iB")
     decimal = values.parse_size(f"{number}{prefix}B")
     assert binary > decimal
@@ -96,7 +96,7 @@ def test_binary_units_are_larger(number: int, prefix: str) -> None:
         (math.inf, math.inf),
     ],
 )
-def test_duration(text: object, seconds: float) -> None:
+def test_duration_is_read_as_seconds(text: object, seconds: float) -> None:
     assert values.parse_duration(text) == seconds
 
 
@@ -104,7 +104,7 @@ def test_duration(text: object, seconds: float) -> None:
     "text",
     ["", "s", "-1", "-1s", "1x", "1 s", "nan", "1e3", "5 minutes", "m5", True, math.nan, -1, None],
 )
-def test_no_duration(text: object) -> None:
+def test_text_that_is_no_duration_is_refused(text: object) -> None:
     with pytest.raises(ValueError, match=r"duration|negative"):
         values.parse_duration(text)
 
@@ -123,8 +123,8 @@ def test_parts_of_a_duration_add_up(parts: list[tuple[int, str]]) -> None:
 
 
 @given(st.text(max_size=20))
-def test_any_text_is_a_value_or_refused(text: str) -> None:
-    for parse in (values.parse_size, values.parse_duration, values.parse_part):
+def test_any_text_is_read_or_refused_with_value_error(text: str) -> None:
+    for parse in (values.parse_size, values.parse_duration, values.parse_ratio):
         with contextlib.suppress(ValueError):
             assert parse(text) >= 0
     try:
@@ -135,17 +135,17 @@ def test_any_text_is_a_value_or_refused(text: str) -> None:
         assert not set(text) & set("/?#@ \t\r\n")
 
 
-@pytest.mark.parametrize(("text", "part"), [("0.95", 0.95), ("95%", 0.95), ("1", 1.0), (0.5, 0.5)])
-def test_part(text: object, part: float) -> None:
-    assert values.parse_part(text) == pytest.approx(part)
+@pytest.mark.parametrize(("text", "ratio"), [("0.95", 0.95), ("95%", 0.95), ("1", 1.0), (0.5, 0.5)])
+def test_ratio_is_read_as_number_or_percentage(text: object, ratio: float) -> None:
+    assert values.parse_ratio(text) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(
     "text", ["0", "0%", "101%", "1.1", "95", "-1", "x", "%", True, None, math.nan]
 )
-def test_no_part(text: object) -> None:
-    with pytest.raises(ValueError, match=r"part|more than 0"):
-        values.parse_part(text)
+def test_text_that_is_no_ratio_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match=r"ratio|more than 0"):
+        values.parse_ratio(text)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_no_part(text: object) -> None:
         ("127.0.0.1:0", ("127.0.0.1", 0)),
     ],
 )
-def test_split_host(text: str, split: tuple[str, int | None]) -> None:
+def test_host_is_split_from_its_port(text: str, split: tuple[str, int | None]) -> None:
     assert values.split_host(text) == split
 
 
@@ -165,6 +165,6 @@ def test_split_host(text: str, split: tuple[str, int | None]) -> None:
     "text",
     ["", ":1", "a:", "a:b", "a:65536", "::1", "[::1", "[x]:1", "a/b", "u@h", "-a", "a b", "a\n"],
 )
-def test_no_host(text: str) -> None:
+def test_text_that_is_no_host_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         values.split_host(text)

@@ -1,4 +1,4 @@
-"""Events: frozen values, and the record of a pull as it fills."""
+"""Events are frozen, and the record of a request measures its stages."""
 
 from __future__ import annotations
 
@@ -14,27 +14,22 @@ from mirror.observability.events import Kind, Outcome, Pull
 EVENTS = typing.get_args(events.Event)
 
 
-def test_every_event_is_one_of_them_and_none_ever_changes() -> None:
+def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
     defined = {
         kind
         for _, kind in inspect.getmembers(events, inspect.isclass)
         if kind.__module__ == events.__name__ and dataclasses.is_dataclass(kind)
     }
     assert defined == {*EVENTS, Pull}
-    noted = events.LogMessage("info", "x")
+    message = events.LogMessage("info", "x")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        noted.message = "y"  # type: ignore[misc] # that it cannot be set is what is shown
+        message.message = "y"  # type: ignore[misc] # the assignment that must fail
     for kind in EVENTS:
         assert kind.__dataclass_params__.frozen, kind
         assert (kind.__doc__ or "").strip(), kind
 
 
-def test_nobody_has_to_listen() -> None:
-    events.ignore(events.LogMessage("info", "x"))
-
-
-def test_a_record_begins_with_nothing_told() -> None:
-    """Until it is known what a request is about, it is invalid, and an error."""
+def test_new_record_is_an_invalid_request_that_ended_with_an_error() -> None:
     pull = Pull("id", "GET", "/")
     assert (pull.kind, pull.outcome, pull.upstream) == (Kind.INVALID, Outcome.ERROR, "")
     assert not pull.complete
@@ -42,7 +37,7 @@ def test_a_record_begins_with_nothing_told() -> None:
     assert Pull("id", "GET", "/").stages is not pull.stages
 
 
-def test_stages_are_kept_in_order_with_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_are_recorded_in_order_with_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 2.5, 4.0, 6.0])
     pull = Pull("id", "GET", "/", started=0.0)
     monkeypatch.setattr("mirror.observability.events.time.monotonic", lambda: next(clock))
@@ -55,7 +50,7 @@ def test_stages_are_kept_in_order_with_their_time(monkeypatch: pytest.MonkeyPatc
     assert pull.stages == [("index", 1.0), ("wait", 0.5), ("index", 2.0)]
 
 
-def test_a_stage_that_fails_is_measured_as_well() -> None:
+def test_stage_whose_block_raises_is_measured() -> None:
     pull = Pull("id", "GET", "/")
     with pytest.raises(ZeroDivisionError), pull.stage("upstream"):
         raise ZeroDivisionError
@@ -64,8 +59,8 @@ def test_a_stage_that_fails_is_measured_as_well() -> None:
     assert seconds >= 0
 
 
-def test_labels_are_words() -> None:
-    """They stand in metrics and log lines, where a space or a quote would break what reads them."""
+def test_labels_are_single_ascii_words() -> None:
+    """A space or a quote would break programs that read metrics and log lines."""
     for label in (*Kind, *Outcome):
         assert label.value.isascii()
         assert label.value.isalpha()

@@ -1,4 +1,4 @@
-"""Log lines: one each, clean, bounded."""
+"""Log lines: format, escapes, masked secrets, limits."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 from mirror.config.settings import Log
 from mirror.observability import events
 from mirror.observability.events import Kind, Outcome, Pull
-from mirror.observability.logs import LogObserver, configure_logging, pull_pairs, server_timing
+from mirror.observability.logs import LogObserver, configure_logging, encode_pull, server_timing
 
 
-def written(*happened: events.Event, log: Log | None = None) -> list[str]:
+def written(*reported: events.Event, log: Log | None = None) -> list[str]:
     stream = io.StringIO()
     observer = LogObserver(configure_logging(log or Log(format="json"), stream))
-    for event in happened:
+    for event in reported:
         observer.observe(event)
     return stream.getvalue().splitlines()
 
@@ -32,7 +32,7 @@ def a_pull(**fields: object) -> Pull:
     return pull
 
 
-def test_a_pull_is_one_line_with_its_story() -> None:
+def test_request_is_one_json_line_with_its_fields() -> None:
     pull = a_pull(bytes_sent=418, duration=0.25)
     with pull.stage("resolve"):
         pass
@@ -44,7 +44,7 @@ def test_a_pull_is_one_line_with_its_story() -> None:
     assert "resolve" in fields["stages"]
 
 
-def test_people_get_another_format() -> None:
+def test_human_format_has_key_value_pairs_and_quotes_spaces() -> None:
     (line,) = written(events.PullEnded(a_pull(user_agent="a b")), log=Log(format="human"))
     assert re.match(
         r"\d{4}-\d\d-\d\dT[\d:.]+Z info    pull outcome=hit status=200 method=GET", line
@@ -52,7 +52,7 @@ def test_people_get_another_format() -> None:
     assert 'user_agent="a b"' in line
 
 
-def test_probes_are_quiet() -> None:
+def test_ping_is_logged_at_debug_level_only() -> None:
     assert not written(events.PullEnded(a_pull(kind=Kind.PING)))
     assert written(events.PullEnded(a_pull(kind=Kind.PING)), log=Log(level="debug"))
 
@@ -62,7 +62,7 @@ def test_probes_are_quiet() -> None:
     "text", ["a\nb", "a\r\nlevel=error", "\x1b[31mred", "a\x00b", "a\u2028b", "\udcff"]
 )
 @pytest.mark.parametrize("style", ["json", "human"])
-def test_control_characters_stay_in_their_line(text: str, style: str) -> None:
+def test_control_characters_are_escaped_within_one_line(text: str, style: str) -> None:
     log = Log.model_validate({"format": style})
     lines = written(events.PullEnded(a_pull(user_agent=text, error=text)), log=log)
     assert len(lines) == 1
@@ -79,25 +79,25 @@ def test_control_characters_stay_in_their_line(text: str, style: str) -> None:
         "https://cdn.example/blob?X-Amz-Signature=canary",
     ],
 )
-def test_secrets_are_masked(text: str) -> None:
+def test_secrets_in_urls_and_authorization_are_masked(text: str) -> None:
     for line in written(
         events.PullEnded(a_pull(error=text)), events.LogMessage("error", text, (("why", text),))
     ):
         assert "canary" not in line
 
 
-def test_repeated_lines_are_held_back_and_counted() -> None:
+def test_message_repeated_1000_times_is_written_5_times() -> None:
     lines = written(*(events.Uncached("sha256:x", "full") for _ in range(1000)))
     assert len(lines) == 5
 
 
-def test_long_fields_are_cut() -> None:
+def test_long_field_is_cut() -> None:
     (line,) = written(events.PullEnded(a_pull(user_agent="x" * 100_000)))
     assert len(line) < 2000
 
 
 @pytest.mark.row("HC2")
-def test_a_traceback_becomes_a_line() -> None:
+def test_traceback_of_a_library_becomes_one_line_and_is_limited() -> None:
     stream = io.StringIO()
     configure_logging(Log(format="json"), stream)
     try:
@@ -111,7 +111,7 @@ def test_a_traceback_becomes_a_line() -> None:
 
 
 @pytest.mark.row("R9")
-def test_a_stream_that_is_gone_loses_lines_and_nothing_else() -> None:
+def test_closed_or_full_stream_loses_lines_without_an_exception() -> None:
     stream = io.StringIO()
     observer = LogObserver(configure_logging(Log(format="json"), stream))
     stream.close()
@@ -123,9 +123,9 @@ def test_a_stream_that_is_gone_loses_lines_and_nothing_else() -> None:
         full.close()
 
 
-def test_server_timing_is_a_header() -> None:
+def test_server_timing_is_a_valid_header_in_milliseconds() -> None:
     pull = a_pull()
     with pull.stage("wait for it"), pull.stage("index"):
         pass
     assert re.fullmatch(r"(?:[\w-]+;dur=\d+\.\d\d(?:, )?)+", server_timing(pull))
-    assert any("stages" in pair for pair in pull_pairs(pull, as_json=True))
+    assert any("stages" in field for field in encode_pull(pull, as_json=True))

@@ -1,4 +1,4 @@
-"""Metrics: every event counts, labels are bounded, workers add up."""
+"""Metrics: events are counted, labels are bounded, workers are added up, the reference is true."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import pytest
 
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, Pull
-from mirror.observability.metrics import Metrics
+from mirror.observability.metrics import MetricsObserver
 
 ROOT = Path(__file__).parents[3]
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float:
+def value(metrics: MetricsObserver, name: str, **labels: str) -> float:
     """The sum of all samples of ``name`` that have these labels."""
     total = 0.0
     for line in metrics.render()[0].decode().splitlines():
@@ -92,14 +92,16 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
 @pytest.mark.parametrize(
     ("event", "name", "labels", "expected"), CASES, ids=lambda case: getattr(case, "name", None)
 )
-def test_events_count(event: Event, name: str, labels: dict[str, str], expected: float) -> None:
-    metrics = Metrics(["docker.io"])
+def test_event_changes_its_metric(
+    event: Event, name: str, labels: dict[str, str], expected: float
+) -> None:
+    metrics = MetricsObserver(["docker.io"])
     metrics.observe(event)
     assert value(metrics, name, **labels) == expected
 
 
-def test_requests_add_up_and_labels_are_bounded() -> None:
-    metrics = Metrics(["docker.io"])
+def test_made_up_upstreams_are_counted_without_new_series() -> None:
+    metrics = MetricsObserver(["docker.io"])
     series = len(metrics.render()[0].splitlines())
     for number in range(100):
         pull = a_pull(upstream=f"made-up-{number}", kind=list(Kind)[number % len(Kind)])
@@ -110,8 +112,8 @@ def test_requests_add_up_and_labels_are_bounded() -> None:
     assert len(metrics.render()[0].splitlines()) == series
 
 
-def test_all_is_there_from_the_start() -> None:
-    text = Metrics(["docker.io", "ghcr.io"]).render()[0].decode()
+def test_series_of_known_labels_start_at_zero() -> None:
+    text = MetricsObserver(["docker.io", "ghcr.io"]).render()[0].decode()
     for outcome in Outcome:
         assert f'kind="blob",outcome="{outcome.value}",upstream="ghcr.io"}} 0.0' in text
 
@@ -121,8 +123,8 @@ WORKER = textwrap.dedent(
     import os, sys
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = sys.argv[1]
     from mirror.observability import events
-    from mirror.observability.metrics import Metrics, worker_died
-    metrics = Metrics(["docker.io"])
+    from mirror.observability.metrics import MetricsObserver, worker_died
+    metrics = MetricsObserver(["docker.io"])
     pids = []
     for n in range(3):
         pid = os.fork()
@@ -144,7 +146,7 @@ WORKER = textwrap.dedent(
 )
 
 
-def test_workers_add_up(tmp_path: Path) -> None:
+def test_counters_of_workers_are_added_and_gauges_of_dead_ones_dropped(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(tmp_path)],
         capture_output=True,
@@ -161,9 +163,12 @@ def test_workers_add_up(tmp_path: Path) -> None:
     assert "oci_mirror_growing_contents 3.0" not in dead
 
 
-def test_every_metric_is_in_the_reference() -> None:
-    text = Metrics(["docker.io"]).render()[0].decode()
+def test_reference_has_every_metric_with_its_help_text() -> None:
+    text = MetricsObserver(["docker.io"]).render()[0].decode()
     names = set(re.findall(r"^# TYPE (oci_mirror_\w+) (?:counter|gauge|histogram)", text, re.M))
     names = {name for name in names if not name.endswith("_created")}
-    documented = set(re.findall(r"`(oci_mirror_\w+)`", (ROOT / "docs/metrics.md").read_text()))
-    assert names == documented
+    reference = (ROOT / "docs/metrics.md").read_text()
+    assert names == set(re.findall(r"`(oci_mirror_\w+)`", reference))
+    rows = dict(re.findall(r"^\| `(oci_mirror_\w+)` \|.*\| (.*) \|$", reference, re.M))
+    helps = dict(re.findall(r"^# HELP (oci_mirror_\w+) (.*)$", text, re.M))
+    assert rows == {name: helps[name] for name in names}

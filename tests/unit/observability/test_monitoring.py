@@ -1,4 +1,4 @@
-"""Dashboard and alerts: they name metrics that exist, and a real Prometheus takes them all."""
+"""Dashboard and alerts: each metric in them exists, and a real Prometheus accepts them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from mirror.observability.metrics import Metrics
+from mirror.observability.metrics import MetricsObserver
 from tests.real import images
 from tests.real.process import Program, need
 from tests.real.registry import DockerRegistry
@@ -37,8 +37,8 @@ def names(text: str) -> set[str]:
     return set(re.findall(r"\b(oci_mirror_[a-z0-9_]+)", text))
 
 
-def test_every_name_is_one_that_is_exposed() -> None:
-    exposed = names(Metrics(["docker.io"]).render()[0].decode())
+def test_dashboard_and_alerts_name_exposed_metrics_only() -> None:
+    exposed = names(MetricsObserver(["docker.io"]).render()[0].decode())
     recorded = set(re.findall(r"record: (\S+)", ALERTS.read_text()))
     used = {name for expression in expressions() for name in names(expression)}
     assert len(used) > 20
@@ -47,7 +47,7 @@ def test_every_name_is_one_that_is_exposed() -> None:
     assert rules <= recorded
 
 
-def test_promtool_takes_rules_and_metrics() -> None:
+def test_promtool_accepts_rules_configuration_and_metrics() -> None:
     promtool = need("promtool")
     directory = CONFIG / "prometheus"
     for command in (
@@ -57,7 +57,7 @@ def test_promtool_takes_rules_and_metrics() -> None:
     ):
         done = subprocess.run([promtool, *command], cwd=directory, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    text = Metrics(["docker.io"]).render()[0]
+    text = MetricsObserver(["docker.io"]).render()[0]
     done = subprocess.run(
         [promtool, "check", "metrics"], input=text, capture_output=True, check=False
     )
@@ -65,7 +65,7 @@ def test_promtool_takes_rules_and_metrics() -> None:
 
 
 class Prometheus(Program):
-    """A real Prometheus that scrapes one target, with our rules."""
+    """Prometheus, scraping one target with our rules."""
 
     name = "prometheus"
 
@@ -106,7 +106,7 @@ class Prometheus(Program):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_real_prometheus_scrapes_the_running_server(workers: int) -> None:
+def test_prometheus_scrapes_the_server_and_evaluates_every_expression(workers: int) -> None:
     with (
         DockerRegistry() as registry,
         Mirror({"docker.io": registry.url}, workers=workers) as mirror,

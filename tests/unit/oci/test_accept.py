@@ -1,4 +1,4 @@
-"""``Accept``: one value for the same question in any order."""
+"""``Accept``: one canonical value for the same media ranges in any order."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import DEFAULT_ACCEPT, DOCKER_LIST, OCI_INDEX, OCI_MANIFEST
 
 
-def test_lines_and_commas_are_one_list() -> None:
+def test_lines_and_commas_are_read_as_one_list() -> None:
     lines = [f"{OCI_INDEX}, */*", OCI_MANIFEST, f" {OCI_INDEX} ", "text/html;q=0.5"]
     assert parse_accept(lines) == (OCI_INDEX, OCI_MANIFEST, "text/html;q=0.5", "*/*")
 
 
-def test_order_does_not_matter() -> None:
+def test_order_of_media_ranges_does_not_change_the_result() -> None:
     lines = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, "application/*", "*/*"]
     shuffled = random.Random(7).sample(lines, len(lines))
     assert shuffled != lines
     assert parse_accept(shuffled) == parse_accept(lines)
 
 
-def test_nothing_asked_is_everything() -> None:
+def test_missing_or_malformed_accept_becomes_the_default() -> None:
     for lines in ([], [""], ["garbage"], ["a/b\r\nHost: x"], ["a/b;x"]):
         assert parse_accept(lines) == DEFAULT_ACCEPT
 
 
-def test_it_is_bounded() -> None:
+def test_result_has_at_most_64_media_ranges_and_4096_characters() -> None:
     assert len(parse_accept(f"a/{n}" for n in range(1000))) == 64
     assert len(",".join(parse_accept([f"a/{'b' * 1000}{n}" for n in range(9)]))) <= 4096
 
 
 @given(st.lists(st.text()))
-def test_the_result_is_safe_in_a_header_and_canonical(lines: list[str]) -> None:
+def test_result_is_printable_ascii_and_parses_to_itself(lines: list[str]) -> None:
     found = parse_accept(lines)
     assert all(item.isascii() and item.isprintable() for item in found)
     if found != DEFAULT_ACCEPT:

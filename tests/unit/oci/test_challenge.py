@@ -1,4 +1,4 @@
-"""``WWW-Authenticate``: several challenges, quoting, garbage (row U10, HU10)."""
+"""``WWW-Authenticate``: several challenges, quoting, malformed headers (rows U10, HU10)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.oci.challenge import (
-    COUNT_LIMIT,
-    LENGTH_LIMIT,
+    MAX_CHALLENGE_CHARS,
+    MAX_CHALLENGES,
     Basic,
     Bearer,
     Challenge,
@@ -52,11 +52,11 @@ REALM = "https://auth.docker.io/token"
          [Other("newauth"), Basic("simple")]),
     ],
 )  # fmt: skip
-def test_challenges(header: str, expected: list[Challenge]) -> None:
+def test_header_is_parsed_into_its_challenges(header: str, expected: list[Challenge]) -> None:
     assert parse_challenges(header) == tuple(expected)
 
 
-def test_several_lines_are_one_list() -> None:
+def test_several_lines_are_read_as_one_list() -> None:
     lines = ["Negotiate", f'Bearer realm="{REALM}"', 'Basic realm="x"']
     assert parse_challenges(lines) == (Other("negotiate"), Bearer(REALM), Basic("x"))
     assert parse_challenges([]) == ()
@@ -86,22 +86,22 @@ def test_several_lines_are_one_list() -> None:
         "Bearer realm=\u0660",
     ],
 )
-def test_garbage_is_no_challenge(header: str) -> None:
+def test_malformed_header_gives_no_challenge(header: str) -> None:
     assert not any(isinstance(found, Bearer | Basic) for found in parse_challenges(header))
 
 
 @pytest.mark.row("HU10")
-def test_bombs_are_bounded() -> None:
-    assert parse_challenges(f'Bearer realm="{"a" * LENGTH_LIMIT}"') == ()
-    assert parse_challenges(["Basic"] * (COUNT_LIMIT + 1)) == ()
-    assert len(parse_challenges(["Basic"] * COUNT_LIMIT)) == COUNT_LIMIT
-    half = f'Basic realm="{"a" * (LENGTH_LIMIT // 2)}"'
+def test_too_long_header_or_too_many_challenges_give_none() -> None:
+    assert parse_challenges(f'Bearer realm="{"a" * MAX_CHALLENGE_CHARS}"') == ()
+    assert parse_challenges(["Basic"] * (MAX_CHALLENGES + 1)) == ()
+    assert len(parse_challenges(["Basic"] * MAX_CHALLENGES)) == MAX_CHALLENGES
+    half = f'Basic realm="{"a" * (MAX_CHALLENGE_CHARS // 2)}"'
     assert parse_challenges([half, half]) == ()
     assert len(parse_challenges(half)) == 1
 
 
 @given(st.text() | st.text(alphabet='Basic Bearer realm=",\\\t \x00é/:'))
-def test_nothing_is_ever_raised(header: str) -> None:
+def test_any_text_is_parsed_without_exception(header: str) -> None:
     for found in parse_challenges(header):
         if isinstance(found, Bearer):
             assert found.realm
@@ -111,12 +111,14 @@ VALUES = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30
 
 
 @given(VALUES.filter(bool), VALUES, st.lists(st.sampled_from(["Basic", "Negotiate abc=="])))
-def test_round_trip(realm: str, service: str, others: list[str]) -> None:
+def test_quoted_bearer_challenge_is_found_among_others(
+    realm: str, service: str, others: list[str]
+) -> None:
     def quoted(value: str) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
     ours = f"Bearer realm={quoted(realm)},service={quoted(service)}"
     found = parse_challenges(", ".join([*others, ours, *others]))
-    assert len(found) == (2 * len(others) + 1 if 2 * len(others) < COUNT_LIMIT else 0)
+    assert len(found) == (2 * len(others) + 1 if 2 * len(others) < MAX_CHALLENGES else 0)
     if found:
         assert found[len(others)] == Bearer(realm, service)

@@ -1,4 +1,4 @@
-"""Manifests: what is read out of them, and what is refused (rows HU5, HU6, HU8)."""
+"""Manifests: accepted and refused bodies, media types, referrers (rows HU5, HU6, HU8, HU9)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mirror.oci.descriptor import (
     DOCKER_SCHEMA1,
     DOCKER_SCHEMA1_SIGNED,
     MANIFEST_LIMIT,
+    MAX_DESCRIPTOR_SIZE,
     OCI_INDEX,
     OCI_MANIFEST,
-    SIZE_LIMIT,
     Descriptor,
     Manifest,
     Referrer,
@@ -60,11 +60,11 @@ def body(document: object) -> bytes:
     return json.dumps(document).encode()
 
 
-# --- what is read -------------------------------------------------------------------------------
+# --- accepted -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("media_type", [OCI_MANIFEST, DOCKER_MANIFEST])
-def test_an_image_refers_to_its_config_and_layers(media_type: str) -> None:
+def test_image_refers_to_its_config_and_layers(media_type: str) -> None:
     document = image(
         mediaType=media_type,
         artifactType=ARTIFACT,
@@ -82,20 +82,20 @@ def test_an_image_refers_to_its_config_and_layers(media_type: str) -> None:
 
 
 @pytest.mark.parametrize("media_type", [OCI_INDEX, DOCKER_LIST])
-def test_an_index_refers_to_manifests(media_type: str) -> None:
+def test_index_refers_to_its_manifests(media_type: str) -> None:
     manifest = parse_manifest(body(index(mediaType=media_type)), f"{media_type}; charset=utf-8")
     assert manifest.media_type == media_type
     assert manifest.children == (Descriptor(OCI_MANIFEST, A, 5),)
     assert manifest.blobs == ()
 
 
-def test_lists_that_go_writes_as_null_are_empty() -> None:
+def test_null_in_place_of_a_list_is_an_empty_list() -> None:
     assert parse_manifest(body(index(manifests=None)), OCI_INDEX).children == ()
     assert len(parse_manifest(body(image(layers=None, mediaType=None)), OCI_MANIFEST).blobs) == 1
 
 
 @pytest.mark.row("HU8")
-def test_urls_of_a_descriptor_leave_no_trace() -> None:
+def test_urls_of_a_descriptor_are_ignored() -> None:
     foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
     layers = [entry(B, 20, foreign, urls=["http://evil.example/layer"])]
     manifest = parse_manifest(body(image(layers=layers)), OCI_MANIFEST)
@@ -103,7 +103,7 @@ def test_urls_of_a_descriptor_leave_no_trace() -> None:
     assert "evil" not in repr(manifest)
 
 
-def test_an_artifact_of_any_type_may_be_anything() -> None:
+def test_artifact_of_another_type_may_have_any_body() -> None:
     nothing = Manifest(ARTIFACT, (), (), None, None, ())
     for content in (b"", b"\x00\xff", b"[1]", b"{", b"null", b'{"layers": 3}', b'{"a":1,"a":2}'):
         assert parse_manifest(content, ARTIFACT) == nothing
@@ -112,7 +112,7 @@ def test_an_artifact_of_any_type_may_be_anything() -> None:
     assert parse_manifest(b"x", "not a type").media_type == OCTET_STREAM
 
 
-# --- what is refused ----------------------------------------------------------------------------
+# --- refused ------------------------------------------------------------------------------------
 
 
 def deep(levels: int) -> bytes:
@@ -157,13 +157,13 @@ def test_hostile_json_is_refused(name: str, media_type: str) -> None:
 
 
 @pytest.mark.row("HU5")
-def test_the_hostile_cases_start_from_a_body_that_is_right() -> None:
+def test_body_that_the_hostile_cases_change_is_accepted() -> None:
     assert parse_manifest(body(image()), OCI_MANIFEST).blobs
     assert parse_manifest(body(image())[:-1] + b',"x":"\\ud83d\\ude00"}', OCI_MANIFEST).blobs
 
 
 @pytest.mark.row("HU5")
-def test_the_size_limit_is_exact_and_holds_for_every_type() -> None:
+def test_manifest_above_4_mib_is_refused_for_every_type() -> None:
     frame = body(image(x=""))
     largest = body(image(x="x" * (MANIFEST_LIMIT - len(frame))))
     assert len(largest) == MANIFEST_LIMIT
@@ -202,16 +202,16 @@ def test_the_size_limit_is_exact_and_holds_for_every_type() -> None:
         (image(layers=[entry(Digest=str(B))]), OCI_MANIFEST),
     ],
 )
-def test_a_confused_manifest_is_refused(document: object, media_type: str) -> None:
+def test_manifest_that_contradicts_its_type_is_refused(document: object, media_type: str) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(body(document), media_type)
 
 
 @pytest.mark.row("HU6")
 @pytest.mark.parametrize(
-    "size", [-1, SIZE_LIMIT + 1, 10**30, True, False, 1.0, "1", None, [], 1e300]
+    "size", [-1, MAX_DESCRIPTOR_SIZE + 1, 10**30, True, False, 1.0, "1", None, [], 1e300]
 )
-def test_sizes_that_are_no_count_of_bytes_are_refused(size: object) -> None:
+def test_size_that_is_no_64_bit_count_is_refused(size: object) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(body(image(layers=[entry(B, size)])), OCI_MANIFEST)
     with pytest.raises(ManifestInvalid):
@@ -219,8 +219,8 @@ def test_sizes_that_are_no_count_of_bytes_are_refused(size: object) -> None:
     assert parse_manifest(body({"layers": [entry(B, size)]}), ARTIFACT).blobs == ()
 
 
-@pytest.mark.parametrize("size", [0, SIZE_LIMIT])
-def test_sizes_at_the_ends_are_right(size: int) -> None:
+@pytest.mark.parametrize("size", [0, MAX_DESCRIPTOR_SIZE])
+def test_smallest_and_largest_size_are_accepted(size: int) -> None:
     assert parse_manifest(body(image(layers=[entry(B, size)])), OCI_MANIFEST).blobs[1].size == size
 
 
@@ -229,12 +229,12 @@ def test_sizes_at_the_ends_are_right(size: int) -> None:
     "digest",
     ["", "sha256:", "sha256:ABC", "md5:" + "0" * 32, f"{A}0", str(A).upper(), f"{A}\n", "../../x"],
 )
-def test_digests_outside_the_grammar_are_refused(digest: str) -> None:
+def test_digest_outside_the_grammar_is_refused_in_a_descriptor(digest: str) -> None:
     with pytest.raises(ManifestInvalid):
         parse_manifest(body(image(layers=[entry(digest)])), OCI_MANIFEST)
 
 
-def test_a_descriptor_needs_digest_and_size() -> None:
+def test_descriptor_without_digest_or_size_is_refused() -> None:
     for missing in ("digest", "size"):
         layer = entry()
         del layer[missing]
@@ -261,14 +261,14 @@ JSON = st.recursive(
 
 
 @given(content=st.binary(max_size=64) | JSON.map(body), media_type=st.sampled_from([*KNOWN, "x/y"]))
-def test_nothing_but_the_typed_error_comes_out(content: bytes, media_type: str) -> None:
+def test_any_body_raises_nothing_but_manifest_invalid(content: bytes, media_type: str) -> None:
     assert isinstance(sniff_media_type(content), str)
     try:
         manifest = parse_manifest(content, media_type)
     except ManifestInvalid:
         return
     assert manifest.media_type == media_type
-    assert all(0 <= d.size <= SIZE_LIMIT for d in manifest.children + manifest.blobs)
+    assert all(0 <= d.size <= MAX_DESCRIPTOR_SIZE for d in manifest.children + manifest.blobs)
 
 
 DESCRIPTORS = st.builds(
@@ -277,12 +277,14 @@ DESCRIPTORS = st.builds(
     st.binary(max_size=4).flatmap(
         lambda data: st.sampled_from([Digest.of(data), Digest.of(data, "sha512")])
     ),
-    st.integers(0, SIZE_LIMIT),
+    st.integers(0, MAX_DESCRIPTOR_SIZE),
 )
 
 
 @given(st.lists(DESCRIPTORS, max_size=5), DESCRIPTORS)
-def test_what_was_written_is_read(layers: list[Descriptor], config: Descriptor) -> None:
+def test_descriptors_are_parsed_as_they_were_written(
+    layers: list[Descriptor], config: Descriptor
+) -> None:
     def raw(item: Descriptor) -> Any:
         return entry(item.digest, item.size, item.media_type)
 
@@ -312,12 +314,14 @@ def test_what_was_written_is_read(layers: list[Descriptor], config: Descriptor) 
         (f"a/{'b' * 128}", OCTET_STREAM),
     ],
 )
-def test_media_type_of(header: str | None, expected: str) -> None:
+def test_media_type_is_read_without_parameters_or_replaced(
+    header: str | None, expected: str
+) -> None:
     assert media_type_of(header) == expected
 
 
 @given(st.text())
-def test_a_media_type_is_safe_in_a_header(header: str) -> None:
+def test_any_text_gives_a_media_type_that_is_safe_in_a_header(header: str) -> None:
     media_type = media_type_of(header)
     assert media_type.isascii()
     assert media_type.isprintable()
@@ -339,14 +343,14 @@ def test_a_media_type_is_safe_in_a_header(header: str) -> None:
         ([], OCTET_STREAM),
     ],
 )
-def test_sniff_media_type(document: object, expected: str) -> None:
+def test_media_type_is_guessed_from_the_body(document: object, expected: str) -> None:
     assert sniff_media_type(body(document)) == expected
 
 
 # --- referrers ----------------------------------------------------------------------------------
 
 
-def test_the_empty_index_is_an_index_of_nothing() -> None:
+def test_referrers_index_without_referrers_is_an_empty_index() -> None:
     assert json.loads(referrers_index()) == {
         "schemaVersion": 2,
         "mediaType": OCI_INDEX,
@@ -365,7 +369,7 @@ REFERRERS = st.builds(
 
 
 @given(st.lists(REFERRERS, max_size=6))
-def test_referrers_round_trip_and_filter(referrers: list[Referrer]) -> None:
+def test_referrers_are_parsed_as_written_and_filtered_by_type(referrers: list[Referrer]) -> None:
     written = referrers_index(referrers)
     assert parse_referrers(written) == tuple(referrers)
     assert parse_referrers(filter_referrers(written, ARTIFACT)) == tuple(
@@ -373,7 +377,7 @@ def test_referrers_round_trip_and_filter(referrers: list[Referrer]) -> None:
     )
 
 
-def test_a_filter_keeps_what_it_does_not_know() -> None:
+def test_filter_keeps_unknown_fields() -> None:
     kept = entry(A, 1, OCI_MANIFEST, artifactType=ARTIFACT, data="e30=", platform={"os": "linux"})
     document = index(manifests=[kept, entry(B)], annotations={"a": "b"})
     assert json.loads(filter_referrers(body(document), ARTIFACT)) == {
@@ -384,12 +388,12 @@ def test_a_filter_keeps_what_it_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", body(image()), body(index(manifests=[1]))])
-def test_a_filter_takes_only_an_index(content: bytes) -> None:
+def test_filter_refuses_a_body_that_is_no_index(content: bytes) -> None:
     with pytest.raises(ManifestInvalid):
         filter_referrers(content, ARTIFACT)
 
 
-def test_the_referrers_tag_is_a_tag() -> None:
+def test_referrers_tag_is_a_valid_tag_for_each_algorithm() -> None:
     assert referrers_tag(A) == f"sha256-{A.hex}"
     long = Digest.of(b"a", "sha512")
     assert referrers_tag(long) == f"sha512-{long.hex[:64]}"

@@ -1,4 +1,4 @@
-"""Ranges and conditions (rows L4, L6, U4)."""
+"""Ranges, multipart responses and conditions (rows L4, L6, U4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mirror.oci.errors import RangeNotSatisfiable
 from mirror.oci.headers import (
-    SPAN_LIMIT,
+    MAX_SPANS,
     ContentRange,
     Multipart,
     NeedsSize,
@@ -62,10 +62,12 @@ ETAG = entity_tag(DIGEST)
         ("bytes=3-4,0-1", [(0, 2), (3, 5)]),
         ("bytes=0-1,2-3", [(0, 2), (2, 4)]),  # adjacent: Podman counts the parts
         ("bytes=0-5,3-9,20-30,25-26", [(0, 10), (20, 31)]),
-        ("bytes=0-1,3-4,500-", [(0, 2), (3, 5)]),  # what can be had of several
+        ("bytes=0-1,3-4,500-", [(0, 2), (3, 5)]),  # the satisfiable ones of several
     ],
 )
-def test_parts(header: str, expected: list[tuple[int, int]]) -> None:
+def test_valid_range_gives_merged_sorted_spans(
+    header: str, expected: list[tuple[int, int]]
+) -> None:
     assert parse_range(header, SIZE) == Ranges(tuple(Span(*pair) for pair in expected))
 
 
@@ -100,7 +102,7 @@ def test_parts(header: str, expected: list[tuple[int, int]]) -> None:
         "bytes=" + "0-0," * 10_000,
     ],
 )
-def test_what_is_malformed_is_ignored(header: str | None) -> None:
+def test_malformed_range_is_ignored(header: str | None) -> None:
     assert parse_range(header, SIZE) == Whole()
     assert parse_range_unsized(header) == Whole()
 
@@ -110,7 +112,7 @@ def test_what_is_malformed_is_ignored(header: str | None) -> None:
     "header",
     ["bytes=100-", "bytes=100-200", "bytes=-0", f"bytes={2**63}-", "bytes=100-,200-", "bytes=-00"],
 )
-def test_what_cannot_be_satisfied(header: str) -> None:
+def test_range_outside_the_content_raises_with_its_size(header: str) -> None:
     with pytest.raises(RangeNotSatisfiable) as caught:
         parse_range(header, SIZE)
     assert caught.value.size == SIZE
@@ -120,27 +122,27 @@ def test_what_cannot_be_satisfied(header: str) -> None:
 @pytest.mark.parametrize(
     "header", ["bytes=0-1,100-", "bytes=0-5,3-9", "bytes=-1,99-", "bytes=0-,-0"]
 )
-def test_a_request_for_several_never_gets_one_part(header: str) -> None:
+def test_several_ranges_that_become_one_span_give_the_whole(header: str) -> None:
     assert parse_range(header, SIZE) == Whole()
 
 
 @pytest.mark.row("L4")
-def test_many_ranges() -> None:
+def test_more_spans_than_podman_requests_give_the_whole() -> None:
     overlapping = "bytes=" + ",".join(f"{n}-{n + 1}" for n in range(1000))
     assert parse_range(overlapping, 10**6) == Whole()
     mixed = overlapping + ",5000-5001"
     assert parse_range(mixed, 10**6) == Ranges((Span(0, 1001), Span(5000, 5002)))
-    apart = [f"{10 * n}-{10 * n + 1}" for n in range(SPAN_LIMIT + 1)]
+    apart = [f"{10 * n}-{10 * n + 1}" for n in range(MAX_SPANS + 1)]
     assert parse_range("bytes=" + ",".join(apart), 10**6) == Whole()
     assert isinstance(parse_range("bytes=" + ",".join(apart[:-1]), 10**6), Ranges)
 
 
 @pytest.mark.parametrize("header", ["bytes=0-", "bytes=-1", "bytes=5-", "bytes=0-0,2-3"])
-def test_a_part_of_nothing_is_the_whole(header: str) -> None:
+def test_range_of_empty_content_gives_the_whole(header: str) -> None:
     assert parse_range(header, 0) == Whole()
 
 
-def test_an_unknown_size_is_waited_for_only_where_it_matters() -> None:
+def test_unknown_size_is_needed_for_all_ranges_but_the_whole() -> None:
     assert parse_range_unsized("bytes=0-") == Whole()
     for header in ("bytes=1-", "bytes=0-5", "bytes=-5", "bytes=0-,5-"):
         assert parse_range_unsized(header) == NeedsSize()
@@ -159,7 +161,7 @@ SPECS = st.lists(
 
 
 def wanted(specs: list[str], size: int) -> set[int]:
-    """The positions that ``specs`` name, the slow and plain way."""
+    """The positions that ``specs`` name, computed one by one."""
     positions: set[int] = set()
     for spec in specs:
         first, _, last = spec.partition("-")
@@ -171,7 +173,7 @@ def wanted(specs: list[str], size: int) -> set[int]:
 
 
 @given(SPECS, st.integers(1, 120))
-def test_the_spans_are_what_was_asked(specs: list[str], size: int) -> None:
+def test_spans_cover_exactly_the_requested_positions(specs: list[str], size: int) -> None:
     positions = wanted(specs, size)
     try:
         found = parse_range("bytes=" + ", ".join(specs), size)
@@ -191,7 +193,7 @@ def test_the_spans_are_what_was_asked(specs: list[str], size: int) -> None:
 
 
 @given(st.text() | st.text(alphabet="bytes=0123456789-, "), st.integers(0, 200))
-def test_nothing_but_the_typed_error_comes_out(header: str, size: int) -> None:
+def test_any_text_raises_nothing_but_range_not_satisfiable(header: str, size: int) -> None:
     parse_range_unsized(header)
     parse_content_range(header)
     with suppress(RangeNotSatisfiable):
@@ -222,7 +224,7 @@ def test_nothing_but_the_typed_error_comes_out(header: str, size: int) -> None:
         (f"bytes 0-{'9' * 20}/*", None),
     ],
 )
-def test_parse_content_range(header: str | None, expected: ContentRange | None) -> None:
+def test_content_range_is_parsed_or_none(header: str | None, expected: ContentRange | None) -> None:
     assert parse_content_range(header) == expected
 
 
@@ -230,24 +232,24 @@ SPANS = st.tuples(st.integers(0, 10**9), st.integers(1, 10**9)).map(lambda p: Sp
 
 
 @given(SPANS, st.integers(0, 10**9))
-def test_content_range_round_trip(span: Span, more: int) -> None:
+def test_content_range_that_we_build_is_parsed_to_the_same_span(span: Span, more: int) -> None:
     size = span.stop + more
     assert parse_content_range(content_range(span, size)) == (span.start, span.stop, size)
 
 
-def test_unsatisfied_range() -> None:
+def test_unsatisfied_range_has_the_size() -> None:
     assert unsatisfied_range(7) == "bytes */7"
 
 
 # --- multipart ----------------------------------------------------------------------------------
 
 
-# letters only: that parser reads lines of text
+# Letters only, because the other parser reads lines of text.
 LETTERS = st.text(string.ascii_letters, min_size=1, max_size=60).map(str.encode)
 
 
 @given(LETTERS, SPECS)
-def test_multipart_is_read_by_another_parser(content: bytes, specs: list[str]) -> None:
+def test_multipart_response_is_read_by_the_email_parser(content: bytes, specs: list[str]) -> None:
     try:
         found = parse_range("bytes=" + ",".join(specs), len(content))
     except RangeNotSatisfiable:
@@ -271,7 +273,7 @@ def test_multipart_is_read_by_another_parser(content: bytes, specs: list[str]) -
     ]
 
 
-def test_multipart_bytes() -> None:
+def test_multipart_framing_has_the_exact_bytes_of_rfc_9110() -> None:
     parts = Multipart("xyz", "a/b", (Span(0, 2), Span(3, 5)), 9)
     assert parts.content_type == "multipart/byteranges; boundary=xyz"
     assert parts.head(0) == b"--xyz\r\nContent-Type: a/b\r\nContent-Range: bytes 0-1/9\r\n\r\n"
@@ -308,7 +310,9 @@ def test_multipart_bytes() -> None:
         (f"*, {ETAG}", False),
     ],
 )
-def test_if_none_match_compares_weakly(header: str | None, expected: bool) -> None:
+def test_if_none_match_compares_weakly_and_malformed_lists_do_not_match(
+    header: str | None, expected: bool
+) -> None:
     assert not_modified(header, ETAG) is expected
 
 
@@ -327,11 +331,13 @@ def test_if_none_match_compares_weakly(header: str | None, expected: bool) -> No
         (f"{ETAG}, {ETAG}", False),
     ],
 )
-def test_if_range_compares_strongly(header: str | None, expected: bool) -> None:
+def test_if_range_compares_strongly_and_dates_do_not_match(
+    header: str | None, expected: bool
+) -> None:
     assert range_applies(header, ETAG) is expected
 
 
 @given(st.text() | st.text(alphabet='W/"*, sha256:ab'))
-def test_conditions_never_raise_nor_match_by_accident(header: str) -> None:
+def test_any_text_in_a_condition_neither_raises_nor_matches(header: str) -> None:
     assert not_modified(header, ETAG) == (header.strip(" \t") == "*")
     assert not range_applies(header, ETAG)

@@ -1,4 +1,4 @@
-"""``Link``: the next page of others, and ours (row HU13)."""
+"""``Link``: the next page of an upstream, and our own (row HU13)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.links import LENGTH_LIMIT, build_next, next_link
+from mirror.oci.links import MAX_LINK_CHARS, build_next, next_link
 
 
 @pytest.mark.parametrize(
@@ -34,20 +34,22 @@ from mirror.oci.links import LENGTH_LIMIT, build_next, next_link
         ("a; rel=next", None),
         ("", None),
         ([], None),
-        (f"<{'a' * LENGTH_LIMIT}>; rel=next", None),
+        (f"<{'a' * MAX_LINK_CHARS}>; rel=next", None),
     ],
 )  # fmt: skip
-def test_next_link(headers: str | list[str], expected: str | None) -> None:
+def test_target_of_the_first_link_with_rel_next_is_returned(
+    headers: str | list[str], expected: str | None
+) -> None:
     assert next_link(headers) == expected
 
 
 @given(st.text() | st.text(alphabet='<>;,="\\ relnxt'))
-def test_nothing_is_ever_raised(header: str) -> None:
+def test_any_text_gives_a_printable_target_or_none(header: str) -> None:
     found = next_link(header)
     assert found is None or (found.isprintable() and f"<{found}>" in header)
 
 
-def test_build_next() -> None:
+def test_link_to_the_next_page_encodes_its_query_and_omits_none() -> None:
     ours = build_next(
         "/v2/ghcr.io/a/tags/list", {"n": 0, "last": "v1", "ns": "reg:5000", "x": None}
     )
@@ -58,7 +60,7 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1)
 
 
 @given(TEXT, TEXT)
-def test_ours_is_read_back(path: str, last: str) -> None:
+def test_link_that_we_build_is_parsed_to_the_same_path_and_query(path: str, last: str) -> None:
     target = next_link(build_next(f"/v2/{path}", {"last": last}))
     assert target is not None
     raw_path, _, query = target.partition("?")

@@ -1,4 +1,4 @@
-"""Names, tags and the choice between tag and digest (row HC3)."""
+"""Repository names, tags, digests and their verification (rows HC3, HU9)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirror.oci.errors import DigestInvalid, DigestMismatch, NameInvalid, TagInvalid
 from mirror.oci.reference import ALGORITHMS, Digest, Repository, Tag, Verifier, parse_reference
 
-# distribution spec, "Pulling manifests", as it stands there
+# quoted from the Distribution specification, "Pulling manifests"
 NAME = r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
 TAG = r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}"
 
@@ -20,7 +20,7 @@ TAG = r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}"
 @pytest.mark.parametrize(
     "path", ["a", "a/b", "a.b/c_d/e__f/g---h", "blobs/manifests/tags", "0/1", "a" * 200]
 )
-def test_names(path: str) -> None:
+def test_valid_repository_name_is_accepted(path: str) -> None:
     assert str(Repository.parse("r.example", path)) == f"r.example/{path}"
 
 
@@ -31,12 +31,12 @@ def test_names(path: str) -> None:
         *("a b", "a\n", "a\x00", "a%2fb", "a\\b", "a:b", "é", "a\u0660", "a" * 250),
     ],
 )
-def test_no_names(path: str) -> None:
+def test_invalid_repository_name_is_refused(path: str) -> None:
     with pytest.raises(NameInvalid):
         Repository.parse("r.example", path)
 
 
-def test_the_length_is_that_of_host_and_name() -> None:
+def test_host_and_name_have_at_most_255_characters_together() -> None:
     assert Repository.parse("h", "a" * 253)
     with pytest.raises(NameInvalid):
         Repository.parse("h", "a" * 254)
@@ -47,14 +47,14 @@ def test_the_length_is_that_of_host_and_name() -> None:
         Repository.parse("docker.io", "a" * 238)
 
 
-def test_docker_hub_has_a_library() -> None:
+def test_docker_hub_name_without_slash_gets_library() -> None:
     assert Repository.parse("docker.io", "nginx") == Repository("docker.io", "library/nginx")
     assert Repository.parse("docker.io", "a/b").path == "a/b"
     assert Repository.parse("quay.io", "nginx").path == "nginx"
 
 
 @given(st.from_regex(NAME, fullmatch=True) | st.text(alphabet="ab1._-/") | st.text())
-def test_names_are_those_of_the_specification(path: str) -> None:
+def test_any_name_is_accepted_exactly_if_the_specification_does(path: str) -> None:
     path = path[:200]
     valid = re.fullmatch(NAME, path, re.ASCII) is not None
     if valid:
@@ -65,7 +65,7 @@ def test_names_are_those_of_the_specification(path: str) -> None:
 
 
 @given(st.from_regex(TAG, fullmatch=True) | st.text(alphabet="aZ0._-") | st.text())
-def test_tags_are_those_of_the_specification(raw: str) -> None:
+def test_any_tag_is_accepted_exactly_if_the_specification_does(raw: str) -> None:
     if re.fullmatch(TAG, raw, re.ASCII):
         assert parse_reference(raw) == Tag(raw)
     else:
@@ -73,7 +73,7 @@ def test_tags_are_those_of_the_specification(raw: str) -> None:
             parse_reference(raw)
 
 
-def test_a_colon_makes_a_digest() -> None:
+def test_reference_with_a_colon_is_a_digest_and_any_other_a_tag() -> None:
     digest = Digest.of(b"x")
     assert parse_reference(str(digest)) == digest
     assert str(parse_reference("v1")) == "v1"
@@ -93,7 +93,7 @@ HEX = "0123456789abcdef" * 4
     "raw",
     [f"sha256:{HEX}", f"sha512:{HEX}{HEX}"],
 )
-def test_registered_algorithms(raw: str) -> None:
+def test_digest_of_a_registered_algorithm_is_accepted(raw: str) -> None:
     digest = Digest.parse(raw)
     assert str(digest) == raw
     assert (digest.algorithm, digest.hex) == tuple(raw.split(":"))
@@ -125,19 +125,21 @@ def test_registered_algorithms(raw: str) -> None:
         f"sha256:sha256:{HEX}",
     ],
 )
-def test_outside_the_grammar(raw: str) -> None:
+def test_digest_outside_the_grammar_is_refused(raw: str) -> None:
     with pytest.raises(DigestInvalid):
         Digest.parse(raw)
 
 
 @given(st.text())
-def test_nothing_but_the_typed_error_comes_out(raw: str) -> None:
+def test_any_text_raises_digest_invalid(raw: str) -> None:
     with pytest.raises(DigestInvalid):
         Digest.parse(raw)
 
 
 @given(st.lists(st.binary()), st.sampled_from(ALGORITHMS))
-def test_a_verifier_agrees_with_the_hash_of_the_whole(chunks: list[bytes], algorithm: str) -> None:
+def test_verifier_of_pieces_agrees_with_the_hash_of_the_whole(
+    chunks: list[bytes], algorithm: str
+) -> None:
     content = b"".join(chunks)
     digest = Digest.of(content, algorithm)
     assert digest.hex == hashlib.new(algorithm, content).hexdigest()

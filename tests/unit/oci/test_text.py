@@ -1,4 +1,4 @@
-"""Text of strangers, made safe to show (row HU15)."""
+"""Untrusted text, made safe to print (row HU15)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mirror.oci.text import printable
 
 
 @pytest.mark.row("HU15")
-def test_escapes_are_visible() -> None:
+def test_control_and_non_ascii_characters_become_visible_escapes() -> None:
     assert printable("a\r\n\x1b[31m\x7f\x9b\u202e\ud800é") == (
         r"a\x0d\x0a\x1b[31m\x7f\x9b\u202e\ud800\xe9"
     )
@@ -19,7 +19,7 @@ def test_escapes_are_visible() -> None:
 
 
 @given(st.text(st.characters()), st.integers(3, 100))
-def test_the_result_is_printable_and_bounded(text: str, limit: int) -> None:
+def test_result_is_printable_ascii_within_the_limit(text: str, limit: int) -> None:
     shown = printable(text, limit)
     assert shown.isascii()
     assert shown.isprintable()

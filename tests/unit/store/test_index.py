@@ -399,6 +399,7 @@ async def test_a_row_that_another_process_writes_during_a_check_stays(tmp_path: 
         def too_late(table: str) -> object:
             text = dump_tag(newer)
             other._rows.write(table, f"{REPO}:{TAG}", text)
+            other._rows._tables[table].close()  # the connection of this thread
             return real(table)
 
         await other.tag(REPO, TAG)
