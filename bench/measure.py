@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.real.process import need
 
 # As containerd sends it.
 _ACCEPT = (
@@ -92,7 +93,7 @@ def costs(pid: int) -> Iterator[Cost]:
 
 def download(url: str, streams: int, size: int) -> float:
     """Bytes per second of ``streams`` curls at once; raises if one did not get it all."""
-    command = ["curl", "-sS", "-o", os.devnull, "-w", "%{http_code} %{size_download}", url]
+    command = [need("curl"), "-sS", "-o", os.devnull, "-w", "%{http_code} %{size_download}", url]
     begun = time.monotonic()
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(streams)]
     said = [process.communicate()[0] for process in running]
@@ -104,10 +105,7 @@ def download(url: str, streams: int, size: int) -> float:
 
 def requests(url: str, seconds: int) -> float:
     """Answers per second that wrk gets with 16 connections."""
-    program = shutil.which("wrk")
-    if program is None:
-        raise RuntimeError("wrk is missing")
-    command = [program, "-t1", "-c16", f"-d{seconds}s", "-H", f"Accept: {_ACCEPT}", url]
+    command = [need("wrk"), "-t1", "-c16", f"-d{seconds}s", "-H", f"Accept: {_ACCEPT}", url]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in said:
         raise RuntimeError("answers that are none")

@@ -17,22 +17,38 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import pytest
 
 READY_TIMEOUT = 60.0
 """Seconds a program may take until it answers; generous, since tests share their machine."""
 
+SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Directories of the distribution's packages. Versions in ``/usr/local`` may differ."""
+
 _PORTS = random.SystemRandom()
 
 
 def need(program: str) -> str:
-    """The path of an installed program; fails the test where it is missing, and never skips."""
-    found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    """Return the path of a program that the distribution installed.
+
+    An absolute path is returned as it is. The PATH is not searched. Fails the test where the
+    program is missing, and never skips it.
+    """
+    found = shutil.which(program, path=SYSTEM_PATH)
     if found is None:
         pytest.fail(f"{program} is not installed: `make test` as root on Debian installs it")
     return found
+
+
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return our environment with ``variables`` in it, and the system's directories first in PATH.
+
+    Programs start others by name: dockerd starts containerd, Podman starts runc.
+    """
+    path = f"{SYSTEM_PATH}:{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, **(variables or {})}
 
 
 def free_port() -> int:
@@ -82,7 +98,7 @@ def run(
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **(env or {})},
+            env=environment(env),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -178,7 +194,7 @@ class Program:
             self._process = subprocess.Popen(
                 [need(str(first)), *map(str, rest)],
                 cwd=self.dir,
-                env={**os.environ, **self.environment()},
+                env=environment(self.environment()),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,

@@ -72,7 +72,7 @@ def test_containerd(stage: Stage, daemon: bool) -> None:
             containerd.kill()
             containerd.start()
         containerd.pull(NAME)
-        assert containerd.held() == stage.image.blobs()
+        assert containerd.held() == stage.image.contents()
     stage.nothing_came_twice_and_nothing_is_left()
 
 
@@ -94,5 +94,5 @@ def test_skopeo(stage: Stage) -> None:
 
     with Skopeo({"docker.io": f"{stage.mirror.host}/docker.io"}) as skopeo:
         stage.killed(copy)
-        assert held[-1] == stage.image.blobs()
+        assert held[-1] == stage.image.contents()
     stage.nothing_came_twice_and_nothing_is_left()

@@ -81,9 +81,9 @@ async def shared_task(
             made = SharedTask(fake, mirror, digest)
             await fake.stalled.wait()
             ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
-            await made.expires_at(lambda: ingest.stat().st_size == stall_at)
+            await made.until(lambda: ingest.stat().st_size == stall_at)
             # the question itself is one more
-            await made.expires_at(lambda: mirror.metric("oci_mirror_requests_in_flight") > CLIENTS)
+            await made.until(lambda: mirror.metric("oci_mirror_requests_in_flight") > CLIENTS)
             yield made
         finally:
             await asyncio.to_thread(mirror.close)
@@ -110,7 +110,7 @@ async def test_a_term_lets_pulls_end() -> None:
     gate = asyncio.Event()
     async with shared_task(2_000_000, gate, drain_timeout="30s") as stage:
         stopped = stage.beside(stage.mirror.stop, 40)
-        await stage.expires_at(lambda: stage.mirror.ask("/readyz").status == 503)
+        await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
         gate.set()
         assert await stage.results() == [True] * CLIENTS
         assert await stopped == 0
@@ -129,7 +129,7 @@ async def test_a_kill_while_pulls_may_end() -> None:
     """As Kubernetes does at its own limit: the next start serves all the same."""
     async with shared_task(2_000_000, drain_timeout="30s") as stage:
         os.kill(stage.mirror.pid, signal.SIGTERM)
-        await stage.expires_at(lambda: stage.mirror.ask("/readyz").status == 503)
+        await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
         await stage.beside(stage.mirror.kill)
         assert await stage.results() == [False] * CLIENTS
         every_file_hashes_to_its_name(stage.mirror.data_dir)

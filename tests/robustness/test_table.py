@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.robustness.table import BEGIN, BOLD, END, WORDS, Case, rewritten, rows_of, table
 
@@ -75,3 +80,58 @@ def test_what_did_not_run_as_a_whole_keeps_its_number() -> None:
     cases[1] = Case("C1", "test_a.py", False, None)
     assert " | 3 | 7 | 1,200 | " in rewritten(OLD, cases), "one of them failed, or was left out"
     assert rows_of(written) == ["C1"]
+
+
+SUITE = """
+import pytest
+
+@pytest.mark.row("C1")
+@pytest.mark.parametrize("times", range(1, 9))
+def test_counted(times, tried):
+    tried(times)
+    tried(1)
+
+@pytest.mark.row("C1")
+@pytest.mark.row("C4")
+@pytest.mark.long
+def test_left_out():
+    pass
+
+@pytest.mark.row("C5")
+@pytest.mark.parametrize("passes", [True, False])
+def test_one_of_two_fails(passes):
+    assert passes
+
+@pytest.mark.row("C7")
+def test_without_a_count():
+    pass
+"""
+
+
+@pytest.mark.parametrize("processes", [0, 3])
+def test_processes_of_pytest_xdist_give_the_same_table(tmp_path: Path, processes: int) -> None:
+    (tmp_path / "test_suite.py").write_text(SUITE)
+    document = tmp_path / "table.md"
+    document.write_text(OLD)
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", str(processes)),
+            *("-m", "not long", f"--robustness-table={document}", "test_suite.py"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert run.returncode == 1, run.stdout.decode()
+    where = f"`{os.path.relpath(tmp_path, TESTS)}/test_suite.py`"
+    lines = document.read_text().partition(BEGIN)[2].partition(END)[0].splitlines()
+    assert lines[3:] == [
+        f"| C1 | {WORDS['C1']} | 9 | 44 | 1,200 | {where} |",
+        f"| C4 | {WORDS['C4']} | 1 |  |  | {where} |",
+        f"| C5 | {WORDS['C5']} | 2 |  |  | {where} |",
+        f"| C7 | {WORDS['C7']} | 1 | 1 |  | {where} |",
+        "| all | | 13 | 45 | 1,200 | |",
+    ]
