@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from tests.robustness.table import Case, rewritten
+from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
 
 CasesByTest: TypeAlias = dict[str, list[Case]]
@@ -158,7 +158,7 @@ class CaseRecorder:
         """Record a test case, also if this run leaves it out."""
         file = os.path.relpath(item.path, Path(__file__).parent)
         long = item.get_closest_marker("long") is not None
-        rows = dict.fromkeys(mark.args[0] for mark in item.iter_markers("row"))
+        rows = dict.fromkeys(row_id(mark.args[0]) for mark in item.iter_markers("row"))
         self.cases[item.nodeid] = [Case(row, file, long, None) for row in rows]
 
     @pytest.hookimpl(wrapper=True)
@@ -202,7 +202,7 @@ class TableWriter:
     def pytest_sessionfinish(self) -> None:
         """Write the table."""
         cases = [case for cases in self._recorder.cases.values() for case in cases]
-        self._path.write_text(rewritten(self._path.read_text(), cases))
+        self._path.write_text(rewrite_document(self._path.read_text(), cases))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

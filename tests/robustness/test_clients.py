@@ -32,7 +32,7 @@ async def cold(fake: FakeRegistry, rate: int = 4_000_000) -> Digest:
     return digest
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 @pytest.mark.parametrize("followers", [0, 3])
 async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -50,7 +50,7 @@ async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 async def test_a_fetch_nobody_wants_can_be_given_up_and_is_made_later(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, abandoned="cancel") as server:
         digest = fake.add_blob(DATA)
@@ -65,7 +65,7 @@ async def test_a_fetch_nobody_wants_can_be_given_up_and_is_made_later(tmp_path: 
         assert body == DATA
 
 
-@pytest.mark.row("L2")
+@pytest.mark.row("L2-clients-that-reset")
 async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = await cold(fake)
@@ -95,7 +95,7 @@ async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], N
         tried(1000)
 
 
-@pytest.mark.row("L8")
+@pytest.mark.row("L8-odd-requests")
 @pytest.mark.parametrize(
     ("line", "headers", "body"),
     [
@@ -118,7 +118,7 @@ async def test_unusual_but_legal(tmp_path: Path, line: str, headers: str, body: 
         assert answer.endswith(b"\r\n\r\n" if "HEAD" in line else b"small blob")
 
 
-@pytest.mark.row("L8")
+@pytest.mark.row("L8-odd-requests")
 async def test_a_hundred_pipelined(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         line = f"GET /v2/library/app/blobs/{fake.add_blob(b'small blob')} HTTP/1.1\r\n"
@@ -129,7 +129,7 @@ async def test_a_hundred_pipelined(tmp_path: Path, tried: Callable[[int], None])
         tried(100)
 
 
-@pytest.mark.row("L9")
+@pytest.mark.row("L9-rush-after-a-start")
 async def test_500_clients_right_after_a_start(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -146,7 +146,7 @@ async def test_500_clients_right_after_a_start(
         tried(500)
 
 
-@pytest.mark.row("L11")
+@pytest.mark.row("L11-open-ended-ranges")
 @pytest.mark.parametrize("growing", [True, False], ids=["growing", "hit"])
 async def test_open_ended_ranges_that_hang_up_after_their_part(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]

@@ -45,7 +45,7 @@ async def whole(server: Server, digest: Digest) -> bytes | None:
     return body if status == 200 else None
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 @pytest.mark.parametrize("how", ["empty", "cut", "bit"])
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "running"])
 async def test_damage_is_never_served_whole_and_mended(
@@ -70,7 +70,7 @@ async def test_damage_is_never_served_whole_and_mended(
         assert fake.count("GET") == 2
 
 
-@pytest.mark.row("D11")
+@pytest.mark.row("D11-content-cut-under-readers")
 @pytest.mark.parametrize("how", ["cut", "unlinked"])
 async def test_content_that_goes_under_its_readers(
     tmp_path: Path, how: str, tried: Callable[[int], None]
@@ -108,7 +108,7 @@ async def test_content_that_goes_under_its_readers(
         tried(READERS)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 @pytest.mark.parametrize("stranger", ["link", "fifo", "directory", "case"])
 @pytest.mark.parametrize("before", [True, False], ids=["at-the-start", "later"])
 async def test_strangers_among_content_are_never_followed(

@@ -96,7 +96,7 @@ def over(ingest: Path) -> None:
         wait_until(lambda: not ingest.exists(), "nothing is published or dropped", 5)
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 @pytest.mark.parametrize("fault", ["pwritev2:error=ENOSPC:when=1", "pwritev2:error=ENOSPC:when=1+"])
 def test_no_space_at_a_write(tmp_path: Path, fault: str) -> None:
     with DockerRegistry() as registry:
@@ -104,7 +104,7 @@ def test_no_space_at_a_write(tmp_path: Path, fault: str) -> None:
         assert broken_pulls(registry, tmp_path / "data", digest, fault)
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "close", "pread64"])
 def test_an_error_of_a_call(tmp_path: Path, call: str) -> None:
     with DockerRegistry() as registry:
@@ -113,7 +113,7 @@ def test_an_error_of_a_call(tmp_path: Path, call: str) -> None:
         assert broken_pulls(registry, tmp_path / "data", digest, fault)
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("fault", ["fsync:error=EIO:when=1+", "rename:error=EIO:when=1+"])
 def test_what_cannot_be_published_is_served_and_not_published(tmp_path: Path, fault: str) -> None:
     data = tmp_path / "data"
@@ -123,31 +123,31 @@ def test_what_cannot_be_published_is_served_and_not_published(tmp_path: Path, fa
         assert not list((data / "blobs").glob("*/*"))
 
 
-@pytest.mark.row("D1")
-@pytest.mark.row("D4")
+@pytest.mark.row("D1-no-space-at-a-write")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_every_call_fails_once_and_from_then_on(
-    tmp_path: Path, tried: Callable[[int], None]
+@pytest.mark.parametrize("lasting", ["", "+"], ids=["once", "from-then-on"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_failing_call_breaks_a_pull(
+    tmp_path: Path, call: str, lasting: str, tried: Callable[[int], None]
 ) -> None:
-    """The n-th call, n = 1, 2, 3 … until none fails any more."""
+    """The n-th call fails, once or from then on: n = 1, 2, 3 … until none fails any more."""
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
-        for call in CALLS:
-            for lasting in ("", "+"):
-                number = 1
-                while broken_pulls(
-                    registry,
-                    tmp_path / f"{call}-{number}{lasting}",
-                    digest,
-                    f"{call}:error={ERRORS.get(call, 'EIO')}:when={number}{lasting}",
-                ):
-                    number += 1
-                assert number > 1, f"{call} failed"
-                tried(number - 1)
+        number = 1
+        while broken_pulls(
+            registry,
+            tmp_path / f"{call}-{number}{lasting}",
+            digest,
+            f"{call}:error={ERRORS.get(call, 'EIO')}:when={number}{lasting}",
+        ):
+            number += 1
+        assert number > 1, f"{call} failed"
+        tried(number - 1)
 
 
-@pytest.mark.row("D10")
+@pytest.mark.row("D10-failing-sendfile")
 def test_a_sendfile_that_fails_in_mid_answer_cuts_the_connection() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", 20_000_000)
@@ -161,7 +161,7 @@ def test_a_sendfile_that_fails_in_mid_answer_cuts_the_connection() -> None:
 # --- a disk that takes nothing ------------------------------------------------------------------
 
 
-@pytest.mark.row("D2")
+@pytest.mark.row("D2-full-disk")
 def test_a_real_full_disk(tmp_path: Path) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=12m") as disk:
         small = registry.push_large("library/app", SIZE, seed=1)
@@ -178,7 +178,7 @@ def test_a_real_full_disk(tmp_path: Path) -> None:
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("D5")
+@pytest.mark.row("D5-short-writes")
 def test_short_writes() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
@@ -190,7 +190,7 @@ def test_short_writes() -> None:
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("what", ["read-only", "other-device", "no-permission"])
 def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
     data = tmp_path / "data"
@@ -221,7 +221,7 @@ def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
             assert b"degraded" in report.body
 
 
-@pytest.mark.row("D14")
+@pytest.mark.row("D14-other-file-systems")
 def test_an_overlay_on_a_tmpfs(tmp_path: Path) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "upper", "tmpfs", "size=50m") as upper:
         lower = tmp_path / "lower"
@@ -240,7 +240,7 @@ def test_an_overlay_on_a_tmpfs(tmp_path: Path) -> None:
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D14")
+@pytest.mark.row("D14-other-file-systems")
 def test_a_directory_that_cannot_be_synced_is_as_durable_as_it_gets(tmp_path: Path) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
@@ -257,7 +257,7 @@ def test_a_directory_that_cannot_be_synced_is_as_durable_as_it_gets(tmp_path: Pa
 # --- out of descriptors, slow -------------------------------------------------------------------
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 def test_running_out_of_descriptors_is_over_when_it_is_over() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
@@ -279,7 +279,7 @@ def test_running_out_of_descriptors_is_over_when_it_is_over() -> None:
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 def test_a_machine_out_of_descriptors_loses_no_content(tmp_path: Path) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
@@ -296,7 +296,7 @@ def test_a_machine_out_of_descriptors_loses_no_content(tmp_path: Path) -> None:
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D8")
+@pytest.mark.row("D8-slow-fsync")
 @pytest.mark.parametrize(
     "seconds", [3, pytest.param(30, marks=pytest.mark.long)], ids=["3s", "30s"]
 )

@@ -26,7 +26,7 @@ from tests.unit.store.kit import random_bytes
 DATA = random_bytes(2_000_000, 31)
 
 
-@pytest.mark.row("HC1")
+@pytest.mark.row("HC1-smuggling")
 @pytest.mark.parametrize(
     "probe",
     [
@@ -50,7 +50,7 @@ async def test_smuggling_probes_are_refused(tmp_path: Path, probe: bytes) -> Non
         assert statuses(answer) == [400]
 
 
-@pytest.mark.row("HC2")
+@pytest.mark.row("HC2-malformed-requests")
 @pytest.mark.parametrize(
     "count", [2_000, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
 )
@@ -94,8 +94,8 @@ TRAVERSALS = [
 ]
 
 
-@pytest.mark.row("HC3")
-@pytest.mark.row("HU9")
+@pytest.mark.row("HC3-traversal")
+@pytest.mark.row("HU9-digest-strings")
 async def test_paths_outside_the_grammar(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for path in TRAVERSALS:
@@ -116,7 +116,7 @@ NAMESPACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.row("HC3")
+@pytest.mark.row("HC3-traversal")
 def test_nothing_is_opened_outside_the_data_directory(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -141,7 +141,7 @@ def test_nothing_is_opened_outside_the_data_directory(
     tried(len(TRAVERSALS))
 
 
-@pytest.mark.row("HC4")
+@pytest.mark.row("HC4-namespaces")
 async def test_namespaces_that_are_not_configured(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -159,7 +159,7 @@ async def test_namespaces_that_are_not_configured(
         tried(len(NAMESPACES))
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 async def test_another_repositorys_content_looks_like_none(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         secret = random_bytes(50_000, 33)
@@ -189,7 +189,7 @@ async def test_another_repositorys_content_looks_like_none(tmp_path: Path) -> No
         assert (await server.get(server.manifest(manifest, "library/private")))[0] == 200
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.0) as server:
         digest = fake.add_blob(DATA, "library/one")
@@ -204,7 +204,7 @@ async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
         assert (await server.get(server.blob(digest, "library/one")))[0] == 404
 
 
-@pytest.mark.row("HC9")
+@pytest.mark.row("HC9-random-names")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "count", [500, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
@@ -238,7 +238,7 @@ async def test_random_names_leave_bounded_traces(
         tried(count)
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize(
     "method", ["PUT", "POST", "PATCH", "DELETE", "TRACE", "OPTIONS", "CONNECT", "PROPFIND"]
 )
@@ -258,7 +258,7 @@ async def test_writes_are_unsupported(tmp_path: Path, method: str) -> None:
         assert not fake.requests
 
 
-@pytest.mark.row("HC14")
+@pytest.mark.row("HC14-secrets-in-output")
 async def test_requests_add_up_in_the_metrics(tmp_path: Path) -> None:
     """Every request has exactly one outcome (and a canary is in no metric)."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

@@ -32,12 +32,14 @@ from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 
 ROOT = Path(__file__).parents[2]
-CALLS = {
+STEPS = {
     **dict.fromkeys(("mkdir", "openat", "pwritev2", "ftruncate"), 1),
     **dict.fromkeys(("utimensat", "fsync", "rename", "unlink"), 1),
     **dict.fromkeys(("pwrite64", "fdatasync"), 10),
 }
-"""What changes a disk, and a step: the last two are SQLite's, of which there are hundreds."""
+"""Calls that change a disk, and the step between kills. SQLite makes hundreds of the last two."""
+PARTS = {"openat": 10, "pwrite64": 2}
+"""Number of test cases that share the kills of a call, to run in parallel. Other calls: one."""
 
 
 def killed_at(data: Path, call: str, when: int) -> bool:
@@ -67,7 +69,7 @@ def kill_and_recover(root: Path, call: str, when: int) -> bool:
     return fired
 
 
-@pytest.mark.row("C1")
+@pytest.mark.row("C1-sigkill-at-a-call")
 @pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "unlink"])
 def test_a_kill_at_a_changing_call(tmp_path: Path, call: str, tried: Callable[[int], None]) -> None:
     for when in (1, 2):
@@ -75,19 +77,22 @@ def test_a_kill_at_a_changing_call(tmp_path: Path, call: str, tried: Callable[[i
         tried(1)
 
 
-@pytest.mark.row("C1")
+@pytest.mark.row("C1-sigkill-at-a-call")
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_kill_at_every_changing_call(
-    tmp_path: Path, call: str, tried: Callable[[int], None]
+@pytest.mark.parametrize(
+    ("call", "part"), [(call, part) for call in STEPS for part in range(PARTS.get(call, 1))]
+)
+def test_sigkill_at_every_changing_call_loses_nothing(
+    tmp_path: Path, call: str, part: int, tried: Callable[[int], None]
 ) -> None:
-    """n = 1, 2, 3 … until none fires. It counts for each thread, and the first one there is it."""
-    when = 1
+    """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many. Each thread counts."""
+    first, stride = 1 + part * STEPS[call], PARTS.get(call, 1) * STEPS[call]
+    when = first
     while kill_and_recover(tmp_path, call, when):
-        when += CALLS[call]
+        when += stride
         tried(1)
-    assert when > 2, f"{call} is called"
+    assert when > max(2, first), f"{call} is called"
 
 
 POLICIES = ("IfNotPresent", "Always")
@@ -108,16 +113,17 @@ def pull_image(mirror: Mirror, tag: str, image: images.Image) -> bool:
     return True
 
 
-@pytest.mark.row("C3")
+@pytest.mark.row("C3-random-sigkills")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "cycles", [2, pytest.param(20, marks=pytest.mark.long)], ids=["some", "all"]
+    ("cycles", "seed"),
+    [(2, 2), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(20, 24))],
 )
 def test_kills_at_random_with_other_options_after_each(
-    cycles: int, tried: Callable[[int], None]
+    cycles: int, seed: int, tried: Callable[[int], None]
 ) -> None:
     """8 clients, random images; workers, quota and policy drawn anew at each start."""
-    rng = random.Random(cycles)
+    rng = random.Random(seed)
     with DockerRegistry() as upstream:
         held = [images.image(seed, layers=(1_500_000, 1_000_000)) for seed in range(6)]
         for number, image in enumerate(held):
@@ -150,7 +156,7 @@ def test_kills_at_random_with_other_options_after_each(
                 mirror.close()
 
 
-@pytest.mark.row("C11")
+@pytest.mark.row("C11-stale-sparse-ingest")
 async def test_a_stale_sparse_ingest_blocks_nothing(tmp_path: Path) -> None:
     data = random_bytes(100_000, 71)
     digest = Digest.of(data)
@@ -172,7 +178,7 @@ async def test_a_stale_sparse_ingest_blocks_nothing(tmp_path: Path) -> None:
         layout.blob(digest).unlink()
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 @pytest.mark.parametrize("damage", ["lost", "cut", "zeroed", "text"])
 def test_an_index_that_is_none(damage: str) -> None:
     with DockerRegistry() as registry_:

@@ -61,7 +61,7 @@ def stage() -> Iterator[Stage]:
         yield Stage(front, stack.enter_context(Mirror({"docker.io": front.url})), image)
 
 
-@pytest.mark.row("L10")
+@pytest.mark.row("L10-killed-clients")
 @pytest.mark.parametrize("daemon", [False, True], ids=["ctr", "containerd"])
 def test_containerd(stage: Stage, daemon: bool) -> None:
     """``ctr`` is killed, alone or together with its daemon."""
@@ -76,7 +76,7 @@ def test_containerd(stage: Stage, daemon: bool) -> None:
     stage.nothing_came_twice_and_nothing_is_left()
 
 
-@pytest.mark.row("L10")
+@pytest.mark.row("L10-killed-clients")
 def test_podman(stage: Stage) -> None:
     with Podman({"docker.io": f"{stage.mirror.host}/docker.io"}) as podman:
         stage.killed(lambda **how: podman.pull(NAME, **how))
@@ -84,7 +84,7 @@ def test_podman(stage: Stage) -> None:
     stage.nothing_came_twice_and_nothing_is_left()
 
 
-@pytest.mark.row("L10")
+@pytest.mark.row("L10-killed-clients")
 def test_skopeo(stage: Stage) -> None:
     held: list[dict[str, bytes]] = []
 

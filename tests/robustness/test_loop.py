@@ -30,7 +30,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-@pytest.mark.row("R5")
+@pytest.mark.row("R5-slow-callbacks")
 async def test_a_callback_that_takes_long_is_found() -> None:
     """The watch can fail; what waits, and what a test does itself, is not what it looks for."""
     watch = Watch(limit=0.02)
@@ -68,7 +68,7 @@ def as_large_as_may_be(document: dict[str, object], name: str, padding: int = 0)
     return body
 
 
-@pytest.mark.row("R5")
+@pytest.mark.row("R5-slow-callbacks")
 @pytest.mark.parametrize(
     "padding", [2000, pytest.param(0, marks=pytest.mark.long)], ids=["few", "many"]
 )
@@ -92,7 +92,7 @@ async def test_manifests_as_large_as_may_be(tmp_path: Path, padding: int) -> Non
             await server.store.idle()
 
 
-@pytest.mark.row("R5")
+@pytest.mark.row("R5-slow-callbacks")
 async def test_lists_as_long_as_may_be(tmp_path: Path) -> None:
     """10,000 tags are a page; 100,000 referrers are more than one answer may hold."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -114,7 +114,7 @@ async def test_lists_as_long_as_may_be(tmp_path: Path) -> None:
         assert (await server.get(f"{url}/{other}"))[0] == 502
 
 
-@pytest.mark.row("R5")
+@pytest.mark.row("R5-slow-callbacks")
 async def test_a_start_with_many_contents_and_an_eviction_of_most(tmp_path: Path) -> None:
     held = fill(Layout(tmp_path), 5_000)
     size = sum(size for _, size in held)

@@ -60,7 +60,7 @@ REALMS = [
 ]
 
 
-@pytest.mark.row("HU1")
+@pytest.mark.row("HU1-token-realms")
 @pytest.mark.parametrize("realm", REALMS)
 def test_realms_that_get_no_connection(realm: str) -> None:
     verdict = check_url(realm, Purpose.REALM, HUB.endpoint, HUB)
@@ -71,7 +71,7 @@ def test_realms_that_get_no_connection(realm: str) -> None:
         assert isinstance(verdict, Refused), verdict
 
 
-@pytest.mark.row("HU1")
+@pytest.mark.row("HU1-token-realms")
 @pytest.mark.parametrize(
     ("endpoint", "realm"),
     [
@@ -86,7 +86,7 @@ def test_realms_that_work(endpoint: str, realm: str) -> None:
     assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize(
     ("target", "allowed"),
     [
@@ -138,7 +138,7 @@ def listening() -> Iterator[tuple[int, list[object]]]:
                 break
 
 
-@pytest.mark.row("HU1")
+@pytest.mark.row("HU1-token-realms")
 async def test_a_foreign_realm_is_never_called(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -163,7 +163,7 @@ async def test_a_foreign_realm_is_never_called(
         tried(len(realms))
 
 
-@pytest.mark.row("HU2")
+@pytest.mark.row("HU2-redirecting-token-service")
 async def test_a_token_service_that_redirects(tmp_path: Path) -> None:
     with listening() as (port, calls):
         async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -176,7 +176,7 @@ async def test_a_token_service_that_redirects(tmp_path: Path) -> None:
     assert not calls
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_a_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) -> None:
     credentials = Credentials(username="user", password=CANARY)
     async with (
@@ -197,7 +197,7 @@ async def test_a_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) 
         assert all("authorization" not in seen.headers for seen in cdn.requests)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize("target", ["self", "loop", "ftp://127.0.0.1/x"])
 async def test_redirects_that_lead_nowhere(tmp_path: Path, target: str) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -210,8 +210,8 @@ async def test_redirects_that_lead_nowhere(tmp_path: Path, target: str) -> None:
         assert len(fake.requests) <= 24
 
 
-@pytest.mark.row("HU4")
-@pytest.mark.row("HC14")
+@pytest.mark.row("HU4-credentials-of-another")
+@pytest.mark.row("HC14-secrets-in-output")
 async def test_one_credential_never_mints_for_another_and_no_secret_leaks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,7 +245,7 @@ async def test_one_credential_never_mints_for_another_and_no_secret_leaks(
     assert not [path for path in found if CANARY.encode() in path.read_bytes()]
 
 
-@pytest.mark.row("HU4")
+@pytest.mark.row("HU4-credentials-of-another")
 async def test_two_credentials_at_one_token_service_have_tokens_of_their_own(
     tmp_path: Path,
 ) -> None:
@@ -262,7 +262,7 @@ async def test_two_credentials_at_one_token_service_have_tokens_of_their_own(
             assert asked == [f"Basic {b64encode(pair).decode()}" for pair in (b"ann:x", b"joe:y")]
 
 
-@pytest.mark.row("HU4")
+@pytest.mark.row("HU4-credentials-of-another")
 async def test_a_helper_is_run_once_for_many_and_a_rotated_secret_is_taken_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +282,7 @@ async def test_a_helper_is_run_once_for_many_and_a_rotated_secret_is_taken_at_on
                 assert log.read_text().count("get") == runs
 
 
-@pytest.mark.row("HU8")
+@pytest.mark.row("HU8-descriptor-urls")
 async def test_urls_of_descriptors_are_never_fetched(tmp_path: Path) -> None:
     with listening() as (port, calls):
         async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

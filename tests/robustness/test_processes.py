@@ -89,7 +89,7 @@ async def shared_task(
             await asyncio.to_thread(mirror.close)
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 async def test_the_fetching_worker_is_killed(part: float) -> None:
     """Followers in the other process go on, and the upstream sends hardly a byte twice."""
@@ -105,7 +105,7 @@ async def test_the_fetching_worker_is_killed(part: float) -> None:
         assert stage.fake.bytes_sent <= len(DATA) * 1.01
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_a_term_lets_pulls_end() -> None:
     gate = asyncio.Event()
     async with shared_task(2_000_000, gate, drain_timeout="30s") as stage:
@@ -117,14 +117,14 @@ async def test_a_term_lets_pulls_end() -> None:
         assert stage.mirror.content(str(stage.digest)).exists()
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_a_limit_ends_the_pulls() -> None:
     async with shared_task(2_000_000, drain_timeout="200ms") as stage:
         assert await stage.beside(stage.mirror.stop, 20) == 0
         assert await stage.results() == [False] * CLIENTS
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_a_kill_while_pulls_may_end() -> None:
     """As Kubernetes does at its own limit: the next start serves all the same."""
     async with shared_task(2_000_000, drain_timeout="30s") as stage:
@@ -137,7 +137,7 @@ async def test_a_kill_while_pulls_may_end() -> None:
         assert await stage.again()
 
 
-@pytest.mark.row("M2")
+@pytest.mark.row("M2-stopped-leader")
 @pytest.mark.long
 @pytest.mark.timeout(200)
 async def test_a_leader_that_is_stopped_for_a_minute() -> None:
@@ -157,7 +157,7 @@ async def test_a_leader_that_is_stopped_for_a_minute() -> None:
         every_file_hashes_to_its_name(stage.mirror.data_dir)
 
 
-@pytest.mark.row("M1")
+@pytest.mark.row("M1-many-workers")
 def test_four_workers_a_hundred_clients_one_fetch(tried: Callable[[int], None]) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", 10_000_000)
@@ -170,8 +170,8 @@ def test_four_workers_a_hundred_clients_one_fetch(tried: Callable[[int], None]) 
             tried(100)
 
 
-@pytest.mark.row("M6")
-@pytest.mark.row("M7")
+@pytest.mark.row("M6-publish-twice")
+@pytest.mark.row("M7-shared-directory")
 def test_two_servers_share_a_directory(tmp_path: Path, tried: Callable[[int], None]) -> None:
     with DockerRegistry() as registry:
         digests = [registry.push_large("library/app", SIZE, seed=n) for n in range(8)]
@@ -187,7 +187,7 @@ def test_two_servers_share_a_directory(tmp_path: Path, tried: Callable[[int], No
             every_file_hashes_to_its_name(one.data_dir)
 
 
-@pytest.mark.row("R1")
+@pytest.mark.row("R1-few-descriptors")
 def test_few_descriptors() -> None:
     """One client is served as ever, and more than there are descriptors for do no harm."""
     with DockerRegistry() as registry:
@@ -202,7 +202,7 @@ def test_few_descriptors() -> None:
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 def test_stdout_that_takes_nothing() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)

@@ -35,7 +35,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
 async def test_every_form_of_range(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
@@ -75,7 +75,7 @@ def parts_of(content_type: str, body: bytes) -> list[bytes]:
     return [part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n") for part in parts]
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
 async def test_several_ranges_as_partial_pulls_send_them(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
@@ -97,7 +97,7 @@ async def test_several_ranges_as_partial_pulls_send_them(
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
 async def test_a_thousand_overlapping_ranges_are_the_whole(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
@@ -115,7 +115,7 @@ async def test_a_thousand_overlapping_ranges_are_the_whole(
         tried(1000)
 
 
-@pytest.mark.row("L5")
+@pytest.mark.row("L5-range-far-ahead")
 async def test_a_range_ahead_is_served_when_its_bytes_come_and_waits_for_nothing_else(
     tmp_path: Path, watch: Watch
 ) -> None:
@@ -141,7 +141,7 @@ async def test_a_range_ahead_is_served_when_its_bytes_come_and_waits_for_nothing
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L6")
+@pytest.mark.row("L6-conditional-requests")
 async def test_conditional_requests(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)

@@ -61,8 +61,8 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     assert not events
 
 
-@pytest.mark.row("I4")
-@pytest.mark.row("R7")
+@pytest.mark.row("I4-start-time")
+@pytest.mark.row("R7-many-contents")
 @pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.long)])
 def test_a_start_with_many_contents(count: int) -> None:
     mirror = Mirror({"docker.io": NOWHERE})
@@ -106,7 +106,7 @@ def hang_up(mirror: Mirror, path: str) -> None:
         connection.recv(10_000)
 
 
-@pytest.mark.row("I7")
+@pytest.mark.row("I7-left-open")
 def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
     with DockerRegistry() as registry:
         cold = [registry.push_large("library/app", 100_000, seed=n) for n in range(50)]
@@ -143,7 +143,7 @@ def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
             assert len(os.listdir(f"/proc/{mirror.pid}/task")) <= 1 + POOLS
 
 
-@pytest.mark.row("I7")
+@pytest.mark.row("I7-left-open")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
 async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) -> None:
     alone = {"Connection": "close"}
@@ -210,7 +210,7 @@ class SlowPool(ThreadPoolExecutor):
         return work(*arguments, **named)
 
 
-@pytest.mark.row("R3")
+@pytest.mark.row("R3-slow-pools")
 async def test_pools_of_one_slow_thread_never_wait_for_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:

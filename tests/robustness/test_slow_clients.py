@@ -69,7 +69,7 @@ def most_memory(pid: int) -> int:
     return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
 
 
-@pytest.mark.row("L3")
+@pytest.mark.row("L3-slow-clients")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "size", [96 * MIB, pytest.param(1024 * MIB, marks=pytest.mark.long)], ids=["96MiB", "1GiB"]
@@ -89,7 +89,7 @@ def test_slow_clients_hold_no_memory_and_nobody_up(size: int, tried: Callable[[i
             tried(200)
 
 
-@pytest.mark.row("HC7")
+@pytest.mark.row("HC7-slow-attacks")
 async def test_slow_headers_do_not_hold_a_connection_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:
@@ -118,7 +118,7 @@ def attack(mirror: Mirror, mode: str, path: str, seconds: int) -> subprocess.Pop
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.row("HC7")
+@pytest.mark.row("HC7-slow-attacks")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "cut", [False, pytest.param(True, marks=pytest.mark.long)], ids=["beside", "until-cut"]

@@ -41,7 +41,7 @@ async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
     return bodies
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 @pytest.mark.parametrize("at", [0, 1, 65_535, 65_536, 65_537, len(DATA) // 2, len(DATA) - 1])
 async def test_a_reset_is_resumed_and_nobody_notices(tmp_path: Path, at: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -52,7 +52,7 @@ async def test_a_reset_is_resumed_and_nobody_notices(tmp_path: Path, at: int) ->
         assert [e for e in server.events if isinstance(e, Resumed)]
 
 
-@pytest.mark.row("U2")
+@pytest.mark.row("U2-clean-end-too-early")
 async def test_clean_ends_at_multiples_are_resumed_five_times(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -66,7 +66,7 @@ async def test_clean_ends_at_multiples_are_resumed_five_times(
         tried(5)
 
 
-@pytest.mark.row("U3")
+@pytest.mark.row("U3-silent-upstream")
 async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
@@ -74,7 +74,7 @@ async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U3")
+@pytest.mark.row("U3-silent-upstream")
 async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
     limits = Limits(connect=1.0, headers=1.0, idle=0.4)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
@@ -88,8 +88,8 @@ async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1")),
-        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3")),
+        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1-reset-at-a-byte")),
+        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3-silent-upstream")),
     ],
     ids=["reset", "stall"],
 )
@@ -111,7 +111,7 @@ async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
         assert "if-range" not in good.requests[0].headers, "it is the tag of another endpoint"
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as only,
@@ -125,7 +125,7 @@ async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_pat
         assert (await server.get(server.blob(digest)))[0] == 200
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     "second",
     [
@@ -147,7 +147,7 @@ async def test_an_answer_to_another_question_is_never_spliced(
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U5")
+@pytest.mark.row("U5-odd-framing")
 @pytest.mark.parametrize(
     ("fault", "served"),
     [
@@ -170,7 +170,7 @@ async def test_odd_framing(tmp_path: Path, fault: Fault, served: bool) -> None:
         assert bool(bodies) is served
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 @pytest.mark.parametrize("offset", [0, 500_000, len(DATA) - 1])
 async def test_a_wrong_bit_completes_for_nobody(
     tmp_path: Path, offset: int, tried: Callable[[int], None]
@@ -187,7 +187,7 @@ async def test_a_wrong_bit_completes_for_nobody(
         tried(8)
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
@@ -201,7 +201,7 @@ async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> N
         assert good.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("U16")
+@pytest.mark.row("U16-client-that-does-not-read")
 async def test_a_slow_client_does_not_slow_the_read_of_the_upstream(tmp_path: Path) -> None:
     data = random_bytes(24 * MIB, 24)
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

@@ -38,7 +38,7 @@ async def served_in_the_end(server: Server, url: str) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.row("U7")
+@pytest.mark.row("U7-waiters-of-a-failing-fetch")
 async def test_everybody_gets_the_failure(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
@@ -56,7 +56,7 @@ async def test_everybody_gets_the_failure(tmp_path: Path, tried: Callable[[int],
         tried(100)
 
 
-@pytest.mark.row("U8")
+@pytest.mark.row("U8-first-pulls-at-once")
 async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         layer = random_bytes(20_000, 23)
@@ -73,7 +73,7 @@ async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], No
         tried(131)
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("header", "passed"),
     [
@@ -101,7 +101,7 @@ async def test_429_is_honoured_and_passed_on(
             assert len(fake.requests) == asked, "it asked for a pause"
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_a_date_in_the_future_is_so_many_seconds(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         headers = {"Retry-After": formatdate(time.time() + 600, usegmt=True)}
@@ -111,7 +111,7 @@ async def test_a_date_in_the_future_is_so_many_seconds(tmp_path: Path) -> None:
         assert 500 < int(got["Retry-After"]) <= 600
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "secret-token"
@@ -124,7 +124,7 @@ async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]
         tried(50)
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
@@ -154,7 +154,7 @@ async def test_token_services(tmp_path: Path, status: int, body: bytes, expected
         assert got == expected
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_a_token_service_that_takes_too_long(tmp_path: Path) -> None:
     limits = Limits(connect=0.3, headers=0.3, idle=1.0)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
@@ -166,7 +166,7 @@ async def test_a_token_service_that_takes_too_long(tmp_path: Path) -> None:
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_a_401_loop_ends_and_a_token_that_ends_is_replaced(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "good"
@@ -183,7 +183,7 @@ async def test_a_401_loop_ends_and_a_token_that_ends_is_replaced(tmp_path: Path)
         assert await fetch(server, other) == DATA[1:]
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_a_token_that_ends_in_mid_blob(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "first"
@@ -218,14 +218,14 @@ def dead(how: str) -> Iterator[str]:
         }.get(how, "http://{port}").format(port=f"127.0.0.1:{port}")
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["refused", "name", "silent", "full"])
 async def test_a_dead_endpoint_fails_over_and_then_stale(tmp_path: Path, how: str) -> None:
     with dead(how) as endpoint:
         await _failed_over(tmp_path, endpoint)
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["plain", "stranger"])
 async def test_an_endpoint_without_good_tls_fails_over_and_then_stale(
     tmp_path: Path, how: str
@@ -262,7 +262,7 @@ async def _failed_over(root: Path, endpoint: str) -> None:
         assert server.pulls[-1].outcome is Outcome.STALE
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
@@ -278,7 +278,7 @@ async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> No
         assert not [e for e in server.events if isinstance(e, UpstreamResponded) and not e.status]
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
@@ -309,7 +309,7 @@ async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path)
         assert good.count("GET", f"blobs/{Digest.of(blob)}") == 0
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 @pytest.mark.parametrize("status", [500, 503])
 async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -321,7 +321,7 @@ async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status:
             assert (await server.get(server.manifest(f"good-{number}")))[0] == 200
 
 
-@pytest.mark.row("U13")
+@pytest.mark.row("U13-moving-tag")
 async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         old = fake.add_image(b"old", tag="latest")
@@ -333,7 +333,7 @@ async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
         assert (status, Digest.of(body)) == (200, old)
 
 
-@pytest.mark.row("U13")
+@pytest.mark.row("U13-moving-tag")
 async def test_a_digest_header_that_disagrees(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(b"layer")
@@ -345,7 +345,7 @@ async def test_a_digest_header_that_disagrees(tmp_path: Path) -> None:
         assert (status, Digest.of(body)) == (200, digest)
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 async def test_a_404_is_remembered_briefly(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.5) as server:
         for _ in range(5):
@@ -357,7 +357,7 @@ async def test_a_404_is_remembered_briefly(tmp_path: Path) -> None:
         assert (await server.get(server.manifest("latest")))[0] == 200
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize(
     ("status", "expected"), [(401, 403), (403, 403), (429, 429), (500, 502), (503, 502)]
 )
