@@ -139,7 +139,7 @@ async def until_draining(mirror: Mirror) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_sigterm_lets_what_is_under_way_end() -> None:
     gate = asyncio.Event()
     async with FakeRegistry() as fake:
@@ -159,7 +159,7 @@ async def test_sigterm_lets_what_is_under_way_end() -> None:
             assert [line["message"] for line in mirror.log() if "pulls" in line] == ["draining"]
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_what_does_not_end_in_time_is_cut() -> None:
     async with FakeRegistry() as fake:
         fake.fault(BLOB, Fault(stall_at=300_000, times=None))
@@ -222,7 +222,7 @@ def test_a_worker_that_dies_is_replaced_and_its_counts_stay(two_workers: Mirror)
     assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
 
 
-@pytest.mark.row("M9")
+@pytest.mark.row("M9-dying-worker")
 def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
     made = tokens.Certificate.make(tmp_path)
     listener = {"certificate": str(made.cert_file), "key": str(made.key_file)}

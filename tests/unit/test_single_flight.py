@@ -25,7 +25,7 @@ async def test_many_ask_and_one_works() -> None:
     assert calls == 1
 
 
-@pytest.mark.row("U7")
+@pytest.mark.row("U7-waiters-of-a-failing-fetch")
 async def test_every_waiter_gets_the_failure_and_the_next_one_asks_again() -> None:
     calls = 0
 

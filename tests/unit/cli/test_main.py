@@ -135,7 +135,7 @@ PRINTING = [
 ]
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 @pytest.mark.parametrize("argv", PRINTING)
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "closed"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -164,7 +164,7 @@ def test_output_that_is_not_taken_is_74(argv: list[str], output: str, unbuffered
     assert lines[0].startswith("oci-mirror: the output could not be written: ")
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 def test_standard_error_that_is_not_taken_changes_no_code() -> None:
     with Path("/dev/full").open("w") as full:
         assert run("check-config", "/nowhere", stderr=full).returncode == 78

@@ -57,7 +57,7 @@ def test_probes_are_quiet() -> None:
     assert written(events.PullEnded(a_pull(kind=Kind.PING)), log=Log(level="debug"))
 
 
-@pytest.mark.row("HU15")
+@pytest.mark.row("HU15-hostile-error-bodies")
 @pytest.mark.parametrize(
     "text", ["a\nb", "a\r\nlevel=error", "\x1b[31mred", "a\x00b", "a\u2028b", "\udcff"]
 )
@@ -69,7 +69,7 @@ def test_control_characters_stay_in_their_line(text: str, style: str) -> None:
     assert all(char.isprintable() for char in lines[0])
 
 
-@pytest.mark.row("HC14")
+@pytest.mark.row("HC14-secrets-in-output")
 @pytest.mark.parametrize(
     "text",
     [
@@ -96,7 +96,7 @@ def test_long_fields_are_cut() -> None:
     assert len(line) < 2000
 
 
-@pytest.mark.row("HC2")
+@pytest.mark.row("HC2-malformed-requests")
 def test_a_traceback_becomes_a_line() -> None:
     stream = io.StringIO()
     configure_logging(Log(format="json"), stream)
@@ -110,7 +110,7 @@ def test_a_traceback_becomes_a_line() -> None:
     assert json.loads(lines[0])["error"] == "ZeroDivisionError: oops"
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 def test_a_stream_that_is_gone_loses_lines_and_nothing_else() -> None:
     stream = io.StringIO()
     observer = LogObserver(configure_logging(Log(format="json"), stream))

@@ -37,7 +37,7 @@ DIGEST = Digest.of(b"content")
 ETAG = entity_tag(DIGEST)
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -69,7 +69,7 @@ def test_parts(header: str, expected: list[tuple[int, int]]) -> None:
     assert parse_range(header, SIZE) == Ranges(tuple(Span(*pair) for pair in expected))
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header",
     [
@@ -105,7 +105,7 @@ def test_what_is_malformed_is_ignored(header: str | None) -> None:
     assert parse_range_unsized(header) == Whole()
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header",
     ["bytes=100-", "bytes=100-200", "bytes=-0", f"bytes={2**63}-", "bytes=100-,200-", "bytes=-00"],
@@ -116,7 +116,7 @@ def test_what_cannot_be_satisfied(header: str) -> None:
     assert caught.value.size == SIZE
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header", ["bytes=0-1,100-", "bytes=0-5,3-9", "bytes=-1,99-", "bytes=0-,-0"]
 )
@@ -124,7 +124,7 @@ def test_a_request_for_several_never_gets_one_part(header: str) -> None:
     assert parse_range(header, SIZE) == Whole()
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 def test_many_ranges() -> None:
     overlapping = "bytes=" + ",".join(f"{n}-{n + 1}" for n in range(1000))
     assert parse_range(overlapping, 10**6) == Whole()
@@ -201,7 +201,7 @@ def test_nothing_but_the_typed_error_comes_out(header: str, size: int) -> None:
 # --- Content-Range ------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -283,7 +283,7 @@ def test_multipart_bytes() -> None:
 # --- conditions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.row("L6")
+@pytest.mark.row("L6-conditional-requests")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -312,7 +312,7 @@ def test_if_none_match_compares_weakly(header: str | None, expected: bool) -> No
     assert not_modified(header, ETAG) is expected
 
 
-@pytest.mark.row("L6")
+@pytest.mark.row("L6-conditional-requests")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [

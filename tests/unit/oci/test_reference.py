@@ -99,7 +99,7 @@ def test_registered_algorithms(raw: str) -> None:
     assert (digest.algorithm, digest.hex) == tuple(raw.split(":"))
 
 
-@pytest.mark.row("HU9")
+@pytest.mark.row("HU9-digest-strings")
 @pytest.mark.parametrize(
     "raw",
     [

@@ -62,7 +62,7 @@ async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
 # --- who may read -------------------------------------------------------------------------------
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 async def test_content_is_stored_once_and_served_only_where_it_belongs(tmp_path: Path) -> None:
     layer = random_bytes(200_000)
     digest = Digest.of(layer)
@@ -144,7 +144,7 @@ async def test_the_upstreams_word_is_renewed_after_a_day(tmp_path: Path) -> None
         assert kit.registry.calls["head_blob"] == 1
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 @pytest.mark.parametrize("jump", [ACCESS_TTL_S + 1, YEAR, -YEAR], ids=["day", "year", "back"])
 async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
     tmp_path: Path, jump: float
@@ -163,7 +163,7 @@ async def test_an_upstream_that_cannot_be_asked_takes_nothing_away(
         assert await blob(kit, digest) == (LAYER, Outcome.REVALIDATED)
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
@@ -177,7 +177,7 @@ async def test_what_a_manifest_refers_to_needs_no_word_in_any_year(tmp_path: Pat
             assert await blob(kit, Digest.of(LAYER)) == (LAYER, Outcome.HIT)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 @pytest.mark.parametrize("error", NOES, ids=lambda error: error.message)
 async def test_a_no_withdraws_the_word_at_once(tmp_path: Path, error: MirrorError) -> None:
     """Also where the upstream is down afterwards: its last word was no."""
@@ -221,7 +221,7 @@ async def test_a_hung_upstream_is_not_waited_for(
         hung.set()
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
@@ -234,7 +234,7 @@ async def test_where_nothing_may_be_asked_the_word_holds(tmp_path: Path) -> None
         assert not kit.registry.calls
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_a_manifest_that_is_served_stale_is_not_confirmed_by_it(tmp_path: Path) -> None:
     """Content came through one repository; another one had it by the upstream's word only."""
     async with pull_kit(tmp_path) as kit:
@@ -292,7 +292,7 @@ async def test_what_was_learned_later_outweighs_a_404(tmp_path: Path) -> None:
 # --- hit, join or miss --------------------------------------------------------------------------
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         layer = b"a small layer"
@@ -310,7 +310,7 @@ async def test_small_wrong_content_is_fetched_again_before_a_byte_is_out(tmp_pat
         assert [e.where for e in kit.events if isinstance(e, DigestMismatched)] == ["upstream"]
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Path) -> None:
     layer = random_bytes(2_000_000)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_000_000)) as kit:
@@ -321,7 +321,7 @@ async def test_a_blob_larger_than_the_quota_is_served_and_not_kept(tmp_path: Pat
         assert [e for e in kit.events if isinstance(e, Uncached)]
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) -> None:
     blobs = [random_bytes(100_000, seed) for seed in range(100)]
     async with pull_kit(tmp_path, storage=Storage(max_size=2_000_000)) as kit:
@@ -334,7 +334,7 @@ async def test_a_hundred_pulls_that_together_exceed_the_quota(tmp_path: Path) ->
         assert 0 < kept <= 2_000_000
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
 async def test_who_comes_while_a_fetch_is_given_up_is_served(
     tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch

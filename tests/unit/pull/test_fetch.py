@@ -295,7 +295,7 @@ async def test_bytes_beyond_the_announced_length_are_refused(bench: Bench) -> No
         await bench.body()
 
 
-@pytest.mark.row("HU5")
+@pytest.mark.row("HU5-huge-manifests")
 @pytest.mark.parametrize("announced", [True, False])
 async def test_a_manifest_above_the_limit_is_given_up(bench: Bench, announced: bool) -> None:
     body = b" " * (MANIFEST_LIMIT + 1)
@@ -329,7 +329,7 @@ async def test_what_another_process_fetches_is_followed_and_not_asked_for(bench:
     assert not bench.answered
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 async def test_where_another_process_ends_this_one_goes_on(bench: Bench) -> None:
     other = Ingest(bench.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER

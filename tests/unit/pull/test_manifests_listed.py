@@ -140,7 +140,7 @@ async def test_bytes_that_are_here_say_what_they_are(
     assert len(noted) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "said once"
 
 
-@pytest.mark.row("HU6")
+@pytest.mark.row("HU6-wrong-types")
 async def test_an_index_excuses_no_type_confusion_of_the_upstream(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
@@ -190,7 +190,7 @@ async def test_a_layer_that_an_index_calls_a_manifest_is_still_one(
         assert await manifest(kit) == (image, Outcome.HIT)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_a_no_to_one_kind_takes_nothing_from_the_other(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, b"layer")

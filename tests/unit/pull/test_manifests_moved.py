@@ -195,7 +195,7 @@ async def test_content_that_is_refused_stands_in_for_nothing(tmp_path: Path) -> 
         assert await manifest(kit) == (old, Outcome.STALE)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_what_was_withdrawn_does_not_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,7 +58,7 @@ async def test_a_restart_serves_what_was_pulled_with_the_upstream_gone(tmp_path:
         assert await blob(kit, Digest.of(layer)) == (layer, Outcome.HIT)
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_a_lost_index_is_made_anew_from_the_image_layout(tmp_path: Path) -> None:
     layer = random_bytes(300_000)
     async with pull_kit(tmp_path) as kit:
@@ -150,7 +150,7 @@ async def test_a_refusal_is_told_in_the_record(tmp_path: Path) -> None:
         assert pull.outcome is Outcome.DENIED
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 @pytest.mark.parametrize("warm", [False, True])
 async def test_a_client_that_leaves_at_any_wait_leaves_nothing_open(
     tmp_path: Path, warm: bool

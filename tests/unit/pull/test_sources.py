@@ -90,7 +90,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path: Path) -> None:
     ours, theirs = Slow(), Slow()
     theirs.let.set()
@@ -107,7 +107,7 @@ async def test_a_fetch_that_breaks_for_good_goes_on_through_who_joined(tmp_path:
         assert await blob(kit, DIGEST) == (DATA, Outcome.HIT)
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
 async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
     tmp_path: Path, failure: MirrorError
@@ -122,7 +122,7 @@ async def test_an_upstream_that_is_down_takes_nobody_elses_pull_along(
         assert theirs.calls == {"get_blob": 1}
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 @pytest.mark.parametrize("failure", [BlobUnknown("no such blob"), Denied("not for us")])
 async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: MirrorError) -> None:
     ours, theirs = Slow(), MemoryRegistry()
@@ -136,7 +136,7 @@ async def test_a_no_is_the_word_on_one_repository(tmp_path: Path, failure: Mirro
         assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.failure = DOWN
@@ -148,7 +148,7 @@ async def test_who_waits_gets_the_word_of_its_own_upstream(tmp_path: Path) -> No
         assert again is DOWN
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_an_upstream_that_hangs_is_waited_for_briefly_while_another_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +188,7 @@ async def test_one_that_answers_is_not_overtaken(
         assert theirs.calls["head_blob"] == 1, "its own proof"
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 async def test_what_another_process_failed_at_is_asked_of_our_upstream(tmp_path: Path) -> None:
     ours = MemoryRegistry()
     ours.add_blob(REPO.path, DATA)
@@ -234,7 +234,7 @@ def test_a_rival_is_another_upstream_and_comes_once() -> None:
 # --- what a fetch proves, and for whom ------------------------------------------------------------
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) -> None:
     secret = random_bytes(5_000)
     private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
@@ -258,7 +258,7 @@ async def test_a_blob_that_looks_like_a_manifest_proves_nothing(tmp_path: Path) 
             await blob(kit, Digest.of(secret), evil)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_a_layer_asked_for_as_a_manifest_stays_a_layer(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, DATA)
@@ -315,7 +315,7 @@ async def test_a_slow_upstream_that_was_overtaken_in_vain_has_another_turn(
         assert first.result() == (DATA, Outcome.MISS)
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_wrong_bytes_of_one_upstream_are_not_anothers(tmp_path: Path) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.blobs[REPO.path, DIGEST] = b"wrong"
@@ -349,7 +349,7 @@ async def test_a_resume_is_proof_before_its_first_byte(tmp_path: Path) -> None:
         assert not kit.registry.calls["head_blob"]
 
 
-@pytest.mark.row("M1")
+@pytest.mark.row("M1-many-workers")
 async def test_what_another_process_has_proven_is_not_asked_again(tmp_path: Path) -> None:
     rest = asyncio.Event()
     registry = Slow()

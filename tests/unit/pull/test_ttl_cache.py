@@ -19,7 +19,7 @@ def test_a_value_ends_with_its_lifetime() -> None:
     assert recent.get("a") is None
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 def test_a_value_from_the_future_has_ended() -> None:
     clock = [1000.0]
     recent: TtlLruCache[bytes] = TtlLruCache(100, 60.0, len, lambda: clock[0])

@@ -41,7 +41,7 @@ async def test_missing_content_is_a_miss(tmp_path: Path) -> None:
         assert await parts.blobs.read(Digest.of(b"nothing"), 100) is None
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 @pytest.mark.parametrize("damage", ["empty", "cut", "flip", "flip-last"])
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 async def test_damage_is_never_served_whole(tmp_path: Path, damage: str, data: bytes) -> None:
@@ -68,7 +68,7 @@ async def test_damage_is_never_served_whole(tmp_path: Path, damage: str, data: b
         assert [e.where for e in parts.events if isinstance(e, DigestMismatched)] == ["disk"]
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 async def test_rot_is_found_when_the_verification_has_aged(tmp_path: Path) -> None:
     with kit(tmp_path, reverify=0) as parts:
         digest = await put(parts, LARGE)
@@ -105,7 +105,7 @@ async def test_a_manifest_that_lies_about_a_size_does_no_harm(tmp_path: Path) ->
         assert parts.layout.blob(digest).exists()
 
 
-@pytest.mark.row("M5")
+@pytest.mark.row("M5-eviction-while-opening")
 async def test_content_that_is_being_evicted_is_a_miss_and_a_reader_is_a_lease(
     tmp_path: Path,
 ) -> None:
@@ -127,7 +127,7 @@ async def test_content_that_is_being_evicted_is_a_miss_and_a_reader_is_a_lease(
         os.close(evictor)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 @pytest.mark.parametrize("stranger", ["link", "fifo", "directory", "dangling"])
 async def test_strangers_are_never_followed(tmp_path: Path, stranger: str) -> None:
     with kit(tmp_path) as parts:
@@ -149,7 +149,7 @@ async def test_strangers_are_never_followed(tmp_path: Path, stranger: str) -> No
             assert await parts.blobs.read(digest, 1_000_000) is None
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 async def test_running_out_of_descriptors_is_not_corruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,8 +169,8 @@ async def test_running_out_of_descriptors_is_not_corruption(
         assert not [e for e in parts.events if isinstance(e, DigestMismatched)]
 
 
-@pytest.mark.row("D4")
-@pytest.mark.row("D7")
+@pytest.mark.row("D4-io-error-at-a-call")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 async def test_content_that_cannot_be_opened_is_a_miss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -189,7 +189,7 @@ async def test_content_that_cannot_be_opened_is_a_miss(
         assert await parts.blobs.read(digest, 1_000_000) == SMALL, "it was not put aside"
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 async def test_small_content_that_cannot_be_read_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +205,7 @@ async def test_small_content_that_cannot_be_read_is_damaged(
         assert parts.layout.quarantine(digest).exists()
 
 
-@pytest.mark.row("D11")
+@pytest.mark.row("D11-content-cut-under-readers")
 async def test_content_cut_under_a_reader_is_noticed(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
@@ -229,7 +229,7 @@ async def test_readers_share_one_descriptor_and_give_it_back(tmp_path: Path) -> 
         assert len(os.listdir("/proc/self/fd")) <= before
 
 
-@pytest.mark.row("L2")
+@pytest.mark.row("L2-clients-that-reset")
 async def test_who_leaves_while_content_is_opened_leaves_nothing_open(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
@@ -276,8 +276,8 @@ async def test_what_is_remembered_of_verifications_is_bounded_and_saved(
         assert sorted(saved) == sorted(digests[:3]), "each once, and nothing that was saved before"
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K4")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K4-negative-ages")
 @pytest.mark.parametrize("jump", [365 * 86400.0, -365 * 86400.0])
 async def test_a_clock_that_jumps_makes_content_verified_again_and_served(
     tmp_path: Path, jump: float

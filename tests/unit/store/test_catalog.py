@@ -61,7 +61,7 @@ def test_usage_is_what_du_says_after_every_change(
     assert Catalog(layout).refresh() == catalog.refresh()
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 def test_strangers_are_neither_counted_nor_followed(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     kept = put(layout, b"content")
@@ -106,7 +106,7 @@ def test_what_is_being_fetched_counts_as_announced(tmp_path: Path) -> None:
     os.close(fd)
 
 
-@pytest.mark.row("C11")
+@pytest.mark.row("C11-stale-sparse-ingest")
 def test_what_a_fetch_left_counts_as_it_is_and_not_as_it_was_to_be(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     sparse, full = Digest.of(b"sparse"), Digest.of(b"full")
@@ -144,7 +144,7 @@ def test_recency_is_the_last_use(tmp_path: Path) -> None:
     assert set(catalog.entries(5000.0)) == {Entry(one, 3, 3000.0), Entry(two, 4, 2000.0)}
 
 
-@pytest.mark.row("K3")
+@pytest.mark.row("K3-future-recency")
 def test_a_recency_in_the_future_is_now_and_ages_from_here_on(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     ahead = put(layout, b"used before the clock was set back", used=50_000_000)

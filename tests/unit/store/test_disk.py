@@ -310,7 +310,7 @@ def test_a_lock_on_an_unlinked_file_locks_nothing(layout: Layout) -> None:
     os.close(other)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 def test_growing_content_never_follows_a_link(layout: Layout, tmp_path: Path) -> None:
     layout.ingest(DIGEST).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
@@ -363,7 +363,7 @@ def test_a_directory_sync_may_be_unsupported_but_must_not_fail(
     os.close(fd)
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 def test_publishing_waits_for_a_descriptor(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     real, refusals = os.open, 2
 

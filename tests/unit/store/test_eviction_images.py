@@ -221,7 +221,7 @@ async def test_what_nobody_needs_goes_before_content(tmp_path: Path) -> None:
         assert not list(store.layout.ingest(damaged).parent.iterdir())
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
@@ -239,7 +239,7 @@ async def test_what_can_never_fit_makes_nothing_go(tmp_path: Path) -> None:
             store.end_ingest(content)
 
 
-@pytest.mark.row("HC10")
+@pytest.mark.row("HC10-twice-the-quota")
 async def test_one_who_pulls_twice_the_quota_takes_no_hot_image_along(tmp_path: Path) -> None:
     clock = [NOW]
     hot = image(layer(0))

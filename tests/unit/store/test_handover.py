@@ -104,7 +104,7 @@ async def test_right_bytes_go_on_when_their_file_was_replaced(processes: list[Ki
     assert reasons in (["handover"], []), "[]: it saw all of the new file before it looked"
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("after", [1.0, 3600.0, -3600.0])
 async def test_who_goes_on_from_before_what_another_handed_out_ends_that(
     processes: list[Kit], after: float

@@ -77,7 +77,7 @@ async def test_what_was_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert not events
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_planted_pickle_is_refused_and_never_unpickled(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
@@ -96,7 +96,7 @@ async def test_a_planted_pickle_is_refused_and_never_unpickled(tmp_path: Path) -
     assert events
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_busy_database_fails_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ async def test_an_index_that_does_not_answer_is_not_empty(
     await index.close()
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_access_records(REPO, [root(ONE), root(TWO)])
@@ -228,8 +228,8 @@ async def test_one_row_of_another_kind_takes_no_other_along(tmp_path: Path) -> N
 # --- answers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U15")
-@pytest.mark.row("K4")
+@pytest.mark.row("U15-negative-answers")
+@pytest.mark.row("K4-negative-ages")
 async def test_a_404_ends_with_its_time_and_with_a_clock_that_jumps(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
@@ -252,7 +252,7 @@ async def test_a_list_is_what_was_put(tmp_path: Path) -> None:
         assert await index.cached_list("tags b") is None
 
 
-@pytest.mark.row("HC9")
+@pytest.mark.row("HC9-random-names")
 async def test_answers_are_bounded_and_take_nothing_else_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,8 +296,8 @@ async def is_known(index: Index, digest: Digest) -> bool:
     return found.pop()
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jumps", [[YEAR], [-YEAR], [YEAR, -2 * YEAR, 3 * YEAR, -YEAR]])
 async def test_what_is_known_of_content_on_disk_depends_on_no_clock(
     tmp_path: Path, jumps: list[float]

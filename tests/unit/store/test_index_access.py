@@ -58,7 +58,7 @@ async def test_two_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> 
         await index.close()
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     assert await index.put_access_records(REPO, [OWN, LAYER])
@@ -75,7 +75,7 @@ async def test_a_digest_may_be_of_both_kinds(tmp_path: Path) -> None:
     await index.close()
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_row_of_another_kind_is_written_over(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     await index.confirm_tag(REPO, TAG, ONE)

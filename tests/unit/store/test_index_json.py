@@ -28,7 +28,7 @@ def names(root: Path) -> list[str]:
     return [named.name for named in image_layout.read(Layout(root))]
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_a_lost_index_is_read_back_but_is_not_fresh(tmp_path: Path) -> None:
     child = image(LAYER)
     body = index_of(child)
@@ -49,8 +49,8 @@ async def test_a_lost_index_is_read_back_but_is_not_fresh(tmp_path: Path) -> Non
         assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
-@pytest.mark.row("K1")
-@pytest.mark.row("K2")
+@pytest.mark.row("K1-wrong-clock")
+@pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jump", [YEAR, -YEAR, KEPT + 1])
 async def test_a_clock_that_jumps_takes_nothing_away(tmp_path: Path, jump: float) -> None:
     body, clock = image(LAYER), [NOW]
@@ -137,7 +137,7 @@ async def test_index_json_forgets_what_was_evicted_or_withdrawn(tmp_path: Path) 
         assert names(tmp_path) == []
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_what_a_crash_kept_out_of_index_json_is_in_it_after_the_next_start(
     tmp_path: Path,
 ) -> None:

@@ -107,7 +107,7 @@ async def test_a_fetch_that_stopped_is_resumed_where_it_ended(tmp_path: Path) ->
         follower.close()
 
 
-@pytest.mark.row("C8")
+@pytest.mark.row("C8-bytes-after-an-ingest")
 @pytest.mark.parametrize("garbage", [b"\0" * 4096, random_bytes(4096, 9), b"\0" * 5_000_000])
 async def test_garbage_behind_an_ingest_is_not_resumed(tmp_path: Path, garbage: bytes) -> None:
     with kit(tmp_path) as parts:
@@ -147,7 +147,7 @@ async def test_another_total_is_refused(tmp_path: Path) -> None:
         content.release()
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["fsync", "rename", "utime"])
 async def test_publishing_that_fails_publishes_nothing(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
@@ -173,7 +173,7 @@ async def test_publishing_that_fails_publishes_nothing(
         follower.close()
 
 
-@pytest.mark.row("L5")
+@pytest.mark.row("L5-range-far-ahead")
 async def test_a_range_far_ahead_waits_without_being_woken(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)

@@ -91,7 +91,7 @@ async def test_another_process_streams_along_and_sees_the_end(tmp_path: Path) ->
         end(process)
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part: float) -> None:
     stop = int(len(DATA) * part)
@@ -116,7 +116,7 @@ async def test_a_killed_fetch_is_taken_over_where_it_ended(tmp_path: Path, part:
         end(process)
 
 
-@pytest.mark.row("M2")
+@pytest.mark.row("M2-stopped-leader")
 async def test_a_stopped_fetch_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +144,7 @@ async def test_a_stopped_fetch_is_not_waited_for(
         end(process)
 
 
-@pytest.mark.row("M4")
+@pytest.mark.row("M4-relocking")
 async def test_lock_unlink_lock_again_never_makes_two_leaders(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         leaders = 0
@@ -293,7 +293,7 @@ async def test_what_is_whole_before_the_lock_is_ours_is_hashed_before_it_is_beli
         assert not list(parts.layout.ingest(digest).parent.iterdir())
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 async def test_a_stranger_in_the_place_of_growing_content_is_not_written_to(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_bytes(b"stays")

@@ -27,7 +27,7 @@ def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Fo
     return content, *(Follower(content, 0) for _ in range(count))
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 @pytest.mark.parametrize("limit", [0, 1, 65_535, 1_000_000, len(DATA) - 1])
 async def test_a_disk_that_is_full_does_not_fail_a_pull(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
@@ -99,7 +99,7 @@ async def test_memory_that_has_moved_on_is_not_joined(tmp_path: Path) -> None:
         late.close()
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 async def test_one_that_reads_nothing_does_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +161,7 @@ async def test_one_that_reads_nothing_is_waited_for_where_nobody_else_waits(
         follower.close()
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 @pytest.mark.parametrize("granted", [0, 1, 3])
 async def test_content_of_unknown_size_asks_for_room_as_it_grows(
     tmp_path: Path, granted: int
@@ -197,7 +197,7 @@ async def test_content_of_unknown_size_is_kept_where_there_is_room(tmp_path: Pat
         assert parts.layout.blob(Digest.of(data)).read_bytes() == data
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 async def test_a_disk_that_fills_up_while_room_is_asked_for_mixes_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_start_keeps_only_the_newest_of_what_is_damaged(tmp_path: Path) -> Non
     assert quarantine.size(layout) == quarantine.KEPT
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 def test_a_disk_that_takes_nothing_is_said_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     why = recover(Layout(tmp_path / "file"), NOW, BOOT).why

@@ -112,7 +112,7 @@ def test_only_text_is_put_and_nothing_else_is_interpreted() -> None:
             disk.fetch(mode, filename, value, False)
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_rows_of_another_kind_are_passed_over_and_remove_no_file(tmp_path: Path) -> None:
     events: list[Event] = []
     precious = tmp_path / "precious"
@@ -163,7 +163,7 @@ def make_directories(index: Path) -> None:
         database.mkdir()
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 @pytest.mark.parametrize("damage", [lose, replace_by_text, overwrite, cut, make_directories])
 async def test_a_damaged_database_is_begun_anew(
     tmp_path: Path, damage: Callable[[Path], None]
@@ -179,7 +179,7 @@ async def test_a_damaged_database_is_begun_anew(
     assert (tmp_path / "index.damaged").exists() == (damage is not lose)
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 async def test_a_database_that_is_damaged_in_use_is_begun_anew(tmp_path: Path) -> None:
     index = tmp_path / "index"
     async with opened(index) as rows:
@@ -190,7 +190,7 @@ async def test_a_database_that_is_damaged_in_use_is_begun_anew(tmp_path: Path) -
         assert await rows.get("kept", "a") == "1"
 
 
-@pytest.mark.row("M10")
+@pytest.mark.row("M10-hostile-index")
 async def test_a_database_that_others_hold_is_not_put_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +212,7 @@ async def test_a_database_that_others_hold_is_not_put_aside(
     assert not (tmp_path / "index.damaged").exists()
 
 
-@pytest.mark.row("D6")
+@pytest.mark.row("D6-no-descriptors")
 async def test_running_out_of_descriptors_loses_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +241,7 @@ async def test_running_out_of_descriptors_loses_no_row(
     assert not (tmp_path / "index.damaged").exists()
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("refusal", ["read-only", "full"])
 async def test_what_is_known_stays_known_on_a_disk_that_takes_nothing(
     tmp_path: Path, refusal: str

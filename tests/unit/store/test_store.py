@@ -93,7 +93,7 @@ async def test_recency_is_refreshed_once_a_minute(tmp_path: Path) -> None:
             assert used(store, b"content") == NOW + wanted
 
 
-@pytest.mark.row("K3")
+@pytest.mark.row("K3-future-recency")
 async def test_a_clock_that_was_set_back_stops_no_recency(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
@@ -148,7 +148,7 @@ async def test_it_reports_what_is_on_disk_and_what_grows(tmp_path: Path) -> None
         store.end_ingest(content)
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path: Path) -> None:
     body, events = image(LAYER), list[Event]()
     with small_disk(tmp_path / "disk", "20m") as root:
@@ -181,8 +181,8 @@ async def test_a_disk_that_takes_nothing_serves_what_it_has_and_says_so(tmp_path
         )
 
 
-@pytest.mark.row("D7")
-@pytest.mark.row("C9")
+@pytest.mark.row("D7-unwritable-directories")
+@pytest.mark.row("C9-damaged-content")
 async def test_damage_on_a_disk_that_takes_nothing_is_never_served(tmp_path: Path) -> None:
     """It can be put aside no more than it can be mended: it is fetched, and not kept."""
     blobs = tmp_path / "blobs"

@@ -15,7 +15,7 @@ ONE, TWO = Digest.of(b"one"), Digest.of(b"two", "sha512")
 TIMES = st.floats(-1e12, 1e12)
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 @given(st.none() | TIMES, TIMES)
 def test_what_is_on_disk_is_known_whatever_the_clock_says(missed: float | None, now: float) -> None:
     assert next_row_state(True, missed, now) is (

@@ -303,7 +303,7 @@ async def test_what_is_not_there(bench: Bench, question: str, error: type[NotFou
         await QUESTIONS[question](bench)
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize(
     "error",

@@ -27,7 +27,7 @@ from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
 # --- one for all, and none for another ------------------------------------------------------------
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_fifty_wait_and_one_asks() -> None:
     service = Service()
     found = await at_once(50, service.header)
@@ -35,7 +35,7 @@ async def test_fifty_wait_and_one_asks() -> None:
     assert len(service.calls) == 1
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 @pytest.mark.parametrize("leaving", [range(1), range(1, 20), range(20)])
 async def test_those_who_leave_take_it_from_nobody(leaving: range) -> None:
     service = Service()

@@ -40,7 +40,7 @@ async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
         fake.requests.clear()
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
@@ -55,7 +55,7 @@ async def test_an_endpoint_that_fails_is_left_alone_for_a_while_and_found_again(
         assert changes == [True, False]
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_half_open_lets_exactly_one_of_many_through() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
@@ -83,7 +83,7 @@ async def test_the_second_endpoint_too_lets_one_through() -> None:
         assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_a_short_outage_among_many_requests_is_a_short_one() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=DOWN, delay=0.05, times=None))

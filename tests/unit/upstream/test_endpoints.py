@@ -114,7 +114,7 @@ def test_a_try_that_was_left_alone_lets_the_next_one_through() -> None:
     assert not circuit.may_request(FIRST_OPEN_S), "it was not the one that tries"
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 def test_many_that_fail_together_open_it_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):

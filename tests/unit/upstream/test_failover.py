@@ -63,7 +63,7 @@ async def test_nonsense_is_passed_over_as_well() -> None:
         assert len(two.requests) == 2
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_a_no_is_an_answer(status: int) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
@@ -199,7 +199,7 @@ async def test_a_no_of_the_endpoint_that_had_it_counts_whatever_it_met_before() 
                 pass
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_an_error_names_the_endpoint_that_it_is_of() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         digest = two.add_blob(DATA)
@@ -242,7 +242,7 @@ async def test_a_token_costs_no_further_connection() -> None:
 # --- pauses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_a_pause_that_was_asked_for_is_kept_and_passed_on() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -258,7 +258,7 @@ async def test_a_pause_that_was_asked_for_is_kept_and_passed_on() -> None:
         assert await kit.status() == 200
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_a_429_that_names_no_pause_is_one_for_us_alone() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429))
@@ -271,7 +271,7 @@ async def test_a_429_that_names_no_pause_is_one_for_us_alone() -> None:
         assert await kit.status() == 200
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_another_endpoint_answers_for_one_that_rests() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -279,7 +279,7 @@ async def test_another_endpoint_answers_for_one_that_rests() -> None:
         assert (len(one.requests), len(two.requests)) == (1, 3)
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_a_pause_is_passed_on_although_another_endpoint_is_dead() -> None:
     async with registry() as one, upstream_kit(one.url, dead()) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -289,7 +289,7 @@ async def test_a_pause_is_passed_on_although_another_endpoint_is_dead() -> None:
             assert found.retry_after == 30
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_a_token_service_may_ask_for_a_pause() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token = "t"

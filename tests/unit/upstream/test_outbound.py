@@ -89,7 +89,7 @@ def test_a_next_page_stays_at_its_endpoint(target: str, purpose: Purpose) -> Non
     assert isinstance(verdict(target, purpose), Refused)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize("purpose", list(Purpose))
 @pytest.mark.parametrize(
     "url",

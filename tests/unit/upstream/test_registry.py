@@ -30,7 +30,7 @@ AT = 40_000
 # --- manifests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U13")
+@pytest.mark.row("U13-moving-tag")
 async def test_a_head_of_a_digest_must_be_about_that_digest() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}")
@@ -78,7 +78,7 @@ async def test_a_manifest_by_tag_hashes_to_what_its_header_says() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
-@pytest.mark.row("HU5")
+@pytest.mark.row("HU5-huge-manifests")
 async def test_a_manifest_by_tag_is_of_bounded_size() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b" " * (4 * 1024 * 1024 + 1), tag="latest")
@@ -144,7 +144,7 @@ async def test_a_transfer_goes_on_where_it_broke() -> None:
         assert (asked["range"], asked["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_a_server_that_cannot_resume_begins_again() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
@@ -155,7 +155,7 @@ async def test_a_server_that_cannot_resume_begins_again() -> None:
             assert found == (0, len(DATA), DATA)
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -185,7 +185,7 @@ async def test_a_range_of_a_size_that_is_not_said() -> None:
         assert await rest(kit, digest, total=len(DATA)) == (AT, len(DATA), DATA[AT:])
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_a_size_that_changed_is_never_taken() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
@@ -228,7 +228,7 @@ async def test_tags_are_gathered_from_pages() -> None:
         assert (list(page.tags), page.more) == (names[100:1600], True)
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 async def test_pages_in_a_circle_or_without_an_end_do_end() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b"{}", tag="a")
@@ -238,7 +238,7 @@ async def test_pages_in_a_circle_or_without_an_end_do_end() -> None:
         assert len(fake.requests) == 2
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1/v2/", "//evil.example/", "ftp://x/"])
 async def test_a_next_page_elsewhere_is_refused(target: str) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:

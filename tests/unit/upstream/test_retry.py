@@ -47,7 +47,7 @@ def test_waits_grow_from_a_fifth_of_a_second_to_two() -> None:
     assert [backoff(attempt, 0.5) for attempt in range(1, 7)] == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [

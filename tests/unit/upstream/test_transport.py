@@ -49,7 +49,7 @@ def moved(target: str, status: int = 307, body: bytes = b"") -> Fault:
 # --- redirects ------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_authorization_is_shown_at_home_only_and_not_again_after_a_trip() -> None:
     async with FakeRegistry() as home, FakeRegistry() as away, upstream_kit(home.url) as kit:
         home.fault("/v2/", moved("/one"))
@@ -108,7 +108,7 @@ async def test_the_method_stays_what_it_is(status: int) -> None:
         assert [seen.method for seen in fake.requests] == ["HEAD", "HEAD", "GET", "GET"]
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_five_hops_are_followed_and_six_are_not() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         for hop in range(6):
@@ -189,13 +189,13 @@ async def failure(endpoint: str, limits: Limits = SHORT) -> MirrorError:
         return caught.value
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_nobody_there() -> None:
     for endpoint in (dead(), "http://no-such-host.invalid"):
         assert type(await failure(endpoint, Limits())) is UpstreamUnavailable
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -213,14 +213,14 @@ async def test_no_answer_that_is_one(fault: Fault) -> None:
         assert type(await failure(fake.url, Limits())) is UpstreamUnavailable
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_no_answer_in_time() -> None:
     async with FakeRegistry() as fake:
         fake.fault("/v2/", Fault(delay=3600, times=None))
         assert type(await failure(fake.url)) is UpstreamTimeout
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_tls(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path)
     other = Certificate.make(tmp_path, "other")

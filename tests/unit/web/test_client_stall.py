@@ -112,7 +112,7 @@ async def test_where_the_kernel_does_not_tell_nobody_is_cut_off(
             await asyncio.sleep(0.2)
 
 
-@pytest.mark.row("HC7")
+@pytest.mark.row("HC7-slow-attacks")
 async def test_who_reads_nothing_of_an_answer_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

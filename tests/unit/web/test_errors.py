@@ -69,7 +69,7 @@ def test_every_error_of_the_tree_is_in_the_table() -> None:
     assert shown == EXPECTED
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 def test_an_upstreams_fault_is_never_a_404_nor_a_500() -> None:
     for kind in every_error():
         if issubclass(kind, UpstreamError | Denied | Unauthorized):
@@ -106,7 +106,7 @@ def test_the_body_is_that_of_the_specification() -> None:
     assert headers_of(error) == {"Content-Type": "application/json"}
 
 
-@pytest.mark.row("HU15")
+@pytest.mark.row("HU15-hostile-error-bodies")
 def test_escapes_in_a_message_are_visible_and_bounded() -> None:
     error = errors.UpstreamError("a\x1b[31m\r\nb\u202e" + "x" * 10_000, detail="\x00" * 10_000)
     entry = json.loads(body_of(error))["errors"][0]
@@ -128,7 +128,7 @@ def test_headers_that_an_error_needs() -> None:
     assert headers_of(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [

@@ -234,7 +234,7 @@ async def test_a_stale_answer_says_so(tmp_path: Path) -> None:
             assert "Warning" not in (await server.get(url))[1], "a digest is never stale"
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_a_blob_whose_word_has_run_out_is_served_stale(tmp_path: Path) -> None:
     now = [1_900_000_000.0]
     async with (

@@ -35,7 +35,7 @@ async def test_probes_need_no_upstream(tmp_path: Path, path: str) -> None:
         assert (await server.ask("POST", server.url + path))[0] == 405
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_a_server_that_drains_lives_and_is_not_ready(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         server.room.health.draining = True
@@ -45,7 +45,7 @@ async def test_a_server_that_drains_lives_and_is_not_ready(tmp_path: Path) -> No
         assert (await server.ask("HEAD", f"{server.url}/readyz"))[0] == 503
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 async def test_a_directory_that_is_none_is_served_without(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     async with FakeRegistry() as fake, running(tmp_path / "data", fake.url) as server:

@@ -104,7 +104,7 @@ async def test_how_a_request_failed_is_in_its_record(tmp_path: Path) -> None:
             fake.faults.clear()
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_draining_refuses_new_work_and_ends_what_is_under_way(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)

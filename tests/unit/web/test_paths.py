@@ -172,7 +172,7 @@ def test_an_artifact_type_is_a_media_type() -> None:
             read(f"/v2/a/b/referrers/{DIGEST}", f"artifactType={raw}")
 
 
-@pytest.mark.row("HC4")
+@pytest.mark.row("HC4-namespaces")
 @pytest.mark.parametrize(
     "raw",
     [
@@ -217,7 +217,7 @@ def test_ns_names_a_configured_upstream_or_nothing(raw: str) -> None:
             read(path, f"ns={raw}")
 
 
-@pytest.mark.row("HC4")
+@pytest.mark.row("HC4-namespaces")
 def test_ns_has_one_reading() -> None:
     assert read("/v2/a/manifests/b", "ns=ghcr.io&ns=ghcr.io") == read(
         "/v2/a/manifests/b", "ns=ghcr.io"

@@ -15,7 +15,7 @@ from mirror.oci.errors import (
 from tests.unit.web.kit import DIGEST, read
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize(
     "method",
     ["POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "OPTIONS", "PROPFIND", "get", ""],
@@ -28,14 +28,14 @@ def test_writes(method: str, path: str) -> None:
         read(path, method=method)
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize("path", ["/blobs/uploads", "/blobs/uploads/", "/blobs/uploads/0f-1"])
 def test_uploads(path: str) -> None:
     with pytest.raises(MethodUnsupported):
         read(f"/v2/a/b{path}")
 
 
-@pytest.mark.row("HC3")
+@pytest.mark.row("HC3-traversal")
 @pytest.mark.parametrize(
     ("path", "error"),
     [

@@ -140,7 +140,7 @@ async def test_content_without_a_byte(tmp_path: Path) -> None:
 # --- manifests ----------------------------------------------------------------------------------
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
     """A version of containerd asks for ``bytes=0-`` of manifests as well."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -175,7 +175,7 @@ async def test_ranges_of_a_manifest(tmp_path: Path) -> None:
 # --- while it arrives ---------------------------------------------------------------------------
 
 
-@pytest.mark.row("L5")
+@pytest.mark.row("L5-range-far-ahead")
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_what_has_arrived_is_answered_before_the_rest_comes(
     tmp_path: Path, tls: bool
@@ -273,7 +273,7 @@ async def test_over_tls_all_is_the_same(tmp_path: Path) -> None:
         assert fake.count("GET", f"blobs/{DIGEST}") == 1
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_over_tls_a_cut_answer_is_no_clean_end(tmp_path: Path) -> None:
     """HTTP/1.0 without a length ends with the connection: there, TLS must not say goodbye."""
     made = Certificate.make(tmp_path)
