@@ -147,11 +147,17 @@ def test_the_table_is_the_same_from_one_or_several_processes(
     document.write_text(OLD)
     run = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", str(processes)),
+            *(sys.executable, "-m", "pytest", "-p", "xdist", "-p", "tests.conftest"),
+            *("-n", str(processes)),
             *("-m", "not long", f"--robustness-table={document}", "test_suite.py"),
         ],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        # no other plugins: they take seconds to start in each process
+        env={
+            **os.environ,
+            "PYTHONPATH": str(TESTS.parent),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        },
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=100,

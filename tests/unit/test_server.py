@@ -182,7 +182,7 @@ def test_a_signal_ends_it_with_0_and_leaves_nothing(workers: int, number: signal
         wait_until(lambda: not mirror.running, "it ends", 20)
         assert mirror.stop() == 0
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-        assert "Traceback" not in mirror.said()
+        assert "Traceback" not in mirror.output_text()
 
 
 # --- workers ------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def test_a_worker_that_dies_at_once_does_not_spin(tmp_path: Path) -> None:
         # the one that was killed, and then one a second at most
         assert len(codes) <= 2 + time.monotonic() - begun
         assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
-        assert mirror.said().count("worker: FileNotFoundError: ") >= 2
-        assert "Traceback" not in mirror.said()
+        assert mirror.output_text().count("worker: FileNotFoundError: ") >= 2
+        assert "Traceback" not in mirror.output_text()
         made.key_file.write_bytes(key)
         wait_until(lambda: all(answers(mirror) for _ in range(10)), "all is served", 30)
 
