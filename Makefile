@@ -3,6 +3,9 @@
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+# Processes that share the tests. More than there are processors: most tests wait most of the time.
+WORKERS ?= 4
+PYTEST := $(PYTHON) -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: run test lint check test-long robustness bench packages clean
 .DELETE_ON_ERROR:
@@ -20,15 +23,19 @@ lint: $(VENV)/.installed-dev
 	$(PYTHON) -m mypy tests/real tests/conftest.py tools/readability.py tools/request_path.py
 	$(PYTHON) tools/readability.py
 
-check: lint
-	$(PYTHON) -m pytest -m "not long"
+# The linters run beside the tests. Their output is kept apart, and shown at the end if one failed.
+check: $(VENV)/.installed-dev
+	@output=$$(mktemp); $(MAKE) --no-print-directory lint >"$$output" 2>&1 & lint=$$!; \
+	$(PYTEST) -m "not long"; failed=$$?; \
+	wait $$lint || { failed=$$?; cat "$$output"; }; \
+	rm -f "$$output"; exit $$failed
 
 test-long: packages $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -m long
+	$(PYTEST) -m long
 
 # Every row, the long ones too, and how often each was tried into docs/robustness.md.
 robustness: packages $(VENV)/.installed-dev
-	$(PYTHON) -m pytest -m row --robustness-table=docs/robustness.md
+	$(PYTEST) -m row --robustness-table=docs/robustness.md
 
 bench: packages $(VENV)/.installed-dev
 	@exec bench/run

@@ -1,7 +1,7 @@
 """``make bench``: a table of ratios against other mirrors, all measured in this run.
 
 ``python -m bench [--quick] [--rounds N] [--only SUBSTRING]``. Each number is the median of the
-rounds; peers take turns within a round. A peer that fails a row is said to have failed it.
+rounds; peers take turns within a round. A row says which peer failed in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. ``against``: whose value the ratios are of; ``target``: ours."""
+    """One row of the table. ``against``: the peer of the ratios. ``target``: our target."""
 
     name: str
     unit: str
@@ -126,7 +126,7 @@ class Bench:
         return self.front.url if row.limited else self.registry.url
 
     def _round(self, row: Row, number: int) -> None:
-        """All in turn, and in another order each time: what one leaves behind hits the next."""
+        """Measure all peers, in another order each time: each affects the load of the next."""
         turns: list[Peer | None] = [*PEERS, *([None] if row.against == DIRECT else [])]
         first = number % len(turns)
         for peer in (*turns[first:], *turns[:first]):
@@ -142,13 +142,13 @@ class Bench:
 
     def _direct(self, row: Row) -> None:
         cell = self.cells.setdefault((row.name, DIRECT), Cell())
-        # One download: what the upstream gives each of eight is no measure for a cache.
+        # One download: eight would share the rate, which is no reference for a cache.
         digest, size = (self.large, 2 * self.size) if row.limited else (self.blob, self.size)
         url = f"{self._upstream(row)}/v2/{REPOSITORY}/blobs/{digest}"
         cell.add(download(url, 1, size), Cost())
 
     def _one(self, row: Row, peer: Peer, program: Program, cell: Cell) -> None:
-        base = program.url  # type: ignore[attr-defined] # all peers have one
+        base = program.url  # type: ignore[attr-defined] # all peers have a URL
         if not row.cold:
             for _ in range(2):
                 row.measure(base, peer.query)
@@ -177,7 +177,7 @@ class Bench:
             )
 
     def _slow_clients(self) -> None:
-        """200 clients at 50 KB/s on 1 GiB, and a fast one beside them."""
+        """Measure 200 clients at 50 KB/s on 1 GiB, and a fast client beside them."""
         size = 1024 * MIB
         blob = self.registry.push_large(REPOSITORY, size, seed=8)
         print(
@@ -188,7 +188,7 @@ class Bench:
             try:
                 with peer.start(self.registry.url) as program:
                     path = f"/v2/{REPOSITORY}/blobs/{blob}{peer.query}"
-                    base = program.url  # type: ignore[attr-defined] # all peers have one
+                    base = program.url  # type: ignore[attr-defined] # all peers have a URL
                     download(f"{base}{path}", 1, size)
                     with costs(program.pid) as cost:
                         over = threading.Event()
@@ -198,7 +198,7 @@ class Bench:
                             )
                         )
                         crowding.start()
-                        # what the kernel holds for 200 clients has to be filled first
+                        # The buffers of the kernel for 200 clients have to be full first.
                         time.sleep(5.0)
                         fast = [download(f"{base}{path}", 1, size) for _ in range(5)]
                         over.set()

@@ -1,11 +1,10 @@
-"""What a row costs: time at the clients, CPU and memory of the server's processes."""
+"""Measure a row: time at the clients, CPU and memory of the processes of the server."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# As containerd sends it.
+from tests.real.process import need
+
+# The header of containerd.
 _ACCEPT = (
     "application/vnd.docker.distribution.manifest.v2+json,"
     " application/vnd.docker.distribution.manifest.list.v2+json,"
@@ -25,7 +26,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """Return a process and all its descendants."""
     found = [pid]
     for process in found:
         try:
@@ -91,8 +92,8 @@ def costs(pid: int) -> Iterator[Cost]:
 
 
 def download(url: str, streams: int, size: int) -> float:
-    """Bytes per second of ``streams`` curls at once; raises if one did not get it all."""
-    command = ["curl", "-sS", "-o", os.devnull, "-w", "%{http_code} %{size_download}", url]
+    """Return bytes per second of ``streams`` parallel curls. Raises if one got less than all."""
+    command = [need("curl"), "-sS", "-o", os.devnull, "-w", "%{http_code} %{size_download}", url]
     begun = time.monotonic()
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(streams)]
     said = [process.communicate()[0] for process in running]
@@ -103,14 +104,11 @@ def download(url: str, streams: int, size: int) -> float:
 
 
 def requests(url: str, seconds: int) -> float:
-    """Answers per second that wrk gets with 16 connections."""
-    program = shutil.which("wrk")
-    if program is None:
-        raise RuntimeError("wrk is missing")
-    command = [program, "-t1", "-c16", f"-d{seconds}s", "-H", f"Accept: {_ACCEPT}", url]
+    """Return responses per second of wrk with 16 connections."""
+    command = [need("wrk"), "-t1", "-c16", f"-d{seconds}s", "-H", f"Accept: {_ACCEPT}", url]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in said:
-        raise RuntimeError("answers that are none")
+        raise RuntimeError("responses with an error status")
     found = re.search(r"Requests/sec:\s+([\d.]+)", said)
     if found is None:
         raise RuntimeError(said)
@@ -120,7 +118,7 @@ def requests(url: str, seconds: int) -> float:
 async def crowd(
     host: str, port: int, path: str, clients: int, rate: int, over: Callable[[], bool]
 ) -> int:
-    """``clients`` that read ``rate`` bytes per second each; returns what they got in all."""
+    """Read with ``clients``, each at ``rate`` bytes per second. Returns the sum of bytes."""
     request = f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode()
     loop = asyncio.get_running_loop()
     got = 0
@@ -128,12 +126,12 @@ async def crowd(
     async def one(number: int) -> None:
         nonlocal got
         with socket.socket() as connection:
-            # A slow link has a small window: what counts is not how much loopback can hold.
+            # A slow link has a small window. Loopback would buffer too much.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
             connection.setblocking(False)
             await loop.sock_connect(connection, (host, port))
             await loop.sock_sendall(connection, request)
-            # Twice a second: the crowd must not cost more than what it crowds.
+            # Twice a second: the slow clients must cost less than the server.
             await asyncio.sleep(number / clients / 2)
             while not over():
                 got += len(await loop.sock_recv(connection, rate // 2))

@@ -1,4 +1,4 @@
-"""The mirrors that are measured, each as it is set up best for this job."""
+"""The mirrors that are measured, each with its best settings for this job."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Drayage(Program):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One column of the table. ``query`` tells a mirror which upstream is meant."""
+    """One column of the table. ``query``: names the upstream in a request."""
 
     name: str
     start: Callable[[str], Program]

@@ -1,6 +1,8 @@
-"""What holds for the whole suite: no process outlives it, and what was tried is counted.
+"""Rules for every test: no process outlives the run, no callback blocks an event loop (row R5).
 
-And no callback keeps an event loop busy for too long (row R5): see ``tests/slow_callbacks.py``.
+The tests run in one process or in several (pytest-xdist: a controller and its workers). Also here:
+the counts of the robustness table (``tests/robustness/table.py``), which the workers record and the
+controller writes.
 """
 
 from __future__ import annotations
@@ -11,24 +13,33 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.robustness.table import Case, rewritten
+from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
 
 # Hypothesis fails a test whose examples are slow. On a busy machine any example may be.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
+CasesByTest: TypeAlias = dict[str, list[Case]]
+"""Node id of a test to its cases, one for each of its rows."""
+
 _PR_SET_CHILD_SUBREAPER = 36
+_END_TIMEOUT_S = 5.0
+"""Seconds that processes get to end after the last test; killed servers need a moment."""
+
+
+# --- processes ------------------------------------------------------------------------------------
 
 
 def _descendants(pid: int) -> dict[int, str]:
-    """Every process below ``pid``, with its command line."""
+    """Return every process below ``pid``, with its command line."""
     found: dict[int, str] = {}
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
@@ -40,41 +51,70 @@ def _descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def _left() -> dict[int, str]:
-    """Our descendants that still run; the ended ones are reaped on the way."""
-    left = {}
+def _running_descendants() -> dict[int, str]:
+    """Return our descendants that still run. Reaps those that have ended."""
+    running = {}
     for pid, line in _descendants(os.getpid()).items():
-        if _ended(pid):
-            # a zombie that was handed down to us: nobody else waits for it
+        if _has_ended(pid):
+            # an adopted zombie: no other process waits for it
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         elif "multiprocessing.resource_tracker" not in line:
             # the interpreter's own tracker ends with the interpreter
-            left[pid] = line
-    return left
+            running[pid] = line
+    return running
 
 
-def _ended(pid: int) -> bool:
-    """Whether it is a zombie, or gone; one that is just being started has no command line."""
+def _has_ended(pid: int) -> bool:
+    """True for a zombie or no process. A process that is being started has no command line yet."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_process_left() -> Iterator[None]:
-    """Fail the suite if a process that a test started, or one of its children, still runs."""
-    # orphans become our children instead of init's, so that none escapes the look below
+def _adopt_orphans() -> None:
+    """Make orphans of our descendants our children instead of init's, so that we can find them."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield
-    deadline = time.monotonic() + 5
-    while (left := _left()) and time.monotonic() < deadline:
+
+
+def _end_descendants() -> dict[int, str]:
+    """Kill the descendants that still run after a moment, and return them."""
+    deadline = time.monotonic() + _END_TIMEOUT_S
+    while (running := _running_descendants()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
+    for pid in running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    return running
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail the run if a process that a test started, or one of its children, still runs.
+
+    Each worker of pytest-xdist looks for its own.
+    """
+    _adopt_orphans()
+    yield
+    left = _end_descendants()
     assert not left, f"processes that outlived the tests: {left}"
+
+
+class OrphansOfWorkers:
+    """Ends processes of a worker of pytest-xdist that died before it could do so. In its parent."""
+
+    def pytest_sessionstart(self) -> None:
+        """Adopt them."""
+        _adopt_orphans()
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """Look for them after pytest-xdist has ended its workers."""
+        yield
+        if left := _end_descendants():
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            raise pytest.UsageError(f"processes that outlived the tests: {left}")
 
 
 # --- row R5 -----------------------------------------------------------------------------------
@@ -82,7 +122,7 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def watch() -> Iterator[Watch]:
-    """Measures the callbacks of all event loops of this process."""
+    """Measure the callbacks of all event loops of this process."""
     made = Watch()
     with made.installed():
         yield made
@@ -90,20 +130,20 @@ def watch() -> Iterator[Watch]:
 
 @pytest.fixture(autouse=True)
 def no_slow_callback(watch: Watch) -> Iterator[None]:
-    """Fail a test in which a callback kept the event loop busy."""
+    """Fail a test in which a callback used more than 100 ms of processor time."""
     watch.slow.clear()
     yield
     assert not watch.slow, watch.slow
 
 
-# --- what was tried how often -------------------------------------------------------------------
+# --- how often each row was tried -----------------------------------------------------------------
 
 _TRIED = pytest.StashKey[int]()
 
 
 @pytest.fixture
 def tried(request: pytest.FixtureRequest) -> Callable[[int], None]:
-    """Called by a row's test with how often it tried; what is never called counts as once."""
+    """Return a function that adds to the number of tries of a row's test. Without a call: one."""
     stash = request.node.stash
 
     def add(times: int) -> None:
@@ -112,47 +152,78 @@ def tried(request: pytest.FixtureRequest) -> Callable[[int], None]:
     return add
 
 
-class Tried:
-    """Adds up what was tried, and writes the table in the end."""
+class CaseRecorder:
+    """Records the cases of every row in the process that runs the tests."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._cases: dict[str, list[Case]] = {}
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self.cases: CasesByTest = {}
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Every test case counts, those that are not run this time as well."""
+        """Record a test case, also if this run leaves it out."""
+        file = os.path.relpath(item.path, Path(__file__).parent)
         long = item.get_closest_marker("long") is not None
-        rows = {mark.args[0] for mark in item.iter_markers("row")}
-        self._cases[item.nodeid] = [
-            Case(row, str(item.path.relative_to(Path(__file__).parent)), long, None) for row in rows
-        ]
+        rows = dict.fromkeys(row_id(mark.args[0]) for mark in item.iter_markers("row"))
+        self.cases[item.nodeid] = [Case(row, file, long, None) for row in rows]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """What passed was tried."""
+        """Record the number of tries of a test that passed."""
         report = yield
         if report.when == "call" and report.passed:
             times = item.stash.get(_TRIED, 1)
-            cases = self._cases[item.nodeid]
-            self._cases[item.nodeid] = [replace(case, tried=times) for case in cases]
+            cases = self.cases[item.nodeid]
+            self.cases[item.nodeid] = [replace(case, tried=times) for case in cases]
         return report
 
     def pytest_sessionfinish(self) -> None:
+        """Send the cases to the controller of pytest-xdist, where this process has one."""
+        output: dict[str, object] | None = getattr(self._config, "workeroutput", None)
+        if output is not None:
+            output["cases"] = {
+                test: [astuple(case) for case in cases] for test, cases in self.cases.items()
+            }
+
+
+class TableWriter:
+    """Writes the table once, in the process that the user started."""
+
+    def __init__(self, path: Path, recorder: CaseRecorder) -> None:
+        self._path, self._recorder = path, recorder
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Merge the cases of a worker. Each worker knows all tests, and the tries of its own."""
+        merged = self._recorder.cases
+        # a worker that crashed sent nothing: its tests count as not run
+        for test, values in getattr(node, "workeroutput", {}).get("cases", {}).items():
+            cases = [Case(*value) for value in values]
+            if test not in merged or any(case.tried is not None for case in cases):
+                merged[test] = cases
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
         """Write the table."""
-        cases = [case for cases in self._cases.values() for case in cases]
-        self._path.write_text(rewritten(self._path.read_text(), cases))
+        cases = [case for cases in self._recorder.cases.values() for case in cases]
+        self._path.write_text(rewrite_document(self._path.read_text(), cases))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--robustness-table=docs/robustness.md`` (see ``tests/robustness/table.py``)."""
     text = "write into FILE how often each row of the robustness table was tried"
-    parser.addoption("--robustness-table", type=Path, metavar="FILE", help=text)
+    # no Path: pytest-xdist sends the options to its workers
+    parser.addoption("--robustness-table", metavar="FILE", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Count only where the table is asked for."""
+    """Register what a run needs beside its tests."""
+    if config.pluginmanager.has_plugin("dsession"):
+        config.pluginmanager.register(OrphansOfWorkers(), "orphans-of-workers")
     path = config.getoption("--robustness-table")
     if path is not None:
-        config.pluginmanager.register(Tried(path), "tried")
+        recorder = CaseRecorder(config)
+        config.pluginmanager.register(recorder, "robustness-cases")
+        if not hasattr(config, "workerinput"):
+            config.pluginmanager.register(TableWriter(Path(path), recorder), "robustness-table")

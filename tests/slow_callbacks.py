@@ -1,8 +1,8 @@
-"""Callbacks that keep an event loop busy, as asyncio's debug mode logs them, but measured fairly.
+"""Detect callbacks that block an event loop, like asyncio's debug mode, but by processor time.
 
-asyncio logs what took longer than 100 ms by the clock on the wall, which on a busy machine is
-everything now and then. Here the processor time of the loop's thread counts, less what the garbage
-collector took of it. The tests' own coroutines, and those of the fakes, are not what is looked at.
+asyncio logs callbacks that took more than 100 ms by the wall clock. On a busy machine that can be
+any callback. Here the processor time of the loop's thread counts, without that of the garbage
+collector. Coroutines of the tests and of the fakes are not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Watch:
         self.slow: list[str] = []
         self.longest = 0.0
         self.count = 0
-        """Callbacks so far: one that waits without being woken runs none."""
+        """Number of callbacks so far. A task that waits without being woken runs none."""
         self._collecting = 0.0
         self._collected = 0.0
 
@@ -56,7 +56,7 @@ class Watch:
             events.Handle._run = plain  # type: ignore[method-assign] # as it was
 
     def _collector(self, phase: str, info: dict[str, Any]) -> None:
-        # a collection in another thread keeps the loop waiting, and costs it no processor time
+        # A collection in another thread makes the loop wait, and uses none of its processor time.
         if phase == "start":
             self._collecting = time.thread_time()
         else:

@@ -30,7 +30,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass
-class Seen:
+class ReceivedRequest:
     """One request that arrived."""
 
     method: str
@@ -45,23 +45,23 @@ class Seen:
 
 @dataclass
 class Fault:
-    """What goes wrong with one answer. Offsets are of the body that would be sent."""
+    """A fault of one response. Offsets count from the start of the body that would be sent."""
 
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None
     close: bool = False
-    """Close before any answer."""
+    """Close without a response."""
     reset_at: int | None = None
     end_at: int | None = None
-    """End cleanly, short of ``Content-Length``."""
+    """Offset at which the body ends cleanly, before its ``Content-Length``."""
     stall_at: int | None = None
     gate: asyncio.Event | None = None
-    """Ends the stall; without one it lasts."""
+    """Ends the stall. None: the stall does not end."""
     endless: bool = False
-    """Spaces behind the body, for ever."""
+    """Send spaces after the body without end."""
     drip: float | None = None
-    """Seconds between single bytes."""
+    """Seconds between single bytes of the body."""
     delay: float = 0.0
     flip: int | None = None
     """Offset of a byte whose lowest bit is wrong."""
@@ -71,7 +71,7 @@ class Fault:
     no_length: bool = False
     http10: bool = False
     extra: bytes = b""
-    """Bytes behind the announced length."""
+    """Bytes after the announced length."""
     drop_headers: tuple[str, ...] = ()
     rate: int | None = None
     """Bytes per second."""
@@ -81,12 +81,12 @@ class Fault:
 
 
 class FakeRegistry:
-    """A registry on a loopback port, with TLS if it gets a context; plain HTTP proxy of itself."""
+    """A registry on a loopback port, with TLS if ``tls`` is given. Also an HTTP proxy of itself."""
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self._tls = tls
         self.connections = 0
-        self.requests: list[Seen] = []
+        self.requests: list[ReceivedRequest] = []
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}
         self.tags: dict[tuple[str, str], str] = {}
@@ -94,22 +94,22 @@ class FakeRegistry:
         self.referrers_api = True
         self.faults: list[tuple[str, Fault]] = []
         self.token: str | None = None
-        """The bearer token that is wanted; None: none."""
+        """The bearer token that requests need. None: requests need no token."""
         self.basic: str | None = None
-        """The ``Authorization`` that is wanted instead."""
+        """The ``Authorization`` that requests need instead."""
         self.challenge = ""
-        """``WWW-Authenticate`` of a 401; the own token service where it is empty."""
+        """``WWW-Authenticate`` of a 401. Empty: it names the own token service."""
         self.token_body: bytes | None = None
         self.token_status = 200
         self.token_delay = 0.0
         self.bytes_sent = 0
         self.stalled = asyncio.Event()
-        """Set once an answer has come to its ``stall_at``."""
+        """Set when a response has reached its ``stall_at``."""
         self.port = 0
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # --- what a test puts in ------------------------------------------------------------------
+    # --- set up by a test --------------------------------------------------------------------
 
     @property
     def url(self) -> str:
@@ -159,7 +159,7 @@ class FakeRegistry:
         return self.add_manifest(json.dumps(document).encode(), repository, tag)
 
     def fault(self, path: str, *faults: Fault) -> None:
-        """Put faults before the answers of every path that ends with ``path``."""
+        """Add faults for the next responses of each path that ends with ``path``."""
         self.faults += [(path, fault) for fault in faults]
 
     def count(self, method: str, path: str = "") -> int:
@@ -184,7 +184,7 @@ class FakeRegistry:
         await self.stop()
 
     async def stop(self) -> None:
-        """Be gone: connections are refused from now on."""
+        """Stop. Connections are refused from now on."""
         if self._server is not None:
             self._server.close()
             tasks = set(self._tasks)
@@ -220,7 +220,7 @@ class FakeRegistry:
         }
         sent = await reader.readexactly(int(headers.get("content-length", 0)))
         at = time.monotonic()
-        seen = Seen(method, unquote(path), parse_qs(query), headers, at, sent, target)
+        seen = ReceivedRequest(method, unquote(path), parse_qs(query), headers, at, sent, target)
         self.requests.append(seen)
         fault = self._take_fault(seen.method, seen.path)
         if fault.close:
@@ -246,7 +246,7 @@ class FakeRegistry:
     async def _send(
         self,
         writer: asyncio.StreamWriter,
-        seen: Seen,
+        seen: ReceivedRequest,
         fault: Fault,
         status: int,
         headers: dict[str, str],
@@ -287,7 +287,7 @@ class FakeRegistry:
         stop = min([*stops, len(body)])
         await self._send_pieces(writer, fault, body, stop)
         if fault.reset_at is not None and stop == fault.reset_at:
-            # What was written is on its way before the reset overtakes it.
+            # A reset discards bytes that are not sent yet: let them leave first.
             await asyncio.sleep(0.02)
             connection = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -322,7 +322,7 @@ class FakeRegistry:
 
     # --- answers --------------------------------------------------------------------------------
 
-    async def _answer(self, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+    async def _answer(self, seen: ReceivedRequest) -> tuple[int, dict[str, str], bytes]:
         if seen.path == "/token":
             await asyncio.sleep(self.token_delay)
             body = self.token_body
@@ -340,7 +340,7 @@ class FakeRegistry:
             return 200, {}, b"{}"
         return self._content(seen)
 
-    def _content(self, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+    def _content(self, seen: ReceivedRequest) -> tuple[int, dict[str, str], bytes]:
         name, _, reference = seen.path.removeprefix("/v2/").rpartition("/")
         repository, _, kind = name.rpartition("/")
         if kind == "manifests":
@@ -364,7 +364,7 @@ class FakeRegistry:
             return 200, {"Content-Type": OCI_INDEX}, body
         return 404, {}, b""
 
-    def _tags(self, repository: str, seen: Seen) -> tuple[int, dict[str, str], bytes]:
+    def _tags(self, repository: str, seen: ReceivedRequest) -> tuple[int, dict[str, str], bytes]:
         names = sorted(tag for name, tag in self.tags if name == repository)
         if not names:
             return 404, {}, b'{"errors":[{"code":"NAME_UNKNOWN"}]}'

@@ -1,4 +1,4 @@
-"""Real programs for tests: registries, token services, clients, a rate-limited front, our server.
+"""Real programs for tests: registries, token services, clients, a rate-limited proxy, our server.
 
 Every class here is a synchronous context manager that starts a program on a free loopback port in
 a directory of its own, waits until it answers, and leaves no process and no file behind. A program

@@ -1,8 +1,8 @@
-"""The clients people use: containerd, Docker, Podman, skopeo, each with a state of its own.
+"""Real clients: containerd, Docker, Podman, skopeo, each with a state directory of its own.
 
-None of them can reach the registry that a reference names, only the mirror (or the registry) that
-it is given: a pull that succeeds was served by it. ``held`` and the like read back what a client
-has, byte by byte.
+None of them can reach the registry that a reference names. They reach only the mirror (or registry)
+that they are given, so it served each pull that succeeds. ``held`` and similar methods return the
+content of a client, byte by byte.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 from tests.real.process import Directory, Program, run
 
 NOWHERE = "http://127.0.0.1:9"
-"""Refuses connections: what a client gets as the registry itself."""
+"""Refuses connections. A client gets it as the address of the registry itself."""
 
 _POLICY = {"default": [{"type": "insecureAcceptAnything"}]}
 
@@ -81,26 +81,26 @@ class Containerd(Program):
         self.ctr("content", "fetch", "--hosts-dir", self.hosts, "--all-platforms", reference)
 
     def held(self) -> dict[str, bytes]:
-        """All content it holds, by digest, as it lies on disk."""
+        """Return all its content by digest, as it is on disk."""
         blobs = self.root / "io.containerd.content.v1.content/blobs/sha256"
         if not blobs.exists():
             return {}
         return {f"sha256:{path.name}": path.read_bytes() for path in blobs.iterdir()}
 
     def digest_of(self, reference: str) -> str:
-        """The digest that it resolved a reference to."""
+        """Return the digest to which it resolved a reference."""
         for line in self.ctr("images", "ls").stdout.decode().splitlines()[1:]:
             fields = line.split()
             if fields[0] == reference:
                 return str(next(word for word in fields if word.startswith("sha256:")))
-        raise AssertionError(f"{reference} is not held")
+        raise AssertionError(f"{reference} is not there")
 
     def forget(self) -> None:
         """Remove every image and all content, so that the next pull asks for all of it."""
         names = self.ctr("images", "ls", "-q").stdout.decode().split()
         if names:
             self.ctr("images", "rm", "--sync", *names)
-        assert not self.held(), "containerd still holds content"
+        assert not self.held(), "containerd still has content"
 
 
 def _archive_layers(archive: bytes) -> list[str]:
@@ -152,8 +152,8 @@ class Dockerd(Program):
         env = {"DOCKER_CONFIG": str(self.dir / "client"), "DOCKER_HOST": f"unix://{self.socket}"}
         done = run("docker", *argv, env=env, check=False)
         if check and done.returncode != 0:
-            # only the engine says why it left the mirror for docker.io
-            pytest.fail(f"docker {argv}: {done.stderr.decode()}\n{self.said()[-3000:]}")
+            # Only the log of the engine has the reason why it did not use the mirror.
+            pytest.fail(f"docker {argv}: {done.stderr.decode()}\n{self.output_text()[-3000:]}")
         return done
 
     def pull(self, reference: str) -> None:
@@ -166,7 +166,7 @@ class Dockerd(Program):
         return found
 
     def layers(self, reference: str) -> list[str]:
-        """Digests of the image's layers, made from the bytes that the engine hands out."""
+        """Return the digests of the layers of an image, from the bytes that the engine exports."""
         return _archive_layers(self.docker("save", reference).stdout)
 
     def forget(self) -> None:
@@ -177,7 +177,7 @@ class Dockerd(Program):
 
 
 class _Containers:
-    """What Podman and skopeo share: ``registries.conf``, ``policy.json``, no daemon."""
+    """Base of Podman and skopeo: ``registries.conf``, ``policy.json``, no daemon."""
 
     name = "containers"
 
@@ -201,7 +201,7 @@ class _Containers:
         (self.dir / "registries.conf").write_text("\n".join(lines) + "\n")
 
     def environment(self) -> dict[str, str]:
-        """Variables that keep it off this machine's own settings and state."""
+        """Return variables that keep it away from the settings and state of this machine."""
         return {
             "CONTAINERS_REGISTRIES_CONF": str(self.dir / "registries.conf"),
             "CONTAINERS_STORAGE_CONF": str(self.dir / "storage.conf"),
@@ -253,7 +253,7 @@ class Podman(_Containers):
         return found
 
     def layers(self, reference: str) -> list[str]:
-        """Digests of the image's layers, made from the bytes that Podman hands out."""
+        """Return the digests of the layers of an image, from the bytes that Podman exports."""
         return _archive_layers(self.podman("save", "--quiet", reference).stdout)
 
     def forget(self) -> None:
@@ -270,7 +270,7 @@ class Skopeo(_Containers):
         """Run ``skopeo``; ``more``: as of ``run``."""
         return run(
             "skopeo",
-            # it does not read the variable that Podman reads
+            # skopeo does not read the variable that Podman reads
             *("--registries-conf", self.dir / "registries.conf"),
             *("--policy", self.dir / "policy.json", "--registries.d", self.dir / "registries.d"),
             *argv,
@@ -279,9 +279,9 @@ class Skopeo(_Containers):
         )
 
     def copy(self, reference: str, *more: str, **how: Any) -> dict[str, bytes]:
-        """Copy ``docker://reference`` with every platform; returns all content by digest.
+        """Copy ``docker://reference`` with every platform. Returns all content by digest.
 
-        ``--preserve-digests`` fails where a byte would change.
+        ``--preserve-digests`` fails if a byte would change.
         """
         target = self.dir / "copy"
         source = f"docker://{reference}"
@@ -297,7 +297,7 @@ class Skopeo(_Containers):
             Directory.clear(target)
 
     def inspect_raw(self, reference: str) -> bytes:
-        """The manifest's exact bytes."""
+        """Return the exact bytes of a manifest."""
         done = self.skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{reference}")
         raw: bytes = done.stdout
         return raw

@@ -1,4 +1,4 @@
-"""Images and artifacts made on the spot, from random bytes, without a network.
+"""Images and artifacts of random bytes, built without a network.
 
 Lives here: building contents (OCI, Docker schema 2, multi-platform indexes, artifacts with a
 subject), writing them as an OCI layout, pushing them to a registry. Sizes are bytes.
@@ -39,7 +39,7 @@ _TYPES: Mapping[Flavour, Mapping[str, str]] = {
 ACCEPT = {
     "Accept": ", ".join(types[kind] for types in _TYPES.values() for kind in ("manifest", "index"))
 }
-"""What a raw request for a manifest sends: a registry hides types that are not asked for."""
+"""Headers of a raw request for a manifest. A registry hides types that are not accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,14 +273,14 @@ def push(
     for manifest in content.manifests:
         top = manifest is content.manifest
         for reference in tags if top and tags else (manifest.digest,):
-            answer = ask(
+            response = ask(
                 f"{url}/v2/{repository}/manifests/{reference}",
                 "PUT",
                 {**(headers or {}), "Content-Type": manifest.media_type},
                 manifest.data,
                 ca=ca,
             )
-            assert answer.status == 201, answer
+            assert response.status == 201, response
 
 
 def push_blob(

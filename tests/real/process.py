@@ -1,6 +1,6 @@
-"""Starting and stopping real programs.
+"""Start and stop real programs.
 
-Lives here: processes, ports, readiness, captured output. Must not know: what the programs are for.
+Here: processes, ports, readiness, captured output. Must not know: the purpose of the programs.
 """
 
 from __future__ import annotations
@@ -17,29 +17,45 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 import pytest
 
 READY_TIMEOUT = 60.0
-"""Seconds a program may take until it answers; generous, since tests share their machine."""
+"""Seconds until a program must be ready. Long, since parallel tests share the machine."""
+
+SYSTEM_PATH: Final = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Directories of the distribution's packages. Versions in ``/usr/local`` may differ."""
 
 _PORTS = random.SystemRandom()
 
 
 def need(program: str) -> str:
-    """The path of an installed program; fails the test where it is missing, and never skips."""
-    found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+    """Return the path of a program that the distribution installed.
+
+    An absolute path is returned as it is. The PATH is not searched. Fails the test where the
+    program is missing, and never skips it.
+    """
+    found = shutil.which(program, path=SYSTEM_PATH)
     if found is None:
         pytest.fail(f"{program} is not installed: `make test` as root on Debian installs it")
     return found
 
 
-def free_port() -> int:
-    """A free loopback port below the ephemeral range.
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return our environment with ``variables`` in it, and the system's directories first in PATH.
 
-    Outgoing connections take ports of the ephemeral range, and would take that of a program which
-    is stopped and started again.
+    Programs start others by name: dockerd starts containerd, Podman starts runc.
+    """
+    path = f"{SYSTEM_PATH}:{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, **(variables or {})}
+
+
+def free_port() -> int:
+    """Return a free loopback port below the ephemeral range.
+
+    Outgoing connections use the ephemeral range. They could take the port of a program that is
+    stopped and started again. The port is random, so parallel tests hardly ever choose the same.
     """
     for _ in range(200):
         port = _PORTS.randrange(12000, 32000)
@@ -52,7 +68,7 @@ def free_port() -> int:
 
 
 def listening(port: int) -> bool:
-    """Whether something accepts connections on this loopback port."""
+    """Return whether a program accepts connections on this loopback port."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
@@ -74,15 +90,15 @@ def run(
     check: bool = True,
     kill_when: Callable[[], bool] | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a client to its end. ``check``: a failure fails the test, with what it said.
+    """Run a client to its end. ``check``: its failure fails the test, and shows its output.
 
-    ``kill_when``: its end is a SIGKILL as soon as this holds; that it ended before fails the test.
+    ``kill_when``: kill it with SIGKILL as soon as this is true. If it ends before, the test fails.
     """
     command = [need(str(argv[0])), *map(str, argv[1:])]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **(env or {})},
+            env=environment(env),
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
@@ -93,7 +109,8 @@ def run(
                 process.wait(timeout)
             else:
                 wait_until(
-                    lambda: process.poll() is not None or kill_when(), "it did not come to that"
+                    lambda: process.poll() is not None or kill_when(),
+                    "the moment of the kill did not come",
                 )
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -110,7 +127,7 @@ def run(
 
 
 class Directory:
-    """A directory with a short path (a Unix socket's may have 107 bytes), removed at the end."""
+    """A temporary directory with a short path: that of a Unix socket may have 107 bytes."""
 
     def __init__(self, name: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"om-{name}-", dir="/tmp"))
@@ -121,15 +138,15 @@ class Directory:
 
     @staticmethod
     def clear(path: Path) -> None:
-        """Remove a directory, where there is one."""
+        """Remove a directory if it exists."""
         shutil.rmtree(path, ignore_errors=True)
 
 
 class Program:
     """A real program that runs until it is stopped.
 
-    A subclass gives ``command`` and ``ready``. ``start`` after ``stop`` or ``kill`` runs it again
-    on the same port and directory. The output of all its runs is in ``output``.
+    A subclass defines ``command`` and ``ready``. ``start`` after ``stop`` or ``kill`` runs it again
+    with the same port and directory. ``output`` has the output of all runs.
     """
 
     name = "program"
@@ -141,18 +158,18 @@ class Program:
         self.output = self.dir / "output.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    # --- what a subclass says ---
+    # --- defined by a subclass ---
 
     def command(self) -> Sequence[str | Path]:
-        """The command line, the program first."""
+        """Return the command line. The program comes first."""
         raise NotImplementedError
 
     def environment(self) -> Mapping[str, str]:
-        """Variables beside our own."""
+        """Return environment variables to add to ours."""
         return {}
 
     def ready(self) -> bool:
-        """Whether it answers; asked again and again at the start."""
+        """Return whether it is ready. Called repeatedly at the start."""
         return listening(self.port)
 
     # --- running it ---
@@ -165,7 +182,7 @@ class Program:
 
     @property
     def running(self) -> bool:
-        """Whether it runs."""
+        """True while it runs."""
         return self._process is not None and self._process.poll() is None
 
     def start(self, wait: bool = True) -> Self:
@@ -178,7 +195,7 @@ class Program:
             self._process = subprocess.Popen(
                 [need(str(first)), *map(str, rest)],
                 cwd=self.dir,
-                env={**os.environ, **self.environment()},
+                env=environment(self.environment()),
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -189,28 +206,30 @@ class Program:
                 wait_until(self._ready_or_dead, f"{self.name} is not ready")
             except TimeoutError as error:
                 self.stop()
-                pytest.fail(f"{error}\n{self.said()[-4000:]}")
+                pytest.fail(f"{error}\n{self.output_text()[-4000:]}")
             if not self.running:
                 code = self._process.returncode
                 self.stop()
-                pytest.fail(f"{self.name} ended with {code} at its start\n{self.said()[-4000:]}")
+                pytest.fail(
+                    f"{self.name} ended with {code} at its start\n{self.output_text()[-4000:]}"
+                )
         return self
 
     def _ready_or_dead(self) -> bool:
         return not self.running or self.ready()
 
     def stop(self, timeout: float = 20.0) -> int | None:
-        """SIGTERM, and SIGKILL to its whole group after ``timeout`` seconds. The exit code."""
+        """Send SIGTERM, and SIGKILL after ``timeout`` seconds. Returns the exit code."""
         return self._end(signal.SIGTERM, timeout)
 
     def kill(self) -> None:
-        """SIGKILL to the program and its whole group, as a power cut would."""
+        """Send SIGKILL to the program and its whole group, like a power cut."""
         if self._process is not None:
             self._kill_group(self._process.pid)
         self._end(signal.SIGKILL, 20.0)
 
     def restart(self) -> Self:
-        """Stop it, start it: same port, same data."""
+        """Stop it and start it with the same port and data."""
         self.stop()
         return self.start()
 
@@ -234,13 +253,13 @@ class Program:
             os.killpg(pid, signal.SIGKILL)
 
     def _reap_group(self, pid: int) -> None:
-        # a test run adopts the orphans of its programs (conftest.py): they are ours to wait for
+        # A test run adopts the orphans of its programs (conftest.py), and must wait for them.
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-pid, 0)
 
-    def said(self) -> str:
-        """All that it wrote to stdout and stderr so far."""
+    def output_text(self) -> str:
+        """Return its stdout and stderr so far."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def close(self) -> None:

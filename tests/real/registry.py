@@ -1,4 +1,4 @@
-"""``docker-registry`` (Distribution) as an upstream, and nginx in front of it to slow and count."""
+"""``docker-registry`` (Distribution) as an upstream, and nginx before it, to limit and to count."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.real.wire import ask
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One request that an upstream answered. ``sent``: bytes of the body, ``seconds``: it took."""
+class LoggedRequest:
+    """One request in the log of an upstream. ``sent``: bytes of the body. ``seconds``: duration."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class Seen:
     range: str = ""
     seconds: float = 0.0
     ended: float = 0.0
-    """When its last byte was sent, in seconds since the epoch; 0.0 where that is not known."""
+    """Time of its last byte, in seconds since the epoch. 0.0 if it is not known."""
 
 
 _COMBINED = re.compile(
@@ -68,7 +68,7 @@ class DockerRegistry(Program):
 
     @property
     def url(self) -> str:
-        """What a mirror is given as an endpoint."""
+        """The endpoint for the configuration of a mirror."""
         return f"{'https' if self.tls else 'http'}://{self.host}"
 
     @property
@@ -93,7 +93,7 @@ class DockerRegistry(Program):
             }
         if self.basic is not None:
             users = self.dir / "htpasswd"
-            # the registry knows bcrypt only; 4 is its least cost
+            # The registry supports bcrypt only. 4 is its lowest cost.
             users.write_bytes(run("htpasswd", "-nbBC", "4", *self.basic).stdout)
             settings["auth"] = {"htpasswd": {"realm": "tests", "path": str(users)}}
         if self.tokens is not None:
@@ -121,7 +121,7 @@ class DockerRegistry(Program):
             return False
 
     def authorization(self, repository: str) -> dict[str, str]:
-        """The header with which tests push to a repository and read it directly."""
+        """Return the header for requests of tests to a repository."""
         if self.basic is not None:
             return {
                 "Authorization": "Basic " + base64.b64encode(":".join(self.basic).encode()).decode()
@@ -144,18 +144,18 @@ class DockerRegistry(Program):
         return images.push_large(self.url, repository, size, seed, self.authorization(repository))
 
     def gets(self) -> list[str]:
-        """What was asked for with GET so far, digests and tags, one for each request, sorted."""
+        """Return digest or tag of each GET so far, sorted."""
         return sorted(
             seen.path.partition("?")[0].rpartition("/")[2]
             for seen in self.seen()
             if seen.method == "GET" and ("/manifests/" in seen.path or "/blobs/" in seen.path)
         )
 
-    def seen(self) -> list[Seen]:
-        """The requests of its access log so far, those of the tests themselves included."""
+    def seen(self) -> list[LoggedRequest]:
+        """Return the requests in its access log, also those of the tests."""
         return [
-            Seen(found["method"], found["path"], int(found["status"]), int(found["sent"]))
-            for found in _COMBINED.finditer(self.said())
+            LoggedRequest(found["method"], found["path"], int(found["status"]), int(found["sent"]))
+            for found in _COMBINED.finditer(self.output_text())
         ]
 
 
@@ -163,8 +163,7 @@ class NginxFront(Program):
     """nginx before a registry: limits the rate, and counts requests and bytes by path.
 
     ``limit_rate``: bytes per second for each connection, 0 for none. With ``cache`` it is a
-    ``proxy_cache`` (a peer of ours, for comparison). ``seen`` is what it answered, which for an
-    upstream's front is what the upstream was asked.
+    ``proxy_cache`` (for comparison). ``seen`` returns the requests that it sent on or answered.
     """
 
     name = "nginx"
@@ -181,7 +180,7 @@ class NginxFront(Program):
 
     @property
     def url(self) -> str:
-        """What a mirror is given as an endpoint."""
+        """The endpoint for the configuration of a mirror."""
         return f"http://{self.host}"
 
     def command(self) -> Sequence[str | Path]:
@@ -195,7 +194,7 @@ class NginxFront(Program):
             " proxy_cache_lock_timeout 600s; proxy_cache_valid 200 206 1h;"
             " proxy_ignore_headers Cache-Control Expires;"
         )
-        # a body passes without being spooled to disk, so that the limit is all that slows it
+        # A body is not spooled to disk, so that only the limit slows it.
         straight = "proxy_max_temp_file_size 0; proxy_buffers 64 64k; proxy_buffer_size 64k;"
         config = f"""
         daemon off; master_process on; worker_processes 2; pid {self.dir}/nginx.pid;
@@ -226,24 +225,24 @@ class NginxFront(Program):
         path.write_text(config)
         return ["nginx", "-e", "stderr", "-p", self.dir, "-c", path]
 
-    def seen(self) -> list[Seen]:
-        """The requests answered so far; one is logged when its body has ended."""
+    def seen(self) -> list[LoggedRequest]:
+        """Return the requests so far. nginx logs one when its body has ended."""
         if not self.access_log.exists():
             return []
-        # the last line may still be on its way
+        # The last line may be incomplete.
         whole = self.access_log.read_text().rpartition("\n")[0]
-        return [Seen(**json.loads(line)) for line in whole.splitlines()]
+        return [LoggedRequest(**json.loads(line)) for line in whole.splitlines()]
 
-    def blob_gets(self, digest: str, expected: int = 1) -> list[Seen]:
-        """The GETs of one blob, each with the bytes it was sent.
+    def blob_gets(self, digest: str, expected: int = 1) -> list[LoggedRequest]:
+        """Return the GETs of one blob. Waits up to 2 s for ``expected`` of them.
 
-        nginx logs a request a moment after its last byte: waits up to 2 s for ``expected`` of them.
+        nginx logs a request a moment after its last byte.
         """
         with contextlib.suppress(TimeoutError):
             wait_until(lambda: len(self._gets(digest)) >= expected, "logged", 2)
         return self._gets(digest)
 
-    def _gets(self, digest: str) -> list[Seen]:
+    def _gets(self, digest: str) -> list[LoggedRequest]:
         return [
             seen
             for seen in self.seen()

@@ -1,4 +1,4 @@
-"""Our own server as users run it: a subprocess with a configuration file."""
+"""Our own server as users run it: a process with a configuration file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from tests.real.process import Program
-from tests.real.wire import Answer, Download, ask, download
+from tests.real.wire import Download, Response, ask, download
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,13 +66,13 @@ class Mirror(Program):
         return f"{'https' if self.settings.get('tls') else 'http'}://{self.host}"
 
     def command(self) -> Sequence[str | Path]:
-        # written at each start, so that a test may change ``settings`` between two runs
+        # Written at each start: a test may change ``settings`` between two runs.
         self.config_file.write_text(yaml.safe_dump(self.settings))
-        # sys.executable, and no shim: strace injects into the process that it starts
+        # sys.executable and no shim: strace injects into the process that it starts.
         return [*self.prefix, sys.executable, "-m", "mirror", "serve", "--config", self.config_file]
 
     def environment(self) -> Mapping[str, str]:
-        # a plain-HTTP upstream on loopback is never meant to go through a proxy of the host's
+        # Requests to an upstream on loopback must not use a proxy of the host.
         return {"PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1,localhost", **self.env}
 
     def ready(self) -> bool:
@@ -92,20 +92,20 @@ class Mirror(Program):
         headers: Mapping[str, str] | None = None,
         *,
         timeout: float = 60.0,
-    ) -> Answer:
-        """One request to it, whole answer."""
+    ) -> Response:
+        """Send one request to it, and return the whole response."""
         return ask(self.url + path, method, headers, timeout=timeout, ca=self._ca())
 
     def download(self, path: str, headers: Mapping[str, str] | None = None) -> Download:
-        """Stream a body from it, hashed."""
+        """Stream a body from it, and hash it."""
         return download(self.url + path, headers, ca=self._ca())
 
     def metrics(self) -> dict[str, float]:
         """``/metrics`` by sample, such as ``requests_total{kind="blob"}``."""
-        answer = self.ask("/metrics")
-        assert answer.status == 200, answer
+        response = self.ask("/metrics")
+        assert response.status == 200, response
         samples = {}
-        for line in answer.body.decode().splitlines():
+        for line in response.body.decode().splitlines():
             if line and not line.startswith("#"):
                 sample, _, value = line.rpartition(" ")
                 samples[sample] = float(value)
@@ -121,7 +121,7 @@ class Mirror(Program):
         )
 
     def metric_reaches(self, value: float, name: str, **labels: str) -> bool:
-        """Whether a metric is at least ``value`` soon: some count only after the client is done."""
+        """Return whether a metric reaches ``value`` within 10 s. Some count after a response."""
         deadline = time.monotonic() + 10
         while self.metric(name, **labels) < value:
             if time.monotonic() > deadline:
@@ -131,8 +131,8 @@ class Mirror(Program):
 
     def log(self) -> list[dict[str, Any]]:
         """Its log lines that are JSON objects, oldest first."""
-        # the last line may still be on its way
-        whole = self.said().rpartition("\n")[0]
+        # The last line may be incomplete.
+        whole = self.output_text().rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def workers(self) -> list[int]:
@@ -141,10 +141,10 @@ class Mirror(Program):
         return [int(pid) for pid in path.read_text().split()]
 
     def kill_worker(self, pid: int) -> None:
-        """SIGKILL to one worker."""
+        """Send SIGKILL to one worker."""
         os.kill(pid, signal.SIGKILL)
 
     def content(self, digest: str) -> Path:
-        """Where whole content lies."""
+        """Return the path of complete content."""
         algorithm, _, encoded = digest.partition(":")
         return self.data_dir / "blobs" / algorithm / encoded

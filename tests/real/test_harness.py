@@ -1,6 +1,6 @@
-"""The helpers of ``tests/real`` do what they say: every client against a registry, no mirror.
+"""The helpers of ``tests/real`` work: each client against a registry, without a mirror.
 
-When a test of the mirror fails and these hold, it is the mirror.
+If a test of the mirror fails and these pass, the fault is in the mirror.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.real.tokens import Certificate, TokenServer
 from tests.real.wire import ask, download
 
 
-def test_every_client_pulls_what_was_pushed() -> None:
+def test_each_client_pulls_pushed_images_from_a_registry() -> None:
     image, index = images.image(1), images.index(2)
     with DockerRegistry() as registry:
         registry.push("library/app", image, "1")
@@ -60,8 +60,8 @@ def test_every_client_pulls_what_was_pushed() -> None:
             assert skopeo.inspect_raw("docker.io/library/app:multi") == index.manifest.data
 
 
-def test_clients_fail_without_the_mirror() -> None:
-    """What makes the other tests mean something: nothing else can answer these pulls."""
+def test_clients_fail_without_a_mirror() -> None:
+    """Otherwise a pull in another test could be served by another program."""
     with Containerd() as containerd:
         containerd.use("docker.io", NOWHERE)
         pulled = containerd.ctr(
@@ -74,7 +74,7 @@ def test_clients_fail_without_the_mirror() -> None:
         assert skopeo.skopeo("inspect", "docker://docker.io/app:1", check=False).returncode != 0
 
 
-def test_docker_schema_two_and_artifacts() -> None:
+def test_docker_schema_2_images_and_artifacts_are_pulled_unchanged() -> None:
     image = images.image(3, flavour="docker")
     sbom = images.artifact(4, subject=image)
     with DockerRegistry() as registry, Skopeo() as skopeo:
@@ -91,7 +91,7 @@ def test_docker_schema_two_and_artifacts() -> None:
         assert b'"subject"' in found.body
 
 
-def test_registry_with_basic_and_with_tokens(tmp_path: Path) -> None:
+def test_registry_asks_for_basic_credentials_or_tokens_or_serves_tls(tmp_path: Path) -> None:
     image = images.image(5, layers=(1000,))
     with DockerRegistry(basic=("joe", "secret")) as registry:
         registry.push("org/app", image, "1")
@@ -128,13 +128,13 @@ def test_registry_with_basic_and_with_tokens(tmp_path: Path) -> None:
         assert ask(url, headers=images.ACCEPT, ca=registry.ca).body == image.manifest.data
 
 
-def test_front_limits_the_rate_and_counts() -> None:
+def test_nginx_front_limits_the_rate_and_logs_requests() -> None:
     size = 4 << 20
     with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=8 << 20) as front:
         digest = registry.push_large("org/big", size)
         got = download(f"{front.url}/v2/org/big/blobs/{digest}")
         assert (got.size, f"sha256:{got.sha256}") == (size, digest)
-        # 4 MiB at 8 MiB/s: nginx lets the first second's share pass freely
+        # 4 MiB at 8 MiB/s. nginx does not limit the share of the first second.
         assert got.ended - got.begun > 0.2
         part = ask(f"{front.url}/v2/org/big/blobs/{digest}", headers={"Range": "bytes=0-9"})
         assert part.status == 206
@@ -145,7 +145,7 @@ def test_front_limits_the_rate_and_counts() -> None:
         ]
 
 
-def test_layout_on_disk_is_read_by_skopeo(tmp_path: Path) -> None:
+def test_skopeo_reads_a_layout_on_disk(tmp_path: Path) -> None:
     index = images.index(6)
     images.write_layout(tmp_path / "layout", index, "1")
     with Skopeo() as skopeo:
@@ -153,7 +153,7 @@ def test_layout_on_disk_is_read_by_skopeo(tmp_path: Path) -> None:
     assert "sha256:" + hashlib.sha256(read).hexdigest() == index.digest
 
 
-def test_a_program_starts_again_on_its_port_and_data() -> None:
+def test_a_killed_program_starts_again_on_its_port_and_data() -> None:
     image = images.image(7, layers=(1000,))
     registry = DockerRegistry()
     with registry:
@@ -168,7 +168,7 @@ def test_a_program_starts_again_on_its_port_and_data() -> None:
     assert not listening(registry.port)
 
 
-def test_a_taken_port_is_no_program_of_ours() -> None:
+def test_start_on_a_taken_port_fails() -> None:
     with DockerRegistry() as registry:
         second = DockerRegistry()
         second.port = registry.port
@@ -176,14 +176,14 @@ def test_a_taken_port_is_no_program_of_ours() -> None:
             pass
 
 
-def test_a_program_that_ends_at_its_start_says_why() -> None:
+def test_a_program_that_ends_at_start_fails_with_its_output() -> None:
     front = NginxFront("not a url")
     with pytest.raises(pytest.fail.Exception, match="invalid"), front:
         pass
     assert not front.dir.exists()
 
 
-def test_the_children_of_a_killed_program_end_with_it() -> None:
+def test_killing_a_program_kills_its_children() -> None:
     with NginxFront("http://127.0.0.1:9") as front:
         children = _children(front.pid)
         assert len(children) == 2
@@ -197,14 +197,14 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_a_process_that_outlives_the_suite_fails_it(tmp_path: Path) -> None:
+def test_a_process_that_outlives_the_run_fails_it_and_is_killed(tmp_path: Path) -> None:
     leak = "import subprocess\n\ndef test_leak():\n    subprocess.run(['sh', '-c', '{}'])\n"
     for command, status in (("setsid sleep 1000 & echo $! >left", 1), ("true", 0)):
         (tmp_path / "test_leak.py").write_text(leak.format(command))
         inner = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "test_leak.py"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=60,
@@ -212,7 +212,7 @@ def test_a_process_that_outlives_the_suite_fails_it(tmp_path: Path) -> None:
         )
         assert inner.returncode == status, inner.stdout.decode()
         assert (b"outlived the tests" in inner.stdout) == bool(status)
-    # what was left is ended all the same
+    # The remaining process was killed.
     left = Path("/proc", (tmp_path / "left").read_text().strip(), "cmdline")
 
     def ended() -> bool:

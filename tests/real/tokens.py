@@ -148,8 +148,8 @@ class TokenServer:
         access = {"type": "repository", "name": repository, "actions": ["pull", "push"]}
         return {"Authorization": f"Bearer {self.mint([access], 'pusher')}"}
 
-    def answer(self, query: str, authorization: str | None) -> tuple[int, dict[str, Any]]:
-        """What a request for a token gets: a status and a JSON body."""
+    def respond(self, query: str, authorization: str | None) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON body for a request of a token."""
         asked = parse_qs(query)
         scopes = tuple(scope for value in asked.get("scope", []) for scope in value.split())
         account, allowed = "", self.anonymous
@@ -164,14 +164,14 @@ class TokenServer:
         for scope in scopes:
             kind, _, rest = scope.partition(":")
             name, _, actions = rest.rpartition(":")
-            # only pulls are granted, as a public registry does for those who may read
+            # Only pulls are granted, as a public registry does for readers.
             granted = [action for action in actions.split(",") if action == "pull"]
             access.append({"type": kind, "name": name, "actions": granted})
         token = self.mint(access, account)
         return 200, {"token": token, "expires_in": self.expires_in}
 
     def start(self) -> Self:
-        """Listen, in a thread."""
+        """Listen in a thread."""
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -180,12 +180,12 @@ class TokenServer:
             def do_GET(self) -> None:
                 time.sleep(owner.delay)
                 sent = self.headers.get("Authorization")
-                status, body = owner.answer(urlsplit(self.path).query, sent)
+                status, body = owner.respond(urlsplit(self.path).query, sent)
                 data = json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
-                # a kept connection would hold a thread of a stopped service
+                # A kept connection would keep a thread of a stopped service.
                 self.send_header("Connection", "close")
                 self.close_connection = True
                 self.end_headers()
@@ -201,7 +201,7 @@ class TokenServer:
         return self
 
     def stop(self) -> None:
-        """Stop listening; ``start`` listens again on the same port."""
+        """Stop listening. ``start`` listens again on the same port."""
         server, self._server = self._server, None
         if server is None or self._thread is None:
             return

@@ -1,4 +1,4 @@
-"""A small HTTP client that shows what came over the wire: status, headers and bytes, unchanged."""
+"""A small HTTP client that returns status, headers and bytes unchanged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One HTTP answer."""
+class Response:
+    """One HTTP response."""
 
     status: int
     headers: Headers
@@ -26,7 +26,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What became of one streamed body. Times are seconds since the epoch."""
+    """Result of one streamed body. Times are seconds since the epoch."""
 
     status: int
     size: int
@@ -57,17 +57,17 @@ def ask(
     *,
     timeout: float = 60.0,
     ca: str | None = None,
-) -> Answer:
-    """One request and its whole answer; no redirect is followed.
+) -> Response:
+    """Send one request, and return its whole response. Redirects are not followed.
 
-    Raises ``http.client.IncompleteRead`` where the body ends short, ``OSError`` where the
-    connection breaks. An iterator is sent as it is: give its ``Content-Length``.
+    Raises ``http.client.IncompleteRead`` if the body ends early, ``OSError`` if the connection
+    breaks. A ``body`` that is an iterator needs a ``Content-Length``.
     """
     connection, target = _connect(url, timeout, ca)
     with closing(connection):
         connection.request(method, target, body=body, headers=dict(headers or {}))
         with connection.getresponse() as response:
-            return Answer(response.status, response.headers, response.read())
+            return Response(response.status, response.headers, response.read())
 
 
 def download(
@@ -78,9 +78,9 @@ def download(
     pause: Callable[[int], None] | None = None,
     ca: str | None = None,
 ) -> Download:
-    """Stream a body, hash it, and note when its first byte came.
+    """Stream a body, hash it, and record the time of its first byte.
 
-    ``pause`` is called with the bytes read so far, to read slowly or to act in mid-body.
+    ``pause``: called with the bytes read so far, to read slowly or to act in mid-body.
     """
     connection, target = _connect(url, timeout, ca)
     with closing(connection):

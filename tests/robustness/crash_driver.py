@@ -1,9 +1,8 @@
-"""One cold pull of an image, as a program of its own: what the crash tests trace and kill.
+"""One cold pull of an image as a separate program, which the crash tests trace and kill.
 
-``python -m tests.robustness.crash_driver ROOT [evict | MUTANT]``. ``evict``: pulls one blob more,
-for which some of the image has to go. ``MUTANT`` plants a fault in the store, to show that tests
-look for such faults find them. Prints what was published, at once, and what may be evicted, before
-it is.
+``python -m tests.robustness.crash_driver ROOT [evict | MUTANT]``. ``evict``: pull another blob, for
+which a part of the image must be evicted. ``MUTANT``: plant a fault in the store, to show that the
+tests find it. Prints the digest of content after it was published, and before it may be evicted.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ REPOSITORY = Repository("docker.io", "library/app")
 LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000))
 MORE = random_bytes(500_000, 63)
 SMALL = Storage(max_size=800_000)
-"""Room for the image, or for what comes after it."""
+"""Space for the image, or for the blob after it."""
 
 
 def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
-    """The upstream, and the image's digest. ``wrong``: one layer has a wrong bit."""
+    """Return the upstream and the digest of its image. ``wrong``: one layer has a wrong bit."""
     made = MemoryRegistry()
     image = made.add_image(REPOSITORY.path, "1.0", *LAYERS)
     if wrong:
@@ -39,14 +38,14 @@ def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
 
 
 async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> None:
-    """Pull the image whole; every byte has to be right."""
+    """Pull all of the image. Every byte must be right."""
     async with pull_kit(root, registry=source, storage=SMALL if evict else None) as kit:
         emit = kit.events.append
 
         def announce(event: object) -> None:
             if isinstance(event, Published):
                 say(f"published {event.digest}")
-            emit(event)  # type: ignore[arg-type] # it is an event
+            emit(event)  # type: ignore[arg-type] # an event of the kit
 
         async def blob(data: bytes) -> None:
             answer = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
@@ -69,12 +68,12 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
 
 
 def say(line: str) -> None:
-    """Print it at once: what was said was done."""
+    """Print a line without a buffer: a printed line was done before."""
     os.write(1, f"{line}\n".encode())
 
 
 def plant(mutant: str) -> None:
-    """Break the store on purpose."""
+    """Plant a fault in the store."""
     real_sync = os.fsync
 
     def is_directory(fd: int) -> bool:

@@ -1,8 +1,8 @@
-"""Every state that a power cut may leave, enumerated from a trace of a program's system calls.
+"""Enumerate every state that a power cut may leave, from a trace of the system calls of a program.
 
-strace gives the calls in order; the model says what a file system may have kept of those before any
-point (Pillai et al., ALICE, OSDI'14): what was synced, and of the rest anything between all and
-nothing. A state can be made on a real disk.
+strace gives the calls in order. The model says which of them a file system may have kept at any
+point (Pillai et al., ALICE, OSDI'14): synced data for sure, and of the rest anything between all
+and nothing. A state can be made on a real disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.robustness.kit import strace
 ROOT: Final = Path(__file__).parents[2]
 CALLS: Final = "openat,pwritev,pwritev2,pwrite64,fsync,fdatasync,rename,unlink,ftruncate,write"
 KEPT: Final = ("all", "synced", "zeroed", "empty")
-"""What may be left of what was written and not synced."""
+"""What may be left of bytes that were written and not synced."""
 _PATTERNS: Final = {
     "create": re.compile(r'openat\(.*?"([^"]+)", [^)]*O_CREAT[^)]*\)\s+= (\d+)'),
     "write": re.compile(r"pwritev2?\((\d+)<([^>]+)>.*?, (\d+)(?:, 0)?\)\s+= (\d+)"),
@@ -34,14 +34,14 @@ _PATTERNS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call that changes something, or a line that the program wrote."""
+    """One call that changes the disk, or a line that the program printed."""
 
     name: str
     values: tuple[str, ...]
 
 
 def trace(directory: Path, *arguments: str) -> tuple[Path, list[Operation]]:
-    """Run the crash driver; its data directory, and what it did to content there, in order."""
+    """Run the crash driver. Returns its data directory and its operations on content, in order."""
     directory.mkdir(exist_ok=True)
     data, log = directory / "data", directory / "trace"
     command = [*strace(CALLS, log=log), "-y", "-s", "120"]
@@ -58,7 +58,7 @@ def trace(directory: Path, *arguments: str) -> tuple[Path, list[Operation]]:
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Calls that another thread interrupted in the log, in one line, where they ended."""
+    """Join calls that another thread interrupted in the log, at the line where they ended."""
     begun: dict[str, str] = {}
     joined = []
     for line in lines:
@@ -74,7 +74,7 @@ def _joined(lines: list[str]) -> list[str]:
 
 @dataclass(eq=False)
 class File:
-    """An inode: how long it is, how much of that is on the disk for sure, and what it was to be."""
+    """An inode: its size, the bytes that are durable for sure, and its first name."""
 
     origin: str
     size: int = 0
@@ -83,13 +83,13 @@ class File:
 
 @dataclass(frozen=True)
 class State:
-    """What a cut left: name to (origin, length, from where on it is zeros)."""
+    """Files after a power cut: (name, origin, length, offset from which on it is zeros)."""
 
     files: tuple[tuple[str, str, int, int], ...]
     announced: frozenset[str]
 
     def make(self, data: Path, target: Path, contents: Mapping[str, bytes]) -> None:
-        """Put it below ``target``; ``contents`` by the last part of a file's first name."""
+        """Write it below ``target``. ``contents``: bytes by the last part of the first name."""
         for name, origin, length, zeros in self.files:
             path = target / Path(name).relative_to(data)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class State:
 
 @dataclass
 class _Disk:
-    """What is in the page cache, and what a sync has made durable of it."""
+    """The names in the page cache, and those that a sync has made durable."""
 
     durable: dict[str, File] = field(default_factory=dict)
     names: dict[str, File] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class _Disk:
         left = []
         for operation in self.pending:
             target = operation.values[-1 if operation.name == "rename" else 0]
-            # a sync of a file keeps its own name too, as file systems have it
+            # A sync of a new file makes its name durable, too, in real file systems.
             named = file is not None and operation.name == "create" and target == path
             if named or str(Path(target).parent) == path:
                 _apply(operation, self.durable, self.names)
@@ -142,7 +142,7 @@ class _Disk:
         self.pending = left
 
     def states(self) -> Iterator[State]:
-        """All that may be left at this moment."""
+        """Yield every state that a power cut may leave now."""
         count = len(self.pending)
         subsets = {tuple(range(count)), ()}
         for one in range(count):
@@ -173,7 +173,7 @@ class _Disk:
 
 
 def _apply(operation: Operation, names: dict[str, File], live: Mapping[str, File]) -> None:
-    """Change ``names`` as the operation would; a file that is made is the one of ``live``."""
+    """Apply an operation to ``names``. A created file is taken from ``live``."""
     first = operation.values[0]
     match operation.name:
         case "create":
@@ -186,7 +186,7 @@ def _apply(operation: Operation, names: dict[str, File], live: Mapping[str, File
 
 
 def states(operations: Sequence[Operation]) -> list[State]:
-    """Every distinct state, before and after each operation."""
+    """Return every distinct state, before and after each operation."""
     disk = _Disk()
     found: dict[State, None] = {}
     for operation in operations:

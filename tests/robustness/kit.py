@@ -1,4 +1,4 @@
-"""What the tests of rows share: raw requests, many at once, who was called, strace."""
+"""Helpers of the row tests: raw requests, many clients, network calls, strace."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.server_kit import Server
 
 T = TypeVar("T")
 
-LAST = "Host: x\r\nConnection: close"
+CLOSE = "Host: x\r\nConnection: close"
 """Headers of a request after which the server closes the connection."""
 
 
-async def raw(server: Server, request: bytes, *, read: bool = True) -> bytes:
-    """Bytes as they are, and all that comes back until the server closes or falls silent."""
+async def send_raw(server: Server, request: bytes, *, read: bool = True) -> bytes:
+    """Send raw bytes. Returns the bytes until the server closes or is silent for 1.5 s."""
     port = int(server.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = b""
@@ -49,45 +49,47 @@ async def raw(server: Server, request: bytes, *, read: bool = True) -> bytes:
 
 
 def statuses(answer: bytes) -> list[int]:
-    """The status of every answer in what came back."""
+    """Return the status of every response in raw bytes."""
     return [int(code) for code in re.findall(rb"HTTP/\d\.\d (\d{3})", answer)]
 
 
-def at_once(count: int, work: Callable[[int], T]) -> list[T]:
-    """``work`` in so many threads."""
+def run_in_threads(count: int, work: Callable[[int], T]) -> list[T]:
+    """Run ``work`` in ``count`` threads at once. Returns the results."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
 
 
-def path_of(digest: str) -> str:
-    """Where a blob is asked for."""
+def blob_path(digest: str) -> str:
+    """Return the URL path of a blob."""
     return f"/v2/library/app/blobs/{digest}"
 
 
-def right(mirror: Mirror, digest: str) -> bool:
-    """Whether a blob is served, and is what its name says. Raises where the answer is cut."""
-    got = mirror.download(path_of(digest))
+def is_served(mirror: Mirror, digest: str) -> bool:
+    """Return whether a blob is served with the right bytes. Raises if the response is cut."""
+    got = mirror.download(blob_path(digest))
     return got.status == 200 and f"sha256:{got.sha256}" == digest
 
 
-def attempt(mirror: Mirror, digest: str) -> bool:
-    """Whether a blob was served; never with wrong bytes, whatever happens to the mirror."""
+def try_pull(mirror: Mirror, digest: str) -> bool:
+    """Return whether a blob was served. Asserts that no complete response has wrong bytes."""
     try:
-        got = mirror.download(path_of(digest))
+        got = mirror.download(blob_path(digest))
     except Exception:
         return False
-    assert got.status != 200 or f"sha256:{got.sha256}" == digest, "a whole answer that is wrong"
+    assert got.status != 200 or f"sha256:{got.sha256}" == digest, (
+        "a complete response with wrong bytes"
+    )
     return got.status == 200
 
 
 def every_file_hashes_to_its_name(data: Path) -> None:
-    """I1."""
+    """Assert invariant I1."""
     for path in (data / "blobs").glob("*/*"):
         assert hashlib.new(path.parent.name, path.read_bytes()).hexdigest() == path.name
 
 
 def descriptors(pid: int) -> list[str]:
-    """What a process has open, without what its interpreter may open for a moment."""
+    """Return the targets of the open file descriptors of a process."""
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -96,14 +98,14 @@ def descriptors(pid: int) -> list[str]:
 
 
 def open_sockets(pid: int) -> int:
-    """A mirror alone has three: it listens, and other threads wake its loop through a pair."""
+    """Count open sockets. An idle mirror has three: its listener, and a pair to wake its loop."""
     return sum(1 for name in descriptors(pid) if name.startswith("socket:["))
 
 
 def strace(calls: str, *inject: str, log: str | Path = "/dev/null") -> Sequence[str]:
-    """A prefix that runs a program with faults, each like ``fsync:error=EIO:when=2``."""
+    """Return a command prefix that injects faults, such as ``fsync:error=EIO:when=2``."""
     faults = [word for fault in inject for word in ("-e", f"inject={fault}")]
-    # with its quicker way to look it sends no signal at a second call
+    # With --seccomp-bpf, strace sends no signal at a second call.
     quick = [] if any(":signal=" in fault for fault in inject) else ["--seccomp-bpf"]
     return [
         *(need("strace"), "-f", "-I1", "-qq", "-o", str(log), *quick),
@@ -112,7 +114,7 @@ def strace(calls: str, *inject: str, log: str | Path = "/dev/null") -> Sequence[
 
 
 def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:
-    """So many small real contents, as a publish leaves them."""
+    """Write ``count`` small contents, as a publish leaves them. Returns (digest, size) of each."""
     directory = layout.content_directories()[0]
     directory.mkdir(parents=True)
     held = []
@@ -121,15 +123,15 @@ def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:
         name = hashlib.sha256(data).hexdigest()
         fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.write(fd, data)
-        # whole seconds: the mark of content that nobody else wrote to
+        # Whole seconds mark content that no other program wrote to.
         os.utime(fd, (1_700_000_000 + number // 100,) * 2)
         os.close(fd)
         held.append((Digest.parse(f"sha256:{name}"), len(data)))
     return held
 
 
-class Outside:
-    """What this process asks of the network while ``watched``: hosts looked up, ports called."""
+class NetworkLog:
+    """Host names that this process looks up, and ports that it connects to, while ``watched``."""
 
     def __init__(self) -> None:
         self.hosts: set[object] = set()
@@ -137,7 +139,7 @@ class Outside:
 
     @contextmanager
     def watched(self) -> Iterator[Self]:
-        """Note every name that is resolved and every connection that is made."""
+        """Record every name lookup and every connection."""
         loop, resolve = asyncio.get_running_loop(), socket.getaddrinfo
         connect = loop.sock_connect
 

@@ -1,9 +1,9 @@
-"""The rows of docs/robustness.md: what each one is, and how the table of what was tried is written.
+"""The rows of docs/robustness.md, and the table of how often each was tried.
 
-A test names its rows (``pytest.mark.row``) and says through the fixture ``tried`` how often it
-tried; a test case that says nothing tried once. ``--robustness-table=FILE`` adds that up by row and
-writes the table. A row is counted only if all its tests of a set (normal or long) ran and passed;
-the other numbers stay as they were.
+A test names its rows by id and slug: ``pytest.mark.row("U12-flapping-endpoint")``. The fixture
+``tried`` adds to its number of tries. A test case without a call of it counts as one try.
+``--robustness-table=FILE`` adds the tries up by row and writes the table. A number is written only
+if all tests of the row in that set (normal or long) ran and passed. Otherwise it stays as it was.
 """
 
 from __future__ import annotations
@@ -14,107 +14,136 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-WORDS: Final[Mapping[str, str]] = {
-    "C1": "SIGKILL at the n-th changing call of a pull, until none fires",
-    "C2": "SIGKILL at the n-th changing call of a command",
-    "C3": "SIGKILL at random among 8 clients, other options at each start",
-    "C4": "every state that a power cut may leave of a traced pull and eviction",
-    "C5": "planted faults that C4 has to find",
-    "C7": "SIGKILL of the process that fetches",
-    "C8": "garbage or zeros behind an ingest",
-    "C9": "content emptied, cut, one bit flipped",
-    "C10": "SIGTERM among 20 pulls, SIGKILL at the limit",
-    "C11": "a stale ingest of 18 GiB",
-    "C12": "an index lost, cut, zeroed, replaced by a text file",
-    "D1": "no space at the n-th write, once and for ever",
-    "D2": "a real full disk",
-    "D4": "I/O error at the n-th write, fsync, close, rename, read",
-    "D5": "short writes",
-    "D6": "out of descriptors",
-    "D7": "another device, read-only, no permission",
-    "D8": "an fsync that takes half a minute",
-    "D10": "sendfile fails in the middle of an answer",
-    "D11": "content cut or unlinked under readers",
-    "D12": "links, FIFOs, directories, wrong case in blobs/",
-    "D13": "out of inodes",
-    "D14": "tmpfs, overlay, no fsync of directories",
-    "U1": "a reset at a byte",
-    "U2": "clean ends at multiples of 8 MiB",
-    "U3": "silence, a byte now and then for ever",
-    "U4": "an answer to another question than the Range that was asked",
-    "U5": "odd framing: too long, chunked, no length, gzip, HTTP/1.0",
-    "U6": "one bit wrong",
-    "U7": "100 waiters of a fetch that fails",
-    "U8": "131 first pulls of one image at once",
-    "U9": "429, with every kind of Retry-After",
-    "U10": "token services that fail, loop, lie; 50 waiters of one token",
-    "U11": "DNS, TLS and connect faults, black holes",
-    "U12": "an endpoint that comes and goes",
-    "U13": "a tag that moves between HEAD and GET, a wrong digest header",
-    "U15": "negative answers, and failures that are none",
-    "U16": "a client that does not read",
-    "L1": "the only client, or the leading one, leaves",
-    "L2": "clients that ask and reset",
-    "L3": "200 slow clients on one large blob",
-    "L4": "forms of Range, 1,000 overlapping ones",
-    "L5": "a range far ahead in growing content",
-    "L6": "conditional requests",
-    "L8": "Expect, a body on GET, HTTP/1.0, 100 pipelined",
-    "L9": "500 clients right after a start",
-    "L10": "ctr, podman, skopeo killed in mid-pull and started again",
-    "L11": "open-ended ranges that hang up after their part",
-    "HU1": "token realms that get no connection",
-    "HU2": "token services that redirect",
-    "HU3": "redirects to another origin, down, to ourselves",
-    "HU4": "credentials that must not mint for another",
-    "HU5": "manifests too large, endless, 100,000 deep, or no JSON",
-    "HU6": "type confusion, impossible sizes",
-    "HU8": "urls of descriptors",
-    "HU9": "digest strings",
-    "HU10": "header bombs, NUL, CR",
-    "HU11": "bombs in a content encoding nobody asked for",
-    "HU12": "cookies, Alt-Svc",
-    "HU13": "a million tags, links to elsewhere and in circles",
-    "HU14": "100,000 referrers",
-    "HU15": "secrets and escapes in error bodies",
-    "HC1": "smuggling probes",
-    "HC2": "malformed requests",
-    "HC3": "traversal, watched by strace",
-    "HC4": "forms of ns=",
-    "HC5": "another repository's content by digest",
-    "HC6": "membership that was withdrawn",
-    "HC7": "slow headers, slow reads",
-    "HC8": "limits on connections",
-    "HC9": "random names and digests",
-    "HC10": "one client pulls twice the quota",
-    "HC12": "write methods, TRACE, CONNECT, upgrades",
-    "HC13": "the admin API: tokens, Host, Origin",
-    "HC14": "secrets and canaries in logs, metrics, errors, files",
-    "R1": "64 descriptors",
-    "R3": "pools of one slow thread",
-    "R5": "callbacks of the event loop above 100 ms of processor time",
-    "R6": "a soak of an hour",
-    "R7": "50,000 contents",
-    "R8": "a blob larger than the quota, 100 pulls beyond it",
-    "R9": "a stdout that takes nothing",
-    "M1": "4 workers, 100 clients",
-    "M2": "a leader that is stopped, then continued",
-    "M4": "lock, unlink, lock again",
-    "M5": "eviction while another process opens",
-    "M6": "two processes publish the same",
-    "M7": "two servers in one directory",
-    "M9": "a worker that dies again and again",
-    "M10": "a busy index, a planted pickle",
-    "I4": "the time of a start",
-    "I7": "what is left open afterwards",
-    "K1": "a clock that is years off",
-    "K2": "a clock that jumps",
-    "K3": "recency in the future",
-    "K4": "negative ages",
-    "K5": "lifetimes of 0, -1, 10^12 seconds",
-}
 
-BOLD: Final = frozenset(
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. ``slug``: its name beside the id, as in ``U12-flapping-endpoint``."""
+
+    slug: str
+    description: str
+
+
+ROWS: Final[Mapping[str, Row]] = {
+    "C1": Row(
+        "sigkill-at-a-call",
+        "SIGKILL at the n-th changing call of a pull, n = 1, 2, 3 … until none fires",
+    ),
+    "C2": Row("sigkill-of-a-command", "SIGKILL at the n-th changing call of a command"),
+    "C3": Row(
+        "random-sigkills",
+        "SIGKILL at random moments among 8 clients, with other options at each start",
+    ),
+    "C4": Row(
+        "power-cut-states", "every state that a power cut may leave of a traced pull and eviction"
+    ),
+    "C5": Row("planted-faults", "faults planted in the store, which C4 has to find"),
+    "C7": Row("sigkill-of-the-fetcher", "SIGKILL of the process that fetches"),
+    "C8": Row("bytes-after-an-ingest", "garbage or zeros after the verified bytes of an ingest"),
+    "C9": Row("damaged-content", "content that was emptied, cut, or has one flipped bit"),
+    "C10": Row("stop-among-pulls", "SIGTERM among 20 pulls, SIGKILL at the time limit"),
+    "C11": Row("stale-sparse-ingest", "a stale ingest of 18 GiB"),
+    "C12": Row("damaged-index", "an index that is lost, cut, zeroed, or replaced by a text file"),
+    "D1": Row("no-space-at-a-write", "no space at the n-th write, once and from then on"),
+    "D2": Row("full-disk", "a disk that is really full"),
+    "D4": Row("io-error-at-a-call", "I/O error at the n-th write, fsync, close, rename, read"),
+    "D5": Row("short-writes", "writes that write less than they were given"),
+    "D6": Row("no-descriptors", "no free file descriptors"),
+    "D7": Row("unwritable-directories", "another device, a read-only file system, no permission"),
+    "D8": Row("slow-fsync", "an fsync that takes half a minute"),
+    "D10": Row("failing-sendfile", "sendfile fails in the middle of a response"),
+    "D11": Row("content-cut-under-readers", "content that is cut or unlinked while it is read"),
+    "D12": Row("odd-files", "links, FIFOs, directories and names of wrong case in blobs/"),
+    "D13": Row("no-inodes", "no free inodes"),
+    "D14": Row("other-file-systems", "tmpfs, overlay, no fsync of directories"),
+    "U1": Row("reset-at-a-byte", "the upstream resets the connection at a byte"),
+    "U2": Row("clean-end-too-early", "the upstream ends cleanly, too early, at multiples of 8 MiB"),
+    "U3": Row("silent-upstream", "silence, or single bytes for ever"),
+    "U4": Row("wrong-range", "a response for another range than the requested one"),
+    "U5": Row(
+        "odd-framing", "bodies that are too long, chunked, without a length, gzip, or HTTP/1.0"
+    ),
+    "U6": Row("wrong-bit", "one wrong bit"),
+    "U7": Row("waiters-of-a-failing-fetch", "100 clients that wait for a fetch that fails"),
+    "U8": Row("first-pulls-at-once", "131 first pulls of one image at the same time"),
+    "U9": Row("rate-limits", "429, with every form of Retry-After"),
+    "U10": Row(
+        "failing-token-services",
+        "token services that fail, loop or lie; 50 clients that wait for one token",
+    ),
+    "U11": Row("connect-faults", "faults of DNS, TLS and connecting; packets that are dropped"),
+    "U12": Row("flapping-endpoint", "an endpoint that fails and recovers again and again"),
+    "U13": Row("moving-tag", "a tag that moves between HEAD and GET; a wrong digest header"),
+    "U15": Row("negative-answers", "404 and other refusals, and failures that are not refusals"),
+    "U16": Row("client-that-does-not-read", "a client that does not read its response"),
+    "L1": Row("client-that-leaves", "the only client, or the first one, leaves"),
+    "L2": Row("clients-that-reset", "clients that ask and reset the connection"),
+    "L3": Row("slow-clients", "200 slow clients of one large blob"),
+    "L4": Row("ranges", "forms of Range; 1,000 overlapping ranges"),
+    "L5": Row("range-far-ahead", "a range far ahead in content that is being fetched"),
+    "L6": Row("conditional-requests", "conditional requests"),
+    "L8": Row("odd-requests", "Expect, a body on GET, HTTP/1.0, 100 pipelined requests"),
+    "L9": Row("rush-after-a-start", "500 clients right after a start"),
+    "L10": Row("killed-clients", "ctr, podman and skopeo killed in mid-pull and started again"),
+    "L11": Row("open-ended-ranges", "open-ended ranges of clients that hang up after their part"),
+    "HU1": Row("token-realms", "token realms to which no connection may be made"),
+    "HU2": Row("redirecting-token-service", "token services that redirect"),
+    "HU3": Row("redirects", "redirects to another origin, to plain HTTP, to the mirror itself"),
+    "HU4": Row(
+        "credentials-of-another", "credentials that must not get tokens for another repository"
+    ),
+    "HU5": Row(
+        "huge-manifests", "manifests that are too large, endless, 100,000 levels deep, or no JSON"
+    ),
+    "HU6": Row("wrong-types", "wrong media types, impossible sizes"),
+    "HU8": Row("descriptor-urls", "urls in descriptors"),
+    "HU9": Row("digest-strings", "malformed digest strings"),
+    "HU10": Row("header-bombs", "header bombs, NUL and CR in headers"),
+    "HU11": Row("compression-bombs", "compression bombs in an encoding that was not asked for"),
+    "HU12": Row("cookies", "cookies, Alt-Svc"),
+    "HU13": Row("endless-lists", "a million tags; links to other hosts and in circles"),
+    "HU14": Row("many-referrers", "100,000 referrers"),
+    "HU15": Row("hostile-error-bodies", "secrets and escape sequences in error bodies"),
+    "HC1": Row("smuggling", "request smuggling probes"),
+    "HC2": Row("malformed-requests", "malformed requests"),
+    "HC3": Row("traversal", "path traversal, checked with strace"),
+    "HC4": Row("namespaces", "forms of ns="),
+    "HC5": Row("content-of-another-repository", "content of another repository, by its digest"),
+    "HC6": Row("withdrawn-access", "access that was withdrawn"),
+    "HC7": Row("slow-attacks", "slow headers, slow reads"),
+    "HC8": Row("connection-limits", "limits on connections"),
+    "HC9": Row("random-names", "random names and digests"),
+    "HC10": Row("twice-the-quota", "one client that pulls twice the quota"),
+    "HC12": Row("other-methods", "write methods, TRACE, CONNECT, upgrades"),
+    "HC13": Row("admin-api", "the admin API: tokens, Host, Origin"),
+    "HC14": Row("secrets-in-output", "secrets and canaries in logs, metrics, errors and files"),
+    "R1": Row("few-descriptors", "64 file descriptors"),
+    "R3": Row("slow-pools", "thread pools of one slow thread"),
+    "R5": Row(
+        "slow-callbacks", "callbacks of the event loop of more than 100 ms of processor time"
+    ),
+    "R6": Row("soak", "an hour of load"),
+    "R7": Row("many-contents", "50,000 contents"),
+    "R8": Row("beyond-the-quota", "a blob larger than the quota; 100 pulls beyond it"),
+    "R9": Row("blocked-stdout", "a stdout that accepts nothing"),
+    "M1": Row("many-workers", "4 workers, 100 clients"),
+    "M2": Row("stopped-leader", "a leader that is stopped, then continued"),
+    "M4": Row("relocking", "lock, unlink, lock again"),
+    "M5": Row("eviction-while-opening", "eviction while another process opens the content"),
+    "M6": Row("publish-twice", "two processes publish the same content"),
+    "M7": Row("shared-directory", "two servers in one directory"),
+    "M9": Row("dying-worker", "a worker that dies again and again"),
+    "M10": Row("hostile-index", "a busy index, a planted pickle"),
+    "I4": Row("start-time", "the time that a start takes"),
+    "I7": Row("left-open", "what is left open afterwards"),
+    "K1": Row("wrong-clock", "a clock that is years off"),
+    "K2": Row("jumping-clock", "a clock that jumps"),
+    "K3": Row("future-recency", "recency in the future"),
+    "K4": Row("negative-ages", "negative ages"),
+    "K5": Row("odd-lifetimes", "lifetimes of 0, -1, 10^12 seconds"),
+}
+"""Id to row. SECURITY.md names rows by their id alone."""
+
+REQUIRED: Final = frozenset(
     f"{letters}{number}"
     for letters, numbers in {
         "C": (1, 3, 4, 5, 7, 8, 9, 10, 11, 12),
@@ -128,57 +157,73 @@ BOLD: Final = frozenset(
     }.items()
     for number in numbers
 )
-"""Rows that the mirror does not go without."""
+"""Ids of the rows that must have a test and a number."""
 
 BEGIN: Final = "<!-- tried: begin (make robustness) -->"
 END: Final = "<!-- tried: end -->"
 _HEADER: Final = (
-    "| row | what it is | test cases | tried by `make test` | and by `make test-long` | where |\n"
+    "| row | what is tried | test cases | tries in `make test` | in `make test-long` | where |\n"
     "|---|---|--:|--:|--:|---|\n"
 )
-_LINE: Final = re.compile(r"\| (\w+) \|[^|]*\|[^|]*\| ([\d,]*) \| ([\d,]*) \|")
+_LINE: Final = re.compile(r"\| (\w+)(-[\w-]+)? \|[^|]*\|[^|]*\| ([\d,]*) \| ([\d,]*) \|")
 _GROUPS: Final = ("C", "D", "U", "L", "HU", "HC", "R", "M", "K", "I")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One test case of one row. ``tried``: how often; None where it did not run, or failed."""
+    """One test case of one row."""
 
     row: str
+    """Id of the row."""
     file: str
     long: bool
     tried: int | None
+    """Number of tries. None if the case did not run, or failed."""
 
 
-def rewritten(document: str, cases: Iterable[Case]) -> str:
-    """``document`` with a new table between the two markers."""
+def row_name(row: str) -> str:
+    """Return id and slug of a row, as tests name it. Raises ``KeyError`` for an unknown id."""
+    return f"{row}-{ROWS[row].slug}"
+
+
+def row_id(name: str) -> str:
+    """Return the id in a name. Raises ``ValueError`` for an unknown id or another slug."""
+    row = name.partition("-")[0]
+    if row not in ROWS or name != row_name(row):
+        known = row_name(row) if row in ROWS else "no such row"
+        raise ValueError(f"pytest.mark.row({name!r}): {known} (tests/robustness/table.py)")
+    return row
+
+
+def rewrite_document(document: str, cases: Iterable[Case]) -> str:
+    """Return ``document`` with a new table between the two markers."""
     before, _, rest = document.partition(BEGIN)
     old, end, after = rest.partition(END)
     assert end, f"the markers {BEGIN} and {END} are missing"
-    return f"{before}{BEGIN}\n{table(old, cases)}{END}{after}"
+    return f"{before}{BEGIN}\n{format_table(old, cases)}{END}{after}"
 
 
-def table(old: str, cases: Iterable[Case]) -> str:
-    """The lines of the table; numbers of what did not run as a whole are those of ``old``."""
+def format_table(old: str, cases: Iterable[Case]) -> str:
+    """Return the lines of the table. Numbers of sets that did not all run are from ``old``."""
     found = list(cases)
-    known = {match[1]: (match[2], match[3]) for match in _LINE.finditer(old)}
+    known = {match[1]: (match[3], match[4]) for match in _LINE.finditer(old)}
     lines, totals = [], Counter[int]()
     for row in sorted({case.row for case in found}, key=_order):
-        mine = [case for case in found if case.row == row]
-        numbers = [_count(mine, long, known.get(row, ("", ""))[long]) for long in (False, True)]
+        own = [case for case in found if case.row == row]
+        numbers = [_count(own, long, known.get(row, ("", ""))[long]) for long in (False, True)]
         for column, number in enumerate(numbers):
             totals[column] += int(number.replace(",", "") or 0)
-        files = ", ".join(f"`{name}`" for name in sorted({case.file for case in mine}))
-        cells = (row, WORDS.get(row, ""), str(len(mine)), *numbers, files)
+        files = ", ".join(f"`{name}`" for name in sorted({case.file for case in own}))
+        cells = (row_name(row), ROWS[row].description, str(len(own)), *numbers, files)
         lines.append(f"| {' | '.join(cells)} |\n")
     total = f"| all | | {len(found):,} | {totals[0]:,} | {totals[1]:,} | |\n"
     return _HEADER + "".join(lines) + total
 
 
-def rows_of(document: str) -> list[str]:
-    """The rows that the table in ``document`` names."""
+def row_names(document: str) -> list[str]:
+    """Return the names of the rows in the table of ``document``."""
     lines = document.partition(BEGIN)[2].partition(END)[0]
-    return [match[1] for match in _LINE.finditer(lines) if match[1] != "all"]
+    return [match[1] + (match[2] or "") for match in _LINE.finditer(lines) if match[1] != "all"]
 
 
 def _count(cases: list[Case], long: bool, old: str) -> str:

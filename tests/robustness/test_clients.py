@@ -1,4 +1,4 @@
-"""Rows L: what clients do in good faith."""
+"""Rows L: unusual, but honest clients: leaving, resetting, ranges, pipelining."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from mirror.observability.events import Outcome
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.robustness.kit import LAST, raw, statuses
+from tests.robustness.kit import CLOSE, send_raw, statuses
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 
@@ -25,18 +25,20 @@ DATA = random_bytes(2_000_000, 31)
 _RESET = struct.pack("ii", 1, 0)
 
 
-async def cold(fake: FakeRegistry, rate: int = 4_000_000) -> Digest:
-    """A blob that takes half a second to arrive."""
+async def add_slow_blob(fake: FakeRegistry, rate: int = 4_000_000) -> Digest:
+    """Add a blob that takes half a second to arrive. Returns its digest."""
     digest = fake.add_blob(DATA)
     fake.fault(f"blobs/{digest}", Fault(rate=rate))
     return digest
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 @pytest.mark.parametrize("followers", [0, 3])
-async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None:
+async def test_followers_get_the_blob_when_the_first_client_leaves(
+    tmp_path: Path, followers: int
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        digest = await cold(fake)
+        digest = await add_slow_blob(fake)
         leading = await server.client.get(server.blob(digest))
         await leading.content.readexactly(100_000)
         waiting = [server.get(server.blob(digest)) for _ in range(followers)]
@@ -50,8 +52,10 @@ async def test_the_leading_client_leaves(tmp_path: Path, followers: int) -> None
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L1")
-async def test_a_fetch_nobody_wants_can_be_given_up_and_is_made_later(tmp_path: Path) -> None:
+@pytest.mark.row("L1-client-that-leaves")
+async def test_a_fetch_without_clients_is_cancelled_if_configured_and_made_later(
+    tmp_path: Path,
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, abandoned="cancel") as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=1_000_000))
@@ -65,10 +69,12 @@ async def test_a_fetch_nobody_wants_can_be_given_up_and_is_made_later(tmp_path: 
         assert body == DATA
 
 
-@pytest.mark.row("L2")
-async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("L2-clients-that-reset")
+async def test_1000_resetting_clients_cost_one_fetch_and_leave_nothing_open(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        digest = await cold(fake)
+        digest = await add_slow_blob(fake)
         port = int(server.url.rpartition(":")[2])
         request = f"GET /v2/library/app/blobs/{digest} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
         before = len(os.listdir("/proc/self/fd"))
@@ -95,49 +101,53 @@ async def test_a_thousand_ask_and_reset(tmp_path: Path, tried: Callable[[int], N
         tried(1000)
 
 
-@pytest.mark.row("L8")
+@pytest.mark.row("L8-odd-requests")
 @pytest.mark.parametrize(
     ("line", "headers", "body"),
     [
         ("GET {} HTTP/1.0", "", ""),
-        ("HEAD {} HTTP/1.1", LAST, ""),
-        ("GET {} HTTP/1.1", f"{LAST}\r\nContent-Length: 4", "body"),
-        ("GET {} HTTP/1.1", f"{LAST}\r\nTransfer-Encoding: chunked", "4\r\nbody\r\n0\r\n\r\n"),
-        # the body that it offers is not waited for
-        ("GET {} HTTP/1.1", f"{LAST}\r\nContent-Length: 4\r\nExpect: 100-continue", ""),
+        ("HEAD {} HTTP/1.1", CLOSE, ""),
+        ("GET {} HTTP/1.1", f"{CLOSE}\r\nContent-Length: 4", "body"),
+        ("GET {} HTTP/1.1", f"{CLOSE}\r\nTransfer-Encoding: chunked", "4\r\nbody\r\n0\r\n\r\n"),
+        # the server does not wait for the announced body
+        ("GET {} HTTP/1.1", f"{CLOSE}\r\nContent-Length: 4\r\nExpect: 100-continue", ""),
     ],
     ids=["1.0", "head", "body", "chunked", "expect"],
 )
-async def test_unusual_but_legal(tmp_path: Path, line: str, headers: str, body: str) -> None:
+async def test_unusual_but_legal_requests_are_served(
+    tmp_path: Path, line: str, headers: str, body: str
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         path = f"/v2/library/app/blobs/{fake.add_blob(b'small blob')}"
         request = f"{line.format(path)}\r\n{headers}\r\n\r\n{body}"
-        answer = await raw(server, request.encode())
+        answer = await send_raw(server, request.encode())
         assert statuses(answer) == [200]
         assert b"Content-Length: 10\r\n" in answer
         assert answer.endswith(b"\r\n\r\n" if "HEAD" in line else b"small blob")
 
 
-@pytest.mark.row("L8")
-async def test_a_hundred_pipelined(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("L8-odd-requests")
+async def test_100_pipelined_requests_are_answered_in_order(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         line = f"GET /v2/library/app/blobs/{fake.add_blob(b'small blob')} HTTP/1.1\r\n"
-        last = f"{line}{LAST}\r\n\r\n"
-        answer = await raw(server, (f"{line}Host: x\r\n\r\n" * 99 + last).encode())
+        last = f"{line}{CLOSE}\r\n\r\n"
+        answer = await send_raw(server, (f"{line}Host: x\r\n\r\n" * 99 + last).encode())
         assert statuses(answer) == [200] * 100
         assert answer.count(b"small blob") == 100
         tried(100)
 
 
-@pytest.mark.row("L9")
-async def test_500_clients_right_after_a_start(
+@pytest.mark.row("L9-rush-after-a-start")
+async def test_500_clients_right_after_a_start_are_served_from_disk(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake:
         digest = fake.add_blob(random_bytes(10_000, 32))
         async with running(tmp_path, fake.url) as server:
             await server.get(server.blob(digest))
-            # a client is done before the content is published
+            # a client has its body before the content is published
             await server.store.idle()
         async with running(tmp_path, fake.url) as server:
             answers = await asyncio.gather(*(server.get(server.blob(digest)) for _ in range(500)))
@@ -146,9 +156,9 @@ async def test_500_clients_right_after_a_start(
         tried(500)
 
 
-@pytest.mark.row("L11")
+@pytest.mark.row("L11-open-ended-ranges")
 @pytest.mark.parametrize("growing", [True, False], ids=["growing", "hit"])
-async def test_open_ended_ranges_that_hang_up_after_their_part(
+async def test_open_ended_ranges_that_hang_up_cost_one_fetch_and_no_error(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -178,8 +188,8 @@ async def test_open_ended_ranges_that_hang_up_after_their_part(
         assert not [p for p in server.pulls if p.outcome is Outcome.ERROR]
 
 
-async def test_a_cut_answer_is_never_a_clean_end(tmp_path: Path) -> None:
-    """HTTP/1.0 without a length ends with the connection, so there an error is a reset."""
+async def test_a_response_that_breaks_never_ends_cleanly(tmp_path: Path) -> None:
+    """An HTTP/1.0 body without a length ends with its connection. So an error must be a reset."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])
         digest = Digest.of(DATA)
@@ -201,7 +211,7 @@ async def test_a_cut_answer_is_never_a_clean_end(tmp_path: Path) -> None:
         assert status in (0, 502)
 
 
-async def test_lists_are_paged_with_links_to_us(tmp_path: Path) -> None:
+async def test_tag_lists_are_paged_with_links_to_the_mirror(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for n in range(25):
             fake.add_image(b"layer", repository="org/app", tag=f"v{n:02}")

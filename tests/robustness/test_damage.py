@@ -1,4 +1,4 @@
-"""Rows C9, D11, D12: what others do to the files of content, seen by clients of the server."""
+"""Rows C9, D11, D12: files of content that are damaged, cut, unlinked or replaced by odd files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READERS = 10
 
 
 def damage(path: Path, how: str) -> None:
-    """What a disk, or somebody with a shell, may do to a file."""
+    """Damage a file, as a disk or a person with a shell may do."""
     with path.open("r+b") as file:
         match how:
             case "empty":
@@ -37,7 +37,7 @@ def damage(path: Path, how: str) -> None:
 
 
 async def whole(server: Server, digest: Digest) -> bytes | None:
-    """The answer that a client takes for whole, or None."""
+    """Return the body that a client takes for complete, or None."""
     try:
         status, _, body = await server.get(server.blob(digest))
     except aiohttp.ClientError:
@@ -45,10 +45,10 @@ async def whole(server: Server, digest: Digest) -> bytes | None:
     return body if status == 200 else None
 
 
-@pytest.mark.row("C9")
+@pytest.mark.row("C9-damaged-content")
 @pytest.mark.parametrize("how", ["empty", "cut", "bit"])
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "running"])
-async def test_damage_is_never_served_whole_and_mended(
+async def test_damaged_content_is_never_served_whole_and_is_fetched_again(
     tmp_path: Path, how: str, stopped: bool
 ) -> None:
     path = Layout(tmp_path).blob(Digest.of(DATA))
@@ -70,12 +70,12 @@ async def test_damage_is_never_served_whole_and_mended(
         assert fake.count("GET") == 2
 
 
-@pytest.mark.row("D11")
+@pytest.mark.row("D11-content-cut-under-readers")
 @pytest.mark.parametrize("how", ["cut", "unlinked"])
-async def test_content_that_goes_under_its_readers(
+async def test_cut_content_cuts_its_readers_off_and_unlinked_content_is_read_to_the_end(
     tmp_path: Path, how: str, tried: Callable[[int], None]
 ) -> None:
-    """Cut, they are cut off; unlinked, they have it to its end."""
+    """Readers of cut content are cut off. Readers of unlinked content get all of it."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(LARGE)
         assert await whole(server, digest) == LARGE
@@ -108,10 +108,10 @@ async def test_content_that_goes_under_its_readers(
         tried(READERS)
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 @pytest.mark.parametrize("stranger", ["link", "fifo", "directory", "case"])
 @pytest.mark.parametrize("before", [True, False], ids=["at-the-start", "later"])
-async def test_strangers_among_content_are_never_followed(
+async def test_links_fifos_and_directories_in_blobs_are_never_read(
     tmp_path: Path, stranger: str, before: bool
 ) -> None:
     digest = Digest.of(DATA)

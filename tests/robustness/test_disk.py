@@ -1,4 +1,4 @@
-"""Rows D: disks that refuse, fail, are slow or full. The faults are strace's and the kernel's."""
+"""Rows D: disks that refuse, fail, are slow or full. strace and the kernel make the faults."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
 from tests.robustness.kit import (
-    attempt,
+    blob_path,
     descriptors,
     every_file_hashes_to_its_name,
-    path_of,
-    right,
+    is_served,
     strace,
+    try_pull,
 )
 
 SIZE = 3_000_000
@@ -30,7 +30,7 @@ SIZE = 3_000_000
 
 @contextmanager
 def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
-    """A file system at ``path``. Needs root, as the suite has it in a container."""
+    """Mount a file system at ``path``. Needs root, also in a container."""
     path.mkdir(parents=True, exist_ok=True)
     subprocess.run([need("mount"), "-t", kind, "-o", options, kind, path], check=True)
     try:
@@ -42,15 +42,15 @@ def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
 # --- a call that fails ------------------------------------------------------------------------
 
 CALLS = ("openat", "pwritev2", "fsync", "rename", "utimensat", "close", "pread64", "flock")
-"""What is done with content, from its first byte to its verification when it has aged."""
+"""Calls on content, from its first byte to its verification after a day."""
 ERRORS = {"pwritev2": "ENOSPC", "openat": "EIO"}
 
 
 def broken_pulls(registry: DockerRegistry, data: Path, digest: str, fault: str) -> bool:
-    """Pull a blob twice while calls on its files fail; whether one did.
+    """Pull a blob twice while calls on its files fail. Returns whether a call failed.
 
-    No answer is wrong, nothing wrong is published, and what could not be synced once is not synced
-    again before it is written anew.
+    Asserts that no response and no published content is wrong, and that a file whose fsync failed
+    is not synced again before it is written anew.
     """
     log, encoded = data.with_suffix(".log"), digest.partition(":")[2]
     paths = [
@@ -69,13 +69,13 @@ def broken_pulls(registry: DockerRegistry, data: Path, digest: str, fault: str) 
         {"docker.io": registry.url}, data_dir=data, prefix=prefix, storage=settings
     ) as mirror:
         for _ in range(2):
-            attempt(mirror, digest)
-            over(paths[0])
+            try_pull(mirror, digest)
+            wait_for_end(paths[0])
         if fault.endswith("+"):
-            assert attempt(mirror, digest), "it is served from memory"
+            assert try_pull(mirror, digest), "the blob is served from memory"
         else:
-            assert right(mirror, digest), "it is over"
-        over(paths[0])
+            assert is_served(mirror, digest), "the fault is over"
+        wait_for_end(paths[0])
     every_file_hashes_to_its_name(data)
     lines = log.read_text().splitlines()
     failed: set[str] = set()
@@ -90,32 +90,34 @@ def broken_pulls(registry: DockerRegistry, data: Path, digest: str, fault: str) 
     return any("INJECTED" in line for line in lines)
 
 
-def over(ingest: Path) -> None:
-    """Wait for what a client does not wait for: content is published, or dropped, behind it."""
-    with suppress(TimeoutError):  # what could not be dropped stays
+def wait_for_end(ingest: Path) -> None:
+    """Wait until the ingest is published or dropped. A client does not wait for that."""
+    with suppress(TimeoutError):  # a file that cannot be removed stays
         wait_until(lambda: not ingest.exists(), "nothing is published or dropped", 5)
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 @pytest.mark.parametrize("fault", ["pwritev2:error=ENOSPC:when=1", "pwritev2:error=ENOSPC:when=1+"])
-def test_no_space_at_a_write(tmp_path: Path, fault: str) -> None:
+def test_no_space_at_a_write_still_serves_the_blob(tmp_path: Path, fault: str) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         assert broken_pulls(registry, tmp_path / "data", digest, fault)
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "close", "pread64"])
-def test_an_error_of_a_call(tmp_path: Path, call: str) -> None:
+def test_an_io_error_at_a_call_still_serves_the_blob(tmp_path: Path, call: str) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         fault = f"{call}:error=EIO:when=1"
         assert broken_pulls(registry, tmp_path / "data", digest, fault)
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("fault", ["fsync:error=EIO:when=1+", "rename:error=EIO:when=1+"])
-def test_what_cannot_be_published_is_served_and_not_published(tmp_path: Path, fault: str) -> None:
+def test_content_that_cannot_be_published_is_served_and_not_published(
+    tmp_path: Path, fault: str
+) -> None:
     data = tmp_path / "data"
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
@@ -123,76 +125,78 @@ def test_what_cannot_be_published_is_served_and_not_published(tmp_path: Path, fa
         assert not list((data / "blobs").glob("*/*"))
 
 
-@pytest.mark.row("D1")
-@pytest.mark.row("D4")
+@pytest.mark.row("D1-no-space-at-a-write")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_every_call_fails_once_and_from_then_on(
-    tmp_path: Path, tried: Callable[[int], None]
+@pytest.mark.parametrize("lasting", ["", "+"], ids=["once", "from-then-on"])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_failing_call_breaks_a_pull(
+    tmp_path: Path, call: str, lasting: str, tried: Callable[[int], None]
 ) -> None:
-    """The n-th call, n = 1, 2, 3 … until none fails any more."""
+    """The n-th call fails, once or from then on: n = 1, 2, 3 … until none fails any more."""
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
-        for call in CALLS:
-            for lasting in ("", "+"):
-                number = 1
-                while broken_pulls(
-                    registry,
-                    tmp_path / f"{call}-{number}{lasting}",
-                    digest,
-                    f"{call}:error={ERRORS.get(call, 'EIO')}:when={number}{lasting}",
-                ):
-                    number += 1
-                assert number > 1, f"{call} failed"
-                tried(number - 1)
+        number = 1
+        while broken_pulls(
+            registry,
+            tmp_path / f"{call}-{number}{lasting}",
+            digest,
+            f"{call}:error={ERRORS.get(call, 'EIO')}:when={number}{lasting}",
+        ):
+            number += 1
+        assert number > 1, f"{call} failed"
+        tried(number - 1)
 
 
-@pytest.mark.row("D10")
-def test_a_sendfile_that_fails_in_mid_answer_cuts_the_connection() -> None:
+@pytest.mark.row("D10-failing-sendfile")
+def test_a_failing_sendfile_cuts_the_connection() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", 20_000_000)
         prefix = strace("sendfile", "sendfile:error=EIO:when=2")
         with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
             with pytest.raises((HTTPException, OSError)):
-                mirror.download(path_of(digest))
-            assert right(mirror, digest)
+                mirror.download(blob_path(digest))
+            assert is_served(mirror, digest)
 
 
-# --- a disk that takes nothing ------------------------------------------------------------------
+# --- a disk that cannot be written ---------------------------------------------------------------
 
 
-@pytest.mark.row("D2")
-def test_a_real_full_disk(tmp_path: Path) -> None:
+@pytest.mark.row("D2-full-disk")
+def test_a_full_disk_still_serves_blobs_uncached(tmp_path: Path) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=12m") as disk:
         small = registry.push_large("library/app", SIZE, seed=1)
         large = registry.push_large("library/app", 40_000_000, seed=2)
         with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
-            assert right(mirror, small)
-            assert right(mirror, large)
-            assert right(mirror, small)
+            assert is_served(mirror, small)
+            assert is_served(mirror, large)
+            assert is_served(mirror, small)
             assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
             fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
             assert subprocess.run(fill, capture_output=True).returncode != 0
-            assert right(mirror, registry.push_large("library/app", SIZE, seed=3))
-            assert right(mirror, small)
+            assert is_served(mirror, registry.push_large("library/app", SIZE, seed=3))
+            assert is_served(mirror, small)
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("D5")
-def test_short_writes() -> None:
+@pytest.mark.row("D5-short-writes")
+def test_short_writes_still_serve_blobs_uncached() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         prefix = [need("prlimit"), "--fsize=1000000"]
         with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
-            assert right(mirror, digest)
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
+            assert is_served(mirror, digest)
             assert mirror.metric_reaches(2, "oci_mirror_uncached_pulls_total")
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("what", ["read-only", "other-device", "no-permission"])
-def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
+def test_unwritable_directories_serve_blobs_uncached_and_readiness_is_degraded(
+    tmp_path: Path, what: str
+) -> None:
     data = tmp_path / "data"
     prefix: list[str] = []
     with (
@@ -209,11 +213,11 @@ def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
             (data / "ingest" / "sha256").mkdir(parents=True)
             for path in (blobs / "sha256", data / "ingest" / "sha256"):
                 path.chmod(0o555)
-            # root without the capabilities by which modes are nothing to root
+            # root without the capabilities that ignore file modes
             prefix = [need("setpriv"), "--bounding-set=-dac_override,-dac_read_search"]
         with Mirror({"docker.io": registry.url}, data_dir=data, prefix=prefix) as mirror:
-            assert right(mirror, digest)
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
+            assert is_served(mirror, digest)
             assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
             assert not mirror.content(digest).exists()
             report = mirror.ask("/readyz")
@@ -221,8 +225,8 @@ def test_directories_that_take_nothing(tmp_path: Path, what: str) -> None:
             assert b"degraded" in report.body
 
 
-@pytest.mark.row("D14")
-def test_an_overlay_on_a_tmpfs(tmp_path: Path) -> None:
+@pytest.mark.row("D14-other-file-systems")
+def test_content_on_an_overlay_on_a_tmpfs_survives_a_restart(tmp_path: Path) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "upper", "tmpfs", "size=50m") as upper:
         lower = tmp_path / "lower"
         for path in (lower, upper / "files", upper / "work"):
@@ -233,81 +237,81 @@ def test_an_overlay_on_a_tmpfs(tmp_path: Path) -> None:
             mounted(tmp_path / "data", "overlay", options) as data,
             Mirror({"docker.io": registry.url}, data_dir=data) as mirror,
         ):
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             wait_until(mirror.content(digest).exists, "it is published", 10)
             mirror.restart()
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D14")
-def test_a_directory_that_cannot_be_synced_is_as_durable_as_it_gets(tmp_path: Path) -> None:
+@pytest.mark.row("D14-other-file-systems")
+def test_content_is_published_where_directories_cannot_be_synced(tmp_path: Path) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         directory = tmp_path / "data" / "blobs" / "sha256"
         prefix = [*strace("fsync", "fsync:error=EINVAL"), "-P", str(directory)]
         data = tmp_path / "data"
         with Mirror({"docker.io": registry.url}, data_dir=data, prefix=prefix) as mirror:
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             wait_until(mirror.content(digest).exists, "it is published", 10)
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             assert registry.gets().count(digest) == 1
 
 
 # --- out of descriptors, slow -------------------------------------------------------------------
 
 
-@pytest.mark.row("D6")
-def test_running_out_of_descriptors_is_over_when_it_is_over() -> None:
+@pytest.mark.row("D6-no-descriptors")
+def test_content_is_served_again_when_the_process_has_descriptors_again() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         with Mirror({"docker.io": registry.url}) as mirror:
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             wait_until(mirror.content(digest).exists, "it is published", 10)
             used = len(descriptors(mirror.pid))
             limits = resource.prlimit(mirror.pid, resource.RLIMIT_NOFILE, (used + 1, 20_000))
             for _ in range(3):
                 try:
-                    mirror.ask(path_of(digest), timeout=1)
+                    mirror.ask(blob_path(digest), timeout=1)
                 except OSError:
                     continue
             resource.prlimit(mirror.pid, resource.RLIMIT_NOFILE, limits)
-            # asyncio accepts again a second later
-            assert right(mirror, digest)
+            # asyncio accepts connections again after a second
+            assert is_served(mirror, digest)
             assert mirror.content(digest).exists()
             assert mirror.metric("oci_mirror_digest_mismatches_total") == 0
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D6")
-def test_a_machine_out_of_descriptors_loses_no_content(tmp_path: Path) -> None:
+@pytest.mark.row("D6-no-descriptors")
+def test_enfile_at_opening_loses_no_content(tmp_path: Path) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         with Mirror({"docker.io": registry.url}, data_dir=tmp_path / "data") as mirror:
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             wait_until(mirror.content(digest).exists, "it is published", 10)
             mirror.stop()
             content = str(mirror.content(digest))
             mirror.prefix = (*strace("openat", "openat:error=ENFILE:when=1..3"), "-P", content)
             mirror.start()
-            while not attempt(mirror, digest):
+            while not try_pull(mirror, digest):
                 assert mirror.content(digest).exists()
             assert mirror.metric("oci_mirror_digest_mismatches_total") == 0
             assert registry.gets().count(digest) == 1
 
 
-@pytest.mark.row("D8")
+@pytest.mark.row("D8-slow-fsync")
 @pytest.mark.parametrize(
     "seconds", [3, pytest.param(30, marks=pytest.mark.long)], ids=["3s", "30s"]
 )
-def test_a_slow_fsync_keeps_nobody_waiting(seconds: int) -> None:
-    """The median of the answers' times is what a busy machine does not stretch so easily."""
+def test_a_slow_fsync_delays_no_request(seconds: int) -> None:
+    """The median of the response times: a busy machine changes it less than the maximum."""
     prefix = strace("fsync", f"fsync:delay_exit={seconds}000000")
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
             begun = time.monotonic()
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             times = []
             while time.monotonic() - begun < seconds - 1:
                 asked = time.monotonic()
@@ -317,4 +321,4 @@ def test_a_slow_fsync_keeps_nobody_waiting(seconds: int) -> None:
             assert not mirror.content(digest).exists(), "it is still being synced"
             assert statistics.median(times) < 0.05
             assert max(times) < 1.5
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)

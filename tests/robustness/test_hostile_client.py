@@ -1,4 +1,4 @@
-"""Rows HC: what clients do in bad faith."""
+"""Rows HC: hostile clients: smuggling, traversal, foreign content, floods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config.settings import Log
+from mirror.config.settings import Limits, Log
 from mirror.observability.events import Kind
 from mirror.observability.logs import configure_logging
 from mirror.oci.reference import Digest
@@ -19,14 +19,14 @@ from tests.fakes.registry import FakeRegistry
 from tests.real.clients import NOWHERE
 from tests.real.process import wait_until
 from tests.real.server import Mirror
-from tests.robustness.kit import LAST, Outside, path_of, raw, statuses, strace
+from tests.robustness.kit import CLOSE, NetworkLog, blob_path, send_raw, statuses, strace
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(2_000_000, 31)
 
 
-@pytest.mark.row("HC1")
+@pytest.mark.row("HC1-smuggling")
 @pytest.mark.parametrize(
     "probe",
     [
@@ -39,18 +39,18 @@ DATA = random_bytes(2_000_000, 31)
         b"GET /v2/ HTTP/1.1\r\nHost : x\r\n\r\n",
         b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
         b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
-        f"GET http://evil/v2/ HTTP/1.1\r\n{LAST}\r\n\r\n".encode(),
-        f"GET /v2/#fragment HTTP/1.1\r\n{LAST}\r\n\r\n".encode(),
+        f"GET http://evil/v2/ HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode(),
+        f"GET /v2/#fragment HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
 async def test_smuggling_probes_are_refused(tmp_path: Path, probe: bytes) -> None:
     async with running(tmp_path) as server:
-        answer = await raw(server, probe)
+        answer = await send_raw(server, probe)
         assert statuses(answer) == [400]
 
 
-@pytest.mark.row("HC2")
+@pytest.mark.row("HC2-malformed-requests")
 @pytest.mark.parametrize(
     "count", [2_000, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
 )
@@ -63,7 +63,9 @@ async def test_malformed_requests_leave_no_traceback(
 
         async def malformed() -> None:
             for _ in range(count // 20):
-                await raw(server, rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n", read=False)
+                await send_raw(
+                    server, rng.randbytes(rng.randrange(1, 200)) + b"\r\n\r\n", read=False
+                )
 
         await asyncio.gather(*(malformed() for _ in range(20)))
         assert (await server.get(f"{server.url}/v2/"))[0] == 200
@@ -94,12 +96,14 @@ TRAVERSALS = [
 ]
 
 
-@pytest.mark.row("HC3")
-@pytest.mark.row("HU9")
-async def test_paths_outside_the_grammar(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("HC3-traversal")
+@pytest.mark.row("HU9-digest-strings")
+async def test_paths_outside_the_grammar_are_refused_and_not_sent_upstream(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for path in TRAVERSALS:
-            answer = await raw(server, f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+            answer = await send_raw(server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
             assert statuses(answer)[0] in (400, 404), path
             assert b'"errors"' in answer, path
         assert not fake.requests
@@ -116,7 +120,7 @@ NAMESPACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.row("HC3")
+@pytest.mark.row("HC3-traversal")
 def test_nothing_is_opened_outside_the_data_directory(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
@@ -131,36 +135,36 @@ def test_nothing_is_opened_outside_the_data_directory(
         before = len(log.read_text().splitlines())
         for path in TRAVERSALS:
             with socket.create_connection(("127.0.0.1", mirror.port), 20) as connection:
-                connection.sendall(f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+                connection.sendall(f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
                 assert connection.recv(1000).startswith((b"HTTP/1.1 400", b"HTTP/1.1 404")), path
         # a digest is looked for: what strace writes has come so far
-        mirror.ask(path_of(f"sha256:{'a' * 64}"))
+        mirror.ask(blob_path(f"sha256:{'a' * 64}"))
         wait_until(lambda: "a" * 64 in log.read_text(), "the search is in the log", 10)
         touched = log.read_text().splitlines()[before:]
     assert not [line for line in touched if f'"{data}' not in line]
     tried(len(TRAVERSALS))
 
 
-@pytest.mark.row("HC4")
-async def test_namespaces_that_are_not_configured(
+@pytest.mark.row("HC4-namespaces")
+async def test_unconfigured_namespaces_are_refused_without_a_connection(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     """No name is looked up and nobody is called but ourselves."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        with Outside().watched() as outside:
+        with NetworkLog().watched() as network:
             for form in NAMESPACES:
                 path = f"/v2/library/app/manifests/latest?ns={form}"
-                answer = await raw(server, f"GET {path} HTTP/1.1\r\n{LAST}\r\n\r\n".encode())
+                answer = await send_raw(server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
                 assert statuses(answer)[0] in (400, 404), form
                 assert b'"errors"' in answer, form
         assert not fake.requests
-        assert outside.hosts <= {"127.0.0.1"}
-        assert outside.ports == {int(server.url.rpartition(":")[2])}
+        assert network.hosts <= {"127.0.0.1"}
+        assert network.ports == {int(server.url.rpartition(":")[2])}
         tried(len(NAMESPACES))
 
 
-@pytest.mark.row("HC5")
-async def test_another_repositorys_content_looks_like_none(tmp_path: Path) -> None:
+@pytest.mark.row("HC5-content-of-another-repository")
+async def test_content_of_another_repository_looks_like_missing_content(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         secret = random_bytes(50_000, 33)
         manifest = fake.add_image(secret, repository="library/private")
@@ -189,8 +193,8 @@ async def test_another_repositorys_content_looks_like_none(tmp_path: Path) -> No
         assert (await server.get(server.manifest(manifest, "library/private")))[0] == 200
 
 
-@pytest.mark.row("HC6")
-async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
+@pytest.mark.row("HC6-withdrawn-access")
+async def test_access_ends_when_the_upstream_withdraws_it(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.0) as server:
         digest = fake.add_blob(DATA, "library/one")
         fake.add_blob(DATA, "library/two")
@@ -204,15 +208,20 @@ async def test_membership_ends_when_it_is_withdrawn(tmp_path: Path) -> None:
         assert (await server.get(server.blob(digest, "library/one")))[0] == 404
 
 
-@pytest.mark.row("HC9")
+@pytest.mark.row("HC9-random-names")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "count", [500, pytest.param(10_000, marks=pytest.mark.long)], ids=["some", "all"]
 )
-async def test_random_names_leave_bounded_traces(
+async def test_random_names_are_404_and_leave_bounded_traces(
     tmp_path: Path, count: int, tried: Callable[[int], None]
 ) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.2) as server:
+    # 50 requests at once on a busy machine: the short time limits of other tests would be reached
+    limits = Limits()
+    async with (
+        FakeRegistry() as fake,
+        running(tmp_path, fake.url, limits=limits, negative_ttl=0.2) as server,
+    ):
         _, _, before = await server.get(f"{server.url}/metrics")
         rng = random.Random(11)
         urls = [
@@ -238,29 +247,29 @@ async def test_random_names_leave_bounded_traces(
         tried(count)
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize(
     "method", ["PUT", "POST", "PATCH", "DELETE", "TRACE", "OPTIONS", "CONNECT", "PROPFIND"]
 )
-async def test_writes_are_unsupported(tmp_path: Path, method: str) -> None:
+async def test_write_methods_are_unsupported(tmp_path: Path, method: str) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for path in ("/v2/library/app/manifests/latest", "/v2/library/app/blobs/uploads/", "/v2/"):
             target = "evil:443" if method == "CONNECT" else path
-            request = f"{method} {target} HTTP/1.1\r\n{LAST}\r\nContent-Length: 0\r\n\r\n"
-            answer = await raw(server, request.encode())
+            request = f"{method} {target} HTTP/1.1\r\n{CLOSE}\r\nContent-Length: 0\r\n\r\n"
+            answer = await send_raw(server, request.encode())
             assert statuses(answer)[0] in (400, 405)
             if method != "CONNECT":
                 assert statuses(answer)[0] == 405
                 assert b'"UNSUPPORTED"' in answer
         headers = "Host: x\r\nConnection: upgrade, close\r\nUpgrade: websocket"
-        upgrade = await raw(server, f"GET /v2/ HTTP/1.1\r\n{headers}\r\n\r\n".encode())
-        assert statuses(upgrade) == [200], "it goes on as it was"
+        upgrade = await send_raw(server, f"GET /v2/ HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+        assert statuses(upgrade) == [200], "the connection stays HTTP/1.1"
         assert not fake.requests
 
 
-@pytest.mark.row("HC14")
-async def test_requests_add_up_in_the_metrics(tmp_path: Path) -> None:
-    """Every request has exactly one outcome (and a canary is in no metric)."""
+@pytest.mark.row("HC14-secrets-in-output")
+async def test_each_request_has_exactly_one_outcome_in_the_metrics(tmp_path: Path) -> None:
+    """No metric has a value that a client chose, either."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(b"layer")
         urls = [

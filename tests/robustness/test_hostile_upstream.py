@@ -1,4 +1,4 @@
-"""Rows HU5 to HU15: an upstream that means harm with what it answers."""
+"""Rows HU5 to HU15: hostile responses of an upstream: huge, malformed, endless, with secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CANARY = "canary-5f2a"
 MIB = 1 << 20
 
 
-@pytest.mark.row("HU5")
+@pytest.mark.row("HU5-huge-manifests")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -37,7 +37,9 @@ MIB = 1 << 20
         Fault(body=b"null", times=None),
     ],
 )
-async def test_manifests_that_are_none(tmp_path: Path, fault: Fault) -> None:
+async def test_malformed_manifests_are_refused_and_not_read_to_the_end(
+    tmp_path: Path, fault: Fault
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         body = fault.body if fault.body is not None else b"{}"
         digest = fake.add_manifest(body, tag="latest")
@@ -46,11 +48,11 @@ async def test_manifests_that_are_none(tmp_path: Path, fault: Fault) -> None:
             status, _, answer = await server.get(server.manifest(digest))
         assert status == 502
         assert b'"errors"' in answer
-        assert fake.bytes_sent < 100 * MIB, "it was not read to its end"
+        assert fake.bytes_sent < 100 * MIB, "the body was not read to its end"
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
 
 
-@pytest.mark.row("HU6")
+@pytest.mark.row("HU6-wrong-types")
 @pytest.mark.parametrize(
     "change",
     [
@@ -62,7 +64,7 @@ async def test_manifests_that_are_none(tmp_path: Path, fault: Fault) -> None:
         {"config": {"mediaType": "x/y", "digest": "sha256:" + "a" * 64, "size": True}},
     ],
 )
-async def test_type_confusion_and_impossible_sizes(
+async def test_wrong_types_and_impossible_sizes_are_harmless(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     config = {"mediaType": "x/y", "digest": "sha256:" + "a" * 64, "size": 2}
@@ -75,7 +77,7 @@ async def test_type_confusion_and_impossible_sizes(
             assert (status, b"MANIFEST_INVALID" in answer) == (502, True)
 
 
-@pytest.mark.row("HU10")
+@pytest.mark.row("HU10-header-bombs")
 @pytest.mark.parametrize(
     "headers",
     [
@@ -88,7 +90,7 @@ async def test_type_confusion_and_impossible_sizes(
         {"Content-Type": "text/html\x0b; evil"},
     ],
 )
-async def test_header_bombs(tmp_path: Path, headers: dict[str, str]) -> None:
+async def test_header_bombs_are_refused(tmp_path: Path, headers: dict[str, str]) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(DATA)
         fake.fault("manifests/latest", Fault(headers=headers, times=None))
@@ -100,11 +102,11 @@ async def test_header_bombs(tmp_path: Path, headers: dict[str, str]) -> None:
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
 
 
-@pytest.mark.row("HU11")
-async def test_an_encoding_nobody_asked_for_is_not_unpacked(
+@pytest.mark.row("HU11-compression-bombs")
+async def test_an_unrequested_encoding_is_not_decompressed(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
-    """A bomb of 200 MiB, wherever an upstream may answer."""
+    """A bomb of 200 MiB in each kind of response."""
     bomb = gzip.compress(bytes(200 * MIB), 1)
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
@@ -123,8 +125,8 @@ async def test_an_encoding_nobody_asked_for_is_not_unpacked(
         assert {seen.headers["accept-encoding"] for seen in fake.requests} == {"identity"}
 
 
-@pytest.mark.row("HU12")
-async def test_cookies_and_alternatives_are_ignored(tmp_path: Path) -> None:
+@pytest.mark.row("HU12-cookies")
+async def test_cookies_and_alt_svc_are_ignored(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
         headers = {
@@ -140,7 +142,7 @@ async def test_cookies_and_alternatives_are_ignored(tmp_path: Path) -> None:
         assert not {"Set-Cookie", "Alt-Svc"} & set(got)
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 @pytest.mark.parametrize(
     "link",
     [
@@ -150,7 +152,9 @@ async def test_cookies_and_alternatives_are_ignored(tmp_path: Path) -> None:
         "<" * 50_000,
     ],
 )
-async def test_links_to_elsewhere_and_in_circles(tmp_path: Path, link: str) -> None:
+async def test_links_to_another_host_or_in_a_circle_cost_few_requests(
+    tmp_path: Path, link: str
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(DATA, tag="a")
         fake.fault("tags/list", Fault(headers={"Link": link}, times=None))
@@ -160,10 +164,10 @@ async def test_links_to_elsewhere_and_in_circles(tmp_path: Path, link: str) -> N
         assert len(fake.requests) < 10
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 @pytest.mark.parametrize(("count", "expected"), [(400_000, 200), (1_000_000, 502)])
-async def test_lists_of_tags_are_bounded(tmp_path: Path, count: int, expected: int) -> None:
-    """A page has 10,000 at most, of an answer of at most 8 MiB."""
+async def test_tag_lists_are_bounded(tmp_path: Path, count: int, expected: int) -> None:
+    """A page has at most 10,000 tags, from a response of at most 8 MiB."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         tags = [f"t{n:07}" for n in range(count)]
         body = json.dumps({"name": "library/app", "tags": tags}).encode()
@@ -175,8 +179,8 @@ async def test_lists_of_tags_are_bounded(tmp_path: Path, count: int, expected: i
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
 
 
-@pytest.mark.row("HU13")
-async def test_a_list_that_never_ends(tmp_path: Path) -> None:
+@pytest.mark.row("HU13-endless-lists")
+async def test_an_endless_list_is_refused(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(DATA)
         fake.fault("tags/list", Fault(body=b'["x",', endless=True, chunked=True, times=None))
@@ -185,8 +189,8 @@ async def test_a_list_that_never_ends(tmp_path: Path) -> None:
         assert fake.bytes_sent < 100 * MIB
 
 
-@pytest.mark.row("HU14")
-async def test_a_hundred_thousand_referrers(tmp_path: Path) -> None:
+@pytest.mark.row("HU14-many-referrers")
+async def test_100000_referrers_give_a_bounded_response(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
         entry = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 5}
@@ -199,8 +203,8 @@ async def test_a_hundred_thousand_referrers(tmp_path: Path) -> None:
         assert len(body) <= 4 * 1024 * 1024
 
 
-@pytest.mark.row("HU15")
-async def test_what_an_error_body_says_is_shown_to_nobody(tmp_path: Path) -> None:
+@pytest.mark.row("HU15-hostile-error-bodies")
+async def test_an_error_body_is_not_shown_to_clients_or_in_logs(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         body = json.dumps(
             {"errors": [{"code": "DENIED", "message": f"\x1b[31m{CANARY}\r\nX-Evil: 1"}]}
@@ -214,7 +218,7 @@ async def test_what_an_error_body_says_is_shown_to_nobody(tmp_path: Path) -> Non
         assert CANARY not in repr(server.events)
 
 
-async def test_a_client_error_is_no_crash(tmp_path: Path) -> None:
+async def test_a_refused_connection_of_a_client_leaves_the_server_running(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         with pytest.raises(aiohttp.ClientError):
             await server.client.get("http://127.0.0.1:1/")

@@ -1,4 +1,4 @@
-"""Rows C1, C3, C11, C12: processes that die at every point, and what is left of their work."""
+"""Rows C1, C3, C11, C12: processes that are killed at every point, and the files they leave."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 
 ROOT = Path(__file__).parents[2]
-CALLS = {
+STEPS = {
     **dict.fromkeys(("mkdir", "openat", "pwritev2", "ftruncate"), 1),
     **dict.fromkeys(("utimensat", "fsync", "rename", "unlink"), 1),
     **dict.fromkeys(("pwrite64", "fdatasync"), 10),
 }
-"""What changes a disk, and a step: the last two are SQLite's, of which there are hundreds."""
+"""Calls that change a disk, and the step between kills. SQLite makes hundreds of the last two."""
+PARTS = {"openat": 10, "pwrite64": 2}
+"""Number of test cases that share the kills of a call, to run in parallel. Other calls: one."""
 
 
 def killed_at(data: Path, call: str, when: int) -> bool:
-    """Pull under a SIGKILL at the n-th ``call`` of a thread; whether it fired."""
+    """Pull with a SIGKILL at the n-th ``call`` of a thread. Returns whether the kill fired."""
     command = [
         *strace(call, f"{call}:signal=KILL:when={when}"),
         *(sys.executable, "-m", "tests.robustness.crash_driver", str(data)),
@@ -51,7 +53,10 @@ def killed_at(data: Path, call: str, when: int) -> bool:
 
 
 def kill_and_recover(root: Path, call: str, when: int) -> bool:
-    """Whether the kill fired. What was published then is still there, as it was."""
+    """Kill a pull and pull again. Returns whether the kill fired.
+
+    Asserts that content which was published before the kill is still there, unchanged.
+    """
     data = root / f"{call}-{when}"
     data.mkdir()
     fired = killed_at(data, call, when)
@@ -66,34 +71,39 @@ def kill_and_recover(root: Path, call: str, when: int) -> bool:
     return fired
 
 
-@pytest.mark.row("C1")
+@pytest.mark.row("C1-sigkill-at-a-call")
 @pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "unlink"])
-def test_a_kill_at_a_changing_call(tmp_path: Path, call: str, tried: Callable[[int], None]) -> None:
+def test_sigkill_at_a_changing_call_loses_nothing(
+    tmp_path: Path, call: str, tried: Callable[[int], None]
+) -> None:
     for when in (1, 2):
         assert kill_and_recover(tmp_path, call, when), "the point exists"
         tried(1)
 
 
-@pytest.mark.row("C1")
+@pytest.mark.row("C1-sigkill-at-a-call")
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_kill_at_every_changing_call(
-    tmp_path: Path, call: str, tried: Callable[[int], None]
+@pytest.mark.parametrize(
+    ("call", "part"), [(call, part) for call in STEPS for part in range(PARTS.get(call, 1))]
+)
+def test_sigkill_at_every_changing_call_loses_nothing(
+    tmp_path: Path, call: str, part: int, tried: Callable[[int], None]
 ) -> None:
-    """n = 1, 2, 3 … until none fires. It counts for each thread, and the first one there is it."""
-    when = 1
+    """Kill at the n-th call, n = 1, 2, 3 … until no thread makes so many. Each thread counts."""
+    first, stride = 1 + part * STEPS[call], PARTS.get(call, 1) * STEPS[call]
+    when = first
     while kill_and_recover(tmp_path, call, when):
-        when += CALLS[call]
+        when += stride
         tried(1)
-    assert when > 2, f"{call} is called"
+    assert when > max(2, first), f"{call} is called"
 
 
 POLICIES = ("IfNotPresent", "Always")
 
 
 def pull_image(mirror: Mirror, tag: str, image: images.Image) -> bool:
-    """Pull like a client: manifest, then blobs; whether all of it came. Never a wrong byte."""
+    """Pull a manifest and its blobs. Returns whether all came. Asserts that no byte is wrong."""
     paths = {f"/v2/library/app/manifests/{tag}": image.manifest}
     paths |= {f"/v2/library/app/blobs/{blob.digest}": blob for blob in image.blobs}
     for path, blob in paths.items():
@@ -103,20 +113,21 @@ def pull_image(mirror: Mirror, tag: str, image: images.Image) -> bool:
             return False
         if got.status != 200:
             return False
-        assert f"sha256:{got.sha256}" == blob.digest, "a whole answer that is wrong"
+        assert f"sha256:{got.sha256}" == blob.digest, "a complete response with wrong bytes"
     return True
 
 
-@pytest.mark.row("C3")
+@pytest.mark.row("C3-random-sigkills")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "cycles", [2, pytest.param(20, marks=pytest.mark.long)], ids=["some", "all"]
+    ("cycles", "seed"),
+    [(2, 2), *(pytest.param(5, seed, marks=pytest.mark.long) for seed in range(20, 24))],
 )
-def test_kills_at_random_with_other_options_after_each(
-    cycles: int, tried: Callable[[int], None]
+def test_random_sigkills_with_changing_options_lose_nothing(
+    cycles: int, seed: int, tried: Callable[[int], None]
 ) -> None:
-    """8 clients, random images; workers, quota and policy drawn anew at each start."""
-    rng = random.Random(cycles)
+    """8 clients pull random images. Workers, quota and policy are drawn anew at each start."""
+    rng = random.Random(seed)
     with DockerRegistry() as upstream:
         held = [images.image(seed, layers=(1_500_000, 1_000_000)) for seed in range(6)]
         for number, image in enumerate(held):
@@ -149,8 +160,8 @@ def test_kills_at_random_with_other_options_after_each(
                 mirror.close()
 
 
-@pytest.mark.row("C11")
-async def test_a_stale_sparse_ingest_blocks_nothing(tmp_path: Path) -> None:
+@pytest.mark.row("C11-stale-sparse-ingest")
+async def test_a_stale_sparse_ingest_delays_no_pull(tmp_path: Path) -> None:
     data = random_bytes(100_000, 71)
     digest = Digest.of(data)
     layout = Layout(tmp_path)
@@ -171,9 +182,9 @@ async def test_a_stale_sparse_ingest_blocks_nothing(tmp_path: Path) -> None:
         layout.blob(digest).unlink()
 
 
-@pytest.mark.row("C12")
+@pytest.mark.row("C12-damaged-index")
 @pytest.mark.parametrize("damage", ["lost", "cut", "zeroed", "text"])
-def test_an_index_that_is_none(damage: str) -> None:
+def test_cached_manifests_are_served_by_digest_with_a_damaged_index(damage: str) -> None:
     with DockerRegistry() as registry_:
         image = images.image()
         registry_.push("library/app", image, "1.0")
@@ -200,7 +211,7 @@ def test_an_index_that_is_none(damage: str) -> None:
             assert got.status == 200
             assert f"sha256:{hashlib.sha256(got.body).hexdigest()}" == image.digest
             registry_.start()
-            # its circuit may be open for two seconds
+            # the circuit breaker may be open for two seconds
             wait_until(
                 lambda: mirror.ask(path, headers=images.ACCEPT).status == 200, "resolved", 20
             )
@@ -208,8 +219,8 @@ def test_an_index_that_is_none(damage: str) -> None:
             mirror.close()
 
 
-async def test_faults_of_the_driver_are_its_own(tmp_path: Path) -> None:
-    """The driver's pull works, and sees a wrong byte."""
+async def test_the_crash_driver_pulls_and_detects_a_wrong_byte(tmp_path: Path) -> None:
+    """Otherwise the tests with the driver would show nothing."""
     await pull(tmp_path / "right", registry()[0])
     with pytest.raises(Exception, match="is not sha256"):
         await pull(tmp_path / "wrong", registry(wrong=True)[0])

@@ -21,26 +21,26 @@ NAME = "docker.io/library/app:1"
 
 
 @dataclass(slots=True)
-class Stage:
-    """A slow upstream with one image, and the mirror before it."""
+class SlowDeployment:
+    """A slow upstream with one image, and the mirror in front of it."""
 
     front: NginxFront
     mirror: Mirror
     image: images.Image
 
     def in_mid_pull(self) -> bool:
-        """Whether some of the large layer has come, and not all of it."""
+        """True if the mirror has a part of the large layer, and not all of it."""
         ingest = self.mirror.data_dir / "ingest" / "sha256"
         layer = ingest / self.image.layers[0].digest.partition(":")[2]
         return layer.exists() and 1_000_000 < layer.stat().st_size < LARGE
 
-    def killed(self, pull: Callable[..., Any]) -> None:
-        """The same pull twice: the first one is killed, the second one goes on at once."""
+    def kill_and_pull_again(self, pull: Callable[..., Any]) -> None:
+        """Kill a pull in the middle, and make the same pull again at once."""
         pull(kill_when=self.in_mid_pull)
         pull()
 
-    def nothing_came_twice_and_nothing_is_left(self) -> None:
-        """Every content was asked for once and sent once; nothing grows, no connection is open."""
+    def assert_one_fetch_and_nothing_left(self) -> None:
+        """Assert one upstream request for each content, no ingest and no open connection."""
         for blob in self.image.blobs:
             (fetched,) = self.front.blob_gets(blob.digest)
             assert (fetched.status, fetched.sent) == (200, blob.size)
@@ -51,48 +51,54 @@ class Stage:
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    """An image whose large layer takes more than a second."""
+def deployment() -> Iterator[SlowDeployment]:
+    """Build a deployment in which the large layer of an image takes more than a second."""
     image = images.image(91, layers=(LARGE, 20_000))
     with ExitStack() as stack:
         registry = stack.enter_context(DockerRegistry())
         registry.push("library/app", image, "1")
         front = stack.enter_context(NginxFront(registry.url, limit_rate=2_000_000))
-        yield Stage(front, stack.enter_context(Mirror({"docker.io": front.url})), image)
+        yield SlowDeployment(front, stack.enter_context(Mirror({"docker.io": front.url})), image)
 
 
-@pytest.mark.row("L10")
+@pytest.mark.row("L10-killed-clients")
 @pytest.mark.parametrize("daemon", [False, True], ids=["ctr", "containerd"])
-def test_containerd(stage: Stage, daemon: bool) -> None:
+def test_containerd_killed_in_mid_pull_pulls_again_without_a_second_fetch(
+    deployment: SlowDeployment, daemon: bool
+) -> None:
     """``ctr`` is killed, alone or together with its daemon."""
     with Containerd() as containerd:
-        containerd.use("docker.io", stage.mirror.url)
-        containerd.pull(NAME, kill_when=stage.in_mid_pull)
+        containerd.use("docker.io", deployment.mirror.url)
+        containerd.pull(NAME, kill_when=deployment.in_mid_pull)
         if daemon:
             containerd.kill()
             containerd.start()
         containerd.pull(NAME)
-        assert containerd.held() == stage.image.blobs()
-    stage.nothing_came_twice_and_nothing_is_left()
+        assert containerd.held() == deployment.image.contents()
+    deployment.assert_one_fetch_and_nothing_left()
 
 
-@pytest.mark.row("L10")
-def test_podman(stage: Stage) -> None:
-    with Podman({"docker.io": f"{stage.mirror.host}/docker.io"}) as podman:
-        stage.killed(lambda **how: podman.pull(NAME, **how))
-        assert podman.layers(NAME) == list(stage.image.diff_ids)
-    stage.nothing_came_twice_and_nothing_is_left()
+@pytest.mark.row("L10-killed-clients")
+def test_podman_killed_in_mid_pull_pulls_again_without_a_second_fetch(
+    deployment: SlowDeployment,
+) -> None:
+    with Podman({"docker.io": f"{deployment.mirror.host}/docker.io"}) as podman:
+        deployment.kill_and_pull_again(lambda **how: podman.pull(NAME, **how))
+        assert podman.layers(NAME) == list(deployment.image.diff_ids)
+    deployment.assert_one_fetch_and_nothing_left()
 
 
-@pytest.mark.row("L10")
-def test_skopeo(stage: Stage) -> None:
+@pytest.mark.row("L10-killed-clients")
+def test_skopeo_killed_in_mid_pull_pulls_again_without_a_second_fetch(
+    deployment: SlowDeployment,
+) -> None:
     held: list[dict[str, bytes]] = []
 
     def copy(**how: Any) -> None:
-        # a copy that is killed leaves no directory to look at
+        # a killed copy leaves no directory to compare
         held.append(skopeo.copy(NAME, **how))
 
-    with Skopeo({"docker.io": f"{stage.mirror.host}/docker.io"}) as skopeo:
-        stage.killed(copy)
-        assert held[-1] == stage.image.blobs()
-    stage.nothing_came_twice_and_nothing_is_left()
+    with Skopeo({"docker.io": f"{deployment.mirror.host}/docker.io"}) as skopeo:
+        deployment.kill_and_pull_again(copy)
+        assert held[-1] == deployment.image.contents()
+    deployment.assert_one_fetch_and_nothing_left()

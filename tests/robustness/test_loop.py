@@ -1,6 +1,6 @@
-"""Row R5: nothing keeps the event loop busy (``slow_callbacks.py``), whatever the work.
+"""Row R5: no callback blocks the event loop for more than 100 ms (``slow_callbacks.py``).
 
-The same is asked of every test of the suite by a fixture of ``conftest.py``.
+A fixture of ``conftest.py`` checks this in every other test, too.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from tests.slow_callbacks import Watch
 
 
 def spin(seconds: float) -> None:
-    """Use so much processor time."""
+    """Use this many seconds of processor time."""
     begun = time.thread_time()
     while time.thread_time() - begun < seconds:
         pass
 
 
-@pytest.mark.row("R5")
-async def test_a_callback_that_takes_long_is_found() -> None:
-    """The watch can fail; what waits, and what a test does itself, is not what it looks for."""
+@pytest.mark.row("R5-slow-callbacks")
+async def test_a_slow_callback_is_detected() -> None:
+    """Waiting, and the work of the test itself, are not reported."""
     watch = Watch(limit=0.02)
     loop = asyncio.get_running_loop()
     with watch.installed():
@@ -60,20 +60,22 @@ def descriptors(count: int, padding: int = 0) -> list[dict[str, object]]:
     ]
 
 
-def as_large_as_may_be(document: dict[str, object], name: str, padding: int = 0) -> bytes:
-    """With so many descriptors that it has just less than 4 MiB."""
+def largest_document(document: dict[str, object], name: str, padding: int = 0) -> bytes:
+    """Return a document with as many descriptors as fit below 4 MiB."""
     count = MANIFEST_LIMIT // len(json.dumps(descriptors(100_000, padding)[-1:])) - 10
     body = json.dumps({**document, name: descriptors(count, padding)}).encode()
     assert MANIFEST_LIMIT * 0.9 < len(body) < MANIFEST_LIMIT
     return body
 
 
-@pytest.mark.row("R5")
+@pytest.mark.row("R5-slow-callbacks")
 @pytest.mark.parametrize(
     "padding", [2000, pytest.param(0, marks=pytest.mark.long)], ids=["few", "many"]
 )
-async def test_manifests_as_large_as_may_be(tmp_path: Path, padding: int) -> None:
-    """Of 2,000 parts or of 20,000."""
+async def test_manifests_of_the_largest_size_do_not_block_the_loop(
+    tmp_path: Path, padding: int
+) -> None:
+    """With 2,000 parts or with 20,000."""
     index: dict[str, object] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
     manifest: dict[str, object] = {
         "schemaVersion": 2,
@@ -82,8 +84,8 @@ async def test_manifests_as_large_as_may_be(tmp_path: Path, padding: int) -> Non
     }
     async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
         for tag, media_type, body in (
-            ("image", OCI_MANIFEST, as_large_as_may_be(manifest, "layers", padding)),
-            ("index", OCI_INDEX, as_large_as_may_be(index, "manifests", padding)),
+            ("image", OCI_MANIFEST, largest_document(manifest, "layers", padding)),
+            ("index", OCI_INDEX, largest_document(index, "manifests", padding)),
         ):
             digest = fake.add_manifest(body, tag=tag, media_type=media_type)
             for reference in (tag, digest, tag):
@@ -92,9 +94,9 @@ async def test_manifests_as_large_as_may_be(tmp_path: Path, padding: int) -> Non
             await server.store.idle()
 
 
-@pytest.mark.row("R5")
-async def test_lists_as_long_as_may_be(tmp_path: Path) -> None:
-    """10,000 tags are a page; 100,000 referrers are more than one answer may hold."""
+@pytest.mark.row("R5-slow-callbacks")
+async def test_lists_of_the_largest_size_do_not_block_the_loop(tmp_path: Path) -> None:
+    """10,000 tags are one page. 100,000 referrers are more than one response may have."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(b"layer")
         for number in range(10_000):
@@ -103,7 +105,7 @@ async def test_lists_as_long_as_may_be(tmp_path: Path) -> None:
         assert len(json.loads(got)["tags"]) == 10_000
         index: dict[str, object] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
         url = f"{server.url}/v2/library/app/referrers"
-        most = fake.referring[str(digest)] = as_large_as_may_be(index, "manifests")
+        most = fake.referring[str(digest)] = largest_document(index, "manifests")
         for query in ("", "?artifactType=a/b"):
             status, _, got = await server.get(f"{url}/{digest}{query}")
             assert (status, query != "" or got == most) == (200, True)
@@ -114,8 +116,8 @@ async def test_lists_as_long_as_may_be(tmp_path: Path) -> None:
         assert (await server.get(f"{url}/{other}"))[0] == 502
 
 
-@pytest.mark.row("R5")
-async def test_a_start_with_many_contents_and_an_eviction_of_most(tmp_path: Path) -> None:
+@pytest.mark.row("R5-slow-callbacks")
+async def test_start_and_eviction_with_many_contents_do_not_block_the_loop(tmp_path: Path) -> None:
     held = fill(Layout(tmp_path), 5_000)
     size = sum(size for _, size in held)
     storage = Storage(max_size=size, high_water=0.99, low_water=0.1)

@@ -1,4 +1,4 @@
-"""Rows HU1 to HU4 and HU8: an upstream that wants to be sent elsewhere, or a secret."""
+"""Rows HU1 to HU4, HU8: an upstream that sends us to other hosts, or wants our credentials."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, check_url, is_private
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.robustness.kit import Outside
+from tests.robustness.kit import NetworkLog
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 from tests.unit.upstream.kit import rotating_helper
@@ -60,18 +60,18 @@ REALMS = [
 ]
 
 
-@pytest.mark.row("HU1")
+@pytest.mark.row("HU1-token-realms")
 @pytest.mark.parametrize("realm", REALMS)
-def test_realms_that_get_no_connection(realm: str) -> None:
+def test_untrusted_realms_are_refused(realm: str) -> None:
     verdict = check_url(realm, Purpose.REALM, HUB.endpoint, HUB)
     if realm == "https://auth.docker.io:8443/token":
-        # The host is trusted by name, on whatever port it has a certificate for.
+        # The host is trusted by its name, on every port for which it has a certificate.
         assert isinstance(verdict, Allowed)
     else:
         assert isinstance(verdict, Refused), verdict
 
 
-@pytest.mark.row("HU1")
+@pytest.mark.row("HU1-token-realms")
 @pytest.mark.parametrize(
     ("endpoint", "realm"),
     [
@@ -81,12 +81,12 @@ def test_realms_that_get_no_connection(realm: str) -> None:
         ("http://127.0.0.1:5000", "/token"),
     ],
 )
-def test_realms_that_work(endpoint: str, realm: str) -> None:
+def test_trusted_realms_are_accepted(endpoint: str, realm: str) -> None:
     policy = Policy(URL(endpoint), ("auth.docker.io",))
     assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize(
     ("target", "allowed"),
     [
@@ -102,14 +102,16 @@ def test_realms_that_work(endpoint: str, realm: str) -> None:
         ("ftp://cdn.example/blob", False),
     ],
 )
-def test_redirect_targets(target: str, allowed: bool) -> None:
+def test_redirect_targets_are_accepted_or_refused_by_origin_and_address(
+    target: str, allowed: bool
+) -> None:
     verdict = check_url(target, Purpose.REDIRECT, URL("https://registry-1.docker.io/v2/x"), HUB)
     assert isinstance(verdict, Allowed) is allowed
     if isinstance(verdict, Allowed) and "Signature" in target:
-        assert str(verdict.url).endswith("a%2Fb"), "what is signed stays as it was written"
+        assert str(verdict.url).endswith("a%2Fb"), "a signed URL stays unchanged"
 
 
-def test_private_addresses_in_every_notation() -> None:
+def test_private_addresses_are_refused_in_every_notation() -> None:
     for host in (
         "127.0.0.1",
         "10.0.0.1",
@@ -126,7 +128,7 @@ def test_private_addresses_in_every_notation() -> None:
 
 @contextmanager
 def listening() -> Iterator[tuple[int, list[object]]]:
-    """A port on which nobody must call."""
+    """Listen on a port that must get no connection. Yields the port and the calls."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         calls: list[object] = []
@@ -138,33 +140,33 @@ def listening() -> Iterator[tuple[int, list[object]]]:
                 break
 
 
-@pytest.mark.row("HU1")
-async def test_a_foreign_realm_is_never_called(
+@pytest.mark.row("HU1-token-realms")
+async def test_an_untrusted_realm_gets_no_lookup_and_no_connection(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
-    """No name is looked up, and no port called but that of the registry itself."""
+    """No other name is looked up, and no port is connected to but that of the registry."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
-        with listening() as (port, calls), Outside().watched() as outside:
+        with listening() as (port, calls), NetworkLog().watched() as network:
             fake.token = "t"
             realms = [*REALMS, f"http://127.0.0.1:{port}/token", f"http://localhost:{fake.port}/t"]
             for number, realm in enumerate(realms):
-                # a header cannot hold a line break; that realm is judged above
+                # A header cannot have a line break. The test above checks that realm.
                 fake.challenge = f'Bearer realm="{realm.splitlines()[0]}",service="x"'
                 digest = fake.add_blob(b"%d" % number)
                 status, _, _ = await server.get(server.blob(digest, query="?ns=other.io"))
                 assert status == 502, realm
             fake.challenge = ""
-            # the first one ends what was remembered, the second hears the new challenge
+            # The first request ends the cached challenge, the second one gets the new challenge.
             await server.get(server.blob(digest, query="?ns=other.io"))
             assert (await server.get(server.blob(digest, query="?ns=other.io")))[0] == 200
         assert not calls
-        assert outside.hosts <= {"127.0.0.1"}
-        assert outside.ports == {fake.port, int(server.url.rpartition(":")[2])}
+        assert network.hosts <= {"127.0.0.1"}
+        assert network.ports == {fake.port, int(server.url.rpartition(":")[2])}
         tried(len(realms))
 
 
-@pytest.mark.row("HU2")
-async def test_a_token_service_that_redirects(tmp_path: Path) -> None:
+@pytest.mark.row("HU2-redirecting-token-service")
+async def test_redirects_of_a_token_service_are_not_followed(tmp_path: Path) -> None:
     with listening() as (port, calls):
         async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
             fake.token = "t"
@@ -176,7 +178,7 @@ async def test_a_token_service_that_redirects(tmp_path: Path) -> None:
     assert not calls
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_a_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) -> None:
     credentials = Credentials(username="user", password=CANARY)
     async with (
@@ -197,9 +199,11 @@ async def test_a_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) 
         assert all("authorization" not in seen.headers for seen in cdn.requests)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize("target", ["self", "loop", "ftp://127.0.0.1/x"])
-async def test_redirects_that_lead_nowhere(tmp_path: Path, target: str) -> None:
+async def test_redirects_in_circles_or_to_the_mirror_are_refused(
+    tmp_path: Path, target: str
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         location = {"self": f"{server.url}/v2/", "loop": f"/v2/library/app/blobs/{digest}"}
@@ -210,9 +214,9 @@ async def test_redirects_that_lead_nowhere(tmp_path: Path, target: str) -> None:
         assert len(fake.requests) <= 24
 
 
-@pytest.mark.row("HU4")
-@pytest.mark.row("HC14")
-async def test_one_credential_never_mints_for_another_and_no_secret_leaks(
+@pytest.mark.row("HU4-credentials-of-another")
+@pytest.mark.row("HC14-secrets-in-output")
+async def test_one_credential_never_gets_tokens_for_another_and_no_secret_leaks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secret = tmp_path / "secret"
@@ -245,8 +249,8 @@ async def test_one_credential_never_mints_for_another_and_no_secret_leaks(
     assert not [path for path in found if CANARY.encode() in path.read_bytes()]
 
 
-@pytest.mark.row("HU4")
-async def test_two_credentials_at_one_token_service_have_tokens_of_their_own(
+@pytest.mark.row("HU4-credentials-of-another")
+async def test_two_credentials_at_one_token_service_have_separate_tokens(
     tmp_path: Path,
 ) -> None:
     async with FakeRegistry() as fake:
@@ -262,8 +266,8 @@ async def test_two_credentials_at_one_token_service_have_tokens_of_their_own(
             assert asked == [f"Basic {b64encode(pair).decode()}" for pair in (b"ann:x", b"joe:y")]
 
 
-@pytest.mark.row("HU4")
-async def test_a_helper_is_run_once_for_many_and_a_rotated_secret_is_taken_at_once(
+@pytest.mark.row("HU4-credentials-of-another")
+async def test_a_helper_runs_once_for_many_requests_and_a_rotated_secret_is_used_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = rotating_helper(tmp_path)
@@ -282,7 +286,7 @@ async def test_a_helper_is_run_once_for_many_and_a_rotated_secret_is_taken_at_on
                 assert log.read_text().count("get") == runs
 
 
-@pytest.mark.row("HU8")
+@pytest.mark.row("HU8-descriptor-urls")
 async def test_urls_of_descriptors_are_never_fetched(tmp_path: Path) -> None:
     with listening() as (port, calls):
         async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

@@ -1,4 +1,4 @@
-"""Rows C7, C10, M, R1, R9: processes that are killed, stopped, many, or short of everything."""
+"""Rows C7, C10, M, R1, R9: killed or stopped processes, many workers, few descriptors."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
-from tests.robustness.kit import at_once, attempt, every_file_hashes_to_its_name, right
+from tests.robustness.kit import every_file_hashes_to_its_name, is_served, run_in_threads, try_pull
 from tests.unit.store.kit import random_bytes
 
 SIZE = 3_000_000
@@ -28,7 +29,7 @@ DATA = random_bytes(8_000_000, 81)
 
 
 def leader(mirror: Mirror, digest: Digest) -> int:
-    """The process that holds the lock on growing content."""
+    """Return the pid of the process that holds the lock of an ingest."""
     ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
     inode = f":{ingest.stat().st_ino} "
     (pid,) = (int(line.split()[4]) for line in _locks() if inode in line and "WRITE" in line)
@@ -39,8 +40,8 @@ def _locks() -> list[str]:
     return Path("/proc/locks").read_text().splitlines()
 
 
-class SharedTask:
-    """Clients in threads, all of whom wait for a blob whose upstream has fallen silent."""
+class StalledFetch:
+    """Clients in threads that wait for a blob whose upstream has stopped sending."""
 
     def __init__(self, fake: FakeRegistry, mirror: Mirror, digest: Digest) -> None:
         self.fake, self.mirror, self.digest = fake, mirror, digest
@@ -48,131 +49,141 @@ class SharedTask:
         self._clients = [self._attempt() for _ in range(CLIENTS)]
 
     def _attempt(self) -> asyncio.Future[bool]:
-        return self.beside(attempt, self.mirror, str(self.digest))
+        return self.beside(try_pull, self.mirror, str(self.digest))
 
     def beside(self, work: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-        """Do something that blocks, in a thread."""
+        """Run a blocking function in a thread."""
         return asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for what only looking shows."""
-        await self.beside(wait_until, condition, "it did not come to that", 20)
+        """Wait until a condition holds, which is polled."""
+        await self.beside(wait_until, condition, "the condition did not become true", 20)
 
     async def results(self) -> list[bool]:
-        """Whether each client was served, once all have ended."""
+        """Return whether each client was served, after all have ended."""
         return await asyncio.gather(*self._clients)
 
     async def again(self) -> bool:
-        """Whether one that comes now is served."""
+        """Return whether a new client is served."""
         return await self._attempt()
 
 
 @asynccontextmanager
-async def shared_task(
+async def stalled_fetch(
     stall_at: int, gate: asyncio.Event | None = None, **settings: Any
-) -> AsyncIterator[SharedTask]:
-    """Until ``gate`` is set the upstream is silent after so many bytes, which have all arrived."""
+) -> AsyncIterator[StalledFetch]:
+    """Build a fetch whose upstream is silent after ``stall_at`` bytes, until ``gate`` is set.
+
+    All clients are connected, and these bytes have arrived.
+    """
     async with FakeRegistry() as fake:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=stall_at, gate=gate))
         mirror = Mirror({"docker.io": fake.url}, **settings)
         try:
             await asyncio.to_thread(mirror.start)
-            made = SharedTask(fake, mirror, digest)
+            made = StalledFetch(fake, mirror, digest)
             await fake.stalled.wait()
             ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
             await made.until(lambda: ingest.stat().st_size == stall_at)
-            # the question itself is one more
+            # the request for the metrics is one more
             await made.until(lambda: mirror.metric("oci_mirror_requests_in_flight") > CLIENTS)
             yield made
         finally:
             await asyncio.to_thread(mirror.close)
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
-async def test_the_fetching_worker_is_killed(part: float) -> None:
-    """Followers in the other process go on, and the upstream sends hardly a byte twice."""
-    async with shared_task(int(len(DATA) * part), workers=2) as stage:
-        stage.mirror.kill_worker(leader(stage.mirror, stage.digest))
+async def test_followers_go_on_when_the_fetching_worker_is_killed(part: float) -> None:
+    """Followers in the other process are served, and the upstream sends at most 1 % again."""
+    async with stalled_fetch(int(len(DATA) * part), workers=2) as fetch:
+        fetch.mirror.kill_worker(leader(fetch.mirror, fetch.digest))
         killed = time.monotonic()
-        results = await stage.results()
-        assert set(results) == {True, False}, "those of the other worker went on"
-        # at once, that is; what it must not wait for is the ten seconds of a holder that is silent
-        assert stage.fake.requests[-1].at - killed < 3
-        assert await stage.again()
-        assert stage.fake.count("GET") == 2
-        assert stage.fake.bytes_sent <= len(DATA) * 1.01
+        results = await fetch.results()
+        assert set(results) == {True, False}, "the clients of the other worker are served"
+        # At once, and not after the ten seconds that a follower waits for a silent lock holder.
+        assert fetch.fake.requests[-1].at - killed < 3
+        assert await fetch.again()
+        assert fetch.fake.count("GET") == 2
+        assert fetch.fake.bytes_sent <= len(DATA) * 1.01
 
 
-@pytest.mark.row("C10")
-async def test_a_term_lets_pulls_end() -> None:
+@pytest.mark.row("C10-stop-among-pulls")
+async def test_sigterm_lets_pulls_end() -> None:
     gate = asyncio.Event()
-    async with shared_task(2_000_000, gate, drain_timeout="30s") as stage:
-        stopped = stage.beside(stage.mirror.stop, 40)
-        await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
+    async with stalled_fetch(2_000_000, gate, drain_timeout="30s") as fetch:
+        stopped = fetch.beside(fetch.mirror.stop, 40)
+        await fetch.until(lambda: fetch.mirror.ask("/readyz").status == 503)
         gate.set()
-        assert await stage.results() == [True] * CLIENTS
+        assert await fetch.results() == [True] * CLIENTS
         assert await stopped == 0
-        assert stage.mirror.content(str(stage.digest)).exists()
+        assert fetch.mirror.content(str(fetch.digest)).exists()
 
 
-@pytest.mark.row("C10")
-async def test_a_limit_ends_the_pulls() -> None:
-    async with shared_task(2_000_000, drain_timeout="200ms") as stage:
-        assert await stage.beside(stage.mirror.stop, 20) == 0
-        assert await stage.results() == [False] * CLIENTS
+@pytest.mark.row("C10-stop-among-pulls")
+async def test_pulls_are_cut_at_the_drain_timeout() -> None:
+    async with stalled_fetch(2_000_000, drain_timeout="200ms") as fetch:
+        assert await fetch.beside(fetch.mirror.stop, 20) == 0
+        assert await fetch.results() == [False] * CLIENTS
 
 
-@pytest.mark.row("C10")
-async def test_a_kill_while_pulls_may_end() -> None:
-    """As Kubernetes does at its own limit: the next start serves all the same."""
-    async with shared_task(2_000_000, drain_timeout="30s") as stage:
-        os.kill(stage.mirror.pid, signal.SIGTERM)
-        await stage.until(lambda: stage.mirror.ask("/readyz").status == 503)
-        await stage.beside(stage.mirror.kill)
-        assert await stage.results() == [False] * CLIENTS
-        every_file_hashes_to_its_name(stage.mirror.data_dir)
-        await asyncio.to_thread(stage.mirror.start)
-        assert await stage.again()
+@pytest.mark.row("C10-stop-among-pulls")
+async def test_sigkill_while_draining_loses_nothing() -> None:
+    """Kubernetes does this at its own time limit. The next start serves the blob."""
+    async with stalled_fetch(2_000_000, drain_timeout="30s") as fetch:
+        os.kill(fetch.mirror.pid, signal.SIGTERM)
+        await fetch.until(lambda: fetch.mirror.ask("/readyz").status == 503)
+        await fetch.beside(fetch.mirror.kill)
+        assert await fetch.results() == [False] * CLIENTS
+        every_file_hashes_to_its_name(fetch.mirror.data_dir)
+        await asyncio.to_thread(fetch.mirror.start)
+        assert await fetch.again()
 
 
-@pytest.mark.row("M2")
+@pytest.mark.row("M2-stopped-leader")
 @pytest.mark.long
 @pytest.mark.timeout(200)
-async def test_a_leader_that_is_stopped_for_a_minute() -> None:
+async def test_a_leader_stopped_for_a_minute_delays_only_its_own_clients() -> None:
     gate = asyncio.Event()
-    async with shared_task(2_000_000, gate, workers=2) as stage:
-        stopped = leader(stage.mirror, stage.digest)
+    async with stalled_fetch(2_000_000, gate, workers=2) as fetch:
+        stopped = leader(fetch.mirror, fetch.digest)
         os.kill(stopped, signal.SIGSTOP)
         try:
-            # the followers of the other process fetch by themselves, those of this one wait
+            # The followers of the other process fetch by themselves. Those of this process wait.
             await asyncio.sleep(60)
-            assert stage.fake.count("GET") == 2
+            assert fetch.fake.count("GET") == 2
         finally:
             os.kill(stopped, signal.SIGCONT)
         gate.set()
-        assert await stage.results() == [True] * CLIENTS
-        assert await stage.again()
-        every_file_hashes_to_its_name(stage.mirror.data_dir)
+        assert await fetch.results() == [True] * CLIENTS
+        assert await fetch.again()
+        every_file_hashes_to_its_name(fetch.mirror.data_dir)
 
 
-@pytest.mark.row("M1")
-def test_four_workers_a_hundred_clients_one_fetch(tried: Callable[[int], None]) -> None:
+@pytest.mark.row("M1-many-workers")
+def test_100_clients_of_4_workers_cost_one_fetch(tried: Callable[[int], None]) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", 10_000_000)
         with (
             NginxFront(registry.url, limit_rate=6_000_000) as front,
             Mirror({"docker.io": front.url}, workers=4) as mirror,
         ):
-            assert at_once(100, lambda _: right(mirror, digest)) == [True] * 100
+            assert run_in_threads(100, lambda _: is_served(mirror, digest)) == [True] * 100
             assert len(front.blob_gets(digest)) == 1
             tried(100)
 
 
-@pytest.mark.row("M6")
-@pytest.mark.row("M7")
-def test_two_servers_share_a_directory(tmp_path: Path, tried: Callable[[int], None]) -> None:
+def is_served_by(mirrors: Sequence[Mirror], digest: str, number: int) -> bool:
+    """Return whether one of ``mirrors``, in turn by ``number``, serves a blob."""
+    return is_served(mirrors[number % len(mirrors)], digest)
+
+
+@pytest.mark.row("M6-publish-twice")
+@pytest.mark.row("M7-shared-directory")
+def test_two_servers_in_one_directory_share_fetches(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     with DockerRegistry() as registry:
         digests = [registry.push_large("library/app", SIZE, seed=n) for n in range(8)]
         with (
@@ -181,31 +192,32 @@ def test_two_servers_share_a_directory(tmp_path: Path, tried: Callable[[int], No
             Mirror({"docker.io": front.url}, data_dir=tmp_path) as two,
         ):
             for digest in digests:
-                assert at_once(8, lambda n: right((one, two)[n % 2], digest)) == [True] * 8  # noqa: B023 - it is over before the next
+                served = run_in_threads(8, partial(is_served_by, (one, two), digest))
+                assert served == [True] * 8
                 assert len(front.blob_gets(digest)) == 1
                 tried(1)
             every_file_hashes_to_its_name(one.data_dir)
 
 
-@pytest.mark.row("R1")
-def test_few_descriptors() -> None:
-    """One client is served as ever, and more than there are descriptors for do no harm."""
+@pytest.mark.row("R1-few-descriptors")
+def test_64_descriptors_serve_one_client_and_overload_does_no_harm() -> None:
+    """One client is served as usual. More clients than descriptors do no harm."""
     with DockerRegistry() as registry:
         digest, other = (registry.push_large("library/app", SIZE, seed=n) for n in (1, 2))
         prefix = [need("prlimit"), "--nofile=64"]
         with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
-            assert right(mirror, digest)
-            assert any(at_once(60, lambda _: attempt(mirror, other)))
-            assert right(mirror, digest)
-            assert right(mirror, other)
+            assert is_served(mirror, digest)
+            assert any(run_in_threads(60, lambda _: try_pull(mirror, other)))
+            assert is_served(mirror, digest)
+            assert is_served(mirror, other)
             assert mirror.metric("oci_mirror_digest_mismatches_total") == 0
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
-@pytest.mark.row("R9")
-def test_stdout_that_takes_nothing() -> None:
+@pytest.mark.row("R9-blocked-stdout")
+def test_a_full_stdout_stops_no_pull() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         prefix = ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"]
         with Mirror({"docker.io": registry.url}, prefix=prefix) as mirror:
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)

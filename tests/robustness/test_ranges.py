@@ -1,4 +1,4 @@
-"""Rows L4, L5, L6: parts of content, whole or growing, and the conditions of a request."""
+"""Rows L4, L5, L6: ranges of complete and of growing content, and conditional requests."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ FORMS = [
 ]
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
-async def test_every_form_of_range(
+async def test_each_form_of_range_gets_its_part(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -68,16 +68,16 @@ async def test_every_form_of_range(
 
 
 def parts_of(content_type: str, body: bytes) -> list[bytes]:
-    """The bodies of a ``multipart/byteranges``."""
+    """Return the bodies of a ``multipart/byteranges`` response."""
     boundary = content_type.partition("boundary=")[2].encode()
     first, *parts, last = body.split(b"--" + boundary)
     assert (first, last) == (b"", b"--\r\n")
     return [part.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n") for part in parts]
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
-async def test_several_ranges_as_partial_pulls_send_them(
+async def test_several_ranges_are_one_multipart_response(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -97,12 +97,12 @@ async def test_several_ranges_as_partial_pulls_send_them(
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @STATES
-async def test_a_thousand_overlapping_ranges_are_the_whole(
+async def test_1000_overlapping_ranges_are_answered_with_the_whole(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
 ) -> None:
-    """The spans become one, and one part is no answer to a thousand."""
+    """The ranges merge into one. A response with a single part would not match the request."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         if not growing:
@@ -115,14 +115,14 @@ async def test_a_thousand_overlapping_ranges_are_the_whole(
         tried(1000)
 
 
-@pytest.mark.row("L5")
-async def test_a_range_ahead_is_served_when_its_bytes_come_and_waits_for_nothing_else(
+@pytest.mark.row("L5-range-far-ahead")
+async def test_a_range_ahead_waits_without_polling_and_is_served_when_its_bytes_arrive(
     tmp_path: Path, watch: Watch
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         rest = asyncio.Event()
-        # silent at three quarters until the test says so, like a slow upstream
+        # Silent at three quarters, like a slow upstream, until the test goes on.
         fake.fault(f"blobs/{digest}", Fault(stall_at=1_500_000, gate=rest))
         url = server.blob(digest)
         _, _, body = await server.get(url, {"Range": "bytes=1400000-1400099"})
@@ -135,14 +135,14 @@ async def test_a_range_ahead_is_served_when_its_bytes_come_and_waits_for_nothing
         await asyncio.sleep(0.1)
         before = watch.count
         await asyncio.sleep(0.3)
-        assert watch.count - before < 50, "they wait, and are not woken"
+        assert watch.count - before < 50, "the clients wait without being woken"
         rest.set()
         assert [(await one)[2] for one in ahead] == [DATA[n:] for n in range(1_600_000, 1_600_010)]
         assert fake.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("L6")
-async def test_conditional_requests(tmp_path: Path) -> None:
+@pytest.mark.row("L6-conditional-requests")
+async def test_conditional_requests_are_answered_by_etag(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         manifest = fake.add_image(DATA)

@@ -1,4 +1,4 @@
-"""Rows I4, I7, R3 and R7: a quick start, nothing left over, pools that wait for nobody."""
+"""Rows I4, I7, R3, R7: a quick start, nothing left open, thread pools that do not deadlock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
-from tests.robustness.kit import at_once, descriptors, fill, open_sockets, path_of, right
+from tests.robustness.kit import (
+    blob_path,
+    descriptors,
+    fill,
+    is_served,
+    open_sockets,
+    run_in_threads,
+)
 from tests.server_kit import running
 from tests.unit.store.kit import random_bytes
 
@@ -35,7 +42,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def cpu(pid: int) -> float:
-    """Seconds of processor time that a process and the children it waited for used so far."""
+    """Return the seconds of processor time of a process and of its children that ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
@@ -44,7 +51,7 @@ def cpu(pid: int) -> float:
 
 
 async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) -> None:
-    """Index rows: every content is known in a repository, the first ones have tags."""
+    """Write index rows: every content has an access record, the first ones have tags."""
     events: list[Event] = []
     index = await Index.open(layout.index, events.append)
     kinds = ["manifest"] * tags + ["blob"] * (len(held) - tags)
@@ -68,10 +75,10 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     assert not events
 
 
-@pytest.mark.row("I4")
-@pytest.mark.row("R7")
+@pytest.mark.row("I4-start-time")
+@pytest.mark.row("R7-many-contents")
 @pytest.mark.parametrize("count", [10_000, pytest.param(50_000, marks=pytest.mark.long)])
-def test_a_start_with_many_contents(count: int) -> None:
+def test_start_with_many_contents_is_quick(count: int) -> None:
     mirror = Mirror({"docker.io": NOWHERE})
     with closing(mirror):
         layout = Layout(mirror.data_dir)
@@ -85,11 +92,11 @@ def test_a_start_with_many_contents(count: int) -> None:
                 got = mirror.download(f"/v2/library/app/blobs/{digest}")
                 assert (got.status, got.size, f"sha256:{got.sha256}") == (200, size, str(digest))
             served = time.monotonic() - begun
-            # the processor's time is what a busy machine does not stretch
+            # A busy machine does not change the processor time.
             assert used <= 2
             assert served <= 6
             assert mirror.metric_reaches(count, "oci_mirror_contents")
-            # as a power cut would: the next start has nothing that this one left in order
+            # Like a power cut: this start leaves nothing in order for the next one.
             mirror.kill()
 
 
@@ -100,20 +107,20 @@ POOLS = 8 + 8 + 4 + 2 + 1 + min(32, (os.cpu_count() or 1) + 4)
 
 
 def temporary(data: Path) -> list[Path]:
-    """Files of fetches and drafts."""
+    """Return the files of ingests and the temporary files."""
     kept = [path for path in (data / "ingest").rglob("*") if path.is_file()]
     return kept + list(data.rglob("*.tmp"))
 
 
 def hang_up(mirror: Mirror, path: str) -> None:
-    """Ask, read a little of the body, and be gone."""
+    """Request a body, read a part of it, and close the connection."""
     with socket.create_connection(("127.0.0.1", mirror.port), 20) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: m\r\n\r\n".encode())
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
         connection.recv(10_000)
 
 
-@pytest.mark.row("I7")
+@pytest.mark.row("I7-left-open")
 def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
     with DockerRegistry() as registry:
         cold = [registry.push_large("library/app", 100_000, seed=n) for n in range(50)]
@@ -121,25 +128,25 @@ def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
         first = registry.push_large("library/app", 100_000, seed=200)
         front = NginxFront(registry.url, limit_rate=4_000_000)
         with closing(front), Mirror({"docker.io": front.start().url}) as mirror:
-            assert right(mirror, first)
+            assert is_served(mirror, first)
             front.stop()
-            assert mirror.ask(path_of(cold[0])).status == 502
+            assert mirror.ask(blob_path(cold[0])).status == 502
             wait_until(lambda: not temporary(mirror.data_dir), "the first pull is over", 10)
             wait_until(lambda: open_sockets(mirror.pid) == 3, "no connection is open", 10)
             before = descriptors(mirror.pid)
 
             front.start()
-            wait_until(lambda: right(mirror, cold[0]), "its circuit is closed again", 20)
-            assert at_once(50, lambda n: right(mirror, cold[n])) == [True] * 50
-            at_once(50, lambda n: hang_up(mirror, path_of(left[n % 10])))
+            wait_until(lambda: is_served(mirror, cold[0]), "its circuit is closed again", 20)
+            assert run_in_threads(50, lambda n: is_served(mirror, cold[n])) == [True] * 50
+            run_in_threads(50, lambda n: hang_up(mirror, blob_path(left[n % 10])))
             ranges = {"Range": "bytes=90000-"}
-            asked = at_once(50, lambda n: mirror.ask(path_of(cold[n]), headers=ranges))
+            asked = run_in_threads(50, lambda n: mirror.ask(blob_path(cold[n]), headers=ranges))
             assert {(got.status, len(got.body)) for got in asked} == {(206, 10_000)}
-            # nobody reads them any more, and they end all the same
+            # No client reads these fetches any more. They end nevertheless.
             wait_until(lambda: all(map(Path.exists, map(mirror.content, left))), "published", 20)
             front.stop()
             unknown = [f"sha256:{n:064x}" for n in range(20)]
-            failed = at_once(20, lambda n: mirror.ask(path_of(unknown[n])).status)
+            failed = run_in_threads(20, lambda n: mirror.ask(blob_path(unknown[n])).status)
             assert set(failed) <= {502, 503, 504}
 
             with suppress(TimeoutError):
@@ -150,7 +157,7 @@ def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
             assert len(os.listdir(f"/proc/{mirror.pid}/task")) <= 1 + POOLS
 
 
-@pytest.mark.row("I7")
+@pytest.mark.row("I7-left-open")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
 async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) -> None:
     alone = {"Connection": "close"}
@@ -177,7 +184,7 @@ async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) ->
         for digest in bad[:5]:
             fake.fault(f"blobs/{digest}", Fault(reset_at=20_000))
         await asyncio.gather(*(server.get(server.blob(d), alone) for d in bad[:5]))
-        # last, since they open the circuit, and a body that broke is resumed through it
+        # Last: they open the circuit breaker, and a broken body is resumed through it.
         for digest in bad[5:]:
             fake.fault(f"blobs/{digest}", Fault(status=500, times=None))
         await asyncio.gather(*(server.get(server.blob(d), alone) for d in bad[5:]))
@@ -186,7 +193,7 @@ async def test_tasks_are_back_at_the_baseline(tmp_path: Path, abandoned: str) ->
         assert ours() - before == set()
         assert not server.store.active_ingests
         files = temporary(tmp_path)
-        # a fetch that was given up leaves what a later one resumes, and nothing else
+        # A cancelled fetch leaves the bytes that a later one resumes, and nothing else.
         assert not files if abandoned == "finish" else len(files) <= 2 * len(slow)
 
 
@@ -207,7 +214,9 @@ class SlowPool(ThreadPoolExecutor):
         self.made.append(self)
 
     def submit(self, work: Callable[..., T], /, *arguments: Any, **named: Any) -> Future[T]:
-        assert threading.current_thread() not in self._threads, "a job of its own pool asks"
+        assert threading.current_thread() not in self._threads, (
+            "a job submits a job to its own pool"
+        )
         self.jobs += 1
         return super().submit(self._after_a_while, work, *arguments, **named)
 
@@ -217,11 +226,11 @@ class SlowPool(ThreadPoolExecutor):
         return work(*arguments, **named)
 
 
-@pytest.mark.row("R3")
-async def test_pools_of_one_slow_thread_never_wait_for_themselves(
+@pytest.mark.row("R3-slow-pools")
+async def test_pools_of_one_slow_thread_never_deadlock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:
-    """Cold, warm, ageing, evicting, uncached, of several parts: all at once, and all of it ends."""
+    """Cold, warm, aged, evicted, uncached and multipart pulls together: all of them end."""
     monkeypatch.setattr("mirror.store.store.ThreadPoolExecutor", SlowPool)
     monkeypatch.setattr("mirror.store.rows.ThreadPoolExecutor", SlowPool)
     monkeypatch.setattr(SlowPool, "made", pools := [])
@@ -238,7 +247,7 @@ async def test_pools_of_one_slow_thread_never_wait_for_themselves(
             tried(1)
 
         several = {"Range": "bytes=0-9,100-199"}
-        # the second time half of them are here, and have to be hashed again or to go
+        # In the second round half of the content is cached, and is verified again or evicted.
         for first, last in ((0, 20), (0, 41)):
             async with asyncio.timeout(60), asyncio.TaskGroup() as group:
                 for tag, blob in zip(tags[first:last], blobs[first:last], strict=True):

@@ -1,4 +1,4 @@
-"""Rows L3 and HC7: clients that are slow, with what they ask and with what they read."""
+"""Rows L3, HC7: clients that send their requests slowly, or read their responses slowly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
-from tests.robustness.kit import open_sockets, path_of, right
+from tests.robustness.kit import blob_path, is_served, open_sockets
 from tests.server_kit import running
 
 MIB = 1 << 20
@@ -64,24 +64,26 @@ class SlowClients:
 
 
 def most_memory(pid: int) -> int:
-    """The most bytes of memory that a process ever had."""
+    """Return the peak memory of a process, in bytes."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
 
 
-@pytest.mark.row("L3")
+@pytest.mark.row("L3-slow-clients")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "size", [96 * MIB, pytest.param(1024 * MIB, marks=pytest.mark.long)], ids=["96MiB", "1GiB"]
 )
-def test_slow_clients_hold_no_memory_and_nobody_up(size: int, tried: Callable[[int], None]) -> None:
-    """The speed of the fast one beside them is measured by the benchmarks."""
+def test_200_slow_clients_use_bounded_memory_and_delay_no_fast_client(
+    size: int, tried: Callable[[int], None]
+) -> None:
+    """The benchmarks measure the speed of the fast client."""
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", size)
         with Mirror({"docker.io": registry.url}) as mirror:
-            slow = SlowClients(mirror, path_of(digest), 200)
+            slow = SlowClients(mirror, blob_path(digest), 200)
             with slow.reading():
-                assert right(mirror, digest)
+                assert is_served(mirror, digest)
                 wait_until(lambda: min(slow.received) > 100_000, "all of them are served", 30)
                 assert max(slow.received) < size / 8, "they are slow"
                 assert most_memory(mirror.pid) < 150e6
@@ -89,8 +91,8 @@ def test_slow_clients_hold_no_memory_and_nobody_up(size: int, tried: Callable[[i
             tried(200)
 
 
-@pytest.mark.row("HC7")
-async def test_slow_headers_do_not_hold_a_connection_for_ever(
+@pytest.mark.row("HC7-slow-attacks")
+async def test_connections_with_slow_headers_are_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[[int], None]
 ) -> None:
     monkeypatch.setattr("mirror.server.KEEPALIVE_TIMEOUT_S", 0.5)
@@ -110,7 +112,7 @@ async def test_slow_headers_do_not_hold_a_connection_for_ever(
 
 
 def attack(mirror: Mirror, mode: str, path: str, seconds: int) -> subprocess.Popen[bytes]:
-    """slowhttptest with 200 connections."""
+    """Start slowhttptest with 200 connections."""
     command = [
         *(need("slowhttptest"), mode, "-u", f"{mirror.url}{path}", "-l", str(seconds)),
         *("-c", "200", "-r", "200", "-i", "2", "-p", "5"),
@@ -118,29 +120,31 @@ def attack(mirror: Mirror, mode: str, path: str, seconds: int) -> subprocess.Pop
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.row("HC7")
+@pytest.mark.row("HC7-slow-attacks")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "cut", [False, pytest.param(True, marks=pytest.mark.long)], ids=["beside", "until-cut"]
 )
-def test_slow_clients_by_the_hundred(cut: bool, tried: Callable[[int], None]) -> None:
-    """Others are served beside them, and in the end each of the slow ones is cut off."""
+def test_600_slow_attackers_do_not_stop_service_and_are_cut_off(
+    cut: bool, tried: Callable[[int], None]
+) -> None:
+    """Other clients are served meanwhile. In the end all slow connections are closed."""
     with DockerRegistry() as registry, ExitStack() as stack:
         digest = registry.push_large("library/app", 50_000_000)
         other = registry.push_large("library/app", 1_000_000, seed=8)
         with Mirror({"docker.io": registry.url}) as mirror:
-            assert right(mirror, digest)
+            assert is_served(mirror, digest)
             attacks = [
                 stack.enter_context(
-                    attack(mirror, mode, path or path_of(digest), 240 if cut else 3)
+                    attack(mirror, mode, path or blob_path(digest), 240 if cut else 3)
                 )
                 for mode, path in ATTACKS.items()
             ]
             wait_until(lambda: len(connected(mirror.port)) >= 600, "all are connected", 30)
-            assert right(mirror, other)
-            assert right(mirror, digest)
+            assert is_served(mirror, other)
+            assert is_served(mirror, digest)
             if cut:
-                # its own three, and what it keeps to the registry; the rest is gone
+                # Three sockets of its own, and kept connections to the registry.
                 wait_until(lambda: open_sockets(mirror.pid) < 10, "all are cut off", 200)
                 for one in attacks:
                     one.terminate()
@@ -151,6 +155,6 @@ def test_slow_clients_by_the_hundred(cut: bool, tried: Callable[[int], None]) ->
 
 
 def connected(port: int) -> list[str]:
-    """Connections of clients to a loopback port."""
+    """Return the connections of clients to a loopback port."""
     lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return [line for line in lines if line.split()[2].endswith(f":{port:04X}")]

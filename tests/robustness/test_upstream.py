@@ -1,4 +1,4 @@
-"""Rows U1 to U6 and U16: what an upstream does wrong with a body, seen by clients of the server."""
+"""Rows U1 to U6, U16: faults of an upstream in the body, seen by clients of the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def fetch(server: Server, digest: Digest) -> bytes:
 
 
 async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
-    """Bodies that a client would take for whole."""
+    """Return the bodies that a client takes for complete."""
     bodies = []
     for _ in range(tries):
         try:
@@ -41,9 +41,9 @@ async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
     return bodies
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 @pytest.mark.parametrize("at", [0, 1, 65_535, 65_536, 65_537, len(DATA) // 2, len(DATA) - 1])
-async def test_a_reset_is_resumed_and_nobody_notices(tmp_path: Path, at: int) -> None:
+async def test_a_reset_is_resumed_without_an_error_at_the_client(tmp_path: Path, at: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(reset_at=at))
@@ -52,8 +52,8 @@ async def test_a_reset_is_resumed_and_nobody_notices(tmp_path: Path, at: int) ->
         assert [e for e in server.events if isinstance(e, Resumed)]
 
 
-@pytest.mark.row("U2")
-async def test_clean_ends_at_multiples_are_resumed_five_times(
+@pytest.mark.row("U2-clean-end-too-early")
+async def test_early_clean_ends_are_resumed_five_times(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     data = random_bytes(48 * MIB + 17, 22)
@@ -66,7 +66,7 @@ async def test_clean_ends_at_multiples_are_resumed_five_times(
         tried(5)
 
 
-@pytest.mark.row("U3")
+@pytest.mark.row("U3-silent-upstream")
 async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
@@ -74,8 +74,8 @@ async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U3")
-async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
+@pytest.mark.row("U3-silent-upstream")
+async def test_an_endless_trickle_of_bytes_is_given_up(tmp_path: Path) -> None:
     limits = Limits(connect=1.0, headers=1.0, idle=0.4)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         digest = fake.add_blob(DATA)
@@ -88,8 +88,8 @@ async def test_a_byte_now_and_then_for_ever_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1")),
-        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3")),
+        pytest.param(Fault(reset_at=1000), marks=pytest.mark.row("U1-reset-at-a-byte")),
+        pytest.param(Fault(stall_at=1000), marks=pytest.mark.row("U3-silent-upstream")),
     ],
     ids=["reset", "stall"],
 )
@@ -108,11 +108,11 @@ async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
         assert await fetch(server, digest) == DATA
         assert (bad.count("GET"), good.count("GET")) == (1, 1)
         assert bad.bytes_sent + good.bytes_sent <= len(DATA) * 1.01
-        assert "if-range" not in good.requests[0].headers, "it is the tag of another endpoint"
+        assert "if-range" not in good.requests[0].headers, "the ETag is of another endpoint"
 
 
-@pytest.mark.row("U1")
-async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_path: Path) -> None:
+@pytest.mark.row("U1-reset-at-a-byte")
+async def test_a_broken_body_is_resumed_at_its_endpoint_if_no_other_has_it(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as only,
         FakeRegistry() as other,
@@ -125,7 +125,7 @@ async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_pat
         assert (await server.get(server.blob(digest)))[0] == 200
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     "second",
     [
@@ -138,16 +138,14 @@ async def test_a_body_goes_on_where_it_broke_if_no_other_endpoint_has_it(tmp_pat
     ],
     ids=["ignored", "other-start", "other-total", "nonsense", "416", "etag"],
 )
-async def test_an_answer_to_another_question_is_never_spliced(
-    tmp_path: Path, second: Fault
-) -> None:
+async def test_a_response_for_another_range_is_never_spliced(tmp_path: Path, second: Fault) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(reset_at=500_000), second)
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U5")
+@pytest.mark.row("U5-odd-framing")
 @pytest.mark.parametrize(
     ("fault", "served"),
     [
@@ -161,7 +159,9 @@ async def test_an_answer_to_another_question_is_never_spliced(
     ],
     ids=["chunked", "no-length", "http10", "too-long", "gzip", "short-length", "negative"],
 )
-async def test_odd_framing(tmp_path: Path, fault: Fault, served: bool) -> None:
+async def test_odd_framing_is_served_or_refused_but_never_wrong(
+    tmp_path: Path, fault: Fault, served: bool
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", fault)
@@ -170,9 +170,9 @@ async def test_odd_framing(tmp_path: Path, fault: Fault, served: bool) -> None:
         assert bool(bodies) is served
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 @pytest.mark.parametrize("offset", [0, 500_000, len(DATA) - 1])
-async def test_a_wrong_bit_completes_for_nobody(
+async def test_a_body_with_a_wrong_bit_completes_for_no_client(
     tmp_path: Path, offset: int, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -187,7 +187,7 @@ async def test_a_wrong_bit_completes_for_nobody(
         tried(8)
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
@@ -201,8 +201,8 @@ async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> N
         assert good.count("GET", "blobs/") == 1
 
 
-@pytest.mark.row("U16")
-async def test_a_slow_client_does_not_slow_the_read_of_the_upstream(tmp_path: Path) -> None:
+@pytest.mark.row("U16-client-that-does-not-read")
+async def test_a_slow_client_does_not_slow_the_fetch(tmp_path: Path) -> None:
     data = random_bytes(24 * MIB, 24)
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(data)
@@ -212,11 +212,13 @@ async def test_a_slow_client_does_not_slow_the_read_of_the_upstream(tmp_path: Pa
                 if server.store.layout.blob(digest).exists():
                     break
                 await asyncio.sleep(0.02)
-            assert server.store.layout.blob(digest).exists(), "it arrived, though nobody read it"
+            assert server.store.layout.blob(digest).exists(), (
+                "the blob arrived although the client read nothing"
+            )
             assert await fetch(server, digest) == data
 
 
-async def test_the_limits_of_these_tests_are_not_those_of_the_product() -> None:
+async def test_time_limits_of_these_tests_are_shorter_than_the_defaults() -> None:
     defaults: Any = Limits()
     assert (defaults.connect, defaults.headers, defaults.idle) == (5.0, 15.0, 30.0)
     assert QUICK.idle < defaults.idle

@@ -1,4 +1,4 @@
-"""Rows U7 to U15: what an upstream answers wrong, or not at all, seen by clients of the server."""
+"""Rows U7 to U15: wrong or missing responses of an upstream, seen by clients of the server."""
 
 from __future__ import annotations
 
@@ -31,15 +31,17 @@ async def fetch(server: Server, digest: Digest) -> bytes:
     return body
 
 
-async def served_in_the_end(server: Server, url: str) -> None:
-    """A circuit that has opened tries again after two seconds."""
+async def wait_until_served(server: Server, url: str) -> None:
+    """Wait until a URL is served. An open circuit breaker lets a request through after 2 s."""
     async with asyncio.timeout(20):
-        while (await server.get(url))[0] != 200:  # noqa: ASYNC110 - asking is what it waits for
+        while (await server.get(url))[0] != 200:  # noqa: ASYNC110 - the request waits
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.row("U7")
-async def test_everybody_gets_the_failure(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("U7-waiters-of-a-failing-fetch")
+async def test_a_failing_fetch_fails_all_its_clients_with_few_requests(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(status=500, delay=0.2, times=None))
@@ -56,8 +58,10 @@ async def test_everybody_gets_the_failure(tmp_path: Path, tried: Callable[[int],
         tried(100)
 
 
-@pytest.mark.row("U8")
-async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("U8-first-pulls-at-once")
+async def test_131_first_pulls_at_once_cost_one_request_per_content(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         layer = random_bytes(20_000, 23)
         digest = fake.add_image(layer)
@@ -73,7 +77,7 @@ async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], No
         tried(131)
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("header", "passed"),
     [
@@ -85,7 +89,7 @@ async def test_131_first_pulls_at_once(tmp_path: Path, tried: Callable[[int], No
         ({}, None),
     ],
 )
-async def test_429_is_honoured_and_passed_on(
+async def test_429_pauses_requests_and_is_passed_on(
     tmp_path: Path, header: dict[str, str], passed: int | None
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -98,11 +102,11 @@ async def test_429_is_honoured_and_passed_on(
         status, _, _ = await server.get(server.manifest(digest))
         if passed:
             assert status == 429
-            assert len(fake.requests) == asked, "it asked for a pause"
+            assert len(fake.requests) == asked, "the upstream demanded a pause"
 
 
-@pytest.mark.row("U9")
-async def test_a_date_in_the_future_is_so_many_seconds(tmp_path: Path) -> None:
+@pytest.mark.row("U9-rate-limits")
+async def test_a_retry_after_date_is_passed_on_in_seconds(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         headers = {"Retry-After": formatdate(time.time() + 600, usegmt=True)}
         fake.fault("manifests/latest", Fault(status=429, headers=headers, times=None))
@@ -111,8 +115,10 @@ async def test_a_date_in_the_future_is_so_many_seconds(tmp_path: Path) -> None:
         assert 500 < int(got["Retry-After"]) <= 600
 
 
-@pytest.mark.row("U10")
-async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]) -> None:
+@pytest.mark.row("U10-failing-token-services")
+async def test_50_clients_cost_one_token_request(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "secret-token"
         fake.token_delay = 0.1
@@ -124,7 +130,7 @@ async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]
         tried(50)
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 @pytest.mark.parametrize(
     ("status", "body", "expected"),
     [
@@ -145,7 +151,9 @@ async def test_50_waiters_one_token(tmp_path: Path, tried: Callable[[int], None]
         (302, b"", 502),
     ],
 )
-async def test_token_services(tmp_path: Path, status: int, body: bytes, expected: int) -> None:
+async def test_token_responses_are_used_or_fail_the_pull(
+    tmp_path: Path, status: int, body: bytes, expected: int
+) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "t"
         fake.token_status, fake.token_body = status, body
@@ -154,8 +162,8 @@ async def test_token_services(tmp_path: Path, status: int, body: bytes, expected
         assert got == expected
 
 
-@pytest.mark.row("U10")
-async def test_a_token_service_that_takes_too_long(tmp_path: Path) -> None:
+@pytest.mark.row("U10-failing-token-services")
+async def test_a_slow_token_service_fails_the_pull(tmp_path: Path) -> None:
     limits = Limits(connect=0.3, headers=0.3, idle=1.0)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         fake.token = "t"
@@ -166,8 +174,8 @@ async def test_a_token_service_that_takes_too_long(tmp_path: Path) -> None:
         assert await fetch(server, digest) == DATA
 
 
-@pytest.mark.row("U10")
-async def test_a_401_loop_ends_and_a_token_that_ends_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.row("U10-failing-token-services")
+async def test_a_401_loop_ends_and_an_expired_token_is_replaced(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "good"
         fake.token_body = b'{"token":"bad"}'
@@ -183,8 +191,8 @@ async def test_a_401_loop_ends_and_a_token_that_ends_is_replaced(tmp_path: Path)
         assert await fetch(server, other) == DATA[1:]
 
 
-@pytest.mark.row("U10")
-async def test_a_token_that_ends_in_mid_blob(tmp_path: Path) -> None:
+@pytest.mark.row("U10-failing-token-services")
+async def test_a_token_that_expires_in_mid_blob_is_replaced(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "first"
         digest = fake.add_blob(DATA)
@@ -200,14 +208,14 @@ async def test_a_token_that_ends_in_mid_blob(tmp_path: Path) -> None:
 
 @contextmanager
 def dead(how: str) -> Iterator[str]:
-    """The URL of an endpoint that gives no answer."""
+    """Yield the URL of an endpoint that does not respond."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
         port = listener.getsockname()[1]
         match how:
             case "refused":
                 listener.close()
             case "full":
-                # a backlog that is full takes no connection more, and does not say so
+                # A full backlog ignores further connections.
                 for _ in range(4):
                     waiting = stack.enter_context(socket.socket())
                     waiting.setblocking(False)
@@ -218,19 +226,21 @@ def dead(how: str) -> Iterator[str]:
         }.get(how, "http://{port}").format(port=f"127.0.0.1:{port}")
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["refused", "name", "silent", "full"])
-async def test_a_dead_endpoint_fails_over_and_then_stale(tmp_path: Path, how: str) -> None:
+async def test_a_dead_endpoint_fails_over_and_without_another_a_stale_tag_is_served(
+    tmp_path: Path, how: str
+) -> None:
     with dead(how) as endpoint:
         await _failed_over(tmp_path, endpoint)
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["plain", "stranger"])
-async def test_an_endpoint_without_good_tls_fails_over_and_then_stale(
+async def test_an_endpoint_with_bad_tls_fails_over_and_without_another_a_stale_tag_is_served(
     tmp_path: Path, how: str
 ) -> None:
-    """One that speaks no TLS, and one whose certificate nobody vouches for."""
+    """An endpoint without TLS, and one whose certificate has an unknown authority."""
     context = None
     if how == "stranger":
         made = Certificate.make(tmp_path, "stranger")
@@ -262,7 +272,7 @@ async def _failed_over(root: Path, endpoint: str) -> None:
         assert server.pulls[-1].outcome is Outcome.STALE
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
@@ -278,8 +288,8 @@ async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> No
         assert not [e for e in server.events if isinstance(e, UpstreamResponded) and not e.status]
 
 
-@pytest.mark.row("U12")
-async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path) -> None:
+@pytest.mark.row("U12-flapping-endpoint")
+async def test_a_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
         FakeRegistry() as good,
@@ -292,7 +302,7 @@ async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path)
         bad.fault("", Fault(status=503, times=None))
         for blob in blobs:
             assert await fetch(server, Digest.of(blob)) == blob
-        assert len(bad.requests) <= 5, "its circuit is open"
+        assert len(bad.requests) <= 5, "the circuit breaker is open"
         bad.faults.clear()
         asked = len(bad.requests)
         more = iter(range(20, 1000))
@@ -305,13 +315,13 @@ async def test_a_flapping_endpoint_is_left_alone_and_found_again(tmp_path: Path)
                 assert await fetch(server, Digest.of(blob)) == blob
         blob = random_bytes(1000, next(more))
         bad.add_blob(blob)
-        assert await fetch(server, Digest.of(blob)) == blob, "it comes first again"
+        assert await fetch(server, Digest.of(blob)) == blob, "the endpoint is used first again"
         assert good.count("GET", f"blobs/{Digest.of(blob)}") == 0
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 @pytest.mark.parametrize("status", [500, 503])
-async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status: int) -> None:
+async def test_a_failing_image_does_not_fail_another(tmp_path: Path, status: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for number in range(4):
             fake.add_image(b"layer", tag=f"good-{number}")
@@ -321,8 +331,8 @@ async def test_one_image_that_fails_takes_no_other_along(tmp_path: Path, status:
             assert (await server.get(server.manifest(f"good-{number}")))[0] == 200
 
 
-@pytest.mark.row("U13")
-async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
+@pytest.mark.row("U13-moving-tag")
+async def test_a_digest_is_served_after_its_tag_moved_between_head_and_get(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         old = fake.add_image(b"old", tag="latest")
         new = fake.add_image(b"new", tag="other")
@@ -333,8 +343,8 @@ async def test_a_tag_that_moves_between_head_and_get(tmp_path: Path) -> None:
         assert (status, Digest.of(body)) == (200, old)
 
 
-@pytest.mark.row("U13")
-async def test_a_digest_header_that_disagrees(tmp_path: Path) -> None:
+@pytest.mark.row("U13-moving-tag")
+async def test_a_wrong_digest_header_fails_the_tag_and_not_the_digest(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(b"layer")
         wrong = {"Docker-Content-Digest": str(Digest.of(b"something else"))}
@@ -345,8 +355,8 @@ async def test_a_digest_header_that_disagrees(tmp_path: Path) -> None:
         assert (status, Digest.of(body)) == (200, digest)
 
 
-@pytest.mark.row("U15")
-async def test_a_404_is_remembered_briefly(tmp_path: Path) -> None:
+@pytest.mark.row("U15-negative-answers")
+async def test_a_404_is_cached_briefly(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.5) as server:
         for _ in range(5):
             status, _, body = await server.get(server.manifest("latest"))
@@ -357,11 +367,11 @@ async def test_a_404_is_remembered_briefly(tmp_path: Path) -> None:
         assert (await server.get(server.manifest("latest")))[0] == 200
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize(
     ("status", "expected"), [(401, 403), (403, 403), (429, 429), (500, 502), (503, 502)]
 )
-async def test_no_failure_is_remembered_as_or_becomes_a_404(
+async def test_failures_are_never_cached_as_or_turned_into_a_404(
     tmp_path: Path, status: int, expected: int
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -374,5 +384,5 @@ async def test_no_failure_is_remembered_as_or_becomes_a_404(
             fake.fault(path, Fault(status=status, times=None))
             assert (await server.get(url))[0] == expected
         fake.faults.clear()
-        await served_in_the_end(server, server.manifest("latest"))
+        await wait_until_served(server, server.manifest("latest"))
         assert await fetch(server, Digest.of(DATA)) == DATA

@@ -141,7 +141,7 @@ async def wait_until_draining(mirror: Mirror) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_sigterm_refuses_new_pulls_and_completes_running_ones() -> None:
     gate = asyncio.Event()
     async with FakeRegistry() as fake:
@@ -161,7 +161,7 @@ async def test_sigterm_refuses_new_pulls_and_completes_running_ones() -> None:
             assert [line["message"] for line in mirror.log() if "pulls" in line] == ["draining"]
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_pull_that_exceeds_the_drain_timeout_is_aborted_and_not_stored() -> None:
     async with FakeRegistry() as fake:
         fake.fault(BLOB, Fault(stall_at=300_000, times=None))
@@ -186,7 +186,7 @@ def test_signal_ends_the_server_with_exit_code_0_and_leaves_no_process(
         wait_until(lambda: not mirror.running, "it ends", 20)
         assert mirror.stop() == 0
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
-        assert "Traceback" not in mirror.said()
+        assert "Traceback" not in mirror.output_text()
 
 
 # --- workers ------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_killed_worker_is_replaced_and_its_metrics_stay(two_workers: Mirror) -> 
     assert mirror.metric("oci_mirror_requests_total", kind="tags", outcome="hit") == 40
 
 
-@pytest.mark.row("M9")
+@pytest.mark.row("M9-dying-worker")
 def test_worker_that_fails_at_start_is_restarted_once_a_second_at_most(tmp_path: Path) -> None:
     made = tokens.Certificate.make(tmp_path)
     listener = {"certificate": str(made.cert_file), "key": str(made.key_file)}
@@ -241,8 +241,8 @@ def test_worker_that_fails_at_start_is_restarted_once_a_second_at_most(tmp_path:
         # The killed worker, and then one a second at most.
         assert len(codes) <= 2 + time.monotonic() - started
         assert codes == [-signal.SIGKILL, *[70] * (len(codes) - 1)]
-        assert mirror.said().count("worker: FileNotFoundError: ") >= 2
-        assert "Traceback" not in mirror.said()
+        assert mirror.output_text().count("worker: FileNotFoundError: ") >= 2
+        assert "Traceback" not in mirror.output_text()
         made.key_file.write_bytes(key)
         wait_until(lambda: all(is_ready(mirror) for _ in range(10)), "all is served", 30)
 

@@ -27,7 +27,7 @@ async def test_concurrent_runs_of_one_key_share_one_task() -> None:
     assert calls == 1
 
 
-@pytest.mark.row("U7")
+@pytest.mark.row("U7-waiters-of-a-failing-fetch")
 async def test_every_waiter_gets_the_failure_and_the_next_run_starts_anew() -> None:
     calls = 0
 

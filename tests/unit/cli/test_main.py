@@ -135,7 +135,7 @@ PRINTING = [
 ]
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 @pytest.mark.parametrize("argv", PRINTING)
 @pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "closed"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -166,7 +166,7 @@ def test_standard_output_that_cannot_be_written_exits_with_74(
     assert lines[0].startswith("oci-mirror: the output could not be written: ")
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 def test_standard_error_that_cannot_be_written_does_not_change_the_exit_code() -> None:
     with Path("/dev/full").open("w") as full:
         assert run("check-config", "/nowhere", stderr=full).returncode == 78

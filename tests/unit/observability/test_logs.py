@@ -57,7 +57,7 @@ def test_ping_is_logged_at_debug_level_only() -> None:
     assert written(events.PullEnded(a_pull(kind=Kind.PING)), log=Log(level="debug"))
 
 
-@pytest.mark.row("HU15")
+@pytest.mark.row("HU15-hostile-error-bodies")
 @pytest.mark.parametrize(
     "text", ["a\nb", "a\r\nlevel=error", "\x1b[31mred", "a\x00b", "a\u2028b", "\udcff"]
 )
@@ -69,7 +69,7 @@ def test_control_characters_are_escaped_within_one_line(text: str, style: str) -
     assert all(char.isprintable() for char in lines[0])
 
 
-@pytest.mark.row("HC14")
+@pytest.mark.row("HC14-secrets-in-output")
 @pytest.mark.parametrize(
     "text",
     [
@@ -96,7 +96,7 @@ def test_long_field_is_cut() -> None:
     assert len(line) < 2000
 
 
-@pytest.mark.row("HC2")
+@pytest.mark.row("HC2-malformed-requests")
 def test_traceback_of_a_library_becomes_one_line_and_is_limited() -> None:
     stream = io.StringIO()
     configure_logging(Log(format="json"), stream)
@@ -110,7 +110,7 @@ def test_traceback_of_a_library_becomes_one_line_and_is_limited() -> None:
     assert json.loads(lines[0])["error"] == "ZeroDivisionError: oops"
 
 
-@pytest.mark.row("R9")
+@pytest.mark.row("R9-blocked-stdout")
 def test_closed_or_full_stream_loses_lines_without_an_exception() -> None:
     stream = io.StringIO()
     observer = LogObserver(configure_logging(Log(format="json"), stream))

@@ -37,7 +37,7 @@ DIGEST = Digest.of(b"content")
 ETAG = entity_tag(DIGEST)
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -71,7 +71,7 @@ def test_valid_range_gives_merged_sorted_spans(
     assert parse_range(header, SIZE) == Ranges(tuple(Span(*pair) for pair in expected))
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header",
     [
@@ -107,7 +107,7 @@ def test_malformed_range_is_ignored(header: str | None) -> None:
     assert parse_range_unsized(header) == Whole()
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header",
     ["bytes=100-", "bytes=100-200", "bytes=-0", f"bytes={2**63}-", "bytes=100-,200-", "bytes=-00"],
@@ -118,7 +118,7 @@ def test_range_outside_the_content_raises_with_its_size(header: str) -> None:
     assert caught.value.size == SIZE
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header", ["bytes=0-1,100-", "bytes=0-5,3-9", "bytes=-1,99-", "bytes=0-,-0"]
 )
@@ -126,7 +126,7 @@ def test_several_ranges_that_become_one_span_give_the_whole(header: str) -> None
     assert parse_range(header, SIZE) == Whole()
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 def test_more_spans_than_podman_requests_give_the_whole() -> None:
     overlapping = "bytes=" + ",".join(f"{n}-{n + 1}" for n in range(1000))
     assert parse_range(overlapping, 10**6) == Whole()
@@ -203,7 +203,7 @@ def test_any_text_raises_nothing_but_range_not_satisfiable(header: str, size: in
 # --- Content-Range ------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -285,7 +285,7 @@ def test_multipart_framing_has_the_exact_bytes_of_rfc_9110() -> None:
 # --- conditions ---------------------------------------------------------------------------------
 
 
-@pytest.mark.row("L6")
+@pytest.mark.row("L6-conditional-requests")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [
@@ -316,7 +316,7 @@ def test_if_none_match_compares_weakly_and_malformed_lists_do_not_match(
     assert not_modified(header, ETAG) is expected
 
 
-@pytest.mark.row("L6")
+@pytest.mark.row("L6-conditional-requests")
 @pytest.mark.parametrize(
     ("header", "expected"),
     [

@@ -99,7 +99,7 @@ def test_digest_of_a_registered_algorithm_is_accepted(raw: str) -> None:
     assert (digest.algorithm, digest.hex) == tuple(raw.split(":"))
 
 
-@pytest.mark.row("HU9")
+@pytest.mark.row("HU9-digest-strings")
 @pytest.mark.parametrize(
     "raw",
     [

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mirror.oci.text import printable
 
 
-@pytest.mark.row("HU15")
+@pytest.mark.row("HU15-hostile-error-bodies")
 def test_control_and_non_ascii_characters_become_visible_escapes() -> None:
     assert printable("a\r\n\x1b[31m\x7f\x9b\u202e\ud800é") == (
         r"a\x0d\x0a\x1b[31m\x7f\x9b\u202e\ud800\xe9"

@@ -63,7 +63,7 @@ async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
 # --- access by repository -----------------------------------------------------------------------
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 async def test_content_is_stored_once_and_served_only_in_repositories_that_have_it(
     tmp_path: Path,
 ) -> None:
@@ -175,7 +175,7 @@ async def test_granted_access_is_checked_again_after_one_day(tmp_path: Path) -> 
         assert kit.registry.calls["head_blob"] == 1
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 @pytest.mark.parametrize("jump", [ACCESS_TTL_S + 1, YEAR, -YEAR], ids=["day", "year", "back"])
 async def test_expired_access_is_served_stale_while_the_upstream_fails(
     tmp_path: Path, jump: float
@@ -194,7 +194,7 @@ async def test_expired_access_is_served_stale_while_the_upstream_fails(
         assert await blob(kit, digest) == (LAYER, Outcome.REVALIDATED)
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_access_by_a_manifest_reference_never_expires(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, LAYER)
@@ -208,7 +208,7 @@ async def test_access_by_a_manifest_reference_never_expires(tmp_path: Path) -> N
             assert await blob(kit, Digest.of(LAYER)) == (LAYER, Outcome.HIT)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 @pytest.mark.parametrize("error", REFUSALS, ids=lambda error: error.message)
 async def test_404_403_or_401_revokes_granted_access_at_once(
     tmp_path: Path, error: MirrorError
@@ -256,7 +256,7 @@ async def test_expired_access_is_served_stale_when_the_upstream_hangs(
         hung.set()
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
@@ -269,7 +269,7 @@ async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path
         assert not kit.registry.calls
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path) -> None:
     """The content came through one repository. Another one may read it by granted access only."""
     async with pull_kit(tmp_path) as kit:
@@ -329,7 +329,7 @@ async def test_manifest_that_a_tag_names_later_is_served_despite_a_remembered_40
 # --- hit, join or miss --------------------------------------------------------------------------
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_small_content_with_wrong_bytes_is_fetched_again_before_the_first_byte(
     tmp_path: Path,
 ) -> None:
@@ -349,7 +349,7 @@ async def test_small_content_with_wrong_bytes_is_fetched_again_before_the_first_
         assert [e.where for e in kit.events if isinstance(e, DigestMismatched)] == ["upstream"]
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_blob_larger_than_the_quota_is_served_and_not_stored(tmp_path: Path) -> None:
     layer = random_bytes(2_000_000)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_000_000)) as kit:
@@ -360,7 +360,7 @@ async def test_blob_larger_than_the_quota_is_served_and_not_stored(tmp_path: Pat
         assert [e for e in kit.events if isinstance(e, Uncached)]
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 async def test_100_concurrent_pulls_above_the_quota_are_all_served(tmp_path: Path) -> None:
     blobs = [random_bytes(100_000, seed) for seed in range(100)]
     async with pull_kit(tmp_path, storage=Storage(max_size=2_000_000)) as kit:
@@ -373,7 +373,7 @@ async def test_100_concurrent_pulls_above_the_quota_are_all_served(tmp_path: Pat
         assert 0 < kept <= 2_000_000
 
 
-@pytest.mark.row("L1")
+@pytest.mark.row("L1-client-that-leaves")
 @pytest.mark.parametrize("abandoned", ["finish", "cancel"])
 async def test_client_that_comes_while_an_abandoned_fetch_closes_is_served(
     tmp_path: Path, abandoned: Literal["finish", "cancel"], monkeypatch: pytest.MonkeyPatch

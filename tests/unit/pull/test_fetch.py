@@ -307,7 +307,7 @@ async def test_more_bytes_than_announced_fail_the_fetch(fetch_env: FetchEnv) -> 
         await fetch_env.body()
 
 
-@pytest.mark.row("HU5")
+@pytest.mark.row("HU5-huge-manifests")
 @pytest.mark.parametrize("announced", [True, False])
 async def test_manifest_above_4_mib_fails_the_fetch(fetch_env: FetchEnv, announced: bool) -> None:
     body = b" " * (MANIFEST_LIMIT + 1)
@@ -342,7 +342,7 @@ async def test_fetch_of_another_process_is_followed_without_a_request(fetch_env:
     assert not fetch_env.answered
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 async def test_fetch_of_a_process_that_ended_is_resumed_by_this_one(fetch_env: FetchEnv) -> None:
     other = Ingest(fetch_env.kit.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.LEADER

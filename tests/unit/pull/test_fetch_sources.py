@@ -102,7 +102,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
     tmp_path: Path,
 ) -> None:
@@ -121,7 +121,7 @@ async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
         assert await blob(kit, DIGEST) == (DATA, Outcome.HIT)
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
 async def test_upstream_that_is_down_fails_only_its_own_clients(
     tmp_path: Path, failure: MirrorError
@@ -136,7 +136,7 @@ async def test_upstream_that_is_down_fails_only_its_own_clients(
         assert theirs.calls == {"get_blob": 1}
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 @pytest.mark.parametrize("failure", [BlobUnknown("no such blob"), Denied("not for us")])
 async def test_refusal_revokes_access_of_one_repository_only(
     tmp_path: Path, failure: MirrorError
@@ -152,7 +152,7 @@ async def test_refusal_revokes_access_of_one_repository_only(
         assert await kit.store.index.access_record(REPO, DIGEST, "blob") is None
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 async def test_each_client_gets_the_error_of_its_own_upstream(tmp_path: Path) -> None:
     ours, theirs = Slow(), MemoryRegistry()
     ours.failure = DOWN
@@ -164,7 +164,7 @@ async def test_each_client_gets_the_error_of_its_own_upstream(tmp_path: Path) ->
         assert again is DOWN
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_hung_upstream_is_preempted_while_another_one_is_queued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +204,7 @@ async def test_upstream_that_has_responded_is_not_preempted(
         assert theirs.calls["head_blob"] == 1, "its own proof"
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
     tmp_path: Path,
 ) -> None:
@@ -252,7 +252,7 @@ def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> No
 # --- proofs of access ---------------------------------------------------------------------------
 
 
-@pytest.mark.row("HC5")
+@pytest.mark.row("HC5-content-of-another-repository")
 async def test_blob_that_looks_like_a_manifest_proves_no_access_to_its_parts(
     tmp_path: Path,
 ) -> None:
@@ -278,7 +278,7 @@ async def test_blob_that_looks_like_a_manifest_proves_no_access_to_its_parts(
             await blob(kit, Digest.of(secret), evil)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_layer_requested_as_a_manifest_stays_available_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, DATA)
@@ -344,7 +344,7 @@ async def test_preempted_source_is_asked_again_after_the_others_failed(
         assert first.result() == (DATA, Outcome.MISS)
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_wrong_bytes_of_one_upstream_do_not_prevent_a_fetch_from_another(
     tmp_path: Path,
 ) -> None:
@@ -382,7 +382,7 @@ async def test_response_to_a_resume_proves_access_before_its_first_byte(tmp_path
         assert not kit.registry.calls["head_blob"]
 
 
-@pytest.mark.row("M1")
+@pytest.mark.row("M1-many-workers")
 async def test_proof_of_another_process_is_used_without_a_request(tmp_path: Path) -> None:
     rest = asyncio.Event()
     registry = Slow()

@@ -135,7 +135,7 @@ async def test_head_on_a_miss_sends_only_a_head(tmp_path: Path) -> None:
         assert not list((tmp_path / "blobs" / "sha256").iterdir())
 
 
-@pytest.mark.row("HU6")
+@pytest.mark.row("HU6-wrong-types")
 async def test_image_with_the_media_type_of_an_index_is_refused(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         image = kit.registry.add_image(REPO.path, None, b"layer")

@@ -140,7 +140,7 @@ async def test_cached_bytes_overrule_the_media_type_of_an_index(
     assert len(logged) == (lie.get("mediaType", OCI_MANIFEST) != OCI_MANIFEST), "logged once"
 
 
-@pytest.mark.row("HU6")
+@pytest.mark.row("HU6-wrong-types")
 async def test_index_does_not_excuse_a_wrong_media_type_of_the_upstream(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
@@ -190,7 +190,7 @@ async def test_layer_that_an_index_lists_as_a_manifest_stays_a_blob(
         assert await manifest(kit) == (image, Outcome.HIT)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_refusal_as_a_manifest_does_not_revoke_access_as_a_blob(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, b"layer")

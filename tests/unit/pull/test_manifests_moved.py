@@ -200,7 +200,7 @@ async def test_invalid_new_manifest_is_not_served_and_the_old_digest_stands_in(
         assert await manifest(kit) == (old, Outcome.STALE)
 
 
-@pytest.mark.row("HC6")
+@pytest.mark.row("HC6-withdrawn-access")
 async def test_old_digest_with_revoked_access_does_not_stand_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -110,7 +110,7 @@ async def test_a_follower_of_right_bytes_continues_after_their_file_was_replaced
     assert reasons in (["handover"], []), "[]: the new file was complete before the first check"
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("after", [1.0, 3600.0, -3600.0])
 async def test_a_leader_that_resumes_before_bytes_served_elsewhere_ends_those_readers(
     processes: list[Kit], after: float

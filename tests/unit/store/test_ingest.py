@@ -111,7 +111,7 @@ async def test_a_failed_fetch_is_resumed_after_its_last_byte(tmp_path: Path) -> 
         follower.close()
 
 
-@pytest.mark.row("C8")
+@pytest.mark.row("C8-bytes-after-an-ingest")
 @pytest.mark.parametrize("garbage", [b"\0" * 4096, random_bytes(4096, 9), b"\0" * 5_000_000])
 async def test_garbage_appended_to_an_ingest_file_is_cut_before_a_resume(
     tmp_path: Path, garbage: bytes
@@ -153,7 +153,7 @@ async def test_a_size_that_contradicts_arrived_bytes_is_a_protocol_error(tmp_pat
         content.release()
 
 
-@pytest.mark.row("D4")
+@pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["fsync", "rename", "utime"])
 async def test_a_failed_publish_is_not_retried_and_leaves_no_file(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +179,7 @@ async def test_a_failed_publish_is_not_retried_and_leaves_no_file(
         follower.close()
 
 
-@pytest.mark.row("L5")
+@pytest.mark.row("L5-range-far-ahead")
 async def test_a_follower_of_a_range_far_ahead_is_woken_once(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)

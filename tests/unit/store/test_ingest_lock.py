@@ -91,7 +91,7 @@ async def test_a_second_process_reads_along_until_the_content_is_published(tmp_p
         end(process)
 
 
-@pytest.mark.row("C7")
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
 async def test_the_fetch_of_a_killed_process_is_taken_over_within_5_seconds(
     tmp_path: Path, part: float
@@ -118,7 +118,7 @@ async def test_the_fetch_of_a_killed_process_is_taken_over_within_5_seconds(
         end(process)
 
 
-@pytest.mark.row("M2")
+@pytest.mark.row("M2-stopped-leader")
 async def test_a_follower_of_a_stopped_process_continues_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,7 +146,7 @@ async def test_a_follower_of_a_stopped_process_continues_in_memory(
         end(process)
 
 
-@pytest.mark.row("M4")
+@pytest.mark.row("M4-relocking")
 async def test_repeated_lock_and_unlink_never_makes_two_leaders(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         leaders = 0
@@ -294,7 +294,7 @@ async def test_content_published_before_the_lock_was_taken_is_hashed_before_use(
         assert not list(parts.layout.ingest(digest).parent.iterdir())
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12-odd-files")
 async def test_a_link_at_the_ingest_path_is_not_written_through(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_bytes(b"stays")

@@ -28,7 +28,7 @@ def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Fo
     return content, *(Follower(content, 0) for _ in range(count))
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 @pytest.mark.parametrize("limit", [0, 1, 65_535, 1_000_000, len(DATA) - 1])
 async def test_a_full_disk_does_not_fail_a_pull_and_leaves_no_file(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
@@ -100,7 +100,7 @@ async def test_an_ingest_in_memory_cannot_be_joined_before_its_window(tmp_path: 
         late.close()
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 async def test_a_follower_that_reads_nothing_is_dropped_when_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,7 +164,7 @@ async def test_a_follower_that_reads_nothing_is_not_dropped_when_it_is_alone(
         follower.close()
 
 
-@pytest.mark.row("R8")
+@pytest.mark.row("R8-beyond-the-quota")
 @pytest.mark.parametrize("granted", [0, 1, 3])
 async def test_content_of_unknown_size_reserves_space_step_by_step(
     tmp_path: Path, granted: int
@@ -200,7 +200,7 @@ async def test_content_of_unknown_size_is_published_if_there_is_space(tmp_path: 
         assert parts.layout.blob(Digest.of(data)).read_bytes() == data
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1-no-space-at-a-write")
 async def test_a_short_write_during_a_reservation_keeps_the_order_of_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

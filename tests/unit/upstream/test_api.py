@@ -307,7 +307,7 @@ async def test_absent_content_raises_not_found_of_its_kind(
         await REQUESTS[operation](env)
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize("operation", REQUESTS)
 @pytest.mark.parametrize(
     "error",

@@ -29,7 +29,7 @@ from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
 # --- concurrent requests --------------------------------------------------------------------------
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 async def test_fifty_concurrent_requests_share_one_token_request(
     single_flight: SingleFlight,
 ) -> None:
@@ -40,7 +40,7 @@ async def test_fifty_concurrent_requests_share_one_token_request(
     assert len(service.calls) == 1
 
 
-@pytest.mark.row("U10")
+@pytest.mark.row("U10-failing-token-services")
 @pytest.mark.parametrize("cancelled", [range(1), range(1, 20), range(20)])
 async def test_cancelled_waiters_cancel_neither_the_request_nor_other_waiters(
     single_flight: SingleFlight, cancelled: range

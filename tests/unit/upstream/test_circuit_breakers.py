@@ -40,7 +40,7 @@ async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
         fake.requests.clear()
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
@@ -55,7 +55,7 @@ async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() 
         assert changes == [True, False]
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_half_open_circuit_sends_one_of_20_requests() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
@@ -83,7 +83,7 @@ async def test_half_open_circuit_of_the_second_endpoint_sends_one_request() -> N
         assert (len(one.requests), len(two.requests)) == (1, 1)
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 async def test_many_concurrent_failures_open_the_circuit_only_once() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=DOWN, delay=0.05, times=None))

@@ -114,7 +114,7 @@ def test_cancelled_probe_permits_the_next_one() -> None:
     assert not circuit.may_request(FIRST_OPEN_S), "the cancelled request was not the probe"
 
 
-@pytest.mark.row("U12")
+@pytest.mark.row("U12-flapping-endpoint")
 def test_many_concurrent_failures_open_the_circuit_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):

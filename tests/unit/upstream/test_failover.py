@@ -67,7 +67,7 @@ async def test_malformed_response_fails_over_to_the_next_endpoint() -> None:
         assert len(two.requests) == 2
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_401_403_404_are_final_and_do_not_fail_over(status: int) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
@@ -228,7 +228,7 @@ async def test_refusal_of_the_avoided_endpoint_is_final_after_a_503() -> None:
                 pass
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_error_has_the_url_of_its_endpoint() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         digest = two.add_blob(DATA)
@@ -271,7 +271,7 @@ async def test_token_of_the_same_host_needs_no_second_connection() -> None:
 # --- pauses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_retry_after_pauses_the_endpoint_and_reaches_the_client() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -287,7 +287,7 @@ async def test_retry_after_pauses_the_endpoint_and_reaches_the_client() -> None:
         assert await kit.status() == 200
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_429_without_retry_after_pauses_us_and_tells_clients_no_time() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.fault("", Fault(status=429))
@@ -300,7 +300,7 @@ async def test_429_without_retry_after_pauses_us_and_tells_clients_no_time() -> 
         assert await kit.status() == 200
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_paused_endpoint_fails_over_to_the_next_one() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -308,7 +308,7 @@ async def test_paused_endpoint_fails_over_to_the_next_one() -> None:
         assert (len(one.requests), len(two.requests)) == (1, 3)
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_429_takes_precedence_over_an_unreachable_endpoint() -> None:
     async with registry() as one, upstream_kit(one.url, dead()) as kit:
         one.fault("", Fault(status=429, headers={"Retry-After": "30"}))
@@ -318,7 +318,7 @@ async def test_429_takes_precedence_over_an_unreachable_endpoint() -> None:
             assert error.retry_after == 30
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 async def test_429_of_a_token_service_pauses_the_endpoint() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token = "t"

@@ -91,7 +91,7 @@ def test_next_page_of_another_origin_is_refused(target: str, purpose: Purpose) -
     assert isinstance(verdict(target, purpose), Refused)
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 @pytest.mark.parametrize("purpose", list(Purpose))
 @pytest.mark.parametrize(
     "url",

@@ -35,7 +35,7 @@ AT = 40_000
 # --- manifests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("U13")
+@pytest.mark.row("U13-moving-tag")
 async def test_head_of_a_digest_refuses_another_digest() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_manifest(b"{}")
@@ -83,7 +83,7 @@ async def test_get_manifest_checks_the_digest_header() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
-@pytest.mark.row("HU5")
+@pytest.mark.row("HU5-huge-manifests")
 async def test_get_manifest_refuses_more_than_4_mib() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b" " * (4 * 1024 * 1024 + 1), tag="latest")
@@ -149,7 +149,7 @@ async def test_resume_sends_range_and_if_range() -> None:
         assert (headers_sent["range"], headers_sent["if-range"]) == (f"bytes={AT}-", f'"{digest}"')
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_resume_without_range_support_starts_at_0() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
@@ -160,7 +160,7 @@ async def test_resume_without_range_support_starts_at_0() -> None:
             assert result == (0, len(DATA), DATA)
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -190,7 +190,7 @@ async def test_resume_accepts_a_range_of_unknown_total() -> None:
         assert await rest(kit, digest, total=len(DATA)) == (AT, len(DATA), DATA[AT:])
 
 
-@pytest.mark.row("U4")
+@pytest.mark.row("U4-wrong-range")
 async def test_open_refuses_a_changed_size() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
@@ -235,7 +235,7 @@ async def test_list_tags_merges_pages() -> None:
         assert (list(page.tags), page.more) == (names[100:1600], True)
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 async def test_list_tags_stops_at_a_repeated_page() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.add_manifest(b"{}", tag="a")
@@ -245,7 +245,7 @@ async def test_list_tags_stops_at_a_repeated_page() -> None:
         assert len(fake.requests) == 2
 
 
-@pytest.mark.row("HU13")
+@pytest.mark.row("HU13-endless-lists")
 @pytest.mark.parametrize("target", ["http://127.0.0.1:1/v2/", "//evil.example/", "ftp://x/"])
 async def test_next_page_of_another_origin_is_refused(target: str) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:

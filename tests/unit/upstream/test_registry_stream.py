@@ -65,7 +65,7 @@ async def test_only_a_strong_etag_is_a_validator(tag: str, strong: bool) -> None
         assert stream.validator is None
 
 
-@pytest.mark.row("HU11")
+@pytest.mark.row("HU11-compression-bombs")
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "identity, gzip", "zstd"])
 async def test_content_encoding_is_refused(encoding: str) -> None:
     with pytest.raises(UpstreamProtocolError):
@@ -73,7 +73,7 @@ async def test_content_encoding_is_refused(encoding: str) -> None:
             pass
 
 
-@pytest.mark.row("U5")
+@pytest.mark.row("U5-odd-framing")
 async def test_body_without_a_length_has_no_total() -> None:
     for fault in (Fault(chunked=True), Fault(no_length=True), Fault(http10=True)):
         async with blob(fault) as (_, stream, _):
@@ -82,7 +82,7 @@ async def test_body_without_a_length_has_no_total() -> None:
     assert await ending(Fault(headers={"Content-Encoding": "Identity"})) == (DATA, None)
 
 
-@pytest.mark.row("U1")
+@pytest.mark.row("U1-reset-at-a-byte")
 @pytest.mark.parametrize("at", [0, 1, 65_536, len(DATA) - 1])
 async def test_bytes_before_a_break_are_yielded(at: int) -> None:
     for fault in (Fault(reset_at=at), Fault(end_at=at), Fault(chunked=True, reset_at=at)):
@@ -93,13 +93,13 @@ async def test_bytes_before_a_break_are_yielded(at: int) -> None:
             assert len(data) == at, "an end loses nothing, a reset may overtake bytes"
 
 
-@pytest.mark.row("U3")
+@pytest.mark.row("U3-silent-upstream")
 async def test_silent_body_raises_a_timeout() -> None:
     data, error = await ending(Fault(stall_at=70_000), limits=Limits(idle=0.3))
     assert (data, type(error)) == (DATA[:70_000], UpstreamTimeout)
 
 
-@pytest.mark.row("U3")
+@pytest.mark.row("U3-silent-upstream")
 async def test_body_below_min_rate_raises_a_timeout() -> None:
     limits = Limits(idle=0.3, min_rate=1000)
     data, error = await ending(Fault(drip=0.02), limits=limits)

@@ -56,7 +56,7 @@ def test_backoff_delay_doubles_up_to_2_s() -> None:
     ]
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("header", "seconds"),
     [

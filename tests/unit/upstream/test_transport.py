@@ -51,7 +51,7 @@ def moved(target: str, status: int = 307, body: bytes = b"") -> Fault:
 # --- redirects ------------------------------------------------------------------------------------
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_authorization_is_dropped_for_good_at_another_origin() -> None:
     async with FakeRegistry() as home, FakeRegistry() as away, upstream_kit(home.url) as kit:
         home.fault("/v2/", moved("/one"))
@@ -110,7 +110,7 @@ async def test_redirect_keeps_the_method(status: int) -> None:
         assert [seen.method for seen in fake.requests] == ["HEAD", "HEAD", "GET", "GET"]
 
 
-@pytest.mark.row("HU3")
+@pytest.mark.row("HU3-redirects")
 async def test_five_redirects_are_followed_and_six_are_not() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         for hop in range(6):
@@ -197,13 +197,13 @@ async def failure(endpoint: str, limits: Limits = SHORT) -> MirrorError:
         return caught.value
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_unreachable_endpoint_raises_unavailable() -> None:
     for endpoint in (dead(), "http://no-such-host.invalid"):
         assert type(await failure(endpoint, Limits())) is UpstreamUnavailable
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize(
     "fault",
     [
@@ -221,14 +221,14 @@ async def test_malformed_response_raises_unavailable(fault: Fault) -> None:
         assert type(await failure(fake.url, Limits())) is UpstreamUnavailable
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_slow_response_raises_a_timeout() -> None:
     async with FakeRegistry() as fake:
         fake.fault("/v2/", Fault(delay=3600, times=None))
         assert type(await failure(fake.url)) is UpstreamTimeout
 
 
-@pytest.mark.row("U11")
+@pytest.mark.row("U11-connect-faults")
 async def test_tls_needs_a_certificate_of_a_known_authority(tmp_path: Path) -> None:
     certificate = Certificate.make(tmp_path)
     other = Certificate.make(tmp_path, "other")

@@ -68,7 +68,7 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
         return caught.value
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize(
     ("status", "error"),
     [
@@ -151,7 +151,7 @@ async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
         return await error_for(kind, moved)
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 @pytest.mark.parametrize(
     ("status", "body"),
     [

@@ -116,7 +116,7 @@ async def test_no_client_is_aborted_if_the_kernel_reports_no_acknowledged_bytes(
             await asyncio.sleep(0.2)
 
 
-@pytest.mark.row("HC7")
+@pytest.mark.row("HC7-slow-attacks")
 async def test_client_that_stops_reading_a_response_is_aborted_and_the_blob_stays_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,7 +69,7 @@ def test_every_error_has_its_status_and_code() -> None:
     assert table == EXPECTED
 
 
-@pytest.mark.row("U15")
+@pytest.mark.row("U15-negative-answers")
 def test_upstream_failure_is_never_404_or_500() -> None:
     for kind in every_error():
         if issubclass(kind, UpstreamError | Denied | Unauthorized):
@@ -98,7 +98,7 @@ def test_error_body_follows_the_specification() -> None:
     assert error_headers(error) == {"Content-Type": "application/json"}
 
 
-@pytest.mark.row("HU15")
+@pytest.mark.row("HU15-hostile-error-bodies")
 def test_control_characters_are_escaped_and_long_texts_are_cut() -> None:
     error = errors.UpstreamError("a\x1b[31m\r\nb\u202e" + "x" * 10_000, detail="\x00" * 10_000)
     entry = json.loads(body_of(error))["errors"][0]
@@ -120,7 +120,7 @@ def test_405_has_allow_and_416_has_content_range() -> None:
     assert error_headers(RangeNotSatisfiable(7))["Content-Range"] == "bytes */7"
 
 
-@pytest.mark.row("U9")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [

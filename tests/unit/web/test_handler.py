@@ -106,7 +106,7 @@ async def test_record_of_a_failed_request_has_outcome_status_and_error(tmp_path:
             fake.faults.clear()
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_draining_refuses_new_pulls_and_completes_running_ones(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_blob(DATA)

@@ -236,7 +236,7 @@ async def test_stale_response_has_a_warning(tmp_path: Path) -> None:
             assert "Warning" not in (await server.get(url))[1], "a digest is never stale"
 
 
-@pytest.mark.row("K1")
+@pytest.mark.row("K1-wrong-clock")
 async def test_blob_with_expired_access_record_is_served_stale_if_the_upstream_is_down(
     tmp_path: Path,
 ) -> None:

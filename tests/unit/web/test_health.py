@@ -35,7 +35,7 @@ async def test_probes_respond_without_an_upstream(tmp_path: Path, path: str) -> 
         assert (await server.ask("POST", server.url + path))[0] == 405
 
 
-@pytest.mark.row("C10")
+@pytest.mark.row("C10-stop-among-pulls")
 async def test_draining_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         server.running_server.health.is_draining = True
@@ -45,7 +45,7 @@ async def test_draining_server_is_healthy_and_not_ready(tmp_path: Path) -> None:
         assert (await server.ask("HEAD", f"{server.url}/readyz"))[0] == 503
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7-unwritable-directories")
 async def test_pulls_are_served_and_the_report_is_degraded_if_the_data_directory_is_a_file(
     tmp_path: Path,
 ) -> None:

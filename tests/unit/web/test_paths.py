@@ -194,7 +194,7 @@ def test_artifact_type_must_be_a_media_type_or_empty() -> None:
             parse_path(f"/v2/a/b/referrers/{DIGEST}", f"artifactType={raw}")
 
 
-@pytest.mark.row("HC4")
+@pytest.mark.row("HC4-namespaces")
 @pytest.mark.parametrize(
     "raw",
     [
@@ -239,7 +239,7 @@ def test_ns_that_is_not_configured_is_refused(raw: str) -> None:
             parse_path(path, f"ns={raw}")
 
 
-@pytest.mark.row("HC4")
+@pytest.mark.row("HC4-namespaces")
 def test_ns_with_two_values_is_refused() -> None:
     assert parse_path("/v2/a/manifests/b", "ns=ghcr.io&ns=ghcr.io") == parse_path(
         "/v2/a/manifests/b", "ns=ghcr.io"

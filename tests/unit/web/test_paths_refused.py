@@ -15,7 +15,7 @@ from mirror.oci.errors import (
 from tests.unit.web.kit import DIGEST, parse_path
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize(
     "method",
     ["POST", "PUT", "PATCH", "DELETE", "TRACE", "CONNECT", "OPTIONS", "PROPFIND", "get", ""],
@@ -28,14 +28,14 @@ def test_other_methods_than_get_and_head_are_refused_on_every_path(method: str, 
         parse_path(path, method=method)
 
 
-@pytest.mark.row("HC12")
+@pytest.mark.row("HC12-other-methods")
 @pytest.mark.parametrize("path", ["/blobs/uploads", "/blobs/uploads/", "/blobs/uploads/0f-1"])
 def test_upload_paths_are_refused_as_unsupported(path: str) -> None:
     with pytest.raises(MethodUnsupported):
         parse_path(f"/v2/a/b{path}")
 
 
-@pytest.mark.row("HC3")
+@pytest.mark.row("HC3-traversal")
 @pytest.mark.parametrize(
     ("path", "error"),
     [

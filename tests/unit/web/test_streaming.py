@@ -141,7 +141,7 @@ async def test_empty_blob_is_200_also_for_a_range(tmp_path: Path) -> None:
 # --- manifests ----------------------------------------------------------------------------------
 
 
-@pytest.mark.row("L4")
+@pytest.mark.row("L4-ranges")
 async def test_ranges_of_a_manifest_are_206_or_416(tmp_path: Path) -> None:
     """A version of containerd sends ``bytes=0-`` for manifests, too."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -176,7 +176,7 @@ async def test_ranges_of_a_manifest_are_206_or_416(tmp_path: Path) -> None:
 # --- while it is fetched ------------------------------------------------------------------------
 
 
-@pytest.mark.row("L5")
+@pytest.mark.row("L5-range-far-ahead")
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 async def test_ranges_of_arrived_bytes_are_served_before_the_fetch_ends(
     tmp_path: Path, tls: bool
@@ -274,7 +274,7 @@ async def test_tls_client_gets_the_same_bodies_and_ranges(tmp_path: Path) -> Non
         assert fake.count("GET", f"blobs/{DIGEST}") == 1
 
 
-@pytest.mark.row("U6")
+@pytest.mark.row("U6-wrong-bit")
 async def test_aborted_response_over_tls_has_no_clean_end(tmp_path: Path) -> None:
     """An HTTP/1.0 body without a length ends with the connection, so TLS must send no close."""
     made = Certificate.make(tmp_path)

@@ -1,6 +1,6 @@
-"""Many clients, one cold blob, a slow upstream: one fetch, and nobody waits for the whole.
+"""Many clients request one cold blob: one fetch serves all of them while it runs.
 
-Counts, bytes and digests are asserted here; ``bench/flight.py`` measures the times.
+These tests assert counts, bytes and digests. ``bench/shared_fetch.py`` measures the times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.real.server import Mirror
 from tests.real.wire import Download
 
 CLIENTS = 8
-# nginx gives the first second's share at once; the rest takes three seconds
+# nginx sends the share of the first second at once. The rest takes three seconds.
 SMALL = pytest.param(96 << 20, 24 << 20, id="96MiB")
 LARGE = pytest.param(512 << 20, 100_000_000, id="512MiB", marks=pytest.mark.long)
 
@@ -23,7 +23,9 @@ LARGE = pytest.param(512 << 20, 100_000_000, id="512MiB", marks=pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(("size", "rate"), [SMALL, LARGE])
-def test_one_fetch_feeds_all_clients_while_it_runs(workers: int, size: int, rate: int) -> None:
+def test_one_fetch_serves_all_clients_before_it_is_complete(
+    workers: int, size: int, rate: int
+) -> None:
     """``size`` in bytes, ``rate`` in bytes per second."""
     with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=rate) as front:
         digest = registry.push_large("org/big", size)
@@ -42,10 +44,10 @@ def test_one_fetch_feeds_all_clients_while_it_runs(workers: int, size: int, rate
             assert {f"sha256:{one.sha256}" for one in done} == {digest}
             (fetched,) = front.blob_gets(digest)
             assert (fetched.status, fetched.sent) == (200, size)
-            # everybody was streaming long before the upstream had sent the whole
+            # All clients had data before the upstream had sent everything.
             assert max(one.first_byte for one in done) < fetched.ended
 
-            # and from now on the upstream is not asked at all
+            # Afterwards the upstream is not needed.
             front.stop()
             mirror.restart()
             again = mirror.download(path)

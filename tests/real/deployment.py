@@ -1,4 +1,4 @@
-"""An upstream with images in it and our server in front: what the tests of clients start from."""
+"""Build an upstream with images and our server in front of it, for the tests of clients."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ USER, PASSWORD = "joe", "correct-horse"
 
 
 @dataclass(slots=True)
-class Scene:
-    """``upstream`` is docker.io for the mirror, ``other`` is ``two.example``, an open registry.
+class Deployment:
+    """Two upstreams and a mirror. ``upstream`` is docker.io, ``other`` is ``two.example``.
 
-    Both hold ``library/app:1``, with different content.
+    ``other`` is open. Both have ``library/app:1``, with different content.
     """
 
     upstream: DockerRegistry
@@ -30,12 +30,12 @@ class Scene:
     tokens: TokenServer | None
     mirror: Mirror
     pushed: Mapping[str, images.Content]
-    """``repository:tag`` to what the upstream holds there."""
+    """``repository:tag`` to its content at the upstream."""
     elsewhere: images.Image
-    """What ``two.example/library/app:1`` is."""
+    """The image ``two.example/library/app:1``."""
 
     def stop_upstreams(self) -> None:
-        """No registry and no token service answers from now on, and the mirror starts anew."""
+        """Stop the registries and the token service, and restart the mirror."""
         self.mirror.stop()
         self.upstream.stop()
         self.other.stop()
@@ -44,12 +44,12 @@ class Scene:
         self.mirror.start()
 
     def sent(self) -> dict[str, int]:
-        """How often the upstream had to send each content, by digest."""
+        """Return how often the upstream sent each content, by digest."""
         return dict(Counter(asked for asked in self.upstream.gets() if asked.startswith("sha256:")))
 
 
 def content() -> dict[str, images.Content]:
-    """One of each kind, by ``repository:tag``: of one and of many platforms, OCI and Docker."""
+    """Return content of each kind by ``repository:tag``: image, index, artifact, OCI and Docker."""
     single = images.image(11, layers=(600_000, 20_000, 1))
     sbom = images.artifact(15, subject=single)
     listed = images.Blob(
@@ -69,15 +69,15 @@ def content() -> dict[str, images.Content]:
         "library/app:multi": images.index(12),
         "library/app:docker": images.image(13, flavour="docker"),
         "org/team/app:list": images.index(14, flavour="docker"),
-        # the referrers tag schema: how an upstream without the API lists them
+        # The referrers tag schema, for an upstream without the referrers API.
         f"library/app:{single.digest.replace(':', '-')}": images.Index(listed, (sbom,)),
         "library/app:sbom": sbom,
     }
 
 
 @contextmanager
-def scene(access: Access, **settings: Any) -> Iterator[Scene]:
-    """An upstream of this access, another one, and the mirror; ``settings`` are the mirror's."""
+def deploy(access: Access, **settings: Any) -> Iterator[Deployment]:
+    """Start an upstream with this access, another one, and a mirror with these ``settings``."""
     pushed = content()
     elsewhere = images.image(21)
     with ExitStack() as stack:
@@ -90,8 +90,8 @@ def scene(access: Access, **settings: Any) -> Iterator[Scene]:
             upstream["token_hosts"] = [f"127.0.0.1:{tokens.port}"]
         if access in ("basic", "tokens"):
             upstream["credentials"] = {"username": USER, "password": PASSWORD}
-            # half of the scenes ask about a tag each time: without an upstream they serve it stale,
-            # the others serve it as fresh
+            # Half of the deployments check a tag at each use, and serve it stale without an
+            # upstream. The others serve it as fresh.
             upstream["tag_ttl"] = 0
         basic = (USER, PASSWORD) if access == "basic" else None
         registry = stack.enter_context(DockerRegistry(basic=basic, tokens=tokens))
@@ -109,4 +109,4 @@ def scene(access: Access, **settings: Any) -> Iterator[Scene]:
                 **settings,
             )
         )
-        yield Scene(registry, other, tokens, mirror, pushed, elsewhere)
+        yield Deployment(registry, other, tokens, mirror, pushed, elsewhere)

@@ -1,8 +1,8 @@
-"""Eight clients ask at once for a cold blob through a slow upstream: what does each of them wait?
+"""Measure how long eight clients wait that request a cold blob together, over a slow upstream.
 
-``python -m bench.flight [--size MIB] [--rate MB/s] [--clients N] [--workers N]`` prints ratios
-against one direct download of the same blob in the same run, and fails where one misses its bound.
-The clients are curl processes, so that the measuring costs less than what is measured.
+``python -m bench.shared_fetch [--size MIB] [--rate MB/s] [--clients N] [--workers N]`` prints
+ratios to one direct download of the same blob in the same run. It fails if one misses its bound.
+The clients are curl processes, which cost less than what is measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# run as a file or as a module: the helpers that start real programs are the tests'
+# The helpers that start real programs belong to the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.real.process import need
@@ -24,14 +24,14 @@ from tests.real.server import Mirror
 
 MEGABYTE = 1_000_000
 FIRST_BYTE_BOUND = 0.050
-"""Seconds that a client's first byte may come after the upstream's."""
+"""Seconds from the first byte of the upstream to that of a client, at most."""
 LAST_BYTE_BOUND = 1.1
-"""The last client's end, as a multiple of one direct download's time."""
+"""Time of the slowest client, as a multiple of one direct download, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What one curl saw. Seconds from its start."""
+    """Result of one curl. Times are seconds from its start."""
 
     status: int
     size: int
@@ -40,26 +40,26 @@ class Timed:
 
 
 @dataclass(frozen=True, slots=True)
-class Flight:
-    """One measurement. Bytes and seconds; ``upstream`` is what the mirror fetched."""
+class SharedFetch:
+    """Result of one measurement, in bytes and seconds. ``upstream_…``: requests of the mirror."""
 
     size: int
     workers: int
     direct: Timed
     crowd: tuple[Timed, ...]
-    """As many clients at once without a mirror: what the machine itself makes them wait."""
+    """The same number of clients without a mirror: the wait that is due to the machine."""
     clients: tuple[Timed, ...]
     upstream_gets: int
     upstream_bytes: int
 
     @property
     def bytes_ratio(self) -> float:
-        """Bytes from the upstream, by the blob's."""
+        """Bytes from the upstream, as a multiple of the size of the blob."""
         return self.upstream_bytes / self.size
 
     @property
     def first_byte_delay(self) -> float:
-        """Seconds by which the last first byte came after that of the direct download."""
+        """Seconds from the direct download's first byte to the latest first byte of a client."""
         return self._last_first(self.clients)
 
     def _last_first(self, clients: tuple[Timed, ...]) -> float:
@@ -67,16 +67,16 @@ class Flight:
 
     @property
     def last_ratio(self) -> float:
-        """The last client's time, by that of the direct download."""
+        """Time of the slowest client, as a multiple of that of the direct download."""
         return max(client.total for client in self.clients) / self.direct.total
 
     @property
     def complete(self) -> bool:
-        """Whether every client got every byte."""
+        """True if every client received every byte."""
         return all((one.status, one.size) == (200, self.size) for one in self.clients)
 
     def misses(self) -> list[str]:
-        """Which bounds were missed."""
+        """Return the bounds that were missed."""
         return [
             what
             for what, held in (
@@ -90,7 +90,7 @@ class Flight:
         ]
 
     def lines(self) -> list[str]:
-        """The result for people."""
+        """Return the lines to print."""
         rate = self.direct.size / self.direct.total / MEGABYTE
         what = f"{len(self.clients)} clients, {self.workers} worker(s), {self.size >> 20} MiB"
         return [
@@ -114,51 +114,51 @@ def _curl(url: str, sink: str = "/dev/null", *options: str) -> subprocess.Popen[
 
 
 def _timed(process: subprocess.Popen[bytes]) -> Timed:
-    said, _ = process.communicate(timeout=600)
-    return Timed(**json.loads(said))
+    output, _ = process.communicate(timeout=600)
+    return Timed(**json.loads(output))
 
 
-def measure(size: int, rate: int, clients: int = 8, workers: int = 1) -> Flight:
-    """Measure one flight. ``size`` in bytes, ``rate`` in bytes per second for each connection.
+def measure(size: int, rate: int, clients: int = 8, workers: int = 1) -> SharedFetch:
+    """Measure one shared fetch. ``size``: bytes. ``rate``: bytes per second of each connection.
 
-    Raises ``AssertionError`` where a client's bytes do not hash to the digest.
+    Raises ``AssertionError`` if the bytes of a client do not hash to the digest.
     """
     with DockerRegistry() as registry, NginxFront(registry.url, limit_rate=rate) as front:
         digest = registry.push_large("org/big", size)
         with Mirror({"docker.io": front.url}, workers=workers) as mirror:
             path = f"/v2/org/big/blobs/{digest}"
-            # Their first bytes only; and first, so that the upstream has counted them.
-            some = ("/dev/null", "--range", "0-65535")
-            together = [_curl(front.url + path, *some) for _ in range(clients)]
+            # First bytes only. Before the other downloads, so that the upstream has logged them.
+            first_bytes = ("/dev/null", "--range", "0-65535")
+            together = [_curl(front.url + path, *first_bytes) for _ in range(clients)]
             crowd = tuple(_timed(process) for process in together)
             direct = _timed(_curl(front.url + path))
             before = len(front.blob_gets(digest))
             running = [_curl(f"{mirror.url}{path}?ns=docker.io") for _ in range(clients)]
             done = tuple(_timed(process) for process in running)
             fetched = front.blob_gets(digest, before + 1)[before:]
-            kept = mirror.dir / "kept"
-            _timed(_curl(f"{mirror.url}{path}?ns=docker.io", str(kept)))
-            with kept.open("rb") as file:
+            copy = mirror.dir / "copy"
+            _timed(_curl(f"{mirror.url}{path}?ns=docker.io", str(copy)))
+            with copy.open("rb") as file:
                 hashed = hashlib.file_digest(file, "sha256").hexdigest()
             assert f"sha256:{hashed}" == digest, "wrong bytes"
-    return Flight(
+    return SharedFetch(
         size, workers, direct, crowd, done, len(fetched), sum(seen.sent for seen in fetched)
     )
 
 
 def main() -> int:
-    """Measure with one worker and with two, or as told; exit code 1 where a bound was missed."""
+    """Measure with one and with two workers, or as given. Exit code 1 if a bound was missed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=512, help="MiB")
     parser.add_argument("--rate", type=int, default=100, help="MB/s")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--workers", type=int, action="append", help="default: 1 and 2")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     failed = False
-    for workers in asked.workers or [1, 2]:
-        flight = measure(asked.size << 20, asked.rate * MEGABYTE, asked.clients, workers)
-        print("\n".join(flight.lines()), flush=True)
-        failed = failed or bool(flight.misses())
+    for workers in options.workers or [1, 2]:
+        fetch = measure(options.size << 20, options.rate * MEGABYTE, options.clients, workers)
+        print("\n".join(fetch.lines()), flush=True)
+        failed = failed or bool(fetch.misses())
     return int(failed)
 
 
