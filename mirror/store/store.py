@@ -224,19 +224,18 @@ class Store:
         # Until the index is restored, index.json is the only record of the names in it.
         self._is_restored = self._is_restored or await self._restore_index()
         # Reset before the names are read: a name that is put meanwhile sets it again.
-        self.index.changed = False
-        entries = await self.index.manifests() if self._is_restored else None
-        if entries is None:
-            self.index.changed = True
-            return
-        loop = asyncio.get_running_loop()
+        self.index.changed = is_written = False
         try:
-            await loop.run_in_executor(
-                self._opening, image_layout.write_index_json, self.layout, entries
-            )
+            entries = await self.index.manifests() if self._is_restored else None
+            if entries is not None:
+                write, loop = image_layout.write_index_json, asyncio.get_running_loop()
+                await loop.run_in_executor(self._opening, write, self.layout, entries)
+                is_written = True
         except OSError as error:
-            self.index.changed = True
             self._emit(LogMessage("warning", "index.json was not written", (("why", str(error)),)))
+        finally:
+            # A stop cancels the periodic save: the last save, at close, has to write then.
+            self.index.changed |= not is_written
 
     async def _restore_index(self) -> bool:
         """Restore a lost index from ``index.json``, as never confirmed. True if all was written.

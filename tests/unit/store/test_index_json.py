@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -175,3 +176,22 @@ async def test_a_name_that_is_put_during_a_write_is_in_the_next_one(
         assert names(tmp_path) == []
         await store.save_image_layout()
         assert f"{REPO}:{TAG}" in names(tmp_path)
+
+
+@pytest.mark.row("C12-damaged-index")
+async def test_a_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
+    body = image(LAYER)
+    store = await Store.open(str(tmp_path), Storage(), lambda event: None)
+    await pulled(store, body, TAG, LAYER, b"{}")
+    for number in range(100):
+        save = asyncio.ensure_future(store.save_image_layout())  # noqa: TID251 - a test
+        for _ in range(number):
+            await asyncio.sleep(0)
+        if save.done():
+            break
+        save.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await save
+        assert store.index.changed
+    await store.close()
+    assert f"{REPO}:{TAG}" in names(tmp_path)
