@@ -171,6 +171,7 @@ async def test_it_is_answered_by_every_process_that_shares_the_index(
     ):
         old = move(one, b"old")
         await manifest(one)
+        await one.store.idle()  # published: a client has the manifest before
         new = move(one)
         refuse_content(one, monkeypatch)
         assert await manifest(one, head=True) == (new, Outcome.MISS)
