@@ -1,4 +1,4 @@
-"""The whole server in this process, over real sockets: what the row tests drive."""
+"""Build the whole server in this process, with real sockets, and a client of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=1.0, headers=1.0, idle=1.0)
-"""Time limits of tests that wait for them."""
+"""Time limits, in seconds, for tests in which they are reached."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Server:
         return [event.pull for event in self.events if isinstance(event, PullEnded)]
 
     async def records(self) -> list[Any]:
-        """As ``pulls``, once no request is under way: a client is done before its record is."""
+        """Return ``pulls`` after all requests have ended. A client is done before its record is."""
         await self.room.middleware.idle()
         return self.pulls
 
@@ -66,13 +66,13 @@ class Server:
     async def get(
         self, url: str, headers: Mapping[str, str] | None = None
     ) -> tuple[int, CIMultiDictProxy[str], bytes]:
-        """(status, headers, body); raises ``aiohttp.ClientError`` for a body that is cut."""
+        """Return (status, headers, body). Raises ``aiohttp.ClientError`` if the body is cut."""
         return await self.ask("GET", url, headers)
 
     async def ask(
         self, method: str, url: str, headers: Mapping[str, str] | None = None
     ) -> tuple[int, CIMultiDictProxy[str], bytes]:
-        """As :meth:`get`, with another method."""
+        """Send a request with another method, like :meth:`get`."""
         async with self.client.request(method, url, headers=headers) as response:
             return response.status, response.headers, await response.read()
 
@@ -89,7 +89,7 @@ async def running(
     other: Upstream | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
-    """A server with ``docker.io`` and ``other.io`` at ``endpoints``; with a certificate, by TLS."""
+    """Run a server with ``docker.io`` and ``other.io`` at ``endpoints``. Certificate: use TLS."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     one = Upstream(endpoints=endpoints or ("http://127.0.0.1:9",), limits=limits, **upstream)
