@@ -1,8 +1,8 @@
-"""The one fake upstream: a registry that counts its calls, and fails in every way there is.
+"""The one fake upstream: a registry that records its requests, and fails as a test tells it.
 
-It speaks HTTP over plain sockets, since what is tested are answers that no HTTP library would
-give. ``fault`` puts a :class:`Fault` before the answers of a path; each is used up by one request,
-or stays (``times=None``)::
+It speaks HTTP over plain sockets, since no HTTP library would send some of the responses. ``fault``
+adds a :class:`Fault` to the responses of a path. A fault is used once, ``times`` times, or always
+(``times=None``)::
 
     async with FakeRegistry() as fake:
         digest = fake.add_blob(b"...")
@@ -31,7 +31,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 @dataclass
 class ReceivedRequest:
-    """One request that arrived."""
+    """One request to the fake."""
 
     method: str
     path: str
@@ -40,7 +40,7 @@ class ReceivedRequest:
     at: float
     body: bytes = b""
     target: str = ""
-    """The request's target as it was written; absolute where a proxy is asked."""
+    """The request target as it was sent. Absolute in a request to a proxy."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Fault:
     """Seconds between single bytes of the body."""
     delay: float = 0.0
     flip: int | None = None
-    """Offset of a byte whose lowest bit is wrong."""
+    """Offset of a byte whose lowest bit is flipped."""
     ignore_range: bool = False
     content_range: str | None = None
     chunked: bool = False
@@ -77,7 +77,7 @@ class Fault:
     """Bytes per second."""
     times: int | None = 1
     method: str | None = None
-    """Only for this method."""
+    """Use the fault for this method only. None: for all."""
 
 
 class FakeRegistry:
@@ -163,7 +163,7 @@ class FakeRegistry:
         self.faults += [(path, fault) for fault in faults]
 
     def count(self, method: str, path: str = "") -> int:
-        """Requests of ``method`` whose path holds ``path``."""
+        """Return the number of requests of ``method`` with ``path`` in their path."""
         return sum(1 for seen in self.requests if seen.method == method and path in seen.path)
 
     # --- serving --------------------------------------------------------------------------------
@@ -384,5 +384,5 @@ def _flip(body: bytes, offset: int) -> bytes:
 
 
 def digests(values: Iterable[bytes]) -> list[str]:
-    """The digests of values, as text."""
+    """Return the digests of values, as text."""
     return [str(Digest.of(value)) for value in values]

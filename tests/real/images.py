@@ -87,7 +87,7 @@ class Image:
 
     @property
     def manifests(self) -> tuple[Blob, ...]:
-        """What is pushed as manifests, children first."""
+        """The manifests to push, children first."""
         return (self.manifest,)
 
     def contents(self) -> dict[str, bytes]:

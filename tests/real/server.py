@@ -62,7 +62,7 @@ class Mirror(Program):
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The URL at which it listens."""
         return f"{'https' if self.settings.get('tls') else 'http'}://{self.host}"
 
     def command(self) -> Sequence[str | Path]:

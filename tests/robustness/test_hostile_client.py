@@ -129,7 +129,7 @@ def test_nothing_is_opened_outside_the_data_directory(
     data = tmp_path / "data"
     calls = "open,openat,creat,unlink,unlinkat,rename,mkdir,link,symlink,readlink,readlinkat"
     with Mirror({"docker.io": NOWHERE}, data_dir=data, prefix=strace(calls, log=log)) as mirror:
-        # what is loaded at the first request of a kind is loaded now
+        # Requests of each kind load their modules before the recording starts.
         for path in ("/v2/", "/v2/library/app/manifests/latest", "/v2/nonsense"):
             mirror.ask(path)
         before = len(log.read_text().splitlines())
@@ -137,7 +137,7 @@ def test_nothing_is_opened_outside_the_data_directory(
             with socket.create_connection(("127.0.0.1", mirror.port), 20) as connection:
                 connection.sendall(f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
                 assert connection.recv(1000).startswith((b"HTTP/1.1 400", b"HTTP/1.1 404")), path
-        # a digest is looked for: what strace writes has come so far
+        # The file of this digest marks how far the log of strace has come.
         mirror.ask(blob_path(f"sha256:{'a' * 64}"))
         wait_until(lambda: "a" * 64 in log.read_text(), "the search is in the log", 10)
         touched = log.read_text().splitlines()[before:]
@@ -149,7 +149,7 @@ def test_nothing_is_opened_outside_the_data_directory(
 async def test_unconfigured_namespaces_are_refused_without_a_connection(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
-    """No name is looked up and nobody is called but ourselves."""
+    """No name is looked up, and no connection is made but to the server itself."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         with NetworkLog().watched() as network:
             for form in NAMESPACES:
