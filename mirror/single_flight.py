@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
-from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar, cast
 
 from mirror.oci.errors import Draining, UpstreamTimeout
@@ -89,12 +88,7 @@ class SingleFlight:
         await self._ready.wait()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.drain(0.0)
 
     async def _hold_group(self) -> None:

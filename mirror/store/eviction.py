@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -113,17 +114,15 @@ class Catalog:
     def _ingests(self) -> Iterator[tuple[Digest, os.stat_result]]:
         for directory in self._layout.ingest_directories():
             try:
-                names = [entry.name for entry in os.scandir(directory)]
+                # The state of an ingest is in a second file, with a suffix.
+                names = [name for name in os.listdir(directory) if "." not in name]
             except OSError:
                 continue
             for name in names:
-                try:
-                    digest = Digest.parse(f"{directory.name}:{name}")
+                with suppress(DigestInvalid, OSError):
                     status = (directory / name).lstat()
-                except (DigestInvalid, OSError):
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    yield digest, status
+                    if stat.S_ISREG(status.st_mode):
+                        yield Digest.parse(f"{directory.name}:{name}"), status
 
     def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):

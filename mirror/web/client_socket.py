@@ -25,7 +25,6 @@ import struct
 import termios
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import TracebackType
 from typing import Final, Self
 
 _BYTES_ACKED_OFFSET: Final = 120
@@ -145,12 +144,7 @@ class SocketSendfile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         os.close(self._socket)
 
     async def send(self, file: int, offset: int, count: int) -> int:
