@@ -25,15 +25,15 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 """The checkout: the parent of ``tools/``."""
 
 LIMITS: Final[dict[str, int]] = {
-    "relative": 82,
-    "constants": 69,
-    "names": 24,
-    "parameters": 23,
-    "lines": 9065,
-    "cold-modules": 43,
-    "cold-functions": 240,
-    "warm-modules": 22,
-    "warm-functions": 82,
+    "relative": 0,
+    "constants": 0,
+    "names": 0,
+    "parameters": 0,
+    "lines": 9060,
+    "cold-modules": 30,
+    "cold-functions": 236,
+    "warm-modules": 16,
+    "warm-functions": 73,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.
 

@@ -20,14 +20,7 @@ from typing import Any, Final, TypeAlias, get_origin
 
 import yaml
 
-from mirror.config.settings import (
-    InvalidSetting,
-    KeyPath,
-    Section,
-    Settings,
-    build,
-    section_type,
-)
+from mirror.config.settings import InvalidSetting, KeyPath, Section, Settings, build, section_type
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 

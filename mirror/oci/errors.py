@@ -11,6 +11,10 @@ Codes are those of the OCI Distribution specification ("Error Codes"). ``UNKNOWN
 from __future__ import annotations
 
 from enum import Enum, auto
+from typing import Final
+
+MAX_RETRY_AFTER_S: Final = 86400.0
+"""Seconds that a ``Retry-After`` may name, received or sent: one day. Longer ones are mistakes."""
 
 
 class MirrorError(Exception):

@@ -16,12 +16,7 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, Pull
-from mirror.oci.descriptor import (
-    DEFAULT_ACCEPT,
-    MANIFEST_LIMIT,
-    Manifest,
-    sniff_media_type,
-)
+from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, Manifest, sniff_media_type
 from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness

@@ -86,10 +86,7 @@ class IngestLock:
     """
 
     def __init__(
-        self,
-        context: IngestContext,
-        digest: Digest,
-        when_idle: Callable[[], None] = lambda: None,
+        self, context: IngestContext, digest: Digest, when_idle: Callable[[], None] = lambda: None
     ) -> None:
         """Start without a file.
 

@@ -105,11 +105,7 @@ class Store:
 
     @classmethod
     async def open(
-        cls,
-        data_dir: str,
-        settings: Storage,
-        emit: Observer,
-        now: Callable[[], float] = time.time,
+        cls, data_dir: str, settings: Storage, emit: Observer, now: Callable[[], float] = time.time
     ) -> Store:
         """Recover a data directory from any crash, and open it.
 

@@ -148,10 +148,7 @@ class Authenticator:
             return None
         try:
             return await self._authorize(scheme, policy, repository, None)
-        except (
-            UpstreamError,
-            asyncio.CancelledError,
-        ):  # Cancelled: it may have taken too long.
+        except (UpstreamError, asyncio.CancelledError):  # Cancelled: it may have taken too long.
             if self._schemes.get(policy.endpoint) is scheme:
                 del self._schemes[policy.endpoint]
             raise

@@ -370,11 +370,7 @@ class FailoverClient:
             self._emit(CircuitChanged(self._name, str(attempt.policy.endpoint), circuit.is_open))
 
     async def _send_token_request(
-        self,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str],
-        form: Mapping[str, str] | None,
+        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None
     ) -> TokenResponse:
         """Send a request to a realm that the guard has allowed. Redirects are not followed.
 

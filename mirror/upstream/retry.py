@@ -12,7 +12,13 @@ import re
 from datetime import UTC
 from typing import Final
 
-from mirror.oci.errors import MirrorError, UpstreamRateLimited, UpstreamTimeout, UpstreamUnavailable
+from mirror.oci.errors import (
+    MAX_RETRY_AFTER_S,
+    MirrorError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 
 MAX_ATTEMPTS_PER_REQUEST: Final = 3
 """Exchanges for one request, over all endpoints. More would multiply the load of an outage."""
@@ -20,8 +26,6 @@ RETRY_BUDGET_S: Final = 20.0
 """Seconds after which only a second endpoint is tried, because clients have other mirrors."""
 _MAX_BACKOFF_S: Final = 2.0
 """Seconds before a retry at most: a client is waiting for it."""
-_MAX_RETRY_AFTER_S: Final = 86400.0
-"""Seconds that a ``Retry-After`` counts for at most: one day. Longer ones are mistakes."""
 
 
 def is_transient(error: MirrorError | None) -> bool:
@@ -59,11 +63,11 @@ def parse_retry_after(header: str | None, now: float) -> float | None:
         return None
     text = header.strip()
     if re.fullmatch(r"[0-9]{1,20}", text):
-        return min(float(text), _MAX_RETRY_AFTER_S)
+        return min(float(text), MAX_RETRY_AFTER_S)
     try:
         date = email.utils.parsedate_to_datetime(text)
     except (ValueError, OverflowError, IndexError, TypeError):
         return None
     # "all HTTP-date timestamps MUST be in UTC" (section 5.6.7): also without a time zone.
     timestamp = (date if date.tzinfo is not None else date.replace(tzinfo=UTC)).timestamp()
-    return min(max(0.0, timestamp - now), _MAX_RETRY_AFTER_S)
+    return min(max(0.0, timestamp - now), MAX_RETRY_AFTER_S)

@@ -25,6 +25,7 @@ import math
 from typing import Final
 
 from mirror.oci.errors import (
+    MAX_RETRY_AFTER_S,
     ContentLost,
     Denied,
     Draining,
@@ -59,9 +60,6 @@ _STATUS: Final[dict[type, int]] = {
     StorageUnavailable: 503,
 }
 
-_MAX_RETRY_AFTER_S: Final = 86400
-"""Seconds (one day): the longest ``Retry-After`` that is sent, whatever the upstream asks for."""
-
 
 def status_of(error: MirrorError) -> int:
     """Return the HTTP status of the nearest base class in the table."""
@@ -92,4 +90,4 @@ def _whole_seconds(retry_after: float | None) -> int:
     """Round up, and limit. Returns 0 if the field has to be left out."""
     if retry_after is None or not 0 < retry_after < math.inf:
         return 0
-    return math.ceil(min(retry_after, _MAX_RETRY_AFTER_S))
+    return math.ceil(min(retry_after, MAX_RETRY_AFTER_S))
