@@ -68,7 +68,7 @@ class Pull:
     bytes_sent: int = 0
     sent_in_one_write: bool = False
     """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
-    complete: bool = False
+    is_complete: bool = False
     """Whether the whole body was sent."""
     joined_at: int | None = None
     """Bytes that a running ingest had when this request joined it; None if it joined none."""
@@ -148,7 +148,7 @@ class UpstreamResponded:
     kind: Kind
     status: int
     seconds: float
-    billed: bool
+    is_billed: bool
     error: str = ""
 
 
@@ -157,7 +157,7 @@ class TokenFetched:
     """An exchange with a token service ended, with a token if ``ok``, after ``seconds``."""
 
     upstream: str
-    ok: bool
+    is_ok: bool
     seconds: float
 
 
@@ -178,7 +178,7 @@ class CircuitChanged:
 
     upstream: str
     endpoint: str
-    open: bool
+    is_open: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ class Resumed:
 
     upstream: str
     offset: int
-    restarted: bool
+    is_restart: bool
     reason: str
 
 
@@ -205,7 +205,7 @@ class Reverified:
     """Content whose last verification was too old was hashed again. ``ok``: it is intact."""
 
     digest: str
-    ok: bool
+    is_ok: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,7 @@ class StorageMeasured:
     count: int
     bytes: int
     quota: int
-    writable: bool
+    is_writable: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,7 +273,7 @@ class MetricsObserver:
         duration.observe(pull.duration)
         if pull.sent_in_one_write:
             self._sent_by[upstream].inc(pull.bytes_sent)
-        if pull.bytes_sent and not pull.complete:
+        if pull.bytes_sent and not pull.is_complete:
             self._incomplete.labels(upstream).inc()
 
     def _upstream_responded(self, event: events.UpstreamResponded) -> None:
@@ -283,7 +283,7 @@ class MetricsObserver:
             name, event.endpoint, event.method, event.kind.value, status
         ).inc()
         self._latency.labels(name).observe(event.seconds)
-        if event.billed:
+        if event.is_billed:
             self._billed.labels(name).inc()
 
     def render(self) -> tuple[bytes, str]:

@@ -258,7 +258,7 @@ def not_modified(if_none_match: str | None, etag: str) -> bool:
     return False
 
 
-def range_applies(if_range: str | None, etag: str) -> bool:
+def is_range_applicable(if_range: str | None, etag: str) -> bool:
     """Whether ``If-Range`` allows ``Range`` (RFC 9110, section 13.1.5); if not, send the whole.
 
     The comparison is strong, so a weak tag never matches. Nor does a date: we send no

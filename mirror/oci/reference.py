@@ -68,13 +68,13 @@ class Verifier:
         for chunk in chunks:
             self.update(chunk)
 
-    def matches(self) -> bool:
+    def is_match(self) -> bool:
         """Whether the bytes so far hash to the expected digest."""
         return bool(self._hash.hexdigest() == self._expected.hex)
 
     def finish(self) -> None:
         """Raise :class:`DigestMismatch` unless the bytes so far hash to the expected digest."""
-        if not self.matches():
+        if not self.is_match():
             raise DigestMismatch(f"content of {self.position} bytes is not {self._expected}")
 
 

@@ -371,7 +371,7 @@ class Fetch:
         idle = now - attempts.last_progress_at
         if (
             not attempts.has_responded
-            or self.ingest.closed
+            or self.ingest.is_closed
             or attempts.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or idle > _STALL_TIMEOUT_S
         ):

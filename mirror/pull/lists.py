@@ -76,7 +76,7 @@ class ListService:
         except NotFound as error:
             await self._content.put_negative(repository, key, error)
             raise
-        return json.dumps({"tags": tags_page.tags, "more": tags_page.more})
+        return json.dumps({"tags": tags_page.tags, "more": tags_page.has_more})
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: Pull

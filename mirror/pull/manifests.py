@@ -196,7 +196,7 @@ class ManifestService:
         record, cached = await self._find_variant(repository, tag, "")
         variant = variant_of(request.accept)
         # A registry may send another manifest to an old client than the one that is cached here.
-        is_accepted = cached is not None and accepts(request.accept, cached.media_type)
+        is_accepted = cached is not None and is_acceptable(request.accept, cached.media_type)
         if not variant or (is_accepted and self._is_fresh(repository, record, cached)):
             return record, cached
         own_record, own_cached = await self._find_variant(repository, tag, variant)
@@ -283,7 +283,7 @@ class ManifestService:
         clients get its result.
         """
         repository, tag = request.repository, request.tag
-        accept = request.accept if _names_types(request.accept) else DEFAULT_ACCEPT
+        accept = request.accept if _has_media_types(request.accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(accept)}"
         await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
@@ -354,16 +354,16 @@ def _parse(body: bytes, root: AccessRecord) -> tuple[Manifest, list[AccessRecord
 @lru_cache(256)
 def variant_of(accept: tuple[str, ...]) -> str:
     """Name the set of media types of an old client. Empty if it takes every manifest type."""
-    if set(accept) >= _CURRENT_TYPES or not _names_types(accept):
+    if set(accept) >= _CURRENT_TYPES or not _has_media_types(accept):
         return ""
     return f" {Digest.of(','.join(sorted(accept)).encode()).hex[:16]}"
 
 
-def _names_types(accept: tuple[str, ...]) -> bool:
+def _has_media_types(accept: tuple[str, ...]) -> bool:
     return any(value.strip() != "*/*" for value in accept)
 
 
-def accepts(accept: tuple[str, ...], media_type: str) -> bool:
+def is_acceptable(accept: tuple[str, ...], media_type: str) -> bool:
     """True if a client that sent ``accept`` takes ``media_type`` (RFC 9110, section 12.5.1)."""
     if not accept:
         return True

@@ -37,5 +37,5 @@ class TagsResult:
     """One page of a repository's tags, in order."""
 
     tags: tuple[str, ...]
-    more: bool
+    has_more: bool
     """True if there are tags after this page."""

@@ -5,10 +5,10 @@ the age of verifications, quarantine, marking content as used. Must not know: re
 which repository may read which content.
 
 Theory of operation: content is trusted while its verification is younger than ``storage.reverify``
-and no other program has written to the file (:func:`mirror.store.disk.set_by_us`). Otherwise it is
-verified again. A small file is hashed before its first byte is served, so damage is a cache miss. A
-large file is served like content that is being fetched: its bytes are sent at once, a thread hashes
-the file at the same time, and the last byte is held back until the hash is right.
+and no other program has written to the file (``disk.is_set_by_us``). Otherwise it is verified
+again. A small file is hashed before its first byte is served, so damage is a cache miss. A large
+file is served like content that is being fetched: its bytes are sent at once, a thread hashes the
+file at the same time, and the last byte is held back until the hash is right.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class BlobStore:
             os.close(fd)
 
     async def _is_trusted(self, digest: Digest, status: os.stat_result) -> bool:
-        if self._reverify <= 0 or not disk.set_by_us(status):
+        if self._reverify <= 0 or not disk.is_set_by_us(status):
             return False
         at = self._verified.get(digest)
         if at is None:
@@ -245,14 +245,14 @@ class BlobStore:
         else:
             lease.verification = None
             self._set_verified(digest, self._now())
-            self._emit(Reverified(str(digest), ok=True))
+            self._emit(Reverified(str(digest), is_ok=True))
         self.release(digest, lease)
 
     def _report_damage(self, digest: Digest, size: int) -> None:
         self._verified.pop(digest, None)
         self._unsaved.discard(digest)
         self._emit(DigestMismatched("", str(digest), "disk"))
-        self._emit(Reverified(str(digest), ok=False))
+        self._emit(Reverified(str(digest), is_ok=False))
         self._emit(Evicted(1, size, "corrupt"))
 
     def _forget(self, digest: Digest, lease: _Lease) -> None:

@@ -101,7 +101,7 @@ def boot_id() -> str:
         return ""
 
 
-def set_by_us(status: os.stat_result) -> bool:
+def is_set_by_us(status: os.stat_result) -> bool:
     """Whether no other program has written to a file. We set whole seconds, the kernel does not."""
     return status.st_mtime_ns % _NANOSECONDS == 0
 
@@ -166,7 +166,7 @@ def close(fd: int, threads: Executor) -> None:
 
 
 def touch_open(fd: int, now: float) -> None:
-    """Set the last use of an open file, in whole seconds (see :func:`set_by_us`)."""
+    """Set the last use of an open file, in whole seconds (see :func:`is_set_by_us`)."""
     seconds = int(now) * _NANOSECONDS
     try:
         os.utime(fd, ns=(seconds, seconds))
@@ -175,7 +175,7 @@ def touch_open(fd: int, now: float) -> None:
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of whole content, in whole seconds (see :func:`set_by_us`).
+    """Set the last use of whole content, in whole seconds (see :func:`is_set_by_us`).
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
@@ -184,7 +184,7 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
     for digest in digests:
         path = layout.blob(digest)
         try:
-            if set_by_us(path.lstat()):
+            if is_set_by_us(path.lstat()):
                 os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
         except OSError:
             continue

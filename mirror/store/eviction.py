@@ -143,7 +143,7 @@ class Catalog:
             digest for _, digest in oldest_first if not disk.is_locked(self._layout.ingest(digest))
         ]
 
-    def holds(self, digest: Digest) -> bool:
+    def has_blob(self, digest: Digest) -> bool:
         """Whether the last scan found whole content of this digest."""
         return digest.hex in self._sizes.get(digest.algorithm, ())
 
@@ -281,14 +281,14 @@ class Evictor:
             if shortage is None or shortage[0] == 0:
                 return shortage is not None
             self._evict(*shortage, pinned)
-            return self._fits(need)
+            return self._has_room(need)
         finally:
             os.close(fd)
 
     def _shortage(self, need: int) -> tuple[int, str] | None:
         return bytes_to_free(self._catalog.refresh(), need, self._disk_free(), self._settings)
 
-    def _fits(self, need: int) -> bool:
+    def _has_room(self, need: int) -> bool:
         """Below the high water mark is enough, even if the low one was not reached."""
         high = int(self._settings.max_size * self._settings.high_water)
         return self._catalog.refresh().total <= high and self._disk_free() >= need

@@ -79,7 +79,7 @@ class ReadableIngest:
 
         No follower gets them before: the upstream may turn out to send something else.
         """
-        self.verified = False
+        self.is_verified = False
         """Whether the content is complete and its hash is the digest."""
         self.failure: MirrorError | None = None
         """Why no further byte arrives; None while the fetch runs, and after success."""
@@ -104,17 +104,17 @@ class ReadableIngest:
         return self.on_disk if self.window is None else self.window.stop
 
     @property
-    def closed(self) -> bool:
+    def is_closed(self) -> bool:
         """Whether no further byte arrives."""
-        return self.verified or self.failure is not None
+        return self.is_verified or self.failure is not None
 
     def follow(self, start: int = 0) -> Follower | None:
         """A new follower from ``start`` on; None if bytes after ``start`` have left memory."""
-        return Follower(self, start) if self.holds_all_from(start) else None
+        return Follower(self, start) if self.has_all_from(start) else None
 
-    def holds_all_from(self, start: int) -> bool:
+    def has_all_from(self, start: int) -> bool:
         """Whether every byte from ``start`` on can be read, now or later."""
-        return self.window is None or self.window.holds_all_from(start)
+        return self.window is None or self.window.has_all_from(start)
 
     def extent(self, start: int, stop: int) -> Extent:
         """Bytes from ``start`` (below ``head``) to at most ``stop``. Raises ``ContentLost``."""
@@ -126,7 +126,7 @@ class ReadableIngest:
 
     def wake_followers(self) -> None:
         """Wake the followers that have bytes to read; all of them once the ingest is closed."""
-        self.waiters.wake(self.head, self.closed)
+        self.waiters.wake(self.head, self.is_closed)
 
     # --- memory, and the last follower --------------------------------------------------------
 
@@ -169,7 +169,7 @@ class ReadableIngest:
         if self.window is not None:
             self.window.slide(follower.position for follower in self.followers)
         may_give_up = self.window is not None or not self._finishes_unfollowed
-        if may_give_up and not self.followers and not self.closed:
+        if may_give_up and not self.followers and not self.is_closed:
             self._give_up()
         self._close_if_unused()
 
@@ -212,7 +212,7 @@ class Follower:
         if stop is not None and start >= stop:
             return None
         self.position = start
-        if ingest.holds_all_from(start):
+        if ingest.has_all_from(start):
             ingest.followers.add(self)  # it may have been dropped as too slow
         ingest.on_follower_moved()
         while True:
@@ -221,7 +221,7 @@ class Follower:
                 return ingest.extent(start, ingest.head if stop is None else stop)
             if ingest.failure is not None:
                 raise ingest.failure
-            if ingest.verified:
+            if ingest.is_verified:
                 return None
             await ingest.waiters.wait(start)
 

@@ -42,7 +42,7 @@ def write_index_json(layout: Layout, entries: Iterable[NamedManifest]) -> None:
             "annotations": {
                 _REF_NAME: entry.name,
                 _UPSTREAM: entry.repository.upstream,
-                **({_PINNED: "true"} if entry.pinned else {}),
+                **({_PINNED: "true"} if entry.is_pinned else {}),
             },
         }
         for _, entry in sorted(on_disk.items())
@@ -92,7 +92,7 @@ def _parse_entry(entry: Any) -> NamedManifest | None:
             digest=Digest.parse(entry["digest"]),
             media_type=media_type_of(entry["mediaType"]),
             size=size_of(entry["size"]),
-            pinned=annotations.get(_PINNED) == "true",
+            is_pinned=annotations.get(_PINNED) == "true",
         )
     except MALFORMED:
         return None

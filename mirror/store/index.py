@@ -28,9 +28,9 @@ from mirror.store.records import (
     NamedManifest,
     TagRecord,
     confirm,
-    contradicts,
     dump_access_record,
     dump_tag,
+    is_contradiction,
     load_access_record,
     load_tag,
     merge,
@@ -244,7 +244,7 @@ class Index:
         key = _member(repository, new.digest, new.kind)
         earlier = load_access_record(self._text(_MEMBERS, key))
         self._rows.write(_MEMBERS, key, dump_access_record(merge(earlier, new)))
-        return contradicts(earlier, new)
+        return is_contradiction(earlier, new)
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
         """Delete the record that ``repository`` refers to ``digest``.
@@ -390,7 +390,7 @@ def _load_name(row: Row) -> TagRecord | NamedManifest | None:
 def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[NamedManifest] | None:
     """Each pulled manifest by its digest, and by each tag that names or named it, newest first."""
     pulled = {
-        (named.repository, named.digest): replace(named, pinned=named.digest in pins)
+        (named.repository, named.digest): replace(named, is_pinned=named.digest in pins)
         for named in names
         if isinstance(named, NamedManifest)
     }

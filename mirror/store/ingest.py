@@ -107,7 +107,7 @@ class Ingest(ReadableIngest):
         Raises:
             ContentLost: The file is shorter than what followers already have.
         """
-        if self.verified:
+        if self.is_verified:
             return Role.DONE
         if self.lock.is_locked or self.window is not None:
             return Role.LEADER
@@ -123,7 +123,7 @@ class Ingest(ReadableIngest):
             return Role.LEADER
         if role is Role.DONE:
             self.size = self.on_disk
-            self.verified = self.is_confirmed = True
+            self.is_verified = self.is_confirmed = True
         self.wake_followers()
         return role
 
@@ -231,7 +231,7 @@ class Ingest(ReadableIngest):
         Bytes on disk are kept for a resume, except after a digest mismatch or lost content. Does
         nothing after another end.
         """
-        if self.closed:
+        if self.is_closed:
             return
         self.failure = error
         self._writer.discard_pending()
@@ -274,7 +274,7 @@ class Ingest(ReadableIngest):
         are kept.
         """
         self.released.set()
-        if not self.closed:
+        if not self.is_closed:
             self.failure = UpstreamUnavailable("the fetch was given up")
         self.wake_followers()
         self._close_if_unused()

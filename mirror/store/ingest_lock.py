@@ -161,7 +161,7 @@ class IngestLock:
     # --- the file -------------------------------------------------------------------------------
 
     @property
-    def path_is_ours(self) -> bool:
+    def is_path_ours(self) -> bool:
         """Whether the ingest path still names the open file."""
         return self.fd is not None and disk.is_at(self.fd, self._layout.ingest(self._digest))
 
@@ -213,7 +213,7 @@ class IngestLock:
             if not disk.try_lock(self.fd):
                 self._has_followed = True
                 return Role.FOLLOWER
-            if self.path_is_ours:
+            if self.is_path_ours:
                 break
             if self.is_published:
                 fcntl.flock(self.fd, fcntl.LOCK_SH)
@@ -362,7 +362,7 @@ class IngestLock:
     def _unlink(self, keep_state: bool = False) -> None:
         # The state file goes first. Once the ingest file is gone, another process may create both
         # anew, and its state file must not be removed.
-        if self.path_is_ours and not keep_state:
+        if self.is_path_ours and not keep_state:
             disk.drop_state(self._layout, self._digest)
         disk.drop_ingest(self._layout, self._digest, self._require_open())
 

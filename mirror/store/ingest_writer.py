@@ -92,7 +92,7 @@ class IngestWriter:
     def _start_next_batch(self) -> None:
         """Give the pending chunks to a thread, unless it is still busy with the last batch."""
         ingest = self._ingest
-        if self._job is not None or ingest.closed or self.error is not None:
+        if self._job is not None or ingest.is_closed or self.error is not None:
             return
         is_last = self._has_ended or ingest.position == ingest.size
         # Without a known size, the newest chunk may be the last. It is held back until the end is
@@ -149,7 +149,7 @@ class IngestWriter:
             ingest.on_follower_moved()
         if is_last:
             ingest.size = ingest.position
-            ingest.verified = True
+            ingest.is_verified = True
 
 
 # --- blocking calls -------------------------------------------------------------------------------

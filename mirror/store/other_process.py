@@ -46,12 +46,12 @@ async def follow_other_process(ingest: Ingest) -> None:
     """
     leader = LeaderState(ingest.context.layout, ingest.digest)
     pause_s, polls = _FIRST_POLL_S, 0
-    while not ingest.verified:
+    while not ingest.is_verified:
         has_grown = _read_progress(ingest, leader)
         ingest.wake_followers()
-        if ingest.verified:
+        if ingest.is_verified:
             return await ingest.lock.downgrade_to_shared()
-        if not ingest.lock.path_is_ours and not ingest.lock.is_published:
+        if not ingest.lock.is_path_ours and not ingest.lock.is_published:
             if not ingest.on_disk:
                 # The fetch ended before its first byte. Start with a new file.
                 return ingest.lock.release()
@@ -87,8 +87,8 @@ def _read_progress(ingest: Ingest, leader: LeaderState) -> bool:
         ingest.last_progress = time.monotonic()
     # A file of full length is verified. But an empty file is complete only if the digest is that
     # of no bytes.
-    if length == ingest.size and (length > 0 or Verifier(ingest.digest).matches()):
-        ingest.verified = True
+    if length == ingest.size and (length > 0 or Verifier(ingest.digest).is_match()):
+        ingest.is_verified = True
     return has_grown
 
 

@@ -82,7 +82,7 @@ class NamedManifest:
     digest: Digest
     media_type: str
     size: int | None
-    pinned: bool = False
+    is_pinned: bool = False
     """Whether it is never evicted, nor any content that it refers to."""
 
     @property
@@ -170,7 +170,7 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     )
 
 
-def contradicts(earlier: AccessRecord | None, new: AccessRecord) -> bool:
+def is_contradiction(earlier: AccessRecord | None, new: AccessRecord) -> bool:
     """True if an index states another media type for a manifest than an earlier or later source."""
     if (
         earlier is None

@@ -325,13 +325,13 @@ class Rows:
         """Whether the database is damaged. Not for temporary failures: busy, few descriptors."""
         if isinstance(error, sqlite3.Error):
             if _code(error) == sqlite3.SQLITE_CANTOPEN:
-                return not self._lacks_descriptors()
+                return not self._is_out_of_descriptors()
             return _code(error) not in _TEMPORARY
         if isinstance(error, OSError):
             return error.errno not in _TEMPORARY_OF_DISK
         return not isinstance(error, diskcache.Timeout)
 
-    def _lacks_descriptors(self) -> bool:
+    def _is_out_of_descriptors(self) -> bool:
         try:
             os.close(os.open(self._path.parent, os.O_RDONLY))
         except OSError as error:

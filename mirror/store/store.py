@@ -154,7 +154,7 @@ class Store:
 
     async def settled(self) -> None:
         """Wait until all verified content is published, or has failed to be."""
-        while verified := [ingest for ingest in self.active_ingests.values() if ingest.verified]:
+        while verified := [ingest for ingest in self.active_ingests.values() if ingest.is_verified]:
             await verified[0].released.wait()
 
     async def idle(self) -> None:
@@ -182,7 +182,7 @@ class Store:
                 usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
             )
         )
-        await self.index.drop_orphaned_rows(self.catalog.holds)
+        await self.index.drop_orphaned_rows(self.catalog.has_blob)
         await self._remove_leftovers()
         idle = (time.monotonic() - ingest.last_progress for ingest in self.active_ingests.values())
         self._emit(IngestsMeasured(len(self.active_ingests), max(idle, default=0.0)))
@@ -251,7 +251,7 @@ class Store:
                 expires_at=None,
             )
             done = await self._restore_parts(named.repository, root) and done
-        pins = {named.digest for named in saved if named.pinned}
+        pins = {named.digest for named in saved if named.is_pinned}
         done = (not pins or await self.index.pin(pins)) and done
         tags = [
             TagRecord(named.repository, named.tag, named.digest, first_seen=0.0, confirmed=0.0)

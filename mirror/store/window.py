@@ -39,7 +39,7 @@ class Window:
                 self._offsets.append(self.stop)
                 self.stop += len(chunk)
 
-    def holds_all_from(self, position: int) -> bool:
+    def has_all_from(self, position: int) -> bool:
         """Whether a follower at ``position`` finds every byte, here or on the disk before."""
         return self.start == self.origin or position >= self.start
 

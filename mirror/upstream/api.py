@@ -59,7 +59,7 @@ class TagsPage:
     """Tags of a repository in lexical order. ``more``: the repository has tags after these."""
 
     tags: tuple[str, ...]
-    more: bool
+    has_more: bool
 
 
 class ContentStream(Protocol):

@@ -71,7 +71,7 @@ class Allowed:
     """
 
     url: URL
-    same_origin: bool
+    is_same_origin: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,23 +131,23 @@ def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Ver
     own_ports = {port for _, port in policy.own_addresses}
     if (host, port) in policy.own_addresses or (is_loopback(host) and port in own_ports):
         return Refused("an address of this mirror")
-    same_origin = url.origin() == policy.endpoint.origin()
+    is_same_origin = url.origin() == policy.endpoint.origin()
     match purpose:
         case Purpose.ENDPOINT | Purpose.NEXT_PAGE:
-            return Allowed(url, same_origin) if same_origin else Refused("another origin")
+            return Allowed(url, is_same_origin) if is_same_origin else Refused("another origin")
         case Purpose.REALM:
             is_endpoint = (host, port) == (policy.endpoint.host, policy.endpoint.port)
             is_token_host = bool({host, f"{host}:{port}"} & set(policy.token_hosts))
             # A token host is trusted by its name, which only TLS proves.
             is_proven = url.scheme == "https" or policy.is_on_private_network
             if is_endpoint or (is_token_host and is_proven):
-                return Allowed(url, same_origin)
+                return Allowed(url, is_same_origin)
             return Refused("a token realm that is neither the endpoint nor in token_hosts")
         case Purpose.REDIRECT:
             is_internal = is_private(host) or host == "localhost"
-            if is_internal and not same_origin and not policy.is_on_private_network:
+            if is_internal and not is_same_origin and not policy.is_on_private_network:
                 return Refused("a public registry points at a private address")
-            return Allowed(url, same_origin)
+            return Allowed(url, is_same_origin)
 
 
 def is_loopback(host: str) -> bool:
@@ -280,7 +280,7 @@ class Proxies:
         host = (url.host or "").rstrip(".").lower()
         if url.scheme not in self.by_scheme or is_loopback(host):
             return None
-        if any(_matches_no_proxy(entry, host, url.port) for entry in self.no_proxy):
+        if any(_is_excluded(entry, host, url.port) for entry in self.no_proxy):
             return None
         proxy = self.by_scheme[url.scheme]
         if proxy is None:
@@ -302,7 +302,7 @@ def _parse_proxy(text: str) -> Proxy | None:
         return None
 
 
-def _matches_no_proxy(entry: str, host: str, port: int | None) -> bool:
+def _is_excluded(entry: str, host: str, port: int | None) -> bool:
     """Whether an entry of ``no_proxy`` names this host: all, network, address, host or domain."""
     if entry == "*":
         return True

@@ -170,7 +170,7 @@ class Transport:
             verdict = check_url(target, Purpose.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
                 raise errors.OutboundRefused(f"redirect refused: {verdict.why}")
-            if not verdict.same_origin:
+            if not verdict.is_same_origin:
                 request_headers.pop("Authorization", None)
                 is_cross_origin = True
             url = verdict.url

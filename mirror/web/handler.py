@@ -213,7 +213,7 @@ class Handler:
         name = parsed.prefix + parsed.repository.path
         page = {"name": name, "tags": list(result.tags)}
         response = _build_json_response(json.dumps(page).encode(), pull)
-        if result.more and result.tags:
+        if result.has_more and result.tags:
             query = {"n": parsed.count, "last": result.tags[-1], "ns": parsed.ns}
             response.headers["Link"] = build_next(f"/v2/{name}/tags/list", query)
         return response

@@ -35,10 +35,10 @@ from mirror.oci.headers import (
     Whole,
     content_range,
     entity_tag,
+    is_range_applicable,
     not_modified,
     parse_range,
     parse_range_unsized,
-    range_applies,
 )
 from mirror.oci.reference import Digest
 from mirror.store.reader import FileExtent, MemoryExtent, Reader
@@ -165,7 +165,7 @@ class Sender:
             return web.Response(status=304, headers=headers)
         # RFC 9110, section 14.2: Range is defined for GET only.
         wanted = request.headers.get("Range") if request.method == "GET" else None
-        if not range_applies(request.headers.get("If-Range"), etag):
+        if not is_range_applicable(request.headers.get("If-Range"), etag):
             wanted = None
         if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
             body = replace(body, size=await _wait_for_size(body.source))
@@ -182,7 +182,7 @@ class Sender:
 
     def _build_small_response(self, content: bytes, headers: dict[str, str]) -> web.StreamResponse:
         request, pull = self._request, self._pull
-        pull.complete = pull.sent_in_one_write = True
+        pull.is_complete = pull.sent_in_one_write = True
         pull.bytes_sent = len(content)
         pull.first_byte = self._loop.time() - pull.started
         if request.version == HttpVersion11 and request.keep_alive:
@@ -207,7 +207,7 @@ class Sender:
                             await response.write(delimiter)
                         await self._send_span(response, body.source, start, stop, socket_sendfile)
                     await response.write_eof()
-            self._pull.complete = True
+            self._pull.is_complete = True
         except BaseException:
             abort_connection(self._request.transport, with_reset=not has_length)
             raise

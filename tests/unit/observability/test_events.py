@@ -32,7 +32,7 @@ def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
 def test_new_record_is_an_invalid_request_that_ended_with_an_error() -> None:
     pull = Pull("id", "GET", "/")
     assert (pull.kind, pull.outcome, pull.upstream) == (Kind.INVALID, Outcome.ERROR, "")
-    assert not pull.complete
+    assert not pull.is_complete
     assert pull.first_byte is None
     assert Pull("id", "GET", "/").stages is not pull.stages
 

@@ -67,7 +67,7 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
         {"where": "upstream"},
         1,
     ),
-    (events.Reverified("sha256:x", ok=False), "reverifications_total", {"result": "damaged"}, 1),
+    (events.Reverified("sha256:x", is_ok=False), "reverifications_total", {"result": "damaged"}, 1),
     (events.Evicted(3, 30, "quota"), "evictions_total", {"reason": "quota"}, 3),
     (events.Evicted(3, 30, "quota"), "evicted_bytes_total", {"reason": "quota"}, 30),
     (events.Uncached("sha256:x", "full"), "uncached_pulls_total", {"reason": "full"}, 1),

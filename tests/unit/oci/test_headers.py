@@ -23,11 +23,11 @@ from mirror.oci.headers import (
     Whole,
     content_range,
     entity_tag,
+    is_range_applicable,
     not_modified,
     parse_content_range,
     parse_range,
     parse_range_unsized,
-    range_applies,
     unsatisfied_range,
 )
 from mirror.oci.reference import Digest
@@ -334,10 +334,10 @@ def test_if_none_match_compares_weakly_and_malformed_lists_do_not_match(
 def test_if_range_compares_strongly_and_dates_do_not_match(
     header: str | None, expected: bool
 ) -> None:
-    assert range_applies(header, ETAG) is expected
+    assert is_range_applicable(header, ETAG) is expected
 
 
 @given(st.text() | st.text(alphabet='W/"*, sha256:ab'))
 def test_any_text_in_a_condition_neither_raises_nor_matches(header: str) -> None:
     assert not_modified(header, ETAG) == (header.strip(" \t") == "*")
-    assert not range_applies(header, ETAG)
+    assert not is_range_applicable(header, ETAG)

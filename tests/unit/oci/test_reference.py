@@ -150,6 +150,6 @@ def test_verifier_of_pieces_agrees_with_the_hash_of_the_whole(
     assert verifier.position == len(content)
     verifier.finish()
     verifier.update(b"x")
-    assert not verifier.matches()
+    assert not verifier.is_match()
     with pytest.raises(DigestMismatch):
         verifier.finish()

@@ -179,7 +179,7 @@ async def test_broken_transfer_is_resumed_at_its_offset(fetch_env: FetchEnv) -> 
     assert fetch_env.registry.offsets == [0, 100_000, 250_000]
     assert [named["validator"] for named in fetch_env.registry.asked] == [None, '"tag"', '"tag"']
     assert [named["total"] for named in fetch_env.registry.asked] == [None, len(DATA), len(DATA)]
-    assert [(e.offset, e.restarted) for e in fetch_env.happened(Resumed)] == [
+    assert [(e.offset, e.is_restart) for e in fetch_env.happened(Resumed)] == [
         (100_000, False),
         (250_000, False),
     ]
@@ -204,7 +204,7 @@ async def test_response_after_the_requested_offset_is_not_appended(fetch_env: Fe
     fetch_env.registry.breaks = [(100_000, BROKEN)]
     change(fetch_env, {}, {"start": 150_000})
     assert await fetch_env.body() == DATA
-    assert [e.restarted for e in fetch_env.happened(Resumed)] == [False, True]
+    assert [e.is_restart for e in fetch_env.happened(Resumed)] == [False, True]
     # the validator may not belong to the bytes that are here
     assert [named["validator"] for named in fetch_env.registry.asked] == [None, '"tag"', None]
 

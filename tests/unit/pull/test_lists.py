@@ -32,7 +32,7 @@ async def tags(
 ) -> tuple[tuple[str, ...], bool, Outcome]:
     pull = a_pull()
     answer = await kit.service.tags(REPO, count, last, pull)
-    return answer.tags, answer.more, pull.outcome
+    return answer.tags, answer.has_more, pull.outcome
 
 
 async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
@@ -261,7 +261,7 @@ async def test_tags_and_referrers_through_failure_and_tag_schema(tmp_path: Path)
         for name in ("b", "a", "c"):
             digest = kit.registry.add_image(REPO.path, name, name.encode())
         first = await kit.service.tags(REPO, 2, None, a_pull())
-        assert (first.tags, first.more) == (("a", "b"), True)
+        assert (first.tags, first.has_more) == (("a", "b"), True)
         assert (await kit.service.tags(REPO, 2, "b", a_pull())).tags == ("c",)
         assert (await kit.service.tags(REPO, 0, None, a_pull())).tags == ()
         kit.registry.failure = UpstreamUnavailable("down")

@@ -29,7 +29,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Reference, Repository
-from mirror.pull.manifests import accepts, variant_of
+from mirror.pull.manifests import is_acceptable, variant_of
 from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
@@ -328,7 +328,7 @@ def test_variant_is_empty_for_clients_that_take_every_manifest(
 def test_accepts_follows_types_and_wildcards_of_the_accept_header(
     accept: tuple[str, ...], taken: bool
 ) -> None:
-    assert accepts(accept, OCI_MANIFEST) is taken
+    assert is_acceptable(accept, OCI_MANIFEST) is taken
 
 
 # --- stored bytes -----------------------------------------------------------------------------

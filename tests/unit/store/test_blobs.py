@@ -96,7 +96,7 @@ async def test_content_with_an_old_verification_is_sent_at_once_and_ends_when_ve
         assert await read(reader) == LARGE
         assert await read(reader, 5, 10) == LARGE[5:10]
         reader.close()
-        assert [e.ok for e in parts.events if isinstance(e, Reverified)] == [True]
+        assert [e.is_ok for e in parts.events if isinstance(e, Reverified)] == [True]
 
 
 async def test_a_wrong_size_in_a_manifest_does_not_damage_content(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ async def test_content_is_verified_again_and_served_after_a_clock_jump(
             assert reader
             assert await read(reader) == LARGE
             reader.close()
-            assert [e.ok for e in parts.events if isinstance(e, Reverified)] == [True] * times
+            assert [e.is_ok for e in parts.events if isinstance(e, Reverified)] == [True] * times
 
 
 async def test_damage_that_cannot_be_quarantined_is_a_miss_each_time(

@@ -123,14 +123,14 @@ def test_open_whole_of_no_regular_file_is_none_and_leaks_no_descriptor(layout: L
 def test_a_write_by_another_program_shows_in_the_time_of_the_file(layout: Layout) -> None:
     path = layout.blob(DIGEST)
     path.write_bytes(DATA)
-    while disk.set_by_us(path.stat()):  # one in a billion
+    while disk.is_set_by_us(path.stat()):  # one in a billion
         path.write_bytes(DATA)
     fd = os.open(path, os.O_RDWR)
     disk.touch_open(fd, 1_700_000_000.9)
-    assert disk.set_by_us(path.stat())
+    assert disk.is_set_by_us(path.stat())
     assert path.stat().st_mtime == 1_700_000_000
     os.pwrite(fd, b"x", 0)
-    assert not disk.set_by_us(path.stat())
+    assert not disk.is_set_by_us(path.stat())
     os.close(fd)
 
 
@@ -289,7 +289,7 @@ def test_publish_makes_content_visible_leased_and_marked_as_ours(layout: Layout)
     fd, before = full_ingest(layout), open_descriptors()
     disk.publish(layout, DIGEST, fd, 1_700_000_000.5)
     assert layout.blob(DIGEST).read_bytes() == DATA
-    assert disk.set_by_us(layout.blob(DIGEST).stat())
+    assert disk.is_set_by_us(layout.blob(DIGEST).stat())
     assert not list(layout.ingest(DIGEST).parent.iterdir())
     reader = disk.open_whole(layout, DIGEST)
     assert reader, "it may be read at once"

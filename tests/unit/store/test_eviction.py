@@ -59,7 +59,7 @@ def test_usage_equals_du_after_every_change(
             put(layout, data, algorithm)
         usage = catalog.refresh()
         assert (usage.count, usage.bytes) == by_du(layout)
-        assert catalog.holds(Digest.of(data, algorithm)) == path.exists()
+        assert catalog.has_blob(Digest.of(data, algorithm)) == path.exists()
     assert Catalog(layout).refresh() == catalog.refresh()
 
 
@@ -154,7 +154,7 @@ def test_a_last_use_in_the_future_is_set_to_now(tmp_path: Path) -> None:
     catalog.refresh()
     assert [blob.used for blob in catalog.blobs(1_000_000.0)] == [1_000_000.0]
     assert [blob.used for blob in catalog.blobs(2_000_000.0)] == [1_000_000.0]
-    assert disk.set_by_us(layout.blob(ahead).stat())
+    assert disk.is_set_by_us(layout.blob(ahead).stat())
 
 
 def test_touch_keeps_the_time_of_a_file_that_another_program_wrote(tmp_path: Path) -> None:

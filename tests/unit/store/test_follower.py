@@ -25,7 +25,7 @@ class FakeIngest:
     digest: Digest = field(default_factory=lambda: Digest.of(DATA))
     size: int | None = None
     failure: MirrorError | None = None
-    verified: bool = False
+    is_verified: bool = False
     followers: set[Follower] = field(default_factory=set)
     moves: int = 0
     waiters: Waiters = field(default_factory=Waiters)
@@ -33,7 +33,7 @@ class FakeIngest:
     def extent(self, start: int, stop: int) -> Extent:
         return MemoryExtent(memoryview(DATA)[start : min(stop, self.head)], start)
 
-    def holds_all_from(self, start: int) -> bool:
+    def has_all_from(self, start: int) -> bool:
         return True
 
     def on_follower_moved(self) -> None:
@@ -43,7 +43,7 @@ class FakeIngest:
         self.head = head
         for name, value in state.items():
             setattr(self, name, value)
-        self.waiters.wake(head, self.verified or self.failure is not None)
+        self.waiters.wake(head, self.is_verified or self.failure is not None)
 
 
 async def settle() -> None:
@@ -101,7 +101,7 @@ async def test_a_follower_waits_for_bytes_that_have_not_arrived() -> None:
         fake.set_progress(60)
         await settle()
         assert not end.done()
-        fake.set_progress(100, verified=True)
+        fake.set_progress(100, is_verified=True)
     extent = first.result()
     assert extent
     assert (extent.start, extent.stop) == (50, 60)

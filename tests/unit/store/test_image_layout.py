@@ -43,7 +43,7 @@ def test_names_are_read_back_as_written(tmp_path: Path) -> None:
         named(layout, PORT, "1.0", b"two"),
         named(layout, PORT, None, b"three"),
     ]
-    pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, pinned=True)
+    pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, is_pinned=True)
     image_layout.write_index_json(layout, [*entries, pinned])
     assert set(image_layout.read_index_json(layout)) == {*entries, pinned}
 

@@ -158,8 +158,8 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
         await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
         await index.pin([ONE])
         assert await index.manifests() == [
-            NamedManifest(REPO, None, ONE, "a/b", 3, pinned=True),
-            NamedManifest(REPO, TAG, ONE, "a/b", 3, pinned=True),
+            NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
+            NamedManifest(REPO, TAG, ONE, "a/b", 3, is_pinned=True),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
         assert await index.tags_of(Repository("ghcr.io", "app")) == []

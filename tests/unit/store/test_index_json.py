@@ -155,7 +155,7 @@ async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
         pass
     named = image_layout.read_index_json(Layout(tmp_path))
     assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
-    assert all(entry.pinned for entry in named)
+    assert all(entry.is_pinned for entry in named)
 
 
 async def test_a_name_that_is_put_during_a_write_is_in_the_next_one(

@@ -21,9 +21,9 @@ from mirror.store.records import (
     TagRecord,
     access_records_of,
     confirm,
-    contradicts,
     dump_access_record,
     dump_tag,
+    is_contradiction,
     load_access_record,
     load_tag,
     merge,
@@ -198,16 +198,16 @@ def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None
         access_record(ONE, "manifest", "a/own", referrer=referrer) for referrer in (None, TWO)
     )
     wrong = replace(listed, media_type="a/wrong")
-    assert contradicts(own, wrong)
-    assert contradicts(wrong, own)
-    assert contradicts(listed, wrong)
-    assert not contradicts(None, wrong)
-    assert not contradicts(own, replace(listed, media_type="A/OWN"))
-    assert not contradicts(own, replace(listed, media_type=""))
-    assert not contradicts(own, replace(own, media_type="a/another")), (
+    assert is_contradiction(own, wrong)
+    assert is_contradiction(wrong, own)
+    assert is_contradiction(listed, wrong)
+    assert not is_contradiction(None, wrong)
+    assert not is_contradiction(own, replace(listed, media_type="A/OWN"))
+    assert not is_contradiction(own, replace(listed, media_type=""))
+    assert not is_contradiction(own, replace(own, media_type="a/another")), (
         "an upstream may change its own statement"
     )
-    assert not contradicts(replace(own, kind="blob"), replace(wrong, kind="blob"))
+    assert not is_contradiction(replace(own, kind="blob"), replace(wrong, kind="blob"))
 
 
 def test_a_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:

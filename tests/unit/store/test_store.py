@@ -193,7 +193,7 @@ async def test_a_disk_that_refuses_writes_serves_its_content_and_is_reported(
             store.end_ingest(content)
             await store.measure()
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["readonly"]
-        assert [e.writable for e in events if isinstance(e, StorageMeasured)] == [False]
+        assert [e.is_writable for e in events if isinstance(e, StorageMeasured)] == [False]
         assert any(
             isinstance(e, LogMessage) and "nothing can be stored" in e.message for e in events
         )

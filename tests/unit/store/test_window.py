@@ -39,7 +39,7 @@ class Sliding(RuleBasedStateMachine):
     @precondition(lambda self: len(self.readers) < 4)
     @rule()
     def join(self) -> None:
-        if self.window.holds_all_from(self.origin):
+        if self.window.has_all_from(self.origin):
             self.readers.append(self.origin)
 
     @precondition(lambda self: self.readers)
@@ -87,8 +87,8 @@ def test_chunks_before_the_slowest_reader_are_freed(sizes: list[int], data: st.D
     floor = min(positions, default=window.stop)
     # chunks are never split: the window begins with the chunk that the slowest reader is in
     assert window.start == max(offset for offset in offsets if offset <= floor)
-    assert window.holds_all_from(window.start)
-    assert window.holds_all_from(0) == (window.start == 0)
+    assert window.has_all_from(window.start)
+    assert window.has_all_from(0) == (window.start == 0)
 
 
 @pytest.mark.parametrize("start", [4, 9, 20, 25])

@@ -252,7 +252,7 @@ async def test_list_tags_returns_sorted_pages_after_last(env: RegistryEnv) -> No
         (5, "z", "", False),
     ):
         page = await env.registry.list_tags(REPO, count, last)
-        assert (page.tags, page.more) == (tuple(tags), more), (count, last)
+        assert (page.tags, page.has_more) == (tuple(tags), more), (count, last)
 
 
 async def test_referrers_returns_an_index(env: RegistryEnv) -> None:

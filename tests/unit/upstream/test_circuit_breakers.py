@@ -35,7 +35,7 @@ async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
     for number in range(FAILURE_THRESHOLD):
         await failure(kit, f"manifests/{number}")
     changes = kit.seen(CircuitChanged)
-    assert [(event.endpoint, event.open) for event in changes] == [(f.url, True) for f in fakes]
+    assert [(event.endpoint, event.is_open) for event in changes] == [(f.url, True) for f in fakes]
     for fake in fakes:
         fake.requests.clear()
 
@@ -51,7 +51,7 @@ async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() 
         up(fake)
         kit.clock[0] += 0.01
         assert await kit.status() == 200
-        changes = [event.open for event in kit.seen(CircuitChanged)]
+        changes = [event.is_open for event in kit.seen(CircuitChanged)]
         assert changes == [True, False]
 
 
@@ -217,7 +217,7 @@ async def test_probe_succeeds_once_its_body_makes_progress() -> None:
                 if received == MIN_PROGRESS_BYTES:
                     assert await kit.status() == 200
                     gate.set()
-        assert [event.open for event in kit.seen(CircuitChanged)] == [True, False]
+        assert [event.is_open for event in kit.seen(CircuitChanged)] == [True, False]
 
 
 # --- token services -------------------------------------------------------------------------------
@@ -239,4 +239,4 @@ async def test_unreachable_token_service_opens_the_circuit() -> None:
         fake.token, fake.challenge = "t", f'Bearer realm="{dead()}/token"'
         for _ in range(FAILURE_THRESHOLD):
             await failure(kit)
-        assert [event.open for event in kit.seen(CircuitChanged)] == [True]
+        assert [event.is_open for event in kit.seen(CircuitChanged)] == [True]

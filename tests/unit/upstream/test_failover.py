@@ -340,7 +340,7 @@ async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
         await failure(kit, "manifests/other")
         async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
-        assert [event.billed for event in kit.seen(UpstreamResponded)] == [
+        assert [event.is_billed for event in kit.seen(UpstreamResponded)] == [
             True,
             False,
             False,

@@ -52,7 +52,7 @@ def allowed_url(target: str, purpose: Purpose, policy: Policy = CORP) -> str | N
 def test_relative_target_keeps_origin_and_quoting(target: str, url: str) -> None:
     for purpose in (Purpose.REDIRECT, Purpose.NEXT_PAGE, Purpose.REALM):
         assert allowed_url(target, purpose) == url
-        assert verdict(target, purpose) == Allowed(URL(url, encoded=True), same_origin=True)
+        assert verdict(target, purpose) == Allowed(URL(url, encoded=True), is_same_origin=True)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_any_allowed_url_keeps_the_rules(target: str, purpose: Purpose) -> None:
         assert url.raw_user is None
         assert url.host
         assert (url.host, url.port) not in CORP.own_addresses
-        assert result.same_origin is (url.origin() == CORP.endpoint.origin())
+        assert result.is_same_origin is (url.origin() == CORP.endpoint.origin())
         if purpose in (Purpose.ENDPOINT, Purpose.NEXT_PAGE):
-            assert result.same_origin
-        if not result.same_origin:
+            assert result.is_same_origin
+        if not result.is_same_origin:
             assert not is_private(url.host)
 
 

@@ -229,10 +229,10 @@ async def test_list_tags_merges_pages() -> None:
         digest = fake.add_manifest(b"{}")
         fake.tags = {(REPO.path, name): str(digest) for name in names}
         page = await kit.registry.list_tags(REPO, None, None)
-        assert (list(page.tags), page.more) == (names, False)
+        assert (list(page.tags), page.has_more) == (names, False)
         assert [seen.query["n"] for seen in fake.requests] == [["1000"]] * 3
         page = await kit.registry.list_tags(REPO, 1500, "t0099")
-        assert (list(page.tags), page.more) == (names[100:1600], True)
+        assert (list(page.tags), page.has_more) == (names[100:1600], True)
 
 
 @pytest.mark.row("HU13-endless-lists")
@@ -241,7 +241,7 @@ async def test_list_tags_stops_at_a_repeated_page() -> None:
         fake.add_manifest(b"{}", tag="a")
         fake.fault("tags/list", Fault(headers={"Link": '<?n=1&last=a>; rel="next"'}, times=None))
         page = await kit.registry.list_tags(REPO, None, None)
-        assert (page.tags, page.more) == (("a",), False)
+        assert (page.tags, page.has_more) == (("a",), False)
         assert len(fake.requests) == 2
 
 

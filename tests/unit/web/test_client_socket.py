@@ -132,7 +132,7 @@ async def test_client_that_stops_reading_a_response_is_aborted_and_the_blob_stay
                 while len(await server.records()) < 2:  # noqa: ASYNC110 - records have no event to wait for
                     await asyncio.sleep(0.02)
             pull = server.pulls[-1]
-            assert (pull.complete, pull.error) == (False, "client left")
+            assert (pull.is_complete, pull.error) == (False, "client left")
             assert 0 < pull.bytes_sent < len(data)
         assert (await server.get(server.blob(Digest.of(data))))[2] == data
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -101,7 +101,7 @@ async def test_record_of_a_failed_request_has_outcome_status_and_error(tmp_path:
             pull = (await server.records())[-1]
             assert (pull.outcome, pull.status) == (outcome, got)
             assert pull.error.startswith(f"{json.loads(body)['errors'][0]['code']}: ")
-            assert not pull.complete
+            assert not pull.is_complete
             assert not pull.bytes_sent
             fake.faults.clear()
 

@@ -315,8 +315,8 @@ async def test_record_has_outcome_status_and_bytes_sent(tmp_path: Path) -> None:
         assert (cold.outcome, cold.status, cold.bytes_sent) == (Outcome.MISS, 200, len(DATA))
         assert (part.outcome, part.status, part.bytes_sent) == (Outcome.HIT, 206, 10)
         assert (head.outcome, head.status, head.bytes_sent) == (Outcome.HIT, 200, 0)
-        assert cold.complete
-        assert part.complete
+        assert cold.is_complete
+        assert part.is_complete
         assert 0 < cold.first_byte <= cold.duration
         assert {"index", "wait", "send"} <= {name for name, _ in cold.stages}
 
@@ -328,7 +328,7 @@ async def test_client_that_leaves_is_recorded_without_an_error_outcome(tmp_path:
         leaving.close()
         rest.set()
         assert (await server.get(server.blob(DIGEST)))[2] == DATA
-        aborted = next(pull for pull in await server.records() if not pull.complete)
+        aborted = next(pull for pull in await server.records() if not pull.is_complete)
         assert aborted.error == "client left"
         assert aborted.outcome is not Outcome.ERROR
         assert 1000 <= aborted.bytes_sent < len(DATA)
