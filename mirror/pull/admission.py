@@ -1,8 +1,8 @@
 """Decide whether a repository may be served at all, before the first byte, cached or not.
 
 Lives here: the rules, as pure functions with typed results. Must not know: I/O, caches.
-Every future rule (minimum age of a tag, signatures, vulnerability verdicts) belongs into this
-module.
+Every future rule belongs into this module. A rule about a tag or about content (its age, its
+signature) needs a second function, because ``admit`` is called before they are known.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
+NOT_CACHED_MESSAGE: Final = "not in the cache for this repository, and the pull policy is Never"
+"""The same text whether or not another repository has the content, so that nobody learns of it."""
 _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
@@ -198,7 +200,7 @@ class ContentService:
             reader.close()
             return reader.size
         if not self.may_ask(request.repository):
-            raise BlobUnknown("not in the cache, and the pull policy is Never")
+            raise BlobUnknown(NOT_CACHED_MESSAGE)
         ingest = self._fetches.find_proven(request)
         if ingest is not None and ingest.size is not None:
             request.pull.outcome = Outcome.JOIN
@@ -256,7 +258,7 @@ class ContentService:
         if reader is not None:
             return reader
         if not self.may_ask(request.repository):
-            raise _NOT_FOUND[request.kind]("not in the cache, and the pull policy is Never")
+            raise _NOT_FOUND[request.kind](NOT_CACHED_MESSAGE)
         if access_record is None:
             # A 404 deletes the access record. So an access record is newer than any 404.
             await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
@@ -276,9 +278,7 @@ class ContentService:
             case freshness.Fresh():
                 return
             case freshness.Refuse():
-                raise _NOT_FOUND[request.kind](
-                    "not known in this repository, and the pull policy is Never"
-                )
+                raise _NOT_FOUND[request.kind](NOT_CACHED_MESSAGE)
             case freshness.Ask():
                 pass
             case unknown:

@@ -20,7 +20,7 @@ from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, Manifest, snif
 from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
-from mirror.pull.content import ContentService
+from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
 from mirror.pull.results import ManifestResult
 from mirror.store.reader import read_all
@@ -182,7 +182,7 @@ class ManifestService:
                 assert cached is not None
                 return _stale(request.pull, reason, cached)
             case freshness.Refuse():
-                raise ManifestUnknown("not in the cache, and the pull policy is Never")
+                raise ManifestUnknown(NOT_CACHED_MESSAGE)
             case freshness.Ask():
                 return await self._revalidate(request, cached)
             case unknown:
