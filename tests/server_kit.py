@@ -22,8 +22,9 @@ from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
-QUICK = Limits(connect=1.0, headers=1.0, idle=1.0)
-"""Seconds: short time limits, for tests that wait until they expire."""
+QUICK = Limits(connect=2.0, headers=2.0, idle=2.0)
+"""Seconds: short time limits, for tests that wait until they expire. On a busy machine a response of
+the fake registry can take more than one second."""
 
 
 @dataclass

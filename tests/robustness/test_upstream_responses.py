@@ -293,7 +293,8 @@ async def test_a_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_
     async with (
         FakeRegistry() as bad,
         FakeRegistry() as good,
-        running(tmp_path, bad.url, good.url) as server,
+        # no request of this test waits for a time limit
+        running(tmp_path, bad.url, good.url, limits=Limits()) as server,
     ):
         blobs = [random_bytes(1000, seed) for seed in range(20)]
         for blob in blobs:
