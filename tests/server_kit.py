@@ -23,7 +23,7 @@ from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=2.0, headers=2.0, idle=2.0)
-"""Seconds: short time limits, for tests that wait until they expire. On a busy machine a response of
+"""Seconds: short limits, for tests that wait until they expire. On a busy machine a response of
 the fake registry can take more than one second."""
 
 
