@@ -141,9 +141,15 @@ class MetricsObserver:
             "Contents hashed again because their verification was too old.",
             "result",
         )
-        self._evicted = counter("evictions", "Contents deleted from disk.", "reason")
+        self._evicted = counter(
+            "evictions",
+            "Contents deleted from disk, or moved to quarantine/ (reason corrupt).",
+            "reason",
+        )
         self._evicted_bytes = counter(
-            "evicted_bytes", "Bytes of contents deleted from disk.", "reason"
+            "evicted_bytes",
+            "Bytes of contents deleted from disk, or moved to quarantine/ (reason corrupt).",
+            "reason",
         )
         self._uncached = counter(
             "uncached_pulls", "Pulls that were served, but whose content was not stored.", "reason"

@@ -193,7 +193,7 @@ def test_one_token_serves_a_whole_image_and_no_credential_is_shown() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_moved_tag_is_served_at_once_and_stays_when_the_upstream_stops(workers: int) -> None:
+def test_moved_tag_is_served_at_once_and_stays_when_the_upstream_stops(workers: int) -> None:
     """Each use checks the tag. Without an upstream, its last known digest is served."""
     first, second = images.image(31), images.image(32)
     with deploy("basic", workers=workers) as deployment, Skopeo() as skopeo:

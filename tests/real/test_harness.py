@@ -153,7 +153,7 @@ def test_skopeo_reads_a_layout_on_disk(tmp_path: Path) -> None:
     assert "sha256:" + hashlib.sha256(read).hexdigest() == index.digest
 
 
-def test_a_killed_program_starts_again_on_its_port_and_data() -> None:
+def test_killed_program_starts_again_on_its_port_and_data() -> None:
     image = images.image(7, layers=(1000,))
     registry = DockerRegistry()
     with registry:
@@ -176,7 +176,7 @@ def test_start_on_a_taken_port_fails() -> None:
             pass
 
 
-def test_a_program_that_ends_at_start_fails_with_its_output() -> None:
+def test_program_that_ends_at_start_fails_with_its_output() -> None:
     front = NginxFront("not a url")
     with pytest.raises(pytest.fail.Exception, match="invalid"), front:
         pass
@@ -197,7 +197,7 @@ def _children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 
 
-def test_a_process_that_outlives_the_run_fails_it_and_is_killed(tmp_path: Path) -> None:
+def test_process_that_outlives_the_run_fails_it_and_is_killed(tmp_path: Path) -> None:
     leak = "import subprocess\n\ndef test_leak():\n    subprocess.run(['sh', '-c', '{}'])\n"
     for command, status in (("setsid sleep 1000 & echo $! >left", 1), ("true", 0)):
         (tmp_path / "test_leak.py").write_text(leak.format(command))

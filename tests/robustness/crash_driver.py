@@ -48,9 +48,9 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             emit(event)  # type: ignore[arg-type] # an event of the kit
 
         async def blob(data: bytes) -> None:
-            answer = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
-            assert answer.reader
-            with closing(answer.reader) as reader:
+            result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
+            assert result.reader
+            with closing(result.reader) as reader:
                 got = await read(reader)
             assert got == data or "no-digest-check" in sys.argv
 

@@ -31,7 +31,7 @@ async def send_raw(server: Server, request: bytes, *, read: bool = True) -> byte
     """Send raw bytes. Returns the bytes until the server closes or is silent for 1.5 s."""
     port = int(server.url.rpartition(":")[2])
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = b""
+    response = b""
     try:
         writer.write(request)
         await writer.drain()
@@ -40,17 +40,17 @@ async def send_raw(server: Server, request: bytes, *, read: bool = True) -> byte
                 data = await reader.read(65_536)
             if not data:
                 break
-            answer += data
+            response += data
     except (TimeoutError, ConnectionError):
         pass
     finally:
         writer.close()
-    return answer
+    return response
 
 
-def statuses(answer: bytes) -> list[int]:
+def statuses(response: bytes) -> list[int]:
     """Return the status of every response in raw bytes."""
-    return [int(code) for code in re.findall(rb"HTTP/\d\.\d (\d{3})", answer)]
+    return [int(code) for code in re.findall(rb"HTTP/\d\.\d (\d{3})", response)]
 
 
 def run_in_threads(count: int, work: Callable[[int], T]) -> list[T]:

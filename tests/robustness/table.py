@@ -76,7 +76,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "U15": Row("negative-answers", "404 and other refusals, and failures that are not refusals"),
     "U16": Row("client-that-does-not-read", "a client that does not read its response"),
     "L1": Row("client-that-leaves", "the only client, or the first one, leaves"),
-    "L2": Row("clients-that-reset", "clients that ask and reset the connection"),
+    "L2": Row("clients-that-reset", "clients that send a request and reset the connection"),
     "L3": Row("slow-clients", "200 slow clients of one large blob"),
     "L4": Row("ranges", "forms of Range; 1,000 overlapping ranges"),
     "L5": Row("range-far-ahead", "a range far ahead in content that is being fetched"),

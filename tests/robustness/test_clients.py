@@ -53,7 +53,7 @@ async def test_followers_get_the_blob_when_the_first_client_leaves(
 
 
 @pytest.mark.row("L1-client-that-leaves")
-async def test_a_fetch_without_clients_is_cancelled_if_configured_and_made_later(
+async def test_abandoned_fetch_is_cancelled_if_configured_and_made_again_later(
     tmp_path: Path,
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, abandoned="cancel") as server:
@@ -120,10 +120,10 @@ async def test_unusual_but_legal_requests_are_served(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         path = f"/v2/library/app/blobs/{fake.add_blob(b'small blob')}"
         request = f"{line.format(path)}\r\n{headers}\r\n\r\n{body}"
-        answer = await send_raw(server, request.encode())
-        assert statuses(answer) == [200]
-        assert b"Content-Length: 10\r\n" in answer
-        assert answer.endswith(b"\r\n\r\n" if "HEAD" in line else b"small blob")
+        response = await send_raw(server, request.encode())
+        assert statuses(response) == [200]
+        assert b"Content-Length: 10\r\n" in response
+        assert response.endswith(b"\r\n\r\n" if "HEAD" in line else b"small blob")
 
 
 @pytest.mark.row("L8-odd-requests")
@@ -133,9 +133,9 @@ async def test_100_pipelined_requests_are_answered_in_order(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         line = f"GET /v2/library/app/blobs/{fake.add_blob(b'small blob')} HTTP/1.1\r\n"
         last = f"{line}{CLOSE}\r\n\r\n"
-        answer = await send_raw(server, (f"{line}Host: x\r\n\r\n" * 99 + last).encode())
-        assert statuses(answer) == [200] * 100
-        assert answer.count(b"small blob") == 100
+        response = await send_raw(server, (f"{line}Host: x\r\n\r\n" * 99 + last).encode())
+        assert statuses(response) == [200] * 100
+        assert response.count(b"small blob") == 100
         tried(100)
 
 
@@ -150,8 +150,8 @@ async def test_500_clients_right_after_a_start_are_served_from_disk(
             # a client has its body before the content is published
             await server.store.idle()
         async with running(tmp_path, fake.url) as server:
-            answers = await asyncio.gather(*(server.get(server.blob(digest)) for _ in range(500)))
-            assert {(status, Digest.of(body)) for status, _, body in answers} == {(200, digest)}
+            responses = await asyncio.gather(*(server.get(server.blob(digest)) for _ in range(500)))
+            assert {(status, Digest.of(body)) for status, _, body in responses} == {(200, digest)}
         assert fake.count("GET", "blobs/") == 1
         tried(500)
 
@@ -188,7 +188,7 @@ async def test_open_ended_ranges_that_hang_up_cost_one_fetch_and_no_error(
         assert not [p for p in server.pulls if p.outcome is Outcome.ERROR]
 
 
-async def test_a_response_that_breaks_never_ends_cleanly(tmp_path: Path) -> None:
+async def test_error_after_the_headers_aborts_the_connection(tmp_path: Path) -> None:
     """An HTTP/1.0 body without a length ends with its connection. So an error must be a reset."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         wrong = DATA[:-1] + bytes([DATA[-1] ^ 1])

@@ -106,7 +106,7 @@ def test_no_space_at_a_write_still_serves_the_blob(tmp_path: Path, fault: str) -
 
 @pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["pwritev2", "fsync", "rename", "close", "pread64"])
-def test_an_io_error_at_a_call_still_serves_the_blob(tmp_path: Path, call: str) -> None:
+def test_io_error_at_a_call_still_serves_the_blob(tmp_path: Path, call: str) -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         fault = f"{call}:error=EIO:when=1"
@@ -115,7 +115,7 @@ def test_an_io_error_at_a_call_still_serves_the_blob(tmp_path: Path, call: str) 
 
 @pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("fault", ["fsync:error=EIO:when=1+", "rename:error=EIO:when=1+"])
-def test_content_that_cannot_be_published_is_served_and_not_published(
+def test_failed_publish_serves_the_pull_and_leaves_nothing_under_blobs(
     tmp_path: Path, fault: str
 ) -> None:
     data = tmp_path / "data"
@@ -150,7 +150,7 @@ def test_no_failing_call_breaks_a_pull(
 
 
 @pytest.mark.row("D10-failing-sendfile")
-def test_a_failing_sendfile_cuts_the_connection() -> None:
+def test_failing_sendfile_cuts_the_connection() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", 20_000_000)
         prefix = strace("sendfile", "sendfile:error=EIO:when=2")
@@ -164,7 +164,7 @@ def test_a_failing_sendfile_cuts_the_connection() -> None:
 
 
 @pytest.mark.row("D2-full-disk")
-def test_a_full_disk_still_serves_blobs_uncached(tmp_path: Path) -> None:
+def test_full_disk_still_serves_blobs_uncached(tmp_path: Path) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=12m") as disk:
         small = registry.push_large("library/app", SIZE, seed=1)
         large = registry.push_large("library/app", 40_000_000, seed=2)
@@ -304,7 +304,7 @@ def test_enfile_at_opening_loses_no_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "seconds", [3, pytest.param(30, marks=pytest.mark.long)], ids=["3s", "30s"]
 )
-def test_a_slow_fsync_delays_no_request(seconds: int) -> None:
+def test_slow_fsync_delays_no_request(seconds: int) -> None:
     """The median of the response times: a busy machine changes it less than the maximum."""
     prefix = strace("fsync", f"fsync:delay_exit={seconds}000000")
     with DockerRegistry() as registry:

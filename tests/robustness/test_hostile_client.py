@@ -46,8 +46,8 @@ DATA = random_bytes(2_000_000, 31)
 )
 async def test_smuggling_probes_are_refused(tmp_path: Path, probe: bytes) -> None:
     async with running(tmp_path) as server:
-        answer = await send_raw(server, probe)
-        assert statuses(answer) == [400]
+        response = await send_raw(server, probe)
+        assert statuses(response) == [400]
 
 
 @pytest.mark.row("HC2-malformed-requests")
@@ -103,9 +103,9 @@ async def test_paths_outside_the_grammar_are_refused_and_not_sent_upstream(
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for path in TRAVERSALS:
-            answer = await send_raw(server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
-            assert statuses(answer)[0] in (400, 404), path
-            assert b'"errors"' in answer, path
+            response = await send_raw(server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
+            assert statuses(response)[0] in (400, 404), path
+            assert b'"errors"' in response, path
         assert not fake.requests
         tried(len(TRAVERSALS))
 
@@ -154,9 +154,11 @@ async def test_unconfigured_namespaces_are_refused_without_a_connection(
         with NetworkLog().watched() as network:
             for form in NAMESPACES:
                 path = f"/v2/library/app/manifests/latest?ns={form}"
-                answer = await send_raw(server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode())
-                assert statuses(answer)[0] in (400, 404), form
-                assert b'"errors"' in answer, form
+                response = await send_raw(
+                    server, f"GET {path} HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode()
+                )
+                assert statuses(response)[0] in (400, 404), form
+                assert b'"errors"' in response, form
         assert not fake.requests
         assert network.hosts <= {"127.0.0.1"}
         assert network.ports == {int(server.url.rpartition(":")[2])}
@@ -179,16 +181,16 @@ async def test_content_of_another_repository_looks_like_missing_content(tmp_path
 
         for extra in ({}, {"Range": "bytes=0-9"}, {"If-None-Match": f'"{held}"'}):
             for method in ("GET", "HEAD"):
-                answers = []
+                responses = []
                 for digest in (held, absent):
                     async with server.client.request(
                         method, server.blob(digest), headers=extra
                     ) as response:
-                        answers.append(
+                        responses.append(
                             (response.status, shape(response.headers), await response.read())
                         )
-                assert answers[0] == answers[1]
-                assert answers[0][0] == 404
+                assert responses[0] == responses[1]
+                assert responses[0][0] == 404
         assert (await server.get(server.manifest(manifest)))[0] == 404
         assert (await server.get(server.manifest(manifest, "library/private")))[0] == 200
 
@@ -256,11 +258,11 @@ async def test_write_methods_are_unsupported(tmp_path: Path, method: str) -> Non
         for path in ("/v2/library/app/manifests/latest", "/v2/library/app/blobs/uploads/", "/v2/"):
             target = "evil:443" if method == "CONNECT" else path
             request = f"{method} {target} HTTP/1.1\r\n{CLOSE}\r\nContent-Length: 0\r\n\r\n"
-            answer = await send_raw(server, request.encode())
-            assert statuses(answer)[0] in (400, 405)
+            response = await send_raw(server, request.encode())
+            assert statuses(response)[0] in (400, 405)
             if method != "CONNECT":
-                assert statuses(answer)[0] == 405
-                assert b'"UNSUPPORTED"' in answer
+                assert statuses(response)[0] == 405
+                assert b'"UNSUPPORTED"' in response
         headers = "Host: x\r\nConnection: upgrade, close\r\nUpgrade: websocket"
         upgrade = await send_raw(server, f"GET /v2/ HTTP/1.1\r\n{headers}\r\n\r\n".encode())
         assert statuses(upgrade) == [200], "the connection stays HTTP/1.1"

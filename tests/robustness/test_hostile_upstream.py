@@ -45,9 +45,9 @@ async def test_malformed_manifests_are_refused_and_not_read_to_the_end(
         digest = fake.add_manifest(body, tag="latest")
         fake.fault(f"manifests/{digest}", fault)
         async with asyncio.timeout(20):
-            status, _, answer = await server.get(server.manifest(digest))
+            status, _, response = await server.get(server.manifest(digest))
         assert status == 502
-        assert b'"errors"' in answer
+        assert b'"errors"' in response
         assert fake.bytes_sent < 100 * MIB, "the body was not read to its end"
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
 
@@ -73,8 +73,8 @@ async def test_wrong_types_and_impossible_sizes_are_harmless(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_manifest(body, tag="latest")
         for reference in (digest, "latest"):
-            status, _, answer = await server.get(server.manifest(reference))
-            assert (status, b"MANIFEST_INVALID" in answer) == (502, True)
+            status, _, response = await server.get(server.manifest(reference))
+            assert (status, b"MANIFEST_INVALID" in response) == (502, True)
 
 
 @pytest.mark.row("HU10-header-bombs")
@@ -103,7 +103,7 @@ async def test_header_bombs_are_refused(tmp_path: Path, headers: dict[str, str])
 
 
 @pytest.mark.row("HU11-compression-bombs")
-async def test_an_unrequested_encoding_is_not_decompressed(
+async def test_unrequested_encoding_is_not_decompressed(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     """A bomb of 200 MiB in each kind of response."""
@@ -173,14 +173,14 @@ async def test_tag_lists_are_bounded(tmp_path: Path, count: int, expected: int) 
         body = json.dumps({"name": "library/app", "tags": tags}).encode()
         fake.add_image(DATA)
         fake.fault("tags/list", Fault(body=body, times=None))
-        status, _, answer = await server.get(f"{server.url}/v2/library/app/tags/list")
+        status, _, response = await server.get(f"{server.url}/v2/library/app/tags/list")
         assert status == expected
-        assert json.loads(answer).get("tags", tags[:10_000]) == tags[:10_000]
+        assert json.loads(response).get("tags", tags[:10_000]) == tags[:10_000]
         assert (await server.get(f"{server.url}/healthz"))[0] == 200
 
 
 @pytest.mark.row("HU13-endless-lists")
-async def test_an_endless_list_is_refused(tmp_path: Path) -> None:
+async def test_endless_list_is_refused(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(DATA)
         fake.fault("tags/list", Fault(body=b'["x",', endless=True, chunked=True, times=None))
@@ -204,7 +204,7 @@ async def test_100000_referrers_give_a_bounded_response(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("HU15-hostile-error-bodies")
-async def test_an_error_body_is_not_shown_to_clients_or_in_logs(tmp_path: Path) -> None:
+async def test_error_body_is_not_shown_to_clients_or_in_logs(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         body = json.dumps(
             {"errors": [{"code": "DENIED", "message": f"\x1b[31m{CANARY}\r\nX-Evil: 1"}]}
@@ -212,13 +212,13 @@ async def test_an_error_body_is_not_shown_to_clients_or_in_logs(tmp_path: Path) 
         for status in (400, 401, 403, 404, 429, 500):
             fake.faults.clear()
             fake.fault("manifests/latest", Fault(status=status, body=body, times=None))
-            _, headers, answer = await server.get(server.manifest("latest"))
-            assert CANARY not in answer.decode() + str(headers)
+            _, headers, response = await server.get(server.manifest("latest"))
+            assert CANARY not in response.decode() + str(headers)
             assert "X-Evil" not in headers
         assert CANARY not in repr(server.events)
 
 
-async def test_a_refused_connection_of_a_client_leaves_the_server_running(tmp_path: Path) -> None:
+async def test_refused_connection_of_a_client_leaves_the_server_running(tmp_path: Path) -> None:
     async with running(tmp_path) as server:
         with pytest.raises(aiohttp.ClientError):
             await server.client.get("http://127.0.0.1:1/")

@@ -161,7 +161,7 @@ def test_random_sigkills_with_changing_options_lose_nothing(
 
 
 @pytest.mark.row("C11-stale-sparse-ingest")
-async def test_a_stale_sparse_ingest_delays_no_pull(tmp_path: Path) -> None:
+async def test_stale_sparse_ingest_delays_no_pull(tmp_path: Path) -> None:
     data = random_bytes(100_000, 71)
     digest = Digest.of(data)
     layout = Layout(tmp_path)
@@ -219,7 +219,7 @@ def test_cached_manifests_are_served_by_digest_with_a_damaged_index(damage: str)
             mirror.close()
 
 
-async def test_the_crash_driver_pulls_and_detects_a_wrong_byte(tmp_path: Path) -> None:
+async def test_crash_driver_pulls_and_detects_a_wrong_byte(tmp_path: Path) -> None:
     """Otherwise the tests with the driver would show nothing."""
     await pull(tmp_path / "right", registry()[0])
     with pytest.raises(Exception, match="is not sha256"):

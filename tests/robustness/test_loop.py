@@ -31,7 +31,7 @@ def spin(seconds: float) -> None:
 
 
 @pytest.mark.row("R5-slow-callbacks")
-async def test_a_slow_callback_is_detected() -> None:
+async def test_slow_callback_is_detected() -> None:
     """Waiting, and the work of the test itself, are not reported."""
     watch = Watch(limit=0.02)
     loop = asyncio.get_running_loop()

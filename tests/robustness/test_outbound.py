@@ -141,7 +141,7 @@ def listening() -> Iterator[tuple[int, list[object]]]:
 
 
 @pytest.mark.row("HU1-token-realms")
-async def test_an_untrusted_realm_gets_no_lookup_and_no_connection(
+async def test_untrusted_realm_gets_no_lookup_and_no_connection(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     """No other name is looked up, and no port is connected to but that of the registry."""
@@ -179,7 +179,7 @@ async def test_redirects_of_a_token_service_are_not_followed(tmp_path: Path) -> 
 
 
 @pytest.mark.row("HU3-redirects")
-async def test_a_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) -> None:
+async def test_redirect_to_another_origin_gets_no_credentials(tmp_path: Path) -> None:
     credentials = Credentials(username="user", password=CANARY)
     async with (
         FakeRegistry() as fake,
@@ -267,7 +267,7 @@ async def test_two_credentials_at_one_token_service_have_separate_tokens(
 
 
 @pytest.mark.row("HU4-credentials-of-another")
-async def test_a_helper_runs_once_for_many_requests_and_a_rotated_secret_is_used_at_once(
+async def test_helper_runs_once_for_many_requests_and_a_rotated_secret_is_used_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = rotating_helper(tmp_path)
@@ -281,8 +281,8 @@ async def test_a_helper_runs_once_for_many_requests_and_a_rotated_secret_is_used
                 (tmp_path / "secret").write_text(secret)
                 fake.basic = "Basic " + b64encode(f"u:{secret}".encode()).decode()
                 blobs = [fake.add_blob(DATA[:n] + secret.encode()) for n in range(40)]
-                answers = await asyncio.gather(*(server.get(server.blob(b)) for b in blobs))
-                assert {status for status, _, _ in answers} == {200}
+                responses = await asyncio.gather(*(server.get(server.blob(b)) for b in blobs))
+                assert {status for status, _, _ in responses} == {200}
                 assert log.read_text().count("get") == runs
 
 

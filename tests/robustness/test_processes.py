@@ -95,7 +95,7 @@ async def stalled_fetch(
 
 @pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
-async def test_followers_go_on_when_the_fetching_worker_is_killed(part: float) -> None:
+async def test_followers_continue_when_the_fetching_worker_is_killed(part: float) -> None:
     """Followers in the other process are served, and the upstream sends at most 1 % again."""
     async with stalled_fetch(int(len(DATA) * part), workers=2) as fetch:
         fetch.mirror.kill_worker(leader(fetch.mirror, fetch.digest))
@@ -144,7 +144,7 @@ async def test_sigkill_while_draining_loses_nothing() -> None:
 @pytest.mark.row("M2-stopped-leader")
 @pytest.mark.long
 @pytest.mark.timeout(200)
-async def test_a_leader_stopped_for_a_minute_delays_only_its_own_clients() -> None:
+async def test_leader_stopped_for_a_minute_delays_only_its_own_clients() -> None:
     gate = asyncio.Event()
     async with stalled_fetch(2_000_000, gate, workers=2) as fetch:
         stopped = leader(fetch.mirror, fetch.digest)
@@ -215,7 +215,7 @@ def test_64_descriptors_serve_one_client_and_overload_does_no_harm() -> None:
 
 
 @pytest.mark.row("R9-blocked-stdout")
-def test_a_full_stdout_stops_no_pull() -> None:
+def test_full_stdout_stops_no_pull() -> None:
     with DockerRegistry() as registry:
         digest = registry.push_large("library/app", SIZE)
         prefix = ["/bin/sh", "-c", 'exec "$@" >/dev/full', "sh"]

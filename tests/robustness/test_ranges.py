@@ -46,10 +46,10 @@ async def test_each_form_of_range_gets_its_part(
             await server.get(server.blob(digest))
         else:
             fake.fault(f"blobs/{digest}", Fault(rate=8_000_000))
-        answers = await asyncio.gather(
+        responses = await asyncio.gather(
             *(server.get(server.blob(digest), {"Range": form}) for form, _, _ in FORMS)
         )
-        for (form, status, expected), (got, headers, body) in zip(FORMS, answers, strict=True):
+        for (form, status, expected), (got, headers, body) in zip(FORMS, responses, strict=True):
             assert got == status, form
             if status == 416:
                 assert headers["Content-Range"] == f"bytes */{len(DATA)}"
@@ -99,7 +99,7 @@ async def test_several_ranges_are_one_multipart_response(
 
 @pytest.mark.row("L4-ranges")
 @STATES
-async def test_1000_overlapping_ranges_are_answered_with_the_whole(
+async def test_1000_overlapping_ranges_get_the_whole_content(
     tmp_path: Path, growing: bool, tried: Callable[[int], None]
 ) -> None:
     """The ranges merge into one. A response with a single part would not match the request."""
@@ -116,7 +116,7 @@ async def test_1000_overlapping_ranges_are_answered_with_the_whole(
 
 
 @pytest.mark.row("L5-range-far-ahead")
-async def test_a_range_ahead_waits_without_polling_and_is_served_when_its_bytes_arrive(
+async def test_range_ahead_waits_without_polling_and_is_served_when_its_bytes_arrive(
     tmp_path: Path, watch: Watch
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -142,7 +142,7 @@ async def test_a_range_ahead_waits_without_polling_and_is_served_when_its_bytes_
 
 
 @pytest.mark.row("L6-conditional-requests")
-async def test_conditional_requests_are_answered_by_etag(tmp_path: Path) -> None:
+async def test_conditional_requests_are_decided_by_etag(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         manifest = fake.add_image(DATA)

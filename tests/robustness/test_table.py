@@ -38,7 +38,7 @@ def marked(source: str) -> set[str]:
     }
 
 
-def test_the_table_has_the_rows_that_tests_name() -> None:
+def test_table_has_the_rows_that_tests_name() -> None:
     names = set().union(*(marked(path.read_text()) for path in TESTS.rglob("test_*.py")))
     in_table = row_names(DOCUMENT.read_text())
     assert len(in_table) == len(set(in_table))
@@ -52,7 +52,7 @@ def test_slugs_are_unique() -> None:
 
 
 @pytest.mark.parametrize("name", ["U12", "U12-", "U12-flapping", "X1-flapping-endpoint", ""])
-def test_a_name_with_an_unknown_id_or_another_slug_is_refused(name: str) -> None:
+def test_name_with_an_unknown_id_or_another_slug_is_refused(name: str) -> None:
     assert row_id("U12-flapping-endpoint") == "U12"
     with pytest.raises(ValueError, match=r"table\.py"):
         row_id(name)
@@ -95,7 +95,7 @@ def test_tries_are_added_up_by_row() -> None:
     ]
 
 
-def test_a_row_with_a_failed_or_omitted_case_keeps_its_number() -> None:
+def test_row_with_a_failed_or_omitted_case_keeps_its_number() -> None:
     cases = [
         Case("C1", "test_a.py", False, 5),
         Case("C1", "test_a.py", False, 4),
@@ -139,9 +139,7 @@ def test_without_a_count():
 
 
 @pytest.mark.parametrize("processes", [0, 3])
-def test_the_table_is_the_same_from_one_or_several_processes(
-    tmp_path: Path, processes: int
-) -> None:
+def test_table_is_the_same_from_one_or_several_processes(tmp_path: Path, processes: int) -> None:
     (tmp_path / "test_suite.py").write_text(SUITE)
     document = tmp_path / "table.md"
     document.write_text(OLD)

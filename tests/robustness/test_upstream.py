@@ -28,7 +28,7 @@ async def fetch(server: Server, digest: Digest) -> bytes:
     return body
 
 
-async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
+async def complete_bodies(server: Server, url: str, tries: int) -> list[bytes]:
     """Return the bodies that a client takes for complete."""
     bodies = []
     for _ in range(tries):
@@ -43,7 +43,7 @@ async def whole_answers(server: Server, url: str, tries: int) -> list[bytes]:
 
 @pytest.mark.row("U1-reset-at-a-byte")
 @pytest.mark.parametrize("at", [0, 1, 65_535, 65_536, 65_537, len(DATA) // 2, len(DATA) - 1])
-async def test_a_reset_is_resumed_without_an_error_at_the_client(tmp_path: Path, at: int) -> None:
+async def test_reset_is_resumed_without_an_error_at_the_client(tmp_path: Path, at: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(reset_at=at))
@@ -67,7 +67,7 @@ async def test_early_clean_ends_are_resumed_five_times(
 
 
 @pytest.mark.row("U3-silent-upstream")
-async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
+async def test_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=500_000))
@@ -75,7 +75,7 @@ async def test_a_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("U3-silent-upstream")
-async def test_an_endless_trickle_of_bytes_is_given_up(tmp_path: Path) -> None:
+async def test_endless_trickle_of_bytes_is_given_up(tmp_path: Path) -> None:
     limits = Limits(connect=1.0, headers=1.0, idle=0.4)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         digest = fake.add_blob(DATA)
@@ -93,7 +93,7 @@ async def test_an_endless_trickle_of_bytes_is_given_up(tmp_path: Path) -> None:
     ],
     ids=["reset", "stall"],
 )
-async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
+async def test_body_that_breaks_early_comes_from_the_next_endpoint(
     tmp_path: Path, fault: Fault
 ) -> None:
     fault.times = None
@@ -112,7 +112,7 @@ async def test_a_body_that_breaks_early_comes_from_the_next_endpoint(
 
 
 @pytest.mark.row("U1-reset-at-a-byte")
-async def test_a_broken_body_is_resumed_at_its_endpoint_if_no_other_has_it(tmp_path: Path) -> None:
+async def test_broken_body_is_resumed_at_its_endpoint_if_no_other_has_it(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as only,
         FakeRegistry() as other,
@@ -138,7 +138,7 @@ async def test_a_broken_body_is_resumed_at_its_endpoint_if_no_other_has_it(tmp_p
     ],
     ids=["ignored", "other-start", "other-total", "nonsense", "416", "etag"],
 )
-async def test_a_response_for_another_range_is_never_spliced(tmp_path: Path, second: Fault) -> None:
+async def test_response_for_another_range_is_never_spliced(tmp_path: Path, second: Fault) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(reset_at=500_000), second)
@@ -165,21 +165,21 @@ async def test_odd_framing_is_served_or_refused_but_never_wrong(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", fault)
-        bodies = await whole_answers(server, server.blob(digest), 2)
+        bodies = await complete_bodies(server, server.blob(digest), 2)
         assert set(bodies) <= {DATA}
         assert bool(bodies) is served
 
 
 @pytest.mark.row("U6-wrong-bit")
 @pytest.mark.parametrize("offset", [0, 500_000, len(DATA) - 1])
-async def test_a_body_with_a_wrong_bit_completes_for_no_client(
+async def test_body_with_a_wrong_bit_completes_for_no_client(
     tmp_path: Path, offset: int, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(flip=offset, times=None))
         results = await asyncio.gather(
-            *(whole_answers(server, server.blob(digest), 1) for _ in range(8))
+            *(complete_bodies(server, server.blob(digest), 1) for _ in range(8))
         )
         assert not any(results)
         assert not server.store.layout.blob(digest).exists()
@@ -188,7 +188,7 @@ async def test_a_body_with_a_wrong_bit_completes_for_no_client(
 
 
 @pytest.mark.row("U6-wrong-bit")
-async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> None:
+async def test_next_endpoint_is_tried_after_wrong_bytes(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
         FakeRegistry() as good,
@@ -197,12 +197,12 @@ async def test_after_wrong_bytes_the_next_endpoint_is_tried(tmp_path: Path) -> N
         digest = good.add_blob(DATA)
         bad.add_blob(DATA)
         bad.fault(f"blobs/{digest}", Fault(flip=10, times=None))
-        assert await whole_answers(server, server.blob(digest), 2)
+        assert await complete_bodies(server, server.blob(digest), 2)
         assert good.count("GET", "blobs/") == 1
 
 
 @pytest.mark.row("U16-client-that-does-not-read")
-async def test_a_slow_client_does_not_slow_the_fetch(tmp_path: Path) -> None:
+async def test_slow_client_does_not_slow_the_fetch(tmp_path: Path) -> None:
     data = random_bytes(24 * MIB, 24)
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(data)

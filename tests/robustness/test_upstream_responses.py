@@ -39,7 +39,7 @@ async def wait_until_served(server: Server, url: str) -> None:
 
 
 @pytest.mark.row("U7-waiters-of-a-failing-fetch")
-async def test_a_failing_fetch_fails_all_its_clients_with_few_requests(
+async def test_failing_fetch_fails_all_its_clients_with_few_requests(
     tmp_path: Path, tried: Callable[[int], None]
 ) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
@@ -50,9 +50,9 @@ async def test_a_failing_fetch_fails_all_its_clients_with_few_requests(
             status, _, _ = await server.get(server.blob(digest))
             return status, time.monotonic()
 
-        answers = await asyncio.gather(*(ask() for _ in range(100)))
-        assert {status for status, _ in answers} == {502}
-        times = [at for _, at in answers]
+        responses = await asyncio.gather(*(ask() for _ in range(100)))
+        assert {status for status, _ in responses} == {502}
+        times = [at for _, at in responses]
         assert max(times) - min(times) < 2.0
         assert fake.count("GET", "blobs/") <= 3
         tried(100)
@@ -106,7 +106,7 @@ async def test_429_pauses_requests_and_is_passed_on(
 
 
 @pytest.mark.row("U9-rate-limits")
-async def test_a_retry_after_date_is_passed_on_in_seconds(tmp_path: Path) -> None:
+async def test_retry_after_date_is_passed_on_in_seconds(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         headers = {"Retry-After": formatdate(time.time() + 600, usegmt=True)}
         fake.fault("manifests/latest", Fault(status=429, headers=headers, times=None))
@@ -163,7 +163,7 @@ async def test_token_responses_are_used_or_fail_the_pull(
 
 
 @pytest.mark.row("U10-failing-token-services")
-async def test_a_slow_token_service_fails_the_pull(tmp_path: Path) -> None:
+async def test_slow_token_service_fails_the_pull(tmp_path: Path) -> None:
     limits = Limits(connect=0.3, headers=0.3, idle=1.0)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         fake.token = "t"
@@ -175,7 +175,7 @@ async def test_a_slow_token_service_fails_the_pull(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("U10-failing-token-services")
-async def test_a_401_loop_ends_and_an_expired_token_is_replaced(tmp_path: Path) -> None:
+async def test_401_loop_ends_and_an_expired_token_is_replaced(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "good"
         fake.token_body = b'{"token":"bad"}'
@@ -192,7 +192,7 @@ async def test_a_401_loop_ends_and_an_expired_token_is_replaced(tmp_path: Path) 
 
 
 @pytest.mark.row("U10-failing-token-services")
-async def test_a_token_that_expires_in_mid_blob_is_replaced(tmp_path: Path) -> None:
+async def test_token_that_expires_in_mid_blob_is_replaced(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.token = "first"
         digest = fake.add_blob(DATA)
@@ -228,7 +228,7 @@ def dead(how: str) -> Iterator[str]:
 
 @pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["refused", "name", "silent", "full"])
-async def test_a_dead_endpoint_fails_over_and_without_another_a_stale_tag_is_served(
+async def test_dead_endpoint_fails_over_and_without_another_a_stale_tag_is_served(
     tmp_path: Path, how: str
 ) -> None:
     with dead(how) as endpoint:
@@ -237,7 +237,7 @@ async def test_a_dead_endpoint_fails_over_and_without_another_a_stale_tag_is_ser
 
 @pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("how", ["plain", "stranger"])
-async def test_an_endpoint_with_bad_tls_fails_over_and_without_another_a_stale_tag_is_served(
+async def test_endpoint_with_bad_tls_fails_over_and_without_another_a_stale_tag_is_served(
     tmp_path: Path, how: str
 ) -> None:
     """An endpoint without TLS, and one whose certificate has an unknown authority."""
@@ -273,7 +273,7 @@ async def _failed_over(root: Path, endpoint: str) -> None:
 
 
 @pytest.mark.row("U11-connect-faults")
-async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None:
+async def test_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(DATA)
         await server.get(server.manifest("latest"))
@@ -289,7 +289,7 @@ async def test_a_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> No
 
 
 @pytest.mark.row("U12-flapping-endpoint")
-async def test_a_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_path: Path) -> None:
+async def test_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_path: Path) -> None:
     async with (
         FakeRegistry() as bad,
         FakeRegistry() as good,
@@ -322,7 +322,7 @@ async def test_a_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_
 
 @pytest.mark.row("U12-flapping-endpoint")
 @pytest.mark.parametrize("status", [500, 503])
-async def test_a_failing_image_does_not_fail_another(tmp_path: Path, status: int) -> None:
+async def test_failing_image_does_not_fail_another(tmp_path: Path, status: int) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for number in range(4):
             fake.add_image(b"layer", tag=f"good-{number}")
@@ -333,7 +333,7 @@ async def test_a_failing_image_does_not_fail_another(tmp_path: Path, status: int
 
 
 @pytest.mark.row("U13-moving-tag")
-async def test_a_digest_is_served_after_its_tag_moved_between_head_and_get(tmp_path: Path) -> None:
+async def test_digest_is_served_after_its_tag_moved_between_head_and_get(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         old = fake.add_image(b"old", tag="latest")
         new = fake.add_image(b"new", tag="other")
@@ -345,7 +345,7 @@ async def test_a_digest_is_served_after_its_tag_moved_between_head_and_get(tmp_p
 
 
 @pytest.mark.row("U13-moving-tag")
-async def test_a_wrong_digest_header_fails_the_tag_and_not_the_digest(tmp_path: Path) -> None:
+async def test_wrong_digest_header_fails_the_tag_and_not_the_digest(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(b"layer")
         wrong = {"Docker-Content-Digest": str(Digest.of(b"something else"))}
@@ -357,7 +357,7 @@ async def test_a_wrong_digest_header_fails_the_tag_and_not_the_digest(tmp_path: 
 
 
 @pytest.mark.row("U15-negative-answers")
-async def test_a_404_is_cached_briefly(tmp_path: Path) -> None:
+async def test_404_is_cached_briefly(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url, negative_ttl=0.5) as server:
         for _ in range(5):
             status, _, body = await server.get(server.manifest("latest"))
