@@ -56,7 +56,7 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _UNABLE_TO_RESPOND: Final = frozenset({502, 503, 504})
 _USER_AGENT: Final = "oci-mirror"
 _UNUSED_ADDRESSES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-"""Addresses that nobody has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
+"""Addresses that no host has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
 # RateLimit-Remaining: 76;w=21600
 _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*", re.ASCII)
 
@@ -228,7 +228,7 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
 
 
 def check_encoding(response: aiohttp.ClientResponse) -> None:
-    """Raise ``UpstreamProtocolError`` for a compressed body: we asked for ``identity`` only."""
+    """Raise ``UpstreamProtocolError`` for a compressed body: the request accepts ``identity`` only."""
     if response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
         raise errors.UpstreamProtocolError(
             "the response has a content encoding that was not requested"

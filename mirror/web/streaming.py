@@ -141,7 +141,7 @@ class Sender:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, body: Body, extra: Mapping[str, str]) -> web.StreamResponse:
-        """Send ``body``, or the part of it that the request asks for.
+        """Send ``body``, or the part of it that ``Range`` requests.
 
         Args:
             body: The content. The caller closes its reader afterwards.
