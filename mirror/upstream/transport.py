@@ -228,7 +228,7 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
 
 
 def check_encoding(response: aiohttp.ClientResponse) -> None:
-    """Raise ``UpstreamProtocolError`` for a compressed body: the request accepts ``identity`` only."""
+    """Raise ``UpstreamProtocolError`` for a compressed body: we accept ``identity`` only."""
     if response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
         raise errors.UpstreamProtocolError(
             "the response has a content encoding that was not requested"
