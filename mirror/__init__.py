@@ -1,6 +1,6 @@
 """oci-mirror: a pull-through mirror for container registries.
 
-Packages, and the only direction in which they import each other::
+Packages, and the direction of their imports (each may also import what is further right)::
 
     cli -> server -> web -> pull -> store
                              `----> upstream
@@ -13,7 +13,8 @@ Packages, and the only direction in which they import each other::
 - ``upstream``: HTTP towards registries.
 
 All of these may import ``oci`` (names, digests, header fields, errors), ``config.settings``,
-``observability.events`` and ``single_flight``. ``tests/unit/test_architecture.py`` checks every
+``observability.events``, ``single_flight`` and ``threads``. Of ``store``, ``web`` may import
+``store.reader`` only; of ``upstream``, nothing. ``tests/unit/test_architecture.py`` checks every
 import. See ``docs/architecture.md``.
 """
 

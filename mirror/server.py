@@ -43,7 +43,7 @@ once, and none of them should have to connect again."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
 """Seconds until a connection is closed that is idle, or whose request header is incomplete."""
 _MAX_FIELD_BYTES: Final = 32 * 1024
-"""Bytes of one header field. Podman's partial pulls ask for a thousand ranges in one ``Range``."""
+"""Bytes of one header field. Podman's partial pulls request a thousand ranges in one ``Range``."""
 _MEASURE_INTERVAL_S: Final = 5.0
 """Seconds between two measurements of the storage, for its metrics."""
 _SAVE_INTERVAL_S: Final = 10.0
@@ -51,13 +51,13 @@ _SAVE_INTERVAL_S: Final = 10.0
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
 _RESTART_INTERVAL_S: Final = 1.0
-"""Least number of seconds between two starts of the same worker, so that a worker that ends at once
-is not restarted in a tight loop."""
+"""Minimum number of seconds between two starts of the same worker, so that a worker that ends at
+once is not restarted in a tight loop."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def run(settings: Settings) -> int:
-    """Serve until ``SIGTERM`` or ``SIGINT``. Returns the exit code: 1 if the address is in use."""
+    """Serve until ``SIGTERM`` or ``SIGINT``. Returns the exit code: 1 if it cannot listen."""
     try:
         sockets = [_listen(settings, index) for index in range(settings.workers)]
     except OSError as error:
@@ -168,7 +168,9 @@ async def start_server(
             )
             runner = web.ServerRunner(server, shutdown_timeout=1.0)
             await runner.setup()
-            context = _start_housekeeping(settings, store, single_flight, emit)
+            certificate = Certificate(settings.tls) if settings.tls is not None else None
+            _start_housekeeping(store, certificate, single_flight, emit)
+            context = certificate.context if certificate is not None else None
             site = web.SockSite(runner, listener, ssl_context=context, backlog=_LISTEN_BACKLOG)
             await site.start()
             try:
@@ -182,24 +184,24 @@ async def start_server(
 
 
 def _start_housekeeping(
-    settings: Settings, store: Store, single_flight: SingleFlight, emit: Observer
-) -> ssl.SSLContext | None:
-    """Start the periodic jobs. Returns the TLS context of the listener, None without TLS."""
+    store: Store, certificate: Certificate | None, single_flight: SingleFlight, emit: Observer
+) -> None:
+    """Start the periodic jobs. ``certificate``: None without TLS."""
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
         single_flight.run((name,), lambda: _run_every(interval, job, emit))
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
-    if settings.tls is None:
-        return None
-    certificate = Certificate(settings.tls)
-    start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
-    return certificate.context
+    if certificate is not None:
+        start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
 
 
 async def _run_every(interval: float, job: Callable[[], object], emit: Observer) -> None:
-    """Run ``job``, again ``interval`` seconds after each end. An ``OSError`` of it is logged."""
+    """Run ``job`` for ever, ``interval`` seconds after it last ended.
+
+    After an ``OSError``, which is logged, the job runs again. Any other exception ends it.
+    """
     while True:
         try:
             result = job()
@@ -234,7 +236,7 @@ class Certificate:
         self.context.load_cert_chain(tls.certificate, tls.key)
 
     def _stamp(self) -> tuple[int, ...]:
-        """Times and inodes of the files. It differs once a file was written or replaced."""
+        """Return times and inodes of the files. They differ once a file was written or replaced."""
         files = (self._tls.certificate, self._tls.key)
         return tuple(value for f in files for value in (os.stat(f).st_mtime_ns, os.stat(f).st_ino))
 

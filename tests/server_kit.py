@@ -15,7 +15,7 @@ import aiohttp
 from multidict import CIMultiDictProxy
 
 from mirror.config.settings import Limits, Settings, Storage, Upstream
-from mirror.observability.events import Event, PullEnded
+from mirror.observability.events import Event, RequestEnded
 from mirror.observability.metrics import MetricsObserver
 from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
@@ -51,7 +51,7 @@ class Server:
     @property
     def pulls(self) -> list[Any]:
         """Records of the requests that have ended."""
-        return [event.pull for event in self.events if isinstance(event, PullEnded)]
+        return [event.pull for event in self.events if isinstance(event, RequestEnded)]
 
     async def records(self) -> list[Any]:
         """Return ``pulls`` once no request is in flight: a record ends after its response."""

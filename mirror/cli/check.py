@@ -17,7 +17,7 @@ import yaml
 
 from mirror.config.settings import Settings, Upstream
 from mirror.oci.errors import ConfigError
-from mirror.upstream.outbound import Policy, Purpose, Refused, as_url, check_url
+from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
 from mirror.upstream.transport import own_addresses
 
 HIDDEN: Final = "(not shown)"
@@ -51,7 +51,7 @@ def check_environment(settings: Settings, *, secrets: bool = True) -> None:
 
 
 def _nearest_existing(path: str) -> Path:
-    """``path``, or its nearest parent that exists. The server makes the missing directories."""
+    """Return ``path``, or its nearest parent that exists. The server makes missing directories."""
     nearest = Path(path).absolute()
     while not os.path.lexists(nearest) and nearest != nearest.parent:
         nearest = nearest.parent
@@ -63,7 +63,7 @@ def _check_endpoints(
 ) -> None:
     for endpoint in endpoints:
         url = as_url(endpoint)
-        verdict = check_url(str(url), Purpose.ENDPOINT, url, Policy(url, own_addresses=own))
+        verdict = check_url(str(url), UrlSource.ENDPOINT, url, Policy(url, own_addresses=own))
         if isinstance(verdict, Refused):
             raise ConfigError(f"{key}: '{endpoint}': {verdict.why}")
 
@@ -109,7 +109,7 @@ def effective(settings: Settings) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """``value`` without keys that have no value, and without the sections that are empty then."""
+    """Remove keys that have no value, and then sections that are empty."""
     if isinstance(value, dict):
         items = {key: _without_none(item) for key, item in value.items() if item is not None}
         return {key: item for key, item in items.items() if item != {}}
@@ -125,7 +125,7 @@ def warnings(settings: Settings) -> Iterator[str]:
         if upstream.credentials.model_fields_set and not upstream.allow:
             yield (
                 f"upstreams.{name}: credentials without an allow list: every client "
-                "of the mirror can pull all that they allow"
+                "of the mirror can pull everything that these credentials can pull"
             )
         insecure = [end for end in upstream.endpoints if end.startswith("http://")]
         if insecure and upstream.credentials.model_fields_set:

@@ -93,7 +93,7 @@ def _toml_string(text: str) -> str:
 
 
 def _fallback_url(name: str, upstream: Upstream) -> str:
-    """The URL that a client uses when the mirror fails: that of the upstream itself."""
+    """Return the URL that a client uses when the mirror fails: that of the upstream itself."""
     first = upstream.endpoints[0].rstrip("/")
     # An endpoint with a path is another mirror, and hosts.toml means the registry itself.
     if not urlsplit(first).path:

@@ -21,7 +21,8 @@ WILDCARD_ADDRESSES: Final = {
     "0.0.0.0": "127.0.0.1",  # noqa: S104 - mapped, not listened on
     "::": "::1",
 }
-"""Address of all interfaces to the loopback address at which such a server can be reached."""
+"""Wildcard address -> loopback address of the same family, at which a server that listens on the
+wildcard address can be reached."""
 
 
 def own_url(listen: str, *, tls: bool) -> str:

@@ -25,7 +25,7 @@ from mirror.oci.text import printable
 EX_FAILED: Final = 1
 """Exit code: the command failed (address in use, not healthy, a file exists and differs)."""
 EX_USAGE: Final = 2
-"""Exit code: the arguments are wrong, as argparse has it."""
+"""Exit code: the arguments are wrong (the value that argparse uses)."""
 EX_SOFTWARE: Final = 70
 """Exit code: a fault in our code (``sysexits.h``)."""
 EX_IOERR: Final = 74
@@ -33,7 +33,7 @@ EX_IOERR: Final = 74
 EX_CONFIG: Final = 78
 """Exit code: the configuration cannot be used (``sysexits.h``)."""
 EX_INTERRUPTED: Final = 130
-"""Exit code: interrupted by the user; 128 and the number of SIGINT, as shells have it."""
+"""Exit code: interrupted by the user; 128 plus the number of SIGINT, the value that shells use."""
 _EPILOG: Final = (
     "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
     "2 wrong usage, 70 internal fault, 74 the output could not be written, "
@@ -79,7 +79,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _describe_fault(error: Exception) -> str:
-    """The place and the text of an exception that is a fault in our code."""
+    """Return the place and the text of an exception that is a fault in our code."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"internal fault{where}: {type(error).__name__}: {error}"

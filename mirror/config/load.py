@@ -94,7 +94,7 @@ _PUBLIC_CREDENTIALS: Final = {"username", "docker_config", "helper"}
 
 
 def _format_value(path: KeyPath, value: object) -> str:
-    """``'fifty': `` for a value that may be shown, nothing for a secret, a mapping or a list."""
+    """Return ``'fifty': `` for a value that may be shown. Empty for a secret, mapping or list."""
     if not isinstance(value, str | int | float):
         return ""
     if "credentials" in path and path[-1] not in _PUBLIC_CREDENTIALS:
@@ -108,7 +108,7 @@ def _format_value(path: KeyPath, value: object) -> str:
 
 
 def _value_at(tree: object, path: KeyPath) -> object:
-    """The value at ``path``, or None if the tree has none there."""
+    """Return the value at ``path``, or None if the tree has none there."""
     for part in path:
         if isinstance(tree, dict):
             tree = tree.get(part)
@@ -123,13 +123,13 @@ def _value_at(tree: object, path: KeyPath) -> object:
 
 
 def _suggestion(word: str, known: list[str]) -> str:
-    """``, did you mean storage?``: the known word that is nearest, if any word is known."""
+    """Return ``, did you mean storage?`` with the nearest known word. Empty if none is known."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
     return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 def _is_mapping_of_sections(model: type[Section], key: str) -> bool:
-    """Whether the keys below are names (of upstreams), and each value is a section."""
+    """Return whether the keys below are names (of upstreams), and each value is a section."""
     return get_origin(model.model_fields[key].annotation) is dict
 
 
@@ -283,7 +283,7 @@ def _apply_environment(tree: Tree, environ: Mapping[str, str], origins: ValueOri
 
 
 def _find_path(rest: str, tree: Tree, variable: str) -> KeyPath | None:
-    """The path of the key that a variable names. ``rest``: its name without the prefix."""
+    """Return the path of the key that a variable names. ``rest``: its name without the prefix."""
     if not rest.startswith("UPSTREAMS__"):
         return _find_key(rest, Settings)
     paths: dict[str, KeyPath] = {}
@@ -297,7 +297,10 @@ def _find_path(rest: str, tree: Tree, variable: str) -> KeyPath | None:
 
 
 def _find_key(rest: str, model: type[Section]) -> KeyPath | None:
-    """The path of a key in ``model``. ``STORAGE__MAX_SIZE`` is ``("storage", "max_size")``."""
+    """Return the path of a key in ``model``.
+
+    ``STORAGE__MAX_SIZE`` is ``("storage", "max_size")``. None if there is no such key.
+    """
     first, separator, more = rest.partition("__")
     key = first.lower()
     if first != first.upper() or key not in model.model_fields:
@@ -310,7 +313,7 @@ def _find_key(rest: str, model: type[Section]) -> KeyPath | None:
 
 
 def _upstreams(tree: Tree) -> Iterator[tuple[str, type[Section]]]:
-    """The names of the upstreams that are configured so far, and the type of their sections."""
+    """Yield the name of each upstream that is configured so far, and the type of its section."""
     section = section_type(Settings, "upstreams")
     assert section is not None
     upstreams = tree.get("upstreams")
@@ -319,7 +322,7 @@ def _upstreams(tree: Tree) -> Iterator[tuple[str, type[Section]]]:
 
 
 def _variable_names(tree: Tree) -> Iterator[str]:
-    """The name of each variable that would be accepted."""
+    """Yield the name of each variable that would be accepted."""
 
     def below(model: type[Section], prefix: str) -> Iterator[str]:
         for key in model.model_fields:

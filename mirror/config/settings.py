@@ -70,7 +70,7 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 
 
 def _key_error(below: KeyPath, reason: str) -> PydanticCustomError:
-    """An error that a section's validator found in one key. ``below``: its path in the section."""
+    """Return the error of one key of a section. ``below``: the path of the key in the section."""
     return PydanticCustomError("key_error", "{reason}", {"reason": reason, "below": below})
 
 
@@ -95,7 +95,7 @@ class Log(Section):
     format: Literal["auto", "human", "json"] = "auto"
     """auto is human-readable on a terminal, and JSON otherwise."""
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severity that is written."""
+    """Minimum severity that is written."""
 
 
 class Storage(Section):
@@ -124,7 +124,7 @@ class Storage(Section):
 
 
 class Limits(Section):
-    """The time limits and the least rate of one exchange with an upstream."""
+    """The time limits and the minimum rate of one exchange with an upstream."""
 
     connect: PositiveDuration = 5.0
     """Longest time to connect, TLS included."""
@@ -134,7 +134,7 @@ class Limits(Section):
     """Longest time in which a body receives no data."""
     min_rate: Size = 1024
     """
-    Least rate of a body, in bytes per second over the time of idle.
+    Minimum rate of a body, in bytes per second over the time of idle.
     A slower body is given up and resumed.
     """
 
@@ -182,7 +182,10 @@ class Upstream(Section):
     tag_ttl: Duration = 300.0
     """Age at which a tag is checked again, with IfNotPresent. 0: each time, inf: never."""
     serve_stale: bool = True
-    """Serve the last known state of a tag when the upstream is unavailable."""
+    """
+    Serve cached tags, lists and content if the upstream is unavailable, or does not confirm them
+    within 5 s.
+    """
     negative_ttl: FiniteDuration = 10.0
     """How long a 404 of the upstream is remembered."""
     credentials: Credentials = Credentials()

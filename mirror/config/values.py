@@ -131,7 +131,7 @@ RATIO_SCHEMA: Final[dict[str, Any]] = {
 
 
 def _format_exact(number: int | float, units: Mapping[str, int]) -> str | None:
-    """``number`` in the first unit that divides it, or None if no unit does."""
+    """Return ``number`` in the first unit that divides it, or None if no unit does."""
     for unit, worth in units.items():
         if number and number % worth == 0:
             return f"{int(number) // worth}{unit}"

@@ -3,7 +3,7 @@
 Another package reports a frozen event to an observer, and does not know who observes. In reading
 order:
 
-- ``events.py``: each event, and ``Pull``, the record of one request.
+- ``events.py``: each event, and ``RequestRecord``, the record of one request.
 - ``logs.py``: the observer that writes log lines, and the ``Server-Timing`` header.
 - ``metrics.py``: the observer that counts, for Prometheus.
 

@@ -4,8 +4,8 @@ Lives here: a frozen type for each event that a package may report. A package ge
 :data:`Observer` and calls it with events; ``metrics.py`` and ``logs.py`` have the observers. Must
 not know: who observes.
 
-A request is one :class:`Pull`, which the packages fill in as the request passes them. The log
-line, ``Server-Timing`` and the metrics all read it, so nothing is measured twice.
+A request is one :class:`RequestRecord`, which the packages fill in as the request passes them. The
+log line, ``Server-Timing`` and the metrics all read it, so nothing is measured twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Outcome(StrEnum):
 
 
 @dataclass(slots=True)
-class Pull:
+class RequestRecord:
     """The record of one request, from its first line to its last byte. Times are in seconds."""
 
     request_id: str
@@ -70,8 +70,8 @@ class Pull:
     """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
     is_complete: bool = False
     """Whether the whole body was sent."""
-    joined_at: int | None = None
-    """Bytes that a running ingest had when this request joined it; None if it joined none."""
+    joined_at_byte: int | None = None
+    """Offset in bytes that an ingest had reached when this request joined it. None: joined none."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -104,17 +104,17 @@ class StageTimer:
 
 
 @dataclass(frozen=True, slots=True)
-class PullStarted:
+class RequestStarted:
     """A request was received."""
 
-    pull: Pull
+    pull: RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
-class PullEnded:
-    """A request ended, with any outcome. There is exactly one for each :class:`PullStarted`."""
+class RequestEnded:
+    """A request ended, with any outcome. There is exactly one for each :class:`RequestStarted`."""
 
-    pull: Pull
+    pull: RequestRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class BytesFetched:
 
 
 @dataclass(frozen=True, slots=True)
-class UpstreamResponded:
+class ExchangeEnded:
     """An HTTP exchange with an endpoint ended.
 
     ``status`` is 0 if there was no response; ``error`` says why. ``seconds`` is the time to the
@@ -210,7 +210,10 @@ class Reverified:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """``count`` contents of ``bytes`` in all were deleted. ``reason``: quota, disk, corrupt."""
+    """``count`` contents of ``bytes`` in all left the cache. ``reason``: quota, disk, corrupt.
+
+    They were deleted, or moved to ``quarantine/`` if the reason is corrupt.
+    """
 
     count: int
     bytes: int
@@ -269,11 +272,11 @@ class LogMessage:
 
 
 Event: TypeAlias = (
-    PullStarted
-    | PullEnded
+    RequestStarted
+    | RequestEnded
     | BytesSent
     | BytesFetched
-    | UpstreamResponded
+    | ExchangeEnded
     | TokenFetched
     | RateLimitSeen
     | CircuitChanged

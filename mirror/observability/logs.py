@@ -19,7 +19,7 @@ from typing import Any, Final, TextIO, TypeAlias
 
 from mirror.config.settings import Log
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Pull
+from mirror.observability.events import Event, Kind, RequestRecord
 from mirror.oci.text import printable
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -75,7 +75,7 @@ class LogWriter:
         """A second since the epoch, and its text: most lines are of the same second."""
 
     def is_enabled(self, level: int) -> bool:
-        """Whether lines of this level are written."""
+        """Return whether lines of this level are written."""
         return level >= self._level
 
     def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
@@ -84,9 +84,9 @@ class LogWriter:
             level, message, [_encode_field(*field, self._as_json) for field in fields.items()]
         )
 
-    def write_pull(self, level: int, pull: Pull) -> None:
+    def write_request(self, level: int, pull: RequestRecord) -> None:
         """Write the line of a request."""
-        self._add(level, "pull", encode_pull(pull, self._as_json))
+        self._add(level, "pull", encode_request(pull, self._as_json))
 
     def _add(self, level: int, message: str, fields: list[str]) -> None:
         self._pending.append(self._format_line(time.time(), level, message, fields))
@@ -105,7 +105,7 @@ class LogWriter:
             return
 
     def _format_line(self, at: float, level: int, message: str, fields: list[str]) -> str:
-        """Exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
+        """Return exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
@@ -191,7 +191,7 @@ class _RepeatFilter(logging.Filter):
         self._limit = BurstLimit()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written."""
+        """Return whether the record is written."""
         suppressed = self._limit.admit(record.msg if isinstance(record.msg, str) else "")
         if suppressed is None:
             return False
@@ -248,13 +248,13 @@ class LogObserver:
     def observe(self, event: Event) -> None:
         """Write the line of an event, if it has one."""
         match event:
-            case events.PullStarted() | events.BytesSent():
+            case events.RequestStarted() | events.BytesSent():
                 pass
-            case events.PullEnded(pull):
+            case events.RequestEnded(pull):
                 is_quiet = pull.kind is Kind.PING and not pull.error
                 level = logging.DEBUG if is_quiet else logging.INFO
                 if self._writer.is_enabled(level):
-                    self._writer.write_pull(level, pull)
+                    self._writer.write_request(level, pull)
             case events.LogMessage(level, message, fields):
                 self._write_limited(_LEVELS.get(level, logging.INFO), message, dict(fields))
             case events.DigestMismatched(upstream, digest, where):
@@ -283,17 +283,17 @@ class LogObserver:
             self._writer.write(level, message, {**fields, **more})
 
 
-def encode_pull(pull: Pull, as_json: bool) -> list[str]:
+def encode_request(pull: RequestRecord, as_json: bool) -> list[str]:
     """Encode the fields of a request: those that many requests share first, then its own."""
-    # A request id has only letters and digits, so it needs no escape.
+    # A request id has only letters, digits and ``._-``, so it needs no escape.
     numbers = _JSON_NUMBERS if as_json else _NUMBERS
     first = pull.first_byte or 0.0
     fields = [
         _encode_fields(_shared_fields(pull), as_json),
         numbers % (pull.request_id, pull.bytes_sent, pull.duration, first),
     ]
-    if pull.joined_at is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at, as_json))
+    if pull.joined_at_byte is not None:
+        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json))
     if pull.stages:
         fields.append(_encode_field("stages", _stage_totals(pull), as_json))
     if not pull.repository:
@@ -305,8 +305,8 @@ def encode_pull(pull: Pull, as_json: bool) -> list[str]:
     return fields
 
 
-def _shared_fields(pull: Pull) -> Fields:
-    """The fields that are the same for many requests, so that their encoding is cached."""
+def _shared_fields(pull: RequestRecord) -> Fields:
+    """Return the fields that are the same for many requests, so that their encoding is cached."""
     fields: Fields = (
         ("outcome", pull.outcome.value),
         ("status", pull.status),
@@ -327,7 +327,7 @@ def _shared_fields(pull: Pull) -> Fields:
 # --- Server-Timing --------------------------------------------------------------------------------
 
 
-def server_timing(pull: Pull) -> str:
+def server_timing(pull: RequestRecord) -> str:
     """Return ``Server-Timing`` (W3C Server Timing): the stages so far, in milliseconds."""
     totals = {**_stage_totals(pull), "total": time.monotonic() - pull.started}
     return ", ".join(f"{_token(name)};dur={seconds * 1000:.2f}" for name, seconds in totals.items())
@@ -335,12 +335,12 @@ def server_timing(pull: Pull) -> str:
 
 @lru_cache(64)
 def _token(name: str) -> str:
-    """``name`` as a ``token`` (RFC 9110, section 5.6.2), with ``-`` for all other characters."""
+    """Return ``name`` as a ``token`` (RFC 9110, section 5.6.2). Other characters become ``-``."""
     return _NOT_TOKEN.sub("-", name)
 
 
-def _stage_totals(pull: Pull) -> dict[str, float]:
-    """The seconds of each stage. Stages of the same name are added up."""
+def _stage_totals(pull: RequestRecord) -> dict[str, float]:
+    """Return the seconds of each stage. Stages of the same name are added up."""
     totals: dict[str, float] = {}
     for name, seconds in pull.stages:
         totals[name] = totals.get(name, 0.0) + seconds

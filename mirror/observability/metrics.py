@@ -52,7 +52,7 @@ class MetricsObserver:
             return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
 
         def gauge(name: str, text: str, labels: str = "", mode: _Mode = "mostrecent") -> Gauge:
-            """``mode``: how the values of several worker processes become one."""
+            """Create a gauge. ``mode``: how the values of several worker processes become one."""
             return Gauge(
                 f"oci_mirror_{name}",
                 text,
@@ -141,15 +141,9 @@ class MetricsObserver:
             "Contents hashed again because their verification was too old.",
             "result",
         )
-        self._evicted = counter(
-            "evictions",
-            "Contents deleted from disk, or moved to quarantine/ (reason corrupt).",
-            "reason",
-        )
+        self._evicted = counter("evictions", "Contents deleted, or moved to quarantine.", "reason")
         self._evicted_bytes = counter(
-            "evicted_bytes",
-            "Bytes of contents deleted from disk, or moved to quarantine/ (reason corrupt).",
-            "reason",
+            "evicted_bytes", "Bytes of contents deleted, or moved to quarantine.", "reason"
         )
         self._uncached = counter(
             "uncached_pulls", "Pulls that were served, but whose content was not stored.", "reason"
@@ -216,22 +210,22 @@ class MetricsObserver:
             self._reverified.labels(result)
 
     def _upstream(self, name: str) -> str:
-        """The label of an upstream."""
+        """Return the label of an upstream."""
         return name if name in self._known else NO_UPSTREAM
 
     def observe(self, event: Event) -> None:
         """Count ``event``."""
         match event:
-            case events.PullStarted():
+            case events.RequestStarted():
                 self._in_flight.inc()
-            case events.PullEnded(pull):
-                self._pull_ended(pull)
+            case events.RequestEnded(pull):
+                self._request_ended(pull)
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
             case events.BytesFetched(upstream, count):
                 self._fetched_by[self._upstream(upstream)].inc(count)
-            case events.UpstreamResponded():
-                self._upstream_responded(event)
+            case events.ExchangeEnded():
+                self._exchange_ended(event)
             case events.TokenFetched(upstream, ok, seconds):
                 name = self._upstream(upstream)
                 self._tokens.labels(name, "ok" if ok else "error").inc()
@@ -270,7 +264,7 @@ class MetricsObserver:
             case unknown:
                 assert_never(unknown)
 
-    def _pull_ended(self, pull: events.Pull) -> None:
+    def _request_ended(self, pull: events.RequestRecord) -> None:
         self._in_flight.dec()
         upstream = self._upstream(pull.upstream)
         self._requests_by[upstream, pull.kind, pull.outcome].inc()
@@ -282,7 +276,7 @@ class MetricsObserver:
         if pull.bytes_sent and not pull.is_complete:
             self._incomplete.labels(upstream).inc()
 
-    def _upstream_responded(self, event: events.UpstreamResponded) -> None:
+    def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)
         status = _status(event.status)
         self._upstream_requests.labels(
@@ -307,12 +301,12 @@ def worker_died(pid: int) -> None:
 
 
 def _bounded(value: str, known: tuple[str, ...]) -> str:
-    """``value`` as a label; ``other`` if it is not one of ``known``."""
+    """Return ``value`` as a label; ``other`` if it is not one of ``known``."""
     return value if value in known else "other"
 
 
 def _status(status: int) -> str:
-    """The label of an HTTP status: its class, but 429 as it is; ``none`` without a response."""
+    """Return the label of an HTTP status: its class, but 429 as it is. ``none``: no response."""
     match status:
         case 0:
             return "none"

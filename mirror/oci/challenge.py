@@ -114,12 +114,12 @@ def _parse_line(line: str) -> list[Challenge]:
 
 
 def _skip_empty_elements(line: str) -> int:
-    """The position after the empty elements that a list may begin with (RFC 9110, 5.6.1)."""
+    """Return the position after the empty elements that a list may begin with (RFC 9110, 5.6.1)."""
     return len(line) - len(line.lstrip(" \t,"))
 
 
 def _skip_separator(line: str, position: int) -> int:
-    """The position after the separator at ``position``; -1 if there is none."""
+    """Return the position after the separator at ``position``; -1 if there is none."""
     match = _SEPARATOR.match(line, position)
     return -1 if match is None else match.end()
 

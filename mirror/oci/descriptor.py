@@ -29,14 +29,15 @@ DOCKER_LIST: Final = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_SCHEMA1: Final = "application/vnd.docker.distribution.manifest.v1+json"
 DOCKER_SCHEMA1_SIGNED: Final = "application/vnd.docker.distribution.manifest.v1+prettyjws"
 
-MANIFESTS: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
-INDEXES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
+IMAGE_MANIFEST_TYPES: Final = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})
+INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
 """Bytes of the largest manifest that is accepted (Distribution: "at least 4 megabytes")."""
 
 DEFAULT_ACCEPT: Final = (OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST, "*/*")
-"""``Accept`` of a request to an upstream that no client's own ``Accept`` decides."""
+"""``Accept`` of a request to an upstream if the client sent none, or if the mirror requests content
+for itself."""
 
 MAX_DESCRIPTOR_SIZE: Final = 2**63 - 1
 """Bytes; the largest size in a descriptor (descriptor.md: "int64")."""
@@ -96,7 +97,7 @@ def parse_manifest(body: bytes, content_type: str) -> Manifest:
     """
     media_type = media_type_of(content_type)
     known = media_type.lower()
-    if known in INDEXES or known in MANIFESTS:
+    if known in INDEX_TYPES or known in IMAGE_MANIFEST_TYPES:
         document = _load(body)
         _check_type(document, known)
         return _parse_known(document, known)
@@ -243,7 +244,7 @@ def _refuse_case_variants(fields: _Json) -> None:
 
 
 def _parse_known(document: _Json, media_type: str) -> Manifest:
-    if media_type in INDEXES:
+    if media_type in INDEX_TYPES:
         if "manifests" not in document or any(name in document for name in _IMAGE_FIELDS):
             raise ManifestInvalid("an index without manifests, or with the fields of an image")
     elif "config" not in document or "manifests" in document or "fsLayers" in document:
@@ -312,7 +313,7 @@ def _text(fields: _Json, name: str) -> str | None:
 
 
 def _annotations(fields: _Json) -> tuple[tuple[str, str], ...]:
-    """The annotations that are strings. Others are ignored: nothing here depends on them."""
+    """Return the annotations that are strings. Others are ignored: nothing here depends on them."""
     annotations = fields.get("annotations")
     if not isinstance(annotations, dict):
         return ()

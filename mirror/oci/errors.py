@@ -36,7 +36,7 @@ class MirrorError(Exception):
 
 
 class InvalidRequest(MirrorError):
-    """The request is malformed. ``web`` raises it before the store is asked."""
+    """The request is malformed. ``web`` raises it before it calls ``pull``."""
 
     code = "UNSUPPORTED"
 
@@ -78,7 +78,7 @@ class PaginationInvalid(InvalidRequest):
 
 
 class MethodUnsupported(MirrorError):
-    """The client asked for a method or an operation that a pull-through mirror does not offer.
+    """The client requested a method or an operation that a pull-through mirror does not offer.
 
     Raised by ``web``, for uploads and deletions. Code ``UNSUPPORTED``.
     """
@@ -104,7 +104,7 @@ class RangeNotSatisfiable(MirrorError):
 
 
 class NotFound(MirrorError):
-    """The content is unknown: the upstream says so, or a policy forbids to ask the upstream."""
+    """The content is unknown: the upstream says so, or the pull policy forbids a request to it."""
 
 
 class NameUnknown(NotFound):
@@ -177,17 +177,18 @@ class FailureScope(Enum):
     """
 
     NONE = auto()
-    """No request: the endpoint is not at fault, or was not asked."""
+    """No request: the endpoint is not at fault, or got no request."""
     REQUEST = auto()
     """This request only: the endpoint responded, so it works."""
     PATH = auto()
-    """Requests for the same path: the endpoint did not respond to it in time, or broke off."""
+    """Requests for the same path: the connection broke before the headers, the status was 502, 503
+    or 504, or the body broke, stalled or was too slow."""
     ENDPOINT = auto()
-    """All requests: the endpoint cannot be reached, or does not respond at all."""
+    """All requests: the endpoint cannot be reached, or sent no response within the time limit."""
 
 
 class UpstreamUnavailable(UpstreamError):
-    """The upstream could not be asked: DNS, connect, TLS, 5xx, or a token service that failed.
+    """No usable response of the upstream: DNS, connect, TLS, 5xx, or a token service that failed.
 
     Raised by ``upstream``, and by ``store`` for a fetch of another process that failed so.
     """
@@ -198,21 +199,23 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class AllCircuitsOpen(UpstreamUnavailable):
-    """No endpoint was asked, because each one failed too often. They are tried again later.
+    """No request was sent, because the circuit breaker of every endpoint is open.
+
+    A later request is sent again.
 
     Raised by ``upstream/failover.py``.
     """
 
 
 class UpstreamTimeout(UpstreamUnavailable):
-    """A time limit ran out: connect, response headers, idle body, or the least rate of a body.
+    """A time limit ran out: connect, response headers, idle body, or the minimum rate of a body.
 
     Raised by ``upstream``, and by ``single_flight`` for a client that has waited too long.
     """
 
 
 class UpstreamRateLimited(UpstreamUnavailable):
-    """The upstream responded 429, or a pause that it asked for has not ended.
+    """The upstream responded 429, or a pause that it requested has not ended.
 
     ``retry_after`` is in seconds; None if the upstream gave no time. Raised by ``upstream``. Code
     ``TOOMANYREQUESTS``.
@@ -240,7 +243,9 @@ class OutboundRefused(UpstreamError):
 
 
 class DigestMismatch(UpstreamError):
-    """Bytes do not hash to their digest. The bytes have been dropped.
+    """Bytes do not hash to their digest.
+
+    Bytes from an upstream are dropped. Stored content is moved to ``quarantine/``.
 
     Raised by :class:`mirror.oci.reference.Verifier` and by ``store``.
     """
@@ -277,9 +282,9 @@ class ContentLost(MirrorError):
 
 
 class StorageUnavailable(MirrorError):
-    """The disk refused an operation: full, read-only, I/O error, or out of file descriptors.
+    """Cached content cannot be opened or sent, usually because no file descriptor is free.
 
-    The content on disk is not damaged by it. Raised by ``store`` and ``web``. Code
+    The content is not damaged, and it is not fetched again. Raised by ``store`` and ``web``. Code
     ``UNAVAILABLE``.
     """
 

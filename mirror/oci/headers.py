@@ -134,7 +134,7 @@ def parse_range_unsized(header: str | None) -> Whole | NeedsSize:
 
 
 def _parse_specs(header: str | None) -> list[_Spec] | None:
-    """The ranges of the header, or None if it has to be ignored."""
+    """Return the ranges of the header, or None if it has to be ignored."""
     if header is None or len(header) > _MAX_RANGE_CHARS:
         return None
     specifier = _SPECIFIER.fullmatch(header.strip(" \t"))
@@ -159,7 +159,7 @@ def _parse_specs(header: str | None) -> list[_Spec] | None:
 
 
 def _resolve(spec: _Spec, size: int) -> Span | None:
-    """The span of one range, or None if it cannot be satisfied. ``size`` is at least 1."""
+    """Return the span of one range. None if it cannot be satisfied. ``size`` is at least 1."""
     first, last = spec
     if first is None:
         return Span(max(0, size - (last or 0)), size) if last else None
@@ -242,9 +242,10 @@ def entity_tag(digest: Digest) -> str:
 
 
 def not_modified(if_none_match: str | None, etag: str) -> bool:
-    """Whether ``If-None-Match`` (its lines joined by commas) has ``etag``: the response is 304.
+    """Return whether ``If-None-Match`` has ``etag``. Then the response is 304.
 
-    The comparison is weak (RFC 9110, section 13.1.2). A malformed list ends at its first error.
+    Several header lines are joined by commas. The comparison is weak (RFC 9110, section 13.1.2). A
+    malformed list ends at its first error.
     """
     if if_none_match is None:
         return False
@@ -259,7 +260,10 @@ def not_modified(if_none_match: str | None, etag: str) -> bool:
 
 
 def is_range_applicable(if_range: str | None, etag: str) -> bool:
-    """Whether ``If-Range`` allows ``Range`` (RFC 9110, section 13.1.5); if not, send the whole.
+    """Return whether ``If-Range`` allows ``Range`` (RFC 9110, section 13.1.5).
+
+    If it does not, the response has the whole content.
+
 
     The comparison is strong, so a weak tag never matches. Nor does a date: we send no
     ``Last-Modified``.

@@ -69,7 +69,7 @@ class Verifier:
             self.update(chunk)
 
     def is_match(self) -> bool:
-        """Whether the bytes so far hash to the expected digest."""
+        """Return whether the bytes so far hash to the expected digest."""
         return bool(self._hash.hexdigest() == self._expected.hex)
 
     def finish(self) -> None:

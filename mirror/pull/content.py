@@ -312,7 +312,7 @@ class ContentService:
         fetch, follower, has_joined = self._fetches.follow(source)
         pull.outcome = Outcome.MISS
         if has_joined:
-            pull.outcome, pull.joined_at = Outcome.JOIN, follower.arrived
+            pull.outcome, pull.joined_at_byte = Outcome.JOIN, follower.arrived
         try:
             with pull.stage("wait"):
                 is_proven = await fetch.wait_for_first_byte(follower, request)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from mirror.observability.events import Outcome, Pull
+from mirror.observability.events import Outcome, RequestRecord
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     OCI_INDEX,
@@ -46,7 +46,7 @@ class ListService:
         self._index = content.store.index
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str | None, pull: Pull
+        self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
     ) -> TagsResult:
         """See :meth:`mirror.pull.service.PullService.tags`."""
         if count == 0:
@@ -79,7 +79,7 @@ class ListService:
         return json.dumps({"tags": tags_page.tags, "more": tags_page.has_more})
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: Pull
+        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
     ) -> bytes:
         """See :meth:`mirror.pull.service.PullService.referrers`."""
         text = await self._find_or_request(
@@ -97,7 +97,9 @@ class ListService:
             return body
         return await parse_in_thread_if_large(filter_referrers, body, artifact_type)
 
-    async def _request_referrers(self, repository: Repository, digest: Digest, pull: Pull) -> str:
+    async def _request_referrers(
+        self, repository: Repository, digest: Digest, pull: RequestRecord
+    ) -> str:
         registry = self._content.registries[repository.upstream]
         body = referrers_index(())
         try:
@@ -111,7 +113,9 @@ class ListService:
             pass  # With the referrers API there is no 404: nothing refers to the digest.
         return base64.b64encode(body).decode("ascii")
 
-    async def _referrers_by_tag(self, repository: Repository, digest: Digest, pull: Pull) -> bytes:
+    async def _referrers_by_tag(
+        self, repository: Repository, digest: Digest, pull: RequestRecord
+    ) -> bytes:
         """Pull the referrers by the tag schema (OCI distribution specification)."""
         tag = Tag.parse(referrers_tag(digest))
         try:
@@ -123,7 +127,11 @@ class ListService:
         return result.body
 
     async def _find_or_request(
-        self, key: str, repository: Repository, pull: Pull, request: Callable[[], Awaitable[str]]
+        self,
+        key: str,
+        repository: Repository,
+        pull: RequestRecord,
+        request: Callable[[], Awaitable[str]],
     ) -> str | None:
         """Return a list as text, cached or by calling ``request``.
 

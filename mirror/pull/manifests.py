@@ -15,7 +15,7 @@ from typing import Final, assert_never
 
 from cachetools import TTLCache
 
-from mirror.observability.events import Kind, Outcome, Pull
+from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, Manifest, sniff_media_type
 from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
 from mirror.oci.reference import Digest, Repository, Tag
@@ -339,7 +339,7 @@ def _manifest_record(digest: Digest, media_type: str, size: int | None) -> Acces
     )
 
 
-def _stale(pull: Pull, reason: str, cached: ManifestResult) -> ManifestResult:
+def _stale(pull: RequestRecord, reason: str, cached: ManifestResult) -> ManifestResult:
     pull.outcome, pull.warning = Outcome.STALE, reason
     return cached
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from mirror.observability.events import Kind, Pull
+from mirror.observability.events import Kind, RequestRecord
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import AccessRecord
@@ -25,7 +25,7 @@ class ContentRequest:
     digest: Digest
     kind: Kind
     """Manifest or blob. A digest can be known in a repository as either, or as both."""
-    pull: Pull
+    pull: RequestRecord
     """Record of the client's request. Its outcome and its stages are written there."""
     accept: tuple[str, ...] = ()
     """Media types of the client's ``Accept`` header, for a manifest."""
@@ -37,7 +37,7 @@ class TagRequest:
 
     repository: Repository
     tag: Tag
-    pull: Pull
+    pull: RequestRecord
     """Record of the client's request. Its outcome and its stages are written there."""
     accept: tuple[str, ...]
     """Media types of the client's ``Accept`` header."""

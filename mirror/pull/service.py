@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from mirror.observability.events import Kind, Outcome, Pull
+from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.oci.errors import BlobUnknown, Denied
 from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull import admission
@@ -33,7 +33,7 @@ class PullService:
         self._manifests = ManifestService(content)
         self._lists = ListService(content, self._manifests)
 
-    def _admit(self, repository: Repository, pull: Pull) -> None:
+    def _admit(self, repository: Repository, pull: RequestRecord) -> None:
         match admission.admit(repository, self._content.upstream(repository)):
             case admission.Allow():
                 return
@@ -48,7 +48,7 @@ class PullService:
         repository: Repository,
         reference: Reference,
         accept: tuple[str, ...],
-        pull: Pull,
+        pull: RequestRecord,
         *,
         head: bool,
     ) -> ManifestResult:
@@ -76,7 +76,7 @@ class PullService:
         return await self._manifests.by_tag(TagRequest(repository, reference, pull, accept, head))
 
     async def blob(
-        self, repository: Repository, digest: Digest, pull: Pull, *, head: bool
+        self, repository: Repository, digest: Digest, pull: RequestRecord, *, head: bool
     ) -> BlobResult:
         """Serve a blob, complete or while it is fetched.
 
@@ -105,7 +105,7 @@ class PullService:
         return BlobResult(digest, reader.size, reader)
 
     async def tags(
-        self, repository: Repository, count: int | None, last: str | None, pull: Pull
+        self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
     ) -> TagsResult:
         """Serve one page of a repository's tags.
 
@@ -126,7 +126,7 @@ class PullService:
         return await self._lists.tags(repository, count, last, pull)
 
     async def referrers(
-        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: Pull
+        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
     ) -> bytes:
         """Serve the referrers of a digest (OCI distribution specification, "Listing Referrers").
 

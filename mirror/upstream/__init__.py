@@ -15,7 +15,7 @@ Reading order, from the outside in:
 
 Used on the way:
 
-- ``endpoints.py``: order of the endpoints, and a circuit breaker for each. Pure.
+- ``endpoints.py``: order of the endpoints, and a circuit breaker for each. No I/O.
 - ``retry.py``: which failures are retried, delays, ``Retry-After``. Pure.
 - ``auth.py``: ``Authorization`` headers: Basic, and bearer tokens of a token service.
 - ``credentials.py``: logins from the configuration, files, a Docker ``config.json``, helpers.

@@ -35,14 +35,15 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.credentials import CredentialLookup, Login, Logins
-from mirror.upstream.outbound import Allowed, Policy, Purpose, check_url
+from mirror.upstream.outbound import Allowed, Policy, UrlSource, check_url
 
 DEFAULT_TOKEN_TTL_S: Final = 60.0
 """Seconds of a token without ``expires_in``: the default of ``spec/auth/token.md``."""
 _MAX_TOKEN_TTL_S: Final = 3600.0
 """Seconds for which a token is used at most, so that revoked access ends within the hour."""
 _RENEWAL_MARGIN: Final = 0.1
-"""Part of the lifetime by which a token is renewed early, so that it cannot expire on its way."""
+"""Part of the lifetime by which a token is renewed early, so that it does not expire while a
+request is in transit."""
 MAX_TOKEN_RESPONSE_BYTES: Final = 64 * 1024
 """Bytes of a token service's response at most. Tokens have a few KiB."""
 MAX_CACHED_TOKENS: Final = 10_000
@@ -77,10 +78,12 @@ class SentAuthorization:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A bearer token. ``expires_at``: time at which to renew it, by our own clock."""
+    """A bearer token."""
 
     authorization: SentAuthorization
-    expires_at: float
+    renew_at: float
+    """Time of the authenticator's ``clock``, in seconds, at which a new token is requested: after
+    90 % of the lifetime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class Authenticator:
     async def authorize_preemptively(
         self, policy: Policy, repository: Repository
     ) -> SentAuthorization | None:
-        """Return the authorization to send at first, by the last challenge of the endpoint.
+        """Return the authorization for the first attempt, by the latest challenge of the endpoint.
 
         If this fails, the challenge is forgotten, because the token service may have moved. The
         next request gets a new one.
@@ -138,7 +141,8 @@ class Authenticator:
             repository: The repository of the request.
 
         Returns:
-            The authorization. None if the endpoint has sent no challenge, or without a login.
+            The authorization. None if the endpoint has sent no challenge yet, or if it requires
+            Basic and there is no login. For Bearer without a login this is an anonymous token.
 
         Raises:
             MirrorError: see :meth:`authorize_after_challenge`.
@@ -169,7 +173,9 @@ class Authenticator:
             refused: The authorization that the request was sent with.
 
         Returns:
-            The authorization. None if there is no login, no known scheme, or nothing new to send.
+            The authorization. None if no challenge has a known scheme, if the scheme is Basic and
+            there is no login, or if the result is the header that was refused. For Bearer without a
+            login this is an anonymous token.
 
         Raises:
             Unauthorized, Denied: the token service refused.
@@ -229,7 +235,7 @@ class Authenticator:
         token = self._tokens.get(key)
         if (
             token is None
-            or token.expires_at <= self._clock()
+            or token.renew_at <= self._clock()
             or (refused is not None and token.authorization.header == refused.header)
         ):
             task = self._single_flight.run(
@@ -244,7 +250,7 @@ class Authenticator:
         self, key: _TokenKey, challenge: Bearer, lookup: CredentialLookup, policy: Policy
     ) -> Token:
         """Request a token, and replace the cached one. After a failure, none is cached."""
-        verdict = check_url(challenge.realm, Purpose.REALM, policy.endpoint, policy)
+        verdict = check_url(challenge.realm, UrlSource.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
         started_at, token = self._clock(), None
@@ -256,8 +262,8 @@ class Authenticator:
                 raise _token_error(response)
             value, lifetime = _parse_token(response.body)
             # issued_at is ignored: the clock of the token service may be wrong.
-            expires_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
-            token = Token(SentAuthorization(f"Bearer {value}", lookup), expires_at)
+            renew_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
+            token = Token(SentAuthorization(f"Bearer {value}", lookup), renew_at)
         finally:
             self._tokens.pop(key, None)
             self._emit(TokenFetched(self._upstream, token is not None, self._clock() - started_at))
@@ -315,7 +321,7 @@ def _token_error(response: TokenResponse) -> MirrorError:
 
 
 def _is_invalid_grant(body: bytes) -> bool:
-    """Whether a 400 means that the refresh token was refused (RFC 6749, section 5.2)."""
+    """Return whether a 400 means that the refresh token was refused (RFC 6749, section 5.2)."""
     try:
         return bool(json.loads(body).get("error") == "invalid_grant")
     except (ValueError, AttributeError, RecursionError):

@@ -162,9 +162,8 @@ async def look_up(credentials: Credentials, upstream: str, host: str) -> Login |
 
 
 def _resolve_password(value: str) -> str:
-    if not value.startswith("file:"):
-        return value
-    return _read_file(value.removeprefix("file:")).rstrip("\r\n")
+    is_file = value.startswith("file:")
+    return _read_file(value.removeprefix("file:")).rstrip("\r\n") if is_file else value
 
 
 def _read_file(path: str) -> str:

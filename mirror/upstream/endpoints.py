@@ -1,4 +1,4 @@
-"""Endpoints in order of preference, with a circuit breaker for each: pure, with time passed in.
+"""Endpoints in order of preference, with a circuit breaker for each.
 
 Theory of operation. A circuit breaker is closed, open, or half open:
 
@@ -10,7 +10,7 @@ Theory of operation. A circuit breaker is closed, open, or half open:
 Only failures of the endpoint itself count. A 4xx is a response, so it counts as a success. Failures
 of one path count once, however often they repeat, since other paths may work.
 
-Must not know: requests, responses.
+No I/O, no clock: the caller passes the time. Must not know: requests, responses.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class CircuitBreaker:
     open_until: float = 0.0
     back_off_until: float = 0.0
     """End of the pause that a 429 requested."""
-    has_named_delay: bool = False
-    """Whether the 429 had a ``Retry-After``. Otherwise clients are not told a time."""
+    has_retry_after: bool = False
+    """Whether the 429 had a ``Retry-After``. Otherwise clients get no ``Retry-After``."""
     open_seconds: float = FIRST_OPEN_S
     is_probing: bool = False
     """Whether the probe of the half-open circuit is under way."""
@@ -55,7 +55,7 @@ class CircuitBreaker:
         return self.failures >= FAILURE_THRESHOLD
 
     def may_request(self, now: float) -> bool:
-        """Whether a request may be sent."""
+        """Return whether a request may be sent."""
         if now < self.back_off_until:
             return False
         return not self.is_open or (not self.is_probing and now >= self.open_until)
@@ -101,12 +101,12 @@ class CircuitBreaker:
     def back_off(self, now: float, seconds: float | None) -> None:
         """Pause after a 429. ``seconds``: its ``Retry-After``, or None.
 
-        The longer one of two pauses holds. The endpoint responded, so the circuit closes.
+        A second 429 never shortens the pause. The endpoint responded, so the circuit closes.
         """
         self.record_success()
         end = now + (DEFAULT_BACK_OFF_S if seconds is None else min(seconds, MAX_BACK_OFF_S))
         if end > self.back_off_until:
-            self.back_off_until, self.has_named_delay = end, seconds is not None
+            self.back_off_until, self.has_retry_after = end, seconds is not None
 
 
 @dataclass(slots=True)
@@ -132,10 +132,10 @@ class Endpoints:
     def remaining_pauses(self, now: float) -> list[float | None]:
         """Return the remaining seconds of each pause after a 429. Empty if there is none.
 
-        None stands for a pause whose length we chose: clients are not told about it.
+        None stands for a pause whose length we chose: clients get no ``Retry-After`` for it.
         """
         return [
-            circuit.back_off_until - now if circuit.has_named_delay else None
+            circuit.back_off_until - now if circuit.has_retry_after else None
             for circuit in self.circuits.values()
             if circuit.back_off_until > now
         ]

@@ -1,4 +1,4 @@
-"""Failover: send one request to the endpoints of an upstream until one of them responds.
+"""Failover: send one request to the endpoints of an upstream until one sends an accepted response.
 
 Lives here: the order of the attempts, retries within their limits, credentials where an endpoint
 requires them, and reports to the circuit breakers. Must not know: what is requested, how a response
@@ -25,13 +25,7 @@ from aiohttp import hdrs
 from yarl import URL
 
 from mirror.config.settings import Upstream
-from mirror.observability.events import (
-    CircuitChanged,
-    Kind,
-    Observer,
-    RateLimitSeen,
-    UpstreamResponded,
-)
+from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, Observer, RateLimitSeen
 from mirror.oci.errors import (
     AllCircuitsOpen,
     Draining,
@@ -52,7 +46,7 @@ from mirror.upstream.auth import (
     TokenResponse,
 )
 from mirror.upstream.endpoints import Endpoints
-from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, as_url, check_url
+from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, UrlSource, as_url, check_url
 from mirror.upstream.retry import (
     MAX_ATTEMPTS_PER_REQUEST,
     RETRY_BUDGET_S,
@@ -67,11 +61,6 @@ from mirror.upstream.transport import (
     read_body,
     retry_after_of,
 )
-
-
-def accept_only_200(response: Response) -> bool:
-    """Accept no status beside 200."""
-    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +78,8 @@ class RegistryRequest:
     query: Mapping[str, str] = field(default_factory=dict)
     page: str | None = None
     """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
-    is_accepted: Callable[[Response], bool] = accept_only_200
-    """Returns True for a response that is no error, although its status is not 200."""
+    is_accepted: Callable[[Response], bool] = lambda response: False
+    """Returns True for a status other than 200 that is no error. By default no status is one."""
     follow_redirects: bool = True
 
 
@@ -103,7 +92,7 @@ class AcceptedResponse(Response):
     report_success: Callable[[], None]
     """Reports success to the circuit breaker as soon as the body makes progress.
 
-    If it is not called, the end of the body is the success.
+    If it is not called, success is reported when the body has ended.
     """
 
 
@@ -132,10 +121,10 @@ class _Attempt:
         path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
         query = dict(self.request.query)
         url = URL(f"{self.policy.endpoint}/v2/{path}", encoded=True).with_query(query)
-        target, purpose, name = str(url), Purpose.ENDPOINT, "endpoint"
+        target, source, name = str(url), UrlSource.ENDPOINT, "endpoint"
         if self.request.page is not None:
-            target, purpose, name = self.request.page, Purpose.NEXT_PAGE, "next page"
-        verdict = check_url(target, purpose, url, self.policy)
+            target, source, name = self.request.page, UrlSource.NEXT_PAGE, "next page"
+        verdict = check_url(target, source, url, self.policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"{name} refused: {verdict.why}")
         return verdict.url
@@ -196,7 +185,8 @@ class FailoverClient:
 
         Raises:
             NotFound, Unauthorized, Denied: an endpoint refused.
-            UpstreamError: no endpoint responded. The last failure, but a 429 takes precedence.
+            UpstreamError: no endpoint sent an accepted response. It is the failure of the last
+                attempt, or ``UpstreamRateLimited`` if any endpoint pauses after a 429.
             Draining: the process shuts down.
         """
         retry_deadline = self._clock() + RETRY_BUDGET_S
@@ -245,7 +235,7 @@ class FailoverClient:
         raise self._final_error(failure)
 
     def _final_error(self, failure: UpstreamError | None) -> UpstreamError:
-        """Choose the error to raise when no endpoint has responded. ``failure``: the last one."""
+        """Choose the error to raise if no response was accepted. ``failure``: the last one."""
         pauses = self._endpoints.remaining_pauses(self._clock())
         if pauses and not isinstance(failure, UpstreamRateLimited):
             # A 429 takes precedence over failures of other endpoints.
@@ -338,9 +328,7 @@ class FailoverClient:
             method, kind, seconds = request.method, request.kind, self._clock() - started_at
             billed = method == "GET" and kind is Kind.MANIFEST and status in (200, 206)
             self._emit(
-                UpstreamResponded(
-                    self._name, endpoint, method, kind, status, seconds, billed, message
-                )
+                ExchangeEnded(self._name, endpoint, method, kind, status, seconds, billed, message)
             )
 
     def _record_outcome(self, attempt: _Attempt, error: BaseException | None) -> None:

@@ -7,11 +7,11 @@ requests, credentials of registries.
 Upstreams are not trusted: a redirect, a realm or a ``Link`` may point into the network of the
 mirror, at the mirror itself, or down to plain HTTP.
 
-Proxies are read from ``http_proxy``, ``https_proxy`` and ``no_proxy``. curl, Go and Python agree on
-these names, also in upper case, and on hosts and domains in ``no_proxy``. Ports and networks in
-``no_proxy`` are taken from Go, which every container client is written in. So is the rule that a
-loopback address never uses a proxy. No file is read: nobody configured ``netrc`` as a source of
-credentials.
+Proxies are read from ``http_proxy``, ``https_proxy`` and ``no_proxy``. These names, also in upper
+case, and hosts and domains in ``no_proxy`` are read as curl, Go and Python read them. Three rules
+are those of Go, the language of the container clients: ports in ``no_proxy``, networks in
+``no_proxy``, and that a loopback address never uses a proxy. No file is read: nobody configured
+``netrc`` as a source of credentials.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
 # --- URLs -----------------------------------------------------------------------------------------
 
 
-class Purpose(Enum):
-    """Origin of a URL. Each has rules of its own."""
+class UrlSource(Enum):
+    """The place that a URL comes from. Each has its own rules."""
 
     ENDPOINT = auto()
     """The configuration."""
@@ -103,21 +103,21 @@ class Policy:
         return host in self.private_hosts or host == "localhost" or is_private(host)
 
 
-def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Verdict:
+def check_url(target: str, source: UrlSource, base: URL, policy: Policy) -> Verdict:
     """Decide whether a URL may be connected to.
 
     Args:
-        target: The URL as it was received. A relative one is resolved against ``source`` (RFC 3986,
+        target: The URL as it was received. A relative one is resolved against ``base`` (RFC 3986,
             section 5).
-        purpose: Selects the rules.
-        source: URL of the response that named ``target``.
+        source: Selects the rules.
+        base: URL of the response that named ``target``.
         policy: The endpoint of the request, and its configuration.
     """
     if len(target) > _MAX_URL_BYTES or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
         return Refused("not a URL")
     try:
         # Signed URLs must stay exactly as they were written, so nothing is quoted again.
-        url = source.join(URL(target, encoded=True))
+        url = base.join(URL(target, encoded=True))
         port = url.port
     except ValueError:
         return Refused("not a URL")
@@ -126,16 +126,16 @@ def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Ver
         return Refused("not an http(s) URL")
     if url.raw_user is not None or url.raw_password is not None:
         return Refused("user information in a URL")
-    if source.scheme == "https" and url.scheme != "https":
+    if base.scheme == "https" and url.scheme != "https":
         return Refused("downgrade from https to http")
     own_ports = {port for _, port in policy.own_addresses}
     if (host, port) in policy.own_addresses or (is_loopback(host) and port in own_ports):
         return Refused("an address of this mirror")
     is_same_origin = url.origin() == policy.endpoint.origin()
-    match purpose:
-        case Purpose.ENDPOINT | Purpose.NEXT_PAGE:
+    match source:
+        case UrlSource.ENDPOINT | UrlSource.NEXT_PAGE:
             return Allowed(url, is_same_origin) if is_same_origin else Refused("another origin")
-        case Purpose.REALM:
+        case UrlSource.REALM:
             is_endpoint = (host, port) == (policy.endpoint.host, policy.endpoint.port)
             is_token_host = bool({host, f"{host}:{port}"} & set(policy.token_hosts))
             # A token host is trusted by its name, which only TLS proves.
@@ -143,7 +143,7 @@ def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Ver
             if is_endpoint or (is_token_host and is_proven):
                 return Allowed(url, is_same_origin)
             return Refused("a token realm that is neither the endpoint nor in token_hosts")
-        case Purpose.REDIRECT:
+        case UrlSource.REDIRECT:
             is_internal = is_private(host) or host == "localhost"
             if is_internal and not is_same_origin and not policy.is_on_private_network:
                 return Refused("a public registry points at a private address")
@@ -151,7 +151,7 @@ def check_url(target: str, purpose: Purpose, source: URL, policy: Policy) -> Ver
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine, in any notation that resolvers accept."""
+    """Return whether ``host`` is this machine, in any notation that resolvers accept."""
     address = _parse_address(host)
     return host == "localhost" or (
         address is not None and (address.is_loopback or address.is_unspecified)
@@ -159,7 +159,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_private(host: str) -> bool:
-    """Whether ``host`` is an address that is not public, in any notation that resolvers accept."""
+    """Return whether ``host`` is a non-public address, in any notation that resolvers accept."""
     address = _parse_address(host)
     return address is not None and not address.is_global
 
@@ -303,7 +303,7 @@ def _parse_proxy(text: str) -> Proxy | None:
 
 
 def _is_excluded(entry: str, host: str, port: int | None) -> bool:
-    """Whether an entry of ``no_proxy`` names this host: all, network, address, host or domain."""
+    """Return whether an entry of ``no_proxy`` (``*``, network, address, domain) names this host."""
     if entry == "*":
         return True
     try:

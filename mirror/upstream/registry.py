@@ -34,7 +34,7 @@ from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryR
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 _MAX_TAG_LIST_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of one page of tags at most: memory is not for the upstream to choose."""
+"""Largest page of tags, in bytes. It bounds the memory that an upstream can make us use."""
 _MAX_TAGS: Final = 100_000
 """Tags of one page at most: an upstream may ignore ``n`` and send all of them."""
 _MAX_PAGES: Final = 200

@@ -1,4 +1,4 @@
-"""When to send a request again: pure, with time passed in.
+"""When to send a request again. Pure functions: the caller passes the time.
 
 Lives here: which failures are retried, backoff with full jitter, the value of ``Retry-After``
 (RFC 9110, section 10.2.3). Must not know: requests. Only ``GET`` and ``HEAD`` are ever retried, and
@@ -21,15 +21,17 @@ from mirror.oci.errors import (
 )
 
 MAX_ATTEMPTS_PER_REQUEST: Final = 3
-"""Exchanges for one request, over all endpoints. More would multiply the load of an outage."""
+"""Attempts for one request, over all endpoints. One attempt may be several exchanges: a 401 repeats
+it with credentials. More attempts would multiply the load of an outage."""
 RETRY_BUDGET_S: Final = 20.0
-"""Seconds after which only a second endpoint is tried, because clients have other mirrors."""
+"""Seconds after which no third attempt starts, because a client can use its next mirror by then.
+The time never prevents a second attempt at another endpoint."""
 _MAX_BACKOFF_S: Final = 2.0
 """Seconds before a retry at most: a client is waiting for it."""
 
 
 def is_transient(error: MirrorError | None) -> bool:
-    """Whether the same endpoints may be tried again at once.
+    """Return whether the same endpoints may be tried again at once.
 
     True for broken connections and 5xx. False for timeouts, 429, and malformed responses.
     """
@@ -38,16 +40,16 @@ def is_transient(error: MirrorError | None) -> bool:
     )
 
 
-def backoff_delay(attempt: int, random: float) -> float:
+def backoff_delay(attempts: int, random: float) -> float:
     """Return the seconds to wait before a retry.
 
     Full jitter: requests that failed together are not sent again together.
 
     Args:
-        attempt: 1 for the first retry, 2 for the second one.
+        attempts: Attempts so far, over all endpoints.
         random: A random number in [0, 1).
     """
-    return float(min(_MAX_BACKOFF_S, 0.1 * 2 ** min(attempt, 16)) * random)
+    return float(min(_MAX_BACKOFF_S, 0.1 * 2 ** min(attempts, 16)) * random)
 
 
 def parse_retry_after(header: str | None, now: float) -> float | None:

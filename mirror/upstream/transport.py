@@ -36,7 +36,7 @@ from mirror.upstream.outbound import (
     GuardedResolver,
     Policy,
     Proxies,
-    Purpose,
+    UrlSource,
     as_url,
     check_url,
 )
@@ -49,14 +49,14 @@ _MAX_HEADER_BYTES: Final = 32 * 1024
 _MAX_CONNECTIONS: Final = 512
 """Connections to one upstream at most. With aiohttp's 100, pulls would wait for each other."""
 _DNS_TTL_S: Final = 30
-"""Seconds for which resolved addresses are reused: pulls ask for the same few hosts."""
+"""Seconds for which resolved addresses are reused: pulls connect to the same few hosts."""
 _MAX_ERROR_BODY_BYTES: Final = 8 * 1024
 """Bytes of an error body that are read. OCI error bodies have a few hundred."""
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _UNABLE_TO_RESPOND: Final = frozenset({502, 503, 504})
 _USER_AGENT: Final = "oci-mirror"
 _UNUSED_ADDRESSES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-"""Addresses that nobody has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
+"""Addresses that no host has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
 # RateLimit-Remaining: 76;w=21600
 _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*", re.ASCII)
 
@@ -167,7 +167,7 @@ class Transport:
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
                 response.release()
-            verdict = check_url(target, Purpose.REDIRECT, url, policy)
+            verdict = check_url(target, UrlSource.REDIRECT, url, policy)
             if not isinstance(verdict, Allowed):
                 raise errors.OutboundRefused(f"redirect refused: {verdict.why}")
             if not verdict.is_same_origin:
@@ -228,7 +228,7 @@ def _tls_context(ca: str | None) -> ssl.SSLContext:
 
 
 def check_encoding(response: aiohttp.ClientResponse) -> None:
-    """Raise ``UpstreamProtocolError`` for a compressed body: we asked for ``identity`` only."""
+    """Raise ``UpstreamProtocolError`` for a compressed body: we accept ``identity`` only."""
     if response.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() not in ("", "identity"):
         raise errors.UpstreamProtocolError(
             "the response has a content encoding that was not requested"
@@ -340,8 +340,9 @@ def retry_after_of(response: aiohttp.ClientResponse) -> float | None:
 async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
     """Translate the status of a response that was not accepted into an error.
 
-    ``kind``: the kind of the requested thing, which decides what a 404 says. A response of another
-    origin comes from the storage behind the registry. Its refusals are failures of the upstream.
+    ``kind``: the requested kind of object. It selects the error class of a 404. A 401 or 403 from
+    another origin (the storage that a redirect led to) becomes ``UpstreamUnavailable``, because the
+    registry itself did not refuse.
     """
     match response.http.status:
         case 404:

@@ -4,15 +4,15 @@ Lives here: all that is done below aiohttp's transport. Must not know: HTTP, or 
 bytes belong to.
 
 :func:`abort_stalled_client` is the only time limit on a client that is receiving a response. It
-reads from the kernel how many bytes the client has acknowledged. Bytes that the kernel accepted
-from us would not tell: it takes megabytes into its buffer at once, and then accepts no more for
-minutes, although the client reads 10 KB/s.
+reads from the kernel how many bytes the client has acknowledged. The number of bytes
+that the kernel has accepted would not show a stalled client: the kernel takes megabytes into its
+buffer at once, and then accepts no more for minutes, although the client reads 10 KB/s.
 
-``loop.sendfile`` waits again for a writable socket after each piece that the kernel took, and stops
-reading meanwhile. With several streams that costs as much as the sending. With
-:class:`SocketSendfile` the loop watches the socket until the part is sent, and aiohttp continues to
-read, so it notices when the client leaves. The loop does not let others watch the descriptor of a
-transport, so another descriptor of the same socket is watched.
+``loop.sendfile`` registers the socket again for each piece that the kernel takes, and does not read
+from the client until the file is sent. With several streams, registering costs as much CPU time as
+sending. With :class:`SocketSendfile` the loop watches the socket until the part is sent, and
+aiohttp continues to read, so it notices when the client leaves. The loop does not let others watch
+the descriptor of a transport, so another descriptor of the same socket is watched.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def abort_stalled_client(
 
 
 def _has_queued_bytes(connection: socket.socket, transport: asyncio.Transport) -> bool:
-    """True if the client has not acknowledged all bytes that were written to it."""
+    """Return whether the client has yet to acknowledge bytes that were written to it."""
     if transport.get_write_buffer_size():
         return True
     try:
@@ -86,7 +86,7 @@ def _has_queued_bytes(connection: socket.socket, transport: asyncio.Transport) -
 
 
 def _acknowledged_bytes(connection: socket.socket) -> int | None:
-    """Bytes that the client has acknowledged since it connected.
+    """Return the number of bytes that the client has acknowledged since it connected.
 
     None if the kernel does not report them. Then no client is aborted, because a slow client and a
     stalled one would look the same.

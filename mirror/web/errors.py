@@ -7,7 +7,7 @@ The statuses are chosen by what clients do next:
 - 4xx concerns the request or the content. A client tries its next host after any of them.
 - 502 and 504 are failures of the upstream, 503 is a failure of this server (draining, disk). A
   failure of the upstream is never sent as 404, because clients would believe it, and never as 500.
-- An upstream that cannot be asked is 502, not 503: containerd repeats 500, 503 and 504 at its last
+- An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials

@@ -1,9 +1,10 @@
 """One handler for all requests, in the order in which a request passes it.
 
-1. ``__call__`` begins the record of the request (``Pull``) and ends it.
-2. ``_respond`` refuses malformed and unwelcome requests, and turns errors into responses.
+1. ``__call__`` begins the record of the request (``RequestRecord``) and ends it.
+2. ``_respond`` refuses malformed requests, and new pulls while the server drains. It turns errors
+   into responses.
 3. ``_dispatch`` parses the path, and calls the method for this type of request.
-4. ``_send_manifest`` and the like ask the pull service, and send its result.
+4. ``_send_manifest`` and the like call the pull service, and send its result.
 
 Lives here: the only place where an exception becomes a response, and where a record begins and
 ends. Must not know: how content is obtained, or how it is sent.
@@ -28,9 +29,9 @@ from mirror.observability.events import (
     LogMessage,
     Observer,
     Outcome,
-    Pull,
-    PullEnded,
-    PullStarted,
+    RequestEnded,
+    RequestRecord,
+    RequestStarted,
 )
 from mirror.observability.logs import server_timing
 from mirror.oci.accept import parse_accept
@@ -95,12 +96,12 @@ class Handler:
             await self._idle.wait()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Handle one request. Emits one ``PullStarted`` and one ``PullEnded``, however it ends."""
+        """Handle one request. Emits ``RequestStarted`` and ``RequestEnded``, however it ends."""
         headers = request.headers
         request_id = headers.get("X-Request-Id")
         if not request_id or not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(64):016x}"
-        pull = Pull(
+        pull = RequestRecord(
             request_id,
             request.method,
             request.raw_path,
@@ -109,7 +110,7 @@ class Handler:
             outcome=Outcome.HIT,
         )
         self.in_flight += 1
-        self._emit(PullStarted(pull))
+        self._emit(RequestStarted(pull))
         try:
             response = await self._respond(request, pull)
             pull.status = response.status
@@ -124,9 +125,9 @@ class Handler:
             pull.duration = time.monotonic() - pull.started
             if pull.first_byte is None:
                 pull.first_byte = pull.duration
-            self._emit(PullEnded(pull))
+            self._emit(RequestEnded(pull))
 
-    async def _respond(self, request: web.BaseRequest, pull: Pull) -> web.StreamResponse:
+    async def _respond(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         try:
             if request.version not in _VERSIONS:
                 raise InvalidRequest("this server supports HTTP/1.0 and HTTP/1.1 only")
@@ -149,7 +150,7 @@ class Handler:
             self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
             return _build_error_response(MirrorError("internal error"), pull)
 
-    async def _dispatch(self, request: web.BaseRequest, pull: Pull) -> web.StreamResponse:
+    async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         path, _, query = request.raw_path.partition("?")
         parsed = self._parse(request.method, path, query)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
@@ -179,7 +180,7 @@ class Handler:
                 assert_never(unknown)
 
     async def _send_manifest(
-        self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: Pull
+        self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         _record_request(pull, Kind.MANIFEST, parsed, str(parsed.reference))
         is_head = request.method == "HEAD"
@@ -194,7 +195,7 @@ class Handler:
         return await Sender(request, pull, self._emit).send(body, common_headers(pull))
 
     async def _send_blob(
-        self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: Pull
+        self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
@@ -207,7 +208,9 @@ class Handler:
             if result.reader is not None:
                 result.reader.close()
 
-    async def _send_tags(self, parsed: paths.TagsRequest, pull: Pull) -> web.StreamResponse:
+    async def _send_tags(
+        self, parsed: paths.TagsRequest, pull: RequestRecord
+    ) -> web.StreamResponse:
         _record_request(pull, Kind.TAGS, parsed, "")
         result = await self._service.tags(parsed.repository, parsed.count, parsed.last, pull)
         name = parsed.prefix + parsed.repository.path
@@ -219,7 +222,7 @@ class Handler:
         return response
 
     async def _send_referrers(
-        self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: Pull
+        self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         _record_request(pull, Kind.REFERRERS, parsed, str(parsed.digest))
         data = await self._service.referrers(
@@ -233,7 +236,7 @@ class Handler:
 
 
 def _record_request(
-    pull: Pull, kind: Kind, parsed: paths.RepositoryRequest, reference: str
+    pull: RequestRecord, kind: Kind, parsed: paths.RepositoryRequest, reference: str
 ) -> None:
     pull.kind = kind
     pull.ns = parsed.ns
@@ -244,12 +247,12 @@ def _record_request(
     pull.outcome = Outcome.MISS
 
 
-def _build_json_response(body: bytes, pull: Pull, status: int = 200) -> web.Response:
+def _build_json_response(body: bytes, pull: RequestRecord, status: int = 200) -> web.Response:
     headers = {"Content-Type": "application/json", **common_headers(pull)}
     return web.Response(status=status, body=body, headers=headers)
 
 
-def _build_error_response(error: MirrorError, pull: Pull) -> web.StreamResponse:
+def _build_error_response(error: MirrorError, pull: RequestRecord) -> web.StreamResponse:
     """Record the error, and return its response."""
     pull.error = f"{error.code}: {error.message}"
     match error:
@@ -260,13 +263,14 @@ def _build_error_response(error: MirrorError, pull: Pull) -> web.StreamResponse:
         case _:
             pull.outcome = Outcome.ERROR
     if pull.status:
-        # The header was being sent when it failed. The connection has been aborted since.
+        # The response failed after its header was sent, at least in part. The sender has already
+        # aborted the connection.
         return _NoResponse(status=pull.status)
     headers = {**error_headers(error), **common_headers(pull)}
     return web.Response(status=status_of(error), headers=headers, body=body_of(error))
 
 
-def common_headers(pull: Pull) -> dict[str, str]:
+def common_headers(pull: RequestRecord) -> dict[str, str]:
     """Return the header fields that every response has, an error response too."""
     headers = {
         "Docker-Distribution-Api-Version": "registry/2.0",

@@ -1,8 +1,8 @@
 """Readiness of this process, for load balancers and for people.
 
-``/healthz`` says only that the process responds. ``/readyz`` says whether it accepts new requests:
-it does not while it drains. A disk that cannot be written to does not make it unready, because
-every pull is still served. The report then says "degraded".
+``/healthz`` says only that the process responds. ``/readyz`` says whether the process accepts new
+requests: while it drains, it does not. If nothing can be stored, the process stays ready, because
+every pull is still served, and the report says "degraded".
 
 Must not know: HTTP, the store.
 """
@@ -16,7 +16,7 @@ class Health:
     """State behind the readiness report."""
 
     def __init__(self, storage_error: Callable[[], str | None]) -> None:
-        """``storage_error`` returns the reason why nothing can be stored, or None."""
+        """Create the state. ``storage_error``: returns why nothing can be stored, or None."""
         self._storage_error = storage_error
         self.is_draining = False
 

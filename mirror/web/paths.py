@@ -34,17 +34,17 @@ from mirror.oci.reference import Digest, Reference, Repository, Tag, parse_refer
 
 @dataclass(frozen=True, slots=True)
 class PingRequest:
-    """``/v2/``: is this a registry?"""
+    """``/v2/``: the API version check (Distribution, "Determining Support")."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthRequest:
-    """``/healthz``: does the process respond?"""
+    """``/healthz``: liveness. The response is always 200."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyRequest:
-    """``/readyz``: does the process accept new requests?"""
+    """``/readyz``: readiness. The response is 503 while the process drains, otherwise 200."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,8 @@ def _parse_query(query: str) -> dict[str, str]:
         raise InvalidRequest("the query has too many parameters") from None
     parameters: dict[str, str] = {}
     for name, value in pairs:
-        # A proxy might read the other value: both must mean the same upstream.
+        # A proxy in front of the mirror may read the first or the last value of a repeated
+        # parameter. So two values of ns must be equal.
         if parameters.setdefault(name, value) != value and name == "ns":
             raise InvalidRequest("the query names more than one upstream (ns)")
     return parameters

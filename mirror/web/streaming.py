@@ -25,7 +25,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
-from mirror.observability.events import BytesSent, Observer, Pull
+from mirror.observability.events import BytesSent, Observer, RequestRecord
 from mirror.oci.errors import ContentLost, StorageUnavailable
 from mirror.oci.headers import (
     Multipart,
@@ -51,8 +51,8 @@ _MAX_SEND_BYTES: Final = 4 * 1024 * 1024
 _FIRST_SEND_BYTES: Final = 64 * 1024
 """Bytes in the first send. Its end is recorded as the time to the first byte, so it is small."""
 _SINGLE_WRITE_BYTES: Final = 64 * 1024
-"""Bytes of a body in memory that is written at once. A client that does not read it holds up no
-more memory than this, so it needs no time limit."""
+"""Bytes of a body in memory that is written at once. A client that does not read occupies at
+most this much memory, so no time limit is needed."""
 _COPY_BYTES: Final = 256 * 1024
 """Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
 makes more hops, a larger one needs more memory for each client."""
@@ -74,7 +74,7 @@ class Body:
 
 
 def content_headers(body: Body) -> dict[str, str]:
-    """The header fields of content (distribution spec, "Pulling manifests", "Pulling blobs")."""
+    """Return the header fields of content (Distribution, "Pulling manifests", "Pulling blobs")."""
     headers = {
         "Content-Type": body.media_type,
         "Docker-Content-Digest": str(body.digest),
@@ -89,12 +89,12 @@ def content_headers(body: Body) -> dict[str, str]:
 class SingleWriteResponse(web.StreamResponse):
     """A small 200 response in one write, on an HTTP/1.1 connection that is kept open.
 
-    ``web.Response`` works out for each response what is the same for all of these. Without that
-    work a server sends twice as many in the same time.
+    ``web.Response`` computes the same status line and headers again for each response. This class
+    does not, which saves a third of the CPU time (decision 0021).
     """
 
     def __init__(self, headers: dict[str, str], body: bytes) -> None:
-        """``headers`` must contain the length and the type of ``body``."""
+        """Create a response. ``headers`` must contain the length and the type of ``body``."""
         super().__init__()
         self._fields = headers
         self._content = body
@@ -120,14 +120,14 @@ class SingleWriteResponse(web.StreamResponse):
 
 @lru_cache(2)
 def _format_date(second: int) -> str:
-    """``Date`` (RFC 9110, section 6.6.1)."""
+    """Return the value of ``Date`` (RFC 9110, section 6.6.1)."""
     return formatdate(second, usegmt=True)
 
 
 class Sender:
     """Sends one response to one client, and records in ``pull`` how much was sent."""
 
-    def __init__(self, request: web.BaseRequest, pull: Pull, emit: Observer) -> None:
+    def __init__(self, request: web.BaseRequest, pull: RequestRecord, emit: Observer) -> None:
         """Prepare one response.
 
         Args:
@@ -141,7 +141,7 @@ class Sender:
         self._loop = asyncio.get_running_loop()
 
     async def send(self, body: Body, extra: Mapping[str, str]) -> web.StreamResponse:
-        """Send ``body``, or the part of it that the request asks for.
+        """Send ``body``, or the part of it that ``Range`` requests.
 
         Args:
             body: The content. The caller closes its reader afterwards.

@@ -17,7 +17,7 @@ from yarl import URL
 from mirror.config.settings import Credentials, Upstream
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
-from mirror.upstream.outbound import Allowed, Policy, Purpose, Refused, check_url, is_private
+from mirror.upstream.outbound import Allowed, Policy, Refused, UrlSource, check_url, is_private
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import NetworkLog
 from tests.server_kit import running
@@ -63,7 +63,7 @@ REALMS = [
 @pytest.mark.row("HU1-token-realms")
 @pytest.mark.parametrize("realm", REALMS)
 def test_untrusted_realms_are_refused(realm: str) -> None:
-    verdict = check_url(realm, Purpose.REALM, HUB.endpoint, HUB)
+    verdict = check_url(realm, UrlSource.REALM, HUB.endpoint, HUB)
     if realm == "https://auth.docker.io:8443/token":
         # The host is trusted by its name, on every port for which it has a certificate.
         assert isinstance(verdict, Allowed)
@@ -83,7 +83,7 @@ def test_untrusted_realms_are_refused(realm: str) -> None:
 )
 def test_trusted_realms_are_accepted(endpoint: str, realm: str) -> None:
     policy = Policy(URL(endpoint), ("auth.docker.io",))
-    assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
+    assert isinstance(check_url(realm, UrlSource.REALM, policy.endpoint, policy), Allowed)
 
 
 @pytest.mark.row("HU3-redirects")
@@ -105,7 +105,7 @@ def test_trusted_realms_are_accepted(endpoint: str, realm: str) -> None:
 def test_redirect_targets_are_accepted_or_refused_by_origin_and_address(
     target: str, allowed: bool
 ) -> None:
-    verdict = check_url(target, Purpose.REDIRECT, URL("https://registry-1.docker.io/v2/x"), HUB)
+    verdict = check_url(target, UrlSource.REDIRECT, URL("https://registry-1.docker.io/v2/x"), HUB)
     assert isinstance(verdict, Allowed) is allowed
     if isinstance(verdict, Allowed) and "Signature" in target:
         assert str(verdict.url).endswith("a%2Fb"), "a signed URL stays unchanged"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Limits
-from mirror.observability.events import Outcome, UpstreamResponded
+from mirror.observability.events import ExchangeEnded, Outcome
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
@@ -285,7 +285,7 @@ async def test_warm_pull_never_waits_for_a_dead_upstream(tmp_path: Path) -> None
             assert (await server.get(server.manifest(digest)))[0] == 200
             assert await fetch(server, Digest.of(DATA)) == DATA
         assert len(fake.requests) == asked
-        assert not [e for e in server.events if isinstance(e, UpstreamResponded) and not e.status]
+        assert not [e for e in server.events if isinstance(e, ExchangeEnded) and not e.status]
 
 
 @pytest.mark.row("U12-flapping-endpoint")

@@ -9,7 +9,7 @@ import typing
 import pytest
 
 from mirror.observability import events
-from mirror.observability.events import Kind, Outcome, Pull
+from mirror.observability.events import Kind, Outcome, RequestRecord
 
 EVENTS = typing.get_args(events.Event)
 
@@ -20,7 +20,7 @@ def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
         for _, kind in inspect.getmembers(events, inspect.isclass)
         if kind.__module__ == events.__name__ and dataclasses.is_dataclass(kind)
     }
-    assert defined == {*EVENTS, Pull}
+    assert defined == {*EVENTS, RequestRecord}
     message = events.LogMessage("info", "x")
     with pytest.raises(dataclasses.FrozenInstanceError):
         message.message = "y"  # type: ignore[misc] # the assignment that must fail
@@ -30,16 +30,16 @@ def test_every_event_type_is_frozen_documented_and_part_of_the_union() -> None:
 
 
 def test_new_record_is_an_invalid_request_that_ended_with_an_error() -> None:
-    pull = Pull("id", "GET", "/")
+    pull = RequestRecord("id", "GET", "/")
     assert (pull.kind, pull.outcome, pull.upstream) == (Kind.INVALID, Outcome.ERROR, "")
     assert not pull.is_complete
     assert pull.first_byte is None
-    assert Pull("id", "GET", "/").stages is not pull.stages
+    assert RequestRecord("id", "GET", "/").stages is not pull.stages
 
 
 def test_stages_are_recorded_in_order_with_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 2.0, 2.5, 4.0, 6.0])
-    pull = Pull("id", "GET", "/", started=0.0)
+    pull = RequestRecord("id", "GET", "/", started=0.0)
     monkeypatch.setattr("mirror.observability.events.time.monotonic", lambda: next(clock))
     with pull.stage("index"):
         pass
@@ -51,7 +51,7 @@ def test_stages_are_recorded_in_order_with_their_seconds(monkeypatch: pytest.Mon
 
 
 def test_stage_whose_block_raises_is_measured() -> None:
-    pull = Pull("id", "GET", "/")
+    pull = RequestRecord("id", "GET", "/")
     with pytest.raises(ZeroDivisionError), pull.stage("upstream"):
         raise ZeroDivisionError
     ((name, seconds),) = pull.stages

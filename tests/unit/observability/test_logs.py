@@ -11,8 +11,8 @@ import pytest
 
 from mirror.config.settings import Log
 from mirror.observability import events
-from mirror.observability.events import Kind, Outcome, Pull
-from mirror.observability.logs import LogObserver, configure_logging, encode_pull, server_timing
+from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.observability.logs import LogObserver, configure_logging, encode_request, server_timing
 
 
 def written(*reported: events.Event, log: Log | None = None) -> list[str]:
@@ -23,8 +23,8 @@ def written(*reported: events.Event, log: Log | None = None) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def a_pull(**fields: object) -> Pull:
-    pull = Pull("0123456789abcdef", "GET", "/v2/library/app/manifests/1.0")
+def a_pull(**fields: object) -> RequestRecord:
+    pull = RequestRecord("0123456789abcdef", "GET", "/v2/library/app/manifests/1.0")
     pull.kind, pull.outcome, pull.status = Kind.MANIFEST, Outcome.HIT, 200
     pull.upstream, pull.repository, pull.reference = "docker.io", "library/app", "1.0"
     for name, field in fields.items():
@@ -36,7 +36,7 @@ def test_request_is_one_json_line_with_its_fields() -> None:
     pull = a_pull(bytes_sent=418, duration=0.25)
     with pull.stage("resolve"):
         pass
-    (line,) = written(events.PullEnded(pull))
+    (line,) = written(events.RequestEnded(pull))
     fields = json.loads(line)
     assert fields["message"] == "pull"
     assert fields["id"] == "0123456789abcdef"
@@ -45,7 +45,7 @@ def test_request_is_one_json_line_with_its_fields() -> None:
 
 
 def test_human_format_has_key_value_pairs_and_quotes_spaces() -> None:
-    (line,) = written(events.PullEnded(a_pull(user_agent="a b")), log=Log(format="human"))
+    (line,) = written(events.RequestEnded(a_pull(user_agent="a b")), log=Log(format="human"))
     assert re.match(
         r"\d{4}-\d\d-\d\dT[\d:.]+Z info    pull outcome=hit status=200 method=GET", line
     )
@@ -53,8 +53,8 @@ def test_human_format_has_key_value_pairs_and_quotes_spaces() -> None:
 
 
 def test_ping_is_logged_at_debug_level_only() -> None:
-    assert not written(events.PullEnded(a_pull(kind=Kind.PING)))
-    assert written(events.PullEnded(a_pull(kind=Kind.PING)), log=Log(level="debug"))
+    assert not written(events.RequestEnded(a_pull(kind=Kind.PING)))
+    assert written(events.RequestEnded(a_pull(kind=Kind.PING)), log=Log(level="debug"))
 
 
 @pytest.mark.row("HU15-hostile-error-bodies")
@@ -64,7 +64,7 @@ def test_ping_is_logged_at_debug_level_only() -> None:
 @pytest.mark.parametrize("style", ["json", "human"])
 def test_control_characters_are_escaped_within_one_line(text: str, style: str) -> None:
     log = Log.model_validate({"format": style})
-    lines = written(events.PullEnded(a_pull(user_agent=text, error=text)), log=log)
+    lines = written(events.RequestEnded(a_pull(user_agent=text, error=text)), log=log)
     assert len(lines) == 1
     assert all(char.isprintable() for char in lines[0])
 
@@ -81,7 +81,7 @@ def test_control_characters_are_escaped_within_one_line(text: str, style: str) -
 )
 def test_secrets_in_urls_and_authorization_are_masked(text: str) -> None:
     for line in written(
-        events.PullEnded(a_pull(error=text)), events.LogMessage("error", text, (("why", text),))
+        events.RequestEnded(a_pull(error=text)), events.LogMessage("error", text, (("why", text),))
     ):
         assert "canary" not in line
 
@@ -92,7 +92,7 @@ def test_message_repeated_1000_times_is_written_5_times() -> None:
 
 
 def test_long_field_is_cut() -> None:
-    (line,) = written(events.PullEnded(a_pull(user_agent="x" * 100_000)))
+    (line,) = written(events.RequestEnded(a_pull(user_agent="x" * 100_000)))
     assert len(line) < 2000
 
 
@@ -115,10 +115,10 @@ def test_closed_or_full_stream_loses_lines_without_an_exception() -> None:
     stream = io.StringIO()
     observer = LogObserver(configure_logging(Log(format="json"), stream))
     stream.close()
-    observer.observe(events.PullEnded(a_pull()))
+    observer.observe(events.RequestEnded(a_pull()))
     full = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - closing it fails as well
     observer = LogObserver(configure_logging(Log(format="json"), full))
-    observer.observe(events.PullEnded(a_pull()))
+    observer.observe(events.RequestEnded(a_pull()))
     with pytest.raises(OSError, match="No space"):
         full.close()
 
@@ -128,4 +128,4 @@ def test_server_timing_is_a_valid_header_in_milliseconds() -> None:
     with pull.stage("wait for it"), pull.stage("index"):
         pass
     assert re.fullmatch(r"(?:[\w-]+;dur=\d+\.\d\d(?:, )?)+", server_timing(pull))
-    assert any("stages" in field for field in encode_pull(pull, as_json=True))
+    assert any("stages" in field for field in encode_request(pull, as_json=True))

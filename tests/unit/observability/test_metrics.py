@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome, Pull
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.observability.metrics import MetricsObserver
 
 ROOT = Path(__file__).parents[3]
@@ -27,8 +27,10 @@ def value(metrics: MetricsObserver, name: str, **labels: str) -> float:
     return total
 
 
-def a_pull(**fields: object) -> Pull:
-    pull = Pull("id", "GET", "/", kind=Kind.BLOB, upstream="docker.io", outcome=Outcome.HIT)
+def a_pull(**fields: object) -> RequestRecord:
+    pull = RequestRecord(
+        "id", "GET", "/", kind=Kind.BLOB, upstream="docker.io", outcome=Outcome.HIT
+    )
     for name, field in fields.items():
         setattr(pull, name, field)
     return pull
@@ -39,19 +41,19 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.BytesFetched("docker.io", 8), "bytes_fetched_total", {"upstream": "docker.io"}, 8),
     (events.BytesFetched("evil", 8), "bytes_fetched_total", {"upstream": "none"}, 8),
     (
-        events.UpstreamResponded("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True),
+        events.ExchangeEnded("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True),
         "upstream_billed_requests_total",
         {"upstream": "docker.io"},
         1,
     ),
     (
-        events.UpstreamResponded("docker.io", "https://x", "HEAD", Kind.MANIFEST, 429, 0.1, False),
+        events.ExchangeEnded("docker.io", "https://x", "HEAD", Kind.MANIFEST, 429, 0.1, False),
         "upstream_requests_total",
         {"status": "429", "method": "HEAD", "endpoint": "https://x"},
         1,
     ),
     (
-        events.UpstreamResponded("docker.io", "https://x", "GET", Kind.BLOB, 0, 0.1, False, "no"),
+        events.ExchangeEnded("docker.io", "https://x", "GET", Kind.BLOB, 0, 0.1, False, "no"),
         "upstream_requests_total",
         {"status": "none"},
         1,
@@ -78,14 +80,14 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.StorageMeasured(2, 20, 200, False), "storage_writable", {}, 0),
     (events.IngestsMeasured(4, 1.5), "growing_contents", {}, 4),
     (events.IngestsMeasured(4, 1.5), "growing_oldest_idle_seconds", {}, 1.5),
-    (events.PullEnded(a_pull()), "requests_total", {"outcome": "hit", "kind": "blob"}, 1),
+    (events.RequestEnded(a_pull()), "requests_total", {"outcome": "hit", "kind": "blob"}, 1),
     (
-        events.PullEnded(a_pull(bytes_sent=5)),
+        events.RequestEnded(a_pull(bytes_sent=5)),
         "incomplete_responses_total",
         {"upstream": "docker.io"},
         1,
     ),
-    (events.PullStarted(a_pull()), "requests_in_flight", {}, 1),
+    (events.RequestStarted(a_pull()), "requests_in_flight", {}, 1),
 ]
 
 
@@ -105,8 +107,8 @@ def test_made_up_upstreams_are_counted_without_new_series() -> None:
     series = len(metrics.render()[0].splitlines())
     for number in range(100):
         pull = a_pull(upstream=f"made-up-{number}", kind=list(Kind)[number % len(Kind)])
-        metrics.observe(events.PullStarted(pull))
-        metrics.observe(events.PullEnded(pull))
+        metrics.observe(events.RequestStarted(pull))
+        metrics.observe(events.RequestEnded(pull))
     assert value(metrics, "requests_total") == 100
     assert value(metrics, "requests_in_flight") == 0
     assert len(metrics.render()[0].splitlines()) == series

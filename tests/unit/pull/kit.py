@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mirror.config.settings import Settings, Storage, Upstream
-from mirror.observability.events import Event, Kind, Outcome, Pull
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
     BlobUnknown,
@@ -299,9 +299,9 @@ async def pull_kit(
         await store.close()
 
 
-def a_pull() -> Pull:
+def a_pull() -> RequestRecord:
     """Make the record of a client's request."""
-    return Pull("test", "GET", "/")
+    return RequestRecord("test", "GET", "/")
 
 
 def a_request(

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from mirror.observability.events import CircuitChanged, Kind, UpstreamResponded
+from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.upstream.api import MIN_PROGRESS_BYTES
@@ -41,7 +41,7 @@ async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
 
 
 @pytest.mark.row("U12-flapping-endpoint")
-async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() -> None:
+async def test_open_circuit_permits_no_request_and_closes_after_a_successful_probe() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
         await opened(kit, fake)
         assert isinstance(await failure(kit), UpstreamUnavailable)
@@ -56,7 +56,7 @@ async def test_open_circuit_sends_nothing_and_closes_after_a_successful_probe() 
 
 
 @pytest.mark.row("U12-flapping-endpoint")
-async def test_half_open_circuit_sends_one_of_20_requests() -> None:
+async def test_half_open_circuit_permits_one_of_20_requests() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one)
         kit.clock[0] += FIRST_OPEN_S
@@ -71,7 +71,7 @@ async def test_half_open_circuit_sends_one_of_20_requests() -> None:
         assert not two.requests
 
 
-async def test_half_open_circuit_of_the_second_endpoint_sends_one_request() -> None:
+async def test_half_open_circuit_of_the_second_endpoint_permits_one_request() -> None:
     """A circuit may have become half open between the choice of endpoints and the request."""
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         await opened(kit, one, two)
@@ -143,9 +143,7 @@ async def test_retried_request_counts_as_one_failure() -> None:
     async with upstream_kit(endpoint) as kit:
         for _ in range(FAILURE_THRESHOLD - 1):
             await failure(kit)
-        assert len(kit.seen(UpstreamResponded)) == MAX_ATTEMPTS_PER_REQUEST * (
-            FAILURE_THRESHOLD - 1
-        )
+        assert len(kit.seen(ExchangeEnded)) == MAX_ATTEMPTS_PER_REQUEST * (FAILURE_THRESHOLD - 1)
         assert not kit.seen(CircuitChanged)
         await failure(kit)
         assert kit.seen(CircuitChanged) == [CircuitChanged("docker.io", endpoint, True)]

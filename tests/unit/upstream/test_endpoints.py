@@ -143,7 +143,7 @@ def test_back_off_closes_the_circuit_and_permits_nothing_for_its_time() -> None:
     ("retry_after", "seconds"),
     [(7.0, 7.0), (0.0, 0.0), (86400.0, MAX_BACK_OFF_S), (None, DEFAULT_BACK_OFF_S)],
 )
-def test_back_off_lasts_as_named_with_a_default_and_a_maximum(
+def test_back_off_lasts_as_requested_with_a_default_and_a_maximum(
     retry_after: float | None, seconds: float
 ) -> None:
     circuit = CircuitBreaker()
@@ -152,13 +152,13 @@ def test_back_off_lasts_as_named_with_a_default_and_a_maximum(
     assert circuit.may_request(100.0 + seconds)
 
 
-def test_longer_of_two_pauses_holds() -> None:
+def test_second_429_never_shortens_the_pause() -> None:
     circuit = CircuitBreaker()
     circuit.back_off(0.0, 60.0)
     circuit.back_off(1.0, None)
     circuit.back_off(1.0, 5.0)
     assert not circuit.may_request(59.0)
-    assert circuit.has_named_delay
+    assert circuit.has_retry_after
 
 
 def test_candidates_are_in_order_and_avoided_ones_last() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mirror.config.settings import Limits
-from mirror.observability.events import CircuitChanged, Kind, RateLimitSeen, UpstreamResponded
+from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, RateLimitSeen
 from mirror.oci.errors import (
     Draining,
     ManifestUnknown,
@@ -50,7 +50,7 @@ async def test_failed_endpoint_fails_over_to_the_next_one() -> None:
         for first in (one.url, dead(), "http://no-such-host.invalid"):
             async with upstream_kit(first, two.url) as kit:
                 assert await kit.status() == 200
-                responses = kit.seen(UpstreamResponded)
+                responses = kit.seen(ExchangeEnded)
                 assert [event.endpoint for event in responses] == [first, two.url]
                 assert [event.status for event in responses] == [
                     DOWN if first == one.url else 0,
@@ -340,7 +340,7 @@ async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
         await failure(kit, "manifests/other")
         async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
             pass
-        assert [event.is_billed for event in kit.seen(UpstreamResponded)] == [
+        assert [event.is_billed for event in kit.seen(ExchangeEnded)] == [
             True,
             False,
             False,

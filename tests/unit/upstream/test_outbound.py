@@ -13,8 +13,8 @@ from mirror.upstream.outbound import (
     GuardedResolver,
     Policy,
     Proxies,
-    Purpose,
     Refused,
+    UrlSource,
     Verdict,
     as_url,
     check_url,
@@ -30,12 +30,12 @@ CORP = Policy(
 SOURCE = URL("https://registry.corp:5000/prefix/v2/a/blobs/x?n=1")
 
 
-def verdict(target: str, purpose: Purpose, policy: Policy = CORP) -> Verdict:
-    return check_url(target, purpose, SOURCE, policy)
+def verdict(target: str, source: UrlSource, policy: Policy = CORP) -> Verdict:
+    return check_url(target, source, SOURCE, policy)
 
 
-def allowed_url(target: str, purpose: Purpose, policy: Policy = CORP) -> str | None:
-    result = verdict(target, purpose, policy)
+def allowed_url(target: str, source: UrlSource, policy: Policy = CORP) -> str | None:
+    result = verdict(target, source, policy)
     return str(result.url) if isinstance(result, Allowed) else None
 
 
@@ -50,9 +50,9 @@ def allowed_url(target: str, purpose: Purpose, policy: Policy = CORP) -> str | N
     ],
 )
 def test_relative_target_keeps_origin_and_quoting(target: str, url: str) -> None:
-    for purpose in (Purpose.REDIRECT, Purpose.NEXT_PAGE, Purpose.REALM):
-        assert allowed_url(target, purpose) == url
-        assert verdict(target, purpose) == Allowed(URL(url, encoded=True), is_same_origin=True)
+    for source in (UrlSource.REDIRECT, UrlSource.NEXT_PAGE, UrlSource.REALM):
+        assert allowed_url(target, source) == url
+        assert verdict(target, source) == Allowed(URL(url, encoded=True), is_same_origin=True)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_relative_target_keeps_origin_and_quoting(target: str, url: str) -> None
     ],
 )
 def test_realm_is_allowed_at_the_endpoint_and_at_token_hosts(target: str, allowed: bool) -> None:
-    assert isinstance(verdict(target, Purpose.REALM), Allowed) is allowed
+    assert isinstance(verdict(target, UrlSource.REALM), Allowed) is allowed
 
 
 def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
@@ -78,21 +78,21 @@ def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
     public = Policy(endpoint, ("auth.corp",))
     known = Policy(endpoint, ("auth.corp",), private_hosts={"registry.corp"})
     for policy, allowed in ((public, False), (known, True)):
-        result = check_url("http://auth.corp/token", Purpose.REALM, endpoint, policy)
+        result = check_url("http://auth.corp/token", UrlSource.REALM, endpoint, policy)
         assert isinstance(result, Allowed) is allowed
 
 
-@pytest.mark.parametrize("purpose", [Purpose.NEXT_PAGE, Purpose.ENDPOINT])
+@pytest.mark.parametrize("source", [UrlSource.NEXT_PAGE, UrlSource.ENDPOINT])
 @pytest.mark.parametrize(
     "target",
     ["https://registry.corp/v2/", "https://evil.example/v2/", "http://registry.corp:5000/"],
 )
-def test_next_page_of_another_origin_is_refused(target: str, purpose: Purpose) -> None:
-    assert isinstance(verdict(target, purpose), Refused)
+def test_next_page_of_another_origin_is_refused(target: str, source: UrlSource) -> None:
+    assert isinstance(verdict(target, source), Refused)
 
 
 @pytest.mark.row("HU3-redirects")
-@pytest.mark.parametrize("purpose", list(Purpose))
+@pytest.mark.parametrize("source", list(UrlSource))
 @pytest.mark.parametrize(
     "url",
     [
@@ -104,21 +104,19 @@ def test_next_page_of_another_origin_is_refused(target: str, purpose: Purpose) -
         "http://0.0.0.0:5100",
     ],
 )
-def test_own_address_is_refused_for_every_purpose(url: str, purpose: Purpose) -> None:
+def test_own_address_is_refused_from_every_source(url: str, source: UrlSource) -> None:
     endpoint = URL(url)
     policy = Policy(endpoint, (endpoint.host or "",), CORP.own_addresses)
-    assert check_url(f"{url}/v2/", purpose, endpoint, policy) == Refused(
-        "an address of this mirror"
-    )
+    assert check_url(f"{url}/v2/", source, endpoint, policy) == Refused("an address of this mirror")
 
 
 def test_redirect_to_a_private_address_is_allowed_from_a_private_registry_only() -> None:
     private_hosts: set[str] = set()
     policy = Policy(CORP.endpoint, private_hosts=private_hosts)
-    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+    assert allowed_url("https://10.0.0.5:9000/b", UrlSource.REDIRECT, policy) is None
     private_hosts.add("registry.corp")  # as the resolver does
-    assert allowed_url("https://10.0.0.5:9000/b", Purpose.REDIRECT, policy)
-    assert allowed_url("http://10.0.0.5:9000/b", Purpose.REDIRECT, policy) is None
+    assert allowed_url("https://10.0.0.5:9000/b", UrlSource.REDIRECT, policy)
+    assert allowed_url("http://10.0.0.5:9000/b", UrlSource.REDIRECT, policy) is None
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,9 @@ def test_redirect_to_a_private_address_is_allowed_from_a_private_registry_only()
 )
 def test_malformed_target_is_refused(target: str) -> None:
     if target:
-        assert isinstance(verdict(target, Purpose.REDIRECT), Refused)
+        assert isinstance(verdict(target, UrlSource.REDIRECT), Refused)
     else:
-        assert allowed_url(target, Purpose.REDIRECT) == str(SOURCE), (
+        assert allowed_url(target, UrlSource.REDIRECT) == str(SOURCE), (
             "the same URL again: the number of redirects is limited"
         )
 
@@ -137,9 +135,9 @@ def test_malformed_target_is_refused(target: str) -> None:
 URLS = st.from_regex(r"(https?:)?(//)?[a-z0-9.@:\[\]%\\-]{0,20}(/[!-~]*)?", fullmatch=True)
 
 
-@given(st.text() | URLS, st.sampled_from(Purpose))
-def test_any_allowed_url_keeps_the_rules(target: str, purpose: Purpose) -> None:
-    result = verdict(target, purpose)
+@given(st.text() | URLS, st.sampled_from(UrlSource))
+def test_any_allowed_url_keeps_the_rules(target: str, source: UrlSource) -> None:
+    result = verdict(target, source)
     if isinstance(result, Allowed):
         url = result.url
         assert url.scheme == "https", "never a downgrade"
@@ -147,7 +145,7 @@ def test_any_allowed_url_keeps_the_rules(target: str, purpose: Purpose) -> None:
         assert url.host
         assert (url.host, url.port) not in CORP.own_addresses
         assert result.is_same_origin is (url.origin() == CORP.endpoint.origin())
-        if purpose in (Purpose.ENDPOINT, Purpose.NEXT_PAGE):
+        if source in (UrlSource.ENDPOINT, UrlSource.NEXT_PAGE):
             assert result.is_same_origin
         if not result.is_same_origin:
             assert not is_private(url.host)

@@ -14,7 +14,7 @@ from mirror.config.settings import Credentials
 from mirror.observability.events import Kind
 from mirror.oci.errors import ManifestUnknown, Unauthorized
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, Purpose, check_url
+from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, UrlSource, check_url
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, helper, upstream_kit
 
@@ -42,7 +42,7 @@ def test_token_services_of_public_registries_are_allowed(
     upstream: str, endpoint: str, realm: str
 ) -> None:
     policy = Policy(URL(endpoint), TOKEN_HOSTS.get(upstream, ()))
-    assert isinstance(check_url(realm, Purpose.REALM, policy.endpoint, policy), Allowed)
+    assert isinstance(check_url(realm, UrlSource.REALM, policy.endpoint, policy), Allowed)
 
 
 async def test_docker_hub_name_without_a_namespace_gets_library() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mirror.config.settings import Settings
-from mirror.observability.events import Event, UpstreamResponded
+from mirror.observability.events import Event, ExchangeEnded
 from mirror.oci.errors import OutboundRefused
 from mirror.oci.reference import Repository, Tag
 from mirror.single_flight import SingleFlight
@@ -29,9 +29,7 @@ async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
             for name, fake in (("one.io", one), ("two.io", two)):
                 manifest = await registries[name].get_manifest(Repository(name, "a/b"), LATEST, ())
                 assert manifest.body == fake.url.encode()
-        upstream_names = [
-            event.upstream for event in events if isinstance(event, UpstreamResponded)
-        ]
+        upstream_names = [event.upstream for event in events if isinstance(event, ExchangeEnded)]
         assert upstream_names == ["one.io", "two.io"]
         for name, registry in registries.items():
             with pytest.raises(RuntimeError, match="closed"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Limits
-from mirror.observability.events import LogMessage, Outcome, PullEnded, PullStarted
+from mirror.observability.events import LogMessage, Outcome, RequestEnded, RequestStarted
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import Server, running
@@ -22,9 +22,9 @@ DIGEST = Digest.of(DATA)
 
 
 def every_pull_ended(server: Server) -> bool:
-    """True if each ``PullStarted`` has exactly one ``PullEnded``."""
-    started = [event.pull for event in server.events if isinstance(event, PullStarted)]
-    ended = [event.pull for event in server.events if isinstance(event, PullEnded)]
+    """True if each ``RequestStarted`` has exactly one ``RequestEnded``."""
+    started = [event.pull for event in server.events if isinstance(event, RequestStarted)]
+    ended = [event.pull for event in server.events if isinstance(event, RequestEnded)]
     return sorted(map(id, started)) == sorted(map(id, ended))
 
 
