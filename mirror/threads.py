@@ -1,6 +1,6 @@
-"""Run a parser where it cannot hold up the event loop.
+"""Run the parser of a large body in a thread, so that it does not block the event loop.
 
-Lives here: the size from which a body is parsed in a thread. Must not know: what is parsed.
+Lives here: the size from which a body is parsed in a thread. Must not know: the format of the body.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def parse_in_thread_if_large(
         The result of ``parse``.
 
     Raises:
-        Exception: Whatever ``parse`` raises.
+        Exception: Any exception of ``parse``.
     """
     if len(body) <= _MAX_INLINE_BYTES:
         return parse(body, *args)
