@@ -14,7 +14,7 @@ Args = TypeVarTuple("Args")
 
 _MAX_INLINE_BYTES: Final = 64 * 1024
 """Largest body, in bytes, that is parsed on the event loop: it takes 1 to 2 ms. A manifest
-of 4 MiB takes 60 times as long, and would hold up every other request."""
+of 4 MiB takes 60 times as long, and would delay every other request."""
 
 
 async def parse_in_thread_if_large(

@@ -39,7 +39,7 @@ from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
 NOT_CACHED_MESSAGE: Final = "not in the cache for this repository, and the pull policy is Never"
-"""The same text whether or not another repository has the content, so that nobody learns of it."""
+"""The same text whether or not another repository has the content, so clients do not learn of it."""
 _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
@@ -339,14 +339,14 @@ class ContentService:
         request, access_record = source.request, source.access_record
         # Only an index has stated a media type so far. `application/octet-stream` from the upstream
         # does not replace it.
-        overrules_index = (
+        corrects_index = (
             request.kind is Kind.MANIFEST
             and access_record is not None
             and access_record.referrer is not None
             and stream.media_type != OCTET_STREAM
         )
         is_known = self.may_read_unasked(request.repository, access_record)
-        if self.single_flight.is_draining or (is_known and not overrules_index):
+        if self.single_flight.is_draining or (is_known and not corrects_index):
             return
         media_type, total = stream.media_type, stream.total
         key = ("grant", request.repository, request.digest, request.kind, media_type, total)

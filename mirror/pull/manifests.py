@@ -43,7 +43,7 @@ _CACHE_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
 _MAX_ROWS_AT_ONCE: Final = 1000
 """Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
-would hold up other requests."""
+would delay other requests."""
 
 
 class ManifestService:
@@ -286,7 +286,7 @@ class ManifestService:
     async def _resolve(self, request: TagRequest, timeout: float | None) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
-        After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request goes on: later
+        After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request continues: later
         clients get its result.
         """
         repository, tag = request.repository, request.tag

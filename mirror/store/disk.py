@@ -371,7 +371,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Return whether ``path`` still names the open file ``fd``."""
+    """Return whether ``path`` names the file ``fd``. A lock on an unlinked file locks nothing."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:

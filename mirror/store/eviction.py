@@ -291,7 +291,10 @@ class Evictor:
         return bytes_to_free(self._catalog.refresh(), need, self._disk_free(), self._settings)
 
     def _has_room(self, need: int) -> bool:
-        """Return True below the high water mark, even if the low one was not reached."""
+        """Return whether usage is below the high water mark, and ``need`` bytes of disk are free.
+
+        That is enough, even if the low water mark was not reached.
+        """
         high = int(self._settings.max_size * self._settings.high_water)
         return self._catalog.refresh().total <= high and self._disk_free() >= need
 

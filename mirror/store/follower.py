@@ -230,7 +230,7 @@ class Follower:
             await ingest.waiters.wait(start)
 
     def close(self) -> None:
-        """Stop reading. The fetch goes on. Safe to call twice."""
+        """Stop reading. The fetch continues. Safe to call twice."""
         if not self._is_open:
             return
         self._is_open = False

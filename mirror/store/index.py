@@ -273,7 +273,7 @@ class Index:
         await self._rows.put(_ACCESS, rows)
 
     async def pinned(self) -> set[Digest] | None:
-        """Return the manifests that are never evicted, nor the content that they refer to.
+        """Return the pinned manifests. They and the content they refer to are never evicted.
 
         None if the database fails: any manifest may be pinned then.
         """

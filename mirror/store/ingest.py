@@ -13,7 +13,7 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
   the file, and writes the state file beside it (size, bytes written, a heartbeat every second).
 - FOLLOWER: another process holds the lock. This process reads the file as it grows, and hands the
   bytes to its own followers (:mod:`mirror.store.other_process`).
-- DONE: the content is complete and verified. Nobody writes any more.
+- DONE: the content is complete and verified. No process writes any more.
 
 ::
 

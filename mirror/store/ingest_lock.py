@@ -58,7 +58,7 @@ class Role(Enum):
     FOLLOWER = auto()
     """Another process holds the lock, and fetches."""
     DONE = auto()
-    """The content is complete. Nobody fetches."""
+    """The content is complete. No process fetches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +321,7 @@ class IngestLock:
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
     def stop_heartbeat(self) -> None:
-        """Start no further heartbeat. One that a thread is writing goes on."""
+        """Start no further heartbeat. A thread that is writing one finishes it."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             self._heartbeat = None
@@ -351,7 +351,7 @@ class IngestLock:
         self._context.emit(Published(str(digest), size, time.monotonic() - started_at))
 
     def remove_file(self, *, keep_state: bool = False) -> None:
-        """Unlink the file if the lock is ours, so that nobody resumes it. Runs in a thread.
+        """Unlink the file if the lock is ours, so that no process resumes it. Runs in a thread.
 
         Open descriptors stay readable, here and in other processes.
 
@@ -386,7 +386,7 @@ class IngestLock:
                 return
 
     def release(self, *, keep_open: bool = False) -> None:
-        """Unlock the file, so that another process may go on, and close it. Safe to call twice.
+        """Unlock the file, so that another process may fetch, and close it. Safe to call twice.
 
         Args:
             keep_open: Leave the file open for followers in this process. A published file keeps a

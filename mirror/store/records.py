@@ -145,7 +145,11 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
 
 
 def _media_type_of(part: Descriptor, kind: str) -> str:
-    """Return the media type of a part. Empty for a manifest that is listed as an octet stream."""
+    """Return the media type of a part.
+
+    Empty for a manifest that is listed as an octet stream: no manifest is one, so the type was not
+    stated.
+    """
     return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 

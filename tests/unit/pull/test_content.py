@@ -56,8 +56,8 @@ async def granted(kit: PullKit, data: bytes = LAYER) -> Digest:
 
 async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
     pull = a_pull()
-    answer = await kit.service.blob(REPO, digest, pull, head=True)
-    return answer.size, pull.outcome
+    result = await kit.service.blob(REPO, digest, pull, head=True)
+    return result.size, pull.outcome
 
 
 # --- access by repository -----------------------------------------------------------------------

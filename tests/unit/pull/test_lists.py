@@ -31,8 +31,8 @@ async def tags(
     kit: PullKit, count: int | None = None, last: str | None = None
 ) -> tuple[tuple[str, ...], bool, Outcome]:
     pull = a_pull()
-    answer = await kit.service.tags(REPO, count, last, pull)
-    return answer.tags, answer.has_more, pull.outcome
+    result = await kit.service.tags(REPO, count, last, pull)
+    return result.tags, result.has_more, pull.outcome
 
 
 async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
