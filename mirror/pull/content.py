@@ -39,7 +39,7 @@ from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
 NOT_CACHED_MESSAGE: Final = "not in the cache for this repository, and the pull policy is Never"
-"""The same text whether or not another repository has the content, so clients do not learn of it."""
+"""The same text if another repository has the content, so that no client learns of it."""
 _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,

@@ -46,11 +46,8 @@ from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
-"""(repository, kind): the access that a source can prove by sending the content.
-
-The kind matters: a registry validates the references of a manifest when it is pushed, but not the
-bytes of a blob that only looks like a manifest.
-"""
+"""(repository, kind): the access that a source proves by sending the content. The kind matters: a
+registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
 
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
@@ -106,15 +103,10 @@ class Fetch:
         callbacks: AccessCallbacks,
         on_wrong_bytes: Callable[[dict[str, str]], None],
     ) -> None:
-        """Create the fetch. Call :meth:`run` to start it.
+        """Create the fetch. ``first`` is the source of the client that starts it.
 
-        Args:
-            ingest: Receives the content. The fetch ends it.
-            first: The source of the client that starts the fetch.
-            emit: Receives the events of the fetch.
-            callbacks: Called when a source has sent its first response, or has refused.
-            on_wrong_bytes: Called after a digest mismatch with {URL of the endpoint: name of its
-                upstream} of all endpoints that sent bytes, the latest one last.
+        ``on_wrong_bytes`` is called after a digest mismatch with {URL of the endpoint: name of its
+        upstream} of all endpoints that sent bytes, the latest one last.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -367,8 +359,7 @@ class Fetch:
     async def _pause_before_resuming(self, attempts: _SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
-        Raises ``error`` if the source is given up, or :class:`_Preempted` if a source on another
-        upstream should be tried first.
+        Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
 
         The registry retries and fails over until response headers have arrived. Only bodies that
         broke are resumed here.
@@ -425,15 +416,7 @@ class RunningFetches:
         *,
         finish_abandoned: bool,
     ) -> None:
-        """Start with no fetch.
-
-        Args:
-            store: Creates the ingests.
-            single_flight: Runs the fetches in the background.
-            emit: Receives the events of fetches.
-            callbacks: Called for the access decisions of every fetch.
-            finish_abandoned: Finish a fetch whose last client has left. Else cancel it.
-        """
+        """Start empty. With ``finish_abandoned`` a fetch continues when its last client leaves."""
         self._store = store
         self._single_flight = single_flight
         self._emit = emit
@@ -446,10 +429,7 @@ class RunningFetches:
         """{URL of the endpoint: its upstream} of all that sent wrong bytes, the latest one last."""
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
-        """Return the running ingest if its fetch has shown that the repository has the content.
-
-        None if no fetch runs, or if it has not shown this for the repository of ``request``.
-        """
+        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
         fetch = self._find_active(request.digest)
         return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
 
