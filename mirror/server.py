@@ -149,7 +149,7 @@ async def start_server(
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
     """
     store = await Store.open(settings.data_dir, settings.storage, emit, now)
-    health = Health(lambda: store.unwritable)
+    health = Health(lambda: store.unwritable_reason)
     try:
         async with (
             SingleFlight() as single_flight,
@@ -222,7 +222,7 @@ async def _drain(settings: Settings, running: RunningServer, emit: Observer) -> 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(settings.drain_timeout):
             await running.handler.wait_until_idle()
-            await running.store.settled()
+            await running.store.wait_until_published()
 
 
 class Certificate:

@@ -1,7 +1,7 @@
 """Run one background task for each key, and give its outcome to every waiter.
 
 Lives here: all background tasks of the process. No other module creates tasks. Must not know: what
-a task does.
+a task does, except that a slow one is reported as a slow upstream.
 
 Theory of operation: an owner task holds one ``asyncio.TaskGroup``. The tasks in it store their
 outcome in a :class:`SharedTask` and never raise, so no failed task can take the server down. A
@@ -18,8 +18,8 @@ from mirror.oci.errors import Draining, UpstreamTimeout
 
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, *tuple[Hashable, ...]]
-"""Names one task. The first element names the kind of work, and becomes the name of the task: so
-that no secret is shown by it, the others do not."""
+"""Names one task. The first element, the kind of work, is also the name of the asyncio task. The
+other elements are not shown, because they may hold a secret."""
 
 
 class SharedTask(Generic[T]):
@@ -40,7 +40,7 @@ class SharedTask(Generic[T]):
             The result of the task.
 
         Raises:
-            UpstreamTimeout: The task has not ended after ``timeout`` seconds. It goes on.
+            UpstreamTimeout: The task has not ended after ``timeout`` seconds. It continues.
             Draining: The task was cancelled.
             Exception: The exception that ended the task.
         """

@@ -1,6 +1,6 @@
-"""Run a parser where it cannot hold up the event loop.
+"""Run the parser of a large body in a thread, so that it does not block the event loop.
 
-Lives here: the size from which a body is parsed in a thread. Must not know: what is parsed.
+Lives here: the size from which a body is parsed in a thread. Must not know: the format of the body.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Args = TypeVarTuple("Args")
 
 _MAX_INLINE_BYTES: Final = 64 * 1024
 """Largest body, in bytes, that is parsed on the event loop: it takes 1 to 2 ms. A manifest
-of 4 MiB takes 60 times as long, and would hold up every other request."""
+of 4 MiB takes 60 times as long, and would delay every other request."""
 
 
 async def parse_in_thread_if_large(
@@ -31,7 +31,7 @@ async def parse_in_thread_if_large(
         The result of ``parse``.
 
     Raises:
-        Exception: Whatever ``parse`` raises.
+        Exception: Any exception of ``parse``.
     """
     if len(body) <= _MAX_INLINE_BYTES:
         return parse(body, *args)

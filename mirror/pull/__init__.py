@@ -1,11 +1,11 @@
 """Decide how a pull is served: from the cache, from a running fetch, or from the upstream.
 
-Must not know: aiohttp, paths.
+Must not know: aiohttp, paths of files.
 
 Reading order:
 
 1. :mod:`~mirror.pull.service`: the interface of this package. It admits a request and passes it on.
-2. :mod:`~mirror.pull.admission`: rules that deny a repository before anything else is looked at.
+2. :mod:`~mirror.pull.admission`: rules that deny a repository before anything is read or fetched.
 3. :mod:`~mirror.pull.content`: content by digest. Checks who may read it, then serves it.
 4. :mod:`~mirror.pull.fetch`: fetches missing content, once for all clients that want it.
 5. :mod:`~mirror.pull.manifests`: manifests by digest and by tag, on top of ``content``.

@@ -1,6 +1,9 @@
-"""Decide whether a repository may be served at all, before the first byte, cached or not.
+"""Decide whether a repository may be served.
+
+Called before anything is read or fetched, also for cached content.
 
 Lives here: the rules, as pure functions with typed results. Must not know: I/O, caches.
+
 Every future rule belongs into this module. A rule about a tag or about content (its age, its
 signature) needs a second function, because ``admit`` is called before they are known.
 """

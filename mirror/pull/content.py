@@ -29,7 +29,7 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
-from mirror.pull.fetch import Fetches
+from mirror.pull.fetch import RunningFetches
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest_lock import Role
@@ -39,7 +39,7 @@ from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, Registry
 
 NOT_CACHED_MESSAGE: Final = "not in the cache for this repository, and the pull policy is Never"
-"""The same text whether or not another repository has the content, so that nobody learns of it."""
+"""The same text if another repository has the content, so that no client learns of it."""
 _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
@@ -74,7 +74,7 @@ class ContentService:
         self.registries = registries
         self.single_flight = single_flight
         self.now = now
-        self._fetches = Fetches(
+        self._fetches = RunningFetches(
             store,
             single_flight,
             emit,
@@ -83,19 +83,20 @@ class ContentService:
         )
 
     def upstream(self, repository: Repository) -> Upstream:
-        """Settings of the upstream of ``repository``."""
+        """Return the settings of the upstream of ``repository``."""
         return self.settings.upstreams[repository.upstream]
 
     def may_ask(self, repository: Repository) -> bool:
-        """True if the pull policy allows requests to the upstream."""
+        """Return True if the pull policy allows requests to the upstream."""
         return self.upstream(repository).pull_policy != "Never"
 
     # --- access ---------------------------------------------------------------------------------
 
     async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
-        """True if the upstream serves ``digest`` as a manifest in ``repository``.
+        """Return True if the records say that ``digest`` is a manifest in ``repository``.
 
-        If only an image index has called it a manifest, a record of it as a blob overrules that.
+        Does not ask the upstream. A record by the upstream decides. If only a reference says so, a
+        record of the digest as a blob takes precedence.
         """
         access_record = await self._access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
@@ -108,14 +109,14 @@ class ContentService:
         return await self.store.index.access_record(repository, digest, kind.value)
 
     def may_read_unasked(self, repository: Repository, access_record: AccessRecord | None) -> bool:
-        """True if ``repository`` may read the recorded content without asking the upstream."""
+        """Return True if ``repository`` may read the recorded content without the upstream."""
         decision = freshness.decide_access(access_record, self.upstream(repository), self.now())
         return isinstance(decision, freshness.Fresh)
 
     async def check_access(
         self, request: ContentRequest, timeout: float | None = None
     ) -> int | None:
-        """Ask the upstream whether the repository has the content, and record the answer.
+        """Ask the upstream whether the repository has the content, and record the result.
 
         Concurrent checks of the same content, kind and repository share one request.
 
@@ -130,13 +131,13 @@ class ContentService:
             NotFound: The upstream says 404, or said so within ``negative_ttl``.
             Unauthorized: The upstream says 401.
             Denied: The upstream says 403.
-            UpstreamError: The upstream could not be asked.
+            UpstreamError: The upstream failed.
         """
         await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
         return await self._request_access(request, timeout)
 
     async def _request_access(self, request: ContentRequest, timeout: float | None) -> int | None:
-        key = ("prove", request.repository, request.digest, request.kind)
+        key = ("check_access", request.repository, request.digest, request.kind)
         shared_task = self.single_flight.run(key, lambda: self._head(request))
         return await shared_task.wait(timeout)
 
@@ -171,7 +172,7 @@ class ContentService:
         await self.store.index.put_access_records(request.repository, [access_record])
 
     async def _revoke_access(self, request: ContentRequest, error: MirrorError) -> None:
-        """End the access that the upstream once granted. A 404 is remembered for a while."""
+        """Delete the access record. A 404 is also recorded, for ``negative_ttl``."""
         repository = request.repository
         await self.store.index.revoke_access(repository, request.digest, request.kind.value)
         if isinstance(error, NotFound):
@@ -216,14 +217,16 @@ class ContentService:
 
         Returns:
             The access record of the content in the repository, and a reader that the caller closes.
-            Each is None if it is not here.
+            Each is None if the store does not have it.
 
         Raises:
             NotFound: The repository does not have the content. Also raised if the pull policy
-                forbids to ask.
+                forbids a request to the upstream.
             Unauthorized: The upstream says 401.
             Denied: The upstream says 403.
-            UpstreamError: The upstream could not be asked, and no earlier answer may stand in.
+            UpstreamError: The upstream failed, and there is no access record that may be used
+                instead.
+            StorageUnavailable: Cached content cannot be opened, for want of descriptors.
         """
         pull, repository = request.pull, request.repository
         with pull.stage("index"):
@@ -248,10 +251,12 @@ class ContentService:
 
         Raises:
             NotFound: The repository does not have the content. Also raised if the pull policy
-                forbids to ask.
+                forbids a request to the upstream.
             Unauthorized: The upstream says 401.
             Denied: The upstream says 403.
             UpstreamError: The content could not be fetched.
+            StorageUnavailable: Cached content cannot be opened, for want of descriptors.
+            ContentLost: The bytes were lost before the first one could be read.
             Draining: The process shuts down, so no fetch is started.
         """
         access_record, reader = await self.find_whole(request)
@@ -271,7 +276,8 @@ class ContentService:
     async def _authorize(self, request: ContentRequest, access_record: AccessRecord | None) -> None:
         """Return if the repository may read the content. Raise the reason if it may not.
 
-        Access that an upstream once granted stays while that upstream cannot be asked.
+        If the upstream fails and ``serve_stale`` is set, an expired access record is enough. The
+        outcome is ``STALE`` then.
         """
         repository, upstream = request.repository, self.upstream(request.repository)
         match freshness.decide_access(access_record, upstream, self.now()):
@@ -288,8 +294,9 @@ class ContentService:
             with request.pull.stage("upstream"):
                 timeout = freshness.confirm_timeout(upstream, has_fallback=has_record)
                 await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
-                # A check by another client may have ended since the caller read its record. No
-                # await between this read and the next line: a check that is running is joined.
+                # A check by another client may have ended since the caller read its record, so it
+                # is read again. There must be no other await before `_request_access`, which joins
+                # a check that still runs: a check that ended during it would be sent again.
                 latest = await self._access_record(repository, request.digest, request.kind)
                 if not self.may_read_unasked(repository, latest):
                     await self._request_access(request, timeout)
@@ -309,7 +316,7 @@ class ContentService:
             source_request = replace(request, accept=accept)
         registry = self.registries[request.repository.upstream]
         source = ContentSource(registry, source_request, access_record)
-        fetch, follower, has_joined = self._fetches.follow(source)
+        fetch, follower, has_joined = self._fetches.join_or_start(source)
         pull.outcome = Outcome.MISS
         if has_joined:
             pull.outcome, pull.joined_at_byte = Outcome.JOIN, follower.arrived
@@ -317,7 +324,7 @@ class ContentService:
             with pull.stage("wait"):
                 is_proven = await fetch.wait_for_first_byte(follower, request)
             if not is_proven:
-                # Another process that fetches the content may have recorded the proof meanwhile.
+                # Another process that fetches the content may have recorded the access meanwhile.
                 access_record = await self._access_record(
                     request.repository, request.digest, request.kind
                 )
@@ -331,15 +338,15 @@ class ContentService:
         """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""
         request, access_record = source.request, source.access_record
         # Only an index has stated a media type so far. `application/octet-stream` from the upstream
-        # does not overrule it.
-        overrules_index = (
+        # does not replace it.
+        corrects_index = (
             request.kind is Kind.MANIFEST
             and access_record is not None
             and access_record.referrer is not None
             and stream.media_type != OCTET_STREAM
         )
         is_known = self.may_read_unasked(request.repository, access_record)
-        if self.single_flight.is_draining or (is_known and not overrules_index):
+        if self.single_flight.is_draining or (is_known and not corrects_index):
             return
         media_type, total = stream.media_type, stream.total
         key = ("grant", request.repository, request.digest, request.kind, media_type, total)
@@ -350,7 +357,7 @@ class ContentService:
         await self._revoke_access(source.request, error)
 
     async def store_body(self, digest: Digest, body: bytes) -> None:
-        """Store small content that came in another response than that of a fetch.
+        """Store a manifest that was received outside a fetch, by the ``GET`` of a tag.
 
         Does nothing if the bytes do not match ``digest``, or if a fetch already writes the content.
         """
@@ -368,5 +375,5 @@ class ContentService:
 
 
 def negative_key(request: ContentRequest) -> str:
-    """The key of a recorded 404 for this content."""
+    """Return the key of a recorded 404 for this content."""
     return f"{request.kind.value} {request.repository}@{request.digest}"

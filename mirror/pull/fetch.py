@@ -1,8 +1,8 @@
 """Fetch content from upstreams: once for each digest, for all clients that want it.
 
-Lives here: joining or starting a fetch, which of its sources is asked next, resuming after a broken
-transfer, taking over from another process, giving up. Must not know: content that is complete, who
-may read what, tags, HTTP, how a registry is asked.
+Lives here: joining or starting a fetch, which of its sources is tried next, resuming after a broken
+transfer, taking over from another process, giving up. Must not know: content that is complete,
+which repository may read which content, tags, HTTP, how requests are sent.
 
 Each client that joins a fetch adds its own repository as a source. The fetch fails only after every
 source has failed or refused. Each client gets the error of its own upstream.
@@ -46,22 +46,23 @@ from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
-"""The claim that a source can prove. The kind matters: a registry validates the references of a
-manifest when it is pushed, but not the bytes of a blob that only looks like a manifest."""
+"""(repository, kind): the access that a source proves by sending the content. The kind matters: a
+registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
 
 PREEMPT_AFTER_S: Final = 5.0
-"""Seconds that an upstream may take to answer, or to resume, while a source on another upstream is
-queued: the next source gets its turn while its clients still wait."""
+"""Seconds that a source may take to send response headers, or to resume, while a source on another
+upstream is queued. Short, because the clients of the queued source are waiting."""
 _MAX_FAILED_IN_A_ROW: Final = 5
 """Transfers from one source that may break in a row without progress."""
-_FIRST_PAUSE_S: Final = 0.05
-"""Seconds at most before the first resume. Doubles with each transfer that breaks in a row."""
+_PAUSE_UNIT_S: Final = 0.05
+"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 _STALL_TIMEOUT_S: Final = 45.0
-"""Seconds without progress after which a client is better served by its own fallback."""
+"""Seconds without progress after which a source is given up: its clients can use their own fallback
+then."""
 _SUSPECT_TTL_S: Final = 600.0
-"""Seconds for which an endpoint that sent wrong bytes is asked last: longer than clients retry, and
+"""Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
 _MAX_SUSPECTED_DIGESTS: Final = 1000
 """Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
@@ -102,16 +103,16 @@ class Fetch:
         callbacks: AccessCallbacks,
         on_wrong_bytes: Callable[[dict[str, str]], None],
     ) -> None:
-        """``first`` is the source of the client that starts the fetch.
+        """Create the fetch. ``first`` is the source of the client that starts it.
 
-        ``on_wrong_bytes`` is called with the endpoints that had a part in wrong bytes, the latest
-        one last, and their upstreams.
+        ``on_wrong_bytes`` is called after a digest mismatch with {URL of the endpoint: name of its
+        upstream} of all endpoints that sent bytes, the latest one last.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
         """The background task. None until it is started."""
         self.proven: set[ProofKey] = set()
-        """Claims whose upstream has answered with the content."""
+        """Proof keys of the sources that have sent the content."""
         self.failures: dict[ProofKey, MirrorError] = {}
         """The error of each source that failed or refused."""
         self._emit = emit
@@ -122,14 +123,14 @@ class Fetch:
         self._requeued: set[ProofKey] = set()
         self._current = first
         self._endpoints_used: dict[str, str] = {}
-        """Endpoints that sent bytes, of all sources, the latest one last, and their upstreams."""
+        """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
 
     # --- for followers --------------------------------------------------------------------------
 
     def offer(self, source: ContentSource) -> None:
-        """Queue a source, unless its claim was offered before."""
+        """Queue a source, unless one with the same proof key was offered before."""
         if _proof_key(source.request) in self._offered:
             return
         had_other_upstream = self.has_other_upstream
@@ -162,7 +163,7 @@ class Fetch:
 
     @contextmanager
     def _on_refusal(self, proof_key: ProofKey, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the source of this claim refuses while the block runs."""
+        """Call ``callback`` if the source of ``proof_key`` refuses while the block runs."""
         callbacks = self._refusal_callbacks.setdefault(proof_key, [])
         callbacks.append(callback)
         try:
@@ -173,7 +174,7 @@ class Fetch:
     # --- sources --------------------------------------------------------------------------------
 
     def next_source(self) -> ContentSource | None:
-        """Take the next source to ask, suspected ones last. None if none is left."""
+        """Take the next source from the queue, suspected ones last. None if none is left."""
         if not self._queue:
             return None
         self._current = min(self._queue, key=lambda source: source.is_suspect)
@@ -189,7 +190,7 @@ class Fetch:
         return any(source.request.repository.upstream != upstream for source in self._queue)
 
     def _requeue(self, source: ContentSource) -> None:
-        """Put a preempted source at the end of the queue. Its next turn is not preempted."""
+        """Put a preempted source at the end of the queue. It is not preempted a second time."""
         self._requeued.add(_proof_key(source.request))
         self._queue.append(source)
 
@@ -227,7 +228,7 @@ class Fetch:
                 ):
                     yield
         except TimeoutError:
-            raise _Preempted("no answer, and another upstream is waiting to be asked") from None
+            raise _Preempted("no response yet, and another upstream is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -247,7 +248,7 @@ class Fetch:
             ingest.release()
 
     async def _fetch_from_sources(self) -> None:
-        """Ask one source after the other. Raises the error of the last one."""
+        """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
         while (source := self.next_source()) is not None:
             attempts = _SourceAttempts(source, time.monotonic())
@@ -291,7 +292,7 @@ class Fetch:
     async def _is_complete(self) -> bool:
         """Return True if nothing is left to fetch. Follow another process while that one fetches.
 
-        If that fetch fails, ask our own upstream once: the failure may be specific to the other.
+        If that fetch fails, try once more to lead: the cause may be specific to the other process.
         """
         has_failed = False
         while True:
@@ -303,8 +304,8 @@ class Fetch:
                 case Role.FOLLOWER:
                     try:
                         await follow_other_process(self.ingest)
-                    except UpstreamError as error:
-                        if has_failed or isinstance(error, DigestMismatch):
+                    except UpstreamError:
+                        if has_failed:
                             raise
                         has_failed = True
 
@@ -336,7 +337,8 @@ class Fetch:
             skip = ingest.position - stream.start
             if skip < 0:
                 raise UpstreamProtocolError("the response starts after the requested offset")
-            # Before any follower wakes up: it looks here for its proof.
+            # Must come before `declare`, which wakes the followers: `wait_for_first_byte` reads
+            # `proven`.
             self.proven.add(_proof_key(request))
             if not attempts.has_responded:
                 attempts.has_responded = True
@@ -355,7 +357,9 @@ class Fetch:
         await ingest.finish()
 
     async def _pause_before_resuming(self, attempts: _SourceAttempts, error: MirrorError) -> None:
-        """Decide whether to resume after a broken transfer, and pause. Raises ``error`` if not.
+        """Pause before the next transfer from this source.
+
+        Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
 
         The registry retries and fails over until response headers have arrived. Only bodies that
         broke are resumed here.
@@ -391,17 +395,17 @@ class Fetch:
             attempts.validator = None
         upstream = attempts.source.request.repository.upstream
         self._emit(Resumed(upstream, position, is_restart, error.message))
-        pause = _FIRST_PAUSE_S * 2**attempts.failed_in_a_row
+        pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
         await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
 
 
 def _jittered(max_seconds: float) -> float:
-    """A random time, so that fetches which broke together do not resume together."""
+    """Return a random time, so that fetches which broke together do not resume together."""
     return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
 
 
-class Fetches:
-    """The fetches of this process, by digest."""
+class RunningFetches:
+    """The running fetches of this process, by digest."""
 
     def __init__(
         self,
@@ -412,7 +416,7 @@ class Fetches:
         *,
         finish_abandoned: bool,
     ) -> None:
-        """``finish_abandoned``: finish a fetch whose last client has left. Else cancel it."""
+        """Start empty. With ``finish_abandoned`` a fetch continues when its last client leaves."""
         self._store = store
         self._single_flight = single_flight
         self._emit = emit
@@ -422,14 +426,14 @@ class Fetches:
         self._suspects: TTLCache[Digest, dict[str, str]] = TTLCache(
             _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
         )
-        """Endpoints that sent wrong bytes, the latest one last, and their upstreams."""
+        """{URL of the endpoint: its upstream} of all that sent wrong bytes, the latest one last."""
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
-        """Find the ingest of a fetch that has proven the claim of ``request``."""
+        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
         fetch = self._find_active(request.digest)
         return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
 
-    def follow(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
+    def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
         """Join the fetch of this content, or start it.
 
         Returns:

@@ -34,12 +34,12 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Nothing is cached, and the pull policy forbids to ask."""
+    """Nothing usable is cached, and the pull policy forbids a request to the upstream."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """The cached result is served because the upstream could not be asked."""
+    """The cached result is served because the upstream failed."""
 
     reason: str
 
@@ -53,13 +53,13 @@ Decision: TypeAlias = Fresh | Ask | Refuse
 Fallback: TypeAlias = Stale | Fail
 
 
-def decide(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
-    """Decide whether a cached tag may be served.
+def decide_by_age(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
+    """Decide whether a cached tag or list may be served, by its age.
 
     Args:
-        confirmed: When the upstream last said that the tag is the cached digest, in seconds since
-            the epoch. None if nothing is cached. A time in the future (the clock was set back) is
-            not fresh.
+        confirmed: When the upstream last confirmed the cached digest or sent the list, in seconds
+            since the epoch. None if nothing is cached. A time in the future (the clock was set
+            back) is not fresh.
         upstream: Settings of the upstream.
         now: The current time, in seconds since the epoch.
     """
@@ -78,8 +78,8 @@ def decide_tag(
 ) -> Decision | Stale:
     """Decide whether ``cached`` may be served for a tag.
 
-    An earlier digest of the tag is never fresh. It stands in if the pull policy forbids to ask, as
-    it does for an upstream that fails.
+    An earlier digest of the tag is never fresh. It is served stale if ``serve_stale`` is set and
+    the pull policy forbids a request to the upstream.
 
     Args:
         record: The record of the tag. None if the tag is not known.
@@ -88,10 +88,10 @@ def decide_tag(
         now: The current time, in seconds since the epoch.
     """
     if record is None or cached is None:
-        return decide(None, upstream, now)
+        return decide_by_age(None, upstream, now)
     if cached == record.digest:
-        return decide(record.confirmed, upstream, now)
-    decision = decide(None, upstream, now)
+        return decide_by_age(record.confirmed, upstream, now)
+    decision = decide_by_age(None, upstream, now)
     if isinstance(decision, Refuse) and upstream.serve_stale:
         return Stale("the tag has moved to content that is not cached")
     return decision
@@ -114,12 +114,15 @@ def decide_access(access_record: AccessRecord | None, upstream: Upstream, now: f
 
 
 def confirm_timeout(upstream: Upstream, *, has_fallback: bool) -> float | None:
-    """Seconds to wait for an upstream. None (no limit) if no cached result may stand in."""
+    """Return the seconds to wait for an upstream.
+
+    None: no limit, because no cached result may be served instead.
+    """
     return CONFIRM_TIMEOUT_S if has_fallback and upstream.serve_stale else None
 
 
 def after_failure(error: MirrorError, upstream: Upstream, *, has_fallback: bool) -> Fallback:
-    """Decide whether a cached result stands in for a failed upstream.
+    """Decide whether a cached result is served although the upstream failed.
 
     A refusal (401, 403, 404) is the upstream's decision, and no failure.
     """

@@ -1,7 +1,7 @@
 """Serve lists of a repository: its tags, and the referrers of a digest.
 
-Lives here: our own paging over the upstream's lists, the cached list if the upstream cannot be
-asked, referrers by the tag schema if the upstream has no referrers API. Must not know: HTTP.
+Lives here: paging of tag lists, serving a cached list if the upstream fails, and the referrers tag
+for upstreams without a referrers API. Must not know: HTTP.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from mirror.threads import parse_in_thread_if_large
 _LIST_TTL_S: Final = 60.0
 """Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter."""
 _STALE_LIST_TTL_S: Final = 30 * 86400.0
-"""Seconds (30 days) for which a cached list may stand in for an upstream that cannot be asked."""
+"""Seconds (30 days) for which a cached list may be served if the upstream fails."""
 MAX_PAGE_TAGS: Final = 10_000
 """Tags on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
 
 class ListService:
-    """Serves lists, from the upstream if it can be asked."""
+    """Serves lists: a fresh cached one, else that of the upstream, else a stale cached one."""
 
     def __init__(self, content: ContentService, manifests: ManifestService) -> None:
         self._content = content
@@ -48,7 +48,7 @@ class ListService:
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
     ) -> TagsResult:
-        """See :meth:`mirror.pull.service.PullService.tags`."""
+        """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`)."""
         if count == 0:
             pull.outcome = Outcome.HIT
             return TagsResult((), False)
@@ -81,7 +81,7 @@ class ListService:
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
     ) -> bytes:
-        """See :meth:`mirror.pull.service.PullService.referrers`."""
+        """Serve referrers (see :meth:`mirror.pull.service.PullService.referrers`)."""
         text = await self._find_or_request(
             f"referrers {repository}@{digest}",
             repository,
@@ -91,7 +91,8 @@ class ListService:
         if text is not None:
             body = base64.b64decode(text)
         else:
-            # The pull policy is Never. A manifest that was pulled by the schema's tag is cached.
+            # The list is not cached, and the pull policy is Never. The index at the referrers tag
+            # may be cached as a manifest.
             body = await self._referrers_by_tag(repository, digest, pull)
         if artifact_type is None:
             return body
@@ -135,12 +136,13 @@ class ListService:
     ) -> str | None:
         """Return a list as text, cached or by calling ``request``.
 
-        Returns None if the list is not cached and the pull policy forbids to ask.
+        Returns None if the list is not cached and the pull policy forbids a request to the
+        upstream.
         """
         upstream, now = self._content.upstream(repository), self._content.now()
         cached_at, text = _unpack(await self._index.cached_list(key))
         lists = upstream.model_copy(update={"tag_ttl": min(_LIST_TTL_S, upstream.tag_ttl)})
-        if not isinstance(freshness.decide(cached_at, lists, now), freshness.Ask):
+        if not isinstance(freshness.decide_by_age(cached_at, lists, now), freshness.Ask):
             pull.outcome = Outcome.HIT
             return text
         has_cached = text is not None

@@ -1,4 +1,4 @@
-"""Serve manifests by digest and by tag: from the cache first, else as the pull policy says.
+"""Serve manifests by digest and by tag, from the cache or the upstream, by the pull policy.
 
 Lives here: the order of checks for one manifest, the access records that a pulled manifest creates
 for its parts, LRU recency by image. Must not know: HTTP, how content is fetched.
@@ -43,7 +43,7 @@ _CACHE_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
 _MAX_ROWS_AT_ONCE: Final = 1000
 """Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
-would hold up other requests."""
+would delay other requests."""
 
 
 class ManifestService:
@@ -93,10 +93,10 @@ class ManifestService:
                 body = await read_all(reader, MANIFEST_LIMIT)
         finally:
             reader.close()
-        return await self._learn_from(request, body)
+        return await self._record_parts(request, body)
 
     async def _find_cached(self, repository: Repository, digest: Digest) -> ManifestResult | None:
-        """Find a cached manifest that may be read through ``repository`` without asking."""
+        """Find a cached manifest that may be read without the upstream, and record its use."""
         result = self._results.get((repository, digest))
         if result is not None:
             return result
@@ -113,7 +113,7 @@ class ManifestService:
         return self._remember(repository, _result_of(digest, body, parsed))
 
     async def _head_by_digest(self, request: ContentRequest) -> ManifestResult | None:
-        """Answer a ``HEAD`` by a ``HEAD``. None if the upstream states no size or media type."""
+        """Serve a ``HEAD`` by a ``HEAD``. None if the upstream states no size or media type."""
         request.pull.outcome = Outcome.MISS
         with request.pull.stage("upstream"):
             size = await self._content.check_access(request)
@@ -124,8 +124,11 @@ class ManifestService:
             return None
         return ManifestResult(request.digest, access_record.media_type, size, None)
 
-    async def _learn_from(self, request: ContentRequest, body: bytes) -> ManifestResult:
-        """Record the parts of a manifest that was pulled through the repository."""
+    async def _record_parts(self, request: ContentRequest, body: bytes) -> ManifestResult:
+        """Parse a fetched manifest, record the access to its parts, and return the result.
+
+        Records nothing if the pull was served stale.
+        """
         repository, digest = request.repository, request.digest
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
@@ -153,11 +156,15 @@ class ManifestService:
             if is_due and result.parsed.children and not self._single_flight.is_draining:
                 children = [child.digest for child in result.parsed.children]
                 self._single_flight.run(
-                    ("use", result.digest), lambda: self._use_all(repository, children)
+                    ("use", result.digest), lambda: self._mark_children_used(repository, children)
                 )
         return result
 
-    async def _use_all(self, repository: Repository, digests: list[Digest]) -> None:
+    async def _mark_children_used(self, repository: Repository, digests: list[Digest]) -> None:
+        """Record the use of each cached child manifest and of its parts.
+
+        :meth:`_find_cached` does this as a side effect.
+        """
         for digest in digests:
             await self._find_cached(repository, digest)
 
@@ -168,8 +175,8 @@ class ManifestService:
 
         Raises:
             ManifestUnknown: The repository does not have the tag.
-            MirrorError: The error of the upstream, if no cached manifest may stand in. Also as
-                :meth:`by_digest` raises it.
+            MirrorError: The error of the upstream, if no cached manifest may be served instead.
+                Also as :meth:`by_digest` raises it.
         """
         with request.pull.stage("index"):
             record, cached = await self._find_tag(request)
@@ -245,7 +252,7 @@ class ManifestService:
     ) -> ManifestResult:
         """Resolve the tag at the upstream, and serve the manifest that it names now.
 
-        If the upstream fails, ``cached`` stands in where ``serve_stale`` allows it.
+        If the upstream fails and ``serve_stale`` is set, ``cached`` is served.
         """
         repository, pull = request.repository, request.pull
         upstream, has_cached = self._content.upstream(repository), cached is not None
@@ -279,7 +286,7 @@ class ManifestService:
     async def _resolve(self, request: TagRequest, timeout: float | None) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
-        After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request goes on: later
+        After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request continues: later
         clients get its result.
         """
         repository, tag = request.repository, request.tag
@@ -319,7 +326,7 @@ class ManifestService:
 
 
 def _weight(result: ManifestResult) -> int:
-    """Bytes of memory that a result takes, roughly: its body, and its parsed form."""
+    """Estimate the bytes of memory that a result takes: its body, and its parsed form."""
     return 1024 + 3 * result.size
 
 
@@ -328,7 +335,7 @@ def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
 
 
 def _manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
-    """The record of a manifest that the upstream has named, which does not expire."""
+    """Create the record of a manifest that the upstream has named, which does not expire."""
     return AccessRecord(
         digest=digest,
         kind=Kind.MANIFEST.value,
@@ -364,7 +371,11 @@ def _has_media_types(accept: tuple[str, ...]) -> bool:
 
 
 def is_acceptable(accept: tuple[str, ...], media_type: str) -> bool:
-    """True if a client that sent ``accept`` takes ``media_type`` (RFC 9110, section 12.5.1)."""
+    """Return True if a client that sent ``accept`` takes ``media_type``.
+
+    The syntax is that of RFC 9110, section 12.5.1. Weights are ignored: also a range with ``q=0``
+    counts as accepted.
+    """
     if not accept:
         return True
     family = media_type.split("/", 1)[0] + "/*"

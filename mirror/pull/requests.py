@@ -1,4 +1,7 @@
-"""Values and callbacks that the modules of this package pass to each other. Must not know: HTTP."""
+"""Values and callbacks that the modules of this package pass to each other.
+
+Lives here: the requests of clients, and their sources. Must not know: HTTP.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class ContentSource:
     access_record: AccessRecord | None = None
     """Earlier knowledge of the content there. Its size is used if the upstream states none."""
     avoid: Collection[str] = ()
-    """Endpoints that sent wrong bytes for this content before. They are asked last."""
+    """Endpoints that sent wrong bytes for this content before. They are tried last."""
     is_suspect: bool = False
     """True if this source's upstream has sent wrong bytes for this content before."""
 
@@ -63,7 +66,7 @@ class AccessCallbacks(Protocol):
     """Callbacks for access decisions: the upstream has the content in a repository, or refused."""
 
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
-        """Called once a source answers with the content. Must not delay the first byte."""
+        """Handle the first response of a source with the content. Must not delay the first byte."""
 
     async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
-        """Called with the 404, 403 or 401 of a source."""
+        """Handle the 404, 403 or 401 of a source."""

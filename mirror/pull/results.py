@@ -1,4 +1,7 @@
-"""The results of the pull service, as frozen values. Must not know: HTTP."""
+"""The results of the pull service.
+
+Lives here: frozen values for manifests, blobs and tags. Must not know: HTTP.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class ManifestResult:
     media_type: str
     size: int
     body: bytes | None
-    """None after a ``HEAD`` that the upstream answered."""
+    """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
 
 

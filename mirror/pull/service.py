@@ -1,4 +1,4 @@
-"""The pull service: the one interface to content, for the web, the command line and the tests.
+"""The pull service: the interface of this package, for ``web`` and ``server``.
 
 Lives here: admission before anything else, and the choice of the service for a request. Must not
 know: HTTP.
@@ -25,7 +25,9 @@ class PullService:
     Every method takes the ``pull`` record of the client's request and writes its outcome, its
     stages and its warning there. Every method raises :class:`mirror.oci.errors.Denied` if the
     repository is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
-    and an ``UpstreamError`` if the upstream fails and no cached result may stand in.
+    an ``UpstreamError`` if the upstream fails and no cached result may be served instead,
+    ``StorageUnavailable`` or ``ContentLost`` if content cannot be opened or read, and ``Draining``
+    while the process shuts down.
     """
 
     def __init__(self, content: ContentService) -> None:

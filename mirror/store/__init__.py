@@ -2,11 +2,11 @@
 
 Must not know: HTTP, registries, which repository may read which content.
 
-Other packages use four modules. :class:`~mirror.store.store.Store` is the data directory of one
-process. Its :class:`~mirror.store.blobs.BlobStore` opens whole content, its
-:class:`~mirror.store.index.Index` keeps records about content, and each
-:class:`~mirror.store.ingest.Ingest` is content that is being fetched. Cached content and content
-that is being fetched are read through one protocol, :class:`~mirror.store.reader.Reader`.
+Other packages begin at :class:`~mirror.store.store.Store`, the data directory of one process. From
+it they get the :class:`~mirror.store.blobs.BlobStore`, which opens whole content, the
+:class:`~mirror.store.index.Index`, which keeps records about content, and an
+:class:`~mirror.store.ingest.Ingest` for each content that is being fetched. Cached content and
+content that is being fetched are read through one protocol, :class:`~mirror.store.reader.Reader`.
 
 Reading order:
 
@@ -17,9 +17,9 @@ Reading order:
 5. :mod:`~mirror.store.ingest`: content that is being fetched, in this process or in another one.
    Begin with its theory of operation, then read ``ingest_lock``, ``ingest_writer``, ``follower``,
    ``window`` and ``other_process``.
-6. :mod:`~mirror.store.eviction`: what the directory holds, and which content goes first.
+6. :mod:`~mirror.store.eviction`: what the directory holds, and which content is evicted first.
 7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
-   values, ``rows`` its database, and ``orphans`` decides which records go.
+   values, ``rows`` its database, and ``orphans`` decides which records are deleted.
 8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
    crash, and ``index.json``, from which a lost index is restored.
 

@@ -5,7 +5,7 @@ the age of verifications, quarantine, marking content as used. Must not know: re
 which repository may read which content.
 
 Theory of operation: content is trusted while its verification is younger than ``storage.reverify``
-and no other program has written to the file (``disk.is_set_by_us``). Otherwise it is verified
+and no other program has written to the file (``disk.has_our_mtime``). Otherwise it is verified
 again. A small file is hashed before its first byte is served, so damage is a cache miss. A large
 file is served like content that is being fetched: its bytes are sent at once, a thread hashes the
 file at the same time, and the last byte is held back until the hash is right.
@@ -65,7 +65,7 @@ class BlobStore:
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
-        """Nothing is opened yet.
+        """Start without an open file.
 
         Args:
             layout: The data directory.
@@ -198,7 +198,7 @@ class BlobStore:
             os.close(fd)
 
     async def _is_trusted(self, digest: Digest, status: os.stat_result) -> bool:
-        if self._reverify <= 0 or not disk.is_set_by_us(status):
+        if self._reverify <= 0 or not disk.has_our_mtime(status):
             return False
         at = self._verified.get(digest)
         if at is None:
@@ -267,7 +267,7 @@ class BlobStore:
             disk.close(lease.fd, self._opening)
 
     async def on_published(self, digest: Digest) -> None:
-        """Record that content was verified just now, as it was fetched."""
+        """Record that content was verified now: it was hashed while it was fetched."""
         now = self._now()
         self._set_verified(digest, now, is_saved=True)
         await self._index.set_verified([(digest, now)])
@@ -279,11 +279,12 @@ class BlobStore:
         waits for it. Missing content is passed over. Never raises.
 
         Args:
-            digests: A manifest together with its parts, or one blob. If the use of any is due, the
-                use of all is recorded: a manifest is never more than a minute ahead of its parts.
+            digests: A manifest with its parts, or one blob. If the last record of any of them is
+                older than a minute, all are recorded. So a manifest never looks more recently used
+                than its parts by more than a minute.
 
         Returns:
-            True if the use is recorded, False if none was due.
+            True if the use is recorded, False if every last record is younger than a minute.
         """
         now = self._now()
         if all(0 <= now - self._used_at.get(d, -inf) < _RECENCY_STEP_S for d in digests):
@@ -338,7 +339,7 @@ class WholeReader:
         return self._lease.size
 
     async def wait(self, start: int, stop: int | None = None) -> FileExtent | None:
-        """See :meth:`mirror.store.reader.Reader.wait`.
+        """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`).
 
         While a verification runs, the last byte of every response waits for its result, also that
         of a range.

@@ -1,20 +1,27 @@
-"""Files and paths of the data directory. Every function here blocks, and runs in a thread.
+"""Files and paths of the data directory. The functions make system calls that block.
 
 Lives here: the paths, opening and leasing whole content, locking an ingest file, appending with the
 hash beside it, durable publishing, quarantine. Must not know: the event loop, followers, clients.
 
-Errors are ``OSError`` as the kernel raised them. The callers decide what a full or failing disk
-means. Too few descriptors (``EMFILE``, ``ENFILE``) never count as a missing or damaged file.
+Functions that read or write content run in a thread. Single ``stat`` calls, ``close`` and reading a
+state file also run on the event loop.
+
+Errors are ``OSError``. Only :func:`verify` also raises ``DigestMismatch``. The callers decide what
+a full or failing disk means. Too few descriptors (``EMFILE``, ``ENFILE``) never count as a missing
+or damaged file.
 
 ::
 
     oci-layout, index.json   the directory is a valid OCI image layout
     blobs/<alg>/<hex>        whole and verified content
-    ingest/<alg>/<hex>       content of a running or broken fetch; ``flock`` on it = a fetch runs
+    ingest/<alg>/<hex>       content of a running or interrupted fetch
     ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
-    eviction.lock            ``flock`` = an eviction runs
+    eviction.lock            its ``flock`` means that an eviction runs
+
+``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
+on an ingest file means that a process is fetching the content.
 """
 
 from __future__ import annotations
@@ -54,24 +61,24 @@ _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The paths of one data directory. Nothing else joins paths. A digest is parsed before."""
+    """The paths of one data directory. Digests are parsed before, so no path leaves ``root``."""
 
     root: Path
 
     def blob(self, digest: Digest) -> Path:
-        """The file of whole content."""
+        """Return the path of whole content."""
         return self.root / "blobs" / digest.algorithm / digest.hex
 
     def ingest(self, digest: Digest) -> Path:
-        """The file that a fetch appends to."""
+        """Return the path of the file that a fetch appends to."""
         return self.root / "ingest" / digest.algorithm / digest.hex
 
     def ingest_state(self, digest: Digest) -> Path:
-        """The state of a fetch, for other processes (:class:`IngestState`)."""
+        """Return the path of the state of a fetch (:class:`IngestState`)."""
         return self.root / "ingest" / digest.algorithm / f"{digest.hex}.json"
 
     def quarantine(self, digest: Digest) -> Path:
-        """The file of damaged content."""
+        """Return the path of damaged content."""
         return self.root / "quarantine" / digest.algorithm / digest.hex
 
     @property
@@ -85,29 +92,35 @@ class Layout:
         return self.root / "eviction.lock"
 
     def content_directories(self) -> list[Path]:
-        """``blobs/<alg>`` for each registered algorithm."""
+        """Return ``blobs/<alg>`` for each registered algorithm."""
         return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
 
     def ingest_directories(self) -> list[Path]:
-        """``ingest/<alg>`` for each registered algorithm."""
+        """Return ``ingest/<alg>`` for each registered algorithm."""
         return [self.root / "ingest" / algorithm for algorithm in ALGORITHMS]
 
 
 def boot_id() -> str:
-    """The kernel's boot id, or an empty string. Unsynced bytes of another boot are not trusted."""
+    """Return the kernel's boot id, or an empty string if it cannot be read.
+
+    Unsynced bytes of another boot are not trusted.
+    """
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 
 
-def is_set_by_us(status: os.stat_result) -> bool:
-    """Whether no other program has written to a file. We set whole seconds, the kernel does not."""
+def has_our_mtime(status: os.stat_result) -> bool:
+    """Return True if the mirror set the modification time, so no other program has written since.
+
+    The mirror sets whole seconds. A write sets nanoseconds.
+    """
     return status.st_mtime_ns % _NANOSECONDS == 0
 
 
 def reason_of(error: OSError) -> str:
-    """The label of an error: ``full``, ``readonly``, ``descriptors`` or ``io``."""
+    """Return the label of an error: ``full``, ``readonly``, ``descriptors`` or ``io``."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return "full"
@@ -166,16 +179,18 @@ def close(fd: int, threads: Executor) -> None:
 
 
 def touch_open(fd: int, now: float) -> None:
-    """Set the last use of an open file, in whole seconds (see :func:`is_set_by_us`)."""
+    """Set the last use of an open file, in whole seconds (see :func:`has_our_mtime`)."""
     seconds = int(now) * _NANOSECONDS
     try:
         os.utime(fd, ns=(seconds, seconds))
     except OSError:
-        return  # A read-only disk: the content is verified again at its next use.
+        # A read-only disk. If another program has set the time, the content is verified again at
+        # its next use.
+        return
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of whole content, in whole seconds (see :func:`is_set_by_us`).
+    """Set the last use of whole content, in whole seconds (see :func:`has_our_mtime`).
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
@@ -184,7 +199,7 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
     for digest in digests:
         path = layout.blob(digest)
         try:
-            if is_set_by_us(path.lstat()):
+            if has_our_mtime(path.lstat()):
                 os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
         except OSError:
             continue
@@ -245,7 +260,7 @@ def trim_quarantine(layout: Layout, keep: int) -> int:
 
 
 def quarantine_size(layout: Layout) -> int:
-    """The bytes of all damaged files."""
+    """Return the bytes of all damaged files."""
     return sum(status.st_size for _, status in _quarantined(layout))
 
 
@@ -276,14 +291,15 @@ class IngestState:
     """Identifies one hold of the lock: each one has another value."""
     resumed_from: int = 0
     """Bytes in the ingest file when this hold began. The holder has written all that follow."""
-    room: int = 0
-    """Bytes that the ingest file may reach: eviction has made room for them."""
+    reserved: int = 0
+    """Length in bytes that the ingest file may reach. Written before space is made for it, so that
+    an eviction in another process counts it."""
 
 
 def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | None:
-    """The state of a fetch and when it was last renewed, in seconds since the epoch.
+    """Read the state of a fetch, and when it was last renewed, in seconds since the epoch.
 
-    None if there is no readable state.
+    Returns None if there is no readable state.
     """
     path = layout.ingest_state(digest)
     try:
@@ -299,8 +315,8 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             written=int(raw.get("written", 0)),
             error=(str(error[0]), str(error[1])) if error else None,
             holder=str(raw.get("holder", "")),
-            resumed_from=int(raw.get("kept", 0)),
-            room=int(raw.get("room", 0)),
+            resumed_from=int(raw.get("kept", 0)),  # On disk, two fields keep their first name.
+            reserved=int(raw.get("room", 0)),
         )
         return state, os.fstat(fd).st_mtime
     except (OSError, *MALFORMED):
@@ -320,7 +336,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "error": state.error,
         "holder": state.holder,
         "kept": state.resumed_from,
-        "room": state.room,
+        "room": state.reserved,
     }
     try:
         draft.write_text(json.dumps(document), encoding="utf-8")
@@ -331,7 +347,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
 
 
 def stamp_of_state(layout: Layout, digest: Digest) -> tuple[int, int] | None:
-    """A value that differs after each write of the state. None if there is no state."""
+    """Return a value that differs after each write of the state. None if there is no state."""
     try:
         status = layout.ingest_state(digest).lstat()
     except OSError:
@@ -355,7 +371,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_at(fd: int, path: Path) -> bool:
-    """Whether ``path`` still names an open file. A lock on an unlinked file locks nothing."""
+    """Return whether ``path`` names the file ``fd``. A lock on an unlinked file locks nothing."""
     try:
         return os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
@@ -385,7 +401,10 @@ def open_locked(path: Path, access: int = os.O_RDWR) -> Iterator[int | None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the exclusive lock of a file. False if it cannot be opened."""
+    """Return whether a process holds the exclusive lock of a file.
+
+    False if it cannot be opened.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,10 +1,12 @@
-"""Accounting and eviction: what the data directory holds, and what goes when space is needed.
+"""Accounting and eviction: what the data directory holds, and what is removed to free space.
 
 Lives here: scans of the directories, the order of eviction, its limits (quota, water marks, free
 space, pins). Must not know: why space is needed.
 
-The accounting is a scan, never a counter: it equals ``du``, after any crash. A further scan looks
-only at new files, because whole content never changes its size.
+Usage is found by a scan, never kept in a counter, so it is right after any crash. Whole content
+counts with its length, a running fetch with its announced size, and the leftover of an ended fetch
+with its blocks. A further scan looks only at new files, because whole content never changes its
+size.
 """
 
 from __future__ import annotations
@@ -129,7 +131,7 @@ class Catalog:
             # A leftover counts with the blocks that it takes up, not with its announced size.
             return replace(usage, leftover=usage.leftover + status.st_blocks * _BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
-        announced = max(state[0].size or 0, state[0].room) if state is not None else 0
+        announced = max(state[0].size or 0, state[0].reserved) if state is not None else 0
         return replace(
             usage,
             reserved=usage.reserved + max(announced, status.st_size),
@@ -137,18 +139,18 @@ class Catalog:
         )
 
     def leftovers(self) -> list[Digest]:
-        """The ingest files of ended fetches, the oldest first."""
+        """Return the ingest files of ended fetches, the oldest first."""
         oldest_first = sorted((status.st_mtime, digest) for digest, status in self._ingests())
         return [
             digest for _, digest in oldest_first if not disk.is_locked(self._layout.ingest(digest))
         ]
 
     def has_blob(self, digest: Digest) -> bool:
-        """Whether the last scan found whole content of this digest."""
+        """Return whether the last scan found whole content of this digest."""
         return digest.hex in self._sizes.get(digest.algorithm, ())
 
     def blobs(self, now: float) -> list[StoredBlob]:
-        """All whole content of the last scan, with its recency.
+        """Return all whole content of the last scan, with its recency.
 
         A last use in the future (a clock was set back) is set to ``now``, also on the disk: the
         content ages from now on.
@@ -182,7 +184,7 @@ def _size_of(entry: os.DirEntry[str], algorithm: str) -> int | None:
 def bytes_to_free(
     usage: Usage, need: int, disk_free: int, settings: Storage
 ) -> tuple[int, str] | None:
-    """How many bytes have to go before ``need`` more bytes may be written.
+    """Return how many bytes must be freed before ``need`` more bytes may be written.
 
     Above the high water mark, this is the distance to the low water mark.
 
@@ -193,8 +195,8 @@ def bytes_to_free(
         settings: The quota and its water marks.
 
     Returns:
-        The bytes and the reason, ``quota`` or ``disk``. ``(0, "")`` if nothing has to go. None if
-        ``need`` cannot fit, whatever goes.
+        The bytes and the reason, ``quota`` or ``disk``. ``(0, "")`` if nothing must be freed. None
+        if ``need`` cannot fit, even if all content is evicted.
     """
     high = int(settings.max_size * settings.high_water)
     low = int(settings.max_size * settings.low_water)
@@ -212,11 +214,11 @@ def eviction_order(
     pinned: Collection[Digest],
     references: Mapping[Digest, Collection[Digest]],
 ) -> list[StoredBlob]:
-    """The content that may go, least recently used first.
+    """Return the content that may be evicted, least recently used first.
 
-    Pinned manifests never go, nor does content that one refers to, directly or through an index.
-    At the same recency small content (manifests) goes first: so whole images are left, rather than
-    manifests without layers.
+    Pinned manifests are never evicted, nor is content that one refers to, directly or through an
+    index. At the same recency small content (manifests) is evicted first: so whole images are left,
+    rather than manifests without layers.
     """
     protected: set[Digest] = set()
     queue = list(pinned)
@@ -260,7 +262,7 @@ class Evictor:
         """
         pinned = await self._index.pinned()
         if pinned is None:
-            return False  # The index does not answer, so any manifest may be pinned.
+            return False  # The index cannot be read, so any manifest may be pinned.
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._executor, self._make_room, need, pinned)
@@ -289,7 +291,10 @@ class Evictor:
         return bytes_to_free(self._catalog.refresh(), need, self._disk_free(), self._settings)
 
     def _has_room(self, need: int) -> bool:
-        """Below the high water mark is enough, even if the low one was not reached."""
+        """Return whether usage is below the high water mark, and ``need`` bytes of disk are free.
+
+        That is enough, even if the low water mark was not reached.
+        """
         high = int(self._settings.max_size * self._settings.high_water)
         return self._catalog.refresh().total <= high and self._disk_free() >= need
 
@@ -314,7 +319,7 @@ class Evictor:
             self._emit(Evicted(count, gained, reason))
 
     def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
-        """The parts of each pinned manifest, and of each manifest among those parts."""
+        """Return the parts of each pinned manifest, and of each manifest among those parts."""
         references: dict[Digest, list[Digest]] = {}
         queue = list(pinned)
         while queue:
@@ -326,7 +331,7 @@ class Evictor:
         return references
 
     def _parts(self, digest: Digest) -> tuple[list[Digest], list[Digest]]:
-        """The manifests and the blobs that a manifest refers to."""
+        """Return the manifests and the blobs that a manifest refers to."""
         opened = disk.open_whole(self._layout, digest)
         if opened is None:
             return [], []

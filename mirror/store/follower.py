@@ -1,6 +1,6 @@
 """The followers of one ingest: which bytes they can read, and how they wait for more.
 
-Contains the readers' half of an ingest, the wait for bytes, and the choice of the followers that
+Lives here: the readers' half of an ingest, the wait for bytes, and the choice of the followers that
 are dropped when memory is full. Must not know: upstreams, hashes, how bytes reach the disk.
 """
 
@@ -109,15 +109,18 @@ class ReadableIngest:
         return self.is_verified or self.failure is not None
 
     def follow(self, start: int = 0) -> Follower | None:
-        """A new follower from ``start`` on; None if bytes after ``start`` have left memory."""
+        """Return a new follower from ``start`` on; None if bytes after it have left memory."""
         return Follower(self, start) if self.has_all_from(start) else None
 
     def has_all_from(self, start: int) -> bool:
-        """Whether every byte from ``start`` on can be read, now or later."""
+        """Return whether every byte from ``start`` on can be read, now or later."""
         return self.window is None or self.window.has_all_from(start)
 
     def extent(self, start: int, stop: int) -> Extent:
-        """Bytes from ``start`` (below ``head``) to at most ``stop``. Raises ``ContentLost``."""
+        """Return bytes from ``start`` (below ``head``) to ``stop`` at most.
+
+        Raises ``ContentLost`` if they cannot be read any more.
+        """
         if self.window is not None and start >= self.on_disk:
             return self.window.extent(start, stop)
         if self.lock.fd is None:
@@ -143,9 +146,10 @@ class ReadableIngest:
     async def wait_for_memory(self) -> None:
         """Wait until the window has freed memory; drop slow followers if it takes too long.
 
-        A follower is slow if it still needs the oldest bytes while another one has read all. A
-        dropped follower that asks again before its bytes are gone counts again; a later one gets
-        ``ContentLost``. As long as no follower has read all, nobody is dropped.
+        A follower is slow if it still needs the oldest bytes while another one has read all that
+        have arrived. If no follower has read all, none is dropped. A dropped follower that waits
+        for bytes again is counted again if they are still in memory. Otherwise it gets
+        ``ContentLost``.
         """
         assert self.window is not None
         if not await self.window.wait_until_freed(FOLLOWER_TIMEOUT_S):
@@ -155,17 +159,17 @@ class ReadableIngest:
             self.on_follower_moved()
 
     def when_abandoned(self, give_up: Callable[[], None], *, keep: bool) -> None:
-        """Set what happens when the last follower has left before the end.
+        """Set what to do when the last follower closes before the content is complete.
 
         Args:
-            give_up: Ends the fetch. Called when no follower is left before the end.
-            keep: Finish the fetch without followers, so that the content is stored. Content that
-                is in memory only is given up all the same.
+            give_up: Called then. It ends the fetch.
+            keep: Do not call ``give_up``, and finish the fetch, so that the content is stored. An
+                ingest that continues in memory is given up anyway, because it is not stored.
         """
         self._give_up, self._finishes_unfollowed = give_up, keep
 
     def on_follower_moved(self) -> None:
-        """Free memory that no follower needs, after one has moved on or left."""
+        """Free memory that no follower needs, after one has read further or has closed."""
         if self.window is not None:
             self.window.slide(follower.position for follower in self.followers)
         may_give_up = self.window is not None or not self._finishes_unfollowed
@@ -205,7 +209,7 @@ class Follower:
         return self._ingest.head
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
-        """See :meth:`mirror.store.reader.Reader.wait`."""
+        """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`)."""
         ingest = self._ingest
         if not self._is_open:
             raise ContentLost("this reader is closed")
@@ -226,7 +230,7 @@ class Follower:
             await ingest.waiters.wait(start)
 
     def close(self) -> None:
-        """Stop reading. The fetch goes on. Safe to call twice."""
+        """Stop reading. The fetch continues. Safe to call twice."""
         if not self._is_open:
             return
         self._is_open = False

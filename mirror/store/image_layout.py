@@ -16,7 +16,7 @@ from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.disk import Layout
-from mirror.store.records import MALFORMED, NamedManifest, size_of
+from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
@@ -63,7 +63,7 @@ def write_index_json(layout: Layout, entries: Iterable[NamedManifest]) -> None:
 
 
 def read_index_json(layout: Layout) -> list[NamedManifest]:
-    """The names in ``index.json``. Empty if it is missing, too large or malformed.
+    """Read the names in ``index.json``. Empty if it is missing, too large or malformed.
 
     A single malformed entry is passed over.
     """
@@ -91,7 +91,7 @@ def _parse_entry(entry: Any) -> NamedManifest | None:
             tag=None if "@" in rest else Tag.parse(tag),
             digest=Digest.parse(entry["digest"]),
             media_type=media_type_of(entry["mediaType"]),
-            size=size_of(entry["size"]),
+            size=parse_size_bytes(entry["size"]),
             is_pinned=annotations.get(_PINNED) == "true",
         )
     except MALFORMED:

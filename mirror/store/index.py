@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.orphans import VERIFIED_PREFIX, RowState, digests_of, next_row_state
+from mirror.store.orphans import VERIFIED_PREFIX, RowAction, digests_of, next_row_action
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 _NAMED: Final = "named"
 """Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
-_MEMBERS: Final = "members"
-"""Table of access records and verification times."""
-_ANSWERS: Final = "answers"
-"""Table of negative responses and lists."""
-_TABLES: Final = {_NAMED: None, _MEMBERS: None, _ANSWERS: 64 * 1024 * 1024}
-"""Table -> the bytes that it may take up. None: no bound, because its rows go with the content."""
+_ACCESS: Final = "members"
+"""Table of access records and verification times. On disk it keeps its first name."""
+_RESPONSES: Final = "answers"
+"""Table of negative responses and lists. On disk it keeps its first name."""
+_TABLES: Final = {_NAMED: None, _ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
+"""Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
 _PINS: Final = "pins"
 """Key of the row that lists all pinned digests."""
 
@@ -59,7 +59,7 @@ class Index:
     """
 
     def __init__(self, rows: Rows, emit: Observer, now: Callable[[], float]) -> None:
-        """For :meth:`open`.
+        """Use open tables. Call :meth:`open` instead.
 
         Args:
             rows: The tables. The index closes them.
@@ -97,10 +97,10 @@ class Index:
     # --- tags -----------------------------------------------------------------------------------
 
     async def tag(self, repository: Repository, tag: Tag, variant: str = "") -> TagRecord | None:
-        """The record of a tag, or None.
+        """Return the record of a tag, or None if there is none.
 
         ``variant`` distinguishes clients that do not accept every media type: an upstream may
-        answer them with another manifest.
+        send them another manifest.
         """
         return load_tag(await self._rows.get(_NAMED, f"{repository}:{tag}{variant}"))
 
@@ -145,7 +145,7 @@ class Index:
         return await self._rows.run(write, unwritten)
 
     def _text(self, table: str, key: str) -> str | None:
-        """The text of a row that is about to be replaced. None also for a row that is not text."""
+        """Read the text of a row that will be replaced. None also for a row that is not text."""
         try:
             return self._rows.read(table, key)[0]
         except TypeError:
@@ -157,12 +157,12 @@ class Index:
         return was_written
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
-        """All recorded tags of a repository."""
+        """Return all recorded tags of a repository."""
         records = await self._each_name(lambda row: None if " " in row.key else load_tag(row.text))
         return [record.tag for record in records or () if record.repository == repository]
 
     async def has_tags(self) -> bool | None:
-        """Whether any tag is recorded. None if the database does not answer."""
+        """Return whether any tag is recorded. None if the database fails."""
         after = 0
         while page := await self._rows.page(_NAMED, after):
             if any(load_tag(row.text) is not None for row in page):
@@ -171,9 +171,9 @@ class Index:
         return None if page is None else False
 
     async def manifests(self) -> list[NamedManifest] | None:
-        """All manifests that were pulled by a name of their own: a tag, or their digest.
+        """Return all manifests that were pulled by a name of their own: a tag, or their digest.
 
-        None if the database does not answer.
+        None if the database fails.
         """
         names: list[TagRecord | NamedManifest] | None = await self._each_name(_load_name)
         pins = await self.pinned()
@@ -182,7 +182,7 @@ class Index:
         return await self._rows.run(partial(_join, names, pins), None)
 
     async def _each_name(self, load: Callable[[Row], T | None]) -> list[T] | None:
-        """Apply ``load`` to all names, a page at a time. None if the database does not answer."""
+        """Apply ``load`` to all names, a page at a time. None if the database fails."""
         values: list[T] = []
         after: int | None = 0
         while after is not None:
@@ -205,14 +205,16 @@ class Index:
     async def access_record(
         self, repository: Repository, digest: Digest, kind: str
     ) -> AccessRecord | None:
-        """The record that ``repository`` refers to a digest, or None.
+        """Return the record that ``repository`` refers to a digest, or None if there is none.
 
         Args:
             repository: The repository.
             digest: A digest that it may refer to.
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
-        return load_access_record(await self._rows.get(_MEMBERS, _member(repository, digest, kind)))
+        return load_access_record(
+            await self._rows.get(_ACCESS, _access_key(repository, digest, kind))
+        )
 
     async def put_access_records(
         self, repository: Repository, access_records: Iterable[AccessRecord]
@@ -224,7 +226,7 @@ class Index:
         records = list(access_records)
 
         def write() -> list[AccessRecord] | None:
-            with self._rows.transaction(_MEMBERS):
+            with self._rows.transaction(_ACCESS):
                 return [new for new in records if self._merge(repository, new)]
 
         unwritten: list[AccessRecord] | None = None
@@ -241,9 +243,9 @@ class Index:
 
     def _merge(self, repository: Repository, new: AccessRecord) -> bool:
         """Write one access record. True if it contradicts the earlier one."""
-        key = _member(repository, new.digest, new.kind)
-        earlier = load_access_record(self._text(_MEMBERS, key))
-        self._rows.write(_MEMBERS, key, dump_access_record(merge(earlier, new)))
+        key = _access_key(repository, new.digest, new.kind)
+        earlier = load_access_record(self._text(_ACCESS, key))
+        self._rows.write(_ACCESS, key, dump_access_record(merge(earlier, new)))
         return is_contradiction(earlier, new)
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
@@ -254,7 +256,7 @@ class Index:
             digest: The digest that its upstream has refused.
             kind: ``manifest`` or ``blob``. The record of the other kind stays.
         """
-        await self._rows.drop(_MEMBERS, _member(repository, digest, kind))
+        await self._rows.drop(_ACCESS, _access_key(repository, digest, kind))
         if kind == "manifest":
             await self._rows.drop(_NAMED, f"{repository}@{digest}")
             self.changed = True  # Otherwise a restore from index.json would bring it back.
@@ -262,18 +264,18 @@ class Index:
     # --- verification times, pins -----------------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
-        """When content was last hashed, in seconds since the epoch. None: not recorded."""
-        return _number(await self._rows.get(_MEMBERS, f"{VERIFIED_PREFIX}{digest}"))
+        """Return when content was last hashed, in seconds since the epoch. None: not recorded."""
+        return _number(await self._rows.get(_ACCESS, f"{VERIFIED_PREFIX}{digest}"))
 
     async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
         """Record when content was hashed, in seconds since the epoch."""
         rows = [(f"{VERIFIED_PREFIX}{digest}", repr(at)) for digest, at in entries]
-        await self._rows.put(_MEMBERS, rows)
+        await self._rows.put(_ACCESS, rows)
 
     async def pinned(self) -> set[Digest] | None:
-        """Manifests that are never evicted, nor the content that they refer to.
+        """Return the pinned manifests. They and the content they refer to are never evicted.
 
-        None if the database does not answer: any manifest may be pinned then.
+        None if the database fails: any manifest may be pinned then.
         """
         unknown: set[Digest] | None = None
         return await self._rows.run(lambda: _pins(self._rows.read(_NAMED, _PINS)[0]), unknown)
@@ -296,8 +298,11 @@ class Index:
     # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
-        """The message of a 404 by the upstream, while its time to live lasts."""
-        text = await self._rows.get(_ANSWERS, f"negative {key}") or ""
+        """Return the message of a recorded 404.
+
+        None if none is recorded, or if its time to live is over.
+        """
+        text = await self._rows.get(_RESPONSES, f"negative {key}") or ""
         start, end, message = (*text.split(" ", 2), "", "", "")[:3]
         since, until = _number(start), _number(end)
         # A clock that was set back must not prolong it: now is also compared with the start.
@@ -309,33 +314,33 @@ class Index:
         """Record a 404 of an upstream.
 
         Args:
-            key: The request that the upstream has answered.
+            key: Identifies the request to the upstream.
             message: Its message for clients.
             ttl: Seconds for which the record is valid. Zero: nothing is recorded.
         """
         if ttl > 0:
             now = self._now()
             row = f"negative {key}", f"{now!r} {now + ttl!r} {message}"
-            await self._rows.put(_ANSWERS, [row], ttl)
+            await self._rows.put(_RESPONSES, [row], ttl)
 
     async def cached_list(self, key: str) -> str | None:
-        """A list as it was put, while its time to live lasts."""
-        return await self._rows.get(_ANSWERS, f"list {key}")
+        """Return a list as it was put. None if there is none, or its time to live is over."""
+        return await self._rows.get(_RESPONSES, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
         """Record a list of an upstream.
 
         Args:
-            key: The request that the upstream has answered.
+            key: Identifies the request to the upstream.
             value: The list as text.
             ttl: Seconds for which the record is valid.
         """
-        await self._rows.put(_ANSWERS, [(f"list {key}", value)], ttl)
+        await self._rows.put(_RESPONSES, [(f"list {key}", value)], ttl)
 
     # --- orphaned rows ----------------------------------------------------------------------------
 
     async def drop_orphaned_rows(self, is_on_disk: Callable[[Digest], bool]) -> None:
-        """Check the next page of rows, and delete those whose content is gone for 90 days.
+        """Check the next page of rows, and delete those whose content left the disk 90 days ago.
 
         Repeated calls go through both tables about content, again and again.
         """
@@ -343,15 +348,15 @@ class Index:
         await self._rows.run(lambda: self._check_page(is_on_disk, now), None)
 
     def _check_page(self, is_on_disk: Callable[[Digest], bool], now: float) -> None:
-        def next_state(row: Row) -> RowState:
+        def next_action(row: Row) -> RowAction:
             is_present = row.key == _PINS or any(map(is_on_disk, digests_of(row.key, row.text)))
-            return next_row_state(is_present, _number(row.mark), now)
+            return next_row_action(is_present, _number(row.mark), now)
 
         rows, (table, after) = self._rows, self._next_check
         page = rows.read_page(table, after)
-        following = _MEMBERS if table == _NAMED else _NAMED
+        following = _ACCESS if table == _NAMED else _NAMED
         self._next_check = (table, page[-1].id) if page else (following, 0)
-        due = [row for row in page if next_state(row) is not RowState.KEEP]
+        due = [row for row in page if next_action(row) is not RowAction.KEEP]
         if not due:
             return
         with rows.transaction(table):
@@ -360,21 +365,21 @@ class Index:
                 text, mark = rows.read(table, row.key)
                 if text is None:
                     continue
-                match next_state(replace(row, text=text, mark=mark)):
-                    case RowState.MARK:
+                match next_action(replace(row, text=text, mark=mark)):
+                    case RowAction.MARK:
                         rows.write(table, row.key, text, mark=repr(now))
-                    case RowState.CLEAR:
+                    case RowAction.CLEAR:
                         rows.write(table, row.key, text)
-                    case RowState.DROP:
+                    case RowAction.DROP:
                         rows.delete(table, row.key)
 
 
-def _member(repository: Repository, digest: Digest, kind: str) -> str:
+def _access_key(repository: Repository, digest: Digest, kind: str) -> str:
     return f"{kind} {repository}@{digest}"
 
 
 def _load_name(row: Row) -> TagRecord | NamedManifest | None:
-    """A tag, or a manifest that was pulled by its digest."""
+    """Read a tag, or a manifest that was pulled by its digest."""
     name, _, digest = row.key.partition("@")
     if not digest:
         # A space separates a variant from its tag. A variant is not the manifest of every client.
@@ -388,7 +393,10 @@ def _load_name(row: Row) -> TagRecord | NamedManifest | None:
 
 
 def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[NamedManifest] | None:
-    """Each pulled manifest by its digest, and by each tag that names or named it, newest first."""
+    """Name each pulled manifest by its digest, and by each tag that names or named it.
+
+    The digests of one tag are in order, newest first.
+    """
     pulled = {
         (named.repository, named.digest): replace(named, is_pinned=named.digest in pins)
         for named in names

@@ -13,7 +13,7 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
   the file, and writes the state file beside it (size, bytes written, a heartbeat every second).
 - FOLLOWER: another process holds the lock. This process reads the file as it grows, and hands the
   bytes to its own followers (:mod:`mirror.store.other_process`).
-- DONE: the content is complete and verified. Nobody writes any more.
+- DONE: the content is complete and verified. No process writes any more.
 
 ::
 
@@ -26,7 +26,8 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
     FOLLOWER    the file has its full length, or is published      DONE
     FOLLOWER    the lock is free again: the other process ended    LEADER (it resumes the fetch)
     FOLLOWER    the other process is stopped, or has a new file    LEADER, in memory
-    FOLLOWER    the other process's upstream is unavailable        closed, with a failure
+    FOLLOWER    the other process's fetch fails                    LEADER (once; then closed)
+    FOLLOWER    the file lost bytes that followers already have    closed, with a failure
 
 Why full length means verified. The last batch is hashed before it is written. If the hash is not
 the digest, the batch is never written. A file that is resumed is cut below its full length first.
@@ -49,7 +50,7 @@ How it ends. ``finish`` publishes the content, ``fail`` gives a failure to every
 process, and ``release`` always comes last: it ends this process's hold on the file, as soon as no
 thread and no follower uses it.
 
-This module contains the fetch's half. Followers are in :mod:`mirror.store.follower`, batches in
+Lives here: the fetch's half. Followers are in :mod:`mirror.store.follower`, batches in
 :mod:`mirror.store.ingest_writer`. Must not know: upstreams, HTTP, who decides to fetch.
 """
 
@@ -134,7 +135,7 @@ class Ingest(ReadableIngest):
             written=self.on_disk,
             holder=self._holder,
             resumed_from=self.lock.resumed_from,
-            room=self._reserved,
+            reserved=self._reserved,
         )
 
     async def declare(self, size: int | None) -> None:
@@ -223,7 +224,7 @@ class Ingest(ReadableIngest):
         await self._writer.write_last()
         if self.window is None:
             await self.lock.publish(self._started_at)
-        await self.lock.settled()
+        await self.lock.wait_for_threads()
 
     async def fail(self, error: MirrorError) -> None:
         """End with a failure for all followers, in all processes.
@@ -242,7 +243,7 @@ class Ingest(ReadableIngest):
             await self._writer.wait_until_written()
             if self.lock.is_locked and self.window is None:
                 await self._leave_file(error)
-            await self.lock.settled()
+            await self.lock.wait_for_threads()
         finally:
             wake.cancel()
             self.wake_followers()

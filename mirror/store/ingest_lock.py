@@ -1,7 +1,7 @@
 """The lock of one ingest: says which process fetches, and what it may keep of an earlier fetch.
 
-Contains the lock on the ingest file, the decision about bytes that were left there, the heartbeat,
-publishing and removing. Must not know: followers, memory, hashes in progress.
+Lives here: the lock on the ingest file, the decision about bytes that were left there, the
+heartbeat, publishing and removing. Must not know: followers, memory, hashes in progress.
 
 The lock is a ``flock``. The kernel releases it when its holder dies, so a crash hands the content
 over to another process. A stopped holder keeps it. Other processes see then that its heartbeat is
@@ -35,7 +35,10 @@ HEARTBEAT_S: Final = 1.0
 """Seconds between two heartbeats: seldom enough to cost nothing, and ten fit into the 10 s after
 which other processes do not wait any longer."""
 _RECENT_DEATH_S: Final = 3 * HEARTBEAT_S
-"""Seconds since the last heartbeat in which the holder died a moment ago: two may be late."""
+"""A holder whose last heartbeat is at most this many seconds old counts as one that has just died.
+
+Three heartbeats, because two may be late.
+"""
 _MAX_LOCK_ATTEMPTS: Final = 1000
 """Files that may be unlinked between opening and locking, one after the other.
 
@@ -55,7 +58,7 @@ class Role(Enum):
     FOLLOWER = auto()
     """Another process holds the lock, and fetches."""
     DONE = auto()
-    """The content is complete. Nobody fetches."""
+    """The content is complete. No process fetches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class IngestContext:
     emit: Observer
     make_room: Callable[[int], Awaitable[bool]]
     """Evicts content until the given number of bytes fits. Returns False if it cannot fit."""
-    published: Callable[[Digest], Awaitable[None]]
+    on_published: Callable[[Digest], Awaitable[None]]
     """Called after content was published. Records that it was verified just now."""
     now: Callable[[], float]
     """Seconds since the epoch."""
@@ -153,7 +156,7 @@ class IngestLock:
         if not self._jobs:
             self._when_idle()
 
-    async def settled(self) -> None:
+    async def wait_for_threads(self) -> None:
         """Wait until no thread uses the file."""
         while self._jobs:
             await asyncio.wait(self._jobs)
@@ -204,7 +207,7 @@ class IngestLock:
     def _try_acquire(self, expected_size: int | None, served: int) -> Role:
         if self._must_replace:
             self._unlink()
-            self._close_in_thread()
+            self._close_blocking()
         for _ in range(_MAX_LOCK_ATTEMPTS):
             if self.fd is None:
                 self.fd = disk.open_ingest(self._layout, self._digest)
@@ -220,13 +223,13 @@ class IngestLock:
                 return Role.DONE
             if self._has_followed:
                 raise FileNotFoundError(errno.ENOENT, "the ingest file was removed")
-            self._close_in_thread()
+            self._close_blocking()
         else:
             raise FileExistsError(errno.EEXIST, "the ingest file is replaced again and again")
         published = self._open_published() if not self._has_followed else None
         if published is not None:
             self._unlink()
-            self._close_in_thread()
+            self._close_blocking()
             self.fd = published
             return Role.DONE
         self.is_locked = True
@@ -318,7 +321,7 @@ class IngestLock:
         self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
     def stop_heartbeat(self) -> None:
-        """Start no further heartbeat. One that a thread is writing goes on."""
+        """Start no further heartbeat. A thread that is writing one finishes it."""
         if self._heartbeat is not None:
             self._heartbeat.cancel()
             self._heartbeat = None
@@ -334,7 +337,7 @@ class IngestLock:
             started_at: When the ingest started, on the monotonic clock; for its duration.
         """
         self.stop_heartbeat()
-        await self.settled()
+        await self.wait_for_threads()
         digest, now = self._digest, self._context.now()
         try:
             fd, size = self._require_open(), self.length
@@ -344,11 +347,11 @@ class IngestLock:
         except OSError as error:
             self._context.emit(Uncached(str(digest), disk.reason_of(error)))
             return
-        await self._context.published(digest)
+        await self._context.on_published(digest)
         self._context.emit(Published(str(digest), size, time.monotonic() - started_at))
 
     def remove_file(self, *, keep_state: bool = False) -> None:
-        """Unlink the file if the lock is ours, so that nobody resumes it. Runs in a thread.
+        """Unlink the file if the lock is ours, so that no process resumes it. Runs in a thread.
 
         Open descriptors stay readable, here and in other processes.
 
@@ -366,10 +369,11 @@ class IngestLock:
             disk.drop_state(self._layout, self._digest)
         disk.drop_ingest(self._layout, self._digest, self._require_open())
 
-    async def downgrade_to_shared(self) -> None:
-        """Wait until another process has published the content, and protect it from eviction.
+    async def acquire_shared_when_published(self) -> None:
+        """Wait until the other process has released its exclusive lock, and take a shared one.
 
-        Gives up after a minute, or at once if the file was unlinked. Readers keep their descriptor.
+        A shared lock protects the content from eviction. Gives up after a minute, or at once if the
+        file was unlinked. Readers keep their descriptor.
         """
         for _ in range(_MAX_SHARE_ATTEMPTS):
             if self.fd is None or os.fstat(self.fd).st_nlink == 0:
@@ -382,7 +386,7 @@ class IngestLock:
                 return
 
     def release(self, *, keep_open: bool = False) -> None:
-        """Unlock the file, so that another process may go on, and close it. Safe to call twice.
+        """Unlock the file, so that another process may fetch, and close it. Safe to call twice.
 
         Args:
             keep_open: Leave the file open for followers in this process. A published file keeps a
@@ -398,7 +402,7 @@ class IngestLock:
             fd, self.fd, self._has_followed = self.fd, None, False
             disk.close(fd, self._context.io)
 
-    def _close_in_thread(self) -> None:
+    def _close_blocking(self) -> None:
         fd, self.fd = self._require_open(), None
         self._must_replace = self._has_followed = False
         os.close(fd)

@@ -1,6 +1,6 @@
 """The writer of one ingest: hashes its bytes and writes them to disk, one batch at a time.
 
-Contains the queue of chunks, the batches, and the blocking calls that a thread runs for each.
+Lives here: the queue of chunks, the batches, and the blocking calls that a thread runs for each.
 Must not know: upstreams, followers' positions, who holds the lock.
 """
 
@@ -38,7 +38,7 @@ class IngestWriter:
 
     def __init__(self, ingest: ReadableIngest) -> None:
         self.error: MirrorError | None = None
-        """Why no further byte can be taken; None as long as all is well."""
+        """The failure after which no further byte is taken; None if there was none."""
         self._ingest = ingest
         self._verifier = Verifier(ingest.digest)
         self._pending: list[bytes] = []
@@ -236,7 +236,7 @@ def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
 
 
 def bytes_after(batch: list[bytes], count: int) -> list[bytes]:
-    """The chunks of ``batch`` without its first ``count`` bytes."""
+    """Return the chunks of ``batch`` without its first ``count`` bytes."""
     remaining = []
     for chunk in batch:
         if count < len(chunk):

@@ -3,8 +3,9 @@
 Lives here: the pure decision about one row, and which content a row is about. Must not know: where
 rows are kept, or how the caller finds out which content is on disk.
 
-A row about content on disk never goes, whatever the clock does. A mirror without a network could
-not ask again what it knows of that content: its tags, and which repository may read it.
+A row about content that is on disk is never deleted, whatever the clock does. A mirror without a
+network could not ask the upstream again for the tags of the content, nor for the repositories that
+may read it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ VERIFIED_PREFIX: Final = "verified "
 """Prefix of the keys of verification times. The digest follows."""
 
 
-class RowState(Enum):
-    """The change that is due for a row."""
+class RowAction(Enum):
+    """The change to make to a row."""
 
     KEEP = auto()
-    """None."""
+    """Change nothing."""
     MARK = auto()
     """Record that its content is missing from now on."""
     CLEAR = auto()
@@ -36,26 +37,26 @@ class RowState(Enum):
     """Delete the row."""
 
 
-def next_row_state(is_present: bool, missing_since: float | None, now: float) -> RowState:
+def next_row_action(is_present: bool, missing_since: float | None, now: float) -> RowAction:
     """Decide about one row.
 
     Args:
         is_present: Whether content of the row is on the disk.
         missing_since: When it was first found missing, in seconds since the epoch. None: it was
-            present at the last look.
+            present at the last check.
         now: The current time, in seconds since the epoch.
     """
     if is_present:
-        return RowState.KEEP if missing_since is None else RowState.CLEAR
+        return RowAction.KEEP if missing_since is None else RowAction.CLEAR
     if missing_since is None or missing_since > now:  # The clock was set back: count from now.
-        return RowState.MARK
-    return RowState.DROP if now - missing_since > ORPHAN_ROW_TTL_S else RowState.KEEP
+        return RowAction.MARK
+    return RowAction.DROP if now - missing_since > ORPHAN_ROW_TTL_S else RowAction.KEEP
 
 
 def digests_of(key: str, text: str) -> frozenset[Digest]:
-    """The content that a row is about. Any of it keeps the row. Empty for a malformed row.
+    """Return the content that a row is about. Any of it keeps the row.
 
-    A tag's record is also about the earlier digests of the tag.
+    A tag's record is also about the earlier digests of the tag. Empty for a malformed row.
     """
     if key.startswith(VERIFIED_PREFIX):
         try:

@@ -1,7 +1,7 @@
 """Following an ingest that another process fetches, by its file and its state file.
 
-Contains the loop that reads how far the other process is, and decides when this process takes over.
-Must not know: this process's followers, upstreams.
+Lives here: the loop that reads how far the other process is, and decides when this process takes
+over. Must not know: this process's followers, upstreams.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ STALLED_S: Final = 10.0
 Ten heartbeats: a loaded machine may miss some of them.
 """
 _FIRST_POLL_S: Final = 0.002
-"""Seconds from the first look at the file to the second: small content is complete by then."""
+"""Seconds from the first poll of the file to the second: small content is complete by then."""
 _POLL_S: Final = 0.01
-"""Seconds between two looks while bytes arrive: the delay that a follower here has at most."""
+"""Seconds between two polls while bytes arrive: the delay that a follower here has at most."""
 _MAX_POLL_S: Final = 4 * _POLL_S
-"""Seconds between two looks while none arrive. Each look costs a few system calls."""
+"""Seconds at most between two polls while none arrive. Each poll costs a few system calls."""
 _POLLS_PER_LOCK: Final = 5
-"""Looks per attempt to take the lock, which is what finds a dead process (0.05 to 0.2 s)."""
-_SHARED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
-"""OCI codes of failures that this process would meet as well."""
+"""Polls between two attempts to take the lock. Only such an attempt notices that the other process
+died (after 0.05 to 0.2 s)."""
+_REPORTED_FAILURES: Final = frozenset({"UNAVAILABLE", "TOOMANYREQUESTS"})
+"""OCI codes of failures that end following: the upstream, the bytes or the disk of the other
+process failed. The caller then tries once to fetch by itself."""
 
 
 async def follow_other_process(ingest: Ingest) -> None:
@@ -41,7 +43,7 @@ async def follow_other_process(ingest: Ingest) -> None:
     ``try_lead`` next.
 
     Raises:
-        UpstreamUnavailable: The other process's upstream failed, or limits the rate.
+        UpstreamUnavailable: The other process's fetch has failed (see :meth:`LeaderState.refresh`).
         ContentLost: The file no longer continues what followers here already have.
     """
     leader = LeaderState(ingest.context.layout, ingest.digest)
@@ -50,7 +52,7 @@ async def follow_other_process(ingest: Ingest) -> None:
         has_grown = _read_progress(ingest, leader)
         ingest.wake_followers()
         if ingest.is_verified:
-            return await ingest.lock.downgrade_to_shared()
+            return await ingest.lock.acquire_shared_when_published()
         if not ingest.lock.is_path_ours and not ingest.lock.is_published:
             if not ingest.on_disk:
                 # The fetch ended before its first byte. Start with a new file.
@@ -119,9 +121,10 @@ class LeaderState:
             has_grown: The file is longer than that.
 
         Raises:
-            UpstreamUnavailable: The fetch has failed in a way that would meet this process, too.
-            ContentLost: A new leader continues from before ``served``. Its bytes need not fit to
-                those that followers have.
+            UpstreamUnavailable: The other process's fetch has failed, with a code in
+                ``_REPORTED_FAILURES``.
+            ContentLost: A new leader continues from before ``served``. Its bytes may differ
+                from those that followers already have.
         """
         if has_grown:
             self._last_sign_at = time.monotonic()
@@ -134,9 +137,11 @@ class LeaderState:
         previous, self.state = self.state, record[0]
         self._stamp, self._last_sign_at = stamp, time.monotonic()
         if previous is None:
-            return  # an error that was recorded before we began to watch
+            # First read: an error in it was recorded before we began to follow, and there is no
+            # earlier holder to compare.
+            return
         # A 401, 403 or 404 of the other process applies to its repository only. Ask for our own.
-        if self.state.error is not None and self.state.error[0] in _SHARED_FAILURES:
+        if self.state.error is not None and self.state.error[0] in _REPORTED_FAILURES:
             raise UpstreamUnavailable(self.state.error[1])
         if previous.holder != self.state.holder and self.state.resumed_from < served:
             raise ContentLost("another process restarted the ingest before the bytes served here")

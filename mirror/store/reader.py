@@ -2,7 +2,9 @@
 
 Cached content, content that is being verified again and content that is being fetched are read the
 same way: wait until the wanted bytes are there, then send them. For a hit, nothing is waited for.
-Must not know: where the bytes come from.
+
+Lives here: that protocol, the extents that it returns, and reading small content into memory. Must
+not know: where the bytes come from.
 """
 
 from __future__ import annotations

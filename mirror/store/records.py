@@ -101,7 +101,7 @@ def confirm(
     now: float,
     keep: Digest | None = None,
 ) -> TagRecord:
-    """The record of a tag after the upstream has resolved it.
+    """Return the record of a tag after the upstream has resolved it.
 
     Args:
         record: The earlier record, or None.
@@ -129,7 +129,7 @@ def confirm(
 
 
 def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
-    """The content that a repository refers to because it has the manifest ``root``."""
+    """Return records of the content that a repository refers to as it has manifest ``root``."""
     return [
         AccessRecord(
             digest=part.digest,
@@ -145,16 +145,20 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
 
 
 def _media_type_of(part: Descriptor, kind: str) -> str:
-    """The media type of a part. Empty if it was not stated: no manifest is an octet stream."""
+    """Return the media type of a part.
+
+    Empty for a manifest that is listed as an octet stream: no manifest is one, so the type was not
+    stated.
+    """
     return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 
 def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
-    """The record of a digest, as one kind, after a new statement about it.
+    """Return the access record after a further statement about the same digest and kind.
 
-    The author of a manifest may state anything of the content that it refers to. A reference is a
-    reason to believe that the repository has the content. It never overrules the media type and
-    the size that the upstream itself has stated.
+    The upstream's media type and size take precedence over those that a manifest states: anybody
+    who may push can write anything into a manifest. Two manifests that disagree give an unknown
+    type or size. Access by a reference does not expire, also after the upstream has granted it.
     """
     if earlier is None:
         return new
@@ -171,7 +175,7 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
 
 
 def is_contradiction(earlier: AccessRecord | None, new: AccessRecord) -> bool:
-    """True if an index states another media type for a manifest than an earlier or later source."""
+    """Return True if an index states another media type for a manifest than another source."""
     if (
         earlier is None
         or new.kind != "manifest"
@@ -198,7 +202,7 @@ def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
 
 
 def repository_of(name: str) -> Repository | None:
-    """The repository of ``str(repository)``. The host of an upstream has no slash."""
+    """Parse the text that ``str()`` of a :class:`Repository` gives. None if it is malformed."""
     upstream, _, path = name.partition("/")
     try:
         return Repository.parse(upstream, path)
@@ -210,7 +214,7 @@ def repository_of(name: str) -> Repository | None:
 
 
 def dump_tag(record: TagRecord) -> str:
-    """The JSON of a tag record."""
+    """Return the JSON of a tag record. On disk, the field ``ledger`` keeps its first name."""
     return json.dumps(
         {
             "upstream": record.repository.upstream,
@@ -225,7 +229,7 @@ def dump_tag(record: TagRecord) -> str:
 
 
 def load_tag(text: object) -> TagRecord | None:
-    """The tag record of a JSON text. None if it is malformed."""
+    """Return the tag record of a JSON text. None if it is malformed."""
     try:
         raw = _document(text)
         return TagRecord(
@@ -244,7 +248,10 @@ def load_tag(text: object) -> TagRecord | None:
 
 
 def dump_access_record(access_record: AccessRecord) -> str:
-    """The JSON of an access record."""
+    """Return the JSON of an access record.
+
+    On disk, ``via`` (the referrer) and ``until`` (``expires_at``) keep their first names.
+    """
     return json.dumps(
         {
             "digest": str(access_record.digest),
@@ -258,7 +265,7 @@ def dump_access_record(access_record: AccessRecord) -> str:
 
 
 def load_access_record(text: object) -> AccessRecord | None:
-    """The access record of a JSON text. None if it is malformed."""
+    """Return the access record of a JSON text. None if it is malformed."""
     try:
         raw = _document(text)
         if raw["kind"] not in ("manifest", "blob") or not isinstance(raw["type"], str):
@@ -267,7 +274,7 @@ def load_access_record(text: object) -> AccessRecord | None:
             digest=Digest.parse(raw["digest"]),
             kind=raw["kind"],
             media_type=raw["type"],
-            size=None if raw["size"] is None else size_of(raw["size"]),
+            size=None if raw["size"] is None else parse_size_bytes(raw["size"]),
             referrer=None if raw["via"] is None else Digest.parse(raw["via"]),
             expires_at=None if raw["until"] is None else _time(raw["until"]),
         )
@@ -282,8 +289,8 @@ def _time(value: Any) -> float:
     return float(value)
 
 
-def size_of(value: object) -> int:
-    """A count of bytes in JSON. Raises ``ValueError`` for any other value."""
+def parse_size_bytes(value: object) -> int:
+    """Return ``value`` if it is a non-negative integer. Raises ``ValueError`` otherwise."""
     if type(value) is not int or value < 0:
         raise ValueError("not a count of bytes")
     return value

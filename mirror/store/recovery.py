@@ -46,7 +46,7 @@ def recover(layout: Layout, now: float, boot: str) -> str | None:
         remove_leftovers(layout, now, boot)
         disk.trim_quarantine(layout, disk.MAX_QUARANTINED_FILES)
         for path in directories:
-            # The kernel's answer covers read-only mounts as well, and leaves no file.
+            # The kernel also checks for read-only mounts here, and no file is left.
             if not os.access(path, os.W_OK | os.X_OK):
                 return f"{path}: not writable"
     except OSError as error:

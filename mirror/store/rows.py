@@ -32,7 +32,7 @@ from mirror.observability.events import LogMessage, Observer
 
 T = TypeVar("T")
 
-STEP: Final = 200
+PAGE_ROWS: Final = 200
 """Rows in one page: reading them takes 1 ms, for which other operations wait."""
 _BUSY_TIMEOUT_S: Final = 2.0
 """Seconds to wait for a write by another process. Those take milliseconds on a healthy disk."""
@@ -119,7 +119,7 @@ class Rows:
     """
 
     def __init__(self, path: Path, tables: Mapping[str, int | None], emit: Observer) -> None:
-        """Nothing is opened yet.
+        """Start without an open database: the first operation opens it.
 
         Args:
             path: The directory of the databases.
@@ -156,12 +156,15 @@ class Rows:
             self._warn(error, "the index did not answer")
             return otherwise
         if self._degraded is not None:
-            self._warn(self._degraded, "the index cannot be written: a copy is used until the end")
+            message = (
+                "the index cannot be written: a temporary copy is used until this process ends"
+            )
+            self._warn(self._degraded, message)
             self._degraded = None
         return result
 
     async def get(self, table: str, key: str) -> str | None:
-        """The text of a row. None if it is missing, or if the database does not answer."""
+        """Return the text of a row. None if it is missing, or if the database fails."""
         return await self.run(lambda: self.read(table, key)[0], None)
 
     async def put(
@@ -188,18 +191,18 @@ class Rows:
         await self.run(lambda: self.delete(table, key), None)
 
     async def page(self, table: str, after: int) -> list[Row] | None:
-        """See :meth:`read_page`. None if the database does not answer."""
+        """Run :meth:`read_page` in the thread. None if the database fails."""
         unanswered: list[Row] | None = None
         return await self.run(lambda: self.read_page(table, after), unanswered)
 
     # --- blocking methods, for ``work`` in the thread ---------------------------------------------
 
     def transaction(self, table: str) -> Any:
-        """A context in which no other process writes: reads and writes in it are atomic."""
+        """Return a context in which no other process writes: reads and writes in it are atomic."""
         return self._tables[table].transact()
 
     def read(self, table: str, key: str) -> tuple[str | None, str | None]:
-        """(text, mark) of a row. Raises ``TypeError`` if the row is not text."""
+        """Return (text, mark) of a row. Raises ``TypeError`` if the row is not text."""
         text, mark = self._tables[table].get(key, tag=True)
         return text, mark if isinstance(mark, str) else None
 
@@ -222,7 +225,7 @@ class Rows:
         self._tables[table].delete(key)
 
     def read_page(self, table: str, after: int) -> list[Row]:
-        """The next rows after row id ``after``, at most :data:`STEP`.
+        """Return the next rows after row id ``after``, at most :data:`PAGE_ROWS`.
 
         Rows that are not text are passed over.
         """
@@ -230,7 +233,7 @@ class Rows:
             "SELECT rowid, key, value, tag FROM Cache WHERE rowid > ? AND raw = 1 AND mode = ?"
             " AND typeof(key) = 'text' AND typeof(value) = 'text' ORDER BY rowid LIMIT ?"
         )
-        rows = self._tables[table]._sql(select, (after, _RAW, STEP)).fetchall()
+        rows = self._tables[table]._sql(select, (after, _RAW, PAGE_ROWS)).fetchall()
         return [
             Row(number, key, text, mark if isinstance(mark, str) else None)
             for number, key, text, mark in rows
@@ -306,7 +309,7 @@ class Rows:
         return table
 
     def _is_refused(self, error: Exception) -> bool:
-        """Whether the disk refuses writes, but can be read."""
+        """Return whether the disk refuses writes, but can be read."""
         if isinstance(error, sqlite3.Error):
             match _code(error):
                 case sqlite3.SQLITE_CANTOPEN:
@@ -322,7 +325,7 @@ class Rows:
         return os.access(path, os.W_OK)
 
     def _is_damaged(self, error: Exception) -> bool:
-        """Whether the database is damaged. Not for temporary failures: busy, few descriptors."""
+        """Return whether the database is damaged: False if it is busy, or descriptors are few."""
         if isinstance(error, sqlite3.Error):
             if _code(error) == sqlite3.SQLITE_CANTOPEN:
                 return not self._is_out_of_descriptors()
@@ -355,5 +358,5 @@ class Rows:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """SQLite's primary result code. Zero for an error that we raised ourselves."""
+    """Return SQLite's primary result code. Zero for an error that we raised ourselves."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -56,7 +56,7 @@ class Store:
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
-        """For :meth:`open`.
+        """Compose the parts of a store. Call :meth:`open` instead.
 
         Args:
             layout: A data directory that was recovered.
@@ -85,20 +85,20 @@ class Store:
             reverify=settings.reverify,
             opening=self._opening,
             hashing=self._hashing,
-            emit=self._update_readiness,
+            emit=self._observe,
             now=now,
         )
         self.catalog = Catalog(layout)
         self.evictor = Evictor(
-            layout, self.catalog, settings, index, self._opening, self._update_readiness, now
+            layout, self.catalog, settings, index, self._opening, self._observe, now
         )
         self._ingest_context = IngestContext(
             layout=layout,
             io=self._writing,
             publishing=self._publishing,
-            emit=self._update_readiness,
+            emit=self._observe,
             make_room=self.evictor.make_room,
-            published=self.blobs.on_published,
+            on_published=self.blobs.on_published,
             now=now,
             boot=disk.boot_id(),
         )
@@ -110,7 +110,7 @@ class Store:
         """Recover a data directory from any crash, and open it.
 
         Never raises for a disk that refuses: the store then serves the content that it has, and
-        :attr:`unwritable` says why it stores nothing.
+        :attr:`unwritable_reason` says why it stores nothing.
 
         Args:
             data_dir: Its path. It is created if it is missing.
@@ -129,8 +129,11 @@ class Store:
         store._is_restored = bool(await index.has_tags()) or await store._restore_index()
         return store
 
-    def _update_readiness(self, event: Event) -> None:
-        """Report a disk that refuses as not writable, until content is published again."""
+    def _observe(self, event: Event) -> None:
+        """Note what an event says about the disk and the index, and pass it on.
+
+        A disk that refuses counts as not writable until content is published again.
+        """
         if isinstance(event, Uncached) and event.reason in ("readonly", "io"):
             self._unwritable = f"content could not be stored ({event.reason})"
         elif isinstance(event, Published):
@@ -152,7 +155,7 @@ class Store:
         if self.active_ingests.get(ingest.digest) is ingest:
             del self.active_ingests[ingest.digest]
 
-    async def settled(self) -> None:
+    async def wait_until_published(self) -> None:
         """Wait until all verified content is published, or has failed to be."""
         while verified := [ingest for ingest in self.active_ingests.values() if ingest.is_verified]:
             await verified[0].released.wait()
@@ -166,8 +169,8 @@ class Store:
     # --- housekeeping -------------------------------------------------------------------------
 
     @property
-    def unwritable(self) -> str | None:
-        """Why nothing can be stored, or None."""
+    def unwritable_reason(self) -> str | None:
+        """The reason why nothing can be stored, or None."""
         return self._unwritable
 
     async def measure(self) -> None:
@@ -199,7 +202,7 @@ class Store:
     async def close(self) -> None:
         """Save verification times and ``index.json``, close the index, and end the threads.
 
-        All ingests have ended before (:meth:`settled`). Work that was submitted is finished.
+        Call it after all fetches have ended. Work that was submitted to a thread is finished.
         """
         await self.blobs.flush()
         await self.save_image_layout()

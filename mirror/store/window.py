@@ -1,6 +1,6 @@
 """The bytes of an ingest that are in memory only, in a window that slides with its followers.
 
-Contains memory that is bounded by the position of the slowest follower. Must not know: files,
+Lives here: memory that is bounded by the position of the slowest follower. Must not know: files,
 hashes.
 """
 
@@ -40,11 +40,11 @@ class Window:
                 self.stop += len(chunk)
 
     def has_all_from(self, position: int) -> bool:
-        """Whether a follower at ``position`` finds every byte, here or on the disk before."""
+        """Return whether a follower at ``position`` finds every byte, in memory or on disk."""
         return self.start == self.origin or position >= self.start
 
     def extent(self, start: int, stop: int) -> MemoryExtent:
-        """Bytes from ``start`` to at most ``stop``, without a copy.
+        """Return the bytes from ``start`` to at most ``stop``, without a copy.
 
         Raises ``ContentLost`` if they have left memory, or have not arrived.
         """

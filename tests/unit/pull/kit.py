@@ -321,8 +321,8 @@ async def manifest(
 ) -> tuple[Digest, Outcome]:
     """Request a manifest. Returns its digest and the outcome."""
     pull = a_pull()
-    answer = await kit.service.manifest(repository, reference, (), pull, head=head)
-    return answer.digest, pull.outcome
+    result = await kit.service.manifest(repository, reference, (), pull, head=head)
+    return result.digest, pull.outcome
 
 
 async def blob(
@@ -330,12 +330,12 @@ async def blob(
 ) -> tuple[bytes, Outcome]:
     """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
-    answer = await kit.service.blob(repository, digest, pull, head=False)
-    assert answer.reader
+    result = await kit.service.blob(repository, digest, pull, head=False)
+    assert result.reader
     try:
-        return await read(answer.reader), pull.outcome
+        return await read(result.reader), pull.outcome
     finally:
-        answer.reader.close()
+        result.reader.close()
 
 
 class Cancelled(Awaitable[bool]):

@@ -56,8 +56,8 @@ async def granted(kit: PullKit, data: bytes = LAYER) -> Digest:
 
 async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
     pull = a_pull()
-    answer = await kit.service.blob(REPO, digest, pull, head=True)
-    return answer.size, pull.outcome
+    result = await kit.service.blob(REPO, digest, pull, head=True)
+    return result.size, pull.outcome
 
 
 # --- access by repository -----------------------------------------------------------------------
@@ -257,7 +257,7 @@ async def test_expired_access_is_served_stale_when_the_upstream_hangs(
 
 
 @pytest.mark.row("K1-wrong-clock")
-async def test_pull_policy_never_serves_expired_access_and_nothing_else(tmp_path: Path) -> None:
+async def test_expired_access_is_served_with_policy_never(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = await granted(kit)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
@@ -291,7 +291,7 @@ async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path
         assert await manifest(kit, digest, OTHER) == (digest, Outcome.HIT)
 
 
-# --- negative answers ---------------------------------------------------------------------------
+# --- negative responses ---------------------------------------------------------------------------
 
 
 async def test_404_is_remembered_and_401_403_and_failures_are_not(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class FetchEnv:
     registry: Recording
     ingest: Ingest
     source: ContentSource
-    answered: list[ContentStream] = field(default_factory=list)
+    granted: list[ContentStream] = field(default_factory=list)
     suspects: list[str] = field(default_factory=list)
 
     refusals: list[tuple[Repository, MirrorError]] = field(default_factory=list)
@@ -81,7 +81,7 @@ class FetchEnv:
         await fetch.run()
 
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
-        self.answered.append(stream)
+        self.granted.append(stream)
 
     async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
         self.refusals.append((source.request.repository, error))
@@ -148,7 +148,7 @@ async def test_content_is_fetched_verified_and_published(fetch_env: FetchEnv) ->
     assert await fetch_env.body() == DATA
     assert fetch_env.registry.offsets == [0]
     assert fetch_env.kit.layout.blob(DIGEST).read_bytes() == DATA
-    assert len(fetch_env.answered) == 1
+    assert len(fetch_env.granted) == 1
     assert fetch_env.ingest.released.is_set()
 
 
@@ -183,7 +183,7 @@ async def test_broken_transfer_is_resumed_at_its_offset(fetch_env: FetchEnv) -> 
         (100_000, False),
         (250_000, False),
     ]
-    assert len(fetch_env.answered) == 1, "the first response is the proof"
+    assert len(fetch_env.granted) == 1, "the first response is the proof"
 
 
 async def test_full_response_to_a_resume_is_skipped_up_to_the_offset(fetch_env: FetchEnv) -> None:
@@ -274,7 +274,7 @@ async def test_failure_before_the_first_response_is_final(
     with pytest.raises(type(error), match=error.message):
         await fetch_env.body()
     assert len(fetch_env.registry.asked) == 1
-    assert not fetch_env.answered
+    assert not fetch_env.granted
     assert not list(fetch_env.kit.layout.ingest(DIGEST).parent.iterdir()), (
         "nothing to resume is left"
     )
@@ -339,7 +339,7 @@ async def test_fetch_of_another_process_is_followed_without_a_request(fetch_env:
         other.release()
     assert reading.result() == DATA
     assert not fetch_env.registry.asked
-    assert not fetch_env.answered
+    assert not fetch_env.granted
 
 
 @pytest.mark.row("C7-sigkill-of-the-fetcher")
@@ -358,7 +358,7 @@ async def test_fetch_of_a_process_that_ended_is_resumed_by_this_one(fetch_env: F
     follower.close()
     assert reading.result() == DATA
     assert fetch_env.registry.offsets == [100_000]
-    assert len(fetch_env.answered) == 1
+    assert len(fetch_env.granted) == 1
 
 
 # --- cancellation -------------------------------------------------------------------------------

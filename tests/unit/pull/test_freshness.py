@@ -30,8 +30,8 @@ from mirror.pull.freshness import (
     Stale,
     after_failure,
     confirm_timeout,
-    decide,
     decide_access,
+    decide_by_age,
     decide_tag,
 )
 from mirror.store.records import AccessRecord, PreviousDigest, TagRecord
@@ -57,22 +57,22 @@ def upstream(**changes: object) -> Upstream:
         ("Never", 0, None, Refuse()),
     ],
 )
-def test_decide_by_pull_policy_ttl_and_age(
+def test_decide_by_age_follows_pull_policy_and_ttl(
     policy: str, ttl: float, age: float | None, expected: object
 ) -> None:
     now = 2_000_000_000.0
     confirmed = None if age is None else now - age
-    assert decide(confirmed, upstream(pull_policy=policy, tag_ttl=ttl), now) == expected
+    assert decide_by_age(confirmed, upstream(pull_policy=policy, tag_ttl=ttl), now) == expected
 
 
 @pytest.mark.row("K1-wrong-clock")
 def test_confirmation_in_the_future_is_not_fresh() -> None:
-    assert decide(1000.0, upstream(), 999.0) == Ask()
+    assert decide_by_age(1000.0, upstream(), 999.0) == Ask()
 
 
 @given(st.floats(0, 4e9), st.floats(0, 4e9), st.floats(0, 1e9))
 def test_fresh_means_younger_than_tag_ttl(confirmed: float, now: float, ttl: float) -> None:
-    fresh = decide(confirmed, upstream(tag_ttl=ttl), now) == Fresh()
+    fresh = decide_by_age(confirmed, upstream(tag_ttl=ttl), now) == Fresh()
     assert fresh == (0 <= now - confirmed < ttl)
 
 
@@ -86,8 +86,8 @@ MOVED = TagRecord(
 @pytest.mark.parametrize("policy", ["Always", "IfNotPresent", "Never"])
 def test_earlier_digest_of_a_tag_is_never_fresh(policy: str, serve_stale: bool) -> None:
     settings = upstream(pull_policy=policy, tag_ttl=math.inf, serve_stale=serve_stale)
-    assert decide_tag(MOVED, NEW, settings, 2e9) == decide(2e9, settings, 2e9)
-    nothing = decide(None, settings, 2e9)
+    assert decide_tag(MOVED, NEW, settings, 2e9) == decide_by_age(2e9, settings, 2e9)
+    nothing = decide_by_age(None, settings, 2e9)
     assert decide_tag(MOVED, None, settings, 2e9) == nothing
     assert decide_tag(None, None, settings, 2e9) == nothing
     before = decide_tag(MOVED, OLD, settings, 2e9)

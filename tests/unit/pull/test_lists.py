@@ -31,8 +31,8 @@ async def tags(
     kit: PullKit, count: int | None = None, last: str | None = None
 ) -> tuple[tuple[str, ...], bool, Outcome]:
     pull = a_pull()
-    answer = await kit.service.tags(REPO, count, last, pull)
-    return answer.tags, answer.has_more, pull.outcome
+    result = await kit.service.tags(REPO, count, last, pull)
+    return result.tags, result.has_more, pull.outcome
 
 
 async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ async def test_damaged_list_row_is_a_miss(tmp_path: Path) -> None:
         assert await tags(kit) == (("a",), False, Outcome.MISS)
 
 
-async def test_pull_policy_never_lists_the_tags_of_the_index(tmp_path: Path) -> None:
+async def test_tags_of_the_index_are_listed_with_policy_never(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         for name in ("c", "a", "b"):
             kit.registry.add_image(REPO.path, name, name.encode())
@@ -233,7 +233,9 @@ async def test_image_at_the_referrers_tag_gives_an_empty_index(
         assert await referrers(kit) == []
 
 
-async def test_pull_policy_never_serves_referrers_of_the_cached_schema_tag(tmp_path: Path) -> None:
+async def test_referrers_at_the_cached_schema_tag_are_served_with_policy_never(
+    tmp_path: Path,
+) -> None:
     """As at a site whose cache was filled by pulling tags, signatures among them."""
     async with pull_kit(tmp_path) as kit:
         document = referring("application/x.sbom")
@@ -256,7 +258,9 @@ async def test_referrers_above_the_thread_limit_are_filtered(tmp_path: Path) -> 
         assert len(await referrers(kit, "application/x.k3")) == 700
 
 
-async def test_tags_and_referrers_through_failure_and_tag_schema(tmp_path: Path) -> None:
+async def test_tags_are_served_stale_after_a_failure_and_referrers_by_the_tag_schema(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0, negative_ttl=0.0)) as kit:
         for name in ("b", "a", "c"):
             digest = kit.registry.add_image(REPO.path, name, name.encode())

@@ -54,8 +54,8 @@ async def by_tag(
     kit: PullKit, accept: tuple[str, ...], head: bool = False
 ) -> tuple[Digest, Outcome]:
     pull = a_pull()
-    answer = await kit.service.manifest(REPO, TAG, accept, pull, head=head)
-    return answer.digest, pull.outcome
+    result = await kit.service.manifest(REPO, TAG, accept, pull, head=head)
+    return result.digest, pull.outcome
 
 
 # --- policies -----------------------------------------------------------------------------------
@@ -129,8 +129,8 @@ async def test_head_on_a_miss_sends_only_a_head(tmp_path: Path) -> None:
         await manifest(kit, head=True)
         await manifest(kit, digest, head=True)
         pull = a_pull()
-        answer = await kit.service.blob(REPO, Digest.of(b"layer"), pull, head=True)
-        assert (answer.size, answer.reader) == (5, None)
+        result = await kit.service.blob(REPO, Digest.of(b"layer"), pull, head=True)
+        assert (result.size, result.reader) == (5, None)
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         assert not list((tmp_path / "blobs" / "sha256").iterdir())
 
@@ -348,9 +348,9 @@ async def test_manifest_of_any_type_up_to_4_mib_is_served_byte_for_byte(
         kit.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
         for expected in (Outcome.MISS, Outcome.HIT):
             pull = a_pull()
-            answer = await kit.service.manifest(REPO, digest, OLD, pull, head=False)
-            assert (answer.media_type, pull.outcome) == ("application/vnd.example.thing", expected)
-            assert answer.body == body
+            result = await kit.service.manifest(REPO, digest, OLD, pull, head=False)
+            assert (result.media_type, pull.outcome) == ("application/vnd.example.thing", expected)
+            assert result.body == body
             await kit.store.idle()
 
 

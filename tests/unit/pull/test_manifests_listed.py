@@ -67,8 +67,8 @@ async def media_type(
     kit: PullKit, reference: Reference, repository: Repository = REPO, head: bool = False
 ) -> str:
     """Request a manifest. Returns its media type."""
-    answer = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
-    return answer.media_type
+    result = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
+    return result.media_type
 
 
 def complaints(kit: PullKit) -> list[LogMessage]:

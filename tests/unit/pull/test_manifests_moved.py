@@ -115,8 +115,8 @@ async def test_old_digest_is_served_after_a_restart_without_upstream_by_policy(
     async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
         if isinstance(expected, Outcome):
             pull = a_pull()
-            answer = await kit.service.manifest(REPO, TAG, (OCI_MANIFEST,), pull, head=False)
-            assert (answer.digest, pull.outcome) == (old, expected)
+            result = await kit.service.manifest(REPO, TAG, (OCI_MANIFEST,), pull, head=False)
+            assert (result.digest, pull.outcome) == (old, expected)
             assert pull.warning
         else:
             with pytest.raises(expected):

@@ -39,7 +39,7 @@ async def test_cold_image_is_fetched_once_then_served_from_the_cache(tmp_path: P
         for expected in (Outcome.MISS, Outcome.HIT):
             assert await manifest(kit) == (digest, expected)
             assert await blob(kit, Digest.of(layer)) == (layer, expected)
-            await kit.store.settled()
+            await kit.store.wait_until_published()
         assert kit.registry.calls == {"head_manifest": 1, "get_manifest": 1, "get_blob": 1}
 
 
@@ -75,7 +75,7 @@ async def test_lost_index_is_rebuilt_from_the_image_layout(tmp_path: Path) -> No
         assert await manifest(kit) == (digest, Outcome.STALE), "the lost index had the time"
 
 
-async def test_pull_policy_never_sends_no_request(tmp_path: Path) -> None:
+async def test_no_upstream_request_is_sent_with_policy_never(tmp_path: Path) -> None:
     layer = random_bytes(1000)
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, layer)

@@ -93,7 +93,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         publishing=pools[1],
         emit=events.append,
         make_room=make_room,
-        published=blobs.on_published,
+        on_published=blobs.on_published,
         now=time.time,
         boot=disk.boot_id(),
     )

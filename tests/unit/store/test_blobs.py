@@ -99,7 +99,7 @@ async def test_content_with_an_old_verification_is_sent_at_once_and_ends_when_ve
         assert [e.is_ok for e in parts.events if isinstance(e, Reverified)] == [True]
 
 
-async def test_a_wrong_size_in_a_manifest_does_not_damage_content(tmp_path: Path) -> None:
+async def test_wrong_size_in_a_manifest_does_not_damage_content(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         reader = await parts.blobs.find(digest, 17)
@@ -236,7 +236,7 @@ async def test_readers_share_one_descriptor_and_close_it(tmp_path: Path) -> None
 
 
 @pytest.mark.row("L2-clients-that-reset")
-async def test_a_request_cancelled_during_the_open_leaves_no_descriptor(tmp_path: Path) -> None:
+async def test_request_cancelled_during_the_open_leaves_no_descriptor(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         digest = await put(parts, LARGE)
         before = len(os.listdir("/proc/self/fd"))

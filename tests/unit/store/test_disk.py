@@ -120,17 +120,17 @@ def test_open_whole_of_no_regular_file_is_none_and_leaks_no_descriptor(layout: L
     assert open_descriptors() == before
 
 
-def test_a_write_by_another_program_shows_in_the_time_of_the_file(layout: Layout) -> None:
+def test_write_by_another_program_shows_in_the_time_of_the_file(layout: Layout) -> None:
     path = layout.blob(DIGEST)
     path.write_bytes(DATA)
-    while disk.is_set_by_us(path.stat()):  # one in a billion
+    while disk.has_our_mtime(path.stat()):  # one in a billion
         path.write_bytes(DATA)
     fd = os.open(path, os.O_RDWR)
     disk.touch_open(fd, 1_700_000_000.9)
-    assert disk.is_set_by_us(path.stat())
+    assert disk.has_our_mtime(path.stat())
     assert path.stat().st_mtime == 1_700_000_000
     os.pwrite(fd, b"x", 0)
-    assert not disk.is_set_by_us(path.stat())
+    assert not disk.has_our_mtime(path.stat())
     os.close(fd)
 
 
@@ -200,7 +200,7 @@ def test_reason_of_maps_each_error_to_one_of_four_labels(code: int, reason: str)
 # --- ingest state ---------------------------------------------------------------------------------
 
 
-def test_a_state_is_read_as_written_and_each_write_changes_its_stamp(layout: Layout) -> None:
+def test_state_is_read_as_written_and_each_write_changes_its_stamp(layout: Layout) -> None:
     state = IngestState(7, "boot", 3, ("UNAVAILABLE", "why"), "holder", 2)
     assert disk.read_state(layout, DIGEST) is None
     assert disk.stamp_of_state(layout, DIGEST) is None
@@ -225,7 +225,7 @@ def test_a_state_is_read_as_written_and_each_write_changes_its_stamp(layout: Lay
         st.none() | st.booleans() | st.integers() | st.floats() | st.lists(st.text()) | st.text(),
     ).map(lambda document: json.dumps({"size": None, **document}).encode())
 )
-def test_a_malformed_state_is_read_as_none_or_as_valid_values(
+def test_malformed_state_is_read_as_none_or_as_valid_values(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
     layout = Layout(tmp_path_factory.getbasetemp())
@@ -237,7 +237,7 @@ def test_a_malformed_state_is_read_as_none_or_as_valid_values(
         assert type(found[0].written) is int
 
 
-def test_a_failed_write_of_a_state_leaves_no_draft(
+def test_failed_write_of_a_state_leaves_no_draft(
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.write_state(layout, DIGEST, IngestState(5))
@@ -289,7 +289,7 @@ def test_publish_makes_content_visible_leased_and_marked_as_ours(layout: Layout)
     fd, before = full_ingest(layout), open_descriptors()
     disk.publish(layout, DIGEST, fd, 1_700_000_000.5)
     assert layout.blob(DIGEST).read_bytes() == DATA
-    assert disk.is_set_by_us(layout.blob(DIGEST).stat())
+    assert disk.has_our_mtime(layout.blob(DIGEST).stat())
     assert not list(layout.ingest(DIGEST).parent.iterdir())
     reader = disk.open_whole(layout, DIGEST)
     assert reader, "it may be read at once"

@@ -33,7 +33,7 @@ def put(layout: Layout, data: bytes, algorithm: str = "sha256", used: int = 1000
     return digest
 
 
-def by_du(layout: Layout) -> tuple[int, int]:
+def by_listing(layout: Layout) -> tuple[int, int]:
     files = [p for d in layout.content_directories() for p in d.iterdir() if p.is_file()]
     return len(files), sum(path.stat().st_size for path in files)
 
@@ -45,7 +45,7 @@ def by_du(layout: Layout) -> tuple[int, int]:
         max_size=20,
     )
 )
-def test_usage_equals_du_after_every_change(
+def test_usage_equals_the_number_and_length_of_the_files(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, int]]
 ) -> None:
     layout = prepare(tmp_path_factory.mktemp("data"))
@@ -58,7 +58,7 @@ def test_usage_equals_du_after_every_change(
         else:
             put(layout, data, algorithm)
         usage = catalog.refresh()
-        assert (usage.count, usage.bytes) == by_du(layout)
+        assert (usage.count, usage.bytes) == by_listing(layout)
         assert catalog.has_blob(Digest.of(data, algorithm)) == path.exists()
     assert Catalog(layout).refresh() == catalog.refresh()
 
@@ -83,14 +83,14 @@ def test_foreign_entries_are_neither_counted_nor_followed(tmp_path: Path) -> Non
     assert catalog.leftovers() == []
 
 
-def test_a_missing_directory_counts_as_empty(tmp_path: Path) -> None:
+def test_missing_directory_counts_as_empty(tmp_path: Path) -> None:
     assert Catalog(Layout(tmp_path / "nowhere")).refresh() == Usage(0, 0, 0)
 
 
 # --- ingest files ---------------------------------------------------------------------------------
 
 
-def test_a_running_fetch_counts_with_its_announced_size(tmp_path: Path) -> None:
+def test_running_fetch_counts_with_its_announced_size(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     digest = Digest.of(b"growing")
     fd = disk.open_ingest(layout, digest)
@@ -102,14 +102,14 @@ def test_a_running_fetch_counts_with_its_announced_size(tmp_path: Path) -> None:
     assert catalog.refresh() == Usage(0, 0, 1_000_000, unwritten=990_000)
     disk.write_state(layout, digest, IngestState(5))
     assert catalog.refresh() == Usage(0, 0, 10_000), "more than was announced"
-    disk.write_state(layout, digest, IngestState(None, room=30_000))
+    disk.write_state(layout, digest, IngestState(None, reserved=30_000))
     assert catalog.refresh() == Usage(0, 0, 30_000, unwritten=20_000)
     assert catalog.leftovers() == []
     os.close(fd)
 
 
 @pytest.mark.row("C11-stale-sparse-ingest")
-def test_a_leftover_counts_with_its_blocks_and_not_its_announced_size(tmp_path: Path) -> None:
+def test_leftover_counts_with_its_blocks_and_not_its_announced_size(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     sparse, full = Digest.of(b"sparse"), Digest.of(b"full")
     for digest, used in ((sparse, 2000), (full, 1000)):
@@ -147,14 +147,14 @@ def test_touch_sets_the_last_use_in_whole_seconds(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("K3-future-recency")
-def test_a_last_use_in_the_future_is_set_to_now(tmp_path: Path) -> None:
+def test_last_use_in_the_future_is_set_to_now(tmp_path: Path) -> None:
     layout = prepare(tmp_path)
     ahead = put(layout, b"used before the clock was set back", used=50_000_000)
     catalog = Catalog(layout)
     catalog.refresh()
     assert [blob.used for blob in catalog.blobs(1_000_000.0)] == [1_000_000.0]
     assert [blob.used for blob in catalog.blobs(2_000_000.0)] == [1_000_000.0]
-    assert disk.is_set_by_us(layout.blob(ahead).stat())
+    assert disk.has_our_mtime(layout.blob(ahead).stat())
 
 
 def test_touch_keeps_the_time_of_a_file_that_another_program_wrote(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
         (Usage(1, HIGH, 1, leftover=100), 1, 0, (100_101, "quota")),
     ],
 )
-def test_bytes_to_free_at_the_edges_of_the_water_marks(
+def test_bytes_to_free_is_0_up_to_the_high_water_mark_and_reaches_the_low_one_above_it(
     usage: Usage, need: int, free: int, shortage: tuple[int, str] | None
 ) -> None:
     assert bytes_to_free(usage, need, free, SETTINGS) == shortage

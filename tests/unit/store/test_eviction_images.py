@@ -65,7 +65,7 @@ async def test_the_least_recently_used_content_goes_until_the_low_water_mark(
         assert [e for e in events if isinstance(e, Evicted)] == [Evicted(3, 600_000, "quota")]
 
 
-async def test_a_base_layer_stays_while_an_image_that_shares_it_is_used(tmp_path: Path) -> None:
+async def test_base_layer_stays_while_an_image_that_shares_it_is_used(tmp_path: Path) -> None:
     """No client pulls the layer itself any more, because every node has it."""
     base, clock = layer(0), [NOW]
     one, two = image(base), image(base, b"top")
@@ -91,7 +91,7 @@ IMAGES = [[f"layer {n}".encode() for n in layers] for layers in ((0,), (0, 1), (
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 200)), min_size=1, max_size=12),
 )
-def test_an_index_goes_before_its_manifests_and_a_manifest_before_its_layers(
+def test_index_goes_before_its_manifests_and_a_manifest_before_its_layers(
     tmp_path_factory: pytest.TempPathFactory, uses: list[tuple[int, int]]
 ) -> None:
     """For any order of uses and shared layers, within the minute that recency is throttled to."""
@@ -125,7 +125,7 @@ def test_an_index_goes_before_its_manifests_and_a_manifest_before_its_layers(
     asyncio.run(run())
 
 
-async def test_a_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path: Path) -> None:
+async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path: Path) -> None:
     clock, events = [NOW], list[Event]()
     layers = [layer(seed, 60_000) for seed in range(4)]
     images = [image(data) for data in layers]
@@ -149,7 +149,7 @@ async def test_a_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_pa
         assert not kept & held(store)
 
 
-async def test_a_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: Path) -> None:
+async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: Path) -> None:
     events: list[Event] = []
     layers = [layer(seed) for seed in range(4)]
     body = image(*layers)
@@ -250,7 +250,7 @@ async def test_content_that_can_never_fit_evicts_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.row("HC10-twice-the-quota")
-async def test_a_pull_of_twice_the_quota_does_not_evict_an_image_in_use(tmp_path: Path) -> None:
+async def test_pull_of_twice_the_quota_does_not_evict_an_image_in_use(tmp_path: Path) -> None:
     clock = [NOW]
     hot = image(layer(0))
     async with opened(tmp_path, clock, settings=QUOTA) as store:
@@ -277,7 +277,7 @@ async def test_two_processes_evict_one_after_the_other(tmp_path: Path) -> None:
         assert one.catalog.refresh().count >= 2
 
 
-async def test_a_hanging_eviction_of_another_process_is_waited_for_5_seconds_at_most(
+async def test_hanging_eviction_of_another_process_is_waited_for_5_seconds_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(eviction, "_EVICTION_LOCK_TIMEOUT_S", 0.1)

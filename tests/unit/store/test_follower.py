@@ -76,7 +76,7 @@ def test_waiters_are_woken_only_for_their_byte_or_the_end(
     asyncio.run(run())
 
 
-async def test_a_follower_gets_the_bytes_between_its_start_and_its_stop() -> None:
+async def test_follower_gets_the_bytes_between_its_start_and_its_stop() -> None:
     fake = FakeIngest(head=50)
     follower = Follower(fake, 0)
     assert fake.followers == {follower}
@@ -90,7 +90,7 @@ async def test_a_follower_gets_the_bytes_between_its_start_and_its_stop() -> Non
     assert await follower.wait(20, 10) is None
 
 
-async def test_a_follower_waits_for_bytes_that_have_not_arrived() -> None:
+async def test_follower_waits_for_bytes_that_have_not_arrived() -> None:
     fake = FakeIngest(head=50)
     follower = Follower(fake, 0)
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
@@ -140,7 +140,7 @@ async def test_every_waiter_gets_the_failure_after_others_were_cancelled() -> No
     assert kinds == [UpstreamUnavailable if n % 4 else asyncio.CancelledError for n in range(20)]
 
 
-async def test_a_closed_follower_raises_and_leaves_only_once() -> None:
+async def test_closed_follower_raises_and_leaves_only_once() -> None:
     fake = FakeIngest(head=50)
     follower = Follower(fake, 0)
     follower.close()

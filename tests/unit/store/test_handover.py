@@ -91,7 +91,7 @@ async def test_bytes_that_the_upstream_cannot_continue_are_replaced_and_not_mixe
     theirs.close()
 
 
-async def test_a_follower_of_right_bytes_continues_after_their_file_was_replaced(
+async def test_follower_of_right_bytes_continues_after_their_file_was_replaced(
     processes: list[Kit],
 ) -> None:
     await left_behind(processes[0], HALF)
@@ -112,7 +112,7 @@ async def test_a_follower_of_right_bytes_continues_after_their_file_was_replaced
 
 @pytest.mark.row("C7-sigkill-of-the-fetcher")
 @pytest.mark.parametrize("after", [1.0, 3600.0, -3600.0])
-async def test_a_leader_that_resumes_before_bytes_served_elsewhere_ends_those_readers(
+async def test_leader_that_resumes_before_bytes_served_elsewhere_ends_those_readers(
     processes: list[Kit], after: float
 ) -> None:
     """All bytes are kept within 3 s of the holder's death; later only those it had recorded."""
@@ -152,7 +152,7 @@ async def test_a_leader_that_resumes_before_bytes_served_elsewhere_ends_those_re
     assert first.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_a_failure_recorded_before_we_followed_is_ignored(processes: list[Kit]) -> None:
+async def test_failure_recorded_before_we_followed_is_ignored(processes: list[Kit]) -> None:
     """A new holder has the lock, and has not written its state yet."""
     await left_behind(processes[0], HALF)
     holder = IngestLock(processes[0].ingest_context, DIGEST)
@@ -167,7 +167,7 @@ async def test_a_failure_recorded_before_we_followed_is_ignored(processes: list[
     theirs.close()
 
 
-async def test_a_failure_reaches_the_followers_in_other_processes(processes: list[Kit]) -> None:
+async def test_failure_reaches_the_followers_in_other_processes(processes: list[Kit]) -> None:
     leader = Ingest(processes[0].ingest_context, DIGEST, None)
     await leader.try_lead()
     await leader.declare(len(DATA))
@@ -226,7 +226,7 @@ async def test_content_published_between_two_checks_is_read_to_its_end(
     leader.release()
 
 
-async def test_a_file_shorter_than_the_bytes_served_is_not_resumed(processes: list[Kit]) -> None:
+async def test_file_shorter_than_the_bytes_served_is_not_resumed(processes: list[Kit]) -> None:
     await left_behind(processes[0], HALF)
     lock = IngestLock(processes[0].ingest_context, DIGEST)
     with pytest.raises(ContentLost):

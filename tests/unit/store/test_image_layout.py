@@ -60,7 +60,7 @@ def test_index_json_is_an_oci_index_with_reference_names(tmp_path: Path) -> None
     assert descriptor == {"mediaType": OCI_MANIFEST, "digest": str(entry.digest), "size": 3}
 
 
-def test_a_manifest_that_is_not_on_disk_is_not_written(tmp_path: Path) -> None:
+def test_manifest_that_is_not_on_disk_is_not_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
     gone = NamedManifest(REPO, Tag("2.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
@@ -68,7 +68,7 @@ def test_a_manifest_that_is_not_on_disk_is_not_written(tmp_path: Path) -> None:
     assert image_layout.read_index_json(layout) == [entry]
 
 
-def test_a_tag_names_its_first_digest_that_is_on_disk(tmp_path: Path) -> None:
+def test_tag_names_its_first_digest_that_is_on_disk(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     gone = NamedManifest(REPO, Tag("1.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
     newer, older = (named(layout, REPO, "1.0", body) for body in (b"newer", b"older"))
@@ -76,7 +76,7 @@ def test_a_tag_names_its_first_digest_that_is_on_disk(tmp_path: Path) -> None:
     assert image_layout.read_index_json(layout) == [newer]
 
 
-def test_a_failed_write_leaves_the_earlier_file_and_no_draft(
+def test_failed_write_leaves_the_earlier_file_and_no_draft(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(tmp_path)
@@ -121,14 +121,14 @@ GOOD: dict[str, Any] = {
     ],
     ids=str,
 )
-def test_a_malformed_entry_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_malformed_entry_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
     text = json.dumps({"manifests": [{**GOOD, **wrong}, 5, GOOD, None]})
     (tmp_path / "index.json").write_text(text)
     found = image_layout.read_index_json(Layout(tmp_path))
     assert found == [NamedManifest(REPO, Tag("1.0"), Digest.of(b"one"), OCI_MANIFEST, 3)]
 
 
-def test_a_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
+def test_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
     wrong = {**GOOD, "mediaType": "a/b\r\nX-Header: x"}
     (tmp_path / "index.json").write_text(json.dumps({"manifests": [wrong]}))
     assert [n.media_type for n in image_layout.read_index_json(Layout(tmp_path))] == [
@@ -144,7 +144,7 @@ def test_a_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
         max_leaves=6,
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_a_malformed_file_is_read_as_empty(
+def test_malformed_file_is_read_as_empty(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
     root = tmp_path_factory.getbasetemp()
@@ -152,7 +152,7 @@ def test_a_malformed_file_is_read_as_empty(
     assert image_layout.read_index_json(Layout(root)) == []
 
 
-def test_a_missing_or_too_large_file_is_read_as_empty(tmp_path: Path) -> None:
+def test_missing_or_too_large_file_is_read_as_empty(tmp_path: Path) -> None:
     assert image_layout.read_index_json(Layout(tmp_path)) == []
     (tmp_path / "index.json").write_text(json.dumps({"manifests": [GOOD]}))
     assert image_layout.read_index_json(Layout(tmp_path))

@@ -24,7 +24,7 @@ from mirror.store.records import (
     confirm,
     dump_tag,
 )
-from mirror.store.rows import STEP
+from mirror.store.rows import PAGE_ROWS
 
 YEAR = 365 * 86400.0
 REPO = Repository("docker.io", "library/app")
@@ -84,7 +84,7 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("M10-hostile-index")
-async def test_a_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
+async def test_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
@@ -103,7 +103,7 @@ async def test_a_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("M10-hostile-index")
-async def test_a_busy_database_drops_the_write_and_logs_it(
+async def test_busy_database_drops_the_write_and_logs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.store.rows._BUSY_TIMEOUT_S", 0.1)
@@ -199,7 +199,7 @@ async def test_changed_is_set_when_a_name_is_written_or_revoked(tmp_path: Path) 
             assert index.changed
 
 
-async def test_a_failing_database_is_told_apart_from_an_empty_one(
+async def test_failing_database_is_told_apart_from_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.store.rows._BUSY_TIMEOUT_S", 0.05)
@@ -231,7 +231,7 @@ async def test_a_failing_database_is_told_apart_from_an_empty_one(
 
 
 @pytest.mark.row("M10-hostile-index")
-async def test_a_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
+async def test_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_access_records(REPO, [root(ONE), root(TWO)])
         await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
@@ -250,7 +250,7 @@ async def test_a_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None
 
 @pytest.mark.row("U15-negative-answers")
 @pytest.mark.row("K4-negative-ages")
-async def test_a_recorded_404_ends_with_its_ttl_and_when_the_clock_jumps(tmp_path: Path) -> None:
+async def test_recorded_404_ends_with_its_ttl_and_when_the_clock_jumps(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await index.put_negative("blob a@b", "not here, they say", 10.0)
@@ -262,7 +262,7 @@ async def test_a_recorded_404_ends_with_its_ttl_and_when_the_clock_jumps(tmp_pat
             assert found == ("not here, they say" if known else None), after
 
 
-async def test_a_list_is_read_as_it_was_put(tmp_path: Path) -> None:
+async def test_list_is_read_as_it_was_put(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_list("tags a", "1.0 [a, b]", 100.0)
         assert await index.cached_list("tags a") == "1.0 [a, b]"
@@ -365,7 +365,7 @@ async def test_the_90_days_start_again_when_content_returns_or_a_record_is_writt
         assert await is_known(index, TWO)
 
 
-async def test_a_tag_record_stays_while_any_of_its_digests_is_on_disk(tmp_path: Path) -> None:
+async def test_tag_record_stays_while_any_of_its_digests_is_on_disk(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await index.put_tags([confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0)])
@@ -378,18 +378,18 @@ async def test_a_tag_record_stays_while_any_of_its_digests_is_on_disk(tmp_path: 
 
 async def test_each_check_reads_a_bounded_page_and_none_is_left_out(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
-        digests = {Digest.of(str(number).encode()) for number in range(3 * STEP)}
+        digests = {Digest.of(str(number).encode()) for number in range(3 * PAGE_ROWS)}
         await index.put_access_records(REPO, [root(digest) for digest in digests])
         seen: list[Digest] = []
         for _ in range(20):
             before = len(seen)
             await index.drop_orphaned_rows(lambda digest: seen.append(digest) or True)
-            assert len(seen) - before <= STEP
+            assert len(seen) - before <= PAGE_ROWS
         assert set(seen) == digests
         assert len(seen) > 3 * len(digests), "it starts again after the last row"
 
 
-async def test_a_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
+async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index, opened(tmp_path, clock) as other:
         await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])

@@ -72,7 +72,7 @@ async def test_two_processes_that_write_at_once_lose_no_record(tmp_path: Path) -
 
 
 @pytest.mark.row("HC6-withdrawn-access")
-async def test_a_digest_may_be_a_manifest_and_a_blob(tmp_path: Path) -> None:
+async def test_digest_may_be_a_manifest_and_a_blob(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     assert await index.put_access_records(REPO, [OWN, LAYER])
     assert await index.access_record(OTHER, ONE, "manifest") is None
@@ -89,7 +89,7 @@ async def test_a_digest_may_be_a_manifest_and_a_blob(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("M10-hostile-index")
-async def test_a_row_that_is_not_text_is_overwritten(tmp_path: Path) -> None:
+async def test_row_that_is_not_text_is_overwritten(tmp_path: Path) -> None:
     index = await Index.open(tmp_path / "index", lambda event: None)
     await index.confirm_tag(REPO, TAG, ONE)
     await index.put_access_records(REPO, [OWN])

@@ -30,7 +30,7 @@ def names(root: Path) -> list[str]:
 
 
 @pytest.mark.row("C12-damaged-index")
-async def test_a_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path: Path) -> None:
+async def test_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path: Path) -> None:
     child = image(LAYER)
     body = index_of(child)
     async with opened(tmp_path) as store:
@@ -53,7 +53,7 @@ async def test_a_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_pat
 @pytest.mark.row("K1-wrong-clock")
 @pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jump", [YEAR, -YEAR, ORPHAN_ROW_TTL_S + 1])
-async def test_a_clock_that_jumps_removes_no_content_and_no_record(
+async def test_clock_that_jumps_removes_no_content_and_no_record(
     tmp_path: Path, jump: float
 ) -> None:
     body, clock = image(LAYER), [NOW]
@@ -158,7 +158,7 @@ async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
     assert all(entry.is_pinned for entry in named)
 
 
-async def test_a_name_that_is_put_during_a_write_is_in_the_next_one(
+async def test_name_that_is_put_during_a_write_is_in_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = image(LAYER)
@@ -179,7 +179,7 @@ async def test_a_name_that_is_put_during_a_write_is_in_the_next_one(
 
 
 @pytest.mark.row("C12-damaged-index")
-async def test_a_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
+async def test_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
     body = image(LAYER)
     store = await Store.open(str(tmp_path), Storage(), lambda event: None)
     await pulled(store, body, TAG, LAYER, b"{}")

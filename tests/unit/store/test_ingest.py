@@ -33,7 +33,7 @@ async def test_all_followers_get_all_bytes_and_the_content_is_published(tmp_path
             follower.close()
 
 
-async def test_a_follower_reads_bytes_before_the_rest_has_arrived(tmp_path: Path) -> None:
+async def test_follower_reads_bytes_before_the_rest_has_arrived(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         follower = content.follow()
@@ -93,7 +93,7 @@ async def test_content_of_every_length_is_read_and_published(
         follower.close()
 
 
-async def test_a_failed_fetch_is_resumed_after_its_last_byte(tmp_path: Path) -> None:
+async def test_failed_fetch_is_resumed_after_its_last_byte(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         first = Ingest(parts.ingest_context, DIGEST, None)
         await first.try_lead()
@@ -140,7 +140,7 @@ async def test_more_bytes_than_the_declared_size_are_a_protocol_error(tmp_path: 
         content.release()
 
 
-async def test_a_size_that_contradicts_arrived_bytes_is_a_protocol_error(tmp_path: Path) -> None:
+async def test_size_that_contradicts_arrived_bytes_is_a_protocol_error(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         await content.try_lead()
@@ -155,7 +155,7 @@ async def test_a_size_that_contradicts_arrived_bytes_is_a_protocol_error(tmp_pat
 
 @pytest.mark.row("D4-io-error-at-a-call")
 @pytest.mark.parametrize("call", ["fsync", "rename", "utime"])
-async def test_a_failed_publish_is_not_retried_and_leaves_no_file(
+async def test_failed_publish_is_not_retried_and_leaves_no_file(
     tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -180,7 +180,7 @@ async def test_a_failed_publish_is_not_retried_and_leaves_no_file(
 
 
 @pytest.mark.row("L5-range-far-ahead")
-async def test_a_follower_of_a_range_far_ahead_is_woken_once(tmp_path: Path) -> None:
+async def test_follower_of_a_range_far_ahead_is_woken_once(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         ahead = content.follow(2_900_000)
@@ -200,7 +200,7 @@ async def test_a_follower_of_a_range_far_ahead_is_woken_once(tmp_path: Path) -> 
         ahead.close()
 
 
-async def test_a_cancelled_reader_does_not_disturb_the_others(tmp_path: Path) -> None:
+async def test_cancelled_reader_does_not_disturb_the_others(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content = Ingest(parts.ingest_context, DIGEST, None)
         followers = [content.follow() for _ in range(10)]

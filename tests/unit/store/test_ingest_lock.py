@@ -69,7 +69,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-async def test_a_second_process_reads_along_until_the_content_is_published(tmp_path: Path) -> None:
+async def test_second_process_reads_along_until_the_content_is_published(tmp_path: Path) -> None:
     process = leader(tmp_path, 1_000_000)
     try:
         with kit(tmp_path) as parts:
@@ -119,7 +119,7 @@ async def test_the_fetch_of_a_killed_process_is_taken_over_within_5_seconds(
 
 
 @pytest.mark.row("M2-stopped-leader")
-async def test_a_follower_of_a_stopped_process_continues_in_memory(
+async def test_follower_of_a_stopped_process_continues_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(other_process, "STALLED_S", 1.5)
@@ -163,7 +163,7 @@ async def test_repeated_lock_and_unlink_never_makes_two_leaders(tmp_path: Path) 
                     await asyncio.sleep(0)
                     leaders -= 1
                     mine.remove_file()
-                    await mine.settled()
+                    await mine.wait_for_threads()
                 mine.release()
 
         await asyncio.gather(*(contend(250) for _ in range(4)))
@@ -204,7 +204,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], threading.
 
 
 @pytest.mark.parametrize("call", ["open_ingest", "try_lock", "write_state"])
-async def test_a_fetch_cancelled_while_it_locks_leaves_no_lock_and_no_descriptor(
+async def test_fetch_cancelled_while_it_locks_leaves_no_lock_and_no_descriptor(
     tmp_path: Path, call: str, gate: Callable[[str], threading.Event]
 ) -> None:
     opened = gate(call)
@@ -217,14 +217,14 @@ async def test_a_fetch_cancelled_while_it_locks_leaves_no_lock_and_no_descriptor
             await fetch
         content.release()
         opened.set()
-        await content.lock.settled()
+        await content.lock.wait_for_threads()
         await eventually(lambda: not descriptors(tmp_path))
         again = Ingest(parts.ingest_context, DIGEST, None)
         await bring(again)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_a_fetch_cancelled_while_it_publishes_still_publishes(
+async def test_fetch_cancelled_while_it_publishes_still_publishes(
     tmp_path: Path, gate: Callable[[str], threading.Event]
 ) -> None:
     synced = gate("publish")
@@ -295,7 +295,7 @@ async def test_content_published_before_the_lock_was_taken_is_hashed_before_use(
 
 
 @pytest.mark.row("D12-odd-files")
-async def test_a_link_at_the_ingest_path_is_not_written_through(tmp_path: Path) -> None:
+async def test_link_at_the_ingest_path_is_not_written_through(tmp_path: Path) -> None:
     target = tmp_path / "precious"
     target.write_bytes(b"stays")
     with kit(tmp_path) as parts:

@@ -30,7 +30,7 @@ def in_memory(parts: Kit, digest: Digest, count: int) -> tuple[Ingest, *tuple[Fo
 
 @pytest.mark.row("D1-no-space-at-a-write")
 @pytest.mark.parametrize("limit", [0, 1, 65_535, 1_000_000, len(DATA) - 1])
-async def test_a_full_disk_does_not_fail_a_pull_and_leaves_no_file(
+async def test_full_disk_does_not_fail_a_pull_and_leaves_no_file(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = ingest_writer.write_all
@@ -82,7 +82,7 @@ async def test_without_space_content_passes_through_bounded_memory(tmp_path: Pat
         follower.close()
 
 
-async def test_an_ingest_in_memory_cannot_be_joined_before_its_window(tmp_path: Path) -> None:
+async def test_ingest_in_memory_cannot_be_joined_before_its_window(tmp_path: Path) -> None:
     with kit(tmp_path) as parts:
         content, follower = in_memory(parts, DIGEST, 1)
         await content.try_lead()
@@ -101,7 +101,7 @@ async def test_an_ingest_in_memory_cannot_be_joined_before_its_window(tmp_path: 
 
 
 @pytest.mark.row("D1-no-space-at-a-write")
-async def test_a_follower_that_reads_nothing_is_dropped_when_others_wait(
+async def test_follower_that_reads_nothing_is_dropped_when_others_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.05)
@@ -117,7 +117,7 @@ async def test_a_follower_that_reads_nothing_is_dropped_when_others_wait(
             follower.close()
 
 
-async def test_a_dropped_follower_counts_again_if_it_returns_in_time(
+async def test_dropped_follower_counts_again_if_it_returns_in_time(
     tmp_path: Path,
 ) -> None:
     with kit(tmp_path) as parts:
@@ -148,7 +148,7 @@ async def test_a_dropped_follower_counts_again_if_it_returns_in_time(
         quick.close()
 
 
-async def test_a_follower_that_reads_nothing_is_not_dropped_when_it_is_alone(
+async def test_follower_that_reads_nothing_is_not_dropped_when_it_is_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follower_module, "FOLLOWER_TIMEOUT_S", 0.01)
@@ -201,7 +201,7 @@ async def test_content_of_unknown_size_is_published_if_there_is_space(tmp_path: 
 
 
 @pytest.mark.row("D1-no-space-at-a-write")
-async def test_a_short_write_during_a_reservation_keeps_the_order_of_bytes(
+async def test_short_write_during_a_reservation_keeps_the_order_of_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk takes a part of a batch while the fetch waits to reserve the next step."""

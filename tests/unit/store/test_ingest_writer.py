@@ -26,7 +26,7 @@ def test_bytes_after_drops_a_count_of_bytes_from_a_batch(batch: list[bytes], cou
     assert b"".join(bytes_after(batch, count)) == b"".join(batch)[count:]
 
 
-def test_a_batch_of_more_chunks_than_one_call_takes_is_written_completely(tmp_path: Path) -> None:
+def test_batch_of_more_chunks_than_one_call_takes_is_written_completely(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     batch = pieces(DATA, 97)  # more than one call takes
     assert write_all(fd, [b"", *batch, b""], 5) == 5 + len(DATA)

@@ -70,7 +70,7 @@ def test_silence_ends_with_a_new_byte_or_a_heartbeat(
     assert leader.silence_s == 1.0
 
 
-def test_a_new_failure_is_raised_and_an_earlier_one_is_not(layout: Layout) -> None:
+def test_new_failure_is_raised_and_an_earlier_one_is_not(layout: Layout) -> None:
     write(layout, error=FAILED)
     leader = LeaderState(layout, DIGEST)
     leader.refresh(0, has_grown=False)
@@ -102,7 +102,7 @@ def test_refusals_of_another_repository_are_not_raised(layout: Layout, code: str
         (100, "a", 0, False),
     ],
 )
-def test_a_new_leader_that_resumes_before_the_bytes_served_is_content_lost(
+def test_new_leader_that_resumes_before_the_bytes_served_is_content_lost(
     layout: Layout, served: int, holder: str, resumed_from: int, lost: bool
 ) -> None:
     write(layout)
@@ -116,7 +116,7 @@ def test_a_new_leader_that_resumes_before_the_bytes_served_is_content_lost(
         leader.refresh(served, has_grown=False)
 
 
-def test_a_malformed_state_file_is_ignored(layout: Layout) -> None:
+def test_malformed_state_file_is_ignored(layout: Layout) -> None:
     leader = LeaderState(layout, DIGEST)
     layout.ingest_state(DIGEST).write_text("garbage")
     leader.refresh(0, has_grown=False)

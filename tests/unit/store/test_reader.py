@@ -253,7 +253,7 @@ async def test_extents_begin_at_start_and_end_at_stop_at_most(tmp_path: Path, ma
 
 
 @every_state
-async def test_a_closed_reader_raises_content_lost_and_others_read_on(
+async def test_closed_reader_raises_content_lost_and_others_read_on(
     tmp_path: Path, make: Making
 ) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 2) as (gone, stays):
@@ -314,9 +314,7 @@ async def test_no_reader_gets_the_end_of_wrong_content(tmp_path: Path, make: Mak
 
 
 @every_state_that_waits
-async def test_a_cancelled_wait_does_not_disturb_other_readers(
-    tmp_path: Path, make: Making
-) -> None:
+async def test_cancelled_wait_does_not_disturb_other_readers(tmp_path: Path, make: Making) -> None:
     async with make(tmp_path, DATA) as scene, readers(scene, 9) as opened:
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             waits = [group.create_task(r.wait(len(DATA) - 1)) for r in opened]

@@ -27,8 +27,8 @@ from mirror.store.records import (
     load_access_record,
     load_tag,
     merge,
+    parse_size_bytes,
     repository_of,
-    size_of,
 )
 
 REPO = Repository("docker.io", "library/app")
@@ -87,7 +87,7 @@ def test_confirm_of_the_same_digest_keeps_first_seen_and_a_move_keeps_the_earlie
 
 
 @given(st.lists(st.sampled_from([ONE, TWO, THREE]), min_size=1, max_size=60))
-def test_a_tag_record_keeps_the_newest_16_earlier_digests(moves: list[Digest]) -> None:
+def test_tag_record_keeps_the_newest_16_earlier_digests(moves: list[Digest]) -> None:
     record: TagRecord | None = None
     for now, digest in enumerate(moves):
         record = confirm(record, REPO, TAG, digest, float(now))
@@ -172,7 +172,9 @@ LISTED = st.builds(
 
 
 @given(st.lists(LISTED | OWN, min_size=1))
-def test_merge_of_several_statements_about_one_digest(statements: list[AccessRecord]) -> None:
+def test_merge_prefers_the_upstream_and_drops_what_two_references_contradict(
+    statements: list[AccessRecord],
+) -> None:
     """The upstream's last statement decides. A reference by a manifest never expires."""
     known: AccessRecord | None = None
     for statement in statements:
@@ -210,7 +212,7 @@ def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None
     assert not is_contradiction(replace(own, kind="blob"), replace(wrong, kind="blob"))
 
 
-def test_a_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:
+def test_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:
     part = Descriptor(OCTET_STREAM, ONE, 7)
     root = access_record(THREE, "manifest", OCI_INDEX, size=100)
     child, layer = access_records_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
@@ -237,13 +239,13 @@ def test_the_name_of_a_manifest_is_an_image_reference() -> None:
 
 
 @given(RECORDS)
-def test_a_tag_record_is_read_back_from_its_json(record: TagRecord) -> None:
+def test_tag_record_is_read_back_from_its_json(record: TagRecord) -> None:
     assert load_tag(dump_tag(record)) == record
     assert load_access_record(dump_tag(record)) is None
 
 
 @given(ACCESS_RECORDS)
-def test_an_access_record_is_read_back_from_its_json(access_record: AccessRecord) -> None:
+def test_access_record_is_read_back_from_its_json(access_record: AccessRecord) -> None:
     assert load_access_record(dump_access_record(access_record)) == access_record
     assert load_tag(dump_access_record(access_record)) is None
 
@@ -255,7 +257,7 @@ def test_malformed_json_is_read_as_none(text: object) -> None:
 
 
 @given(RECORDS, st.data())
-def test_a_tag_record_with_one_other_field_is_read_as_none_or_valid(
+def test_tag_record_with_one_other_field_is_read_as_none_or_valid(
     record: TagRecord, data: st.DataObject
 ) -> None:
     raw = json.loads(dump_tag(record))
@@ -265,7 +267,7 @@ def test_a_tag_record_with_one_other_field_is_read_as_none_or_valid(
 
 
 @given(ACCESS_RECORDS, st.data())
-def test_an_access_record_with_one_other_field_is_read_as_none_or_valid(
+def test_access_record_with_one_other_field_is_read_as_none_or_valid(
     access_record: AccessRecord, data: st.DataObject
 ) -> None:
     raw = json.loads(dump_access_record(access_record))
@@ -309,9 +311,9 @@ def test_deeply_nested_json_is_read_as_none() -> None:
 
 
 @given(JSON)
-def test_size_of_accepts_only_a_count_of_bytes(value: object) -> None:
+def test_parse_size_bytes_accepts_only_a_count_of_bytes(value: object) -> None:
     if type(value) is int and value >= 0:
-        assert size_of(value) == value
+        assert parse_size_bytes(value) == value
     else:
         with pytest.raises(ValueError, match="not a count of bytes"):
-            size_of(value)
+            parse_size_bytes(value)

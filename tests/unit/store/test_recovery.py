@@ -36,7 +36,7 @@ def names(layout: Layout) -> set[str]:
     return {path.name for d in layout.ingest_directories() for path in d.iterdir()}
 
 
-def test_an_empty_directory_becomes_an_oci_image_layout(tmp_path: Path) -> None:
+def test_empty_directory_becomes_an_oci_image_layout(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "data")
     assert recover(layout, NOW, BOOT) is None
     marker = json.loads((layout.root / "oci-layout").read_text())
@@ -48,7 +48,7 @@ def test_an_empty_directory_becomes_an_oci_image_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [b"", b"{", b"\xff\xff"])
-def test_a_truncated_oci_layout_file_is_written_again(tmp_path: Path, left: bytes) -> None:
+def test_truncated_oci_layout_file_is_written_again(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "oci-layout").write_bytes(left)
     recover(Layout(tmp_path), NOW, BOOT)
     assert json.loads((tmp_path / "oci-layout").read_text())["imageLayoutVersion"] == "1.0.0"
@@ -68,7 +68,7 @@ def test_a_truncated_oci_layout_file_is_written_again(tmp_path: Path, left: byte
         (None, 0, 100, False),
     ],
 )
-def test_an_ingest_file_is_kept_only_if_a_fetch_may_resume_it(
+def test_ingest_file_is_kept_only_if_a_fetch_may_resume_it(
     tmp_path: Path, state: IngestState | None, age: float, size: int, kept: bool
 ) -> None:
     layout = Layout(tmp_path)
@@ -95,7 +95,7 @@ def test_foreign_entries_and_states_without_a_file_are_removed(tmp_path: Path) -
     assert Path("/etc/hostname").exists()
 
 
-def test_a_locked_ingest_file_stays_with_its_state_and_draft(tmp_path: Path) -> None:
+def test_locked_ingest_file_stays_with_its_state_and_draft(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     digest = ingest(layout, "fetched", None)
     fd = disk.open_ingest(layout, digest)
@@ -110,7 +110,7 @@ def test_a_locked_ingest_file_stays_with_its_state_and_draft(tmp_path: Path) -> 
     assert names(layout) == set()
 
 
-def test_a_file_that_another_process_removes_meanwhile_is_passed_over(
+def test_file_that_another_process_removes_meanwhile_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(tmp_path)
@@ -142,7 +142,7 @@ def test_drafts_of_index_json_are_removed_after_60_seconds(tmp_path: Path) -> No
     }
 
 
-def test_a_start_keeps_the_newest_16_damaged_files(tmp_path: Path) -> None:
+def test_start_keeps_the_newest_16_damaged_files(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     for number in range(disk.MAX_QUARANTINED_FILES + 5):
         path = layout.quarantine(Digest.of(str(number).encode()))
@@ -153,7 +153,7 @@ def test_a_start_keeps_the_newest_16_damaged_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("D7-unwritable-directories")
-def test_a_disk_that_refuses_writes_is_reported_and_not_raised(tmp_path: Path) -> None:
+def test_disk_that_refuses_writes_is_reported_and_not_raised(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     why = recover(Layout(tmp_path / "file"), NOW, BOOT)
     assert why == f"{tmp_path}/file/blobs/sha256: Not a directory"

@@ -16,7 +16,7 @@ import pytest
 
 from mirror.observability.events import Event, LogMessage
 from mirror.store import rows as module
-from mirror.store.rows import STEP, Row, Rows, TextDisk
+from mirror.store.rows import PAGE_ROWS, Row, Rows, TextDisk
 from tests.unit.store.kit import fill_up, make_read_only, small_disk
 
 
@@ -35,7 +35,7 @@ async def opened(path: Path, events: list[Event] | None = None) -> AsyncIterator
 async def everything(rows: Rows, table: str = "kept") -> list[Row]:
     found: list[Row] = []
     while page := await rows.page(table, found[-1].id if found else 0):
-        assert len(page) <= STEP
+        assert len(page) <= PAGE_ROWS
         found += page
     return found
 
@@ -52,7 +52,7 @@ async def test_rows_are_read_after_a_restart(tmp_path: Path) -> None:
 
 
 async def test_many_rows_are_read_in_bounded_pages(tmp_path: Path) -> None:
-    wanted = [(f"key {n}", f"text {n}") for n in range(2 * STEP + 1)]
+    wanted = [(f"key {n}", f"text {n}") for n in range(2 * PAGE_ROWS + 1)]
     async with opened(tmp_path / "index") as rows:
         await rows.put("kept", wanted)
         assert [(row.key, row.text) for row in await everything(rows)] == wanted
@@ -67,7 +67,7 @@ async def test_writing_a_row_removes_its_mark(tmp_path: Path) -> None:
         assert await rows.run(lambda: rows.read("kept", "a"), None) == ("2", None)
 
 
-async def test_a_put_of_several_rows_writes_all_or_none(tmp_path: Path) -> None:
+async def test_put_of_several_rows_writes_all_or_none(tmp_path: Path) -> None:
     events: list[Event] = []
     async with opened(tmp_path / "index", events) as rows:
         broken: list[tuple[str, str]] = [("a", "1"), ("b", 2)]  # type: ignore[list-item] # no text
@@ -76,7 +76,7 @@ async def test_a_put_of_several_rows_writes_all_or_none(tmp_path: Path) -> None:
     assert len(events) == 1
 
 
-async def test_a_bounded_table_keeps_the_newest_rows(tmp_path: Path) -> None:
+async def test_bounded_table_keeps_the_newest_rows(tmp_path: Path) -> None:
     text = "x" * 20_000
     async with opened(tmp_path / "index") as rows:
         for number in range(200):
@@ -165,7 +165,7 @@ def make_directories(index: Path) -> None:
 
 @pytest.mark.row("C12-damaged-index")
 @pytest.mark.parametrize("damage", [lose, replace_by_text, overwrite, cut, make_directories])
-async def test_a_damaged_database_is_moved_aside_and_created_anew(
+async def test_damaged_database_is_moved_aside_and_created_anew(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     index = tmp_path / "index"
@@ -180,7 +180,7 @@ async def test_a_damaged_database_is_moved_aside_and_created_anew(
 
 
 @pytest.mark.row("C12-damaged-index")
-async def test_a_database_that_is_damaged_in_use_is_created_anew(tmp_path: Path) -> None:
+async def test_database_that_is_damaged_in_use_is_created_anew(tmp_path: Path) -> None:
     index = tmp_path / "index"
     async with opened(index) as rows:
         await rows.put("kept", [(f"key {n}", "text" * 50) for n in range(500)])
@@ -191,7 +191,7 @@ async def test_a_database_that_is_damaged_in_use_is_created_anew(tmp_path: Path)
 
 
 @pytest.mark.row("M10-hostile-index")
-async def test_a_busy_database_is_not_moved_aside(
+async def test_busy_database_is_not_moved_aside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, events = tmp_path / "index", list[Event]()
@@ -243,7 +243,7 @@ async def test_running_out_of_descriptors_loses_no_row(
 
 @pytest.mark.row("D7-unwritable-directories")
 @pytest.mark.parametrize("refusal", ["read-only", "full"])
-async def test_a_copy_serves_while_the_disk_refuses_writes(tmp_path: Path, refusal: str) -> None:
+async def test_copy_serves_while_the_disk_refuses_writes(tmp_path: Path, refusal: str) -> None:
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         async with opened(disk / "index") as rows:
@@ -258,11 +258,11 @@ async def test_a_copy_serves_while_the_disk_refuses_writes(tmp_path: Path, refus
             assert await rows.get("kept", "b") == "2", "until the end of the process"
         assert len(events) == 1
         assert isinstance(events[0], LogMessage)
-        assert "a copy is used" in events[0].message
+        assert "a temporary copy is used" in events[0].message
         assert not (disk / "index.damaged").exists()
 
 
-async def test_a_cancelled_read_does_not_disturb_the_others(tmp_path: Path) -> None:
+async def test_cancelled_read_does_not_disturb_the_others(tmp_path: Path) -> None:
     async with opened(tmp_path / "index") as rows:
         await rows.put("kept", [("a", "1")])
         async with asyncio.TaskGroup() as group:

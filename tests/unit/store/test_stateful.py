@@ -327,7 +327,7 @@ class StoreMachine(RuleBasedStateMachine):
                         await content.feed(piece)
                 await content._writer.wait_until_written()
             content.lock.stop_heartbeat()
-            await content.lock.settled()
+            await content.lock.wait_for_threads()
             content.lock.release()
             s = self.store
             for pool in (s._opening, s._writing, s._publishing, s._hashing):

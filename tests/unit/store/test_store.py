@@ -63,7 +63,7 @@ async def test_stored_content_is_served_after_a_restart(tmp_path: Path) -> None:
     assert threads() == before
 
 
-async def test_an_ingest_is_active_until_its_fetch_has_ended(tmp_path: Path) -> None:
+async def test_ingest_is_active_until_its_fetch_has_ended(tmp_path: Path) -> None:
     async with opened(tmp_path) as store:
         first = store.start_ingest(Digest.of(LAYER))
         assert store.active_ingests == {Digest.of(LAYER): first}
@@ -76,7 +76,7 @@ async def test_an_ingest_is_active_until_its_fetch_has_ended(tmp_path: Path) -> 
             content.release()
             store.end_ingest(content)
         await store.idle()
-        await store.settled()
+        await store.wait_until_published()
 
 
 # --- recency --------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ async def test_recency_is_updated_after_the_clock_was_set_back(tmp_path: Path) -
         assert used(store, b"content") == NOW - YEAR
 
 
-async def test_a_manifest_is_never_more_than_a_minute_ahead_of_its_parts(tmp_path: Path) -> None:
+async def test_manifest_is_never_more_than_a_minute_ahead_of_its_parts(tmp_path: Path) -> None:
     """A layer that two images share is as recent as the newer of the two."""
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
@@ -165,17 +165,17 @@ async def test_measure_reports_usage_and_running_ingests(tmp_path: Path) -> None
 
 
 @pytest.mark.row("D7-unwritable-directories")
-async def test_a_disk_that_refuses_writes_serves_its_content_and_is_reported(
+async def test_disk_that_refuses_writes_serves_its_content_and_is_reported(
     tmp_path: Path,
 ) -> None:
     body, events = image(LAYER), list[Event]()
     with small_disk(tmp_path / "disk", "20m") as root:
         async with opened(root) as store:
             await pulled(store, body, TAG, LAYER, b"{}")
-            assert store.unwritable is None
+            assert store.unwritable_reason is None
         make_read_only(root)
         async with opened(root, events=events) as store:
-            assert store.unwritable == f"{root}/blobs/sha256: not writable"
+            assert store.unwritable_reason == f"{root}/blobs/sha256: not writable"
             assert await served(store, LAYER)
             record = await store.index.tag(REPO, TAG)
             assert record
@@ -235,7 +235,7 @@ async def _is_found(store: Store, digest: Digest) -> bool:
     return reader is not None
 
 
-async def test_a_failed_publish_is_reported_until_content_is_published_again(
+async def test_failed_publish_is_reported_until_content_is_published_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with opened(tmp_path) as store:
@@ -246,9 +246,9 @@ async def test_a_failed_publish_is_reported_until_content_is_published_again(
 
             patch.setattr(disk, "publish", refuse)
             await keep(store, b"one")
-        assert store.unwritable == "content could not be stored (io)"
+        assert store.unwritable_reason == "content could not be stored (io)"
         await keep(store, b"two")
-        assert store.unwritable is None
+        assert store.unwritable_reason is None
 
 
 async def test_leftovers_of_ended_fetches_are_removed_once_an_hour(

@@ -100,7 +100,7 @@ def test_bytes_outside_the_window_raise_content_lost(start: int) -> None:
         window.extent(start, 30)
 
 
-async def test_a_wait_ends_once_a_chunk_is_freed() -> None:
+async def test_wait_ends_once_a_chunk_is_freed() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
@@ -118,7 +118,7 @@ async def test_a_wait_ends_once_a_chunk_is_freed() -> None:
     assert len(window) == 10
 
 
-async def test_a_wait_returns_false_after_its_timeout() -> None:
+async def test_wait_returns_false_after_its_timeout() -> None:
     window = Window(0)
     window.append([b"x" * 10, b"y" * 10])
     assert window.first_chunk_end == 10
@@ -133,7 +133,7 @@ async def test_a_wait_returns_false_after_its_timeout() -> None:
     assert window.first_chunk_end == 20, "the window is empty: the next chunk begins there"
 
 
-async def test_a_cancelled_wait_does_not_cancel_the_others() -> None:
+async def test_cancelled_wait_does_not_cancel_the_others() -> None:
     window = Window(0)
     window.append([b"x"])
     async with asyncio.timeout(10), asyncio.TaskGroup() as group:
