@@ -125,12 +125,34 @@ class SingleFlight:
         if self._group is None or self.is_draining:
             raise Draining("shutting down")
         shared_task: SharedTask[T] = SharedTask()
-        self._running[key] = cast("SharedTask[object]", shared_task)
         task = self._group.create_task(self._run_task(key, shared_task, work), name=key[0])
+        self._running[key] = cast("SharedTask[object]", shared_task)
         shared_task.task = task
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._on_task_done(key, shared_task, task))
         return shared_task
+
+    async def share(self, key: Key, work: Callable[[], Awaitable[T]]) -> T:
+        """Return the result of the running task of ``key``, or of a new one.
+
+        A task that the caller has joined may end by a time limit that began before the caller came.
+        Then the caller starts or joins another one, as long as its own time limit lets it wait.
+
+        Args:
+            key: See :meth:`run`.
+            work: See :meth:`run`.
+
+        Raises:
+            Draining: No new task is accepted, or the task was cancelled.
+            Exception: The exception that ended the task.
+        """
+        while True:
+            has_joined = key in self._running
+            try:
+                return await self.run(key, work).wait()
+            except UpstreamTimeout:
+                if not has_joined:
+                    raise
 
     async def _run_task(
         self, key: Key, shared_task: SharedTask[T], work: Callable[[], Awaitable[T]]

@@ -4,9 +4,10 @@ Lives here: the form of the schema that editors understand best. Each section is
 (it is used once), and each key has its description, and its default as a user would write it. Must
 not know: how a configuration is read, or what a key changes in the server.
 
-The schema accepts all that ``config/load.py`` accepts, with one exception: a truth value or a whole
-number that is written as quoted text. ``config/mirror.schema.json`` is the printed schema; a test
-compares the two.
+The schema accepts all that ``config/load.py`` accepts, with two exceptions that an editor marks as
+errors: a truth value or a whole number that is written as quoted text, and a number without quotes
+where text is wanted (a password of digits). ``config/mirror.schema.json`` is the printed schema; a
+test compares the two.
 """
 
 from __future__ import annotations

@@ -273,8 +273,6 @@ class LogObserver:
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
-            case _:
-                pass
 
     def _write_limited(self, level: int, message: str, fields: dict[str, Any]) -> None:
         suppressed = self._limit.admit(message) if self._writer.is_enabled(level) else None

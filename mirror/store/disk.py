@@ -198,11 +198,9 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
     seconds = int(now) * _NANOSECONDS
     for digest in digests:
         path = layout.blob(digest)
-        try:
+        with suppress(OSError):
             if has_our_mtime(path.lstat()):
                 os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
-        except OSError:
-            continue
 
 
 def verify(fd: int, size: int, digest: Digest) -> None:
@@ -474,16 +472,12 @@ def _open_directory(path: Path) -> int:
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
     """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
-    try:
+    with suppress(OSError):
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)
-    except OSError:
-        return
 
 
 def drop_state(layout: Layout, digest: Digest) -> None:
     """Remove the state of a fetch. Never raises: a state without its lock is not trusted."""
-    try:
+    with suppress(OSError):
         layout.ingest_state(digest).unlink(missing_ok=True)
-    except OSError:
-        return

@@ -20,7 +20,7 @@ from typing import Final, TypeAlias
 
 from yarl import URL
 
-from mirror.config.settings import Credentials
+from mirror.config.settings import Upstream
 from mirror.observability.events import Observer, TokenFetched
 from mirror.oci.challenge import Basic, Bearer, parse_challenges
 from mirror.oci.errors import (
@@ -103,7 +103,7 @@ class Authenticator:
     def __init__(
         self,
         upstream: str,
-        credentials: Credentials,
+        settings: Upstream,
         exchange: TokenExchange,
         emit: Observer,
         single_flight: SingleFlight,
@@ -113,14 +113,17 @@ class Authenticator:
 
         Args:
             upstream: Name of the upstream.
-            credentials: Its credentials.
+            settings: Its credentials and time limits.
             exchange: Sends a request to a token service.
             emit: Receives an event for each token.
             single_flight: Runs requests for tokens and look-ups of logins.
             clock: Returns seconds.
         """
         self._upstream = upstream
-        self._logins = Logins(credentials, upstream, single_flight, clock)
+        limits = settings.limits
+        self._logins = Logins(
+            settings.credentials, upstream, single_flight, clock, limits.connect + limits.headers
+        )
         self._exchange = exchange
         self._emit = emit
         self._single_flight = single_flight
@@ -238,10 +241,9 @@ class Authenticator:
             or token.renew_at <= self._clock()
             or (refused is not None and token.authorization.header == refused.header)
         ):
-            task = self._single_flight.run(
+            token = await self._single_flight.share(
                 ("token", key), lambda: self._request_token(key, challenge, lookup, policy)
             )
-            token = await task.wait()
         else:
             self._tokens.move_to_end(key)
         return token.authorization

@@ -18,6 +18,7 @@ import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,6 +84,7 @@ class Logins:
         upstream: str,
         single_flight: SingleFlight,
         clock: Callable[[], float],
+        timeout: float = inf,
     ) -> None:
         """Create an empty cache.
 
@@ -91,7 +93,9 @@ class Logins:
             upstream: Name of the upstream.
             single_flight: Runs the look-ups.
             clock: Returns seconds.
+            timeout: Seconds that an attempt of a request may take: a look-up takes no longer.
         """
+        self._timeout = timeout
         self._credentials = credentials
         self._upstream = upstream
         self._single_flight = single_flight
@@ -115,16 +119,14 @@ class Logins:
             or lookup is refused
             or self._clock() - lookup.looked_up_at >= LOGIN_TTL_S
         ):
-            task = self._single_flight.run(
-                ("login", self._upstream, host), lambda: self._renew(host)
-            )
-            lookup = await task.wait()
+            key = "login", self._upstream, host
+            lookup = await self._single_flight.share(key, lambda: self._renew(host))
         return lookup
 
     async def _renew(self, host: str) -> CredentialLookup:
         """Look a login up, and replace the cached one. After a failure, none is cached."""
         try:
-            login = await look_up(self._credentials, self._upstream, host)
+            login = await look_up(self._credentials, self._upstream, host, self._timeout)
         except MirrorError:
             self._lookups.pop(host, None)
             raise
@@ -132,23 +134,27 @@ class Logins:
         return lookup
 
 
-async def look_up(credentials: Credentials, upstream: str, host: str) -> Login | None:
+async def look_up(
+    credentials: Credentials, upstream: str, host: str, timeout: float = inf
+) -> Login | None:
     """Look up the login of an upstream.
 
     Args:
         credentials: Sources of logins. The first one that is configured is used.
         upstream: Name of the upstream.
         host: Host of its endpoint, with its port if it is not the default one.
+        timeout: Seconds at most. More than 10 s count as 10 s.
 
     Returns:
         The login. None if the source has no login for this host.
 
     Raises:
         UpstreamUnavailable: a configured source cannot be read.
-        UpstreamTimeout: the look-up took more than 10 s.
+        UpstreamTimeout: the look-up took longer than ``timeout``.
     """
+    timeout = min(timeout, _LOOKUP_TIMEOUT_S)
     try:
-        async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+        async with asyncio.timeout(timeout):
             if credentials.username is not None:
                 password = await asyncio.to_thread(_resolve_password, credentials.password or "")
                 return Login(credentials.username, password)
@@ -158,7 +164,7 @@ async def look_up(credentials: Credentials, upstream: str, host: str) -> Login |
                 return await _read_docker_config(credentials.docker_config, upstream, host)
             return None
     except TimeoutError as error:
-        raise UpstreamTimeout(f"no credentials after {_LOOKUP_TIMEOUT_S:g} s") from error
+        raise UpstreamTimeout(f"no credentials after {timeout:g} s") from error
 
 
 def _resolve_password(value: str) -> str:

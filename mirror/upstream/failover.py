@@ -168,7 +168,7 @@ class FailoverClient:
             for url in self._endpoints.urls
         }
         self._auth = Authenticator(
-            name, settings.credentials, self._send_token_request, emit, single_flight, clock
+            name, settings, self._send_token_request, emit, single_flight, clock
         )
 
     @asynccontextmanager

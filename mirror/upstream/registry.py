@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 from aiohttp import hdrs
@@ -334,10 +334,8 @@ def parse_tags(body: bytes) -> list[str]:
         raise UpstreamProtocolError("the tag list is malformed")
     tags = []
     for name in names[:_MAX_TAGS]:
-        try:
+        with suppress(MirrorError, TypeError):
             tags.append(Tag.parse(name).name)
-        except (MirrorError, TypeError):
-            continue
     return tags
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
 
-from mirror.oci.errors import Draining, UpstreamUnavailable
+from mirror.oci.errors import Draining, UpstreamTimeout, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 
 
@@ -115,3 +116,30 @@ async def test_task_cancelled_before_its_first_step_ends_its_waiters_and_frees_i
         second = single_flight.run(("key",), work)
         assert second is not first
         assert await second.wait() == "done"
+
+
+async def test_shared_task_that_ends_by_the_starters_time_limit_is_run_again_for_others() -> None:
+    calls: list[int] = []
+    gate = asyncio.Event()
+
+    async def work() -> str:
+        calls.append(len(calls))
+        if calls == [0]:
+            await gate.wait()
+            raise UpstreamTimeout("late")
+        return "done"
+
+    async with SingleFlight() as single_flight, asyncio.TaskGroup() as group:
+        waits = [group.create_task(_outcome(single_flight.share(("key",), work))) for _ in range(5)]
+        await asyncio.sleep(0)
+        gate.set()
+        outcomes = await asyncio.gather(*waits)
+    assert outcomes == ["UpstreamTimeout", "done", "done", "done", "done"]
+    assert calls == [0, 1]
+
+
+async def _outcome(shared: Awaitable[str]) -> str:
+    try:
+        return await shared
+    except UpstreamTimeout:
+        return "UpstreamTimeout"

@@ -355,3 +355,18 @@ async def test_logins_are_cached_by_host_and_failures_are_not_cached(
     docker_config(path, {"auths": {"d.corp": auth("d", "d")}})
     assert (await logins.get("d.corp")).login == Login("d", "d")
     assert (await logins.get("a.corp")).login == Login("a", "a")
+
+
+@pytest.mark.row("U10-failing-token-services")
+async def test_helper_that_hangs_once_fails_only_the_request_that_started_it(
+    path: Path, single_flight: SingleFlight
+) -> None:
+    log = helper(path, f"[ -e {path}/hung ] || {{ touch {path}/hung; exec sleep 600; }}; {GIVEN}")
+    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0, timeout=0.5)
+    first = asyncio.get_running_loop().create_task(logins.get("ghcr.io"))
+    await until(log.exists)
+    joined = await logins.get("ghcr.io")
+    assert joined.login is not None, "the second request waits for a helper of its own"
+    with pytest.raises(UpstreamTimeout):
+        await first
+    assert log.read_text().count("get") == 2

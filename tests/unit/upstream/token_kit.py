@@ -10,7 +10,7 @@ from typing import Any
 
 from yarl import URL
 
-from mirror.config.settings import Credentials
+from mirror.config.settings import Credentials, Upstream
 from mirror.observability.events import Event
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
@@ -40,7 +40,9 @@ class Service:
         self.events: list[Event] = []
         self.auth = Authenticator(
             "docker.io",
-            credentials or Credentials(),
+            Upstream(
+                endpoints=("http://registry.example",), credentials=credentials or Credentials()
+            ),
             self.exchange,
             self.events.append,
             single_flight,
