@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,13 @@ def test_each_required_row_has_a_test_and_a_number() -> None:
     lines = document.partition(BEGIN)[2].partition(END)[0].splitlines()
     numbers = {line[2:].partition("-")[0]: line.split(" | ")[3:5] for line in lines[3:-1]}
     assert not [row for row in REQUIRED if not any(text.strip(" |") for text in numbers[row])]
+
+
+def test_the_table_names_files_that_exist() -> None:
+    lines = DOCUMENT.read_text().partition(BEGIN)[2].partition(END)[0]
+    files = set(re.findall(r"`([\w/]+\.py)`", lines))
+    assert len(files) > 20
+    assert not [name for name in files if not (TESTS / name).is_file()]
 
 
 OLD = f"""before
