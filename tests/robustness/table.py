@@ -133,6 +133,98 @@ ROWS: Final[Mapping[str, Row]] = {
     "M7": Row("shared-directory", "two servers in one directory"),
     "M9": Row("dying-worker", "a worker that dies again and again"),
     "M10": Row("hostile-index", "a busy index, a planted pickle"),
+    "FA1": Row(
+        "refused-token-beside-open-repository",
+        "a token service that refuses one repository, and an open repository of the same registry",
+    ),
+    "FA2": Row(
+        "changed-challenge-for-dead-token",
+        "a dropped token whose 401 names another realm than a request without a token",
+    ),
+    "FA3": Row(
+        "challenge-of-another-scope", "a challenge whose scope is not the repository in the path"
+    ),
+    "FA4": Row(
+        "docker-config-by-organization",
+        "a Docker config.json with logins for several organizations of one host",
+    ),
+    "FA5": Row(
+        "credentials-of-the-first-host",
+        "endpoints on other hosts than the one that the credentials are for",
+    ),
+    "FA6": Row(
+        "causes-of-missing-credentials",
+        "missing, failing and wrong credentials, each with its own message",
+    ),
+    "FA7": Row("several-challenges", "several challenges, one of which must not be followed"),
+    "FB1": Row("refused-head", "an upstream that refuses HEAD of a tag, and answers GET"),
+    "FB2": Row("wrong-lengths", "wrong lengths in a HEAD, in a chunked GET, in a descriptor"),
+    "FB3": Row(
+        "buildkit-cache-index",
+        "an index whose children are blobs, such as BuildKit's registry cache",
+    ),
+    "FB4": Row(
+        "content-types-of-static-registries", "manifests with a generic content type, or none"
+    ),
+    "FB5": Row("odd-manifests", "manifests that the mirror cannot parse in full"),
+    "FB6": Row("login-page", "a log-in page in place of a manifest"),
+    "FB7": Row(
+        "tag-moved-to-odd-manifest", "a tag that moves to a manifest that the mirror cannot parse"
+    ),
+    "FB8": Row("schema-1", "signed manifests of schema 1"),
+    "FB9": Row(
+        "wrong-content-range-then-whole",
+        "a wrong Content-Range, and a correct response without Range",
+    ),
+    "FB10": Row("stalling-twice", "a body that stalls at every attempt"),
+    "FB11": Row("late-first-byte", "a blob whose headers come after 40 s, beside other requests"),
+    "FB12": Row("foreign-layers", "foreign layers that the upstream does not have"),
+    "FC1": Row("page-order", "pages of tags in any order, or with opaque cursors"),
+    "FC2": Row("absolute-links", "an absolute Link with another host or scheme"),
+    "FC3": Row("links-behind-a-prefix", "a reverse proxy that adds a path prefix"),
+    "FD1": Row(
+        "second-endpoint-has-it",
+        "a first endpoint that answers 404, 401 or 403 for what the second one has",
+    ),
+    "FD2": Row("limits-of-one-project", "a 429 for one repository or one kind of request"),
+    "FD3": Row("forms-of-endpoints", "the forms of endpoints and upstream names that people write"),
+    "FD4": Row("endpoint-with-a-path", "an endpoint below a path"),
+    "FD5": Row("private-redirect-targets", "redirects to allowed private addresses"),
+    "FD6": Row("address-of-each-connection", "private addresses, decided for each connection"),
+    "FD7": Row("hanging-dns", "upstreams whose names do not resolve for a long time"),
+    "FD8": Row("upstream-tls", "client certificates and unverified TLS for one upstream"),
+    "FE1": Row("full-stdout-pipe", "a standard output that nobody reads"),
+    "FE2": Row("signals-and-orphans", "SIGHUP, SIGQUIT, and a supervisor that is killed"),
+    "FE3": Row("memory-of-cold-blobs", "40 uncached blobs at once on a slow disk"),
+    "FE4": Row("severity-of-failures", "log levels of failed pulls and malformed requests"),
+    "FE5": Row(
+        "messages-with-a-cause", "messages of upstream failures: endpoint, cause, key to set"
+    ),
+    "FE6": Row("one-line-per-request", "log lines on a terminal"),
+    "FE7": Row(
+        "commands-and-start-line", "forms of the command line, sizes, the line at the start"
+    ),
+    "FE8": Row("suspicious-configuration", "configuration values that look like mistakes"),
+    "FE9": Row("quiet-alerts", "alerts in the cases in which they must be quiet"),
+    "FE10": Row("load-balancer-probes", "probes of load balancers"),
+    "FE11": Row("trusted-proxies", "client addresses behind proxies"),
+    "FE12": Row("deployment-files", "Kustomize and Compose"),
+    "FF1": Row("alias-without-a-colon", "Podman and skopeo with an upstream host:port"),
+    "FF2": Row("transfer-service", "containerd's transfer service and its config_path"),
+    "FF3": Row("enforced-mirror", "client files with and without a way round the mirror"),
+    "FF4": Row("ipv6-hosts-toml", "containerd 1.6 and IPv6 literals"),
+    "FF5": Row("client-files", "the configuration files of other clients"),
+    "FF6": Row("upstream-by-host-name", "snapshotters that send no ns"),
+    "G1": Row("cost-of-a-miss", "cold pulls and hits beside few and many contents"),
+    "G2": Row("long-eviction", "fetches and hits beside a long eviction"),
+    "G3": Row("index-damage-while-running", "damage of the index while the mirror runs"),
+    "G4": Row("busy-index", "long transactions and large flushes of the index"),
+    "G5": Row("repeated-verification", "verification results that must not be lost or repeated"),
+    "G6": Row("state-of-another-process", "locks and states of ingests of other processes"),
+    "G7": Row("memory-budget", "one memory budget for all fetches of a process"),
+    "G8": Row("start-on-a-full-disk", "a disk with 0 bytes free, also at a start"),
+    "G9": Row("stop-in-time", "the time that a stop takes"),
+    "G10": Row("range-of-aged-content", "a range of content whose verification is old"),
     "I4": Row("start-time", "the time that a start takes"),
     "I7": Row("left-open", "what is left open afterwards"),
     "K1": Row("wrong-clock", "a clock that is years off"),
@@ -166,7 +258,10 @@ _HEADER: Final = (
     "|---|---|--:|--:|--:|---|\n"
 )
 _LINE: Final = re.compile(r"\| (\w+)(-[\w-]+)? \|[^|]*\|[^|]*\| ([\d,]*) \| ([\d,]*) \|")
-_GROUPS: Final = ("C", "D", "U", "L", "HU", "HC", "R", "M", "K", "I")
+_GROUPS: Final = (
+    *("C", "D", "U", "L", "HU", "HC", "R", "M", "K", "I"),
+    *("FA", "FB", "FC", "FD", "FE", "FF", "G"),
+)
 
 
 @dataclass(frozen=True, slots=True)
