@@ -185,12 +185,13 @@ def test_program_that_ends_at_start_fails_with_its_output() -> None:
 
 def test_killing_a_program_kills_its_children() -> None:
     with NginxFront("http://127.0.0.1:9") as front:
+        # nginx listens before it has started both of its workers.
+        wait_until(lambda: len(_children(front.pid)) == 2, "two workers of nginx")
         children = _children(front.pid)
-        assert len(children) == 2
         front.kill()
         assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
         front.start()
-        assert len(_children(front.pid)) == 2
+        wait_until(lambda: len(_children(front.pid)) == 2, "two workers of nginx")
 
 
 def _children(pid: int) -> list[str]:
