@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
 import threading
@@ -349,13 +350,24 @@ async def test_open_content_is_not_evicted_and_unlinked_content_stays_readable(
             assert not path.exists()
             return
         await eventually(path.exists)
-        # The fetch protects the content until the reader holds its own lease.
-        await eventually(lambda: not can_be_evicted(path))
-        await asyncio.sleep(0)
+        # Until the end of the fetch, its exclusive lock protects the content.
+        await eventually(lambda: is_shared(path))
         assert not can_be_evicted(path)
         path.unlink()
         assert await read(reader, 5, 2000) == DATA[5:2000]
         reader.close()
+
+
+def is_shared(path: Path) -> bool:
+    """Whether readers hold leases, and no fetch holds the lock of its own."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return not can_be_evicted(path)
 
 
 def can_be_evicted(path: Path) -> bool:
