@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import socket
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -128,6 +129,17 @@ def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:
         os.close(fd)
         held.append((Digest.parse(f"sha256:{name}"), len(data)))
     return held
+
+
+@contextmanager
+def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
+    """Mount a file system at ``path``. Needs root, also in a container."""
+    path.mkdir(parents=True, exist_ok=True)
+    subprocess.run([need("mount"), "-t", kind, "-o", options, kind, path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run([need("umount"), "-l", path], check=True)
 
 
 class NetworkLog:

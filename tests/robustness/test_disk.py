@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,22 +22,12 @@ from tests.robustness.kit import (
     descriptors,
     every_file_hashes_to_its_name,
     is_served,
+    mounted,
     strace,
     try_pull,
 )
 
 SIZE = 3_000_000
-
-
-@contextmanager
-def mounted(path: Path, kind: str, options: str) -> Iterator[Path]:
-    """Mount a file system at ``path``. Needs root, also in a container."""
-    path.mkdir(parents=True, exist_ok=True)
-    subprocess.run([need("mount"), "-t", kind, "-o", options, kind, path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run([need("umount"), "-l", path], check=True)
 
 
 # --- a call that fails ------------------------------------------------------------------------
@@ -177,6 +168,30 @@ def test_full_disk_still_serves_blobs_uncached(tmp_path: Path) -> None:
             assert subprocess.run(fill, capture_output=True).returncode != 0
             assert is_served(mirror, registry.push_large("library/app", SIZE, seed=3))
             assert is_served(mirror, small)
+            every_file_hashes_to_its_name(mirror.data_dir)
+
+
+@pytest.mark.row("D13-no-inodes")
+def test_disk_without_free_inodes_serves_blobs_uncached_until_it_has_some(tmp_path: Path) -> None:
+    with (
+        DockerRegistry() as registry,
+        mounted(tmp_path / "disk", "tmpfs", "size=60m,nr_inodes=400") as disk,
+    ):
+        first, second, third = (registry.push_large("library/app", SIZE, seed=n) for n in (1, 2, 3))
+        with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
+            assert is_served(mirror, first)
+            wait_until(mirror.content(first).exists, "the first blob")
+            files = disk / "files"
+            files.mkdir()
+            with suppress(OSError):
+                for number in range(1000):
+                    (files / str(number)).touch()
+            assert number < 999, "the inodes ran out"
+            assert is_served(mirror, first)
+            assert is_served(mirror, second)
+            shutil.rmtree(files)
+            assert is_served(mirror, third)
+            wait_until(mirror.content(third).exists, "the third blob")
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
