@@ -1,139 +1,132 @@
 """``clients``: the configuration files with which clients pull through the mirror.
 
-Lives here: the files of each client, and notes about mistakes that no client reports. Only
-``write_files`` does I/O. Must not know: the server.
+Lives here: the clients whose files a person or a tool writes below ``/etc``, and notes about
+mistakes that no client reports. Does no I/O. Must not know: the server.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 from urllib.parse import urlsplit
 
-from mirror.config.settings import Upstream
-from mirror.config.values import check_endpoint
+from mirror.cli.client_files import (
+    HUB,
+    ClientFile,
+    ClientSetup,
+    SetupOptions,
+    registry_url,
+    toml_string,
+)
+from mirror.cli.distributions import DISTRIBUTIONS
 
-CLIENTS: Final = ("containerd", "docker", "podman", "buildkit")
-_HUB: Final = "docker.io"
-"""Name of Docker Hub in image references."""
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorAddress:
-    """The address at which clients reach the mirror, and its certificate authority, if any."""
-
-    url: str
-    host: str
-    """Host and port, as in image references."""
-    is_https: bool
-    ca: str | None = None
-    """Path of a PEM file on the client's machine; None to use the authorities of its system."""
-    ca_text: str = ""
-    """The text of ``ca``."""
-
-    @classmethod
-    def parse(cls, url: str, ca: str | None = None, ca_text: str = "") -> MirrorAddress:
-        """Check ``url``, which has no path. Raises ``ValueError``."""
-        parts = urlsplit(check_endpoint(url.rstrip("/")))
-        if parts.path:
-            raise ValueError("must have no path: clients find /v2/ at the root")
-        if ca is not None and parts.scheme != "https":
-            raise ValueError("a certificate authority is for https://")
-        return cls(
-            url=f"{parts.scheme}://{parts.netloc}",
-            host=parts.netloc,
-            is_https=parts.scheme == "https",
-            ca=ca,
-            ca_text=ca_text,
-        )
+FALLBACK_NOTE: Final = (
+    "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself: "
+    "use --enforce if the lists must hold"
+)
+"""Containerd and skopeo go on after 403, 404, 429, 451 and 500 of a mirror (tried)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClientFile:
-    """One file for a client."""
-
-    path: str
-    """Path below ``/etc`` on the client's machine."""
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ClientSetup:
-    """The files of one client, and notes for the person who installs them."""
-
-    files: Sequence[ClientFile]
-    notes: Sequence[str]
+def client_setup(client: str, options: SetupOptions) -> ClientSetup:
+    """Return the setup of ``client``, one of ``CLIENTS``. Raises ``ValueError`` for another."""
+    build = CLIENTS.get(client)
+    if build is None:
+        raise ValueError(f"unknown client: {client}")
+    return build(options)
 
 
-def client_setup(
-    client: str, mirror: MirrorAddress, upstreams: Mapping[str, Upstream], default: str = _HUB
-) -> ClientSetup:
-    """Return the setup of ``client``, one of ``CLIENTS``, for pulls of all ``upstreams``.
+# --- containerd -----------------------------------------------------------------------------------
 
-    ``default``: the mirror's ``default_upstream``. Raises ``ValueError`` for any other client.
-    """
-    match client:
-        case "containerd":
-            return _containerd(mirror, upstreams)
-        case "docker":
-            return _docker(mirror, upstreams, default)
-        case "podman":
-            return _podman(mirror, upstreams)
-        case "buildkit":
-            return _buildkit(mirror, upstreams)
-    raise ValueError(f"unknown client: {client}")
-
-
-def _toml_string(text: str) -> str:
-    # A JSON string of ASCII is a basic string of TOML (TOML 1.0, "String").
-    return json.dumps(text)
+_CONFIG_PATH_NOTES: Final = (
+    (
+        "containerd reads these files only if its config.toml names the directory, and one "
+        'directory only: config_path = "/etc/containerd/certs.d" in '
+        '[plugins."io.containerd.grpc.v1.cri".registry] (1.x) or '
+        '[plugins."io.containerd.cri.v1.images".registry] (2.x); restart containerd once'
+    ),
+    (
+        "containerd 2.1 and later pulls through its transfer service. With a list of directories, "
+        'such as "/etc/containerd/certs.d:/etc/docker/certs.d" (the default of 2.2), it sends no '
+        "request to the mirror, and logs nothing: set config_path to the one directory"
+    ),
+    "config_path must not be set together with registry.mirrors or registry.configs",
+)
 
 
-def _fallback_url(name: str, upstream: Upstream) -> str:
-    """Return the URL that a client uses when the mirror fails: that of the upstream itself."""
-    first = upstream.endpoints[0].rstrip("/")
-    # An endpoint with a path is another mirror, and hosts.toml means the registry itself.
-    if not urlsplit(first).path:
-        return first
-    return "https://registry-1.docker.io" if name == _HUB else f"https://{name}"
+def _containerd(options: SetupOptions) -> ClientSetup:
+    files = [
+        ClientFile(f"containerd/certs.d/{name}/hosts.toml", _hosts_toml(options, name))
+        for name in options.upstreams
+    ]
+    ctr = "ctr reads them with --hosts-dir /etc/containerd/certs.d, nerdctl without any option"
+    return ClientSetup(files, (*_CONFIG_PATH_NOTES, ctr, *_containerd_notes(options)))
 
 
-def _containerd(mirror: MirrorAddress, upstreams: Mapping[str, Upstream]) -> ClientSetup:
-    files = []
-    for name, upstream in upstreams.items():
-        lines = [
-            f"server = {_toml_string(_fallback_url(name, upstream))}",
-            "",
-            f"[host.{_toml_string(mirror.url)}]",
-            '  capabilities = ["pull", "resolve"]',
-        ]
-        if mirror.ca is not None:
-            lines.append(f"  ca = {_toml_string(mirror.ca)}")
-        files.append(ClientFile(f"containerd/certs.d/{name}/hosts.toml", "\n".join(lines) + "\n"))
-    return ClientSetup(
-        files,
+def _nerdctl(options: SetupOptions) -> ClientSetup:
+    rootless = "rootless nerdctl reads them below ~/.config/containerd/certs.d"
+    return ClientSetup(_containerd(options).files, (rootless, *_containerd_notes(options)))
+
+
+def _containerd_default(options: SetupOptions) -> ClientSetup:
+    """One file for all registries, also for those that are not configured as upstreams."""
+    text = _hosts_toml(options, None)
+    notes = (
+        "a directory certs.d/HOST of another registry wins over _default",
         (
-            (
-                "containerd reads these files only if its config.toml names the directory: 1.x "
-                '[plugins."io.containerd.grpc.v1.cri".registry], 2.x '
-                '[plugins."io.containerd.cri.v1.images".registry], '
-                'config_path = "/etc/containerd/certs.d"; restart containerd once'
-            ),
-            (
-                "containerd 2.1 and later may pull through its transfer service, which reads no "
-                "hosts.toml: no request reaches the mirror, and nothing is logged. Set "
-                'use_local_image_pull = true in [plugins."io.containerd.cri.v1.images"]'
-            ),
-            "config_path must not be set together with registry.mirrors or registry.configs",
-            "ctr reads them with --hosts-dir /etc/containerd/certs.d, nerdctl without any option",
+            "the mirror answers 404 for registries that are not its upstreams: containerd then "
+            "cannot pull from them"
+            if options.is_enforced
+            else "the mirror answers 404 for registries that are not its upstreams, and containerd "
+            "pulls from them directly"
         ),
+    )
+    return ClientSetup(
+        [ClientFile("containerd/certs.d/_default/hosts.toml", text)],
+        (*_CONFIG_PATH_NOTES, *notes, *_containerd_notes(options)),
     )
 
 
-def _docker(mirror: MirrorAddress, upstreams: Mapping[str, Upstream], default: str) -> ClientSetup:
+def _hosts_toml(options: SetupOptions, name: str | None) -> str:
+    """Return a hosts.toml. ``name``: the upstream; None for the file of all registries.
+
+    ``server`` is the last host that containerd asks. Without it, that is the registry itself
+    (containerd, "Registry Configuration"). So the mirror as ``server`` leaves no other host.
+    containerd 1.6 ignores a file without a table ``host``.
+    """
+    mirror = options.mirror
+    keys = ['capabilities = ["pull", "resolve"]']
+    if mirror.ca is not None:
+        keys.append(f"ca = {toml_string(mirror.ca)}")
+    lines = []
+    if options.is_enforced:
+        lines = [f"server = {toml_string(mirror.url)}", *keys, ""]
+    elif name is not None:
+        server = registry_url(name, options.upstreams[name])
+        lines = [f"server = {toml_string(server)}", ""]
+    lines += [f"[host.{toml_string(mirror.url)}]", *(f"  {key}" for key in keys)]
+    return "\n".join(lines) + "\n"
+
+
+def _containerd_notes(options: SetupOptions) -> tuple[str, ...]:
+    notes = () if options.is_enforced else (FALLBACK_NOTE,)
+    if "[" in options.mirror.host:
+        return (
+            (
+                "containerd 1.6 ignores a hosts.toml with an IPv6 address, and logs nothing: use a "
+                "host name or an IPv4 address"
+            ),
+            *notes,
+        )
+    return notes
+
+
+# --- Docker, Podman, BuildKit, kaniko -------------------------------------------------------------
+
+
+def _docker(options: SetupOptions) -> ClientSetup:
+    mirror = options.mirror
     text = json.dumps({"registry-mirrors": [mirror.url]}, indent=2) + "\n"
     files = [ClientFile("docker/daemon.json", text)]
     if mirror.ca is not None:
@@ -145,12 +138,22 @@ def _docker(mirror: MirrorAddress, upstreams: Mapping[str, Upstream], default: s
         ),
         "merge the file into an existing daemon.json; `systemctl reload docker` is enough",
     ]
-    if default != _HUB or _HUB not in upstreams:
+    default = options.default_upstream
+    if default != HUB or HUB not in options.upstreams:
         notes.insert(
             0,
             "Docker sends no registry name to a mirror: the mirror's default_upstream must be "
             f"docker.io, and it is {default}",
         )
+    if options.is_enforced:
+        notes.insert(
+            0,
+            "--enforce has no effect: Docker always falls back to Docker Hub when a mirror "
+            "refuses. Block the way to Docker Hub, or pull as "
+            f"{mirror.host}/docker.io/<repository>",
+        )
+    else:
+        notes.append(FALLBACK_NOTE.partition(":")[0] + "; Docker has no setting against it")
     if not mirror.is_https:
         notes.append(
             f'references that begin with {mirror.host} need "insecure-registries": '
@@ -159,76 +162,120 @@ def _docker(mirror: MirrorAddress, upstreams: Mapping[str, Upstream], default: s
     return ClientSetup(files, notes)
 
 
-def _podman(mirror: MirrorAddress, upstreams: Mapping[str, Upstream]) -> ClientSetup:
-    blocks = []
-    if _HUB in upstreams:
-        blocks.append(f"unqualified-search-registries = [{_toml_string(_HUB)}]\n")
-    for name, upstream in upstreams.items():
-        # The fallback. These clients know the address of Docker Hub themselves.
-        fallback = name if name == _HUB else urlsplit(_fallback_url(name, upstream)).netloc
-        lines = [
-            "[[registry]]",
-            f"prefix = {_toml_string(name)}",
-            f"location = {_toml_string(fallback)}",
-        ]
-        if _fallback_url(name, upstream).startswith("http://"):
-            lines.append("insecure = true")
-        lines += ["", "[[registry.mirror]]", f"location = {_toml_string(f'{mirror.host}/{name}')}"]
-        if not mirror.is_https:
-            lines.append("insecure = true")
-        blocks.append("\n".join(lines) + "\n")
-    files = [ClientFile("containers/registries.conf", "\n".join(blocks))]
-    if mirror.ca is not None:
-        files.append(ClientFile(f"containers/certs.d/{mirror.host}/ca.crt", mirror.ca_text))
+def _podman(options: SetupOptions) -> ClientSetup:
     return ClientSetup(
-        files,
+        _registries_conf(options, "containers/registries.conf"),
         (
             "for Podman, Buildah, skopeo and CRI-O; a file in registries.conf.d does as well",
-            (
-                "the choice of a mirror is sticky: the host that served the manifest must serve "
-                "all blobs, and a later failure does not fall back to another host"
-            ),
+            *_podman_notes(options),
         ),
     )
 
 
-def _buildkit(mirror: MirrorAddress, upstreams: Mapping[str, Upstream]) -> ClientSetup:
+def _crio(options: SetupOptions) -> ClientSetup:
+    return ClientSetup(
+        _registries_conf(options, "containers/registries.conf.d/50-oci-mirror.conf"),
+        ("`systemctl reload crio` is enough", *_podman_notes(options)),
+    )
+
+
+def _podman_notes(options: SetupOptions) -> tuple[str, ...]:
+    sticky = (
+        "the choice of a mirror is sticky: the host that served the manifest must serve "
+        "all blobs, and a later failure does not fall back to another host"
+    )
+    return (sticky,) if options.is_enforced else (sticky, FALLBACK_NOTE)
+
+
+def _registries_conf(options: SetupOptions, path: str) -> list[ClientFile]:
+    """Return a file of the format of containers-registries.conf(5), and the certificate's file."""
+    mirror, blocks = options.mirror, []
+    if HUB in options.upstreams:
+        blocks.append(f"unqualified-search-registries = [{toml_string(HUB)}]\n")
+    for name, upstream in options.upstreams.items():
+        # The alias, because "host:port" is not valid in the middle of an image reference.
+        at_mirror = [f"location = {toml_string(f'{mirror.host}/{upstream.alias_of(name)}')}"]
+        if not mirror.is_https:
+            at_mirror.append("insecure = true")
+        lines = ["[[registry]]", f"prefix = {toml_string(name)}"]
+        if options.is_enforced:
+            lines += at_mirror
+        else:
+            url = registry_url(name, upstream)
+            # The fallback. These clients know the address of Docker Hub themselves.
+            fallback = name if name == HUB else urlsplit(url).netloc
+            lines.append(f"location = {toml_string(fallback)}")
+            if url.startswith("http://"):
+                lines.append("insecure = true")
+            lines += ["", "[[registry.mirror]]", *at_mirror]
+        blocks.append("\n".join(lines) + "\n")
+    files = [ClientFile(path, "\n".join(blocks))]
+    if mirror.ca is not None:
+        files.append(ClientFile(f"containers/certs.d/{mirror.host}/ca.crt", mirror.ca_text))
+    return files
+
+
+def _buildkit(options: SetupOptions) -> ClientSetup:
+    mirror = options.mirror
     blocks = [
-        f"[registry.{_toml_string(name)}]\n  mirrors = [{_toml_string(mirror.host)}]\n"
-        for name in upstreams
+        f"[registry.{toml_string(name)}]\n  mirrors = [{toml_string(mirror.host)}]\n"
+        + ("  http = true\n" if registry_url(name, upstream).startswith("http://") else "")
+        for name, upstream in options.upstreams.items()
     ]
-    section = f"[registry.{_toml_string(mirror.host)}]\n"
+    section = f"[registry.{toml_string(mirror.host)}]\n"
     if not mirror.is_https:
         blocks.append(f"{section}  http = true\n")
     elif mirror.ca is not None:
-        blocks.append(f"{section}  ca = [{_toml_string(mirror.ca)}]\n")
-    return ClientSetup(
-        [ClientFile("buildkit/buildkitd.toml", "\n".join(blocks))],
+        blocks.append(f"{section}  ca = [{toml_string(mirror.ca)}]\n")
+    notes = [
         (
-            (
-                "docker buildx create --use --buildkitd-config FILE (--config before 0.14) makes "
-                "a builder with this file; Docker's built-in builder uses daemon.json"
-            ),
-            f"inside a builder's container, {mirror.host} must be reachable",
+            "docker buildx create --use --buildkitd-config FILE (--config before 0.14) makes "
+            "a builder with this file; Docker's built-in builder uses daemon.json"
         ),
-    )
+        f"inside a builder's container, {mirror.host} must be reachable",
+    ]
+    if options.is_enforced:
+        notes.insert(
+            0,
+            "--enforce has no effect: BuildKit always falls back to the registry itself when a "
+            "mirror refuses. Block the way to the registries",
+        )
+    return ClientSetup([ClientFile("buildkit/buildkitd.toml", "\n".join(blocks))], notes)
 
 
-def write_files(directory: Path, files: Sequence[ClientFile]) -> list[tuple[Path, bool]]:
-    """Write ``files`` below ``directory``. Returns each path, and whether it was written.
+def _kaniko(options: SetupOptions) -> ClientSetup:
+    """Return the arguments of the executor, which reads no file."""
+    mirror = options.mirror
+    arguments = [
+        f"--registry-map={name}={mirror.host}/{upstream.alias_of(name)}"
+        for name, upstream in options.upstreams.items()
+    ]
+    if options.is_enforced:
+        arguments.append("--skip-default-registry-fallback")
+    if not mirror.is_https:
+        arguments.append(f"--insecure-registry={mirror.host}")
+    elif mirror.ca is not None:
+        arguments.append(f"--registry-certificate={mirror.host}={mirror.ca}")
+    notes = ["add these arguments to the executor of kaniko"]
+    if not options.is_enforced:
+        notes.append(FALLBACK_NOTE)
+    text = "\n".join(arguments) + "\n"
+    return ClientSetup([ClientFile("kaniko.args", text, is_on_node=False)], notes)
 
-    An existing file that differs is never overwritten: for such a file ``FileExistsError`` is
-    raised before any file is written. Raises ``OSError``, too.
-    """
-    targets = [(directory / file.path, file.text) for file in files]
-    for path, text in targets:
-        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
-            raise FileExistsError(f"{path} exists and differs: not overwritten")
-    results = []
-    for path, text in targets:
-        is_new = not path.exists()
-        if is_new:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        results.append((path, is_new))
-    return results
+
+CLIENTS: Final[Mapping[str, Callable[[SetupOptions], ClientSetup]]] = MappingProxyType(
+    {
+        "containerd": _containerd,
+        "docker": _docker,
+        "podman": _podman,
+        "buildkit": _buildkit,
+        "nerdctl": _nerdctl,
+        "containerd-default": _containerd_default,
+        "crio": _crio,
+        "kaniko": _kaniko,
+        **DISTRIBUTIONS,
+    }
+)
+"""Name on the command line to the function that builds the setup."""
+ALL: Final = ("containerd", "docker", "podman", "buildkit")
+"""The clients of ``--for all``. Their files differ, and can be on one machine."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from mirror import __version__
-from mirror.cli import check, clients, health, schema
+from mirror.cli import check, client_files, clients, health, schema
 from mirror.config.load import load
 from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
@@ -181,7 +181,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="URL at which clients reach the mirror (default: its listen address)",
     )
-    configure.add_argument("--client", choices=(*clients.CLIENTS, "all"), default="all")
+    configure.add_argument(
+        *("--for", "--client"),
+        dest="client",
+        choices=(*clients.CLIENTS, "all"),
+        default="all",
+        help=f"client or Kubernetes distribution (default: all, which is {', '.join(clients.ALL)})",
+    )
+    configure.add_argument(
+        "--enforce",
+        action="store_true",
+        help="leave no way round the mirror, so that a pull that it refuses fails",
+    )
     configure.add_argument(
         "--ca",
         metavar="FILE",
@@ -251,18 +262,18 @@ def _clients(arguments: argparse.Namespace) -> int:
         ca_text = ca.read_text(encoding="utf-8") if ca else ""
         if ca and "-----BEGIN CERTIFICATE-----" not in ca_text:
             raise ValueError(f"{ca} has no certificate (PEM)")
-        mirror = clients.MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
+        mirror = client_files.MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
     except ValueError as error:
         return _fail(f"--mirror '{url}': {error}", EX_USAGE)
-    chosen = clients.CLIENTS if arguments.client == "all" else (arguments.client,)
-    setups = {
-        client: clients.client_setup(client, mirror, settings.upstreams, settings.default_upstream)
-        for client in chosen
-    }
+    request = client_files.SetupOptions(
+        mirror, settings.upstreams, settings.default_upstream, is_enforced=arguments.enforce
+    )
+    chosen = clients.ALL if arguments.client == "all" else (arguments.client,)
+    setups = {client: clients.client_setup(client, request) for client in chosen}
     files = [file for setup in setups.values() for file in setup.files]
     if arguments.write is not None:
         try:
-            for path, is_new in clients.write_files(arguments.write, files):
+            for path, is_new in client_files.write_files(arguments.write, files):
                 _print(f"{path}{'' if is_new else ' (unchanged)'}")
         except FileExistsError as error:
             return _fail(str(error), EX_FAILED)
@@ -270,7 +281,7 @@ def _clients(arguments: argparse.Namespace) -> int:
         for file in files:
             # A single file is printed without its path, so that it can be piped.
             if len(files) > 1:
-                _print(f"# /etc/{file.path}")
+                _print(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
             _print(file.text)
     for client, setup in setups.items():
         for note in setup.notes:

@@ -9,7 +9,8 @@ Every value is accepted as text, too, because YAML scalars and environment varia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
 
 from pydantic import (
@@ -173,6 +174,16 @@ class Upstream(Section):
 
     endpoints: tuple[Endpoint, ...]
     """URLs of the registry. With more than one: failover in this order."""
+    alias: Annotated[str, AfterValidator(values.check_alias)] | None = None
+    """
+    Name of the upstream in paths such as mirror:5100/<alias>/app, for clients that accept no colon
+    there. Default: the upstream's name, with _ in place of the colon.
+    """
+    hosts: tuple[Host, ...] = ()
+    """
+    Host names of the mirror itself. A request to one of them is for this upstream, also if the
+    client names no upstream. As in the Host header, without the port unless it matters.
+    """
     pull_policy: PullPolicy = "IfNotPresent"
     """
     Condition on which a cached tag is served. Always: the upstream confirms it.
@@ -206,6 +217,11 @@ class Upstream(Section):
     """PEM file of certificate authorities, beside those of the system."""
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
+
+    def alias_of(self, name: str) -> str:
+        """Return the alias, or its default for an upstream of this name."""
+        # An image reference accepts letters, digits and separators (Distribution, "name").
+        return self.alias or re.sub("[^a-z0-9.-]+", "_", name).strip("_")
 
     @model_validator(mode="after")
     def _check_endpoints(self) -> Self:
@@ -254,6 +270,8 @@ class Settings(Section):
             and self.default_upstream not in self.upstreams
         ):
             raise _key_error(("default_upstream",), "is not one of upstreams")
+        self._check_unique("alias", lambda name, one: (one.alias_of(name),), self.upstreams)
+        self._check_unique("hosts", lambda _, one: one.hosts, ())
         for name, upstream in self.upstreams.items():
             for key in ("allow", "deny"):
                 for index, pattern in enumerate(getattr(upstream, key)):
@@ -264,6 +282,27 @@ class Settings(Section):
                             "a pattern must not begin with the upstream's name",
                         )
         return self
+
+    def upstream_names(self) -> dict[str, str]:
+        """Return each name by which a request may call an upstream, to the upstream's own name."""
+        aliases = {upstream.alias_of(name): name for name, upstream in self.upstreams.items()}
+        return {**aliases, **{name: name for name in self.upstreams}}
+
+    def _check_unique(
+        self,
+        key: str,
+        names_of: Callable[[str, Upstream], tuple[str, ...]],
+        taken: Collection[str],
+    ) -> None:
+        """Refuse a name that two upstreams have. ``taken``: names of other upstreams."""
+        owner = {name: name for name in taken}
+        for name, upstream in self.upstreams.items():
+            for one in names_of(name, upstream):
+                other = owner.setdefault(one, name)
+                if other != name:
+                    raise _key_error(
+                        ("upstreams", name, key), f"{one} is already a name of {other}"
+                    )
 
 
 def section_type(model: type[Section], key: str) -> type[Section] | None:

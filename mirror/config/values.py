@@ -236,6 +236,13 @@ def check_upstream_name(text: str) -> str:
     return text
 
 
+def check_alias(text: str) -> str:
+    """Check a name that stands in place of an upstream's name in a path: one path component."""
+    if not re.fullmatch(r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*", text, re.ASCII):
+        raise ValueError("must be one component of an image reference: a-z, 0-9, and . _ - inside")
+    return text
+
+
 def check_host(text: str) -> str:
     """Check a ``host`` or ``host:port``."""
     split_host(text)

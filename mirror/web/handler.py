@@ -83,7 +83,10 @@ class Handler:
         self.in_flight = 0
         """Requests that have begun and not ended."""
         self._idle = asyncio.Event()
-        self._parse = paths.build_parser(settings.upstreams, settings.default_upstream)
+        self._parse = paths.build_parser(settings.upstream_names(), settings.default_upstream)
+        self._upstream_of_host = {
+            host.lower(): name for name, one in settings.upstreams.items() for host in one.hosts
+        }
         self._service = service
         self._health = health
         self._render_metrics = render_metrics
@@ -150,9 +153,17 @@ class Handler:
             self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
             return _build_error_response(MirrorError("internal error"), pull)
 
+    def _named_by_host(self, request: web.BaseRequest) -> str | None:
+        """Return the upstream whose ``hosts`` have the host of the request, or None."""
+        if not self._upstream_of_host:
+            return None
+        host = request.host.lower()
+        without_port = host.rpartition(":")[0] if not host.endswith("]") else ""
+        return self._upstream_of_host.get(host) or self._upstream_of_host.get(without_port)
+
     async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         path, _, query = request.raw_path.partition("?")
-        parsed = self._parse(request.method, path, query)
+        parsed = self._parse(request.method, path, query, self._named_by_host(request))
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         match parsed:
             case paths.ManifestRequest():

@@ -12,7 +12,7 @@ specification allows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NoReturn, TypeAlias
@@ -131,7 +131,13 @@ _MAX_CACHED_REQUESTS: Final = 4096
 
 
 def parse(
-    method: str, raw_path: str, query: str, *, upstreams: Collection[str], default: str
+    method: str,
+    raw_path: str,
+    query: str,
+    *,
+    upstreams: Mapping[str, str],
+    default: str,
+    upstream: str | None = None,
 ) -> Request:
     """Parse a request line.
 
@@ -139,8 +145,9 @@ def parse(
         method: As sent. Methods are case-sensitive (RFC 9110, section 9.1).
         raw_path: The request target up to the first ``?``, as sent.
         query: The rest of the request target, without the ``?``, as sent.
-        upstreams: Names of the configured upstreams.
+        upstreams: Each name by which a request may call an upstream, to the upstream's own name.
         default: Upstream of a request that names none.
+        upstream: Upstream that the ``Host`` header field stands for. None: for no particular one.
 
     Raises:
         MethodUnsupported: Another method than ``GET`` and ``HEAD``, or an upload.
@@ -159,7 +166,8 @@ def parse(
     name, kind, reference = match.groups()
     parameters = _parse_query(query) if query else {}
     ns = parameters.get("ns")
-    repository, prefix = _find_repository(_decode(name, NameInvalid), ns, upstreams, default)
+    named = upstream if ns is None else ns
+    repository, prefix = _find_repository(_decode(name, NameInvalid), named, upstreams, default)
     if kind is None:
         count, last = _parse_count(parameters), _parse_last(parameters)
         return TagsRequest(repository, count, last, ns, prefix)
@@ -174,18 +182,24 @@ def parse(
     return ReferrersRequest(repository, digest, _parse_artifact_type(parameters), ns)
 
 
-def build_parser(upstreams: Collection[str], default: str) -> Callable[[str, str, str], Request]:
-    """Return :func:`parse` for these upstreams, with a bounded cache of valid requests."""
-    names = frozenset(upstreams)
+def build_parser(
+    upstreams: Mapping[str, str], default: str
+) -> Callable[[str, str, str, str | None], Request]:
+    """Return :func:`parse` for these upstreams, with a bounded cache of valid requests.
 
-    def parse_uncached(method: str, raw_path: str, query: str) -> Request:
-        return parse(method, raw_path, query, upstreams=names, default=default)
+    The arguments of the returned function are ``method``, ``raw_path``, ``query``, ``upstream``.
+    """
+
+    def parse_uncached(method: str, raw_path: str, query: str, upstream: str | None) -> Request:
+        return parse(
+            method, raw_path, query, upstreams=upstreams, default=default, upstream=upstream
+        )
 
     parse_cached = lru_cache(_MAX_CACHED_REQUESTS)(parse_uncached)
 
-    def parse_request(method: str, raw_path: str, query: str) -> Request:
+    def parse_request(method: str, raw_path: str, query: str, upstream: str | None) -> Request:
         is_short = len(raw_path) + len(query) <= _MAX_CACHED_CHARS
-        return (parse_cached if is_short else parse_uncached)(method, raw_path, query)
+        return (parse_cached if is_short else parse_uncached)(method, raw_path, query, upstream)
 
     return parse_request
 
@@ -202,17 +216,18 @@ def _decode(raw: str, error: type[InvalidRequest]) -> str:
 
 
 def _find_repository(
-    name: str, ns: str | None, upstreams: Collection[str], default: str
+    name: str, named: str | None, upstreams: Mapping[str, str], default: str
 ) -> tuple[Repository, str]:
     """Return the repository, and the prefix of the path that named its upstream.
 
-    With ``ns``, the whole path is the repository's name.
+    ``named``: the upstream, if the request names it outside of the path. Then the whole path is
+    the repository's name.
     """
     first, slash, rest = name.partition("/")
-    if ns is None and slash and first in upstreams:
-        return Repository.parse(first, rest), f"{first}/"
-    upstream = default if ns is None else ns
-    if upstream not in upstreams:
+    if named is None and slash and first in upstreams:
+        return Repository.parse(upstreams[first], rest), f"{first}/"
+    upstream = upstreams.get(default if named is None else named)
+    if upstream is None:
         raise NameUnknown("this mirror is not configured for this upstream")
     return Repository.parse(upstream, name), ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,9 @@ CONTAINER: dict[str, Any] = POD["containers"][0]
 
 def test_kustomization_lists_every_manifest_and_this_version() -> None:
     kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    (generator,) = kustomization["configMapGenerator"]
     others = {path.name for path in KUBERNETES.iterdir()} - {"kustomization.yaml"}
-    assert set(kustomization["resources"]) == others
+    assert {*kustomization["resources"], *generator["files"]} == others
     assert kustomization["namespace"] == "oci-mirror"
     assert "Namespace/oci-mirror" in OBJECTS
     (image,) = kustomization["images"]
@@ -190,12 +192,49 @@ def test_kustomization_lists_every_manifest_and_this_version() -> None:
 
 
 @pytest.fixture
-def configured(tmp_path: Path) -> Settings:
+def configured() -> Settings:
     """The ConfigMap's file with the container's environment."""
-    data: dict[str, str] = OBJECTS["ConfigMap/oci-mirror"]["data"]
-    file = tmp_path / "mirror.yaml"
-    file.write_text(data["mirror.yaml"])
+    file = KUBERNETES / "mirror.yaml"
     return load(str(file), {one["name"]: one["value"] for one in CONTAINER["env"]})
+
+
+@pytest.mark.row("FE12-deployment-files")
+def test_edited_configuration_of_kubernetes_restarts_the_pods() -> None:
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    (generator,) = kustomization["configMapGenerator"]
+    # A generated name has a hash of the content, unless an option disables it.
+    assert not kustomization.get("generatorOptions", {}).get("disableNameSuffixHash")
+    assert "options" not in generator
+    volumes = {one["name"]: one for one in POD["volumes"]}
+    assert volumes["config"]["configMap"]["name"] == generator["name"] == "oci-mirror"
+    assert not [name for name in OBJECTS if name.startswith("ConfigMap/")]
+
+
+@pytest.mark.row("FE12-deployment-files")
+def test_network_policy_admits_private_networks_to_the_port_of_the_mirror_only() -> None:
+    spec = OBJECTS["NetworkPolicy/oci-mirror"]["spec"]
+    labels = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["metadata"]["labels"]
+    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+    assert spec["policyTypes"] == ["Ingress"]
+    (rule,) = spec["ingress"]
+    assert [one["port"] for one in rule["ports"]] == [CONTAINER["ports"][0]["name"]]
+    networks = [ip_network(one["ipBlock"]["cidr"]) for one in rule["from"]]
+    assert networks
+    assert not any(network.is_global for network in networks)
+    text = (KUBERNETES / "service.yaml").read_text()
+    assert text.index("Warning: a NodePort") < text.index("type: NodePort")
+
+
+@pytest.mark.row("FE12-deployment-files")
+def test_compose_starts_monitoring_beside_a_mirror_that_is_not_healthy() -> None:
+    conditions = [
+        condition
+        for one in COMPOSE["services"].values()
+        if isinstance(one.get("depends_on"), dict)
+        for condition in one["depends_on"].values()
+    ]
+    assert "mirror" in COMPOSE["services"]
+    assert not [one for one in conditions if one["condition"] == "service_healthy"]
 
 
 def test_configmap_loads_with_the_shipped_upstreams(configured: Settings) -> None:
@@ -205,7 +244,7 @@ def test_configmap_loads_with_the_shipped_upstreams(configured: Settings) -> Non
     }
     arguments = _parser().parse_args(CONTAINER["args"])
     directory, name = arguments.config.rsplit("/", 1)
-    assert name in OBJECTS["ConfigMap/oci-mirror"]["data"]
+    assert name == "mirror.yaml"
     assert directory in [one["mountPath"] for one in CONTAINER["volumeMounts"]]
 
 

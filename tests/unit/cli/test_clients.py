@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tomllib
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from mirror.cli import clients
+from mirror.cli import client_files, clients
 from mirror.cli.main import main
-from mirror.config.settings import Upstream
+from mirror.config.settings import InvalidSetting, Upstream, build
+from mirror.oci.reference import Repository
 from tests.real import images
 from tests.real.clients import Containerd, Skopeo
 from tests.real.process import run
@@ -25,17 +29,25 @@ UPSTREAMS = {
     "ghcr.io": Upstream(endpoints=("https://cache.example/ghcr", "https://ghcr.io")),
     "reg.example:5000": Upstream(endpoints=("http://reg.example:5000",)),
 }
-PLAIN = clients.MirrorAddress.parse("http://mirror.example:5100/")
-TLS = clients.MirrorAddress.parse("https://mirror.example", "/etc/ssl/m.pem", "-----BEGIN…")
+PLAIN = client_files.MirrorAddress.parse("http://mirror.example:5100/")
+TLS = client_files.MirrorAddress.parse("https://mirror.example", "/etc/ssl/m.pem", "-----BEGIN…")
+
+
+def setup(
+    client: str,
+    mirror: client_files.MirrorAddress = PLAIN,
+    *,
+    default: str = "docker.io",
+    enforced: bool = False,
+) -> client_files.ClientSetup:
+    request = client_files.SetupOptions(mirror, UPSTREAMS, default, is_enforced=enforced)
+    return clients.client_setup(client, request)
 
 
 def files(
-    client: str, mirror: clients.MirrorAddress = PLAIN, default: str = "docker.io"
+    client: str, mirror: client_files.MirrorAddress = PLAIN, *, enforced: bool = False
 ) -> dict[str, str]:
-    return {
-        file.path: file.text
-        for file in clients.client_setup(client, mirror, UPSTREAMS, default).files
-    }
+    return {file.path: file.text for file in setup(client, mirror, enforced=enforced).files}
 
 
 def test_containerd_gets_one_hosts_toml_for_each_upstream() -> None:
@@ -62,11 +74,9 @@ def test_docker_gets_registry_mirrors_and_the_certificate_authority() -> None:
 
 
 def test_docker_note_warns_if_default_upstream_is_not_docker_hub() -> None:
-    notes = clients.client_setup("docker", PLAIN, UPSTREAMS, "ghcr.io").notes
+    notes = setup("docker", default="ghcr.io").notes
     assert "default_upstream must be docker.io, and it is ghcr.io" in notes[0]
-    assert not any(
-        "default_upstream" in n for n in clients.client_setup("docker", PLAIN, UPSTREAMS).notes
-    )
+    assert not any("default_upstream" in n for n in setup("docker").notes)
 
 
 def test_podman_gets_a_mirror_for_each_upstream() -> None:
@@ -75,7 +85,8 @@ def test_podman_gets_a_mirror_for_each_upstream() -> None:
     registries = {one["prefix"]: one for one in read["registry"]}
     assert list(registries) == list(UPSTREAMS)
     for name, one in registries.items():
-        assert one["mirror"] == [{"location": f"mirror.example:5100/{name}", "insecure": True}]
+        location = f"mirror.example:5100/{name.replace(':', '_')}"
+        assert one["mirror"] == [{"location": location, "insecure": True}]
     assert registries["docker.io"]["location"] == "docker.io"
     assert registries["ghcr.io"]["location"] == "ghcr.io"
     assert registries["reg.example:5000"]["insecure"] is True
@@ -86,19 +97,195 @@ def test_podman_gets_a_mirror_for_each_upstream() -> None:
 
 def test_buildkit_gets_a_mirror_for_each_upstream() -> None:
     read = tomllib.loads(files("buildkit")["buildkit/buildkitd.toml"])["registry"]
-    for name in UPSTREAMS:
-        assert read[name] == {"mirrors": ["mirror.example:5100"]}
+    mirrors = ["mirror.example:5100"]
+    assert read["docker.io"] == read["ghcr.io"] == {"mirrors": mirrors}
+    assert read["reg.example:5000"] == {"mirrors": mirrors, "http": True}
     assert read["mirror.example:5100"] == {"http": True}
     secure = tomllib.loads(files("buildkit", TLS)["buildkit/buildkitd.toml"])["registry"]
     assert secure["mirror.example"] == {"ca": ["/etc/ssl/m.pem"]}
 
 
-def test_notes_name_the_mistakes_that_clients_do_not_report() -> None:
-    notes = {
-        name: " ".join(clients.client_setup(name, PLAIN, UPSTREAMS).notes)
-        for name in clients.CLIENTS
+@pytest.mark.row("FF5-client-files")
+@pytest.mark.parametrize("name", clients.CLIENTS)
+@pytest.mark.parametrize("mirror", [PLAIN, TLS], ids=["http", "https"])
+def test_every_file_is_well_formed_and_names_the_mirror_and_every_upstream(
+    name: str, mirror: client_files.MirrorAddress
+) -> None:
+    for enforced in (False, True):
+        made = setup(name, mirror, enforced=enforced)
+        assert made.files
+        assert all(note and "\n" not in note for note in made.notes)
+        texts = [file.text for file in made.files if not file.path.endswith("ca.crt")]
+        for file in made.files:
+            match file.path.rpartition(".")[2]:
+                case "toml" | "conf":
+                    assert tomllib.loads(file.text)
+                case "yaml":
+                    assert isinstance(yaml.safe_load(file.text), dict)
+                case "json":
+                    assert json.loads(file.text)
+        everything = "".join(file.path + file.text for file in made.files)
+        if name == "eks":
+            assert "/etc/containerd/certs.d" in everything
+            continue
+        assert all(mirror.host in text for text in texts)
+        if name not in ("docker", "containerd-default"):
+            for upstream, settings in UPSTREAMS.items():
+                assert upstream in everything or settings.alias_of(upstream) in everything
+
+
+@pytest.mark.row("FF5-client-files")
+def test_k3s_and_rke2_get_registries_yaml() -> None:
+    (path, text), *rest = files("k3s", TLS).items()
+    assert (path, rest) == ("rancher/k3s/registries.yaml", [])
+    assert yaml.safe_load(text) == {
+        "mirrors": {name: {"endpoint": ["https://mirror.example"]} for name in UPSTREAMS},
+        "configs": {"mirror.example": {"tls": {"ca_file": "/etc/ssl/m.pem"}}},
     }
-    assert "use_local_image_pull = true" in notes["containerd"]
+    assert list(files("rke2")) == ["rancher/rke2/registries.yaml"]
+    assert "deletes what was written there by hand" in setup("k3s").notes[0]
+    assert "disable-default-registry-endpoint" in setup("rke2", enforced=True).notes[-1]
+
+
+@pytest.mark.row("FF5-client-files")
+def test_gke_names_hosts_without_a_scheme_and_mirrors_with_it() -> None:
+    tree = yaml.safe_load(files("gke")["gke.yaml"])
+    assert [one["server"] for one in tree["registryHosts"]] == list(UPSTREAMS)
+    assert tree["registryHosts"][0]["hosts"] == [
+        {
+            "host": "http://mirror.example:5100",
+            "capabilities": ["HOST_CAPABILITY_PULL", "HOST_CAPABILITY_RESOLVE"],
+        }
+    ]
+
+
+@pytest.mark.row("FF5-client-files")
+def test_eks_sets_config_path_to_one_directory() -> None:
+    tree = yaml.safe_load(files("eks")["eks-nodeconfig.yaml"])
+    assert (tree["apiVersion"], tree["kind"]) == ("node.eks.aws/v1alpha1", "NodeConfig")
+    plugins = tomllib.loads(tree["spec"]["containerd"]["config"])["plugins"]
+    registry = plugins["io.containerd.cri.v1.images"]["registry"]
+    assert registry == {"config_path": "/etc/containerd/certs.d"}
+
+
+@pytest.mark.row("FF5-client-files")
+def test_bottlerocket_and_talos_carry_the_certificate_authority() -> None:
+    settings = tomllib.loads(files("bottlerocket", TLS)["bottlerocket.toml"])["settings"]
+    assert settings["container-registry"]["mirrors"][1] == {
+        "registry": "ghcr.io",
+        "endpoint": ["https://mirror.example"],
+    }
+    assert b64decode(settings["pki"]["oci-mirror"]["data"]) == TLS.ca_text.encode()
+    registries = yaml.safe_load(files("talos", TLS)["talos.yaml"])["machine"]["registries"]
+    assert registries["mirrors"]["docker.io"] == {"endpoints": ["https://mirror.example"]}
+    ca = registries["config"]["mirror.example"]["tls"]["ca"]
+    assert b64decode(ca) == TLS.ca_text.encode()
+
+
+@pytest.mark.row("FF5-client-files")
+def test_kaniko_gets_arguments_and_crio_a_drop_in() -> None:
+    (text,) = files("kaniko", enforced=True).values()
+    assert text.splitlines() == [
+        "--registry-map=docker.io=mirror.example:5100/docker.io",
+        "--registry-map=ghcr.io=mirror.example:5100/ghcr.io",
+        "--registry-map=reg.example:5000=mirror.example:5100/reg.example_5000",
+        "--skip-default-registry-fallback",
+        "--insecure-registry=mirror.example:5100",
+    ]
+    (crio,) = files("crio").items()
+    assert crio[0] == "containers/registries.conf.d/50-oci-mirror.conf"
+    assert crio[1] == files("podman")["containers/registries.conf"]
+
+
+@pytest.mark.row("FF2-transfer-service")
+@pytest.mark.parametrize("name", ["containerd", "containerd-default"])
+def test_containerd_note_asks_for_one_directory_in_config_path(name: str) -> None:
+    notes = " ".join(setup(name).notes)
+    assert 'config_path = "/etc/containerd/certs.d"' in notes
+    assert "a list of directories" in notes
+    assert "transfer service" in notes
+    assert "use_local_image_pull" not in notes
+
+
+@pytest.mark.row("FF4-ipv6-hosts-toml")
+@pytest.mark.parametrize("name", ["containerd", "nerdctl", "containerd-default"])
+def test_containerd_note_warns_of_an_ipv6_address(name: str) -> None:
+    literal = client_files.MirrorAddress.parse("http://[fd00::1]:5100")
+    assert "containerd 1.6 ignores" in " ".join(setup(name, literal).notes)
+    assert "containerd 1.6" not in " ".join(setup(name).notes)
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+def test_enforced_files_name_no_other_host_than_the_mirror() -> None:
+    for text in files("containerd", enforced=True).values():
+        assert tomllib.loads(text) == {
+            "server": "http://mirror.example:5100",
+            "capabilities": ["pull", "resolve"],
+            "host": {"http://mirror.example:5100": {"capabilities": ["pull", "resolve"]}},
+        }
+    podman = tomllib.loads(files("podman", enforced=True)["containers/registries.conf"])
+    for one, name in zip(podman["registry"], UPSTREAMS, strict=True):
+        location = f"mirror.example:5100/{UPSTREAMS[name].alias_of(name)}"
+        assert one == {"prefix": name, "location": location, "insecure": True}
+    talos = yaml.safe_load(files("talos", enforced=True)["talos.yaml"])
+    mirrors = talos["machine"]["registries"]["mirrors"].values()
+    assert all(one["skipFallback"] is True for one in mirrors)
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+@pytest.mark.parametrize("name", ["docker", "buildkit", "gke", "bottlerocket"])
+def test_client_that_cannot_be_enforced_says_so_first(name: str) -> None:
+    assert "--enforce has no effect" in setup(name, enforced=True).notes[0]
+    assert files(name, enforced=True) == files(name)
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+@pytest.mark.parametrize("name", ["containerd", "nerdctl", "podman", "crio", "kaniko", "docker"])
+def test_note_tells_that_a_refusal_is_passed_over_without_enforce(name: str) -> None:
+    assert "if the mirror refuses a pull" in " ".join(setup(name).notes)
+    assert "if the mirror refuses a pull" not in " ".join(setup(name, enforced=True).notes)
+
+
+@pytest.mark.row("FF1-alias-without-a-colon")
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("docker.io", "docker.io"),
+        ("reg.example:5000", "reg.example_5000"),
+        ("localhost:5000", "localhost_5000"),
+        ("[::1]:5000", "1_5000"),
+        ("127.0.0.1:80", "127.0.0.1_80"),
+    ],
+)
+def test_default_alias_is_one_path_component(name: str, alias: str) -> None:
+    upstream = Upstream(endpoints=("http://e",))
+    assert upstream.alias_of(name) == alias
+    assert Repository.parse("docker.io", f"{alias}/app").path == f"{alias}/app"
+    own = Upstream(endpoints=("http://e",), alias="mine")
+    assert own.alias_of(name) == "mine"
+
+
+@pytest.mark.row("FF1-alias-without-a-colon")
+@pytest.mark.parametrize(
+    ("upstreams", "said"),
+    [
+        ({"a.io": {"alias": "A"}}, "must be one component"),
+        ({"a.io": {"alias": "a/b"}}, "must be one component"),
+        ({"a.io": {"alias": "a:1"}}, "must be one component"),
+        ({"a.io": {"alias": "x"}, "b.io": {"alias": "x"}}, "x is already a name of a.io"),
+        ({"a.io": {"alias": "b.io"}, "b.io": {}}, "b.io is already a name of b.io"),
+        ({"a.io": {"hosts": ["m.in"]}, "b.io": {"hosts": ["m.in"]}}, "m.in is already a name"),
+    ],
+)
+def test_name_of_two_upstreams_is_refused(upstreams: dict[str, Any], said: str) -> None:
+    tree = {name: {"endpoints": ["http://e"], **one} for name, one in upstreams.items()}
+    with pytest.raises(InvalidSetting, match=said) as caught:
+        build({"upstreams": tree})
+    assert caught.value.path[:1] == ("upstreams",)
+
+
+def test_notes_name_the_mistakes_that_clients_do_not_report() -> None:
+    notes = {name: " ".join(setup(name).notes) for name in clients.CLIENTS}
     assert "config_path" in notes["containerd"]
     assert "Docker Hub only" in notes["docker"]
     assert "sticky" in notes["podman"]
@@ -172,6 +359,57 @@ def test_write_never_overwrites_a_file_that_differs(
 
 
 @pytest.fixture(scope="module")
+def refusing() -> Iterator[tuple[Mirror, str]]:
+    """A mirror that refuses a repository of a registry on loopback, and the reference."""
+    with DockerRegistry() as registry:
+        registry.push("team/app", images.image(32), "1")
+        name = registry.url.removeprefix("http://")
+        upstream = {"endpoints": [registry.url], "deny": ["team/*"]}
+        with Mirror({name: upstream}) as front:
+            yield front, f"{name}/team/app:1"
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+def test_containerd_pulls_a_refused_image_unless_the_files_are_enforced(
+    refusing: tuple[Mirror, str], tmp_path: Path
+) -> None:
+    mirror, reference = refusing
+    open_way = written(mirror, tmp_path / "a", "containerd") / "containerd" / "certs.d"
+    no_way = written(mirror, tmp_path / "b", "containerd", "--enforce") / "containerd" / "certs.d"
+    with Containerd() as containerd:
+        fetch = ("content", "fetch", "--hosts-dir")
+        failed = containerd.ctr(*fetch, no_way, reference, check=False)
+        assert failed.returncode != 0
+        assert b"403" in failed.stderr
+        assert not containerd.held()
+        containerd.ctr(*fetch, open_way, reference)
+        assert containerd.held()
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+def test_skopeo_pulls_a_refused_image_unless_the_file_is_enforced(
+    refusing: tuple[Mirror, str], tmp_path: Path
+) -> None:
+    mirror, reference = refusing
+    asked = inspect(written(mirror, tmp_path / "a", "podman", "--enforce"), reference)
+    assert asked.returncode != 0
+    assert b"denied" in asked.stderr.lower()
+    assert inspect(written(mirror, tmp_path / "b", "podman"), reference).returncode == 0
+
+
+@pytest.mark.row("FF1-alias-without-a-colon")
+def test_skopeo_pulls_through_the_mirror_from_an_upstream_with_a_port(tmp_path: Path) -> None:
+    image = images.image(33)
+    with DockerRegistry() as registry:
+        registry.push("team/app", image, "1")
+        name = registry.url.removeprefix("http://")
+        with Mirror({name: registry.url}) as mirror:
+            # Enforced, so that the registry cannot answer in place of the mirror.
+            files = written(mirror, tmp_path, "podman", "--enforce")
+            assert inspect(files, f"{name}/team/app:1").stdout == image.manifest.data
+
+
+@pytest.fixture(scope="module")
 def pushed() -> images.Image:
     return images.image(31)
 
@@ -184,26 +422,30 @@ def mirror(pushed: images.Image) -> Iterator[Mirror]:
             yield front
 
 
-def written(mirror: Mirror, directory: Path, client: str) -> Path:
-    argv = ["--config", str(mirror.config_file), "--mirror", mirror.url, "--client", client]
+def written(mirror: Mirror, directory: Path, client: str, *more: str) -> Path:
+    argv = ["--config", str(mirror.config_file), "--mirror", mirror.url, "--for", client, *more]
     assert main(["clients", *argv, "--write", str(directory)]) == 0
     return directory
+
+
+def inspect(directory: Path, reference: str) -> subprocess.CompletedProcess[bytes]:
+    conf = directory / "containers" / "registries.conf"
+    with_policy = Skopeo()
+    try:
+        return run(
+            *("skopeo", "--registries-conf", conf, "inspect", "--raw", f"docker://{reference}"),
+            env={**with_policy.environment()},
+            check=False,
+        )
+    finally:
+        with_policy.close()
 
 
 def test_skopeo_pulls_with_the_written_file(
     mirror: Mirror, pushed: images.Image, tmp_path: Path
 ) -> None:
-    conf = written(mirror, tmp_path, "podman") / "containers" / "registries.conf"
-    with_policy = Skopeo()
-    try:
-        raw = run(
-            *("skopeo", "--registries-conf", conf, "inspect", "--raw"),
-            "docker://docker.io/library/app:1",
-            env={**with_policy.environment()},
-        ).stdout
-    finally:
-        with_policy.close()
-    assert raw == pushed.manifest.data
+    asked = inspect(written(mirror, tmp_path, "podman"), "docker.io/library/app:1")
+    assert asked.stdout == pushed.manifest.data
 
 
 def test_containerd_pulls_with_the_written_files(

@@ -75,15 +75,13 @@ def test_shipped_configuration_names_its_schema_for_editors() -> None:
     assert SHIPPED.parent == CONFIGURATION.parent
 
 
-def configmap() -> str:
-    manifest = yaml.safe_load((ROOT / "config" / "kubernetes" / "configmap.yaml").read_text())
-    return str(manifest["data"]["mirror.yaml"])
-
-
 @pytest.mark.parametrize(
-    "text", [CONFIGURATION.read_text(encoding="utf-8"), configmap()], ids=["config", "kubernetes"]
+    "path",
+    [CONFIGURATION, ROOT / "config" / "kubernetes" / "mirror.yaml"],
+    ids=lambda p: p.parent.name,
 )
-def test_shipped_configurations_validate(text: str) -> None:
+def test_shipped_configurations_validate(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
     assert [error.message for error in VALIDATOR.iter_errors(yaml.safe_load(text))] == []
 
 

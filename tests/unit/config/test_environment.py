@@ -74,6 +74,7 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
     base["tls"] = {"certificate": "/c", "key": "/k"}
     base["default_upstream"] = "a-b.example"
     base["upstreams"]["a-b.example"]["ca"] = "/ca"
+    base["upstreams"]["a-b.example"]["alias"] = "a"
     environ: dict[str, str] = {}
 
     def gather(tree: Mapping[str, object], prefix: str) -> None:

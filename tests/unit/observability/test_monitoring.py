@@ -47,6 +47,7 @@ def test_dashboard_and_alerts_name_exposed_metrics_only() -> None:
     assert rules <= recorded
 
 
+@pytest.mark.row("FE9-quiet-alerts")
 def test_promtool_accepts_rules_configuration_and_metrics() -> None:
     promtool = need("promtool")
     directory = CONFIG / "prometheus"

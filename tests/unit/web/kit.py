@@ -5,7 +5,7 @@ from __future__ import annotations
 from mirror.oci.reference import Digest
 from mirror.web.paths import Request, parse
 
-UPSTREAMS = {"docker.io", "ghcr.io", "reg:5000"}
+UPSTREAMS = {name: name for name in ("docker.io", "ghcr.io", "reg:5000")}
 DIGEST = Digest.of(b"x")
 
 

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from mirror.config.settings import Upstream
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
@@ -63,6 +64,23 @@ async def warm(server: Server) -> None:
     assert (await server.get(server.manifest("latest")))[0] == 200
     assert (await server.get(server.blob(DIGEST)))[0] == 200
     await server.store.idle()
+
+
+@pytest.mark.row("FF6-upstream-by-host-name")
+async def test_host_of_a_request_chooses_the_upstream(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake:
+        other = Upstream(endpoints=(fake.url,), hosts=("hub.mirror.internal", "[fd00::1]"))
+        async with running(tmp_path, other=other) as server:
+            fake.add_image(LAYER)
+            path = f"{server.url}/v2/library/app/manifests/latest"
+            for host in ("hub.mirror.internal", "HUB.mirror.internal:5100", "[fd00::1]:5100"):
+                assert (await server.get(path, headers={"Host": host}))[0] == 200
+            assert (await server.get(path))[0] == 502, "the endpoint of docker.io is down"
+            # The whole path is the repository, also if it begins with the name of an upstream.
+            path = f"{server.url}/v2/other.io/library/app/manifests/latest"
+            assert (await server.get(path))[0] == 200
+            host = {"Host": "hub.mirror.internal"}
+            assert (await server.get(path, headers=host))[0] == 404
 
 
 # --- ping and metrics ---------------------------------------------------------------------------

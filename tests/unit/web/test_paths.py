@@ -252,8 +252,10 @@ def test_ns_with_two_values_is_refused() -> None:
 
 def test_default_upstream_that_is_not_configured_is_refused() -> None:
     with pytest.raises(NameUnknown):
-        parse("GET", "/v2/a/manifests/b", "", upstreams={"ghcr.io"}, default="docker.io")
-    assert parse("GET", "/v2/ghcr.io/a/manifests/b", "", upstreams={"ghcr.io"}, default="")
+        parse("GET", "/v2/a/manifests/b", "", upstreams={"ghcr.io": "ghcr.io"}, default="docker.io")
+    assert parse(
+        "GET", "/v2/ghcr.io/a/manifests/b", "", upstreams={"ghcr.io": "ghcr.io"}, default=""
+    )
 
 
 # --- properties ---------------------------------------------------------------------------------
@@ -310,23 +312,66 @@ def test_valid_names_are_parsed_unchanged_by_ns_and_by_path(
 
 def test_parser_caches_valid_requests_and_no_errors() -> None:
     parse_request = build_parser(UPSTREAMS, "docker.io")
-    first = parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
-    assert first is parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io")
+    first = parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io", None)
+    assert first is parse_request("GET", "/v2/a/b/manifests/c", "ns=ghcr.io", None)
     assert first == parse_path("/v2/a/b/manifests/c", "ns=ghcr.io")
-    assert parse_request("GET", "/v2/a/b/manifests/c", "") != first
+    assert parse_request("GET", "/v2/a/b/manifests/c", "", None) != first
     for _ in range(2):
         with pytest.raises(MethodUnsupported):
-            parse_request("PUT", "/v2/a/b/manifests/c", "ns=ghcr.io")
+            parse_request("PUT", "/v2/a/b/manifests/c", "ns=ghcr.io", None)
         with pytest.raises(NameInvalid):
-            parse_request("GET", f"/v2/{'a' * 1000}/manifests/c", "")
+            parse_request("GET", f"/v2/{'a' * 1000}/manifests/c", "", None)
 
 
 def test_parser_does_not_cache_long_requests() -> None:
     parse_request = build_parser(UPSTREAMS, "docker.io")
     query = f"ns=ghcr.io&x={'x' * 1000}"
-    assert parse_request("GET", "/v2/a/manifests/c", query) == parse_request(
-        "GET", "/v2/a/manifests/c", query
+    assert parse_request("GET", "/v2/a/manifests/c", query, None) == parse_request(
+        "GET", "/v2/a/manifests/c", query, None
     )
-    assert parse_request("GET", "/v2/a/manifests/c", query) is not parse_request(
-        "GET", "/v2/a/manifests/c", query
+    assert parse_request("GET", "/v2/a/manifests/c", query, None) is not parse_request(
+        "GET", "/v2/a/manifests/c", query, None
     )
+
+
+@pytest.mark.row("FF1-alias-without-a-colon")
+def test_alias_in_the_path_or_in_ns_names_the_upstream() -> None:
+    names = {**UPSTREAMS, "reg_5000": "reg:5000"}
+
+    def parse_with_alias(path: str, query: str = "") -> Request:
+        return parse("GET", path, query, upstreams=names, default="docker.io")
+
+    found = parse_with_alias("/v2/reg_5000/team/app/tags/list")
+    assert isinstance(found, TagsRequest)
+    assert found.repository == Repository.parse("reg:5000", "team/app")
+    assert found.prefix == "reg_5000/"
+    found = parse_with_alias("/v2/team/app/manifests/v1", "ns=reg_5000")
+    assert isinstance(found, ManifestRequest)
+    assert found.repository == Repository.parse("reg:5000", "team/app")
+
+
+@pytest.mark.row("FF6-upstream-by-host-name")
+@pytest.mark.parametrize(
+    ("name", "query", "upstream", "expected"),
+    [
+        ("team/app", "", "ghcr.io", ("ghcr.io", "team/app")),
+        # The client named the upstream by the host. So the whole path is the repository.
+        ("docker.io/team/app", "", "ghcr.io", ("ghcr.io", "docker.io/team/app")),
+        ("team/app", "ns=reg:5000", "ghcr.io", ("reg:5000", "team/app")),
+        ("ghcr.io/team/app", "", None, ("ghcr.io", "team/app")),
+        ("team/app", "", None, ("docker.io", "team/app")),
+    ],
+)
+def test_upstream_is_found_by_ns_then_host_then_path_then_default(
+    name: str, query: str, upstream: str | None, expected: tuple[str, str]
+) -> None:
+    found = parse(
+        "GET",
+        f"/v2/{name}/manifests/v1",
+        query,
+        upstreams=UPSTREAMS,
+        default="docker.io",
+        upstream=upstream,
+    )
+    assert isinstance(found, ManifestRequest)
+    assert (found.repository.upstream, found.repository.path) == expected

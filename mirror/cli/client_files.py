@@ -1,0 +1,116 @@
+"""The parts that the configuration files of all clients share.
+
+Lives here: the mirror's address as clients see it, one file, the setup of one client, and how files
+are written. Only ``write_files`` does I/O. Must not know: the clients, the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from mirror.config.settings import Upstream
+from mirror.config.values import check_endpoint
+
+HUB: Final = "docker.io"
+"""Name of Docker Hub in image references."""
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorAddress:
+    """The address at which clients reach the mirror, and its certificate authority, if any."""
+
+    url: str
+    host: str
+    """Host and port, as in image references."""
+    is_https: bool
+    ca: str | None = None
+    """Path of a PEM file on the client's machine; None to use the authorities of its system."""
+    ca_text: str = ""
+    """The text of ``ca``."""
+
+    @classmethod
+    def parse(cls, url: str, ca: str | None = None, ca_text: str = "") -> MirrorAddress:
+        """Check ``url``, which has no path. Raises ``ValueError``."""
+        parts = urlsplit(check_endpoint(url.rstrip("/")))
+        if parts.path:
+            raise ValueError("must have no path: clients find /v2/ at the root")
+        if ca is not None and parts.scheme != "https":
+            raise ValueError("a certificate authority is for https://")
+        return cls(
+            url=f"{parts.scheme}://{parts.netloc}",
+            host=parts.netloc,
+            is_https=parts.scheme == "https",
+            ca=ca,
+            ca_text=ca_text,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SetupOptions:
+    """The question of a user: files for which mirror, upstreams and kind of access."""
+
+    mirror: MirrorAddress
+    upstreams: Mapping[str, Upstream]
+    default_upstream: str = HUB
+    """The mirror's ``default_upstream``."""
+    is_enforced: bool = False
+    """Leave clients no way round the mirror: what it refuses, they do not pull elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFile:
+    """One file for a client."""
+
+    path: str
+    """Path below ``/etc`` on the client's machine, or the file's name if it is not ``on_node``."""
+    text: str
+    is_on_node: bool = True
+    """False: the file is passed to a tool, which writes the files of the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSetup:
+    """The files of one client, and notes for the person who installs them."""
+
+    files: Sequence[ClientFile]
+    notes: Sequence[str]
+
+
+def toml_string(text: str) -> str:
+    """Return ``text`` quoted for TOML and YAML."""
+    # A JSON string of ASCII is a basic string of TOML (TOML 1.0, "String"), and one of YAML 1.2.
+    return json.dumps(text)
+
+
+def registry_url(name: str, upstream: Upstream) -> str:
+    """Return the URL of the registry itself, which clients use when the mirror fails."""
+    first = upstream.endpoints[0].rstrip("/")
+    # An endpoint with a path is another mirror, and hosts.toml means the registry itself.
+    if not urlsplit(first).path:
+        return first
+    return "https://registry-1.docker.io" if name == HUB else f"https://{name}"
+
+
+def write_files(directory: Path, files: Sequence[ClientFile]) -> list[tuple[Path, bool]]:
+    """Write ``files`` below ``directory``. Returns each path, and whether it was written.
+
+    An existing file that differs is never overwritten: for such a file ``FileExistsError`` is
+    raised before any file is written. Raises ``OSError``, too.
+    """
+    targets = [(directory / file.path, file.text) for file in files]
+    for path, text in targets:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise FileExistsError(f"{path} exists and differs: not overwritten")
+    results = []
+    for path, text in targets:
+        is_new = not path.exists()
+        if is_new:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        results.append((path, is_new))
+    return results
