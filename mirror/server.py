@@ -46,6 +46,9 @@ _MAX_FIELD_BYTES: Final = 32 * 1024
 """Bytes of one header field. Podman's partial pulls request a thousand ranges in one ``Range``."""
 _MEASURE_INTERVAL_S: Final = 5.0
 """Seconds between two measurements of the storage, for its metrics."""
+_INDEX_INTERVAL_S: Final = 5.0
+"""Seconds between two steps of the upkeep of the index. A crash loses the verification times of
+this time."""
 _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
@@ -189,26 +192,29 @@ def _start_housekeeping(
     """Start the periodic jobs. ``certificate``: None without TLS."""
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        single_flight.run((name,), lambda: _run_every(interval, job, emit))
+        single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
+    start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
 
 
-async def _run_every(interval: float, job: Callable[[], object], emit: Observer) -> None:
+async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:
     """Run ``job`` for ever, ``interval`` seconds after it last ended.
 
-    After an ``OSError``, which is logged, the job runs again. Any other exception ends it.
+    An exception is logged, and the job runs again: what fails once need not fail for ever.
     """
     while True:
         try:
             result = job()
             if asyncio.iscoroutine(result):
                 await result
-        except OSError as error:
-            emit(LogMessage("warning", "housekeeping failed", (("why", str(error)),)))
+        except Exception as error:
+            level = "warning" if isinstance(error, OSError) else "error"
+            why = (("job", name), ("why", f"{type(error).__name__}: {error}"))
+            emit(LogMessage(level, "housekeeping failed", why))
         await asyncio.sleep(interval)
 
 

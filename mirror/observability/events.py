@@ -252,6 +252,21 @@ class StorageMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class IndexDamaged:
+    """The index was damaged: its directory was renamed, and a new one is made."""
+
+    why: str
+    """The error that showed the damage."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRestored:
+    """An index that had lost its rows has got the names in ``index.json`` back."""
+
+    names: int
+
+
+@dataclass(frozen=True, slots=True)
 class IngestsMeasured:
     """The current number of running ingests of this process.
 
@@ -287,6 +302,8 @@ Event: TypeAlias = (
     | Uncached
     | Published
     | StorageMeasured
+    | IndexDamaged
+    | IndexRestored
     | IngestsMeasured
     | LogMessage
 )

@@ -260,6 +260,12 @@ class LogObserver:
             case events.DigestMismatched(upstream, digest, where):
                 fields_ = {"upstream": upstream, "digest": digest, "where": where}
                 self._write_limited(logging.ERROR, "digest mismatch", fields_)
+            case events.IndexDamaged(why):
+                message = "the index is damaged: it was renamed to index.damaged"
+                self._write_limited(logging.ERROR, message, {"why": why})
+            case events.IndexRestored(names):
+                message = "the index was restored from index.json"
+                self._write_limited(logging.WARNING, message, {"names": names})
             case events.Uncached(digest, reason):
                 fields_ = {"digest": digest, "reason": reason}
                 self._write_limited(logging.WARNING, "served uncached", fields_)

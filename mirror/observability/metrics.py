@@ -160,6 +160,11 @@ class MetricsObserver:
         self._writable = gauge(
             "storage_writable", "1 if content can be stored, 0 if the disk refuses it."
         )
+        self._index_repairs = counter(
+            "index_repairs",
+            "Damaged indexes that were set aside, and indexes restored from index.json.",
+            "step",
+        )
         self._ingest = gauge(
             "growing_contents", "Running fetches of content (ingests).", mode="livesum"
         )
@@ -206,6 +211,8 @@ class MetricsObserver:
             self._evicted_bytes.labels(reason)
         for reason in _UNCACHED_REASONS:
             self._uncached.labels(reason)
+        for step in ("set_aside", "restored"):
+            self._index_repairs.labels(step)
         for result in ("ok", "damaged"):
             self._reverified.labels(result)
 
@@ -256,6 +263,10 @@ class MetricsObserver:
                 self._bytes.set(size)
                 self._quota.set(quota)
                 self._writable.set(writable)
+            case events.IndexDamaged():
+                self._index_repairs.labels("set_aside").inc()
+            case events.IndexRestored():
+                self._index_repairs.labels("restored").inc()
             case events.IngestsMeasured(count, idle):
                 self._ingest.set(count)
                 self._idle.set(idle)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from math import inf
 from typing import Final
 
@@ -35,6 +36,8 @@ SMALL_BYTES: Final = 4 * 1024 * 1024
 _MAX_REMEMBERED: Final = 100_000
 """Digests whose times are kept in memory (24 MB). An older verification time is read from the index
 again, and forgotten recency costs one more system call."""
+_FLUSH_STEP: Final = 1000
+"""Verification times that are handed to the index at once."""
 _RECENCY_STEP_S: Final = 60.0
 """Seconds between two updates of one file's last use: LRU eviction needs no finer order."""
 
@@ -200,11 +203,16 @@ class BlobStore:
     async def _is_trusted(self, digest: Digest, status: os.stat_result) -> bool:
         if self._reverify <= 0 or not disk.has_our_mtime(status):
             return False
-        at = self._verified.get(digest)
-        if at is None:
-            at = await self._index.verified_at(digest)
-            if at is not None:
-                self._set_verified(digest, at, is_saved=True)
+        if self._is_recent(self._verified.get(digest)):
+            return True
+        # Another process may have verified it since.
+        at = await self._index.verified_at(digest)
+        if at is not None and self._is_recent(at):
+            self._set_verified(digest, at, is_saved=True)
+            return True
+        return False
+
+    def _is_recent(self, at: float | None) -> bool:
         return at is not None and 0 <= self._now() - at < self._reverify
 
     def _set_verified(self, digest: Digest, at: float, *, is_saved: bool = False) -> None:
@@ -269,8 +277,9 @@ class BlobStore:
     async def on_published(self, digest: Digest) -> None:
         """Record that content was verified now: it was hashed while it was fetched."""
         now = self._now()
-        self._set_verified(digest, now, is_saved=True)
-        await self._index.set_verified([(digest, now)])
+        self._set_verified(digest, now)
+        if await self._index.set_verified([(digest, now)]):
+            self._unsaved.discard(digest)
 
     def mark_used(self, digests: Collection[Digest]) -> bool:
         """Record the use of content for LRU eviction, at most once a minute each.
@@ -297,10 +306,17 @@ class BlobStore:
         return True
 
     async def flush(self) -> None:
-        """Write the verification times of this process to the index."""
-        times = [(digest, self._verified[digest]) for digest in self._unsaved]
-        self._unsaved.clear()
-        await self._index.set_verified(times)
+        """Write the verification times of this process to the index, in steps.
+
+        The server calls this every few seconds, so that no other process verifies the same content
+        again, nor this one after a crash. Times that cannot be written wait for the next call.
+        """
+        while self._unsaved:
+            times = [(d, self._verified[d]) for d in islice(self._unsaved, _FLUSH_STEP)]
+            if not await self._index.set_verified(times):
+                return
+            # Content may have been verified once more in the meantime.
+            self._unsaved -= {digest for digest, at in times if self._verified.get(digest) == at}
 
 
 def _read_open(fd: int, limit: int) -> bytes:

@@ -2,6 +2,9 @@
 
 Lives here: writing the manifests on disk by name, so that ``skopeo`` can read the directory, and
 reading them back after the index was lost. Must not know: freshness.
+
+The file has one line for each name. So it is written and read in steps, and a damaged line loses
+one name.
 """
 
 from __future__ import annotations
@@ -9,9 +12,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable
-from typing import Any, Final
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Final
 
+from mirror.observability.events import LogMessage, Observer
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
@@ -21,63 +28,138 @@ from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
 _PINNED: Final = "org.oci-mirror.pinned"
-_INDEX_LIMIT_BYTES: Final = 64 * 1024 * 1024
-"""Bytes up to which ``index.json`` is read: 200,000 names. It is parsed in memory."""
+_FIRST_LINE: Final = f'{{"schemaVersion": 2, "mediaType": "{OCI_INDEX}", "manifests": ['
+"""The first line. A line for each name follows, and :data:`_LAST_LINE`."""
+_LAST_LINE: Final = "]}"
+_MAX_LINE_CHARS: Final = 64 * 1024
+"""Characters of one line: a name, a digest, a media type. Ours have less than 2,000."""
+_FOREIGN_LIMIT_BYTES: Final = 256 * 1024 * 1024
+"""Bytes up to which a file without lines is read: 800,000 names. It is parsed in memory."""
 
 
-def write_index_json(layout: Layout, entries: Iterable[NamedManifest]) -> None:
-    """Replace ``index.json`` atomically. It names only manifests on disk. Raises ``OSError``.
+class Draft:
+    """A new ``index.json``. It names only manifests on disk.
 
-    If several entries have one name, the first one that is on disk is written.
+    The methods block, and may run in different threads. They raise ``OSError``.
     """
-    on_disk: dict[str, NamedManifest] = {}
-    for entry in entries:
-        if entry.name not in on_disk and layout.blob(entry.digest).is_file():
-            on_disk[entry.name] = entry
-    manifests = [
-        {
-            "mediaType": entry.media_type,
-            "digest": str(entry.digest),
-            "size": entry.size,
-            "annotations": {
-                _REF_NAME: entry.name,
-                _UPSTREAM: entry.repository.upstream,
-                **({_PINNED: "true"} if entry.is_pinned else {}),
-            },
-        }
-        for _, entry in sorted(on_disk.items())
-    ]
-    document = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
-    path = layout.root / "index.json"
-    # Each writer has its own draft, because several servers may share the directory.
-    draft = path.with_name(f"index.json.{secrets.token_hex(8)}.tmp")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(document, file)
+
+    def __init__(self, layout: Layout) -> None:
+        """Begin without a file: the first method creates it."""
+        self._layout = layout
+        # Each writer has its own draft, because several servers may share the directory.
+        self._path = layout.root / f"index.json.{secrets.token_hex(8)}.tmp"
+        self._file: IO[str] | None = None
+        self._is_ended = False
+        self._lock = threading.Lock()
+        self._separator = "\n"
+
+    def add(self, names: Iterable[Iterable[NamedManifest]]) -> None:
+        """Write the first manifest that is on disk of each name. Each name is added once."""
+        lines = []
+        for manifests in names:
+            for named in manifests:
+                if self._layout.blob(named.digest).is_file():
+                    lines.append(self._separator + _line(named))
+                    self._separator = ",\n"
+                    break
+        with self._lock:
+            self._open().writelines(lines)
+
+    def publish(self) -> None:
+        """Replace ``index.json`` atomically."""
+        with self._lock:
+            file = self._open()
+            file.write(f"\n{_LAST_LINE}\n")
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+            file.close()
+            self._path.replace(self._layout.root / "index.json")
+            self._is_ended = True
+
+    def discard(self) -> None:
+        """Delete the draft, unless it was published. Other methods raise ``OSError`` after it."""
+        with self._lock:
+            if self._file is not None and not self._is_ended:
+                self._file.close()
+                self._path.unlink(missing_ok=True)
+            self._is_ended = True
+
+    def _open(self) -> IO[str]:
+        if self._is_ended:
+            raise OSError("the draft of index.json was discarded")
+        if self._file is None:
+            self._file = self._path.open("x", encoding="utf-8")
+            self._file.write(_FIRST_LINE)
+        return self._file
 
 
-def read_index_json(layout: Layout) -> list[NamedManifest]:
-    """Read the names in ``index.json``. Empty if it is missing, too large or malformed.
+def _line(named: NamedManifest) -> str:
+    entry = {
+        "mediaType": named.media_type,
+        "digest": str(named.digest),
+        "size": named.size,
+        "annotations": {
+            _REF_NAME: named.name,
+            _UPSTREAM: named.repository.upstream,
+            **({_PINNED: "true"} if named.is_pinned else {}),
+        },
+    }
+    return json.dumps(entry)
 
-    A single malformed entry is passed over.
+
+def read_saved_names(layout: Layout, emit: Observer) -> Iterator[NamedManifest]:
+    """Read the names in ``index.json`` as far as they are readable. Never raises.
+
+    A damaged file is logged and renamed, so that the next write does not replace it.
     """
     path = layout.root / "index.json"
     try:
-        if path.stat().st_size > _INDEX_LIMIT_BYTES:
-            return []
-        document = json.loads(path.read_bytes())
-        entries = document["manifests"]
-    except (OSError, *MALFORMED):
-        return []
+        yield from read_index_json(layout)
+    except (OSError, *MALFORMED) as error:
+        message = "index.json is damaged, names may be missing: it is renamed to index.json.damaged"
+        emit(LogMessage("error", message, (("why", str(error) or type(error).__name__),)))
+        with suppress(OSError):
+            path.replace(f"{path}.damaged")
+
+
+def read_index_json(layout: Layout) -> Iterator[NamedManifest]:
+    """Read the names in ``index.json``, step by step. There are none if the file is missing.
+
+    A malformed entry is passed over.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is damaged. The names before the damage were yielded.
+        RecursionError: It is damaged.
+    """
+    path = layout.root / "index.json"
+    if not os.path.lexists(path):
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        is_ours = file.readline(len(_FIRST_LINE) + 1) == f"{_FIRST_LINE}\n"
+        for entry in _read_lines(file) if is_ours else _read_whole(path):
+            named = _parse_entry(entry)
+            if named is not None:
+                yield named
+
+
+def _read_lines(file: IO[str]) -> Iterator[object]:
+    while (line := file.readline(_MAX_LINE_CHARS)).rstrip("\n") != _LAST_LINE:
+        if not line.endswith("\n"):
+            raise ValueError("index.json ends early, or has an endless line")
+        with suppress(ValueError):
+            yield json.loads(line.rstrip(",\n"))
+
+
+def _read_whole(path: Path) -> list[object]:
+    """Read a file that another program, or an earlier version, has written."""
+    if path.stat().st_size > _FOREIGN_LIMIT_BYTES:
+        raise ValueError(f"index.json has more than {_FOREIGN_LIMIT_BYTES} bytes in one line")
+    document = json.loads(path.read_bytes())
+    entries = document.get("manifests") if isinstance(document, dict) else None
     if not isinstance(entries, list):
-        return []
-    return [named for entry in entries if (named := _parse_entry(entry)) is not None]
+        raise ValueError("index.json has no list of manifests")
+    return entries
 
 
 def _parse_entry(entry: Any) -> NamedManifest | None:

@@ -5,51 +5,51 @@ Lives here: the operations on these records, and their keys. Must not know: cont
 
 Theory of operation: all of the index can be lost without a wrong byte being served. So no operation
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
-record about content stays as long as the content (:mod:`mirror.store.orphans`), whatever the clock
-does. Negative responses and lists have a time to live, and a bound on their bytes.
+database that is damaged, deleted or new gets the names in ``index.json`` before it is used
+(:mod:`mirror.store.names`). A record about content stays as long as the content
+(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses and lists have a time to
+live, and a bound on their bytes.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.observability.events import LogMessage, Observer
-from mirror.oci.errors import InvalidRequest
+from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.orphans import VERIFIED_PREFIX, RowAction, digests_of, next_row_action
+from mirror.store import names
+from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
+from mirror.store.orphans import VERIFIED_PREFIX, RowAction, RowChecks, digests_of, next_row_action
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
     TagRecord,
     confirm,
     dump_access_record,
+    dump_pins,
     dump_tag,
     is_contradiction,
     load_access_record,
+    load_pins,
     load_tag,
     merge,
-    repository_of,
 )
-from mirror.store.rows import Row, Rows
+from mirror.store.rows import Row, Rows, Tables
 
 T = TypeVar("T")
 
-_NAMED: Final = "named"
-"""Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
-_ACCESS: Final = "members"
-"""Table of access records and verification times. On disk it keeps its first name."""
 _RESPONSES: Final = "answers"
 """Table of negative responses and lists. On disk it keeps its first name."""
-_TABLES: Final = {_NAMED: None, _ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
+_TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
-_PINS: Final = "pins"
-"""Key of the row that lists all pinned digests."""
+_STEP_RECORDS: Final = 50
+"""Access records that are written in one transaction: 5 ms, for which other processes wait."""
 
 
 class Index:
@@ -58,41 +58,74 @@ class Index:
     Create it with :meth:`open`. The methods are safe beside other processes on the same directory.
     """
 
-    def __init__(self, rows: Rows, emit: Observer, now: Callable[[], float]) -> None:
-        """Use open tables. Call :meth:`open` instead.
+    def __init__(
+        self,
+        path: Path,
+        emit: Observer,
+        now: Callable[[], float],
+        read_saved_names: Callable[[], Iterator[NamedManifest]],
+    ) -> None:
+        """Start without an open database. Call :meth:`open` instead.
 
         Args:
-            rows: The tables. The index closes them.
-            emit: Receives warnings.
+            path: The directory of the databases.
+            emit: Receives events, also from threads.
             now: Seconds since the epoch.
+            read_saved_names: Returns the names in ``index.json``. May raise ``OSError``.
         """
-        self._rows = rows
+        self._rows = Rows(path, _TABLES, emit, self._prepare)
         self._emit = emit
         self._now = now
-        self._next_check = _NAMED, 0
-        """(table, row id) after which :meth:`drop_orphaned_rows` continues."""
+        self._read_saved_names = read_saved_names
+        self._checks = {table: RowChecks() for table in (NAMED, ACCESS)}
+        self._is_checked = False
         self.changed = True
-        """Whether a name was put since the store last reset this.
+        """Whether names have changed since the store last reset this.
 
         True at first: a crash may have come between a name and the write of ``index.json``.
         """
+        self.unrestored_after: int | None = None
+        """Row id after which access to the parts of manifests is not restored. None: all is."""
 
     @classmethod
-    async def open(cls, path: Path, emit: Observer, now: Callable[[], float] = time.time) -> Index:
+    async def open(
+        cls,
+        path: Path,
+        emit: Observer,
+        now: Callable[[], float] = time.time,
+        read_saved_names: Callable[[], Iterator[NamedManifest]] = lambda: iter(()),
+    ) -> Index:
         """Open the databases below ``path``. A damaged one is moved aside and created anew.
 
         Args:
             path: The directory of the databases. It is created if it is missing.
-            emit: Receives warnings, once a minute at most.
+            emit: Receives events, also from threads. Warnings: once a minute at most.
             now: Seconds since the epoch.
+            read_saved_names: Returns the names to restore if the databases are new. May raise
+                ``OSError``.
         """
-        rows = Rows(path, _TABLES, emit)
-        await rows.page(_NAMED, 0)
-        return cls(rows, emit, now)
+        index = cls(path, emit, now, read_saved_names)
+        await index._rows.read(lambda tables: None, None)
+        return index
 
     async def close(self) -> None:
-        """Close the databases and end their thread."""
+        """Close the databases and end their threads."""
         await self._rows.close()
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason why records cannot be written to the disk. None: they can be."""
+        return self._rows.refusal
+
+    def _prepare(self, tables: Tables) -> None:
+        """Restore the names in ``index.json`` to databases that lack rows. Runs in a thread."""
+        if not names.is_restored(tables):
+            count = names.restore(tables, self._read_saved_names())
+            if count:
+                self._emit(IndexRestored(count))
+        if names.lacks_parts(tables):
+            self.unrestored_after = 0
+        self.changed = True
 
     # --- tags -----------------------------------------------------------------------------------
 
@@ -102,11 +135,14 @@ class Index:
         ``variant`` distinguishes clients that do not accept every media type: an upstream may
         send them another manifest.
         """
-        return load_tag(await self._rows.get(_NAMED, f"{repository}:{tag}{variant}"))
+        return load_tag(await self._rows.get(NAMED, f"{repository}:{tag}{variant}"))
 
     async def put_tags(self, records: Iterable[TagRecord]) -> bool:
-        """Write tag records, all or none. True if they were written."""
-        return await self._put_named([(f"{r.repository}:{r.tag}", dump_tag(r)) for r in records])
+        """Write tag records. True if all were written."""
+        rows = [(f"{r.repository}:{r.tag}", dump_tag(r)) for r in records]
+        is_written = await self._rows.put(NAMED, rows)
+        self.changed = self.changed or (is_written and bool(rows))
+        return is_written
 
     async def confirm_tag(
         self,
@@ -133,72 +169,42 @@ class Index:
         """
         key, now = f"{repository}:{tag}{variant}", self._now()
 
-        def write() -> TagRecord | None:
-            with self._rows.transaction(_NAMED):
-                earlier = load_tag(self._text(_NAMED, key))
-                record = confirm(earlier, repository, tag, digest, now, keep)
-                self._rows.write(_NAMED, key, dump_tag(record))
-            self.changed = True
-            return record
+        def write(tables: Tables) -> tuple[TagRecord | None, bool]:
+            earlier = load_tag(tables.read_or_none(NAMED, key)[0])
+            record = confirm(earlier, repository, tag, digest, now, keep)
+            tables.write(NAMED, key, dump_tag(record))
+            return record, earlier is None or earlier.digest != digest
 
-        unwritten: TagRecord | None = None
-        return await self._rows.run(write, unwritten)
-
-    def _text(self, table: str, key: str) -> str | None:
-        """Read the text of a row that will be replaced. None also for a row that is not text."""
-        try:
-            return self._rows.read(table, key)[0]
-        except TypeError:
-            return None
-
-    async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
-        was_written = await self._rows.put(_NAMED, rows)
-        self.changed = self.changed or (was_written and bool(rows))
-        return was_written
+        unwritten: tuple[TagRecord | None, bool] = None, False
+        record, is_change = await self._rows.write(NAMED, write, unwritten)
+        self.changed = self.changed or is_change
+        return record
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""
-        records = await self._each_name(lambda row: None if " " in row.key else load_tag(row.text))
-        return [record.tag for record in records or () if record.repository == repository]
+        tags: list[Tag] = []
+        after, end = f"{repository}:", f"{repository};"
+        unanswered: list[tuple[str, TagRecord | None]] = []
+        while page := await self._rows.read(partial(_read_tags, after, end), unanswered):
+            tags += [record.tag for _, record in page if record is not None]
+            after = page[-1][0]
+        return tags
 
-    async def has_tags(self) -> bool | None:
-        """Return whether any tag is recorded. None if the database fails."""
-        after = 0
-        while page := await self._rows.page(_NAMED, after):
-            if any(load_tag(row.text) is not None for row in page):
-                return True
-            after = page[-1].id
-        return None if page is None else False
-
-    async def manifests(self) -> list[NamedManifest] | None:
-        """Return all manifests that were pulled by a name of their own: a tag, or their digest.
+    async def names(self, after: int) -> NamesPage | None:
+        """Return the next manifests that were pulled by a name: a tag, or their digest.
 
         None if the database fails.
+
+        Args:
+            after: :attr:`NamesPage.after` of the page before. Zero: the first page.
         """
-        names: list[TagRecord | NamedManifest] | None = await self._each_name(_load_name)
-        pins = await self.pinned()
-        if names is None or pins is None:
-            return None
-        return await self._rows.run(partial(_join, names, pins), None)
+        unanswered: NamesPage | None = None
+        return await self._rows.read(partial(names.load_names, after=after), unanswered)
 
-    async def _each_name(self, load: Callable[[Row], T | None]) -> list[T] | None:
-        """Apply ``load`` to all names, a page at a time. None if the database fails."""
-        values: list[T] = []
-        after: int | None = 0
-        while after is not None:
-            step = await self._rows.run(partial(self._load_page, after, load), None)
-            if step is None:
-                return None
-            values += step[1]
-            after = step[0]
-        return values
-
-    def _load_page(
-        self, after: int, load: Callable[[Row], T | None]
-    ) -> tuple[int | None, list[T]] | None:
-        page = self._rows.read_page(_NAMED, after)
-        values = [value for row in page if (value := load(row)) is not None]
-        return page[-1].id if page else None, values
+    async def end_restore(self) -> None:
+        """Record that access to the parts of all manifests is restored."""
+        self.unrestored_after = None
+        await self._rows.write(NAMED, names.end_restore, None)
 
     # --- access records -------------------------------------------------------------------------
 
@@ -213,7 +219,7 @@ class Index:
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
         return load_access_record(
-            await self._rows.get(_ACCESS, _access_key(repository, digest, kind))
+            await self._rows.get(ACCESS, _access_key(repository, digest, kind))
         )
 
     async def put_access_records(
@@ -224,29 +230,53 @@ class Index:
         Logs a warning if an index and a manifest disagree on a media type. True if all was written.
         """
         records = list(access_records)
-
-        def write() -> list[AccessRecord] | None:
-            with self._rows.transaction(_ACCESS):
-                return [new for new in records if self._merge(repository, new)]
-
-        unwritten: list[AccessRecord] | None = None
-        contradicted = await self._rows.run(write, unwritten) if records else []
-        for new in (contradicted or ())[:1]:
+        contradicted: list[AccessRecord] = []
+        for start in range(0, len(records), _STEP_RECORDS):
+            step = records[start : start + _STEP_RECORDS]
+            merge_all = partial(self._merge_all, repository, step)
+            found = await self._rows.write(ACCESS, merge_all, None)
+            if found is None:
+                return False
+            contradicted += found
+        for new in contradicted[:1]:
             why = (("repository", str(repository)), ("digest", str(new.digest)))
             self._emit(LogMessage("warning", "an index and a manifest disagree on its type", why))
         named = [
-            (f"{repository}@{record.digest}", dump_access_record(record))
+            (manifest_key(repository, record.digest), dump_access_record(record))
             for record in records
             if record.kind == "manifest" and record.referrer is None and record.size is not None
         ]
-        return await self._put_named(named) and contradicted is not None
+        return not named or await self._put_named(named)
 
-    def _merge(self, repository: Repository, new: AccessRecord) -> bool:
-        """Write one access record. True if it contradicts the earlier one."""
-        key = _access_key(repository, new.digest, new.kind)
-        earlier = load_access_record(self._text(_ACCESS, key))
-        self._rows.write(_ACCESS, key, dump_access_record(merge(earlier, new)))
-        return is_contradiction(earlier, new)
+    def _merge_all(
+        self, repository: Repository, records: Iterable[AccessRecord], tables: Tables
+    ) -> list[AccessRecord]:
+        """Merge access records. Returns those that contradict the earlier ones."""
+        contradicted = []
+        for new in records:
+            key = _access_key(repository, new.digest, new.kind)
+            text, mark = tables.read_or_none(ACCESS, key)
+            earlier = load_access_record(text)
+            merged = dump_access_record(merge(earlier, new))
+            if (merged, None) != (text, mark):
+                tables.write(ACCESS, key, merged)
+            if is_contradiction(earlier, new):
+                contradicted.append(new)
+        return contradicted
+
+    async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
+        def write(tables: Tables) -> bool:
+            """Return whether any of the rows is new, or has another text."""
+            is_change = False
+            for key, text in rows:
+                is_change = is_change or tables.read_or_none(NAMED, key)[0] != text
+                tables.write(NAMED, key, text)
+            return is_change
+
+        unwritten: bool | None = None
+        is_change = await self._rows.write(NAMED, write, unwritten)
+        self.changed = self.changed or bool(is_change)
+        return is_change is not None
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
         """Delete the record that ``repository`` refers to ``digest``.
@@ -256,21 +286,24 @@ class Index:
             digest: The digest that its upstream has refused.
             kind: ``manifest`` or ``blob``. The record of the other kind stays.
         """
-        await self._rows.drop(_ACCESS, _access_key(repository, digest, kind))
+        await self._drop(ACCESS, _access_key(repository, digest, kind))
         if kind == "manifest":
-            await self._rows.drop(_NAMED, f"{repository}@{digest}")
+            await self._drop(NAMED, manifest_key(repository, digest))
             self.changed = True  # Otherwise a restore from index.json would bring it back.
+
+    async def _drop(self, table: str, key: str) -> None:
+        await self._rows.write(table, lambda tables: tables.delete(table, key), None)
 
     # --- verification times, pins -----------------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
         """Return when content was last hashed, in seconds since the epoch. None: not recorded."""
-        return _number(await self._rows.get(_ACCESS, f"{VERIFIED_PREFIX}{digest}"))
+        return _number(await self._rows.get(ACCESS, f"{VERIFIED_PREFIX}{digest}"))
 
-    async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
-        """Record when content was hashed, in seconds since the epoch."""
+    async def set_verified(self, entries: list[tuple[Digest, float]]) -> bool:
+        """Record when content was hashed, in seconds since the epoch. True if all was written."""
         rows = [(f"{VERIFIED_PREFIX}{digest}", repr(at)) for digest, at in entries]
-        await self._rows.put(_ACCESS, rows)
+        return await self._rows.put(ACCESS, rows)
 
     async def pinned(self) -> set[Digest] | None:
         """Return the pinned manifests. They and the content they refer to are never evicted.
@@ -278,20 +311,19 @@ class Index:
         None if the database fails: any manifest may be pinned then.
         """
         unknown: set[Digest] | None = None
-        return await self._rows.run(lambda: _pins(self._rows.read(_NAMED, _PINS)[0]), unknown)
+        return await self._rows.read(lambda t: load_pins(t.read(NAMED, PINS)[0]), unknown)
 
     async def pin(self, digests: Iterable[Digest], *, pinned: bool = True) -> bool:
         """Pin manifests, or unpin them. True if that was written."""
         chosen = set(digests)
 
-        def write() -> bool:
-            with self._rows.transaction(_NAMED):
-                pins = _pins(self._rows.read(_NAMED, _PINS)[0])
-                pins = pins | chosen if pinned else pins - chosen
-                self._rows.write(_NAMED, _PINS, " ".join(map(str, sorted(pins))))
+        def write(tables: Tables) -> bool:
+            pins = load_pins(tables.read(NAMED, PINS)[0])
+            pins = pins | chosen if pinned else pins - chosen
+            tables.write(NAMED, PINS, dump_pins(pins))
             return True
 
-        was_written = await self._rows.run(write, False)
+        was_written = await self._rows.write(NAMED, write, False)
         self.changed = self.changed or was_written
         return was_written
 
@@ -320,8 +352,7 @@ class Index:
         """
         if ttl > 0:
             now = self._now()
-            row = f"negative {key}", f"{now!r} {now + ttl!r} {message}"
-            await self._rows.put(_RESPONSES, [row], ttl)
+            await self._put_response(f"negative {key}", f"{now!r} {now + ttl!r} {message}", ttl)
 
     async def cached_list(self, key: str) -> str | None:
         """Return a list as it was put. None if there is none, or its time to live is over."""
@@ -335,81 +366,90 @@ class Index:
             value: The list as text.
             ttl: Seconds for which the record is valid.
         """
-        await self._rows.put(_RESPONSES, [(f"list {key}", value)], ttl)
+        await self._put_response(f"list {key}", value, ttl)
 
-    # --- orphaned rows ----------------------------------------------------------------------------
+    async def _put_response(self, key: str, text: str, ttl: float) -> None:
+        await self._rows.write(_RESPONSES, lambda t: t.write(_RESPONSES, key, text, ttl=ttl), None)
 
-    async def drop_orphaned_rows(self, is_on_disk: Callable[[Digest], bool]) -> None:
-        """Check the next page of rows, and delete those whose content left the disk 90 days ago.
+    # --- upkeep ---------------------------------------------------------------------------------
 
-        Repeated calls go through both tables about content, again and again.
+    async def check(self) -> None:
+        """Look for damage in the databases, at the first call. Nothing waits for it."""
+        if not self._is_checked:
+            self._is_checked = True
+            await self._rows.check()
+
+    async def return_to_disk(self) -> None:
+        """Merge the private copy into the index, if the disk accepts writes again."""
+        await self._rows.return_to_disk()
+
+    async def drop_orphaned_rows(
+        self, is_on_disk: Callable[[Digest], bool], contents: int = 0
+    ) -> None:
+        """Check the next rows of both tables about content, and delete the outdated ones.
+
+        Repeated calls go through all rows, again and again.
+
+        Args:
+            is_on_disk: Whether content is on the disk.
+            contents: Number of contents on the disk. It bounds the number of rows.
         """
+        for table, checks in self._checks.items():
+            for _ in range(checks.steps):
+                if checks.is_due_for_count:
+                    count = await self._rows.read(partial(Tables.count, table=table), 0)
+                    checks.start(count, contents)
+                await self._check_page(table, checks, is_on_disk)
+
+    async def _check_page(
+        self, table: str, checks: RowChecks, is_on_disk: Callable[[Digest], bool]
+    ) -> None:
         now = self._now()
-        await self._rows.run(lambda: self._check_page(is_on_disk, now), None)
 
-    def _check_page(self, is_on_disk: Callable[[Digest], bool], now: float) -> None:
         def next_action(row: Row) -> RowAction:
-            is_present = row.key == _PINS or any(map(is_on_disk, digests_of(row.key, row.text)))
-            return next_row_action(is_present, _number(row.mark), now)
+            if row.key in names.UNBOUND_KEYS:
+                return RowAction.KEEP
+            is_present = any(map(is_on_disk, digests_of(row.key, row.text)))
+            return next_row_action(
+                is_present, _number(row.mark), now, checks.is_surplus(is_present)
+            )
 
-        rows, (table, after) = self._rows, self._next_check
-        page = rows.read_page(table, after)
-        following = _ACCESS if table == _NAMED else _NAMED
-        self._next_check = (table, page[-1].id) if page else (following, 0)
-        due = [row for row in page if next_action(row) is not RowAction.KEEP]
-        if not due:
-            return
-        with rows.transaction(table):
+        def find(tables: Tables) -> tuple[int | None, list[Row]]:
+            page = tables.read_page(table, checks.after)
+            due = [row for row in page if next_action(row) is not RowAction.KEEP]
+            return (page[-1].id if page else None), due
+
+        def change(due: list[Row], tables: Tables) -> None:
             for row in due:
                 # Another process may have written the row since: decide again in the transaction.
-                text, mark = rows.read(table, row.key)
+                text, mark = tables.read(table, row.key)
                 if text is None:
                     continue
-                match next_action(replace(row, text=text, mark=mark)):
+                action = next_action(replace(row, text=text, mark=mark))
+                checks.count_action(action)
+                match action:
                     case RowAction.MARK:
-                        rows.write(table, row.key, text, mark=repr(now))
+                        tables.write(table, row.key, text, mark=repr(now))
                     case RowAction.CLEAR:
-                        rows.write(table, row.key, text)
+                        tables.write(table, row.key, text)
                     case RowAction.DROP:
-                        rows.delete(table, row.key)
+                        tables.delete(table, row.key)
+
+        unanswered: tuple[int | None, list[Row]] = checks.after, []
+        after, due = await self._rows.read(find, unanswered)
+        if due:
+            await self._rows.write(table, partial(change, due), None)
+        checks.advance(after)
+
+
+def _read_tags(after: str, end: str, tables: Tables) -> list[tuple[str, TagRecord | None]]:
+    """Return (key, record) of the next tags. None for a variant, and for a malformed record."""
+    rows = tables.read_range(NAMED, after, end)
+    return [(row.key, None if " " in row.key else load_tag(row.text)) for row in rows]
 
 
 def _access_key(repository: Repository, digest: Digest, kind: str) -> str:
     return f"{kind} {repository}@{digest}"
-
-
-def _load_name(row: Row) -> TagRecord | NamedManifest | None:
-    """Read a tag, or a manifest that was pulled by its digest."""
-    name, _, digest = row.key.partition("@")
-    if not digest:
-        # A space separates a variant from its tag. A variant is not the manifest of every client.
-        return None if " " in name else load_tag(row.text)
-    record, repository = load_access_record(row.text), repository_of(name)
-    if record is None or repository is None:
-        return None
-    return NamedManifest(
-        repository, tag=None, digest=record.digest, media_type=record.media_type, size=record.size
-    )
-
-
-def _join(names: list[TagRecord | NamedManifest], pins: set[Digest]) -> list[NamedManifest] | None:
-    """Name each pulled manifest by its digest, and by each tag that names or named it.
-
-    The digests of one tag are in order, newest first.
-    """
-    pulled = {
-        (named.repository, named.digest): replace(named, is_pinned=named.digest in pins)
-        for named in names
-        if isinstance(named, NamedManifest)
-    }
-    tagged = [
-        replace(named, tag=record.tag)
-        for record in names
-        if isinstance(record, TagRecord)
-        for digest in record.digests
-        if (named := pulled.get((record.repository, digest))) is not None
-    ]
-    return [*pulled.values(), *tagged]
 
 
 def _number(text: str | None) -> float | None:
@@ -418,13 +458,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return None if math.isnan(number) else number
-
-
-def _pins(text: str | None) -> set[Digest]:
-    pins = set()
-    for digest in (text or "").split():
-        try:
-            pins.add(Digest.parse(digest))
-        except InvalidRequest:
-            continue
-    return pins

@@ -1,11 +1,17 @@
-"""Tables of text rows in diskcache, behind one thread. The index is built on them.
+"""Tables of text rows in diskcache, behind a thread that reads and a thread that writes.
 
-Lives here: the only import of diskcache, and the handling of a database that is damaged, busy or
-not writable. Must not know: the meaning of a row.
+Lives here: the only import of diskcache, the two threads, what a failed operation returns. Must not
+know: the meaning of a row, or how a directory of databases is opened, replaced or copied
+(:mod:`mirror.store.index_directory`).
 
-The asynchronous methods never raise: a failed read is a miss, a failed write is dropped, and both
-are logged. A damaged database is moved aside and created anew. On a disk that refuses writes, a
-copy in the temporary directory serves until the process ends.
+The asynchronous methods never raise for a failing database: a failed read is a miss, a failed write
+is dropped, and both are logged. If the database turns out to be damaged, the directory is opened
+again, and the operation runs once more.
+
+Theory of operation: each thread has its own connection to each database. SQLite's write-ahead log
+lets the reading thread read the last committed state while this or another process writes. So a
+read never waits for a write. A write waits for those of other processes, and is made in short
+steps, so that they need not wait for long.
 
 diskcache unpickles rows (CVE-2025-69872). So its ``Disk`` is replaced by one that reads and writes
 text only. Its own eviction drops rows without a notice, and is off except for bounded tables.
@@ -14,47 +20,66 @@ text only. Its own eviction drops rows without a notice, and is off except for b
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
-import shutil
 import sqlite3
-import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import diskcache
 
 from mirror.observability.events import LogMessage, Observer
+from mirror.store.index_directory import (
+    FAILURES,
+    FilesReplaced,
+    IndexDirectory,
+    is_busy,
+    is_damage,
+    is_refusal,
+)
 
 T = TypeVar("T")
 
 PAGE_ROWS: Final = 200
-"""Rows in one page: reading them takes 1 ms, for which other operations wait."""
-_BUSY_TIMEOUT_S: Final = 2.0
-"""Seconds to wait for a write by another process. Those take milliseconds on a healthy disk."""
+"""Rows in one page: reading them takes 1 ms, for which other reads wait."""
+_STEP_ROWS: Final = 200
+"""Rows that are written in one transaction: it takes 2 ms, for which other processes wait."""
+_BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds that a write waits for writes of other processes. Those take milliseconds, but a process
+can be stopped in the middle of one. A client may wait for the write, so it is dropped after this
+time."""
+_ATTEMPT_TIMEOUT_S: Final = 0.5
+"""Seconds of one attempt to begin a transaction. Between attempts, the thread sees a stop."""
 _LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log messages of failures: one outage fails every operation."""
-_REOPEN_INTERVAL_S: Final = 5.0
-"""Seconds between two attempts to open a database that could not be opened: an attempt is slow."""
+_CACHE_PAGES: Final = 2000
+"""Pages of 4 KiB that one connection keeps in memory. A process has about six connections."""
+_CHECK_STEP: Final = 100_000
+"""Instructions of SQLite's virtual machine between two looks for a stop, while all is checked."""
 _RAW: Final = 1
-"""diskcache's ``MODE_RAW``: a value that is kept in its row as it is."""
-_FAILURES: Final = (sqlite3.Error, diskcache.Timeout, OSError, TypeError, ValueError, EOFError)
-# SQLite's and the system's codes for a disk that can be read but refuses writes.
-_REFUSED: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM})
-_REFUSED_BY_DISK: Final = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+"""diskcache's ``MODE_RAW``: a value that is kept in its row as it is. Also in the SQL below."""
+_INSERT_MISSING: Final = (
+    "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value)"
+    " VALUES (?, 1, ?, ?, ?, 1, ?) ON CONFLICT DO NOTHING"
 )
-# An I/O error with one of these codes comes from reading: the database is damaged.
-_UNREADABLE: Final = frozenset(
-    {sqlite3.SQLITE_IOERR_READ, sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS}
+_INSERT_OR_REPLACE: Final = _INSERT_MISSING.replace(
+    "DO NOTHING",
+    "(key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = NULL, tag = NULL,"
+    " size = excluded.size, mode = 1, filename = NULL, value = excluded.value",
 )
-# Codes of temporary failures: the database is not at fault.
-_TEMPORARY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM})
-_TEMPORARY_OF_DISK: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_SELECT_BY_ID: Final = (
+    "SELECT rowid, key, value, tag FROM Cache WHERE rowid > ? AND raw = 1 AND mode = 1"
+    " AND typeof(key) = 'text' AND typeof(value) = 'text' ORDER BY rowid LIMIT ?"
+)
+_SELECT_BY_KEY: Final = _SELECT_BY_ID.replace("rowid > ?", "key > ? AND key < ?").replace(
+    "ORDER BY rowid", "ORDER BY key"
+)
 
 
 class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
@@ -98,6 +123,13 @@ class _Table(diskcache.Cache):  # type: ignore[misc] # diskcache has no types
             self.close()
             raise
 
+    @property
+    def _sql_retry(self) -> Any:
+        """Wait for other processes while the table is opened. diskcache itself waits for 60 s."""
+        if self._timeout == 0:  # As long as it is being opened.
+            self._sql(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_S * 1000:.0f}")
+        return self._sql
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -111,100 +143,90 @@ class Row:
     """A second text beside it. Writing the row without a mark removes it."""
 
 
-class Rows:
-    """Tables of text by key.
+class Tables:
+    """The open tables of one directory. The methods block.
 
-    All access runs in one thread, which the object owns: a transaction is never interleaved with
-    another operation of this process.
+    Any thread may use them: it gets its own connections. Only one of them writes.
     """
 
-    def __init__(self, path: Path, tables: Mapping[str, int | None], emit: Observer) -> None:
-        """Start without an open database: the first operation opens it.
+    def __init__(self, path: Path, is_private: bool, bounds: Mapping[str, int | None]) -> None:
+        """Open all tables, or none.
 
         Args:
-            path: The directory of the databases.
-            tables: Name -> its bound in bytes. None: no bound.
-            emit: Receives warnings.
+            path: The directory. Nobody else opens or replaces it at the same time.
+            is_private: Whether :attr:`changes` are noted, for a later :meth:`merge`.
+            bounds: Name of each table -> its bound in bytes. None: no bound.
+
+        Raises:
+            Exception: Any kind. A damaged database makes diskcache fail in many ways.
         """
-        self._path = path
-        self._bounds = tables
-        self._emit = emit
-        self._thread = ThreadPoolExecutor(1, "index")
-        self._logged_at = 0.0
-        self._failures = 0
+        self.changes: set[tuple[str, str]] | None = set() if is_private else None
+        """(table, key) of the rows that were written or deleted here. None: they are not noted."""
+        self._files = [
+            f"{path}/{name}/{file}" for name in bounds for file in ("cache.db", "cache.db-wal")
+        ]
         self._tables: dict[str, Any] = {}
-        self._open_failed_at = 0.0
-        self._copy: tempfile.TemporaryDirectory[str] | None = None
-        self._degraded: Exception | None = None
-        """Why a copy is used, until that is logged."""
-
-    async def close(self) -> None:
-        """Close the databases and end the thread."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._close)
-        await loop.run_in_executor(None, self._thread.shutdown)
-
-    async def run(self, work: Callable[[], T], otherwise: T) -> T:
-        """Run ``work`` in the thread, where it may call the blocking methods below.
-
-        Returns its result. If it fails, that is logged, and ``otherwise`` is returned.
-        """
-        loop = asyncio.get_running_loop()
         try:
-            result = await loop.run_in_executor(self._thread, self._guard, work)
-        except _FAILURES as error:
-            self._warn(error, "the index did not answer")
-            return otherwise
-        if self._degraded is not None:
-            message = (
-                "the index cannot be written: a temporary copy is used until this process ends"
-            )
-            self._warn(self._degraded, message)
-            self._degraded = None
-        return result
+            for name, bound in bounds.items():
+                self._tables[name] = _open_table(path / name, bound)
+            self._inodes = [os.stat(file).st_ino for file in self._files]
+        except BaseException:
+            self.close()
+            raise
 
-    async def get(self, table: str, key: str) -> str | None:
-        """Return the text of a row. None if it is missing, or if the database fails."""
-        return await self.run(lambda: self.read(table, key)[0], None)
+    def close(self) -> None:
+        """Close the connections of this thread."""
+        for table in self._tables.values():
+            table.close()
 
-    async def put(
-        self, table: str, rows: Sequence[tuple[str, str]], ttl: float | None = None
-    ) -> bool:
-        """Write rows, all or none. True if they were written.
+    def run(self, work: Callable[[Tables], T]) -> T:
+        """Return ``work(self)``. Raises :class:`FilesReplaced` if the files are not there."""
+        try:
+            inodes = [os.stat(file).st_ino for file in self._files]
+        except OSError as error:
+            raise FilesReplaced from error
+        if inodes != self._inodes:
+            raise FilesReplaced
+        return work(self)
 
-        Args:
-            table: The table.
-            rows: (key, text) of each.
-            ttl: Seconds until they expire. None: they do not.
+    def is_current(self) -> bool:
+        """Return whether the directory still has the files that were opened."""
+        try:
+            return self.run(lambda tables: True)
+        except FilesReplaced:
+            return False
+
+    @contextmanager
+    def transaction(self, table: str) -> Iterator[None]:
+        """Hold a transaction, in which no other process writes.
+
+        diskcache's own hides SQLite's error code, and stays open when its commit fails.
         """
-
-        def write() -> bool:
-            with self.transaction(table):
-                for key, text in rows:
-                    self.write(table, key, text, ttl=ttl)
-            return True
-
-        return not rows or await self.run(write, False)
-
-    async def drop(self, table: str, key: str) -> None:
-        """Delete a row."""
-        await self.run(lambda: self.delete(table, key), None)
-
-    async def page(self, table: str, after: int) -> list[Row] | None:
-        """Run :meth:`read_page` in the thread. None if the database fails."""
-        unanswered: list[Row] | None = None
-        return await self.run(lambda: self.read_page(table, after), unanswered)
-
-    # --- blocking methods, for ``work`` in the thread ---------------------------------------------
-
-    def transaction(self, table: str) -> Any:
-        """Return a context in which no other process writes: reads and writes in it are atomic."""
-        return self._tables[table].transact()
+        cache = self._tables[table]
+        connection = cache._con
+        connection.execute("BEGIN IMMEDIATE")
+        cache._txn_id = threading.get_ident()  # Its ``set`` and ``delete`` join the transaction.
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                connection.rollback()
+            raise
+        finally:
+            cache._txn_id = None
 
     def read(self, table: str, key: str) -> tuple[str | None, str | None]:
         """Return (text, mark) of a row. Raises ``TypeError`` if the row is not text."""
         text, mark = self._tables[table].get(key, tag=True)
         return text, mark if isinstance(mark, str) else None
+
+    def read_or_none(self, table: str, key: str) -> tuple[str | None, str | None]:
+        """Return (text, mark) of a row that will be replaced. None also if it is not text."""
+        try:
+            return self.read(table, key)
+        except TypeError:
+            return None, None
 
     def write(
         self, table: str, key: str, text: str, mark: str | None = None, ttl: float | None = None
@@ -212,151 +234,265 @@ class Rows:
         """Write a row, with its mark. The mark of an earlier row under this key is removed.
 
         Args:
-            table: The table.
+            table: The table. Hold its :meth:`transaction`.
             key: The key of the row.
             text: Its text.
             mark: A second text beside it, or None.
             ttl: Seconds until the row expires. None: it does not.
         """
         self._tables[table].set(key, text, expire=ttl, tag=mark)
+        if self.changes is not None:
+            self.changes.add((table, key))
 
     def delete(self, table: str, key: str) -> None:
-        """Delete a row."""
+        """Delete a row. Hold the table's :meth:`transaction`."""
         self._tables[table].delete(key)
+        if self.changes is not None:
+            self.changes.add((table, key))
+
+    def write_all(
+        self, table: str, rows: Iterable[tuple[str, str]], *, replaces: bool = True
+    ) -> bool:
+        """Write rows without an end or a mark, in a table without a bound: 5 us for each.
+
+        Args:
+            table: The table. Hold its :meth:`transaction`.
+            rows: (key, text) of each.
+            replaces: False: a row that exists is not changed.
+
+        Returns:
+            True.
+        """
+        now = time.time()
+        values = [(key, now, now, len(text), text) for key, text in rows]
+        insert = _INSERT_OR_REPLACE if replaces else _INSERT_MISSING
+        self._tables[table]._con.executemany(insert, values)
+        if self.changes is not None:
+            self.changes.update((table, key) for key, *_ in values)
+        return True
 
     def read_page(self, table: str, after: int) -> list[Row]:
         """Return the next rows after row id ``after``, at most :data:`PAGE_ROWS`.
 
         Rows that are not text are passed over.
         """
-        select = (
-            "SELECT rowid, key, value, tag FROM Cache WHERE rowid > ? AND raw = 1 AND mode = ?"
-            " AND typeof(key) = 'text' AND typeof(value) = 'text' ORDER BY rowid LIMIT ?"
-        )
-        rows = self._tables[table]._sql(select, (after, _RAW, PAGE_ROWS)).fetchall()
+        return self._select(table, _SELECT_BY_ID, (after, PAGE_ROWS))
+
+    def read_range(self, table: str, after: str, end: str) -> list[Row]:
+        """Return the rows whose keys are between two keys, in their order: a page of them."""
+        return self._select(table, _SELECT_BY_KEY, (after, end, PAGE_ROWS))
+
+    def _select(self, table: str, select: str, values: tuple[object, ...]) -> list[Row]:
         return [
             Row(number, key, text, mark if isinstance(mark, str) else None)
-            for number, key, text, mark in rows
+            for number, key, text, mark in self._tables[table]._sql(select, values)
         ]
 
-    def _guard(self, work: Callable[[], T]) -> T:
-        if not self._tables:
-            self._open()
-        try:
-            return work()
-        except sqlite3.OperationalError:
-            raise  # Busy, or the disk refuses: the database is not damaged.
-        except sqlite3.DatabaseError:
-            # The database is damaged: create it anew, once for each call.
-            self._close()
-            self._open()
-            return work()
+    def count(self, table: str) -> int:
+        """Return the number of rows: 5 ms for 100,000 of them."""
+        return int(self._tables[table]._sql("SELECT COUNT(*) FROM Cache").fetchone()[0])
 
-    # --- opening ----------------------------------------------------------------------------------
+    def check(self, is_stopping: Callable[[], bool]) -> None:
+        """Read all pages of all databases. Raises ``sqlite3.DatabaseError`` for a damaged one.
 
-    def _open(self) -> None:
-        elapsed = time.monotonic() - self._open_failed_at
-        if self._open_failed_at and elapsed < _REOPEN_INTERVAL_S:
-            raise OSError(errno.EAGAIN, "the database could not be opened a moment ago")
-        self._open_failed_at = time.monotonic()
-        try:
-            self._open_tables(self._path)
-        except _FAILURES as error:
-            self._close()
-            if self._is_refused(error):
-                self._open_copy()
-                self._degraded = error.with_traceback(None)
-            elif self._is_damaged(error):
-                aside = self._path.with_name(f"{self._path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.unlink(missing_ok=True)
-                self._path.rename(aside)
-                self._open_tables(self._path)
-            else:
-                raise
-        self._open_failed_at = 0.0
-
-    def _open_copy(self) -> None:
-        """Use a copy, because the disk refuses writes. New rows are lost when the process ends."""
-        self._copy = tempfile.TemporaryDirectory(prefix="oci-mirror-index-")
-        try:
-            if self._path.is_dir():
-                shutil.copytree(self._path, self._copy.name, dirs_exist_ok=True)
-            self._open_tables(Path(self._copy.name))
-        except BaseException:
-            self._close()
-            raise
-
-    def _open_tables(self, path: Path) -> None:
-        for name in self._bounds:
-            self._tables[name] = self._open_table(path, name)
-
-    def _open_table(self, path: Path, name: str) -> Any:
-        bound = self._bounds[name]
-        table = _Table(
-            str(path / name),
-            timeout=_BUSY_TIMEOUT_S,
-            eviction_policy="none" if bound is None else "least-recently-stored",
-            cull_limit=0 if bound is None else 10,
-            size_limit=2**62 if bound is None else bound,
-            statistics=0,
-            tag_index=0,
-            sqlite_synchronous=1,
-        )
-        if table._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            table.close()
-            raise sqlite3.DatabaseError("quick_check")
-        return table
-
-    def _is_refused(self, error: Exception) -> bool:
-        """Return whether the disk refuses writes, but can be read."""
-        if isinstance(error, sqlite3.Error):
-            match _code(error):
-                case sqlite3.SQLITE_CANTOPEN:
-                    return not self._is_writable()
-                case sqlite3.SQLITE_IOERR:
-                    return error.sqlite_errorcode not in _UNREADABLE
-                case code:
-                    return code in _REFUSED
-        return isinstance(error, OSError) and error.errno in _REFUSED_BY_DISK
-
-    def _is_writable(self) -> bool:
-        path = self._path if self._path.exists() else self._path.parent
-        return os.access(path, os.W_OK)
-
-    def _is_damaged(self, error: Exception) -> bool:
-        """Return whether the database is damaged: False if it is busy, or descriptors are few."""
-        if isinstance(error, sqlite3.Error):
-            if _code(error) == sqlite3.SQLITE_CANTOPEN:
-                return not self._is_out_of_descriptors()
-            return _code(error) not in _TEMPORARY
-        if isinstance(error, OSError):
-            return error.errno not in _TEMPORARY_OF_DISK
-        return not isinstance(error, diskcache.Timeout)
-
-    def _is_out_of_descriptors(self) -> bool:
-        try:
-            os.close(os.open(self._path.parent, os.O_RDONLY))
-        except OSError as error:
-            return error.errno in _TEMPORARY_OF_DISK
-        return False
-
-    def _close(self) -> None:
+        It takes seconds, and ends early once ``is_stopping`` returns True.
+        """
         for table in self._tables.values():
-            table.close()
-        self._tables = {}
-        if self._copy is not None:
-            self._copy.cleanup()
-            self._copy = None
+            table._con.set_progress_handler(is_stopping, _CHECK_STEP)
+            if table._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("quick_check")
 
-    def _warn(self, error: Exception, message: str) -> None:
+    def merge(self, table: str, key: str, other: Tables) -> None:
+        """Take over a row that was written or deleted in ``other``. Hold the transaction.
+
+        Of two versions of a row, the one that was written later is kept.
+        """
+        select = "SELECT store_time, value, tag, expire_time FROM Cache WHERE key = ? AND raw = 1"
+        ours, theirs = (t._tables[table]._sql(select, (key,)).fetchone() for t in (self, other))
+        if theirs is None:
+            self.delete(table, key)
+        elif ours is None or ours[0] <= theirs[0]:
+            _, text, mark, end = theirs
+            self.write(table, key, text, mark, None if end is None else end - time.time())
+
+
+def _open_table(path: Path, bound: int | None) -> Any:
+    return _Table(
+        str(path),
+        timeout=_ATTEMPT_TIMEOUT_S,
+        eviction_policy="none" if bound is None else "least-recently-stored",
+        cull_limit=0 if bound is None else 10,
+        size_limit=2**62 if bound is None else bound,
+        statistics=0,
+        tag_index=0,
+        sqlite_synchronous=1,
+        sqlite_cache_size=_CACHE_PAGES,
+        # A file that is cut while it is mapped ends the process with SIGBUS.
+        sqlite_mmap_size=0,
+    )
+
+
+class Rows:
+    """Tables of text by key, for the event loop."""
+
+    def __init__(
+        self,
+        path: Path,
+        bounds: Mapping[str, int | None],
+        emit: Observer,
+        prepare: Callable[[Tables], None] = lambda tables: None,
+    ) -> None:
+        """Start without an open database: the first operation opens it.
+
+        Args:
+            path: The directory of the databases.
+            bounds: Name of each table -> its bound in bytes. None: no bound.
+            emit: Receives warnings, also from the threads.
+            prepare: Called with tables that were just opened, before any operation uses them.
+        """
+        self._emit = emit
+        self._reading = ThreadPoolExecutor(1, "index-read")
+        self._writing = ThreadPoolExecutor(1, "index-write")
+        self._checking = ThreadPoolExecutor(1, "index-check")
+        self._directory = IndexDirectory(path, partial(Tables, bounds=bounds), prepare, emit)
+        self._tables: Tables | None = None
+        self._is_closing = False
+        self._refusal: str | None = None
+        self._logged_at = 0.0
+        self._failures = 0
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason why rows cannot be written to the disk. None: they can be."""
+        return self._directory.refusal or self._refusal
+
+    async def close(self) -> None:
+        """Close the databases and end the threads."""
+        await self.return_to_disk()
+        self._is_closing = True
+        loop = asyncio.get_running_loop()
+        for executor in (self._checking, self._reading, self._writing):
+            if self._tables is not None:
+                await loop.run_in_executor(executor, self._tables.close)
+        await loop.run_in_executor(self._writing, self._directory.close)
+        for executor in (self._checking, self._reading, self._writing):
+            executor.shutdown()  # Idle: it was just used.
+
+    async def read(self, work: Callable[[Tables], T], otherwise: T) -> T:
+        """Run ``work`` in the reading thread. If it fails: log that, and return ``otherwise``."""
+        return await self._run(self._reading, work, otherwise)
+
+    async def write(self, table: str, work: Callable[[Tables], T], otherwise: T) -> T:
+        """Run ``work`` in a transaction of ``table``, in the writing thread.
+
+        Waits while another process writes. If that takes too long, or if the disk refuses, nothing
+        is written, that is logged, and ``otherwise`` is returned.
+        """
+        deadline = time.monotonic() + _BUSY_TIMEOUT_S
+
+        def write(tables: Tables) -> T:
+            while True:
+                try:
+                    with tables.transaction(table):
+                        result = work(tables)
+                    self._refusal = None
+                    return result
+                except sqlite3.Error as error:
+                    is_late = time.monotonic() >= deadline or self._is_closing
+                    if is_late or not is_busy(error):
+                        raise
+
+        return await self._run(self._writing, write, otherwise)
+
+    async def get(self, table: str, key: str) -> str | None:
+        """Return the text of a row. None if it is missing, or if the database fails."""
+        return await self._run(self._reading, lambda t: t.read(table, key)[0], None)
+
+    async def put(self, table: str, rows: Sequence[tuple[str, str]]) -> bool:
+        """Write (key, text) rows, in steps of one transaction each. True if all were written."""
+        for start in range(0, len(rows), _STEP_ROWS):
+            write = partial(Tables.write_all, table=table, rows=rows[start : start + _STEP_ROWS])
+            if not await self.write(table, write, False):
+                return False
+        return True
+
+    async def check(self) -> None:
+        """Look for damage in all databases, in a thread of its own, and replace damaged ones."""
+
+        def check(tables: Tables) -> None:
+            try:
+                tables.check(lambda: self._is_closing)
+            except sqlite3.OperationalError:
+                if not self._is_closing:
+                    raise
+            finally:
+                tables.close()
+
+        await self._run(self._checking, check, None)
+
+    async def return_to_disk(self) -> None:
+        """Merge a private copy into the directory, if the disk accepts writes again."""
+        await asyncio.get_running_loop().run_in_executor(self._writing, self._return_to_disk)
+
+    def _return_to_disk(self) -> None:
+        private = self._tables
+        if private is None or self._directory.refusal is None:
+            return
+        tables = self._directory.leave_copy(partial(_merge, private))
+        if tables is not None:
+            self._tables = tables
+            self._discard(private)
+
+    async def _run(self, executor: Executor, work: Callable[[Tables], T], otherwise: T) -> T:
+        loop = asyncio.get_running_loop()
+        tables, damage = self._tables, None
+        try:
+            if tables is not None:
+                try:
+                    return await loop.run_in_executor(executor, tables.run, work)
+                except (FilesReplaced, sqlite3.Error) as error:
+                    if not is_damage(error):
+                        raise
+                    damage = error
+            reopen = partial(self._reopen, tables, damage)
+            tables = await loop.run_in_executor(self._writing, reopen)
+            return await loop.run_in_executor(executor, tables.run, work)
+        except FAILURES as error:
+            self._failed(error)
+            return otherwise
+
+    def _reopen(self, failed: Tables | None, damage: Exception | None) -> Tables:
+        """Open the directory, or return the tables that another operation has just opened."""
+        if self._tables is None or self._tables is failed:
+            self._tables = None
+            try:
+                is_at_fault = failed.is_current if failed is not None else lambda: False
+                self._tables = self._directory.open(damage, is_at_fault)
+            finally:
+                if failed is not None:
+                    self._discard(failed)
+        return self._tables
+
+    def _discard(self, tables: Tables) -> None:
+        """Close tables that no new operation uses, in both threads."""
+        tables.close()
+        self._reading.submit(tables.close)
+
+    def _failed(self, error: Exception) -> None:
+        if is_refusal(error):
+            self._refusal = f"the index cannot be written: {error}"
         self._failures += 1
         if not self._logged_at or time.monotonic() - self._logged_at > _LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
             fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._failures))
-            self._emit(LogMessage("warning", message, fields))
+            self._emit(LogMessage("warning", "the index did not answer", fields))
 
 
-def _code(error: sqlite3.Error) -> int:
-    """Return SQLite's primary result code. Zero for an error that we raised ourselves."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+def _merge(private: Tables, tables: Tables) -> None:
+    changes = sorted(private.changes or ())
+    for start in range(0, len(changes), _STEP_ROWS):
+        step = changes[start : start + _STEP_ROWS]
+        for table in {table for table, _ in step}:
+            with tables.transaction(table):
+                for key in (key for of, key in step if of == table):
+                    tables.merge(table, key, private)

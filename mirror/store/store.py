@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -35,11 +36,19 @@ from mirror.store.eviction import Catalog, Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
-from mirror.store.records import AccessRecord, TagRecord, access_records_of, parse_as_recorded
+from mirror.store.names import root_record
+from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
 
 _LEFTOVERS_INTERVAL_S: Final = 3600.0
 """Seconds between two removals of leftovers: each lives for a day, so an hour is soon enough."""
+_RESTORE_AT_START_S: Final = 0.5
+"""Seconds that a start spends on restoring the parts of images. The rest follows in the background:
+the parts of a manifest are also recorded when it is served."""
+_RESTORE_STEP_S: Final = 1.0
+"""Seconds that one call of :meth:`Store.keep_up_index` spends on it: a fifth of the time."""
+_SAVE_SHARE: Final = 0.2
+"""Part of the time that a write of ``index.json`` works. It pauses for the rest."""
 
 
 class Store:
@@ -77,7 +86,7 @@ class Store:
         self._publishing = ThreadPoolExecutor(4, "publish")
         self._hashing = ThreadPoolExecutor(2, "hash")
         self._unwritable: str | None = None
-        self._is_restored = False
+        self._contents: int | None = None
         self._leftovers_removed_at = time.monotonic()
         self.blobs = BlobStore(
             layout,
@@ -121,12 +130,13 @@ class Store:
         loop = asyncio.get_running_loop()
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
         unwritable = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
-        index = await Index.open(layout.index, emit, now)
+        read_saved_names = partial(image_layout.read_saved_names, layout, emit)
+        index = await Index.open(layout.index, emit, now, read_saved_names)
         store = cls(layout, index, settings, emit, now)
         store._unwritable = unwritable
         if unwritable is not None:
             emit(LogMessage("warning", "nothing can be stored", (("why", unwritable),)))
-        store._is_restored = bool(await index.has_tags()) or await store._restore_index()
+        await store.restore_parts(_RESTORE_AT_START_S)
         return store
 
     def _observe(self, event: Event) -> None:
@@ -171,24 +181,33 @@ class Store:
     @property
     def unwritable_reason(self) -> str | None:
         """The reason why nothing can be stored, or None."""
-        return self._unwritable
+        return self._unwritable or self.index.refusal
 
     async def measure(self) -> None:
-        """Report the usage and the running ingests, and remove some outdated rows and files.
+        """Report the usage and the running ingests, and remove some outdated files.
 
         The server calls this every few seconds.
         """
         loop = asyncio.get_running_loop()
         usage = await loop.run_in_executor(self._opening, self.catalog.refresh)
-        self._emit(
-            StorageMeasured(
-                usage.count, usage.bytes, self._settings.max_size, self._unwritable is None
-            )
-        )
-        await self.index.drop_orphaned_rows(self.catalog.has_blob)
+        self._contents = usage.count
+        is_writable = self.unwritable_reason is None
+        self._emit(StorageMeasured(usage.count, usage.bytes, self._settings.max_size, is_writable))
         await self._remove_leftovers()
         idle = (time.monotonic() - ingest.last_progress for ingest in self.active_ingests.values())
         self._emit(IngestsMeasured(len(self.active_ingests), max(idle, default=0.0)))
+
+    async def keep_up_index(self) -> None:
+        """Save verification times, repair the index, and delete some outdated rows of it.
+
+        The server calls this every few seconds.
+        """
+        await self.index.return_to_disk()
+        await self.blobs.flush()
+        await self.restore_parts(_RESTORE_STEP_S)
+        if self._contents is not None:  # Before the first look at the disk, all seems to be gone.
+            await self.index.drop_orphaned_rows(self.catalog.has_blob, self._contents)
+        await self.index.check()
 
     async def _remove_leftovers(self) -> None:
         elapsed = time.monotonic() - self._leftovers_removed_at
@@ -205,7 +224,8 @@ class Store:
         Call it after all fetches have ended. Work that was submitted to a thread is finished.
         """
         await self.blobs.flush()
-        await self.save_image_layout()
+        await self.index.return_to_disk()
+        await self.save_image_layout(share=1.0)
         await self.index.close()
         loop = asyncio.get_running_loop()
         for pool in (self._opening, self._writing, self._publishing, self._hashing):
@@ -213,55 +233,64 @@ class Store:
 
     # --- index.json ---------------------------------------------------------------------------
 
-    async def save_image_layout(self) -> None:
+    async def save_image_layout(self, share: float = _SAVE_SHARE) -> None:
         """Write ``index.json`` if names have changed, so that other tools can read the directory.
 
         Never raises: a failed write is logged, and is tried again at the next call.
+
+        Args:
+            share: The part of the time that it works. It pauses for the rest.
         """
-        if not self.index.changed or self._unwritable is not None:
+        if not self.index.changed or self.unwritable_reason is not None:
             return
-        # Until the index is restored, index.json is the only record of the names in it.
-        self._is_restored = self._is_restored or await self._restore_index()
         # Reset before the names are read: a name that is put meanwhile sets it again.
         self.index.changed = is_written = False
         try:
-            entries = await self.index.manifests() if self._is_restored else None
-            if entries is not None:
-                write, loop = image_layout.write_index_json, asyncio.get_running_loop()
-                await loop.run_in_executor(self._opening, write, self.layout, entries)
-                is_written = True
+            is_written = await self._write_image_layout(share)
         except OSError as error:
             self._emit(LogMessage("warning", "index.json was not written", (("why", str(error)),)))
         finally:
             # A stop cancels the periodic save: the last save, at close, has to write then.
             self.index.changed |= not is_written
 
-    async def _restore_index(self) -> bool:
-        """Restore a lost index from ``index.json``, as never confirmed. True if all was written.
+    async def _write_image_layout(self, share: float) -> bool:
+        """Write ``index.json`` in steps. False if the index does not answer."""
+        run = partial(asyncio.get_running_loop().run_in_executor, self._opening)
+        draft = image_layout.Draft(self.layout)
+        after: int | None = 0
+        try:
+            while after is not None:
+                begun = time.monotonic()
+                page = await self.index.names(after)
+                if page is None:
+                    return False
+                await run(draft.add, page.names)
+                after = page.after
+                if after is not None:
+                    await asyncio.sleep((time.monotonic() - begun) * (1 / share - 1))
+            await run(draft.publish)
+            return True
+        finally:
+            self._opening.submit(draft.discard)
 
-        Tags are written last and all at once: an index without tags was not fully restored.
+    async def restore_parts(self, seconds: float) -> None:
+        """Record access to the parts of manifests whose names were restored from ``index.json``.
+
+        Args:
+            seconds: After this time, the rest is left to the next call.
         """
-        loop = asyncio.get_running_loop()
-        saved = await loop.run_in_executor(self._opening, image_layout.read_index_json, self.layout)
-        done = True
-        for named in saved:
-            root = AccessRecord(
-                digest=named.digest,
-                kind="manifest",
-                media_type=named.media_type,
-                size=named.size,
-                referrer=None,
-                expires_at=None,
-            )
-            done = await self._restore_parts(named.repository, root) and done
-        pins = {named.digest for named in saved if named.is_pinned}
-        done = (not pins or await self.index.pin(pins)) and done
-        tags = [
-            TagRecord(named.repository, named.tag, named.digest, first_seen=0.0, confirmed=0.0)
-            for named in saved
-            if named.tag is not None and await self.index.tag(named.repository, named.tag) is None
-        ]
-        return done and await self.index.put_tags(tags)
+        end = time.monotonic() + seconds
+        while (after := self.index.unrestored_after) is not None and time.monotonic() < end:
+            page = await self.index.names(after)
+            if page is None:
+                return
+            for named in (manifests[0] for manifests in page.names if manifests[0].tag is None):
+                if not await self._restore_parts(named.repository, root_record(named)):
+                    return
+            if page.after is None:
+                await self.index.end_restore()
+            else:
+                self.index.unrestored_after = page.after
 
     async def _restore_parts(self, repository: Repository, root: AccessRecord) -> bool:
         """Restore the access records of a manifest's parts. False if it can be tried again."""
@@ -275,7 +304,7 @@ class Store:
         if parsed is None:
             return True
         parts = access_records_of(root, parsed)
-        done = await self.index.put_access_records(repository, [root, *parts])
+        done = await self.index.put_access_records(repository, parts)
         for part in parts:
             if part.kind == "manifest":
                 done = await self._restore_parts(repository, part) and done

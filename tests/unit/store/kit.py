@@ -22,11 +22,13 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
 from mirror.store.blobs import BlobStore
 from mirror.store.disk import Layout
+from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
-from mirror.store.records import AccessRecord, access_records_of, confirm
+from mirror.store.records import AccessRecord, NamedManifest, access_records_of, confirm
+from mirror.store.rows import Rows
 from mirror.store.store import Store
 from tests.real.process import need
 
@@ -49,8 +51,9 @@ class Verified:
     async def verified_at(self, digest: Digest) -> float | None:
         return self.times.get(digest)
 
-    async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
+    async def set_verified(self, entries: list[tuple[Digest, float]]) -> bool:
         self.times.update(entries)
+        return True
 
 
 @dataclass
@@ -169,6 +172,19 @@ async def go_on(content: Ingest, data: bytes = DATA) -> None:
         content.release()
 
 
+@asynccontextmanager
+async def opened_rows(path: Path, events: list[Event] | None = None) -> AsyncIterator[Rows]:
+    """Open two tables. Without ``events``, there must be no warnings."""
+    warnings = [] if events is None else events
+    rows = Rows(path, {"kept": None, "bounded": 1_000_000}, warnings.append)
+    try:
+        yield rows
+    finally:
+        await rows.close()
+    if events is None:
+        assert not warnings
+
+
 # --- whole content --------------------------------------------------------------------------------
 
 
@@ -264,6 +280,18 @@ async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
         await store.index.put_tags([confirm(None, REPO, tag, root.digest, store._now())])
 
 
+async def manifests(index: Index) -> list[NamedManifest]:
+    """All manifests that were pulled by a name, sorted by name."""
+    found: list[NamedManifest] = []
+    after: int | None = 0
+    while after is not None:
+        page = await index.names(after)
+        assert page
+        found += [named for manifests in page.names for named in manifests]
+        after = page.after
+    return sorted(found, key=lambda named: named.name)
+
+
 async def served(store: Store, data: bytes) -> bool:
     """Whether the store serves this content, with the right bytes."""
     reader = await store.blobs.find(Digest.of(data))
@@ -307,6 +335,11 @@ def small_disk(path: Path, size: str = "2m") -> Iterator[Path]:
 def make_read_only(path: Path) -> None:
     """Remount the disk at ``path`` read-only."""
     subprocess.run([need("mount"), "-o", "remount,ro", str(path)], check=True)
+
+
+def make_writable(path: Path) -> None:
+    """Undo :func:`make_read_only`."""
+    subprocess.run([need("mount"), "-o", "remount,rw", str(path)], check=True)
 
 
 def fill_up(path: Path) -> None:

@@ -264,9 +264,9 @@ async def test_remembered_verification_times_are_bounded_and_saved_once(
     saved: list[Digest] = []
 
     class Recording(Verified):
-        async def set_verified(self, entries: list[tuple[Digest, float]]) -> None:
+        async def set_verified(self, entries: list[tuple[Digest, float]]) -> bool:
             saved.extend(digest for digest, _ in entries)
-            await super().set_verified(entries)
+            return await super().set_verified(entries)
 
     with kit(tmp_path) as parts:
         parts.blobs._index = Recording()
@@ -280,6 +280,24 @@ async def test_remembered_verification_times_are_bounded_and_saved_once(
         await parts.blobs.flush()
         await parts.blobs.flush()
         assert sorted(saved) == sorted(digests[:3]), "each once, and none that was saved before"
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_verification_times_that_the_index_refuses_are_saved_later(tmp_path: Path) -> None:
+    class Refusing(Verified):
+        is_busy = True
+
+        async def set_verified(self, entries: list[tuple[Digest, float]]) -> bool:
+            return not self.is_busy and await super().set_verified(entries)
+
+    with kit(tmp_path) as parts:
+        index = parts.blobs._index = Refusing()
+        digest = await put(parts, b"content")
+        await parts.blobs.flush()
+        assert not index.times
+        index.is_busy = False
+        await parts.blobs.flush()
+        assert list(index.times) == [digest]
 
 
 @pytest.mark.row("K1-wrong-clock")

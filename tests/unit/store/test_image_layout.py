@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mirror.observability.events import Event, LogMessage
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import image_layout
 from mirror.store.disk import Layout
-from mirror.store.records import NamedManifest
+from mirror.store.records import MALFORMED, NamedManifest
 
 REPO = Repository("docker.io", "library/app")
 PORT = Repository("registry.example:5000", "app")
@@ -27,6 +31,20 @@ def named(layout: Layout, repository: Repository, tag: str | None, body: bytes) 
     layout.blob(digest).write_bytes(body)
     made = Tag(tag) if tag is not None else None
     return NamedManifest(repository, made, digest, OCI_MANIFEST, len(body))
+
+
+def write(layout: Layout, entries: list[NamedManifest]) -> None:
+    """Write ``index.json``. Entries of one name are together."""
+    draft = image_layout.Draft(layout)
+    try:
+        draft.add([list(group) for _, group in groupby(entries, lambda entry: entry.name)])
+        draft.publish()
+    finally:
+        draft.discard()
+
+
+def read(root: Path) -> list[NamedManifest]:
+    return list(image_layout.read_index_json(Layout(root)))
 
 
 def document(layout: Layout) -> dict[str, Any]:
@@ -44,14 +62,14 @@ def test_names_are_read_back_as_written(tmp_path: Path) -> None:
         named(layout, PORT, None, b"three"),
     ]
     pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, is_pinned=True)
-    image_layout.write_index_json(layout, [*entries, pinned])
-    assert set(image_layout.read_index_json(layout)) == {*entries, pinned}
+    write(layout, [*entries, pinned])
+    assert set(read(tmp_path)) == {*entries, pinned}
 
 
 def test_index_json_is_an_oci_index_with_reference_names(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
-    image_layout.write_index_json(layout, [entry])
+    write(layout, [entry])
     written = document(layout)
     assert (written["schemaVersion"], written["mediaType"]) == (2, OCI_INDEX)
     (descriptor,) = written["manifests"]
@@ -64,16 +82,16 @@ def test_manifest_that_is_not_on_disk_is_not_written(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
     gone = NamedManifest(REPO, Tag("2.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
-    image_layout.write_index_json(layout, [gone, entry])
-    assert image_layout.read_index_json(layout) == [entry]
+    write(layout, [gone, entry])
+    assert read(tmp_path) == [entry]
 
 
 def test_tag_names_its_first_digest_that_is_on_disk(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     gone = NamedManifest(REPO, Tag("1.0"), Digest.of(b"gone"), OCI_MANIFEST, 4)
     newer, older = (named(layout, REPO, "1.0", body) for body in (b"newer", b"older"))
-    image_layout.write_index_json(layout, [gone, newer, older])
-    assert image_layout.read_index_json(layout) == [newer]
+    write(layout, [gone, newer, older])
+    assert read(tmp_path) == [newer]
 
 
 def test_failed_write_leaves_the_earlier_file_and_no_draft(
@@ -81,15 +99,15 @@ def test_failed_write_leaves_the_earlier_file_and_no_draft(
 ) -> None:
     layout = Layout(tmp_path)
     entry = named(layout, REPO, "1.0", b"one")
-    image_layout.write_index_json(layout, [entry])
+    write(layout, [entry])
 
     def refuse(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(image_layout.os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
-        image_layout.write_index_json(layout, [])
-    assert image_layout.read_index_json(layout) == [entry]
+        write(layout, [])
+    assert read(tmp_path) == [entry]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["index.json"]
 
 
@@ -124,16 +142,14 @@ GOOD: dict[str, Any] = {
 def test_malformed_entry_is_passed_over(tmp_path: Path, wrong: dict[str, Any]) -> None:
     text = json.dumps({"manifests": [{**GOOD, **wrong}, 5, GOOD, None]})
     (tmp_path / "index.json").write_text(text)
-    found = image_layout.read_index_json(Layout(tmp_path))
+    found = read(tmp_path)
     assert found == [NamedManifest(REPO, Tag("1.0"), Digest.of(b"one"), OCI_MANIFEST, 3)]
 
 
 def test_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
     wrong = {**GOOD, "mediaType": "a/b\r\nX-Header: x"}
     (tmp_path / "index.json").write_text(json.dumps({"manifests": [wrong]}))
-    assert [n.media_type for n in image_layout.read_index_json(Layout(tmp_path))] == [
-        "application/octet-stream"
-    ]
+    assert [n.media_type for n in read(tmp_path)] == ["application/octet-stream"]
 
 
 @given(
@@ -144,20 +160,70 @@ def test_media_type_with_line_breaks_is_replaced(tmp_path: Path) -> None:
         max_leaves=6,
     ).map(lambda value: json.dumps(value).encode())
 )
-def test_malformed_file_is_read_as_empty(
-    tmp_path_factory: pytest.TempPathFactory, raw: bytes
-) -> None:
+def test_malformed_file_has_no_names(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     root = tmp_path_factory.getbasetemp()
     (root / "index.json").write_bytes(raw)
-    assert image_layout.read_index_json(Layout(root)) == []
+    with suppress(*MALFORMED):
+        assert read(root) == []
 
 
-def test_missing_or_too_large_file_is_read_as_empty(tmp_path: Path) -> None:
-    assert image_layout.read_index_json(Layout(tmp_path)) == []
-    (tmp_path / "index.json").write_text(json.dumps({"manifests": [GOOD]}))
-    assert image_layout.read_index_json(Layout(tmp_path))
-    with (tmp_path / "index.json").open("r+b") as file:
-        file.truncate(2**33)  # a sparse file, which must not be read
-    assert image_layout.read_index_json(Layout(tmp_path)) == []
-    (tmp_path / "index.json").write_text("[" * 200_000)
-    assert image_layout.read_index_json(Layout(tmp_path)) == []
+def test_missing_file_is_read_as_empty(tmp_path: Path) -> None:
+    assert read(tmp_path) == []
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+def test_whole_lines_of_a_cut_file_are_read_and_the_file_is_set_aside(tmp_path: Path) -> None:
+    layout, events = Layout(tmp_path), list[Event]()
+    entries = [named(layout, REPO, f"{n}.0", b"one") for n in range(10)]
+    write(layout, entries)
+    os.truncate(tmp_path / "index.json", 1500)
+    found = list(image_layout.read_saved_names(layout, events.append))
+    assert found == entries[: len(found)]
+    assert 4 <= len(found) < 10
+    assert [event.level for event in events if isinstance(event, LogMessage)] == ["error"]
+    assert (tmp_path / "index.json.damaged").exists()
+
+
+@pytest.mark.row("G4-busy-index")
+@pytest.mark.parametrize("appended", [b"[" * 200_000, None], ids=["text", "8 GiB of zeros"])
+def test_bytes_after_the_end_are_not_read(tmp_path: Path, appended: bytes | None) -> None:
+    layout = Layout(tmp_path)
+    entries = [named(layout, REPO, f"{n}.0", b"one") for n in range(10)]
+    write(layout, entries)
+    with (tmp_path / "index.json").open("ab") as file:
+        if appended is None:
+            file.truncate(2**33)
+        else:
+            file.write(appended)
+    assert read(tmp_path) == entries
+
+
+@pytest.mark.row("G4-busy-index")
+def test_endless_line_is_damage_and_is_not_read_to_its_end(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    write(layout, [named(layout, REPO, "1.0", b"one")])
+    text = (tmp_path / "index.json").read_text().partition("\n")[0]
+    (tmp_path / "index.json").write_text(f"{text}\n")
+    os.truncate(tmp_path / "index.json", 2**33)
+    with pytest.raises(ValueError, match="endless line"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{}", '{"manifests": 5}', "log in first", ""])
+def test_file_of_another_program_without_manifests_is_logged_and_set_aside(
+    tmp_path: Path, text: str
+) -> None:
+    events: list[Event] = []
+    (tmp_path / "index.json").write_text(text)
+    assert list(image_layout.read_saved_names(Layout(tmp_path), events.append)) == []
+    assert len(events) == 1
+    assert (tmp_path / "index.json.damaged").read_text() == text
+    assert list(image_layout.read_saved_names(Layout(tmp_path), events.append)) == []
+    assert len(events) == 1
+
+
+@pytest.mark.row("G4-busy-index")
+def test_file_of_an_earlier_version_is_read_also_if_it_is_large(tmp_path: Path) -> None:
+    padding = [{"annotations": {"padding": "x" * 1_000_000}}] * 70
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": [*padding, GOOD]}))
+    assert [entry.name for entry in read(tmp_path)] == ["docker.io/library/app:1.0"]

@@ -6,15 +6,19 @@ import asyncio
 import os
 import pickle
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mirror.observability.events import Event
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
+from mirror.store import orphans
 from mirror.store.index import Index
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
 from mirror.store.records import (
@@ -22,9 +26,9 @@ from mirror.store.records import (
     AccessRecord,
     NamedManifest,
     confirm,
-    dump_tag,
 )
-from mirror.store.rows import PAGE_ROWS
+from mirror.store.rows import PAGE_ROWS, Tables
+from tests.unit.store.kit import manifests
 
 YEAR = 365 * 86400.0
 REPO = Repository("docker.io", "library/app")
@@ -70,9 +74,8 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     known = await index.access_record(REPO, ONE, "manifest")
     assert known
     assert known.media_type == "a/b"
-    manifests = await index.manifests()
-    assert manifests
-    assert [named.name for named in manifests] == [f"{REPO}@{ONE}", "docker.io/library/app:1.0"]
+    names = {named.name for named in await manifests(index)}
+    assert names == {f"{REPO}@{ONE}", "docker.io/library/app:1.0"}
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
     await index.revoke_access(REPO, ONE, "manifest")
@@ -123,6 +126,58 @@ async def test_busy_database_drops_the_write_and_logs_it(
     await index.close()
 
 
+@pytest.mark.row("G4-busy-index")
+async def test_read_does_not_wait_for_a_transaction_of_another_process_nor_is_a_write_dropped(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as index:
+        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        other = sqlite3.connect(tmp_path / "index" / "named" / "cache.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        write = asyncio.ensure_future(index.confirm_tag(REPO, TAG, TWO))  # noqa: TID251 - a test
+        begun, slowest = time.monotonic(), 0.0
+        while time.monotonic() - begun < 3:
+            asked = time.monotonic()
+            assert await index.access_record(REPO, ONE, "manifest") is None
+            record = await index.tag(REPO, TAG)
+            slowest = max(slowest, time.monotonic() - asked)
+            assert record
+            assert record.digest == ONE
+            await asyncio.sleep(0.05)
+        assert not write.done()
+        other.execute("ROLLBACK")
+        other.close()
+        assert await write
+        record = await index.tag(REPO, TAG)
+        assert record
+        assert record.digest == TWO
+        assert slowest < 1, "it did not wait for the transaction"
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_large_flush_lets_other_processes_and_writes_in(tmp_path: Path) -> None:
+    async with opened(tmp_path) as index:
+        times = [(Digest.of(b"%d" % number), 1.0) for number in range(20_000)]
+        flush = asyncio.ensure_future(index.set_verified(times))  # noqa: TID251 - a test
+        path = tmp_path / "index" / "members" / "cache.db"
+        other = sqlite3.connect(path, isolation_level=None, timeout=10)
+        writes = 0
+        while not flush.done():
+            await asyncio.to_thread(lambda: None)
+            other.execute("PRAGMA busy_timeout = 0")
+            try:
+                other.execute("BEGIN IMMEDIATE")
+                other.execute("ROLLBACK")
+                writes += 1
+            except sqlite3.OperationalError:
+                pass
+            await index.confirm_tag(REPO, TAG, ONE)
+        other.close()
+        assert await flush
+        assert writes > 5
+        assert await index.verified_at(times[-1][0]) == 1.0
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 
@@ -157,9 +212,9 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
         await index.put_tags([confirm(None, REPO, Tag("child"), TWO, 1.0)])
         await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
         await index.pin([ONE])
-        assert await index.manifests() == [
-            NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
+        assert await manifests(index) == [
             NamedManifest(REPO, TAG, ONE, "a/b", 3, is_pinned=True),
+            NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
         assert await index.tags_of(Repository("ghcr.io", "app")) == []
@@ -180,7 +235,10 @@ async def test_confirmations_by_two_processes_are_in_one_tag_record(tmp_path: Pa
         assert await index.tag(REPO, TAG, " variant") is None
 
 
-async def test_changed_is_set_when_a_name_is_written_or_revoked(tmp_path: Path) -> None:
+@pytest.mark.row("G4-busy-index")
+async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked(
+    tmp_path: Path,
+) -> None:
     async with opened(tmp_path) as index:
         assert index.changed, "a crash may have come before the write of index.json"
         index.changed = False
@@ -191,12 +249,19 @@ async def test_changed_is_set_when_a_name_is_written_or_revoked(tmp_path: Path) 
             lambda: index.put_access_records(REPO, [root(ONE)]),
             lambda: index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)]),
             lambda: index.confirm_tag(REPO, TAG, TWO),
+            lambda: index.put_access_records(REPO, [replace(root(ONE), size=5)]),
             lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
             index.changed = False
             await step()
             assert index.changed
+        await index.confirm_tag(REPO, TAG, TWO)
+        await index.put_access_records(REPO, [root(TWO)])
+        index.changed = False
+        await index.confirm_tag(REPO, TAG, TWO)
+        await index.put_access_records(REPO, [root(TWO)])
+        assert not index.changed, "the same digests were confirmed"
 
 
 async def test_failing_database_is_told_apart_from_an_empty_one(
@@ -209,24 +274,23 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
     await index.pin([ONE])
     index.changed = False
 
-    def broken(*arguments: object) -> None:
-        raise sqlite3.OperationalError("disk I/O error")
+    def broken(*arguments: object, **named: object) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(index._rows, "read", broken)
-        patch.setattr(index._rows, "read_page", broken)
-        patch.setattr(index._rows, "write", broken)
-        assert await index.manifests() is None
+        patch.setattr(Tables, "read", broken)
+        patch.setattr(Tables, "read_page", broken)
+        patch.setattr(Tables, "write", broken)
+        patch.setattr(Tables, "write_all", broken)
+        assert await index.names(0) is None
         assert await index.pinned() is None
-        assert await index.has_tags() is None
         assert not await index.put_access_records(REPO, [root(TWO)])
         assert not await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
         assert not await index.pin([TWO])
         assert not index.changed, "nothing was written"
     assert await index.pinned() == {ONE}
-    assert await index.has_tags() is False
-    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
-    assert await index.has_tags() is True
     await index.close()
 
 
@@ -241,8 +305,8 @@ async def test_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
         database.execute(garbage, (f"{REPO}@{TWO}",))
     database.close()
     async with opened(tmp_path) as index:
-        assert [named.digest for named in await index.manifests() or ()] == [ONE, ONE]
-        assert await index.has_tags()
+        assert [named.digest for named in await manifests(index)] == [ONE, ONE]
+        assert await index.tag(REPO, TAG)
 
 
 # --- negative responses, lists --------------------------------------------------------------------
@@ -307,7 +371,7 @@ async def is_known(index: Index, digest: Digest) -> bool:
         await index.access_record(REPO, digest, "manifest") is not None,
         await index.tag(REPO, Tag(digest.hex[:8])) is not None,
         await index.verified_at(digest) is not None,
-        digest in {named.digest for named in await index.manifests() or ()},
+        digest in {named.digest for named in await manifests(index)},
     }
     assert len(found) == 1, "only some records exist"
     return found.pop()
@@ -384,9 +448,38 @@ async def test_each_check_reads_a_bounded_page_and_none_is_left_out(tmp_path: Pa
         for _ in range(20):
             before = len(seen)
             await index.drop_orphaned_rows(lambda digest: seen.append(digest) or True)
-            assert len(seen) - before <= PAGE_ROWS
+            assert len(seen) - before <= 2 * PAGE_ROWS, "a page of each table"
         assert set(seen) == digests
         assert len(seen) > 3 * len(digests), "it starts again after the last row"
+
+
+@pytest.mark.row("HC9-random-names")
+@pytest.mark.row("G4-busy-index")
+async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(orphans, "_MIN_ROWS", 100)
+    clock = [1_800_000_000.0]
+    async with opened(tmp_path, clock) as index:
+        held = Digest.of(b"held")
+        await remember(index, held)
+        await index.pin([held])
+        for number in range(40):
+            await remember(index, Digest.of(b"%d" % number))
+        gone = [Digest.of(b"gone %d" % number) for number in range(1000)]
+        await index.put_access_records(REPO, [root(digest) for digest in gone])
+        for _ in range(20):
+            await index.drop_orphaned_rows({held}.__contains__, contents=2)
+        known = [d for d in gone if await index.access_record(REPO, d, "manifest")]
+        assert 0 < len(known) <= 140, "20 rows for each content, and 100 rows"
+        assert known == gone[-len(known) :], "the oldest ones were deleted"
+        assert await is_known(index, held)
+        tags = [confirm(None, REPO, Tag(f"of-one-{n}"), held, 1.0) for n in range(1000)]
+        await index.put_tags(tags)
+        for _ in range(20):
+            await index.drop_orphaned_rows({held}.__contains__, contents=2)
+        assert len(await index.tags_of(REPO)) <= 140
+        assert await index.pinned() == {held}
 
 
 async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
@@ -394,15 +487,12 @@ async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Pa
     async with opened(tmp_path, clock) as index, opened(tmp_path, clock) as other:
         await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
         newer = confirm(None, REPO, TAG, TWO, 2.0)
-        real = index._rows.transaction
+        write = index._rows.write
 
-        def too_late(table: str) -> object:
-            text = dump_tag(newer)
-            other._rows.write(table, f"{REPO}:{TAG}", text)
-            other._rows._tables[table].close()  # the connection of this thread
-            return real(table)
+        async def too_late(*arguments: Any) -> object:
+            await other.put_tags([newer])
+            return await write(*arguments)
 
-        await other.tag(REPO, TAG)
-        index._rows.transaction = too_late  # type: ignore[method-assign] # between the check and the lock
+        index._rows.write = too_late  # type: ignore[method-assign] # between the check and the lock
         await check_all(index, set(), 1)
         assert await index.tag(REPO, TAG) == newer

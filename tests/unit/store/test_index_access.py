@@ -13,6 +13,7 @@ from mirror.observability.events import Event, LogMessage
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.index import Index
 from mirror.store.records import AccessRecord
+from tests.unit.store.kit import manifests
 
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("docker.io", "library/other")
 TAG = Tag("1.0")
@@ -79,12 +80,12 @@ async def test_digest_may_be_a_manifest_and_a_blob(tmp_path: Path) -> None:
     await index.revoke_access(REPO, ONE, "blob")
     assert await index.access_record(REPO, ONE, "blob") is None
     assert await index.access_record(REPO, ONE, "manifest") == OWN
-    assert [named.digest for named in await index.manifests() or ()] == [ONE]
+    assert [named.digest for named in await manifests(index)] == [ONE]
     await index.put_access_records(REPO, [LAYER])
     await index.revoke_access(REPO, ONE, "manifest")
     assert await index.access_record(REPO, ONE, "manifest") is None
     assert await index.access_record(REPO, ONE, "blob") == LAYER
-    assert await index.manifests() == []
+    assert await manifests(index) == []
     await index.close()
 
 

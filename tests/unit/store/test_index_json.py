@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 
 from mirror.config.settings import Storage
+from mirror.observability.events import Event, IndexRestored
+from mirror.oci.descriptor import OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Tag
-from mirror.store import image_layout
+from mirror.store import image_layout, index_directory, rows
+from mirror.store import index as index_module
+from mirror.store import names as index_names
 from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.names import NamesPage
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
-from mirror.store.records import NamedManifest
+from mirror.store.rows import Tables
 from mirror.store.store import Store
-from tests.unit.store.kit import REPO, image, index_of, keep, opened, pulled, random_bytes, served
+from tests.unit.store import damages
+from tests.unit.store.damages import Damage
+from tests.unit.store.kit import (
+    REPO,
+    image,
+    index_of,
+    keep,
+    opened,
+    pulled,
+    random_bytes,
+    remember,
+    served,
+)
 
 NOW = 1_800_000_000.0
 YEAR = 365 * 86400.0
@@ -25,8 +43,8 @@ LAYER = random_bytes(5_000_000, 71)
 
 
 def names(root: Path) -> list[str]:
-    """The names in ``index.json``."""
-    return [named.name for named in image_layout.read_index_json(Layout(root))]
+    """The names in ``index.json``, sorted."""
+    return sorted(named.name for named in image_layout.read_index_json(Layout(root)))
 
 
 @pytest.mark.row("C12-damaged-index")
@@ -63,6 +81,7 @@ async def test_clock_that_jumps_removes_no_content_and_no_record(
             clock[0] += jump
             for _ in range(6):
                 await store.measure()
+                await store.keep_up_index()
             assert await served(store, LAYER)
             assert await served(store, body)
             assert await store.index.tag(REPO, TAG)
@@ -85,10 +104,10 @@ async def test_index_json_stays_while_the_index_does_not_answer(
         store.index.changed = True
         with monkeypatch.context() as patch:
 
-            async def silent(self: Index) -> None:
+            async def silent(self: Index, after: int) -> None:
                 return None
 
-            patch.setattr(Index, "manifests", silent)
+            patch.setattr(Index, "names", silent)
             await store.save_image_layout()
         assert (tmp_path / "index.json").read_bytes() == before
         assert store.index.changed, "it is written once the index answers"
@@ -101,24 +120,133 @@ async def test_index_json_is_not_written_before_the_index_is_restored(
     async with opened(tmp_path) as store:
         await pulled(store, body, TAG, LAYER, b"{}")
     shutil.rmtree(tmp_path / "index")
+    before = (tmp_path / "index.json").read_bytes()
+
+    def refuse(*arguments: object, **named: object) -> None:
+        error = sqlite3.OperationalError("database is locked")
+        error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+        raise error
+
     with monkeypatch.context() as patch:
-
-        async def refused(self: Index, *arguments: object) -> bool:
-            return False
-
-        patch.setattr(Index, "put_tags", refused)
+        patch.setattr(Tables, "write_all", refuse)
         store = await Store.open(str(tmp_path), Storage(), lambda event: None, lambda: NOW)
-    await pulled(store, image(), Tag("new"))
-    with monkeypatch.context() as patch:
-        patch.setattr(Index, "put_tags", refused)
+        await pulled(store, image(), Tag("new"))
         await store.save_image_layout()
-        assert f"{REPO}:new" not in names(tmp_path)
+        assert (tmp_path / "index.json").read_bytes() == before
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    await pulled(store, image(), Tag("new"))
     await store.save_image_layout()
     assert {f"{REPO}:new", f"{REPO}:{TAG}"} <= set(names(tmp_path))
     record = await store.index.tag(REPO, Tag("new"))
     assert record
     assert record.confirmed == NOW, "a newer record is not overwritten"
     await store.close()
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_interrupted_restore_is_completed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as store:
+        await pulled(store, image(LAYER), TAG, LAYER, b"{}")
+    shutil.rmtree(tmp_path / "index")
+
+    def crash(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_names, "_restore_access", crash)
+        with pytest.raises(KeyboardInterrupt):
+            index_names.restore(
+                Tables(tmp_path / "index", False, index_module._TABLES),
+                image_layout.read_index_json(Layout(tmp_path)),
+            )
+    async with opened(tmp_path) as store:
+        assert await store.index.access_record(REPO, Digest.of(image(LAYER)), "manifest")
+        assert await store.index.access_record(REPO, Digest.of(LAYER), "blob")
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_start_restores_once_and_reads_index_json_never_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as store:
+        await pulled(store, image(LAYER), None, LAYER, b"{}")
+    shutil.rmtree(tmp_path / "index")
+    reads: list[Layout] = []
+    real = image_layout.read_index_json
+
+    def count(layout: Layout) -> object:
+        reads.append(layout)
+        return real(layout)
+
+    monkeypatch.setattr(image_layout, "read_index_json", count)
+    for _ in range(3):
+        async with opened(tmp_path) as store:
+            assert store.index.unrestored_after is None
+            await store.index.revoke_access(REPO, Digest.of(LAYER), "blob")
+    assert len(reads) == 1
+    async with opened(tmp_path) as store:
+        assert await store.index.access_record(REPO, Digest.of(LAYER), "blob") is None
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+@pytest.mark.parametrize("damage", damages.IN_USE)
+async def test_index_that_is_damaged_in_use_loses_no_name_tag_or_pin(
+    tmp_path: Path,
+    damage: Damage,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rows, "_CACHE_PAGES", 1)
+    events: list[Event] = []
+    bodies = {Tag(f"{number}.0"): image(b"%d" % number) for number in range(40)}
+
+    async def assert_complete(store: Store) -> None:
+        for tag, body in bodies.items():
+            record = await store.index.tag(REPO, tag)
+            assert record
+            assert record.digest == Digest.of(body)
+            assert await store.index.access_record(REPO, record.digest, "manifest")
+        assert await store.index.pinned() == {Digest.of(bodies[Tag("0.0")])}
+
+    async with opened(tmp_path, events=events) as store:
+        for tag, body in bodies.items():
+            await pulled(store, body, tag)
+        await store.index.pin([Digest.of(bodies[Tag("0.0")])])
+        await store.save_image_layout()
+        before = names(tmp_path)
+        assert len(before) == 80
+        damage(tmp_path / "index")
+        await assert_complete(store)
+        await pulled(store, image(b"new"), Tag("new"))
+        await store.save_image_layout()
+        assert set(names(tmp_path)) > set(before)
+        await store.measure()
+        await store.keep_up_index()
+        layer = parse_manifest(bodies[Tag("7.0")], OCI_MANIFEST).blobs[0]
+        assert await store.index.access_record(REPO, layer.digest, "blob"), "of its parts, too"
+    async with opened(tmp_path, events=events) as store:
+        await store.keep_up_index()
+        await assert_complete(store)
+        assert await store.index.tag(REPO, Tag("new"))
+    assert set(names(tmp_path)) > set(before)
+    assert [event.names for event in events if isinstance(event, IndexRestored)][:1] == [80]
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_index_json_is_written_only_if_a_digest_has_changed(tmp_path: Path) -> None:
+    body = image(LAYER)
+    async with opened(tmp_path) as store:
+        await pulled(store, body, TAG)
+        await store.save_image_layout()
+        inode = (tmp_path / "index.json").stat().st_ino
+        await store.index.confirm_tag(REPO, TAG, Digest.of(body))
+        await remember(store, body, None)
+        await store.save_image_layout()
+        assert (tmp_path / "index.json").stat().st_ino == inode
+        await store.index.confirm_tag(REPO, TAG, Digest.of(image()))
+        await store.save_image_layout()
+        assert (tmp_path / "index.json").stat().st_ino != inode
 
 
 async def test_evicted_and_revoked_manifests_leave_index_json(tmp_path: Path) -> None:
@@ -153,7 +281,7 @@ async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
     (tmp_path / "index.json").write_bytes(before)
     async with opened(tmp_path):
         pass
-    named = image_layout.read_index_json(Layout(tmp_path))
+    named = list(image_layout.read_index_json(Layout(tmp_path)))
     assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
     assert all(entry.is_pinned for entry in named)
 
@@ -163,15 +291,16 @@ async def test_name_that_is_put_during_a_write_is_in_the_next_one(
 ) -> None:
     body = image(LAYER)
     async with opened(tmp_path) as store:
-        collect = store.index.manifests
+        collect = store.index.names
 
-        async def meanwhile() -> list[NamedManifest] | None:
-            found = await collect()
-            await pulled(store, body, TAG)
+        async def meanwhile(after: int) -> NamesPage | None:
+            found = await collect(after)
+            if found is not None and found.after is None:
+                await pulled(store, body, TAG)
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(store.index, "manifests", meanwhile)
+            patch.setattr(store.index, "names", meanwhile)
             await store.save_image_layout()
         assert names(tmp_path) == []
         await store.save_image_layout()

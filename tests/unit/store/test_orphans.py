@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.orphans import (
+    _MIN_ROWS,
+    _ROWS_PER_CONTENT,
     ORPHAN_ROW_TTL_S,
     VERIFIED_PREFIX,
     RowAction,
+    RowChecks,
     digests_of,
     next_row_action,
 )
@@ -59,6 +62,51 @@ def test_row_is_dropped_only_after_two_checks_that_miss_its_content(
             case RowAction.DROP:
                 assert missing_in_a_row >= 2
                 return
+
+
+# --- too many rows --------------------------------------------------------------------------------
+
+
+@pytest.mark.row("G4-busy-index")
+@pytest.mark.parametrize(
+    ("is_present", "missing_since", "wanted"),
+    [
+        (False, None, RowAction.MARK),
+        (False, 1.0, RowAction.DROP),
+        (True, None, RowAction.DROP),
+    ],
+)
+def test_surplus_row_is_deleted_unless_it_is_missing_for_the_first_time(
+    is_present: bool, missing_since: float | None, wanted: RowAction
+) -> None:
+    assert next_row_action(is_present, missing_since, 2.0, is_surplus=True) is wanted
+
+
+def test_orphaned_rows_are_surplus_first_and_others_after_a_pass_in_vain() -> None:
+    checks = RowChecks()
+    checks.start(rows=_MIN_ROWS + 2 * _ROWS_PER_CONTENT + 3, contents=2)
+    assert checks.is_surplus(is_present=False)
+    assert not checks.is_surplus(is_present=True)
+    checks.count_action(RowAction.MARK)
+    checks.advance(None)
+    assert not checks.is_surplus(is_present=True), "the next pass can delete the marked row"
+    checks.count_action(RowAction.DROP)
+    checks.advance(None)
+    assert checks.is_surplus(is_present=True), "two rows are still too many"
+    checks.count_action(RowAction.DROP)
+    checks.count_action(RowAction.DROP)
+    assert not checks.is_surplus(is_present=True)
+    assert not checks.is_surplus(is_present=False)
+    checks.start(rows=_MIN_ROWS + 2 * _ROWS_PER_CONTENT, contents=2)
+    assert not checks.is_surplus(is_present=False)
+
+
+def test_all_rows_are_checked_within_an_hour() -> None:
+    for rows in (0, 100, 100_000, 3_000_000):
+        checks = RowChecks()
+        checks.start(rows, contents=rows)
+        assert checks.steps * 720 * 200 >= rows
+        assert checks.steps <= 1 + rows / (720 * 200)
 
 
 def test_digests_of_names_all_content_of_a_row() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,17 +14,20 @@ from mirror.observability.events import (
     Event,
     IngestsMeasured,
     LogMessage,
+    Reverified,
     StorageMeasured,
     Uncached,
 )
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import blobs, disk
+from mirror.store import blobs, disk, index_directory
 from mirror.store import store as module
 from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     REPO,
+    eventually,
+    fill_up,
     image,
     keep,
     make_read_only,
@@ -32,6 +37,7 @@ from tests.unit.store.kit import (
     pulled,
     random_bytes,
     read,
+    remember,
     served,
     small_disk,
 )
@@ -145,6 +151,33 @@ async def test_recency_marked_at_close_is_written_and_after_close_is_dropped(
     assert used(store, b"content") == NOW + 60
 
 
+@pytest.mark.row("G5-repeated-verification")
+async def test_content_is_verified_again_once_by_all_processes_also_after_a_crash(
+    tmp_path: Path,
+) -> None:
+    clock = [NOW]
+    async with opened(tmp_path, clock) as store:
+        digest = await keep(store, LAYER)
+        first: list[Event] = []
+        second: list[Event] = []
+        async with (
+            opened(tmp_path, clock, events=first) as one,
+            opened(tmp_path, clock, events=second) as two,
+        ):
+            assert await served(two, LAYER), "the second process knows the earlier verification"
+            clock[0] += 10 * Storage().reverify
+            assert await served(one, LAYER)
+            await eventually(lambda: any(isinstance(event, Reverified) for event in first))
+            await one.keep_up_index()
+            assert await served(two, LAYER)
+            assert not any(isinstance(event, Reverified) for event in second)
+            third: list[Event] = []
+            async with opened(tmp_path, clock, events=third) as after_a_crash:
+                assert await served(after_a_crash, LAYER)
+            assert not any(isinstance(event, Reverified) for event in third)
+        assert digest == Digest.of(LAYER)
+
+
 # --- reports, a disk that refuses -----------------------------------------------------------------
 
 
@@ -197,6 +230,35 @@ async def test_disk_that_refuses_writes_serves_its_content_and_is_reported(
         assert any(
             isinstance(e, LogMessage) and "nothing can be stored" in e.message for e in events
         )
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_store_that_started_on_a_full_disk_is_reported_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    body, events = image(b"layer"), list[Event]()
+    with small_disk(tmp_path / "disk", "20m") as root:
+        async with opened(root) as store:
+            await pulled(store, body, TAG)
+        fill_up(root)
+        async with opened(root, events=events) as store:
+            assert store.unwritable_reason
+            assert await served(store, body)
+            await remember(store, body, Tag("while-full"))
+            await store.measure()
+            (root / "filler").unlink()
+            await store.keep_up_index()
+            await store.measure()
+            assert store.unwritable_reason is None
+            await store.save_image_layout()
+        measured = [e.is_writable for e in events if isinstance(e, StorageMeasured)]
+        assert measured == [False, True]
+        async with opened(root) as store:
+            assert await store.index.tag(REPO, TAG)
+            assert await store.index.tag(REPO, Tag("while-full"))
+    assert not [name for name in os.listdir(tmp_path) if name.startswith("oci-mirror-index-")]
 
 
 @pytest.mark.row("D7-unwritable-directories")

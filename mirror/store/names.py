@@ -1,0 +1,179 @@
+"""The names of manifests in the index: read for ``index.json``, and restored from it.
+
+Lives here: the tables and keys of the index's rows about content, a page of names, the rows that a
+restore inserts. Must not know: threads, files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
+
+from mirror.oci.reference import Digest, Repository
+from mirror.store.records import (
+    AccessRecord,
+    NamedManifest,
+    TagRecord,
+    dump_access_record,
+    dump_pins,
+    dump_tag,
+    load_access_record,
+    load_pins,
+    load_tag,
+    repository_of,
+)
+from mirror.store.rows import Row, Tables
+
+NAMED: Final = "named"
+"""Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
+ACCESS: Final = "members"
+"""Table of access records and verification times. On disk it keeps its first name."""
+PINS: Final = "pins"
+"""Key of the row that lists all pinned digests."""
+_RESTORED: Final = "restored"
+"""Key of a row in both tables. Without it, a table is new, and must be restored before it is used.
+Its text in :data:`NAMED` is one of the two below."""
+_NAMES_ONLY: Final = "names"
+_WITH_PARTS: Final = "all"
+_STEP_NAMES: Final = 1000
+"""Names that one transaction inserts: it takes 30 ms."""
+UNBOUND_KEYS: Final = frozenset({PINS, _RESTORED})
+"""Keys of rows that are about no single content."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamesPage:
+    """Some names of the index."""
+
+    names: list[list[NamedManifest]]
+    """For each name, the manifests that it has or had, newest first."""
+    after: int | None
+    """Row id after which the next page begins. None: this page is the last one."""
+
+
+def manifest_key(repository: Repository, digest: Digest) -> str:
+    """Return the key of a manifest that was pulled by its digest, or that has a tag."""
+    return f"{repository}@{digest}"
+
+
+def root_record(named: NamedManifest) -> AccessRecord:
+    """Return the access record of a manifest that was pulled by name."""
+    return AccessRecord(
+        digest=named.digest,
+        kind="manifest",
+        media_type=named.media_type,
+        size=named.size,
+        referrer=None,
+        expires_at=None,
+    )
+
+
+def load_names(tables: Tables, after: int) -> NamesPage:
+    """Read the names in the next rows after row id ``after``."""
+    page = tables.read_page(NAMED, after)
+    pins = load_pins(tables.read_or_none(NAMED, PINS)[0])
+    names = [
+        [replace(named, is_pinned=named.digest in pins) for named in manifests]
+        for row in page
+        if (manifests := _load_manifests(tables, row))
+    ]
+    return NamesPage(names, page[-1].id if page else None)
+
+
+def _load_manifests(tables: Tables, row: Row) -> list[NamedManifest]:
+    name, _, digest = row.key.partition("@")
+    if digest:
+        named = _load_manifest(repository_of(name), row.text)
+        return [] if named is None else [named]
+    # A space separates a variant from its tag. A variant is not the manifest of every client.
+    record = None if " " in name else load_tag(row.text)
+    if record is None:
+        return []
+    found = (_find_manifest(tables, record.repository, digest) for digest in record.digests)
+    return [replace(named, tag=record.tag) for named in found if named is not None]
+
+
+def _find_manifest(tables: Tables, repository: Repository, digest: Digest) -> NamedManifest | None:
+    text = tables.read_or_none(NAMED, manifest_key(repository, digest))[0]
+    return None if text is None else _load_manifest(repository, text)
+
+
+def _load_manifest(repository: Repository | None, text: str) -> NamedManifest | None:
+    record = load_access_record(text)
+    if record is None or repository is None:
+        return None
+    return NamedManifest(
+        repository, tag=None, digest=record.digest, media_type=record.media_type, size=record.size
+    )
+
+
+# --- restoring ------------------------------------------------------------------------------------
+
+
+def is_restored(tables: Tables) -> bool:
+    """Return whether no table has lost its rows since the names were restored."""
+    return all(tables.read_or_none(table, _RESTORED)[0] is not None for table in (NAMED, ACCESS))
+
+
+def lacks_parts(tables: Tables) -> bool:
+    """Return whether access to the parts of restored manifests is not recorded yet."""
+    return tables.read_or_none(NAMED, _RESTORED)[0] == _NAMES_ONLY
+
+
+def restore(tables: Tables, saved: Iterator[NamedManifest]) -> int:
+    """Insert the saved names that the index lacks, as never confirmed. Returns their number.
+
+    Rows that exist are not changed: other processes may have written them since.
+    """
+    count = 0
+    pins: set[Digest] = set()
+    while step := list(islice(saved, _STEP_NAMES)):
+        count += len(step)
+        pins.update(named.digest for named in step if named.is_pinned)
+        _insert(tables, step)
+    _restore_access(tables)
+    with tables.transaction(NAMED):
+        pins |= load_pins(tables.read_or_none(NAMED, PINS)[0])
+        tables.write(NAMED, PINS, dump_pins(pins))
+        tables.write(NAMED, _RESTORED, _NAMES_ONLY)
+    with tables.transaction(ACCESS):
+        tables.write(ACCESS, _RESTORED, _NAMES_ONLY)
+    return count
+
+
+def _insert(tables: Tables, step: list[NamedManifest]) -> None:
+    rows = [
+        (manifest_key(n.repository, n.digest), dump_access_record(root_record(n))) for n in step
+    ]
+    rows += [
+        (
+            f"{n.repository}:{n.tag}",
+            dump_tag(TagRecord(n.repository, n.tag, n.digest, first_seen=0.0, confirmed=0.0)),
+        )
+        for n in step
+        if n.tag is not None
+    ]
+    with tables.transaction(NAMED):
+        tables.write_all(NAMED, rows, replaces=False)
+
+
+def _restore_access(tables: Tables) -> None:
+    """Insert the missing access record of each manifest that was pulled by name."""
+    after: int | None = 0
+    while after is not None:
+        page = tables.read_page(NAMED, after)
+        rows = [
+            (f"manifest {row.key}", row.text)
+            for row in page
+            if "@" in row.key and load_access_record(row.text) is not None
+        ]
+        with tables.transaction(ACCESS):
+            tables.write_all(ACCESS, rows, replaces=False)
+        after = page[-1].id if page else None
+
+
+def end_restore(tables: Tables) -> None:
+    """Record that access to the parts of all manifests is restored. Hold the transaction."""
+    tables.write(NAMED, _RESTORED, _WITH_PARTS)

@@ -1,0 +1,141 @@
+"""The directory of the index: the private copy that serves while the disk refuses writes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mirror.observability.events import Event, LogMessage
+from mirror.store import index_directory
+from tests.real.server import ROOT
+from tests.unit.store import damages
+from tests.unit.store.kit import (
+    fill_up,
+    make_read_only,
+    make_writable,
+    opened_rows,
+    small_disk,
+)
+
+
+def copies() -> set[Path]:
+    """The private copies in the temporary directory, of all processes."""
+    return set(Path(tempfile.gettempdir()).glob("oci-mirror-index-*"))
+
+
+@pytest.mark.row("D7-unwritable-directories")
+@pytest.mark.row("G8-start-on-a-full-disk")
+@pytest.mark.parametrize("refusal", ["read-only", "full"])
+async def test_copy_serves_until_the_disk_accepts_writes_and_is_merged_then(
+    tmp_path: Path, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    events: list[Event] = []
+    with small_disk(tmp_path / "disk") as disk:
+        async with opened_rows(disk / "index") as rows:
+            await rows.put("kept", [("a", "1"), ("b", "1"), ("c", "1")])
+        if refusal == "full":
+            fill_up(disk)
+        else:
+            make_read_only(disk)
+        async with opened_rows(disk / "index", events) as rows:
+            assert await rows.get("kept", "a") == "1"
+            assert rows.refusal
+            assert await rows.put("kept", [("b", "2")])
+            await rows.write("kept", lambda t: t.delete("kept", "c"), None)
+            await rows.return_to_disk()
+            assert await rows.get("kept", "b") == "2"
+            assert rows.refusal
+            assert len(copies()) == 1
+            if refusal == "full":
+                (disk / "filler").unlink()
+            else:
+                make_writable(disk)
+            await rows.return_to_disk()
+            assert rows.refusal is None
+            assert not copies()
+            assert await rows.put("kept", [("d", "4")])
+            assert await rows.get("kept", "b") == "2"
+        messages = [event.message for event in events if isinstance(event, LogMessage)]
+        assert len(messages) == len(events) == 2
+        assert "a temporary copy is used" in messages[0]
+        assert "on the disk again" in messages[1]
+        async with opened_rows(disk / "index") as rows:
+            values = [await rows.get("kept", key) for key in "abcd"]
+            assert values == ["1", "2", None, "4"]
+        assert not (disk / "index.damaged").exists()
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_row_that_another_process_wrote_later_is_kept_when_a_copy_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    events: list[Event] = []
+    with small_disk(tmp_path / "disk") as disk:
+        fill_up(disk)
+        async with opened_rows(disk / "index", events) as private:
+            await private.put("kept", [("a", "private"), ("b", "private")])
+            (disk / "filler").unlink()
+            async with opened_rows(disk / "index") as rows:
+                await rows.put("kept", [("a", "later")])
+                await private.return_to_disk()
+                assert await rows.get("kept", "a") == await private.get("kept", "a") == "later"
+                assert await rows.get("kept", "b") == await private.get("kept", "b") == "private"
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_damaged_index_on_a_full_disk_is_replaced_in_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    events: list[Event] = []
+    with small_disk(tmp_path / "disk") as disk:
+        async with opened_rows(disk / "index") as rows:
+            await rows.put("kept", [("a", "1")])
+        damages.overwrite(disk / "index")
+        make_read_only(disk)
+        async with opened_rows(disk / "index", events) as rows:
+            assert await rows.put("kept", [("b", "2")])
+            make_writable(disk)
+            await rows.return_to_disk()
+            assert await rows.get("kept", "b") == "2"
+        assert (disk / "index.damaged").exists()
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_copy_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    script = (
+        "import os, sys, tempfile\n"
+        "from mirror.store.index_directory import _Copy\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "copy = _Copy()\n"
+        "copy.path.mkdir()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = [sys.executable, "-c", script, str(tmp_path)]
+    ended = await asyncio.to_thread(
+        subprocess.run, killed, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert ended.returncode == -9
+    (left,) = copies()
+    running = index_directory._Copy()
+    async with opened_rows(tmp_path / "index") as rows:
+        await rows.put("kept", [("a", "1")])
+    assert not left.exists()
+    assert len(copies()) == 1
+    running.remove()
+    assert not copies()
