@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from yarl import URL
 
 from mirror.config import values
 from mirror.config.values import format_duration, format_size
@@ -151,6 +152,11 @@ class Credentials(Section):
     """A Docker config.json; its auths, credHelpers and credsStore are used."""
     helper: Annotated[str, AfterValidator(values.check_helper)] | None = None
     """Name of a credential helper: the mirror runs docker-credential-<name> from the PATH."""
+    hosts: tuple[Host, ...] = ()
+    """
+    Hosts that username and password are sent to, as host or host:port. Default: the host of the
+    first endpoint.
+    """
 
     @model_validator(mode="after")
     def _check_one_source(self) -> Self:
@@ -164,6 +170,10 @@ class Credentials(Section):
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise ValueError(f"more than one source: {' and '.join(given)}")
+        if self.hosts and self.username is None:
+            raise _key_error(
+                ("hosts",), "needs username: other sources name their hosts themselves"
+            )
         if self.password == "file:":  # noqa: S105 - the prefix of a reference, no password
             raise _key_error(("password",), "file: must be followed by a path")
         return self
@@ -231,6 +241,12 @@ class Upstream(Section):
         duplicate = next((end for end in ends if ends.count(end) > 1), None)
         if duplicate is not None:
             raise _key_error(("endpoints",), f"{duplicate} is listed twice")
+        hosts = [URL(endpoint).host_port_subcomponent for endpoint in self.endpoints]
+        for index, host in enumerate(self.credentials.hosts):
+            if host not in hosts:
+                names = " or ".join(host or "" for host in hosts)
+                message = f"is the host of no endpoint, which would be {names}"
+                raise _key_error(("credentials", "hosts", index), message)
         return self
 
 

@@ -1,7 +1,7 @@
 """``WWW-Authenticate`` (RFC 9110, section 11.6.1).
 
-Lives here: the parser of challenges. Must not know: whether a request to a realm is allowed (the
-outbound guard decides), what a token is.
+Lives here: the parser of challenges and of their scopes. Must not know: whether a request to a
+realm is allowed (the outbound guard decides), what a token is.
 """
 
 from __future__ import annotations
@@ -111,6 +111,20 @@ def _parse_line(line: str) -> list[Challenge]:
         if position < 0:
             return []
     return [_challenge(scheme, parameters) for scheme, parameters in pairs]
+
+
+def pull_scope(scope: str) -> str:
+    """Return the scope of a challenge, limited to pulls. Empty: it allows none.
+
+    ``scope`` is a list of ``type:name:actions``, separated by spaces (Distribution,
+    ``spec/auth/scope.md``). The names are untrusted.
+    """
+    pulls = []
+    for resource_scope in scope.split():
+        resource, _, actions = resource_scope.rpartition(":")
+        if resource.startswith("repository:") and {"pull", "*"} & set(actions.split(",")):
+            pulls.append(f"{resource}:pull")
+    return " ".join(dict.fromkeys(pulls))
 
 
 def _skip_empty_elements(line: str) -> int:

@@ -181,10 +181,11 @@ class FailureScope(Enum):
     REQUEST = auto()
     """This request only: the endpoint responded, so it works."""
     PATH = auto()
-    """Requests for the same path: the connection broke before the headers, the status was 502, 503
-    or 504, or the body broke, stalled or was too slow."""
+    """Requests of the same kind to the same repository: no response within the time limit, the
+    connection broke before the headers, the status was 502, 503 or 504, the body broke, stalled or
+    was too slow, or the token service cannot be reached."""
     ENDPOINT = auto()
-    """All requests: the endpoint cannot be reached, or sent no response within the time limit."""
+    """All requests: there is no connection to the endpoint."""
 
 
 class UpstreamUnavailable(UpstreamError):
@@ -199,7 +200,7 @@ class UpstreamUnavailable(UpstreamError):
 
 
 class AllCircuitsOpen(UpstreamUnavailable):
-    """No request was sent, because the circuit breaker of every endpoint is open.
+    """No request was sent to an endpoint that may have the content: its circuit breaker is open.
 
     A later request is sent again.
 

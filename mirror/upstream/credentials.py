@@ -1,8 +1,8 @@
 """Logins from the configuration, files, a Docker ``config.json``, and credential helpers.
 
 Lives here: the look-up of a login, and a short-lived cache. A pull of forty layers runs a helper
-once, and a rotated secret is read as soon as the old one is refused. Must not know: where a login
-is sent. Secrets are never printed: they are in no repr and in no error message.
+once, and a rotated secret is read as soon as the old one is refused. Must not know: how a login is
+sent. Secrets are never printed: they are in no repr and in no error message.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import re
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from mirror.config.settings import Credentials
-from mirror.oci.errors import MirrorError, UpstreamTimeout, UpstreamUnavailable
+from yarl import URL
+
+from mirror.config.settings import Upstream
+from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 
 LOGIN_TTL_S: Final = 30.0
@@ -34,6 +35,8 @@ _MAX_OUTPUT_BYTES: Final = 64 * 1024
 """Bytes of a helper's output that are read. Logins have a few KiB."""
 _TOKEN_USER: Final = "<token>"  # noqa: S105 - the user name that marks an identity token
 _DOCKER_HUB: Final = "https://index.docker.io/v1/"
+_DOCKER_HUB_HOSTS: Final = ("registry-1.docker.io", "index.docker.io", "docker.io")
+"""Hosts of Docker Hub. Docker's tools keep its login under the key ``_DOCKER_HUB``."""
 # The name becomes part of a file name. The grammar is that of the configuration.
 _HELPER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
 
@@ -76,151 +79,220 @@ class CredentialLookup:
 
 
 class Logins:
-    """Cached logins of one upstream, by host. Concurrent requests share one look-up."""
+    """Cached logins of one upstream, by host. Concurrent requests share one look-up.
+
+    A login is bound to the host that it was given for: no other host is sent it.
+    """
 
     def __init__(
         self,
-        credentials: Credentials,
+        settings: Upstream,
         upstream: str,
         single_flight: SingleFlight,
         clock: Callable[[], float],
-        timeout: float = inf,
     ) -> None:
         """Create an empty cache.
 
         Args:
-            credentials: Sources of logins.
+            settings: The sources of logins, the endpoints, and the time limits. A look-up takes no
+                longer than an attempt of a request may take.
             upstream: Name of the upstream.
             single_flight: Runs the look-ups.
             clock: Returns seconds.
-            timeout: Seconds that an attempt of a request may take: a look-up takes no longer.
         """
-        self._timeout = timeout
-        self._credentials = credentials
+        self._credentials = settings.credentials
+        self._timeout = min(settings.limits.connect + settings.limits.headers, _LOOKUP_TIMEOUT_S)
+        self._hosts = settings.credentials.hosts or (host_of(URL(settings.endpoints[0])),)
         self._upstream = upstream
         self._single_flight = single_flight
         self._clock = clock
-        self._lookups: dict[str, CredentialLookup] = {}
+        self._lookups: dict[str, Mapping[str, CredentialLookup | UpstreamError]] = {}
+        used = [
+            name
+            for name in ("username", "docker_config", "helper")
+            if getattr(settings.credentials, name) is not None
+        ]
+        self.key = ".".join(["upstreams", upstream, "credentials", *used])
+        """Configuration key of the source, for messages."""
 
-    async def get(self, host: str, refused: CredentialLookup | None = None) -> CredentialLookup:
-        """Return the login for ``host``, cached or looked up now.
+    async def get(self, host: str, repository: str) -> CredentialLookup:
+        """Return the login for a repository at ``host``, cached or looked up now.
 
         Args:
             host: Host of the endpoint, with its port if it is not the default one.
-            refused: A look-up whose login was refused. It is not returned from the cache.
+            repository: Path of the repository. The login with the longest prefix of it is used.
 
         Raises:
-            UpstreamError: see :func:`look_up`.
+            UpstreamUnavailable: the configured source cannot be read.
+            UpstreamTimeout: the look-up took too long.
             Draining: the process shuts down.
         """
-        lookup = self._lookups.get(host)
+        cached = self._lookups.get(host)
+        lookup = _longest_match(cached, repository) if cached is not None else None
         if (
-            lookup is None
-            or lookup is refused
+            not isinstance(lookup, CredentialLookup)
             or self._clock() - lookup.looked_up_at >= LOGIN_TTL_S
         ):
             key = "login", self._upstream, host
-            lookup = await self._single_flight.share(key, lambda: self._renew(host))
+            renewed = await self._single_flight.share(key, lambda: self._renew(host))
+            lookup = _longest_match(renewed, repository)
+        if isinstance(lookup, UpstreamError):
+            raise lookup
         return lookup
 
-    async def _renew(self, host: str) -> CredentialLookup:
-        """Look a login up, and replace the cached one. After a failure, none is cached."""
+    def reject(self, host: str, lookup: CredentialLookup) -> None:
+        """Drop a look-up whose login was refused, unless it was replaced already.
+
+        The secret may have been rotated.
+        """
+        if lookup in self._lookups.get(host, {}).values():
+            del self._lookups[host]
+
+    def describe_missing(self, host: str) -> str:
+        """Return why there is no login for ``host``, with the configuration key to set."""
+        credentials = self._credentials
+        if credentials.username is not None:
+            return f"{self.key} is for {' and '.join(self._hosts)}, see credentials.hosts"
+        if credentials.docker_config is not None:
+            return f"the file of {self.key} has no login for {host}"
+        if credentials.helper is not None:
+            return f"the helper of {self.key} has no login for {host}"
+        return f"{self.key} is not set"
+
+    async def _renew(self, host: str) -> Mapping[str, CredentialLookup | UpstreamError]:
+        """Look the logins of a host up, and replace the cached ones. A failure is not cached."""
         try:
-            login = await look_up(self._credentials, self._upstream, host, self._timeout)
-        except MirrorError:
+            async with asyncio.timeout(self._timeout):
+                logins = await self._look_up(host)
+        except TimeoutError as error:
+            self._lookups.pop(host, None)
+            message = f"{self.key} gave no login within {self._timeout:g} s"
+            raise UpstreamTimeout(message) from error
+        except UpstreamError:
             self._lookups.pop(host, None)
             raise
-        lookup = self._lookups[host] = CredentialLookup(login, self._clock())
-        return lookup
+        now = self._clock()
+        lookups = {
+            prefix: login if isinstance(login, UpstreamError) else CredentialLookup(login, now)
+            for prefix, login in {"": None, **logins}.items()
+        }
+        self._lookups[host] = lookups
+        return lookups
+
+    async def _look_up(self, host: str) -> Mapping[str, Login | UpstreamError | None]:
+        """Return prefix of repositories -> login. The empty prefix is that of the whole host."""
+        credentials = self._credentials
+        if credentials.username is not None:
+            if host not in self._hosts:
+                return {}
+            password = await _resolve_password(credentials.password or "", self.key)
+            return {"": Login(credentials.username, password)}
+        if credentials.helper is not None:
+            return {"": await _run_helper(credentials.helper, _server_name(host), self.key)}
+        if credentials.docker_config is not None:
+            return await _read_docker_config(credentials.docker_config, host, self.key)
+        return {}
 
 
-async def look_up(
-    credentials: Credentials, upstream: str, host: str, timeout: float = inf
-) -> Login | None:
-    """Look up the login of an upstream.
+def host_of(endpoint: URL) -> str:
+    """Return the host of an endpoint, with its port if it is not the default one."""
+    return endpoint.host_port_subcomponent or ""
 
-    Args:
-        credentials: Sources of logins. The first one that is configured is used.
-        upstream: Name of the upstream.
-        host: Host of its endpoint, with its port if it is not the default one.
-        timeout: Seconds at most. More than 10 s count as 10 s.
 
-    Returns:
-        The login. None if the source has no login for this host.
+def _longest_match(
+    logins: Mapping[str, CredentialLookup | UpstreamError], repository: str
+) -> CredentialLookup | UpstreamError:
+    """Return the entry with the longest prefix of ``repository``, in whole components."""
+    prefix = repository
+    while prefix not in logins:
+        prefix = prefix.rpartition("/")[0]
+    return logins[prefix]
 
-    Raises:
-        UpstreamUnavailable: a configured source cannot be read.
-        UpstreamTimeout: the look-up took longer than ``timeout``.
-    """
-    timeout = min(timeout, _LOOKUP_TIMEOUT_S)
+
+async def _resolve_password(value: str, key: str) -> str:
+    if not value.startswith("file:"):
+        return value
+    return (await _read_file(value.removeprefix("file:"), key)).rstrip("\r\n")
+
+
+async def _read_file(path: str, key: str) -> str:
+    """Read a file of credentials. ``key``: the configuration key that names it."""
     try:
-        async with asyncio.timeout(timeout):
-            if credentials.username is not None:
-                password = await asyncio.to_thread(_resolve_password, credentials.password or "")
-                return Login(credentials.username, password)
-            if credentials.helper is not None:
-                return await _run_helper(credentials.helper, _server_name(upstream, host))
-            if credentials.docker_config is not None:
-                return await _read_docker_config(credentials.docker_config, upstream, host)
-            return None
-    except TimeoutError as error:
-        raise UpstreamTimeout(f"no credentials after {timeout:g} s") from error
-
-
-def _resolve_password(value: str) -> str:
-    is_file = value.startswith("file:")
-    return _read_file(value.removeprefix("file:")).rstrip("\r\n") if is_file else value
-
-
-def _read_file(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return await asyncio.to_thread(lambda: Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         # RuntimeError: the user of ~user does not exist.
-        raise UpstreamUnavailable("the credentials cannot be read") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text file"
+        raise UpstreamUnavailable(f"the file of {key} cannot be read: {reason}") from error
 
 
-def _server_name(upstream: str, host: str) -> str:
+# --- a Docker config.json -------------------------------------------------------------------------
+
+
+def _server_name(host: str) -> str:
     """Return the key of a registry in Docker's configuration and for helpers."""
-    return _DOCKER_HUB if upstream == "docker.io" else host
+    return _DOCKER_HUB if host in _DOCKER_HUB_HOSTS else host
 
 
-async def _read_docker_config(path: str, upstream: str, host: str) -> Login | None:
-    """Read ``credHelpers``, ``auths`` and ``credsStore``, in the order of docker/cli."""
-    text = await asyncio.to_thread(_read_file, path)
-    server = _server_name(upstream, host)
+async def _read_docker_config(
+    path: str, host: str, key: str
+) -> Mapping[str, Login | UpstreamError | None]:
+    """Read ``credHelpers``, ``auths`` and ``credsStore``, in the order of docker/cli.
+
+    Returns:
+        Prefix of repositories -> login, or the reason why it cannot be had. The reason counts for
+        this prefix only. Prefixes are those of containers/image (``containers-auth.json(5)``).
+    """
+    text = await _read_file(path, key)
     try:
         document = json.loads(text)
-        helper = _find_entry(document.get("credHelpers"), upstream, host)
-        if helper is not None:
-            return await _run_helper(str(helper[1]), helper[0])
-        entry = _find_entry(document.get("auths"), upstream, host)
-        login = _parse_auth(entry[1]) if entry is not None else None
-        store = document.get("credsStore")
-        return await _run_helper(str(store), server) if login is None and store else login
+        helpers = _find_entries(document.get("credHelpers"), host)
+        auths = _find_entries(document.get("auths"), host)
+        store = str(document.get("credsStore") or "")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UpstreamUnavailable("the Docker configuration cannot be read") from error
+        raise UpstreamUnavailable(f"the file of {key} is no Docker configuration") from error
+    logins: dict[str, Login | UpstreamError | None] = {}
+    for prefix in {"": None, **auths, **helpers}:
+        try:
+            if prefix in helpers:
+                # Helpers know hosts only, no prefixes.
+                server = host if prefix else helpers[prefix][0]
+                logins[prefix] = await _run_helper(str(helpers[prefix][1]), server, key)
+                continue
+            logins[prefix] = _parse_auth(auths[prefix][1]) if prefix in auths else None
+            if logins[prefix] is None and store and not prefix:
+                logins[prefix] = await _run_helper(store, _server_name(host), key)
+        except (ValueError, TypeError, AttributeError):
+            name = f"{host}/{prefix}".rstrip("/")
+            message = f"the file of {key} has a malformed entry for {name}"
+            logins[prefix] = UpstreamUnavailable(message)
+        except UpstreamUnavailable as error:
+            logins[prefix] = error
+    return logins
 
 
-def _find_entry(section: Any, upstream: str, host: str) -> tuple[str, Any] | None:
-    """Return (key, value) of a section for this registry, without empty values.
+def _find_entries(section: Any, host: str) -> dict[str, tuple[str, Any]]:
+    """Return prefix of repositories -> (key, value) of a section, for this host.
 
-    A key that equals a name goes first. Keys are hosts, or URLs with any path (docker/cli,
-    ``ConvertToHostname``).
+    Keys are hosts, ``host/prefix``, or URLs with any path (docker/cli, ``ConvertToHostname``). A
+    key that equals a name of the host goes first. Empty values are left out.
     """
-    if not section:
-        return None
-    names = dict.fromkeys((_server_name(upstream, host), upstream, host))
-    entries: Mapping[str, Any] = {str(key): value for key, value in section.items() if value}
-    for name in names:
-        if name in entries:
-            return name, entries[name]
-    hosts = {_host_of(name) for name in names}
-    return next(((key, value) for key, value in entries.items() if _host_of(key) in hosts), None)
+    values: Mapping[str, Any] = dict(section or {})
+    names = [_server_name(host), host, *(_DOCKER_HUB_HOSTS if host in _DOCKER_HUB_HOSTS else ())]
+    hosts = {_split_key(name)[0] for name in names}
+    entries: dict[str, tuple[str, Any]] = {}
+    for key in sorted(values, key=lambda key: names.index(key) if key in names else len(names)):
+        name, prefix = _split_key(key)
+        if name in hosts and values[key]:
+            entries.setdefault(prefix, (key, values[key]))
+    return entries
 
 
-def _host_of(key: str) -> str:
-    return key.removeprefix("https://").removeprefix("http://").partition("/")[0]
+def _split_key(key: str) -> tuple[str, str]:
+    """Return (host, prefix of repositories). The path of a URL, and ``v1`` or ``v2``, is none."""
+    address = key.removeprefix("https://").removeprefix("http://")
+    host, _, path = address.partition("/")
+    path = path.strip("/")
+    return host, "" if address != key or path in ("v1", "v2") else path
 
 
 def _parse_auth(entry: Any) -> Login | None:
@@ -240,13 +312,22 @@ def _parse_auth(entry: Any) -> Login | None:
     return Login("", "", token) if token else None
 
 
-async def _run_helper(name: str, server: str) -> Login | None:
+# --- helper programs ------------------------------------------------------------------------------
+
+
+async def _run_helper(name: str, server: str, key: str) -> Login | None:
     """Run ``docker-credential-NAME get`` with the server on standard input.
 
     This is the protocol of docker-credential-helpers. A cancelled call ends the helper.
+
+    Args:
+        name: The part of the program's name after ``docker-credential-``.
+        server: The registry.
+        key: Configuration key that names the helper, for messages.
     """
     if not _HELPER_NAME.fullmatch(name):
-        raise UpstreamUnavailable("the name of the credential helper is malformed")
+        raise UpstreamUnavailable(f"the name of a credential helper in {key} is malformed")
+    helper = f"the credential helper {name} of {key}"
     try:
         process = await asyncio.create_subprocess_exec(
             f"docker-credential-{name}",
@@ -257,7 +338,7 @@ async def _run_helper(name: str, server: str) -> Login | None:
             start_new_session=True,
         )
     except OSError as error:
-        raise UpstreamUnavailable(f"the credential helper {name} cannot be run") from error
+        raise UpstreamUnavailable(f"{helper} cannot be run: {error.strerror}") from error
     try:
         output, _ = await process.communicate(server.encode())
     finally:
@@ -269,11 +350,11 @@ async def _run_helper(name: str, server: str) -> Login | None:
     if process.returncode != 0:
         if b"credentials not found" in output:
             return None
-        raise UpstreamUnavailable(f"the credential helper {name} failed")
+        # Its output is not shown: it may hold a secret.
+        raise UpstreamUnavailable(f"{helper} failed with exit status {process.returncode}")
     try:
         document = json.loads(output[:_MAX_OUTPUT_BYTES])
         username, secret = str(document["Username"]), str(document["Secret"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        message = f"the credential helper {name} returned a malformed response"
-        raise UpstreamUnavailable(message) from error
+        raise UpstreamUnavailable(f"{helper} returned a malformed response") from error
     return Login("", "", secret) if username == _TOKEN_USER else Login(username, secret)

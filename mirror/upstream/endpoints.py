@@ -1,14 +1,18 @@
-"""Endpoints in order of preference, with a circuit breaker for each.
+"""Endpoints in order of preference, with a circuit breaker and the pauses of each.
 
-Theory of operation. A circuit breaker is closed, open, or half open:
+Theory of operation. A failure or a 429 speaks for its :class:`Subject` only: requests of one kind
+to one repository. It speaks for more when several different subjects have met it.
 
-- closed: requests are sent. ``FAILURE_THRESHOLD`` failures in a row open it.
+A circuit breaker is closed, open, or half open:
+
+- closed: requests are sent. Failures of ``FAILURE_THRESHOLD`` different repositories in a row open
+  it for the kind of request that failed. As many failures of the endpoint as a whole (it cannot be
+  reached) open it for all kinds.
 - open: no request is sent for ``open_seconds``.
 - half open: after that time, exactly one request is sent: the probe. If it succeeds, the circuit
   closes. If it fails, the circuit stays open for twice as long.
 
-Only failures of the endpoint itself count. A 4xx is a response, so it counts as a success. Failures
-of one path count once, however often they repeat, since other paths may work.
+A 4xx is a response, so it counts as a success.
 
 No I/O, no clock: the caller passes the time. Must not know: requests, responses.
 """
@@ -17,12 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final
 
 from yarl import URL
 
 FAILURE_THRESHOLD: Final = 3
 """Failures in a row that open a circuit. A single one is often a connection that was closed."""
+SEVERAL: Final = 3
+"""Different repositories, or projects, that must meet a 429 before it counts for the others. Two
+repositories of one image pull are often limited together."""
 FIRST_OPEN_S: Final = 2.0
 """Seconds for which a circuit opens first: short, since most outages are restarts."""
 MAX_OPEN_S: Final = 60.0
@@ -33,60 +41,88 @@ MAX_BACK_OFF_S: Final = 300.0
 """Seconds to pause after a 429 at most: an endpoint must not switch itself off for hours."""
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """The requests to an endpoint that a failure or a 429 speaks for."""
+
+    kind: str
+    """Method and kind of object, such as ``GET manifest``: registries limit each on its own."""
+    repository: str
+
+    @property
+    def project(self) -> str:
+        """First component of the repository. Registries set limits by project, too."""
+        return self.repository.partition("/")[0]
+
+
 @dataclass(slots=True)
 class CircuitBreaker:
-    """The state of one endpoint. All times are in seconds of one clock."""
+    """Whether requests may be sent to one endpoint. All times are in seconds of one clock."""
 
     failures: int = 0
-    failed_path: str | None = None
-    """Path of the last failure. None if the endpoint failed as a whole."""
+    """Failures of the endpoint as a whole, since its last success."""
+    failed: dict[Subject, float] = field(default_factory=dict)
+    """Subject -> time of its last failure, since the last success of the endpoint. At most
+    ``FAILURE_THRESHOLD`` subjects of each kind."""
     open_until: float = 0.0
-    back_off_until: float = 0.0
-    """End of the pause that a 429 requested."""
-    has_retry_after: bool = False
-    """Whether the 429 had a ``Retry-After``. Otherwise clients get no ``Retry-After``."""
     open_seconds: float = FIRST_OPEN_S
     is_probing: bool = False
     """Whether the probe of the half-open circuit is under way."""
 
     @property
     def is_open(self) -> bool:
-        """Whether the circuit is open or half open."""
-        return self.failures >= FAILURE_THRESHOLD
+        """Whether the circuit is open or half open, for any kind of request."""
+        return self.failures >= FAILURE_THRESHOLD or any(map(self._is_open_for, self.failed))
 
-    def may_request(self, now: float) -> bool:
+    def _is_open_for(self, subject: Subject) -> bool:
+        same_kind = sum(1 for failed in self.failed if failed.kind == subject.kind)
+        return self.failures + same_kind >= FAILURE_THRESHOLD
+
+    def may_request(self, now: float, subject: Subject) -> bool:
         """Return whether a request may be sent."""
-        if now < self.back_off_until:
-            return False
-        return not self.is_open or (not self.is_probing and now >= self.open_until)
+        if not self._is_open_for(subject):
+            return True
+        return not self.is_probing and now >= self.open_until
 
-    def begin_request(self) -> bool:
+    def has_just_failed(self, now: float, subject: Subject) -> bool:
+        """Return whether the last request of ``subject`` failed, at most ``MAX_OPEN_S`` ago."""
+        return now - self.failed.get(subject, -inf) < MAX_OPEN_S
+
+    def begin_request(self, subject: Subject) -> bool:
         """Record that a permitted request is sent. Returns True if it is the probe.
 
-        The caller reports its outcome with exactly one of ``record_success``, ``record_failure``,
-        ``record_cancellation`` and ``back_off``.
+        The caller reports its outcome with exactly one of ``record_success``, ``record_failure``
+        and ``record_cancellation``.
         """
-        self.is_probing = self.is_open
-        return self.is_probing
+        is_probe = self._is_open_for(subject)
+        self.is_probing = self.is_probing or is_probe
+        return is_probe
 
     def record_success(self) -> None:
         """Close the circuit: the endpoint responded."""
-        self.failures, self.failed_path, self.open_until = 0, None, 0.0
+        self.failures, self.open_until = 0, 0.0
+        self.failed.clear()
         self.open_seconds, self.is_probing = FIRST_OPEN_S, False
 
-    def record_failure(self, now: float, *, is_probe: bool, path: str | None = None) -> None:
+    def record_failure(
+        self, now: float, subject: Subject, *, is_probe: bool, is_unreachable: bool = False
+    ) -> None:
         """Count a failure, and open the circuit if there are enough.
 
         Requests that were under way when the circuit opened do not prolong it.
 
         Args:
             now: The time.
+            subject: The subject of the request.
             is_probe: The result of ``begin_request``.
-            path: The path that failed. None if the endpoint failed as a whole.
+            is_unreachable: Whether the endpoint as a whole failed. Otherwise the failure counts
+                once for its subject, however often it repeats.
         """
         was_open = self.is_open
-        if path is None or path != self.failed_path:
-            self.failures, self.failed_path = self.failures + 1, path
+        if is_unreachable:
+            self.failures += 1
+        elif subject in self.failed or not self._is_open_for(subject):
+            self.failed[subject] = now
         if is_probe or self.is_open != was_open:
             self.open_until = now + self.open_seconds
             self.open_seconds = min(self.open_seconds * 2, MAX_OPEN_S)
@@ -98,15 +134,65 @@ class CircuitBreaker:
         if is_probe:
             self.is_probing = False
 
-    def back_off(self, now: float, seconds: float | None) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A pause after a 429."""
+
+    until: float
+    has_retry_after: bool
+    """Whether the 429 had a ``Retry-After``. Otherwise clients get no ``Retry-After``."""
+
+
+@dataclass(slots=True)
+class Pauses:
+    """The pauses of one endpoint after its 429s.
+
+    A 429 pauses its subject. When ``SEVERAL`` repositories of a project pause for one kind of
+    request, the project pauses for it. When repositories of ``SEVERAL`` projects do, all pause.
+    """
+
+    _by_subject: dict[Subject, Pause] = field(default_factory=dict)
+    _by_group: dict[Subject, Pause] = field(default_factory=dict)
+    """Pauses of a project, named like a repository, and of all repositories: the empty name."""
+
+    def add(self, now: float, subject: Subject, seconds: float | None) -> None:
         """Pause after a 429. ``seconds``: its ``Retry-After``, or None.
 
-        A second 429 never shortens the pause. The endpoint responded, so the circuit closes.
+        A second 429 never shortens a pause. Pauses that have ended are dropped here. A group that
+        pauses sends nothing, so the number of pauses stays small.
         """
-        self.record_success()
+        for pauses in (self._by_subject, self._by_group):
+            for ended in [key for key, pause in pauses.items() if pause.until <= now]:
+                del pauses[ended]
         end = now + (DEFAULT_BACK_OFF_S if seconds is None else min(seconds, MAX_BACK_OFF_S))
-        if end > self.back_off_until:
-            self.back_off_until, self.has_retry_after = end, seconds is not None
+        if end <= now:
+            return
+        pause = Pause(end, has_retry_after=seconds is not None)
+        _prolong(self._by_subject, subject, pause)
+        same_kind = [other for other in self._by_subject if other.kind == subject.kind]
+        if sum(1 for other in same_kind if other.project == subject.project) >= SEVERAL:
+            _prolong(self._by_group, Subject(subject.kind, subject.project), pause)
+        if len({other.project for other in same_kind}) >= SEVERAL:
+            _prolong(self._by_group, Subject(subject.kind, ""), pause)
+
+    def find(self, now: float, subject: Subject) -> Pause | None:
+        """Return the pause of ``subject`` that ends last. None if requests may be sent."""
+        if not self._by_subject:
+            return None
+        pauses = (
+            self._by_subject.get(subject),
+            self._by_group.get(Subject(subject.kind, subject.project)),
+            self._by_group.get(Subject(subject.kind, "")),
+        )
+        running = [pause for pause in pauses if pause is not None and pause.until > now]
+        return max(running, key=lambda pause: pause.until, default=None)
+
+
+def _prolong(pauses: dict[Subject, Pause], key: Subject, pause: Pause) -> None:
+    current = pauses.get(key)
+    if current is None or current.until < pause.until:
+        pauses[key] = pause
 
 
 @dataclass(slots=True)
@@ -115,27 +201,41 @@ class Endpoints:
 
     urls: tuple[URL, ...]
     circuits: dict[URL, CircuitBreaker] = field(default_factory=dict)
+    pauses: dict[URL, Pauses] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.circuits = {url: CircuitBreaker() for url in self.urls}
+        self.pauses = {url: Pauses() for url in self.urls}
 
-    def candidates(self, now: float, avoid: Collection[str] = ()) -> list[URL]:
+    def may_request(self, url: URL, now: float, subject: Subject) -> bool:
+        """Return whether a request may be sent to the endpoint ``url``."""
+        if self.pauses[url].find(now, subject) is not None:
+            return False
+        return self.circuits[url].may_request(now, subject)
+
+    def candidates(self, now: float, subject: Subject, avoid: Collection[str] = ()) -> list[URL]:
         """Return the endpoints to try, the best one first.
 
-        Endpoints whose circuit permits no request are left out. Those in ``avoid`` come last, in
-        the order of ``avoid``.
+        Endpoints that may get no request are left out. Those whose last request of ``subject``
+        failed come after the others: an endpoint that accepts connections and does not respond
+        would delay each request anew. Those in ``avoid`` come last, in the order of ``avoid``.
         """
-        permitted = [url for url in self.urls if self.circuits[url].may_request(now)]
+        permitted = [url for url in self.urls if self.may_request(url, now, subject)]
         ranks = {name: rank for rank, name in enumerate(avoid)}
-        return sorted(permitted, key=lambda url: ranks.get(str(url), -1))
 
-    def remaining_pauses(self, now: float) -> list[float | None]:
-        """Return the remaining seconds of each pause after a 429. Empty if there is none.
+        def rank(url: URL) -> tuple[int, bool]:
+            return ranks.get(str(url), -1), self.circuits[url].has_just_failed(now, subject)
+
+        return sorted(permitted, key=rank)
+
+    def remaining_pauses(self, now: float, subject: Subject) -> list[float | None]:
+        """Return the remaining seconds of the endpoints' pauses after a 429. Empty if none.
 
         None stands for a pause whose length we chose: clients get no ``Retry-After`` for it.
         """
+        pauses = [pauses.find(now, subject) for pauses in self.pauses.values()]
         return [
-            circuit.back_off_until - now if circuit.has_retry_after else None
-            for circuit in self.circuits.values()
-            if circuit.back_off_until > now
+            pause.until - now if pause.has_retry_after else None
+            for pause in pauses
+            if pause is not None
         ]

@@ -5,9 +5,11 @@ requires them, and reports to the circuit breakers. Must not know: what is reque
 is read.
 
 Theory of operation. A round tries each endpoint that its circuit breaker permits, once. A failure
-leads to the next endpoint. A refusal (401, 403, 404) is final, because an endpoint that works has
-responded. If the last failure of a round is transient, another round begins after a delay. All
-rounds together have ``MAX_ATTEMPTS_PER_REQUEST`` attempts and ``RETRY_BUDGET_S`` seconds.
+leads to the next endpoint, and so does a refusal (401, 403, 404): the next endpoint may have the
+content. A refusal is final when all endpoints have refused. If one could not be asked, the result
+is its failure. If the last failure of a round is transient, another round begins after a delay,
+without the endpoints that have refused. All rounds together have ``MAX_ATTEMPTS_PER_REQUEST``
+failures and ``RETRY_BUDGET_S`` seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 from urllib.parse import quote
 
 from aiohttp import hdrs
@@ -31,6 +34,7 @@ from mirror.oci.errors import (
     Draining,
     FailureScope,
     MirrorError,
+    NotFound,
     OutboundRefused,
     UpstreamError,
     UpstreamRateLimited,
@@ -39,13 +43,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import (
-    MAX_TOKEN_RESPONSE_BYTES,
-    Authenticator,
-    SentAuthorization,
-    TokenResponse,
-)
-from mirror.upstream.endpoints import Endpoints
+from mirror.upstream.auth import MAX_TOKEN_RESPONSE_BYTES, Authenticator, TokenResponse
+from mirror.upstream.endpoints import Endpoints, Subject
 from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, UrlSource, as_url, check_url
 from mirror.upstream.retry import (
     MAX_ATTEMPTS_PER_REQUEST,
@@ -61,6 +60,9 @@ from mirror.upstream.transport import (
     read_body,
     retry_after_of,
 )
+
+_REFUSED: Final = (401, 403)
+"""Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,11 @@ class RegistryRequest:
     is_accepted: Callable[[Response], bool] = lambda response: False
     """Returns True for a status other than 200 that is no error. By default no status is one."""
     follow_redirects: bool = True
+
+    @property
+    def subject(self) -> Subject:
+        """The requests that a failure of this one speaks for."""
+        return Subject(f"{self.method} {self.kind.value}", self.repository.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +117,8 @@ class _Attempt:
     """Event loop time at which response headers must be in, with tokens and redirects."""
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
-
-    @property
-    def path(self) -> str:
-        """Path of the request, with its repository."""
-        return f"{self.request.repository.path}/{self.request.path}"
+    refusal: MirrorError | None = None
+    """Reason of a 401: which credentials are missing, or were refused. None: no 401."""
 
     def url(self) -> URL:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
@@ -179,37 +183,39 @@ class FailoverClient:
 
         Args:
             request: The request.
-            avoid: URLs of endpoints to try last, in this order. They are known to have the content.
-                A 401, 403 or 404 from any other endpoint is final only after these have responded
-                with one, too.
+            avoid: URLs of endpoints to try last, in this order.
 
         Raises:
-            NotFound, Unauthorized, Denied: an endpoint refused.
-            UpstreamError: no endpoint sent an accepted response. It is the failure of the last
-                attempt, or ``UpstreamRateLimited`` if any endpoint pauses after a 429.
+            NotFound, Unauthorized, Denied: all endpoints refused. Unauthorized and Denied take
+                precedence, because an endpoint that denies access may have the content.
+            UpstreamError: no endpoint sent an accepted response, and at least one could not be
+                asked. It is the failure of the last attempt, or ``UpstreamRateLimited`` if any
+                endpoint pauses after a 429.
             Draining: the process shuts down.
         """
-        retry_deadline = self._clock() + RETRY_BUDGET_S
+        retry_deadline, subject = self._clock() + RETRY_BUDGET_S, request.subject
         failure: UpstreamError | None = None
-        attempts = 0
+        attempts = failures = 0
         tried: set[URL] = set()
-        holders = {url for url in self._endpoints.urls if str(url) in avoid}
-        refused: set[URL] = set()
+        refusals: dict[URL, MirrorError] = {}
         async with AsyncExitStack() as stack:
-            while attempts < MAX_ATTEMPTS_PER_REQUEST:
+            while failures < MAX_ATTEMPTS_PER_REQUEST:
                 attempts_before = attempts
-                candidates = self._endpoints.candidates(self._clock(), avoid)
-                for endpoint in candidates[: MAX_ATTEMPTS_PER_REQUEST - attempts]:
-                    circuit, now = self._endpoints.circuits[endpoint], self._clock()
-                    if attempts > 1 and now >= retry_deadline:
+                for endpoint in self._endpoints.candidates(self._clock(), subject, avoid):
+                    now = self._clock()
+                    if endpoint in refusals or not self._endpoints.may_request(
+                        endpoint, now, subject
+                    ):
+                        continue  # Another request may have become the probe since.
+                    if failures == MAX_ATTEMPTS_PER_REQUEST or (
+                        attempts > 1 and now >= retry_deadline
+                    ):
                         break
-                    if not circuit.may_request(now):
-                        continue  # Another request has become the probe since.
                     attempts += 1
                     attempt = _Attempt(
                         self._policies[endpoint],
                         request,
-                        is_probe=circuit.begin_request(),
+                        is_probe=self._endpoints.circuits[endpoint].begin_request(subject),
                         is_repeat=endpoint in tried,
                         deadline=self._transport.response_deadline(),
                     )
@@ -217,31 +223,31 @@ class FailoverClient:
                     try:
                         response = await stack.enter_async_context(self._run_attempt(attempt))
                     except UpstreamError as error:
-                        failure = error
+                        failure, failures = error, failures + 1
                         continue
                     except Draining:
                         raise
-                    except MirrorError:
-                        refused.add(endpoint)
-                        if holders <= refused:
-                            raise
+                    except MirrorError as error:
+                        refusals[endpoint] = error
                         continue
                     yield response
                     return
-                is_last_round = attempts in (attempts_before, MAX_ATTEMPTS_PER_REQUEST)
+                if len(refusals) == len(self._endpoints.urls):
+                    raise _final_refusal(refusals.values())
+                is_last_round = attempts == attempts_before or failures == MAX_ATTEMPTS_PER_REQUEST
                 if is_last_round or self._clock() >= retry_deadline or not is_transient(failure):
                     break
                 await asyncio.sleep(backoff_delay(attempts, self._jitter()))
-        raise self._final_error(failure)
+        raise self._final_error(failure, subject)
 
-    def _final_error(self, failure: UpstreamError | None) -> UpstreamError:
-        """Choose the error to raise if no response was accepted. ``failure``: the last one."""
-        pauses = self._endpoints.remaining_pauses(self._clock())
+    def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
+        """Choose the error to raise if not all endpoints refused. ``failure``: the last one."""
+        pauses = self._endpoints.remaining_pauses(self._clock(), subject)
         if pauses and not isinstance(failure, UpstreamRateLimited):
             # A 429 takes precedence over failures of other endpoints.
             delay = min((seconds for seconds in pauses if seconds is not None), default=None)
             return UpstreamRateLimited("the upstream limits the rate", retry_after=delay)
-        return failure or AllCircuitsOpen("all endpoints have failed and are not tried for a while")
+        return failure or AllCircuitsOpen("an endpoint has failed and is not tried for a while")
 
     @asynccontextmanager
     async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
@@ -250,7 +256,7 @@ class FailoverClient:
             try:
                 response = await self._send_authorized(stack, attempt)
                 if response.http.status != 200 and not attempt.request.is_accepted(response):
-                    raise await error_of(response, attempt.request.kind)
+                    raise attempt.refusal or await error_of(response, attempt.request.kind)
                 accepted = AcceptedResponse(
                     response.http,
                     response.is_cross_origin,
@@ -271,39 +277,42 @@ class FailoverClient:
     async def _send_authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
         """Send the request with credentials, as far as the endpoint requires them.
 
-        A 401 leads to at most two more requests: a token may have been revoked, then its login.
+        A refused authorization leads to a request without one. Each further 401 leads to a request
+        with the next authorization, as long as there is one.
         """
-        policy, repository, url = attempt.policy, attempt.request.repository, attempt.url()
+        url = attempt.url()
+        negotiation = self._auth.negotiate(attempt.policy, attempt.request.repository)
         async with _token_deadline(attempt.deadline):
-            sent = await self._auth.authorize_preemptively(policy, repository)
-        response = await self._exchange(stack, attempt, url, sent)
-        for _ in range(2):
-            if response.http.status != 401 or response.is_cross_origin:
-                break
+            header: str | None = await negotiation.first()
+        while True:
+            response = await self._exchange(stack, attempt, url, header or "")
+            if response.is_cross_origin or response.http.status not in _REFUSED:
+                negotiation.accept()
+                return response
             challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())
             async with _token_deadline(attempt.deadline):
-                authorization = await self._auth.authorize_after_challenge(
-                    challenges, policy, repository, sent
-                )
-            if authorization is None:
-                break
-            sent = authorization
-            response = await self._exchange(stack, attempt, url, sent)
-        return response
+                header = await negotiation.next(challenges)
+            if header is None:
+                if response.http.status == 401:
+                    attempt.refusal = negotiation.refusal()
+                return response
 
     async def _exchange(
         self,
         stack: AsyncExitStack,
         attempt: _Attempt,
         url: URL,
-        authorization: SentAuthorization | None,
+        authorization: str,
     ) -> Response:
-        """Run one exchange on ``stack``, in place of the one before it, and emit its event."""
+        """Run one exchange on ``stack``, in place of the one before it, and emit its event.
+
+        ``authorization``: the value of the header. Empty: it is not sent.
+        """
         await stack.aclose()
         request, endpoint = attempt.request, str(attempt.policy.endpoint)
         headers = {**request.headers, **request.endpoint_headers.get(endpoint, {})}
-        if authorization is not None:
-            headers["Authorization"] = authorization.header
+        if authorization:
+            headers["Authorization"] = authorization
         exchange = self._transport.exchange(
             request.method,
             url,
@@ -339,38 +348,50 @@ class FailoverClient:
         if attempt.is_recorded:
             return
         attempt.is_recorded = True
-        circuit, is_probe = self._endpoints.circuits[attempt.policy.endpoint], attempt.is_probe
+        endpoint, subject = attempt.policy.endpoint, attempt.request.subject
+        circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
         match error:
             case UpstreamRateLimited():
-                circuit.back_off(self._clock(), error.retry_after)
+                circuit.record_success()
+                self._endpoints.pauses[endpoint].add(self._clock(), subject, error.retry_after)
             case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
                 circuit.record_cancellation(is_probe=is_probe)
             case UpstreamUnavailable(scope=FailureScope.PATH | FailureScope.ENDPOINT):
-                path = attempt.path if error.scope is FailureScope.PATH else None
                 if is_probe or not attempt.is_repeat:
-                    circuit.record_failure(self._clock(), is_probe=is_probe, path=path)
+                    circuit.record_failure(
+                        self._clock(),
+                        subject,
+                        is_probe=is_probe,
+                        is_unreachable=error.scope is FailureScope.ENDPOINT,
+                    )
             case None | MirrorError():
                 circuit.record_success()
             case _:  # The task was cancelled, or the reader of the body failed.
                 circuit.record_cancellation(is_probe=is_probe)
         if circuit.is_open != was_open:
-            self._emit(CircuitChanged(self._name, str(attempt.policy.endpoint), circuit.is_open))
+            self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
 
     async def _send_token_request(
         self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None
     ) -> TokenResponse:
         """Send a request to a realm that the guard has allowed. Redirects are not followed.
 
-        It runs in a task of its own, so it has a deadline of its own, for its body as well.
+        It runs in a task of its own, so it has a deadline of its own, for its body as well. A
+        failure is not one of the endpoint: other repositories may need no token.
         """
         policy = Policy(url.origin())
         exchange = self._transport.exchange(
             method, url, headers, policy, follow_redirects=False, form=form
         )
-        async with _token_deadline(self._transport.response_deadline()), exchange as response:
-            body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
-            return TokenResponse(response.http.status, body, retry_after_of(response.http))
+        try:
+            async with _token_deadline(self._transport.response_deadline()), exchange as response:
+                body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
+                return TokenResponse(response.http.status, body, retry_after_of(response.http))
+        except UpstreamUnavailable as error:
+            if error.scope is FailureScope.ENDPOINT:
+                error.scope = FailureScope.PATH
+            raise
 
 
 @asynccontextmanager
@@ -381,4 +402,10 @@ async def _token_deadline(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError as error:
         message = "no token within the time limit"
-        raise UpstreamTimeout(message, scope=FailureScope.ENDPOINT) from error
+        raise UpstreamTimeout(message, scope=FailureScope.PATH) from error
+
+
+def _final_refusal(refusals: Collection[MirrorError]) -> MirrorError:
+    """Choose the error to raise if all endpoints refused: the first that is not "not found"."""
+    denials = (error for error in refusals if not isinstance(error, NotFound))
+    return next(denials, next(iter(refusals)))

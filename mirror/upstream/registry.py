@@ -18,7 +18,7 @@ from aiohttp import hdrs
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, OCI_INDEX, parse_referrers
-from mirror.oci.errors import DigestInvalid, MirrorError, UpstreamProtocolError
+from mirror.oci.errors import DigestInvalid, MirrorError, NotFound, UpstreamProtocolError
 from mirror.oci.headers import media_type_of, parse_content_range
 from mirror.oci.links import next_link
 from mirror.oci.reference import Digest, Reference, Repository, Tag
@@ -42,7 +42,6 @@ _MAX_PAGES: Final = 200
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
 _HEAD_REFUSED: Final = frozenset({401, 403, 405, 501})
-_REFERRERS_UNSUPPORTED: Final = frozenset({301, 302, 303, 307, 308, 400, 404, 405, 406, 501})
 
 
 class HttpRegistry:
@@ -201,17 +200,17 @@ class HttpRegistry:
                 {"Accept": OCI_INDEX},
                 query=query,
                 page=page,
-                is_accepted=_is_unsupported,
                 follow_redirects=False,
             )
-            async with self._client.send(request) as response:
-                received = response.http.headers
-                if response.http.status != 200:
-                    return None
-                if media_type_of(received.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
-                    return None
-                body = await read_body(response.http, MANIFEST_LIMIT)
-                page = next_link(received.getall(hdrs.LINK, ()))
+            try:
+                async with self._client.send(request) as response:
+                    received = response.http.headers
+                    if media_type_of(received.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
+                        return None
+                    body = await read_body(response.http, MANIFEST_LIMIT)
+                    page = next_link(received.getall(hdrs.LINK, ()))
+            except NotFound:
+                return None  # No endpoint has this API.
             size += len(body)
             if not entries and page is None:
                 return ManifestBody(Digest.of(body), OCI_INDEX, body)
@@ -341,10 +340,6 @@ def parse_tags(body: bytes) -> list[str]:
 
 def _tags_after(body: bytes, last: str | None) -> set[str]:
     return {name for name in parse_tags(body) if last is None or name > last}
-
-
-def _is_unsupported(response: Response) -> bool:
-    return response.http.status in _REFERRERS_UNSUPPORTED
 
 
 def _referrer_entries(body: bytes) -> list[Any]:

@@ -53,6 +53,8 @@ _DNS_TTL_S: Final = 30
 _MAX_ERROR_BODY_BYTES: Final = 8 * 1024
 """Bytes of an error body that are read. OCI error bodies have a few hundred."""
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+_REFERRERS_UNSUPPORTED: Final = frozenset({*_REDIRECTS, 400, 405, 406, 501})
+"""Statuses of registries that do not have the referrers API, beside 404."""
 _UNABLE_TO_RESPOND: Final = frozenset({502, 503, 504})
 _USER_AGENT: Final = "oci-mirror"
 _UNUSED_ADDRESSES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
@@ -199,9 +201,13 @@ class Transport:
                     proxy_headers=proxy.headers if proxy is not None else None,
                     allow_redirects=False,
                 )
-        except TimeoutError as error:
-            message = "the upstream sent no response within the time limit"
+        except aiohttp.ConnectionTimeoutError as error:
+            message = "no connection to the upstream within the time limit"
             raise errors.UpstreamTimeout(message, scope=errors.FailureScope.ENDPOINT) from error
+        except TimeoutError as error:
+            # The endpoint is connected. It may take long for this content only.
+            message = "the upstream sent no response within the time limit"
+            raise errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH) from error
         except aiohttp.ClientConnectorCertificateError as error:
             message = "the certificate of the upstream is not valid"
             raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.ENDPOINT) from error
@@ -347,6 +353,8 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
     match response.http.status:
         case 404:
             return await _not_found(response, kind)
+        case status if kind is Kind.REFERRERS and status in _REFERRERS_UNSUPPORTED:
+            return errors.ManifestUnknown("the upstream does not list referrers")
         case 401 | 403 if response.is_cross_origin:
             # For example an expired signed URL: the next attempt gets a new one.
             return errors.UpstreamUnavailable(

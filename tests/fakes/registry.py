@@ -17,16 +17,18 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 from urllib.parse import parse_qs, unquote
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
 
 _RESET = struct.pack("ii", 1, 0)
+Answer: TypeAlias = tuple[int, dict[str, str], bytes]
+"""(status, headers, body) of a response."""
 
 
 @dataclass
@@ -99,6 +101,8 @@ class FakeRegistry:
         """The ``Authorization`` that requests need instead."""
         self.challenge = ""
         """``WWW-Authenticate`` of a 401. Empty: it names the own token service."""
+        self.guard: Callable[[ReceivedRequest], Answer | None] | None = None
+        """Called first for each request. What it returns is the answer. None: the usual one."""
         self.token_body: bytes | None = None
         self.token_status = 200
         self.token_delay = 0.0
@@ -322,7 +326,10 @@ class FakeRegistry:
 
     # --- answers --------------------------------------------------------------------------------
 
-    async def _answer(self, seen: ReceivedRequest) -> tuple[int, dict[str, str], bytes]:
+    async def _answer(self, seen: ReceivedRequest) -> Answer:
+        guarded = self.guard(seen) if self.guard is not None else None
+        if guarded is not None:
+            return guarded
         if seen.path == "/token":
             await asyncio.sleep(self.token_delay)
             body = self.token_body

@@ -51,14 +51,17 @@ class Kit:
         """Return the events of one type."""
         return [event for event in self.events if isinstance(event, kind)]
 
-    async def status(self, path: str = "manifests/latest", method: str = "GET") -> int:
+    async def status(
+        self, path: str = "manifests/latest", method: str = "GET", repository: Repository = REPO
+    ) -> int:
         """Send a request, and return the status of the response. Raises like ``send``."""
-        async with self.client.send(RegistryRequest(method, REPO, path, Kind.MANIFEST)) as response:
+        request = RegistryRequest(method, repository, path, Kind.MANIFEST)
+        async with self.client.send(request) as response:
             return response.http.status
 
-    async def read(self, digest: Digest, **how: Any) -> bytes:
+    async def read(self, digest: Digest, repository: Repository = REPO, **how: Any) -> bytes:
         """Read a blob. ``how``: further arguments of ``open``."""
-        async with self.registry.open(REPO, digest, Kind.BLOB, **how) as stream:
+        async with self.registry.open(repository, digest, Kind.BLOB, **how) as stream:
             return b"".join([chunk async for chunk in stream])
 
 
@@ -120,11 +123,18 @@ def up(*fakes: FakeRegistry) -> None:
         fake.faults.clear()
 
 
-async def failure(kit: Kit, path: str = "manifests/latest") -> MirrorError:
+async def failure(
+    kit: Kit, path: str = "manifests/latest", method: str = "GET", repository: Repository = REPO
+) -> MirrorError:
     """Send a request that must fail, and return its error."""
     with pytest.raises(MirrorError) as caught:
-        await kit.status(path)
+        await kit.status(path, method, repository)
     return caught.value
+
+
+def repository(number: int) -> Repository:
+    """Return one of many repositories, each in a project of its own."""
+    return Repository("docker.io", f"project-{number}/app")
 
 
 def helper(directory: Path, script: str, name: str = "test") -> Path:

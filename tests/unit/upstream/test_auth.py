@@ -14,6 +14,7 @@ from yarl import URL
 from mirror.config.settings import Credentials
 from mirror.observability.events import TokenFetched
 from mirror.oci.errors import OutboundRefused, UpstreamUnavailable
+from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import TokenResponse, _parse_token
 from mirror.upstream.outbound import Policy
@@ -24,16 +25,16 @@ from tests.unit.upstream.token_kit import BASIC, BASIC_HEADER, BEARER, USER, Ser
 
 async def test_no_authorization_is_sent_before_a_challenge(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
-    assert await service.first() is None
-    assert await service.header(challenge="Negotiate") is None
-    assert await service.header(challenge=[]) is None
-    assert await service.first() is None
+    assert await service.first() == ""
+    assert await service.challenged(challenge="Negotiate") is None
+    assert await service.challenged(challenge=[]) is None
+    assert await service.first() == ""
     assert not service.calls
 
 
 async def test_token_is_requested_with_our_own_scope(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
-    assert await service.header() == "Bearer t1"
+    assert await service.challenged() == "Bearer t1"
     [(method, url, headers, form)] = service.calls
     assert (method, str(url.with_query(None))) == ("GET", "https://auth.docker.io/token")
     assert dict(url.query) == {
@@ -68,7 +69,7 @@ async def test_bearer_challenge_sends_credentials_to_the_token_service_only(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight, USER)
-    assert await service.header() == "Bearer t1"
+    assert await service.challenged() == "Bearer t1"
     assert service.calls[0][2] == {"Authorization": BASIC_HEADER}
 
 
@@ -79,7 +80,7 @@ async def test_identity_token_is_sent_by_post_and_never_in_a_url(
     entry = {"identitytoken": "identity"}
     config.write_text(json.dumps({"auths": {"https://index.docker.io/v1/": entry}}))
     service = Service(single_flight, Credentials(docker_config=str(config)))
-    assert await service.header() == "Bearer t1"
+    assert await service.challenged() == "Bearer t1"
     [(method, url, headers, form)] = service.calls
     assert (method, str(url), headers) == ("POST", "https://auth.docker.io/token", {})
     assert form == {
@@ -89,23 +90,23 @@ async def test_identity_token_is_sent_by_post_and_never_in_a_url(
         "service": "registry.docker.io",
         "scope": "repository:library/app:pull",
     }
-    assert await service.header(challenge=BASIC) is None, "an identity token is not a password"
+    other = Repository("docker.io", "library/other")
+    header = await service.challenged(challenge=BASIC, repository=other)
+    assert header is None, "an identity token is not a password"
 
 
 async def test_basic_challenge_sends_the_login_once(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
-    sent = await service.challenged(challenge=BASIC)
-    assert sent is not None
-    assert sent.header == BASIC_HEADER
+    assert await service.challenged(challenge=BASIC) == BASIC_HEADER
     assert await service.first() == BASIC_HEADER
-    assert await service.challenged(sent, challenge=BASIC) is None, "the same login was refused"
+    assert await service.challenged(BASIC_HEADER, BASIC) is None, "the same login was refused"
     assert await Service(single_flight).challenged(challenge=BASIC) is None, "there is no login"
     assert not service.calls
 
 
 async def test_bearer_is_preferred_over_basic(single_flight: SingleFlight) -> None:
     for challenge in ([BASIC, BEARER], f"{BASIC}, {BEARER}", f"Negotiate, {BEARER}"):
-        assert await Service(single_flight, USER).header(challenge=challenge) == "Bearer t1"
+        assert await Service(single_flight, USER).challenged(challenge=challenge) == "Bearer t1"
 
 
 @pytest.mark.parametrize("realm", ["https://evil.example/", "http://auth.docker.io/token", "x:y"])
@@ -200,4 +201,4 @@ def test_any_token_response_gives_a_token_or_a_typed_error(body: bytes) -> None:
 async def test_access_token_is_used_without_token(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(200, b'{"token":"","access_token":"a"}')]
-    assert await service.header() == "Bearer a"
+    assert await service.challenged() == "Bearer a"

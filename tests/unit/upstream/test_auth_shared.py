@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
 from mirror.config.settings import Credentials
 from mirror.oci.errors import (
@@ -23,8 +24,9 @@ from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import TokenResponse
 from mirror.upstream.credentials import LOGIN_TTL_S
-from tests.unit.upstream.kit import at_once
-from tests.unit.upstream.token_kit import BASIC, BEARER, USER, Service
+from mirror.upstream.outbound import Policy
+from tests.unit.upstream.kit import REPO, at_once
+from tests.unit.upstream.token_kit import BASIC, BEARER, HUB, USER, Service
 
 # --- concurrent requests --------------------------------------------------------------------------
 
@@ -34,9 +36,9 @@ async def test_fifty_concurrent_requests_share_one_token_request(
     single_flight: SingleFlight,
 ) -> None:
     service = Service(single_flight)
-    results = await at_once(50, service.header)
+    results = await at_once(50, service.challenged)
     assert results == ["Bearer t1"] * 50
-    assert await service.header() == "Bearer t1"
+    assert await service.challenged() == "Bearer t1"
     assert len(service.calls) == 1
 
 
@@ -48,7 +50,7 @@ async def test_cancelled_waiters_cancel_neither_the_request_nor_other_waiters(
     service = Service(single_flight)
     service.gate.clear()
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(service.header()) for _ in range(40)]
+    tasks = [loop.create_task(service.challenged()) for _ in range(40)]
     await service.started.wait()
     for index in cancelled:
         tasks[index].cancel()
@@ -65,22 +67,22 @@ async def test_token_is_cached_although_all_waiters_were_cancelled(
     service = Service(single_flight)
     service.gate.clear()
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(service.header()) for _ in range(3)]
+    tasks = [loop.create_task(service.challenged()) for _ in range(3)]
     await service.started.wait()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     service.gate.set()
-    assert await service.header() == "Bearer t1"
+    assert await service.challenged() == "Bearer t1"
     assert len(service.calls) == 1
 
 
 async def test_fifty_refused_requests_share_one_renewal(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     refused = await service.challenged()
-    results = await at_once(50, lambda: service.header(refused))
+    results = await at_once(50, lambda: service.challenged(refused))
     assert results == ["Bearer t2"] * 50
-    assert await service.header(refused) == "Bearer t2", "a late request uses the cached token"
+    assert await service.challenged(refused) == "Bearer t2", "a late request uses the cached token"
     assert len(service.calls) == 2
 
 
@@ -90,7 +92,7 @@ async def test_same_token_after_a_refusal_gives_no_authorization(
     service = Service(single_flight)
     service.responses = [TokenResponse(200, b'{"token":"always"}')]
     refused = await service.challenged()
-    assert await at_once(50, lambda: service.header(refused)) == [None] * 50
+    assert await service.challenged(refused) is None
     assert len(service.calls) == 2
 
 
@@ -107,16 +109,23 @@ async def test_tokens_are_cached_by_identity_realm_service_and_scope(
         {"repository": other},
         {"challenge": BEARER.replace("registry.docker.io", "another")},
         {"challenge": elsewhere},
+        {"policy": Policy(URL("https://index.docker.io"), ("auth.docker.io",))},
     ]
-    first = [await service.header(**kind) for kind in kinds]
-    assert first == ["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4"]
-    assert [await service.header(**kind) for kind in kinds] == first
+
+    async def ask(
+        challenge: str = BEARER, repository: Repository = REPO, policy: Policy = HUB
+    ) -> str | None:
+        return await service.auth.negotiate(policy, repository).next([challenge])
+
+    first = [await ask(**kind) for kind in kinds]
+    assert first == ["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4", "Bearer t5"]
+    assert [await ask(**kind) for kind in kinds] == first
     secret.write_text("two")
     service.clock[0] += LOGIN_TTL_S
-    assert await service.header() == "Bearer t5"
+    assert await ask() == "Bearer t6"
     secret.write_text("one")
     service.clock[0] += LOGIN_TTL_S
-    assert await service.header() == "Bearer t1"
+    assert await ask() == "Bearer t1"
 
 
 # --- failures and rotated secrets -----------------------------------------------------------------
@@ -142,7 +151,7 @@ async def test_failed_token_request_reaches_all_waiters(
 ) -> None:
     service = Service(single_flight)
     service.responses = [response]
-    results = await at_once(20, service.header)
+    results = await at_once(20, service.challenged)
     assert {type(entry) for entry in results} == {error}
     assert len(service.calls) == 1
     if isinstance(results[0], UpstreamRateLimited):
@@ -154,7 +163,7 @@ async def test_failed_token_request_is_not_cached(single_flight: SingleFlight) -
     service.responses = [TokenResponse(503, b""), TokenResponse(200, b'{"token":"good"}')]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
-    assert await service.header() == "Bearer good"
+    assert await service.challenged() == "Bearer good"
 
 
 async def test_waiters_get_the_new_token_although_one_was_cancelled_after_an_earlier_failure(
@@ -168,7 +177,7 @@ async def test_waiters_get_the_new_token_although_one_was_cancelled_after_an_ear
     service.gate.clear()
     service.started.clear()
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(service.header()) for _ in range(3)]
+    tasks = [loop.create_task(service.challenged()) for _ in range(3)]
     await service.started.wait()
     tasks[0].cancel()
     service.gate.set()
@@ -182,7 +191,8 @@ async def test_failed_renewal_drops_the_cached_token(single_flight: SingleFlight
     with pytest.raises(UpstreamUnavailable):
         await service.challenged(refused)
     service.responses = []
-    assert await service.first() == "Bearer t3"
+    assert await service.first() == ""
+    assert await service.challenged() == "Bearer t3"
 
 
 async def test_unexpected_exception_reaches_the_waiter_and_is_not_cached(
@@ -193,16 +203,16 @@ async def test_unexpected_exception_reaches_the_waiter_and_is_not_cached(
     with pytest.raises(ZeroDivisionError):
         await service.challenged()
     service.responses = []
-    assert await service.header() == "Bearer t2"
+    assert await service.challenged() == "Bearer t2"
 
 
 async def test_token_request_during_shutdown_raises_draining(single_flight: SingleFlight) -> None:
     service = Service(single_flight)
     service.gate.clear()
-    task = asyncio.get_running_loop().create_task(service.header())
+    task = asyncio.get_running_loop().create_task(service.challenged())
     await service.started.wait()
     await single_flight.drain(0.0)
-    for waiting in (task, service.header()):
+    for waiting in (task, service.challenged()):
         with pytest.raises(Draining):
             await waiting
     assert len(service.calls) == 1
@@ -215,18 +225,16 @@ async def test_token_request_during_shutdown_raises_draining(single_flight: Sing
         'Bearer realm="https://auth.docker.io/gone"',
     ],
 )
-async def test_failing_realm_is_forgotten_so_the_next_challenge_is_used(
+async def test_failing_realm_is_not_remembered_so_the_next_challenge_is_used(
     single_flight: SingleFlight, challenge: str
 ) -> None:
     service = Service(single_flight)
     service.responses = [TokenResponse(404, b"")]
     with pytest.raises((OutboundRefused, UpstreamUnavailable)):
         await service.challenged(challenge=challenge)
-    with pytest.raises((OutboundRefused, UpstreamUnavailable)):
-        await service.first()
-    assert await service.first() is None, "the next request waits for a challenge"
+    assert await service.first() == "", "the next request waits for a challenge"
     service.responses = []
-    assert (await service.header() or "").startswith("Bearer t")
+    assert (await service.challenged() or "").startswith("Bearer t")
 
 
 async def test_rotated_secret_is_read_after_the_token_service_refused_the_old_one(
@@ -243,7 +251,7 @@ async def test_rotated_secret_is_read_after_the_token_service_refused_the_old_on
         TokenResponse(401, b""),
         TokenResponse(200, b'{"token":"of-the-new-secret"}'),
     ]
-    assert await service.header(repository=other) == "Bearer of-the-new-secret"
+    assert await service.challenged(repository=other) == "Bearer of-the-new-secret"
     passwords = [
         base64.b64decode(call[2]["Authorization"].split()[1]).decode() for call in service.calls
     ]
@@ -269,15 +277,18 @@ async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
     service = Service(single_flight, Credentials(username="u", password=f"file:{secret}"))
     old = await service.challenged(challenge=BASIC)
     secret.write_text("new")
-    assert await service.first() == old.header if old else False, "cached for LOGIN_TTL_S"
+    assert await service.first() == old, "cached for LOGIN_TTL_S"
     new = base64.b64encode(b"u:new").decode()
-    results = await at_once(20, lambda: service.header(old, challenge=BASIC))
+    results = await at_once(20, lambda: service.challenged(old, challenge=BASIC))
     assert results == [f"Basic {new}"] * 20
 
 
 async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
-    sent = await service.challenged()
+    negotiation = service.auth.negotiate(HUB, REPO)
+    await negotiation.next([BEARER])
+    sent = negotiation._sent
+    assert sent is not None
     response = TokenResponse(200, b'{"token":"secret"}')
     text = f"{sent!r} {response!r} {service.events!r}"
     assert "t1" not in text

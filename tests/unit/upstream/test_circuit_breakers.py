@@ -6,11 +6,17 @@ import asyncio
 
 import pytest
 
+from mirror.config.settings import Limits
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind
-from mirror.oci.errors import UpstreamUnavailable
-from mirror.oci.reference import Digest
+from mirror.oci.errors import AllCircuitsOpen, UpstreamTimeout, UpstreamUnavailable
+from mirror.oci.reference import Digest, Repository
 from mirror.upstream.api import MIN_PROGRESS_BYTES
-from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S
+from mirror.upstream.endpoints import (
+    DEFAULT_BACK_OFF_S,
+    FAILURE_THRESHOLD,
+    FIRST_OPEN_S,
+    MAX_OPEN_S,
+)
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
@@ -23,6 +29,7 @@ from tests.unit.upstream.kit import (
     down,
     failure,
     registry,
+    repository,
     until,
     up,
     upstream_kit,
@@ -30,10 +37,10 @@ from tests.unit.upstream.kit import (
 
 
 async def opened(kit: Kit, *fakes: FakeRegistry) -> None:
-    """Open the circuits of these endpoints, with failures of several paths."""
+    """Open the circuits of these endpoints, with failures of several repositories."""
     down(*fakes)
     for number in range(FAILURE_THRESHOLD):
-        await failure(kit, f"manifests/{number}")
+        await failure(kit, repository=repository(number))
     changes = kit.seen(CircuitChanged)
     assert [(event.endpoint, event.is_open) for event in changes] == [(f.url, True) for f in fakes]
     for fake in fakes:
@@ -120,7 +127,7 @@ async def test_responses_other_than_502_503_504_open_no_circuit() -> None:
         for status in (401, 403, 404, 408, 410, 429, 500):
             fake.fault("", Fault(status=status, times=None))
             for number in range(FAILURE_THRESHOLD):
-                await failure(kit, f"manifests/{number}")
+                await failure(kit, repository=repository(number))
                 kit.clock[0] += DEFAULT_BACK_OFF_S
             up(fake)
         assert await kit.status() == 200
@@ -128,12 +135,12 @@ async def test_responses_other_than_502_503_504_open_no_circuit() -> None:
 
 
 @pytest.mark.parametrize("fault", [Fault(status=DOWN), Fault(close=True)], ids=["503", "closed"])
-async def test_failures_of_one_path_open_no_circuit(fault: Fault) -> None:
+async def test_failures_of_one_repository_open_no_circuit(fault: Fault) -> None:
     fault.times = None
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        fake.fault("manifests/broken", fault)
-        for _ in range(FAILURE_THRESHOLD):
-            await failure(kit, "manifests/broken")
+        for number in range(FAILURE_THRESHOLD):
+            fake.fault(f"manifests/{number}", fault)
+            await failure(kit, f"manifests/{number}")
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
 
@@ -159,23 +166,83 @@ async def test_failures_of_redirect_targets_open_no_circuit(status: int | None) 
             await storage.stop()
         for number in range(FAILURE_THRESHOLD):
             with pytest.raises(UpstreamUnavailable):
-                await kit.registry.head_blob(REPO, Digest.of(b"%d" % number))
+                await kit.registry.head_blob(repository(number), Digest.of(b"%d" % number))
         up(fake)
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
+
+
+# --- slow paths -----------------------------------------------------------------------------------
+
+
+async def read_slow_blobs(kit: Kit, fake: FakeRegistry, owners: list[Repository]) -> None:
+    """Request a blob of each repository at once. Their headers come too late."""
+    for number, owner in enumerate(owners):
+        digest = fake.add_blob(DATA + b"%d" % number, owner.path)
+        fake.fault(f"blobs/{digest}", Fault(delay=3600, times=None))
+
+    async def read(number: int, owner: Repository) -> None:
+        await kit.read(Digest.of(DATA + b"%d" % number), owner)
+
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(read(number, owner)) for number, owner in enumerate(owners)]
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(result) for result in results} == {UpstreamTimeout}
+
+
+@pytest.mark.row("FB11-late-first-byte")
+@pytest.mark.parametrize("has_several_owners", [False, True])
+async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners: bool) -> None:
+    limits = Limits(connect=0.2, headers=0.2)
+    async with registry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        owners = [repository(number if has_several_owners else 0) for number in range(5)]
+        digest = fake.add_blob(DATA)
+        await read_slow_blobs(kit, fake, owners)
+        for number in range(40):
+            fake.add_manifest(b"{}", repository(number).path, "latest")
+        for method in ("HEAD", "GET"):
+            statuses = [
+                await kit.status("manifests/latest", method, repository(n)) for n in range(40)
+            ]
+            assert statuses == [200] * 40
+        assert await kit.read(digest) == DATA
+        assert bool(kit.seen(CircuitChanged)) is has_several_owners
+
+
+@pytest.mark.row("FB11-late-first-byte")
+async def test_endpoint_that_never_responds_delays_only_the_first_request_of_a_repository() -> None:
+    limits = Limits(connect=0.2, headers=0.2)
+    async with registry() as slow, registry() as fine:
+        slow.fault("", Fault(delay=3600, times=None))
+        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+            assert [await kit.status() for _ in range(5)] == [200] * 5
+            assert (len(slow.requests), len(fine.requests)) == (1, 5)
+            up(slow)
+            kit.clock[0] += MAX_OPEN_S
+            assert await kit.status() == 200
+            assert (len(slow.requests), len(fine.requests)) == (2, 5)
+
+
+async def test_endpoint_that_never_responds_opens_the_circuit_after_several_repositories() -> None:
+    limits = Limits(connect=0.2, headers=0.2)
+    async with registry() as slow, upstream_kit(slow.url, limits=limits) as kit:
+        slow.fault("", Fault(delay=3600, times=None))
+        for number in range(FAILURE_THRESHOLD):
+            assert isinstance(await failure(kit, repository=repository(number)), UpstreamTimeout)
+        assert isinstance(await failure(kit), AllCircuitsOpen)
 
 
 # --- bodies ---------------------------------------------------------------------------------------
 
 
 async def broken(kit: Kit, fake: FakeRegistry, fault: Fault) -> None:
-    """Request several blobs whose bodies all break."""
+    """Request blobs of several repositories whose bodies all break."""
     fault.times = None
     for number in range(FAILURE_THRESHOLD):
-        data = DATA + b"%d" % number
-        fake.fault(f"blobs/{fake.add_blob(data)}", fault)
+        data, owner = DATA + b"%d" % number, repository(number)
+        fake.fault(f"blobs/{fake.add_blob(data, owner.path)}", fault)
         with pytest.raises(UpstreamUnavailable):
-            await kit.read(Digest.of(data))
+            await kit.read(Digest.of(data), owner)
 
 
 @pytest.mark.parametrize("fault", [Fault(reset_at=1000), Fault(end_at=MIN_PROGRESS_BYTES - 1)])
@@ -201,19 +268,23 @@ async def test_broken_bodies_of_redirect_targets_open_no_circuit() -> None:
 
 async def test_probe_succeeds_once_its_body_makes_progress() -> None:
     async with registry() as fake, upstream_kit(fake.url) as kit:
-        await opened(kit, fake)
+        down(fake)
+        for number in range(FAILURE_THRESHOLD):
+            with pytest.raises(UpstreamUnavailable):
+                await kit.read(Digest.of(DATA), repository(number))
         up(fake)
         gate = asyncio.Event()
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=MIN_PROGRESS_BYTES, gate=gate))
         kit.clock[0] += FIRST_OPEN_S
         async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
-            assert isinstance(await failure(kit), UpstreamUnavailable), "the probe is under way"
+            with pytest.raises(AllCircuitsOpen):
+                await kit.read(digest)  # the probe is under way
             received = 0
             async for chunk in stream:
                 received += len(chunk)
                 if received == MIN_PROGRESS_BYTES:
-                    assert await kit.status() == 200
+                    assert await kit.read(digest) == DATA
                     gate.set()
         assert [event.is_open for event in kit.seen(CircuitChanged)] == [True, False]
 
@@ -226,15 +297,18 @@ async def test_failing_token_service_that_responds_opens_no_circuit(status: int)
     async with registry() as fake, upstream_kit(fake.url) as kit:
         fake.token, fake.token_status = "t", status
         for number in range(FAILURE_THRESHOLD):
-            await failure(kit, f"manifests/{number}")
+            await failure(kit, repository=repository(number))
         fake.token_status = 200
         assert await kit.status() == 200
         assert not kit.seen(CircuitChanged)
 
 
-async def test_unreachable_token_service_opens_the_circuit() -> None:
+async def test_unreachable_token_service_opens_the_circuit_after_several_repositories() -> None:
     async with registry() as fake, upstream_kit(fake.url, token_hosts=["127.0.0.1"]) as kit:
         fake.token, fake.challenge = "t", f'Bearer realm="{dead()}/token"'
         for _ in range(FAILURE_THRESHOLD):
             await failure(kit)
+        assert not kit.seen(CircuitChanged), "other repositories may have another token service"
+        for number in range(FAILURE_THRESHOLD):
+            await failure(kit, repository=repository(number))
         assert [event.is_open for event in kit.seen(CircuitChanged)] == [True]

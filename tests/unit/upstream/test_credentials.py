@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.config.settings import Credentials
+from mirror.config.settings import Credentials, Limits, Upstream
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
 from mirror.upstream import credentials as module
-from mirror.upstream.credentials import LOGIN_TTL_S, Login, Logins, look_up
+from mirror.upstream.credentials import LOGIN_TTL_S, Login, Logins
 from tests.unit.upstream.kit import at_once, helper, rotating_helper, until
 
 HOST = "registry.example:5000"
@@ -37,6 +38,28 @@ def docker_config(directory: Path, document: Any) -> Credentials:
     file = directory / "config.json"
     file.write_text(document if isinstance(document, str) else json.dumps(document))
     return Credentials(docker_config=str(file))
+
+
+def logins_of(
+    credentials: Credentials,
+    single_flight: SingleFlight,
+    upstream: str = "ghcr.io",
+    endpoints: tuple[str, ...] = ("https://ghcr.io",),
+    clock: Callable[[], float] = lambda: 0.0,
+    **limits: float,
+) -> Logins:
+    """Return the logins of an upstream."""
+    settings = Upstream(endpoints=endpoints, credentials=credentials, limits=Limits(**limits))
+    return Logins(settings, upstream, single_flight, clock)
+
+
+async def look_up(
+    credentials: Credentials, upstream: str, host: str, repository: str = "library/app"
+) -> Login | None:
+    """Look a login up at the only endpoint of an upstream."""
+    async with SingleFlight() as single_flight:
+        logins = logins_of(credentials, single_flight, upstream, (f"https://{host}",))
+        return (await logins.get(host, repository)).login
 
 
 def auth(user: str, password: str) -> dict[str, str]:
@@ -101,14 +124,12 @@ def test_basic_header_follows_rfc_7617(user: str, password: str) -> None:
         ("docker.io", "registry-1.docker.io", "index.docker.io"),
         ("docker.io", "registry-1.docker.io", "docker.io"),
         ("docker.io", "registry-1.docker.io", "registry-1.docker.io"),
-        ("docker.io", "hub.cache.corp", HUB),
         ("ghcr.io", "ghcr.io", "ghcr.io"),
         ("ghcr.io", "ghcr.io", "https://ghcr.io"),
         ("ghcr.io", "ghcr.io", "https://ghcr.io/v1/"),
         ("ghcr.io", "ghcr.io", "ghcr.io/v2/"),
         ("registry.example:5000", HOST, HOST),
         ("registry.example:5000", HOST, f"http://{HOST}"),
-        ("company.io", "cache.corp:8443", "company.io"),
         ("company.io", "cache.corp:8443", "cache.corp:8443"),
     ],
 )
@@ -127,6 +148,165 @@ async def test_docker_config_key_of_another_registry_does_not_match(
 ) -> None:
     source = docker_config(tmp_path, {"auths": {key: auth("u", "p")}})
     assert await look_up(source, "ghcr.io", "ghcr.io") is None
+
+
+@pytest.mark.row("FA5-credentials-of-the-first-host")
+@pytest.mark.parametrize(
+    ("upstream", "host", "key"),
+    [
+        ("docker.io", "hub.cache.corp", HUB),
+        ("docker.io", "hub.cache.corp", "docker.io"),
+        ("company.io", "cache.corp:8443", "company.io"),
+        ("company.io", "cache.corp:8443", "cache.corp"),
+    ],
+)
+async def test_login_of_the_upstream_is_for_no_endpoint_on_another_host(
+    path: Path, upstream: str, host: str, key: str
+) -> None:
+    source = docker_config(path, {"auths": {key: auth("u", "p")}})
+    assert await look_up(source, upstream, host) is None
+    log = helper(path, GIVEN)
+    await look_up(Credentials(helper="test"), upstream, host)
+    await look_up(docker_config(path, {"credsStore": "test"}), upstream, host)
+    assert log.read_text() == f"get {host}\n" * 2, "helpers are asked for this host only"
+
+
+@pytest.mark.row("FA5-credentials-of-the-first-host")
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ((), [True, False, False]),
+        (("b.corp",), [False, True, False]),
+        (("a.corp", "b.corp:8443"), [True, False, True]),
+    ],
+)
+async def test_username_and_password_are_for_the_first_host_or_the_configured_ones(
+    single_flight: SingleFlight, hosts: tuple[str, ...], expected: list[bool]
+) -> None:
+    endpoints = ("https://a.corp", "https://b.corp", "https://b.corp:8443")
+    credentials = Credentials(username="u", password="p", hosts=hosts)
+    logins = logins_of(credentials, single_flight, "docker.io", endpoints)
+    found = [(await logins.get(host, "x")).login for host in ("a.corp", "b.corp", "b.corp:8443")]
+    assert [login is not None for login in found] == expected
+
+
+# --- a Docker config.json with logins for parts of a host -----------------------------------------
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+@pytest.mark.parametrize(
+    ("repository", "user"),
+    [
+        ("org1/app", "org1"),
+        ("org1", "org1"),
+        ("org1/team/app", "team"),
+        ("org2/a/b/c", "org2"),
+        ("org10/app", "host"),
+        ("team/app", "host"),
+        ("library/org1/app", "host"),
+    ],
+)
+@pytest.mark.parametrize("is_reversed", [False, True])
+async def test_docker_config_login_with_the_longest_prefix_wins(
+    tmp_path: Path, repository: str, user: str, is_reversed: bool
+) -> None:
+    keys = {HOST: "host", f"{HOST}/org1": "org1", f"{HOST}/org1/team/": "team"}
+    keys[f"{HOST}/org2"] = "org2"
+    auths = [(key, auth(name, "p")) for key, name in keys.items()]
+    source = docker_config(tmp_path, {"auths": dict(auths[::-1] if is_reversed else auths)})
+    assert await look_up(source, "a.corp", HOST, repository) == Login(user, "p")
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+async def test_docker_config_login_of_another_organization_is_not_used(tmp_path: Path) -> None:
+    auths = {f"{HOST}/org1": auth("org1", "p"), "other/org2": auth("other", "p")}
+    source = docker_config(tmp_path, {"auths": auths})
+    assert await look_up(source, "a.corp", HOST, "org2/app") is None
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+async def test_docker_hub_login_may_be_for_an_organization(tmp_path: Path) -> None:
+    auths = {HUB: auth("hub", "p"), "docker.io/org1": auth("org1", "p")}
+    source = docker_config(tmp_path, {"auths": auths})
+    for repository, user in (("org1/app", "org1"), ("library/app", "hub")):
+        login = await look_up(source, "docker.io", "registry-1.docker.io", repository)
+        assert login == Login(user, "p")
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+async def test_login_of_an_organization_goes_before_the_helper_of_its_host(path: Path) -> None:
+    log = helper(path, GIVEN)
+    for section in ({"credsStore": "test"}, {"credHelpers": {HOST: "test"}}):
+        source = docker_config(path, {**section, "auths": {f"{HOST}/org1": auth("org1", "p")}})
+        assert await look_up(source, "a.corp", HOST, "org1/app") == Login("org1", "p")
+        assert await look_up(source, "a.corp", HOST, "org2/app") == Login("u", "s")
+    assert set(log.read_text().splitlines()) == {f"get {HOST}"}
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+async def test_malformed_login_of_one_organization_fails_only_its_own_repositories(
+    tmp_path: Path,
+) -> None:
+    auths = {f"{HOST}/bad": {"auth": CANARY}, f"{HOST}/good": auth("good", "p")}
+    source = docker_config(tmp_path, {"auths": auths, "credHelpers": {f"{HOST}/none": "no-such"}})
+    assert await look_up(source, "a.corp", HOST, "good/app") == Login("good", "p")
+    assert await look_up(source, "a.corp", HOST, "other/app") is None
+    for repository, reason in (("bad/app", "malformed entry"), ("none/app", "cannot be run")):
+        with pytest.raises(UpstreamUnavailable, match=reason) as caught:
+            await look_up(source, "a.corp", HOST, repository)
+        assert CANARY not in str(caught.value)
+
+
+async def test_logins_of_all_organizations_need_one_look_up(
+    path: Path, single_flight: SingleFlight
+) -> None:
+    log = helper(path, GIVEN)
+    source = docker_config(path, {"credHelpers": {HOST: "test"}})
+    logins = logins_of(source, single_flight, "a.corp", (f"https://{HOST}",))
+    for number in range(1000):
+        await logins.get(HOST, f"org{number}/app")
+    assert log.read_text().count("get") == 1
+    assert len(logins._lookups) == 1
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("FA6-causes-of-missing-credentials")
+async def test_each_cause_of_missing_credentials_names_its_configuration_key(
+    path: Path, single_flight: SingleFlight
+) -> None:
+    helper(path, f"echo {CANARY}; exit 7")
+    absent = Credentials(docker_config=str(path / "absent"))
+    bad = docker_config(path, {"auths": {HOST: {"auth": CANARY}}})
+    failed = []
+    for source in (absent, bad, Credentials(helper="test"), Credentials(helper="no-such")):
+        logins = logins_of(source, single_flight, "a.corp", (f"https://{HOST}",))
+        with pytest.raises(UpstreamUnavailable) as caught:
+            await logins.get(HOST, "library/app")
+        failed.append(str(caught.value))
+    key = "upstreams.a.corp.credentials"
+    assert failed == [
+        f"the file of {key}.docker_config cannot be read: No such file or directory",
+        f"the file of {key}.docker_config has a malformed entry for {HOST}",
+        f"the credential helper test of {key}.helper failed with exit status 7",
+        f"the credential helper no-such of {key}.helper cannot be run: No such file or directory",
+    ]
+    missing = [
+        logins_of(source, single_flight, "a.corp", ("https://first.corp",)).describe_missing(HOST)
+        for source in (
+            Credentials(),
+            bad,
+            Credentials(helper="test"),
+            Credentials(username="u", password=CANARY),
+        )
+    ]
+    assert missing == [
+        f"{key} is not set",
+        f"the file of {key}.docker_config has no login for {HOST}",
+        f"the helper of {key}.helper has no login for {HOST}",
+        f"{key}.username is for first.corp, see credentials.hosts",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -266,10 +446,13 @@ async def test_hanging_helper_raises_a_timeout(path: Path, monkeypatch: pytest.M
         await look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io")
 
 
-async def test_cancelled_look_up_ends_the_helper_and_its_children(path: Path) -> None:
+async def test_cancelled_look_up_ends_the_helper_and_its_children(
+    path: Path, single_flight: SingleFlight
+) -> None:
     helper(path, f"sleep 600 & echo $! > {path}/new; mv {path}/new {path}/child; wait")
     loop = asyncio.get_running_loop()
-    task = loop.create_task(look_up(Credentials(helper="test"), "ghcr.io", "ghcr.io"))
+    logins = logins_of(Credentials(helper="test"), single_flight)
+    task = loop.create_task(logins._renew("ghcr.io"))
     await until((path / "child").exists)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -293,17 +476,17 @@ async def test_concurrent_requests_share_one_look_up_until_the_login_expires(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log, clock = rotating_helper(path), [0.0]
-    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: clock[0])
-    lookups = await at_once(40, lambda: logins.get("ghcr.io"))
+    logins = logins_of(Credentials(helper="test"), single_flight, clock=lambda: clock[0])
+    lookups = await at_once(40, lambda: logins.get("ghcr.io", "x"))
     assert [entry.login for entry in lookups if not isinstance(entry, BaseException)] == [
         Login("u", "old")
     ] * 40
     (path / "secret").write_text("new")
     clock[0] += LOGIN_TTL_S - 0.1
-    assert (await logins.get("ghcr.io")).login == Login("u", "old")
+    assert (await logins.get("ghcr.io", "x")).login == Login("u", "old")
     assert log.read_text().count("get") == 1
     clock[0] += 0.1
-    assert (await logins.get("ghcr.io")).login == Login("u", "new")
+    assert (await logins.get("ghcr.io", "x")).login == Login("u", "new")
     assert log.read_text().count("get") == 2
 
 
@@ -311,9 +494,9 @@ async def test_cancelled_waiter_ends_neither_the_look_up_nor_other_waiters(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log = helper(path, f"until [ -e {path}/gate ]; do sleep 0.01; done; {GIVEN}")
-    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
+    logins = logins_of(Credentials(helper="test"), single_flight)
     loop = asyncio.get_running_loop()
-    tasks = [loop.create_task(logins.get("ghcr.io")) for _ in range(9)]
+    tasks = [loop.create_task(logins.get("ghcr.io", "x")) for _ in range(9)]
     await until(log.exists)
     for task in tasks[:5]:
         task.cancel()
@@ -328,15 +511,16 @@ async def test_refused_login_is_looked_up_again_once_for_all_requests(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log = rotating_helper(path)
-    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0)
-    old = await logins.get("ghcr.io")
+    logins = logins_of(Credentials(helper="test"), single_flight)
+    old = await logins.get("ghcr.io", "x")
     (path / "secret").write_text("new")
-    lookups = await at_once(20, lambda: logins.get("ghcr.io", refused=old))
+    logins.reject("ghcr.io", old)
+    lookups = await at_once(20, lambda: logins.get("ghcr.io", "x"))
     assert {entry.login for entry in lookups if not isinstance(entry, BaseException)} == {
         Login("u", "new")
     }
-    # A late request with the refused login gets the new one, which is cached already.
-    assert (await logins.get("ghcr.io", refused=old)).login == Login("u", "new")
+    logins.reject("ghcr.io", old)
+    assert (await logins.get("ghcr.io", "x")).login == Login("u", "new"), "it is cached already"
     assert log.read_text().count("get") == 2
 
 
@@ -344,17 +528,17 @@ async def test_logins_are_cached_by_host_and_failures_are_not_cached(
     path: Path, single_flight: SingleFlight
 ) -> None:
     source = docker_config(path, {"auths": {"a.corp": auth("a", "a"), "b.corp": auth("b", "b")}})
-    logins = Logins(source, "x.io", single_flight, lambda: 0.0)
-    assert (await logins.get("a.corp")).login == Login("a", "a")
-    assert (await logins.get("b.corp")).login == Login("b", "b")
-    nobody = await logins.get("c.corp")
+    logins = logins_of(source, single_flight)
+    assert (await logins.get("a.corp", "x")).login == Login("a", "a")
+    assert (await logins.get("b.corp", "x")).login == Login("b", "b")
+    nobody = await logins.get("c.corp", "x")
     assert (nobody.login, nobody.identity) == (None, "")
     (path / "config.json").unlink()
     with pytest.raises(UpstreamError):
-        await logins.get("d.corp")
+        await logins.get("d.corp", "x")
     docker_config(path, {"auths": {"d.corp": auth("d", "d")}})
-    assert (await logins.get("d.corp")).login == Login("d", "d")
-    assert (await logins.get("a.corp")).login == Login("a", "a")
+    assert (await logins.get("d.corp", "x")).login == Login("d", "d")
+    assert (await logins.get("a.corp", "x")).login == Login("a", "a")
 
 
 @pytest.mark.row("U10-failing-token-services")
@@ -362,10 +546,11 @@ async def test_helper_that_hangs_once_fails_only_the_request_that_started_it(
     path: Path, single_flight: SingleFlight
 ) -> None:
     log = helper(path, f"[ -e {path}/hung ] || {{ touch {path}/hung; exec sleep 600; }}; {GIVEN}")
-    logins = Logins(Credentials(helper="test"), "ghcr.io", single_flight, lambda: 0.0, timeout=0.5)
-    first = asyncio.get_running_loop().create_task(logins.get("ghcr.io"))
+    credentials = Credentials(helper="test")
+    logins = logins_of(credentials, single_flight, connect=0.25, headers=0.25)
+    first = asyncio.get_running_loop().create_task(logins.get("ghcr.io", "x"))
     await until(log.exists)
-    joined = await logins.get("ghcr.io")
+    joined = await logins.get("ghcr.io", "x")
     assert joined.login is not None, "the second request waits for a helper of its own"
     with pytest.raises(UpstreamTimeout):
         await first

@@ -13,208 +13,332 @@ from mirror.upstream.endpoints import (
     FIRST_OPEN_S,
     MAX_BACK_OFF_S,
     MAX_OPEN_S,
+    SEVERAL,
     CircuitBreaker,
     Endpoints,
+    Pause,
+    Pauses,
+    Subject,
 )
 
 A, B, C = (URL(f"https://{name}.example") for name in "abc")
 
 
+def subject(repository: str = "a/app", kind: str = "GET blob") -> Subject:
+    return Subject(kind, repository)
+
+
+def fail(circuit: CircuitBreaker, now: float, what: Subject, *, is_probe: bool = False) -> None:
+    circuit.record_failure(now, what, is_probe=is_probe)
+
+
 def opened(now: float = 0.0) -> CircuitBreaker:
-    """Return a circuit that has just opened."""
+    """Return a circuit that has just opened, because the endpoint cannot be reached."""
     circuit = CircuitBreaker()
     for _ in range(FAILURE_THRESHOLD):
-        circuit.record_failure(now, is_probe=circuit.begin_request())
+        is_probe = circuit.begin_request(subject())
+        circuit.record_failure(now, subject(), is_probe=is_probe, is_unreachable=True)
     return circuit
 
 
-def test_circuit_opens_after_three_failures_in_a_row() -> None:
+def test_circuit_opens_after_failures_of_three_repositories_in_a_row() -> None:
     circuit = CircuitBreaker()
-    for _ in range(FAILURE_THRESHOLD - 1):
-        circuit.record_failure(0.0, is_probe=False)
+    for repository in "ab":
+        fail(circuit, 0.0, subject(repository))
     circuit.record_success()
-    for _ in range(FAILURE_THRESHOLD - 1):
-        circuit.record_failure(0.0, is_probe=False)
-        assert circuit.may_request(0.0)
-    circuit.record_failure(0.0, is_probe=False)
+    for repository in "cd":
+        fail(circuit, 0.0, subject(repository))
+        assert circuit.may_request(0.0, subject())
+    fail(circuit, 0.0, subject("e"))
     assert circuit.is_open
-    assert not circuit.may_request(FIRST_OPEN_S - 0.01)
-    assert circuit.may_request(FIRST_OPEN_S)
+    assert not circuit.may_request(FIRST_OPEN_S - 0.01, subject())
+    assert circuit.may_request(FIRST_OPEN_S, subject())
 
 
-def test_repeated_failure_of_one_path_counts_once() -> None:
+@pytest.mark.row("FB11-late-first-byte")
+def test_failures_of_one_repository_never_open_the_circuit() -> None:
     circuit = CircuitBreaker()
-    for _ in range(FAILURE_THRESHOLD):
-        circuit.record_failure(0.0, is_probe=False, path="a")
-    assert circuit.may_request(0.0)
-    circuit.record_failure(0.0, is_probe=False, path="b")
-    assert circuit.may_request(0.0)
-    circuit.record_failure(5.0, is_probe=False, path="a")
+    for _ in range(100):
+        fail(circuit, 0.0, subject("a"))
+    assert circuit.may_request(0.0, subject("a"))
+    assert circuit.may_request(0.0, subject("b"))
+    assert not circuit.is_open
+
+
+@pytest.mark.row("FB11-late-first-byte")
+def test_failures_of_one_kind_open_the_circuit_for_this_kind_only() -> None:
+    circuit = CircuitBreaker()
+    for repository in "abc":
+        fail(circuit, 0.0, subject(repository, "GET blob"))
     assert circuit.is_open
-    assert circuit.open_until == 5.0 + FIRST_OPEN_S
+    assert not circuit.may_request(0.0, subject("d", "GET blob"))
+    for kind in ("GET manifest", "HEAD manifest", "HEAD blob", "GET tags"):
+        assert circuit.may_request(0.0, subject("a", kind))
+        assert not circuit.begin_request(subject("a", kind)), "it is no probe"
     circuit.record_success()
-    for path in ("a", "b"):
-        circuit.record_failure(9.0, is_probe=False, path=path)
-    assert circuit.may_request(9.0), "a success resets the failed path, too"
+    assert circuit.may_request(0.0, subject("d", "GET blob")), "the endpoint responds"
 
 
-def test_failure_of_the_whole_endpoint_counts_each_time() -> None:
+def test_failures_of_one_repository_in_several_kinds_open_no_circuit() -> None:
     circuit = CircuitBreaker()
-    circuit.record_failure(0.0, is_probe=False, path="a")
+    kinds = ("GET manifest", "HEAD manifest", "GET blob", "HEAD blob", "GET tags")
+    for kind in kinds:
+        fail(circuit, 0.0, subject("a", kind))
+    assert not circuit.is_open
+    assert all(circuit.may_request(0.0, subject("b", kind)) for kind in kinds)
+
+
+def test_failure_of_the_whole_endpoint_counts_each_time_and_for_all_kinds() -> None:
+    circuit = CircuitBreaker()
+    fail(circuit, 0.0, subject("a"))
     for _ in range(FAILURE_THRESHOLD - 1):
-        assert circuit.may_request(0.0)
-        circuit.record_failure(0.0, is_probe=False)
-    assert circuit.is_open
+        assert circuit.may_request(0.0, subject())
+        circuit.record_failure(0.0, subject("a"), is_probe=False, is_unreachable=True)
+    assert not circuit.may_request(0.0, subject())
+    assert circuit.may_request(0.0, subject(kind="GET tags")), "two failures only"
+    circuit.record_failure(0.0, subject("a"), is_probe=False, is_unreachable=True)
+    assert not circuit.may_request(0.0, subject(kind="GET tags"))
 
 
-def test_failed_probe_of_a_failed_path_doubles_the_open_time() -> None:
+def test_failed_probe_of_a_failed_repository_doubles_the_open_time() -> None:
     circuit = CircuitBreaker()
-    for path in ("a", "b", "c"):
-        circuit.record_failure(0.0, is_probe=False, path=path)
-    circuit.record_failure(FIRST_OPEN_S, is_probe=circuit.begin_request(), path="c")
+    for repository in "abc":
+        fail(circuit, 0.0, subject(repository))
+    fail(circuit, FIRST_OPEN_S, subject("c"), is_probe=circuit.begin_request(subject("c")))
     assert circuit.open_until == FIRST_OPEN_S + 2 * FIRST_OPEN_S
+
+
+def test_memory_of_a_circuit_is_bounded_during_a_long_outage() -> None:
+    circuit, now = CircuitBreaker(), 0.0
+    for number in range(10_000):
+        what = subject(f"r{number}")
+        if circuit.may_request(now, what):
+            fail(circuit, now, what, is_probe=circuit.begin_request(what))
+        else:
+            now = circuit.open_until
+    assert len(circuit.failed) == FAILURE_THRESHOLD
 
 
 def test_half_open_circuit_permits_one_request() -> None:
     circuit = opened()
-    assert circuit.begin_request()
-    assert not circuit.may_request(FIRST_OPEN_S)
-    assert not circuit.may_request(1e9), "however long the probe takes"
+    assert circuit.begin_request(subject())
+    assert not circuit.may_request(FIRST_OPEN_S, subject())
+    assert not circuit.may_request(1e9, subject()), "however long the probe takes"
 
 
 def test_successful_probe_closes_the_circuit() -> None:
     circuit = opened()
-    circuit.begin_request()
+    circuit.begin_request(subject())
     circuit.record_success()
     assert not circuit.is_open
-    assert circuit.may_request(FIRST_OPEN_S)
-    assert not circuit.begin_request()
+    assert circuit.may_request(FIRST_OPEN_S, subject())
+    assert not circuit.begin_request(subject())
 
 
 def test_failed_probe_doubles_the_open_time_up_to_60_s() -> None:
     circuit, now, pauses = opened(), 0.0, [FIRST_OPEN_S]
     for _ in range(10):
         now = circuit.open_until
-        circuit.record_failure(now, is_probe=circuit.begin_request())
+        circuit.record_failure(
+            now, subject(), is_unreachable=True, is_probe=circuit.begin_request(subject())
+        )
         pauses.append(circuit.open_until - now)
     assert pauses[:5] == [2.0, 4.0, 8.0, 16.0, 32.0]
     assert set(pauses[5:]) == {MAX_OPEN_S}
     circuit.record_success()
     for _ in range(FAILURE_THRESHOLD):
-        circuit.record_failure(now, is_probe=False)
+        circuit.record_failure(now, subject(), is_unreachable=True, is_probe=False)
     assert circuit.open_until - now == FIRST_OPEN_S, "a success resets the open time"
 
 
 def test_cancelled_probe_permits_the_next_one() -> None:
     circuit = opened()
-    circuit.record_cancellation(is_probe=circuit.begin_request())
-    assert circuit.may_request(FIRST_OPEN_S)
-    circuit.begin_request()
+    circuit.record_cancellation(is_probe=circuit.begin_request(subject()))
+    assert circuit.may_request(FIRST_OPEN_S, subject())
+    circuit.begin_request(subject())
     circuit.record_cancellation(is_probe=False)
-    assert not circuit.may_request(FIRST_OPEN_S), "the cancelled request was not the probe"
+    assert not circuit.may_request(FIRST_OPEN_S, subject()), (
+        "the cancelled request was not the probe"
+    )
 
 
 @pytest.mark.row("U12-flapping-endpoint")
 def test_many_concurrent_failures_open_the_circuit_once() -> None:
     circuit = CircuitBreaker()
     for _ in range(100):
-        circuit.record_failure(0.0, is_probe=False)
-    assert circuit.may_request(FIRST_OPEN_S), "later failures do not prolong it"
-    circuit.begin_request()
+        circuit.record_failure(0.0, subject(), is_probe=False, is_unreachable=True)
+    assert circuit.may_request(FIRST_OPEN_S, subject()), "later failures do not prolong it"
+    circuit.begin_request(subject())
     for _ in range(100):
-        circuit.record_failure(FIRST_OPEN_S, is_probe=False)
-    assert not circuit.may_request(1e9), "late failures do not end the probe"
+        circuit.record_failure(FIRST_OPEN_S, subject(), is_probe=False, is_unreachable=True)
+    assert not circuit.may_request(1e9, subject()), "late failures do not end the probe"
 
 
-def test_back_off_closes_the_circuit_and_permits_nothing_for_its_time() -> None:
-    circuit = opened()
-    circuit.begin_request()
-    circuit.back_off(FIRST_OPEN_S, 10.0)
-    assert not circuit.is_open
-    assert not circuit.may_request(FIRST_OPEN_S + 9.9)
-    assert circuit.may_request(FIRST_OPEN_S + 10.0)
-    circuit.record_success()
-    assert not circuit.may_request(FIRST_OPEN_S + 9.9), (
-        "the success of an earlier request ends no pause"
-    )
+# --- pauses ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("retry_after", "seconds"),
     [(7.0, 7.0), (0.0, 0.0), (86400.0, MAX_BACK_OFF_S), (None, DEFAULT_BACK_OFF_S)],
 )
-def test_back_off_lasts_as_requested_with_a_default_and_a_maximum(
+def test_pause_lasts_as_requested_with_a_default_and_a_maximum(
     retry_after: float | None, seconds: float
 ) -> None:
-    circuit = CircuitBreaker()
-    circuit.back_off(100.0, retry_after)
-    assert circuit.back_off_until == 100.0 + seconds
-    assert circuit.may_request(100.0 + seconds)
+    pauses = Pauses()
+    pauses.add(100.0, subject(), retry_after)
+    assert pauses.find(100.0 + seconds, subject()) is None
+    pause = pauses.find(100.0, subject())
+    if seconds:
+        assert pause == Pause(100.0 + seconds, has_retry_after=retry_after is not None)
+    else:
+        assert pause is None
 
 
 def test_second_429_never_shortens_the_pause() -> None:
-    circuit = CircuitBreaker()
-    circuit.back_off(0.0, 60.0)
-    circuit.back_off(1.0, None)
-    circuit.back_off(1.0, 5.0)
-    assert not circuit.may_request(59.0)
-    assert circuit.has_retry_after
+    pauses = Pauses()
+    pauses.add(0.0, subject(), 60.0)
+    pauses.add(1.0, subject(), None)
+    pauses.add(1.0, subject(), 5.0)
+    assert pauses.find(59.0, subject()) == Pause(60.0, has_retry_after=True)
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+def test_429_pauses_its_repository_and_kind_only() -> None:
+    pauses = Pauses()
+    pauses.add(0.0, subject("a/app", "GET manifest"), 60.0)
+    assert pauses.find(1.0, subject("a/app", "GET manifest"))
+    for other in (
+        subject("a/app", "HEAD manifest"),
+        subject("a/app", "GET blob"),
+        subject("a/other", "GET manifest"),
+        subject("b/app", "GET manifest"),
+        subject("a", "GET manifest"),
+    ):
+        assert pauses.find(1.0, other) is None, other
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+def test_429s_of_several_repositories_of_one_project_pause_this_project_only() -> None:
+    pauses = Pauses()
+    for number in range(SEVERAL):
+        assert pauses.find(1.0, subject("a/next")) is None
+        pauses.add(1.0, subject(f"a/{number}"), 60.0)
+    assert pauses.find(1.0, subject("a/next")) == Pause(61.0, has_retry_after=True)
+    assert pauses.find(1.0, subject("a/next", "GET manifest")) is None
+    assert pauses.find(1.0, subject("b/app")) is None
+    assert pauses.find(1.0, subject("app")) is None
+    assert pauses.find(61.0, subject("a/next")) is None
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+@pytest.mark.parametrize("names", [["a/x", "b/x", "c/x"], ["a", "b", "c"], ["a", "b/x", "c/d/e"]])
+def test_429s_of_several_projects_pause_all_repositories_for_this_kind(names: list[str]) -> None:
+    pauses = Pauses()
+    for name in names:
+        assert pauses.find(1.0, subject("other/app")) is None
+        pauses.add(1.0, subject(name), None)
+    assert pauses.find(1.0, subject("other/app")) == Pause(
+        1.0 + DEFAULT_BACK_OFF_S, has_retry_after=False
+    )
+    assert pauses.find(1.0, subject("other/app", "GET manifest")) is None
+
+
+def test_ended_pauses_count_for_no_group_and_are_dropped() -> None:
+    pauses = Pauses()
+    for number in range(10_000):
+        pauses.add(float(number), subject(f"p{number}/app"), 1.0)
+        assert pauses.find(number + 0.5, subject("other/app")) is None
+    assert len(pauses._by_subject) == 1
+    assert not pauses._by_group
+
+
+def test_pauses_stay_few_although_100_000_repositories_meet_a_429() -> None:
+    pauses = Pauses()
+    sent = 0
+    for number in range(100_000):
+        what = subject(f"p{number % 1000}/app{number}")
+        if pauses.find(0.0, what) is None:
+            sent += 1
+            pauses.add(0.0, what, 60.0)
+    assert sent == SEVERAL
+    assert len(pauses._by_subject) == SEVERAL
+
+
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_candidates_are_in_order_and_avoided_ones_last() -> None:
     endpoints = Endpoints((A, B, C))
-    assert endpoints.candidates(0.0) == [A, B, C]
-    assert endpoints.candidates(0.0, [str(A), "https://unknown.example"]) == [B, C, A]
-    assert endpoints.candidates(0.0, [str(A), str(B), str(C)]) == [A, B, C]
-    assert endpoints.candidates(0.0, [str(B), str(A)]) == [C, B, A]
-    assert endpoints.candidates(0.0, [str(A), str(B), str(A)]) == [C, B, A]
+    assert endpoints.candidates(0.0, subject()) == [A, B, C]
+    for avoid, expected in (
+        ([A, URL("https://unknown.example")], [B, C, A]),
+        ([A, B, C], [A, B, C]),
+        ([B, A], [C, B, A]),
+        ([A, B, A], [C, B, A]),
+    ):
+        assert endpoints.candidates(0.0, subject(), list(map(str, avoid))) == expected
 
 
 def test_candidates_leave_out_open_circuits_and_pauses() -> None:
     endpoints = Endpoints((A, B, C))
-    for _ in range(FAILURE_THRESHOLD):
-        endpoints.circuits[A].record_failure(0.0, is_probe=False)
-    endpoints.circuits[B].back_off(0.0, 10.0)
-    assert endpoints.candidates(1.0) == [C]
-    assert endpoints.candidates(FIRST_OPEN_S) == [A, C]
-    assert endpoints.candidates(10.0) == [A, B, C]
+    for repository in "xyz":
+        fail(endpoints.circuits[A], 0.0, subject(repository))
+    endpoints.pauses[B].add(0.0, subject(), 10.0)
+    assert endpoints.candidates(1.0, subject()) == [C]
+    assert endpoints.candidates(FIRST_OPEN_S, subject()) == [A, C]
+    assert endpoints.candidates(10.0, subject()) == [A, B, C]
+
+
+def test_endpoint_that_failed_for_a_repository_is_asked_last_for_it_for_a_minute() -> None:
+    endpoints = Endpoints((A, B, C))
+    fail(endpoints.circuits[A], 0.0, subject("a"))
+    assert endpoints.candidates(1.0, subject("a")) == [B, C, A]
+    assert endpoints.candidates(1.0, subject("a"), [str(B)]) == [C, A, B], "avoided ones are last"
+    assert endpoints.candidates(1.0, subject("b")) == [A, B, C]
+    assert endpoints.candidates(1.0, subject("a", "GET tags")) == [A, B, C]
+    assert endpoints.candidates(MAX_OPEN_S, subject("a")) == [A, B, C], "it may have recovered"
+    endpoints.circuits[A].record_success()
+    assert endpoints.candidates(1.0, subject("a")) == [A, B, C]
 
 
 def test_remaining_pauses_name_only_times_of_the_endpoint() -> None:
     endpoints = Endpoints((A, B, C))
-    assert endpoints.remaining_pauses(0.0) == []
-    endpoints.circuits[A].back_off(0.0, 10.0)
-    endpoints.circuits[B].back_off(0.0, None)
-    assert endpoints.remaining_pauses(1.0) == [9.0, None], "clients are told no time that we chose"
-    assert endpoints.remaining_pauses(10.0) == []
+    assert endpoints.remaining_pauses(0.0, subject()) == []
+    endpoints.pauses[A].add(0.0, subject(), 10.0)
+    endpoints.pauses[B].add(0.0, subject(), None)
+    endpoints.pauses[C].add(0.0, subject("other"), 5.0)
+    assert endpoints.remaining_pauses(1.0, subject()) == [9.0, None], (
+        "clients are told no time that we chose"
+    )
+    assert endpoints.remaining_pauses(10.0, subject()) == []
 
 
-STEPS = st.lists(st.tuples(st.sampled_from("cfsar"), st.integers(0, 9), st.floats(0, 30)))
+SUBJECTS = st.builds(subject, st.sampled_from("abcd"), st.sampled_from(["GET blob", "GET tags"]))
+STEPS = st.lists(st.tuples(st.sampled_from("cufsa"), SUBJECTS, st.integers(0, 9), st.floats(0, 30)))
 
 
 @given(STEPS)
 def test_any_sequence_has_one_probe_at_a_time_and_ends_permitted(
-    steps: list[tuple[str, int, float]],
+    steps: list[tuple[str, Subject, int, float]],
 ) -> None:
     circuit, now = CircuitBreaker(), 0.0
-    under_way: list[bool] = []
-    for step, index, seconds in steps:
+    under_way: list[tuple[Subject, bool]] = []
+    for step, new, index, seconds in steps:
         now += seconds
         if step == "c":
-            if circuit.may_request(now):
-                under_way.append(circuit.begin_request())
-                assert not (under_way[-1] and circuit.may_request(now + 1e9))
+            if circuit.may_request(now, new):
+                is_probe = circuit.begin_request(new)
+                under_way.append((new, is_probe))
+                assert not (is_probe and circuit.may_request(now + 1e9, new))
         elif under_way:
-            probe = under_way.pop(index % len(under_way))
+            what, probe = under_way.pop(index % len(under_way))
             match step:
-                case "f":
-                    circuit.record_failure(now, is_probe=probe)
+                case "f" | "u":
+                    circuit.record_failure(now, what, is_probe=probe, is_unreachable=step == "u")
                 case "s":
                     circuit.record_success()
                 case "a":
                     circuit.record_cancellation(is_probe=probe)
-                case "r":
-                    circuit.back_off(now, seconds)
-    for probe in under_way:
+    for _, probe in under_way:
         circuit.record_cancellation(is_probe=probe)
-    assert circuit.may_request(now + max(MAX_OPEN_S, MAX_BACK_OFF_S))
+    assert circuit.may_request(now + MAX_OPEN_S, subject())

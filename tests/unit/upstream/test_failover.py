@@ -7,16 +7,20 @@ import pytest
 from mirror.config.settings import Limits
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, RateLimitSeen
 from mirror.oci.errors import (
+    AllCircuitsOpen,
+    Denied,
     Draining,
     ManifestUnknown,
+    MirrorError,
     OutboundRefused,
+    Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD
+from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S, SEVERAL
 from mirror.upstream.failover import RegistryRequest
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST, RETRY_BUDGET_S
 from tests.fakes.registry import FakeRegistry, Fault
@@ -28,6 +32,7 @@ from tests.unit.upstream.kit import (
     down,
     failure,
     registry,
+    repository,
     until,
     up,
     upstream_kit,
@@ -68,12 +73,95 @@ async def test_malformed_response_fails_over_to_the_next_endpoint() -> None:
 
 
 @pytest.mark.row("U15-negative-answers")
+@pytest.mark.row("FD1-second-endpoint-has-it")
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_401_403_404_are_final_and_do_not_fail_over(status: int) -> None:
-    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
-        one.fault("", Fault(status=status))
+async def test_401_403_404_are_final_after_all_endpoints_refused(status: int) -> None:
+    async with (
+        registry() as one,
+        registry() as two,
+        registry() as three,
+        registry() as four,
+        upstream_kit(one.url, two.url, three.url, four.url) as kit,
+    ):
+        for fake in (one, two, three):
+            fake.fault("", Fault(status=status, times=None))
+        assert await kit.status() == 200, "more endpoints refuse than attempts may fail"
+        four.fault("", Fault(status=status))
         assert not isinstance(await failure(kit), UpstreamError)
-        assert (len(one.requests), len(two.requests)) == (1, 0)
+        assert [len(fake.requests) for fake in (one, two, three, four)] == [2] * 4
+        assert not kit.seen(CircuitChanged)
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ((404, 404), ManifestUnknown),
+        ((404, 401), Unauthorized),
+        ((403, 404), Denied),
+        ((401, 403), Unauthorized),
+    ],
+)
+async def test_denial_of_any_endpoint_takes_precedence_over_a_404(
+    statuses: tuple[int, int], expected: type[MirrorError]
+) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        for fake, status in zip((one, two), statuses, strict=True):
+            fake.fault("", Fault(status=status))
+        assert type(await failure(kit)) is expected
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "expected", "requests"),
+    [
+        (Fault(status=DOWN, times=None), UpstreamUnavailable, MAX_ATTEMPTS_PER_REQUEST),
+        (Fault(status=429, headers={"Retry-After": "9"}), UpstreamRateLimited, 1),
+        (Fault(status=410), UpstreamProtocolError, 1),
+    ],
+    ids=["503", "429", "410"],
+)
+async def test_refusal_is_not_final_while_another_endpoint_cannot_be_asked(
+    is_first: bool, fault: Fault, expected: type[MirrorError], requests: int
+) -> None:
+    async with registry() as refusing, registry() as failing:
+        urls = [failing.url, refusing.url] if is_first else [refusing.url, failing.url]
+        async with upstream_kit(*urls) as kit:
+            failing.fault("", fault)
+            error = await failure(kit, "manifests/absent")
+            assert type(error) is expected
+            assert (len(refusing.requests), len(failing.requests)) == (1, requests)
+            assert not isinstance(error, UpstreamRateLimited) or error.retry_after == 9
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_refusal_is_not_final_while_the_circuit_of_another_endpoint_is_open() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        down(two)
+        for number in range(FAILURE_THRESHOLD):
+            await failure(kit, "manifests/absent", repository=repository(number))
+        assert isinstance(await failure(kit, "manifests/absent"), AllCircuitsOpen)
+        up(two)
+        kit.clock[0] += FIRST_OPEN_S
+        assert isinstance(await failure(kit, "manifests/absent"), ManifestUnknown)
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_blob_tags_and_referrers_that_only_the_second_endpoint_has_are_found() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.tags.clear()
+        one.referrers_api = False
+        digest = two.add_blob(DATA)
+        two.referring[str(digest)] = body = b'{"schemaVersion":2,"manifests":[]}'
+        assert await kit.read(digest) == DATA
+        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        assert (await kit.registry.list_tags(REPO, None, None)).tags == ("latest",)
+        found = await kit.registry.referrers(REPO, digest, None)
+        assert found is not None
+        assert found.body == body
+        two.referrers_api = False
+        assert await kit.registry.referrers(REPO, digest, None) is None, "both have no such API"
 
 
 async def test_transient_failures_stop_after_3_attempts() -> None:
@@ -184,7 +272,7 @@ async def test_draining_is_raised_at_once_and_counts_for_no_circuit() -> None:
         with pytest.raises(Draining):
             async with kit.client.send(request, avoid=[two.url]):
                 pass
-        assert len(one.requests) == 1, "the later ones need a token first"
+        assert not one.count("GET", "/token")
         assert not two.requests
         assert not kit.seen(CircuitChanged)
 
@@ -201,6 +289,7 @@ async def test_avoided_endpoints_are_tried_last() -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 async def test_refusal_is_not_final_before_the_avoided_endpoint_responded(status: int) -> None:
+    refusal = {401: Unauthorized, 403: Denied, 404: ManifestUnknown}[status]
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         two.fault("", Fault(status=status, times=None))
@@ -208,7 +297,7 @@ async def test_refusal_is_not_final_before_the_avoided_endpoint_responded(status
             assert response.endpoint == one.url
         for first, expected in (
             (Fault(status=DOWN, times=None), UpstreamUnavailable),
-            (Fault(status=404), ManifestUnknown),
+            (Fault(status=404), refusal),
             (Fault(status=429), UpstreamRateLimited),
             (Fault(), UpstreamRateLimited),
         ):
@@ -328,6 +417,61 @@ async def test_429_of_a_token_service_pauses_the_endpoint() -> None:
         assert error.retry_after == 30
         await failure(kit)
         assert fake.count("GET", "/token") == 1
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_429_of_one_repository_stops_neither_other_ones_nor_other_kinds(method: str) -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        other = repository(1)
+        fake.add_manifest(b"{}", other.path, "latest")
+        digest = fake.add_blob(DATA)
+        limit = Fault(status=429, headers={"Retry-After": "120"}, times=None, method=method)
+        fake.fault(f"/{REPO.path}/manifests/latest", limit)
+        assert isinstance(await failure(kit, method=method), UpstreamRateLimited)
+        assert isinstance(await failure(kit, method=method), UpstreamRateLimited)
+        assert fake.count(method) == 1, "the repository pauses"
+        free = "HEAD" if method == "GET" else "GET"
+        assert await kit.status(method=free) == 200
+        assert await kit.status(method=method, repository=other) == 200
+        assert await kit.read(digest) == DATA
+        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        assert (await kit.registry.list_tags(REPO, None, None)).tags == ("latest",)
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+async def test_429s_of_several_projects_pause_one_kind_of_request_for_all() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(DATA)
+        limit = Fault(status=429, headers={"Retry-After": "120"}, times=None, method="GET")
+        fake.fault("manifests/latest", limit)
+        for number in range(20):
+            assert isinstance(
+                await failure(kit, repository=repository(number)), UpstreamRateLimited
+            )
+        assert fake.count("GET", "manifests") == SEVERAL
+        assert await kit.status(method="HEAD") == 200
+        assert await kit.read(digest) == DATA, "layers of a cached manifest are free"
+        up(fake)
+        kit.clock[0] += 120
+        assert await kit.status() == 200
+
+
+@pytest.mark.row("FD2-limits-of-one-project")
+async def test_429_of_the_storage_pauses_the_blobs_of_one_repository_only() -> None:
+    async with registry() as fake, FakeRegistry() as storage, upstream_kit(fake.url) as kit:
+        other = repository(1)
+        digest = fake.add_blob(DATA)
+        fake.add_blob(DATA, other.path)
+        target = {"Location": f"{storage.url}/x"}
+        fake.fault(f"{REPO.path}/blobs/{digest}", Fault(status=307, headers=target, times=None))
+        storage.fault("/x", Fault(status=429, headers={"Retry-After": "120"}, times=None))
+        for _ in range(2):
+            with pytest.raises(UpstreamRateLimited):
+                await kit.read(digest)
+        assert len(storage.requests) == 1
+        assert await kit.read(digest, other) == DATA
+        assert await kit.status() == 200
 
 
 # --- events ---------------------------------------------------------------------------------------

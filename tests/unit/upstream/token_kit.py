@@ -14,7 +14,7 @@ from mirror.config.settings import Credentials, Upstream
 from mirror.observability.events import Event
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import Authenticator, SentAuthorization, TokenResponse
+from mirror.upstream.auth import Authenticator, TokenResponse
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO
 
@@ -41,7 +41,8 @@ class Service:
         self.auth = Authenticator(
             "docker.io",
             Upstream(
-                endpoints=("http://registry.example",), credentials=credentials or Credentials()
+                endpoints=("https://registry-1.docker.io",),
+                credentials=credentials or Credentials(),
             ),
             self.exchange,
             self.events.append,
@@ -71,20 +72,26 @@ class Service:
 
     async def challenged(
         self,
-        refused: SentAuthorization | None = None,
+        refused: str | None = None,
         challenge: str | Sequence[str] = BEARER,
         policy: Policy = HUB,
         repository: Repository = REPO,
-    ) -> SentAuthorization | None:
+    ) -> str | None:
+        """Return the header to send after a challenge, and accept it.
+
+        ``refused``: the header that a request was sent with in advance, which the endpoint refused.
+        """
         lines = [challenge] if isinstance(challenge, str) else challenge
-        return await self.auth.authorize_after_challenge(lines, policy, repository, refused)
+        negotiation = self.auth.negotiate(policy, repository)
+        header: str | None = await negotiation.first()
+        if header:
+            if header != refused:
+                return header
+            assert await negotiation.next([]) == "", "the endpoint is asked without it"
+        header = await negotiation.next(lines)
+        negotiation.accept()
+        return header
 
-    async def header(self, *args: Any, **named: Any) -> str | None:
-        """Return the header for a repeated request, after a challenge."""
-        sent = await self.challenged(*args, **named)
-        return sent.header if sent is not None else None
-
-    async def first(self, policy: Policy = HUB, repository: Repository = REPO) -> str | None:
-        """Return the header that a request is sent with at first."""
-        sent = await self.auth.authorize_preemptively(policy, repository)
-        return sent.header if sent is not None else None
+    async def first(self, policy: Policy = HUB, repository: Repository = REPO) -> str:
+        """Return the header that a request is sent with at first. Empty: none."""
+        return await self.auth.negotiate(policy, repository).first()
