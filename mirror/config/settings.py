@@ -109,6 +109,12 @@ class Storage(Section):
     """Ratio of max_size at which eviction starts, such as 0.95 or 95%."""
     low_water: Ratio = 0.85
     """Ratio of max_size at which eviction ends. Less than high_water."""
+    memory: Size = 48 * 2**20
+    """
+    Most bytes that running fetches hold in memory together, in each worker process: bytes that wait
+    for the disk or, if the disk refuses, for clients. Each fetch may hold 256 KiB anyway.
+    When it is used up, upstreams are read more slowly.
+    """
     reverify: Duration = 86400.0
     """
     Age of the last verification at which content is hashed again while it is served.

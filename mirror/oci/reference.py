@@ -63,7 +63,7 @@ class Verifier:
         self._hash.update(data)
         self.position += len(data)
 
-    def update_all(self, chunks: Iterable[bytes]) -> None:
+    def update_all(self, chunks: Iterable[bytes | bytearray]) -> None:
         """Hash the next bytes, given in several pieces."""
         for chunk in chunks:
             self.update(chunk)

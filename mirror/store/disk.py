@@ -36,6 +36,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Final
 
@@ -287,11 +288,21 @@ class IngestState:
     """(OCI code, message) of a fetch that failed."""
     holder: str = ""
     """Identifies one hold of the lock: each one has another value."""
+    beat: float = -inf
+    """When the holder was last alive, in seconds of the kernel's monotonic clock. All processes of
+    one boot share it, and setting the time does not change it."""
     resumed_from: int = 0
     """Bytes in the ingest file when this hold began. The holder has written all that follow."""
     reserved: int = 0
     """Length in bytes that the ingest file may reach. Written before space is made for it, so that
     an eviction in another process counts it."""
+
+    def is_recent(self, limit: float) -> bool:
+        """Return whether the last heartbeat is at most ``limit`` seconds old.
+
+        Only of a state of this boot: the clock of another boot has another start.
+        """
+        return 0 <= time.monotonic() - self.beat <= limit
 
 
 def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | None:
@@ -313,6 +324,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
             written=int(raw.get("written", 0)),
             error=(str(error[0]), str(error[1])) if error else None,
             holder=str(raw.get("holder", "")),
+            beat=float(raw.get("beat", -inf)),
             resumed_from=int(raw.get("kept", 0)),  # On disk, two fields keep their first name.
             reserved=int(raw.get("room", 0)),
         )
@@ -333,6 +345,7 @@ def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
         "written": state.written,
         "error": state.error,
         "holder": state.holder,
+        "beat": state.beat,
         "kept": state.resumed_from,
         "room": state.reserved,
     }
@@ -377,21 +390,27 @@ def is_at(fd: int, path: Path) -> bool:
 
 
 @contextmanager
-def open_locked(path: Path, access: int = os.O_RDWR) -> Iterator[int | None]:
+def open_locked(path: Path) -> Iterator[int | None]:
     """Open an existing file and hold its exclusive lock while the block runs.
+
+    The file is opened for writing where its mode allows that: NFS refuses an exclusive lock on a
+    descriptor that is not (flock(2)).
 
     Args:
         path: The file. A link is not followed.
-        access: ``os.O_RDONLY`` where the file itself may be read-only.
 
     Yields:
         The descriptor; None if another process holds a lock, or if ``path`` does not name this file
         any more (a lock on an unlinked file locks nothing).
 
     Raises:
-        OSError: The file cannot be opened; ``FileNotFoundError`` if it does not exist.
+        OSError: The file cannot be opened or locked; ``FileNotFoundError`` if it does not exist.
     """
-    fd = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY | flags)
     try:
         yield fd if try_lock(fd) and is_at(fd, path) else None
     finally:

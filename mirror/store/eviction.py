@@ -360,7 +360,7 @@ class Evictor:
         """Unlink whole content, unless a client reads it. True if it was unlinked."""
         path = self._layout.blob(digest)
         try:
-            with disk.open_locked(path, os.O_RDONLY) as fd:
+            with disk.open_locked(path) as fd:
                 if fd is not None:
                     path.unlink()
                 return fd is not None

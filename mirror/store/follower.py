@@ -130,8 +130,20 @@ class ReadableIngest:
     def wake_followers(self) -> None:
         """Wake the followers that have bytes to read; all of them once the ingest is closed."""
         self.waiters.wake(self.head, self.is_closed)
+        self.count_memory()
 
     # --- memory, and the last follower --------------------------------------------------------
+
+    def count_memory(self) -> None:
+        """Tell the budget how many bytes are in memory: those after the last one that is on disk.
+
+        In memory mode they begin with the first one that a follower still needs.
+        """
+        end = self.position
+        if self.is_closed:  # Bytes that have not been written are dropped then.
+            end = self.on_disk if self.window is None else self.window.stop
+        start = self.on_disk if self.window is None else self.window.start
+        self.context.memory.set_held(self, end - start)
 
     def continue_in_memory(self, reason: str) -> None:
         """Store no further byte on disk; serve the rest of the content from memory.
@@ -172,6 +184,7 @@ class ReadableIngest:
         """Free memory that no follower needs, after one has read further or has closed."""
         if self.window is not None:
             self.window.slide(follower.position for follower in self.followers)
+            self.count_memory()
         may_give_up = self.window is not None or not self._finishes_unfollowed
         if may_give_up and not self.followers and not self.is_closed:
             self._give_up()

@@ -58,6 +58,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -73,8 +75,11 @@ from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.follower import ReadableIngest
 from mirror.store.ingest_lock import IngestContext, Role
-from mirror.store.ingest_writer import PENDING_LIMIT_BYTES, IngestWriter
+from mirror.store.ingest_writer import IngestWriter
 
+RESERVE_STEP_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of disk space that content of unknown size asks for at a time. Each step looks once whether
+there is room."""
 _MAX_FAILURE_DELAY_S: Final = 0.05
 """Seconds that followers wait for a failure at most, if the disk does not respond."""
 
@@ -134,6 +139,7 @@ class Ingest(ReadableIngest):
             boot=self.context.boot,
             written=self.on_disk,
             holder=self._holder,
+            beat=time.monotonic(),
             resumed_from=self.lock.resumed_from,
             reserved=self._reserved,
         )
@@ -169,7 +175,7 @@ class Ingest(ReadableIngest):
         The need is published in the state file first, so that an eviction in another process counts
         it.
         """
-        self._reserved = self.size if self.size is not None else self.position + PENDING_LIMIT_BYTES
+        self._reserved = self.size if self.size is not None else self.position + RESERVE_STEP_BYTES
         try:
             await self.lock.write_state(self._state())
         except OSError as error:
@@ -221,8 +227,14 @@ class Ingest(ReadableIngest):
         """
         if self.size is not None and self.position < self.size:
             raise UpstreamUnavailable(f"ended at {self.position} of {self.size} bytes")
+        is_new_size = self.size is None
         await self._writer.write_last()
         if self.window is None:
+            if is_new_size:
+                # Other processes need the size to see that the content is complete. Publishing it
+                # may take half a minute.
+                with suppress(OSError):  # They see it once it is published, then.
+                    await self.lock.write_state(self._state())
             await self.lock.publish(self._started_at)
         await self.lock.wait_for_threads()
 
@@ -277,5 +289,6 @@ class Ingest(ReadableIngest):
         self.released.set()
         if not self.is_closed:
             self.failure = UpstreamUnavailable("the fetch was given up")
+            self._writer.discard_pending()
         self.wake_followers()
-        self._close_if_unused()
+        self.on_follower_moved()

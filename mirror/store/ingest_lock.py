@@ -16,7 +16,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +39,11 @@ _RECENT_DEATH_S: Final = 3 * HEARTBEAT_S
 
 Three heartbeats, because two may be late.
 """
+MIN_SHARE_BYTES: Final = 256 * 1024
+"""Bytes of memory that each ingest may hold, whatever the others hold: a few reads of a socket, so
+that a fetch continues, although more slowly."""
+MAX_SHARE_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of memory that one ingest may hold at most: enough for batches that a disk writes well."""
 _MAX_LOCK_ATTEMPTS: Final = 1000
 """Files that may be unlinked between opening and locking, one after the other.
 
@@ -61,6 +66,40 @@ class Role(Enum):
     """The content is complete. No process fetches."""
 
 
+class MemoryBudget:
+    """The memory for bytes that wait for the disk or for followers, of all ingests of a process.
+
+    An ingest never waits for memory that another one holds. It waits for its own disk thread or for
+    its own followers, and may always hold :data:`MIN_SHARE_BYTES`. So no client that reads nothing
+    can stop the fetch of another content.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Start with no ingest. ``limit``: bytes that all ingests may hold together."""
+        self._limit = limit
+        self._held: dict[Hashable, int] = {}
+        self.total = 0
+        """Bytes that all ingests hold."""
+
+    def set_held(self, ingest: Hashable, count: int) -> None:
+        """Record that ``ingest`` holds ``count`` bytes."""
+        self.total += count - self._held.pop(ingest, 0)
+        if count:
+            self._held[ingest] = count
+
+    def may_take_more(self, ingest: Hashable) -> bool:
+        """Return whether ``ingest`` may take a further chunk from its upstream.
+
+        Above the minimum an ingest needs an equal share of the limit, and free memory: others may
+        hold more than their share, from a time when they were fewer.
+        """
+        held = self._held.get(ingest, 0)
+        if held < MIN_SHARE_BYTES:
+            return True
+        share = min(MAX_SHARE_BYTES, self._limit // len(self._held))
+        return held < share and self.total < self._limit
+
+
 @dataclass(frozen=True, slots=True)
 class IngestContext:
     """The parts of a store that an ingest uses."""
@@ -68,8 +107,12 @@ class IngestContext:
     layout: Layout
     io: Executor
     """Threads that open, read, hash and write."""
+    heartbeats: Executor
+    """The one thread that changes state files. No write of content delays a heartbeat there."""
     publishing: Executor
     """Threads that publish. An ``fsync`` may take half a minute; writes must not wait for it."""
+    memory: MemoryBudget
+    """The memory of all ingests of this process."""
     emit: Observer
     make_room: Callable[[int], Awaitable[bool]]
     """Evicts content until the given number of bytes fits. Returns False if it cannot fit."""
@@ -105,8 +148,10 @@ class IngestLock:
         """Whether this process holds the exclusive lock."""
         self.resumed_from = 0
         """Bytes of an earlier fetch that were kept when this process got the lock."""
-        self._has_followed = False
-        """Whether this process has read from the open file while another one was writing it."""
+        self.has_followed = False
+        """Whether this process has read from the open file while another one was writing it. That
+        needs a live state (:class:`mirror.store.other_process.LeaderState`): a lock alone proves
+        nothing, because an eviction or an accounting holds it for a moment, too."""
         self._must_replace = False
         """Whether the open file has to be replaced by a new one before it is written."""
         self._context = context
@@ -116,7 +161,6 @@ class IngestLock:
         self._loop = asyncio.get_running_loop()
         self._jobs: set[asyncio.Future[Any]] = set()
         self._heartbeat: asyncio.TimerHandle | None = None
-        self._state_job: asyncio.Future[None] | None = None
 
     # --- threads --------------------------------------------------------------------------------
 
@@ -214,19 +258,18 @@ class IngestLock:
             if not stat.S_ISREG(os.fstat(self.fd).st_mode):
                 raise FileExistsError(errno.EEXIST, "the ingest file is not a regular file")
             if not disk.try_lock(self.fd):
-                self._has_followed = True
                 return Role.FOLLOWER
             if self.is_path_ours:
                 break
             if self.is_published:
                 fcntl.flock(self.fd, fcntl.LOCK_SH)
                 return Role.DONE
-            if self._has_followed:
+            if self.has_followed:
                 raise FileNotFoundError(errno.ENOENT, "the ingest file was removed")
             self._close_blocking()
         else:
             raise FileExistsError(errno.EEXIST, "the ingest file is replaced again and again")
-        published = self._open_published() if not self._has_followed else None
+        published = self._open_published() if not self.has_followed else None
         if published is not None:
             self._unlink()
             self._close_blocking()
@@ -267,13 +310,12 @@ class IngestLock:
         state = record[0] if record is not None and record[0].boot == self._context.boot else None
         # Trust only the `written` bytes that the last holder recorded in the state file.
         trusted = min(length, state.written) if state is not None else 0
-        if record is not None and state is not None and state.error is None:
-            # If the holder died within 3 s, another process may already have served bytes after
+        if state is not None and state.error is None and state.is_recent(_RECENT_DEATH_S):
+            # The holder has just died. Another process may already have served bytes after
             # `written`. Keep them.
-            age = self._context.now() - record[1]
-            trusted = length if 0 <= age <= _RECENT_DEATH_S else trusted
+            trusted = length
         # This process has seen the bytes being written.
-        keep = length if self._has_followed else trusted
+        keep = length if self.has_followed else trusted
         size = expected_size
         if size is None and state is not None:
             size = state.size
@@ -294,27 +336,27 @@ class IngestLock:
         self.is_locked, self._must_replace = False, True
 
     # --- the state file ---------------------------------------------------------------------------
+    # One thread writes and removes all state files, so each one changes in the order of the calls.
 
     async def write_state(self, state: disk.IngestState) -> None:
         """Write the state file, for other processes. Raises ``OSError`` if the disk refuses."""
-        while (job := self._state_job) is not None and not job.done():
-            await asyncio.wait({job})
-        await wait_for_thread(self._start_writing_state(state))
-
-    def _start_writing_state(self, state: disk.IngestState) -> asyncio.Future[None]:
         arguments = (self._layout, self._digest, state)
-        self._state_job = self.run_in_thread(self._context.io, disk.write_state, *arguments)
-        return self._state_job
+        await wait_for_thread(
+            self.run_in_thread(self._context.heartbeats, disk.write_state, *arguments)
+        )
 
     def start_heartbeat(self, state: Callable[[], disk.IngestState]) -> None:
         """Write ``state()`` every second until :meth:`stop_heartbeat`.
 
         A heartbeat that the disk refuses is a missing one, which other processes notice.
         """
+        arguments = (self._context.heartbeats, disk.write_state, self._layout, self._digest)
+        job: asyncio.Future[None] | None = None
 
         def beat() -> None:
-            if self._state_job is None or self._state_job.done():
-                self._start_writing_state(state())
+            nonlocal job
+            if job is None or job.done():
+                job = self.run_in_thread(*arguments, state())
             self._heartbeat = self._loop.call_later(HEARTBEAT_S, beat)
 
         self.stop_heartbeat()
@@ -360,7 +402,7 @@ class IngestLock:
         """
         self.stop_heartbeat()
         if self.is_locked and self.fd is not None:
-            self.run_in_thread(self._context.io, self._unlink, keep_state)
+            self.run_in_thread(self._context.heartbeats, self._unlink, keep_state)
 
     def _unlink(self, keep_state: bool = False) -> None:
         # The state file goes first. Once the ingest file is gone, another process may create both
@@ -399,12 +441,12 @@ class IngestLock:
                 fcntl.flock(self.fd, kind)
         self.is_locked = False
         if not keep_open and self.fd is not None:
-            fd, self.fd, self._has_followed = self.fd, None, False
+            fd, self.fd, self.has_followed = self.fd, None, False
             disk.close(fd, self._context.io)
 
     def _close_blocking(self) -> None:
         fd, self.fd = self._require_open(), None
-        self._must_replace = self._has_followed = False
+        self._must_replace = self.has_followed = False
         os.close(fd)
 
 

@@ -10,8 +10,10 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from mirror.oci.errors import ContentLost, MirrorError
@@ -19,11 +21,9 @@ from mirror.oci.reference import Verifier
 from mirror.store import disk
 from mirror.store.follower import ReadableIngest
 
-PENDING_LIMIT_BYTES: Final = 8 * 1024 * 1024
-"""Bytes that may wait for the disk or for followers before reading from the upstream pauses.
-
-It bounds the memory of one fetch, and is large enough for batches that a disk writes well.
-"""
+_JOINED_BYTES: Final = 64 * 1024
+"""Bytes from which chunks are not joined: an upstream may send chunks of a few bytes, and each one
+would cost as much memory and time again as a whole block."""
 _CATCH_UP_BYTES: Final = 64 * 1024 * 1024
 """Bytes of an earlier fetch that are hashed with each batch.
 
@@ -41,23 +41,28 @@ class IngestWriter:
         """The failure after which no further byte is taken; None if there was none."""
         self._ingest = ingest
         self._verifier = Verifier(ingest.digest)
-        self._pending: list[bytes] = []
+        self._pending: list[bytes | bytearray] = []
+        self._newest = b""
+        """The last chunk. Without a known size it may be the end of the content. It is held back
+        until that is known, because the last batch has to be hashed before it is written."""
         self._has_ended = False
         self._job: asyncio.Future[int] | None = None
 
     async def write(self, chunk: bytes) -> None:
-        """Add the next bytes. Pauses while more than ``PENDING_LIMIT_BYTES`` wait.
+        """Add the next bytes. Pauses while the ingest may not take more memory.
 
         Raises ``DigestMismatch`` or ``ContentLost`` of this batch or of an earlier one.
         """
         ingest = self._ingest
-        self._pending.append(chunk)
+        append_joined(self._pending, self._newest)
+        self._newest = chunk
         ingest.position += len(chunk)
         self._start_next_batch()
-        while self.error is None and self._backlog() > PENDING_LIMIT_BYTES:
+        ingest.count_memory()
+        while self.error is None and not ingest.context.memory.may_take_more(ingest):
             if self._job is not None:
                 await asyncio.wait({self._job})
-            elif ingest.window is not None and ingest.followers:
+            elif ingest.window and ingest.followers:
                 await ingest.wait_for_memory()
             else:
                 ingest.on_follower_moved()
@@ -83,11 +88,7 @@ class IngestWriter:
 
     def discard_pending(self) -> None:
         """Drop the chunks that no thread has begun to write."""
-        self._pending.clear()
-
-    def _backlog(self) -> int:
-        window = self._ingest.window
-        return sum(map(len, self._pending)) + (len(window) if window is not None else 0)
+        self._pending, self._newest = [], b""
 
     def _start_next_batch(self) -> None:
         """Give the pending chunks to a thread, unless it is still busy with the last batch."""
@@ -95,14 +96,13 @@ class IngestWriter:
         if self._job is not None or ingest.is_closed or self.error is not None:
             return
         is_last = self._has_ended or ingest.position == ingest.size
-        # Without a known size, the newest chunk may be the last. It is held back until the end is
-        # known, because the last batch has to be hashed before it is written.
-        held_back = 1 if ingest.size is None and not is_last else 0
-        batch = self._pending[: len(self._pending) - held_back]
-        if not batch and not is_last:
+        if is_last or ingest.size is not None:
+            append_joined(self._pending, self._newest)
+            self._newest = b""
+        if not self._pending and not is_last:
             return
-        start = ingest.position - sum(map(len, self._pending))
-        del self._pending[: len(batch)]
+        batch, self._pending = self._pending, []
+        start = ingest.on_disk if ingest.window is None else ingest.window.stop
         append = partial(append_batch, is_last=is_last, is_stored=ingest.window is None)
         self._job = ingest.lock.run_in_thread(
             ingest.context.io,
@@ -115,7 +115,7 @@ class IngestWriter:
         )
 
     def _on_batch_written(
-        self, job: asyncio.Future[int], batch: list[bytes], start: int, is_last: bool
+        self, job: asyncio.Future[int], batch: list[bytes | bytearray], start: int, is_last: bool
     ) -> None:
         ingest = self._ingest
         self._job = None
@@ -123,9 +123,10 @@ class IngestWriter:
         try:
             self._hand_out(batch, job.result(), is_last)
         except ShortWrite as short:
-            ingest.on_disk = short.end
+            if ingest.window is None:
+                ingest.on_disk = short.end
             ingest.continue_in_memory(disk.reason_of(short.cause))
-            remaining = bytes_after(batch, short.end - start)
+            remaining = bytes_after(batch, ingest.on_disk - start)
             if is_last:
                 # The last batch is hashed before it is written. So these bytes are verified, and
                 # can be served from memory.
@@ -139,7 +140,7 @@ class IngestWriter:
         ingest.wake_followers()
         self._start_next_batch()
 
-    def _hand_out(self, batch: list[bytes], end: int, is_last: bool) -> None:
+    def _hand_out(self, batch: list[bytes | bytearray], end: int, is_last: bool) -> None:
         """Let followers have ``batch``, which is in the file up to ``end`` unless in memory."""
         ingest = self._ingest
         if ingest.window is None:
@@ -167,7 +168,7 @@ class ShortWrite(Exception):
 def append_batch(
     fd: int | None,
     verifier: Verifier,
-    batch: list[bytes],
+    batch: list[bytes | bytearray],
     start: int,
     *,
     is_last: bool,
@@ -214,30 +215,42 @@ def _require_open(fd: int | None) -> int:
     return fd
 
 
-def write_all(fd: int, chunks: Sequence[bytes], offset: int) -> int:
+def write_all(fd: int, chunks: Iterable[bytes | bytearray], offset: int) -> int:
     """Write at ``offset`` until all is written; returns the new end. Short writes are continued.
 
     Raises ``ShortWrite`` with the end that was reached, so that the file's valid length is known.
     """
-    views = [memoryview(chunk) for chunk in chunks if chunk]
+    views = deque(memoryview(chunk) for chunk in chunks if chunk)
     while views:
         try:
-            count = os.pwritev(fd, views[:_MAX_BUFFERS], offset)
+            count = os.pwritev(fd, list(islice(views, _MAX_BUFFERS)), offset)
         except OSError as error:
             raise ShortWrite(error, offset) from error
         if count == 0:
             raise ShortWrite(OSError(errno.ENOSPC, "nothing could be written"), offset)
         offset += count
         while views and count >= len(views[0]):
-            count -= len(views.pop(0))
+            count -= len(views.popleft())
         if count:
             views[0] = views[0][count:]
     return offset
 
 
-def bytes_after(batch: list[bytes], count: int) -> list[bytes]:
+def append_joined(blocks: list[bytes | bytearray], chunk: bytes) -> None:
+    """Append ``chunk`` to ``blocks``. Small chunks are joined to blocks of 64 to 128 KiB."""
+    if not blocks or max(len(blocks[-1]), len(chunk)) >= _JOINED_BYTES:
+        if chunk:
+            blocks.append(chunk)
+    else:
+        last = blocks[-1]
+        if isinstance(last, bytes):
+            last = blocks[-1] = bytearray(last)
+        last += chunk
+
+
+def bytes_after(batch: Iterable[bytes | bytearray], count: int) -> list[bytes | bytearray]:
     """Return the chunks of ``batch`` without its first ``count`` bytes."""
-    remaining = []
+    remaining: list[bytes | bytearray] = []
     for chunk in batch:
         if count < len(chunk):
             remaining.append(chunk[max(0, count) :])

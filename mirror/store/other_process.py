@@ -46,7 +46,7 @@ async def follow_other_process(ingest: Ingest) -> None:
         UpstreamUnavailable: The other process's fetch has failed (see :meth:`LeaderState.refresh`).
         ContentLost: The file no longer continues what followers here already have.
     """
-    leader = LeaderState(ingest.context.layout, ingest.digest)
+    leader = LeaderState(ingest.context.layout, ingest.digest, ingest.context.boot)
     pause_s, polls = _FIRST_POLL_S, 0
     while not ingest.is_verified:
         has_grown = _read_progress(ingest, leader)
@@ -56,6 +56,7 @@ async def follow_other_process(ingest: Ingest) -> None:
         if not ingest.lock.is_path_ours and not ingest.lock.is_published:
             if not ingest.on_disk:
                 # The fetch ended before its first byte. Start with a new file.
+                ingest.is_confirmed = False
                 return ingest.lock.release()
             ingest.continue_in_memory("handover")
         elif leader.silence_s > STALLED_S:
@@ -76,15 +77,15 @@ def _read_progress(ingest: Ingest, leader: LeaderState) -> bool:
     # size. The other way round, it could be published between the two.
     is_published = ingest.lock.is_published
     length = ingest.lock.length
-    has_grown = length > ingest.on_disk
-    leader.refresh(ingest.on_disk, has_grown=has_grown)
-    if leader.state is not None and (ingest.size is None or not ingest.on_disk):
-        ingest.size = leader.state.size
+    has_grown = leader.refresh(ingest.on_disk, length)
     if is_published:
         ingest.size = length
-    ingest.is_confirmed = ingest.is_confirmed or is_published or leader.state is not None
-    if ingest.is_confirmed:
-        ingest.on_disk = ingest.position = max(ingest.on_disk, length)
+    elif leader.state is None:
+        return has_grown
+    elif ingest.size is None or not ingest.on_disk:
+        ingest.size = leader.state.size
+    ingest.is_confirmed = ingest.lock.has_followed = True
+    ingest.on_disk = ingest.position = max(ingest.on_disk, length)
     if has_grown:
         ingest.last_progress = time.monotonic()
     # A file of full length is verified. But an empty file is complete only if the digest is that
@@ -95,13 +96,21 @@ def _read_progress(ingest: Ingest, leader: LeaderState) -> bool:
 
 
 class LeaderState:
-    """The state file of an ingest, read by another process each time that it changes."""
+    """The state file of an ingest, read by another process each time that it changes.
 
-    def __init__(self, layout: Layout, digest: Digest) -> None:
+    Only a live state counts: one of this boot, and of a fetch that runs. The lock says less than
+    that. An accounting holds it for a moment, with the state of a fetch that ended long ago beside
+    it, perhaps before a crash of the machine, which leaves any bytes in the file.
+    """
+
+    def __init__(self, layout: Layout, digest: Digest, boot: str) -> None:
+        """Start without a state. ``boot``: the kernel's boot id."""
         self.state: disk.IngestState | None = None
-        """The state that was read last; None if there was none."""
+        """The live state that was read last; None if there was none."""
         self._layout = layout
         self._digest = digest
+        self._boot = boot
+        self._length = 0
         self._stamp: tuple[int, int] | None = None
         self._last_sign_at = time.monotonic()
 
@@ -110,15 +119,15 @@ class LeaderState:
         """Seconds without a heartbeat or a new byte."""
         return time.monotonic() - self._last_sign_at
 
-    def refresh(self, served: int, *, has_grown: bool) -> None:
-        """Read the state file if it has changed.
+    def refresh(self, served: int, length: int) -> bool:
+        """Read the state file if it has changed. Returns whether the ingest file has grown.
 
         Call it after reading the file's length, and before handing out the bytes up to there: a new
         leader that keeps fewer bytes than the file had says so before it writes the first one.
 
         Args:
             served: Bytes that followers in this process already have.
-            has_grown: The file is longer than that.
+            length: Bytes in the ingest file.
 
         Raises:
             UpstreamUnavailable: The other process's fetch has failed, with a code in
@@ -126,22 +135,36 @@ class LeaderState:
             ContentLost: A new leader continues from before ``served``. Its bytes may differ
                 from those that followers already have.
         """
-        if has_grown:
+        has_grown, self._length = length > self._length, length
+        if has_grown and self.state is not None:
             self._last_sign_at = time.monotonic()
         stamp = disk.stamp_of_state(self._layout, self._digest)
         if stamp is None or stamp == self._stamp:
-            return
+            return has_grown
         record = disk.read_state(self._layout, self._digest)
         if record is None:
-            return
-        previous, self.state = self.state, record[0]
-        self._stamp, self._last_sign_at = stamp, time.monotonic()
-        if previous is None:
-            # First read: an error in it was recorded before we began to follow, and there is no
-            # earlier holder to compare.
-            return
+            return has_grown
+        # A state that changes while we watch has a writer. The first one may have none any more.
+        has_changed, self._stamp = self._stamp is not None, stamp
+        state = record[0]
+        if state.boot == self._boot and (has_changed or self._is_running(state)):
+            self._last_sign_at = time.monotonic()
+            previous, self.state = self.state, state
+            self._raise_if_ended(previous, state, served)
+        return has_grown
+
+    def _is_running(self, state: disk.IngestState) -> bool:
+        """Return whether the first state that was read is that of a fetch that runs.
+
+        No heartbeat is written while content is published. Its file has the full length then.
+        """
+        return state.error is None and (state.is_recent(STALLED_S) or self._length == state.size)
+
+    def _raise_if_ended(
+        self, previous: disk.IngestState | None, state: disk.IngestState, served: int
+    ) -> None:
         # A 401, 403 or 404 of the other process applies to its repository only. Ask for our own.
-        if self.state.error is not None and self.state.error[0] in _REPORTED_FAILURES:
-            raise UpstreamUnavailable(self.state.error[1])
-        if previous.holder != self.state.holder and self.state.resumed_from < served:
+        if state.error is not None and state.error[0] in _REPORTED_FAILURES:
+            raise UpstreamUnavailable(state.error[1])
+        if previous is not None and previous.holder != state.holder and state.resumed_from < served:
             raise ContentLost("another process restarted the ingest before the bytes served here")

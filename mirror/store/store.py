@@ -35,7 +35,7 @@ from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
-from mirror.store.ingest_lock import IngestContext
+from mirror.store.ingest_lock import IngestContext, MemoryBudget
 from mirror.store.names import root_record
 from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
@@ -84,6 +84,7 @@ class Store:
         self._opening = ThreadPoolExecutor(8, "open")
         self._writing = ThreadPoolExecutor(8, "write")
         self._publishing = ThreadPoolExecutor(4, "publish")
+        self._heartbeats = ThreadPoolExecutor(1, "heartbeat")
         self._hashing = ThreadPoolExecutor(2, "hash")
         self._unwritable: str | None = None
         self._contents: int | None = None
@@ -105,6 +106,8 @@ class Store:
             layout=layout,
             io=self._writing,
             publishing=self._publishing,
+            heartbeats=self._heartbeats,
+            memory=MemoryBudget(settings.memory),
             emit=self._observe,
             make_room=self.evictor.make_room,
             on_published=self.blobs.on_published,
@@ -228,7 +231,9 @@ class Store:
         await self.save_image_layout(share=1.0)
         await self.index.close()
         loop = asyncio.get_running_loop()
-        for pool in (self._opening, self._writing, self._publishing, self._hashing):
+        for pool in (
+            *(self._opening, self._writing, self._publishing, self._heartbeats, self._hashing),
+        ):
             await loop.run_in_executor(None, pool.shutdown)
 
     # --- index.json ---------------------------------------------------------------------------

@@ -24,14 +24,14 @@ class Window:
         """Offset of the first byte that is still in memory."""
         self.stop = start
         """Offset after the last byte."""
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes | bytearray] = []
         self._offsets: list[int] = []
         self._freed: asyncio.Future[None] | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def append(self, chunks: Iterable[bytes]) -> None:
+    def append(self, chunks: Iterable[bytes | bytearray]) -> None:
         """Add the next bytes."""
         for chunk in chunks:
             if chunk:

@@ -19,7 +19,7 @@ import pytest
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
 from tests.real.process import need
-from tests.real.server import Mirror
+from tests.real.server import ROOT, Mirror
 from tests.server_kit import Server
 
 T = TypeVar("T")
@@ -112,6 +112,31 @@ def strace(calls: str, *inject: str, log: str | Path = "/dev/null") -> Sequence[
         *(need("strace"), "-f", "-I1", "-qq", "-o", str(log), *quick),
         *("-e", f"trace={calls}", *faults),
     ]
+
+
+def slow_disk(directory: Path, rate: int) -> dict[str, str]:
+    """Return the environment of a mirror whose writes of content are slow.
+
+    Args:
+        directory: An empty directory. Python reads the patch of ``os.pwritev`` from there.
+        rate: Bytes per second, in each thread that writes. 0: the disk keeps its own speed.
+    """
+    if rate:
+        (directory / "sitecustomize.py").write_text(
+            "import os, time\n"
+            "real = os.pwritev\n"
+            "def slow(fd, buffers, offset):\n"
+            f"    time.sleep(sum(map(len, buffers)) / {rate})\n"
+            "    return real(fd, buffers, offset)\n"
+            "os.pwritev = slow\n"
+        )
+    return {"PYTHONPATH": f"{directory}{os.pathsep}{ROOT}"}
+
+
+def most_memory(pid: int) -> int:
+    """Return the peak memory of a process, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
 
 
 def fill(layout: Layout, count: int) -> list[tuple[Digest, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import selectors
 import socket
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
-from tests.robustness.kit import blob_path, is_served, open_sockets
+from tests.robustness.kit import blob_path, is_served, most_memory, open_sockets
 from tests.server_kit import running
 
 MIB = 1 << 20
@@ -61,12 +60,6 @@ class SlowClients:
                 data = key.fileobj.recv(5_000)
                 assert data, "a slow client was cut off"
                 self.received[key.data] += len(data)
-
-
-def most_memory(pid: int) -> int:
-    """Return the peak memory of a process, in bytes."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) * 1024
 
 
 @pytest.mark.row("L3-slow-clients")

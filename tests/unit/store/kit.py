@@ -24,7 +24,7 @@ from mirror.store.blobs import BlobStore
 from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
-from mirror.store.ingest_lock import IngestContext, Role
+from mirror.store.ingest_lock import IngestContext, MemoryBudget, Role
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, NamedManifest, access_records_of, confirm
@@ -74,7 +74,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
     layout = Layout(root)
     for directory in (*layout.content_directories(), *layout.ingest_directories()):
         directory.mkdir(parents=True, exist_ok=True)
-    pools = [ThreadPoolExecutor(4) for _ in range(4)]
+    pools = [ThreadPoolExecutor(4) for _ in range(4)] + [ThreadPoolExecutor(1)]
     events: list[Event] = []
     room = [True]
 
@@ -94,6 +94,8 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         layout=layout,
         io=pools[0],
         publishing=pools[1],
+        heartbeats=pools[4],
+        memory=MemoryBudget(48 * 2**20),
         emit=events.append,
         make_room=make_room,
         on_published=blobs.on_published,

@@ -364,7 +364,7 @@ def test_open_locked_yields_none_while_another_descriptor_holds_the_lock(tmp_pat
     with disk.open_locked(path) as first:
         assert first is not None
         assert disk.is_locked(path)
-        with disk.open_locked(path, os.O_RDONLY) as second:
+        with disk.open_locked(path) as second:
             assert second is None
     assert not disk.is_locked(path)
     with disk.open_locked(path) as third:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mirror.observability.events import Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError, UpstreamUnavailable
-from mirror.store import disk
+from mirror.store import disk, ingest_lock, other_process
 from mirror.store.disk import IngestState
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestLock, Role
+from mirror.store.other_process import LeaderState
 from tests.unit.store.kit import DATA, DIGEST, Kit, bring, eventually, flip, go_on, kit, read
 
 HALF = 1_500_000
@@ -126,13 +129,15 @@ async def test_leader_that_resumes_before_bytes_served_elsewhere_ends_those_read
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
     dying.lock.stop_heartbeat()
-    state = IngestState(len(DATA), disk.boot_id(), HALF - 1000, holder="dead")
-    await dying.lock.write_state(state)
-    now = time.time() + after
-    fresh = Ingest(replace(third.ingest_context, now=lambda: now), DIGEST, None)
+    alive = IngestState(
+        len(DATA), disk.boot_id(), HALF - 1000, holder="dead", beat=time.monotonic()
+    )
+    await dying.lock.write_state(alive)
+    fresh = Ingest(third.ingest_context, DIGEST, None)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         following = group.create_task(in_vain(other) if after != 1.0 else go_on(other))
         assert await read(theirs, 0, HALF) == DATA[:HALF]
+        await dying.lock.write_state(replace(alive, beat=time.monotonic() - after))
         dying.lock.release()  # as the kernel does for a process that died
         role = await fresh.try_lead()
         if role is Role.FOLLOWER:  # the other process was faster, which is right as well
@@ -152,19 +157,138 @@ async def test_leader_that_resumes_before_bytes_served_elsewhere_ends_those_read
     assert first.layout.blob(DIGEST).read_bytes() == DATA
 
 
-async def test_failure_recorded_before_we_followed_is_ignored(processes: list[Kit]) -> None:
+@pytest.mark.row("G6-state-of-another-process")
+async def test_state_of_a_fetch_that_failed_is_no_state_of_the_next_holder(
+    processes: list[Kit],
+) -> None:
     """A new holder has the lock, and has not written its state yet."""
     await left_behind(processes[0], HALF)
+    flip(processes[0].layout.ingest(DIGEST), 5)
     holder = IngestLock(processes[0].ingest_context, DIGEST)
     assert await holder.try_acquire(None, 0) is Role.LEADER
     other = Ingest(processes[1].ingest_context, DIGEST, None)
     theirs = follow(other)
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         group.create_task(go_on(other))
-        assert await read(theirs, 0, 1000) == DATA[:1000]
+        await asyncio.sleep(0.1)
+        assert theirs.arrived == 0, "neither its failure nor its bytes count"
+        holder.discard_previous()
+        assert await holder.try_acquire(None, 0) is Role.LEADER
         holder.release()
         assert await read(theirs) == DATA
     theirs.close()
+
+
+MOMENTARY = pytest.mark.parametrize(
+    "kind", [fcntl.LOCK_SH, fcntl.LOCK_EX], ids=["shared", "exclusive"]
+)
+
+
+@pytest.mark.row("G6-state-of-another-process")
+@MOMENTARY
+@pytest.mark.parametrize("length", [HALF, len(DATA)])
+async def test_momentary_lock_beside_the_state_of_another_boot_is_no_fetch_to_follow(
+    processes: list[Kit], kind: int, length: int
+) -> None:
+    """The accounting and the eviction lock a leftover, which a crash of the machine has damaged."""
+    ours = processes[0]
+    path = ours.layout.ingest(DIGEST)
+    path.write_bytes(bytes(length))
+    state = IngestState(len(DATA), "another boot", length, holder="gone", beat=time.monotonic())
+    disk.write_state(ours.layout, DIGEST, state)
+    content = Ingest(ours.ingest_context, DIGEST, None)
+    follower = follow(content)
+    fd = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(fd, kind)
+        async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+            group.create_task(go_on(content))
+            await asyncio.sleep(0.1)
+            assert follower.arrived == 0
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            assert await read(follower) == DATA
+    finally:
+        os.close(fd)
+    follower.close()
+    assert ours.layout.blob(DIGEST).read_bytes() == DATA, "it is fetched to the disk, not to memory"
+
+
+@pytest.mark.row("G6-state-of-another-process")
+async def test_fetch_of_another_machine_is_not_followed_although_its_heart_beats(
+    processes: list[Kit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a network file system its bytes may arrive in another order."""
+    monkeypatch.setattr(other_process, "STALLED_S", 0.3)
+    there = Ingest(replace(processes[0].ingest_context, boot="another machine"), DIGEST, None)
+    assert await there.try_lead() is Role.LEADER
+    await there.declare(len(DATA))
+    await there.feed(DATA[:HALF])
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    theirs = follow(other)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(go_on(other))
+        for number in range(4):
+            await there.feed(DATA[HALF + number : HALF + number + 1])
+            await there.lock.write_state(there._state())
+            await asyncio.sleep(0.05)
+            assert theirs.arrived == 0
+        assert await read(theirs) == DATA
+    assert [e.reason for e in processes[1].events if isinstance(e, Uncached)] == ["stalled"]
+    theirs.close()
+    there.release()
+
+
+@pytest.mark.row("G6-state-of-another-process")
+async def test_follower_of_content_without_a_size_sees_its_end_before_it_is_published(
+    processes: list[Kit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publishing may take half a minute, and no heartbeat is written meanwhile."""
+    publishing, real = threading.Event(), disk.publish
+
+    def publish(*arguments: Any) -> None:
+        publishing.wait(30)
+        real(*arguments)
+
+    monkeypatch.setattr(disk, "publish", publish)
+    leader = Ingest(processes[0].ingest_context, DIGEST, None)
+    assert await leader.try_lead() is Role.LEADER
+    other = Ingest(processes[1].ingest_context, DIGEST, None)
+    assert await other.try_lead() is Role.FOLLOWER
+    theirs = follow(other)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        group.create_task(go_on(other))
+        group.create_task(bring(leader, size=None))
+        try:
+            assert await read(theirs) == DATA
+            assert not processes[0].layout.blob(DIGEST).exists()
+        finally:
+            publishing.set()
+    theirs.close()
+
+
+@pytest.mark.row("G6-state-of-another-process")
+async def test_writes_that_are_stuck_delay_no_heartbeat(
+    processes: list[Kit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest_lock, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(other_process, "STALLED_S", 0.5)
+    ours, stuck = processes[0], threading.Event()
+    leader = Ingest(ours.ingest_context, DIGEST, None)
+    assert await leader.try_lead() is Role.LEADER
+    await leader.declare(len(DATA))
+    for _ in range(16):
+        ours.ingest_context.io.submit(stuck.wait, 30)
+    try:
+        watched = LeaderState(ours.layout, DIGEST, disk.boot_id())
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            watched.refresh(0, 0)
+            assert watched.silence_s < 0.5
+        assert watched.state is not None
+    finally:
+        stuck.set()
+    await leader.fail(UpstreamUnavailable("over"))
+    leader.release()
 
 
 async def test_failure_reaches_the_followers_in_other_processes(processes: list[Kit]) -> None:

@@ -16,7 +16,8 @@ from mirror.oci.reference import Digest
 from mirror.store import follower as follower_module
 from mirror.store import ingest_writer
 from mirror.store.follower import Follower
-from mirror.store.ingest import Ingest
+from mirror.store.ingest import RESERVE_STEP_BYTES, Ingest
+from mirror.store.ingest_lock import MAX_SHARE_BYTES
 from mirror.store.reader import MemoryExtent
 from tests.unit.store.kit import DATA, DIGEST, Kit, bring, kit, pieces, random_bytes, read
 
@@ -78,7 +79,7 @@ async def test_without_space_content_passes_through_bounded_memory(tmp_path: Pat
 
         _, got = await asyncio.gather(bring(content, data, len(data)), slow())
         assert got == data
-        assert unread <= 2 * ingest_writer.PENDING_LIMIT_BYTES + 65_536
+        assert unread <= MAX_SHARE_BYTES + 65_536
         follower.close()
 
 
@@ -187,7 +188,7 @@ async def test_content_of_unknown_size_reserves_space_step_by_step(
         assert [e.reason for e in parts.events if isinstance(e, Uncached)] == ["full"]
         assert len(asked) == granted + 1
         # each request is for one step, and for the chunk that is held back as the possible end
-        step = range(ingest_writer.PENDING_LIMIT_BYTES, ingest_writer.PENDING_LIMIT_BYTES + 65_537)
+        step = range(RESERVE_STEP_BYTES, RESERVE_STEP_BYTES + 65_537)
         assert all(need in step for need in asked)
         follower.close()
 

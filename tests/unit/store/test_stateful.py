@@ -32,7 +32,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Evicted
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import ingest, ingest_writer
+from mirror.store import ingest, ingest_lock
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
@@ -69,8 +69,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(prefix="oci-mirror-stateful-"))
         self.loop = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
-        for module in (ingest, ingest_writer):
-            self.patch.setattr(module, "PENDING_LIMIT_BYTES", 4 * PIECE)
+        self.patch.setattr(ingest, "RESERVE_STEP_BYTES", 4 * PIECE)
+        self.patch.setattr(ingest_lock, "MAX_SHARE_BYTES", 4 * PIECE)
+        self.patch.setattr(ingest_lock, "MIN_SHARE_BYTES", PIECE)
         self.clock = [1_800_000_000.0]
         self.chance = random.Random(0)
         self.events: list[object] = []
