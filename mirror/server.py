@@ -1,43 +1,45 @@
-"""Start, compose and stop the server, with one or several worker processes.
+"""Compose, run and stop the server of one process.
 
-Lives here: the only module that knows every package. Must not know: how any of them works.
+Lives here: the only module that knows every package. Must not know: how any of them works, other
+processes (``processes.py`` calls :func:`run_worker` in each).
 
-Reading order: :func:`run` opens the sockets. With one worker it calls :func:`run_worker`, otherwise
-it forks workers that do, and restarts those that end. :func:`start_server` composes the packages.
+Reading order: :func:`run_worker` runs until a signal. :func:`start_server` composes the packages.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import ssl
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
+from mirror import __version__
+from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
-from mirror.observability.events import Event, LogMessage, Observer
-from mirror.observability.logs import LogObserver, configure_logging
+from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.log_stream import LogStream
+from mirror.observability.logs import LogObserver, LogWriter, configure_logging
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.upstream.registries import open_registries
+from mirror.upstream.registries import Registries, open_registries
+from mirror.web.connections import LimitedServer
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 
-_LISTEN_BACKLOG: Final = 1024
+LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
 once, and none of them should have to connect again."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
@@ -53,85 +55,171 @@ _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
-_RESTART_INTERVAL_S: Final = 1.0
-"""Minimum number of seconds between two starts of the same worker, so that a worker that ends at
-once is not restarted in a tight loop."""
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-
-
-def run(settings: Settings) -> int:
-    """Serve until ``SIGTERM`` or ``SIGINT``. Returns the exit code: 1 if it cannot listen."""
-    try:
-        sockets = [_listen(settings, index) for index in range(settings.workers)]
-    except OSError as error:
-        print(f"listen: {settings.listen}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
-        return 1
-    try:
-        if settings.workers == 1:
-            return asyncio.run(run_worker(settings, sockets[0]))
-        return _supervise(settings, sockets)
-    finally:
-        for listener in sockets:
-            listener.close()
-
-
-def _listen(settings: Settings, index: int) -> socket.socket:
-    host, _, raw_port = settings.listen.rpartition(":")
-    host, port = host.strip("[]"), int(raw_port)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    if index == 0 and port:
-        # With SO_REUSEPORT a second server would share the port without an error. So the
-        # port is bound once without it, which fails if it is in use.
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if settings.workers > 1:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind((host, port))
-    listener.listen(_LISTEN_BACKLOG)
-    listener.setblocking(False)
-    return listener
+_LAST_LINES_TIMEOUT_S: Final = 1.0
+"""Seconds that the last log lines may take at a stop, if the standard output is slow."""
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+"""Signals after which the server drains and ends."""
 
 
 # --- one worker ---------------------------------------------------------------------------------
 
 
-async def run_worker(settings: Settings, listener: socket.socket) -> int:
-    """Run one worker process on one event loop, until a signal. Returns the exit code."""
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker process below a supervisor."""
+
+    index: int
+    """Its number. A worker that replaces a dead one has the same."""
+    supervisor_alive: int
+    """Descriptor of a pipe whose other end is open in the supervisor only."""
+    predecessor: tuple[int, int] | None
+    """(pid, exit code) of the dead worker that it replaces. None: it is the first."""
+
+
+async def run_worker(
+    settings: Settings,
+    listener: socket.socket,
+    load: Callable[[], Settings],
+    worker: Worker | None = None,
+) -> int:
+    """Run one process on one event loop, until a signal or the end of its supervisor.
+
+    Args:
+        settings: The configuration.
+        listener: A listening socket. It is closed at the end.
+        load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
+        worker: None for the only process.
+
+    Returns:
+        The exit code.
+    """
     # Imported here: prometheus_client reads its environment when it is imported.
     from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
-    lines = configure_logging(settings.log, schedule=loop.call_soon)
+    metrics = MetricsObserver(settings.upstreams, None if worker is None else worker.index)
+    stream = LogStream(_stdout(), lambda count: metrics.observe(LogLinesDropped(count)))
+    lines = configure_logging(settings.log, stream, loop.call_soon)
     log = LogObserver(lines)
-    metrics = MetricsObserver(settings.upstreams)
 
     def emit(event: Event) -> None:
         metrics.observe(event)
         log.observe(event)
 
+    if worker is not None and worker.predecessor is not None:
+        pid, code = worker.predecessor
+        emit(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
     stop = asyncio.Event()
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
-    async with start_server(settings, listener, emit, metrics.render) as running:
-        emit(LogMessage("info", "serving", (("listen", settings.listen),)))
-        await stop.wait()
-        await _drain(settings, running, emit)
-    lines.flush()
+    try:
+        async with start_server(settings, listener, emit, metrics.render) as running:
+            if worker is not None:
+                _watch_supervisor(worker, running, stop, emit)
+            _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
+            fields = (
+                ("version", __version__),
+                ("listen", settings.listen),
+                ("upstreams", ",".join(settings.upstreams)),
+                ("data_dir", str(running.store.layout.root)),
+            )
+            emit(LogMessage("info", "serving", fields))
+            await stop.wait()
+            await _drain(running, emit)
+    finally:
+        lines.flush()
+        stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
 
 
-@dataclass(frozen=True, slots=True)
+def _stdout() -> int:
+    """Return a descriptor for log lines. Descriptor 1 may be another file if it was closed."""
+    return os.open(os.devnull, os.O_WRONLY) if sys.stdout is None else sys.stdout.fileno()
+
+
+def _watch_supervisor(
+    worker: Worker, running: RunningServer, stop: asyncio.Event, emit: Observer
+) -> None:
+    """Stop once the supervisor has ended."""
+    loop = asyncio.get_running_loop()
+
+    def on_supervisor_ended() -> None:
+        loop.remove_reader(worker.supervisor_alive)
+        emit(LogMessage("error", "the supervisor ended: this worker stops"))
+        # A server that replaces the dead one has to get the address at once.
+        running.single_flight.run(("stop_listening",), running.stop_listening)
+        stop.set()
+
+    loop.add_reader(worker.supervisor_alive, on_supervisor_ended)
+
+
+def _reload_at_hangup(
+    running: RunningServer,
+    load: Callable[[], Settings],
+    lines: LogWriter,
+    add_upstreams: Callable[[Collection[str]], None],
+    emit: Observer,
+) -> None:
+    """Read the configuration again at each ``SIGHUP``, in the background."""
+    loop, requested = asyncio.get_running_loop(), asyncio.Event()
+
+    async def reload() -> None:
+        # A thread of its own, which a stop does not wait for: the file's disk may hang.
+        thread = ThreadPoolExecutor(1, "reload")
+        try:
+            new = await loop.run_in_executor(thread, load)
+        finally:
+            thread.shutdown(wait=False)
+        merged = merge_settings(running.settings, new)
+        add_upstreams(merged.settings.upstreams)
+        running.apply(merged.settings)
+        lines.configure(merged.settings.log)
+        changed = ",".join(merged.applied) or "nothing"
+        emit(LogMessage("info", "the configuration was read again", (("changed", changed),)))
+        if merged.kept:
+            keys = (("keys", ",".join(merged.kept)),)
+            emit(LogMessage("warning", "changed keys need a restart", keys))
+
+    async def reload_at_requests() -> None:
+        while True:
+            await requested.wait()
+            requested.clear()
+            try:
+                await reload()
+            except Exception as error:
+                why = (("why", str(error) or type(error).__name__),)
+                emit(LogMessage("error", "the configuration was not applied", why))
+
+    running.single_flight.run(("reload",), reload_at_requests)
+    loop.add_signal_handler(signal.SIGHUP, requested.set)
+
+
+@dataclass(slots=True)
 class RunningServer:
     """The parts of a server that is running on the event loop of this process."""
 
+    settings: Settings
+    """The configuration in use."""
     store: Store
     single_flight: SingleFlight
+    registries: Registries
     health: Health
     handler: Handler
+    content: ContentService
     service: PullService
+    stop_listening: Callable[[], Awaitable[None]]
+    """Closes the listening socket. Open connections stay."""
+
+    def apply(self, settings: Settings) -> None:
+        """Use a changed configuration for new requests. Running fetches keep their connections.
+
+        Raises ``OSError`` or ``ValueError`` if a file that it names cannot be used. Nothing has
+        changed then.
+        """
+        self.registries.configure(settings.upstreams)
+        self.content.configure(settings)
+        self.handler.configure(settings)
+        self.settings = settings
 
 
 @asynccontextmanager
@@ -161,23 +249,38 @@ async def start_server(
             content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
             handler = Handler(settings, service, health, render_metrics, emit)
-            server = web.Server(
-                handler,
-                access_log=None,
-                handler_cancellation=True,
-                keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-                max_field_size=_MAX_FIELD_BYTES,
-                logger=logging.getLogger("aiohttp.server"),
+            options: dict[str, Any] = {
+                "access_log": None,
+                "handler_cancellation": True,
+                "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+                "max_field_size": _MAX_FIELD_BYTES,
+                "logger": logging.getLogger("aiohttp.server"),
+            }
+            is_limited = settings.max_client_connections > 0
+            server = (
+                LimitedServer(handler, emit, **options)
+                if is_limited
+                else web.Server(handler, **options)
             )
             runner = web.ServerRunner(server, shutdown_timeout=1.0)
             await runner.setup()
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
             context = certificate.context if certificate is not None else None
-            site = web.SockSite(runner, listener, ssl_context=context, backlog=_LISTEN_BACKLOG)
+            site = web.SockSite(runner, listener, ssl_context=context, backlog=LISTEN_BACKLOG)
             await site.start()
             try:
-                yield RunningServer(store, single_flight, health, handler, service)
+                yield RunningServer(
+                    settings=settings,
+                    store=store,
+                    single_flight=single_flight,
+                    registries=registries,
+                    health=health,
+                    handler=handler,
+                    content=content,
+                    service=service,
+                    stop_listening=site.stop,
+                )
             finally:
                 await runner.cleanup()
                 # Before the registries close: fetches use their connections.
@@ -218,17 +321,20 @@ async def _run_every(name: str, interval: float, job: Callable[[], object], emit
         await asyncio.sleep(interval)
 
 
-async def _drain(settings: Settings, running: RunningServer, emit: Observer) -> None:
+async def _drain(running: RunningServer, emit: Observer) -> None:
     """Refuse new pulls, and wait until those in flight have ended and their content is published.
 
-    Waits for at most ``drain_timeout`` seconds.
+    Waits for at most ``drain_timeout`` seconds. Then it cuts off the clients that still receive.
     """
     running.health.is_draining = True
     emit(LogMessage("info", "draining", (("pulls", running.handler.in_flight),)))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(settings.drain_timeout):
+    try:
+        async with asyncio.timeout(running.settings.drain_timeout):
             await running.handler.wait_until_idle()
             await running.store.wait_until_published()
+    except TimeoutError:
+        cut = running.handler.abort_all()
+        emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))
 
 
 class Certificate:
@@ -261,84 +367,3 @@ class Certificate:
             )
             self.context.load_cert_chain(self._tls.certificate, self._tls.key)
             self._loaded_stamp = stamp
-
-
-# --- several workers ------------------------------------------------------------------------------
-
-
-def _supervise(settings: Settings, sockets: list[socket.socket]) -> int:
-    """Fork the workers, restart each that ends, and pass signals on to them."""
-    directory = tempfile.mkdtemp(prefix="oci-mirror-metrics-")
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-    # Imported here: prometheus_client reads its environment when it is imported.
-    from mirror.observability.metrics import worker_died
-
-    log = LogObserver(configure_logging(settings.log))
-    workers: dict[int, tuple[int, float]] = {}  # pid -> (index, time of its start in seconds)
-    is_stopping = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal is_stopping
-        is_stopping = True
-        terminate_workers()
-
-    def terminate_workers() -> None:
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-    def start(index: int) -> None:
-        # Without the block, a signal that comes before the pid is in ``workers`` would be passed on
-        # to all workers but the new one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            if not is_stopping:
-                workers[_fork(settings, sockets, index)] = index, time.monotonic()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-
-    for number in _SIGNALS:
-        signal.signal(number, stop)
-    try:
-        for index in range(settings.workers):
-            start(index)
-        while workers:
-            pid, status = os.wait()
-            worker_died(pid)
-            if pid not in workers:
-                continue
-            index, started = workers.pop(pid)
-            if not is_stopping:
-                code = os.waitstatus_to_exitcode(status)
-                log.observe(LogMessage("error", "a worker ended", (("pid", pid), ("code", code))))
-                time.sleep(max(0.0, started + _RESTART_INTERVAL_S - time.monotonic()))
-                start(index)
-        return 0
-    finally:
-        terminate_workers()
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def _fork(settings: Settings, sockets: list[socket.socket], index: int) -> int:
-    """Return the pid of a new worker. The worker itself never returns.
-
-    Call it while ``_SIGNALS`` are blocked.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    code = os.EX_SOFTWARE
-    try:
-        for listener in sockets[:index] + sockets[index + 1 :]:
-            listener.close()
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        code = asyncio.run(run_worker(settings, sockets[index]))
-    except Exception as error:
-        print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
-    finally:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)

@@ -88,6 +88,7 @@ async def running(
     clock: Any = None,
     certificate: Certificate | None = None,
     other: Upstream | None = None,
+    more: Mapping[str, Any] | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
     """Run a server with the upstreams ``docker.io`` and ``other.io``.
@@ -101,6 +102,7 @@ async def running(
         clock: Replaces ``time.time``.
         certificate: The server uses TLS with it.
         other: Replaces the settings of ``other.io``.
+        more: More keys of the configuration, such as ``catalog``.
         upstream: More settings of the upstreams.
     """
     listener = socket.create_server(("127.0.0.1", 0))
@@ -114,6 +116,7 @@ async def running(
             "storage": storage or Storage(),
             "abandoned": abandoned,
             "upstreams": {"docker.io": one, "other.io": other or one},
+            **(more or {}),
         }
     )
     events: list[Event] = []

@@ -18,6 +18,7 @@ from typing import Final
 from mirror import __version__
 from mirror.cli import check, client_files, clients, health, schema
 from mirror.config.load import load
+from mirror.config.settings import Settings
 from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
@@ -232,13 +233,17 @@ def _add_config_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    settings = load(arguments.config, os.environ)
-    # Secrets are read at each use, so they may be written after the server has started.
-    check.check_environment(settings, secrets=False)
-    # Imported here: no other command needs it, and its prometheus_client reads the environment.
-    from mirror.server import run
+    def load_checked() -> Settings:
+        settings = load(arguments.config, os.environ)
+        # Secrets are read at each use, so they may be written after the server has started.
+        check.check_environment(settings, secrets=False)
+        return settings
 
-    return run(settings)
+    settings = load_checked()
+    # Imported here: no other command needs it, and its prometheus_client reads the environment.
+    from mirror.processes import run
+
+    return run(settings, load_checked)
 
 
 def _check_config(arguments: argparse.Namespace) -> int:

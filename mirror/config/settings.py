@@ -63,6 +63,7 @@ Ratio = Annotated[float, BeforeValidator(values.parse_ratio), WithJsonSchema(val
 NonEmptyText = Annotated[str, AfterValidator(values.check_not_empty)]
 Endpoint = Annotated[str, AfterValidator(values.check_endpoint)]
 Host = Annotated[str, AfterValidator(values.check_host)]
+Network = Annotated[str, AfterValidator(values.check_network)]
 Pattern = Annotated[str, AfterValidator(values.check_pattern)]
 PullPolicy: TypeAlias = Literal["Always", "IfNotPresent", "Never"]
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -268,7 +269,23 @@ class Settings(Section):
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Number of server processes. They share the store and each fetch."""
     drain_timeout: FiniteDuration = 30.0
-    """Longest time that running pulls may take after SIGTERM."""
+    """Longest time that running pulls may take after SIGTERM, SIGINT or SIGQUIT."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """
+    Addresses or networks of proxies in front of the mirror, such as 10.0.0.0/8. Their
+    X-Forwarded-For (or Forwarded, without it) names the client. A proxy must add to the field, or
+    replace it.
+    """
+    max_client_connections: Annotated[int, Field(ge=0)] = 0
+    """
+    Connections that one client address may have to one worker. Further ones get a 429. For clients
+    behind trusted_proxies it counts requests. 0: no limit.
+    """
+    catalog: bool = False
+    """
+    Serve /v2/_catalog: the repositories with a manifest on disk, as far as allow and deny permit.
+    All clients of the mirror can read it.
+    """
     abandoned: Literal["finish", "cancel"] = "finish"
     """Finish or cancel a fetch whose last client has left."""
     log: Log = Log()

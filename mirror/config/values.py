@@ -130,6 +130,10 @@ RATIO_SCHEMA: Final[dict[str, Any]] = {
 # --- printing -------------------------------------------------------------------------------------
 
 
+_SIZE_PREFIXES: Final = ((6, "E"), (5, "P"), (4, "T"), (3, "G"), (2, "M"), (1, "K"))
+"""(power, prefix) of each unit of a size, the largest first."""
+
+
 def _format_exact(number: int | float, units: Mapping[str, int]) -> str | None:
     """Return ``number`` in the first unit that divides it, or None if no unit does."""
     for unit, worth in units.items():
@@ -139,9 +143,14 @@ def _format_exact(number: int | float, units: Mapping[str, int]) -> str | None:
 
 
 def format_size(size: int) -> str:
-    """Return the shortest text that :func:`parse_size` reads as exactly ``size`` bytes."""
-    binary = {f"{prefix}iB": 1024**power for power, prefix in ((4, "T"), (3, "G"), (2, "M"))}
-    return _format_exact(size, {**binary, "KiB": 1024}) or str(size)
+    """Return the shortest text that :func:`parse_size` reads as exactly ``size`` bytes.
+
+    It has the unit that people use for such a number: ``50GB`` for 50,000,000,000 bytes, ``50GiB``
+    for 53,687,091,200.
+    """
+    binary = _format_exact(size, {f"{prefix}iB": 1024**power for power, prefix in _SIZE_PREFIXES})
+    decimal = _format_exact(size, {f"{prefix}B": 1000**power for power, prefix in _SIZE_PREFIXES})
+    return min((text for text in (binary, decimal) if text), key=len, default=str(size))
 
 
 def format_duration(seconds: float) -> str:
@@ -246,6 +255,15 @@ def check_alias(text: str) -> str:
 def check_host(text: str) -> str:
     """Check a ``host`` or ``host:port``."""
     split_host(text)
+    return text
+
+
+def check_network(text: str) -> str:
+    """Check an IP address, or a network such as ``10.0.0.0/8``."""
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        raise ValueError("must be an address or a network, such as 10.0.0.0/8") from None
     return text
 
 

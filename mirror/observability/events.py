@@ -25,6 +25,7 @@ class Kind(StrEnum):
     BLOB = "blob"
     TAGS = "tags"
     REFERRERS = "referrers"
+    CATALOG = "catalog"
     INVALID = "invalid"
 
 
@@ -278,6 +279,20 @@ class IngestsMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionRefused:
+    """A connection was refused: ``client``, an address, has ``max_client_connections`` already."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogLinesDropped:
+    """``count`` log lines were lost: nobody reads the standard output, or it cannot be written."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class LogMessage:
     """A message for the log, as one line. ``level``: debug, info, warning, error."""
 
@@ -305,6 +320,8 @@ Event: TypeAlias = (
     | IndexDamaged
     | IndexRestored
     | IngestsMeasured
+    | ConnectionRefused
+    | LogLinesDropped
     | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]

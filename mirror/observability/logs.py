@@ -1,8 +1,7 @@
 """Log lines: one for each request, and one for each event that an operator should know of.
 
 Lives here: the two formats, the escapes, the masking of secrets, and the limit on repeated lines.
-Must not know: how an event comes about. A write never blocks: a pipe that is full or closed loses
-lines, and delays no request.
+Must not know: how an event comes about, how lines reach the descriptor (``log_stream.py``).
 """
 
 from __future__ import annotations
@@ -15,11 +14,12 @@ import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final, TextIO, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from mirror.config.settings import Log
+from mirror.config.values import format_size
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, RequestRecord
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.text import printable
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -37,8 +37,16 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
-_NUMBERS: Final = "id=%s bytes=%d seconds=%.6f first_byte=%.6f"
-_JSON_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
+_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
+_SHOWN_STAGE_S: Final = 0.001
+"""Seconds. On a terminal, a shorter stage is left out: it is not why a request took long."""
+_SHOWN_IN_MS_S: Final = 10.0
+"""Seconds from which a duration is shown in seconds on a terminal."""
+_SHORT_DIGEST_CHARS: Final = 12
+"""Hex digits of a digest on a terminal, as in the output of ``docker images``."""
+_SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_MALFORMED_HTTP: Final = "aiohttp.http_exceptions"
+"""Module of the exceptions that aiohttp's parser raises for bytes that are no HTTP request."""
 _NOT_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -55,6 +63,19 @@ Fields: TypeAlias = tuple[tuple[str, str | int], ...]
 """(key, value) of each field, in the order of the line."""
 
 
+class LineStream(Protocol):
+    """A text stream, such as ``sys.stdout`` or a ``LogStream``."""
+
+    def write(self, text: str, /) -> int:
+        """Write text. Returns 0 if it was dropped."""
+
+    def flush(self) -> None:
+        """Pass on what was written."""
+
+    def isatty(self) -> bool:
+        """Return whether a person reads it on a terminal."""
+
+
 class LogWriter:
     """Writes log lines to a stream. Lines are lost if it is closed or full.
 
@@ -63,16 +84,22 @@ class LogWriter:
     takes longer than a response from the cache.
     """
 
-    def __init__(self, settings: Log, stream: TextIO, schedule: Schedule | None = None) -> None:
+    def __init__(self, settings: Log, stream: LineStream, schedule: Schedule | None = None) -> None:
         self._stream = stream
         self._schedule = schedule
         self._pending: list[str] = []
-        self._level = _LEVELS[settings.level]
-        self._as_json = settings.format == "json" or (
-            settings.format == "auto" and not stream.isatty()
-        )
+        self._dropped = 0
+        """Lines that the stream has dropped since it last accepted one."""
         self._second = (0, "")
         """A second since the epoch, and its text: most lines are of the same second."""
+        self.configure(settings)
+
+    def configure(self, settings: Log) -> None:
+        """Use this level and this format from now on."""
+        self._level = _LEVELS[settings.level]
+        self._as_json = settings.format == "json" or (
+            settings.format == "auto" and not self._stream.isatty()
+        )
 
     def is_enabled(self, level: int) -> bool:
         """Return whether lines of this level are written."""
@@ -86,7 +113,10 @@ class LogWriter:
 
     def write_request(self, level: int, pull: RequestRecord) -> None:
         """Write the line of a request."""
-        self._add(level, "pull", encode_request(pull, self._as_json))
+        if self._as_json:
+            self._add(level, "pull", encode_request(pull))
+        else:
+            self._add(level, *format_request(pull))
 
     def _add(self, level: int, message: str, fields: list[str]) -> None:
         self._pending.append(self._format_line(time.time(), level, message, fields))
@@ -96,13 +126,19 @@ class LogWriter:
             self._schedule(self.flush)
 
     def flush(self) -> None:
-        """Write the pending lines."""
+        """Write the pending lines. After a loss of lines, say how many were lost."""
         lines, self._pending = self._pending, []
+        text = "".join(lines)
+        if self._dropped and lines:
+            lost = [_encode_field("count", self._dropped, self._as_json)]
+            line = self._format_line(time.time(), logging.WARNING, "log lines were dropped", lost)
+            text = line + text
         try:
-            self._stream.write("".join(lines))
+            was_accepted = self._stream.write(text) > 0
             self._stream.flush()
         except (OSError, ValueError):
             return
+        self._dropped = 0 if was_accepted else self._dropped + len(lines)
 
     def _format_line(self, at: float, level: int, message: str, fields: list[str]) -> str:
         """Return exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
@@ -125,10 +161,9 @@ def _encode_field(key: str, value: object, as_json: bool) -> str:
 
 
 @lru_cache(4096)
-def _encode_fields(fields: Fields, as_json: bool) -> str:
-    """Encode fields that are the same for many requests."""
-    encoded = (_encode_field(key, value, as_json) for key, value in fields)
-    return ("," if as_json else " ").join(encoded)
+def _encode_fields(fields: Fields) -> str:
+    """Encode fields, as JSON, that are the same for many requests."""
+    return ",".join(_encode_field(key, value, as_json=True) for key, value in fields)
 
 
 def _to_json(value: object) -> str:
@@ -176,6 +211,8 @@ class _LibraryLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
+        if not self._writer.is_enabled(record.levelno):
+            return
         fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
@@ -192,6 +229,9 @@ class _RepeatFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is written."""
+        kind = record.exc_info[0] if record.exc_info else None
+        if kind is not None and kind.__module__ == _MALFORMED_HTTP:
+            record.levelno = logging.INFO  # The client's fault, and its response is a 400.
         suppressed = self._limit.admit(record.msg if isinstance(record.msg, str) else "")
         if suppressed is None:
             return False
@@ -220,7 +260,7 @@ class BurstLimit:
 
 
 def configure_logging(
-    settings: Log, stream: TextIO | None = None, schedule: Schedule | None = None
+    settings: Log, stream: LineStream | None = None, schedule: Schedule | None = None
 ) -> LogWriter:
     """Set up logging of this process as ``settings`` says, and return the writer of its lines.
 
@@ -244,6 +284,7 @@ class LogObserver:
     def __init__(self, writer: LogWriter) -> None:
         self._writer = writer
         self._limit = BurstLimit()
+        self._has_measured = False
 
     def observe(self, event: Event) -> None:
         """Write the line of an event, if it has one."""
@@ -251,8 +292,7 @@ class LogObserver:
             case events.RequestStarted() | events.BytesSent():
                 pass
             case events.RequestEnded(pull):
-                is_quiet = pull.kind is Kind.PING and not pull.error
-                level = logging.DEBUG if is_quiet else logging.INFO
+                level = request_level(pull)
                 if self._writer.is_enabled(level):
                     self._writer.write_request(level, pull)
             case events.LogMessage(level, message, fields):
@@ -279,6 +319,13 @@ class LogObserver:
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
+            case events.ConnectionRefused(client):
+                message = "connection refused: the client has max_client_connections"
+                self._write_limited(logging.WARNING, message, {"client": client})
+            case events.StorageMeasured(count, size, quota) if not self._has_measured:
+                self._has_measured = True
+                used = {"contents": count, "used": approximate_size(size)}
+                self._write_limited(logging.INFO, "storage", {**used, "quota": format_size(quota)})
 
     def _write_limited(self, level: int, message: str, fields: dict[str, Any]) -> None:
         suppressed = self._limit.admit(message) if self._writer.is_enabled(level) else None
@@ -287,26 +334,86 @@ class LogObserver:
             self._writer.write(level, message, {**fields, **more})
 
 
-def encode_request(pull: RequestRecord, as_json: bool) -> list[str]:
-    """Encode the fields of a request: those that many requests share first, then its own."""
+# --- the line of a request ------------------------------------------------------------------------
+
+
+def request_level(pull: RequestRecord) -> int:
+    """Return the level of a request's line.
+
+    A warning: the upstream's or our own fault, before or after the header was sent. Debug: a probe
+    (``/healthz``, ``/metrics``). All else is info: also a 404, and a client's own fault.
+    """
+    if pull.outcome is Outcome.ERROR and (pull.status == 429 or not 400 <= pull.status < 500):
+        return logging.WARNING
+    is_probe = pull.kind is Kind.PING and not pull.error
+    return logging.DEBUG if is_probe else logging.INFO
+
+
+def encode_request(pull: RequestRecord) -> list[str]:
+    """Encode the fields as JSON: those that many requests share first, then the request's own."""
     # A request id has only letters, digits and ``._-``, so it needs no escape.
-    numbers = _JSON_NUMBERS if as_json else _NUMBERS
     first = pull.first_byte or 0.0
     fields = [
-        _encode_fields(_shared_fields(pull), as_json),
-        numbers % (pull.request_id, pull.bytes_sent, pull.duration, first),
+        _encode_fields(_shared_fields(pull)),
+        _NUMBERS % (pull.request_id, pull.bytes_sent, pull.duration, first),
     ]
     if pull.joined_at_byte is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json))
+        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
     if pull.stages:
-        fields.append(_encode_field("stages", _stage_totals(pull), as_json))
+        fields.append(_encode_field("stages", _stage_totals(pull), as_json=True))
     if not pull.repository:
-        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json))
-    if pull.warning:
-        fields.append(_encode_field("warning", pull.warning, as_json))
-    if pull.error:
-        fields.append(_encode_field("error", pull.error, as_json))
-    return fields
+        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
+    return fields + _encode_reasons(pull, as_json=True)
+
+
+def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
+    """Return the text of a request's line for people, and its further fields.
+
+    ``hit 200 GET blob docker.io/library/alpine@0123456789ab 3.4MiB 12ms (send 8ms) 10.0.0.1``: it
+    fits a terminal of 120 columns. A digest is cut to 12 digits, and stages below 1 ms are left
+    out.
+    """
+    target = pull.path.partition("?")[0]
+    if pull.repository:
+        tag = f":{pull.reference}" if pull.reference and ":" not in pull.reference else ""
+        digest = pull.digest or (pull.reference if ":" in pull.reference else "")
+        short = f"@{digest.partition(':')[2][:_SHORT_DIGEST_CHARS]}" if digest else ""
+        target = f"{pull.upstream}/{pull.repository}{tag}{short}"
+    stages = _stage_totals(pull).items()
+    long = [f"{name} {_milliseconds(time)}" for name, time in stages if time >= _SHOWN_STAGE_S]
+    words = (
+        pull.outcome.value,
+        str(pull.status or "-"),
+        pull.method,
+        pull.kind.value,
+        target,
+        approximate_size(pull.bytes_sent) if pull.bytes_sent else "",
+        _milliseconds(pull.duration),
+        f"({', '.join(long)})" if long else "",
+        pull.client,
+    )
+    text = " ".join(word for word in words if word)
+    fields = _encode_reasons(pull, as_json=False)
+    # Only a line that somebody will look into needs the id.
+    return text, [*fields, f"id={pull.request_id}"] if fields else []
+
+
+def _encode_reasons(pull: RequestRecord, *, as_json: bool) -> list[str]:
+    reasons = (("warning", pull.warning), ("error", pull.error))
+    return [_encode_field(key, reason, as_json) for key, reason in reasons if reason]
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return a duration for people: ``<1ms``, ``12ms``, ``12.3s`` from 10 s on."""
+    if seconds < _SHOWN_STAGE_S:
+        return "<1ms"
+    return f"{seconds * 1000:.0f}ms" if seconds < _SHOWN_IN_MS_S else f"{seconds:.1f}s"
+
+
+def approximate_size(size: int) -> str:
+    """Return a number of bytes for people, such as ``3.4MiB``."""
+    exponent = min(max(size.bit_length() - 1, 0) // 10, len(_SIZE_UNITS) - 1)
+    return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
 def _shared_fields(pull: RequestRecord) -> Fields:

@@ -5,7 +5,9 @@ values: upstreams are those of the configuration, and other labels have a fixed 
 ``docs/metrics.md`` has the same help texts; a test compares the two.
 
 With several worker processes, ``prometheus_client`` adds up files below
-``PROMETHEUS_MULTIPROC_DIR``. The variable must be set before this module is imported.
+``PROMETHEUS_MULTIPROC_DIR``. The variable must be set before this module is imported. The files are
+named by the number of the worker, not by its pid: a worker that replaces a dead one continues to
+count in its files, so their number is bounded.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
     multiprocess,
+    values,
 )
 
 from mirror import __version__
@@ -41,12 +44,17 @@ _MISMATCH_ORIGINS: Final = ("upstream", "resume", "disk")
 
 
 class MetricsObserver:
-    """The observer that counts. ``upstreams``: the names of the configured upstreams."""
+    """The observer that counts.
 
-    def __init__(self, upstreams: Collection[str]) -> None:
+    ``upstreams``: the names of the configured upstreams. ``worker``: the number of this worker
+    process; None for the only process.
+    """
+
+    def __init__(self, upstreams: Collection[str], worker: int | None = None) -> None:
+        if worker is not None:
+            values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call] # theirs
         self._registry = registry = CollectorRegistry()
-        self._known = frozenset(upstreams)
-        names = (*sorted(upstreams), NO_UPSTREAM)
+        self._known: set[str] = set()
 
         def counter(name: str, text: str, labels: str = "") -> Counter:
             return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
@@ -165,6 +173,12 @@ class MetricsObserver:
             "Damaged indexes that were set aside, and indexes restored from index.json.",
             "step",
         )
+        self._refused = counter(
+            "refused_connections", "Connections refused because of max_client_connections."
+        )
+        self._log_lines = counter(
+            "log_lines_dropped", "Log lines that were lost: the standard output is full or broken."
+        )
         self._ingest = gauge(
             "growing_contents", "Running fetches of content (ingests).", mode="livesum"
         )
@@ -176,12 +190,9 @@ class MetricsObserver:
         build = gauge("build_info", "Always 1; the label is the version of the server.", "version")
         build.labels(__version__).set(1)
         # The children of labels are looked up once, because labels() is slow.
-        self._requests_by = {
-            (upstream, kind, outcome): self._requests.labels(upstream, kind.value, outcome.value)
-            for upstream in names
-            for kind in Kind
-            for outcome in Outcome
-        }
+        self._requests_by: dict[tuple[str, Kind, Outcome], Counter] = {}
+        self._sent_by: dict[str, Counter] = {}
+        self._fetched_by: dict[str, Counter] = {}
         self._durations_by = {
             (kind, outcome): (
                 self._first_byte.labels(kind.value, outcome.value),
@@ -190,22 +201,37 @@ class MetricsObserver:
             for kind in Kind
             for outcome in Outcome
         }
-        self._sent_by = {upstream: self._sent.labels(upstream) for upstream in names}
-        self._fetched_by = {upstream: self._fetched.labels(upstream) for upstream in names}
-        self._start_at_zero(names)
+        self._start_at_zero()
+        self._add_upstream(NO_UPSTREAM)
+        self.add_upstreams(upstreams)
 
-    def _start_at_zero(self, names: Collection[str]) -> None:
-        """Create the series of each known label with 0, or rate() would miss the first event."""
-        for upstream in names:
-            self._incomplete.labels(upstream)
-            self._billed.labels(upstream)
-            self._resumed.labels(upstream)
-            self._latency.labels(upstream)
-            self._token_latency.labels(upstream)
-            for result in ("ok", "error"):
-                self._tokens.labels(upstream, result)
-            for where in _MISMATCH_ORIGINS:
-                self._mismatches.labels(upstream, where)
+    def add_upstreams(self, upstreams: Collection[str]) -> None:
+        """Count events of these upstreams under their names, from now on."""
+        for upstream in sorted(set(upstreams) - self._known):
+            self._add_upstream(upstream)
+            self._known.add(upstream)
+
+    def _add_upstream(self, upstream: str) -> None:
+        """Create the series of an upstream with 0, or rate() would miss the first event."""
+        for kind in Kind:
+            for outcome in Outcome:
+                self._requests_by[upstream, kind, outcome] = self._requests.labels(
+                    upstream, kind.value, outcome.value
+                )
+        self._sent_by[upstream] = self._sent.labels(upstream)
+        self._fetched_by[upstream] = self._fetched.labels(upstream)
+        self._incomplete.labels(upstream)
+        self._billed.labels(upstream)
+        self._resumed.labels(upstream)
+        self._latency.labels(upstream)
+        self._token_latency.labels(upstream)
+        for result in ("ok", "error"):
+            self._tokens.labels(upstream, result)
+        for where in _MISMATCH_ORIGINS:
+            self._mismatches.labels(upstream, where)
+
+    def _start_at_zero(self) -> None:
+        """Create the other series with a fixed set of labels with 0."""
         for reason in _EVICTION_REASONS:
             self._evicted.labels(reason)
             self._evicted_bytes.labels(reason)
@@ -270,6 +296,10 @@ class MetricsObserver:
             case events.IngestsMeasured(count, idle):
                 self._ingest.set(count)
                 self._idle.set(idle)
+            case events.ConnectionRefused():
+                self._refused.inc()
+            case events.LogLinesDropped(lines):
+                self._log_lines.inc(lines)
             case events.LogMessage():
                 pass
             case unknown:
@@ -306,9 +336,9 @@ class MetricsObserver:
         return generate_latest(registry), CONTENT_TYPE_LATEST
 
 
-def worker_died(pid: int) -> None:
-    """Delete the gauges of a worker process that has ended."""
-    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call] # theirs
+def worker_died(worker: int) -> None:
+    """Delete the gauges of a worker process that has ended. ``worker``: its number."""
+    multiprocess.mark_process_dead(worker)  # type: ignore[no-untyped-call] # theirs
 
 
 def _bounded(value: str, known: tuple[str, ...]) -> str:

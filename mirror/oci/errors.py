@@ -273,6 +273,15 @@ class Draining(MirrorError):
     code = "UNAVAILABLE"
 
 
+class TooManyRequests(MirrorError):
+    """The client has as many connections, or requests, as the configuration allows one address.
+
+    Raised by ``web``. Code ``TOOMANYREQUESTS``.
+    """
+
+    code = "TOOMANYREQUESTS"
+
+
 class ContentLost(MirrorError):
     """Content was truncated or deleted, or cannot be read, while a reader had it open.
 

@@ -69,7 +69,8 @@ class ContentService:
             emit: Receives the events of fetches.
             now: The wall clock, in seconds since the epoch.
         """
-        self.settings = settings
+        self._upstreams: dict[str, Upstream] = {}
+        self.configure(settings)
         self.store = store
         self.registries = registries
         self.single_flight = single_flight
@@ -82,9 +83,15 @@ class ContentService:
             finish_abandoned=settings.abandoned == "finish",
         )
 
+    def configure(self, settings: Settings) -> None:
+        """Use these settings from now on."""
+        self.settings = settings
+        # Requests that run may name an upstream that is no longer configured.
+        self._upstreams.update(settings.upstreams)
+
     def upstream(self, repository: Repository) -> Upstream:
         """Return the settings of the upstream of ``repository``."""
-        return self.settings.upstreams[repository.upstream]
+        return self._upstreams[repository.upstream]
 
     def may_ask(self, repository: Repository) -> bool:
         """Return True if the pull policy allows requests to the upstream."""

@@ -36,6 +36,15 @@ class BlobResult:
 
 
 @dataclass(frozen=True, slots=True)
+class RepositoriesResult:
+    """One page of the repositories that are here, in order."""
+
+    names: tuple[str, ...]
+    has_more: bool
+    """True if there are repositories after this page."""
+
+
+@dataclass(frozen=True, slots=True)
 class TagsResult:
     """One page of a repository's tags, in order."""
 

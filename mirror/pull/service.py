@@ -15,8 +15,9 @@ from mirror.pull import admission
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
+from mirror.pull.repositories import RepositoryService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import BlobResult, ManifestResult, TagsResult
+from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
 
 
 class PullService:
@@ -34,6 +35,7 @@ class PullService:
         self._content = content
         self._manifests = ManifestService(content)
         self._lists = ListService(content, self._manifests)
+        self._repositories = RepositoryService(content)
 
     def _admit(self, repository: Repository, pull: RequestRecord) -> None:
         match admission.admit(repository, self._content.upstream(repository)):
@@ -105,6 +107,24 @@ class PullService:
         reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))
         return BlobResult(digest, reader.size, reader)
+
+    async def repositories(
+        self, upstream: str | None, count: int | None, last: str
+    ) -> RepositoriesResult:
+        """Return one page of the repositories that have a manifest on disk, in order.
+
+        The list may be a minute old. Repositories that are not admitted are left out.
+
+        Args:
+            upstream: Only repositories of this upstream, named by their paths. None: those of all
+                upstreams, named ``docker.io/library/alpine``.
+            count: Names on the page at most. None for as many as one page may have.
+            last: The page starts after this name. Empty for the first page.
+
+        Raises:
+            StorageUnavailable: The index cannot be read.
+        """
+        return await self._repositories.page(upstream, count, last)
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord

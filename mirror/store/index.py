@@ -190,6 +190,31 @@ class Index:
             after = page[-1][0]
         return tags
 
+    async def repositories(
+        self, is_listed: Callable[[Repository, Digest], bool]
+    ) -> tuple[str, ...] | None:
+        """Return the names of all repositories of which a manifest was pulled, each once, in order.
+
+        Args:
+            is_listed: Called in the index's thread with a repository and the digest of one of its
+                manifests. A repository is left out unless this is true for at least one.
+
+        Returns:
+            Names such as ``docker.io/library/alpine``. None if the database fails.
+        """
+        found: set[str] = set()
+        unanswered: tuple[bool, int | None] = False, None
+
+        def load(after: int, tables: Tables) -> tuple[bool, int | None]:
+            return True, names.add_repositories(tables, after, found, is_listed)
+
+        after: int | None = 0
+        while after is not None:
+            is_read, after = await self._rows.read(partial(load, after), unanswered)
+            if not is_read:
+                return None
+        return tuple(sorted(found))
+
     async def names(self, after: int) -> NamesPage | None:
         """Return the next manifests that were pulled by a name: a tag, or their digest.
 

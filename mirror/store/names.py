@@ -6,11 +6,13 @@ restore inserts. Must not know: threads, files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
 
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository
 from mirror.store.records import (
     AccessRecord,
@@ -107,6 +109,27 @@ def _load_manifest(repository: Repository | None, text: str) -> NamedManifest | 
     return NamedManifest(
         repository, tag=None, digest=record.digest, media_type=record.media_type, size=record.size
     )
+
+
+def add_repositories(
+    tables: Tables,
+    after: int,
+    found: set[str],
+    is_listed: Callable[[Repository, Digest], bool],
+) -> int | None:
+    """Add to ``found`` the repositories of the manifests in the next rows after row id ``after``.
+
+    Returns the row id after which the next page begins, or None after the last one.
+    """
+    page = tables.read_page(NAMED, after)
+    for row in page:
+        name, _, digest = row.key.partition("@")
+        if not digest or name in found or (repository := repository_of(name)) is None:
+            continue
+        with suppress(InvalidRequest):
+            if is_listed(repository, Digest.parse(digest)):
+                found.add(name)
+    return page[-1].id if page else None
 
 
 # --- restoring ------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ Lives here: how the parts of a registry are put together. Must not know: how any
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from mirror.config.settings import Settings
+from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Observer
 from mirror.single_flight import SingleFlight
 from mirror.upstream.api import Registry
@@ -17,10 +17,55 @@ from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport, own_addresses
 
 
+class Registries(dict[str, Registry]):
+    """Name of each upstream -> its registry."""
+
+    def __init__(
+        self, settings: Settings, emit: Observer, single_flight: SingleFlight, stack: AsyncExitStack
+    ) -> None:
+        """Open the registries of ``settings``. ``stack`` closes their connections."""
+        super().__init__()
+        self._listeners = own_addresses(settings.listen)
+        self._emit = emit
+        self._single_flight = single_flight
+        self._stack = stack
+        self._upstreams: dict[str, Upstream] = {}
+        self.configure(settings.upstreams)
+
+    def configure(self, upstreams: Mapping[str, Upstream]) -> None:
+        """Open a new registry for each upstream that is new or has changed. All, or none.
+
+        The connections of a registry that is replaced stay open until the end, because fetches may
+        use them. So do those of an upstream that is no longer configured.
+
+        Raises ``OSError`` or ``ValueError`` if a file that an upstream names cannot be used.
+        """
+        changed = {
+            name: self._open(name, upstream)
+            for name, upstream in upstreams.items()
+            if self._upstreams.get(name) != upstream
+        }
+        self._upstreams.update(upstreams)
+        self.update(changed)
+
+    def _open(self, name: str, upstream: Upstream) -> Registry:
+        transport = Transport(upstream)
+        self._stack.push_async_callback(transport.close)
+        client = FailoverClient(
+            name,
+            upstream,
+            transport,
+            self._emit,
+            self._single_flight,
+            own_addresses=self._listeners,
+        )
+        return HttpRegistry(name, client, upstream.limits, self._emit)
+
+
 @asynccontextmanager
 async def open_registries(
     settings: Settings, emit: Observer, single_flight: SingleFlight
-) -> AsyncIterator[dict[str, Registry]]:
+) -> AsyncIterator[Registries]:
     """Open a registry for each configured upstream, and close their connections at the end.
 
     Args:
@@ -30,16 +75,7 @@ async def open_registries(
             registries are closed.
 
     Yields:
-        Name of the upstream -> its registry.
+        The registries.
     """
-    listeners = own_addresses(settings.listen)
-    registries: dict[str, Registry] = {}
     async with AsyncExitStack() as stack:
-        for name, upstream in settings.upstreams.items():
-            transport = Transport(upstream)
-            stack.push_async_callback(transport.close)
-            client = FailoverClient(
-                name, upstream, transport, emit, single_flight, own_addresses=listeners
-            )
-            registries[name] = HttpRegistry(name, client, upstream.limits, emit)
-        yield registries
+        yield Registries(settings, emit, single_flight, stack)

@@ -14,8 +14,9 @@ The statuses are chosen by what clients do next:
   that are meant for the upstream: the CRI sends pull secrets to every host that challenges, and
   Podman remembers the challenge of ``/v2/``. The error code stays ``UNAUTHORIZED``, because clients
   show the code to their user.
-- 429 carries ``Retry-After`` (RFC 9110, section 10.2.3) only if the upstream sent one: clients obey
-  an invented value, too.
+- 429 carries the ``Retry-After`` (RFC 9110, section 10.2.3) of the upstream, and none if it sent
+  none: clients obey an invented value, too. Refusals of our own (draining, too many connections)
+  name one second: another server takes the request, or a connection ends.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from mirror.oci.errors import (
     NotFound,
     RangeNotSatisfiable,
     StorageUnavailable,
+    TooManyRequests,
     Unauthorized,
     UpstreamError,
     UpstreamRateLimited,
@@ -53,6 +55,7 @@ _STATUS: Final[dict[type, int]] = {
     MethodUnsupported: 405,
     RangeNotSatisfiable: 416,
     UpstreamRateLimited: 429,
+    TooManyRequests: 429,
     UpstreamError: 502,
     UpstreamTimeout: 504,
     Draining: 503,
@@ -81,6 +84,8 @@ def error_headers(error: MirrorError) -> dict[str, str]:
         headers["Allow"] = ", ".join(METHODS)
     elif isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = unsatisfied_range(error.size)
+    elif isinstance(error, Draining | TooManyRequests):
+        headers["Retry-After"] = "1"
     elif isinstance(error, UpstreamRateLimited) and (seconds := _whole_seconds(error.retry_after)):
         headers["Retry-After"] = str(seconds)
     return headers

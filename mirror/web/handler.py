@@ -43,6 +43,7 @@ from mirror.oci.errors import (
     ManifestUnknown,
     MirrorError,
     NotFound,
+    TooManyRequests,
     Unauthorized,
 )
 from mirror.oci.headers import OCTET_STREAM
@@ -50,12 +51,17 @@ from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
 from mirror.pull.service import PullService
 from mirror.web import paths
+from mirror.web.client_address import AddressLimit, TrustedProxies
+from mirror.web.client_socket import abort_connection
 from mirror.web.errors import body_of, error_headers, status_of
 from mirror.web.health import Health
 from mirror.web.streaming import Body, Sender
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
+_IMMUTABLE: Final = "public, max-age=31536000, immutable"
+"""``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
+_ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 
@@ -74,27 +80,53 @@ class Handler:
         """Create the handler of a server.
 
         Args:
-            settings: Names the upstreams.
+            settings: The configuration.
             service: Provides content.
             health: Readiness of this process. While it drains, pulls are refused.
             render_metrics: Returns (body, ``Content-Type``) for ``/metrics``. Called in a thread.
             emit: Receives the events of each request.
         """
-        self.in_flight = 0
-        """Requests that have begun and not ended."""
+        self.addresses = AddressLimit(settings.max_client_connections)
+        """Counts connections by the address of the client; for those of trusted proxies, requests.
+        """
+        self.proxies: TrustedProxies | None = None
+        """None: no proxy is trusted, so the client is the peer of its connection."""
+        self._requests: dict[int, web.BaseRequest] = {}
+        """The requests in flight, by their ``id()``."""
+        self._is_aborting = False
         self._idle = asyncio.Event()
-        self._parse = paths.build_parser(settings.upstream_names(), settings.default_upstream)
-        self._upstream_of_host = {
-            host.lower(): name for name, one in settings.upstreams.items() for host in one.hosts
-        }
+        self.configure(settings)
         self._service = service
         self._health = health
         self._render_metrics = render_metrics
         self._emit = emit
 
+    def configure(self, settings: Settings) -> None:
+        """Use this configuration for new requests."""
+        self._parse = paths.build_parser(settings.upstream_names(), settings.default_upstream)
+        self._upstream_of_host = {
+            host.lower(): name for name, one in settings.upstreams.items() for host in one.hosts
+        }
+        networks = settings.trusted_proxies
+        self.proxies = TrustedProxies(networks) if networks else None
+        self._has_catalog = settings.catalog
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have begun and not ended."""
+        return len(self._requests)
+
+    def abort_all(self) -> int:
+        """Cut off the client of each request in flight. Returns their number."""
+        self._is_aborting = True
+        for request in self._requests.values():
+            # With a reset, so that no client takes a truncated body for a complete one.
+            abort_connection(request.transport, with_reset=True)
+        return self.in_flight
+
     async def wait_until_idle(self) -> None:
         """Wait until no request is in flight."""
-        while self.in_flight:
+        while self._requests:
             self._idle.clear()
             await self._idle.wait()
 
@@ -104,15 +136,20 @@ class Handler:
         request_id = headers.get("X-Request-Id")
         if not request_id or not _REQUEST_ID.fullmatch(request_id):
             request_id = f"{random.getrandbits(64):016x}"
+        target = request.raw_path
+        client = request.remote or ""
+        if self.proxies is not None:
+            forwarded_for = request.headers.getall("X-Forwarded-For", ())
+            client = self.proxies.client_of(client, forwarded_for, request.forwarded)
         pull = RequestRecord(
             request_id,
             request.method,
-            request.raw_path,
-            client=request.remote or "",
+            target if target.startswith("/") else paths.origin_form(target),
+            client=client,
             user_agent=headers.get("User-Agent", ""),
             outcome=Outcome.HIT,
         )
-        self.in_flight += 1
+        self._requests[id(request)] = request
         self._emit(RequestStarted(pull))
         try:
             response = await self._respond(request, pull)
@@ -122,8 +159,8 @@ class Handler:
                 response.force_close()
             return response
         finally:
-            self.in_flight -= 1
-            if not self.in_flight:
+            del self._requests[id(request)]
+            if not self._requests:
                 self._idle.set()
             pull.duration = time.monotonic() - pull.started
             if pull.first_byte is None:
@@ -134,20 +171,21 @@ class Handler:
         try:
             if request.version not in _VERSIONS:
                 raise InvalidRequest("this server supports HTTP/1.0 and HTTP/1.1 only")
-            # Only the origin-form of a target is supported (RFC 9112, section 3.2.1).
-            if not request.raw_path.startswith("/") or "#" in request.raw_path:
+            if not pull.path.startswith("/") or "#" in pull.path:
                 raise InvalidRequest("the request target must be a path")
-            if self._health.is_draining and request.raw_path.startswith("/v2"):
+            if self._health.is_draining and pull.path.startswith("/v2"):
                 raise Draining("this server is shutting down: retry on another one")
+            if pull.client != (request.remote or ""):
+                return await self._dispatch_for_proxy(request, pull)
             return await self._dispatch(request, pull)
         except MirrorError as error:
             return _build_error_response(error, pull)
         except (ConnectionError, TimeoutError):
             # The client has left, or has stopped to read. That is no failure of this server.
-            pull.error = "client left"
+            self._record_abort(pull)
             return _NoResponse(status=pull.status)
         except asyncio.CancelledError:
-            pull.error = "client left"
+            self._record_abort(pull)
             raise
         except Exception as error:
             self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
@@ -161,8 +199,25 @@ class Handler:
         without_port = host.rpartition(":")[0] if not host.endswith("]") else ""
         return self._upstream_of_host.get(host) or self._upstream_of_host.get(without_port)
 
+    def _record_abort(self, pull: RequestRecord) -> None:
+        pull.error = "client left"
+        if self._is_aborting:
+            pull.outcome = Outcome.ERROR
+            pull.error = "cut off at the end of drain_timeout"
+
+    async def _dispatch_for_proxy(
+        self, request: web.BaseRequest, pull: RequestRecord
+    ) -> web.StreamResponse:
+        """Serve a client behind a proxy. Its connection is the proxy's, so requests are counted."""
+        if not self.addresses.try_open(pull.client):
+            raise TooManyRequests("too many requests of this client at the same time")
+        try:
+            return await self._dispatch(request, pull)
+        finally:
+            self.addresses.close(pull.client)
+
     async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
-        path, _, query = request.raw_path.partition("?")
+        path, _, query = pull.path.partition("?")
         parsed = self._parse(request.method, path, query, self._named_by_host(request))
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         match parsed:
@@ -174,6 +229,11 @@ class Handler:
                 return await self._send_tags(parsed, pull)
             case paths.ReferrersRequest():
                 return await self._send_referrers(parsed, request, pull)
+            case paths.RepositoriesRequest():
+                return await self._send_repositories(parsed, pull)
+            case paths.RootRequest():
+                headers = {"Content-Type": "text/plain; charset=utf-8", **common_headers(pull)}
+                return web.Response(body=_ROOT_TEXT, headers=headers)
             case paths.PingRequest():
                 return _build_json_response(b"{}", pull)
             case paths.HealthRequest():
@@ -203,7 +263,12 @@ class Handler:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
         body = Body(result.digest, result.media_type, result.size, result.body)
-        return await Sender(request, pull, self._emit).send(body, common_headers(pull))
+        extra = common_headers(pull)
+        if isinstance(parsed.reference, Digest):
+            extra["Cache-Control"] = _IMMUTABLE
+        else:
+            extra["Vary"] = "Accept"
+        return await Sender(request, pull, self._emit).send(body, extra)
 
     async def _send_blob(
         self, parsed: paths.BlobRequest, request: web.BaseRequest, pull: RequestRecord
@@ -214,10 +279,26 @@ class Handler:
         pull.digest = str(result.digest)
         try:
             body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
-            return await Sender(request, pull, self._emit).send(body, common_headers(pull))
+            extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
+            return await Sender(request, pull, self._emit).send(body, extra)
         finally:
             if result.reader is not None:
                 result.reader.close()
+
+    async def _send_repositories(
+        self, parsed: paths.RepositoriesRequest, pull: RequestRecord
+    ) -> web.StreamResponse:
+        pull.kind = Kind.CATALOG
+        pull.upstream = parsed.ns or ""
+        if not self._has_catalog:
+            raise NotFound("this mirror lists no repositories: set catalog to true to allow it")
+        result = await self._service.repositories(parsed.ns, parsed.count, parsed.last)
+        page = {"repositories": list(result.names)}
+        response = _build_json_response(json.dumps(page).encode(), pull)
+        if result.has_more and result.names:
+            query = {"n": parsed.count, "last": result.names[-1], "ns": parsed.ns}
+            response.headers["Link"] = build_next("/v2/_catalog", query)
+        return response
 
     async def _send_tags(
         self, parsed: paths.TagsRequest, pull: RequestRecord
@@ -269,7 +350,7 @@ def _build_error_response(error: MirrorError, pull: RequestRecord) -> web.Stream
     match error:
         case NotFound():
             pull.outcome = Outcome.NEGATIVE
-        case Denied() | Unauthorized():
+        case Denied() | Unauthorized() | TooManyRequests():
             pull.outcome = Outcome.DENIED
         case _:
             pull.outcome = Outcome.ERROR

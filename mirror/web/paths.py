@@ -53,6 +53,23 @@ class MetricsRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RootRequest:
+    """``/``: the default probe of many load balancers. The response is always 200."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoriesRequest:
+    """``/v2/_catalog``: one page of the repositories that are here."""
+
+    count: int | None
+    """Largest number of names on the page. None: the client sets no limit."""
+    last: str
+    """The page begins after this name. Empty: it begins with the first."""
+    ns: str | None
+    """Only repositories of this upstream, named without it. None: all, named with theirs."""
+
+
+@dataclass(frozen=True, slots=True)
 class ManifestRequest:
     """A manifest, by tag or by digest."""
 
@@ -97,12 +114,21 @@ class ReferrersRequest:
 
 
 RepositoryRequest: TypeAlias = ManifestRequest | BlobRequest | TagsRequest | ReferrersRequest
-Request: TypeAlias = RepositoryRequest | PingRequest | HealthRequest | ReadyRequest | MetricsRequest
+Request: TypeAlias = (
+    RepositoryRequest
+    | RepositoriesRequest
+    | RootRequest
+    | PingRequest
+    | HealthRequest
+    | ReadyRequest
+    | MetricsRequest
+)
 
 METHODS: Final = ("GET", "HEAD")
 """Methods that a pull-through mirror supports."""
 
 _FIXED: Final[dict[str, Request]] = {
+    "/": RootRequest(),
     "/v2/": PingRequest(),
     "/v2": PingRequest(),
     "/healthz": HealthRequest(),
@@ -110,6 +136,9 @@ _FIXED: Final[dict[str, Request]] = {
     "/metrics": MetricsRequest(),
 }
 
+_CATALOG_PATH: Final = "/v2/_catalog"
+# RFC 9112, section 3.2.2: absolute-form = absolute-URI
+_ABSOLUTE: Final = re.compile(r"https?://[^/?#]+(?P<rest>.*)", re.ASCII | re.IGNORECASE | re.DOTALL)
 # Greedy: a repository may have components named "manifests" or "blobs", so the last one counts.
 _PATH: Final = re.compile(
     r"/v2/(?P<name>[^?#]*)/"
@@ -162,6 +191,8 @@ def parse(
         raise InvalidRequest("the request target must not contain a fragment")
     match = _PATH.fullmatch(raw_path)
     if match is None:
+        if raw_path == _CATALOG_PATH:
+            return _parse_catalog(_parse_query(query), upstreams)
         return _FIXED.get(raw_path) or _raise_path_error(raw_path)
     name, kind, reference = match.groups()
     parameters = _parse_query(query) if query else {}
@@ -180,6 +211,17 @@ def parse(
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
     return ReferrersRequest(repository, digest, _parse_artifact_type(parameters), ns)
+
+
+def origin_form(target: str) -> str:
+    """Return the path and query of a request target in absolute-form (RFC 9112, section 3.2.2).
+
+    Any other target is returned as it is.
+    """
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None:
+        return target
+    return match["rest"] if match["rest"].startswith("/") else f"/{match['rest']}"
 
 
 def build_parser(
@@ -263,6 +305,16 @@ def _parse_last(parameters: dict[str, str]) -> str | None:
         return Tag.parse(raw).name
     except TagInvalid:
         raise PaginationInvalid("last must be a tag") from None
+
+
+def _parse_catalog(parameters: dict[str, str], upstreams: Mapping[str, str]) -> RepositoriesRequest:
+    ns, last = parameters.get("ns"), parameters.get("last", "")
+    if ns is not None and ns not in upstreams:
+        raise NameUnknown("this mirror is not configured for this upstream")
+    if len(last) > _MAX_CACHED_CHARS:
+        raise PaginationInvalid("last must be a repository")
+    upstream = None if ns is None else upstreams[ns]
+    return RepositoriesRequest(_parse_count(parameters), last, upstream)
 
 
 def _parse_artifact_type(parameters: dict[str, str]) -> str | None:

@@ -98,16 +98,14 @@ class SingleWriteResponse(web.StreamResponse):
         super().__init__()
         self._fields = headers
         self._content = body
-
-    @property
-    def keep_alive(self) -> bool:
-        """Always true: the caller checked that the connection is kept open."""
-        return True
+        self._keep_alive = True  # The caller checked it. ``force_close`` changes it.
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Write the whole response. Raises ``ConnectionError`` if the client has left."""
         writer = request.writer
         self._fields["Date"] = _format_date(int(time.time()))
+        if not self._keep_alive:
+            self._fields["Connection"] = "close"
         # The writer only iterates over the pairs, and refuses those with a line break. So a dict
         # will do, and a multidict need not be built.
         await writer.write_headers("HTTP/1.1 200 OK", cast("CIMultiDict[str]", self._fields))

@@ -39,7 +39,6 @@ DATA = random_bytes(2_000_000, 31)
         b"GET /v2/ HTTP/1.1\r\nHost : x\r\n\r\n",
         b"GET /v2/ HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
         b"GET /v2/ HTTP/2.0\r\nHost: x\r\n\r\n",
-        f"GET http://evil/v2/ HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode(),
         f"GET /v2/#fragment HTTP/1.1\r\n{CLOSE}\r\n\r\n".encode(),
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],

@@ -22,7 +22,7 @@ Sources: TypeAlias = dict[str, str]
 
 SHARED = {"", "oci", "observability.events", "config.settings", "single_flight", "threads"}
 LOADING = {"config.load", "config.values"}
-OBSERVERS = {"observability.logs", "observability.metrics"}
+OBSERVERS = {"observability.logs", "observability.log_stream", "observability.metrics"}
 BELOW_SERVER = {"web", "pull", "store", "upstream", *OBSERVERS, *SHARED}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
@@ -32,6 +32,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config": set(),
     "config.values": {"oci"},
     "config.settings": {"config.values", "oci"},
+    "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
     "threads": set(),
@@ -41,10 +42,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {"web", "pull", "store.reader", "observability.logs", *SHARED},
-    "observability.logs": SHARED,
+    # The start line prints the quota as the configuration does.
+    "observability.logs": {*SHARED, "config.values"},
+    "observability.log_stream": set(),
     "observability.metrics": SHARED,
-    "server": {"server", *BELOW_SERVER},
-    "cli": {"cli", "server", *LOADING, *BELOW_SERVER},
+    "server": {"server", "config.reload", *BELOW_SERVER},
+    "processes": {"server", "config.reload", "observability.metrics", *SHARED},
+    "cli": {"cli", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages

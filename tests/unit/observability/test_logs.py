@@ -8,6 +8,7 @@ import logging
 import re
 
 import pytest
+from aiohttp.http_exceptions import BadStatusLine
 
 from mirror.config.settings import Log
 from mirror.observability import events
@@ -44,12 +45,133 @@ def test_request_is_one_json_line_with_its_fields() -> None:
     assert "resolve" in fields["stages"]
 
 
-def test_human_format_has_key_value_pairs_and_quotes_spaces() -> None:
-    (line,) = written(events.RequestEnded(a_pull(user_agent="a b")), log=Log(format="human"))
-    assert re.match(
-        r"\d{4}-\d\d-\d\dT[\d:.]+Z info    pull outcome=hit status=200 method=GET", line
+HUMAN = Log(format="human")
+
+
+@pytest.mark.row("FE6-one-line-per-request")
+def test_human_line_of_a_blob_fits_120_columns_and_has_its_digest_once() -> None:
+    digest = "sha256:" + "0123456789abcdef" * 4
+    pull = a_pull(
+        kind=Kind.BLOB,
+        repository="library/alpine",
+        reference=digest,
+        digest=digest,
+        bytes_sent=3_565_158,
+        duration=0.0123,
+        client="10.244.13.7",
+        user_agent="containerd/v2.1.4",
+        stages=[("index", 0.0004), ("send", 0.005), ("send", 0.004)],
     )
-    assert 'user_agent="a b"' in line
+    (line,) = written(events.RequestEnded(pull), log=HUMAN)
+    stamp, _, rest = line.partition(" ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", stamp)
+    assert rest == (
+        "info    hit 200 GET blob docker.io/library/alpine@0123456789ab 3.4MiB 12ms (send 9ms)"
+        " 10.244.13.7"
+    )
+    assert len(line) <= 120 + 3, line
+
+
+@pytest.mark.row("FE6-one-line-per-request")
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"digest": "sha256:" + "ab" * 32}, "manifest docker.io/library/app:1.0@abababababab <1ms"),
+        ({"kind": Kind.TAGS, "reference": ""}, "tags docker.io/library/app <1ms"),
+        ({"duration": 12.34}, "manifest docker.io/library/app:1.0 12.3s"),
+        (
+            {"duration": 0.9, "stages": [("resolve", 0.5), ("fetch", 0.3)]},
+            "manifest docker.io/library/app:1.0 900ms (resolve 500ms, fetch 300ms)",
+        ),
+        ({"repository": "", "kind": Kind.INVALID}, "invalid /v2/library/app/manifests/1.0 <1ms"),
+        ({"path": "/x y", "repository": "", "kind": Kind.INVALID}, "invalid /x y <1ms"),
+    ],
+)
+def test_human_line_names_kind_target_time_and_long_stages(
+    fields: dict[str, object], expected: str
+) -> None:
+    (line,) = written(events.RequestEnded(a_pull(**fields)), log=HUMAN)
+    assert line.endswith(f"hit 200 GET {expected}")
+
+
+@pytest.mark.row("FE6-one-line-per-request")
+def test_human_line_of_a_failure_ends_with_the_error_and_the_id() -> None:
+    failed = a_pull(outcome=Outcome.ERROR, status=502, error="UNAVAILABLE: no answer")
+    (line,) = written(events.RequestEnded(failed), log=HUMAN)
+    assert line.endswith(' error="UNAVAILABLE: no answer" id=0123456789abcdef')
+    stale = a_pull(outcome=Outcome.STALE, warning="no answer")
+    (line,) = written(events.RequestEnded(stale), log=HUMAN)
+    assert line.endswith(' warning="no answer" id=0123456789abcdef')
+
+
+@pytest.mark.row("FE4-severity-of-failures")
+@pytest.mark.parametrize(
+    ("outcome", "status", "error", "level"),
+    [
+        # The upstream's or our own fault.
+        (Outcome.ERROR, 502, "UNAVAILABLE: no answer", "warning"),
+        (Outcome.ERROR, 504, "UNAVAILABLE: too slow", "warning"),
+        (Outcome.ERROR, 429, "TOOMANYREQUESTS: pause", "warning"),
+        (Outcome.ERROR, 503, "UNAVAILABLE: no descriptor", "warning"),
+        (Outcome.ERROR, 500, "UNKNOWN: internal error", "warning"),
+        # Cut after the header was sent.
+        (Outcome.ERROR, 200, "UNAVAILABLE: the upstream broke off", "warning"),
+        (Outcome.ERROR, 0, "cut off at the end of drain_timeout", "warning"),
+        # The client's own fault, or a decision.
+        (Outcome.ERROR, 400, "NAME_INVALID: malformed", "info"),
+        (Outcome.ERROR, 405, "UNSUPPORTED: read-only", "info"),
+        (Outcome.ERROR, 416, "SIZE_INVALID: range", "info"),
+        (Outcome.NEGATIVE, 404, "MANIFEST_UNKNOWN: no such tag", "info"),
+        (Outcome.DENIED, 403, "DENIED: deny-list", "info"),
+        (Outcome.HIT, 200, "client left", "info"),
+        (Outcome.HIT, 200, "", "info"),
+        (Outcome.STALE, 200, "", "info"),
+    ],
+)
+def test_level_of_a_request_says_whose_fault_a_failure_is(
+    outcome: Outcome, status: int, error: str, level: str
+) -> None:
+    pull = a_pull(outcome=outcome, status=status, error=error)
+    (line,) = written(events.RequestEnded(pull))
+    assert json.loads(line)["level"] == level
+
+
+@pytest.mark.row("FE4-severity-of-failures")
+def test_level_warning_shows_failed_pulls_and_nothing_else() -> None:
+    log = Log(format="json", level="warning")
+    failed = a_pull(outcome=Outcome.ERROR, status=502, error="UNAVAILABLE: no answer")
+    lines = written(events.RequestEnded(a_pull()), events.RequestEnded(failed), log=log)
+    assert [json.loads(line)["status"] for line in lines] == [502]
+
+
+@pytest.mark.row("FE4-severity-of-failures")
+def test_bytes_that_are_no_http_request_are_info_and_other_faults_of_aiohttp_stay_errors() -> None:
+    for level, expected in (("info", ["info", "error"]), ("warning", ["error"])):
+        stream = io.StringIO()
+        configure_logging(Log.model_validate({"format": "json", "level": level}), stream)
+        for error in (BadStatusLine("x"), ZeroDivisionError("x")):
+            try:
+                raise error
+            except Exception:
+                logging.getLogger("aiohttp.server").exception("Error handling request")
+        lines = stream.getvalue().splitlines()
+        assert [json.loads(line)["level"] for line in lines] == expected
+
+
+@pytest.mark.row("FE7-commands-and-start-line")
+def test_first_measurement_of_the_storage_is_logged_with_use_and_quota() -> None:
+    measured = events.StorageMeasured(7, 3_435_973_837, 50 * 10**9, True)
+    (line,) = written(measured, measured)
+    fields = json.loads(line)
+    assert fields["message"] == "storage"
+    assert (fields["contents"], fields["used"], fields["quota"]) == (7, "3.2GiB", "50GB")
+
+
+def test_library_record_below_the_level_is_not_written() -> None:
+    stream = io.StringIO()
+    configure_logging(Log(format="json", level="error"), stream)
+    logging.getLogger("asyncio").warning("slow")
+    assert stream.getvalue() == ""
 
 
 def test_ping_is_logged_at_debug_level_only() -> None:
@@ -128,4 +250,4 @@ def test_server_timing_is_a_valid_header_in_milliseconds() -> None:
     with pull.stage("wait for it"), pull.stage("index"):
         pass
     assert re.fullmatch(r"(?:[\w-]+;dur=\d+\.\d\d(?:, )?)+", server_timing(pull))
-    assert any("stages" in field for field in encode_request(pull, as_json=True))
+    assert any("stages" in field for field in encode_request(pull))

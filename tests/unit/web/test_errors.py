@@ -48,6 +48,7 @@ EXPECTED = {
     "Draining": (503, "UNAVAILABLE"),
     "ContentLost": (503, "UNAVAILABLE"),
     "StorageUnavailable": (503, "UNAVAILABLE"),
+    "TooManyRequests": (429, "TOOMANYREQUESTS"),
 }
 
 

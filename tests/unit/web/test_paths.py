@@ -28,9 +28,12 @@ from mirror.web.paths import (
     PingRequest,
     ReadyRequest,
     ReferrersRequest,
+    RepositoriesRequest,
     Request,
+    RootRequest,
     TagsRequest,
     build_parser,
+    origin_form,
     parse,
 )
 from tests.unit.web.kit import DIGEST, UPSTREAMS, parse_path
@@ -51,6 +54,7 @@ def hub(path: str) -> Repository:
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
+        ("/", RootRequest()),
         ("/v2/", PingRequest()),
         ("/v2", PingRequest()),
         ("/healthz", HealthRequest()),
@@ -279,7 +283,10 @@ def test_any_input_gives_a_valid_request_or_a_typed_error(path: str, query: str)
         found = parse_path(path, query)
     except (InvalidRequest, NotFound, MethodUnsupported):
         return
-    if isinstance(found, PingRequest | HealthRequest | ReadyRequest | MetricsRequest):
+    if isinstance(found, PingRequest | HealthRequest | ReadyRequest | MetricsRequest | RootRequest):
+        return
+    if isinstance(found, RepositoriesRequest):
+        assert found.ns in {None, *UPSTREAMS}
         return
     assert found.repository.upstream in UPSTREAMS
     assert Repository.parse(found.repository.upstream, found.repository.path) == found.repository
@@ -375,3 +382,45 @@ def test_upstream_is_found_by_ns_then_host_then_path_then_default(
     )
     assert isinstance(found, ManifestRequest)
     assert (found.repository.upstream, found.repository.path) == expected
+
+
+# --- the catalogue, and targets in absolute-form --------------------------------------------------
+
+
+def test_catalog_has_count_last_and_upstream() -> None:
+    assert parse_path("/v2/_catalog") == RepositoriesRequest(None, "", None)
+    query = "n=5&last=library/app&ns=ghcr.io"
+    assert parse_path("/v2/_catalog", query) == RepositoriesRequest(5, "library/app", "ghcr.io")
+
+
+@pytest.mark.parametrize(
+    ("query", "error"),
+    [
+        ("n=-1", PaginationInvalid),
+        ("n=x", PaginationInvalid),
+        ("last=" + "x" * 600, PaginationInvalid),
+        ("ns=evil.example", NameUnknown),
+    ],
+)
+def test_malformed_query_of_the_catalog_is_refused(query: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        parse_path("/v2/_catalog", query)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("http://mirror:5100/v2/", "/v2/"),
+        ("HTTPS://mirror/v2/a/manifests/b?ns=ghcr.io", "/v2/a/manifests/b?ns=ghcr.io"),
+        ("http://[::1]:5100/healthz", "/healthz"),
+        ("http://mirror", "/"),
+        ("http://mirror?ns=x", "/?ns=x"),
+        ("/v2/http://x/", "/v2/http://x/"),
+        ("ftp://mirror/v2/", "ftp://mirror/v2/"),
+        ("http:///v2/", "http:///v2/"),
+        ("mirror:5100", "mirror:5100"),
+        ("*", "*"),
+    ],
+)
+def test_absolute_form_becomes_its_path_and_other_forms_stay(target: str, expected: str) -> None:
+    assert origin_form(target) == expected

@@ -1,0 +1,107 @@
+"""A stream of log lines that never blocks its writer: a thread writes them to a descriptor.
+
+Lives here: the bounded queue between the event loop and the thread. Must not know: the format of a
+line.
+
+Standard output may be a pipe that nobody reads, a terminal that is stopped, or a file on a disk
+that hangs. A write to it then blocks for ever. It blocks the thread only: the queue fills, and
+further lines are dropped and counted.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Final
+
+_MAX_QUEUED_CHARS: Final = 2 * 1024 * 1024
+"""Characters that wait for the thread: about 5,000 lines, which is one second of a busy server."""
+_GATHER_S: Final = 0.01
+"""Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
+than a response from the cache."""
+_WRITABLE_TIMEOUT_MS: Final = 1000
+"""Milliseconds to wait for a descriptor that somebody has set to non-blocking."""
+
+
+class LogStream:
+    """A text stream whose ``write`` returns at once. All methods but the thread's run on one loop.
+
+    The thread is a daemon: a descriptor that blocks does not delay the end of the process.
+    """
+
+    def __init__(self, fd: int, on_dropped: Callable[[int], None]) -> None:
+        """Start the thread.
+
+        Args:
+            fd: An open descriptor, which stays open.
+            on_dropped: Receives the number of lines that were lost. Also called in the thread.
+        """
+        self._fd = fd
+        self._on_dropped = on_dropped
+        self._lock = threading.Lock()
+        self._queue: list[str] = []
+        self._queued_chars = 0
+        self._has_work = threading.Event()
+        self._is_closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, text: str) -> int:
+        """Queue whole lines. Returns their length, or 0 if they were dropped: the queue is full."""
+        with self._lock:
+            has_room = self._queued_chars + len(text) <= _MAX_QUEUED_CHARS
+            if has_room:
+                self._queue.append(text)
+                self._queued_chars += len(text)
+        if not has_room:
+            self._on_dropped(text.count("\n"))
+            return 0
+        if not self._has_work.is_set():
+            self._has_work.set()
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: the thread writes as soon as it can."""
+
+    def isatty(self) -> bool:
+        """Return whether the descriptor is a terminal."""
+        return os.isatty(self._fd)
+
+    def close(self, timeout: float) -> None:
+        """Wait until the queued lines are written, but at most ``timeout`` seconds."""
+        self._is_closing.set()
+        self._has_work.set()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        while not self._is_closing.is_set():
+            self._has_work.wait()
+            self._write_queued()
+            self._is_closing.wait(_GATHER_S)
+        self._write_queued()
+
+    def _write_queued(self) -> None:
+        with self._lock:
+            self._has_work.clear()
+            lines, self._queue = self._queue, []
+        text = "".join(lines)
+        try:
+            self._write_all(text.encode(errors="backslashreplace"))
+        except OSError:
+            self._on_dropped(text.count("\n"))
+        finally:
+            with self._lock:
+                # Not before: the text that is being written occupies memory, too.
+                self._queued_chars -= len(text)
+
+    def _write_all(self, data: bytes) -> None:
+        remaining = memoryview(data)
+        while remaining:
+            try:
+                remaining = remaining[os.write(self._fd, remaining) :]
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll(_WRITABLE_TIMEOUT_MS)

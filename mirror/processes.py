@@ -1,0 +1,220 @@
+"""Run the server as one process, or as workers below a supervisor.
+
+Lives here: sockets, signals of the supervisor, forks, the directory in which the workers count.
+Must not know: HTTP, what a worker does.
+
+- A worker that ends is started again. The new one logs the end of the old one: the supervisor
+  itself writes no line, because a pipe that nobody reads would block it.
+- A supervisor that is killed cannot tell its workers. They hold one end of a pipe, and end when
+  the kernel closes the other one (:func:`mirror.server.run_worker`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, NoReturn
+
+from mirror.config.reload import merge_settings
+from mirror.config.settings import Settings
+from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, run_worker
+
+_RESTART_INTERVAL_S: Final = 1.0
+"""Minimum number of seconds between two starts of the same worker, so that a worker that ends at
+once is not restarted in a tight loop."""
+_METRICS_PREFIX: Final = "oci-mirror-metrics-"
+_OWNER_FILE: Final = "owner.lock"
+"""File in a directory of metrics. ``flock`` on it: the server or one of its workers runs."""
+
+
+def run(settings: Settings, load: Callable[[], Settings]) -> int:
+    """Serve until a signal of ``STOP_SIGNALS``. Returns the exit code: 1 if it cannot listen.
+
+    Args:
+        settings: The configuration.
+        load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
+    """
+    try:
+        sockets = [_listen(settings, index) for index in range(settings.workers)]
+    except OSError as error:
+        print(f"listen: {settings.listen}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
+        return 1
+    try:
+        if settings.workers == 1:
+            return asyncio.run(run_worker(settings, sockets[0], load))
+        with _metrics_directory() as directory:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
+            return _Supervisor(settings, sockets, load).run()
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def _listen(settings: Settings, index: int) -> socket.socket:
+    host, _, raw_port = settings.listen.rpartition(":")
+    host, port = host.strip("[]"), int(raw_port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if index == 0 and port:
+        # With SO_REUSEPORT a second server would share the port without an error. So the
+        # port is bound once without it, which fails if it is in use.
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if settings.workers > 1:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((host, port))
+    listener.listen(LISTEN_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+# --- the directory of metrics ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _metrics_directory() -> Iterator[str]:
+    """Create a directory for the counts of the workers, and remove it at the end.
+
+    Directories of servers that were killed are removed, too.
+    """
+    _remove_abandoned_directories()
+    directory = tempfile.mkdtemp(prefix=_METRICS_PREFIX)
+    owner = os.open(Path(directory) / _OWNER_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        # The workers inherit the descriptor, and so the lock: it ends with the last of them.
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(owner)
+
+
+def _remove_abandoned_directories() -> None:
+    for directory in Path(tempfile.gettempdir()).glob(f"{_METRICS_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            # The temporary directory belongs to everybody: follow no link, and open no pipe.
+            owner = os.open(directory / _OWNER_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if os.fstat(owner).st_uid == os.getuid():
+                    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(directory, ignore_errors=True)
+            finally:
+                os.close(owner)
+
+
+# --- several workers ------------------------------------------------------------------------------
+
+
+class _Supervisor:
+    """Forks the workers, restarts each that ends, and passes signals on to them."""
+
+    def __init__(
+        self, settings: Settings, sockets: list[socket.socket], load: Callable[[], Settings]
+    ) -> None:
+        """Prepare the start of one worker for each socket.
+
+        Args:
+            settings: The configuration.
+            sockets: The listening socket of each worker.
+            load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
+        """
+        self._settings = settings
+        self._sockets = sockets
+        self._load = load
+        self._workers: dict[int, tuple[int, float]] = {}
+        """Pid of a worker to its number, and the time of its start in monotonic seconds."""
+        self._is_stopping = False
+        self._alive_pipe = os.pipe()
+
+    def run(self) -> int:
+        """Run until a signal, and until all workers have ended. Returns the exit code."""
+        # Imported here: prometheus_client reads its environment when it is imported.
+        from mirror.observability.metrics import worker_died
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
+        try:
+            for index in range(len(self._sockets)):
+                self._start(index, None)
+            while self._workers:
+                pid, status = os.wait()
+                if pid not in self._workers:
+                    continue
+                index, started = self._workers.pop(pid)
+                worker_died(index)
+                if not self._is_stopping:
+                    time.sleep(max(0.0, started + _RESTART_INTERVAL_S - time.monotonic()))
+                    self._start(index, (pid, os.waitstatus_to_exitcode(status)))
+            return 0
+        finally:
+            self._signal_workers(signal.SIGTERM)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self._is_stopping = True
+        self._signal_workers(signal.SIGTERM)
+
+    def _reload(self, number: int, frame: object) -> None:
+        """Use the changed configuration for later workers. The running ones read it themselves."""
+        # Each worker meets the same error, and logs it. It must not end the supervisor.
+        with contextlib.suppress(Exception):
+            self._settings = merge_settings(self._settings, self._load()).settings
+        self._signal_workers(signal.SIGHUP)
+
+    def _signal_workers(self, number: int) -> None:
+        for pid in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _start(self, index: int, predecessor: tuple[int, int] | None) -> None:
+        # Without the block, a signal that comes before the pid is in ``_workers`` would be passed
+        # on to all workers but the new one.
+        blocked = (*STOP_SIGNALS, signal.SIGHUP)
+        signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        try:
+            if not self._is_stopping:
+                pid = os.fork()
+                if not pid:
+                    self._run_child(index, predecessor)
+                self._workers[pid] = index, time.monotonic()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
+
+    def _run_child(self, index: int, predecessor: tuple[int, int] | None) -> NoReturn:
+        code = os.EX_SOFTWARE
+        try:
+            alive, supervisor_end = self._alive_pipe
+            os.close(supervisor_end)
+            for listener in self._sockets[:index] + self._sockets[index + 1 :]:
+                listener.close()
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            # Until the worker can read the configuration again: it has just got the current one.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGHUP))
+            worker = Worker(
+                index=index,
+                supervisor_alive=alive,
+                predecessor=predecessor,
+            )
+            run = run_worker(self._settings, self._sockets[index], self._load, worker)
+            code = asyncio.run(run)
+        except Exception as error:
+            print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up
+        finally:
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)

@@ -1,0 +1,72 @@
+"""A configuration that was read again: what is applied, and what needs a restart (row FE2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mirror.config.reload import merge_settings
+from mirror.config.settings import Settings
+
+BASE: dict[str, Any] = {"upstreams": {"docker.io": {"endpoints": ["https://one.example"]}}}
+
+
+def settings(**more: Any) -> Settings:
+    return Settings.model_validate({**BASE, **more})
+
+
+def test_equal_settings_change_nothing() -> None:
+    merged = merge_settings(settings(), settings())
+    assert (merged.applied, merged.kept) == ((), ())
+    assert merged.settings == settings()
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+@pytest.mark.parametrize(
+    ("more", "applied"),
+    [
+        ({"log": {"level": "debug"}}, "log.level"),
+        ({"drain_timeout": "5s"}, "drain_timeout"),
+        ({"trusted_proxies": ["10.0.0.0/8"]}, "trusted_proxies"),
+        ({"catalog": True}, "catalog"),
+        (
+            {"upstreams": {"docker.io": {"endpoints": ["https://two.example"]}}},
+            "upstreams.docker.io",
+        ),
+        (
+            {"upstreams": {**BASE["upstreams"], "ghcr.io": {"endpoints": ["https://ghcr.io"]}}},
+            "upstreams.ghcr.io",
+        ),
+        (
+            {"upstreams": {"ghcr.io": {"endpoints": ["https://ghcr.io"]}}},
+            "upstreams.docker.io,upstreams.ghcr.io",
+        ),
+    ],
+)
+def test_changed_key_is_applied_and_named(more: dict[str, Any], applied: str) -> None:
+    new = settings(**more)
+    merged = merge_settings(settings(), new)
+    assert (",".join(merged.applied), merged.kept) == (applied, ())
+    assert merged.settings == new
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ({"listen": "127.0.0.1:1"}, "listen"),
+        ({"data_dir": "/elsewhere"}, "data_dir"),
+        ({"workers": 3}, "workers"),
+        ({"tls": {"certificate": "a", "key": "b"}}, "tls"),
+        ({"storage": {"max_size": "1GiB", "reverify": "0"}}, "storage.max_size,storage.reverify"),
+        ({"abandoned": "cancel"}, "abandoned"),
+        ({"max_client_connections": 5}, "max_client_connections"),
+    ],
+)
+def test_key_that_needs_a_restart_keeps_its_value_and_is_named(
+    more: dict[str, Any], kept: str
+) -> None:
+    merged = merge_settings(settings(), settings(**more, log={"level": "error"}))
+    assert (merged.applied, ",".join(merged.kept)) == (("log.level",), kept)
+    assert merged.settings == settings(log={"level": "error"})

@@ -1,0 +1,153 @@
+"""The stream of log lines never blocks its writer (row FE1)."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from mirror.config.settings import Log
+from mirror.observability import events
+from mirror.observability.log_stream import LogStream
+from mirror.observability.logs import LogObserver, configure_logging
+from tests.real.process import wait_until
+
+LINE = "x" * 199 + "\n"
+QUEUE_LINES = 2 * 1024 * 1024 // len(LINE)
+"""Lines that the queue takes up."""
+
+
+class Pipe:
+    """A pipe of 64 KiB. ``read_all`` reads what was written to it, until it is closed."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        self.received = b""
+
+    def read_all(self) -> threading.Thread:
+        def read() -> None:
+            with os.fdopen(self.read_end, "rb") as file:
+                self.received = file.read()
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        return thread
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_pipe_that_nobody_reads_drops_lines_counts_them_and_takes_no_time() -> None:
+    pipe, lost = Pipe(), [0]
+    stream = LogStream(pipe.write_end, lambda count: lost.append(count))
+    started = time.monotonic()
+    accepted = [stream.write(LINE) > 0 for _ in range(3 * QUEUE_LINES)]
+    assert time.monotonic() - started < 1
+    assert sum(lost) == accepted.count(False) > QUEUE_LINES
+    # When it is read again, all that was accepted arrives, in whole lines.
+    reader = pipe.read_all()
+    wait_until(lambda: stream.write("last\n") > 0, "there is room again", 10)
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    assert pipe.received.decode() == LINE * accepted.count(True) + "last\n"
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_close_waits_at_most_its_timeout_for_a_pipe_that_nobody_reads() -> None:
+    pipe = Pipe()
+    stream = LogStream(pipe.write_end, lambda count: None)
+    for _ in range(QUEUE_LINES // 2):
+        stream.write(LINE)
+    started = time.monotonic()
+    stream.close(0.2)
+    assert 0.15 < time.monotonic() - started < 1
+    reader = pipe.read_all()
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+
+
+def to_a_closed_pipe() -> int:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    return write_end
+
+
+def to_a_full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def to_no_writer() -> int:
+    return os.open("/dev/null", os.O_RDONLY)
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+@pytest.mark.parametrize("opened", [to_a_closed_pipe, to_a_full_disk, to_no_writer])
+def test_descriptor_that_refuses_loses_lines_and_the_thread_goes_on(
+    opened: Callable[[], int],
+) -> None:
+    lost: list[int] = []
+    fd = opened()
+    stream = LogStream(fd, lost.append)
+    for number in range(1, 4):
+        stream.write(LINE)
+        wait_until(lambda number=number: sum(lost) == number, "the line is lost", 10)  # type: ignore[misc] # bound early
+    stream.close(10)
+    os.close(fd)
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_non_blocking_descriptor_loses_nothing_that_was_accepted() -> None:
+    """Another program that shares the pipe may have made it so."""
+    pipe, lost = Pipe(), [0]
+    flags = fcntl.fcntl(pipe.write_end, fcntl.F_GETFL)
+    fcntl.fcntl(pipe.write_end, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    stream = LogStream(pipe.write_end, lost.append)
+    for _ in range(QUEUE_LINES // 2):
+        stream.write(LINE)
+    reader = pipe.read_all()
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    assert pipe.received.decode() == LINE * (QUEUE_LINES // 2)
+    assert sum(lost) == 0
+
+
+class FullStream(io.StringIO):
+    """A stream that drops what is written to it while it is full."""
+
+    is_full = False
+
+    def write(self, text: str, /) -> int:
+        """Write, or drop."""
+        return 0 if self.is_full else super().write(text)
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_first_line_after_a_loss_says_how_many_were_lost() -> None:
+    stream = FullStream()
+    observer = LogObserver(configure_logging(Log(format="json"), stream))
+
+    def log(message: str) -> None:
+        observer.observe(events.LogMessage("info", message))
+
+    log("one")
+    stream.is_full = True
+    for number in range(7):
+        log(f"lost {number}")
+    stream.is_full = False
+    log("two")
+    log("three")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in lines] == [
+        "one",
+        "log lines were dropped",
+        "two",
+        "three",
+    ]
+    assert (lines[1]["level"], lines[1]["count"]) == ("warning", 7)
