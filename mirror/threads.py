@@ -1,13 +1,18 @@
-"""Run the parser of a large body in a thread, so that it does not block the event loop.
+"""Run work in threads, so that the event loop does not wait for it.
 
-Lives here: the size from which a body is parsed in a thread. Must not know: the format of the body.
+Lives here: the threads for work of the processor, and the threads for calls that may hang. Nothing
+uses the default executor of the event loop: work of one kind would wait there for that of another.
+Must not know: what the work is.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Final, TypeVar, TypeVarTuple
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Thread
+from typing import Any, Final, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -15,12 +20,26 @@ Args = TypeVarTuple("Args")
 _MAX_INLINE_BYTES: Final = 64 * 1024
 """Largest body, in bytes, that is parsed on the event loop: it takes 1 to 2 ms. A manifest
 of 4 MiB takes 60 times as long, and would delay every other request."""
+_WORKERS: Final = ThreadPoolExecutor(2, "work")
+"""Two threads: work that needs the processor shares the interpreter lock, so more do not help."""
+
+DISK_READS: Final = ThreadPoolExecutor(8, "read")
+"""Threads for reads of content by TLS and by parsers. A disk that is slow delays only them."""
+
+
+async def run_in_thread(work: Callable[[*Args], T], *args: *Args) -> T:
+    """Return ``work(*args)``, computed in a thread. Raises its exception.
+
+    For work that ends soon by itself, such as parsing and sorting. A call that may hang belongs
+    into :class:`HangingCalls`.
+    """
+    return await asyncio.get_running_loop().run_in_executor(_WORKERS, partial(work, *args))
 
 
 async def parse_in_thread_if_large(
     parse: Callable[[bytes, *Args], T], body: bytes, *args: *Args
 ) -> T:
-    """Return ``parse(body, *args)``. A large body is parsed in a thread of the loop's own pool.
+    """Return ``parse(body, *args)``. A large body is parsed in a thread.
 
     Args:
         parse: A pure function of its arguments: it may run in a thread.
@@ -35,4 +54,77 @@ async def parse_in_thread_if_large(
     """
     if len(body) <= _MAX_INLINE_BYTES:
         return parse(body, *args)
-    return await asyncio.to_thread(parse, body, *args)
+    return await run_in_thread(parse, body, *args)
+
+
+class TooManyHangingCalls(OSError):
+    """As many calls hang as are allowed, so no other one was started."""
+
+
+class HangingCalls:
+    """Calls that may hang for minutes, such as name look-ups. Each runs in a thread of its own.
+
+    A call that hangs delays no other one. Its thread is a daemon, so it does not delay the end of
+    the process, either.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        """Create an empty set of calls.
+
+        Args:
+            name: Name of the threads.
+            limit: Calls, and so threads, that may run at the same time.
+        """
+        self._name = name
+        self._limit = limit
+        self._running: dict[Hashable, Future[Any]] = {}
+
+    def is_running(self, key: Hashable) -> bool:
+        """Return whether the call of ``key`` has not ended."""
+        return key in self._running
+
+    async def run(self, key: Hashable, work: Callable[[], T]) -> T:
+        """Return the result of the running call of ``key``, or of a new one.
+
+        A waiter that is cancelled does not end the call: a thread cannot be cancelled. The next
+        waiter for the same key joins the call, so a key never has more than one thread.
+
+        Args:
+            key: Names the thing that may hang: a host, a file.
+            work: Called without arguments in a thread, if no call of ``key`` runs.
+
+        Raises:
+            TooManyHangingCalls: no call of ``key`` runs, and ``limit`` others do.
+            Exception: the exception that ended the call.
+        """
+        outcome: Future[T] | None = self._running.get(key)
+        if outcome is None:
+            if len(self._running) >= self._limit:
+                raise TooManyHangingCalls(None, f"{self._limit} other calls have not ended")
+            outcome = self._running[key] = Future()
+            # A future that runs is not cancelled together with a waiter.
+            outcome.set_running_or_notify_cancel()
+            thread = Thread(
+                target=self._call, args=(key, work, outcome), name=self._name, daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:
+                del self._running[key]
+                raise TooManyHangingCalls(None, "no thread can be started") from error
+        return await asyncio.wrap_future(outcome)
+
+    def _call(self, key: Hashable, work: Callable[[], T], outcome: Future[T]) -> None:
+        """Run ``work`` in its thread, and store the outcome."""
+        result: T | None = None
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        # First: a call that starts from now on must not join this one.
+        del self._running[key]
+        if failure is None:
+            outcome.set_result(cast("T", result))
+        else:
+            outcome.set_exception(failure)

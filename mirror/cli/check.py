@@ -6,48 +6,52 @@ printing without secrets. Must not know: how a configuration is read.
 
 from __future__ import annotations
 
+import json
 import os
 import ssl
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from shutil import which
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import yaml
 
-from mirror.config.settings import Settings, Upstream
+from mirror.config.settings import KeyPath, Settings, Upstream
 from mirror.oci.errors import ConfigError
+from mirror.oci.text import printable
+from mirror.upstream.connections import own_addresses, tls_context
 from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
-from mirror.upstream.transport import own_addresses
 
 HIDDEN: Final = "(not shown)"
 """Printed in place of a password."""
+_MAX_SHOWN_HOSTS: Final = 5
+"""Hosts of a Docker configuration in a warning, which is one line."""
+
+Prefix: TypeAlias = Callable[[KeyPath], str]
+"""Begins a message about a key: returns ``mirror.yaml:12: upstreams.docker.io.ca: ``."""
 
 
-def check_environment(settings: Settings, *, secrets: bool = True) -> None:
+def check_environment(settings: Settings, prefix: Prefix, *, secrets: bool = True) -> None:
     """Check the files and addresses that ``settings`` name. ``secrets``: those of logins, too.
 
     Raises :class:`ConfigError` for the first one that cannot be used.
     """
     directory = _nearest_existing(settings.data_dir)
     if not directory.is_dir():
-        raise ConfigError(f"data_dir: '{settings.data_dir}': '{directory}' is not a directory")
+        raise ConfigError(
+            f"{prefix(('data_dir',))}'{settings.data_dir}': '{directory}' is not a directory"
+        )
     if settings.tls:
-        _check_readable("tls.certificate", settings.tls.certificate)
-        _check_readable("tls.key", settings.tls.key)
-        try:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            # An empty passphrase, so that OpenSSL does not prompt for one.
-            context.load_cert_chain(settings.tls.certificate, settings.tls.key, password="")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", None) or "cannot be used"
-            raise ConfigError(
-                f"tls: '{settings.tls.certificate}' and '{settings.tls.key}': {reason}"
-            ) from None
+        _check_readable(prefix(("tls", "certificate")), settings.tls.certificate)
+        _check_readable(prefix(("tls", "key")), settings.tls.key)
+        _check_pair(prefix(("tls",)), settings.tls.certificate, settings.tls.key)
     own = own_addresses(settings.listen)
     for name, upstream in settings.upstreams.items():
-        _check_endpoints(f"upstreams.{name}.endpoints", upstream.endpoints, own)
-        _check_upstream(f"upstreams.{name}", upstream, secrets)
+        path: KeyPath = ("upstreams", name)
+        _check_endpoints(prefix((*path, "endpoints")), upstream.endpoints, own)
+        _check_tls(path, upstream, prefix)
+        if secrets:
+            _check_credentials(path, upstream, prefix)
 
 
 def _nearest_existing(path: str) -> Path:
@@ -59,42 +63,84 @@ def _nearest_existing(path: str) -> Path:
 
 
 def _check_endpoints(
-    key: str, endpoints: tuple[str, ...], own: Collection[tuple[str, int]]
+    prefix: str, endpoints: tuple[str, ...], own: Collection[tuple[str, int]]
 ) -> None:
     for endpoint in endpoints:
         url = as_url(endpoint)
         verdict = check_url(str(url), UrlSource.ENDPOINT, url, Policy(url, own_addresses=own))
         if isinstance(verdict, Refused):
-            raise ConfigError(f"{key}: '{endpoint}': {verdict.why}")
+            raise ConfigError(f"{prefix}'{endpoint}': {verdict.why}")
 
 
-def _check_upstream(key: str, upstream: Upstream, secrets: bool) -> None:
+def _check_tls(path: KeyPath, upstream: Upstream, prefix: Prefix) -> None:
     if upstream.ca is not None:
-        _check_readable(f"{key}.ca", upstream.ca)
+        _check_readable(prefix((*path, "ca")), upstream.ca)
         try:
-            ssl.create_default_context(cafile=upstream.ca)
+            tls_context(upstream.ca, None, insecure=False)
         except (OSError, ValueError):
-            raise ConfigError(f"{key}.ca: '{upstream.ca}': has no certificates (PEM)") from None
-    if not secrets:
-        return
+            raise ConfigError(
+                f"{prefix((*path, 'ca'))}'{upstream.ca}': has no certificates (PEM)"
+            ) from None
+    if upstream.client_certificate is not None:
+        key = upstream.client_key
+        _check_readable(prefix((*path, "client_certificate")), upstream.client_certificate)
+        if key is not None:
+            _check_readable(prefix((*path, "client_key")), key)
+        _check_pair(prefix((*path, "client_certificate")), upstream.client_certificate, key)
+
+
+def _check_pair(prefix: str, certificate: str, key: str | None) -> None:
+    """Check that a private key belongs to a certificate. ``key`` None: both are in one file."""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # An empty passphrase, so that OpenSSL does not prompt for one.
+        context.load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or "cannot be used"
+        files = f"'{certificate}'" if key is None else f"'{certificate}' and '{key}'"
+        raise ConfigError(f"{prefix}{files}: {reason}") from None
+
+
+def _check_credentials(path: KeyPath, upstream: Upstream, prefix: Prefix) -> None:
     credentials = upstream.credentials
     if credentials.password is not None and credentials.password.startswith("file:"):
-        _check_readable(f"{key}.credentials.password", credentials.password.removeprefix("file:"))
+        file = credentials.password.removeprefix("file:")
+        _check_readable(prefix((*path, "credentials", "password")), file)
     if credentials.docker_config is not None:
-        _check_readable(f"{key}.credentials.docker_config", credentials.docker_config)
+        here = prefix((*path, "credentials", "docker_config"))
+        _check_readable(here, credentials.docker_config)
+        _read_docker_config(here, credentials.docker_config)
     if credentials.helper is not None and which(f"docker-credential-{credentials.helper}") is None:
         raise ConfigError(
-            f"{key}.credentials.helper: '{credentials.helper}': "
+            f"{prefix((*path, 'credentials', 'helper'))}'{credentials.helper}': "
             f"docker-credential-{credentials.helper} is not on the PATH"
         )
 
 
-def _check_readable(key: str, path: str) -> None:
+def _check_readable(prefix: str, path: str) -> None:
     try:
         with Path(path).expanduser().open("rb") as file:
             file.read(1)
-    except OSError as error:
-        raise ConfigError(f"{key}: '{path}': {error.strerror}") from None
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: the user of ~user does not exist.
+        reason = getattr(error, "strerror", None) or "its home directory is not known"
+        raise ConfigError(f"{prefix}'{path}': {reason}") from None
+
+
+def _read_docker_config(prefix: str, path: str) -> dict[str, Any]:
+    """Read a Docker ``config.json``. Raises ``ConfigError`` if it is not one."""
+    try:
+        document = json.loads(Path(path).expanduser().read_bytes())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{prefix}'{path}': line {error.lineno}: not JSON") from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{prefix}'{path}': not JSON") from None
+    sections = ("auths", "credHelpers")
+    if not isinstance(document, dict) or any(
+        not isinstance(document.get(section) or {}, dict) for section in sections
+    ):
+        raise ConfigError(f"{prefix}'{path}': not the config.json of Docker")
+    return document
 
 
 def effective(settings: Settings) -> str:
@@ -116,17 +162,74 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def warnings(settings: Settings) -> Iterator[str]:
-    """Yield one line for each setting that works, but is likely a mistake."""
+# --- warnings -------------------------------------------------------------------------------------
+
+
+def warnings(settings: Settings, prefix: Prefix, *, secrets: bool = True) -> Iterator[str]:
+    """Yield one line for each setting that works, but is likely a mistake.
+
+    ``secrets``: warn of the files of logins, too. They must have passed :func:`check_environment`.
+    """
     directory = _nearest_existing(settings.data_dir)
     if not os.access(directory, os.W_OK | os.X_OK):
-        yield f"data_dir: '{directory}' is not writable: no content would be stored"
+        yield f"{prefix(('data_dir',))}'{directory}' is not writable: no content would be stored"
     for name, upstream in settings.upstreams.items():
-        if upstream.credentials.model_fields_set and not upstream.allow:
+        path: KeyPath = ("upstreams", name)
+        yield from _credential_warnings(path, upstream, prefix)
+        yield from _pattern_warnings(path, upstream, prefix)
+        if secrets and upstream.credentials.docker_config is not None:
+            yield from _docker_config_warnings(path, upstream, prefix)
+        if upstream.insecure:
             yield (
-                f"upstreams.{name}: credentials without an allow list: every client "
-                "of the mirror can pull everything that these credentials can pull"
+                f"{prefix((*path, 'insecure'))}certificates are not verified: everybody "
+                "between the mirror and this upstream can read and change its requests"
             )
-        insecure = [end for end in upstream.endpoints if end.startswith("http://")]
-        if insecure and upstream.credentials.model_fields_set:
-            yield f"upstreams.{name}: credentials are sent unencrypted to {insecure[0]}"
+
+
+def _credential_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -> Iterator[str]:
+    credentials = upstream.credentials
+    if not credentials.model_fields_set:
+        return
+    here = (*path, "credentials")
+    if not upstream.allow:
+        yield (
+            f"{prefix(here)}credentials without an allow list: every client "
+            "of the mirror can pull everything that these credentials can pull"
+        )
+    plain = [end for end in upstream.endpoints if end.startswith("http://")]
+    if plain:
+        yield f"{prefix(here)}credentials are sent unencrypted to {plain[0]}"
+    password = credentials.password or ""
+    if password.startswith("/") and Path(password).exists():
+        # The value is that of a secret, and is not shown.
+        yield f"{prefix((*here, 'password'))}is the path of a file: write file: before it"
+
+
+def _pattern_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -> Iterator[str]:
+    for key in ("allow", "deny"):
+        for index, pattern in enumerate(getattr(upstream, key)):
+            here = prefix((*path, key, index))
+            if ".*" in pattern:
+                yield (
+                    f"{here}'{pattern}' needs a dot: it is no regular expression, "
+                    "and * alone stands for any text"
+                )
+            if path[-1] == "docker.io" and not set(pattern) & set("/*?["):
+                yield f"{here}'{pattern}' matches nothing: its repository is library/{pattern}"
+
+
+def _docker_config_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -> Iterator[str]:
+    here = prefix((*path, "credentials", "docker_config"))
+    file = upstream.credentials.docker_config or ""
+    document = _read_docker_config(here, file)
+    if document.get("credsStore"):
+        return  # Only the credential helper knows the hosts.
+    keys = [*(document.get("auths") or {}), *(document.get("credHelpers") or {})]
+    hosts = [key.removeprefix("https://").removeprefix("http://").partition("/")[0] for key in keys]
+    name = str(path[-1])
+    wanted = {name, *(as_url(end).host_port_subcomponent or "" for end in upstream.endpoints)}
+    if name == "docker.io":
+        wanted.add("index.docker.io")
+    if not wanted & set(hosts):
+        found = ", ".join(hosts[:_MAX_SHOWN_HOSTS]) or "no host"
+        yield f"{here}'{file}' has no login for {name}, only for {printable(found, 200)}"

@@ -14,7 +14,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from mirror.config.settings import Upstream
-from mirror.config.values import check_endpoint
+from mirror.config.values import check_http_url
 
 HUB: Final = "docker.io"
 """Name of Docker Hub in image references."""
@@ -36,7 +36,7 @@ class MirrorAddress:
     @classmethod
     def parse(cls, url: str, ca: str | None = None, ca_text: str = "") -> MirrorAddress:
         """Check ``url``, which has no path. Raises ``ValueError``."""
-        parts = urlsplit(check_endpoint(url.rstrip("/")))
+        parts = urlsplit(check_http_url(url.rstrip("/")))
         if parts.path:
             raise ValueError("must have no path: clients find /v2/ at the root")
         if ca is not None and parts.scheme != "https":

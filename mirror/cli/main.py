@@ -17,7 +17,7 @@ from typing import Final
 
 from mirror import __version__
 from mirror.cli import check, client_files, clients, health, schema
-from mirror.config.load import load
+from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
 from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
@@ -44,6 +44,10 @@ _MAX_MESSAGE_CHARS: Final = 2000
 """Characters of a message on standard error: one line that a terminal can show."""
 
 
+class _UsageError(Exception):
+    """The arguments contradict each other."""
+
+
 class _OutputError(Exception):
     """Standard output cannot be written: it is closed, or its disk is full."""
 
@@ -55,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _flush()
     except _OutputError as error:
         code = _fail(f"the output could not be written: {error}", EX_IOERR)
+    except _UsageError as error:
+        code = _fail(str(error), EX_USAGE)
     except ConfigError as error:
         code = _fail(str(error), EX_CONFIG)
     except MirrorError as error:
@@ -168,7 +174,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads FILE and the environment as `serve` does, checks the files that "
         "they name, and prints the whole configuration without secrets.",
     )
-    checking.add_argument("file", metavar="FILE")
+    _add_config_option(checking)
+    checking.add_argument(
+        "--online",
+        action="store_true",
+        help="ask each endpoint once, and print the results in place of the configuration",
+    )
     checking.set_defaults(run=_check_config)
 
     configure = commands.add_parser(
@@ -227,16 +238,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``FILE`` and ``--config FILE``, which mean the same."""
     parser.add_argument(
-        "--config", metavar="FILE", help="configuration file (default: only the environment)"
+        "file", metavar="FILE", nargs="?", help="configuration file (default: only the environment)"
     )
+    # Not the same destination: without FILE, argparse would store its default over the option.
+    parser.add_argument("--config", metavar="FILE", help="another way to write FILE")
+
+
+def _config_file(arguments: argparse.Namespace) -> str | None:
+    """Return the name of the configuration file. None: only the environment."""
+    if None not in (arguments.file, arguments.config) and arguments.file != arguments.config:
+        raise _UsageError("give the configuration file once: FILE or --config FILE")
+    name: str | None = arguments.file if arguments.config is None else arguments.config
+    return name
+
+
+def _check(settings: Settings, origins: ValueOrigins, *, secrets: bool) -> None:
+    """Check what the configuration names, and print the warnings."""
+    check.check_environment(settings, origins.prefix, secrets=secrets)
+    for warning in check.warnings(settings, origins.prefix, secrets=secrets):
+        _print_error(f"warning: {warning}")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     def load_checked() -> Settings:
-        settings = load(arguments.config, os.environ)
+        settings, origins = load_with_origins(_config_file(arguments), os.environ)
         # Secrets are read at each use, so they may be written after the server has started.
-        check.check_environment(settings, secrets=False)
+        _check(settings, origins, secrets=False)
         return settings
 
     settings = load_checked()
@@ -247,16 +276,22 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
-    settings = load(arguments.file, os.environ)
-    check.check_environment(settings)
-    for warning in check.warnings(settings):
-        _print_error(f"warning: {warning}")
+    settings, origins = load_with_origins(_config_file(arguments), os.environ)
+    _check(settings, origins, secrets=True)
+    if arguments.online:
+        # Imported here: no other command connects to upstreams without a server.
+        from mirror.cli.online import ask_endpoints
+
+        results = ask_endpoints(settings)
+        for result in results:
+            _print(result.text)
+        return 0 if all(result.is_good for result in results) else EX_FAILED
     _print(check.effective(settings).rstrip("\n"))
     return 0
 
 
 def _clients(arguments: argparse.Namespace) -> int:
-    settings = load(arguments.config, os.environ)
+    settings = load(_config_file(arguments), os.environ)
     if arguments.mirror is None and split_host(settings.listen)[0] in health.WILDCARD_ADDRESSES:
         return _fail(f"--mirror is needed: the server listens on {settings.listen}", EX_USAGE)
     scheme = "https" if settings.tls else "http"
@@ -302,7 +337,8 @@ def _schema(arguments: argparse.Namespace) -> int:
 def _healthcheck(arguments: argparse.Namespace) -> int:
     url = arguments.url
     if url is None:
-        settings = load(arguments.config, os.environ) if arguments.config else None
+        file = _config_file(arguments)
+        settings = load(file, os.environ) if file else None
         try:
             url = health.health_url(settings, os.environ)
         except ValueError as error:

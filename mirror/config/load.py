@@ -47,6 +47,13 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
 
     Raises :class:`ConfigError`, whose one line names the origin, the key and the value.
     """
+    return load_with_origins(path, environ)[0]
+
+
+def load_with_origins(
+    path: str | None, environ: Mapping[str, str]
+) -> tuple[Settings, ValueOrigins]:
+    """Load the settings as :func:`load` does, and return the origin of each value, too."""
     origins = ValueOrigins()
     tree: Tree = {} if path is None else _read_file(path, origins)
     _check_keys(tree, Settings, (), origins)
@@ -56,7 +63,7 @@ def load(path: str | None, environ: Mapping[str, str]) -> Settings:
         where = path or "environment (no --config FILE was given)"
         raise ConfigError(f"{where}: upstreams: at least one is needed")
     try:
-        return build(tree)
+        return build(tree), origins
     except InvalidSetting as error:
         more = f" (and {error.more} more)" if error.more else ""
         shown = _format_value(error.path, _value_at(tree, error.path))

@@ -29,6 +29,7 @@ from yarl import URL
 
 from mirror.config import values
 from mirror.config.values import format_duration, format_size
+from mirror.oci.reference import UPSTREAM_ALIASES
 
 _as_duration = PlainSerializer(format_duration, return_type=str, when_used="json")
 _read_duration = BeforeValidator(values.parse_duration)
@@ -61,9 +62,12 @@ PositiveDuration = Annotated[
 Ratio = Annotated[float, BeforeValidator(values.parse_ratio), WithJsonSchema(values.RATIO_SCHEMA)]
 """More than 0 and at most 1."""
 NonEmptyText = Annotated[str, AfterValidator(values.check_not_empty)]
-Endpoint = Annotated[str, AfterValidator(values.check_endpoint)]
+FilePath = Annotated[str, AfterValidator(values.check_path)]
+Endpoint = Annotated[str, AfterValidator(values.normalise_endpoint)]
 Host = Annotated[str, AfterValidator(values.check_host)]
 Network = Annotated[str, AfterValidator(values.check_network)]
+RedirectHost = Annotated[str, AfterValidator(values.check_redirect_host)]
+UpstreamName = Annotated[str, AfterValidator(values.check_upstream_name)]
 Pattern = Annotated[str, AfterValidator(values.check_pattern)]
 PullPolicy: TypeAlias = Literal["Always", "IfNotPresent", "Never"]
 KeyPath: TypeAlias = tuple[str | int, ...]
@@ -86,9 +90,9 @@ class Section(BaseModel):
 class Tls(Section):
     """The server's certificate and its private key."""
 
-    certificate: NonEmptyText
+    certificate: FilePath
     """PEM file with the certificate, followed by its intermediates."""
-    key: NonEmptyText
+    key: FilePath
     """PEM file with the private key of the certificate."""
 
 
@@ -181,6 +185,10 @@ class Credentials(Section):
             raise _key_error(
                 ("hosts",), "needs username: other sources name their hosts themselves"
             )
+        for name, text in (("username", self.username), ("password", self.password)):
+            # A password may contain such characters. One that is a variable is a mistake.
+            if text is not None and re.fullmatch(r"\$\{\w+\}|\$\(.*\)|\{\{.*\}\}", text):
+                raise _key_error((name,), "is a variable, and none is expanded: use file:/path")
         if self.password == "file:":  # noqa: S105 - the prefix of a reference, no password
             raise _key_error(("password",), "file: must be followed by a path")
         return self
@@ -190,7 +198,10 @@ class Upstream(Section):
     """One registry that is mirrored."""
 
     endpoints: tuple[Endpoint, ...]
-    """URLs of the registry. With more than one: failover in this order."""
+    """
+    URLs of the registry. With more than one: failover in this order. A path is the prefix of its
+    repositories (https://harbor.example/hub-proxy), unless it has the /v2 of the API.
+    """
     alias: Annotated[str, AfterValidator(values.check_alias)] | None = None
     """
     Name of the upstream in paths such as mirror:5100/<alias>/app, for clients that accept no colon
@@ -230,8 +241,19 @@ class Upstream(Section):
     """Shell-style patterns of repositories that may be served. Empty: all."""
     deny: tuple[Pattern, ...] = ()
     """Shell-style patterns of repositories that may not be served. They win over allow."""
-    ca: NonEmptyText | None = None
+    redirect_hosts: tuple[RedirectHost, ...] = ()
+    """
+    Hosts, *.domains, addresses and networks to which the registry may redirect although they are
+    private. A registry on a private network may redirect to others there without this key.
+    """
+    ca: FilePath | None = None
     """PEM file of certificate authorities, beside those of the system."""
+    client_certificate: FilePath | None = None
+    """PEM file of the certificate that the mirror shows to the endpoints and token services."""
+    client_key: FilePath | None = None
+    """PEM file of the private key of client_certificate. Not needed if that file has it, too."""
+    insecure: bool = False
+    """Accept any certificate of this upstream. Everybody in between can read its credentials."""
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
 
@@ -244,7 +266,7 @@ class Upstream(Section):
     def _check_endpoints(self) -> Self:
         if not self.endpoints:
             raise _key_error(("endpoints",), "must not be empty")
-        ends = [endpoint.rstrip("/") for endpoint in self.endpoints]
+        ends = self.endpoints
         duplicate = next((end for end in ends if ends.count(end) > 1), None)
         if duplicate is not None:
             raise _key_error(("endpoints",), f"{duplicate} is listed twice")
@@ -256,6 +278,14 @@ class Upstream(Section):
                 raise _key_error(("credentials", "hosts", index), message)
         return self
 
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if self.client_key is not None and self.client_certificate is None:
+            raise _key_error(("client_key",), "needs client_certificate")
+        if self.insecure and self.ca is not None:
+            raise _key_error(("insecure",), "no certificate is checked, so leave out ca")
+        return self
+
 
 class Settings(Section):
     """The whole configuration."""
@@ -264,7 +294,7 @@ class Settings(Section):
     """Address and port to listen on; IPv6 as [::1]:5100."""
     tls: Tls | None = None
     """Serve HTTPS. Both files are read again when they change."""
-    data_dir: NonEmptyText = "./data"
+    data_dir: FilePath = "./data"
     """Directory of the content; a valid OCI image layout."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Number of server processes. They share the store and each fetch."""
@@ -292,13 +322,24 @@ class Settings(Section):
     """The log lines on standard output."""
     storage: Storage = Storage()
     """How much content is kept, and how long its verification is valid."""
-    default_upstream: str = "docker.io"
+    default_upstream: Annotated[str, AfterValidator(values.usual_name)] = "docker.io"
     """
     Upstream for clients that cannot name one, such as Docker with registry-mirrors.
     Must be one of upstreams.
     """
-    upstreams: dict[Annotated[str, AfterValidator(values.check_upstream_name)], Upstream] = {}
+    upstreams: dict[UpstreamName, Upstream] = {}
     """The registries to mirror, by the host or host:port in image references."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_aliases(cls, tree: Any) -> Any:
+        upstreams = tree.get("upstreams") if isinstance(tree, Mapping) else None
+        usual: set[str] = set()
+        for name in upstreams if isinstance(upstreams, Mapping) else ():
+            if values.usual_name(name) in usual:
+                raise _key_error(("upstreams", name), "is another name of docker.io, set as well")
+            usual.add(values.usual_name(name))
+        return tree
 
     @model_validator(mode="after")
     def _check_upstreams(self) -> Self:
@@ -314,7 +355,8 @@ class Settings(Section):
         for name, upstream in self.upstreams.items():
             for key in ("allow", "deny"):
                 for index, pattern in enumerate(getattr(upstream, key)):
-                    if pattern.startswith(f"{name}/"):
+                    first, slash, _ = pattern.partition("/")
+                    if slash and values.usual_name(first) == name:
                         # It would match no repository, so a deny list would deny nothing.
                         raise _key_error(
                             ("upstreams", name, key, index),
@@ -325,6 +367,9 @@ class Settings(Section):
     def upstream_names(self) -> dict[str, str]:
         """Return each name by which a request may call an upstream, to the upstream's own name."""
         aliases = {upstream.alias_of(name): name for name, upstream in self.upstreams.items()}
+        aliases |= {
+            other: name for other, name in UPSTREAM_ALIASES.items() if name in self.upstreams
+        }
         return {**aliases, **{name: name for name in self.upstreams}}
 
     def _check_unique(

@@ -15,6 +15,8 @@ from fractions import Fraction
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from mirror.oci.errors import NameInvalid
+from mirror.oci.reference import UPSTREAM_ALIASES, Repository
 from mirror.oci.text import printable
 
 NEVER: Final = math.inf
@@ -28,6 +30,17 @@ _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*(?:([kmgtpe])(i?))?b?", r
 _NUMBER: Final = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
 _DURATION_PART: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|w)", re.ASCII)
 _DURATION: Final = re.compile(rf"(?:{_DURATION_PART.pattern})+", re.ASCII)
+_BARE_HOST: Final = re.compile(r"(?:[a-z0-9-]+\.)+[a-z-]+(?::443)?(?:/.*)?", re.ASCII | re.I)
+"""A host without a scheme that can only mean https: a public name, and no port of its own."""
+DOCKER_HUB_REGISTRY: Final = "https://registry-1.docker.io"
+"""The registry of Docker Hub."""
+_DOCKER_HUB_HOSTS: Final = {
+    *("docker.io", "index.docker.io", "registry.hub.docker.com"),
+    *("hub.docker.com", "www.docker.com", "www.docker.io"),
+}
+"""Hosts by which people mean Docker Hub. Its registry has another one."""
+_VARIABLE: Final = re.compile(r"\$\{|\$\(|\$[A-Z_]|\{\{|%[A-Z_]+%", re.ASCII)
+_PATTERN: Final = re.compile(r"[a-z0-9._/*?!\[\]-]+", re.ASCII)
 _UNITS: Final = {
     **{
         unit: Fraction(n)
@@ -213,8 +226,10 @@ def check_listen(text: str) -> str:
     return text
 
 
-def check_endpoint(text: str) -> str:
-    """Check an absolute http(s) URL. It may have a path, which is put before ``/v2/``."""
+def check_http_url(text: str) -> str:
+    """Check an absolute http(s) URL."""
+    if "://" not in text:
+        raise ValueError("must be an absolute URL that begins with https:// or http://")
     try:
         url = urlsplit(text)
         host, _ = split_host(url.netloc.rpartition("@")[2])
@@ -231,8 +246,51 @@ def check_endpoint(text: str) -> str:
     return text
 
 
+def normalise_endpoint(text: str) -> str:
+    """Check the URL of a registry, and return its canonical form. Raises ``ValueError``.
+
+    A path is the prefix of all repositories (``https://harbor.example/hub-proxy``). A path with
+    ``/v2`` is that of the API: what comes before it belongs to the registry's own address
+    (``https://example/artifactory/api/docker/hub/v2``), what comes after it is the prefix. Other
+    forms that people write, and that have one meaning only, are put right.
+    """
+    if _BARE_HOST.fullmatch(text):
+        text = f"https://{text}"
+    url = urlsplit(check_http_url(text))
+    host, port = split_host(url.netloc.lower())
+    path = [part for part in url.path.split("/") if part]
+    if host in _DOCKER_HUB_HOSTS:
+        if path not in ([], ["v1"], ["v2"]):
+            raise ValueError(f"is a page for people: write {DOCKER_HUB_REGISTRY}")
+        return DOCKER_HUB_REGISTRY
+    if path[:1] == ["v1"]:
+        raise ValueError("the mirror uses version 2 of the API: leave out /v1/")
+    if "v2" in path:
+        base, prefix = path[: path.index("v2")], path[path.index("v2") + 1 :]
+    elif path[-3:-1] == ["api", "docker"]:  # Artifactory, whose API is below its repository
+        base, prefix = path, []
+    else:
+        base, prefix = [], path
+    try:
+        Repository.parse("", "/".join(prefix or ["any"]))
+    except NameInvalid:
+        raise ValueError(
+            "its path must be a prefix of repositories, such as https://registry.example/hub-proxy"
+        ) from None
+    if "." in base or ".." in base:
+        raise ValueError("its path must have neither . nor ..")
+    # "v2" in the prefix: without /v2 before it, it would be read as the path of the API.
+    api = [*base, "v2"] if base or "v2" in prefix else []
+    is_default_port = port == {"https": 443, "http": 80}[url.scheme]
+    netloc = url.netloc.lower().rpartition(":")[0] if is_default_port else url.netloc.lower()
+    return "/".join((f"{url.scheme}://{netloc}", *api, *prefix))
+
+
 def check_upstream_name(text: str) -> str:
-    """Check the name of an upstream: ``host`` or ``host:port``, as in image references."""
+    """Check the name of an upstream: ``host`` or ``host:port``, as in image references.
+
+    Returns the name. Another name of the same registry becomes the usual one.
+    """
     try:
         host, port = split_host(text)
     except ValueError:
@@ -242,7 +300,15 @@ def check_upstream_name(text: str) -> str:
     if "." not in host and ":" not in host and port is None and host != "localhost":
         # In an image reference, a first component without dot or port is part of the path.
         raise ValueError("the host of a reference has a dot or a port, or is localhost")
-    return text
+    name = usual_name(text)
+    if name != "docker.io" and text in _DOCKER_HUB_HOSTS:
+        raise ValueError("is no host of image references: Docker Hub is named docker.io")
+    return name
+
+
+def usual_name(text: str) -> str:
+    """Return the usual name of an upstream: ``docker.io`` for ``index.docker.io``."""
+    return UPSTREAM_ALIASES.get(text, text)
 
 
 def check_alias(text: str) -> str:
@@ -267,6 +333,18 @@ def check_network(text: str) -> str:
     return text
 
 
+def check_redirect_host(text: str) -> str:
+    """Check a ``host``, ``host:port``, ``*.domain``, address or network."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        split_host(text.removeprefix("*."))
+        return text.lower()
+    if network.is_link_local:
+        raise ValueError("the mirror never connects to link-local addresses")
+    return text
+
+
 def check_not_empty(text: str) -> str:
     """Refuse blank text, and a zero byte, which no path may have."""
     if not text.strip():
@@ -276,10 +354,32 @@ def check_not_empty(text: str) -> str:
     return text
 
 
+def check_path(text: str) -> str:
+    """Check the path of a file or directory: neither ``~`` nor a variable is expanded."""
+    if text.startswith("~"):
+        raise ValueError("~ is not expanded: write the whole path")
+    return check_no_variable(check_not_empty(text))
+
+
+def check_no_variable(text: str) -> str:
+    """Refuse text with a variable or a template that another program should have replaced."""
+    if _VARIABLE.search(text):
+        raise ValueError("variables are not expanded: write the value, or set it by OCI_MIRROR_...")
+    return text
+
+
 def check_pattern(text: str) -> str:
-    """Check a pattern of repositories for ``fnmatch``."""
+    """Check a pattern of repositories for ``fnmatch``. It must be able to match one."""
     if not text.strip() or re.search(r"\s", text) or text.startswith("/"):
         raise ValueError("not a pattern of repositories, such as library/*")
+    if ":" in text or "@" in text:
+        raise ValueError("must name repositories, without a tag or a digest")
+    if text != text.lower():
+        raise ValueError("must be in lower case, as the names of repositories are")
+    if not _PATTERN.fullmatch(text) or text.startswith(".*") or "/.*" in text:
+        raise ValueError("is a regular expression; a pattern is shell-style, such as library/*")
+    if text.endswith("/"):
+        raise ValueError(f"matches no repository: write {text}*")
     return text
 
 

@@ -97,10 +97,12 @@ class LogStream:
                 self._queued_chars -= len(text)
 
     def _write_all(self, data: bytes) -> None:
-        remaining = memoryview(data)
-        while remaining:
+        start = 0
+        while start < len(data):
+            # Several workers write to one pipe. An atomic write of whole lines keeps them apart.
+            end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1
             try:
-                remaining = remaining[os.write(self._fd, remaining) :]
+                start += os.write(self._fd, data[start : end or start + select.PIPE_BUF])
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)

@@ -78,6 +78,11 @@ class Verifier:
             raise DigestMismatch(f"content of {self.position} bytes is not {self._expected}")
 
 
+UPSTREAM_ALIASES: Final = dict.fromkeys(
+    ("index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"), "docker.io"
+)
+"""Other name of an upstream -> its name. Docker Hub has several, and clients use each of them."""
+
 # <name>: [a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(\/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*
 _PATH_COMPONENT: Final = r"[a-z0-9]+(?:(?:\.|__|_|-+)[a-z0-9]+)*"
 _REPOSITORY_PATH: Final = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*", re.ASCII)

@@ -16,6 +16,7 @@ from typing import Protocol, TypeAlias
 
 from mirror.oci.errors import ContentLost
 from mirror.oci.reference import Digest
+from mirror.threads import DISK_READS
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ async def read_all(reader: Reader, limit: int) -> bytes:
             data = bytes(extent.data)
         else:
             data = await loop.run_in_executor(
-                None, os.pread, extent.fd, extent.stop - position, position
+                DISK_READS, os.pread, extent.fd, extent.stop - position, position
             )
         if not data:
             raise ContentLost("content was cut while it was read")

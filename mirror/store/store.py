@@ -39,6 +39,7 @@ from mirror.store.ingest_lock import IngestContext, MemoryBudget
 from mirror.store.names import root_record
 from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
+from mirror.threads import run_in_thread
 
 _LEFTOVERS_INTERVAL_S: Final = 3600.0
 """Seconds between two removals of leftovers: each lives for a day, so an hour is soon enough."""
@@ -130,9 +131,8 @@ class Store:
             emit: Receives the events of the store, also from its threads.
             now: Seconds since the epoch.
         """
-        loop = asyncio.get_running_loop()
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
-        unwritable = await loop.run_in_executor(None, recover, layout, now(), disk.boot_id())
+        unwritable = await run_in_thread(recover, layout, now(), disk.boot_id())
         read_saved_names = partial(image_layout.read_saved_names, layout, emit)
         index = await Index.open(layout.index, emit, now, read_saved_names)
         store = cls(layout, index, settings, emit, now)
@@ -230,11 +230,10 @@ class Store:
         await self.index.return_to_disk()
         await self.save_image_layout(share=1.0)
         await self.index.close()
-        loop = asyncio.get_running_loop()
         for pool in (
             *(self._opening, self._writing, self._publishing, self._heartbeats, self._hashing),
         ):
-            await loop.run_in_executor(None, pool.shutdown)
+            await run_in_thread(pool.shutdown)
 
     # --- index.json ---------------------------------------------------------------------------
 

@@ -215,7 +215,7 @@ class Authenticator:
             UpstreamUnavailable: the token service, or the source of credentials, failed.
             Draining: the process shuts down.
         """
-        host, name = host_of(policy.endpoint), repository.path
+        host, name = host_of(policy.endpoint), policy.path_of(repository)
         lookup = await self.logins.get(host, name)
         if not scheme.realm:
             basic = lookup.login.basic if lookup.login is not None else None
@@ -406,7 +406,7 @@ class Negotiation:
         parsed = parse_challenges(challenges)
         bearers = [challenge for challenge in parsed if isinstance(challenge, Bearer)]
         is_ecr = self._policy.endpoint.host == "public.ecr.aws"
-        own_scope = "aws" if is_ecr else f"repository:{self._repository.path}:pull"
+        own_scope = "aws" if is_ecr else f"repository:{self._policy.path_of(self._repository)}:pull"
         schemes = [
             Scheme(bearer.realm, bearer.service or "", scope)
             for bearer in bearers

@@ -26,6 +26,7 @@ from yarl import URL
 from mirror.config.settings import Upstream
 from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from mirror.single_flight import SingleFlight
+from mirror.threads import HangingCalls
 
 LOGIN_TTL_S: Final = 30.0
 """Seconds for which a login is cached, unless it is refused: about one pull."""
@@ -33,6 +34,8 @@ _LOOKUP_TIMEOUT_S: Final = 10.0
 """Seconds for one look-up at most: cloud helpers take one or two, and a client is waiting."""
 _MAX_OUTPUT_BYTES: Final = 64 * 1024
 """Bytes of a helper's output that are read. Logins have a few KiB."""
+_FILES: Final = HangingCalls("credentials", 64)
+"""Reads of files, which may be on a network file system that does not answer."""
 _TOKEN_USER: Final = "<token>"  # noqa: S105 - the user name that marks an identity token
 _DOCKER_HUB: Final = "https://index.docker.io/v1/"
 _DOCKER_HUB_HOSTS: Final = ("registry-1.docker.io", "index.docker.io", "docker.io")
@@ -218,7 +221,7 @@ async def _resolve_password(value: str, key: str) -> str:
 async def _read_file(path: str, key: str) -> str:
     """Read a file of credentials. ``key``: the configuration key that names it."""
     try:
-        return await asyncio.to_thread(lambda: Path(path).expanduser().read_text(encoding="utf-8"))
+        return await _FILES.run(path, lambda: Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RuntimeError) as error:
         # RuntimeError: the user of ~user does not exist.
         reason = error.strerror if isinstance(error, OSError) else "it is no text file"

@@ -45,7 +45,15 @@ from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import MAX_TOKEN_RESPONSE_BYTES, Authenticator, TokenResponse
 from mirror.upstream.endpoints import Endpoints, Subject
-from mirror.upstream.outbound import TOKEN_HOSTS, Allowed, Policy, UrlSource, as_url, check_url
+from mirror.upstream.outbound import (
+    TOKEN_HOSTS,
+    Allowed,
+    Policy,
+    UrlSource,
+    as_url,
+    check_url,
+    realm_rule,
+)
 from mirror.upstream.retry import (
     MAX_ATTEMPTS_PER_REQUEST,
     RETRY_BUDGET_S,
@@ -124,10 +132,16 @@ class _Attempt:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
         path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
         query = dict(self.request.query)
-        url = URL(f"{self.policy.endpoint}/v2/{path}", encoded=True).with_query(query)
+        base = f"{self.policy.api_url}{self.policy.repository_prefix}"
+        url = URL(f"{base}{path}", encoded=True).with_query(query)
         target, source, name = str(url), UrlSource.ENDPOINT, "endpoint"
         if self.request.page is not None:
             target, source, name = self.request.page, UrlSource.NEXT_PAGE, "next page"
+            link, separator, more = target.partition("?")
+            if separator and link.endswith(f"/{path}"):
+                # A page of the same list. A registry that is behind a path does not know that path,
+                # so only the query of its link is used.
+                target = f"{url.raw_path}?{more}"
         verdict = check_url(target, source, url, self.policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"{name} refused: {verdict.why}")
@@ -168,7 +182,13 @@ class FailoverClient:
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
         token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._policies = {
-            url: Policy(url, token_hosts, own_addresses, transport.private_hosts)
+            url: Policy(
+                url,
+                token_hosts + TOKEN_HOSTS.get(url.host or "", ()),
+                own_addresses,
+                settings.redirect_hosts,
+                name,
+            )
             for url in self._endpoints.urls
         }
         self._auth = Authenticator(
@@ -239,6 +259,36 @@ class FailoverClient:
                     break
                 await asyncio.sleep(backoff_delay(attempts, self._jitter()))
         raise self._final_error(failure, subject)
+
+    async def ping(self, endpoint: URL, repository: Repository) -> tuple[int, str | None]:
+        """Ask one endpoint, once, for the version of its API.
+
+        See Distribution, "Determining Support".
+
+        Args:
+            endpoint: One of the endpoints of the upstream.
+            repository: The repository for which a token is requested, if one is needed.
+
+        Returns:
+            The status and the ``Content-Type`` of the response, also of a refusal.
+
+        Raises:
+            Unauthorized, Denied: the token service refused.
+            UpstreamError: the endpoint, or its token service, sent no usable response.
+        """
+        policy = self._policies[endpoint]
+        request = RegistryRequest(
+            "GET",
+            repository,
+            "",
+            Kind.TAGS,
+            page=policy.api_url,
+            is_accepted=lambda response: True,
+        )
+        deadline = self._transport.response_deadline()
+        attempt = _Attempt(policy, request, is_probe=False, is_repeat=False, deadline=deadline)
+        async with self._run_attempt(attempt) as response:
+            return response.http.status, response.http.headers.get(hdrs.CONTENT_TYPE)
 
     def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
         """Choose the error to raise if not all endpoints refused. ``failure``: the last one."""
@@ -380,9 +430,14 @@ class FailoverClient:
         It runs in a task of its own, so it has a deadline of its own, for its body as well. A
         failure is not one of the endpoint: other repositories may need no token.
         """
-        policy = Policy(url.origin())
         exchange = self._transport.exchange(
-            method, url, headers, policy, follow_redirects=False, form=form
+            method,
+            url,
+            headers,
+            Policy(url.origin(), upstream=self._name),
+            follow_redirects=False,
+            form=form,
+            addresses=realm_rule(url, self._endpoints.urls),
         )
         try:
             async with _token_deadline(self._transport.response_deadline()), exchange as response:
@@ -401,7 +456,7 @@ async def _token_deadline(deadline: float) -> AsyncIterator[None]:
         async with asyncio.timeout_at(deadline):
             yield
     except TimeoutError as error:
-        message = "no token within the time limit"
+        message = "no token within the time limit (limits.connect and limits.headers)"
         raise UpstreamTimeout(message, scope=FailureScope.PATH) from error
 
 

@@ -1,11 +1,12 @@
 """Outbound guard: which URLs may be connected to, and through which proxy.
 
 Lives here: the rules for endpoints, redirects, token realms and next pages (one pure function), the
-resolver that applies them to resolved addresses, and the proxies of the environment. Must not know:
-requests, credentials of registries.
+rule for the address of each connection, and the proxies of the environment. Must not know:
+requests, names and their look-up, credentials of registries.
 
 Upstreams are not trusted: a redirect, a realm or a ``Link`` may point into the network of the
-mirror, at the mirror itself, or down to plain HTTP.
+mirror, at the mirror itself, or down to plain HTTP. A name may have another address each time it is
+looked up. So an address is checked when a socket is made for it, and no answer is remembered.
 
 Proxies are read from ``http_proxy``, ``https_proxy`` and ``no_proxy``. These names, also in upper
 case, and hosts and domains in ``no_proxy`` are read as curl, Go and Python read them. Three rules
@@ -19,16 +20,17 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
+from functools import cache
 from typing import Any, Final, Self, TypeAlias
 
-from aiohttp import encode_basic_auth
-from aiohttp.abc import AbstractResolver, ResolveResult
-from aiohttp.resolver import ThreadedResolver
+from aiohttp import AddrInfoType, encode_basic_auth
 from yarl import URL
 
 from mirror.oci.errors import UpstreamUnavailable
+from mirror.oci.reference import Repository
 
 MAX_REDIRECTS: Final = 5
 """Redirects that are followed for one request, so that a loop ends."""
@@ -38,6 +40,7 @@ _PROXY_SCHEMES: Final = ("http", "https")
 
 TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
     "docker.io": ("auth.docker.io",),
+    "registry-1.docker.io": ("auth.docker.io",),
     "ghcr.io": ("ghcr.io",),
     "quay.io": ("quay.io",),
     "gcr.io": ("gcr.io",),
@@ -45,7 +48,130 @@ TOKEN_HOSTS: Final[dict[str, tuple[str, ...]]] = {
     "nvcr.io": ("nvcr.io", "authn.nvidia.com"),
     "registry.gitlab.com": ("gitlab.com",),
 }
-"""Upstream -> hosts of its token services. Public registries often use another host for them."""
+"""Upstream, or host of an endpoint -> hosts of its token services. Public registries often use
+another host for them."""
+
+_Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+_Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+class Zone(IntEnum):
+    """The part of the network that an address belongs to. A higher zone is nearer to the mirror."""
+
+    PUBLIC = auto()
+    PRIVATE = auto()
+    """A network that is not public (RFC 6890), such as 10.0.0.0/8."""
+    LOOPBACK = auto()
+    """This machine."""
+    LINK_LOCAL = auto()
+    """169.254.0.0/16, fe80::/10, and fd00:ec2::/32, at which clouds hand out credentials to their
+    machines. The mirror never connects there."""
+
+
+_ZONE_NAMES: Final = {
+    Zone.PUBLIC: "a public address",
+    Zone.PRIVATE: "a private address",
+    Zone.LOOPBACK: "an address of the mirror's own machine",
+    Zone.LINK_LOCAL: "a link-local address, to which the mirror never connects",
+}
+_LINK_LOCAL: Final[tuple[_Network, ...]] = (
+    ipaddress.IPv4Network("169.254.0.0/16"),
+    ipaddress.IPv6Network("fe80::/10"),
+    ipaddress.IPv6Network("fd00:ec2::/32"),
+)
+_EMBEDDED_IPV4: Final = (
+    (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # mapped (RFC 4291, section 2.5.5.2)
+    (ipaddress.IPv6Network("::ffff:0:0:0/96"), 0),  # translated (RFC 7915)
+    (ipaddress.IPv6Network("64:ff9b::/96"), 0),  # NAT64 (RFC 6052)
+    (ipaddress.IPv6Network("64:ff9b:1::/48"), 0),  # NAT64 of a site (RFC 8215)
+    (ipaddress.IPv6Network("2002::/16"), 80),  # 6to4 (RFC 3056)
+    (ipaddress.IPv6Network("::/96"), 0),  # compatible (RFC 4291, section 2.5.5.1)
+)
+"""IPv6 networks whose addresses lead to an IPv4 address, and the bits to the right of it."""
+
+
+def zone_of(host: str) -> Zone | None:
+    """Return the zone of an address, in any notation that resolvers accept. None for a name."""
+    if host == "localhost":
+        return Zone.LOOPBACK
+    address = _parse_address(host)
+    if address is None:
+        return None
+    if any(address in network for network in _LINK_LOCAL):
+        return Zone.LINK_LOCAL
+    if address.is_loopback or address.is_unspecified:
+        return Zone.LOOPBACK
+    return Zone.PUBLIC if address.is_global else Zone.PRIVATE
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether ``host`` is this machine, in any notation that resolvers accept."""
+    return zone_of(host) is Zone.LOOPBACK
+
+
+def is_private(host: str) -> bool:
+    """Return whether ``host`` is a non-public address, in any notation that resolvers accept."""
+    return (zone_of(host) or Zone.PUBLIC) > Zone.PUBLIC
+
+
+def _parse_address(host: str) -> _Address | None:
+    try:
+        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
+    except ValueError:
+        try:
+            # Decimal, hexadecimal and short forms: 2130706433, 0x7f.1, 127.1
+            return ipaddress.IPv4Address(socket.inet_aton(host))
+        except (OSError, UnicodeEncodeError):
+            return None
+    number = int(address)
+    if address.version == 6 and number > 1:  # 0 and 1 are :: and ::1.
+        for network, bits in _EMBEDDED_IPV4:
+            if address in network:
+                return ipaddress.IPv4Address((number >> bits) & 0xFFFFFFFF)
+    return address
+
+
+class AddressRefused(OSError):
+    """The rule of a connection does not permit an address."""
+
+    def __init__(self, address: str) -> None:
+        # All have the same text, so that aiohappyeyeballs raises one of them unchanged.
+        super().__init__(None, "no address is permitted")
+        self.address = address
+
+
+@dataclass(frozen=True, slots=True)
+class AddressRule:
+    """The addresses that a connection may be made to. Link-local ones are never among them."""
+
+    nearest: Zone = Zone.LOOPBACK
+    """No address may be in a higher zone, except for those in ``networks``."""
+    farthest: Zone = Zone.PUBLIC
+    """No address may be in a lower zone."""
+    networks: tuple[_Network, ...] = ()
+
+    def permits(self, address: str) -> bool:
+        """Return whether a connection to ``address`` may be made."""
+        zone = zone_of(address)
+        if zone is None or zone is Zone.LINK_LOCAL:
+            return False
+        parsed = _parse_address(address)
+        return self.farthest <= zone <= self.nearest or any(parsed in n for n in self.networks)
+
+    def open_socket(self, address_info: AddrInfoType) -> socket.socket:
+        """Return a socket for a connection. Raises ``AddressRefused``."""
+        family, kind, protocol, _, address = address_info
+        if not self.permits(str(address[0])):
+            raise AddressRefused(str(address[0]))
+        return socket.socket(family, kind, protocol)
+
+
+CONFIGURED: Final = AddressRule()
+"""The rule for hosts that the configuration or the environment names."""
+PRIVATE_ONLY: Final = AddressRule(farthest=Zone.PRIVATE)
+"""The rule for token hosts without TLS: nothing but the network proves who answers."""
 
 # --- URLs -----------------------------------------------------------------------------------------
 
@@ -67,11 +193,13 @@ class UrlSource(Enum):
 class Allowed:
     """Verdict: ``url`` may be connected to.
 
-    ``same_origin``: it has the origin of the endpoint, so it may receive its credentials.
+    ``is_same_origin``: it has the origin of the endpoint, so it may receive its credentials.
+    ``addresses``: the rule for the connection.
     """
 
     url: URL
     is_same_origin: bool
+    addresses: AddressRule = CONFIGURED
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +221,56 @@ class Policy:
     """``host`` or ``host:port`` of token services, beside the endpoint itself."""
     own_addresses: Collection[tuple[str, int]] = ()
     """(host, port) pairs at which this mirror listens."""
-    private_hosts: Collection[str] = ()
-    """Configured host names that resolve to addresses that are not public. May grow."""
+    redirect_hosts: tuple[str, ...] = ()
+    """Hosts, domains and networks that redirects may lead to, although they are private."""
+    upstream: str = ""
+    """Name of the upstream, for messages."""
 
     @property
-    def is_on_private_network(self) -> bool:
-        """Whether the endpoint is on a network that is not public."""
-        host = self.endpoint.host or ""
-        return host in self.private_hosts or host == "localhost" or is_private(host)
+    def api_url(self) -> str:
+        """URL of the API, with ``/v2/`` at its end."""
+        return f"{self.endpoint.origin()}{_split_path(self.endpoint.raw_path)[0]}"
+
+    @property
+    def repository_prefix(self) -> str:
+        """Prefix of the names of all repositories at the endpoint: empty, or ``hub-proxy/``."""
+        return _split_path(self.endpoint.raw_path)[1]
+
+    def path_of(self, repository: Repository) -> str:
+        """Return the name of a repository at the endpoint."""
+        return f"{self.repository_prefix}{repository.path}"
+
+    def key(self, name: str) -> str:
+        """Return the full name of a key of this upstream: ``upstreams.docker.io.token_hosts``."""
+        return f"upstreams.{self.upstream}.{name}"
+
+    def redirect_rule(self, host: str, port: int, sender: Zone) -> AddressRule:
+        """Return the rule for a redirect to ``host``, which an address in ``sender`` sent."""
+        if any(is_listed(entry, host, port) for entry in self.redirect_hosts):
+            return CONFIGURED
+        return AddressRule(nearest=sender, networks=_networks(self.redirect_hosts))
 
 
-def check_url(target: str, source: UrlSource, base: URL, policy: Policy) -> Verdict:
+@cache
+def _split_path(path: str) -> tuple[str, str]:
+    """Return the path of the API and the prefix of repositories, for the path of an endpoint."""
+    base, separator, prefix = f"{path.rstrip('/')}/".partition("/v2/")
+    return (f"{base}/v2/", prefix) if separator else ("/v2/", base.removeprefix("/"))
+
+
+@cache
+def _networks(entries: tuple[str, ...]) -> tuple[_Network, ...]:
+    """Return those of ``entries`` that are addresses or networks."""
+    networks = []
+    for entry in entries:
+        with suppress(ValueError):
+            networks.append(ipaddress.ip_network(entry, strict=False))
+    return tuple(networks)
+
+
+def check_url(
+    target: str, source: UrlSource, base: URL, policy: Policy, sender: Zone = Zone.PUBLIC
+) -> Verdict:
     """Decide whether a URL may be connected to.
 
     Args:
@@ -112,6 +279,7 @@ def check_url(target: str, source: UrlSource, base: URL, policy: Policy) -> Verd
         source: Selects the rules.
         base: URL of the response that named ``target``.
         policy: The endpoint of the request, and its configuration.
+        sender: Zone of the address that sent a redirect. It may not lead nearer to the mirror.
     """
     if len(target) > _MAX_URL_BYTES or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
         return Refused("not a URL")
@@ -127,10 +295,12 @@ def check_url(target: str, source: UrlSource, base: URL, policy: Policy) -> Verd
     if url.raw_user is not None or url.raw_password is not None:
         return Refused("user information in a URL")
     if base.scheme == "https" and url.scheme != "https":
-        return Refused("downgrade from https to http")
+        return Refused(f"downgrade from https to {url.origin()}")
     own_ports = {port for _, port in policy.own_addresses}
     if (host, port) in policy.own_addresses or (is_loopback(host) and port in own_ports):
         return Refused("an address of this mirror")
+    if zone_of(host) is Zone.LINK_LOCAL:
+        return Refused(f"{host} is {_ZONE_NAMES[Zone.LINK_LOCAL]}")
     is_same_origin = url.origin() == policy.endpoint.origin()
     match source:
         case UrlSource.ENDPOINT | UrlSource.NEXT_PAGE:
@@ -138,93 +308,46 @@ def check_url(target: str, source: UrlSource, base: URL, policy: Policy) -> Verd
         case UrlSource.REALM:
             is_endpoint = (host, port) == (policy.endpoint.host, policy.endpoint.port)
             is_token_host = bool({host, f"{host}:{port}"} & set(policy.token_hosts))
-            # A token host is trusted by its name, which only TLS proves.
-            is_proven = url.scheme == "https" or policy.is_on_private_network
-            if is_endpoint or (is_token_host and is_proven):
-                return Allowed(url, is_same_origin)
-            return Refused("a token realm that is neither the endpoint nor in token_hosts")
-        case UrlSource.REDIRECT:
-            is_internal = is_private(host) or host == "localhost"
-            if is_internal and not is_same_origin and not policy.is_on_private_network:
-                return Refused("a public registry points at a private address")
+            if not is_endpoint and not is_token_host:
+                key = policy.key("token_hosts")
+                return Refused(f"{url.host_port_subcomponent} is neither the endpoint nor in {key}")
+            rule = realm_rule(url, (policy.endpoint,))
+            if zone_of(host) is not None and not rule.permits(host):
+                return Refused(address_refusal(AddressRefused(host), rule, policy))
+            return Allowed(url, is_same_origin, rule)
+        case UrlSource.REDIRECT if is_same_origin:
             return Allowed(url, is_same_origin)
+        case UrlSource.REDIRECT:
+            rule = policy.redirect_rule(host, port, sender)
+            if zone_of(host) is not None and not rule.permits(host):
+                return Refused(address_refusal(AddressRefused(host), rule, policy))
+            return Allowed(url, is_same_origin, rule)
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether ``host`` is this machine, in any notation that resolvers accept."""
-    address = _parse_address(host)
-    return host == "localhost" or (
-        address is not None and (address.is_loopback or address.is_unspecified)
-    )
+def realm_rule(realm: URL, endpoints: Collection[URL]) -> AddressRule:
+    """Return the rule for connections to a token service.
+
+    It is trusted by its name, which only TLS proves. Without TLS it must be one of the endpoints,
+    or on a network that is not public.
+    """
+    is_endpoint = any(realm.origin() == endpoint.origin() for endpoint in endpoints)
+    return CONFIGURED if is_endpoint or realm.scheme == "https" else PRIVATE_ONLY
 
 
-def is_private(host: str) -> bool:
-    """Return whether ``host`` is a non-public address, in any notation that resolvers accept."""
-    address = _parse_address(host)
-    return address is not None and not address.is_global
-
-
-def _parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
-    except ValueError:
-        try:
-            # Decimal, hexadecimal and short forms: 2130706433, 0x7f.1, 127.1
-            return ipaddress.IPv4Address(socket.inet_aton(host))
-        except (OSError, UnicodeEncodeError):
-            return None
-    mapped = getattr(address, "ipv4_mapped", None)
-    return mapped if mapped is not None else address
+def address_refusal(error: AddressRefused, rule: AddressRule, policy: Policy) -> str:
+    """Return why ``rule`` does not permit an address, with the key to set if there is one."""
+    zone = zone_of(error.address) or Zone.PUBLIC
+    why = f"{error.address} is {_ZONE_NAMES[zone]}"
+    if zone is Zone.LINK_LOCAL:
+        return why
+    if zone < rule.farthest:
+        return f"{why}, where a token service must have TLS"
+    return f"{why}, and {policy.key('redirect_hosts')} does not name it"
 
 
 def as_url(value: Any) -> URL:
     """Convert a URL of the configuration, which was validated when it was read."""
     return URL(str(value).rstrip("/"), encoded=True)
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-class GuardedResolver(AbstractResolver):
-    """Resolves names. Refuses private addresses for names that a public registry has sent.
-
-    Names behind a proxy are resolved by the proxy, and cannot be checked here.
-    """
-
-    def __init__(self, trusted: Collection[str], proxies: Collection[tuple[str, int]] = ()) -> None:
-        """Create a resolver.
-
-        Args:
-            trusted: Hosts that the configuration names. They may have private addresses.
-            proxies: (host, port) pairs of the proxies. They may have private addresses, too.
-        """
-        self._trusted = frozenset(trusted)
-        self._proxies = frozenset(proxies)
-        self._resolver = ThreadedResolver()
-        self.private_hosts = {host for host in trusted if host == "localhost" or is_private(host)}
-        """Hosts of the configuration that are on a network that is not public."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """Resolve ``host``. See :class:`aiohttp.abc.AbstractResolver`.
-
-        Raises:
-            OSError: the name cannot be resolved, or its address is refused.
-        """
-        results = await self._resolver.resolve(host, port, family)
-        has_private = any(is_private(result["host"]) for result in results)
-        if host in self._trusted:
-            # A private address of a configured name means that the upstream is on our own network.
-            if has_private:
-                self.private_hosts.add(host)
-        elif has_private and not self.private_hosts and (host, port) not in self._proxies:
-            raise OSError(None, "a public registry points at a private address")
-        return results
-
-    async def close(self) -> None:
-        """Close the wrapped resolver."""
-        await self._resolver.close()
 
 
 # --- proxies --------------------------------------------------------------------------------------
@@ -280,7 +403,7 @@ class Proxies:
         host = (url.host or "").rstrip(".").lower()
         if url.scheme not in self.by_scheme or is_loopback(host):
             return None
-        if any(_is_excluded(entry, host, url.port) for entry in self.no_proxy):
+        if any(is_listed(entry, host, url.port) for entry in self.no_proxy):
             return None
         proxy = self.by_scheme[url.scheme]
         if proxy is None:
@@ -302,8 +425,11 @@ def _parse_proxy(text: str) -> Proxy | None:
         return None
 
 
-def _is_excluded(entry: str, host: str, port: int | None) -> bool:
-    """Return whether an entry of ``no_proxy`` (``*``, network, address, domain) names this host."""
+def is_listed(entry: str, host: str, port: int | None) -> bool:
+    """Return whether an entry of a list of hosts names this one.
+
+    ``entry``: ``*``, a network, an address, or a domain, which names the hosts below it, too.
+    """
     if entry == "*":
         return True
     try:

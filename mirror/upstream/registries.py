@@ -12,9 +12,10 @@ from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Observer
 from mirror.single_flight import SingleFlight
 from mirror.upstream.api import Registry
+from mirror.upstream.connections import own_addresses
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.registry import HttpRegistry
-from mirror.upstream.transport import Transport, own_addresses
+from mirror.upstream.transport import Transport
 
 
 class Registries(dict[str, Registry]):

@@ -6,7 +6,6 @@ and bodies, pagination. Must not know: endpoints, tokens, retries, the store, ou
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
@@ -22,7 +21,7 @@ from mirror.oci.errors import DigestInvalid, MirrorError, NotFound, UpstreamProt
 from mirror.oci.headers import media_type_of, parse_content_range
 from mirror.oci.links import next_link
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.threads import parse_in_thread_if_large
+from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
     MIN_PROGRESS_BYTES,
     ContentStream,
@@ -179,7 +178,7 @@ class HttpRegistry:
                 # A link to an earlier page would be followed for ever.
                 has_more = page is not None and page not in seen_pages
                 seen_pages.add(page or "")
-        ordered = await asyncio.to_thread(sorted, tags)
+        ordered = await run_in_thread(sorted, tags)
         return TagsPage(tuple(ordered[:limit]), has_more or len(ordered) > limit)
 
     async def referrers(
@@ -220,7 +219,7 @@ class HttpRegistry:
             if page is None or page in seen_pages:
                 break
             seen_pages.add(page)
-        body = await asyncio.to_thread(_merge_referrers, entries)
+        body = await run_in_thread(_merge_referrers, entries)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 

@@ -1,8 +1,11 @@
 """One HTTP exchange: the only module that calls the client session.
 
-Lives here: the session and its limits, redirects followed hop by hop through the outbound guard,
+Lives here: the sessions and their limits, redirects followed hop by hop through the outbound guard,
 reading of bodies, and the translation of failures and status codes into typed errors. Must not
 know: which endpoint is next, credentials.
+
+There is one session for each rule of addresses that connections follow. So a connection that is
+reused was made by the same rule.
 
 Two rules of the translation. A failure never becomes a 404. The text of an error body is never
 shown to anybody: it may hold secrets, or escape sequences for a terminal.
@@ -14,14 +17,11 @@ import asyncio
 import json
 import os
 import re
-import socket
-import ssl
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Final
+from typing import Any, Final, Self
 
 import aiohttp
 from aiohttp import hdrs
@@ -30,15 +30,23 @@ from yarl import URL
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
 from mirror.oci import errors
+from mirror.upstream.connections import Resolver, tls_context
+from mirror.upstream.failures import Hop, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
+    CONFIGURED,
     MAX_REDIRECTS,
+    PRIVATE_ONLY,
+    AddressRefused,
+    AddressRule,
     Allowed,
-    GuardedResolver,
     Policy,
     Proxies,
+    Proxy,
     UrlSource,
-    as_url,
+    Zone,
+    address_refusal,
     check_url,
+    zone_of,
 )
 from mirror.upstream.retry import parse_retry_after
 
@@ -59,8 +67,6 @@ _REFERRERS_UNSUPPORTED: Final = frozenset({*_REDIRECTS, 400, 405, 406, 501})
 """Statuses of registries that do not have the referrers API, beside 404."""
 _UNABLE_TO_RESPOND: Final = frozenset({502, 503, 504})
 _USER_AGENT: Final = "oci-mirror"
-_UNUSED_ADDRESSES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
-"""Addresses that no host has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
 # RateLimit-Remaining: 76;w=21600
 _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*", re.ASCII)
 
@@ -76,22 +82,66 @@ class Response:
     is_cross_origin: bool
 
 
+class _PeerResponse(aiohttp.ClientResponse):
+    """A response that remembers its connection. aiohttp forgets it at the end of the body."""
+
+    peer: asyncio.BaseTransport | None = None
+
+    async def start(self, connection: aiohttp.connector.Connection) -> Self:
+        """Read the headers. See :class:`aiohttp.ClientResponse`."""
+        self.peer = connection.transport
+        await super().start(connection)
+        return self
+
+    @property
+    def zone(self) -> Zone:
+        """Zone of the address that sent the response."""
+        name = self.peer.get_extra_info("peername") if self.peer is not None else None
+        return (zone_of(name[0]) if name else None) or Zone.PUBLIC
+
+    @property
+    def certificate(self) -> bytes:
+        """The certificate of the server (DER). Empty without TLS."""
+        tls = self.peer.get_extra_info("ssl_object") if self.peer is not None else None
+        return (tls.getpeercert(binary_form=True) if tls is not None else None) or b""
+
+
 class Transport:
     """Sends the requests of one upstream."""
 
     def __init__(self, settings: Upstream, environment: Mapping[str, str] = os.environ) -> None:
+        self._settings = settings
         self._limits = settings.limits
         self._proxies = Proxies.from_environment(environment)
-        hosts = {as_url(url).host or "" for url in settings.endpoints}
-        hosts |= {host.partition(":")[0] for host in settings.token_hosts}
-        self._resolver = GuardedResolver(hosts, self._proxies.addresses)
-        self._session = aiohttp.ClientSession(
+        self._resolver = Resolver()
+        self._sessions: dict[tuple[AddressRule, bool], aiohttp.ClientSession] = {}
+        self._session(CONFIGURED, is_own=True)
+
+    def _session(self, addresses: AddressRule, *, is_own: bool) -> aiohttp.ClientSession:
+        """Return the session for connections of one kind.
+
+        Args:
+            addresses: The addresses that they may be made to.
+            is_own: Whether they are to hosts of the configuration. Only those get to see the
+                client certificate.
+        """
+        session = self._sessions.get((addresses, is_own))
+        if session is None:
+            session = self._sessions[addresses, is_own] = self._open_session(addresses, is_own)
+        return session
+
+    def _open_session(self, addresses: AddressRule, is_own: bool) -> aiohttp.ClientSession:
+        settings = self._settings
+        certificate = (settings.client_certificate, settings.client_key) if is_own else None
+        return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 resolver=self._resolver,
-                ssl=_tls_context(settings.ca),
+                socket_factory=addresses.open_socket,
+                ssl=tls_context(settings.ca, certificate, settings.insecure),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
             ),
+            response_class=_PeerResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             requote_redirect_url=False,
@@ -106,11 +156,6 @@ class Transport:
             trust_env=False,
         )
 
-    @property
-    def private_hosts(self) -> Collection[str]:
-        """Configured hosts on a network that is not public. The set grows as names are resolved."""
-        return self._resolver.private_hosts
-
     def response_deadline(self) -> float:
         """Return the deadline of a response that is requested now, in event loop time."""
         limit = self._limits.connect + self._limits.headers
@@ -118,7 +163,8 @@ class Transport:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._session.close()
+        for session in self._sessions.values():
+            await session.close()
 
     @asynccontextmanager
     async def exchange(
@@ -131,6 +177,7 @@ class Transport:
         follow_redirects: bool = True,
         form: Mapping[str, str] | None = None,
         deadline: float | None = None,
+        addresses: AddressRule = CONFIGURED,
     ) -> AsyncIterator[Response]:
         """Send a request, follow its redirects, and yield the response once its headers are in.
 
@@ -146,90 +193,129 @@ class Transport:
             form: Fields of a form body. None: no body.
             deadline: Event loop time at which the headers must be in, with all redirects. None: see
                 :meth:`response_deadline`.
+            addresses: The addresses that the host of ``url`` may have.
 
         Raises:
             UpstreamTimeout: the deadline has passed.
             UpstreamUnavailable: no connection, or no valid response.
             UpstreamProtocolError: too many redirects.
-            OutboundRefused: the guard refused a redirect.
+            OutboundRefused: the guard refused a redirect, or the address of a host.
         """
         request_headers = dict(headers)
         is_cross_origin = False
         deadline = self.response_deadline() if deadline is None else deadline
+        target = Allowed(url, is_same_origin=True, addresses=addresses)
         for _ in range(MAX_REDIRECTS + 1):
             try:
-                response = await self._send(method, url, request_headers, form, deadline)
+                response = await self._send(
+                    method, target, policy, deadline, headers=request_headers, data=form
+                )
             except errors.UpstreamUnavailable as error:
                 if is_cross_origin:
                     error.scope = errors.FailureScope.REQUEST
                 raise
             try:
-                target = response.headers.get(hdrs.LOCATION)
-                if response.status not in _REDIRECTS or target is None or not follow_redirects:
+                location = response.headers.get(hdrs.LOCATION)
+                if response.status not in _REDIRECTS or location is None or not follow_redirects:
                     yield Response(response, is_cross_origin)
                     return
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
                 response.release()
-            verdict = check_url(target, UrlSource.REDIRECT, url, policy)
+            sender = self._sender_zone(target.url, response)
+            verdict = check_url(location, UrlSource.REDIRECT, target.url, policy, sender)
             if not isinstance(verdict, Allowed):
-                raise errors.OutboundRefused(f"redirect refused: {verdict.why}")
+                origin = target.url.origin()
+                raise errors.OutboundRefused(f"{origin}: redirect refused: {verdict.why}")
             if not verdict.is_same_origin:
                 request_headers.pop("Authorization", None)
                 is_cross_origin = True
-            url = verdict.url
-        raise errors.UpstreamProtocolError(f"more than {MAX_REDIRECTS} redirects")
+            target = verdict
+        raise errors.UpstreamProtocolError(f"{url.origin()}: more than {MAX_REDIRECTS} redirects")
+
+    def _sender_zone(self, url: URL, response: _PeerResponse) -> Zone:
+        """Return the zone of the host that sent ``response``."""
+        if self._proxies.proxy_for(url) is None:
+            return response.zone
+        # The address is that of the proxy, which says nothing about the host.
+        return zone_of(url.host or "") or Zone.PUBLIC
 
     async def _send(
         self,
         method: str,
-        url: URL,
-        headers: Mapping[str, str],
-        form: Mapping[str, str] | None,
+        target: Allowed,
+        policy: Policy,
         deadline: float,
-    ) -> aiohttp.ClientResponse:
+        *,
+        headers: Mapping[str, str],
+        data: Mapping[str, str] | None,
+    ) -> _PeerResponse:
+        url, addresses = target.url, target.addresses
         proxy = self._proxies.proxy_for(url)
-        if proxy is not None and url.scheme == "http":
-            # Plain HTTP has no tunnel: the proxy reads the request itself.
-            headers = {**headers, **proxy.headers}
+        if proxy is not None:
+            if addresses == PRIVATE_ONLY:
+                raise errors.OutboundRefused(f"{url.origin()}: behind a proxy it must have TLS")
+            # Only the proxy knows the addresses of the host.
+            addresses = CONFIGURED
+            if url.scheme == "http":
+                # Plain HTTP has no tunnel: the proxy reads the request itself.
+                headers = {**headers, **proxy.headers}
+        session = self._session(addresses, is_own=target.is_same_origin)
         try:
             async with asyncio.timeout_at(deadline):
-                return await self._session.request(
-                    method,
-                    url,
-                    headers=headers,
-                    data=form,
-                    proxy=proxy.url if proxy is not None else None,
-                    proxy_headers=proxy.headers if proxy is not None else None,
-                    allow_redirects=False,
-                )
-        except aiohttp.ConnectionTimeoutError as error:
-            message = "no connection to the upstream within the time limit"
-            raise errors.UpstreamTimeout(message, scope=errors.FailureScope.ENDPOINT) from error
-        except TimeoutError as error:
-            # The endpoint is connected. It may take long for this content only.
-            message = "the upstream sent no response within the time limit"
-            raise errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH) from error
-        except aiohttp.ClientConnectorCertificateError as error:
-            message = "the certificate of the upstream is not valid"
-            raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.ENDPOINT) from error
+                return await _request(session, method, url, proxy, headers=headers, data=data)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            is_connected = not isinstance(error, aiohttp.ClientConnectorError)
-            scope = errors.FailureScope.PATH if is_connected else errors.FailureScope.ENDPOINT
-            message = f"the upstream sent no valid response: {type(error).__name__}"
-            raise errors.UpstreamUnavailable(message, scope=scope) from error
+            os_error = getattr(error, "os_error", error)
+            if isinstance(os_error, AddressRefused):
+                why = address_refusal(os_error, addresses, policy)
+                raise errors.OutboundRefused(f"{url.origin()}: {why}") from error
+            hop = Hop(
+                url,
+                proxy,
+                policy,
+                self._limits,
+                is_looking_up=self._resolver.is_looking_up(url.host or ""),
+                certificate=await self._expired_certificate(session, url, proxy, error),
+            )
+            raise connection_error(error, hop) from error
+
+    async def _expired_certificate(
+        self, session: aiohttp.ClientSession, url: URL, proxy: Proxy | None, error: Exception
+    ) -> bytes:
+        """Return the certificate (DER) that was refused for its time. Empty for other failures.
+
+        A failed handshake does not show it. So it is asked for again, without verification: nothing
+        secret is sent, and nothing of the response is used.
+        """
+        if not has_wrong_time(getattr(error, "certificate_error", error)):
+            return b""
+        context = tls_context(None, None, insecure=True)
+        try:
+            async with asyncio.timeout(self._limits.connect):
+                response = await _request(session, "HEAD", url.origin(), proxy, ssl=context)
+                response.release()
+                return response.certificate
+        except (aiohttp.ClientError, OSError, ValueError):
+            return b""
 
 
-@cache
-def _tls_context(ca: str | None) -> ssl.SSLContext:
-    """Load the system's certificate authorities, and those of the PEM file ``ca``.
-
-    Cached, because this takes longer than the rest of a start together.
-    """
-    context = ssl.create_default_context()
-    if ca is not None:
-        context.load_verify_locations(cafile=ca)
-    return context
+async def _request(
+    session: aiohttp.ClientSession, method: str, url: URL, proxy: Proxy | None, **options: Any
+) -> _PeerResponse:
+    """Send one request, without redirects. ``options``: further ones of aiohttp."""
+    response = await session.request(
+        method,
+        url,
+        proxy=proxy.url if proxy is not None else None,
+        proxy_headers=proxy.headers if proxy is not None else None,
+        allow_redirects=False,
+        **options,
+    )
+    assert isinstance(response, _PeerResponse)
+    if response.status == 407 and proxy is not None:
+        response.release()
+        raise aiohttp.ClientHttpProxyError(response.request_info, response.history, status=407)
+    return response
 
 
 # --- bodies ---------------------------------------------------------------------------------------
@@ -261,7 +347,7 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
                 raise errors.UpstreamProtocolError(f"the response has more than {limit} bytes")
             parts.append(chunk)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        raise _body_error(error) from error
+        raise _body_error(error, response) from error
     return b"".join(parts)
 
 
@@ -298,7 +384,8 @@ async def read_chunks(
             yield chunk
             if waited_s >= limits.idle:
                 if received_in_window < limits.min_rate * waited_s:
-                    message = "the upstream sends less than min_rate"
+                    host = response.url.origin()
+                    message = f"{host} sends less than {limits.min_rate} bytes/s (limits.min_rate)"
                     raise errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
                 waited_s, received_in_window = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
@@ -306,7 +393,7 @@ async def read_chunks(
         # have to be sent again.
         if rest := content._read_nowait(-1):
             yield rest
-        raise _body_error(error) from error
+        raise _body_error(error, response) from error
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
         raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
@@ -314,12 +401,13 @@ async def read_chunks(
         raise errors.UpstreamProtocolError("the body is longer than announced")
 
 
-def _body_error(error: Exception) -> errors.UpstreamUnavailable:
+def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.UpstreamUnavailable:
     """Translate a failure in the middle of a body."""
+    host = response.url.origin()
     if isinstance(error, TimeoutError):
-        message = "the upstream stopped sending in the middle of a body"
+        message = f"{host} stopped sending in the middle of a body (limits.idle)"
         return errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
-    message = f"the connection broke in the middle of a body: {type(error).__name__}"
+    message = f"{host}: the connection broke in the middle of a body"
     return errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
 
 
@@ -352,6 +440,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
     another origin (the storage that a redirect led to) becomes ``UpstreamUnavailable``, because the
     registry itself did not refuse.
     """
+    host = response.http.url.origin()
     match response.http.status:
         case 404:
             return await _not_found(response, kind)
@@ -360,22 +449,23 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
         case 401 | 403 if response.is_cross_origin:
             # For example an expired signed URL: the next attempt gets a new one.
             return errors.UpstreamUnavailable(
-                "the storage behind the registry refuses access", scope=errors.FailureScope.REQUEST
+                f"{host}: the storage behind the registry refuses access",
+                scope=errors.FailureScope.REQUEST,
             )
         case 401:
-            return errors.Unauthorized("the upstream requires credentials, or refused ours")
+            return errors.Unauthorized(f"{host} requires credentials, or refused ours")
         case 403:
-            return errors.Denied("the upstream denies access")
+            return errors.Denied(f"{host} denies access")
         case 429:
             return errors.UpstreamRateLimited(
-                "the upstream limits the rate", retry_after=retry_after_of(response.http)
+                f"{host} limits the rate", retry_after=retry_after_of(response.http)
             )
         case status if status >= 500 or status == 408:
             is_unable = status in _UNABLE_TO_RESPOND and not response.is_cross_origin
             scope = errors.FailureScope.PATH if is_unable else errors.FailureScope.REQUEST
-            return errors.UpstreamUnavailable(f"the upstream responded with {status}", scope=scope)
+            return errors.UpstreamUnavailable(f"{host} responded with {status}", scope=scope)
         case status:
-            return errors.UpstreamProtocolError(f"the upstream responded with {status}")
+            return errors.UpstreamProtocolError(f"{host} responded with {status}")
 
 
 async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
@@ -388,7 +478,7 @@ async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
     if kind is Kind.BLOB and response.is_cross_origin and not code:
         # The registry has the blob: it redirected to it. Only a registry can deny that.
         return errors.UpstreamUnavailable(
-            "the storage behind the registry does not have the blob",
+            f"{response.http.url.origin()}: the storage behind the registry does not have the blob",
             scope=errors.FailureScope.REQUEST,
         )
     if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
@@ -396,26 +486,3 @@ async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
     if kind is Kind.BLOB:
         return errors.BlobUnknown("the upstream does not have this blob")
     return errors.ManifestUnknown("the upstream does not have this manifest")
-
-
-# --- our own addresses ----------------------------------------------------------------------------
-
-
-def own_addresses(listen: str) -> Collection[tuple[str, int]]:
-    """Return the (host, port) pairs of this mirror, for ``listen`` (host:port)."""
-    host, _, port = listen.rpartition(":")
-    host = host.strip("[]")
-    names = {host, socket.gethostname()}
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound to
-        names |= {_source_address(*pair) or host for pair in _UNUSED_ADDRESSES}
-    return {(name, int(port)) for name in names}
-
-
-def _source_address(family: socket.AddressFamily, target: str) -> str | None:
-    """Return our address on the route to ``target``, without a packet. None without a route."""
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))
-            return str(probe.getsockname()[0])
-    except OSError:
-        return None

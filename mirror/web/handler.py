@@ -50,6 +50,7 @@ from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
 from mirror.pull.service import PullService
+from mirror.threads import run_in_thread
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
@@ -244,7 +245,7 @@ class Handler:
                 return _build_json_response(json.dumps(report).encode(), pull, status)
             case paths.MetricsRequest():
                 # Thousands of lines: the event loop must not wait until all are formatted.
-                text, content_type = await asyncio.to_thread(self._render_metrics)
+                text, content_type = await run_in_thread(self._render_metrics)
                 headers = {"Content-Type": content_type, **common_headers(pull)}
                 return web.Response(body=text, headers=headers)
             case unknown:

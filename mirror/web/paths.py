@@ -29,7 +29,13 @@ from mirror.oci.errors import (
     TagInvalid,
 )
 from mirror.oci.headers import media_type_of
-from mirror.oci.reference import Digest, Reference, Repository, Tag, parse_reference
+from mirror.oci.reference import (
+    Digest,
+    Reference,
+    Repository,
+    Tag,
+    parse_reference,
+)
 
 
 @dataclass(frozen=True, slots=True)

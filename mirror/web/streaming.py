@@ -42,6 +42,7 @@ from mirror.oci.headers import (
 )
 from mirror.oci.reference import Digest
 from mirror.store.reader import FileExtent, MemoryExtent, Reader
+from mirror.threads import DISK_READS
 from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
 
 CLIENT_STALL_TIMEOUT_S: Final = 60.0
@@ -276,7 +277,8 @@ class Sender:
         # Readers share the descriptor and its position. So the file is opened again, through the
         # descriptor: its name may be gone by now.
         sent = 0
-        async with aiofiles.open(f"/proc/self/fd/{extent.fd}", "rb", buffering=0) as file:
+        name = f"/proc/self/fd/{extent.fd}"
+        async with aiofiles.open(name, "rb", buffering=0, executor=DISK_READS) as file:
             await file.seek(position)
             while sent < count and (data := await file.read(min(_COPY_BYTES, count - sent))):
                 await response.write(data)

@@ -18,7 +18,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeAlias
 from urllib.parse import parse_qs, unquote
@@ -85,8 +85,9 @@ class Fault:
 class FakeRegistry:
     """A registry on a loopback port, with TLS if ``tls`` is given. Also an HTTP proxy of itself."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> None:
         self._tls = tls
+        self._host = host
         self.connections = 0
         self.requests: list[ReceivedRequest] = []
         self.blobs: dict[tuple[str, str], bytes] = {}
@@ -94,6 +95,8 @@ class FakeRegistry:
         self.tags: dict[tuple[str, str], str] = {}
         self.referring: dict[str, bytes] = {}
         self.referrers_api = True
+        self.base = ""
+        """Path before ``/v2/`` that a front adds, and of which the registry knows nothing."""
         self.faults: list[tuple[str, Fault]] = []
         self.token: str | None = None
         """The bearer token that requests need. None: requests need no token."""
@@ -118,7 +121,7 @@ class FakeRegistry:
     @property
     def url(self) -> str:
         """The endpoint."""
-        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{self._host}:{self.port}"
 
     def add_blob(self, data: bytes, repository: str = "library/app") -> Digest:
         digest = Digest.of(data)
@@ -174,7 +177,7 @@ class FakeRegistry:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", self.port or 0, ssl=self._tls
+            self._serve, self._host, self.port or 0, ssl=self._tls
         )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -341,8 +344,9 @@ class FakeRegistry:
             bearer = f'Bearer realm="{self.url}/token",service="fake",scope="placeholder"'
             challenge = self.challenge or ('Basic realm="fake"' if self.basic else bearer)
             return 401, {"WWW-Authenticate": challenge}, b""
-        if not seen.path.startswith("/v2/"):
+        if not seen.path.startswith(f"{self.base}/v2/"):
             return 404, {}, b""
+        seen = replace(seen, path=seen.path.removeprefix(self.base))
         if seen.path == "/v2/":
             return 200, {}, b"{}"
         return self._content(seen)

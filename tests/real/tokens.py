@@ -40,8 +40,13 @@ class Certificate:
     key_file: Path
 
     @classmethod
-    def make(cls, directory: Path, name: str = "localhost") -> Certificate:
-        """Make one; the PEM files are ``<name>.crt`` and ``<name>.key`` in ``directory``."""
+    def make(
+        cls, directory: Path, name: str = "localhost", first_day: int = -1, last_day: int = 30
+    ) -> Certificate:
+        """Make one; the PEM files are ``<name>.crt`` and ``<name>.key`` in ``directory``.
+
+        It is valid from ``first_day`` to ``last_day``, counted from today.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         now = datetime.datetime.now(datetime.UTC)
@@ -58,8 +63,8 @@ class Certificate:
             .issuer_name(subject)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=30))
+            .not_valid_before(now + datetime.timedelta(days=first_day))
+            .not_valid_after(now + datetime.timedelta(days=last_day))
             .add_extension(names, critical=False)
             .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
             .sign(key, hashes.SHA256())

@@ -17,6 +17,7 @@ from mirror.observability.events import Evicted
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
+from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.robustness.kit import fill
 from tests.server_kit import running
@@ -36,7 +37,7 @@ async def test_slow_callback_is_detected() -> None:
     watch = Watch(limit=0.02)
     loop = asyncio.get_running_loop()
     with watch.installed():
-        await asyncio.to_thread(spin, 0.03)
+        await run_in_thread(spin, 0.03)
         await asyncio.sleep(0.03)
         spin(0.03)
         await asyncio.sleep(0)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from mirror.oci.reference import Digest
+from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry, NginxFront
@@ -81,7 +82,7 @@ async def stalled_fetch(
         fake.fault(f"blobs/{digest}", Fault(stall_at=stall_at, gate=gate))
         mirror = Mirror({"docker.io": fake.url}, **settings)
         try:
-            await asyncio.to_thread(mirror.start)
+            await run_in_thread(mirror.start)
             made = StalledFetch(fake, mirror, digest)
             await fake.stalled.wait()
             ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
@@ -90,7 +91,7 @@ async def stalled_fetch(
             await made.until(lambda: mirror.metric("oci_mirror_requests_in_flight") > CLIENTS)
             yield made
         finally:
-            await asyncio.to_thread(mirror.close)
+            await run_in_thread(mirror.close)
 
 
 @pytest.mark.row("C7-sigkill-of-the-fetcher")
@@ -137,7 +138,7 @@ async def test_sigkill_while_draining_loses_nothing() -> None:
         await fetch.beside(fetch.mirror.kill)
         assert await fetch.results() == [False] * CLIENTS
         every_file_hashes_to_its_name(fetch.mirror.data_dir)
-        await asyncio.to_thread(fetch.mirror.start)
+        await run_in_thread(fetch.mirror.start)
         assert await fetch.again()
 
 

@@ -234,7 +234,9 @@ async def test_pools_of_one_slow_thread_never_deadlock(
     monkeypatch.setattr("mirror.store.store.ThreadPoolExecutor", SlowPool)
     monkeypatch.setattr("mirror.store.rows.ThreadPoolExecutor", SlowPool)
     monkeypatch.setattr(SlowPool, "made", pools := [])
-    asyncio.get_running_loop().set_default_executor(SlowPool(1, "default"))
+    reads = SlowPool(1, "read")
+    for module in ("mirror.store.reader", "mirror.web.streaming"):
+        monkeypatch.setattr(f"{module}.DISK_READS", reads)
     storage = Storage(max_size=5_000_000, reverify=0)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, storage=storage) as server:
         blobs = [random_bytes(200_000, seed) for seed in range(50)]
@@ -262,5 +264,5 @@ async def test_pools_of_one_slow_thread_never_deadlock(
         names = {type(event).__name__ for event in server.events}
         assert names >= {"Evicted", "Uncached", "Published", "Reverified"}
     assert {pool.name for pool in pools if pool.jobs > 5} == {
-        *("default", "open", "write", "publish", "hash", "index"),
+        *("read", "open", "write", "publish", "hash", "index"),
     }

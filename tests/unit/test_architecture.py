@@ -249,6 +249,34 @@ def one_owner_of_tasks(sources: Sources) -> list[str]:
     ]
 
 
+def no_default_executor(sources: Sources) -> list[str]:
+    """Nothing runs in the default executor of the event loop: a call that hangs would fill it.
+
+    ruff finds the functions that it can name (``asyncio.to_thread``), but no method of a loop.
+    """
+    violations = []
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="run_in_executor"), args=[first, *_]):
+                    is_default = isinstance(first, ast.Constant) and first.value is None
+                case ast.Attribute(attr="getaddrinfo" | "getnameinfo", value=owner):
+                    is_default = ast.unparse(owner) != "socket"
+                case ast.Attribute(attr="to_thread" | "set_default_executor"):
+                    is_default = True
+                case ast.Call(func=ast.Attribute(attr="TCPConnector"), keywords=keywords):
+                    is_default = "resolver" not in {keyword.arg for keyword in keywords}
+                case ast.Call(
+                    func=ast.Attribute(value=ast.Name("aiofiles"), attr="open"), keywords=keywords
+                ):
+                    is_default = "executor" not in {keyword.arg for keyword in keywords}
+                case _:
+                    is_default = False
+            if is_default:
+                violations.append(f"{module}:{getattr(node, 'lineno', 0)}")
+    return violations
+
+
 def no_import_cycles(sources: Sources) -> list[str]:
     """No module imports itself through others."""
     graph = {
@@ -302,6 +330,7 @@ RULES: list[Callable[[Sources], list[str]]] = [
     one_client_session,
     one_owner_of_tasks,
     no_import_cycles,
+    no_default_executor,
     module_shape,
     exemptions_have_reasons,
 ]
@@ -356,6 +385,11 @@ def test_every_package_has_its_allowed_imports() -> None:
         (one_owner_of_tasks, "mirror.pull.x", "import asyncio\nasyncio.create_task(f())"),
         (one_owner_of_tasks, "mirror.web.x", "asyncio.get_running_loop().create_task(f())"),
         (one_owner_of_tasks, "mirror.web.x", "from asyncio import shield\nshield(f())"),
+        (no_default_executor, "mirror.web.x", "loop.run_in_executor(None, f)"),
+        (no_default_executor, "mirror.web.x", "import asyncio\nasyncio.to_thread(f)"),
+        (no_default_executor, "mirror.web.x", "import aiofiles\naiofiles.open('x')"),
+        (no_default_executor, "mirror.upstream.x", "await loop.getaddrinfo('x', 1)"),
+        (no_default_executor, "mirror.upstream.x", "import aiohttp\naiohttp.TCPConnector()"),
         (no_import_cycles, "mirror.oci.reference", "import mirror.oci.headers"),
         (module_shape, "mirror.oci.x", '"""x"""\n' + "#\n" * MAX_MODULE_LINES),
         (module_shape, "mirror.oci.utils", '"""x"""'),

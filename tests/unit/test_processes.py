@@ -18,6 +18,7 @@ import yaml
 
 from mirror import __version__
 from mirror.processes import _metrics_directory
+from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.server import Mirror
@@ -162,26 +163,26 @@ async def test_hangup_applies_policies_and_new_upstreams_without_cutting_a_pull(
                 "docker.io": {"endpoints": [fake.url], "deny": ["org/*"], "tag_ttl": "1s"},
                 "late.io": {"endpoints": [other.url]},
             }
-            line = await asyncio.to_thread(
-                reload, mirror, upstreams=upstreams, log={"format": "json", "level": "debug"}
+            line = await run_in_thread(
+                lambda: reload(
+                    mirror, upstreams=upstreams, log={"format": "json", "level": "debug"}
+                )
             )
             assert line["changed"] == "log.level,upstreams.docker.io,upstreams.late.io"
-            refused = await asyncio.to_thread(ask, "/v2/org/app/manifests/latest")
+            refused = await run_in_thread(ask, "/v2/org/app/manifests/latest")
             assert (refused.status, b"deny-list" in refused.body) == (403, True)
-            added = await asyncio.to_thread(ask, f"/v2/library/app/blobs/{late}?ns=late.io")
+            added = await run_in_thread(ask, f"/v2/library/app/blobs/{late}?ns=late.io")
             assert (added.status, added.body) == (200, b"late")
-            await asyncio.to_thread(ask, "/healthz")
-            await asyncio.to_thread(
-                wait_until, lambda: has_probe(mirror), "a line of level debug", 20
-            )
-            counted = await asyncio.to_thread(
-                mirror.metric, "oci_mirror_requests_total", upstream="late.io"
+            await run_in_thread(ask, "/healthz")
+            await run_in_thread(wait_until, lambda: has_probe(mirror), "a line of level debug", 20)
+            counted = await run_in_thread(
+                lambda: mirror.metric("oci_mirror_requests_total", upstream="late.io")
             )
             assert counted == 1
             # The upstream that a running pull uses is removed.
             removed = {"late.io": upstreams["late.io"]}
-            await asyncio.to_thread(reload, mirror, upstreams=removed)
-            gone = await asyncio.to_thread(ask, "/v2/library/app/tags/list?ns=docker.io")
+            await run_in_thread(lambda: reload(mirror, upstreams=removed))
+            gone = await run_in_thread(ask, "/v2/library/app/tags/list?ns=docker.io")
             assert (gone.status, b"NAME_UNKNOWN" in gone.body) == (404, True)
             gate.set()
             got = await pull
@@ -249,12 +250,12 @@ async def test_sigquit_drains_like_sigterm(workers: int) -> None:
             pull = begin(mirror, path)
             await fake.stalled.wait()
             os.kill(mirror.pid, signal.SIGQUIT)
-            await asyncio.to_thread(
+            await run_in_thread(
                 wait_until, lambda: len(messages(mirror, "draining")) == workers, "it drains", 20
             )
             gate.set()
             assert f"sha256:{(await pull).sha256}" == str(blob)
-            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
             assert mirror.stop() == 0
 
 
@@ -273,17 +274,17 @@ async def test_workers_end_with_a_killed_supervisor_complete_pulls_and_free_the_
             pull = begin(mirror, path)
             await fake.stalled.wait()
             os.kill(mirror.pid, signal.SIGKILL)
-            await asyncio.to_thread(wait_until, lambda: can_bind(mirror.port), "it is free", 5)
+            await run_in_thread(wait_until, lambda: can_bind(mirror.port), "it is free", 5)
             assert not all(map(has_ended, workers)), "one of them has a pull"
             gate.set()
             assert f"sha256:{(await pull).sha256}" == str(blob)
-            await asyncio.to_thread(
+            await run_in_thread(
                 wait_until, lambda: all(map(has_ended, workers)), "the workers end", 20
             )
             lines = messages(mirror, "the supervisor ended: this worker stops")
             assert [line["level"] for line in lines] == ["error", "error"]
-            await asyncio.to_thread(mirror.restart)
-            assert (await asyncio.to_thread(mirror.ask, path)).body == DATA
+            await run_in_thread(mirror.restart)
+            assert (await run_in_thread(mirror.ask, path)).body == DATA
 
 
 def can_bind(port: int) -> bool:
@@ -371,7 +372,7 @@ async def test_stop_with_clients_that_do_not_read_ends_at_the_drain_timeout(work
         fake.fault(f"blobs/{stalled}", Fault(stall_at=300_000))
         with Mirror({"docker.io": fake.url}, workers=workers, drain_timeout="1s") as mirror:
             path = f"/v2/library/app/blobs/{digest}"
-            got = await asyncio.to_thread(mirror.download, path)
+            got = await run_in_thread(mirror.download, path)
             assert f"sha256:{got.sha256}" == str(digest)
             writers = []
             for wanted in [digest] * 8 + [stalled]:
@@ -382,7 +383,7 @@ async def test_stop_with_clients_that_do_not_read_ends_at_the_drain_timeout(work
                 writers.append(writer)
             started = time.monotonic()
             os.kill(mirror.pid, signal.SIGTERM)
-            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
             assert time.monotonic() - started < 1 + 0.8, "seconds, with the end of the processes"
             assert mirror.stop() == 0
             cut = [line for line in mirror.log() if "drain_timeout" in line.get("error", "")]

@@ -20,6 +20,7 @@ import pytest
 from mirror.config.settings import Tls
 from mirror.oci.reference import Digest
 from mirror.server import Certificate
+from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real import tokens
 from tests.real.process import wait_until
@@ -131,7 +132,7 @@ async def pulling(mirror: Mirror, fake: FakeRegistry) -> AsyncIterator[aiohttp.C
 
 async def is_draining(mirror: Mirror) -> bool:
     """True if the server responds, and reports that it drains."""
-    response = await asyncio.to_thread(mirror.ask, "/readyz")
+    response = await run_in_thread(mirror.ask, "/readyz")
     return response.status == 503 and b"draining" in response.body
 
 
@@ -150,12 +151,12 @@ async def test_sigterm_refuses_new_pulls_and_completes_running_ones() -> None:
             async with pulling(mirror, fake) as response:
                 os.kill(mirror.pid, signal.SIGTERM)
                 await wait_until_draining(mirror)
-                refused = await asyncio.to_thread(mirror.ask, BLOB)
+                refused = await run_in_thread(mirror.ask, BLOB)
                 assert (refused.status, b"UNAVAILABLE" in refused.body) == (503, True)
-                assert (await asyncio.to_thread(mirror.ask, "/healthz")).status == 200
+                assert (await run_in_thread(mirror.ask, "/healthz")).status == 200
                 gate.set()
                 assert await response.content.read() == DATA[1000:]
-            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
             assert mirror.content(str(DIGEST)).read_bytes() == DATA
             assert mirror.stop() == 0
             assert [line["message"] for line in mirror.log() if "pulls" in line] == ["draining"]
@@ -170,7 +171,7 @@ async def test_pull_that_exceeds_the_drain_timeout_is_aborted_and_not_stored() -
                 os.kill(mirror.pid, signal.SIGTERM)
                 with pytest.raises(aiohttp.ClientError):
                     await response.content.read()
-            await asyncio.to_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
             assert mirror.stop() == 0
             assert not mirror.content(str(DIGEST)).exists()
 

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from mirror import server
 from mirror.cli.main import main
 from mirror.config.load import load
 
@@ -129,12 +130,12 @@ def test_certificate_must_match_its_key(check: Check, tmp_path: Path) -> None:
     ],
 )
 def test_named_file_that_cannot_be_used_is_refused_in_one_line(
-    check: Check, more: str, key: str, why: str
+    check: Check, tmp_path: Path, more: str, key: str, why: str
 ) -> None:
     code, out, err = check(f"{HUB}{more}\n")
     assert (code, out) == (78, "")
     assert err.count("\n") == 1
-    assert err.startswith(f"oci-mirror: {key}: '")
+    assert err.startswith(f"oci-mirror: {tmp_path}/m.yaml:4: {key}: '")
     assert why in err
 
 
@@ -146,7 +147,8 @@ def test_data_dir_that_cannot_be_made_is_refused_and_none_is_made(
     for name in ("file", "file/below", "dangling/below"):
         code, out, err = check(f"data_dir: {tmp_path}/{name}\n{HUB}")
         assert (code, out) == (78, "")
-        assert err.startswith(f"oci-mirror: data_dir: '{tmp_path}/{name}': '{tmp_path}/")
+        place = f"{tmp_path}/m.yaml:1: data_dir"
+        assert err.startswith(f"oci-mirror: {place}: '{tmp_path}/{name}': '{tmp_path}/")
         assert err.endswith("is not a directory\n")
     assert check(f"data_dir: {tmp_path}/to/be/made\n{HUB}")[0] == 0
     assert not (tmp_path / "to").exists(), "the check made the directory"
@@ -173,13 +175,13 @@ def test_data_dir_that_is_not_writable_gives_a_warning(
     ],
 )
 def test_endpoint_that_is_the_mirror_itself_is_refused(
-    check: Check, listen: str, endpoint: str
+    check: Check, tmp_path: Path, listen: str, endpoint: str
 ) -> None:
     code, out, err = check(
         f"listen: {listen}\nupstreams: {{docker.io: {{endpoints: ['{endpoint}']}}}}\n"
     )
     assert (code, out) == (78, "")
-    key = "upstreams.docker.io.endpoints"
+    key = f"{tmp_path}/m.yaml:2: upstreams.docker.io.endpoints"
     assert err == f"oci-mirror: {key}: '{endpoint}': an address of this mirror\n"
 
 
@@ -188,5 +190,117 @@ def test_serve_checks_named_files_too(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_text(f"{HUB}tls: {{certificate: /none, key: /none}}\n")
     assert main(["serve", "--config", str(file)]) == 78
     assert capsys.readouterr().err == (
-        "oci-mirror: tls.certificate: '/none': No such file or directory\n"
+        f"oci-mirror: {file}:4: tls.certificate: '/none': No such file or directory\n"
     )
+
+
+# --- suspicious configurations --------------------------------------------------------------------
+
+
+@pytest.mark.row("FE8-suspicious-configuration")
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", "line 1: not JSON"),
+        ('{"auths":\n {"a": }}', "line 2: not JSON"),
+        ("", "line 1: not JSON"),
+        ("\xff", "not JSON"),
+        ("[]", "not the config.json of Docker"),
+        ('{"auths": ["docker.io"]}', "not the config.json of Docker"),
+    ],
+)
+def test_docker_config_that_is_none_is_refused_with_line_and_key(
+    check: Check, tmp_path: Path, text: str, line: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    code, out, err = check(f"{HUB}    credentials: {{docker_config: {tmp_path}/config.json}}\n")
+    assert (code, out) == (78, "")
+    key = "upstreams.docker.io.credentials.docker_config"
+    assert err == f"oci-mirror: {tmp_path}/m.yaml:4: {key}: '{tmp_path}/config.json': {line}\n"
+
+
+@pytest.mark.row("FE8-suspicious-configuration")
+@pytest.mark.parametrize(
+    ("document", "is_warned"),
+    [
+        ('{"auths": {"ghcr.io": {}, "quay.io": {}}}', True),
+        ("{}", True),
+        ('{"auths": {"https://index.docker.io/v1/": {}}}', False),
+        ('{"auths": {"docker.io": {}}}', False),
+        ('{"auths": {"r.example/org": {}}}', False),
+        ('{"credHelpers": {"r.example": "x"}}', False),
+        ('{"credsStore": "desktop"}', False),
+    ],
+)
+def test_docker_config_without_the_host_is_warned_of(
+    check: Check, tmp_path: Path, document: str, is_warned: bool
+) -> None:
+    (tmp_path / "config.json").write_text(document)
+    credentials = f"    credentials:\n      docker_config: {tmp_path}/config.json\n"
+    text = f"{HUB}    allow: [library/*]\n{credentials}"
+    code, _, err = check(text)
+    assert code == 0
+    warning = f"warning: {tmp_path}/m.yaml:6: upstreams.docker.io.credentials.docker_config: "
+    assert (warning in err) is is_warned
+    assert ("has no login for docker.io" in err) is is_warned
+
+
+@pytest.mark.row("FE8-suspicious-configuration")
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ("    allow: [org/app.*]", "allow[0]"),
+        ("    deny: [alpine]", "deny[0]"),
+        ("    insecure: true", "insecure"),
+        (
+            "    allow: ['*']\n    credentials: {username: a, password: /etc/hosts}",
+            "credentials.password",
+        ),
+    ],
+)
+def test_likely_mistake_gives_a_warning_with_line_and_key(
+    check: Check, tmp_path: Path, more: str, key: str
+) -> None:
+    code, _, err = check(f"{HUB}{more}\n")
+    number = 3 + len(more.splitlines())
+    assert code == 0
+    assert f"warning: {tmp_path}/m.yaml:{number}: upstreams.docker.io.{key}: " in err
+    assert "/etc/hosts" not in err, "a value of a password is not shown"
+
+
+@pytest.mark.row("FD8-upstream-tls")
+def test_serve_prints_the_warnings_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(f"{HUB}    insecure: true\n")
+    monkeypatch.setattr(server, "run", lambda settings: 0)
+    assert main(["serve", str(file)]) == 0
+    err = capsys.readouterr().err
+    assert f"warning: {file}:4: upstreams.docker.io.insecure: certificates are not verified" in err
+
+
+@pytest.mark.row("FD8-upstream-tls")
+def test_client_certificate_must_match_its_key(check: Check, tmp_path: Path) -> None:
+    certificate, key = pair(tmp_path, "one")
+    _, other = pair(tmp_path, "two")
+    both = tmp_path / "both.pem"
+    both.write_bytes(certificate.read_bytes() + key.read_bytes())
+    assert check(f"{HUB}    client_certificate: {certificate}\n    client_key: {key}\n")[0] == 0
+    assert check(f"{HUB}    client_certificate: {both}\n")[0] == 0
+    for text in (
+        f"{HUB}    client_certificate: {certificate}\n    client_key: {other}\n",
+        f"{HUB}    client_certificate: {certificate}\n",
+        f"{HUB}    client_certificate: /none\n",
+    ):
+        code, _, err = check(text)
+        assert code == 78
+        assert ": upstreams.docker.io.client_certificate: '" in err
+
+
+@pytest.mark.row("FD6-address-of-each-connection")
+@pytest.mark.parametrize("host", ["169.254.169.254", "[fe80::1]"])
+def test_endpoint_at_a_link_local_address_is_refused(check: Check, host: str) -> None:
+    code, _, err = check(f"upstreams: {{r.example: {{endpoints: ['http://{host}']}}}}\n")
+    assert code == 78
+    assert "is a link-local address" in err

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
-from mirror import __version__, server
+from mirror import __version__, processes
 from mirror.cli.main import main
+from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 
 ROOT = Path(__file__).parents[3]
@@ -49,7 +51,8 @@ def test_help_names_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["nope"], ["serve", "--bogus"], ["check-config"], ["clients", "--client", "x"]]
+    "argv",
+    [[], ["nope"], ["serve", "--bogus"], ["check-config", "a", "b"], ["clients", "--client", "x"]],
 )
 def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
@@ -70,6 +73,28 @@ def test_bad_configuration_exits_with_78(
     )
 
 
+@pytest.mark.row("FE7-commands-and-start-line")
+@pytest.mark.parametrize("command", ["serve", "check-config", "clients", "healthcheck"])
+def test_configuration_file_is_an_argument_or_an_option_of_every_command(
+    command: str,
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ran: list[object] = []
+    monkeypatch.setattr(processes, "run", lambda settings, _: ran.append(settings) or 0)
+    monkeypatch.setattr("mirror.cli.health.check_health", lambda url: None)
+    results = []
+    for form in ([str(config)], ["--config", str(config)], ["--config", str(config), str(config)]):
+        code = main([command, *form])
+        results.append((code, capsys.readouterr().out))
+    assert results[0][0] == 0
+    assert results[0] == results[1] == results[2]
+    assert main([command, str(config), "--config", "/other"]) == 2
+    assert "once" in capsys.readouterr().err
+    assert main([command, "/nowhere"]) == main([command, "--config", "/nowhere"]) == 78
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -87,10 +112,10 @@ def test_failure_of_serve_is_one_line_with_its_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(settings: object) -> int:
+    def fail(settings: object, load: object) -> int:
         raise error
 
-    monkeypatch.setattr(server, "run", fail)
+    monkeypatch.setattr(processes, "run", fail)
     assert main(["serve", "--config", str(config)]) == code
     said = capsys.readouterr().err
     if line is None:
@@ -105,7 +130,13 @@ def test_serve_passes_its_settings_and_returns_the_code_of_the_server(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(server, "run", lambda settings: seen.append(settings.listen) or 3)
+
+    def serve(settings: Settings, load: Callable[[], Settings]) -> int:
+        seen.append(settings.listen)
+        assert load() == settings
+        return 3
+
+    monkeypatch.setattr(processes, "run", serve)
     monkeypatch.setenv("OCI_MIRROR_LISTEN", "127.0.0.1:1")
     assert main(["serve", "--config", str(config)]) == 3
     assert seen == ["127.0.0.1:1"]

@@ -73,7 +73,8 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
     base["upstreams"]["a-b.example"]["credentials"] = {"helper": "x"}
     base["tls"] = {"certificate": "/c", "key": "/k"}
     base["default_upstream"] = "a-b.example"
-    base["upstreams"]["a-b.example"]["ca"] = "/ca"
+    for key in ("ca", "client_certificate", "client_key"):
+        base["upstreams"]["a-b.example"][key] = f"/{key}"
     base["upstreams"]["a-b.example"]["alias"] = "a"
     environ: dict[str, str] = {}
 

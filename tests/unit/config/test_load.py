@@ -160,7 +160,11 @@ def refused(path: Path, text: str | bytes, environ: Mapping[str, str] | None = N
                 f"m.yaml:3: upstreams.docker.io.endpoints[0]: '{shown}': {why}",
             )
             for url, shown, why in [
-                ("r.example", "r.example", "not a URL, such as https://registry.example"),
+                (
+                    "r.example:5000",
+                    "r.example:5000",
+                    "must be an absolute URL that begins with https:// or http://",
+                ),
                 (
                     "//r.example",
                     "//r.example",

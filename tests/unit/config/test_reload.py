@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mirror.config.reload import merge_settings
+from mirror.config.reload import _NEEDS_RESTART, merge_settings
 from mirror.config.settings import Settings
 
 BASE: dict[str, Any] = {"upstreams": {"docker.io": {"endpoints": ["https://one.example"]}}}
@@ -14,6 +14,20 @@ BASE: dict[str, Any] = {"upstreams": {"docker.io": {"endpoints": ["https://one.e
 
 def settings(**more: Any) -> Settings:
     return Settings.model_validate({**BASE, **more})
+
+
+APPLIED = {
+    *("drain_timeout", "trusted_proxies", "catalog", "log", "default_upstream", "upstreams"),
+}
+KEPT = {
+    *("listen", "tls", "data_dir", "workers", "abandoned", "storage", "max_client_connections"),
+}
+
+
+def test_every_key_is_applied_or_needs_a_restart() -> None:
+    """A new key belongs to one of the two, and into the README's paragraph on SIGHUP."""
+    assert set(Settings.model_fields) == APPLIED | KEPT
+    assert set(_NEEDS_RESTART) == KEPT
 
 
 def test_equal_settings_change_nothing() -> None:

@@ -69,6 +69,36 @@ def test_every_size_is_read_as_it_is_printed(size: int) -> None:
     assert values.parse_size(str(size)) == size
 
 
+@pytest.mark.row("FE7-commands-and-start-line")
+@pytest.mark.parametrize(
+    ("written", "printed"),
+    [
+        ("50G", "50GB"),
+        ("50GiB", "50GiB"),
+        ("50Gi", "50GiB"),
+        ("1.5TB", "1500GB"),
+        ("500MB", "500MB"),
+        ("1536", "1536"),
+        ("1EiB", "1EiB"),
+        ("128KB", "128KB"),
+        ("1KiB", "1KiB"),
+    ],
+)
+def test_size_is_printed_in_the_unit_in_which_people_write_it(written: str, printed: str) -> None:
+    assert values.format_size(values.parse_size(written)) == printed
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/8", "192.0.2.1", "2001:db8::/32", "::1"])
+def test_address_or_network_is_accepted(text: str) -> None:
+    assert values.check_network(text) == text
+
+
+@pytest.mark.parametrize("text", ["", "10.0.0.1/8", "10.0.0.0/33", "proxy.example", "*", "10.0.0"])
+def test_text_that_is_no_network_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a network, such as"):
+        values.check_network(text)
+
+
 @given(st.integers(1, 999), st.sampled_from(["K", "M", "G", "T"]))
 def test_binary_unit_is_a_power_of_1024_and_decimal_of_1000(number: int, prefix: str) -> None:
     binary = values.parse_size(f"{number}{prefix}iB")

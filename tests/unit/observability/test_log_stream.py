@@ -118,6 +118,23 @@ def test_non_blocking_descriptor_loses_nothing_that_was_accepted() -> None:
     assert sum(lost) == 0
 
 
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_lines_of_two_writers_of_one_pipe_are_not_mixed() -> None:
+    pipe = Pipe()
+    streams = [LogStream(pipe.write_end, lambda count: None) for _ in range(2)]
+    for number in range(1000):
+        for stream, letter in zip(streams, "ab", strict=True):
+            stream.write(letter * (number % 700) + "\n")
+    reader = pipe.read_all()
+    for stream in streams:
+        stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    lines = pipe.received.decode().splitlines()
+    assert len(lines) == 2000
+    assert not [line for line in lines if len(set(line)) > 1]
+
+
 class FullStream(io.StringIO):
     """A stream that drops what is written to it while it is full."""
 

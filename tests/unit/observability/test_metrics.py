@@ -78,6 +78,8 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.StorageMeasured(2, 20, 200, False), "content_bytes", {}, 20),
     (events.StorageMeasured(2, 20, 200, False), "quota_bytes", {}, 200),
     (events.StorageMeasured(2, 20, 200, False), "storage_writable", {}, 0),
+    (events.LogLinesDropped(6), "log_lines_dropped_total", {}, 6),
+    (events.ConnectionRefused("192.0.2.1"), "refused_connections_total", {}, 1),
     (events.IngestsMeasured(4, 1.5), "growing_contents", {}, 4),
     (events.IngestsMeasured(4, 1.5), "growing_oldest_idle_seconds", {}, 1.5),
     (events.RequestEnded(a_pull()), "requests_total", {"outcome": "hit", "kind": "blob"}, 1),

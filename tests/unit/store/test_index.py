@@ -28,6 +28,7 @@ from mirror.store.records import (
     confirm,
 )
 from mirror.store.rows import PAGE_ROWS, Tables
+from mirror.threads import run_in_thread
 from tests.unit.store.kit import manifests
 
 YEAR = 365 * 86400.0
@@ -163,7 +164,7 @@ async def test_large_flush_lets_other_processes_and_writes_in(tmp_path: Path) ->
         other = sqlite3.connect(path, isolation_level=None, timeout=10)
         writes = 0
         while not flush.done():
-            await asyncio.to_thread(lambda: None)
+            await run_in_thread(lambda: None)
             other.execute("PRAGMA busy_timeout = 0")
             try:
                 other.execute("BEGIN IMMEDIATE")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 
 from mirror.observability.events import Event, LogMessage
 from mirror.store import index_directory
+from mirror.threads import run_in_thread
 from tests.real.server import ROOT
 from tests.unit.store import damages
 from tests.unit.store.kit import (
@@ -127,8 +127,8 @@ async def test_copy_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_
         "os.kill(os.getpid(), 9)\n"
     )
     killed = [sys.executable, "-c", script, str(tmp_path)]
-    ended = await asyncio.to_thread(
-        subprocess.run, killed, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = await run_in_thread(
+        lambda: subprocess.run(killed, env={**os.environ, "PYTHONPATH": str(ROOT)})
     )
     assert ended.returncode == -9
     (left,) = copies()

@@ -21,6 +21,7 @@ from mirror.oci.errors import UpstreamUnavailable
 from mirror.store import disk, ingest_lock, other_process
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
+from mirror.threads import run_in_thread
 from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
 
 LEADER = textwrap.dedent(
@@ -41,7 +42,7 @@ LEADER = textwrap.dedent(
             while content.head < min(stop, len(DATA) - 1):
                 await asyncio.sleep(0.01)
             print("fed", flush=True)
-            await asyncio.to_thread(sys.stdin.readline)
+            await run_in_thread(sys.stdin.readline)
             for piece in pieces(DATA[stop:]):
                 await content.feed(piece)
             await content.finish()
@@ -85,7 +86,7 @@ async def test_second_process_reads_along_until_the_content_is_published(tmp_pat
             assert await read(follower, 1_000_000) == DATA[1_000_000:]
             await following
             follower.close()
-            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert await run_in_thread(process.wait, 20) == 0
             assert parts.layout.blob(DIGEST).read_bytes() == DATA
     finally:
         end(process)
@@ -139,7 +140,7 @@ async def test_follower_of_a_stopped_process_continues_in_memory(
             process.stdin.flush()
             process.stdin.close()
             process.stdin = None
-            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert await run_in_thread(process.wait, 20) == 0
             assert parts.layout.blob(DIGEST).read_bytes() == DATA
             follower.close()
     finally:

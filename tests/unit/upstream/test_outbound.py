@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,17 +11,22 @@ from yarl import URL
 
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.upstream.outbound import (
+    CONFIGURED,
+    PRIVATE_ONLY,
+    AddressRefused,
+    AddressRule,
     Allowed,
-    GuardedResolver,
     Policy,
     Proxies,
     Refused,
     UrlSource,
     Verdict,
+    Zone,
     as_url,
     check_url,
     is_loopback,
     is_private,
+    zone_of,
 )
 
 CORP = Policy(
@@ -75,11 +82,18 @@ def test_realm_is_allowed_at_the_endpoint_and_at_token_hosts(target: str, allowe
 
 def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
     endpoint = URL("http://registry.corp")
-    public = Policy(endpoint, ("auth.corp",))
-    known = Policy(endpoint, ("auth.corp",), private_hosts={"registry.corp"})
-    for policy, allowed in ((public, False), (known, True)):
-        result = check_url("http://auth.corp/token", UrlSource.REALM, endpoint, policy)
-        assert isinstance(result, Allowed) is allowed
+    policy = Policy(endpoint, ("auth.corp", "8.8.8.8", "10.0.0.9"))
+    for host, addresses in (("auth.corp", PRIVATE_ONLY), ("registry.corp", CONFIGURED)):
+        result = check_url(f"http://{host}/token", UrlSource.REALM, endpoint, policy)
+        assert isinstance(result, Allowed)
+        assert result.addresses == addresses
+    assert isinstance(
+        check_url("http://10.0.0.9/token", UrlSource.REALM, endpoint, policy), Allowed
+    )
+    refused = check_url("http://8.8.8.8/token", UrlSource.REALM, endpoint, policy)
+    assert isinstance(refused, Refused)
+    assert not PRIVATE_ONLY.permits("8.8.8.8")
+    assert PRIVATE_ONLY.permits("10.0.0.9")
 
 
 @pytest.mark.parametrize("source", [UrlSource.NEXT_PAGE, UrlSource.ENDPOINT])
@@ -110,13 +124,144 @@ def test_own_address_is_refused_from_every_source(url: str, source: UrlSource) -
     assert check_url(f"{url}/v2/", source, endpoint, policy) == Refused("an address of this mirror")
 
 
-def test_redirect_to_a_private_address_is_allowed_from_a_private_registry_only() -> None:
-    private_hosts: set[str] = set()
-    policy = Policy(CORP.endpoint, private_hosts=private_hosts)
-    assert allowed_url("https://10.0.0.5:9000/b", UrlSource.REDIRECT, policy) is None
-    private_hosts.add("registry.corp")  # as the resolver does
-    assert allowed_url("https://10.0.0.5:9000/b", UrlSource.REDIRECT, policy)
-    assert allowed_url("http://10.0.0.5:9000/b", UrlSource.REDIRECT, policy) is None
+@pytest.mark.row("FD6-address-of-each-connection")
+@pytest.mark.parametrize(
+    ("sender", "permitted"),
+    [
+        (Zone.PUBLIC, {"8.8.8.8"}),
+        (Zone.PRIVATE, {"8.8.8.8", "10.0.0.5"}),
+        (Zone.LOOPBACK, {"8.8.8.8", "10.0.0.5", "127.0.0.1"}),
+    ],
+)
+def test_redirect_never_leads_nearer_to_the_mirror_than_its_sender(
+    sender: Zone, permitted: set[str]
+) -> None:
+    for host in ("8.8.8.8", "10.0.0.5", "127.0.0.1", "169.254.169.254"):
+        target = f"https://{host}:9000/b"
+        literal = check_url(target, UrlSource.REDIRECT, SOURCE, CORP, sender)
+        assert isinstance(literal, Allowed) is (host in permitted)
+        named = check_url("https://minio.corp/b", UrlSource.REDIRECT, SOURCE, CORP, sender)
+        assert isinstance(named, Allowed), "a name is decided by the address of its connection"
+        assert named.addresses.permits(host) is (host in permitted)
+    down = check_url("http://10.0.0.5:9000/b", UrlSource.REDIRECT, SOURCE, CORP, sender)
+    assert isinstance(down, Refused)
+
+
+@pytest.mark.row("FD5-private-redirect-targets")
+@pytest.mark.parametrize(
+    ("entry", "host"),
+    [
+        ("minio.corp", "minio.corp"),
+        ("minio.corp:9000", "minio.corp"),
+        ("*.corp", "minio.corp"),
+        ("10.0.0.5", "10.0.0.5"),
+        ("10.0.0.0/8", "10.0.0.5"),
+        ("fd00::/8", "[fd00::5]"),
+        ("127.0.0.0/8", "127.0.0.1"),
+    ],
+)
+def test_redirect_hosts_allow_a_private_target(entry: str, host: str) -> None:
+    policy = Policy(CORP.endpoint, redirect_hosts=(entry,), upstream="corp")
+    target = f"https://{host}:9000/b"
+    assert isinstance(check_url(target, UrlSource.REDIRECT, SOURCE, policy), Allowed)
+    other = check_url("https://10.9.0.5.example:9000/b", UrlSource.REDIRECT, SOURCE, policy)
+    assert isinstance(other, Allowed)
+    assert other.addresses.permits("192.168.0.1") is False
+    assert other.addresses.permits("169.254.169.254") is False
+
+
+@pytest.mark.row("FD5-private-redirect-targets")
+def test_refused_redirect_names_its_address_and_the_key() -> None:
+    policy = Policy(CORP.endpoint, upstream="corp.example")
+    result = check_url("https://10.0.0.5/b", UrlSource.REDIRECT, SOURCE, policy)
+    assert result == Refused(
+        "10.0.0.5 is a private address, and upstreams.corp.example.redirect_hosts does not name it"
+    )
+    result = check_url("https://169.254.169.254/b", UrlSource.REDIRECT, SOURCE, policy)
+    assert isinstance(result, Refused)
+    assert "redirect_hosts" not in result.why, "no key allows it"
+
+
+@pytest.mark.row("FD6-address-of-each-connection")
+@pytest.mark.parametrize("source", list(UrlSource))
+@pytest.mark.parametrize(
+    "host", ["169.254.169.254", "[fe80::1]", "[64:ff9b::a9fe:a9fe]", "[fd00:ec2::254]"]
+)
+def test_link_local_address_is_refused_from_every_source(host: str, source: UrlSource) -> None:
+    endpoint = URL(f"https://{host}")
+    policy = Policy(endpoint, (host,), redirect_hosts=("169.254.0.0/16", host.strip("[]")))
+    assert isinstance(check_url(f"https://{host}/x", source, endpoint, policy), Refused)
+
+
+@pytest.mark.row("FD6-address-of-each-connection")
+@pytest.mark.parametrize(
+    ("address", "zone"),
+    [
+        ("8.8.8.8", Zone.PUBLIC),
+        ("2001:4860:4860::8888", Zone.PUBLIC),
+        ("::ffff:8.8.8.8", Zone.PUBLIC),
+        ("64:ff9b::8.8.8.8", Zone.PUBLIC),
+        ("10.1.2.3", Zone.PRIVATE),
+        ("100.64.0.1", Zone.PRIVATE),
+        ("fd00::1", Zone.PRIVATE),
+        ("64:ff9b::10.1.2.3", Zone.PRIVATE),
+        ("64:ff9b:1::10.1.2.3", Zone.PRIVATE),
+        ("2002:a01:203::1", Zone.PRIVATE),
+        ("::10.1.2.3", Zone.PRIVATE),
+        ("::ffff:0:10.1.2.3", Zone.PRIVATE),
+        ("127.0.0.1", Zone.LOOPBACK),
+        ("0.0.0.0", Zone.LOOPBACK),
+        ("::", Zone.LOOPBACK),
+        ("::1", Zone.LOOPBACK),
+        ("::127.0.0.1", Zone.LOOPBACK),
+        ("::ffff:127.0.0.1", Zone.LOOPBACK),
+        ("64:ff9b::127.0.0.1", Zone.LOOPBACK),
+        ("2002:7f00:1::", Zone.LOOPBACK),
+        ("169.254.169.254", Zone.LINK_LOCAL),
+        ("fe80::1%eth0", Zone.LINK_LOCAL),
+        ("::ffff:169.254.169.254", Zone.LINK_LOCAL),
+        ("::169.254.169.254", Zone.LINK_LOCAL),
+        ("2002:a9fe:a9fe::1", Zone.LINK_LOCAL),
+        ("fd00:ec2::254", Zone.LINK_LOCAL),
+        ("registry.corp", None),
+    ],
+)
+def test_zone_is_that_of_the_embedded_ipv4_address(address: str, zone: Zone | None) -> None:
+    assert zone_of(address) is zone
+    assert CONFIGURED.permits(address) is (zone not in (None, Zone.LINK_LOCAL))
+
+
+@pytest.mark.row("FD6-address-of-each-connection")
+def test_socket_is_made_for_permitted_addresses_only() -> None:
+    def make(rule: AddressRule, address: str) -> None:
+        rule.open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 443))).close()
+
+    make(CONFIGURED, "10.0.0.1")
+    for rule, address in (
+        (CONFIGURED, "169.254.169.254"),
+        (AddressRule(nearest=Zone.PUBLIC), "10.0.0.1"),
+        (PRIVATE_ONLY, "8.8.8.8"),
+    ):
+        with pytest.raises(AddressRefused) as caught:
+            make(rule, address)
+        assert caught.value.address == address
+
+
+@pytest.mark.row("FD4-endpoint-with-a-path")
+@pytest.mark.parametrize(
+    ("endpoint", "api", "prefix"),
+    [
+        ("https://r.corp", "https://r.corp/v2/", ""),
+        ("https://r.corp/hub-proxy", "https://r.corp/v2/", "hub-proxy/"),
+        ("https://r.corp:5000/a/b", "https://r.corp:5000/v2/", "a/b/"),
+        ("https://r.corp/base/v2", "https://r.corp/base/v2/", ""),
+        ("https://r.corp/base/v2/a/b", "https://r.corp/base/v2/", "a/b/"),
+        ("https://r.corp/v2/v2", "https://r.corp/v2/", "v2/"),
+    ],
+)
+def test_path_of_an_endpoint_is_api_and_prefix(endpoint: str, api: str, prefix: str) -> None:
+    policy = Policy(as_url(endpoint))
+    assert (policy.api_url, policy.repository_prefix) == (api, prefix)
 
 
 @pytest.mark.parametrize(
@@ -160,46 +305,6 @@ def test_is_loopback_knows_every_notation() -> None:
 
 def test_as_url_keeps_the_quoting() -> None:
     assert str(as_url("https://cache.corp/a%2Fb/")) == "https://cache.corp/a%2Fb"
-
-
-# --- names ----------------------------------------------------------------------------------------
-
-
-async def resolve(resolver: GuardedResolver, host: str, port: int = 443) -> list[str]:
-    try:
-        return [result["host"] for result in await resolver.resolve(host, port)]
-    finally:
-        await resolver.close()
-
-
-async def test_resolver_refuses_a_private_address_to_a_public_registry() -> None:
-    with pytest.raises(OSError, match="private address"):
-        await resolve(GuardedResolver({"registry.example"}), "localhost")
-
-
-async def test_resolver_allows_a_configured_private_name_and_learns_the_private_network() -> None:
-    resolver = GuardedResolver({"127.0.0.2"})
-    assert resolver.private_hosts == {"127.0.0.2"}
-    assert await resolve(resolver, "localhost") == ["127.0.0.1"]
-    # In another spelling it is a name that must be resolved first.
-    resolver = GuardedResolver({"LocalHost", "registry.example"})
-    assert resolver.private_hosts == set()
-    assert await resolve(resolver, "LocalHost") == ["127.0.0.1"]
-    assert resolver.private_hosts == {"LocalHost"}
-    assert await resolve(resolver, "localhost") == ["127.0.0.1"]
-
-
-async def test_resolver_allows_a_private_proxy_and_learns_nothing() -> None:
-    resolver = GuardedResolver({"registry.example"}, {("localhost", 3128)})
-    assert await resolve(resolver, "localhost", 3128) == ["127.0.0.1"]
-    with pytest.raises(OSError, match="private address"):
-        await resolve(resolver, "localhost", 443)
-    assert not resolver.private_hosts
-
-
-async def test_resolver_raises_os_error_for_an_unknown_name() -> None:
-    with pytest.raises(OSError):  # noqa: PT011 - the text is the resolver's
-        await resolve(GuardedResolver({"no-such-host.invalid"}), "no-such-host.invalid")
 
 
 # --- proxies --------------------------------------------------------------------------------------

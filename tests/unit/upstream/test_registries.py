@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from mirror.config.settings import Settings
+from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Event, ExchangeEnded
 from mirror.oci.errors import OutboundRefused
 from mirror.oci.reference import Repository, Tag
@@ -47,3 +49,48 @@ async def test_endpoint_that_is_the_mirror_itself_is_refused(single_flight: Sing
             with pytest.raises(OutboundRefused):
                 await registries["docker.io"].head_manifest(repository, LATEST, ())
         assert not us.requests
+
+
+# --- a changed configuration ----------------------------------------------------------------------
+
+
+def upstreams_of(**endpoints: str) -> dict[str, Upstream]:
+    return {f"{name}.io": Upstream(endpoints=(url,)) for name, url in endpoints.items()}
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+async def test_changed_upstream_gets_a_new_registry_and_the_others_keep_theirs(
+    single_flight: SingleFlight,
+) -> None:
+    async with FakeRegistry() as one, FakeRegistry() as two:
+        for fake in (one, two):
+            fake.add_manifest(fake.url.encode(), "a/b", "latest")
+        before = upstreams_of(same=one.url, changed=one.url, removed=one.url)
+        settings = Settings(upstreams=before)
+        async with open_registries(settings, lambda event: None, single_flight) as registries:
+            old = dict(registries)
+            registries.configure(upstreams_of(same=one.url, changed=two.url, added=two.url))
+            assert registries["same.io"] is old["same.io"]
+            for registry, fake in (
+                (registries["changed.io"], two),
+                (registries["added.io"], two),
+                # Requests that run may still use these.
+                (old["changed.io"], one),
+                (registries["removed.io"], one),
+            ):
+                manifest = await registry.get_manifest(Repository("any.io", "a/b"), LATEST, ())
+                assert manifest.body == fake.url.encode()
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+async def test_upstream_that_cannot_be_opened_changes_no_registry(
+    single_flight: SingleFlight, tmp_path: Path
+) -> None:
+    before = upstreams_of(one="http://127.0.0.1:9", two="http://127.0.0.1:9")
+    settings = Settings(upstreams=before)
+    async with open_registries(settings, lambda event: None, single_flight) as registries:
+        old = dict(registries)
+        broken = Upstream(endpoints=("https://x.example",), ca=str(tmp_path / "missing.pem"))
+        with pytest.raises(OSError, match="No such file"):
+            registries.configure({**upstreams_of(one="http://127.0.0.1:10"), "two.io": broken})
+        assert dict(registries) == old

@@ -17,8 +17,9 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from mirror.upstream.connections import own_addresses
 from mirror.upstream.outbound import Policy
-from mirror.upstream.transport import Response, own_addresses, read_body
+from mirror.upstream.transport import Response, read_body
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.unit.upstream.kit import DATA, Kit, dead, origin, tls_server, upstream_kit

@@ -13,6 +13,7 @@ from mirror.observability.events import ConnectionRefused, Kind, Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
+from tests.real import tokens
 from tests.robustness.kit import CLOSE, send_raw, statuses
 from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes
@@ -148,8 +149,13 @@ async def test_small_response_during_which_draining_begins_closes_the_connection
 
 
 @pytest.mark.row("G9-stop-in-time")
-async def test_abort_cuts_off_every_client_and_says_why(tmp_path: Path) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+@pytest.mark.parametrize("tls", [False, True])
+async def test_abort_cuts_off_every_client_and_says_why(tmp_path: Path, tls: bool) -> None:
+    certificate = tokens.Certificate.make(tmp_path) if tls else None
+    async with (
+        FakeRegistry() as fake,
+        running(tmp_path / "data", fake.url, certificate=certificate) as server,
+    ):
         digest = fake.add_blob(LARGE)
         fake.fault(f"blobs/{digest}", Fault(stall_at=300_000))
         responses = [await server.client.get(server.blob(digest)) for _ in range(3)]

@@ -424,3 +424,22 @@ def test_malformed_query_of_the_catalog_is_refused(query: str, error: type[Excep
 )
 def test_absolute_form_becomes_its_path_and_other_forms_stay(target: str, expected: str) -> None:
     assert origin_form(target) == expected
+
+
+# --- other names of an upstream -----------------------------------------------------------------
+
+
+@pytest.mark.row("FD3-forms-of-endpoints")
+@pytest.mark.parametrize(
+    "name", ["index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"]
+)
+def test_other_name_of_docker_hub_is_docker_io_in_query_and_path(name: str) -> None:
+    by_query = parse_path("/v2/alpine/manifests/3", f"ns={name}")
+    assert by_query == ManifestRequest(hub("library/alpine"), Tag("3"), name)
+    by_path = parse_path(f"/v2/{name}/alpine/manifests/3")
+    assert by_path == ManifestRequest(hub("library/alpine"), Tag("3"), None)
+    tags = parse_path(f"/v2/{name}/a/b/tags/list")
+    assert isinstance(tags, TagsRequest)
+    assert (tags.repository, tags.prefix) == (hub("a/b"), f"{name}/")
+    with pytest.raises(NameUnknown):
+        parse("GET", "/v2/a/b/manifests/3", f"ns={name}", upstreams=["ghcr.io"], default="ghcr.io")
