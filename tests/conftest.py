@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.real.process import find_go_program
 from tests.robustness.table import Case, rewrite_document, row_id
 from tests.slow_callbacks import Watch
 
@@ -115,6 +116,48 @@ class OrphansOfWorkers:
         if left := _end_descendants():
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             raise pytest.UsageError(f"processes that outlived the tests: {left}")
+
+
+# --- programs that Debian does not have -----------------------------------------------------------
+
+
+class GoPrograms:
+    """Leaves out the tests whose programs are missing, and says so at the end of the run."""
+
+    def __init__(self) -> None:
+        self.left_out: dict[str, list[str]] = {}
+        """Node id of a test to the programs that it lacks."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Deselect them."""
+        for item in items:
+            wanted = [name for mark in item.iter_markers("go_program") for name in mark.args]
+            if missing := [name for name in wanted if find_go_program(name) is None]:
+                self.left_out[item.nodeid] = missing
+        left_out = [item for item in items if item.nodeid in self.left_out]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.nodeid not in self.left_out]
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Pass them from a worker of pytest-xdist to its parent."""
+        if (output := getattr(session.config, "workeroutput", None)) is not None:
+            output["left_out"] = self.left_out
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take them from a worker."""
+        self.left_out |= getattr(node, "workeroutput", {}).get("left_out", {})
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Name them."""
+        for test, missing in self.left_out.items():
+            terminalreporter.write_line(
+                f"NOT RUN: {test}: no {' and no '.join(missing)} (built by `go install`)", red=True
+            )
 
 
 # --- row R5 -----------------------------------------------------------------------------------
@@ -219,6 +262,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register what a run needs beside its tests."""
+    config.pluginmanager.register(GoPrograms(), "go-programs")
     if config.pluginmanager.has_plugin("dsession"):
         config.pluginmanager.register(OrphansOfWorkers(), "orphans-of-workers")
     path = config.getoption("--robustness-table")

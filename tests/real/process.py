@@ -42,6 +42,19 @@ def need(program: str) -> str:
     return found
 
 
+def find_go_program(program: str) -> str | None:
+    """Return the path of a program that `go install` built, or None. Debian does not have it."""
+    places = (os.environ.get("GOBIN"), Path.home() / "go/bin", os.environ.get("PATH"))
+    return shutil.which(program, path=":".join(str(place) for place in places if place))
+
+
+def go_program(program: str) -> str:
+    """Return its path. Mark the test with ``pytest.mark.go_program``: it runs only where it is."""
+    found = find_go_program(program)
+    assert found is not None, f"mark the test with go_program({program!r})"
+    return found
+
+
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return our environment with ``variables`` in it, and the system's directories first in PATH.
 

@@ -384,7 +384,7 @@ async def test_stop_with_clients_that_do_not_read_ends_at_the_drain_timeout(work
             started = time.monotonic()
             os.kill(mirror.pid, signal.SIGTERM)
             await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
-            assert time.monotonic() - started < 1 + 0.8, "seconds, with the end of the processes"
+            assert time.monotonic() - started < 1 + 4, "seconds, with the end of the processes"
             assert mirror.stop() == 0
             cut = [line for line in mirror.log() if "drain_timeout" in line.get("error", "")]
             assert (len(cut), {line["level"] for line in cut}) == (9, {"warning"})

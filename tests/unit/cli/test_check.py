@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from mirror import server
+from mirror import processes
 from mirror.cli.main import main
 from mirror.config.load import load
 
@@ -88,7 +88,11 @@ def test_password_is_hidden_and_risky_credentials_are_warned_of(
     assert code == 0
     assert "s3cret" not in out + err
     shown = yaml.safe_load(out)["upstreams"]
-    assert shown["docker.io"]["credentials"] == {"username": "joe", "password": "(not shown)"}
+    assert shown["docker.io"]["credentials"] == {
+        "username": "joe",
+        "password": "(not shown)",
+        "hosts": [],
+    }
     assert shown["ghcr.io"]["credentials"]["password"] == f"file:{tmp_path}/secret"
     assert err.count("credentials without an allow list") == 2
     assert err.count("sent unencrypted to http://g.example") == 1
@@ -274,7 +278,7 @@ def test_serve_prints_the_warnings_before_it_starts(
 ) -> None:
     file = tmp_path / "m.yaml"
     file.write_text(f"{HUB}    insecure: true\n")
-    monkeypatch.setattr(server, "run", lambda settings: 0)
+    monkeypatch.setattr(processes, "run", lambda settings, _: 0)
     assert main(["serve", str(file)]) == 0
     err = capsys.readouterr().err
     assert f"warning: {file}:4: upstreams.docker.io.insecure: certificates are not verified" in err

@@ -70,7 +70,7 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
     """The values are those of the defaults, as they are printed."""
     text = upstream("", "a-b.example")
     base = read(tmp_path, text).model_dump(mode="json")
-    base["upstreams"]["a-b.example"]["credentials"] = {"helper": "x"}
+    base["upstreams"]["a-b.example"]["credentials"] = {"helper": "x", "hosts": []}
     base["tls"] = {"certificate": "/c", "key": "/k"}
     base["default_upstream"] = "a-b.example"
     for key in ("ca", "client_certificate", "client_key"):

@@ -442,4 +442,10 @@ def test_other_name_of_docker_hub_is_docker_io_in_query_and_path(name: str) -> N
     assert isinstance(tags, TagsRequest)
     assert (tags.repository, tags.prefix) == (hub("a/b"), f"{name}/")
     with pytest.raises(NameUnknown):
-        parse("GET", "/v2/a/b/manifests/3", f"ns={name}", upstreams=["ghcr.io"], default="ghcr.io")
+        parse(
+            "GET",
+            "/v2/a/b/manifests/3",
+            f"ns={name}",
+            upstreams={"ghcr.io": "ghcr.io"},
+            default="ghcr.io",
+        )
