@@ -253,12 +253,19 @@ class DigestMismatch(UpstreamError):
 
 
 class ManifestInvalid(UpstreamError):
-    """A manifest is too large, is no JSON object, or contradicts its own type.
+    """A manifest is too large, nested too deeply, or no JSON object.
 
     Raised by :mod:`mirror.oci.descriptor` and by ``pull``. Code ``MANIFEST_INVALID``.
     """
 
     code = "MANIFEST_INVALID"
+
+
+class SchemaOneManifest(ManifestInvalid):
+    """The content is a manifest of schema 1, whose digest may be that of a part of its bytes.
+
+    So it cannot be fetched as content. Raised by :mod:`mirror.oci.descriptor`, handled by ``pull``.
+    """
 
 
 # --- the mirror itself fails ----------------------------------------------------------------------

@@ -64,6 +64,11 @@ OCTET_STREAM: Final = "application/octet-stream"
 # RFC 6838 section 4.2: restricted-name = restricted-name-first *126restricted-name-chars
 _RESTRICTED: Final = r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]{0,126}"
 _MEDIA_TYPE: Final = re.compile(rf"{_RESTRICTED}/{_RESTRICTED}", re.ASCII)
+# Types that a web server sends for a file that it does not know, or for a page of its own.
+_GENERIC_FAMILIES: Final = frozenset({"text", "binary", "multipart"})
+_GENERIC_TYPES: Final = frozenset(
+    {"application/json", "application/xml", "application/xhtml+xml", OCTET_STREAM}
+)
 
 MAX_SPANS: Final = 1024
 """Spans of one response: as many as a partial pull of Podman requests at once."""
@@ -94,6 +99,19 @@ def media_type_of(header: str | None) -> str:
     """
     raw = (header or "").partition(";")[0].strip(" \t")
     return raw if _MEDIA_TYPE.fullmatch(raw) else OCTET_STREAM
+
+
+def manifest_type_of(header: str | None) -> str:
+    """Return the media type that a ``Content-Type`` states for a manifest.
+
+    A generic type states nothing about a manifest: a static web server sends ``text/plain``, and a
+    log-in page is ``text/html``. Such a type gives ``application/octet-stream``, as a missing or
+    malformed one does.
+    """
+    media_type = media_type_of(header)
+    name = media_type.lower()
+    is_generic = name in _GENERIC_TYPES or name.partition("/")[0] in _GENERIC_FAMILIES
+    return OCTET_STREAM if is_generic else media_type
 
 
 def parse_range(header: str | None, size: int) -> Whole | Ranges:

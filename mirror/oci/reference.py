@@ -37,7 +37,9 @@ class Digest:
         """Read ``algorithm:hex``. Raises :class:`DigestInvalid`."""
         match = _DIGEST.fullmatch(raw)
         if match is None or len(match["hex"]) != _HEX_LENGTH[match["algorithm"]]:
-            raise DigestInvalid("not a sha256 or sha512 digest")
+            raise DigestInvalid(
+                "not a sha256 or sha512 digest: this mirror cannot verify any other algorithm"
+            )
         return cls(match["algorithm"], match["hex"])
 
     @classmethod

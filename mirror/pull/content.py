@@ -25,6 +25,7 @@ from mirror.oci.errors import (
     ManifestUnknown,
     MirrorError,
     NotFound,
+    UpstreamError,
 )
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
@@ -40,6 +41,8 @@ from mirror.upstream.api import ContentStream, Registry
 
 NOT_CACHED_MESSAGE: Final = "not in the cache for this repository, and the pull policy is Never"
 """The same text if another repository has the content, so that no client learns of it."""
+_MISSING_PART_TTL_S: Final = 30 * 86400.0
+"""Seconds (30 days) for which a part that the upstream does not have is known as missing."""
 _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.MANIFEST: ManifestUnknown,
     Kind.BLOB: BlobUnknown,
@@ -146,7 +149,26 @@ class ContentService:
     async def _request_access(self, request: ContentRequest, timeout: float | None) -> int | None:
         key = ("check_access", request.repository, request.digest, request.kind)
         shared_task = self.single_flight.run(key, lambda: self._head(request))
-        return await shared_task.wait(timeout)
+        try:
+            return await shared_task.wait(timeout)
+        except UpstreamError as error:
+            message = await self._missing_part(request)
+            upstream = self.upstream(request.repository)
+            fallback = freshness.after_failure(error, upstream, has_fallback=message is not None)
+            if message is None or isinstance(fallback, freshness.Fail):
+                raise
+            request.pull.warning = fallback.reason
+            raise _NOT_FOUND[request.kind](message) from error
+
+    async def _missing_part(self, request: ContentRequest) -> str | None:
+        """Return the message of the upstream's 404 if that was its last word on a part of an image.
+
+        For example, no registry has the foreign layers of Windows images.
+        """
+        access_record = await self._access_record(request.repository, request.digest, request.kind)
+        if access_record is not None and access_record.referrer is None:
+            return None  # The upstream has granted it since: a 404 deletes the access record.
+        return await self.store.index.cached_list(f"missing {negative_key(request)}")
 
     async def _head(self, request: ContentRequest) -> int | None:
         """Send a ``HEAD`` for the content, and record whether the repository has it."""
@@ -162,12 +184,13 @@ class ContentService:
         except REFUSALS as error:
             await self._revoke_access(request, error)
             raise
-        await self._grant_access(request, media_type, size)
+        await self.grant_access(request, media_type, size)
         return size
 
-    async def _grant_access(
+    async def grant_access(
         self, request: ContentRequest, media_type: str, size: int | None
     ) -> None:
+        """Record that the upstream has the content. ``size`` is in bytes, None if not stated."""
         access_record = AccessRecord(
             digest=request.digest,
             kind=request.kind.value,
@@ -179,11 +202,18 @@ class ContentService:
         await self.store.index.put_access_records(request.repository, [access_record])
 
     async def _revoke_access(self, request: ContentRequest, error: MirrorError) -> None:
-        """Delete the access record. A 404 is also recorded, for ``negative_ttl``."""
-        repository = request.repository
-        await self.store.index.revoke_access(repository, request.digest, request.kind.value)
+        """Delete the access record. A 404 is also recorded, for ``negative_ttl``.
+
+        That of a part of an image is kept longer, for times in which the upstream cannot be asked.
+        The names of parts are few: those of manifests, not those that a client makes up.
+        """
+        index, repository, key = self.store.index, request.repository, negative_key(request)
+        access_record = await self._access_record(repository, request.digest, request.kind)
+        await index.revoke_access(repository, request.digest, request.kind.value)
         if isinstance(error, NotFound):
-            await self.put_negative(repository, negative_key(request), error)
+            await self.put_negative(repository, key, error)
+            if access_record is not None and access_record.referrer is not None:
+                await index.put_list(f"missing {key}", error.message, _MISSING_PART_TTL_S)
 
     async def raise_if_negative(self, key: str, error_type: type[NotFound]) -> None:
         """Raise ``error_type`` if a 404 is recorded under ``key``."""
@@ -274,6 +304,11 @@ class ContentService:
         if access_record is None:
             # A 404 deletes the access record. So an access record is newer than any 404.
             await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
+        if await self._missing_part(request) is not None:
+            # Probably still missing. A HEAD tells sooner than a fetch that the upstream is down.
+            upstream = self.upstream(request.repository)
+            timeout = freshness.confirm_timeout(upstream, has_fallback=True)
+            await self._request_access(request, timeout)
         try:
             return await self._follow_fetch(request, access_record)
         except (DigestMismatch, ContentLost):
@@ -344,20 +379,20 @@ class ContentService:
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""
         request, access_record = source.request, source.access_record
-        # Only an index has stated a media type so far. `application/octet-stream` from the upstream
-        # does not replace it.
-        corrects_index = (
+        # Only an index, or nobody, has stated a media type so far.
+        states_type = (
             request.kind is Kind.MANIFEST
             and access_record is not None
-            and access_record.referrer is not None
+            and (access_record.referrer is not None or access_record.media_type == OCTET_STREAM)
             and stream.media_type != OCTET_STREAM
         )
         is_known = self.may_read_unasked(request.repository, access_record)
-        if self.single_flight.is_draining or (is_known and not corrects_index):
+        if self.single_flight.is_draining or (is_known and not states_type):
             return
-        media_type, total = stream.media_type, stream.total
+        media_type = stream.media_type if request.kind is Kind.MANIFEST else ""
+        total = stream.total
         key = ("grant", request.repository, request.digest, request.kind, media_type, total)
-        self.single_flight.run(key, lambda: self._grant_access(request, media_type, total))
+        self.single_flight.run(key, lambda: self.grant_access(request, media_type, total))
 
     async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
         """Record that the upstream refuses the content. See ``AccessCallbacks.on_refused``."""

@@ -23,7 +23,7 @@ from typing import Final, TypeAlias
 from cachetools import TTLCache
 
 from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
-from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
     AllCircuitsOpen,
     DigestMismatch,
@@ -332,8 +332,8 @@ class Fetch:
             self._endpoints_used[stream.endpoint] = source.request.repository.upstream
             known_size = source.access_record.size if source.access_record is not None else None
             total = stream.total if stream.total is not None else known_size
-            if request.kind is Kind.MANIFEST and (total or 0) > MANIFEST_LIMIT:
-                raise ManifestInvalid(f"a manifest of {total} bytes")
+            if request.kind is Kind.MANIFEST:
+                check_announced(stream.media_type, total or 0)
             skip = ingest.position - stream.start
             if skip < 0:
                 raise UpstreamProtocolError("the response starts after the requested offset")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.errors import MirrorError, UpstreamError
+from mirror.oci.errors import ManifestInvalid, MirrorError, UpstreamError
 from mirror.oci.reference import Digest
 from mirror.store.records import AccessRecord, TagRecord
 
@@ -124,8 +124,8 @@ def confirm_timeout(upstream: Upstream, *, has_fallback: bool) -> float | None:
 def after_failure(error: MirrorError, upstream: Upstream, *, has_fallback: bool) -> Fallback:
     """Decide whether a cached result is served although the upstream failed.
 
-    A refusal (401, 403, 404) is the upstream's decision, and no failure.
+    A refusal (401, 403, 404) is the upstream's decision, and no failure. An upstream that sends a
+    manifest which cannot be served has not failed either: an older one would hide it.
     """
-    if has_fallback and upstream.serve_stale and isinstance(error, UpstreamError):
-        return Stale(error.message)
-    return Fail()
+    is_failure = isinstance(error, UpstreamError) and not isinstance(error, ManifestInvalid)
+    return Stale(error.message) if has_fallback and upstream.serve_stale and is_failure else Fail()

@@ -16,7 +16,7 @@ from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     OCI_INDEX,
     filter_referrers,
-    parse_manifest,
+    parse_referrers,
     referrers_index,
     referrers_tag,
 )
@@ -106,7 +106,7 @@ class ListService:
         try:
             index = await registry.referrers(repository, digest, None)
             if index is not None:
-                await parse_in_thread_if_large(parse_manifest, index.body, OCI_INDEX)
+                await parse_in_thread_if_large(parse_referrers, index.body)
                 body = index.body
             else:
                 body = await self._referrers_by_tag(repository, digest, pull)

@@ -9,6 +9,7 @@ fetch content, a tag may move in between without harm, and registries do not bil
 
 from __future__ import annotations
 
+import base64
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final, assert_never
@@ -16,8 +17,23 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, Manifest, sniff_media_type
-from mirror.oci.errors import ManifestInvalid, ManifestUnknown, MirrorError, NotFound
+from mirror.oci.descriptor import (
+    DEFAULT_ACCEPT,
+    MANIFEST_LIMIT,
+    SCHEMA1_TYPES,
+    Manifest,
+    parse_manifest,
+    sniff_media_type,
+)
+from mirror.oci.errors import (
+    ManifestInvalid,
+    ManifestUnknown,
+    MirrorError,
+    NotFound,
+    SchemaOneManifest,
+    UpstreamProtocolError,
+)
+from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
@@ -32,7 +48,7 @@ from mirror.store.records import (
     parse_as_recorded,
 )
 from mirror.threads import parse_in_thread_if_large
-from mirror.upstream.api import ManifestHead
+from mirror.upstream.api import ManifestBody, ManifestHead
 
 _CURRENT_TYPES: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
@@ -41,9 +57,15 @@ _TAG_CACHE_SIZE: Final = 20_000
 """Tag records in memory: 15 MB, and up to 100 MB if every tag has moved 16 times."""
 _CACHE_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
+_SCHEMA1_TTL_S: Final = 30 * 86400.0
+"""Seconds (30 days) for which a manifest of schema 1 is kept, so that its tag can be served while
+the upstream is down."""
 _MAX_ROWS_AT_ONCE: Final = 1000
 """Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
 would delay other requests."""
+
+
+_NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
 
 
 class ManifestService:
@@ -87,7 +109,10 @@ class ManifestService:
                 if result is not None:
                     return result
         if reader is None:
-            reader = await self._content.open(request)
+            try:
+                reader = await self._content.open(request)
+            except SchemaOneManifest:
+                return await self._fetch_schema1(request)
         try:
             with pull.stage("fetch"):
                 body = await read_all(reader, MANIFEST_LIMIT)
@@ -103,7 +128,10 @@ class ManifestService:
         access_record = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if access_record is None or not self._content.may_read_unasked(repository, access_record):
             return None
-        body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
+        if access_record.media_type.lower() in SCHEMA1_TYPES:
+            body = await self._read_schema1(repository, digest)
+        else:
+            body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
@@ -112,15 +140,51 @@ class ManifestService:
             await self._index.put_access_records(repository, [corrected])
         return self._remember(repository, _result_of(digest, body, parsed))
 
+    async def _fetch_schema1(self, request: ContentRequest) -> ManifestResult:
+        """Fetch a manifest of schema 1. Concurrent clients share one request.
+
+        Its digest may be that of a part of its bytes. The store keeps content by the digest of all
+        its bytes, so the index keeps the manifest. Its parts are not recorded.
+        """
+        repository, digest = request.repository, request.digest
+
+        async def fetch() -> ManifestBody:
+            registry = self._content.registries[repository.upstream]
+            manifest = await registry.get_manifest(repository, digest, request.accept)
+            await self._store(repository, manifest)
+            await self._content.grant_access(request, manifest.media_type, len(manifest.body))
+            return manifest
+
+        with request.pull.stage("fetch"):
+            manifest = await self._single_flight.share(("schema 1", repository, digest), fetch)
+        parsed = await parse_in_thread_if_large(parse_manifest, manifest.body, manifest.media_type)
+        return _result_of(digest, manifest.body, parsed)
+
+    async def _read_schema1(self, repository: Repository, digest: Digest) -> bytes | None:
+        text = await self._index.cached_list(_schema1_key(repository, digest))
+        return None if text is None else base64.b64decode(text)
+
+    async def _store(self, repository: Repository, manifest: ManifestBody) -> None:
+        """Store a manifest that was received as a whole."""
+        if manifest.media_type.lower() in SCHEMA1_TYPES:
+            text = base64.b64encode(manifest.body).decode("ascii")
+            key = _schema1_key(repository, manifest.digest)
+            await self._index.put_list(key, text, _SCHEMA1_TTL_S)
+        else:
+            await self._content.store_body(manifest.digest, manifest.body)
+
     async def _head_by_digest(self, request: ContentRequest) -> ManifestResult | None:
-        """Serve a ``HEAD`` by a ``HEAD``. None if the upstream states no size or media type."""
+        """Serve a ``HEAD`` by a ``HEAD``. None if the upstream states no size or no media type.
+
+        Then the manifest itself states them.
+        """
         request.pull.outcome = Outcome.MISS
         with request.pull.stage("upstream"):
             size = await self._content.check_access(request)
         access_record = await self._index.access_record(
             request.repository, request.digest, Kind.MANIFEST.value
         )
-        if size is None or access_record is None or not access_record.media_type:
+        if not size or access_record is None or access_record.media_type in ("", OCTET_STREAM):
             return None
         return ManifestResult(request.digest, access_record.media_type, size, None)
 
@@ -264,12 +328,12 @@ class ManifestService:
                 pull.outcome = Outcome.REVALIDATED
                 return cached
             assert head.digest is not None
-            if request.head and head.size is not None:
+            if request.head and head.size and head.media_type != OCTET_STREAM:
                 result = await self._find_cached(repository, head.digest)
                 pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
                 return result or ManifestResult(head.digest, head.media_type, head.size, None)
             by_digest = ContentRequest(repository, head.digest, Kind.MANIFEST, pull, request.accept)
-            result = await self.by_digest(by_digest, head=request.head)
+            result = await self.by_digest(by_digest, head=False)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
             return result
@@ -307,7 +371,9 @@ class ManifestService:
             head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept)
-                await self._content.store_body(manifest.digest, manifest.body)
+                check = _refuse_page
+                await parse_in_thread_if_large(check, manifest.body, manifest.media_type)
+                await self._store(repository, manifest)
                 head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
         except NotFound as error:
             await self._content.put_negative(repository, key, error)
@@ -344,6 +410,24 @@ def _manifest_record(digest: Digest, media_type: str, size: int | None) -> Acces
         referrer=None,
         expires_at=None,
     )
+
+
+def _refuse_page(body: bytes, media_type: str) -> None:
+    """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
+
+    A response without a digest has no other proof: a log-in page comes with status 200, too.
+    """
+    try:
+        parse_manifest(body, media_type)
+        is_manifest = {media_type, sniff_media_type(body)} != {OCTET_STREAM}
+    except ManifestInvalid as error:
+        raise UpstreamProtocolError(f"{_NO_MANIFEST}: {error.message}") from error
+    if not is_manifest:
+        raise UpstreamProtocolError(_NO_MANIFEST)
+
+
+def _schema1_key(repository: Repository, digest: Digest) -> str:
+    return f"schema 1 {repository}@{digest}"
 
 
 def _stale(pull: RequestRecord, reason: str, cached: ManifestResult) -> ManifestResult:

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from mirror.oci.descriptor import Descriptor, Manifest, parse_manifest, sniff_media_type
-from mirror.oci.errors import InvalidRequest, ManifestInvalid
-from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.descriptor import Manifest, parse_manifest, sniff_media_type
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
 
 MAX_PREVIOUS_DIGESTS: Final = 16
@@ -135,7 +134,7 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
         AccessRecord(
             digest=part.digest,
             kind=kind,
-            media_type=_media_type_of(part, kind),
+            media_type=part.media_type,
             size=part.size,
             referrer=root.digest,
             expires_at=None,
@@ -143,15 +142,6 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
         for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
         for part in parts
     ]
-
-
-def _media_type_of(part: Descriptor, kind: str) -> str:
-    """Return the media type of a part.
-
-    Empty for a manifest that is listed as an octet stream: no manifest is one, so the type was not
-    stated.
-    """
-    return "" if kind == "manifest" and part.media_type == OCTET_STREAM else part.media_type
 
 
 def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
@@ -191,14 +181,12 @@ def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
     """Parse a manifest by its recorded media type.
 
     The upstream's own media type is binding. The one that an index has stated is only tried: if the
-    bytes do not match it, their own content decides. Raises ``ManifestInvalid``.
+    bytes are not understood as this type, their own content decides. Raises ``ManifestInvalid``.
     """
     if recorded.media_type:
-        try:
-            return parse_manifest(body, recorded.media_type)
-        except ManifestInvalid:
-            if recorded.referrer is None:
-                raise
+        parsed = parse_manifest(body, recorded.media_type)
+        if recorded.referrer is None or not parsed.is_opaque:
+            return parsed
     return parse_manifest(body, sniff_media_type(body))
 
 

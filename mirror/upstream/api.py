@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from mirror.observability.events import Kind
-from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository
 
 MIN_PROGRESS_BYTES: Final = 64 * 1024
 """Bytes that a transfer must bring to count as progress. Fewer do not: otherwise a server that
@@ -42,6 +42,7 @@ class ManifestHead:
 
     digest: Digest | None
     media_type: str
+    """``application/octet-stream`` if the upstream sent none, or a generic one."""
     size: int | None
 
 
@@ -75,7 +76,7 @@ class ContentStream(Protocol):
 
     @property
     def media_type(self) -> str:
-        """``Content-Type`` without parameters."""
+        """``Content-Type`` without parameters. A generic one is ``application/octet-stream``."""
 
     @property
     def validator(self) -> str | None:
@@ -123,24 +124,25 @@ class Registry(Protocol):
         """
 
     async def get_manifest(
-        self, repository: Repository, tag: Tag, accept: Sequence[str]
+        self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestBody:
-        """Get a manifest by tag. See "Pulling manifests".
+        """Get a whole manifest. See "Pulling manifests".
 
-        For registries whose response to ``HEAD`` has no digest (private ECR). A manifest by digest
-        is content: see :meth:`open`.
+        By tag for registries whose response to ``HEAD`` has no digest (private ECR). By digest for
+        manifests of schema 1. Any other manifest by digest is content: see :meth:`open`.
 
         Args:
             repository: The repository that has the manifest.
-            tag: The tag of the manifest.
+            reference: The tag or the digest of the manifest.
             accept: Media types for ``Accept``. Empty: all manifest types that we know.
 
         Returns:
-            The manifest. Its digest is computed from the body.
+            The manifest. Its digest is computed from the body. That of a signed manifest of
+            schema 1 is computed from its payload (:func:`mirror.oci.descriptor.payload_of`).
 
         Raises:
             UpstreamProtocolError: the body is larger than ``MANIFEST_LIMIT``, or does not match
-                its ``Docker-Content-Digest``.
+                the digest that was requested, or its ``Docker-Content-Digest``.
         """
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:

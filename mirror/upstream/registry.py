@@ -16,11 +16,19 @@ from aiohttp import hdrs
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
-from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_LIMIT, OCI_INDEX, parse_referrers
+from mirror.oci.descriptor import (
+    DEFAULT_ACCEPT,
+    DOCKER_SCHEMA1_SIGNED,
+    MANIFEST_LIMIT,
+    OCI_INDEX,
+    parse_referrers,
+    payload_of,
+    referrers_index,
+)
 from mirror.oci.errors import DigestInvalid, MirrorError, NotFound, UpstreamProtocolError
-from mirror.oci.headers import media_type_of, parse_content_range
+from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, parse_content_range
 from mirror.oci.links import next_link
-from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
     MIN_PROGRESS_BYTES,
@@ -71,27 +79,29 @@ class HttpRegistry:
             received = response.http.headers
             digest = digest_of(received)
             if isinstance(reference, Digest):
-                if digest not in (None, reference):
+                _refuse_page(received)
+                # A registry may name its own digest of the content, by another algorithm.
+                is_comparable = digest is not None and digest.algorithm == reference.algorithm
+                if is_comparable and digest != reference:
                     raise UpstreamProtocolError("the response is for another digest")
                 digest = reference
-            media_type = media_type_of(received.get(hdrs.CONTENT_TYPE))
+            media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
             return ManifestHead(digest, media_type, length_of(received))
 
     async def get_manifest(
-        self, repository: Repository, tag: Tag, accept: Sequence[str]
+        self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestBody:
         """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        request = RegistryRequest("GET", repository, f"manifests/{tag}", Kind.MANIFEST, headers)
+        path = f"manifests/{reference}"
+        request = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
         async with self._client.send(request) as response:
             body = await read_body(response.http, MANIFEST_LIMIT)
-            announced = digest_of(response.http.headers)
-            digest = Digest.of(body, announced.algorithm if announced is not None else "sha256")
-            if announced not in (None, digest):
-                raise UpstreamProtocolError("the manifest does not match its digest header")
+            received = response.http.headers
+            expected = reference if isinstance(reference, Digest) else digest_of(received)
+            media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
             self._report_bytes(len(body))
-            media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
-            return ManifestBody(digest, media_type, body)
+            return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`.
@@ -107,9 +117,11 @@ class HttpRegistry:
         head = RegistryRequest("HEAD", repository, path, Kind.BLOB, is_accepted=is_accepted)
         async with self._client.send(head) as response:
             if response.http.status == 200:
+                _refuse_page(response.http.headers)
                 return length_of(response.http.headers)
         get = RegistryRequest("GET", repository, path, Kind.BLOB)
         async with self._client.send(get) as response:
+            _refuse_page(response.http.headers)
             return length_of(response.http.headers)
 
     @asynccontextmanager
@@ -215,11 +227,11 @@ class HttpRegistry:
                 return ManifestBody(Digest.of(body), OCI_INDEX, body)
             if size > MANIFEST_LIMIT:
                 break  # The merged index would be larger than a manifest may be.
-            entries += await parse_in_thread_if_large(_referrer_entries, body)
+            entries += await parse_in_thread_if_large(parse_referrers, body)
             if page is None or page in seen_pages:
                 break
             seen_pages.add(page)
-        body = await run_in_thread(_merge_referrers, entries)
+        body = await run_in_thread(referrers_index, entries)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 
@@ -250,7 +262,6 @@ class BodyStream:
         self.start = start
         self.total = total
         self.endpoint = response.endpoint
-        self.media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
         entity_tag = response.http.headers.get(hdrs.ETAG)
         # A weak ETag starts with W/ (RFC 9110, section 8.8.3) and must not be used for If-Range.
         is_strong = entity_tag is not None and entity_tag.startswith('"')
@@ -258,6 +269,11 @@ class BodyStream:
         self._response = response
         self._limits = limits
         self._report_bytes = report_bytes
+
+    @property
+    def media_type(self) -> str:
+        """See :attr:`mirror.upstream.api.ContentStream.media_type`."""
+        return manifest_type_of(self._response.http.headers.get(hdrs.CONTENT_TYPE))
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
@@ -296,17 +312,45 @@ def _is_range_response(response: Response) -> bool:
 
 
 def digest_of(headers: Mapping[str, str]) -> Digest | None:
-    """Return ``Docker-Content-Digest``, or None if it is missing.
+    """Return ``Docker-Content-Digest``. None if it is missing, or if its algorithm is not ours.
 
     See "Pulling manifests". Raises ``UpstreamProtocolError`` for a malformed digest.
     """
     value = headers.get("Docker-Content-Digest")
     if value is None:
         return None
+    algorithm, _, encoded = value.partition(":")
+    if encoded and algorithm not in ALGORITHMS:
+        return None
     try:
         return Digest.parse(value)
     except DigestInvalid as error:
         raise UpstreamProtocolError("the digest header is malformed") from error
+
+
+def _refuse_page(headers: Mapping[str, str]) -> None:
+    """Raise ``UpstreamProtocolError`` for a web page, which does not prove that content exists.
+
+    A log-in page has status 200, too. Content that is received proves itself by its digest.
+    """
+    is_page = media_type_of(headers.get(hdrs.CONTENT_TYPE)).lower() == "text/html"
+    if is_page and "Docker-Content-Digest" not in headers:
+        raise UpstreamProtocolError("the upstream sent a web page, such as a log-in page")
+
+
+def _identify_manifest(body: bytes, media_type: str, expected: Digest | None) -> ManifestBody:
+    """Return a manifest with its digest, also a signed one of schema 1.
+
+    Raises ``UpstreamProtocolError`` if it does not match ``expected``. None: any digest is right.
+    """
+    algorithm = expected.algorithm if expected is not None else "sha256"
+    digest, of_payload = Digest.of(body, algorithm), Digest.of(payload_of(body), algorithm)
+    if expected not in (None, digest, of_payload):
+        raise UpstreamProtocolError("the manifest does not match its digest")
+    if digest in (of_payload, expected):
+        return ManifestBody(digest, media_type, body)
+    is_stated = media_type != OCTET_STREAM
+    return ManifestBody(of_payload, media_type if is_stated else DOCKER_SCHEMA1_SIGNED, body)
 
 
 def length_of(headers: Mapping[str, str]) -> int | None:
@@ -339,14 +383,3 @@ def parse_tags(body: bytes) -> list[str]:
 
 def _tags_after(body: bytes, last: str | None) -> set[str]:
     return {name for name in parse_tags(body) if last is None or name > last}
-
-
-def _referrer_entries(body: bytes) -> list[Any]:
-    """Return the entries of a referrers index, unchanged. Raises ``ManifestInvalid``."""
-    parse_referrers(body)
-    return list(json.loads(body)["manifests"])
-
-
-def _merge_referrers(entries: list[Any]) -> bytes:
-    index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
-    return json.dumps(index, separators=(",", ":")).encode()

@@ -370,6 +370,9 @@ def common_headers(pull: RequestRecord) -> dict[str, str]:
         "X-Request-Id": pull.request_id,
         "Server": "oci-mirror",
         "Server-Timing": server_timing(pull),
+        # Content is the upstream's. A browser must not run it as a page of this server.
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox",
     }
     if pull.ns is not None:
         headers["OCI-Namespace"] = pull.ns

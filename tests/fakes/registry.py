@@ -216,7 +216,10 @@ class FakeRegistry:
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        first = await reader.readexactly(1)
+        if first == b"\x16":
+            return False  # a TLS handshake: some clients try it before plain HTTP
+        head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         method, target, _ = head[0].split(" ", 2)
         path, _, query = target.partition("?")
         if not path.startswith("/"):
@@ -360,6 +363,8 @@ class FakeRegistry:
             if found is None:
                 return 404, {}, b'{"errors":[{"code":"MANIFEST_UNKNOWN"}]}'
             headers = {"Content-Type": found[1], "Docker-Content-Digest": digest}
+            if not found[1]:
+                del headers["Content-Type"]
             return 200, headers, found[0]
         if kind == "blobs":
             data = self.blobs.get((repository, reference))

@@ -170,10 +170,11 @@ class MemoryRegistry:
         return ManifestHead(digest, media_type, len(body))
 
     async def get_manifest(
-        self, repository: Repository, tag: Tag, accept: Sequence[str]
+        self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestBody:
         self._call("get_manifest")
-        digest = self.tags.get((repository.path, tag.name))
+        is_tag = isinstance(reference, Tag)
+        digest = self.tags.get((repository.path, reference.name)) if is_tag else reference
         if digest is None or (repository.path, digest) not in self.manifests:
             raise ManifestUnknown("no such manifest")
         body, media_type = self.manifests[repository.path, digest]

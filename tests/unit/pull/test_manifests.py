@@ -136,15 +136,20 @@ async def test_head_on_a_miss_sends_only_a_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("HU6-wrong-types")
-async def test_image_with_the_media_type_of_an_index_is_refused(tmp_path: Path) -> None:
+@pytest.mark.row("FB5-odd-manifests")
+async def test_nothing_is_learned_from_an_image_with_the_media_type_of_an_index(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
-        image = kit.registry.add_image(REPO.path, None, b"layer")
+        image = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         body, _ = kit.registry.manifests[REPO.path, image]
         kit.registry.manifests[REPO.path, image] = body, OCI_INDEX
-        kit.registry.tags[REPO.path, TAG.name] = image
         for _ in range(2):
-            with pytest.raises(ManifestInvalid):
-                await manifest(kit)
+            result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+            assert (result.body, result.media_type) == (body, OCI_INDEX)
+        layer = Digest.of(b"layer")
+        assert await kit.store.index.access_record(REPO, layer, "blob") is None
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
 
 
 async def test_tag_is_resolved_by_get_if_the_head_names_no_digest(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,6 @@ DOWN = UpstreamUnavailable("down")
 LIES = [
     {"mediaType": DOCKER_MANIFEST},
     {"mediaType": DOCKER_LIST},
-    {"mediaType": "application/vnd.example.thing"},
     {"mediaType": OCI_MANIFEST, "size": 7},
     {},
 ]
@@ -141,15 +139,56 @@ async def test_cached_bytes_overrule_the_media_type_of_an_index(
 
 
 @pytest.mark.row("HU6-wrong-types")
-async def test_index_does_not_excuse_a_wrong_media_type_of_the_upstream(tmp_path: Path) -> None:
+async def test_index_does_not_overrule_a_wrong_media_type_of_the_upstream(tmp_path: Path) -> None:
     registry = MemoryRegistry()
     child = registry.add_image(REPO.path, None, b"layer")
     registry.manifests[REPO.path, child] = registry.manifests[REPO.path, child][0], OCI_INDEX
     async with pull_kit(tmp_path, registry=registry) as kit:
         await manifest(kit, registry.add_index(REPO.path, None, child))
         for _ in range(2):
-            with pytest.raises(ManifestInvalid):
-                await manifest(kit, child)
+            assert await media_type(kit, child) == OCI_INDEX
+        layer = Digest.of(b"layer")
+        assert await kit.store.index.access_record(REPO, layer, "blob") is None, "nothing learned"
+
+
+# --- entries of an index that are no manifests ----------------------------------------------------
+
+THING: dict[str, object] = {"mediaType": "application/vnd.example.thing"}
+
+
+@pytest.mark.row("FB3-buildkit-cache-index")
+async def test_entry_of_another_type_is_a_blob_of_the_repository(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    layer = registry.add_blob(REPO.path, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, layer, THING))
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry, upstream=upstream(serve_stale=False)) as kit:
+        kit.clock[0] += 365 * 86400.0
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT), "the index refers to it"
+
+
+@pytest.mark.row("FB3-buildkit-cache-index")
+async def test_manifest_that_an_index_lists_with_another_type_stays_a_manifest(
+    tmp_path: Path,
+) -> None:
+    registry = MemoryRegistry()
+    child = registry.add_image(REPO.path, None, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, child, THING))
+        with pytest.raises(BlobUnknown):
+            await blob(kit, child)
+        assert await media_type(kit, child) == OCI_MANIFEST
+        with pytest.raises(BlobUnknown):
+            await blob(kit, child)
+        await manifest(kit, add_index(registry, child, THING, OTHER))
+        with pytest.raises(ManifestUnknown):
+            await manifest(kit, child, OTHER)
+        assert not complaints(kit)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await media_type(kit, child) == OCI_MANIFEST
 
 
 # --- a digest of both kinds -----------------------------------------------------------------------
@@ -169,9 +208,12 @@ async def test_manifest_that_an_artifact_lists_as_a_layer_stays_a_manifest(tmp_p
             await blob(kit, image)
 
 
-@pytest.mark.parametrize("said", [OCI_MANIFEST, "application/vnd.example.thing"])
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [(OCI_MANIFEST, ManifestInvalid), ("application/vnd.example.thing", ManifestUnknown)],
+)
 async def test_layer_that_an_index_lists_as_a_manifest_stays_a_blob(
-    tmp_path: Path, said: str
+    tmp_path: Path, said: str, error: type[Exception]
 ) -> None:
     registry = MemoryRegistry()
     image, layer = registry.add_image(REPO.path, TAG.name, b"layer"), Digest.of(b"layer")
@@ -181,7 +223,7 @@ async def test_layer_that_an_index_lists_as_a_manifest_stays_a_blob(
         await kit.store.idle()
         await manifest(kit, add_index(registry, layer, {"mediaType": said}))
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
-        with suppress(ManifestInvalid):  # a request for a manifest does not make it one
+        with pytest.raises(error):  # a request for a manifest does not make it one
             await manifest(kit, layer)
         assert await blob(kit, layer) == (b"layer", Outcome.HIT)
     registry.failure = DOWN

@@ -9,7 +9,7 @@ import pytest
 
 from mirror.config.settings import Upstream
 from mirror.observability.events import Outcome
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
     ManifestInvalid,
     ManifestUnknown,
@@ -182,20 +182,69 @@ async def test_old_digest_is_served_by_every_process_that_shares_the_index(
             assert await manifest(kit) == (old, Outcome.STALE)
 
 
-async def test_invalid_new_manifest_is_not_served_and_the_old_digest_stands_in(
-    tmp_path: Path,
+def odd(body: bytes, change: str) -> tuple[bytes, str]:
+    """Change a manifest so that it is not understood, or refused. Returns it and its type."""
+    match change:
+        case "wrong type":
+            return body, OCI_INDEX
+        case "a key twice":
+            return body[:-1] + b', "layers": []}', OCI_MANIFEST
+        case "own type":
+            return b"\x00\x01", "application/vnd.acme.bin"
+        case "too large":
+            return body[:-1] + b" " * MANIFEST_LIMIT + b"}", OCI_MANIFEST
+        case "too deep":
+            return body[:-1] + b', "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", OCI_MANIFEST
+        case _:
+            return b"no JSON", OCI_MANIFEST
+
+
+def move_to_odd(kit: PullKit, change: str) -> Digest:
+    """Move the tag to a manifest that is not understood, or refused."""
+    image = move(kit)
+    body, media_type = odd(kit.registry.manifests[REPO.path, image][0], change)
+    digest = Digest.of(body)
+    kit.registry.manifests[REPO.path, digest] = body, media_type
+    kit.registry.tags[REPO.path, TAG.name] = digest
+    return digest
+
+
+@pytest.mark.row("FB7-tag-moved-to-odd-manifest")
+@pytest.mark.parametrize("settings", [SETTINGS, upstream(pull_policy="Always")], ids=["", "Always"])
+@pytest.mark.parametrize("change", ["wrong type", "a key twice", "own type"])
+async def test_tag_that_moved_to_a_manifest_that_is_not_understood_serves_the_new_bytes(
+    tmp_path: Path, settings: Upstream, change: str
 ) -> None:
-    """The upstream gives an image the media type of an index: it is cached, and not served."""
     registry = MemoryRegistry()
-    async with pull_kit(tmp_path, registry=registry, upstream=SETTINGS) as kit:
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+        move(kit, b"old")
+        await manifest(kit)
+        new = move_to_odd(kit, change)
+        for head in (False, True, False):
+            assert (await manifest(kit, head=head))[0] == new
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+        assert (result.body, result.media_type) == registry.manifests[REPO.path, new]
+    registry.failure = UpstreamUnavailable("down")
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+        assert (await manifest(kit))[0] == new
+
+
+@pytest.mark.row("FB7-tag-moved-to-odd-manifest")
+@pytest.mark.parametrize("settings", [SETTINGS, upstream(pull_policy="Always")], ids=["", "Always"])
+@pytest.mark.parametrize("change", ["too large", "too deep", "no JSON"])
+async def test_tag_that_moved_to_a_refused_manifest_fails_while_the_upstream_can_be_asked(
+    tmp_path: Path, settings: Upstream, change: str
+) -> None:
+    registry = MemoryRegistry()
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
         old = move(kit, b"old")
         await manifest(kit)
-        new = move(kit)
-        registry.manifests[REPO.path, new] = registry.manifests[REPO.path, new][0], OCI_INDEX
-        for _ in range(2):
-            assert await manifest(kit) == (old, Outcome.STALE)
+        new = move_to_odd(kit, change)
+        for reference in (TAG, new, TAG):
             with pytest.raises(ManifestInvalid):
-                await manifest(kit, new)
+                await manifest(kit, reference)
+        registry.failure = UpstreamUnavailable("down")
+        assert await manifest(kit) == (old, Outcome.STALE)
     async with pull_kit(tmp_path, registry=registry, upstream=NEVER) as kit:
         assert await manifest(kit) == (old, Outcome.STALE)
 

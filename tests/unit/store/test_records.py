@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
-from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import ALGORITHMS, Digest, Repository, Tag
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
@@ -142,7 +141,7 @@ def access_record(
 def test_access_records_of_covers_children_and_layers() -> None:
     child, layer = Descriptor(OCI_MANIFEST, ONE, 7), Descriptor("a/layer", TWO, 9)
     root = access_record(THREE, "manifest", OCI_INDEX, size=100)
-    manifest = Manifest(OCI_INDEX, (child,), (layer,), None, None, ())
+    manifest = Manifest(OCI_INDEX, (child,), (layer,))
     assert access_records_of(root, manifest) == [
         access_record(ONE, "manifest", OCI_MANIFEST, size=7, referrer=THREE),
         access_record(TWO, "blob", "a/layer", size=9, referrer=THREE),
@@ -210,13 +209,6 @@ def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None
         "an upstream may change its own statement"
     )
     assert not is_contradiction(replace(own, kind="blob"), replace(wrong, kind="blob"))
-
-
-def test_child_that_is_listed_as_octet_stream_has_no_media_type() -> None:
-    part = Descriptor(OCTET_STREAM, ONE, 7)
-    root = access_record(THREE, "manifest", OCI_INDEX, size=100)
-    child, layer = access_records_of(root, Manifest(OCI_INDEX, (part,), (part,), None, None, ()))
-    assert (child.media_type, layer.media_type) == ("", OCTET_STREAM)
 
 
 @given(REPOSITORIES)

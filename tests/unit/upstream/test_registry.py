@@ -342,7 +342,8 @@ def test_length_of_reads_valid_lengths_only(headers: dict[str, str], length: int
 def test_digest_of_reads_a_digest_or_raises() -> None:
     assert digest_of({}) is None
     assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
-    for text in ("", "sha256:" + "z" * 64, "md5:0", f"{DIGEST}, {DIGEST}"):
+    assert digest_of({"Docker-Content-Digest": "blake3:" + "ab" * 32}) is None
+    for text in ("", "sha256:" + "z" * 64, "sha512:0", f"{DIGEST}, {DIGEST}"):
         with pytest.raises(UpstreamProtocolError):
             digest_of({"Docker-Content-Digest": text})
 
