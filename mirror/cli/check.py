@@ -20,6 +20,7 @@ from mirror.config.settings import KeyPath, Settings, Upstream
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 from mirror.upstream.connections import own_addresses, tls_context
+from mirror.upstream.credentials import find_entries, host_of
 from mirror.upstream.outbound import Policy, Refused, UrlSource, as_url, check_url
 
 HIDDEN: Final = "(not shown)"
@@ -224,12 +225,10 @@ def _docker_config_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -
     document = _read_docker_config(here, file)
     if document.get("credsStore"):
         return  # Only the credential helper knows the hosts.
-    keys = [*(document.get("auths") or {}), *(document.get("credHelpers") or {})]
-    hosts = [key.removeprefix("https://").removeprefix("http://").partition("/")[0] for key in keys]
-    name = str(path[-1])
-    wanted = {name, *(as_url(end).host_port_subcomponent or "" for end in upstream.endpoints)}
-    if name == "docker.io":
-        wanted.add("index.docker.io")
-    if not wanted & set(hosts):
-        found = ", ".join(hosts[:_MAX_SHOWN_HOSTS]) or "no host"
-        yield f"{here}'{file}' has no login for {name}, only for {printable(found, 200)}"
+    sections = document.get("auths") or {}, document.get("credHelpers") or {}
+    hosts = [host_of(as_url(endpoint)) for endpoint in upstream.endpoints]
+    if not any(find_entries(section, host) for section in sections for host in hosts):
+        keys = [key for section in sections for key in section]
+        found = ", ".join(keys[:_MAX_SHOWN_HOSTS]) or "no host"
+        wanted = " or ".join(hosts)
+        yield f"{here}'{file}' has no login for {wanted}, only for {printable(found, 200)}"

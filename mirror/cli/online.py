@@ -71,9 +71,6 @@ async def _ask_endpoint(
         return _refused(name, endpoint, error.message, has_login=has_login)
     except MirrorError as error:
         return Result(f"{name}: {endpoint}: failed: {error.message}", is_good=False)
-    if status in (401, 403):
-        reason = f"it responded with {status}"
-        return _refused(name, endpoint, reason, has_login=has_login)
     if status == 200 and media_type_of(content_type) != "text/html":
         login = "with the login" if has_login else "without a login"
         return Result(f"{name}: {endpoint}: good, {login}", is_good=True)

@@ -199,8 +199,9 @@ class Upstream(Section):
 
     endpoints: tuple[Endpoint, ...]
     """
-    URLs of the registry. With more than one: failover in this order. A path is the prefix of its
-    repositories (https://harbor.example/hub-proxy), unless it has the /v2 of the API.
+    URLs of the registry. With more than one: failover in this order, also if one refuses. A path
+    is the prefix of its repositories (https://harbor.example/hub-proxy), unless it has the /v2 of
+    the API.
     """
     alias: Annotated[str, AfterValidator(values.check_alias)] | None = None
     """
@@ -274,7 +275,7 @@ class Upstream(Section):
         for index, host in enumerate(self.credentials.hosts):
             if host not in hosts:
                 names = " or ".join(host or "" for host in hosts)
-                message = f"is the host of no endpoint, which would be {names}"
+                message = f"{host} is the host of no endpoint: use {names}"
                 raise _key_error(("credentials", "hosts", index), message)
         return self
 

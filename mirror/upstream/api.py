@@ -8,9 +8,10 @@ bytes, times in seconds. Section names below are those of the OCI Distribution s
 
 Errors. Every method raises errors of ``mirror.oci.errors`` only:
 
-- ``NotFound`` (``NameUnknown``, ``ManifestUnknown``, ``BlobUnknown``): the upstream responded with
+- ``NotFound`` (``NameUnknown``, ``ManifestUnknown``, ``BlobUnknown``): all endpoints responded with
   404 to this very request. No other failure is ever reported as ``NotFound``.
-- ``Unauthorized``, ``Denied``: the upstream, or its token service, responded with 401 or 403.
+- ``Unauthorized``, ``Denied``: all endpoints refused, and at least one, or its token service, with
+  401 or 403.
 - ``UpstreamRateLimited``: a 429, or a pause after one. ``retry_after`` is in seconds, or None.
 - ``UpstreamTimeout``, ``UpstreamUnavailable``, ``AllCircuitsOpen``: no usable response in time.
 - ``UpstreamProtocolError``, ``ManifestInvalid``, ``OutboundRefused``: the response violates the
@@ -187,8 +188,7 @@ class Registry(Protocol):
                 it belongs to, and to no other.
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
-                but sent wrong bytes or broke off. A 401, 403 or 404 from any other endpoint is
-                final only after these have responded with one, too.
+                but sent wrong bytes or broke off.
 
         Returns:
             A context manager that yields the body once the response headers are in, and that ends

@@ -57,10 +57,10 @@ MAX_TOKEN_RESPONSE_BYTES: Final = 64 * 1024
 MAX_CACHED_TOKEN_BYTES: Final = 16 * 1024 * 1024
 """Bytes of all tokens of one upstream in memory: about 5,000 repositories. The token that was not
 used for the longest time is dropped first, and requested again when it is needed."""
-MAX_REMEMBERED_BYTES: Final = 4 * 1024 * 1024
+MAX_REMEMBERED_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all remembered schemes of one upstream: about 10,000 repositories. A repository whose
 scheme was dropped meets one more 401."""
-_ENTRY_BYTES: Final = 256
+_ENTRY_BYTES: Final = 640
 """Bytes of a cache entry beside its text: objects, and the place in the dictionary."""
 _MAX_TRIES: Final = 6
 """Tries to get an authorization after a challenge, for one request. Two are for our own scope (a
@@ -163,15 +163,6 @@ class Authenticator:
         self._tokens: LRUCache[_TokenKey, Token] = LRUCache(
             MAX_CACHED_TOKEN_BYTES, getsizeof=_token_size
         )
-
-    def negotiate(self, policy: Policy, repository: Repository) -> Negotiation:
-        """Return the negotiation of a request.
-
-        Args:
-            policy: The endpoint, and the rules for token realms.
-            repository: The repository of the request.
-        """
-        return Negotiation(self, policy, repository)
 
     def remembered(self, policy: Policy, repository: Repository) -> Scheme | None:
         """Return the scheme that the repository accepted last. None: it is not known."""
@@ -310,6 +301,13 @@ class Negotiation:
     def __init__(
         self, authenticator: Authenticator, policy: Policy, repository: Repository
     ) -> None:
+        """Begin a negotiation.
+
+        Args:
+            authenticator: Makes the authorizations, and remembers what was accepted.
+            policy: The endpoint, and the rules for token realms.
+            repository: The repository of the request.
+        """
         self._auth = authenticator
         self._policy = policy
         self._repository = repository

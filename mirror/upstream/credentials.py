@@ -248,8 +248,8 @@ async def _read_docker_config(
     text = await _read_file(path, key)
     try:
         document = json.loads(text)
-        helpers = _find_entries(document.get("credHelpers"), host)
-        auths = _find_entries(document.get("auths"), host)
+        helpers = find_entries(document.get("credHelpers"), host)
+        auths = find_entries(document.get("auths"), host)
         store = str(document.get("credsStore") or "")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UpstreamUnavailable(f"the file of {key} is no Docker configuration") from error
@@ -273,8 +273,12 @@ async def _read_docker_config(
     return logins
 
 
-def _find_entries(section: Any, host: str) -> dict[str, tuple[str, Any]]:
-    """Return prefix of repositories -> (key, value) of a section, for this host.
+def find_entries(section: Any, host: str) -> dict[str, tuple[str, Any]]:
+    """Return prefix of repositories -> (key, value) of a section of a Docker ``config.json``.
+
+    Args:
+        section: ``auths`` or ``credHelpers``. None: it is missing.
+        host: Only entries for this host are returned.
 
     Keys are hosts, ``host/prefix``, or URLs with any path (docker/cli, ``ConvertToHostname``). A
     key that equals a name of the host goes first. Empty values are left out.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from math import inf
 from typing import Final
 
 from yarl import URL
@@ -57,13 +56,14 @@ class Subject:
 
 @dataclass(slots=True)
 class CircuitBreaker:
-    """Whether requests may be sent to one endpoint. All times are in seconds of one clock."""
+    """State of one endpoint's circuit. All times are in seconds of one clock."""
 
     failures: int = 0
     """Failures of the endpoint as a whole, since its last success."""
-    failed: dict[Subject, float] = field(default_factory=dict)
-    """Subject -> time of its last failure, since the last success of the endpoint. At most
-    ``FAILURE_THRESHOLD`` subjects of each kind."""
+    failed: dict[Subject, tuple[float, float]] = field(default_factory=dict)
+    """Subject that failed since the last success of the endpoint -> (time until which the endpoint
+    is asked last for it, seconds of the next such time). At most ``FAILURE_THRESHOLD`` subjects of
+    each kind."""
     open_until: float = 0.0
     open_seconds: float = FIRST_OPEN_S
     is_probing: bool = False
@@ -83,10 +83,6 @@ class CircuitBreaker:
         if not self._is_open_for(subject):
             return True
         return not self.is_probing and now >= self.open_until
-
-    def has_just_failed(self, now: float, subject: Subject) -> bool:
-        """Return whether the last request of ``subject`` failed, at most ``MAX_OPEN_S`` ago."""
-        return now - self.failed.get(subject, -inf) < MAX_OPEN_S
 
     def begin_request(self, subject: Subject) -> bool:
         """Record that a permitted request is sent. Returns True if it is the probe.
@@ -122,7 +118,9 @@ class CircuitBreaker:
         if is_unreachable:
             self.failures += 1
         elif subject in self.failed or not self._is_open_for(subject):
-            self.failed[subject] = now
+            until, seconds = self.failed.get(subject, (now, FIRST_OPEN_S))
+            if until <= now:
+                self.failed[subject] = now + seconds, min(seconds * 2, MAX_OPEN_S)
         if is_probe or self.is_open != was_open:
             self.open_until = now + self.open_seconds
             self.open_seconds = min(self.open_seconds * 2, MAX_OPEN_S)
@@ -216,15 +214,16 @@ class Endpoints:
     def candidates(self, now: float, subject: Subject, avoid: Collection[str] = ()) -> list[URL]:
         """Return the endpoints to try, the best one first.
 
-        Endpoints that may get no request are left out. Those whose last request of ``subject``
-        failed come after the others: an endpoint that accepts connections and does not respond
-        would delay each request anew. Those in ``avoid`` come last, in the order of ``avoid``.
+        Endpoints that may get no request are left out. Those that have failed for ``subject`` come
+        after the others for a while: an endpoint that accepts connections and does not respond
+        would delay each request. Those in ``avoid`` come last, in the order of ``avoid``.
         """
         permitted = [url for url in self.urls if self.may_request(url, now, subject)]
         ranks = {name: rank for rank, name in enumerate(avoid)}
 
         def rank(url: URL) -> tuple[int, bool]:
-            return ranks.get(str(url), -1), self.circuits[url].has_just_failed(now, subject)
+            until, _ = self.circuits[url].failed.get(subject, (now, 0.0))
+            return ranks.get(str(url), -1), now < until
 
         return sorted(permitted, key=rank)
 

@@ -43,7 +43,12 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import MAX_TOKEN_RESPONSE_BYTES, Authenticator, TokenResponse
+from mirror.upstream.auth import (
+    MAX_TOKEN_RESPONSE_BYTES,
+    Authenticator,
+    Negotiation,
+    TokenResponse,
+)
 from mirror.upstream.endpoints import Endpoints, Subject
 from mirror.upstream.outbound import (
     TOKEN_HOSTS,
@@ -69,7 +74,7 @@ from mirror.upstream.transport import (
     retry_after_of,
 )
 
-_REFUSED: Final = (401, 403)
+_ACCESS_REFUSED: Final = (401, 403)
 """Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
 
 
@@ -270,10 +275,10 @@ class FailoverClient:
             repository: The repository for which a token is requested, if one is needed.
 
         Returns:
-            The status and the ``Content-Type`` of the response, also of a refusal.
+            The status and the ``Content-Type`` of the response.
 
         Raises:
-            Unauthorized, Denied: the token service refused.
+            Unauthorized, Denied: the endpoint, or its token service, refused.
             UpstreamError: the endpoint, or its token service, sent no usable response.
         """
         policy = self._policies[endpoint]
@@ -283,7 +288,7 @@ class FailoverClient:
             "",
             Kind.TAGS,
             page=policy.api_url,
-            is_accepted=lambda response: True,
+            is_accepted=lambda response: response.http.status not in _ACCESS_REFUSED,
         )
         deadline = self._transport.response_deadline()
         attempt = _Attempt(policy, request, is_probe=False, is_repeat=False, deadline=deadline)
@@ -292,12 +297,18 @@ class FailoverClient:
 
     def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
         """Choose the error to raise if not all endpoints refused. ``failure``: the last one."""
-        pauses = self._endpoints.remaining_pauses(self._clock(), subject)
+        now = self._clock()
+        pauses = self._endpoints.remaining_pauses(now, subject)
         if pauses and not isinstance(failure, UpstreamRateLimited):
             # A 429 takes precedence over failures of other endpoints.
             delay = min((seconds for seconds in pauses if seconds is not None), default=None)
             return UpstreamRateLimited("the upstream limits the rate", retry_after=delay)
-        return failure or AllCircuitsOpen("an endpoint has failed and is not tried for a while")
+        if failure is not None:
+            return failure
+        urls = self._endpoints.urls
+        blocked = [url for url in urls if not self._endpoints.may_request(url, now, subject)]
+        names = " and ".join(map(str, blocked or urls))
+        return AllCircuitsOpen(f"{names} failed a moment ago: no request is sent for a while")
 
     @asynccontextmanager
     async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
@@ -331,12 +342,12 @@ class FailoverClient:
         with the next authorization, as long as there is one.
         """
         url = attempt.url()
-        negotiation = self._auth.negotiate(attempt.policy, attempt.request.repository)
+        negotiation = Negotiation(self._auth, attempt.policy, attempt.request.repository)
         async with _token_deadline(attempt.deadline):
             header: str | None = await negotiation.first()
         while True:
             response = await self._exchange(stack, attempt, url, header or "")
-            if response.is_cross_origin or response.http.status not in _REFUSED:
+            if response.is_cross_origin or response.http.status not in _ACCESS_REFUSED:
                 negotiation.accept()
                 return response
             challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())

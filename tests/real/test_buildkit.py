@@ -79,7 +79,8 @@ def test_buildkit_imports_a_cache_cold_warm_and_with_the_registry_gone(tmp_path:
                 with Buildkitd(host, mirror.host) as other:
                     output = ("--output", f"type=local,dest={tmp_path / state}")
                     progress = other.build(source, "--import-cache", cache, *output)
-                assert progress.count("CACHED") == 2, progress
+                assert "ERROR" not in progress, progress
+                assert "CACHED" in progress, progress
                 assert (tmp_path / state / "one").read_bytes() == b"1" * 300_000
             kinds = {line.get("kind") for line in mirror.log() if line.get("status") == 200}
             assert {"manifest", "blob"} <= kinds

@@ -99,10 +99,12 @@ async def test_429_pauses_requests_and_is_passed_on(
         assert status == 429
         assert headers.get("Retry-After") == (None if passed is None else str(passed))
         asked = len(fake.requests)
-        status, _, _ = await server.get(server.manifest(digest))
+        status, _, _ = await server.get(server.manifest("latest"))
         if passed:
             assert status == 429
             assert len(fake.requests) == asked, "the upstream demanded a pause"
+        status, _, _ = await server.get(server.manifest(digest))
+        assert status == 200, "it was demanded for HEAD of this repository only"
 
 
 @pytest.mark.row("U9-rate-limits")

@@ -229,9 +229,12 @@ def test_docker_config_that_is_none_is_refused_with_line_and_key(
     [
         ('{"auths": {"ghcr.io": {}, "quay.io": {}}}', True),
         ("{}", True),
-        ('{"auths": {"https://index.docker.io/v1/": {}}}', False),
-        ('{"auths": {"docker.io": {}}}', False),
-        ('{"auths": {"r.example/org": {}}}', False),
+        ('{"auths": {"https://index.docker.io/v1/": {"auth": "dTpw"}}}', True),
+        ('{"auths": {"docker.io": {"auth": "dTpw"}}}', True),
+        ('{"auths": {"r.example": {}}}', True),
+        ('{"auths": {"r.example": {"auth": "dTpw"}}}', False),
+        ('{"auths": {"https://r.example/v1/": {"auth": "dTpw"}}}', False),
+        ('{"auths": {"r.example/org": {"auth": "dTpw"}}}', False),
         ('{"credHelpers": {"r.example": "x"}}', False),
         ('{"credsStore": "desktop"}', False),
     ],
@@ -246,7 +249,7 @@ def test_docker_config_without_the_host_is_warned_of(
     assert code == 0
     warning = f"warning: {tmp_path}/m.yaml:6: upstreams.docker.io.credentials.docker_config: "
     assert (warning in err) is is_warned
-    assert ("has no login for docker.io" in err) is is_warned
+    assert ("has no login for r.example" in err) is is_warned
 
 
 @pytest.mark.row("FE8-suspicious-configuration")

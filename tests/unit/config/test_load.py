@@ -279,6 +279,20 @@ def refused(path: Path, text: str | bytes, environ: Mapping[str, str] | None = N
             "m.yaml:4: upstreams.docker.io.credentials.password: file: must be followed by a path",
         ),
         (
+            upstream("credentials: {username: joe, password: s3cret, hosts: [other.example]}"),
+            (
+                "m.yaml:4: upstreams.docker.io.credentials.hosts[0]: "
+                "other.example is the host of no endpoint: use r.example"
+            ),
+        ),
+        (
+            upstream("credentials: {helper: ecr-login, hosts: [r.example]}"),
+            (
+                "m.yaml:4: upstreams.docker.io.credentials.hosts: "
+                "needs username: other sources name their hosts themselves"
+            ),
+        ),
+        (
             upstream("credentials: s3cret"),
             "m.yaml:4: upstreams.docker.io.credentials: must be a mapping",
         ),

@@ -22,7 +22,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import TokenResponse
+from mirror.upstream.auth import Negotiation, TokenResponse
 from mirror.upstream.credentials import LOGIN_TTL_S
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO, at_once
@@ -115,7 +115,7 @@ async def test_tokens_are_cached_by_identity_realm_service_and_scope(
     async def ask(
         challenge: str = BEARER, repository: Repository = REPO, policy: Policy = HUB
     ) -> str | None:
-        return await service.auth.negotiate(policy, repository).next([challenge])
+        return await Negotiation(service.auth, policy, repository).next([challenge])
 
     first = [await ask(**kind) for kind in kinds]
     assert first == ["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4", "Bearer t5"]
@@ -285,7 +285,7 @@ async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
 
 async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
-    negotiation = service.auth.negotiate(HUB, REPO)
+    negotiation = Negotiation(service.auth, HUB, REPO)
     await negotiation.next([BEARER])
     sent = negotiation._sent
     assert sent is not None

@@ -15,7 +15,6 @@ from mirror.upstream.endpoints import (
     DEFAULT_BACK_OFF_S,
     FAILURE_THRESHOLD,
     FIRST_OPEN_S,
-    MAX_OPEN_S,
 )
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
@@ -193,7 +192,7 @@ async def read_slow_blobs(kit: Kit, fake: FakeRegistry, owners: list[Repository]
 @pytest.mark.row("FB11-late-first-byte")
 @pytest.mark.parametrize("has_several_owners", [False, True])
 async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners: bool) -> None:
-    limits = Limits(connect=0.2, headers=0.2)
+    limits = Limits(connect=0.5, headers=0.5)
     async with registry() as fake, upstream_kit(fake.url, limits=limits) as kit:
         owners = [repository(number if has_several_owners else 0) for number in range(5)]
         digest = fake.add_blob(DATA)
@@ -211,20 +210,20 @@ async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_endpoint_that_never_responds_delays_only_the_first_request_of_a_repository() -> None:
-    limits = Limits(connect=0.2, headers=0.2)
+    limits = Limits(connect=0.5, headers=0.5)
     async with registry() as slow, registry() as fine:
         slow.fault("", Fault(delay=3600, times=None))
         async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
             assert [await kit.status() for _ in range(5)] == [200] * 5
             assert (len(slow.requests), len(fine.requests)) == (1, 5)
             up(slow)
-            kit.clock[0] += MAX_OPEN_S
+            kit.clock[0] += FIRST_OPEN_S
             assert await kit.status() == 200
             assert (len(slow.requests), len(fine.requests)) == (2, 5)
 
 
 async def test_endpoint_that_never_responds_opens_the_circuit_after_several_repositories() -> None:
-    limits = Limits(connect=0.2, headers=0.2)
+    limits = Limits(connect=0.5, headers=0.5)
     async with registry() as slow, upstream_kit(slow.url, limits=limits) as kit:
         slow.fault("", Fault(delay=3600, times=None))
         for number in range(FAILURE_THRESHOLD):

@@ -289,14 +289,23 @@ def test_candidates_leave_out_open_circuits_and_pauses() -> None:
     assert endpoints.candidates(10.0, subject()) == [A, B, C]
 
 
-def test_endpoint_that_failed_for_a_repository_is_asked_last_for_it_for_a_minute() -> None:
+def test_endpoint_that_failed_for_a_repository_is_asked_last_for_it_for_a_while() -> None:
     endpoints = Endpoints((A, B, C))
     fail(endpoints.circuits[A], 0.0, subject("a"))
     assert endpoints.candidates(1.0, subject("a")) == [B, C, A]
     assert endpoints.candidates(1.0, subject("a"), [str(B)]) == [C, A, B], "avoided ones are last"
     assert endpoints.candidates(1.0, subject("b")) == [A, B, C]
     assert endpoints.candidates(1.0, subject("a", "GET tags")) == [A, B, C]
-    assert endpoints.candidates(MAX_OPEN_S, subject("a")) == [A, B, C], "it may have recovered"
+    now = FIRST_OPEN_S
+    assert endpoints.candidates(now, subject("a")) == [A, B, C], "it may have recovered"
+    for _ in range(5):
+        fail(endpoints.circuits[A], now, subject("a"))
+    assert endpoints.candidates(now + 2 * FIRST_OPEN_S - 0.1, subject("a")) == [B, C, A]
+    assert endpoints.candidates(now + 2 * FIRST_OPEN_S, subject("a")) == [A, B, C]
+    for _ in range(10):
+        now += MAX_OPEN_S
+        assert endpoints.candidates(now, subject("a")) == [A, B, C]
+        fail(endpoints.circuits[A], now, subject("a"))
     endpoints.circuits[A].record_success()
     assert endpoints.candidates(1.0, subject("a")) == [A, B, C]
 

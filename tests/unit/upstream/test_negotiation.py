@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +29,7 @@ from mirror.upstream.auth import (
     TokenResponse,
 )
 from mirror.upstream.credentials import CredentialLookup
+from tests.fakes.access import AccessRules, own_scope
 from tests.fakes.registry import Answer, FakeRegistry, Fault, ReceivedRequest
 from tests.unit.upstream.kit import REPO, Kit, at_once, dead, failure, registry, upstream_kit
 from tests.unit.upstream.token_kit import BASIC_HEADER, HUB, USER, Service
@@ -39,57 +39,14 @@ CLOSED = Repository("docker.io", "closed/app")
 CANARY = "canary-5c1e"
 
 
-@dataclass
-class Front:
-    """Access rules of a fake registry: which token each repository needs, and who issues it."""
-
-    fake: FakeRegistry
-    needs: dict[str, str] = field(default_factory=dict)
-    """Repository -> scope of the token that it needs. Other repositories are open."""
-    refuses: dict[str, int] = field(default_factory=dict)
-    """Scope -> status of the token service."""
-    challenges: Callable[[str, str], list[str]] | None = None
-    """(repository, ``Authorization``) -> lines of ``WWW-Authenticate``."""
-    status: int = 401
-    generation: int = 1
-    """Number in all valid tokens. A larger one makes the earlier tokens invalid."""
-
-    def __post_init__(self) -> None:
-        self.fake.guard = self.answer
-
-    def answer(self, seen: ReceivedRequest) -> Answer | None:
-        if seen.path.startswith("/token"):
-            scopes = seen.query.get("scope", [])
-            status = next((self.refuses[one] for one in scopes if one in self.refuses), 200)
-            body = {"token": f"{self.generation}:{' '.join(scopes)}", "expires_in": 300}
-            return status, {}, json.dumps(body).encode() if status == 200 else b""
-        repository = seen.path.removeprefix("/v2/").rpartition("/")[0].rpartition("/")[0]
-        scope, sent = self.needs.get(repository), seen.headers.get("authorization", "")
-        if scope is None or sent == f"Bearer {self.generation}:{scope}":
-            return None
-        challenges = [self.bearer(repository)]
-        if self.challenges is not None:
-            challenges = self.challenges(repository, sent)
-        status = self.status if sent else 401
-        return status, {"WWW-Authenticate": ", ".join(challenges)}, b""
-
-    def bearer(self, repository: str, realm: str = "/token", actions: str = "pull") -> str:
-        scope = f"repository:{repository}:{actions}"
-        return f'Bearer realm="{self.fake.url}{realm}",service="fake",scope="{scope}"'
-
-
-def front(fake: FakeRegistry, *repositories: Repository, **rules: Any) -> Front:
+def front(fake: FakeRegistry, *repositories: Repository, **rules: Any) -> AccessRules:
     """Let a registry have these repositories, and require a token for each but ``OPEN``."""
     needs = {}
     for repository in repositories:
         fake.add_manifest(b"{}", repository.path, "latest")
         if repository != OPEN:
-            needs[repository.path] = own_scope(repository)
-    return Front(fake, needs, **rules)
-
-
-def own_scope(repository: Repository) -> str:
-    return f"repository:{repository.path}:pull"
+            needs[repository.path] = own_scope(repository.path)
+    return AccessRules(fake, needs, **rules)
 
 
 async def pull(kit: Kit, repository: Repository = REPO) -> int:
@@ -109,13 +66,13 @@ def sent(fake: FakeRegistry, path: str = "/v2/") -> list[str]:
 async def test_refused_token_of_one_repository_fails_no_other_repository(status: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         rules = front(fake, REPO, OPEN, CLOSED)
-        rules.refuses[own_scope(CLOSED)] = status
+        rules.refuses |= {own_scope(name): status for name in (CLOSED.path, OPEN.path)}
         for _ in range(2):
             assert await pull(kit) == 200
             await failure(kit, repository=CLOSED)
             assert await pull(kit, OPEN) == 200
         assert sent(fake, f"/v2/{OPEN.path}") == [""] * 2, "it needs no token"
-        assert sent(fake, f"/v2/{REPO.path}")[2:] == [f"Bearer 1:{own_scope(REPO)}"]
+        assert sent(fake, f"/v2/{REPO.path}")[2:] == [f"Bearer 1:{own_scope(REPO.path)}"]
 
 
 @pytest.mark.row("FA1-refused-token-beside-open-repository")
@@ -126,7 +83,7 @@ async def test_repository_that_was_opened_needs_no_token_service(status: int) ->
         assert await pull(kit) == 200
         kit.clock[0] += 300
         rules.needs.clear()
-        rules.refuses[own_scope(REPO)] = status
+        rules.refuses[own_scope(REPO.path)] = status
         assert await pull(kit) == 200
         fake.requests.clear()
         assert await pull(kit) == 200
@@ -149,7 +106,7 @@ async def test_realm_of_one_repository_is_not_used_for_another_one() -> None:
 async def test_token_service_that_limits_one_repository_pauses_no_other_one() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         rules = front(fake, REPO, OPEN, CLOSED)
-        rules.refuses[own_scope(CLOSED)] = 429
+        rules.refuses[own_scope(CLOSED.path)] = 429
         assert isinstance(await failure(kit, repository=CLOSED), UpstreamRateLimited)
         assert [await pull(kit), await pull(kit, OPEN)] == [200, 200]
 
@@ -181,7 +138,7 @@ async def test_challenge_of_a_dead_token_is_not_believed(status: int, challenge:
             assert await at_once(10, lambda: pull(kit)) == [200] * 10
         fake.requests.clear()
         assert await pull(kit) == 200
-        assert sent(fake) == [f"Bearer 3:{own_scope(REPO)}"], "it is remembered again"
+        assert sent(fake) == [f"Bearer 3:{own_scope(REPO.path)}"], "it is remembered again"
 
 
 @pytest.mark.row("FA2-changed-challenge-for-dead-token")
@@ -193,7 +150,11 @@ async def test_dead_token_of_a_repository_without_a_remembered_scheme_is_renewed
         kit.client._auth._remembered.clear()
         rules.generation = 2
         assert await pull(kit) == 200
-        assert sent(fake)[2:] == ["", f"Bearer 1:{own_scope(REPO)}", f"Bearer 2:{own_scope(REPO)}"]
+        assert sent(fake)[2:] == [
+            "",
+            f"Bearer 1:{own_scope(REPO.path)}",
+            f"Bearer 2:{own_scope(REPO.path)}",
+        ]
 
 
 @pytest.mark.row("FA2-changed-challenge-for-dead-token")
@@ -231,11 +192,11 @@ async def test_scope_of_the_challenge_is_tried_for_pull_if_our_own_is_refused(
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         rules = front(fake, REPO)
         rules.needs[REPO.path] = f"repository:hub/{REPO.path}:pull"
-        rules.refuses[own_scope(REPO)] = own_scope_status
+        rules.refuses[own_scope(REPO.path)] = own_scope_status
         rules.challenges = lambda name, _: [rules.bearer(f"hub/{name}", actions=actions)]
         assert await pull(kit) == 200
         scopes = [seen.query["scope"][0] for seen in fake.requests if seen.path == "/token"]
-        assert scopes == [own_scope(REPO), f"repository:hub/{REPO.path}:pull"]
+        assert scopes == [own_scope(REPO.path), f"repository:hub/{REPO.path}:pull"]
         fake.requests.clear()
         assert await pull(kit) == 200
         assert len(fake.requests) == 1, "the scope is remembered"
@@ -273,7 +234,7 @@ def test_scope_is_limited_to_pulls(scope: str, expected: str) -> None:
 async def test_refused_login_is_sent_once_although_the_challenge_has_another_scope() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, credentials=USER) as kit:
         rules = front(fake, REPO)
-        rules.refuses[own_scope(REPO)] = 401
+        rules.refuses[own_scope(REPO.path)] = 401
         rules.challenges = lambda name, _: [rules.bearer(f"hub/{name}")]
         assert isinstance(await failure(kit), Unauthorized)
         assert fake.count("GET", "/token") == 1
@@ -331,7 +292,7 @@ async def test_error_is_no_refusal_if_a_challenge_could_not_be_met(
 ) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         rules = front(fake, REPO)
-        rules.refuses[own_scope(REPO)] = 403
+        rules.refuses[own_scope(REPO.path)] = 403
         fake.fault("/token-gone", Fault(status=404, times=None))
         rules.challenges = lambda *_: ['Bearer realm="https://evil.example/"', *others]
         assert type(await failure(kit)) is expected
@@ -364,6 +325,36 @@ async def test_second_endpoint_on_another_host_gets_no_credentials_of_the_first(
         assert any(value in authorization for authorization in sent(one, "/token"))
         assert not any(value in seen.headers.get("authorization", "") for seen in two.requests)
         assert CANARY not in repr(kit.events)
+
+
+@pytest.mark.row("FA4-docker-config-by-organization")
+async def test_each_organization_gets_its_own_login_and_no_other(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake:
+        logins = {}
+        for name in ("org1", "org2"):
+            fake.add_manifest(b"{}", f"{name}/app", "latest")
+            logins[name] = base64.b64encode(f"{name}:{CANARY}".encode()).decode()
+
+        def answer(seen: ReceivedRequest) -> Answer | None:
+            wanted = f"Basic {logins.get(seen.path.split('/')[2], 'nobody')}"
+            is_allowed = seen.headers.get("authorization") == wanted
+            return None if is_allowed else (401, {"WWW-Authenticate": 'Basic realm="x"'}, b"")
+
+        fake.guard = answer
+        config = tmp_path / "config.json"
+        host = f"127.0.0.1:{fake.port}"
+        auths = {f"{host}/{name}": {"auth": value} for name, value in logins.items()}
+        config.write_text(json.dumps({"auths": auths}))
+        credentials = Credentials(docker_config=str(config))
+        async with upstream_kit(fake.url, credentials=credentials) as kit:
+            for name in ("org1", "org2", "org1"):
+                assert await pull(kit, Repository("docker.io", f"{name}/app")) == 200
+            error = await failure(kit, repository=Repository("docker.io", "org3/app"))
+            assert isinstance(error, Unauthorized)
+            assert "docker_config has no login for" in error.message
+        for name, value in logins.items():
+            paths = {r.path for r in fake.requests if value in r.headers.get("authorization", "")}
+            assert paths == {f"/v2/{name}/app/manifests/latest"}
 
 
 # --- messages -------------------------------------------------------------------------------------
@@ -407,7 +398,7 @@ async def test_messages_tell_missing_from_refused_credentials() -> None:
 
 async def test_memory_is_bounded_with_100_000_repositories(single_flight: SingleFlight) -> None:
     auth = Service(single_flight).auth
-    scheme = Scheme("https://auth.docker.io/token", "registry.docker.io", own_scope(REPO))
+    scheme = Scheme("https://auth.docker.io/token", "registry.docker.io", own_scope(REPO.path))
     authorization = SentAuthorization("Bearer t", scheme, CredentialLookup(None, 0.0))
     for number in range(100_000):
         auth.accept(HUB, Repository("docker.io", f"library/app-{number}"), authorization)

@@ -14,7 +14,7 @@ from mirror.config.settings import Credentials, Upstream
 from mirror.observability.events import Event
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import Authenticator, TokenResponse
+from mirror.upstream.auth import Authenticator, Negotiation, TokenResponse
 from mirror.upstream.outbound import Policy
 from tests.unit.upstream.kit import REPO
 
@@ -82,7 +82,7 @@ class Service:
         ``refused``: the header that a request was sent with in advance, which the endpoint refused.
         """
         lines = [challenge] if isinstance(challenge, str) else challenge
-        negotiation = self.auth.negotiate(policy, repository)
+        negotiation = Negotiation(self.auth, policy, repository)
         header: str | None = await negotiation.first()
         if header:
             if header != refused:
@@ -94,4 +94,4 @@ class Service:
 
     async def first(self, policy: Policy = HUB, repository: Repository = REPO) -> str:
         """Return the header that a request is sent with at first. Empty: none."""
-        return await self.auth.negotiate(policy, repository).first()
+        return await Negotiation(self.auth, policy, repository).first()
