@@ -16,7 +16,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -43,7 +43,10 @@ LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
 once, and none of them should have to connect again."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
-"""Seconds until a connection is closed that is idle, or whose request header is incomplete."""
+"""Seconds until a connection is closed that is idle, or whose TLS handshake or request header is
+incomplete."""
+_SHUTDOWN_TIMEOUT_S: Final = 1.0
+"""Seconds that a handler may take to end after the drain, and again once it was cancelled."""
 _MAX_FIELD_BYTES: Final = 32 * 1024
 """Bytes of one header field. Podman's partial pulls request a thousand ranges in one ``Range``."""
 _MEASURE_INTERVAL_S: Final = 5.0
@@ -147,7 +150,7 @@ def _watch_supervisor(
         loop.remove_reader(worker.supervisor_alive)
         emit(LogMessage("error", "the supervisor ended: this worker stops"))
         # A server that replaces the dead one has to get the address at once.
-        running.single_flight.run(("stop_listening",), running.stop_listening)
+        running.stop_listening()
         stop.set()
 
     loop.add_reader(worker.supervisor_alive, on_supervisor_ended)
@@ -207,7 +210,7 @@ class RunningServer:
     handler: Handler
     content: ContentService
     service: PullService
-    stop_listening: Callable[[], Awaitable[None]]
+    stop_listening: Callable[[], None]
     """Closes the listening socket. Open connections stay."""
 
     def apply(self, settings: Settings) -> None:
@@ -262,13 +265,16 @@ async def start_server(
                 if is_limited
                 else web.Server(handler, **options)
             )
-            runner = web.ServerRunner(server, shutdown_timeout=1.0)
-            await runner.setup()
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
             context = certificate.context if certificate is not None else None
-            site = web.SockSite(runner, listener, ssl_context=context, backlog=LISTEN_BACKLOG)
-            await site.start()
+            listening = await asyncio.get_running_loop().create_server(
+                server,
+                sock=listener,
+                ssl=context,
+                backlog=LISTEN_BACKLOG,
+                ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
+            )
             try:
                 yield RunningServer(
                     settings=settings,
@@ -279,10 +285,14 @@ async def start_server(
                     handler=handler,
                     content=content,
                     service=service,
-                    stop_listening=site.stop,
+                    stop_listening=listening.close,
                 )
             finally:
-                await runner.cleanup()
+                listening.close()
+                # A connection that was accepted has to begin its request before idle ones close.
+                await asyncio.sleep(0)
+                server.pre_shutdown()
+                await server.shutdown(_SHUTDOWN_TIMEOUT_S)
                 # Before the registries close: fetches use their connections.
                 await single_flight.drain(0.0)
     finally:

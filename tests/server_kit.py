@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,6 @@ async def running(
         ) as client:
             scheme = "https" if certificate else "http"
             yield Server(f"{scheme}://127.0.0.1:{port}", client, running_server, events)
-            if certificate is not None:
-                # A client has its last byte before the handler has closed its file, in a thread.
-                # Closing the connection cancels the handler, and nothing would close the file but
-                # the garbage collector.
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(running_server.handler.wait_until_idle(), 5)
     await asyncio.sleep(0)
 
 

@@ -106,7 +106,7 @@ class Log(Section):
 
 
 class Storage(Section):
-    """The quota of the content on disk, and the lifetime of its verification."""
+    """The quota of the content on disk, the memory for it, and the lifetime of its verification."""
 
     max_size: Size = 50 * 2**30
     """The quota: most bytes that content may take on disk."""
@@ -322,7 +322,7 @@ class Settings(Section):
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()
-    """How much content is kept, and how long its verification is valid."""
+    """How much content is kept, in how much memory, and how long its verification is valid."""
     default_upstream: Annotated[str, AfterValidator(values.usual_name)] = "docker.io"
     """
     Upstream for clients that cannot name one, such as Docker with registry-mirrors.

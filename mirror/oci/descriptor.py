@@ -42,7 +42,7 @@ INDEX_TYPES: Final = frozenset({OCI_INDEX, DOCKER_LIST})
 SCHEMA1_TYPES: Final = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
 MANIFEST_TYPES: Final = IMAGE_MANIFEST_TYPES | INDEX_TYPES | SCHEMA1_TYPES | {OCI_ARTIFACT}
 """The media types of manifests that registries serve under ``/manifests/`` only."""
-_CHILD_TYPES: Final = MANIFEST_TYPES | {""}
+CHILD_TYPES: Final = MANIFEST_TYPES | {""}
 """Media types of the entries of an index that are manifests: also those that state none."""
 
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
@@ -178,9 +178,11 @@ def payload_of(body: bytes) -> bytes:
         length, tail = protected["formatLength"], _decode_base64url(protected["formatTail"])
         if type(length) is not int or not 0 <= length <= len(body):
             return body
+        payload = body[:length] + tail
+        # Otherwise any manifest could be served with further fields under its own digest.
+        return payload if json.loads(payload)["schemaVersion"] == 1 else body
     except (ManifestInvalid, ValueError, TypeError, LookupError, RecursionError):
         return body
-    return body[:length] + tail
 
 
 def referrers_tag(digest: Digest) -> str:
@@ -314,7 +316,7 @@ def _to_manifest(document: _Json, media_type: str) -> Manifest:
         raise _NotUnderstood
     config, entries = document.get("config"), _descriptors(document, "manifests")
     # The entries of BuildKit's registry cache are layers, which are requested as blobs.
-    is_manifest = [e.media_type.lower() in _CHILD_TYPES for e in entries]
+    is_manifest = [e.media_type.lower() in CHILD_TYPES for e in entries]
     return Manifest(
         media_type=media_type,
         children=tuple(compress(entries, is_manifest)),

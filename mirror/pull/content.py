@@ -17,7 +17,7 @@ from typing import Final, assert_never
 
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Kind, Observer, Outcome
-from mirror.oci.descriptor import DEFAULT_ACCEPT
+from mirror.oci.descriptor import CHILD_TYPES, DEFAULT_ACCEPT
 from mirror.oci.errors import (
     BlobUnknown,
     ContentLost,
@@ -105,12 +105,14 @@ class ContentService:
     async def is_manifest(self, repository: Repository, digest: Digest) -> bool:
         """Return True if the records say that ``digest`` is a manifest in ``repository``.
 
-        Does not ask the upstream. A record by the upstream decides. If only a reference says so, a
-        record of the digest as a blob takes precedence.
+        Does not ask the upstream. A record by the upstream decides. If only a reference says so, it
+        must state the type of a manifest, and a record of the digest as a blob takes precedence.
         """
         access_record = await self._access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
             return access_record is not None
+        if access_record.media_type.lower() not in CHILD_TYPES:
+            return False  # The first release recorded every entry of an index as a manifest.
         return await self._access_record(repository, digest, Kind.BLOB) is None
 
     async def _access_record(

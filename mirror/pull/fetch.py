@@ -453,9 +453,11 @@ class RunningFetches:
         return fetch, follower, True
 
     def _find_active(self, digest: Digest) -> Fetch | None:
-        """Find the fetch of this content, unless it has failed."""
+        """Find the fetch of this content, unless it has failed or ended."""
         fetch = self._active.get(digest)
-        return fetch if fetch is not None and fetch.ingest.failure is None else None
+        if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
+            return None
+        return fetch
 
     def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
         digest = source.request.digest
@@ -467,20 +469,18 @@ class RunningFetches:
         self._active[digest] = fetch
         try:
             key = ("fetch", digest, id(ingest))
-            fetch.task = self._single_flight.run(key, lambda: self._run(fetch))
+            fetch.task = self._single_flight.run(key, fetch.run)
         except BaseException:
             follower.close()
             ingest.release()
             self._remove(fetch)
             raise
+        assert fetch.task.task is not None
+        # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
+        fetch.task.task.add_done_callback(lambda task: ingest.release())
+        fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
         ingest.when_abandoned(lambda: self._cancel(fetch), keep=self._finish_abandoned)
         return fetch, follower
-
-    async def _run(self, fetch: Fetch) -> None:
-        try:
-            await fetch.run()
-        finally:
-            self._remove(fetch)
 
     def _cancel(self, fetch: Fetch) -> None:
         """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""

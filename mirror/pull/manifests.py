@@ -93,7 +93,7 @@ class ManifestService:
 
         Raises:
             ManifestUnknown: The repository does not have the manifest.
-            ManifestInvalid: The content is no manifest of its media type.
+            ManifestInvalid: The content is no JSON object, or nested too deeply.
             MirrorError: As :meth:`ContentService.open` raises it.
         """
         repository, digest, pull = request.repository, request.digest, request.pull
@@ -174,13 +174,17 @@ class ManifestService:
             await self._content.store_body(manifest.digest, manifest.body)
 
     async def _head_by_digest(self, request: ContentRequest) -> ManifestResult | None:
-        """Serve a ``HEAD`` by a ``HEAD``. None if the upstream states no size or no media type.
+        """Serve a ``HEAD`` by a ``HEAD``.
 
-        Then the manifest itself states them.
+        Returns None if the response states no size or no media type, or violates the
+        specification. The manifest itself states them then.
         """
         request.pull.outcome = Outcome.MISS
-        with request.pull.stage("upstream"):
-            size = await self._content.check_access(request)
+        try:
+            with request.pull.stage("upstream"):
+                size = await self._content.check_access(request)
+        except UpstreamProtocolError:
+            return None  # The response proves nothing. The bytes prove themselves by their digest.
         access_record = await self._index.access_record(
             request.repository, request.digest, Kind.MANIFEST.value
         )
@@ -371,8 +375,7 @@ class ManifestService:
             head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept)
-                check = _refuse_page
-                await parse_in_thread_if_large(check, manifest.body, manifest.media_type)
+                await parse_in_thread_if_large(_check_page, manifest.body, manifest.media_type)
                 await self._store(repository, manifest)
                 head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
         except NotFound as error:
@@ -412,7 +415,7 @@ def _manifest_record(digest: Digest, media_type: str, size: int | None) -> Acces
     )
 
 
-def _refuse_page(body: bytes, media_type: str) -> None:
+def _check_page(body: bytes, media_type: str) -> None:
     """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
 
     A response without a digest has no other proof: a log-in page comes with status 200, too.

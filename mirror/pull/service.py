@@ -71,7 +71,7 @@ class PullService:
         Raises:
             ManifestUnknown: The upstream says 404, or nothing is cached and the pull policy is
                 ``Never``.
-            ManifestInvalid: The content is no manifest of its media type, or larger than 4 MiB.
+            ManifestInvalid: The content is no JSON object, nested too deeply, or larger than 4 MiB.
         """
         self._admit(repository, pull)
         if isinstance(reference, Digest):
@@ -162,7 +162,7 @@ class PullService:
             An OCI image index. Empty if nothing refers to ``digest``.
 
         Raises:
-            ManifestInvalid: The upstream sent no OCI image index.
+            ManifestInvalid: The upstream sent no list of referrers.
         """
         self._admit(repository, pull)
         return await self._lists.referrers(repository, digest, artifact_type, pull)

@@ -19,7 +19,8 @@ Reading order:
    ``window`` and ``other_process``.
 6. :mod:`~mirror.store.eviction`: what the directory holds, and which content is evicted first.
 7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
-   values, ``rows`` its database, and ``orphans`` decides which records are deleted.
+   values, ``rows`` its database, ``index_directory`` replaces a damaged one, ``names`` restores it,
+   and ``orphans`` decides which records are deleted.
 8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
    crash, and ``index.json``, from which a lost index is restored.
 

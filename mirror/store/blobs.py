@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -38,6 +39,9 @@ _MAX_REMEMBERED: Final = 100_000
 again, and forgotten recency costs one more system call."""
 _FLUSH_STEP: Final = 1000
 """Verification times that are handed to the index at once."""
+_MAX_TOUCHES: Final = 1000
+"""Records of a use that may wait for the disk: more than a burst of requests makes. On a disk that
+hangs, further ones would fill the memory, and the threads for hours after it."""
 _RECENCY_STEP_S: Final = 60.0
 """Seconds between two updates of one file's last use: LRU eviction needs no finer order."""
 
@@ -91,6 +95,7 @@ class BlobStore:
         self._verified: dict[Digest, float] = {}
         self._unsaved: set[Digest] = set()
         self._used_at: dict[Digest, float] = {}
+        self._touches = threading.Semaphore(_MAX_TOUCHES)
 
     async def find(self, digest: Digest, size: int | None = None) -> WholeReader | None:
         """Open content for reading. The caller closes the reader.
@@ -293,16 +298,20 @@ class BlobStore:
                 than its parts by more than a minute.
 
         Returns:
-            True if the use is recorded, False if every last record is younger than a minute.
+            True if the use is recorded. False if every last record is younger than a minute, or if
+            the disk has not taken the last :data:`_MAX_TOUCHES` records.
         """
         now = self._now()
         if all(0 <= now - self._used_at.get(d, -inf) < _RECENCY_STEP_S for d in digests):
+            return False
+        if not self._touches.acquire(blocking=False):
             return False
         if len(self._used_at) > _MAX_REMEMBERED:
             self._used_at.clear()
         self._used_at.update(dict.fromkeys(digests, now))
         with suppress(RuntimeError):  # The store is closed.
-            self._opening.submit(disk.touch, self._layout, tuple(digests), now)
+            job = self._opening.submit(disk.touch, self._layout, tuple(digests), now)
+            job.add_done_callback(lambda job: self._touches.release())
         return True
 
     async def flush(self) -> None:

@@ -44,8 +44,9 @@ from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import ALGORITHMS, Digest, Verifier
 from mirror.store.records import MALFORMED
 
-_READ_BYTES: Final = 4 * 1024 * 1024
-"""Bytes that are read and hashed at a time: few calls, and little memory for each thread."""
+_READ_BYTES: Final = 1024 * 1024
+"""Bytes that are read and hashed at a time: few calls, and little memory for each thread. Ten
+threads may hash at once."""
 _DESCRIPTOR_TIMEOUT_S: Final = 10.0
 """Seconds that publishing waits for a free descriptor: a burst of requests has ended by then."""
 _NANOSECONDS: Final = 10**9
@@ -298,10 +299,7 @@ class IngestState:
     an eviction in another process counts it."""
 
     def is_recent(self, limit: float) -> bool:
-        """Return whether the last heartbeat is at most ``limit`` seconds old.
-
-        Only of a state of this boot: the clock of another boot has another start.
-        """
+        """Return whether a state of this boot has a heartbeat of the last ``limit`` seconds."""
         return 0 <= time.monotonic() - self.beat <= limit
 
 
@@ -391,13 +389,10 @@ def is_at(fd: int, path: Path) -> bool:
 
 @contextmanager
 def open_locked(path: Path) -> Iterator[int | None]:
-    """Open an existing file and hold its exclusive lock while the block runs.
+    """Open an existing file and hold its exclusive lock while the block runs. No link is followed.
 
-    The file is opened for writing where its mode allows that: NFS refuses an exclusive lock on a
-    descriptor that is not (flock(2)).
-
-    Args:
-        path: The file. A link is not followed.
+    It is opened for writing if its mode allows that: NFS needs this for an exclusive lock
+    (flock(2)).
 
     Yields:
         The descriptor; None if another process holds a lock, or if ``path`` does not name this file

@@ -143,7 +143,7 @@ class ReadableIngest:
         if self.is_closed:  # Bytes that have not been written are dropped then.
             end = self.on_disk if self.window is None else self.window.stop
         start = self.on_disk if self.window is None else self.window.start
-        self.context.memory.set_held(self, end - start)
+        self.context.hold_memory(self, end - start)
 
     def continue_in_memory(self, reason: str) -> None:
         """Store no further byte on disk; serve the rest of the content from memory.

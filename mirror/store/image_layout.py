@@ -28,6 +28,9 @@ from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
 _PINNED: Final = "org.oci-mirror.pinned"
+_VARIANT: Final = "org.oci-mirror.variant"
+"""The media types that a client accepts, for the manifest that the upstream has sent it."""
+_VARIANT_NAME: Final = "org.oci-mirror.variant.name"
 _FIRST_LINE: Final = f'{{"schemaVersion": 2, "mediaType": "{OCI_INDEX}", "manifests": ['
 """The first line. A line for each name follows, and :data:`_LAST_LINE`."""
 _LAST_LINE: Final = "]}"
@@ -99,8 +102,10 @@ def _line(named: NamedManifest) -> str:
         "digest": str(named.digest),
         "size": named.size,
         "annotations": {
-            _REF_NAME: named.name,
+            # Other tools must find one manifest under a name: that for clients that accept all.
+            (_VARIANT_NAME if named.variant else _REF_NAME): named.name,
             _UPSTREAM: named.repository.upstream,
+            **({_VARIANT: named.variant} if named.variant else {}),
             **({_PINNED: "true"} if named.is_pinned else {}),
         },
     }
@@ -165,7 +170,8 @@ def _read_whole(path: Path) -> list[object]:
 def _parse_entry(entry: Any) -> NamedManifest | None:
     try:
         annotations = entry["annotations"]
-        upstream, name = annotations[_UPSTREAM], annotations[_REF_NAME]
+        upstream, variant = annotations[_UPSTREAM], annotations.get(_VARIANT, "")
+        name = annotations[_VARIANT_NAME if variant else _REF_NAME]
         rest = name.removeprefix(f"{upstream}/")
         path, _, tag = rest.partition("@") if "@" in rest else rest.rpartition(":")
         return NamedManifest(
@@ -175,6 +181,7 @@ def _parse_entry(entry: Any) -> NamedManifest | None:
             media_type=media_type_of(entry["mediaType"]),
             size=parse_size_bytes(entry["size"]),
             is_pinned=annotations.get(_PINNED) == "true",
+            variant=f" {variant.strip()}" if variant else "",
         )
     except MALFORMED:
         return None

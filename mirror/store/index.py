@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.observability.events import IndexRestored, LogMessage, Observer
+from mirror.observability.events import IndexRestored, LogMessage, Observer, for_threads
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
@@ -69,12 +69,13 @@ class Index:
 
         Args:
             path: The directory of the databases.
-            emit: Receives events, also from threads.
+            emit: Receives events, on the event loop.
             now: Seconds since the epoch.
             read_saved_names: Returns the names in ``index.json``. May raise ``OSError``.
         """
         self._rows = Rows(path, _TABLES, emit, self._prepare)
         self._emit = emit
+        self._emit_from_thread = for_threads(emit)
         self._now = now
         self._read_saved_names = read_saved_names
         self._checks = {table: RowChecks() for table in (NAMED, ACCESS)}
@@ -99,7 +100,7 @@ class Index:
 
         Args:
             path: The directory of the databases. It is created if it is missing.
-            emit: Receives events, also from threads. Warnings: once a minute at most.
+            emit: Receives events, on the event loop. Warnings: once a minute at most.
             now: Seconds since the epoch.
             read_saved_names: Returns the names to restore if the databases are new. May raise
                 ``OSError``.
@@ -122,7 +123,7 @@ class Index:
         if not names.is_restored(tables):
             count = names.restore(tables, self._read_saved_names())
             if count:
-                self._emit(IndexRestored(count))
+                self._emit_from_thread(IndexRestored(count))
         if names.lacks_parts(tables):
             self.unrestored_after = 0
         self.changed = True

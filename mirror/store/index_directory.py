@@ -26,8 +26,6 @@ from typing import Final, Generic, Protocol, TypeVar
 from mirror.observability.events import IndexDamaged, LogMessage, Observer
 from mirror.store import disk
 
-FAILURES: Final = (sqlite3.Error, OSError, TypeError, ValueError, EOFError)
-"""Exceptions of an operation on a database that fails."""
 _LOCK_TIMEOUT_S: Final = 20.0
 """Seconds to wait while another process opens the directory: to restore 50,000 names takes 4 s."""
 _RETRY_INTERVAL_S: Final = 5.0
@@ -54,6 +52,10 @@ _TEMPORARY_OF_DISK: Final = frozenset(
 
 class FilesReplaced(Exception):
     """The files of open databases are not those in the directory any more."""
+
+
+FAILURES: Final = (sqlite3.Error, OSError, TypeError, ValueError, EOFError, FilesReplaced)
+"""Exceptions of an operation on a database that fails."""
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -144,7 +146,12 @@ class IndexDirectory(Generic[Databases]):
         self.refusal: str | None = None
         """Why a private copy is open. None: the directory itself is, or nothing."""
 
-    def open(self, damage: Exception | None, is_at_fault: Callable[[], bool]) -> Databases:
+    def open(
+        self,
+        damage: Exception | None,
+        is_at_fault: Callable[[], bool],
+        release: Callable[[], None],
+    ) -> Databases:
         """Open the directory: its databases are open and prepared, all or none.
 
         A damaged directory is renamed, and a new one is made. If the disk refuses writes, a private
@@ -153,6 +160,7 @@ class IndexDirectory(Generic[Databases]):
         Args:
             damage: The error of the databases that were open before. None: they had none.
             is_at_fault: Whether the directory still has the files of these databases.
+            release: Closes these databases.
 
         Raises:
             Exception: It could not be opened, now or a few seconds ago.
@@ -163,7 +171,7 @@ class IndexDirectory(Generic[Databases]):
         self._drop_copy()
         _remove_ownerless_copies()
         try:
-            databases = self._open_in_place(damage, is_at_fault)
+            databases = self._open_in_place(damage, is_at_fault, release)
         except Exception as error:
             if not self._is_refused(error):
                 raise
@@ -184,7 +192,7 @@ class IndexDirectory(Generic[Databases]):
             return None
         self._tried_at = time.monotonic()
         try:
-            databases = self._open_in_place(None, lambda: False)
+            databases = self._open_in_place(None, lambda: False, lambda: None)
             try:
                 merge(databases)
             except BaseException:
@@ -202,11 +210,17 @@ class IndexDirectory(Generic[Databases]):
         self._drop_copy()
 
     def _open_in_place(
-        self, damage: Exception | None, is_at_fault: Callable[[], bool]
+        self,
+        damage: Exception | None,
+        is_at_fault: Callable[[], bool],
+        release: Callable[[], None],
     ) -> Databases:
         with self._locked():
             if damage is not None and is_at_fault():
                 self._set_aside(damage)
+            # SQLite may delete the log of a database that it closes, by its path: the new database
+            # has the same path. So this comes first.
+            release()
             try:
                 return self._open_prepared(self._path, is_private=False)
             except Exception as error:

@@ -39,11 +39,6 @@ _RECENT_DEATH_S: Final = 3 * HEARTBEAT_S
 
 Three heartbeats, because two may be late.
 """
-MIN_SHARE_BYTES: Final = 256 * 1024
-"""Bytes of memory that each ingest may hold, whatever the others hold: a few reads of a socket, so
-that a fetch continues, although more slowly."""
-MAX_SHARE_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of memory that one ingest may hold at most: enough for batches that a disk writes well."""
 _MAX_LOCK_ATTEMPTS: Final = 1000
 """Files that may be unlinked between opening and locking, one after the other.
 
@@ -66,40 +61,6 @@ class Role(Enum):
     """The content is complete. No process fetches."""
 
 
-class MemoryBudget:
-    """The memory for bytes that wait for the disk or for followers, of all ingests of a process.
-
-    An ingest never waits for memory that another one holds. It waits for its own disk thread or for
-    its own followers, and may always hold :data:`MIN_SHARE_BYTES`. So no client that reads nothing
-    can stop the fetch of another content.
-    """
-
-    def __init__(self, limit: int) -> None:
-        """Start with no ingest. ``limit``: bytes that all ingests may hold together."""
-        self._limit = limit
-        self._held: dict[Hashable, int] = {}
-        self.total = 0
-        """Bytes that all ingests hold."""
-
-    def set_held(self, ingest: Hashable, count: int) -> None:
-        """Record that ``ingest`` holds ``count`` bytes."""
-        self.total += count - self._held.pop(ingest, 0)
-        if count:
-            self._held[ingest] = count
-
-    def may_take_more(self, ingest: Hashable) -> bool:
-        """Return whether ``ingest`` may take a further chunk from its upstream.
-
-        Above the minimum an ingest needs an equal share of the limit, and free memory: others may
-        hold more than their share, from a time when they were fewer.
-        """
-        held = self._held.get(ingest, 0)
-        if held < MIN_SHARE_BYTES:
-            return True
-        share = min(MAX_SHARE_BYTES, self._limit // len(self._held))
-        return held < share and self.total < self._limit
-
-
 @dataclass(frozen=True, slots=True)
 class IngestContext:
     """The parts of a store that an ingest uses."""
@@ -111,9 +72,11 @@ class IngestContext:
     """The one thread that changes state files. No write of content delays a heartbeat there."""
     publishing: Executor
     """Threads that publish. An ``fsync`` may take half a minute; writes must not wait for it."""
-    memory: MemoryBudget
-    """The memory of all ingests of this process."""
     emit: Observer
+    hold_memory: Callable[[Hashable, int], None]
+    """Records how many bytes of memory an ingest holds."""
+    may_take_memory: Callable[[Hashable], bool]
+    """Returns whether an ingest may take a further chunk into memory."""
     make_room: Callable[[int], Awaitable[bool]]
     """Evicts content until the given number of bytes fits. Returns False if it cannot fit."""
     on_published: Callable[[Digest], Awaitable[None]]

@@ -1,7 +1,8 @@
 """The writer of one ingest: hashes its bytes and writes them to disk, one batch at a time.
 
-Lives here: the queue of chunks, the batches, and the blocking calls that a thread runs for each.
-Must not know: upstreams, followers' positions, who holds the lock.
+Lives here: the queue of chunks, the memory that all ingests may hold, the batches, and the blocking
+calls that a thread runs for each. Must not know: upstreams, followers' positions, who holds the
+lock.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import os
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from functools import partial
 from itertools import islice
 from typing import Final
@@ -21,6 +22,11 @@ from mirror.oci.reference import Verifier
 from mirror.store import disk
 from mirror.store.follower import ReadableIngest
 
+MIN_SHARE_BYTES: Final = 256 * 1024
+"""Bytes of memory that each ingest may hold, whatever the others hold: a few reads of a socket, so
+that a fetch continues, although more slowly."""
+MAX_SHARE_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of memory that one ingest may hold at most: enough for batches that a disk writes well."""
 _JOINED_BYTES: Final = 64 * 1024
 """Bytes from which chunks are not joined: an upstream may send chunks of a few bytes, and each one
 would cost as much memory and time again as a whole block."""
@@ -31,6 +37,40 @@ More would delay the batch, and so the followers, for longer than about 0.1 s.
 """
 _MAX_BUFFERS: Final = 512
 """Buffers in one ``pwritev``, which takes at most 1024 (``IOV_MAX``) on Linux."""
+
+
+class MemoryBudget:
+    """The memory for bytes that wait for the disk or for followers, of all ingests of a process.
+
+    An ingest never waits for memory that another one holds. It waits for its own disk thread or for
+    its own followers, and may always hold :data:`MIN_SHARE_BYTES`. So no client that reads nothing
+    can stop the fetch of another content.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """Start with no ingest. ``limit``: bytes that all ingests may hold together."""
+        self._limit = limit
+        self._held: dict[Hashable, int] = {}
+        self.total = 0
+        """Bytes that all ingests hold."""
+
+    def hold(self, ingest: Hashable, count: int) -> None:
+        """Record that ``ingest`` holds ``count`` bytes."""
+        self.total += count - self._held.pop(ingest, 0)
+        if count:
+            self._held[ingest] = count
+
+    def may_take(self, ingest: Hashable) -> bool:
+        """Return whether ``ingest`` may take a further chunk from its upstream.
+
+        Above the minimum an ingest needs an equal share of the limit, and free memory: others may
+        hold more than their share, from a time when they were fewer.
+        """
+        held = self._held.get(ingest, 0)
+        if held < MIN_SHARE_BYTES:
+            return True
+        share = min(MAX_SHARE_BYTES, self._limit // len(self._held))
+        return held < share and self.total < self._limit
 
 
 class IngestWriter:
@@ -59,7 +99,7 @@ class IngestWriter:
         ingest.position += len(chunk)
         self._start_next_batch()
         ingest.count_memory()
-        while self.error is None and not ingest.context.memory.may_take_more(ingest):
+        while self.error is None and not ingest.context.may_take_memory(ingest):
             if self._job is not None:
                 await asyncio.wait({self._job})
             elif ingest.window and ingest.followers:

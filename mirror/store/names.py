@@ -89,12 +89,12 @@ def _load_manifests(tables: Tables, row: Row) -> list[NamedManifest]:
     if digest:
         named = _load_manifest(repository_of(name), row.text)
         return [] if named is None else [named]
-    # A space separates a variant from its tag. A variant is not the manifest of every client.
-    record = None if " " in name else load_tag(row.text)
+    record = load_tag(row.text)
     if record is None:
         return []
+    variant = name.removeprefix(f"{record.repository}:{record.tag}")
     found = (_find_manifest(tables, record.repository, digest) for digest in record.digests)
-    return [replace(named, tag=record.tag) for named in found if named is not None]
+    return [replace(named, tag=record.tag, variant=variant) for named in found if named is not None]
 
 
 def _find_manifest(tables: Tables, repository: Repository, digest: Digest) -> NamedManifest | None:
@@ -172,7 +172,7 @@ def _insert(tables: Tables, step: list[NamedManifest]) -> None:
     ]
     rows += [
         (
-            f"{n.repository}:{n.tag}",
+            f"{n.repository}:{n.tag}{n.variant}",
             dump_tag(TagRecord(n.repository, n.tag, n.digest, first_seen=0.0, confirmed=0.0)),
         )
         for n in step

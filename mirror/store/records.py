@@ -84,6 +84,8 @@ class NamedManifest:
     size: int | None
     is_pinned: bool = False
     """Whether it is never evicted, nor any content that it refers to."""
+    variant: str = ""
+    """See :meth:`mirror.store.index.Index.tag`. Empty: the manifest of clients that accept all."""
 
     @property
     def name(self) -> str:

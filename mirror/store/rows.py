@@ -5,13 +5,12 @@ know: the meaning of a row, or how a directory of databases is opened, replaced 
 (:mod:`mirror.store.index_directory`).
 
 The asynchronous methods never raise for a failing database: a failed read is a miss, a failed write
-is dropped, and both are logged. If the database turns out to be damaged, the directory is opened
-again, and the operation runs once more.
+is dropped, and both are logged. After damage, the directory is opened again, and the operation runs
+once more.
 
 Theory of operation: each thread has its own connection to each database. SQLite's write-ahead log
-lets the reading thread read the last committed state while this or another process writes. So a
-read never waits for a write. A write waits for those of other processes, and is made in short
-steps, so that they need not wait for long.
+lets one read the last committed state while this or another process writes. A write waits for those
+of other processes. It is made in short steps, so that they need not wait for long.
 
 diskcache unpickles rows (CVE-2025-69872). So its ``Disk`` is replaced by one that reads and writes
 text only. Its own eviction drops rows without a notice, and is off except for bounded tables.
@@ -34,7 +33,7 @@ from typing import Any, Final, TypeVar
 
 import diskcache
 
-from mirror.observability.events import LogMessage, Observer
+from mirror.observability.events import LogMessage, Observer, for_threads
 from mirror.store.index_directory import (
     FAILURES,
     FilesReplaced,
@@ -52,8 +51,7 @@ _STEP_ROWS: Final = 200
 """Rows that are written in one transaction: it takes 2 ms, for which other processes wait."""
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds that a write waits for writes of other processes. Those take milliseconds, but a process
-can be stopped in the middle of one. A client may wait for the write, so it is dropped after this
-time."""
+can be stopped in the middle of one. A client may wait for the write, so it is dropped then."""
 _ATTEMPT_TIMEOUT_S: Final = 0.5
 """Seconds of one attempt to begin a transaction. Between attempts, the thread sees a stop."""
 _LOG_INTERVAL_S: Final = 60.0
@@ -347,14 +345,15 @@ class Rows:
         Args:
             path: The directory of the databases.
             bounds: Name of each table -> its bound in bytes. None: no bound.
-            emit: Receives warnings, also from the threads.
+            emit: Receives warnings, on the event loop.
             prepare: Called with tables that were just opened, before any operation uses them.
         """
         self._emit = emit
         self._reading = ThreadPoolExecutor(1, "index-read")
         self._writing = ThreadPoolExecutor(1, "index-write")
         self._checking = ThreadPoolExecutor(1, "index-check")
-        self._directory = IndexDirectory(path, partial(Tables, bounds=bounds), prepare, emit)
+        open_at = partial(Tables, bounds=bounds)
+        self._directory = IndexDirectory(path, open_at, prepare, for_threads(emit))
         self._tables: Tables | None = None
         self._is_closing = False
         self._refusal: str | None = None
@@ -445,18 +444,20 @@ class Rows:
 
     async def _run(self, executor: Executor, work: Callable[[Tables], T], otherwise: T) -> T:
         loop = asyncio.get_running_loop()
-        tables, damage = self._tables, None
+        failed: Tables | None = None
+        damage: Exception | None = None
         try:
-            if tables is not None:
+            while True:
+                tables = self._tables
+                if tables is None or tables is failed:
+                    reopen = partial(self._reopen, failed, damage)
+                    tables = await loop.run_in_executor(self._writing, reopen)
                 try:
                     return await loop.run_in_executor(executor, tables.run, work)
                 except (FilesReplaced, sqlite3.Error) as error:
-                    if not is_damage(error):
+                    if failed is not None or not is_damage(error):
                         raise
-                    damage = error
-            reopen = partial(self._reopen, tables, damage)
-            tables = await loop.run_in_executor(self._writing, reopen)
-            return await loop.run_in_executor(executor, tables.run, work)
+                    failed, damage = tables, error
         except FAILURES as error:
             self._failed(error)
             return otherwise
@@ -465,18 +466,19 @@ class Rows:
         """Open the directory, or return the tables that another operation has just opened."""
         if self._tables is None or self._tables is failed:
             self._tables = None
+            release = partial(self._discard, failed)
+            is_at_fault = failed.is_current if failed is not None else lambda: False
             try:
-                is_at_fault = failed.is_current if failed is not None else lambda: False
-                self._tables = self._directory.open(damage, is_at_fault)
+                self._tables = self._directory.open(damage, is_at_fault, release)
             finally:
-                if failed is not None:
-                    self._discard(failed)
+                release()
         return self._tables
 
-    def _discard(self, tables: Tables) -> None:
+    def _discard(self, tables: Tables | None) -> None:
         """Close tables that no new operation uses, in both threads."""
-        tables.close()
-        self._reading.submit(tables.close)
+        if tables is not None:
+            tables.close()
+            self._reading.submit(tables.close).result()
 
     def _failed(self, error: Exception) -> None:
         if is_refusal(error):

@@ -25,6 +25,7 @@ from mirror.observability.events import (
     Published,
     StorageMeasured,
     Uncached,
+    for_threads,
 )
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
@@ -35,7 +36,8 @@ from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
-from mirror.store.ingest_lock import IngestContext, MemoryBudget
+from mirror.store.ingest_lock import IngestContext
+from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.names import root_record
 from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
@@ -50,6 +52,11 @@ _RESTORE_STEP_S: Final = 1.0
 """Seconds that one call of :meth:`Store.keep_up_index` spends on it: a fifth of the time."""
 _SAVE_SHARE: Final = 0.2
 """Part of the time that a write of ``index.json`` works. It pauses for the rest."""
+_SLOW_SAVE_S: Final = 2.0
+"""Seconds of a write of ``index.json`` after which the next one waits: 5,000 names."""
+_SAVE_INTERVALS: Final = 5
+"""Pause after a slow write of ``index.json``, in multiples of its duration. A write of 100,000
+names takes 5 s of processor time."""
 
 
 class Store:
@@ -71,13 +78,14 @@ class Store:
         Args:
             layout: A data directory that was recovered.
             index: Its open index. The store closes it.
-            settings: The quota, and for how long a verification is trusted.
+            settings: The quota, the memory for fetches, and how long a verification is trusted.
             emit: Receives the events of this store, also from its threads.
             now: Seconds since the epoch.
         """
         self.layout = layout
         self.index = index
         self.active_ingests: dict[Digest, Ingest] = {}
+        self.memory = MemoryBudget(settings.memory)
         self._emit = emit
         self._now = now
         self._settings = settings
@@ -89,6 +97,7 @@ class Store:
         self._hashing = ThreadPoolExecutor(2, "hash")
         self._unwritable: str | None = None
         self._contents: int | None = None
+        self._next_save_at = 0.0
         self._leftovers_removed_at = time.monotonic()
         self.blobs = BlobStore(
             layout,
@@ -108,7 +117,8 @@ class Store:
             io=self._writing,
             publishing=self._publishing,
             heartbeats=self._heartbeats,
-            memory=MemoryBudget(settings.memory),
+            hold_memory=self.memory.hold,
+            may_take_memory=self.memory.may_take,
             emit=self._observe,
             make_room=self.evictor.make_room,
             on_published=self.blobs.on_published,
@@ -127,13 +137,13 @@ class Store:
 
         Args:
             data_dir: Its path. It is created if it is missing.
-            settings: The quota, and for how long a verification is trusted.
+            settings: The quota, the memory for fetches, and how long a verification is trusted.
             emit: Receives the events of the store, also from its threads.
             now: Seconds since the epoch.
         """
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
         unwritable = await run_in_thread(recover, layout, now(), disk.boot_id())
-        read_saved_names = partial(image_layout.read_saved_names, layout, emit)
+        read_saved_names = partial(image_layout.read_saved_names, layout, for_threads(emit))
         index = await Index.open(layout.index, emit, now, read_saved_names)
         store = cls(layout, index, settings, emit, now)
         store._unwritable = unwritable
@@ -170,8 +180,12 @@ class Store:
 
     async def wait_until_published(self) -> None:
         """Wait until all verified content is published, or has failed to be."""
-        while verified := [ingest for ingest in self.active_ingests.values() if ingest.is_verified]:
-            await verified[0].released.wait()
+        while publishing := [
+            ingest
+            for ingest in self.active_ingests.values()
+            if ingest.is_verified and not ingest.released.is_set()
+        ]:
+            await publishing[0].released.wait()
 
     async def idle(self) -> None:
         """Wait until no ingest runs."""
@@ -243,9 +257,13 @@ class Store:
         Never raises: a failed write is logged, and is tried again at the next call.
 
         Args:
-            share: The part of the time that it works. It pauses for the rest.
+            share: The part of the time that it works. It pauses for the rest, and after a slow
+                write. 1: it does not pause.
         """
         if not self.index.changed or self.unwritable_reason is not None:
+            return
+        begun = time.monotonic()
+        if share < 1 and begun < self._next_save_at:
             return
         # Reset before the names are read: a name that is put meanwhile sets it again.
         self.index.changed = is_written = False
@@ -256,6 +274,9 @@ class Store:
         finally:
             # A stop cancels the periodic save: the last save, at close, has to write then.
             self.index.changed |= not is_written
+        end = time.monotonic()
+        if end - begun > _SLOW_SAVE_S:
+            self._next_save_at = end + _SAVE_INTERVALS * (end - begun)
 
     async def _write_image_layout(self, share: float) -> bool:
         """Write ``index.json`` in steps. False if the index does not answer."""

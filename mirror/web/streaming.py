@@ -11,6 +11,7 @@ complete one.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from typing import Final, TypeAlias, cast
 
-import aiofiles
+from aiofiles.base import wrap
 from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
@@ -57,6 +58,8 @@ most this much memory, so no time limit is needed."""
 _COPY_BYTES: Final = 256 * 1024
 """Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
 makes more hops, a larger one needs more memory for each client."""
+
+_pread: Final = wrap(os.pread)
 
 _Part: TypeAlias = tuple[bytes, int, int | None]
 """Delimiter, then content from one offset to another. None: to the end of the content."""
@@ -274,16 +277,17 @@ class Sender:
     async def _copy_file(
         self, response: web.StreamResponse, extent: FileExtent, position: int, count: int
     ) -> int:
-        # Readers share the descriptor and its position. So the file is opened again, through the
-        # descriptor: its name may be gone by now.
+        # Nothing is opened here, so a response that is cancelled leaves nothing open. Its thread
+        # may read from a descriptor that was closed meanwhile, but what it reads is dropped.
         sent = 0
-        name = f"/proc/self/fd/{extent.fd}"
-        async with aiofiles.open(name, "rb", buffering=0, executor=DISK_READS) as file:
-            await file.seek(position)
-            while sent < count and (data := await file.read(min(_COPY_BYTES, count - sent))):
-                await response.write(data)
-                self._record_sent(len(data))
-                sent += len(data)
+        while sent < count:
+            length = min(_COPY_BYTES, count - sent)
+            data = await _pread(extent.fd, length, position + sent, executor=DISK_READS)
+            if not data:
+                break
+            await response.write(data)
+            self._record_sent(len(data))
+            sent += len(data)
         return sent
 
     def _record_sent(self, count: int) -> None:

@@ -127,6 +127,23 @@ async def test_tag_that_moves_is_never_hidden_by_the_old_image_while_the_upstrea
 
 
 @pytest.mark.row("FB4-content-types-of-static-registries")
+@pytest.mark.parametrize("content_type", ["text/html", "text/plain", ""])
+async def test_static_registry_without_digest_headers_is_served(
+    tmp_path: Path, content_type: str
+) -> None:
+    body = text(image(mediaType=OCI_MANIFEST))
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
+        digest = fake.add_manifest(body, tag="latest", media_type=content_type)
+        fake.fault("", Fault(drop_headers=("Docker-Content-Digest",), times=None))
+        expected = (200, OCI_MANIFEST, str(digest), str(len(body)))
+        for reference in (digest, "latest"):
+            for method in ("HEAD", "GET"):
+                status, headers, _ = await server.ask(method, server.manifest(reference))
+                names = ("Content-Type", "Docker-Content-Digest", "Content-Length")
+                assert (status, *(headers[name] for name in names)) == expected
+
+
+@pytest.mark.row("FB4-content-types-of-static-registries")
 async def test_type_of_a_get_replaces_the_generic_type_of_a_head(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_manifest(text(image()), tag="latest")

@@ -118,6 +118,19 @@ async def test_running_server_loads_a_changed_certificate(
                 await asyncio.sleep(0.02)
 
 
+@pytest.mark.row("HC7-slow-attacks")
+async def test_connection_that_begins_no_tls_handshake_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.server.KEEPALIVE_TIMEOUT_S", 0.2)
+    made = tokens.Certificate.make(tmp_path)
+    async with running(tmp_path / "data", certificate=made) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+
+
 # --- SIGTERM ------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
@@ -33,6 +32,7 @@ from mirror.oci.descriptor import (
 from mirror.oci.errors import ManifestInvalid, SchemaOneManifest
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of
 from mirror.oci.reference import Digest, Tag
+from tests.fakes.shapes import SCHEMA1, encoded, signed, text
 
 KNOWN = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST]
 CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -472,19 +472,7 @@ def test_referrers_tag_is_a_valid_tag_for_each_algorithm() -> None:
 # --- schema 1 -----------------------------------------------------------------------------------
 
 
-def encoded(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def signed(payload: bytes, **protected: object) -> bytes:
-    """Add a signature to a manifest of schema 1, as libtrust does. The signature itself is fake."""
-    length = payload.rindex(b"\n")
-    fields = {"formatLength": length, "formatTail": encoded(payload[length:]), **protected}
-    signature = {"signature": "AAAA", "protected": encoded(json.dumps(fields).encode())}
-    return payload[:length] + b',\n   "signatures": [' + json.dumps(signature).encode() + b"]\n}"
-
-
-PAYLOAD = json.dumps({"schemaVersion": 1, "name": "a", "fsLayers": []}, indent=3).encode()
+PAYLOAD = SCHEMA1
 
 
 @pytest.mark.row("FB8-schema-1")
@@ -508,6 +496,8 @@ def test_payload_of_a_signed_manifest_is_the_manifest_without_signatures() -> No
         *(signed(PAYLOAD, formatLength=n) for n in (-1, 10**6, True, "5", None)),
         *(signed(PAYLOAD, formatTail=tail) for tail in (5, None, "a")),
         b" " * (MANIFEST_LIMIT + 1) + signed(PAYLOAD),
+        *(signed(text(image())), signed(text({"schemaVersion": "1"})), signed(text({"x": 1}))),
+        signed(text([1])),
     ],
 )
 def test_payload_of_any_other_content_is_the_content(content: bytes) -> None:

@@ -28,14 +28,15 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.fetch import Fetch
+from mirror.pull.fetch import Fetch, RunningFetches
 from mirror.pull.requests import ContentRequest, ContentSource
+from mirror.single_flight import SingleFlight
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import REPO, MemoryRegistry, Stream, a_pull, a_request
-from tests.unit.store.kit import Kit, kit, random_bytes, read
+from tests.unit.store.kit import Kit, kit, opened, random_bytes, read
 
 DATA = random_bytes(400_000, 51)
 DIGEST = Digest.of(DATA)
@@ -380,6 +381,23 @@ async def test_cancelled_fetch_fails_its_followers_and_releases_the_ingest(
     assert fetch_env.ingest.released.is_set()
     fetch_env.registry.gate.set()
     assert await another(fetch_env).body() == DATA
+
+
+async def test_fetch_that_a_drain_cancels_before_its_first_step_fails_its_followers(
+    fetch_env: FetchEnv, tmp_path: Path
+) -> None:
+    async with opened(tmp_path / "store") as store, SingleFlight() as single_flight:
+        fetches = RunningFetches(
+            store, single_flight, fetch_env.kit.events.append, fetch_env, finish_abandoned=True
+        )
+        _, follower, _ = fetches.join_or_start(fetch_env.source)
+        await single_flight.drain(0.0)
+        async with asyncio.timeout(5):
+            with pytest.raises(UpstreamUnavailable, match="given up"):
+                await follower.wait(0)
+        follower.close()
+        assert not store.active_ingests
+    assert not fetch_env.registry.asked
 
 
 async def test_os_error_fails_the_fetch_as_upstream_unavailable(

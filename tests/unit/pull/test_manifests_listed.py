@@ -11,6 +11,7 @@ from mirror.observability.events import LogMessage, Outcome
 from mirror.oci.descriptor import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import BlobUnknown, ManifestInvalid, ManifestUnknown, UpstreamUnavailable
 from mirror.oci.reference import Digest, Reference, Repository
+from mirror.store.records import AccessRecord
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
@@ -167,6 +168,24 @@ async def test_entry_of_another_type_is_a_blob_of_the_repository(tmp_path: Path)
     async with pull_kit(tmp_path, registry=registry, upstream=upstream(serve_stale=False)) as kit:
         kit.clock[0] += 365 * 86400.0
         assert await blob(kit, layer) == (b"layer", Outcome.HIT), "the index refers to it"
+
+
+@pytest.mark.row("FB3-buildkit-cache-index")
+async def test_entry_that_the_first_release_recorded_as_a_manifest_is_served_as_a_blob(
+    tmp_path: Path,
+) -> None:
+    async with pull_kit(tmp_path) as kit:
+        layer = kit.registry.add_blob(REPO.path, b"layer")
+        recorded = AccessRecord(
+            digest=layer,
+            kind="manifest",
+            media_type="application/vnd.oci.image.layer.v1.tar",
+            size=5,
+            referrer=Digest.of(b"an index"),
+            expires_at=None,
+        )
+        await kit.store.index.put_access_records(REPO, [recorded])
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
 
 
 @pytest.mark.row("FB3-buildkit-cache-index")

@@ -24,7 +24,8 @@ from mirror.store.blobs import BlobStore
 from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
-from mirror.store.ingest_lock import IngestContext, MemoryBudget, Role
+from mirror.store.ingest_lock import IngestContext, Role
+from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, NamedManifest, access_records_of, confirm
@@ -66,11 +67,13 @@ class Kit:
     events: list[Event]
     pools: list[ThreadPoolExecutor]
     room: list[bool]
+    memory: MemoryBudget
 
 
 @contextmanager
-def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
+def kit(root: Path, reverify: float = 86400.0, memory_limit: int = 48 * 2**20) -> Iterator[Kit]:
     """Create the parts over ``root``. Their threads end with the context."""
+    memory = MemoryBudget(memory_limit)
     layout = Layout(root)
     for directory in (*layout.content_directories(), *layout.ingest_directories()):
         directory.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,8 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         io=pools[0],
         publishing=pools[1],
         heartbeats=pools[4],
-        memory=MemoryBudget(48 * 2**20),
+        hold_memory=memory.hold,
+        may_take_memory=memory.may_take,
         emit=events.append,
         make_room=make_room,
         on_published=blobs.on_published,
@@ -103,7 +107,7 @@ def kit(root: Path, reverify: float = 86400.0) -> Iterator[Kit]:
         boot=disk.boot_id(),
     )
     try:
-        yield Kit(layout, ingest_context, blobs, events, pools, room)
+        yield Kit(layout, ingest_context, blobs, events, pools, room, memory)
     finally:
         for pool in pools:
             pool.shutdown()

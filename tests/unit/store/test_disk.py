@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -14,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mirror.config.settings import Storage
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
 from mirror.store.disk import IngestState, Layout
-from tests.unit.store.kit import flip, random_bytes
+from tests.unit.store.kit import flip, keep, opened, random_bytes
 
 DATA = random_bytes(300_000, 21)
 DIGEST = Digest.of(DATA)
@@ -394,6 +396,54 @@ def test_open_locked_follows_no_link_and_creates_no_file(tmp_path: Path) -> None
             raise AssertionError
         assert not disk.is_locked(missing)
     assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks as NFS makes them: an exclusive one needs a descriptor that is open for writing."""
+    real = fcntl.flock
+
+    def flock(fd: int, operation: int) -> None:
+        access = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and access == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.row("G6-state-of-another-process")
+@pytest.mark.usefixtures("nfs")
+async def test_content_is_fetched_and_evicted_where_exclusive_locks_need_write_access(
+    tmp_path: Path,
+) -> None:
+    quota = Storage(max_size=1_000_000, high_water=0.9, low_water=0.5)
+    async with opened(tmp_path, settings=quota) as store:
+        paths = [
+            store.layout.blob(await keep(store, random_bytes(300_000, seed))) for seed in range(4)
+        ]
+        assert (paths[0].exists(), paths[3].exists()) == (False, True)
+        paths[3].chmod(0o444)
+        for seed in range(4, 7):
+            await keep(store, random_bytes(300_000, seed))
+        assert not paths[3].exists()
+
+
+def test_open_locked_reads_a_file_that_it_may_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a local disk, content that another program has put there can be evicted, too."""
+    path, real = tmp_path / "file", os.open
+    path.touch()
+
+    def refuse_writing(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse_writing)
+    with disk.open_locked(path) as fd:
+        assert fd is not None
 
 
 # --- quarantine -----------------------------------------------------------------------------------

@@ -263,6 +263,7 @@ async def test_follower_of_content_without_a_size_sees_its_end_before_it_is_publ
             assert not processes[0].layout.blob(DIGEST).exists()
         finally:
             publishing.set()
+    assert not [e for e in processes[1].events if isinstance(e, Uncached)], "it did not give up"
     theirs.close()
 
 

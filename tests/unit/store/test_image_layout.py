@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def write(layout: Layout, entries: list[NamedManifest]) -> None:
     """Write ``index.json``. Entries of one name are together."""
     draft = image_layout.Draft(layout)
     try:
-        draft.add([list(group) for _, group in groupby(entries, lambda entry: entry.name)])
+        draft.add([list(group) for _, group in groupby(entries, lambda e: e.name + e.variant)])
         draft.publish()
     finally:
         draft.discard()
@@ -62,8 +63,14 @@ def test_names_are_read_back_as_written(tmp_path: Path) -> None:
         named(layout, PORT, None, b"three"),
     ]
     pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, is_pinned=True)
-    write(layout, [*entries, pinned])
-    assert set(read(tmp_path)) == {*entries, pinned}
+    variant = replace(entries[0], variant=" application/vnd.oci.image.index.v1+json")
+    write(layout, [*entries, pinned, variant])
+    assert set(read(tmp_path)) == {*entries, pinned, variant}
+    names = [
+        entry["annotations"].get("org.opencontainers.image.ref.name")
+        for entry in document(layout)["manifests"]
+    ]
+    assert names == [*(entry.name for entry in (*entries, pinned)), None], "no name is there twice"
 
 
 def test_index_json_is_an_oci_index_with_reference_names(tmp_path: Path) -> None:
@@ -136,6 +143,8 @@ GOOD: dict[str, Any] = {
         {"annotations": {**GOOD["annotations"], "org.opencontainers.image.ref.name": "a/../b:1"}},
         {"annotations": {**GOOD["annotations"], "org.opencontainers.image.ref.name": 5}},
         {"annotations": {**GOOD["annotations"], "org.oci-mirror.upstream": 5}},
+        {"annotations": {**GOOD["annotations"], "org.oci-mirror.variant": "a/b"}},
+        {"annotations": {**GOOD["annotations"], "org.oci-mirror.variant": 5}},
     ],
     ids=str,
 )

@@ -215,6 +215,7 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
         await index.pin([ONE])
         assert await manifests(index) == [
             NamedManifest(REPO, TAG, ONE, "a/b", 3, is_pinned=True),
+            NamedManifest(REPO, Tag("old"), ONE, "a/b", 3, is_pinned=True, variant=" variant"),
             NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]

@@ -17,7 +17,7 @@ from mirror.store import follower as follower_module
 from mirror.store import ingest_writer
 from mirror.store.follower import Follower
 from mirror.store.ingest import RESERVE_STEP_BYTES, Ingest
-from mirror.store.ingest_lock import MAX_SHARE_BYTES
+from mirror.store.ingest_writer import MAX_SHARE_BYTES
 from mirror.store.reader import MemoryExtent
 from tests.unit.store.kit import DATA, DIGEST, Kit, bring, kit, pieces, random_bytes, read
 
@@ -233,4 +233,36 @@ async def test_short_write_during_a_reservation_keeps_the_order_of_bytes(
         asyncio.get_running_loop().call_later(0.05, slow.set)
         assert await read(follower, 1000) == data[1000:]
         await fetch
+        follower.close()
+
+
+@pytest.mark.row("D1-no-space-at-a-write")
+@pytest.mark.parametrize("written", [0, 1000, 65_536])
+async def test_short_write_of_a_batch_that_is_in_memory_mode_by_now_keeps_the_order_of_bytes(
+    tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed transfer asks for room, and is refused, while the last batch is being written."""
+    real, slow = ingest_writer.write_all, threading.Event()
+
+    def write_all(fd: int, chunks: list[bytes], offset: int) -> int:
+        slow.wait(30)
+        end = real(fd, [b"".join(chunks)[:written]], offset)
+        if written == 65_536:
+            return end
+        raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), end)
+
+    monkeypatch.setattr(ingest_writer, "write_all", write_all)
+    with kit(tmp_path) as parts:
+        content = Ingest(parts.ingest_context, DIGEST, None)
+        follower = content.follow()
+        assert follower
+        await content.try_lead()
+        await content.declare(len(DATA))
+        await content.feed(DATA[:65_536])
+        parts.room[0] = False
+        await content.declare(len(DATA))
+        assert content.window is not None
+        asyncio.get_running_loop().call_later(0.05, slow.set)
+        _, got = await asyncio.gather(bring(content), read(follower))
+        assert got == DATA
         follower.close()

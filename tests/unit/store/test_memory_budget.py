@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from mirror.oci.reference import Digest
 from mirror.store import ingest_writer
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
-from mirror.store.ingest_lock import MAX_SHARE_BYTES, MIN_SHARE_BYTES, MemoryBudget
+from mirror.store.ingest_writer import MAX_SHARE_BYTES, MIN_SHARE_BYTES, MemoryBudget
 from mirror.threads import run_in_thread
 from tests.unit.store.kit import Kit, bring, eventually, kit, pieces, random_bytes, read
 
@@ -29,8 +28,8 @@ CONTENTS = [random_bytes(1_500_000, 700 + number) for number in range(40)]
 
 @pytest.fixture
 async def parts(tmp_path: Path) -> AsyncIterator[Kit]:
-    with kit(tmp_path) as made:
-        yield replace(made, ingest_context=replace(made.ingest_context, memory=MemoryBudget(LIMIT)))
+    with kit(tmp_path, memory_limit=LIMIT) as made:
+        yield made
 
 
 def start(parts: Kit, data: bytes) -> tuple[Ingest, Follower]:
@@ -47,11 +46,11 @@ def test_total_is_the_sum_of_what_is_held_and_the_minimum_is_always_granted(
     budget, held = MemoryBudget(LIMIT), dict.fromkeys(range(6), 0)
     for ingest, count in changes:
         held[ingest] = count
-        budget.set_held(ingest, count)
+        budget.hold(ingest, count)
         assert budget.total == sum(held.values())
         holders = sum(1 for value in held.values() if value)
         for number, value in held.items():
-            may = budget.may_take_more(number)
+            may = budget.may_take(number)
             if value < MIN_SHARE_BYTES:
                 assert may
             elif budget.total >= LIMIT or value >= min(MAX_SHARE_BYTES, LIMIT // holders):
@@ -66,7 +65,7 @@ async def test_40_fetches_hold_no_more_memory_than_the_budget(
     parts: Kit, is_full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a slow disk, and in memory with clients of different speed."""
-    real, memory = ingest_writer.write_all, parts.ingest_context.memory
+    real, memory = ingest_writer.write_all, parts.memory
     parts.room[0] = not is_full
 
     def slow(fd: int, chunks: list[bytes], offset: int) -> int:
@@ -110,7 +109,7 @@ async def test_clients_that_read_nothing_use_up_the_budget_and_stop_no_other_fet
     parts: Kit, is_full: bool, size_is_known: bool
 ) -> None:
     """The stuck fetches end, too, once their clients read."""
-    memory = parts.ingest_context.memory
+    memory = parts.memory
     parts.room[0] = False
     stuck = [start(parts, data) for data in CONTENTS[:20]]
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
@@ -137,7 +136,7 @@ async def test_chunks_larger_than_the_minimum_share_are_no_deadlock(
     parts: Kit, is_full: bool
 ) -> None:
     """Without a size the newest chunk is held back, and its client cannot read it."""
-    parts.ingest_context.memory.set_held("others", LIMIT)
+    parts.memory.hold("others", LIMIT)
     parts.room[0] = not is_full
     data = CONTENTS[0]
     ingest, follower = start(parts, data)
@@ -154,7 +153,7 @@ async def test_chunks_larger_than_the_minimum_share_are_no_deadlock(
         _, got = await asyncio.gather(fetch(), read(follower))
     assert got == data
     follower.close()
-    assert parts.ingest_context.memory.total == LIMIT
+    assert parts.memory.total == LIMIT
 
 
 @pytest.mark.row("G7-memory-budget")
@@ -172,7 +171,7 @@ async def test_fetch_that_ends_early_gives_its_memory_back(
     for _ in range(4):
         parts.ingest_context.io.submit(stuck.wait, 30)
     await ingest.feed(data[:100_000])
-    assert parts.ingest_context.memory.total == 100_000
+    assert parts.memory.total == 100_000
     asyncio.get_running_loop().call_later(0.05, stuck.set)
     if end == "fails":
         await ingest.fail(UpstreamUnavailable("gone"))
@@ -183,10 +182,10 @@ async def test_fetch_that_ends_early_gives_its_memory_back(
         await ingest.fail(wrong.value)
     ingest.release()
     follower.close()
-    assert parts.ingest_context.memory.total == 0
+    assert parts.memory.total == 0
     await run_in_thread(stuck.wait, 30)
     await ingest.lock.wait_for_threads()
-    assert parts.ingest_context.memory.total == 0
+    assert parts.memory.total == 0
 
 
 @pytest.mark.row("G7-memory-budget")

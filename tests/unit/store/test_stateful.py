@@ -32,7 +32,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Evicted
 from mirror.oci.errors import DigestMismatch, MirrorError, UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import ingest, ingest_lock
+from mirror.store import ingest, ingest_writer
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
@@ -70,8 +70,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(ingest, "RESERVE_STEP_BYTES", 4 * PIECE)
-        self.patch.setattr(ingest_lock, "MAX_SHARE_BYTES", 4 * PIECE)
-        self.patch.setattr(ingest_lock, "MIN_SHARE_BYTES", PIECE)
+        self.patch.setattr(ingest_writer, "MAX_SHARE_BYTES", 4 * PIECE)
+        self.patch.setattr(ingest_writer, "MIN_SHARE_BYTES", PIECE)
         self.clock = [1_800_000_000.0]
         self.chance = random.Random(0)
         self.events: list[object] = []
@@ -101,6 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.leave()
         if self.store is not None:
+            assert self.store.memory.total == 0, "no fetch and no reader is left"
             self.run(self.store.close())
         self.run(self.loop.shutdown_default_executor())
         self.loop.close()

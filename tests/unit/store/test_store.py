@@ -22,6 +22,7 @@ from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import blobs, disk, index_directory
 from mirror.store import store as module
+from mirror.store.disk import Layout
 from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
 from tests.unit.store.kit import (
@@ -135,6 +136,31 @@ async def test_remembered_uses_are_bounded(tmp_path: Path, monkeypatch: pytest.M
         for number in range(50):
             store.blobs.mark_used([Digest.of(str(number).encode())])
         assert len(store.blobs._used_at) <= 11
+
+
+async def test_records_of_uses_that_a_disk_does_not_take_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs for hours, with content that is used every minute."""
+    monkeypatch.setattr(blobs, "_MAX_TOUCHES", 3)
+    hanging, touched = threading.Event(), []
+
+    def touch(layout: Layout, digests: tuple[Digest, ...], now: float) -> None:
+        hanging.wait(30)
+        touched.extend(digests)
+
+    monkeypatch.setattr(disk, "touch", touch)
+    clock = [NOW]
+    async with opened(tmp_path, clock) as store:
+        digest = Digest.of(b"content")
+        recorded = []
+        for _ in range(10):
+            clock[0] += 60
+            recorded.append(store.blobs.mark_used([digest]))
+        assert recorded == [True] * 3 + [False] * 7
+        hanging.set()
+        await eventually(lambda: len(touched) == 3)
+        assert store.blobs.mark_used([digest]), "the uses that were not recorded are still due"
 
 
 async def test_recency_marked_at_close_is_written_and_after_close_is_dropped(

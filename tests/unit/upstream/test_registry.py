@@ -83,6 +83,25 @@ async def test_get_manifest_checks_the_digest_header() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
+@pytest.mark.row("FB5-odd-manifests")
+async def test_digest_header_of_another_algorithm_is_no_contradiction() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        long = Digest.of(b"{}", "sha512")
+        fake.manifests["library/app", str(long)] = fake.manifests[
+            "library/app", str(Digest.of(b"{}"))
+        ]
+        for other in (str(Digest.of(b"{}")), "blake3:" + "ab" * 32):
+            fake.fault("", Fault(headers={"Docker-Content-Digest": other}))
+            assert (await kit.registry.head_manifest(REPO, long, ())).digest == long
+        fake.fault("", Fault(headers={"Docker-Content-Digest": "blake3:" + "ab" * 32}, times=2))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == Digest.of(b"{}")
+        fake.fault("", Fault(headers={"Docker-Content-Digest": str(Digest.of(b"", "sha512"))}))
+        with pytest.raises(UpstreamProtocolError):
+            await kit.registry.head_manifest(REPO, long, ())
+
+
 @pytest.mark.row("HU5-huge-manifests")
 async def test_get_manifest_refuses_more_than_4_mib() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:

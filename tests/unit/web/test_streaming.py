@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import ssl
+import threading
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
+from aiofiles.base import wrap
 
 from mirror.config.settings import Limits
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
+from mirror.web import streaming
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running
-from tests.unit.store.kit import random_bytes
+from tests.unit.store.kit import eventually, random_bytes
 
 DATA = random_bytes(1_000_000, 61)
 DIGEST = Digest.of(DATA)
@@ -341,3 +346,64 @@ async def test_range_is_ignored_for_head(tmp_path: Path) -> None:
             status, headers, body = await server.ask("HEAD", server.blob(digest), {"Range": value})
             assert (status, headers["Content-Length"], body) == (200, "1000", b"")
             assert "Content-Range" not in headers
+
+
+@asynccontextmanager
+async def cached_over_tls(root: Path) -> AsyncIterator[Server]:
+    """A server with TLS that has ``DATA``."""
+    certificate = Certificate.make(root)
+    async with (
+        FakeRegistry() as fake,
+        running(root / "data", fake.url, certificate=certificate) as server,
+    ):
+        fake.add_blob(DATA)
+        await server.get(server.blob(DIGEST))
+        await server.store.idle()
+        yield server
+
+
+async def test_tls_bodies_are_read_while_the_threads_of_the_event_loop_hang(
+    tmp_path: Path,
+) -> None:
+    hanging, loop = threading.Event(), asyncio.get_running_loop()
+    async with cached_over_tls(tmp_path) as server:
+        pool = ThreadPoolExecutor(1)
+        loop.set_default_executor(pool)
+        pool.submit(hanging.wait, 30)
+        try:
+            async with asyncio.timeout(10):
+                assert (await server.get(server.blob(DIGEST)))[2] == DATA
+        finally:
+            hanging.set()
+
+
+@pytest.mark.parametrize("call", range(3))
+async def test_tls_client_that_leaves_during_a_read_leaves_no_descriptor(
+    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that reads goes on: it cannot be cancelled."""
+    reading, leave = asyncio.Event(), threading.Event()
+    loop, calls = asyncio.get_running_loop(), iter(range(100))
+
+    def hang(fd: int, length: int, offset: int) -> bytes:
+        if next(calls) == call:
+            loop.call_soon_threadsafe(reading.set)
+            leave.wait(30)
+        return os.pread(fd, length, offset)
+
+    def content_is_open() -> bool:
+        links = Path("/proc/self/fd").iterdir()
+        return any(DIGEST.hex in os.readlink(link) for link in links if link.is_symlink())
+
+    async with cached_over_tls(tmp_path) as server:
+        monkeypatch.setattr(streaming, "_pread", wrap(hang))
+        try:
+            response = await server.client.get(server.blob(DIGEST))
+            await reading.wait()
+            assert content_is_open()
+            response.close()
+            await eventually(lambda: not content_is_open(), 10)
+        finally:
+            leave.set()
+        monkeypatch.undo()
+        assert (await server.get(server.blob(DIGEST)))[2] == DATA

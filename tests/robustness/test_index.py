@@ -1,0 +1,165 @@
+"""Rows G3, G4, G8: the index is damaged, busy or refused while the mirror serves."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mirror import server as server_module
+from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.store import index_directory, rows
+from mirror.store.store import Store
+from tests.fakes.registry import FakeRegistry
+from tests.real import images
+from tests.real.process import wait_until
+from tests.real.registry import DockerRegistry
+from tests.real.server import Mirror
+from tests.server_kit import Server, running
+from tests.unit.store import damages
+from tests.unit.store.damages import Damage
+from tests.unit.store.kit import eventually, fill_up, small_disk
+
+NAMES = 60
+ACCEPT = {"Accept": OCI_MANIFEST}
+
+
+def add_images(fake: FakeRegistry) -> dict[str, str]:
+    """Add images. Returns tag -> digest."""
+    added = {}
+    for number in range(NAMES):
+        added[f"v{number}"] = str(fake.add_image(b"layer %d" % number, tag=f"v{number}"))
+    return added
+
+
+async def assert_all_are_served(server: Server, names: dict[str, str], when: str) -> None:
+    """Request each manifest by tag and by digest."""
+    for references in (list(names), list(names.values())):
+        answers = [await server.get(server.manifest(r), ACCEPT) for r in references]
+        served = sum(status == 200 for status, _, _ in answers)
+        assert served == NAMES, f"{when}: {served} of {NAMES}, e.g. {references[0]}"
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+@pytest.mark.parametrize("damage", damages.IN_USE)
+async def test_cached_names_are_served_while_the_upstream_is_down_and_the_index_damaged(
+    tmp_path: Path, damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_CACHE_PAGES", 1)
+    async with FakeRegistry() as fake:
+        names = add_images(fake)
+        async with running(tmp_path, fake.url) as server:
+            await assert_all_are_served(server, names, "from the upstream")
+            await server.store.save_image_layout()
+    async with running(tmp_path) as server:
+        await assert_all_are_served(server, names, "from the cache")
+        damage(tmp_path / "index")
+        await assert_all_are_served(server, names, "after the damage")
+        await server.store.save_image_layout()
+        reports = [e for e in server.events if isinstance(e, (IndexDamaged, IndexRestored))]
+    async with running(tmp_path) as server:
+        await assert_all_are_served(server, names, "after a restart")
+        reports += [e for e in server.events if isinstance(e, (IndexDamaged, IndexRestored))]
+    # Damage to a file whose pages SQLite has in memory can be harmless.
+    assert reports or damage in (damages.cut_log, damages.overwrite_log)
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+@pytest.mark.parametrize(
+    "damage", [damages.overwrite, pytest.param(damages.delete_files, marks=pytest.mark.long)]
+)
+def test_workers_share_one_index_after_it_was_damaged(damage: Damage) -> None:
+    with DockerRegistry() as registry:
+        pushed = images.image()
+        tags = [f"v{number}" for number in range(10)]
+        for tag in tags:
+            registry.push("library/app", pushed, tag)
+        mirror = Mirror({"docker.io": registry.url}, workers=2).start()
+        try:
+            paths = [f"/v2/library/app/manifests/{tag}" for tag in tags]
+            for path in paths:
+                assert mirror.ask(path, headers=images.ACCEPT).status == 200
+            names = mirror.data_dir / "index.json"
+            assert wait_for_names(names, len(tags))
+            registry.stop()
+            damage(mirror.data_dir / "index")
+            for _ in range(3):
+                for path in paths:
+                    assert mirror.ask(path, headers=images.ACCEPT).status == 200, path
+            mirror.stop()
+            assert set(tags) <= saved_tags(names)
+            mirror.start()
+            for path in paths:
+                assert mirror.ask(path, headers=images.ACCEPT).status == 200, path
+        finally:
+            mirror.close()
+
+
+def saved_tags(names: Path) -> set[str]:
+    """The tags in ``index.json``."""
+    if not names.exists():
+        return set()
+    manifests = json.loads(names.read_text())["manifests"]
+    full = (m["annotations"]["org.opencontainers.image.ref.name"] for m in manifests)
+    return {name.rpartition(":")[2] for name in full if "@" not in name}
+
+
+def wait_for_names(names: Path, count: int) -> bool:
+    wait_until(lambda: len(saved_tags(names)) >= count, "index.json has all names", 30)
+    return True
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_housekeeping_goes_on_and_is_logged_after_any_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = dict.fromkeys(("measure", "keep_up_index", "save_image_layout"), 0)
+    for name in calls:
+        monkeypatch.setattr(Store, name, failing(calls, name))
+    for interval in ("_MEASURE_INTERVAL_S", "_INDEX_INTERVAL_S", "_SAVE_INTERVAL_S"):
+        monkeypatch.setattr(server_module, interval, 0.01)
+    async with running(tmp_path) as server:
+        await eventually(lambda: min(calls.values()) >= 3)
+        failures = {
+            dict(event.fields)["job"]: event.level
+            for event in server.events
+            if isinstance(event, LogMessage) and event.message == "housekeeping failed"
+        }
+        assert failures == dict.fromkeys(("measure", "index", "save"), "error")
+        monkeypatch.undo()
+
+
+def failing(calls: dict[str, int], name: str) -> object:
+    async def fail(store: Store, **named: object) -> None:
+        calls[name] += 1
+        if not named:  # The last save, at the close, has an argument.
+            raise KeyError(name)
+
+    return fail
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_server_that_started_on_a_full_disk_tells_so_until_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(server_module, "_INDEX_INTERVAL_S", 0.05)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with small_disk(tmp_path / "disk", "20m") as root:
+        async with FakeRegistry() as fake:
+            names = add_images(fake)
+            async with running(root, fake.url) as server:
+                await assert_all_are_served(server, names, "from the upstream")
+        fill_up(root)
+        async with running(root) as server:
+            await assert_all_are_served(server, names, "on a full disk")
+            _, _, report = await server.get(f"{server.url}/readyz")
+            assert b"the index cannot be written" in report
+            (root / "filler").unlink()
+            await eventually(lambda: server.store.unwritable_reason is None)
+            _, _, report = await server.get(f"{server.url}/readyz")
+            assert b"index" not in report
+            await assert_all_are_served(server, names, "with room again")
