@@ -89,6 +89,7 @@ async def running(
     certificate: Certificate | None = None,
     other: Upstream | None = None,
     more: Mapping[str, Any] | None = None,
+    others: Mapping[str, Upstream] | None = None,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
     """Run a server with the upstreams ``docker.io`` and ``other.io``.
@@ -103,6 +104,7 @@ async def running(
         certificate: The server uses TLS with it.
         other: Replaces the settings of ``other.io``.
         more: More keys of the configuration, such as ``catalog``.
+        others: Further upstreams, by name.
         upstream: More settings of the upstreams.
     """
     listener = socket.create_server(("127.0.0.1", 0))
@@ -115,7 +117,7 @@ async def running(
             "tls": _tls(certificate),
             "storage": storage or Storage(),
             "abandoned": abandoned,
-            "upstreams": {"docker.io": one, "other.io": other or one},
+            "upstreams": {"docker.io": one, "other.io": other or one, **(others or {})},
             **(more or {}),
         }
     )

@@ -45,7 +45,8 @@ async def _ask_upstream(
 ) -> list[Result]:
     if upstream.pull_policy == "Never":
         return [Result(f"{name}: not asked, because of pull_policy Never", is_good=True)]
-    transport = Transport(upstream)
+    own = own_addresses(settings.listen)
+    transport = Transport(upstream, own_addresses=own)
     try:
         client = FailoverClient(
             name,
@@ -53,7 +54,7 @@ async def _ask_upstream(
             transport,
             lambda event: None,
             single_flight,
-            own_addresses=own_addresses(settings.listen),
+            own_addresses=own,
         )
         asked = (_ask_endpoint(client, name, upstream, end) for end in upstream.endpoints)
         return list(await asyncio.gather(*asked))

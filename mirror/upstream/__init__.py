@@ -11,7 +11,7 @@ Reading order, from the outside in:
 3. ``registry.py``: builds the requests and checks the responses: digests, ranges, pages.
 4. ``failover.py``: sends one request to the endpoints in turn, with retries and credentials.
 5. ``transport.py``: one HTTP exchange with its redirects. The only user of the client session.
-   Translates failures and status codes into typed errors.
+   Translates failures into typed errors.
 
 Used on the way:
 
@@ -19,10 +19,13 @@ Used on the way:
 - ``retry.py``: which failures are retried, delays, ``Retry-After``. Pure.
 - ``auth.py``: ``Authorization`` headers: Basic, and bearer tokens of a token service.
 - ``credentials.py``: logins from the configuration, files, a Docker ``config.json``, helpers.
-- ``outbound.py``: which URLs may be connected to, and through which proxy.
+- ``outbound.py``: which URLs and addresses may be connected to, and through which proxy.
+- ``connections.py``: look-up of names, TLS settings, our own addresses.
+- ``failures.py``: why an exchange failed, in words.
+- ``statuses.py``: translates refusals into typed errors.
 
 One request passes: registry, failover, auth (credentials), outbound, transport. A 429 becomes
-``UpstreamRateLimited`` in ``transport.error_of`` and a pause in ``CircuitBreaker.back_off``.
+``UpstreamRateLimited`` in ``statuses.error_of`` and a pause in ``CircuitBreaker.back_off``.
 
 Must not know: the store, our clients.
 """

@@ -11,6 +11,7 @@ upstream its own limit of them.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections.abc import Collection
@@ -74,24 +75,36 @@ class Resolver(AbstractResolver):
 # --- TLS ------------------------------------------------------------------------------------------
 
 
-@cache
 def tls_context(
-    ca: str | None, client: tuple[str | None, str | None] | None, insecure: bool
+    ca: str | None, client: tuple[str, str | None] | None, insecure: bool
 ) -> ssl.SSLContext:
-    """Return the TLS settings of connections. Cached: loading is the longest part of a start.
+    """Return the TLS settings of connections, loaded once for each version of the files.
 
     Args:
         ca: PEM file of authorities, beside those of the system. None: no others.
-        client: PEM files of the client certificate and of its key. None: no client certificate.
+        client: PEM files of the client certificate and of its key. None: no client certificate. A
+            key that is None is in the file of the certificate.
         insecure: Accept any certificate.
 
     Raises:
         OSError: a file cannot be read, or has no certificate or key (``ssl.SSLError``).
     """
+    files = [os.stat(file) for file in (ca, *(client or ())) if file is not None]
+    return _load_context(ca, client, insecure, tuple((f.st_mtime_ns, f.st_ino) for f in files))
+
+
+@cache
+def _load_context(
+    ca: str | None,
+    client: tuple[str, str | None] | None,
+    insecure: bool,
+    versions: tuple[tuple[int, int], ...],
+) -> ssl.SSLContext:
+    """Load TLS settings. Cached, because this takes longer than the rest of a start together."""
     context = ssl.create_default_context()
     if ca is not None:
         context.load_verify_locations(cafile=ca)
-    if client is not None and client[0] is not None:
+    if client is not None:
         # An empty passphrase, so that OpenSSL does not prompt for one.
         context.load_cert_chain(client[0], client[1], password="")
     if insecure:

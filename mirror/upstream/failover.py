@@ -65,10 +65,10 @@ from mirror.upstream.retry import (
     backoff_delay,
     is_transient,
 )
+from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import (
     Response,
     Transport,
-    error_of,
     parse_rate_limit,
     read_body,
     retry_after_of,
@@ -137,8 +137,7 @@ class _Attempt:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
         path = f"{quote(self.request.repository.path)}/{quote(self.request.path, safe=':/')}"
         query = dict(self.request.query)
-        base = f"{self.policy.api_url}{self.policy.repository_prefix}"
-        url = URL(f"{base}{path}", encoded=True).with_query(query)
+        url = URL(f"{self.policy.repositories_url}{path}", encoded=True).with_query(query)
         target, source, name = str(url), UrlSource.ENDPOINT, "endpoint"
         if self.request.page is not None:
             target, source, name = self.request.page, UrlSource.NEXT_PAGE, "next page"

@@ -136,10 +136,12 @@ def _parse_address(host: str) -> _Address | None:
 class AddressRefused(OSError):
     """The rule of a connection does not permit an address."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, is_own: bool = False) -> None:
+        """Create the error. ``is_own``: this mirror listens at the address."""
         # All have the same text, so that aiohappyeyeballs raises one of them unchanged.
         super().__init__(None, "no address is permitted")
         self.address = address
+        self.is_own = is_own
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +162,18 @@ class AddressRule:
         parsed = _parse_address(address)
         return self.farthest <= zone <= self.nearest or any(parsed in n for n in self.networks)
 
-    def open_socket(self, address_info: AddrInfoType) -> socket.socket:
-        """Return a socket for a connection. Raises ``AddressRefused``."""
+    def open_socket(
+        self, address_info: AddrInfoType, own_addresses: Collection[tuple[str, int]] = ()
+    ) -> socket.socket:
+        """Return a socket for a connection. Raises ``AddressRefused``.
+
+        Args:
+            address_info: An element of the result of ``getaddrinfo``.
+            own_addresses: (host, port) pairs at which this mirror listens. They are refused.
+        """
         family, kind, protocol, _, address = address_info
+        if address[:2] in own_addresses:
+            raise AddressRefused(str(address[0]), is_own=True)
         if not self.permits(str(address[0])):
             raise AddressRefused(str(address[0]))
         return socket.socket(family, kind, protocol)
@@ -232,6 +243,11 @@ class Policy:
         return f"{self.endpoint.origin()}{_split_path(self.endpoint.raw_path)[0]}"
 
     @property
+    def repositories_url(self) -> str:
+        """URL that all repositories of the endpoint are below, with a slash at its end."""
+        return f"{self.endpoint.origin()}{''.join(_split_path(self.endpoint.raw_path))}"
+
+    @property
     def repository_prefix(self) -> str:
         """Prefix of the names of all repositories at the endpoint: empty, or ``hub-proxy/``."""
         return _split_path(self.endpoint.raw_path)[1]
@@ -297,9 +313,10 @@ def check_url(
     if base.scheme == "https" and url.scheme != "https":
         return Refused(f"downgrade from https to {url.origin()}")
     own_ports = {port for _, port in policy.own_addresses}
-    if (host, port) in policy.own_addresses or (is_loopback(host) and port in own_ports):
+    zone = zone_of(host)
+    if (host, port) in policy.own_addresses or (zone is Zone.LOOPBACK and port in own_ports):
         return Refused("an address of this mirror")
-    if zone_of(host) is Zone.LINK_LOCAL:
+    if zone is Zone.LINK_LOCAL:
         return Refused(f"{host} is {_ZONE_NAMES[Zone.LINK_LOCAL]}")
     is_same_origin = url.origin() == policy.endpoint.origin()
     match source:
@@ -312,14 +329,14 @@ def check_url(
                 key = policy.key("token_hosts")
                 return Refused(f"{url.host_port_subcomponent} is neither the endpoint nor in {key}")
             rule = realm_rule(url, (policy.endpoint,))
-            if zone_of(host) is not None and not rule.permits(host):
+            if zone is not None and not rule.permits(host):
                 return Refused(address_refusal(AddressRefused(host), rule, policy))
             return Allowed(url, is_same_origin, rule)
         case UrlSource.REDIRECT if is_same_origin:
             return Allowed(url, is_same_origin)
         case UrlSource.REDIRECT:
             rule = policy.redirect_rule(host, port, sender)
-            if zone_of(host) is not None and not rule.permits(host):
+            if zone is not None and not rule.permits(host):
                 return Refused(address_refusal(AddressRefused(host), rule, policy))
             return Allowed(url, is_same_origin, rule)
 
@@ -336,6 +353,8 @@ def realm_rule(realm: URL, endpoints: Collection[URL]) -> AddressRule:
 
 def address_refusal(error: AddressRefused, rule: AddressRule, policy: Policy) -> str:
     """Return why ``rule`` does not permit an address, with the key to set if there is one."""
+    if error.is_own:
+        return f"{error.address} is an address of this mirror"
     zone = zone_of(error.address) or Zone.PUBLIC
     why = f"{error.address} is {_ZONE_NAMES[zone]}"
     if zone is Zone.LINK_LOCAL:

@@ -50,7 +50,7 @@ class Registries(dict[str, Registry]):
         self.update(changed)
 
     def _open(self, name: str, upstream: Upstream) -> Registry:
-        transport = Transport(upstream)
+        transport = Transport(upstream, own_addresses=self._listeners)
         self._stack.push_async_callback(transport.close)
         client = FailoverClient(
             name,

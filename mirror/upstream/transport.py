@@ -1,26 +1,22 @@
 """One HTTP exchange: the only module that calls the client session.
 
 Lives here: the sessions and their limits, redirects followed hop by hop through the outbound guard,
-reading of bodies, and the translation of failures and status codes into typed errors. Must not
-know: which endpoint is next, credentials.
+and reading of bodies. Must not know: which endpoint is next, credentials, what a status means.
 
 There is one session for each rule of addresses that connections follow. So a connection that is
 reused was made by the same rule.
-
-Two rules of the translation. A failure never becomes a 404. The text of an error body is never
-shown to anybody: it may hold secrets, or escape sequences for a terminal.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Self
 
 import aiohttp
@@ -28,7 +24,6 @@ from aiohttp import hdrs
 from yarl import URL
 
 from mirror.config.settings import Limits, Upstream
-from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.upstream.connections import Resolver, tls_context
 from mirror.upstream.failures import Hop, connection_error, has_wrong_time
@@ -60,12 +55,7 @@ _MAX_CONNECTIONS: Final = 512
 """Connections to one upstream at most. With aiohttp's 100, pulls would wait for each other."""
 _DNS_TTL_S: Final = 30
 """Seconds for which resolved addresses are reused: pulls connect to the same few hosts."""
-_MAX_ERROR_BODY_BYTES: Final = 8 * 1024
-"""Bytes of an error body that are read. OCI error bodies have a few hundred."""
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-_REFERRERS_UNSUPPORTED: Final = frozenset({*_REDIRECTS, 400, 405, 406, 501})
-"""Statuses of registries that do not have the referrers API, beside 404."""
-_UNABLE_TO_RESPOND: Final = frozenset({502, 503, 504})
 _USER_AGENT: Final = "oci-mirror"
 # RateLimit-Remaining: 76;w=21600
 _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*", re.ASCII)
@@ -109,7 +99,20 @@ class _PeerResponse(aiohttp.ClientResponse):
 class Transport:
     """Sends the requests of one upstream."""
 
-    def __init__(self, settings: Upstream, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        settings: Upstream,
+        environment: Mapping[str, str] = os.environ,
+        own_addresses: Collection[tuple[str, int]] = (),
+    ) -> None:
+        """Create a transport without connections.
+
+        Args:
+            settings: The upstream.
+            environment: The variables that name the proxies.
+            own_addresses: (host, port) pairs at which this mirror listens.
+        """
+        self._own_addresses = own_addresses
         self._settings = settings
         self._limits = settings.limits
         self._proxies = Proxies.from_environment(environment)
@@ -132,11 +135,13 @@ class Transport:
 
     def _open_session(self, addresses: AddressRule, is_own: bool) -> aiohttp.ClientSession:
         settings = self._settings
-        certificate = (settings.client_certificate, settings.client_key) if is_own else None
+        certificate = None
+        if is_own and settings.client_certificate is not None:
+            certificate = settings.client_certificate, settings.client_key
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 resolver=self._resolver,
-                socket_factory=addresses.open_socket,
+                socket_factory=partial(addresses.open_socket, own_addresses=self._own_addresses),
                 ssl=tls_context(settings.ca, certificate, settings.insecure),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
@@ -411,7 +416,7 @@ def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.Up
     return errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
 
 
-# --- headers and status codes ---------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 
 
 def parse_rate_limit(headers: Mapping[str, str]) -> tuple[int, int, int] | None:
@@ -431,58 +436,3 @@ def parse_rate_limit(headers: Mapping[str, str]) -> tuple[int, int, int] | None:
 def retry_after_of(response: aiohttp.ClientResponse) -> float | None:
     """Return the seconds of the ``Retry-After`` header. None if it is missing or malformed."""
     return parse_retry_after(response.headers.get(hdrs.RETRY_AFTER), time.time())
-
-
-async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
-    """Translate the status of a response that was not accepted into an error.
-
-    ``kind``: the requested kind of object. It selects the error class of a 404. A 401 or 403 from
-    another origin (the storage that a redirect led to) becomes ``UpstreamUnavailable``, because the
-    registry itself did not refuse.
-    """
-    host = response.http.url.origin()
-    match response.http.status:
-        case 404:
-            return await _not_found(response, kind)
-        case status if kind is Kind.REFERRERS and status in _REFERRERS_UNSUPPORTED:
-            return errors.ManifestUnknown("the upstream does not list referrers")
-        case 401 | 403 if response.is_cross_origin:
-            # For example an expired signed URL: the next attempt gets a new one.
-            return errors.UpstreamUnavailable(
-                f"{host}: the storage behind the registry refuses access",
-                scope=errors.FailureScope.REQUEST,
-            )
-        case 401:
-            return errors.Unauthorized(f"{host} requires credentials, or refused ours")
-        case 403:
-            return errors.Denied(f"{host} denies access")
-        case 429:
-            return errors.UpstreamRateLimited(
-                f"{host} limits the rate", retry_after=retry_after_of(response.http)
-            )
-        case status if status >= 500 or status == 408:
-            is_unable = status in _UNABLE_TO_RESPOND and not response.is_cross_origin
-            scope = errors.FailureScope.PATH if is_unable else errors.FailureScope.REQUEST
-            return errors.UpstreamUnavailable(f"{host} responded with {status}", scope=scope)
-        case status:
-            return errors.UpstreamProtocolError(f"{host} responded with {status}")
-
-
-async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
-    """Translate a 404 by the code of its body (OCI Distribution specification, "Error Codes")."""
-    try:
-        body = await read_body(response.http, _MAX_ERROR_BODY_BYTES)
-        code = str(json.loads(body)["errors"][0]["code"])
-    except (errors.UpstreamError, ValueError, TypeError, KeyError, IndexError, RecursionError):
-        code = ""  # A response to HEAD has no body. Harbor's code is UNKNOWN.
-    if kind is Kind.BLOB and response.is_cross_origin and not code:
-        # The registry has the blob: it redirected to it. Only a registry can deny that.
-        return errors.UpstreamUnavailable(
-            f"{response.http.url.origin()}: the storage behind the registry does not have the blob",
-            scope=errors.FailureScope.REQUEST,
-        )
-    if code == "NAME_UNKNOWN" or kind is Kind.TAGS:
-        return errors.NameUnknown("the upstream does not know this repository")
-    if kind is Kind.BLOB:
-        return errors.BlobUnknown("the upstream does not have this blob")
-    return errors.ManifestUnknown("the upstream does not have this manifest")

@@ -18,7 +18,6 @@ import pytest
 from mirror.config.settings import Upstream
 from mirror.oci.reference import Digest
 from mirror.upstream import outbound
-from mirror.upstream.connections import tls_context
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import running
@@ -195,6 +194,18 @@ async def test_private_registry_may_redirect_to_its_private_storage_without_a_ke
             assert (await server.get(server.blob(digest)))[0] == 200
 
 
+@pytest.mark.row("HU3-redirects")
+async def test_redirect_by_name_to_the_mirror_itself_is_refused(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        redirect(fake, digest, f"cache.example:{server.port}")
+        with names(cache_example=["127.0.0.1"]):
+            status, _, body = await server.get(server.blob(digest))
+        assert status == 502
+        assert b"127.0.0.1 is an address of this mirror" in body
+        assert len(server.pulls) <= 1
+
+
 # --- endpoints with a path ------------------------------------------------------------------------
 
 
@@ -264,18 +275,20 @@ async def test_hanging_names_of_other_upstreams_delay_no_tls_client_and_no_metri
     def hang(host: Any, *arguments: Any, **named: Any) -> Any:
         if str(host).startswith("dead"):
             gate.wait(30)
+            raise socket.gaierror(socket.EAI_NONAME, "not found")
         return resolve(host, *arguments, **named)
 
-    dead = tuple(f"http://dead{number}.example" for number in range(40))
+    more = {
+        f"dead{number}.example": Upstream(endpoints=(f"http://dead{number}.example",))
+        for number in range(8)
+    }
     certificate = Certificate.make(tmp_path)
     async with FakeRegistry() as fake:
         digest = fake.add_blob(DATA)
-        other = Upstream(endpoints=dead)
-        async with running(tmp_path, fake.url, other=other, certificate=certificate) as server:
+        async with running(tmp_path, fake.url, others=more, certificate=certificate) as server:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(socket, "getaddrinfo", hang)
-                others = [f"sha256:{number:064x}" for number in range(40)]
-                urls = [server.blob(other, "org/app", "?ns=other.io") for other in others]
+                urls = [server.blob(f"sha256:{0:064x}", "org/app", f"?ns={name}") for name in more]
                 asked = asyncio.gather(*map(server.get, urls), return_exceptions=True)
                 try:
                     await asyncio.sleep(0.2)
@@ -292,9 +305,8 @@ async def test_hanging_names_of_other_upstreams_delay_no_tls_client_and_no_metri
 
 
 @pytest.fixture
-def client_certificate(tmp_path: Path) -> Iterator[Certificate]:
-    yield Certificate.make(tmp_path, "mirror-client")
-    tls_context.cache_clear()  # The files of the next test have other content.
+def client_certificate(tmp_path: Path) -> Certificate:
+    return Certificate.make(tmp_path, "mirror-client")
 
 
 def demanding(server: Certificate, client: Certificate) -> ssl.SSLContext:

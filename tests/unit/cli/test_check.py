@@ -243,8 +243,8 @@ def test_docker_config_without_the_host_is_warned_of(
     check: Check, tmp_path: Path, document: str, is_warned: bool
 ) -> None:
     (tmp_path / "config.json").write_text(document)
-    credentials = f"    credentials:\n      docker_config: {tmp_path}/config.json\n"
-    text = f"{HUB}    allow: [library/*]\n{credentials}"
+    section = f"    credentials:\n      docker_config: {tmp_path}/config.json\n"
+    text = f"{HUB}    allow: [library/*]\n{section}"
     code, _, err = check(text)
     assert code == 0
     warning = f"warning: {tmp_path}/m.yaml:6: upstreams.docker.io.credentials.docker_config: "

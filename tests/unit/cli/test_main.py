@@ -81,13 +81,13 @@ def test_configuration_file_is_an_argument_or_an_option_of_every_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ran: list[object] = []
-    monkeypatch.setattr(processes, "run", lambda settings, _: ran.append(settings) or 0)
+    served: list[object] = []
+    monkeypatch.setattr(processes, "run", lambda settings, _: served.append(settings) or 0)
     monkeypatch.setattr("mirror.cli.health.check_health", lambda url: None)
     results = []
     for form in ([str(config)], ["--config", str(config)], ["--config", str(config), str(config)]):
         code = main([command, *form])
-        results.append((code, capsys.readouterr().out))
+        results.append((code, capsys.readouterr().out, served[-1:]))
     assert results[0][0] == 0
     assert results[0] == results[1] == results[2]
     assert main([command, str(config), "--config", "/other"]) == 2

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.row("FE8-suspicious-configuration")
 
 @pytest.fixture
 def online(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Online:
-    """Run ``check-config --online`` on this text, in a thread with a loop of its own."""
+    """Run ``check-config --online`` on a file of this text, in a thread with a loop of its own."""
 
     def call(text: str) -> asyncio.Future[tuple[int, str, str]]:
         file = tmp_path / "m.yaml"

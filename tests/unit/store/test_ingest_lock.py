@@ -42,7 +42,7 @@ LEADER = textwrap.dedent(
             while content.head < min(stop, len(DATA) - 1):
                 await asyncio.sleep(0.01)
             print("fed", flush=True)
-            await run_in_thread(sys.stdin.readline)
+            await asyncio.to_thread(sys.stdin.readline)
             for piece in pieces(DATA[stop:]):
                 await content.feed(piece)
             await content.finish()

@@ -80,7 +80,7 @@ async def upstream_kit(
     events: list[Event] = []
     times = [1000.0]
     async with SingleFlight() as single_flight:
-        transport = Transport(upstream, environment or {})
+        transport = Transport(upstream, environment or {}, own_addresses)
         client = FailoverClient(
             name,
             upstream,
