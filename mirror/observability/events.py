@@ -226,7 +226,7 @@ class Evicted:
 class Uncached:
     """A pull was served, but its content was not stored.
 
-    ``reason``: full, readonly, descriptors, io, stalled, handover (``docs/metrics.md``).
+    ``reason``: full, readonly, descriptors, removed, io, stalled, handover (``docs/metrics.md``).
     """
 
     digest: str

@@ -17,7 +17,8 @@ Reading order:
 5. :mod:`~mirror.store.ingest`: content that is being fetched, in this process or in another one.
    Begin with its theory of operation, then read ``ingest_lock``, ``ingest_writer``, ``follower``,
    ``window`` and ``other_process``.
-6. :mod:`~mirror.store.eviction`: what the directory holds, and which content is evicted first.
+6. :mod:`~mirror.store.space`: the running total of what the directory holds, and room for more.
+   :mod:`~mirror.store.eviction`: looks at the directory, and which content is evicted first.
 7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
    values, ``rows`` its database, ``index_directory`` replaces a damaged one, ``names`` restores it,
    and ``orphans`` decides which records are deleted.
@@ -27,7 +28,7 @@ Reading order:
 Contracts that the whole package keeps:
 
 - A file under ``blobs/`` is complete, and it was hashed before it got there.
-- No complete response has a wrong byte: the last byte waits for the hash.
+- No client receives whole content with a wrong byte: the last byte waits for the hash.
 - Several processes may share one data directory. File locks (``flock``) coordinate them, and the
   kernel releases the locks of a process that dies.
 - The index may be lost: then content is fetched again, and nothing wrong is served.

@@ -8,7 +8,9 @@ Theory of operation: content is trusted while its verification is younger than `
 and no other program has written to the file (``disk.has_our_mtime``). Otherwise it is verified
 again. A small file is hashed before its first byte is served, so damage is a cache miss. A large
 file is served like content that is being fetched: its bytes are sent at once, a thread hashes the
-file at the same time, and the last byte is held back until the hash is right.
+file at the same time, and the last byte is held back until the hash is right. So a range that ends
+earlier does not wait. If another program has written to the file, the last byte of every range is
+held back as well.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.quarantine import quarantine
 from mirror.store.reader import FileExtent
 
 SMALL_BYTES: Final = 4 * 1024 * 1024
@@ -56,6 +59,8 @@ class _Lease:
     readers: int = 0
     verification: asyncio.Future[None] | None = None
     """A running verification, or one that has found damage."""
+    is_suspect: bool = False
+    """Whether that verification has another reason than age."""
 
 
 class BlobStore:
@@ -94,6 +99,9 @@ class BlobStore:
         self._leases: dict[Digest, _Lease] = {}
         self._verified: dict[Digest, float] = {}
         self._unsaved: set[Digest] = set()
+        self._lengths: dict[Digest, int] = {}
+        """Bytes of content that was verified in this process."""
+        self._stopping = threading.Event()
         self._used_at: dict[Digest, float] = {}
         self._touches = threading.Semaphore(_MAX_TOUCHES)
 
@@ -102,8 +110,8 @@ class BlobStore:
 
         Args:
             digest: The content.
-            size: Its length in bytes as a manifest states it, or None. Content of another length is
-                verified before its first byte is served.
+            size: Its length in bytes as a manifest states it, or None. A manifest may be wrong, so
+                content of another length is verified once, and is served.
 
         Returns:
             A reader; None if the content is missing or damaged.
@@ -117,13 +125,14 @@ class BlobStore:
         reader = WholeReader(self, digest, lease)
         try:
             status = os.fstat(lease.fd)
-            # A manifest may lie about a size. So another length calls for a verification only.
-            is_suspect = status.st_size != lease.size or size not in (None, lease.size)
-            if lease.verification is None and (
-                is_suspect or not await self._is_trusted(digest, status)
-            ):
+            is_cut = status.st_size != lease.size
+            is_doubted = size not in (None, lease.size) and self._lengths.get(digest) != lease.size
+            is_trusted = await self._is_trusted(digest, status)
+            if lease.verification is None and (is_cut or is_doubted or not is_trusted):
+                lease.is_suspect = is_cut or is_doubted or not disk.has_our_mtime(status)
                 self._start_verification(digest, lease)
-            if lease.verification is not None and (is_suspect or lease.size <= SMALL_BYTES):
+            must_wait = is_cut or (is_doubted and not is_trusted) or lease.size <= SMALL_BYTES
+            if lease.verification is not None and must_wait:
                 await asyncio.wait({lease.verification})
             reader.raise_if_damaged()
         except DigestMismatch:
@@ -199,7 +208,7 @@ class BlobStore:
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
-                disk.quarantine(self._layout, digest, fd)
+                quarantine(self._layout, digest, fd)
                 self._loop.call_soon_threadsafe(self._report_damage, digest, status.st_size)
             return None
         finally:
@@ -230,6 +239,11 @@ class BlobStore:
             del self._verified[oldest]
             self._unsaved.discard(oldest)
 
+    def _set_length(self, digest: Digest, size: int) -> None:
+        if len(self._lengths) > _MAX_REMEMBERED:
+            self._lengths.clear()
+        self._lengths[digest] = size
+
     def _start_verification(self, digest: Digest, lease: _Lease) -> None:
         lease.readers += 1  # The verification reads the file as well.
         lease.verification = self._loop.run_in_executor(
@@ -241,23 +255,26 @@ class BlobStore:
 
     def _verify(self, digest: Digest, fd: int, size: int) -> None:
         try:
-            disk.verify(fd, size, digest)
+            disk.verify(fd, size, digest, self._stopping.is_set)
         except DigestMismatch:
-            disk.quarantine(self._layout, digest, fd)
+            quarantine(self._layout, digest, fd)
             raise
         except OSError as error:
             # An unreadable sector counts as damage.
-            disk.quarantine(self._layout, digest, fd)
+            quarantine(self._layout, digest, fd)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
 
     def _verification_done(self, job: asyncio.Future[None], digest: Digest, lease: _Lease) -> None:
-        if job.cancelled() or job.exception() is not None:
+        if isinstance(job.exception(), StorageUnavailable):
+            self._forget(digest, lease)  # The store is closed: nothing is known.
+        elif job.exception() is not None:
             self._report_damage(digest, lease.size)
             self._forget(digest, lease)
         else:
             lease.verification = None
             self._set_verified(digest, self._now())
+            self._set_length(digest, lease.size)
             self._emit(Reverified(str(digest), is_ok=True))
         self.release(digest, lease)
 
@@ -279,10 +296,11 @@ class BlobStore:
             self._forget(digest, lease)
             disk.close(lease.fd, self._opening)
 
-    async def on_published(self, digest: Digest) -> None:
-        """Record that content was verified now: it was hashed while it was fetched."""
+    async def on_verified(self, digest: Digest, size: int) -> None:
+        """Record that content of ``size`` bytes was verified now, while it was fetched."""
         now = self._now()
         self._set_verified(digest, now)
+        self._set_length(digest, size)
         if await self._index.set_verified([(digest, now)]):
             self._unsaved.discard(digest)
 
@@ -313,6 +331,10 @@ class BlobStore:
             job = self._opening.submit(disk.touch, self._layout, tuple(digests), now)
             job.add_done_callback(lambda job: self._touches.release())
         return True
+
+    def stop_verifying(self) -> None:
+        """End running verifications after the bytes that they hash just now, and queued ones."""
+        self._stopping.set()
 
     async def flush(self) -> None:
         """Write the verification times of this process to the index, in steps.
@@ -366,8 +388,8 @@ class WholeReader:
     async def wait(self, start: int, stop: int | None = None) -> FileExtent | None:
         """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`).
 
-        While a verification runs, the last byte of every response waits for its result, also that
-        of a range.
+        While a verification runs, the last byte of the content waits for its result. If there is
+        another reason for it than age, so does the last byte of every range.
         """
         if not self._is_open:
             raise ContentLost("this reader is closed")
@@ -376,8 +398,9 @@ class WholeReader:
             return None
         verification = self._lease.verification
         if verification is not None:
-            if not verification.done() and start < limit - 1:
-                return FileExtent(self._lease.fd, start, limit - 1)
+            held_back = limit - 1 if self._lease.is_suspect else self.size - 1
+            if not verification.done() and start < held_back:
+                return FileExtent(self._lease.fd, start, min(limit, held_back))
             await asyncio.wait({verification})
             self.raise_if_damaged()
         return FileExtent(self._lease.fd, start, limit)

@@ -1,7 +1,7 @@
 """Files and paths of the data directory. The functions make system calls that block.
 
 Lives here: the paths, opening and leasing whole content, locking an ingest file, appending with the
-hash beside it, durable publishing, quarantine. Must not know: the event loop, followers, clients.
+hash beside it, durable publishing. Must not know: the event loop, followers, clients.
 
 Functions that read or write content run in a thread. Single ``stat`` calls, ``close`` and reading a
 state file also run on the event loop.
@@ -19,6 +19,7 @@ or damaged file.
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
     eviction.lock            its ``flock`` means that an eviction runs
+    totals                   the running total of all processes (see :mod:`mirror.store.space`)
 
 ``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
 on an ingest file means that a process is fetching the content.
@@ -32,7 +33,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from math import inf
 from pathlib import Path
 from typing import Final
 
-from mirror.oci.errors import DigestMismatch
+from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.oci.reference import ALGORITHMS, Digest, Verifier
 from mirror.store.records import MALFORMED
 
@@ -53,8 +54,6 @@ _NANOSECONDS: Final = 10**9
 """Nanoseconds in a second."""
 _STATE_LIMIT_BYTES: Final = 16 * 1024
 """Bytes that are read of an ingest state. Ours are smaller, with any error message."""
-MAX_QUARANTINED_FILES: Final = 16
-"""Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
 # Missing, or not a file that we would have put there (a link, a directory, a socket).
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
 # Some file systems cannot sync a directory. There a rename is as durable as it gets.
@@ -93,6 +92,11 @@ class Layout:
         """The file whose lock is held while an eviction runs."""
         return self.root / "eviction.lock"
 
+    @property
+    def totals(self) -> Path:
+        """The file of the running total."""
+        return self.root / "totals"
+
     def content_directories(self) -> list[Path]:
         """Return ``blobs/<alg>`` for each registered algorithm."""
         return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
@@ -122,7 +126,7 @@ def has_our_mtime(status: os.stat_result) -> bool:
 
 
 def reason_of(error: OSError) -> str:
-    """Return the label of an error: ``full``, ``readonly``, ``descriptors`` or ``io``."""
+    """Return the label: ``full``, ``readonly``, ``descriptors``, ``removed`` or ``io``."""
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return "full"
@@ -130,6 +134,8 @@ def reason_of(error: OSError) -> str:
             return "readonly"
         case errno.EMFILE | errno.ENFILE:
             return "descriptors"
+        case errno.ENOENT | errno.ESTALE:
+            return "removed"
         case _:
             return "io"
 
@@ -205,71 +211,34 @@ def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
                 os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
 
 
-def verify(fd: int, size: int, digest: Digest) -> None:
+def verify(
+    fd: int, size: int, digest: Digest, is_stopping: Callable[[], bool] = lambda: False
+) -> None:
     """Hash ``size`` bytes of an open file.
 
     Raises:
         DigestMismatch: The file is shorter, or hashes to another digest.
+        StorageUnavailable: ``is_stopping``, which is called about every 10 ms, returned True.
         OSError: The file cannot be read.
     """
     verifier = Verifier(digest)
-    hash_file(fd, verifier, size)
+    hash_file(fd, verifier, size, is_stopping)
     if verifier.position != size:
         raise DigestMismatch(f"content of {digest} is cut at {verifier.position} bytes")
     verifier.finish()
 
 
-def hash_file(fd: int, verifier: Verifier, stop: int) -> None:
+def hash_file(
+    fd: int, verifier: Verifier, stop: int, is_stopping: Callable[[], bool] = lambda: False
+) -> None:
     """Hash the bytes of a file from the verifier's position up to ``stop``, or to its end."""
     while verifier.position < stop:
+        if is_stopping():
+            raise StorageUnavailable("the store is closed")
         data = os.pread(fd, min(_READ_BYTES, stop - verifier.position), verifier.position)
         if not data:
             return
         verifier.update(data)
-
-
-# --- quarantine -----------------------------------------------------------------------------------
-
-
-def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
-    """Move damaged content out of ``blobs/``, if its path still names the open file ``fd``.
-
-    Never raises. On a read-only disk the file stays: it is hashed at every use and never served.
-    """
-    path, target = layout.blob(digest), layout.quarantine(digest)
-    with suppress(OSError):
-        if not is_at(fd, path):
-            return
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        except OSError:
-            path.unlink(missing_ok=True)
-        trim_quarantine(layout, MAX_QUARANTINED_FILES)
-
-
-def trim_quarantine(layout: Layout, keep: int) -> int:
-    """Remove damaged files except the newest ``keep``. Returns the freed bytes."""
-    newest_first = sorted(_quarantined(layout), key=lambda file: file[1].st_ctime, reverse=True)
-    freed = 0
-    for path, status in newest_first[keep:]:
-        with suppress(OSError):
-            path.unlink()
-            freed += status.st_size
-    return freed
-
-
-def quarantine_size(layout: Layout) -> int:
-    """Return the bytes of all damaged files."""
-    return sum(status.st_size for _, status in _quarantined(layout))
-
-
-def _quarantined(layout: Layout) -> list[tuple[Path, os.stat_result]]:
-    files = []
-    for path in (layout.root / "quarantine").glob("*/*"):
-        with suppress(OSError):
-            files.append((path, path.lstat()))
-    return files
 
 
 # --- ingest files ---------------------------------------------------------------------------------
@@ -366,8 +335,11 @@ def stamp_of_state(layout: Layout, digest: Digest) -> tuple[int, int] | None:
 
 def open_ingest(layout: Layout, digest: Digest) -> int:
     """Open or create the ingest file. Never follows a link. Raises ``OSError``."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return os.open(layout.ingest(digest), flags, 0o644)
+    path = layout.ingest(digest)
+    path.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
+    return os.open(
+        path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+    )
 
 
 def try_lock(fd: int) -> bool:
@@ -442,6 +414,7 @@ def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
     """
     source, target = layout.ingest(digest), layout.blob(digest)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
         directory = _open_directory(target.parent)
     except OSError:
         drop_ingest(layout, digest, fd)

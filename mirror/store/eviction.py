@@ -1,26 +1,25 @@
-"""Accounting and eviction: what the data directory holds, and what is removed to free space.
+"""Eviction: what the data directory holds, and which content is removed to free space.
 
-Lives here: scans of the directories, the order of eviction, its limits (quota, water marks, free
-space, pins). Must not know: why space is needed.
+Lives here: the look at the directories, the order of eviction, the thread in which both run. Must
+not know: why space is needed, which fetch waits for it.
 
-Usage is found by a scan, never kept in a counter, so it is right after any crash. Whole content
-counts with its length, a running fetch with its announced size, and the leftover of an ended fetch
-with its blocks. A further scan looks only at new files, because whole content never changes its
-size.
+A look finds the usage anew: whole content counts with its length, a running fetch with its
+announced size, and the leftover of an ended fetch with its blocks. It lists all names, so no
+request waits for one: between looks, :class:`mirror.store.space.Totals` knows the usage.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import stat
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 from mirror.config.settings import Storage
@@ -30,35 +29,24 @@ from mirror.oci.errors import DigestInvalid, ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.disk import Layout
-from mirror.store.index import Index
+from mirror.store.quarantine import quarantine_size, trim_quarantine
+from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
 
 _BLOCK_BYTES: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
 _EVICTION_LOCK_TIMEOUT_S: Final = 5.0
-"""Seconds to wait for an eviction by another process. It may have freed enough by then."""
-_DISK_RESERVE: Final = 0.01
-"""Fraction of a disk that is left free: the index needs space of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """The space that a data directory takes up. All but ``count`` in bytes."""
-
-    count: int
-    """Number of whole contents."""
-    bytes: int
-    """Size of the whole contents."""
-    reserved: int
-    """Running fetches: their announced size, or the size of the file if that is larger."""
-    unwritten: int = 0
-    """The part of ``reserved`` that is not on the disk yet."""
-    leftover: int = 0
-    """Leftovers of ended fetches, and damaged content."""
-
-    @property
-    def total(self) -> int:
-        """The bytes that count against the quota."""
-        return self.bytes + self.reserved + self.leftover
+"""Seconds to wait for another process that evicts, counted from its last freed byte."""
+_HOLD_OFF_FACTOR: Final = 20.0
+"""An eviction that frees too little is not repeated for this many times its duration. So a store
+full of pinned content spends at most a twentieth of the time on looking for more."""
+_LOCK_HOLD_OFF_S: Final = 1.0
+"""Seconds without an eviction after another process's lock was waited for in vain."""
+_FLUSH_CONTENTS: Final = 64
+"""Contents that are removed between two reports to the fetches that wait: about 5 ms."""
+_WORK_S: Final = 0.001
+"""Seconds of work between two pauses: the event loop waits for the interpreter lock for as long."""
+_PAUSE_S: Final = 0.0002
+"""Seconds of a pause. Enough for the event loop to take the interpreter lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +59,25 @@ class StoredBlob:
     """Last use, in seconds since the epoch."""
 
 
-# --- accounting -----------------------------------------------------------------------------------
+class Pace:
+    """Pauses work that consists of many short system calls.
+
+    Such a thread takes the interpreter lock again before another one has woken up, for 5 ms at a
+    time. Each request that is served meanwhile would wait for that.
+    """
+
+    def __init__(self) -> None:
+        """Start with the time until the first pause."""
+        self._pause_at = time.monotonic() + _WORK_S
+
+    def keep(self) -> None:
+        """Pause if that is due. Call it after each short piece of work."""
+        if time.monotonic() >= self._pause_at:
+            time.sleep(_PAUSE_S)
+            self._pause_at = time.monotonic() + _WORK_S
+
+
+# --- a look at the directories --------------------------------------------------------------------
 
 
 class Catalog:
@@ -79,39 +85,31 @@ class Catalog:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._lock = threading.Lock()
-        self._sizes: dict[str, dict[str, int]] = {}
 
     def refresh(self) -> Usage:
-        """Scan the directories.
+        """List the directories, and return the usage.
 
         Foreign entries (links, pipes, directories, other names) are neither counted nor opened.
         """
-        with self._lock:
-            for directory in self._layout.content_directories():
-                self._scan(directory)
-            sizes = [size for names in self._sizes.values() for size in names.values()]
-            quarantined = disk.quarantine_size(self._layout)
-            usage = Usage(count=len(sizes), bytes=sum(sizes), reserved=0, leftover=quarantined)
-            for digest, status in self._ingests():
-                usage = self._with_ingest(usage, digest, status)
-            return usage
+        count = size = 0
+        for _, status in self._contents():
+            count, size = count + 1, size + status.st_size
+        usage = Usage(count, size, reserved=0, leftover=quarantine_size(self._layout))
+        for digest, status in self._ingests():
+            usage = self._with_ingest(usage, digest, status)
+        return usage
 
-    def _scan(self, directory: Path) -> None:
-        algorithm = directory.name
-        known_sizes = self._sizes.setdefault(algorithm, {})
-        sizes: dict[str, int] = {}
-        try:
-            with os.scandir(directory) as entries:
+    def _contents(self) -> Iterator[tuple[Digest, os.stat_result]]:
+        pace = Pace()
+        for directory in self._layout.content_directories():
+            with suppress(OSError), os.scandir(directory) as entries:
                 for entry in entries:
-                    size = known_sizes.get(entry.name)
-                    if size is None:
-                        size = _size_of(entry, algorithm)
-                    if size is not None:
-                        sizes[entry.name] = size
-        except OSError:
-            return
-        self._sizes[algorithm] = sizes
+                    pace.keep()
+                    with suppress(DigestInvalid, OSError):
+                        digest = Digest.parse(f"{directory.name}:{entry.name}")
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISREG(status.st_mode):
+                            yield digest, status
 
     def _ingests(self) -> Iterator[tuple[Digest, os.stat_result]]:
         for directory in self._layout.ingest_directories():
@@ -146,79 +144,44 @@ class Catalog:
         ]
 
     def has_blob(self, digest: Digest) -> bool:
-        """Return whether the last scan found whole content of this digest."""
-        return digest.hex in self._sizes.get(digest.algorithm, ())
+        """Return whether there is whole content of this digest."""
+        try:
+            return stat.S_ISREG(self._layout.blob(digest).lstat().st_mode)
+        except OSError:
+            return False
 
-    def blobs(self, now: float) -> list[StoredBlob]:
-        """Return all whole content of the last scan, with its recency.
+    def blobs(self, now: float) -> Iterator[StoredBlob]:
+        """List all whole content with its recency. Holds none of it in memory.
 
         A last use in the future (a clock was set back) is set to ``now``, also on the disk: the
         content ages from now on.
         """
-        blobs = []
-        for directory in self._layout.content_directories():
-            for name in list(self._sizes.get(directory.name, ())):
-                try:
-                    status = (directory / name).lstat()
-                    digest = Digest.parse(f"{directory.name}:{name}")
-                except (OSError, DigestInvalid):
-                    continue
-                if status.st_mtime > now:
-                    disk.touch(self._layout, [digest], now)
-                blobs.append(StoredBlob(digest, status.st_size, min(status.st_mtime, now)))
-        return blobs
-
-
-def _size_of(entry: os.DirEntry[str], algorithm: str) -> int | None:
-    try:
-        Digest.parse(f"{algorithm}:{entry.name}")
-        status = entry.stat(follow_symlinks=False)
-    except (DigestInvalid, OSError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+        for digest, status in self._contents():
+            if status.st_mtime > now:
+                disk.touch(self._layout, [digest], now)
+            yield StoredBlob(digest, status.st_size, min(status.st_mtime, now))
 
 
 # --- the order of eviction ------------------------------------------------------------------------
-
-
-def bytes_to_free(
-    usage: Usage, need: int, disk_free: int, settings: Storage
-) -> tuple[int, str] | None:
-    """Return how many bytes must be freed before ``need`` more bytes may be written.
-
-    Above the high water mark, this is the distance to the low water mark.
-
-    Args:
-        usage: The current usage. It includes the caller's own reservation, if that was declared.
-        need: Bytes that are about to be written.
-        disk_free: Free bytes of the disk, less the reserve.
-        settings: The quota and its water marks.
-
-    Returns:
-        The bytes and the reason, ``quota`` or ``disk``. ``(0, "")`` if nothing must be freed. None
-        if ``need`` cannot fit, even if all content is evicted.
-    """
-    high = int(settings.max_size * settings.high_water)
-    low = int(settings.max_size * settings.low_water)
-    if max(need, usage.reserved) > high:
-        return None
-    over_quota = usage.total - low if usage.total > high else 0
-    over_disk = max(need, usage.unwritten) - disk_free
-    if over_quota <= 0 and over_disk <= 0:
-        return 0, ""
-    return max(over_quota, over_disk), "quota" if over_quota >= over_disk else "disk"
 
 
 def eviction_order(
     blobs: Iterable[StoredBlob],
     pinned: Collection[Digest],
     references: Mapping[Digest, Collection[Digest]],
+    enough: float = math.inf,
 ) -> list[StoredBlob]:
     """Return the content that may be evicted, least recently used first.
 
     Pinned manifests are never evicted, nor is content that one refers to, directly or through an
     index. At the same recency small content (manifests) is evicted first: so whole images are left,
     rather than manifests without layers.
+
+    Args:
+        blobs: All whole content. Only the part that is returned is held in memory, about twice.
+        pinned: Manifests that must stay, and any other content that must.
+        references: The parts of each manifest that must stay.
+        enough: Bytes to evict: the result ends with the content that reaches them.
     """
     protected: set[Digest] = set()
     queue = list(pinned)
@@ -227,96 +190,230 @@ def eviction_order(
         if digest not in protected:
             protected.add(digest)
             queue.extend(references.get(digest, ()))
-    candidates = [blob for blob in blobs if blob.digest not in protected]
-    return sorted(candidates, key=lambda blob: (blob.used, blob.size, blob.digest))
+    by_use: dict[float, list[StoredBlob]] = {}
+    held, newest, limit = 0, math.inf, 2 * enough
+    for blob in blobs:
+        if blob.used <= newest and blob.digest not in protected:
+            by_use.setdefault(blob.used, []).append(blob)
+            held += blob.size
+            if held > limit:
+                held = _drop_newest(by_use, held, enough)
+                newest = max(by_use)
+                # Content of one second stays together. So it may be more than enough.
+                limit = 2 * max(held, enough)
+    order: list[StoredBlob] = []
+    held = 0
+    for used in sorted(by_use):
+        for blob in sorted(by_use[used], key=lambda blob: (blob.size, blob.digest)):
+            if held >= enough:
+                return order
+            order.append(blob)
+            held += blob.size
+    return order
+
+
+def _drop_newest(by_use: dict[float, list[StoredBlob]], held: int, enough: float) -> int:
+    """Drop the newest content of ``held`` bytes that is not needed. Returns what is left."""
+    for used in sorted(by_use, reverse=True):
+        size = sum(blob.size for blob in by_use[used])
+        if held - size < enough:
+            break
+        held -= size
+        del by_use[used]
+    return held
 
 
 # --- eviction -------------------------------------------------------------------------------------
 
 
 class Evictor:
-    """Frees space. Only one eviction runs at a time, over all processes of a data directory."""
+    """Frees space, in a thread of its own. Only one eviction runs at a time, over all processes."""
 
     def __init__(
         self,
         layout: Layout,
         catalog: Catalog,
+        totals: Totals,
         settings: Storage,
-        index: Index,
-        executor: Executor,
+        pins: Callable[[], set[Digest] | None],
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
+        """Start the thread with the first eviction or look.
+
+        Args:
+            layout: The data directory.
+            catalog: Lists its content.
+            totals: Its running total. What is evicted is subtracted from it.
+            settings: The quota and its water marks.
+            pins: Blocks, and returns the pinned manifests; None if they cannot be read. Called in
+                the thread.
+            emit: Receives events, from the thread.
+            now: Seconds since the epoch.
+        """
         self._layout = layout
         self._catalog = catalog
+        self._totals = totals
         self._settings = settings
-        self._index = index
-        self._executor = executor
+        self._pins = pins
         self._emit = emit
         self._now = now
+        self._thread = ThreadPoolExecutor(1, "evict")
+        self._loop = asyncio.get_running_loop()
+        self._stopping = threading.Event()
+        self._eviction: asyncio.Future[None] | None = None
+        self._look: asyncio.Future[None] | None = None
+        self._held_off_until = 0.0
 
-    async def make_room(self, need: int) -> bool:
-        """Evict as much as ``need`` more bytes require. True if they may be written now.
+    def start(self, need: int) -> asyncio.Future[None] | None:
+        """Start an eviction, or join the running one. The future never has an exception.
 
-        Never raises: a disk that refuses is logged, and has no room.
+        Args:
+            need: Bytes that are about to be written. Those that running fetches have reserved
+                count anyway.
+
+        Returns:
+            Done once the eviction has ended. None if none is started: the last one could not free
+            enough a moment ago, or the store is closed.
         """
-        pinned = await self._index.pinned()
-        if pinned is None:
-            return False  # The index cannot be read, so any manifest may be pinned.
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._executor, self._make_room, need, pinned)
-        except OSError as error:
-            self._emit(LogMessage("warning", "no room could be made", (("why", str(error)),)))
-            return False
+        if self._eviction is None or self._eviction.done():
+            if time.monotonic() < self._held_off_until or self._stopping.is_set():
+                return None
+            self._eviction = self._run(lambda: self._make_room(need))
+        return self._eviction
 
-    def _make_room(self, need: int, pinned: set[Digest]) -> bool:
-        shortage = self._shortage(need)
-        if shortage is None or shortage[0] == 0:
-            return shortage is not None
-        fd = os.open(self._layout.eviction_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def start_look(self) -> asyncio.Future[None]:
+        """Find the usage anew, if that is due and no other process does. Joins a running look."""
+        if self._look is None or self._look.done():
+            self._look = self._run(self._look_if_due)
+        return self._look
+
+    def _run(self, work: Callable[[], None]) -> asyncio.Future[None]:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
+                why = (("why", f"{type(error).__name__}: {error}"),)
+                self._emit(LogMessage("warning", "no room could be made", why))
+
+        return self._loop.run_in_executor(self._thread, run)
+
+    async def wait_until_idle(self) -> None:
+        """Wait until neither an eviction nor a look runs."""
+        while running := {f for f in (self._eviction, self._look) if f and not f.done()}:
+            await asyncio.wait(running)
+
+    async def close(self) -> None:
+        """End the thread: a running eviction stops after the content that it removes just now."""
+        self._stopping.set()
+        await self.wait_until_idle()
+        self._thread.shutdown()
+
+    # --- in the thread --------------------------------------------------------------------------
+
+    def _look_if_due(self) -> None:
+        if self._totals.is_look_due(self._now()):
+            with self._locked(0.0) as is_locked:
+                if is_locked:
+                    self._refresh()
+
+    def _refresh(self) -> Usage:
+        begun, before = time.monotonic(), self._totals.begin_look()
+        usage = self._catalog.refresh()
+        self._totals.end_look(before, usage, self._now(), time.monotonic() - begun)
+        return usage
+
+    def _make_room(self, need: int) -> None:
+        with self._locked(_EVICTION_LOCK_TIMEOUT_S) as is_locked:
+            if not is_locked:
+                self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
+                return
+            begun = time.monotonic()
+            # Another process may have made room, and another program may have changed the content.
+            shortage = self._shortage(self._refresh(), need)
+            if shortage is not None and shortage[0] and not self._evict(*shortage):
+                elapsed = time.monotonic() - begun
+                self._held_off_until = time.monotonic() + elapsed * _HOLD_OFF_FACTOR
+
+    def _shortage(self, usage: Usage, need: int) -> tuple[int, str] | None:
+        # Fetches that wait together may need more than all. Those that fit will be granted theirs.
+        most = int(self._settings.max_size * self._settings.high_water)
+        usage = replace(usage, reserved=min(usage.reserved, most))
+        return bytes_to_free(usage, need, free_bytes(self._layout.root), self._settings)
+
+    @contextmanager
+    def _locked(self, timeout: float) -> Iterator[bool]:
+        """Hold the eviction lock while the block runs. Yields False after ``timeout`` seconds.
+
+        On a disk that refuses to create the file, there is nothing to lock: there an eviction by
+        two processes at once frees too much, which is better than none.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
-            if not _wait_for_lock(fd):
-                return False
-            # Another process may have made room in the meantime.
-            shortage = self._shortage(need)
-            if shortage is None or shortage[0] == 0:
-                return shortage is not None
-            self._evict(*shortage, pinned)
-            return self._has_room(need)
+            fd = os.open(self._layout.eviction_lock, flags, 0o644)
+        except OSError:
+            yield True
+            return
+        try:
+            yield self._wait_for_lock(fd, timeout)
         finally:
             os.close(fd)
 
-    def _shortage(self, need: int) -> tuple[int, str] | None:
-        return bytes_to_free(self._catalog.refresh(), need, self._disk_free(), self._settings)
+    def _wait_for_lock(self, fd: int, timeout: float) -> bool:
+        """Wait while the other process frees space. ``timeout``: seconds without a freed byte."""
+        deadline, held = time.monotonic() + timeout, math.inf
+        while not disk.try_lock(fd):
+            usage = self._totals.usage()
+            if usage is not None and usage.total < held:
+                deadline, held = time.monotonic() + timeout, usage.total
+            if time.monotonic() >= deadline or self._stopping.is_set():
+                return False
+            time.sleep(0.02)
+        return True
 
-    def _has_room(self, need: int) -> bool:
-        """Return whether usage is below the high water mark, and ``need`` bytes of disk are free.
-
-        That is enough, even if the low water mark was not reached.
-        """
-        high = int(self._settings.max_size * self._settings.high_water)
-        return self._catalog.refresh().total <= high and self._disk_free() >= need
-
-    def _disk_free(self) -> int:
-        status = os.statvfs(self._layout.root)
-        return int((status.f_bavail - status.f_blocks * _DISK_RESERVE) * status.f_frsize)
-
-    def _evict(self, free: int, reason: str, pinned: set[Digest]) -> None:
-        freed = disk.trim_quarantine(self._layout, keep=0)
+    def _evict(self, free: int, reason: str) -> bool:
+        """Free ``free`` bytes. False if that much could not be freed."""
+        pinned = self._pins()
+        if pinned is None:
+            message = "nothing is evicted: the index does not say what is pinned"
+            self._emit(LogMessage("warning", message, ()))
+            return False
+        dropped = trim_quarantine(self._layout, keep=0)
         for digest in self._catalog.leftovers():
-            if freed < free:
-                freed += self._drop_leftover(digest)
-        free -= freed
-        count = gained = 0
-        blobs = self._catalog.blobs(self._now())
-        for blob in eviction_order(blobs, pinned, self._references(pinned)):
-            if gained >= free:
-                break
-            if self._unlink(blob.digest):
-                count, gained = count + 1, gained + blob.size
+            if dropped < free:
+                dropped += self._drop_leftover(digest)
+        self._totals.add(leftover=-dropped)
+        self._totals.flush()
+        count, gained = self._evict_contents(free - dropped, pinned)
         if count:
             self._emit(Evicted(count, gained, reason))
+        return dropped + gained >= free
+
+    def _evict_contents(self, free: int, pinned: set[Digest]) -> tuple[int, int]:
+        """Evict ``free`` bytes of whole content. Returns the number and the bytes."""
+        references = self._references(pinned)
+        count = gained = 0
+        staying, pace = set(pinned), Pace()
+        while gained < free and not self._stopping.is_set():
+            blobs = self._catalog.blobs(self._now())
+            chosen = eviction_order(blobs, staying, references, free - gained)
+            if not chosen:
+                break
+            for blob in chosen:
+                if self._stopping.is_set():
+                    break
+                pace.keep()
+                if not self._unlink(blob.digest):
+                    # A client reads it. Others go in its place.
+                    staying.add(blob.digest)
+                    continue
+                count, gained = count + 1, gained + blob.size
+                self._totals.add(count=-1, size=-blob.size)
+                if count % _FLUSH_CONTENTS == 0:
+                    self._totals.flush()
+            self._totals.flush()
+        return count, gained
 
     def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
         """Return the parts of each pinned manifest, and of each manifest among those parts."""
@@ -350,9 +447,11 @@ class Evictor:
             with disk.open_locked(self._layout.ingest(digest)) as fd:
                 if fd is None:
                     return 0
+                # A sparse file has more bytes than it takes up.
+                taken = os.fstat(fd).st_blocks * _BLOCK_BYTES
                 disk.drop_state(self._layout, digest)
                 disk.drop_ingest(self._layout, digest, fd)
-                return os.fstat(fd).st_size
+                return taken
         except OSError:
             return 0
 
@@ -366,12 +465,3 @@ class Evictor:
                 return fd is not None
         except OSError:
             return False
-
-
-def _wait_for_lock(fd: int) -> bool:
-    deadline = time.monotonic() + _EVICTION_LOCK_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if disk.try_lock(fd):
-            return True
-        time.sleep(0.02)
-    return False

@@ -80,6 +80,8 @@ from mirror.store.ingest_writer import IngestWriter
 RESERVE_STEP_BYTES: Final = 8 * 1024 * 1024
 """Bytes of disk space that content of unknown size asks for at a time. Each step looks once whether
 there is room."""
+_STATE_BYTES: Final = 64 * 1024
+"""Bytes to free for the state file on a full disk: one block of any file system."""
 _MAX_FAILURE_DELAY_S: Final = 0.05
 """Seconds that followers wait for a failure at most, if the disk does not respond."""
 
@@ -98,8 +100,8 @@ class Ingest(ReadableIngest):
         super().__init__(ingest_context, digest, size)
         self._started_at = self.last_progress
         self._holder = secrets.token_hex(8)
-        self._reserved = 0
-        """Offset up to which space on disk was asked for."""
+        self.reserved = 0
+        """Offset up to which space on disk was asked for. Zero while another process fetches."""
         self._writer = IngestWriter(self)
 
     async def try_lead(self) -> Role:
@@ -122,7 +124,7 @@ class Ingest(ReadableIngest):
             if role is not Role.FOLLOWER:
                 self.on_disk = self.position = self.lock.length
             if role is Role.LEADER:
-                await self.lock.write_state(self._state())
+                await self._write_state()
                 self.lock.start_heartbeat(self._state)
         except OSError as error:
             self.continue_in_memory(disk.reason_of(error))
@@ -133,6 +135,16 @@ class Ingest(ReadableIngest):
         self.wake_followers()
         return role
 
+    async def _write_state(self) -> None:
+        """Write the state file. A full disk is evicted for first. Raises ``OSError``."""
+        try:
+            await self.lock.write_state(self._state())
+        except OSError as error:
+            is_full = disk.reason_of(error) == "full"
+            if not is_full or not await self.context.make_room(_STATE_BYTES):
+                raise
+            await self.lock.write_state(self._state())
+
     def _state(self) -> disk.IngestState:
         return disk.IngestState(
             size=self.size,
@@ -141,7 +153,7 @@ class Ingest(ReadableIngest):
             holder=self._holder,
             beat=time.monotonic(),
             resumed_from=self.lock.resumed_from,
-            reserved=self._reserved,
+            reserved=self.reserved,
         )
 
     async def declare(self, size: int | None) -> None:
@@ -175,13 +187,13 @@ class Ingest(ReadableIngest):
         The need is published in the state file first, so that an eviction in another process counts
         it.
         """
-        self._reserved = self.size if self.size is not None else self.position + RESERVE_STEP_BYTES
+        self.reserved = self.size if self.size is not None else self.position + RESERVE_STEP_BYTES
         try:
-            await self.lock.write_state(self._state())
+            await self._write_state()
         except OSError as error:
             self.continue_in_memory(disk.reason_of(error))
             return
-        if not await self.context.make_room(self._reserved - self.on_disk):
+        if not await self.context.make_room(self.reserved - self.on_disk):
             self.continue_in_memory("full")
 
     def start_over(self) -> bool:
@@ -208,7 +220,7 @@ class Ingest(ReadableIngest):
         end = self.position + len(chunk)
         if self.size is not None and end > self.size:
             raise UpstreamProtocolError("upstream sent more bytes than it stated")
-        if self.window is None and end > self._reserved:
+        if self.window is None and end > self.reserved:
             await self._writer.wait_until_written()
             await self._reserve_space()
         await self._writer.write(chunk)

@@ -28,6 +28,7 @@ from mirror.oci.errors import ContentLost, DigestMismatch
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.disk import Layout
+from mirror.store.quarantine import quarantine
 
 T = TypeVar("T")
 
@@ -79,8 +80,8 @@ class IngestContext:
     """Returns whether an ingest may take a further chunk into memory."""
     make_room: Callable[[int], Awaitable[bool]]
     """Evicts content until the given number of bytes fits. Returns False if it cannot fit."""
-    on_published: Callable[[Digest], Awaitable[None]]
-    """Called after content was published. Records that it was verified just now."""
+    on_verified: Callable[[Digest, int], Awaitable[None]]
+    """Called with verified content and its bytes before it is published. Records both."""
     now: Callable[[], float]
     """Seconds since the epoch."""
     boot: str
@@ -254,7 +255,7 @@ class IngestLock:
         try:
             disk.verify(fd, status.st_size, self._digest)
         except DigestMismatch:
-            disk.quarantine(self._layout, self._digest, fd)
+            quarantine(self._layout, self._digest, fd)
             os.close(fd)
             return None
         except BaseException:
@@ -346,13 +347,14 @@ class IngestLock:
         digest, now = self._digest, self._context.now()
         try:
             fd, size = self._require_open(), self.length
+            # Before it can be opened: a process without this record would hash all of it again.
+            await self._context.on_verified(digest, size)
             arguments = (self._layout, digest, fd, now)
             job = self.run_in_thread(self._context.publishing, disk.publish, *arguments)
             await wait_for_thread(job)
         except OSError as error:
             self._context.emit(Uncached(str(digest), disk.reason_of(error)))
             return
-        await self._context.on_published(digest)
         self._context.emit(Published(str(digest), size, time.monotonic() - started_at))
 
     def remove_file(self, *, keep_state: bool = False) -> None:

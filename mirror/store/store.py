@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -41,6 +42,7 @@ from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.names import root_record
 from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
+from mirror.store.space import Space, Totals
 from mirror.threads import run_in_thread
 
 _LEFTOVERS_INTERVAL_S: Final = 3600.0
@@ -57,6 +59,8 @@ _SLOW_SAVE_S: Final = 2.0
 _SAVE_INTERVALS: Final = 5
 """Pause after a slow write of ``index.json``, in multiples of its duration. A write of 100,000
 names takes 5 s of processor time."""
+_PINS_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for the pins. After that nothing is evicted, because anything may be pinned."""
 
 
 class Store:
@@ -89,6 +93,7 @@ class Store:
         self._emit = emit
         self._now = now
         self._settings = settings
+        self._loop = asyncio.get_running_loop()
         # Each kind of blocking work has its own pool, so that none waits for another.
         self._opening = ThreadPoolExecutor(8, "open")
         self._writing = ThreadPoolExecutor(8, "write")
@@ -109,8 +114,18 @@ class Store:
             now=now,
         )
         self.catalog = Catalog(layout)
+        self._totals = Totals(layout.totals)
         self.evictor = Evictor(
-            layout, self.catalog, settings, index, self._opening, self._observe, now
+            layout, self.catalog, self._totals, settings, self._read_pins, self._observe, now
+        )
+        self.space = Space(
+            layout,
+            self._totals,
+            settings,
+            self.evictor,
+            self._reservations,
+            self._writing,
+            self._observe,
         )
         self._ingest_context = IngestContext(
             layout=layout,
@@ -120,8 +135,8 @@ class Store:
             hold_memory=self.memory.hold,
             may_take_memory=self.memory.may_take,
             emit=self._observe,
-            make_room=self.evictor.make_room,
-            on_published=self.blobs.on_published,
+            make_room=self.space.make_room,
+            on_verified=self.blobs.on_verified,
             now=now,
             boot=disk.boot_id(),
         )
@@ -161,9 +176,39 @@ class Store:
             self._unwritable = f"content could not be stored ({event.reason})"
         elif isinstance(event, Published):
             self._unwritable = None
+            self._count(count=1, size=event.bytes)
         elif isinstance(event, Evicted):
             self.index.changed = True  # index.json names only content on disk.
+            if event.reason == "corrupt":  # It is in quarantine, which counts as a leftover.
+                self._count(count=-1, size=-event.bytes, leftover=event.bytes)
         self._emit(event)
+
+    # --- accounting ---------------------------------------------------------------------------
+
+    def _count(self, *, count: int = 0, size: int = 0, leftover: int = 0) -> None:
+        """Count content that came or went, and tell the other processes in a thread."""
+        self._totals.add(count=count, size=size, leftover=leftover)
+        self.space.update_reserved()
+        with suppress(RuntimeError):  # The store is closed.
+            self._writing.submit(self._totals.flush)
+
+    def _reservations(self) -> tuple[int, int]:
+        """Return the bytes that the ingests of this process have reserved, and the unwritten ones.
+
+        An ingest that continues in memory has none, nor has one that another process leads.
+        """
+        ingests = [i for i in self.active_ingests.values() if i.reserved and i.window is None]
+        reserved = sum(max(ingest.reserved, ingest.on_disk) for ingest in ingests)
+        return reserved, sum(max(0, ingest.reserved - ingest.on_disk) for ingest in ingests)
+
+    def _read_pins(self) -> set[Digest] | None:
+        """Return the pinned manifests, for the thread that evicts. None if they cannot be read."""
+        reading = asyncio.run_coroutine_threadsafe(self.index.pinned(), self._loop)
+        try:
+            return reading.result(_PINS_TIMEOUT_S)
+        except TimeoutError:
+            reading.cancel()
+            return None
 
     # --- ingests ------------------------------------------------------------------------------
 
@@ -177,6 +222,9 @@ class Store:
         """Unregister an ingest whose fetch has ended."""
         if self.active_ingests.get(ingest.digest) is ingest:
             del self.active_ingests[ingest.digest]
+        # A failed fetch leaves its bytes for a resume.
+        is_left = ingest.reserved and ingest.failure is not None and ingest.window is None
+        self._count(leftover=ingest.on_disk if is_left else 0)
 
     async def wait_until_published(self) -> None:
         """Wait until all verified content is published, or has failed to be."""
@@ -198,6 +246,8 @@ class Store:
     @property
     def unwritable_reason(self) -> str | None:
         """The reason why nothing can be stored, or None."""
+        if self._unwritable is None and self.space.is_disk_full:
+            return "the disk is full, and no more content can be evicted"
         return self._unwritable or self.index.refusal
 
     async def measure(self) -> None:
@@ -205,8 +255,7 @@ class Store:
 
         The server calls this every few seconds.
         """
-        loop = asyncio.get_running_loop()
-        usage = await loop.run_in_executor(self._opening, self.catalog.refresh)
+        usage = await self.space.measure()
         self._contents = usage.count
         is_writable = self.unwritable_reason is None
         self._emit(StorageMeasured(usage.count, usage.bytes, self._settings.max_size, is_writable))
@@ -238,8 +287,11 @@ class Store:
     async def close(self) -> None:
         """Save verification times and ``index.json``, close the index, and end the threads.
 
-        Call it after all fetches have ended. Work that was submitted to a thread is finished.
+        Call it after all fetches have ended. Work that was submitted to a thread is finished, but
+        for verifications and an eviction: they end early.
         """
+        self.blobs.stop_verifying()
+        await self.evictor.close()
         await self.blobs.flush()
         await self.index.return_to_disk()
         await self.save_image_layout(share=1.0)
@@ -248,6 +300,7 @@ class Store:
             *(self._opening, self._writing, self._publishing, self._heartbeats, self._hashing),
         ):
             await run_in_thread(pool.shutdown)
+        self._totals.close()
 
     # --- index.json ---------------------------------------------------------------------------
 

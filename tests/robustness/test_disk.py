@@ -195,6 +195,54 @@ def test_disk_without_free_inodes_serves_blobs_uncached_until_it_has_some(tmp_pa
             every_file_hashes_to_its_name(mirror.data_dir)
 
 
+@pytest.mark.row("G8-start-on-a-full-disk")
+@pytest.mark.parametrize("start", ["before", "after"])
+def test_disk_with_0_bytes_free_is_evicted_for_and_content_is_cached(
+    tmp_path: Path, start: str
+) -> None:
+    """The mirror starts before the disk is full, or after that."""
+    with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=40m") as disk:
+        old = [registry.push_large("library/app", SIZE, seed=n) for n in range(4)]
+        new = registry.push_large("library/app", SIZE, seed=9)
+        fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+        with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
+            for digest in old:
+                assert is_served(mirror, digest)
+            if start == "after":
+                mirror.stop()
+            assert subprocess.run(fill, capture_output=True).returncode != 0
+            if start == "after":
+                mirror.start()
+            assert is_served(mirror, new)
+            wait_until(mirror.content(new).exists, "it is published", 10)
+            assert not all(mirror.content(digest).exists() for digest in old)
+            assert mirror.metric("oci_mirror_uncached_pulls_total") == 0
+            assert mirror.metric_reaches(1, "oci_mirror_storage_writable")
+            assert b"degraded" not in mirror.ask("/readyz").body
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+def test_disk_that_stays_full_is_told_by_the_metric_and_the_readiness_report(
+    tmp_path: Path,
+) -> None:
+    with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=40m") as disk:
+        digest = registry.push_large("library/app", SIZE)
+        fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+        with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
+            assert mirror.metric_reaches(1, "oci_mirror_storage_writable")
+            assert subprocess.run(fill, capture_output=True).returncode != 0
+            assert is_served(mirror, digest)
+            report = mirror.ask("/readyz")
+            assert report.status == 200
+            assert b"the disk is full" in report.body
+            writable = lambda: mirror.metric("oci_mirror_storage_writable")  # noqa: E731 - polled
+            wait_until(lambda: writable() == 0, "the metric tells", 10)
+            (disk / "filler").unlink()
+            wait_until(lambda: writable() == 1, "the metric tells of room again", 10)
+            assert is_served(mirror, digest)
+            wait_until(mirror.content(digest).exists, "it is published", 10)
+
+
 @pytest.mark.row("D5-short-writes")
 def test_short_writes_still_serve_blobs_uncached() -> None:
     with DockerRegistry() as registry:

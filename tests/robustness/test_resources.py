@@ -102,8 +102,9 @@ def test_start_with_many_contents_is_quick(count: int) -> None:
 
 # --- nothing is left over ---------------------------------------------------------------------
 
-POOLS = 8 + 8 + 4 + 1 + 2 + 1 + min(32, (os.cpu_count() or 1) + 4)
-"""Threads at most: opening, writing, publishing, heartbeats, hashing, the index, the loop's own."""
+POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 1 + min(32, (os.cpu_count() or 1) + 4)
+"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the loop's
+own."""
 
 
 def temporary(data: Path) -> list[Path]:

@@ -102,7 +102,7 @@ def kit(root: Path, reverify: float = 86400.0, memory_limit: int = 48 * 2**20) -
         may_take_memory=memory.may_take,
         emit=events.append,
         make_room=make_room,
-        on_published=blobs.on_published,
+        on_verified=blobs.on_verified,
         now=time.time,
         boot=disk.boot_id(),
     )
@@ -165,6 +165,7 @@ async def keep(store: Store, data: bytes, algorithm: str = "sha256") -> Digest:
     content = store.start_ingest(Digest.of(data, algorithm))
     await bring(content, data, len(data))
     store.end_ingest(content)
+    await store.evictor.wait_until_idle()
     return content.digest
 
 
@@ -200,7 +201,7 @@ async def put(parts: Kit, data: bytes) -> Digest:
     path = parts.layout.blob(digest)
     path.write_bytes(data)
     no_trace(path)
-    await parts.blobs.on_published(digest)
+    await parts.blobs.on_verified(digest, len(data))
     return digest
 
 

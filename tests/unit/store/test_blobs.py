@@ -8,6 +8,7 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,18 @@ from mirror.oci.errors import DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import blobs as module
 from mirror.store import disk
-from tests.unit.store.kit import Verified, eventually, flip, kit, no_trace, put, random_bytes, read
+from mirror.store.reader import FileExtent
+from tests.unit.store.kit import (
+    DIGEST,
+    Verified,
+    eventually,
+    flip,
+    kit,
+    no_trace,
+    put,
+    random_bytes,
+    read,
+)
 
 SMALL = random_bytes(100_000, 3)
 LARGE = random_bytes(module.SMALL_BYTES + 1_000_000, 4)
@@ -334,3 +346,180 @@ async def test_damage_that_cannot_be_quarantined_is_a_miss_each_time(
             assert await parts.blobs.find(digest) is None
             assert await parts.blobs.read(digest, len(SMALL)) is None
         assert parts.layout.blob(digest).exists()
+
+
+# --- what is hashed, and what waits for it --------------------------------------------------------
+
+
+class HashGate:
+    """Holds verifications until ``go``, and counts them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.count = 0
+        verify = disk.verify
+
+        def gated(fd: int, size: int, digest: Digest, is_stopping: Callable[[], bool]) -> None:
+            self.count += 1
+            self.go.wait(30)
+            verify(fd, size, digest, is_stopping)
+
+        patch.setattr(disk, "verify", gated)
+
+
+@pytest.mark.row("G10-range-of-aged-content")
+async def test_range_of_aged_content_does_not_wait_for_the_hash_unless_it_has_the_last_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, end = HashGate(monkeypatch), len(LARGE)
+    with kit(tmp_path, reverify=0) as parts:
+        digest = await put(parts, LARGE)
+        reader = await parts.blobs.find(digest)
+        assert reader
+        async with asyncio.timeout(5):
+            assert await read(reader, 10, 20) == LARGE[10:20]
+            assert await read(reader, 0, end - 1) == LARGE[:-1]
+            assert await read(reader, 7, 8) == LARGE[7:8]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await read(reader, end - 5, end)
+        gate.go.set()
+        assert await read(reader, end - 5, end) == LARGE[-5:]
+        reader.close()
+
+
+@pytest.mark.row("G10-range-of-aged-content")
+async def test_range_of_content_that_another_program_wrote_waits_for_the_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = HashGate(monkeypatch)
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        flip(parts.layout.blob(digest), 15)
+        reader = await parts.blobs.find(digest)
+        assert reader
+        assert await reader.wait(10, 20) == FileExtent(reader._lease.fd, 10, 19)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await reader.wait(19, 20)
+        gate.go.set()
+        with pytest.raises(DigestMismatch):
+            await reader.wait(19, 20)
+        reader.close()
+
+
+@pytest.mark.row("G10-range-of-aged-content")
+async def test_no_range_of_aged_content_is_served_after_damage_was_found(tmp_path: Path) -> None:
+    with kit(tmp_path, reverify=0) as parts:
+        digest = await put(parts, LARGE)
+        path = parts.layout.blob(digest)
+        flip(path, 1000)
+        no_trace(path)
+        reader = await parts.blobs.find(digest)
+        assert reader
+        await eventually(lambda: not path.exists())
+        await asyncio.sleep(0)
+        with pytest.raises(DigestMismatch):
+            await reader.wait(0, 10)
+        reader.close()
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_close_does_not_hash_its_queue_and_reports_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kit(tmp_path, reverify=0) as parts:
+        digests = [await put(parts, random_bytes(5_000_000, seed)) for seed in range(8)]
+        gate = HashGate(monkeypatch)
+        readers = [await parts.blobs.find(digest) for digest in digests]
+        await eventually(lambda: gate.count == 4)
+        parts.blobs.stop_verifying()
+        gate.go.set()
+        for reader in readers:
+            assert reader
+            with pytest.raises(StorageUnavailable):
+                await read(reader)
+            reader.close()
+        assert not [e for e in parts.events if isinstance(e, Reverified | DigestMismatched)]
+        assert all(parts.layout.blob(digest).exists() for digest in digests)
+
+
+@pytest.mark.row("G5-repeated-verification")
+def test_verify_stops_within_4_mib_of_a_large_file(tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    path.write_bytes(b"")
+    os.truncate(path, 2**40)
+    asked: list[bool] = []
+
+    def is_stopping() -> bool:
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    fd = os.open(path, os.O_RDONLY)
+    with pytest.raises(StorageUnavailable):
+        disk.verify(fd, 2**40, DIGEST, is_stopping)
+    os.close(fd)
+    assert len(asked) == 4
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_wrong_size_in_a_manifest_delays_no_request_and_hashes_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = HashGate(monkeypatch)
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        parts.blobs._lengths.clear()  # Another process has stored it.
+        async with asyncio.timeout(5):
+            readers = [await parts.blobs.find(digest, size) for size in (17, len(LARGE) + 1, 17)]
+        assert gate.count == 1
+        gate.go.set()
+        for reader in readers:
+            assert reader
+            assert await read(reader) == LARGE
+            reader.close()
+        for size in (17, len(LARGE) - 1):
+            reader = await parts.blobs.find(digest, size)
+            assert reader
+            assert await read(reader) == LARGE
+            reader.close()
+        assert gate.count == 1
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_wrong_size_of_content_that_this_process_fetched_hashes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = HashGate(monkeypatch)
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        reader = await parts.blobs.find(digest, 17)
+        assert reader
+        assert await read(reader) == LARGE
+        reader.close()
+        assert gate.count == 0
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_two_requests_for_aged_content_at_once_hash_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = HashGate(monkeypatch)
+    with kit(tmp_path) as parts:
+        digest = await put(parts, LARGE)
+        parts.blobs._verified.clear()
+        times = Verified()
+
+        async def slow(digest: Digest) -> float:
+            await asyncio.sleep(0.01)
+            return 0.0
+
+        monkeypatch.setattr(times, "verified_at", slow)
+        parts.blobs._index = times
+        readers = await asyncio.gather(*(parts.blobs.find(digest) for _ in range(5)))
+        gate.go.set()
+        for reader in readers:
+            assert reader
+            assert await read(reader) == LARGE
+            reader.close()
+        assert gate.count == 1

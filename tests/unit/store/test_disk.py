@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mirror.config.settings import Storage
 from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import ALGORITHMS, Digest
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.disk import IngestState, Layout
 from tests.unit.store.kit import flip, keep, opened, random_bytes
 
@@ -458,25 +458,29 @@ def damaged(layout: Layout, name: str) -> tuple[Digest, int]:
 
 def test_quarantine_moves_damaged_content_and_keeps_the_newest_16(layout: Layout) -> None:
     digests = []
-    for number in range(disk.MAX_QUARANTINED_FILES + 3):
+    for number in range(quarantine.MAX_QUARANTINED_FILES + 3):
         digest, fd = damaged(layout, f"content {number:02}")
-        disk.quarantine(layout, digest, fd)
+        quarantine.quarantine(layout, digest, fd)
         os.close(fd)
         digests.append(digest)
         assert not layout.blob(digest).exists()
         assert layout.quarantine(digest).exists()
     kept = [digest for digest in digests if layout.quarantine(digest).exists()]
-    assert len(kept) == disk.MAX_QUARANTINED_FILES
-    assert disk.quarantine_size(layout) == disk.MAX_QUARANTINED_FILES * len("not content 00")
-    assert disk.trim_quarantine(layout, 0) == disk.MAX_QUARANTINED_FILES * len("not content 00")
-    assert disk.quarantine_size(layout) == disk.trim_quarantine(layout, 0) == 0
+    assert len(kept) == quarantine.MAX_QUARANTINED_FILES
+    assert quarantine.quarantine_size(layout) == quarantine.MAX_QUARANTINED_FILES * len(
+        "not content 00"
+    )
+    assert quarantine.trim_quarantine(layout, 0) == quarantine.MAX_QUARANTINED_FILES * len(
+        "not content 00"
+    )
+    assert quarantine.quarantine_size(layout) == quarantine.trim_quarantine(layout, 0) == 0
 
 
 def test_quarantine_leaves_a_file_that_was_replaced_meanwhile(layout: Layout) -> None:
     digest, fd = damaged(layout, "content")
     layout.blob(digest).unlink()
     layout.blob(digest).write_bytes(b"content")
-    disk.quarantine(layout, digest, fd)
+    quarantine.quarantine(layout, digest, fd)
     os.close(fd)
     assert layout.blob(digest).read_bytes() == b"content"
     assert not layout.quarantine(digest).exists()
@@ -494,7 +498,7 @@ def test_quarantine_never_raises_on_a_read_only_disk(
     with monkeypatch.context() as patch:
         for call in calls:
             patch.setattr(Path, call, refuse)
-        disk.quarantine(layout, digest, fd)
+        quarantine.quarantine(layout, digest, fd)
     os.close(fd)
     assert layout.blob(digest).exists() == ("unlink" in calls)
     assert not layout.quarantine(digest).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from mirror.config.settings import Storage
 from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
 from mirror.store.disk import IngestState, Layout
-from mirror.store.eviction import Catalog, StoredBlob, Usage, bytes_to_free, eviction_order
+from mirror.store.eviction import Catalog, StoredBlob, eviction_order
+from mirror.store.space import Usage, bytes_to_free, is_room
 from tests.unit.store.kit import random_bytes
 
 # --- accounting -----------------------------------------------------------------------------------
@@ -219,16 +221,19 @@ def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
 ) -> None:
     usage = Usage(1, size, reserved, unwritten=reserved, leftover=leftover)
     shortage = bytes_to_free(usage, need, free, SETTINGS)
-    assert (shortage is None) == (need > HIGH or reserved > HIGH)
+    capacity = min(1_000_000, size + leftover + free)
+    assert (shortage is None) == (max(need, reserved) > min(HIGH, capacity))
     if shortage is None:
         return
     count, reason = shortage
-    fits = usage.total <= HIGH and max(need, reserved) <= free
+    fits = usage.total <= int(capacity * 0.95) and max(need, reserved) <= free
     assert (count == 0) == (reason == "") == fits
     assert max(need, reserved) <= free + count
-    assert usage.total <= HIGH or usage.total - count <= LOW
     if not fits:
+        assert usage.total - count <= int(capacity * 0.85)
         assert reason in ("quota", "disk")
+    if usage.total <= 1_000_000 and max(need, reserved) <= free:
+        assert is_room(usage, need, free, SETTINGS), "up to the quota, no fetch waits"
 
 
 @pytest.mark.parametrize(
@@ -239,12 +244,40 @@ def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
         (Usage(1, 0, 0), HIGH, 10**7, (0, "")),
         (Usage(1, 0, 0), HIGH + 1, 10**7, None),
         (Usage(1, 0, HIGH + 1), 0, 10**7, None),
-        (Usage(1, 0, 0), 500, 499, (1, "disk")),
-        (Usage(1, 0, 700, unwritten=600), 500, 500, (100, "disk")),
-        (Usage(1, HIGH, 1, leftover=100), 1, 0, (100_101, "quota")),
+        (Usage(1, HIGH, 1, leftover=100), 1, 10**7, (100_101, "quota")),
+        (Usage(1, 0, 0), 500, 499, None),
+        (Usage(1, 1000, 0), 500, 499, (1, "disk")),
+        (Usage(1, 1000, 500, unwritten=500), 500, 0, (1500 - 850, "disk")),
+        (Usage(1, 1000, 1001, unwritten=1001), 500, 0, None),
+        (Usage(1, 1000, 500, unwritten=500), 500, -200, (1500 - 680, "disk")),
+        (Usage(1, 1000, 0), 0, 10, (1000 - 858, "disk")),
     ],
 )
 def test_bytes_to_free_is_0_up_to_the_high_water_mark_and_reaches_the_low_one_above_it(
     usage: Usage, need: int, free: int, shortage: tuple[int, str] | None
 ) -> None:
     assert bytes_to_free(usage, need, free, SETTINGS) == shortage
+
+
+@given(BLOBS, st.integers(1, 3000))
+def test_order_ends_with_the_content_that_reaches_the_bytes_to_evict(
+    blobs: list[StoredBlob], enough: int
+) -> None:
+    order = eviction_order(blobs, set(), {}, enough)
+    assert order == eviction_order(blobs, set(), {})[: len(order)]
+    held = [blob.size for blob in order]
+    assert sum(held) >= enough or len(order) == len(blobs)
+    assert sum(held[:-1]) < enough
+
+
+@pytest.mark.row("G1-cost-of-a-miss")
+@pytest.mark.parametrize(
+    "step", [0.0, 1.0, -1.0], ids=["same-second", "older-first", "newer-first"]
+)
+def test_order_holds_about_what_is_evicted_and_takes_linear_time(step: float) -> None:
+    count = 50_000
+    blobs = (StoredBlob(DIGESTS[0], 10, 1e9 + step * number) for number in range(count))
+    begun = time.process_time()
+    order = eviction_order(blobs, set(), {}, 1000)
+    assert len(order) == 100
+    assert time.process_time() - begun < 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import ALGORITHMS, Digest
-from mirror.store import disk
+from mirror.store import disk, quarantine
 from mirror.store.disk import IngestState, Layout
 from mirror.store.recovery import recover, remove_leftovers
 from tests.unit.store.kit import make_read_only, small_disk
@@ -144,12 +144,12 @@ def test_drafts_of_index_json_are_removed_after_60_seconds(tmp_path: Path) -> No
 
 def test_start_keeps_the_newest_16_damaged_files(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
-    for number in range(disk.MAX_QUARANTINED_FILES + 5):
+    for number in range(quarantine.MAX_QUARANTINED_FILES + 5):
         path = layout.quarantine(Digest.of(str(number).encode()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x")
     recover(layout, NOW, BOOT)
-    assert disk.quarantine_size(layout) == disk.MAX_QUARANTINED_FILES
+    assert quarantine.quarantine_size(layout) == quarantine.MAX_QUARANTINED_FILES
 
 
 @pytest.mark.row("D7-unwritable-directories")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +50,7 @@ NOW = 1_800_000_000.0
 YEAR = 365 * 86400.0
 TAG = Tag("1.0")
 LAYER = random_bytes(5_000_000, 71)
-POOLS = ("open", "write", "publish", "hash", "index")
+POOLS = ("open", "write", "publish", "hash", "index", "evict")
 
 
 def threads() -> list[str]:
@@ -357,3 +360,67 @@ async def test_leftovers_of_ended_fetches_are_removed_once_an_hour(
         monkeypatch.setattr(module, "_LEFTOVERS_INTERVAL_S", -1.0)
         await store.measure()
         assert not list(store.layout.ingest(content.digest).parent.iterdir())
+
+
+# --- what another process finds -------------------------------------------------------------------
+
+
+@pytest.mark.row("G5-repeated-verification")
+async def test_content_is_recorded_as_verified_before_another_process_can_open_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, opened_files = disk.publish, list[Path]()
+    digest = Digest.of(LAYER)
+    async with opened(tmp_path) as store, opened(tmp_path) as other:
+        found: list[float | None] = []
+
+        def look_first(*arguments: Any) -> None:
+            reading = asyncio.run_coroutine_threadsafe(other.index.verified_at(digest), store._loop)
+            found.append(reading.result(10))
+            publish(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "publish", look_first)
+            await keep(store, LAYER)
+        assert found == [NOW]
+        monkeypatch.setattr(disk, "verify", lambda *arguments: opened_files.append(tmp_path))
+        assert await served(other, LAYER)
+        assert opened_files == [], "nothing is hashed again"
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_file_that_vanishes_before_it_is_published_is_no_failure_of_the_disk(
+    tmp_path: Path,
+) -> None:
+    events: list[Event] = []
+    async with opened(tmp_path, events=events) as store:
+        content = store.start_ingest(Digest.of(LAYER))
+        await content.try_lead()
+        await content.declare(len(LAYER))
+        await content.feed(LAYER)
+        store.layout.ingest(content.digest).unlink()
+        await content.finish()
+        content.release()
+        store.end_ingest(content)
+        assert [e.reason for e in events if isinstance(e, Uncached)] == ["removed"]
+        assert store.unwritable_reason is None
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+@pytest.mark.parametrize("what", ["blobs", "ingest", "index.json", "eviction.lock", "totals"])
+async def test_content_is_stored_after_a_part_of_the_directory_was_removed(
+    tmp_path: Path, what: str
+) -> None:
+    events: list[Event] = []
+    async with opened(tmp_path, events=events) as store:
+        await keep(store, b"before")
+        path = tmp_path / what
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        await keep(store, LAYER)
+        assert await served(store, LAYER)
+        await store.measure()
+        assert not [e for e in events if isinstance(e, Uncached | LogMessage)]
+        assert store.unwritable_reason is None

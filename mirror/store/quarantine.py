@@ -1,0 +1,59 @@
+"""Damaged content: moved out of ``blobs/``, and kept for inspection as long as space is not needed.
+
+Lives here: the files of ``quarantine/``. Must not know: how damage is found. All functions block.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from mirror.oci.reference import Digest
+from mirror.store import disk
+from mirror.store.disk import Layout
+
+MAX_QUARANTINED_FILES: Final = 16
+"""Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
+
+
+def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
+    """Move damaged content out of ``blobs/``, if its path still names the open file ``fd``.
+
+    Never raises. On a read-only disk the file stays: it is hashed at every use and never served.
+    """
+    path, target = layout.blob(digest), layout.quarantine(digest)
+    with suppress(OSError):
+        if not disk.is_at(fd, path):
+            return
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        except OSError:
+            path.unlink(missing_ok=True)
+        trim_quarantine(layout, MAX_QUARANTINED_FILES)
+
+
+def trim_quarantine(layout: Layout, keep: int) -> int:
+    """Remove damaged files except the newest ``keep``. Returns the freed bytes."""
+    newest_first = sorted(_quarantined(layout), key=lambda file: file[1].st_ctime, reverse=True)
+    freed = 0
+    for path, status in newest_first[keep:]:
+        with suppress(OSError):
+            path.unlink()
+            freed += status.st_size
+    return freed
+
+
+def quarantine_size(layout: Layout) -> int:
+    """Return the bytes of all damaged files."""
+    return sum(status.st_size for _, status in _quarantined(layout))
+
+
+def _quarantined(layout: Layout) -> list[tuple[Path, os.stat_result]]:
+    files = []
+    for path in (layout.root / "quarantine").glob("*/*"):
+        with suppress(OSError):
+            files.append((path, path.lstat()))
+    return files
