@@ -22,7 +22,7 @@ from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from tests.real.tokens import Certificate
 
-QUICK = Limits(connect=2.0, headers=2.0, idle=2.0)
+QUICK = Limits(connect=2.0, headers=2.0, first_byte=2.0, idle=2.0)
 """Seconds: short limits, for tests that wait until they expire. On a busy machine a response of
 the fake registry can take more than one second."""
 

@@ -142,7 +142,12 @@ class Limits(Section):
     connect: PositiveDuration = 5.0
     """Longest time to connect, TLS included."""
     headers: PositiveDuration = 15.0
-    """Longest time until the response headers are complete."""
+    """Longest time until the response headers are complete. For blobs, see first_byte."""
+    first_byte: PositiveDuration = 90.0
+    """
+    Longest time until the response headers of a blob are complete. An upstream that is a cache
+    itself may fetch the whole blob first.
+    """
     idle: PositiveDuration = 30.0
     """Longest time in which a body receives no data."""
     min_rate: Size = 1024

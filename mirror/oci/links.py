@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urljoin, urlsplit
 
 from mirror.oci.text import TCHARS
 
@@ -53,8 +53,37 @@ def next_link(headers: str | Iterable[str]) -> str | None:
     return None
 
 
+def page_target(base: str, path: str, target: str) -> str:
+    """Return path and query of the page that a ``Link`` names, for a request to the same endpoint.
+
+    A registry behind a proxy has its own idea of its scheme, its host, and the path of a repository
+    (``Link: <http://internal:5000/v2/hub/app/tags/list?last=b>``). So scheme and host are left out,
+    and so is the path if it is the path of this list in any repository.
+
+    Args:
+        base: URL of the request for the page before.
+        path: Path of the list below the repository, such as ``tags/list``.
+        target: The result of :func:`next_link`.
+
+    Returns:
+        The path and the query. A target that is no URL is returned unchanged.
+    """
+    try:
+        parts = urlsplit(urljoin(base, target))
+    except ValueError:
+        return target
+    own_path = urlsplit(base).path
+    is_same_list = bool(path) and parts.path.endswith(f"/{path}")
+    page_path = own_path if is_same_list else f"/{parts.path.lstrip('/')}"
+    return f"{page_path}?{parts.query}"
+
+
 def build_next(path: str, query: Mapping[str, str | int | None]) -> str:
-    """Return a ``Link`` to the next page at ``path`` (decoded), without the Nones in ``query``."""
+    """Return a ``Link`` to the next page at ``path`` (decoded), without the Nones in ``query``.
+
+    A relative ``path`` is resolved against the URL that the client has requested (RFC 8288, section
+    3.1). So a proxy in front of us may add a prefix to our paths.
+    """
     pairs = {name: value for name, value in query.items() if value is not None}
     target = quote(path, safe="/:@!$&'()*+,=~")
     return f'<{target}?{urlencode(pairs, quote_via=quote, safe="")}>; rel="next"'

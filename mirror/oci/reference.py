@@ -91,6 +91,8 @@ _REPOSITORY_PATH: Final = re.compile(rf"{_PATH_COMPONENT}(?:/{_PATH_COMPONENT})*
 # "Many clients impose a limit of 255 characters on the length of the concatenation of the
 # registry hostname (and optional port), /, and <name> value."
 _MAX_REPOSITORY_NAME_CHARS: Final = 255
+MAX_TAG_CHARS: Final = 128
+"""Characters of a tag, by its grammar."""
 # <reference> as a tag: [a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}
 _TAG: Final = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}", re.ASCII)
 
@@ -129,7 +131,7 @@ class Tag:
     @classmethod
     def parse(cls, raw: str) -> Tag:
         """Check ``raw`` against the grammar. Raises :class:`TagInvalid`."""
-        if not _TAG.fullmatch(raw):
+        if not is_tag(raw):
             raise TagInvalid("not a tag")
         return cls(raw)
 
@@ -138,6 +140,11 @@ class Tag:
 
 
 Reference: TypeAlias = Tag | Digest
+
+
+def is_tag(raw: str) -> bool:
+    """Return whether ``raw`` is in the grammar of tags."""
+    return _TAG.fullmatch(raw) is not None
 
 
 def parse_reference(raw: str) -> Reference:

@@ -78,6 +78,8 @@ class ContentService:
         self.registries = registries
         self.single_flight = single_flight
         self.now = now
+        self._states_right_sizes: dict[tuple[str, Kind], bool] = {}
+        """(upstream, kind) -> whether each size in a response to ``HEAD`` was right."""
         self._fetches = RunningFetches(
             store,
             single_flight,
@@ -137,7 +139,7 @@ class ContentService:
             timeout: Seconds to wait. None waits as long as the upstream takes.
 
         Returns:
-            The size of the content, or None if the upstream does not state it.
+            The size that the upstream states for the content, which may be wrong. None: no size.
 
         Raises:
             NotFound: The upstream says 404, or said so within ``negative_ttl``.
@@ -186,7 +188,9 @@ class ContentService:
         except REFUSALS as error:
             await self._revoke_access(request, error)
             raise
-        await self.grant_access(request, media_type, size)
+        # The length in a HEAD may be wrong. So the size stays as a manifest or a GET has stated it.
+        recorded = await self._access_record(request.repository, request.digest, request.kind)
+        await self.grant_access(request, media_type, recorded.size if recorded else None)
         return size
 
     async def grant_access(
@@ -228,10 +232,38 @@ class ContentService:
         ttl = self.upstream(repository).negative_ttl
         await self.store.index.put_negative(key, error.message, ttl)
 
+    # --- sizes in responses to HEAD -------------------------------------------------------------
+
+    def states_right_sizes(self, repository: Repository, kind: Kind) -> bool:
+        """Return True if the upstream has stated right sizes only, in responses to ``HEAD``."""
+        return self._states_right_sizes.get((repository.upstream, kind), False)
+
+    def compare_sizes(
+        self, repository: Repository, kind: Kind, stated: int | None, actual: int | None
+    ) -> None:
+        """Learn whether the upstream states right sizes in responses to ``HEAD``.
+
+        Some state the length of the empty body, or of the compressed one. A wrong size is never
+        passed on, so the first ``HEAD`` of each kind is answered by a ``GET``.
+
+        Args:
+            repository: A repository of the upstream.
+            kind: The kind of the content.
+            stated: Bytes, as the response to a ``HEAD`` has stated them.
+            actual: Bytes of the content. None for either: nothing is learned.
+        """
+        if stated is not None and actual is not None:
+            key = repository.upstream, kind
+            were_right = self._states_right_sizes.get(key, True)
+            self._states_right_sizes[key] = were_right and stated == actual
+
     # --- content --------------------------------------------------------------------------------
 
     async def size_of_blob(self, request: ContentRequest) -> int | None:
         """Find the size of a blob: in the store, in a running fetch, or by asking the upstream.
+
+        Until a ``HEAD`` of the upstream is known to state right sizes, a ``GET`` is sent as well,
+        and ended after its headers: its length frames its body.
 
         Returns None if the upstream does not state it. Raises like :meth:`check_access`.
         """
@@ -247,7 +279,22 @@ class ContentService:
             return ingest.size
         request.pull.outcome = Outcome.MISS
         with request.pull.stage("upstream"):
-            return await self.check_access(request)
+            size = await self.check_access(request)
+            if size is not None and self.states_right_sizes(request.repository, Kind.BLOB):
+                return size
+            key = ("size", request.repository, request.digest)
+            total = await self.single_flight.run(key, lambda: self._length_of_get(request)).wait()
+            self.compare_sizes(request.repository, Kind.BLOB, size, total)
+            return total
+
+    async def _length_of_get(self, request: ContentRequest) -> int | None:
+        """Return the length that the headers of a ``GET`` state. None if there is none."""
+        registry = self.registries[request.repository.upstream]
+        try:
+            async with registry.open(request.repository, request.digest, request.kind) as stream:
+                return stream.total
+        except UpstreamError:
+            return None  # The HEAD has shown that the blob exists.
 
     async def find_whole(
         self, request: ContentRequest

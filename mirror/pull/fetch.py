@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -36,6 +35,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
@@ -52,15 +52,10 @@ registry checks the references of a pushed manifest, not of a blob that looks li
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-_MAX_FAILED_IN_A_ROW: Final = 5
-"""Transfers from one source that may break in a row without progress."""
 _PAUSE_UNIT_S: Final = 0.05
 """Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
-_STALL_TIMEOUT_S: Final = 45.0
-"""Seconds without progress after which a source is given up: its clients can use their own fallback
-then."""
 _SUSPECT_TTL_S: Final = 600.0
 """Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
@@ -74,22 +69,6 @@ def _proof_key(request: ContentRequest) -> ProofKey:
 
 class _Preempted(UpstreamTimeout):
     """The source was too slow while a source on another upstream was queued."""
-
-
-@dataclass(slots=True)
-class _SourceAttempts:
-    """Retry state of one source, kept across its transfer attempts."""
-
-    source: ContentSource
-    last_progress_at: float
-    failed_in_a_row: int = 0
-    highest_position: int = 0
-    resumed_from: int = 0
-    validator: str | None = None
-    endpoint: str = ""
-    avoid: list[str] = field(default_factory=list)
-    """Endpoints whose transfers broke without progress, the latest one last."""
-    has_responded: bool = False
 
 
 class Fetch:
@@ -251,7 +230,7 @@ class Fetch:
         """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
         while (source := self.next_source()) is not None:
-            attempts = _SourceAttempts(source, time.monotonic())
+            attempts = SourceAttempts(source, source.registry.idle + STALL_GRACE_S)
             try:
                 await self._fetch_from(attempts)
                 return
@@ -272,7 +251,7 @@ class Fetch:
         assert failure is not None, "a fetch starts with one source"
         raise failure
 
-    async def _fetch_from(self, attempts: _SourceAttempts) -> None:
+    async def _fetch_from(self, attempts: SourceAttempts) -> None:
         """Fetch from one source until the content is complete, resuming after broken transfers.
 
         Raises the last error once this source is given up.
@@ -309,11 +288,32 @@ class Fetch:
                             raise
                         has_failed = True
 
-    async def _transfer(self, attempts: _SourceAttempts) -> None:
+    @asynccontextmanager
+    async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
+        """Limit the block to the time that the source has left without progress.
+
+        There is no limit before the first response if no client has received a byte. The block
+        reschedules the limit. Raises ``UpstreamTimeout`` at its end.
+        """
+        is_resumed = attempts.has_responded or self.ingest.is_confirmed
+        try:
+            deadline = attempts.last_progress_at + attempts.patience if is_resumed else None
+            async with asyncio.timeout_at(deadline) as limit:
+                yield limit
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"the upstream sent no data for {attempts.patience:g} s, in several attempts"
+            ) from None
+
+    async def _transfer(self, attempts: SourceAttempts) -> None:
         """Transfer the missing bytes from one source, in one response."""
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
-        attempts.resumed_from = ingest.position
+        loop = asyncio.get_running_loop()
+        attempts.resumed_from, attempts.has_progressed = ingest.position, False
+        if not attempts.has_responded:
+            attempts.last_progress_at = loop.time()
         async with AsyncExitStack() as stack:
+            limit = await stack.enter_async_context(self._stall_limit(attempts))
             async with self._preemptible():
                 stream = await stack.enter_async_context(
                     source.registry.open(
@@ -321,7 +321,7 @@ class Fetch:
                         request.digest,
                         request.kind,
                         accept=request.accept,
-                        offset=ingest.position,
+                        offset=ingest.position if attempts.may_use_range else 0,
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
@@ -330,10 +330,8 @@ class Fetch:
             attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
             self._endpoints_used.pop(stream.endpoint, None)
             self._endpoints_used[stream.endpoint] = source.request.repository.upstream
-            known_size = source.access_record.size if source.access_record is not None else None
-            total = stream.total if stream.total is not None else known_size
             if request.kind is Kind.MANIFEST:
-                check_announced(stream.media_type, total or 0)
+                check_announced(stream.media_type, stream.total or 0)
             skip = ingest.position - stream.start
             if skip < 0:
                 raise UpstreamProtocolError("the response starts after the requested offset")
@@ -342,21 +340,32 @@ class Fetch:
             self.proven.add(_proof_key(request))
             if not attempts.has_responded:
                 attempts.has_responded = True
+                attempts.last_progress_at = loop.time()
                 self._callbacks.on_granted(source, stream)
-            await ingest.declare(total)
+            # The size that a manifest states is not declared: anybody who may push can write it.
+            await ingest.declare(stream.total)
             async for data in stream:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
+                if skip:
+                    limit.reschedule(loop.time() + STALL_GRACE_S)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)
                 if request.kind is Kind.MANIFEST and ingest.position > MANIFEST_LIMIT:
                     raise ManifestInvalid(f"a manifest of more than {MANIFEST_LIMIT} bytes")
+                if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
+                    # From here on the stream's own limit (`limits.idle`) is enough.
+                    limit.reschedule(None)
+                    attempts.has_progressed, attempts.failed_in_a_row = True, 0
+                    attempts.highest_position = ingest.position
+                    attempts.last_progress_at = loop.time()
+            limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
         await ingest.finish()
 
-    async def _pause_before_resuming(self, attempts: _SourceAttempts, error: MirrorError) -> None:
+    async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
         Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
@@ -364,37 +373,19 @@ class Fetch:
         The registry retries and fails over until response headers have arrived. Only bodies that
         broke are resumed here.
         """
-        position, now = self.ingest.position, time.monotonic()
-        has_progressed = position >= attempts.highest_position + MIN_PROGRESS_BYTES
-        if has_progressed:
-            attempts.failed_in_a_row = 0
-            attempts.highest_position, attempts.last_progress_at = position, now
-        was_not_asked = isinstance(error, AllCircuitsOpen)
-        if not was_not_asked:
-            attempts.failed_in_a_row += 1
-        idle = now - attempts.last_progress_at
-        if (
-            not attempts.has_responded
-            or self.ingest.is_closed
-            or attempts.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or idle > _STALL_TIMEOUT_S
-        ):
+        now = asyncio.get_running_loop().time()
+        attempts.count_failure(error)
+        if self.ingest.is_closed or attempts.is_over(now):
             raise error
-        if self.has_other_upstream and idle > PREEMPT_AFTER_S:
+        if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
-        if was_not_asked:
+        if isinstance(error, AllCircuitsOpen):
             # No request was sent: wait until an endpoint may be tried again.
             await asyncio.sleep(_jittered(_MAX_PAUSE_S))
             return
-        if not has_progressed:
-            endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
-            endpoint = endpoint or attempts.endpoint
-            attempts.avoid = [*(e for e in attempts.avoid if e != endpoint), endpoint]
-        is_restart = isinstance(error, UpstreamProtocolError)
-        if is_restart:
-            attempts.validator = None
         upstream = attempts.source.request.repository.upstream
-        self._emit(Resumed(upstream, position, is_restart, error.message))
+        is_restart = isinstance(error, UpstreamProtocolError)
+        self._emit(Resumed(upstream, self.ingest.position, is_restart, error.message))
         pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
         await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
 

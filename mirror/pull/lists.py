@@ -1,17 +1,20 @@
 """Serve lists of a repository: its tags, and the referrers of a digest.
 
-Lives here: paging of tag lists, serving a cached list if the upstream fails, and the referrers tag
-for upstreams without a referrers API. Must not know: HTTP.
+Lives here: copies of lists and their pages, serving a cached list if the upstream fails, and the
+referrers tag for upstreams without a referrers API. Must not know: HTTP.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
+from cachetools import LRUCache
+
 from mirror.observability.events import Outcome, RequestRecord
+from mirror.oci import tag_list
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     OCI_INDEX,
@@ -30,9 +33,19 @@ from mirror.pull.results import TagsResult
 from mirror.threads import parse_in_thread_if_large
 
 _LIST_TTL_S: Final = 60.0
-"""Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter."""
+"""Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter. The further
+pages of a list are cut from a copy of this age always: collecting it again for each page would cost
+as many requests as the list has pages, squared."""
 _STALE_LIST_TTL_S: Final = 30 * 86400.0
 """Seconds (30 days) for which a cached list may be served if the upstream fails."""
+_MAX_STORED_CHARS: Final = 8 * 1024 * 1024
+"""Characters of a list that is written to the index at most, which keeps 64 MiB of lists. A longer
+one is kept in memory only."""
+_MEMORY_CHARS: Final = 64 * 1024 * 1024
+"""Characters of all lists in memory: two of the longest ones. A page is cut from memory, because
+reading a long list from the index takes 10 ms."""
+_COPY_OVERHEAD_CHARS: Final = 1024
+"""Memory that a copy takes beside its text, counted so that empty lists are bounded, too."""
 MAX_PAGE_TAGS: Final = 10_000
 """Tags on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
 
@@ -44,6 +57,9 @@ class ListService:
         self._content = content
         self._manifests = manifests
         self._index = content.store.index
+        self._copies: LRUCache[str, _Copy] = LRUCache(
+            _MEMORY_CHARS, lambda copy: len(copy.text) + _COPY_OVERHEAD_CHARS
+        )
 
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
@@ -51,32 +67,30 @@ class ListService:
         """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`)."""
         if count == 0:
             pull.outcome = Outcome.HIT
-            return TagsResult((), False)
-        page = min(count or MAX_PAGE_TAGS, MAX_PAGE_TAGS)
-        key = f"tags {repository} {page} {last or ''}"
+            return TagsResult("", False)
+        key = f"tags {repository}"
         text = await self._find_or_request(
-            key, repository, pull, lambda: self._request_tags(key, repository, page, last)
+            key,
+            repository,
+            pull,
+            lambda: self._request_tags(key, repository),
+            is_further_page=last is not None,
         )
-        if text is not None:
-            document = json.loads(text)
-            return TagsResult(tuple(document["tags"]), bool(document["more"]))
-        names = sorted(tag.name for tag in await self._index.tags_of(repository))
-        if not names:
-            raise NameUnknown("no tag of this repository is known here")
-        after = [name for name in names if last is None or name > last]
-        return TagsResult(tuple(after[:page]), len(after) > page)
+        if text is None:
+            # The list is not cached, and the pull policy is Never.
+            text = "\n".join(sorted(tag.name for tag in await self._index.tags_of(repository)))
+            if not text:
+                raise NameUnknown("no tag of this repository is known here")
+        size = None if count is None else min(count, MAX_PAGE_TAGS)
+        return TagsResult(*tag_list.cut_page(text, size, last))
 
-    async def _request_tags(
-        self, key: str, repository: Repository, page: int, last: str | None
-    ) -> str:
+    async def _request_tags(self, key: str, repository: Repository) -> str:
         await self._content.raise_if_negative(key, NameUnknown)
-        registry = self._content.registries[repository.upstream]
         try:
-            tags_page = await registry.list_tags(repository, page, last)
+            return await self._content.registries[repository.upstream].list_tags(repository)
         except NotFound as error:
             await self._content.put_negative(repository, key, error)
             raise
-        return json.dumps({"tags": tags_page.tags, "more": tags_page.has_more})
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
@@ -133,41 +147,79 @@ class ListService:
         repository: Repository,
         pull: RequestRecord,
         request: Callable[[], Awaitable[str]],
+        *,
+        is_further_page: bool = False,
     ) -> str | None:
         """Return a list as text, cached or by calling ``request``.
+
+        ``is_further_page``: the client has got the page before from a copy of this list, so a copy
+        of at most :data:`_LIST_TTL_S` is served whatever the pull policy is.
 
         Returns None if the list is not cached and the pull policy forbids a request to the
         upstream.
         """
         upstream, now = self._content.upstream(repository), self._content.now()
-        cached_at, text = _unpack(await self._index.cached_list(key))
+        cached = await self._find(key, now)
+        cached_at = cached.collected_at if cached is not None else None
         lists = upstream.model_copy(update={"tag_ttl": min(_LIST_TTL_S, upstream.tag_ttl)})
-        if not isinstance(freshness.decide_by_age(cached_at, lists, now), freshness.Ask):
+        decision = freshness.decide_by_age(cached_at, lists, now)
+        is_recent = cached_at is not None and 0 <= now - cached_at < _LIST_TTL_S
+        if not isinstance(decision, freshness.Ask) or (is_further_page and is_recent):
             pull.outcome = Outcome.HIT
-            return text
-        has_cached = text is not None
+            return cached.text if cached is not None else None
+        has_cached = cached is not None
         try:
             pull.outcome = Outcome.REVALIDATED if has_cached else Outcome.MISS
             with pull.stage("upstream"):
-                shared_task = self._content.single_flight.run(("list", key), request)
+                shared_task = self._content.single_flight.run(
+                    ("list", key), lambda: self._refresh(key, request)
+                )
                 timeout = freshness.confirm_timeout(upstream, has_fallback=has_cached)
-                latest = await shared_task.wait(timeout)
+                return await shared_task.wait(timeout)
         except MirrorError as error:
             fallback = freshness.after_failure(error, upstream, has_fallback=has_cached)
-            if isinstance(fallback, freshness.Fail):
+            if cached is None or isinstance(fallback, freshness.Fail):
                 raise
             pull.outcome, pull.warning = Outcome.STALE, fallback.reason
-            return text
-        await self._index.put_list(key, f"{now} {latest}", _STALE_LIST_TTL_S)
-        return latest
+            return cached.text
+
+    async def _refresh(self, key: str, request: Callable[[], Awaitable[str]]) -> str:
+        """Call ``request``, and keep its result, also if no client waits for it any more."""
+        copy = _Copy(await request(), self._content.now())
+        self._copies[key] = copy
+        if len(copy.text) <= _MAX_STORED_CHARS:
+            await self._index.put_list(key, f"{copy.collected_at} {copy.text}", _STALE_LIST_TTL_S)
+        return copy.text
+
+    async def _find(self, key: str, now: float) -> _Copy | None:
+        """Find the newest copy of a list, in memory or in the index.
+
+        A copy in memory that is recent is not compared with the index, where another worker process
+        may have put a newer one.
+        """
+        copy = self._copies.get(key)
+        if copy is not None and 0 <= now - copy.collected_at < _LIST_TTL_S:
+            return copy
+        stored = _unpack(await self._index.cached_list(key))
+        if stored is None or (copy is not None and copy.collected_at >= stored.collected_at):
+            return copy
+        self._copies[key] = stored
+        return stored
 
 
-def _unpack(row: str | None) -> tuple[float | None, str | None]:
-    """Split a cached list into the time of its request and its text. None for a damaged row."""
-    if row is None:
-        return None, None
-    cached_at, _, text = row.partition(" ")
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A list as the upstream sent it, as text."""
+
+    text: str
+    collected_at: float
+    """When it was complete, in seconds since the epoch."""
+
+
+def _unpack(row: str | None) -> _Copy | None:
+    """Split a row of the index into the time of its request and its text. None if damaged."""
+    collected_at, _, text = (row or "").partition(" ")
     try:
-        return float(cached_at), text
+        return _Copy(text, float(collected_at))
     except ValueError:
-        return None, None
+        return None

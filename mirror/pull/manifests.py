@@ -31,6 +31,7 @@ from mirror.oci.errors import (
     MirrorError,
     NotFound,
     SchemaOneManifest,
+    UpstreamError,
     UpstreamProtocolError,
 )
 from mirror.oci.headers import OCTET_STREAM
@@ -89,7 +90,8 @@ class ManifestService:
 
         Args:
             request: A request of kind ``MANIFEST``.
-            head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD`` upstream.
+            head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD`` upstream,
+                once this upstream has stated right sizes.
 
         Raises:
             ManifestUnknown: The repository does not have the manifest.
@@ -104,7 +106,8 @@ class ManifestService:
         reader = None
         if head:
             _, reader = await self._content.find_whole(request)
-            if reader is None and self._content.may_ask(repository):
+            is_exact = self._content.states_right_sizes(repository, Kind.MANIFEST)
+            if reader is None and is_exact and self._content.may_ask(repository):
                 result = await self._head_by_digest(request)
                 if result is not None:
                     return result
@@ -330,16 +333,25 @@ class ManifestService:
                 head = await self._resolve(request, timeout)
             if cached is not None and cached.digest == head.digest:
                 pull.outcome = Outcome.REVALIDATED
+                self._content.compare_sizes(repository, Kind.MANIFEST, head.size, cached.size)
                 return cached
             assert head.digest is not None
-            if request.head and head.size and head.media_type != OCTET_STREAM:
+            is_exact = self._content.states_right_sizes(repository, Kind.MANIFEST)
+            if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
                 result = await self._find_cached(repository, head.digest)
                 pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
                 return result or ManifestResult(head.digest, head.media_type, head.size, None)
             by_digest = ContentRequest(repository, head.digest, Kind.MANIFEST, pull, request.accept)
-            result = await self.by_digest(by_digest, head=False)
+            try:
+                result = await self.by_digest(by_digest, head=False)
+            except UpstreamError:
+                if not request.head:
+                    raise
+                # The upstream has answered the HEAD. Only the size is not known.
+                return ManifestResult(head.digest, head.media_type, None, None)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
+            self._content.compare_sizes(repository, Kind.MANIFEST, head.size, result.size)
             return result
         except MirrorError as error:
             match freshness.after_failure(error, upstream, has_fallback=has_cached):
@@ -382,7 +394,7 @@ class ManifestService:
             await self._content.put_negative(repository, key, error)
             raise
         assert head.digest is not None
-        access_record = _manifest_record(head.digest, head.media_type, head.size)
+        access_record = _manifest_record(head.digest, head.media_type, None)
         await self._index.put_access_records(repository, [access_record])
         variant = variant_of(accept)
         earlier, cached = await self._find_variant(repository, tag, variant)
@@ -396,7 +408,7 @@ class ManifestService:
 
 def _weight(result: ManifestResult) -> int:
     """Estimate the bytes of memory that a result takes: its body, and its parsed form."""
-    return 1024 + 3 * result.size
+    return 1024 + 3 * (result.size or 0)
 
 
 def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:

@@ -55,7 +55,7 @@ class ContentSource:
     registry: Registry
     request: ContentRequest
     access_record: AccessRecord | None = None
-    """Earlier knowledge of the content there. Its size is used if the upstream states none."""
+    """Earlier knowledge of the content there."""
     avoid: Collection[str] = ()
     """Endpoints that sent wrong bytes for this content before. They are tried last."""
     is_suspect: bool = False

@@ -18,7 +18,8 @@ class ManifestResult:
 
     digest: Digest
     media_type: str
-    size: int
+    size: int | None
+    """Bytes. None for a ``HEAD`` that was sent on to an upstream whose lengths may be wrong."""
     body: bytes | None
     """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
@@ -46,8 +47,9 @@ class RepositoriesResult:
 
 @dataclass(frozen=True, slots=True)
 class TagsResult:
-    """One page of a repository's tags, in order."""
+    """One page of a repository's tags."""
 
-    tags: tuple[str, ...]
+    text: str
+    """The tags, see :mod:`mirror.oci.tag_list`."""
     has_more: bool
     """True if there are tags after this page."""

@@ -133,7 +133,8 @@ class PullService:
 
         Args:
             repository: The repository that the client named.
-            count: Tags on the page at most. None for as many as one page may have.
+            count: Tags on the page at most. None for as many as a client can
+                read at once, about 100,000.
             last: The page starts after this tag. None for the first page.
             pull: Record of the client's request.
 

@@ -56,14 +56,6 @@ class ManifestBody:
     body: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class TagsPage:
-    """Tags of a repository in lexical order. ``more``: the repository has tags after these."""
-
-    tags: tuple[str, ...]
-    has_more: bool
-
-
 class ContentStream(Protocol):
     """An arriving body. Iterate it once, inside the context manager that yielded it."""
 
@@ -105,12 +97,16 @@ class ContentStream(Protocol):
 class Registry(Protocol):
     """One upstream. :func:`mirror.upstream.registries.open_registries` opens and closes it."""
 
+    idle: float
+    """Seconds without data after which a body is given up (``limits.idle``)."""
+
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestHead:
         """Resolve a tag or a digest with ``HEAD``. See "Checking if content exists".
 
-        Registries that meter pulls count ``GET`` of manifests, and not ``HEAD``.
+        Registries that meter pulls count ``GET`` of manifests, and not ``HEAD``. Where a registry
+        refuses ``HEAD``, a ``GET`` of the digest decides, and a tag is not resolved.
 
         Args:
             repository: The repository that has the manifest.
@@ -118,7 +114,8 @@ class Registry(Protocol):
             accept: Media types for ``Accept``. Empty: all manifest types that we know.
 
         Returns:
-            The headers of the manifest.
+            The headers of the manifest. Without a digest, :meth:`get_manifest` has to be called.
+            The size is what the upstream states, which may be wrong.
 
         Raises:
             UpstreamProtocolError: the response names another digest than ``reference``.
@@ -149,12 +146,14 @@ class Registry(Protocol):
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """Check that the upstream serves a blob. See "Checking if content exists".
 
+        Where a registry refuses ``HEAD``, a ``GET`` is sent, and ended after its headers.
+
         Args:
             repository: The repository that must have the blob: the response proves access to it.
             digest: The digest of the blob.
 
         Returns:
-            The size of the blob. None if the upstream did not send it.
+            The size of the blob as the upstream states it, which may be wrong. None if it did not.
 
         Raises:
             BlobUnknown: the repository does not have the blob.
@@ -199,22 +198,21 @@ class Registry(Protocol):
                 another size than ``total``.
         """
 
-    async def list_tags(
-        self, repository: Repository, count: int | None, last: str | None
-    ) -> TagsPage:
-        """List tags. See "Listing Tags". Reads as many pages of the upstream as needed.
+    async def list_tags(self, repository: Repository) -> str:
+        """List all tags. See "Listing Tags". Reads all pages of the upstream, by its own links.
+
+        The upstream may order its tags in any way, such as by age.
 
         Args:
             repository: The repository.
-            count: Largest number of tags to return, at least 1. None: as many as the upstream has,
-                but at most 200 pages of 1,000 tags.
-            last: Return tags after this one only. None: from the first tag on.
 
         Returns:
-            One page of tags.
+            All tags, each one once (see :mod:`mirror.oci.tag_list`).
 
         Raises:
             NameUnknown: the upstream does not have the repository.
+            UpstreamProtocolError: the list is malformed, or has more than 2000 pages or 32 MiB.
+            UpstreamTimeout: the list is not complete after 5 minutes.
         """
 
     async def referrers(
@@ -231,4 +229,7 @@ class Registry(Protocol):
         Returns:
             An image index, with all pages of the upstream merged. A single page is returned as it
             is. None if the upstream does not support the API.
+
+        Raises:
+            UpstreamProtocolError: all pages together are larger than ``MANIFEST_LIMIT``.
         """

@@ -41,6 +41,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from mirror.oci.links import page_target
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
 from mirror.upstream.auth import (
@@ -50,6 +51,7 @@ from mirror.upstream.auth import (
     TokenResponse,
 )
 from mirror.upstream.endpoints import Endpoints, Subject
+from mirror.upstream.failures import ResponseLimit
 from mirror.upstream.outbound import (
     TOKEN_HOSTS,
     Allowed,
@@ -93,7 +95,7 @@ class RegistryRequest:
     query: Mapping[str, str] = field(default_factory=dict)
     page: str | None = None
     """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
-    is_accepted: Callable[[Response], bool] = lambda response: False
+    is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
     """Returns True for a status other than 200 that is no error. By default no status is one."""
     follow_redirects: bool = True
 
@@ -126,8 +128,7 @@ class _Attempt:
     """Whether it is the probe of a half-open circuit."""
     is_repeat: bool
     """Whether the same request was sent to this endpoint before."""
-    deadline: float
-    """Event loop time at which response headers must be in, with tokens and redirects."""
+    limit: ResponseLimit
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
     refusal: MirrorError | None = None
@@ -140,12 +141,8 @@ class _Attempt:
         url = URL(f"{self.policy.repositories_url}{path}", encoded=True).with_query(query)
         target, source, name = str(url), UrlSource.ENDPOINT, "endpoint"
         if self.request.page is not None:
-            target, source, name = self.request.page, UrlSource.NEXT_PAGE, "next page"
-            link, separator, more = target.partition("?")
-            if separator and link.endswith(f"/{path}"):
-                # A page of the same list. A registry that is behind a path does not know that path,
-                # so only the query of its link is used.
-                target = f"{url.raw_path}?{more}"
+            target = page_target(target, self.request.path, self.request.page)
+            source, name = UrlSource.NEXT_PAGE, "next page"
         verdict = check_url(target, source, url, self.policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"{name} refused: {verdict.why}")
@@ -225,7 +222,8 @@ class FailoverClient:
         async with AsyncExitStack() as stack:
             while failures < MAX_ATTEMPTS_PER_REQUEST:
                 attempts_before = attempts
-                for endpoint in self._endpoints.candidates(self._clock(), subject, avoid):
+                candidates = self._endpoints.candidates(self._clock(), subject, avoid)
+                for endpoint in candidates:
                     now = self._clock()
                     if endpoint in refusals or not self._endpoints.may_request(
                         endpoint, now, subject
@@ -236,12 +234,15 @@ class FailoverClient:
                     ):
                         break
                     attempts += 1
+                    is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
+                    # Other requests wait for a probe, and another endpoint may respond at once.
+                    is_urgent = is_probe or endpoint != candidates[-1]
                     attempt = _Attempt(
                         self._policies[endpoint],
                         request,
-                        is_probe=self._endpoints.circuits[endpoint].begin_request(subject),
+                        is_probe=is_probe,
                         is_repeat=endpoint in tried,
-                        deadline=self._transport.response_deadline(),
+                        limit=self._transport.response_limit(request.kind, is_urgent=is_urgent),
                     )
                     tried.add(endpoint)
                     try:
@@ -289,8 +290,8 @@ class FailoverClient:
             page=policy.api_url,
             is_accepted=lambda response: response.http.status not in _ACCESS_REFUSED,
         )
-        deadline = self._transport.response_deadline()
-        attempt = _Attempt(policy, request, is_probe=False, is_repeat=False, deadline=deadline)
+        limit = self._transport.response_limit()
+        attempt = _Attempt(policy, request, is_probe=False, is_repeat=False, limit=limit)
         async with self._run_attempt(attempt) as response:
             return response.http.status, response.http.headers.get(hdrs.CONTENT_TYPE)
 
@@ -315,14 +316,14 @@ class FailoverClient:
         async with AsyncExitStack() as stack:
             try:
                 response = await self._send_authorized(stack, attempt)
-                if response.http.status != 200 and not attempt.request.is_accepted(response):
-                    raise attempt.refusal or await error_of(response, attempt.request.kind)
                 accepted = AcceptedResponse(
                     response.http,
                     response.is_cross_origin,
                     str(attempt.policy.endpoint),
                     report_success=partial(self._record_outcome, attempt, None),
                 )
+                if response.http.status != 200 and not attempt.request.is_accepted(accepted):
+                    raise attempt.refusal or await error_of(response, attempt.request.kind)
                 if response.is_cross_origin:
                     # The body comes from a storage behind the endpoint, which has done its part.
                     accepted.report_success()
@@ -342,7 +343,7 @@ class FailoverClient:
         """
         url = attempt.url()
         negotiation = Negotiation(self._auth, attempt.policy, attempt.request.repository)
-        async with _token_deadline(attempt.deadline):
+        async with _token_deadline(attempt.limit.deadline):
             header: str | None = await negotiation.first()
         while True:
             response = await self._exchange(stack, attempt, url, header or "")
@@ -350,7 +351,7 @@ class FailoverClient:
                 negotiation.accept()
                 return response
             challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-            async with _token_deadline(attempt.deadline):
+            async with _token_deadline(attempt.limit.deadline):
                 header = await negotiation.next(challenges)
             if header is None:
                 if response.http.status == 401:
@@ -379,7 +380,7 @@ class FailoverClient:
             headers,
             attempt.policy,
             follow_redirects=request.follow_redirects,
-            deadline=attempt.deadline,
+            limit=attempt.limit,
         )
         started_at, status, message = self._clock(), 0, ""
         try:
@@ -440,6 +441,7 @@ class FailoverClient:
         It runs in a task of its own, so it has a deadline of its own, for its body as well. A
         failure is not one of the endpoint: other repositories may need no token.
         """
+        limit = self._transport.response_limit()
         exchange = self._transport.exchange(
             method,
             url,
@@ -447,10 +449,11 @@ class FailoverClient:
             Policy(url.origin(), upstream=self._name),
             follow_redirects=False,
             form=form,
+            limit=limit,
             addresses=realm_rule(url, self._endpoints.urls),
         )
         try:
-            async with _token_deadline(self._transport.response_deadline()), exchange as response:
+            async with _token_deadline(limit.deadline), exchange as response:
                 body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
                 return TokenResponse(response.http.status, body, retry_after_of(response.http))
         except UpstreamUnavailable as error:

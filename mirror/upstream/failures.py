@@ -64,6 +64,18 @@ _VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]" + _TIME + _TIME)
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseLimit:
+    """The time limit of one response: until its headers are in, with tokens and redirects."""
+
+    deadline: float
+    """Event loop time."""
+    name: str
+    """Key below ``limits``, whose value was added to that of ``connect``."""
+    seconds: float
+    """The sum of both."""
+
+
+@dataclass(frozen=True, slots=True)
 class Hop:
     """One request of an exchange that failed."""
 
@@ -71,6 +83,7 @@ class Hop:
     proxy: Proxy | None
     policy: Policy
     limits: Limits
+    response_limit: ResponseLimit
     is_looking_up: bool = False
     """Whether the name of the host is still being looked up."""
     certificate: bytes = b""
@@ -127,7 +140,8 @@ def _timeout_cause(error: TimeoutError, hop: Hop) -> str:
         return f"no connection within {limits.connect:g} s ({key}.connect)"
     if isinstance(error, aiohttp.SocketTimeoutError):
         return f"sent nothing for {limits.idle:g} s ({key}.idle)"
-    total = f"{limits.connect + limits.headers:g} s ({key}.connect and {key}.headers)"
+    response = hop.response_limit
+    total = f"{response.seconds:g} s ({key}.connect and {key}.{response.name})"
     if hop.is_looking_up:
         return f"no name server has found its address within {total}"
     return f"sent no response within {total}"

@@ -6,16 +6,18 @@ and bodies, pagination. Must not know: endpoints, tokens, retries, the store, ou
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final
 
 from aiohttp import hdrs
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
+from mirror.oci import tag_list
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     DOCKER_SCHEMA1_SIGNED,
@@ -25,9 +27,15 @@ from mirror.oci.descriptor import (
     payload_of,
     referrers_index,
 )
-from mirror.oci.errors import DigestInvalid, MirrorError, NotFound, UpstreamProtocolError
+from mirror.oci.errors import (
+    Denied,
+    DigestInvalid,
+    NotFound,
+    Unauthorized,
+    UpstreamError,
+    UpstreamProtocolError,
+)
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, parse_content_range
-from mirror.oci.links import next_link
 from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
@@ -35,20 +43,20 @@ from mirror.upstream.api import (
     ContentStream,
     ManifestBody,
     ManifestHead,
-    TagsPage,
 )
 from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
+from mirror.upstream.paging import collect_pages
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
-_MAX_TAG_LIST_BYTES: Final = 8 * 1024 * 1024
-"""Largest page of tags, in bytes. It bounds the memory that an upstream can make us use."""
-_MAX_TAGS: Final = 100_000
-"""Tags of one page at most: an upstream may ignore ``n`` and send all of them."""
-_MAX_PAGES: Final = 200
-"""Pages that are followed for one request, so that pages without an end do end."""
+_MAX_TAG_PAGE_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of one page of tags at most: an upstream may ignore ``n`` and send all of them, and gcr.io
+sends 300 bytes for each manifest beside them. Parsing as many bytes takes 0.2 s in a thread."""
+_MAX_TAG_LIST_BYTES: Final = 32 * 1024 * 1024
+"""Bytes of all tags of a repository at most: a million tags of 32 characters."""
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
-_HEAD_REFUSED: Final = frozenset({401, 403, 405, 501})
+_BELIEVED_OF_HEAD: Final = frozenset({408, 429, 502, 503, 504})
+"""Statuses that a ``GET`` would get as well: the upstream is busy, or cannot be reached."""
 
 
 class HttpRegistry:
@@ -67,6 +75,9 @@ class HttpRegistry:
         self._client = client
         self._limits = limits
         self._emit = emit
+        self.idle = limits.idle
+        self._answered_heads: set[tuple[str, Kind]] = set()
+        """(URL of an endpoint, kind of content) for which a ``HEAD`` got a 200."""
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
@@ -74,19 +85,64 @@ class HttpRegistry:
         """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
         path = f"manifests/{reference}"
-        request = RegistryRequest("HEAD", repository, path, Kind.MANIFEST, headers)
-        async with self._client.send(request) as response:
-            received = response.http.headers
-            digest = digest_of(received)
-            if isinstance(reference, Digest):
-                _refuse_page(received)
-                # A registry may name its own digest of the content, by another algorithm.
-                is_comparable = digest is not None and digest.algorithm == reference.algorithm
-                if is_comparable and digest != reference:
-                    raise UpstreamProtocolError("the response is for another digest")
-                digest = reference
-            media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
-            return ManifestHead(digest, media_type, length_of(received))
+        received = await self._head(repository, path, Kind.MANIFEST, headers)
+        if received is None:
+            if isinstance(reference, Tag):
+                return ManifestHead(None, OCTET_STREAM, None)
+            get = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
+            async with self._client.send(get) as response:
+                received = response.http.headers
+        digest = digest_of(received)
+        if isinstance(reference, Digest):
+            _refuse_page(received)
+            # A registry may name its own digest of the content, by another algorithm.
+            is_comparable = digest is not None and digest.algorithm == reference.algorithm
+            if is_comparable and digest != reference:
+                raise UpstreamProtocolError("the response is for another digest")
+            digest = reference
+        media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
+        # No manifest is empty. Some registries state the length of the empty body of a HEAD.
+        return ManifestHead(digest, media_type, length_of(received) or None)
+
+    async def _head(
+        self,
+        repository: Repository,
+        path: str,
+        kind: Kind,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> Mapping[str, str] | None:
+        """Send a ``HEAD``. Returns its header fields, or None if a ``GET`` has to decide.
+
+        Registries refuse ``HEAD`` where they would answer a ``GET``: with 405 or 501, with 400, 401
+        or 403 (public ECR), with a 404, with a 500. Signed URLs refuse it too (GHCR, GitLab), each
+        in its own way. So only these responses are believed: a 404 of an endpoint that has answered
+        such a ``HEAD`` with 200 before; a 429; and a 408, 502, 503 or 504, which would be the
+        response to a ``GET``, too.
+        """
+        has_doubt = False
+
+        def may_be_wrong(response: AcceptedResponse) -> bool:
+            nonlocal has_doubt
+            status, is_elsewhere = response.http.status, response.is_cross_origin
+            if status == 404 and (kind is Kind.MANIFEST or not is_elsewhere):
+                is_believed = (response.endpoint, kind) in self._answered_heads
+            else:
+                is_believed = status in _BELIEVED_OF_HEAD and not is_elsewhere
+            has_doubt = has_doubt or not is_believed
+            # After a 4xx, another endpoint may answer the HEAD. A 5xx would be tried again.
+            return not is_believed and (is_elsewhere or status >= 500)
+
+        request = RegistryRequest("HEAD", repository, path, kind, headers, is_accepted=may_be_wrong)
+        try:
+            async with self._client.send(request) as response:
+                if response.http.status != 200:
+                    return None
+                self._answered_heads.add((response.endpoint, kind))
+                return response.http.headers
+        except (NotFound, Denied, Unauthorized, UpstreamError):
+            if not has_doubt:
+                raise
+            return None
 
     async def get_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
@@ -104,25 +160,15 @@ class HttpRegistry:
             return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
-        """See :meth:`mirror.upstream.api.Registry.head_blob`.
-
-        Signed URLs refuse ``HEAD`` (GHCR, GitLab), each in its own way, and so do some registries
-        (public ECR). Then a ``GET`` is sent, and ended after its headers.
-        """
-
-        def is_accepted(response: Response) -> bool:
-            return response.is_cross_origin or response.http.status in _HEAD_REFUSED
-
+        """See :meth:`mirror.upstream.api.Registry.head_blob`."""
         path = f"blobs/{digest}"
-        head = RegistryRequest("HEAD", repository, path, Kind.BLOB, is_accepted=is_accepted)
-        async with self._client.send(head) as response:
-            if response.http.status == 200:
-                _refuse_page(response.http.headers)
-                return length_of(response.http.headers)
-        get = RegistryRequest("GET", repository, path, Kind.BLOB)
-        async with self._client.send(get) as response:
-            _refuse_page(response.http.headers)
-            return length_of(response.http.headers)
+        received = await self._head(repository, path, Kind.BLOB)
+        if received is None:
+            get = RegistryRequest("GET", repository, path, Kind.BLOB)
+            async with self._client.send(get) as response:
+                received = response.http.headers
+        _refuse_page(received)
+        return length_of(received)
 
     @asynccontextmanager
     async def open(
@@ -167,71 +213,54 @@ class HttpRegistry:
     def _report_bytes(self, count: int) -> None:
         self._emit(BytesFetched(self._name, count))
 
-    async def list_tags(
-        self, repository: Repository, count: int | None, last: str | None
-    ) -> TagsPage:
+    async def list_tags(self, repository: Repository) -> str:
         """See :meth:`mirror.upstream.api.Registry.list_tags`."""
-        limit = count if count is not None else _MAX_PAGES * _TAGS_PER_PAGE
-        query: dict[str, str] = {"n": str(min(limit, _TAGS_PER_PAGE))}
-        if last is not None:
-            query["last"] = last
-        tags: set[str] = set()
-        has_more = True
-        page: str | None = None
-        seen_pages: set[str] = set()
-        while has_more and len(tags) < limit and len(seen_pages) < _MAX_PAGES:
-            request = RegistryRequest(
-                "GET", repository, "tags/list", Kind.TAGS, query=query, page=page
-            )
-            async with self._client.send(request) as response:
-                body = await read_body(response.http, _MAX_TAG_LIST_BYTES)
-                tags |= await parse_in_thread_if_large(_tags_after, body, last)
-                page = next_link(response.http.headers.getall(hdrs.LINK, ()))
-                # A link to an earlier page would be followed for ever.
-                has_more = page is not None and page not in seen_pages
-                seen_pages.add(page or "")
-        ordered = await run_in_thread(sorted, tags)
-        return TagsPage(tuple(ordered[:limit]), has_more or len(ordered) > limit)
+        request = RegistryRequest("GET", repository, "tags/list", Kind.TAGS)
+        size = {"n": str(_TAGS_PER_PAGE)}
+        pages = await self._collect_tags(
+            replace(request, query=size, is_accepted=_refuses_page_size)
+        )
+        if pages is None:
+            pages = await self._collect_tags(request)
+        return await run_in_thread(tag_list.join_pages, pages or ())
+
+    async def _collect_tags(self, request: RegistryRequest) -> list[str] | None:
+        return await collect_pages(
+            self._client,
+            request,
+            tag_list.parse_page,
+            is_page=lambda response: response.http.status == 200,
+            max_page_bytes=_MAX_TAG_PAGE_BYTES,
+            max_bytes=_MAX_TAG_LIST_BYTES,
+        )
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None
     ) -> ManifestBody | None:
         """See :meth:`mirror.upstream.api.Registry.referrers`."""
-        query = {"artifactType": artifact_type} if artifact_type else {}
-        entries: list[Any] = []
-        page: str | None = None
-        seen_pages: set[str] = set()
-        size = 0
-        while len(seen_pages) < _MAX_PAGES:
-            request = RegistryRequest(
-                "GET",
-                repository,
-                f"referrers/{digest}",
-                Kind.REFERRERS,
-                {"Accept": OCI_INDEX},
-                query=query,
-                page=page,
-                follow_redirects=False,
+        request = RegistryRequest(
+            "GET",
+            repository,
+            f"referrers/{digest}",
+            Kind.REFERRERS,
+            {"Accept": OCI_INDEX},
+            query={"artifactType": artifact_type} if artifact_type else {},
+            follow_redirects=False,
+        )
+        try:
+            pages = await collect_pages(
+                self._client,
+                request,
+                bytes,
+                is_page=_is_referrers_page,
+                max_page_bytes=MANIFEST_LIMIT,
+                max_bytes=MANIFEST_LIMIT,
             )
-            try:
-                async with self._client.send(request) as response:
-                    received = response.http.headers
-                    if media_type_of(received.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
-                        return None
-                    body = await read_body(response.http, MANIFEST_LIMIT)
-                    page = next_link(received.getall(hdrs.LINK, ()))
-            except NotFound:
-                return None  # No endpoint has this API.
-            size += len(body)
-            if not entries and page is None:
-                return ManifestBody(Digest.of(body), OCI_INDEX, body)
-            if size > MANIFEST_LIMIT:
-                break  # The merged index would be larger than a manifest may be.
-            entries += await parse_in_thread_if_large(parse_referrers, body)
-            if page is None or page in seen_pages:
-                break
-            seen_pages.add(page)
-        body = await run_in_thread(referrers_index, entries)
+        except NotFound:
+            return None  # No endpoint has this API.
+        if pages is None:
+            return None
+        body = pages[0] if len(pages) == 1 else await run_in_thread(_merge_referrers, pages)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 
@@ -363,23 +392,16 @@ def length_of(headers: Mapping[str, str]) -> int | None:
     return int(value) if re.fullmatch(r"[0-9]{1,18}", value) and not is_chunked else None
 
 
-def parse_tags(body: bytes) -> list[str]:
-    """Return the tags of a ``tags/list`` response, without names outside the grammar.
-
-    See "Listing Tags". Raises ``UpstreamProtocolError`` for a malformed document.
-    """
-    try:
-        names = json.loads(body).get("tags") or []
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UpstreamProtocolError("the tag list is malformed") from error
-    if not isinstance(names, list):
-        raise UpstreamProtocolError("the tag list is malformed")
-    tags = []
-    for name in names[:_MAX_TAGS]:
-        with suppress(MirrorError, TypeError):
-            tags.append(Tag.parse(name).name)
-    return tags
+def _refuses_page_size(response: AcceptedResponse) -> bool:
+    """Return whether an upstream refuses our ``n``. It is asked without ``n`` then."""
+    return response.http.status == 400
 
 
-def _tags_after(body: bytes, last: str | None) -> set[str]:
-    return {name for name in parse_tags(body) if last is None or name > last}
+def _is_referrers_page(response: AcceptedResponse) -> bool:
+    media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
+    return response.http.status == 200 and media_type == OCI_INDEX
+
+
+def _merge_referrers(pages: Sequence[bytes]) -> bytes:
+    """Join referrers indexes to one. Raises ``ManifestInvalid``."""
+    return referrers_index([entry for body in pages for entry in parse_referrers(body)])

@@ -24,9 +24,10 @@ from aiohttp import hdrs
 from yarl import URL
 
 from mirror.config.settings import Limits, Upstream
+from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.upstream.connections import Resolver, tls_context
-from mirror.upstream.failures import Hop, connection_error, has_wrong_time
+from mirror.upstream.failures import Hop, ResponseLimit, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
     CONFIGURED,
     MAX_REDIRECTS,
@@ -151,8 +152,12 @@ class Transport:
             auto_decompress=False,
             requote_redirect_url=False,
             headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
+            # `connect` limits names and the wait for a free connection, too. Until the headers are
+            # in, `ResponseLimit` applies, and then `limits.idle` (see `_send`).
             timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._limits.connect, sock_read=self._limits.idle
+                total=None,
+                connect=self._limits.connect + self._limits.headers,
+                sock_connect=self._limits.connect,
             ),
             read_bufsize=_READ_BUFFER_BYTES,
             max_line_size=_MAX_HEADER_BYTES,
@@ -161,10 +166,21 @@ class Transport:
             trust_env=False,
         )
 
-    def response_deadline(self) -> float:
-        """Return the deadline of a response that is requested now, in event loop time."""
-        limit = self._limits.connect + self._limits.headers
-        return asyncio.get_running_loop().time() + limit
+    def response_limit(self, kind: Kind | None = None, *, is_urgent: bool = False) -> ResponseLimit:
+        """Return the time limit of a response that is requested now.
+
+        A blob may come late: an upstream that is a cache itself may have to fetch it first.
+
+        Args:
+            kind: The kind of the requested object. None: a token.
+            is_urgent: Another request waits for the outcome, so a blob gets the limit of the other
+                kinds.
+        """
+        limits, name = self._limits, "headers"
+        if kind is Kind.BLOB and not is_urgent:
+            name = "first_byte"
+        seconds = limits.connect + getattr(limits, name)
+        return ResponseLimit(asyncio.get_running_loop().time() + seconds, name, seconds)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -181,7 +197,7 @@ class Transport:
         *,
         follow_redirects: bool = True,
         form: Mapping[str, str] | None = None,
-        deadline: float | None = None,
+        limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
     ) -> AsyncIterator[Response]:
         """Send a request, follow its redirects, and yield the response once its headers are in.
@@ -196,24 +212,22 @@ class Transport:
             policy: Rules for redirects.
             follow_redirects: False: a redirect is the response.
             form: Fields of a form body. None: no body.
-            deadline: Event loop time at which the headers must be in, with all redirects. None: see
-                :meth:`response_deadline`.
+            limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
 
         Raises:
-            UpstreamTimeout: the deadline has passed.
+            UpstreamTimeout: the time limit has run out, or that of the connection.
             UpstreamUnavailable: no connection, or no valid response.
             UpstreamProtocolError: too many redirects.
             OutboundRefused: the guard refused a redirect, or the address of a host.
         """
         request_headers = dict(headers)
         is_cross_origin = False
-        deadline = self.response_deadline() if deadline is None else deadline
         target = Allowed(url, is_same_origin=True, addresses=addresses)
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 response = await self._send(
-                    method, target, policy, deadline, headers=request_headers, data=form
+                    method, target, policy, limit, headers=request_headers, data=form
                 )
             except errors.UpstreamUnavailable as error:
                 if is_cross_origin:
@@ -250,7 +264,7 @@ class Transport:
         method: str,
         target: Allowed,
         policy: Policy,
-        deadline: float,
+        limit: ResponseLimit,
         *,
         headers: Mapping[str, str],
         data: Mapping[str, str] | None,
@@ -267,8 +281,13 @@ class Transport:
                 headers = {**headers, **proxy.headers}
         session = self._session(addresses, is_own=target.is_same_origin)
         try:
-            async with asyncio.timeout_at(deadline):
-                return await _request(session, method, url, proxy, headers=headers, data=data)
+            async with asyncio.timeout_at(limit.deadline):
+                response = await _request(session, method, url, proxy, headers=headers, data=data)
+            connection = response.connection
+            if connection is not None and connection.protocol is not None:
+                connection.protocol.read_timeout = self._limits.idle
+                connection.protocol.start_timeout()
+            return response
         except (aiohttp.ClientError, OSError, ValueError) as error:
             os_error = getattr(error, "os_error", error)
             if isinstance(os_error, AddressRefused):
@@ -279,6 +298,7 @@ class Transport:
                 proxy,
                 policy,
                 self._limits,
+                limit,
                 is_looking_up=self._resolver.is_looking_up(url.host or ""),
                 certificate=await self._expired_certificate(session, url, proxy, error),
             )

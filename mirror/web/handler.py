@@ -34,6 +34,7 @@ from mirror.observability.events import (
     RequestStarted,
 )
 from mirror.observability.logs import server_timing
+from mirror.oci import tag_list
 from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.errors import (
@@ -227,7 +228,7 @@ class Handler:
             case paths.BlobRequest():
                 return await self._send_blob(parsed, request, pull)
             case paths.TagsRequest():
-                return await self._send_tags(parsed, pull)
+                return await self._send_tags(parsed, request, pull)
             case paths.ReferrersRequest():
                 return await self._send_referrers(parsed, request, pull)
             case paths.RepositoriesRequest():
@@ -302,17 +303,20 @@ class Handler:
         return response
 
     async def _send_tags(
-        self, parsed: paths.TagsRequest, pull: RequestRecord
+        self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         _record_request(pull, Kind.TAGS, parsed, "")
         result = await self._service.tags(parsed.repository, parsed.count, parsed.last, pull)
         name = parsed.prefix + parsed.repository.path
-        page = {"name": name, "tags": list(result.tags)}
-        response = _build_json_response(json.dumps(page).encode(), pull)
-        if result.has_more and result.tags:
-            query = {"n": parsed.count, "last": result.tags[-1], "ns": parsed.ns}
-            response.headers["Link"] = build_next(f"/v2/{name}/tags/list", query)
-        return response
+        headers = {"Content-Type": "application/json", **common_headers(pull)}
+        if result.has_more:
+            # A relative link lets a proxy add a prefix to our paths. But skopeo and podman, which
+            # send no `n`, follow an absolute path only.
+            path = f"/v2/{name}/tags/list" if parsed.count is None else "list"
+            last = result.text.rpartition("\n")[2]
+            headers["Link"] = build_next(path, {"n": parsed.count, "last": last, "ns": parsed.ns})
+        length, pieces = tag_list.encode(name, result.text)
+        return await Sender(request, pull, self._emit).send_pieces(headers, length, pieces)
 
     async def _send_referrers(
         self, parsed: paths.ReferrersRequest, request: web.BaseRequest, pull: RequestRecord

@@ -14,8 +14,8 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from email.utils import formatdate
 from functools import lru_cache
@@ -199,21 +199,57 @@ class Sender:
         if not has_length and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
         socket_sendfile = self._open_sendfile() if has_length and len(parts) == 1 else None
-        try:
-            with socket_sendfile or nullcontext(), self._pull.stage("send"):
-                self._pull.status = status
-                async with abort_stalled_client(self._request.transport, CLIENT_STALL_TIMEOUT_S):
-                    await response.prepare(self._request)
-                    for delimiter, start, stop in parts:
-                        if delimiter:
-                            await response.write(delimiter)
-                        await self._send_span(response, body.source, start, stop, socket_sendfile)
-                    await response.write_eof()
-            self._pull.is_complete = True
-        except BaseException:
-            abort_connection(self._request.transport, with_reset=not has_length)
-            raise
+        with socket_sendfile or nullcontext():
+            async with self._sending(response):
+                for delimiter, start, stop in parts:
+                    if delimiter:
+                        await response.write(delimiter)
+                    await self._send_span(response, body.source, start, stop, socket_sendfile)
         return response
+
+    async def send_pieces(
+        self, headers: dict[str, str], length: int, pieces: Iterable[bytes]
+    ) -> web.StreamResponse:
+        """Send a 200 response that is computed while it is sent.
+
+        Args:
+            headers: All header fields but ``Content-Length``.
+            length: Bytes of all ``pieces``.
+            pieces: The body. The next piece is taken once the client has room for it.
+
+        Raises:
+            ConnectionError: The client has left.
+            TimeoutError: The client has stopped to read. The connection has been aborted.
+        """
+        response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
+        async with self._sending(response):
+            if self._request.method != "HEAD":
+                for piece in pieces:
+                    await response.write(piece)
+                    self._record_sent(len(piece))
+                    # Writing to a fast client never waits. Other clients get their turn here.
+                    await asyncio.sleep(0)
+        return response
+
+    @asynccontextmanager
+    async def _sending(self, response: web.StreamResponse) -> AsyncIterator[None]:
+        """Send the header before the block, and end the response after it.
+
+        A failure aborts the connection.
+        """
+        request, pull = self._request, self._pull
+        has_length = "Content-Length" in response.headers
+        try:
+            with pull.stage("send"):
+                pull.status = response.status
+                async with abort_stalled_client(request.transport, CLIENT_STALL_TIMEOUT_S):
+                    await response.prepare(request)
+                    yield
+                    await response.write_eof()
+            pull.is_complete = True
+        except BaseException:
+            abort_connection(request.transport, with_reset=not has_length)
+            raise
 
     def _open_sendfile(self) -> SocketSendfile | None:
         """Return None on a TLS connection: the kernel cannot encrypt the file.

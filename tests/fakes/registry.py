@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 from urllib.parse import parse_qs, unquote
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
@@ -93,6 +93,13 @@ class FakeRegistry:
         self.blobs: dict[tuple[str, str], bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[bytes, str]] = {}
         self.tags: dict[tuple[str, str], str] = {}
+        self.tag_key: Callable[[str], Any] = str
+        """Key of the order in which tags are listed."""
+        self.tag_cursors = False
+        """Whether ``Link`` has an opaque cursor in place of ``last``."""
+        self.max_page_tags = 1000
+        self.link_base = "/v2"
+        """What ``Link`` has in front of the repository, such as ``http://internal:5000/v2``."""
         self.referring: dict[str, bytes] = {}
         self.referrers_api = True
         self.base = ""
@@ -381,17 +388,21 @@ class FakeRegistry:
         return 404, {}, b""
 
     def _tags(self, repository: str, seen: ReceivedRequest) -> tuple[int, dict[str, str], bytes]:
-        names = sorted(tag for name, tag in self.tags if name == repository)
+        names = sorted((tag for name, tag in self.tags if name == repository), key=self.tag_key)
         if not names:
             return 404, {}, b'{"errors":[{"code":"NAME_UNKNOWN"}]}'
-        count = int(seen.query.get("n", ["1000"])[0])
-        last = seen.query.get("last", [""])[0]
-        after = [name for name in names if name > last]
+        count = min(int(seen.query.get("n", ["1000"])[0]), self.max_page_tags)
+        start = int(seen.query.get("cursor", ["0"])[0])
+        if "last" in seen.query:
+            last = self.tag_key(seen.query["last"][0])
+            start = sum(1 for name in names if self.tag_key(name) <= last)
+        stop = start + count
         headers = {"Content-Type": "application/json"}
-        if len(after) > count:
-            target = f"/v2/{repository}/tags/list?n={count}&last={after[count - 1]}"
+        if stop < len(names):
+            after = f"cursor={stop}" if self.tag_cursors else f"last={names[stop - 1]}"
+            target = f"{self.link_base}/{repository}/tags/list?n={count}&{after}"
             headers["Link"] = f'<{target}>; rel="next"'
-        body = json.dumps({"name": repository, "tags": after[:count]}).encode()
+        body = json.dumps({"name": repository, "tags": names[start:stop]}).encode()
         return 200, headers, body
 
 

@@ -18,7 +18,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
 from mirror.threads import run_in_thread
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.kit import fill
 from tests.server_kit import running
 from tests.slow_callbacks import Watch
@@ -97,13 +97,16 @@ async def test_manifests_of_the_largest_size_do_not_block_the_loop(
 
 @pytest.mark.row("R5-slow-callbacks")
 async def test_lists_of_the_largest_size_do_not_block_the_loop(tmp_path: Path) -> None:
-    """10,000 tags are one page. 100,000 referrers are more than one response may have."""
+    """100,000 referrers are more than one response may have."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(b"layer")
-        for number in range(10_000):
-            fake.tags["library/app", f"v{number:05}"] = str(digest)
-        _, _, got = await server.get(f"{server.url}/v2/library/app/tags/list")
-        assert len(json.loads(got)["tags"]) == 10_000
+        body = b'{"tags":["%b"]}' % await run_in_thread(
+            lambda: b'","'.join(b"v%07d" % n for n in range(1_000_000))
+        )
+        fake.fault("tags/list", Fault(body=body))
+        for query in ("", "?n=10000", "?n=10000&last=v0500000"):
+            _, _, got = await server.get(f"{server.url}/v2/library/app/tags/list{query}")
+            assert got.count(b'"v0') == (10_000 if query else 2_000_000 // 9)
         index: dict[str, object] = {"schemaVersion": 2, "mediaType": OCI_INDEX}
         url = f"{server.url}/v2/library/app/referrers"
         most = fake.referring[str(digest)] = largest_document(index, "manifests")

@@ -35,7 +35,7 @@ from mirror.pull.requests import ContentRequest
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead, TagsPage
+from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead
 from tests.unit.store.kit import read
 
 REPO = Repository("docker.io", "library/app")
@@ -91,6 +91,7 @@ class MemoryRegistry:
     gate: asyncio.Event | None = None
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
+    idle: float = 30.0
 
     # --- content, for the tests---------------------------------------------------------------
 
@@ -223,16 +224,12 @@ class MemoryRegistry:
             change(stream)
         yield stream
 
-    async def list_tags(
-        self, repository: Repository, count: int | None, last: str | None
-    ) -> TagsPage:
+    async def list_tags(self, repository: Repository) -> str:
         self._call("list_tags")
         names = sorted(tag for path, tag in self.tags if path == repository.path)
         if not names:
             raise NameUnknown("no such repository")
-        after = [name for name in names if last is None or name > last]
-        page = after if count is None else after[:count]
-        return TagsPage(tuple(page), len(after) > len(page))
+        return "\n".join(names)
 
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None

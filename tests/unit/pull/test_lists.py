@@ -32,7 +32,7 @@ async def tags(
 ) -> tuple[tuple[str, ...], bool, Outcome]:
     pull = a_pull()
     result = await kit.service.tags(REPO, count, last, pull)
-    return result.tags, result.has_more, pull.outcome
+    return tuple(result.text.split()), result.has_more, pull.outcome
 
 
 async def referrers(kit: PullKit, artifact_type: str | None = None) -> list[dict[str, Any]]:
@@ -54,21 +54,94 @@ def referring(*kinds: str) -> dict[str, object]:
 # --- tags ---------------------------------------------------------------------------------------
 
 
-async def test_tags_are_paged_to_the_end(tmp_path: Path) -> None:
+async def test_tags_are_paged_to_the_end_from_one_copy(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         names = [f"v{n}" for n in range(5)]
         for name in names:
             kit.registry.add_image(REPO.path, name, name.encode())
         assert await tags(kit, 2) == (("v0", "v1"), True, Outcome.MISS)
-        assert await tags(kit, 2, "v1") == (("v2", "v3"), True, Outcome.MISS)
-        assert await tags(kit, 2, "v3") == (("v4",), False, Outcome.MISS)
-        assert await tags(kit, 2, "v4") == ((), False, Outcome.MISS)
+        assert await tags(kit, 2, "v1") == (("v2", "v3"), True, Outcome.HIT)
+        assert await tags(kit, 2, "v3") == (("v4",), False, Outcome.HIT)
+        assert await tags(kit, 2, "v4") == ((), False, Outcome.HIT)
         assert await tags(kit, 0) == ((), False, Outcome.HIT)
-        assert await tags(kit) == (tuple(names), False, Outcome.MISS)
+        assert await tags(kit) == (tuple(names), False, Outcome.HIT)
+        assert await tags(kit, None, "v2") == (("v3", "v4"), False, Outcome.HIT)
         # a count above the limit is the page of the limit
         assert await tags(kit, 999_999_999) == (tuple(names), False, Outcome.HIT)
-        assert kit.registry.calls["list_tags"] == 5
+        assert kit.registry.calls["list_tags"] == 1
         assert MAX_PAGE_TAGS < 999_999_999
+
+
+@pytest.mark.row("FC1-page-order")
+@pytest.mark.parametrize("settings", [{"tag_ttl": 0.0}, {"pull_policy": "Always"}])
+async def test_further_pages_are_cut_from_the_copy_of_the_first_for_a_minute(
+    tmp_path: Path, settings: dict[str, object]
+) -> None:
+    async with pull_kit(tmp_path, upstream=upstream(**settings)) as kit:
+        for name in ("a", "b", "c"):
+            kit.registry.add_image(REPO.path, name, name.encode())
+        assert await tags(kit, 1) == (("a",), True, Outcome.MISS)
+        assert await tags(kit, 1, "a") == (("b",), True, Outcome.HIT)
+        kit.clock[0] += 61
+        assert await tags(kit, 1, "b") == (("c",), False, Outcome.REVALIDATED)
+        assert await tags(kit, 1) == (("a",), True, Outcome.REVALIDATED), (
+            "a first page is asked for"
+        )
+        kit.clock[0] -= 30
+        assert (await tags(kit, 1, "a"))[2] is Outcome.REVALIDATED, "the clock was set back"
+
+
+@pytest.mark.row("FC1-page-order")
+async def test_collected_list_is_kept_when_its_clients_have_stopped_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.freshness.CONFIRM_TIMEOUT_S", 0.05)
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=10.0)) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await tags(kit)
+        kit.registry.add_image(REPO.path, "b", b"b")
+        kit.clock[0] += 11
+        real, slow = kit.registry.list_tags, asyncio.Event()
+
+        async def slowly(*arguments: Any) -> str:
+            await slow.wait()
+            return await real(*arguments)
+
+        monkeypatch.setattr(kit.registry, "list_tags", slowly)
+        assert await tags(kit) == (("a",), False, Outcome.STALE)
+        slow.set()
+        while len(kit.single_flight):  # noqa: ASYNC110 - the end of a task has no event here
+            await asyncio.sleep(0)
+        assert await tags(kit) == (("a", "b"), False, Outcome.HIT)
+
+
+@pytest.mark.row("FC1-page-order")
+async def test_list_of_another_worker_process_is_served_from_the_index(tmp_path: Path) -> None:
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, "a", b"a")
+        await tags(kit)
+        kit.clock[0] += 100
+        now = kit.clock[0]
+        await kit.store.index.put_list(f"tags {REPO}", f"{now} a\nb", 1000.0)
+        assert await tags(kit) == (("a", "b"), False, Outcome.HIT)
+        await kit.store.index.put_list(f"tags {REPO}", f"{now + 1} a\nb\nc", 1000.0)
+        assert await tags(kit) == (("a", "b"), False, Outcome.HIT), "from memory, for a minute"
+
+
+@pytest.mark.row("FC1-page-order")
+async def test_list_above_the_limit_of_the_index_stays_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.lists._MAX_STORED_CHARS", 4)
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=10.0)) as kit:
+        for name in ("aa", "bb"):
+            kit.registry.add_image(REPO.path, name, name.encode())
+        await tags(kit)
+        assert await kit.store.index.cached_list(f"tags {REPO}") is None
+        assert (await tags(kit))[2] is Outcome.HIT
+        kit.registry.failure = DOWN
+        kit.clock[0] += 3600
+        assert await tags(kit) == (("aa", "bb"), False, Outcome.STALE)
 
 
 async def test_list_is_fresh_for_a_minute_or_for_a_shorter_tag_ttl(tmp_path: Path) -> None:
@@ -114,13 +187,11 @@ async def test_cached_list_is_served_stale_for_failures_and_not_for_401_403_404(
         kit.registry.failure = error
         if error is DOWN:
             pull = a_pull()
-            assert (await kit.service.tags(REPO, None, None, pull)).tags == ("a",)
+            assert (await kit.service.tags(REPO, None, None, pull)).text == "a"
             assert (pull.outcome, pull.warning) == (Outcome.STALE, "down")
         else:
             with pytest.raises(type(error)):
                 await tags(kit)
-        with pytest.raises(MirrorError):
-            await tags(kit, 7)  # another page, which is not cached
 
 
 async def test_without_serve_stale_a_cached_list_does_not_stand_in(tmp_path: Path) -> None:
@@ -166,22 +237,19 @@ async def test_404_for_a_tag_list_is_remembered_for_negative_ttl(tmp_path: Path)
 async def test_damaged_list_row_is_a_miss(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, "a", b"a")
-        await kit.store.index.put_list(f"tags {REPO} {MAX_PAGE_TAGS} ", "soon nonsense", 1000.0)
+        await kit.store.index.put_list(f"tags {REPO}", "soon nonsense", 1000.0)
         assert await tags(kit) == (("a",), False, Outcome.MISS)
 
 
 async def test_tags_of_the_index_are_listed_with_policy_never(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
-        for name in ("c", "a", "b"):
+        for name in ("c", "a", TAG.name):
             kit.registry.add_image(REPO.path, name, name.encode())
-            pull = a_pull()
-            await kit.service.tags(REPO, 1, None, pull)
-        kit.registry.add_image(REPO.path, TAG.name, b"x")
-        await manifest(kit)
+            await manifest(kit, Tag(name))
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
-        assert await tags(kit) == ((TAG.name,), False, Outcome.HIT)
-        assert await tags(kit, 1) == (("c",), False, Outcome.HIT), "a page that is cached"
-        assert await tags(kit, 3, TAG.name) == ((), False, Outcome.HIT)
+        assert await tags(kit) == ((TAG.name, "a", "c"), False, Outcome.HIT)
+        assert await tags(kit, 1, TAG.name) == (("a",), True, Outcome.HIT)
+        assert await tags(kit, 3, "c") == ((), False, Outcome.HIT)
         with pytest.raises(NameUnknown):
             await kit.service.tags(OTHER, None, None, a_pull())
         assert not kit.registry.calls
@@ -264,15 +332,11 @@ async def test_tags_are_served_stale_after_a_failure_and_referrers_by_the_tag_sc
     async with pull_kit(tmp_path, upstream=upstream(tag_ttl=100.0, negative_ttl=0.0)) as kit:
         for name in ("b", "a", "c"):
             digest = kit.registry.add_image(REPO.path, name, name.encode())
-        first = await kit.service.tags(REPO, 2, None, a_pull())
-        assert (first.tags, first.has_more) == (("a", "b"), True)
-        assert (await kit.service.tags(REPO, 2, "b", a_pull())).tags == ("c",)
-        assert (await kit.service.tags(REPO, 0, None, a_pull())).tags == ()
+        assert await tags(kit, 2) == (("a", "b"), True, Outcome.MISS)
+        assert await tags(kit, 2, "b") == (("c",), False, Outcome.HIT)
         kit.registry.failure = UpstreamUnavailable("down")
         kit.clock[0] += 1000
-        pull = a_pull()
-        assert (await kit.service.tags(REPO, 2, None, pull)).tags == ("a", "b")
-        assert pull.outcome is Outcome.STALE
+        assert await tags(kit, 2) == (("a", "b"), True, Outcome.STALE)
         kit.registry.failure = None
         kit.registry.api = False
         empty = json.loads(await kit.service.referrers(REPO, digest, None, a_pull()))

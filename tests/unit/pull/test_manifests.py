@@ -26,9 +26,10 @@ from mirror.oci.errors import (
     ManifestInvalid,
     ManifestUnknown,
     Unauthorized,
+    UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Reference, Repository
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull.manifests import is_acceptable, variant_of
 from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead
@@ -123,16 +124,62 @@ async def test_without_serve_stale_a_tag_fails_with_the_upstreams_error(tmp_path
             await manifest(kit)
 
 
-async def test_head_on_a_miss_sends_only_a_head(tmp_path: Path) -> None:
+@pytest.mark.row("FB2-wrong-lengths")
+async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_right_size(
+    tmp_path: Path,
+) -> None:
     async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, "first", b"first")
+        await manifest(kit, Tag("first"), head=True)
+        assert kit.registry.calls.pop("get_manifest") == 1
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit, head=True)
         await manifest(kit, digest, head=True)
-        pull = a_pull()
-        result = await kit.service.blob(REPO, Digest.of(b"layer"), pull, head=True)
-        assert (result.size, result.reader) == (5, None)
         assert not [call for call in kit.registry.calls if call.startswith("get")]
-        assert not list((tmp_path / "blobs" / "sha256").iterdir())
+        for layer, calls in ((b"layer", 2), (b"first", 1)):
+            kit.registry.calls.clear()
+            result = await kit.service.blob(REPO, Digest.of(layer), a_pull(), head=True)
+            assert (result.size, result.reader) == (5, None)
+            assert sum(kit.registry.calls.values()) == calls, kit.registry.calls
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+@pytest.mark.parametrize("stated", [0, 1, 10**9, None])
+async def test_head_of_a_manifest_never_has_a_wrong_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: int | None
+) -> None:
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
+        real = kit.registry.head_manifest
+
+        async def wrong_size(*arguments: Any) -> ManifestHead:
+            return replace(await real(*arguments), size=stated)
+
+        monkeypatch.setattr(kit.registry, "head_manifest", wrong_size)
+        for number in range(3):
+            digest = kit.registry.add_image(REPO.path, TAG.name, b"%d" % number)
+            body, _ = kit.registry.manifests[REPO.path, digest]
+            for reference in (TAG, digest):
+                for head in (True, False):
+                    result = await kit.service.manifest(REPO, reference, (), a_pull(), head=head)
+                    assert (result.digest, result.size) == (digest, len(body))
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+async def test_head_of_a_tag_has_no_length_if_the_manifest_cannot_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docker Hub limits the ``GET`` of manifests, and not the ``HEAD``."""
+    async with pull_kit(tmp_path) as kit:
+        digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
+
+        def limited(*arguments: Any, **more: Any) -> None:
+            raise UpstreamRateLimited("429")
+
+        monkeypatch.setattr(kit.registry, "open", limited)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=True)
+        assert (result.digest, result.size, result.body) == (digest, None, None)
+        with pytest.raises(UpstreamRateLimited):
+            await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
 
 
 @pytest.mark.row("HU6-wrong-types")

@@ -29,7 +29,7 @@ from tests.real.tokens import Certificate
 
 REPO = Repository("docker.io", "library/app")
 DATA = bytes(range(256)) * 400
-LIMITS = Limits(connect=15.0, headers=15.0, idle=15.0)
+LIMITS = Limits(connect=15.0, headers=15.0, first_byte=15.0, idle=15.0)
 """Limits of tests that must not reach them, even on a busy machine."""
 T = TypeVar("T")
 DOWN = 503

@@ -311,3 +311,39 @@ async def test_unreachable_token_service_opens_the_circuit_after_several_reposit
         for number in range(FAILURE_THRESHOLD):
             await failure(kit, repository=repository(number))
         assert [event.is_open for event in kit.seen(CircuitChanged)] == [True]
+
+
+# --- blobs that come late -------------------------------------------------------------------------
+
+QUICK_HEADERS = Limits(connect=0.2, headers=0.2, first_byte=20.0)
+
+
+@pytest.mark.row("FB11-late-first-byte")
+async def test_blob_as_the_probe_has_the_limit_of_other_requests() -> None:
+    async with registry() as fake, upstream_kit(fake.url, limits=QUICK_HEADERS) as kit:
+        digest = fake.add_blob(DATA)
+        await opened(kit, fake)
+        up(fake)
+        kit.clock[0] += FIRST_OPEN_S
+        fake.fault(f"blobs/{digest}", Fault(delay=1.0, times=None))
+        with pytest.raises(UpstreamTimeout, match=r"limits\.headers \(0\.2 s\)"):
+            await kit.read(digest)
+        kit.clock[0] += 2 * FIRST_OPEN_S
+        assert await kit.status() == 200
+        assert await kit.read(digest) == DATA, "the circuit is closed, so the blob may be late"
+
+
+@pytest.mark.row("FB11-late-first-byte")
+async def test_blob_at_an_endpoint_that_hangs_comes_from_the_next_one_soon() -> None:
+    async with (
+        registry() as one,
+        registry() as two,
+        upstream_kit(one.url, two.url, limits=QUICK_HEADERS) as kit,
+    ):
+        digests = [two.add_blob(b"%d" % number) for number in range(FAILURE_THRESHOLD + 1)]
+        one.fault("", Fault(delay=3600, times=None))
+        two.fault("", Fault(delay=0.6, times=None))
+        async with asyncio.timeout(15):
+            for number, digest in enumerate(digests):
+                assert await kit.read(digest) == b"%d" % number
+        assert len(one.requests) == FAILURE_THRESHOLD, "its circuit is open"

@@ -98,7 +98,7 @@ async def test_private_ecr_uses_basic_from_a_helper_and_get_for_the_digest(
         fake.fault("manifests/latest", fault)
         assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
         assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
-        await kit.registry.list_tags(REPO, 10_000, None)
+        await kit.registry.list_tags(REPO)
         assert fake.requests[-1].query["n"] == ["1000"], "private ECR refuses more"
         assert log.read_text().count("get") == 1, "one look-up for all requests"
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from mirror.observability.events import Kind
+from mirror.observability.events import CircuitChanged, Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
     BlobUnknown,
     ManifestInvalid,
+    ManifestUnknown,
     NameUnknown,
-    OutboundRefused,
     Unauthorized,
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.upstream.api import ContentStream
-from mirror.upstream.registry import digest_of, length_of, parse_tags
+from mirror.upstream.registry import digest_of, length_of
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, Kit, upstream_kit
 
@@ -110,16 +107,92 @@ async def test_get_manifest_refuses_more_than_4_mib() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
-# --- HEAD of blobs --------------------------------------------------------------------------------
+# --- refused HEAD ---------------------------------------------------------------------------------
+
+REFUSALS = (400, 401, 403, 404, 405, 406, 410, 415, 500, 501)
 
 
-@pytest.mark.parametrize("status", [401, 403, 405, 501])
-async def test_refused_head_of_a_blob_becomes_a_get(status: int) -> None:
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("status", REFUSALS)
+async def test_refused_head_becomes_a_get(status: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest = fake.add_blob(DATA)
-        fake.fault(f"blobs/{digest}", Fault(status=status, method="HEAD", times=None))
-        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        assert await kit.registry.head_blob(REPO, blob) == len(DATA)
         assert fake.count("GET") == 1
+        assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
+        assert fake.count("GET") == 2
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
+        assert not kit.seen(CircuitChanged)
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+async def test_head_that_a_busy_upstream_fails_is_not_repeated_as_a_get(status: int) -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        for reference in (LATEST, digest):
+            with pytest.raises(UpstreamUnavailable):
+                await kit.registry.head_manifest(REPO, reference, ())
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.head_blob(REPO, blob)
+        assert fake.count("GET") == 0
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_404_of_a_head_is_believed_where_the_endpoint_has_answered_such_a_head() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest, blob = fake.add_manifest(b"{}", tag="latest"), fake.add_blob(DATA)
+        none, nothing = Tag("none"), Digest.of(b"nothing")
+        assert (await kit.registry.head_manifest(REPO, none, ())).digest is None
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
+        with pytest.raises(ManifestUnknown):
+            await kit.registry.head_manifest(REPO, none, ())
+        assert fake.count("GET") == 0
+        with pytest.raises(BlobUnknown):
+            await kit.registry.head_blob(REPO, nothing)
+        assert fake.count("GET") == 1, "a HEAD of a blob is another kind of request"
+        await kit.registry.head_blob(REPO, blob)
+        with pytest.raises(BlobUnknown):
+            await kit.registry.head_blob(REPO, nothing)
+        assert fake.count("GET") == 1
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_404_of_a_head_is_believed_of_that_endpoint_only() -> None:
+    async with FakeRegistry() as one, FakeRegistry() as two:
+        for fake in (one, two):
+            fake.add_manifest(b"{}", tag="latest")
+        two.fault("", Fault(status=404, method="HEAD", times=None))
+        async with upstream_kit(one.url, two.url) as kit:
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest
+            one.fault("", Fault(status=503, times=None))
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+            assert (await kit.registry.get_manifest(REPO, LATEST, ())).body == b"{}"
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_head_that_one_endpoint_refuses_is_sent_to_the_next_one_before_a_get() -> None:
+    """The ``GET`` of a manifest is billed, so the ``HEAD`` of another endpoint is better."""
+    async with FakeRegistry() as one, FakeRegistry() as two:
+        digest = two.add_manifest(b"{}", tag="latest")
+        one.fault("", Fault(status=400, times=None))
+        async with upstream_kit(one.url, two.url) as kit:
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
+            assert two.count("GET") == 0
+            two.fault("", Fault(status=503, method="HEAD", times=None))
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+            assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+async def test_head_of_a_manifest_with_length_0_states_no_size() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        fake.fault("manifests/latest", Fault(headers={"Content-Length": "0"}))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).size is None
 
 
 async def test_refused_head_and_get_of_a_blob_raise() -> None:
@@ -242,41 +315,6 @@ async def test_if_range_is_sent_to_its_own_endpoint_only() -> None:
 # --- lists ----------------------------------------------------------------------------------------
 
 
-async def test_list_tags_merges_pages() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        names = [f"t{number:04}" for number in range(2500)]
-        digest = fake.add_manifest(b"{}")
-        fake.tags = {(REPO.path, name): str(digest) for name in names}
-        page = await kit.registry.list_tags(REPO, None, None)
-        assert (list(page.tags), page.has_more) == (names, False)
-        assert [seen.query["n"] for seen in fake.requests] == [["1000"]] * 3
-        page = await kit.registry.list_tags(REPO, 1500, "t0099")
-        assert (list(page.tags), page.has_more) == (names[100:1600], True)
-
-
-@pytest.mark.row("HU13-endless-lists")
-async def test_list_tags_stops_at_a_repeated_page() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        fake.add_manifest(b"{}", tag="a")
-        fake.fault("tags/list", Fault(headers={"Link": '<?n=1&last=a>; rel="next"'}, times=None))
-        page = await kit.registry.list_tags(REPO, None, None)
-        assert (page.tags, page.has_more) == (("a",), False)
-        assert len(fake.requests) == 2
-
-
-@pytest.mark.row("HU13-endless-lists")
-@pytest.mark.parametrize("target", ["http://127.0.0.1:1/v2/", "//evil.example/", "ftp://x/"])
-async def test_next_page_of_another_origin_is_refused(target: str) -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest = fake.add_manifest(b"{}", tag="a")
-        for path in ("tags/list", f"referrers/{digest}"):
-            fake.fault(path, Fault(headers={"Link": f'<{target}>; rel="next"'}))
-        with pytest.raises(OutboundRefused):
-            await kit.registry.list_tags(REPO, None, None)
-        with pytest.raises(OutboundRefused):
-            await kit.registry.referrers(REPO, digest, None)
-
-
 def index(*digests: Digest) -> bytes:
     entries = [{"mediaType": OCI_MANIFEST, "digest": str(d), "size": 2} for d in digests]
     return json.dumps({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}).encode()
@@ -335,7 +373,7 @@ async def test_failure_of_referrers_is_not_a_missing_api(
 async def test_list_tags_of_an_unknown_repository_raises_name_unknown() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         with pytest.raises(NameUnknown):
-            await kit.registry.list_tags(REPO, None, None)
+            await kit.registry.list_tags(REPO)
 
 
 # --- headers and documents ------------------------------------------------------------------------
@@ -365,31 +403,3 @@ def test_digest_of_reads_a_digest_or_raises() -> None:
     for text in ("", "sha256:" + "z" * 64, "sha512:0", f"{DIGEST}, {DIGEST}"):
         with pytest.raises(UpstreamProtocolError):
             digest_of({"Docker-Content-Digest": text})
-
-
-@pytest.mark.parametrize(
-    ("document", "names"),
-    [
-        ({"tags": ["b", "a"]}, ["b", "a"]),
-        ({"tags": []}, []),
-        ({"tags": None}, []),
-        ({}, []),
-        ({"tags": ["ok", "../no", "", "a" * 129, 7, None, ["x"], "also.ok"]}, ["ok", "also.ok"]),
-    ],
-)
-def test_parse_tags_leaves_out_invalid_names(document: object, names: list[str]) -> None:
-    assert parse_tags(json.dumps(document).encode()) == names
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
-)
-def test_parse_tags_refuses_malformed_documents(body: bytes) -> None:
-    with pytest.raises(UpstreamProtocolError):
-        parse_tags(body)
-
-
-@given(st.binary() | st.text().map(str.encode))
-def test_any_tag_list_gives_valid_tags_or_a_typed_error(body: bytes) -> None:
-    with contextlib.suppress(UpstreamProtocolError):
-        assert all(Tag.parse(name) for name in parse_tags(body))

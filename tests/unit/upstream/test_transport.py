@@ -40,7 +40,12 @@ async def exchange(
     url = origin(f"{endpoint}{path}")
     policy = Policy(origin(endpoint))
     async with kit.transport.exchange(
-        method, url, headers or {}, policy, follow_redirects=follow_redirects
+        method,
+        url,
+        headers or {},
+        policy,
+        follow_redirects=follow_redirects,
+        limit=kit.transport.response_limit(),
     ) as response:
         yield response
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urljoin, urlsplit
 
 import pytest
 
@@ -154,7 +154,15 @@ async def test_upstream_may_be_named_by_path_prefix_or_ns(tmp_path: Path) -> Non
 async def test_head_of_uncached_content_sends_head_upstream_and_stores_nothing(
     tmp_path: Path,
 ) -> None:
+    """Once the upstream has stated the right size of a manifest and of a blob."""
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.add_image(b"first", tag="first")
+        first = server.blob(Digest.of(b"first"))
+        for url in (server.manifest("first"), first):
+            await server.ask("HEAD", url)
+        await server.store.idle()
+        fake.requests.clear()
+        stored = set((tmp_path / "blobs" / "sha256").iterdir())
         manifest = fake.add_image(LAYER)
         size = len(fake.manifests["library/app", str(manifest)][0])
         for url, digest, length in [
@@ -168,7 +176,7 @@ async def test_head_of_uncached_content_sends_head_upstream_and_stores_nothing(
             assert headers["Content-Length"] == str(length)
         assert fake.count("GET") == 0
         assert fake.count("HEAD") >= 2
-        assert not list((tmp_path / "blobs" / "sha256").iterdir())
+        assert set((tmp_path / "blobs" / "sha256").iterdir()) == stored
 
 
 async def test_head_of_unknown_length_never_has_content_length_0(tmp_path: Path) -> None:
@@ -282,6 +290,7 @@ async def test_blob_with_expired_access_record_is_served_stale_if_the_upstream_i
 # --- lists --------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("FC3-links-behind-a-prefix")
 @pytest.mark.parametrize(
     ("path", "query", "name"),
     [
@@ -297,26 +306,50 @@ async def test_link_leads_to_the_next_page_on_this_mirror(
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         for n in range(5):
             fake.add_image(LAYER, tag=f"v{n}")
-        target = f"/v2/{path}/tags/list?" + "&".join(
+        url = f"{server.url}/v2/{path}/tags/list?" + "&".join(
             f"{key}={value}" for key, value in {"n": "2", **query}.items()
         )
         pages = []
-        while target:
-            status, headers, body = await server.get(server.url + target)
+        while True:
+            status, headers, body = await server.get(url)
             assert (status, headers["Content-Type"]) == (200, "application/json")
             assert headers["Content-Length"] == str(len(body))
             assert json.loads(body)["name"] == name
             pages.append(json.loads(body)["tags"])
-            target = ""
-            if "Link" in headers:
-                link = re.fullmatch(r'<([^>]+)>; rel="next"', headers["Link"])
-                assert link
-                target = link[1]
-                parts = urlsplit(target)
-                assert (parts.scheme, parts.netloc, parts.path) == ("", "", f"/v2/{name}/tags/list")
-                wanted = {"n": ["2"], "last": [pages[-1][-1]], **{k: [v] for k, v in query.items()}}
-                assert parse_qs(parts.query) == wanted
+            if "Link" not in headers:
+                break
+            link = re.fullmatch(r'<([^>]+)>; rel="next"', headers["Link"])
+            assert link
+            parts = urlsplit(link[1])
+            assert (parts.scheme, parts.netloc, parts.path) == ("", "", "list")
+            wanted = {"n": ["2"], "last": [pages[-1][-1]], **{k: [v] for k, v in query.items()}}
+            assert parse_qs(parts.query) == wanted
+            url = urljoin(url, link[1])
         assert pages == [["v0", "v1"], ["v2", "v3"], ["v4"]]
+
+
+async def test_request_without_n_gets_up_to_4_mib_and_then_a_link_to_an_absolute_path(
+    tmp_path: Path,
+) -> None:
+    """skopeo and podman send no ``n``, and follow a ``Link`` only if it is an absolute path."""
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_image(LAYER)
+        names = [f"{'v' * 100}{number:06}" for number in range(20_000)]
+        fake.tags = {("library/app", name): str(digest) for name in names}
+        path, seen = "/v2/app/tags/list", []
+        for is_last in (False, True):
+            status, headers, body = await server.get(server.url + path)
+            assert (status, headers["Content-Length"]) == (200, str(len(body)))
+            assert len(body) < 4 * 1024 * 1024
+            seen += json.loads(body)["tags"]
+            assert ("Link" in headers) is not is_last
+            path = headers.get("Link", "").removeprefix("<").partition(">")[0]
+            assert is_last or path == f"/v2/library/app/tags/list?last={seen[-1]}"
+        assert seen == names
+        record = (await server.records())[-1]
+        assert (record.bytes_sent, record.is_complete) == (len(body), True)
+        _, headers, body = await server.get(f"{server.url}/v2/app/tags/list?n=20000")
+        assert (len(json.loads(body)["tags"]), "Link" in headers) == (10_000, True)
 
 
 async def test_head_of_a_list_has_the_length_and_no_body(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Collect a list that an upstream sends in pages, by the links from one page to the next.
+
+Lives here: following ``Link``, and the limits that end a list without an end. Must not know: what
+the list is of, endpoints, tokens.
+
+A list is collected as a whole or not at all. If a page fails, or if a limit is reached, an error is
+raised: a list that ends too early looks complete to a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sized
+from dataclasses import replace
+from typing import Final, TypeVar
+
+from aiohttp import hdrs
+
+from mirror.oci.errors import (
+    Denied,
+    NotFound,
+    Unauthorized,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+)
+from mirror.oci.links import next_link
+from mirror.threads import parse_in_thread_if_large
+from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
+from mirror.upstream.transport import read_body
+
+Page = TypeVar("Page", bound=Sized)
+
+_MAX_PAGES: Final = 2000
+"""Pages of one list at most: two million tags, in pages of 1000. It ends links without an end."""
+LIST_TIMEOUT_S: Final = 300.0
+"""Seconds until a list is complete at most: 2000 pages of 0.15 s. A client that stops waiting
+earlier, and asks again, gets the list that was collected meanwhile."""
+
+
+async def collect_pages(
+    client: FailoverClient,
+    request: RegistryRequest,
+    parse: Callable[[bytes], Page],
+    is_page: Callable[[AcceptedResponse], bool],
+    *,
+    max_page_bytes: int,
+    max_bytes: int,
+) -> list[Page] | None:
+    """Request all pages of a list.
+
+    Args:
+        client: Sends the requests.
+        request: The request for the first page.
+        parse: Called with the body of each page, maybe in a thread.
+        is_page: Returns False for an accepted response that is no page of a list.
+        max_page_bytes: Length of the body of one page at most.
+        max_bytes: Sum of the lengths of all results of ``parse`` at most.
+
+    Returns:
+        The results of ``parse``, in the order of the upstream. None if the response to the first
+        request is no page.
+
+    Raises:
+        UpstreamProtocolError: A page is too long, all of them are, there are too many, or one
+            after the first is missing.
+        UpstreamTimeout: The list is not complete after :data:`LIST_TIMEOUT_S`.
+        MirrorError: As ``client.send``, ``read_body`` and ``parse`` raise it.
+    """
+    try:
+        async with asyncio.timeout(LIST_TIMEOUT_S):
+            return await _follow_links(client, request, parse, is_page, max_page_bytes, max_bytes)
+    except TimeoutError as error:
+        raise UpstreamTimeout(f"the list is not complete after {LIST_TIMEOUT_S:g} s") from error
+
+
+async def _follow_links(
+    client: FailoverClient,
+    request: RegistryRequest,
+    parse: Callable[[bytes], Page],
+    is_page: Callable[[AcceptedResponse], bool],
+    max_page_bytes: int,
+    max_bytes: int,
+) -> list[Page] | None:
+    pages: list[Page] = []
+    links: set[str] = set()
+    page: str | None = None
+    endpoint = ""
+    for _ in range(_MAX_PAGES):
+        try:
+            async with client.send(replace(request, page=page)) as response:
+                if page is not None and response.endpoint != endpoint:
+                    # A link is valid at the endpoint that sent it only. Another one has responded,
+                    # so the list is collected from that one, from its first page on.
+                    pages.clear()
+                    links.clear()
+                    page = None
+                    continue
+                if not is_page(response):
+                    if page is None:
+                        return None
+                    raise UpstreamProtocolError("a further page of the list is missing")
+                endpoint = response.endpoint
+                body = await read_body(response.http, max_page_bytes)
+                page = next_link(response.http.headers.getall(hdrs.LINK, ()))
+        except (NotFound, Denied, Unauthorized) as error:
+            if page is None:
+                raise
+            raise UpstreamProtocolError("a further page of the list is refused") from error
+        pages.append(await parse_in_thread_if_large(parse, body))
+        if sum(map(len, pages)) > max_bytes:
+            raise UpstreamProtocolError(f"the list has more than {max_bytes} bytes")
+        if page is None or page in links:
+            return pages  # A link to an earlier page leads to nothing new.
+        links.add(page)
+    raise UpstreamProtocolError(f"the list has more than {_MAX_PAGES} pages")

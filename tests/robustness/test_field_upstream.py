@@ -1,0 +1,332 @@
+"""Rows FB1, FB2, FB9 to FB11, FC1: upstreams that a client copes with, and the mirror must too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urljoin
+
+import aiohttp
+import pytest
+
+from mirror.config.settings import Limits
+from mirror.observability.events import CircuitChanged
+from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.reference import Digest
+from mirror.pull.attempts import STALL_GRACE_S
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import QUICK, Server, running
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(1_000_000, 31)
+BREAK = 400_000
+
+
+def ranges(fake: FakeRegistry) -> list[str | None]:
+    """Return the ``Range`` of each ``GET`` of a blob."""
+    seen = [request for request in fake.requests if "blobs/" in request.path]
+    return [request.headers.get("range") for request in seen if request.method == "GET"]
+
+
+def circuits(server: Server) -> list[CircuitChanged]:
+    return [event for event in server.events if isinstance(event, CircuitChanged)]
+
+
+# --- HEAD that is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 406, 500, 501])
+async def test_image_is_pulled_from_an_upstream_that_refuses_head(
+    tmp_path: Path, status: int
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
+        digest = fake.add_image(DATA, tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        for method in ("HEAD", "GET", "HEAD"):
+            for reference in ("latest", digest):
+                got, headers, _ = await server.ask(method, server.manifest(reference))
+                assert (got, headers["Docker-Content-Digest"]) == (200, str(digest))
+                manifest = fake.manifests["library/app", str(digest)][0]
+                assert headers["Content-Length"] == str(len(manifest))
+            got, headers, _ = await server.ask(method, server.blob(Digest.of(DATA)))
+            assert (got, headers["Content-Length"]) == (200, str(len(DATA)))
+        assert (await server.get(server.manifest("none")))[0] == 404
+        assert not circuits(server)
+
+
+# --- lengths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+@pytest.mark.parametrize("stated", [len(DATA) - 1, len(DATA) + 1, 0, 10**15], ids=str)
+@pytest.mark.parametrize("is_chunked", [True, False], ids=["chunked", "with length"])
+@pytest.mark.parametrize("has_head", [True, False], ids=["after a HEAD", "at once"])
+async def test_blob_of_a_wrong_stated_size_is_served_with_its_right_length(
+    tmp_path: Path, stated: int, is_chunked: bool, has_head: bool
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": str(digest)}
+        config = {**layer, "digest": str(fake.add_blob(b"{}")), "size": 2}
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "config": config,
+            "layers": [{**layer, "size": stated}],
+        }
+        fake.add_manifest(json.dumps(document).encode(), tag="latest")
+        if is_chunked:
+            fake.fault(f"blobs/{digest}", Fault(chunked=True, method="GET", times=None))
+        fake.fault("", Fault(headers={"Content-Length": str(stated)}, method="HEAD", times=None))
+        assert (await server.get(server.manifest("latest")))[0] == 200
+        if has_head:
+            status, headers, _ = await server.ask("HEAD", server.blob(digest))
+            length = None if is_chunked else str(len(DATA))
+            assert (status, headers.get("Content-Length")) == (200, length)
+        status, headers, body = await server.get(server.blob(digest))
+        assert (status, body) == (200, DATA)
+        # The length of a chunked body is known if all of it has arrived by now.
+        assert headers.get("Content-Length", str(len(DATA))) == str(len(DATA))
+        assert is_chunked or "Content-Length" in headers
+        await server.store.idle()
+        for method in ("HEAD", "GET"):
+            status, headers, body = await server.ask(method, server.blob(digest))
+            assert (status, headers["Content-Length"]) == (200, str(len(DATA)))
+        assert body == DATA
+        assert fake.count("GET", f"blobs/{digest}") <= 2
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+@pytest.mark.parametrize("stated", [0, 1, len(DATA) + 1], ids=str)
+async def test_head_of_an_uncached_blob_has_the_length_of_the_get(
+    tmp_path: Path, stated: int
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault("", Fault(headers={"Content-Length": str(stated)}, method="HEAD", times=None))
+        for _ in range(2):
+            status, headers, _ = await server.ask("HEAD", server.blob(digest))
+            assert (status, headers["Content-Length"]) == (200, str(len(DATA)))
+        fake.fault(f"blobs/{digest}", Fault(status=429, method="GET", times=None))
+        status, headers, _ = await server.ask("HEAD", server.blob(digest))
+        assert (status, "Content-Length" in headers) == (200, False)
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_growing_blob_without_a_length_is_whole_for_each_version_of_http(
+    tmp_path: Path, version: bytes
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(chunked=True, rate=1_000_000))
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        path = server.blob(digest).removeprefix(server.url).encode()
+        writer.write(b"GET %b HTTP/%b\r\nHost: x\r\nConnection: close\r\n\r\n" % (path, version))
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        body = await reader.read()
+        writer.close()
+        assert b"content-length" not in head
+        assert (b"transfer-encoding: chunked" in head) == (version == b"1.1")
+        assert body == DATA if version == b"1.0" else body.endswith(b"\r\n0\r\n\r\n")
+
+
+# --- ranges that are answered wrongly -------------------------------------------------------------
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(content_range=f"bytes 0-{len(DATA) - 1}/{len(DATA)}", times=None),
+        Fault(content_range=f"bytes {BREAK}-{BREAK + 9}/{len(DATA)}", times=None),
+        Fault(content_range="bytes */7", times=None),
+        Fault(content_range="nonsense", times=None),
+        Fault(drop_headers=("Content-Range",), times=None),
+        Fault(status=416),
+        Fault(status=400),
+    ],
+    ids=["start", "part", "unsatisfied", "nonsense", "none", "416", "400"],
+)
+async def test_wrong_response_to_a_range_is_followed_by_one_request_without_a_range(
+    tmp_path: Path, fault: Fault
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=BREAK), fault)
+        status, _, body = await server.get(server.blob(digest))
+        assert (status, body) == (200, DATA)
+        first, second, third = ranges(fake)
+        assert (first, third) == (None, None)
+        assert second is not None
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+async def test_range_is_left_out_after_two_transfers_in_a_row_that_failed(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=BREAK), Fault(status=500, times=6))
+        status, _, body = await server.get(server.blob(digest))
+        assert (status, body) == (200, DATA)
+        assert ranges(fake)[-1] is None
+
+
+# --- bodies that stall ----------------------------------------------------------------------------
+
+
+@pytest.mark.row("FB10-stalling-twice")
+@pytest.mark.parametrize(
+    "again",
+    [
+        Fault(stall_at=0, times=None),
+        Fault(stall_at=1000, times=None),
+        Fault(delay=3600, times=None),
+        Fault(ignore_range=True, stall_at=BREAK, times=None),
+        Fault(status=503, delay=0.4, times=None),
+    ],
+    ids=["headers", "few bytes", "nothing", "from the start", "errors"],
+)
+async def test_body_that_stalls_at_each_attempt_is_cut_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: Fault
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.5)
+    limits = QUICK.model_copy(update={"idle": 1.0, "first_byte": 30.0})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(stall_at=BREAK), again)
+
+        async def silence() -> float:
+            async with server.client.get(server.blob(digest)) as response:
+                await response.content.readexactly(BREAK - 64 * 1024)
+                silent_since = time.monotonic()
+                try:
+                    while await response.content.readany():
+                        silent_since = time.monotonic()
+                except aiohttp.ClientError:
+                    return time.monotonic() - silent_since
+            raise AssertionError("the body is whole")
+
+        for seconds in await asyncio.gather(silence(), silence()):
+            assert 0.3 < seconds < 1.5 + 1.0
+        assert fake.count("GET") > 1
+        fake.faults.clear()
+        assert (await server.get(server.blob(digest)))[2] == DATA, "the next client resumes it"
+
+
+@pytest.mark.row("FB10-stalling-twice")
+def test_stalled_body_is_cut_after_15_seconds_beside_idle() -> None:
+    assert (Limits().idle, STALL_GRACE_S) == (30.0, 15.0)
+
+
+@pytest.mark.row("FB10-stalling-twice")
+async def test_long_content_is_skipped_as_long_as_bytes_arrive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server without ``Range`` sends the start again. That takes longer than a stall may."""
+    monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.5)
+    limits = QUICK.model_copy(update={"idle": 0.5})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        again = Fault(ignore_range=True, rate=len(DATA) // 3)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=900_000), again)
+        assert (await server.get(server.blob(digest)))[2] == DATA
+
+
+# --- blobs whose headers come late ----------------------------------------------------------------
+
+
+async def pull_beside_slow_blobs(server: Server, fake: FakeRegistry, delay: float) -> list[str]:
+    """Pull 5 blobs whose headers come after ``delay``, and 40 others that must be served at once.
+
+    Returns the status of each slow blob, with the message of its error.
+    """
+    slow = [fake.add_blob(b"slow %d" % number) for number in range(5)]
+    quick = [fake.add_blob(b"quick %d" % number) for number in range(40)]
+    for digest in slow:
+        fake.fault(f"blobs/{digest}", Fault(delay=delay, times=None))
+
+    async def pull(digest: Digest) -> str:
+        status, _, body = await server.get(server.blob(digest))
+        message = json.loads(body)["errors"][0]["message"] if status != 200 else ""
+        return f"{status} {message}".strip()
+
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(pull(digest)) for digest in slow]
+        assert {await pull(digest) for digest in quick[:20]} == {"200"}
+    assert {await pull(digest) for digest in quick[20:]} == {"200"}
+    assert not circuits(server)
+    return [task.result() for task in waiting]
+
+
+@pytest.mark.row("FB11-late-first-byte")
+async def test_blob_whose_headers_come_late_is_served(tmp_path: Path) -> None:
+    limits = Limits(connect=0.5, headers=0.5, first_byte=20.0, idle=0.5)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        assert await pull_beside_slow_blobs(server, fake, 1.8) == ["200"] * 5
+
+
+@pytest.mark.row("FB11-late-first-byte")
+async def test_blob_whose_headers_come_too_late_fails_alone_and_names_the_key(
+    tmp_path: Path,
+) -> None:
+    limits = Limits(connect=0.5, headers=2.0, first_byte=0.5, idle=2.0)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        message = "the upstream sent no response headers within limits.first_byte (0.5 s)"
+        assert await pull_beside_slow_blobs(server, fake, 3600) == [f"504 {message}"] * 5
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+NAMES = [f"{letter}{number}" for number in range(100) for letter in "aBcD_"]
+
+
+@pytest.mark.row("FC1-page-order")
+@pytest.mark.parametrize(
+    "order",
+    [str, str.lower, lambda name: -NAMES.index(name)],
+    ids=["lexical", "case-insensitive", "by age"],
+)
+@pytest.mark.parametrize("has_cursors", [False, True], ids=["last", "cursors"])
+async def test_following_link_yields_each_tag_once(
+    tmp_path: Path, order: Callable[[str], object], has_cursors: bool
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
+        digest = fake.add_image(b"layer")
+        fake.tags = {("library/app", name): str(digest) for name in NAMES}
+        fake.tag_key, fake.tag_cursors, fake.max_page_tags = order, has_cursors, 20
+
+        async def follow() -> list[str]:
+            url, seen = f"{server.url}/v2/library/app/tags/list?n=60", list[str]()
+            while True:
+                async with server.client.get(url) as response:
+                    seen += (await response.json())["tags"]
+                    if (link := response.links.get("next")) is None:
+                        return seen
+                    url = urljoin(url, str(link["url"]))
+
+        for seen in await asyncio.gather(follow(), follow(), follow()):
+            assert seen == sorted(NAMES)
+        assert fake.count("GET", "tags/list") <= 2 * len(NAMES) // 20
+
+
+@pytest.mark.row("FC1-page-order")
+async def test_list_that_breaks_in_the_middle_is_stale_or_an_error_and_never_shorter(
+    tmp_path: Path,
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, tag_ttl=0.0) as server:
+        digest = fake.add_image(b"layer")
+        fake.tags = {("library/app", name): str(digest) for name in "abcdef"}
+        fake.max_page_tags = 2
+        url = f"{server.url}/v2/library/app/tags/list"
+        fake.fault("tags/list", Fault(), Fault(status=404))
+        assert (await server.get(url))[0] == 502
+        assert json.loads((await server.get(url))[2])["tags"] == list("abcdef")
+        fake.tags["library/app", "g"] = str(digest)
+        fake.fault("tags/list", Fault(), Fault(end_at=3))
+        status, headers, body = await server.get(url)
+        assert (status, json.loads(body)["tags"]) == (200, list("abcdef"))
+        assert "Warning" in headers

@@ -1,0 +1,79 @@
+"""The rules after a transfer that broke: how the next one is requested, and when there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Digest
+from mirror.pull.attempts import SourceAttempts
+from mirror.pull.requests import ContentSource
+from tests.unit.pull.kit import MemoryRegistry, a_request
+
+BROKEN = UpstreamUnavailable("broken")
+
+
+def attempts(**changes: object) -> SourceAttempts:
+    """Make the state of a source that has responded at the time 100."""
+    source = ContentSource(MemoryRegistry(), a_request(Digest.of(b"a")))
+    state = SourceAttempts(source, 45.0, last_progress_at=100.0, has_responded=True)
+    for name, value in changes.items():
+        setattr(state, name, value)
+    return state
+
+
+@pytest.mark.row("FB10-stalling-twice")
+@pytest.mark.parametrize(
+    ("changes", "now", "is_over"),
+    [
+        ({}, 100.0, False),
+        ({}, 144.9, False),
+        ({}, 145.0, True),
+        ({"has_responded": False}, 100.0, True),
+        ({"failed_in_a_row": 5}, 100.0, False),
+        ({"failed_in_a_row": 6}, 100.0, True),
+    ],
+)
+def test_source_is_given_up_after_5_failures_or_its_patience(
+    changes: dict[str, object], now: float, is_over: bool
+) -> None:
+    assert attempts(**changes).is_over(now) is is_over
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize(
+    ("errors", "may_use_range"),
+    [
+        ([BROKEN], True),
+        ([BROKEN, UpstreamTimeout("late")], True),
+        ([BROKEN] * 3, False),
+        ([UpstreamProtocolError("another range")], False),
+        ([AllCircuitsOpen("not asked")] * 9, True),
+    ],
+)
+def test_range_is_left_out_after_a_wrong_response_or_three_failures(
+    errors: list[MirrorError], may_use_range: bool
+) -> None:
+    state = attempts()
+    for error in errors:
+        state.count_failure(error)
+    assert state.may_use_range is may_use_range
+
+
+def test_endpoint_without_progress_is_asked_last() -> None:
+    state = attempts(endpoint="http://one")
+    state.count_failure(BROKEN)
+    state.endpoint = "http://two"
+    state.count_failure(BROKEN)
+    state.endpoint = "http://one"
+    state.count_failure(BROKEN)
+    assert state.avoid == ["http://two", "http://one"]
+    state.has_progressed, state.endpoint = True, "http://three"
+    state.count_failure(BROKEN)
+    assert state.avoid == ["http://two", "http://one"]
