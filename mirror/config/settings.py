@@ -100,7 +100,9 @@ class Log(Section):
     """The log lines on standard output."""
 
     format: Literal["auto", "human", "json"] = "auto"
-    """auto is human-readable on a terminal, and JSON otherwise."""
+    """
+    auto is human-readable on a terminal, and JSON otherwise. Only JSON has the date and all fields.
+    """
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Minimum severity that is written."""
 

@@ -40,6 +40,8 @@ _SECRETS: Final = re.compile(
 _NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
 _SHOWN_STAGE_S: Final = 0.001
 """Seconds. On a terminal, a shorter stage is left out: it is not why a request took long."""
+_SHOWN_STAGES: Final = 2
+"""Stages on a terminal. Nearly always, one of them explains why a request took long."""
 _SHOWN_IN_MS_S: Final = 10.0
 """Seconds from which a duration is shown in seconds on a terminal."""
 _SHORT_DIGEST_CHARS: Final = 12
@@ -150,7 +152,9 @@ class LogWriter:
         if self._as_json:
             head = f'{{"time":"{stamp}","level":"{name}","message":{_to_json(message)}'
             return ",".join((head, *fields)) + "}\n"
-        return " ".join((f"{stamp} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
+        # On a terminal, the date would be a tenth of the line.
+        time_of_day = stamp.partition("T")[2]
+        return " ".join((f"{time_of_day} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -370,8 +374,8 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
     """Return the text of a request's line for people, and its further fields.
 
     ``hit 200 GET blob docker.io/library/alpine@0123456789ab 3.4MiB 12ms (send 8ms) 10.0.0.1``: it
-    fits a terminal of 120 columns. A digest is cut to 12 digits, and stages below 1 ms are left
-    out.
+    fits a terminal of 120 columns. A digest is cut to 12 digits. Of the stages, the two longest
+    are shown.
     """
     target = pull.path.partition("?")[0]
     if pull.repository:
@@ -380,7 +384,8 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
         short = f"@{digest.partition(':')[2][:_SHORT_DIGEST_CHARS]}" if digest else ""
         target = f"{pull.upstream}/{pull.repository}{tag}{short}"
     stages = _stage_totals(pull).items()
-    long = [f"{name} {_milliseconds(time)}" for name, time in stages if time >= _SHOWN_STAGE_S]
+    longest = sorted(stages, key=lambda stage: stage[1], reverse=True)[:_SHOWN_STAGES]
+    long = [f"{name} {_milliseconds(time)}" for name, time in longest if time >= _SHOWN_STAGE_S]
     words = (
         pull.outcome.value,
         str(pull.status or "-"),

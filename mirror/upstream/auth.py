@@ -344,10 +344,11 @@ class Negotiation:
             raise
         return self._sent.header if self._sent is not None else ""
 
-    async def next(self, challenges: Sequence[str]) -> str | None:
-        """Return the header to send after a 401 or 403.
+    async def next(self, status: int, challenges: Sequence[str]) -> str | None:
+        """Return the header to send after a refusal.
 
         Args:
+            status: 401 or 403.
             challenges: Values of ``WWW-Authenticate``.
 
         Returns:
@@ -355,7 +356,7 @@ class Negotiation:
             left to send.
 
         Raises:
-            MirrorError: see :meth:`Authenticator.obtain`. No scheme was accepted, and at least one
+            MirrorError: see :meth:`Authenticator.obtain`. The status is 401, and at least one
                 authorization could not be had.
         """
         refused, self._sent = self._sent, None
@@ -374,8 +375,8 @@ class Negotiation:
             self._sent = await self._try(self._untried.popleft())
             if self._sent is not None:
                 return self._sent.header
-        if self._failures:
-            # A refusal is final only if every token service could be asked.
+        if self._failures and status == 401:
+            # A 401 is final only if every token service could be asked.
             failed = (error for error in self._failures if isinstance(error, UpstreamError))
             raise next(failed, self._failures[0])
         return None

@@ -38,7 +38,7 @@ _FILES: Final = HangingCalls("credentials", 64)
 """Reads of files, which may be on a network file system that does not answer."""
 _TOKEN_USER: Final = "<token>"  # noqa: S105 - the user name that marks an identity token
 _DOCKER_HUB: Final = "https://index.docker.io/v1/"
-_DOCKER_HUB_HOSTS: Final = ("registry-1.docker.io", "index.docker.io", "docker.io")
+_DOCKER_HUB_NAMES: Final = ("registry-1.docker.io", "index.docker.io", "docker.io")
 """Hosts of Docker Hub. Docker's tools keep its login under the key ``_DOCKER_HUB``."""
 # The name becomes part of a file name. The grammar is that of the configuration.
 _HELPER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
@@ -233,7 +233,7 @@ async def _read_file(path: str, key: str) -> str:
 
 def _server_name(host: str) -> str:
     """Return the key of a registry in Docker's configuration and for helpers."""
-    return _DOCKER_HUB if host in _DOCKER_HUB_HOSTS else host
+    return _DOCKER_HUB if host in _DOCKER_HUB_NAMES else host
 
 
 async def _read_docker_config(
@@ -284,7 +284,7 @@ def find_entries(section: Any, host: str) -> dict[str, tuple[str, Any]]:
     key that equals a name of the host goes first. Empty values are left out.
     """
     values: Mapping[str, Any] = dict(section or {})
-    names = [_server_name(host), host, *(_DOCKER_HUB_HOSTS if host in _DOCKER_HUB_HOSTS else ())]
+    names = [_server_name(host), host, *(_DOCKER_HUB_NAMES if host in _DOCKER_HUB_NAMES else ())]
     hosts = {_split_key(name)[0] for name in names}
     entries: dict[str, tuple[str, Any]] = {}
     for key in sorted(values, key=lambda key: names.index(key) if key in names else len(names)):

@@ -180,6 +180,7 @@ class FailoverClient:
         self._emit = emit
         self._clock = clock
         self._jitter = jitter
+        self._last_failure = ""
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
         token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._policies = {
@@ -308,7 +309,9 @@ class FailoverClient:
         urls = self._endpoints.urls
         blocked = [url for url in urls if not self._endpoints.may_request(url, now, subject)]
         names = " and ".join(map(str, blocked or urls))
-        return AllCircuitsOpen(f"{names} failed a moment ago: no request is sent for a while")
+        return AllCircuitsOpen(
+            f"no request is sent to {names} for a while; last failure: {self._last_failure}"
+        )
 
     @asynccontextmanager
     async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
@@ -352,7 +355,7 @@ class FailoverClient:
                 return response
             challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())
             async with _token_deadline(attempt.limit.deadline):
-                header = await negotiation.next(challenges)
+                header = await negotiation.next(response.http.status, challenges)
             if header is None:
                 if response.http.status == 401:
                     attempt.refusal = negotiation.refusal()
@@ -419,6 +422,7 @@ class FailoverClient:
             case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
                 circuit.record_cancellation(is_probe=is_probe)
             case UpstreamUnavailable(scope=FailureScope.PATH | FailureScope.ENDPOINT):
+                self._last_failure = error.message
                 if is_probe or not attempt.is_repeat:
                     circuit.record_failure(
                         self._clock(),

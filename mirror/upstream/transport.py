@@ -53,7 +53,7 @@ would save no CPU time."""
 _MAX_HEADER_BYTES: Final = 32 * 1024
 """Bytes of one header line at most: long signed URLs exceed the 8 KiB that aiohttp allows."""
 _MAX_CONNECTIONS: Final = 512
-"""Connections to one upstream at most. With aiohttp's 100, pulls would wait for each other."""
+"""Connections of one session at most. With aiohttp's 100, pulls would wait for each other."""
 _DNS_TTL_S: Final = 30
 """Seconds for which resolved addresses are reused: pulls connect to the same few hosts."""
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})

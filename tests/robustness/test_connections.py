@@ -288,7 +288,11 @@ async def test_hanging_names_of_other_upstreams_delay_no_tls_client_and_no_metri
         async with running(tmp_path, fake.url, others=more, certificate=certificate) as server:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(socket, "getaddrinfo", hang)
-                urls = [server.blob(f"sha256:{0:064x}", "org/app", f"?ns={name}") for name in more]
+                # Different content, since fetches of the same content are one.
+                urls = [
+                    server.blob(f"sha256:{number:064x}", "org/app", f"?ns={name}")
+                    for number, name in enumerate(more)
+                ]
                 asked = asyncio.gather(*map(server.get, urls), return_exceptions=True)
                 try:
                     await asyncio.sleep(0.2)

@@ -102,7 +102,7 @@ def test_start_with_many_contents_is_quick(count: int) -> None:
 
 # --- nothing is left over ---------------------------------------------------------------------
 
-POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 1 + min(32, (os.cpu_count() or 1) + 4)
+POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + min(32, (os.cpu_count() or 1) + 4)
 """Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the loop's
 own."""
 
@@ -265,5 +265,5 @@ async def test_pools_of_one_slow_thread_never_deadlock(
         names = {type(event).__name__ for event in server.events}
         assert names >= {"Evicted", "Uncached", "Published", "Reverified"}
     assert {pool.name for pool in pools if pool.jobs > 5} == {
-        *("read", "open", "write", "publish", "heartbeat", "hash", "index"),
+        *("read", "open", "write", "publish", "heartbeat", "hash", "index-read", "index-write"),
     }

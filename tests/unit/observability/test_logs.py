@@ -64,12 +64,12 @@ def test_human_line_of_a_blob_fits_120_columns_and_has_its_digest_once() -> None
     )
     (line,) = written(events.RequestEnded(pull), log=HUMAN)
     stamp, _, rest = line.partition(" ")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", stamp)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3}Z", stamp)
     assert rest == (
         "info    hit 200 GET blob docker.io/library/alpine@0123456789ab 3.4MiB 12ms (send 9ms)"
         " 10.244.13.7"
     )
-    assert len(line) <= 120 + 3, line
+    assert len(line) <= 120, line
 
 
 @pytest.mark.row("FE6-one-line-per-request")
@@ -80,8 +80,8 @@ def test_human_line_of_a_blob_fits_120_columns_and_has_its_digest_once() -> None
         ({"kind": Kind.TAGS, "reference": ""}, "tags docker.io/library/app <1ms"),
         ({"duration": 12.34}, "manifest docker.io/library/app:1.0 12.3s"),
         (
-            {"duration": 0.9, "stages": [("resolve", 0.5), ("fetch", 0.3)]},
-            "manifest docker.io/library/app:1.0 900ms (resolve 500ms, fetch 300ms)",
+            {"duration": 0.9, "stages": [("index", 0.1), ("resolve", 0.2), ("fetch", 0.5)]},
+            "manifest docker.io/library/app:1.0 900ms (fetch 500ms, resolve 200ms)",
         ),
         ({"repository": "", "kind": Kind.INVALID}, "invalid /v2/library/app/manifests/1.0 <1ms"),
         ({"path": "/x y", "repository": "", "kind": Kind.INVALID}, "invalid /x y <1ms"),

@@ -134,7 +134,7 @@ async def test_index_json_is_not_written_before_the_index_is_restored(
         await store.save_image_layout()
         assert (tmp_path / "index.json").read_bytes() == before
     monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    await pulled(store, image(), Tag("new"))
+    await remember(store, image(), Tag("new"))
     await store.save_image_layout()
     assert {f"{REPO}:new", f"{REPO}:{TAG}"} <= set(names(tmp_path))
     record = await store.index.tag(REPO, Tag("new"))

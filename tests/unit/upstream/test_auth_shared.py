@@ -115,7 +115,7 @@ async def test_tokens_are_cached_by_identity_realm_service_and_scope(
     async def ask(
         challenge: str = BEARER, repository: Repository = REPO, policy: Policy = HUB
     ) -> str | None:
-        return await Negotiation(service.auth, policy, repository).next([challenge])
+        return await Negotiation(service.auth, policy, repository).next(401, [challenge])
 
     first = [await ask(**kind) for kind in kinds]
     assert first == ["Bearer t1", "Bearer t2", "Bearer t3", "Bearer t4", "Bearer t5"]
@@ -286,7 +286,7 @@ async def test_rotated_secret_is_read_after_the_registry_refused_the_old_one(
 async def test_reprs_and_events_contain_no_secrets(single_flight: SingleFlight) -> None:
     service = Service(single_flight, USER)
     negotiation = Negotiation(service.auth, HUB, REPO)
-    await negotiation.next([BEARER])
+    await negotiation.next(401, [BEARER])
     sent = negotiation._sent
     assert sent is not None
     response = TokenResponse(200, b'{"token":"secret"}')

@@ -251,3 +251,12 @@ async def test_body_that_stops_or_breaks_names_its_host() -> None:
         assert said == f"{fake.url} stopped sending in the middle of a body (limits.idle)"
         said = await body_failure(kit, fake, Fault(reset_at=10))
         assert said == f"{fake.url}: the connection broke in the middle of a body"
+
+
+async def test_endpoints_that_are_not_tried_for_a_while_name_their_last_failure() -> None:
+    endpoint = dead()
+    async with upstream_kit(endpoint) as kit:
+        for number in range(4):
+            said = (await failure(kit, f"manifests/v{number}")).message
+    assert said.startswith("all endpoints have failed")
+    assert said.endswith(f"{endpoint}: connection refused")

@@ -298,6 +298,18 @@ async def test_error_is_no_refusal_if_a_challenge_could_not_be_met(
         assert type(await failure(kit)) is expected
 
 
+@pytest.mark.row("FA7-several-challenges")
+async def test_403_for_a_good_token_is_denied_beside_an_unmet_challenge() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        rules = front(fake, REPO, status=403)
+        rules.needs[REPO.path] = "a scope that nobody gets"
+        rules.challenges = lambda name, _: [
+            'Bearer realm="https://evil.example/"',
+            rules.bearer(name),
+        ]
+        assert isinstance(await failure(kit), Denied)
+
+
 # --- whose credentials ----------------------------------------------------------------------------
 
 

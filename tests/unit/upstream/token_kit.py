@@ -87,8 +87,8 @@ class Service:
         if header:
             if header != refused:
                 return header
-            assert await negotiation.next([]) == "", "the endpoint is asked without it"
-        header = await negotiation.next(lines)
+            assert await negotiation.next(401, []) == "", "the endpoint is asked without it"
+        header = await negotiation.next(401, lines)
         negotiation.accept()
         return header
 
