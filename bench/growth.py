@@ -156,8 +156,8 @@ class Growth:
             self._hits(mirror, found, "beside an eviction")
             pulling.join()
             found.values["40 cold blobs beside an eviction, s"] = times[0]
-            evicted = lambda: mirror.metric("oci_mirror_evictions_total")  # noqa: E731 - polled
-            wait_until(lambda: evicted() > 0, "something is evicted", 60)
+            evictions = "oci_mirror_evictions_total"
+            wait_until(lambda: mirror.metric(evictions) > 0, "something is evicted", 60)
             found.values["eviction and 3 s of hits, s"] = time.monotonic() - begun
 
     def _mirror(self, data_dir: Path, quota: int) -> Mirror:

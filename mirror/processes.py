@@ -44,6 +44,8 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
         settings: The configuration.
         load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
     """
+    # A hangup that comes before its handler is there waits for it, in each process.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
     try:
         sockets = [_listen(settings, index) for index in range(settings.workers)]
     except OSError as error:
@@ -201,9 +203,7 @@ class _Supervisor:
                 listener.close()
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            # Until the worker can read the configuration again: it has just got the current one.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGHUP))
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             worker = Worker(
                 index=index,
                 supervisor_alive=alive,

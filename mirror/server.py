@@ -35,9 +35,9 @@ from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from mirror.upstream.registries import Registries, open_registries
-from mirror.web.connections import LimitedServer
 from mirror.web.handler import Handler
 from mirror.web.health import Health
+from mirror.web.limited_server import LimitedServer
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -163,7 +163,10 @@ def _reload_at_hangup(
     add_upstreams: Callable[[Collection[str]], None],
     emit: Observer,
 ) -> None:
-    """Read the configuration again at each ``SIGHUP``, in the background."""
+    """Read the configuration again at each ``SIGHUP``, in the background.
+
+    The signal is blocked until now (:func:`mirror.processes.run`), so none is lost.
+    """
     loop, requested = asyncio.get_running_loop(), asyncio.Event()
 
     async def reload() -> None:
@@ -195,6 +198,7 @@ def _reload_at_hangup(
 
     running.single_flight.run(("reload",), reload_at_requests)
     loop.add_signal_handler(signal.SIGHUP, requested.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
 
 
 @dataclass(slots=True)

@@ -29,11 +29,11 @@ LIMITS: Final[dict[str, int]] = {
     "constants": 0,
     "names": 0,
     "parameters": 0,
-    "lines": 11500,
+    "lines": 12650,
     "cold-modules": 30,
-    "cold-functions": 236,
+    "cold-functions": 260,
     "warm-modules": 16,
-    "warm-functions": 73,
+    "warm-functions": 76,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.
 

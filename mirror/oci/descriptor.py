@@ -23,7 +23,7 @@ from itertools import compress
 from operator import not_
 from typing import Any, Final, TypeAlias
 
-from mirror.oci.errors import DigestInvalid, ManifestInvalid, SchemaOneManifest
+from mirror.oci.errors import DigestInvalid, ManifestInvalid, WholeManifestNeeded
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of
 from mirror.oci.reference import Digest
 
@@ -106,12 +106,13 @@ def check_announced(media_type: str, size: int) -> None:
 
     Raises:
         ManifestInvalid: It has more than :data:`MANIFEST_LIMIT` bytes.
-        SchemaOneManifest: Its digest may be that of a part of its bytes (see :func:`payload_of`).
+        WholeManifestNeeded: It is of schema 1, or states no type, so that it may be. Then its
+            digest may be that of a part of its bytes (see :func:`payload_of`).
     """
     if size > MANIFEST_LIMIT:
         raise ManifestInvalid(f"a manifest of {size} bytes")
-    if media_type.lower() in SCHEMA1_TYPES:
-        raise SchemaOneManifest("a manifest of schema 1, which is fetched as a whole only")
+    if media_type == OCTET_STREAM or media_type.lower() in SCHEMA1_TYPES:
+        raise WholeManifestNeeded("a manifest that has to be fetched in one piece")
 
 
 def parse_manifest(body: bytes, content_type: str) -> Manifest:

@@ -261,10 +261,11 @@ class ManifestInvalid(UpstreamError):
     code = "MANIFEST_INVALID"
 
 
-class SchemaOneManifest(ManifestInvalid):
-    """The content is a manifest of schema 1, whose digest may be that of a part of its bytes.
+class WholeManifestNeeded(ManifestInvalid):
+    """The digest of a manifest may be that of a part of its bytes, so it is no content.
 
-    So it cannot be fetched as content. Raised by :mod:`mirror.oci.descriptor`, handled by ``pull``.
+    Raised by :mod:`mirror.oci.descriptor`, and handled by ``pull``: it fetches the manifest in one
+    piece, and finds out.
     """
 
 

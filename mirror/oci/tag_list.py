@@ -13,7 +13,7 @@ import heapq
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from operator import itemgetter
 from typing import Final
 
@@ -24,6 +24,8 @@ _NAME: Final = re.compile(r"[^\n]+")
 MAX_PAGE_CHARS: Final = 2_000_000
 """Characters of a page whose size the client does not choose. Its JSON is at most twice as long,
 and oras reads at most 4 MiB."""
+_BATCH_TAGS: Final = 10_000
+"""Tags that are joined at once. All of them as strings would take 80 MB for a million."""
 _PIECE_CHARS: Final = 64 * 1024
 """Characters that are encoded at once, so that a long list takes no memory for each client."""
 _CLOSE: Final = b"]}"
@@ -52,8 +54,11 @@ def join_pages(pages: Sequence[str]) -> str:
     pages = [page for page in pages if page]
     if all(_last_name(one) < next(_names(two)) for one, two in pairwise(pages)):
         return "\n".join(pages)
-    merged = heapq.merge(*map(_names, pages))
-    return "\n".join(name for name, _ in groupby(merged))
+    names = (name for name, _ in groupby(heapq.merge(*map(_names, pages))))
+    parts = []
+    while batch := list(islice(names, _BATCH_TAGS)):
+        parts.append("\n".join(batch))
+    return "\n".join(parts)
 
 
 def _last_name(text: str) -> str:

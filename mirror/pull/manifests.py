@@ -30,9 +30,9 @@ from mirror.oci.errors import (
     ManifestUnknown,
     MirrorError,
     NotFound,
-    SchemaOneManifest,
     UpstreamError,
     UpstreamProtocolError,
+    WholeManifestNeeded,
 )
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository, Tag
@@ -114,8 +114,9 @@ class ManifestService:
         if reader is None:
             try:
                 reader = await self._content.open(request)
-            except SchemaOneManifest:
-                return await self._fetch_schema1(request)
+            except WholeManifestNeeded:
+                manifest = await self._fetch_whole(request)
+                return await self._record_parts(request, manifest.body)
         try:
             with pull.stage("fetch"):
                 body = await read_all(reader, MANIFEST_LIMIT)
@@ -143,32 +144,33 @@ class ManifestService:
             await self._index.put_access_records(repository, [corrected])
         return self._remember(repository, _result_of(digest, body, parsed))
 
-    async def _fetch_schema1(self, request: ContentRequest) -> ManifestResult:
-        """Fetch a manifest of schema 1. Concurrent clients share one request.
-
-        Its digest may be that of a part of its bytes. The store keeps content by the digest of all
-        its bytes, so the index keeps the manifest. Its parts are not recorded.
-        """
+    async def _fetch_whole(self, request: ContentRequest) -> ManifestBody:
+        """Fetch a manifest that may be of schema 1. Concurrent clients share one request."""
         repository, digest = request.repository, request.digest
 
         async def fetch() -> ManifestBody:
             registry = self._content.registries[repository.upstream]
             manifest = await registry.get_manifest(repository, digest, request.accept)
             await self._store(repository, manifest)
-            await self._content.grant_access(request, manifest.media_type, len(manifest.body))
+            record = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
+            is_known = self._content.may_read_unasked(repository, record)
+            if manifest.media_type != OCTET_STREAM or not is_known:
+                await self._content.grant_access(request, manifest.media_type, len(manifest.body))
             return manifest
 
         with request.pull.stage("fetch"):
-            manifest = await self._single_flight.share(("schema 1", repository, digest), fetch)
-        parsed = await parse_in_thread_if_large(parse_manifest, manifest.body, manifest.media_type)
-        return _result_of(digest, manifest.body, parsed)
+            return await self._single_flight.share(("manifest", repository, digest), fetch)
 
     async def _read_schema1(self, repository: Repository, digest: Digest) -> bytes | None:
         text = await self._index.cached_list(_schema1_key(repository, digest))
         return None if text is None else base64.b64decode(text)
 
     async def _store(self, repository: Repository, manifest: ManifestBody) -> None:
-        """Store a manifest that was received as a whole."""
+        """Store a manifest that was received in one piece.
+
+        The store keeps content by the digest of all its bytes. So the index keeps a manifest of
+        schema 1, whose digest may be that of a part of them.
+        """
         if manifest.media_type.lower() in SCHEMA1_TYPES:
             text = base64.b64encode(manifest.body).decode("ascii")
             key = _schema1_key(repository, manifest.digest)

@@ -43,7 +43,7 @@ _LOCK_HOLD_OFF_S: Final = 1.0
 """Seconds without an eviction after another process's lock was waited for in vain."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
-_WORK_S: Final = 0.001
+_WORK_S: Final = 0.002
 """Seconds of work between two pauses: the event loop waits for the interpreter lock for as long."""
 _PAUSE_S: Final = 0.0002
 """Seconds of a pause. Enough for the event loop to take the interpreter lock."""

@@ -142,7 +142,7 @@ class IndexDirectory(Generic[Databases]):
         self._prepare = prepare
         self._emit = emit
         self._tried_at = 0.0
-        self._copy: _Copy | None = None
+        self._copy: _PrivateCopy | None = None
         self.refusal: str | None = None
         """Why a private copy is open. None: the directory itself is, or nothing."""
 
@@ -278,7 +278,7 @@ class IndexDirectory(Generic[Databases]):
     # --- the private copy -------------------------------------------------------------------------
 
     def _open_copy(self, refusal: Exception) -> Databases:
-        self._copy = _Copy()
+        self._copy = _PrivateCopy()
         try:
             databases = self._open_in_copy(self._copy.path)
         except BaseException:
@@ -308,7 +308,7 @@ class IndexDirectory(Generic[Databases]):
         self.refusal = None
 
 
-class _Copy:
+class _PrivateCopy:
     """A directory in the temporary directory. The lock in it shows that its process lives."""
 
     def __init__(self) -> None:

@@ -11,8 +11,9 @@ in one of three roles (:class:`mirror.store.ingest_lock.Role`):
 
 - LEADER: this process holds the exclusive ``flock`` of the ingest file. It alone fetches, writes
   the file, and writes the state file beside it (size, bytes written, a heartbeat every second).
-- FOLLOWER: another process holds the lock. This process reads the file as it grows, and hands the
-  bytes to its own followers (:mod:`mirror.store.other_process`).
+- FOLLOWER: another process holds the lock. Once its state shows that it is alive, this process
+  reads the file as it grows, and hands the bytes to its own followers
+  (:mod:`mirror.store.other_process`).
 - DONE: the content is complete and verified. No process writes any more.
 
 ::
@@ -40,6 +41,10 @@ that offset: ``on_disk`` bytes stay in the file, the rest is in a window
 (:mod:`mirror.store.window`) that slides with its followers. Followers notice nothing. The content
 is not cached then, and a new follower can join only while the window still holds what it needs. An
 ingest in memory needs no lock: its process fetches for itself.
+
+How much memory. What has arrived and is not on disk, or is in the window, counts in the budget of
+the process (:class:`mirror.store.ingest_writer.MemoryBudget`). An ingest that may take no more
+reads nothing from its upstream until its own bytes are written, or its own followers have read.
 
 How a crash hands over. The kernel releases the lock of a dead process. The processes that follow
 try the lock several times a second. One of them gets it, keeps the bytes that it may trust

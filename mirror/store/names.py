@@ -184,17 +184,16 @@ def _insert(tables: Tables, step: list[NamedManifest]) -> None:
 
 def _restore_access(tables: Tables) -> None:
     """Insert the missing access record of each manifest that was pulled by name."""
+    rows: list[tuple[str, str]] = []
     after: int | None = 0
     while after is not None:
         page = tables.read_page(NAMED, after)
-        rows = [
-            (f"manifest {row.key}", row.text)
-            for row in page
-            if "@" in row.key and load_access_record(row.text) is not None
-        ]
-        with tables.transaction(ACCESS):
-            tables.write_all(ACCESS, rows, replaces=False)
+        rows += [(f"manifest {row.key}", row.text) for row in page if "@" in row.key]
         after = page[-1].id if page else None
+        if after is None or len(rows) >= _STEP_NAMES:
+            with tables.transaction(ACCESS):
+                tables.write_all(ACCESS, rows, replaces=False)
+            rows = []
 
 
 def end_restore(tables: Tables) -> None:

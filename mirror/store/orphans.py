@@ -29,7 +29,7 @@ _MIN_ROWS: Final = 10_000
 """Rows of one table that are always allowed: 7 MB."""
 _CALLS_PER_PASS: Final = 720
 """Calls in which all rows of a table are checked once: an hour, if there is a call every 5 s."""
-_ROWS_PER_STEP: Final = 200
+_ROWS_PER_STEP: Final = 50
 """Rows that one step checks."""
 VERIFIED_PREFIX: Final = "verified "
 """Prefix of the keys of verification times. The digest follows."""

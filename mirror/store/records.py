@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from mirror.oci.descriptor import Manifest, parse_manifest, sniff_media_type
 from mirror.oci.errors import InvalidRequest
+from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository, Tag
 
 MAX_PREVIOUS_DIGESTS: Final = 16
@@ -149,6 +150,7 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
 def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     """Return the access record after a further statement about the same digest and kind.
 
+    ``application/octet-stream`` does not replace a media type that the upstream has stated before.
     The upstream's media type and size take precedence over those that a manifest states: anybody
     who may push can write anything into a manifest. Two manifests that disagree give an unknown
     type or size. Access by a reference does not expire, also after the upstream has granted it.
@@ -157,7 +159,9 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
         return new
     expires_at = None if earlier.expires_at is None else new.expires_at
     if new.referrer is None:
-        return replace(new, expires_at=expires_at)
+        is_less = earlier.referrer is None and new.media_type == OCTET_STREAM
+        media_type = earlier.media_type if is_less else new.media_type
+        return replace(new, media_type=media_type, expires_at=expires_at)
     if earlier.referrer is None:
         return replace(earlier, expires_at=new.expires_at)
     return replace(

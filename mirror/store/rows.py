@@ -45,8 +45,8 @@ from mirror.store.index_directory import (
 
 T = TypeVar("T")
 
-PAGE_ROWS: Final = 200
-"""Rows in one page: reading them takes 1 ms, for which other reads wait."""
+PAGE_ROWS: Final = 50
+"""Rows in one page: to read and parse them takes 2 ms, for which other reads wait."""
 _STEP_ROWS: Final = 200
 """Rows that are written in one transaction: it takes 2 ms, for which other processes wait."""
 _BUSY_TIMEOUT_S: Final = 10.0

@@ -369,6 +369,8 @@ class Space:
         self._turn = asyncio.Lock()
         self._waiting = 0
         """Bytes that running questions need. They are reserved, but are not granted yet."""
+        self._asked = 0
+        """The part of them that is asked for just now, and counts as if it was granted."""
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
@@ -395,10 +397,10 @@ class Space:
             self._waiting -= need
         return answer is True
 
-    def update_reserved(self, need: int = 0) -> None:
-        """Set the reserved bytes in the total: those that were granted, and ``need``."""
+    def update_reserved(self) -> None:
+        """Set the reserved bytes in the total: those that were granted, or are asked for now."""
         reserved, unwritten = self._reservations()
-        others = self._waiting - need
+        others = self._waiting - self._asked
         self._totals.reserve(max(0, reserved - others), max(0, unwritten - others))
 
     async def measure(self) -> Usage:
@@ -420,7 +422,11 @@ class Space:
         One at a time: those that ask at once would count against each other, and all be refused.
         """
         async with self._turn:
-            usage, disk_free = await self._read(need)
+            self._asked = need
+            try:
+                usage, disk_free = await self._read()
+            finally:
+                self._asked = 0
         if usage is None:
             return None
         shortage = bytes_to_free(usage, need, disk_free, self._settings)
@@ -432,9 +438,9 @@ class Space:
             self._evictor.start(need)
         return True if has_room else None
 
-    async def _read(self, need: int = 0) -> tuple[Usage | None, int]:
-        """Return the usage with what is granted and ``need``, and the free bytes of the disk."""
-        self.update_reserved(need)
+    async def _read(self) -> tuple[Usage | None, int]:
+        """Return the usage, and the free bytes of the disk."""
+        self.update_reserved()
         return await asyncio.get_running_loop().run_in_executor(
             self._asking, lambda: (self._totals.usage(), free_bytes(self._layout.root))
         )

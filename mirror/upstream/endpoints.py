@@ -222,10 +222,14 @@ class Endpoints:
         ranks = {name: rank for rank, name in enumerate(avoid)}
 
         def rank(url: URL) -> tuple[int, bool]:
-            until, _ = self.circuits[url].failed.get(subject, (now, 0.0))
-            return ranks.get(str(url), -1), now < until
+            return ranks.get(str(url), -1), self.has_failed(url, now, subject)
 
         return sorted(permitted, key=rank)
+
+    def has_failed(self, url: URL, now: float, subject: Subject) -> bool:
+        """Return whether the endpoint has failed for ``subject`` a moment ago."""
+        until, _ = self.circuits[url].failed.get(subject, (now, 0.0))
+        return now < until
 
     def remaining_pauses(self, now: float, subject: Subject) -> list[float | None]:
         """Return the remaining seconds of the endpoints' pauses after a 429. Empty if none.

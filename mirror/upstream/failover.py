@@ -224,7 +224,7 @@ class FailoverClient:
             while failures < MAX_ATTEMPTS_PER_REQUEST:
                 attempts_before = attempts
                 candidates = self._endpoints.candidates(self._clock(), subject, avoid)
-                for endpoint in candidates:
+                for position, endpoint in enumerate(candidates, 1):
                     now = self._clock()
                     if endpoint in refusals or not self._endpoints.may_request(
                         endpoint, now, subject
@@ -237,7 +237,10 @@ class FailoverClient:
                     attempts += 1
                     is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
                     # Other requests wait for a probe, and another endpoint may respond at once.
-                    is_urgent = is_probe or endpoint != candidates[-1]
+                    is_urgent = is_probe or not all(
+                        self._endpoints.has_failed(other, now, subject)
+                        for other in candidates[position:]
+                    )
                     attempt = _Attempt(
                         self._policies[endpoint],
                         request,

@@ -105,7 +105,8 @@ async def _follow_links(
         except (NotFound, Denied, Unauthorized) as error:
             if page is None:
                 raise
-            raise UpstreamProtocolError("a further page of the list is refused") from error
+            what = "missing" if isinstance(error, NotFound) else "refused"
+            raise UpstreamProtocolError(f"a further page of the list is {what}") from error
         pages.append(await parse_in_thread_if_large(parse, body))
         if sum(map(len, pages)) > max_bytes:
             raise UpstreamProtocolError(f"the list has more than {max_bytes} bytes")

@@ -52,6 +52,8 @@ one read of it adds 256 KiB. Of 40 fetches that a slow disk holds up, 1 MiB woul
 would save no CPU time."""
 _MAX_HEADER_BYTES: Final = 32 * 1024
 """Bytes of one header line at most: long signed URLs exceed the 8 KiB that aiohttp allows."""
+_KEEPALIVE_S: Final = 15.0
+"""Seconds for which an idle connection is kept, as aiohttp does. Pulls ask again sooner."""
 _MAX_CONNECTIONS: Final = 512
 """Connections of one session at most. With aiohttp's 100, pulls would wait for each other."""
 _DNS_TTL_S: Final = 30
@@ -146,6 +148,9 @@ class Transport:
                 ssl=tls_context(settings.ca, certificate, settings.insecure),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
+                # If a body ends while its socket is paused, aiohttp starts the timer of `sock_read`
+                # on the idle connection, and the next request on it would fail at once.
+                keepalive_timeout=min(_KEEPALIVE_S, self._limits.idle / 2),
             ),
             response_class=_PeerResponse,
             cookie_jar=aiohttp.DummyCookieJar(),

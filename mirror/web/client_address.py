@@ -19,7 +19,7 @@ from typing import Final, TypeAlias
 _MAX_HOPS: Final = 32
 """Proxies in a row that are looked at. Real chains have at most a few."""
 
-_Address: TypeAlias = IPv4Address | IPv6Address
+_IpAddress: TypeAlias = IPv4Address | IPv6Address
 
 
 class TrustedProxies:
@@ -36,7 +36,7 @@ class TrustedProxies:
         address = _parse_address(peer)
         return address is not None and self._contains(address)
 
-    def _contains(self, address: _Address) -> bool:
+    def _contains(self, address: _IpAddress) -> bool:
         return any(
             address.version == network.version and address in network for network in self._networks
         )
@@ -74,7 +74,7 @@ class TrustedProxies:
         return client
 
 
-def _parse_hop(hop: str) -> _Address | None:
+def _parse_hop(hop: str) -> _IpAddress | None:
     """Parse ``192.0.2.1``, ``192.0.2.1:80``, ``2001:db8::1`` or ``[2001:db8::1]:80``."""
     text = hop.strip().strip('"')
     if text.startswith("["):
@@ -84,7 +84,7 @@ def _parse_hop(hop: str) -> _Address | None:
     return _parse_address(text)
 
 
-def _parse_address(text: str) -> _Address | None:
+def _parse_address(text: str) -> _IpAddress | None:
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -234,7 +234,12 @@ def _odd_manifests() -> Iterator[Shape]:
 def _schema1() -> Iterator[Shape]:
     digest = Digest.of(SCHEMA1)
     body = signed(SCHEMA1)
-    for name, content_type in (("signed", DOCKER_SCHEMA1_SIGNED), ("plain-type", DOCKER_SCHEMA1)):
+    for name, content_type in (
+        ("signed", DOCKER_SCHEMA1_SIGNED),
+        ("plain-type", DOCKER_SCHEMA1),
+        ("json-type", "application/json; charset=utf-8"),
+        ("no-type", None),
+    ):
         manifest = ShapedManifest(body, content_type, digest=digest)
         yield Shape(f"schema1-{name}", "FB8", (manifest,))
     yield one("schema1-unsigned", "FB8", SCHEMA1, DOCKER_SCHEMA1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import index_costs
 from mirror import server as server_module
 from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -139,6 +140,13 @@ def failing(calls: dict[str, int], name: str) -> object:
             raise KeyError(name)
 
     return fail
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_benchmark_of_the_index_measures_all_its_rows(tmp_path: Path) -> None:
+    lines = await index_costs.measure(tmp_path, 20)
+    assert len(lines) == 9
+    assert len({line.split("|")[1] for line in lines}) == 9
 
 
 @pytest.mark.row("G8-start-on-a-full-disk")

@@ -129,5 +129,6 @@ async def test_start_and_eviction_with_many_contents_do_not_block_the_loop(tmp_p
         digest = fake.add_blob(bytes(size // 20))
         assert (await server.get(server.blob(digest)))[0] == 200
         await server.store.idle()
+        await server.store.evictor.wait_until_idle()
         gone = sum(event.count for event in server.events if isinstance(event, Evicted))
         assert gone > 4_000

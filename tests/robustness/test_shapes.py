@@ -11,17 +11,17 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 
-from mirror.observability.events import DigestMismatched
-from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_TYPES
+from mirror.observability.events import DigestMismatched, Event
+from mirror.oci.descriptor import DEFAULT_ACCEPT, DOCKER_SCHEMA1_SIGNED, MANIFEST_TYPES
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of
 from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
-from tests.fakes.shapes import SHAPES, Shape
+from tests.fakes.shapes import SHAPES, Shape, ShapedManifest
 from tests.real.clients import Containerd
 from tests.robustness.table import ROWS
 from tests.server_kit import Server, running
@@ -88,15 +88,18 @@ def expect(shape: Shape, ask: Ask, direct: Got) -> Got:
     if kind == "blobs":
         return Got(200, direct.body, OCTET_STREAM, reference, direct.length)
     (manifest,) = (m for m in shape.manifests if reference in (m.tag, str(m.name)))
-    content_type = expected_type(manifest.body, manifest.content_type)
+    content_type = expected_type(manifest)
     return Got(200, direct.body, content_type, str(manifest.name), str(len(manifest.body)))
 
 
-def expected_type(body: bytes, stated: str | None) -> str:
+def expected_type(manifest: ShapedManifest) -> str:
     """Return the upstream's type, else that of the manifest, else ``application/octet-stream``."""
-    if manifest_type_of(stated) != OCTET_STREAM:
-        return manifest_type_of(stated)
-    return manifest_type_of(json.loads(body).get("mediaType"))
+    stated = manifest_type_of(manifest.content_type)
+    if stated != OCTET_STREAM:
+        return stated
+    if manifest.digest is not None:
+        return DOCKER_SCHEMA1_SIGNED
+    return manifest_type_of(json.loads(manifest.body).get("mediaType"))
 
 
 def compare(ask: Ask, direct: Got, mirrored: Got, when: str) -> None:
@@ -114,8 +117,9 @@ def compare(ask: Ask, direct: Got, mirrored: Got, when: str) -> None:
 async def test_image_is_pulled_through_the_mirror_as_directly(
     tmp_path: Path, shape: Shape, tried: Callable[[int], None]
 ) -> None:
-    asks, events = list(asks_of(shape)), []
-    settings = {"tag_ttl": 0.0, "negative_ttl": 0.01}
+    asks = list(asks_of(shape))
+    events: list[Event] = []
+    settings: dict[str, Any] = {"tag_ttl": 0.0, "negative_ttl": 0.01}
     async with FakeRegistry() as fake:
         shape.add_to(fake)
         async with running(tmp_path, fake.url, **settings) as server:

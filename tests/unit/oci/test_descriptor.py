@@ -29,7 +29,7 @@ from mirror.oci.descriptor import (
     referrers_tag,
     sniff_media_type,
 )
-from mirror.oci.errors import ManifestInvalid, SchemaOneManifest
+from mirror.oci.errors import ManifestInvalid, WholeManifestNeeded
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of
 from mirror.oci.reference import Digest, Tag
 from tests.fakes.shapes import SCHEMA1, encoded, signed, text
@@ -507,7 +507,9 @@ def test_payload_of_any_other_content_is_the_content(content: bytes) -> None:
 @pytest.mark.row("FB8-schema-1")
 def test_announced_schema_1_and_large_manifests_are_not_fetched_as_content() -> None:
     check_announced(OCI_MANIFEST, MANIFEST_LIMIT)
-    with pytest.raises(SchemaOneManifest):
+    with pytest.raises(WholeManifestNeeded):
         check_announced(DOCKER_SCHEMA1_SIGNED.upper(), 5)
+    with pytest.raises(WholeManifestNeeded):
+        check_announced(OCTET_STREAM, 5)
     with pytest.raises(ManifestInvalid):
         check_announced(OCI_MANIFEST, MANIFEST_LIMIT + 1)

@@ -174,8 +174,11 @@ class MemoryRegistry:
         self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestBody:
         self._call("get_manifest")
-        is_tag = isinstance(reference, Tag)
-        digest = self.tags.get((repository.path, reference.name)) if is_tag else reference
+        digest = (
+            self.tags.get((repository.path, reference.name))
+            if isinstance(reference, Tag)
+            else reference
+        )
         if digest is None or (repository.path, digest) not in self.manifests:
             raise ManifestUnknown("no such manifest")
         body, media_type = self.manifests[repository.path, digest]

@@ -470,7 +470,7 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
             await remember(index, Digest.of(b"%d" % number))
         gone = [Digest.of(b"gone %d" % number) for number in range(1000)]
         await index.put_access_records(REPO, [root(digest) for digest in gone])
-        for _ in range(20):
+        for _ in range(80):
             await index.drop_orphaned_rows({held}.__contains__, contents=2)
         known = [d for d in gone if await index.access_record(REPO, d, "manifest")]
         assert 0 < len(known) <= 140, "20 rows for each content, and 100 rows"
@@ -478,7 +478,7 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
         assert await is_known(index, held)
         tags = [confirm(None, REPO, Tag(f"of-one-{n}"), held, 1.0) for n in range(1000)]
         await index.put_tags(tags)
-        for _ in range(20):
+        for _ in range(80):
             await index.drop_orphaned_rows({held}.__contains__, contents=2)
         assert len(await index.tags_of(REPO)) <= 140
         assert await index.pinned() == {held}

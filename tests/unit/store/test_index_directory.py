@@ -120,9 +120,9 @@ async def test_copy_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = (
         "import os, sys, tempfile\n"
-        "from mirror.store.index_directory import _Copy\n"
+        "from mirror.store.index_directory import _PrivateCopy\n"
         "tempfile.tempdir = sys.argv[1]\n"
-        "copy = _Copy()\n"
+        "copy = _PrivateCopy()\n"
         "copy.path.mkdir()\n"
         "os.kill(os.getpid(), 9)\n"
     )
@@ -132,7 +132,7 @@ async def test_copy_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_
     )
     assert ended.returncode == -9
     (left,) = copies()
-    running = index_directory._Copy()
+    running = index_directory._PrivateCopy()
     async with opened_rows(tmp_path / "index") as rows:
         await rows.put("kept", [("a", "1")])
     assert not left.exists()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, Descriptor, Manifest
+from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import ALGORITHMS, Digest, Repository, Tag
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
@@ -192,6 +193,15 @@ def test_merge_prefers_the_upstream_and_drops_what_two_references_contradict(
         assert known.size in (statements[-1].size, None)
     never_expires = any(statement.expires_at is None for statement in statements)
     assert known.expires_at == (None if never_expires else statements[-1].expires_at)
+
+
+@pytest.mark.row("FB4-content-types-of-static-registries")
+def test_octet_stream_does_not_replace_a_type_that_the_upstream_has_stated() -> None:
+    silent = access_record(ONE, "manifest", OCTET_STREAM)
+    assert merge(access_record(ONE, "manifest", "a/one"), silent).media_type == "a/one"
+    assert merge(silent, access_record(ONE, "manifest", "a/one")).media_type == "a/one"
+    listed = access_record(ONE, "manifest", "a/one", referrer=TWO)
+    assert merge(listed, silent).media_type == OCTET_STREAM, "an index may say anything"
 
 
 def test_contradicts_compares_media_types_where_one_source_is_an_index() -> None:

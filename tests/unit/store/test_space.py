@@ -349,6 +349,32 @@ async def test_fetch_beyond_the_quota_waits_for_room_and_not_for_the_end_of_the_
         assert await served(store, layer(20, 150_000))
 
 
+@pytest.mark.row("R8-beyond-the-quota")
+async def test_fetch_counts_its_need_also_if_another_one_ends_while_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, events = [NOW], list[Event]()
+    usage = Totals.usage
+    async with opened(tmp_path, clock, events, QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+            clock[0] += 100
+
+        async def another_ends() -> None:
+            store._count()
+
+        def interrupted(totals: Totals) -> Usage | None:
+            asyncio.run_coroutine_threadsafe(another_ends(), store._loop).result(10)
+            return usage(totals)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Totals, "usage", interrupted)
+            content = await begin(store, layer(9, 250_000))
+        assert store.catalog.refresh().total <= QUOTA.max_size
+        assert uncached(events) == []
+        end(store, content)
+
+
 @pytest.mark.row("G2-long-eviction")
 async def test_many_fetches_beyond_the_quota_share_one_eviction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from yarl import URL
 
 from mirror.config.settings import Limits
 from mirror.oci.errors import MirrorError
-from mirror.upstream.failures import Hop, describe_failure
+from mirror.upstream.failures import Hop, ResponseLimit, describe_failure
 from mirror.upstream.outbound import Policy
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
@@ -231,7 +231,10 @@ async def test_refused_realm_names_its_host_and_the_key() -> None:
 )
 def test_no_message_has_the_name_of_an_exception_or_a_query(error: Exception, cause: str) -> None:
     url = URL("https://registry.example:444/v2/a?signature=secret")
-    said = describe_failure(error, Hop(url, None, Policy(url.origin(), upstream="x"), Limits()))
+    limit = ResponseLimit(0.0, "headers", 20.0)
+    said = describe_failure(
+        error, Hop(url, None, Policy(url.origin(), upstream="x"), Limits(), limit)
+    )
     assert said.startswith("https://registry.example:444: ")
     assert cause in said
     for word in ("Error", "Exception", "secret", "errno", "\n"):
@@ -258,5 +261,5 @@ async def test_endpoints_that_are_not_tried_for_a_while_name_their_last_failure(
     async with upstream_kit(endpoint) as kit:
         for number in range(4):
             said = (await failure(kit, f"manifests/v{number}")).message
-    assert said.startswith("all endpoints have failed")
+    assert said.startswith("no request is sent to ")
     assert said.endswith(f"{endpoint}: connection refused")

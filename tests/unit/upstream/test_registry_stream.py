@@ -137,3 +137,21 @@ async def test_leaving_a_stream_ends_the_transfer() -> None:
         assert await kit.registry.head_blob(REPO, digest) == len(data)
         assert fake.bytes_sent < len(data)
         assert fake.connections == 2
+
+
+async def test_request_after_a_body_that_ended_while_its_socket_was_paused_is_answered() -> None:
+    """aiohttp starts its timer for the next byte then, on a connection that nobody reads."""
+    data, rest = bytes(200_000), asyncio.Event()
+    limits = Limits(connect=15.0, headers=15.0, idle=0.5)
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        digest = fake.add_blob(data)
+        fake.fault(f"blobs/{digest}", Fault(stall_at=50_000, gate=rest))
+        async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
+            chunks = aiter(stream)
+            got = await anext(chunks)
+            rest.set()
+            await asyncio.sleep(0.1)  # the rest, which is larger than the buffer, arrives at once
+            assert got + b"".join([chunk async for chunk in chunks]) == data
+        await asyncio.sleep(0.6)
+        async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
+            assert b"".join([chunk async for chunk in stream]) == data

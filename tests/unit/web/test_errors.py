@@ -45,7 +45,7 @@ EXPECTED = {
     "OutboundRefused": (502, "UNAVAILABLE"),
     "DigestMismatch": (502, "UNAVAILABLE"),
     "ManifestInvalid": (502, "MANIFEST_INVALID"),
-    "SchemaOneManifest": (502, "MANIFEST_INVALID"),
+    "WholeManifestNeeded": (502, "MANIFEST_INVALID"),
     "Draining": (503, "UNAVAILABLE"),
     "ContentLost": (503, "UNAVAILABLE"),
     "StorageUnavailable": (503, "UNAVAILABLE"),
