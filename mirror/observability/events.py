@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 
 class Kind(StrEnum):
@@ -40,6 +40,7 @@ class Outcome(StrEnum):
     STALE = "stale"
     NEGATIVE = "negative"
     DENIED = "denied"
+    REJECTED = "rejected"
     ERROR = "error"
 
 
@@ -154,12 +155,16 @@ class ExchangeEnded:
     error: str = ""
 
 
+TokenResult: TypeAlias = Literal["ok", "refused", "error"]
+"""A token; no token for this repository (it may not exist); a failure, or a refused login."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenFetched:
-    """An exchange with a token service ended, with a token if ``ok``, after ``seconds``."""
+    """An exchange with a token service ended after ``seconds``."""
 
     upstream: str
-    is_ok: bool
+    result: TokenResult
     seconds: float
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from typing import Final, Literal, TypeAlias, assert_never
+from typing import Final, Literal, TypeAlias, assert_never, get_args
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -132,7 +132,8 @@ class MetricsObserver:
         )
         self._circuit = gauge(
             "circuit_open",
-            "1 while the circuit breaker of an endpoint is open: no requests are sent to it.",
+            "1 while the circuit breaker of an endpoint is open: no requests, or none of one kind, "
+            "are sent to it.",
             "upstream endpoint",
             mode="livemax",
         )
@@ -225,7 +226,7 @@ class MetricsObserver:
         self._resumed.labels(upstream)
         self._latency.labels(upstream)
         self._token_latency.labels(upstream)
-        for result in ("ok", "error"):
+        for result in get_args(events.TokenResult):
             self._tokens.labels(upstream, result)
         for where in _MISMATCH_ORIGINS:
             self._mismatches.labels(upstream, where)
@@ -259,9 +260,9 @@ class MetricsObserver:
                 self._fetched_by[self._upstream(upstream)].inc(count)
             case events.ExchangeEnded():
                 self._exchange_ended(event)
-            case events.TokenFetched(upstream, ok, seconds):
+            case events.TokenFetched(upstream, result, seconds):
                 name = self._upstream(upstream)
-                self._tokens.labels(name, "ok" if ok else "error").inc()
+                self._tokens.labels(name, result).inc()
                 self._token_latency.labels(name).observe(seconds)
             case events.RateLimitSeen(upstream, limit, remaining):
                 self._remaining.labels(self._upstream(upstream)).set(remaining)

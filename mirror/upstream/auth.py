@@ -28,7 +28,7 @@ from cachetools import LRUCache
 from yarl import URL
 
 from mirror.config.settings import Upstream
-from mirror.observability.events import Observer, TokenFetched
+from mirror.observability.events import Observer, TokenFetched, TokenResult
 from mirror.oci.challenge import Basic, Bearer, parse_challenges, pull_scope
 from mirror.oci.errors import (
     Denied,
@@ -240,7 +240,8 @@ class Authenticator:
         verdict = check_url(key.scheme.realm, UrlSource.REALM, policy.endpoint, policy)
         if not isinstance(verdict, Allowed):
             raise OutboundRefused(f"token realm refused: {verdict.why}")
-        started_at, token = self._clock(), None
+        started_at = self._clock()
+        result: TokenResult = "error"
         try:
             response = await self._send_token_request(verdict.url, key.scheme, lookup.login)
             if response.status != 200:
@@ -249,9 +250,15 @@ class Authenticator:
             # issued_at is ignored: the clock of the token service may be wrong.
             renew_at = self._clock() + lifetime * (1 - _RENEWAL_MARGIN)
             token = Token(SentAuthorization(f"Bearer {value}", key.scheme, lookup), renew_at)
+            result = "ok"
+        except _LoginRefused:
+            raise
+        except (Unauthorized, Denied):
+            result = "refused"
+            raise
         finally:
             self._tokens.pop(key, None)
-            self._emit(TokenFetched(self._upstream, token is not None, self._clock() - started_at))
+            self._emit(TokenFetched(self._upstream, result, self._clock() - started_at))
         self._tokens[key] = token
         return token
 

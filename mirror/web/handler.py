@@ -42,8 +42,10 @@ from mirror.oci.errors import (
     Draining,
     InvalidRequest,
     ManifestUnknown,
+    MethodUnsupported,
     MirrorError,
     NotFound,
+    RangeNotSatisfiable,
     TooManyRequests,
     Unauthorized,
 )
@@ -357,6 +359,8 @@ def _build_error_response(error: MirrorError, pull: RequestRecord) -> web.Stream
             pull.outcome = Outcome.NEGATIVE
         case Denied() | Unauthorized() | TooManyRequests():
             pull.outcome = Outcome.DENIED
+        case InvalidRequest() | RangeNotSatisfiable() | MethodUnsupported():
+            pull.outcome = Outcome.REJECTED
         case _:
             pull.outcome = Outcome.ERROR
     if pull.status:

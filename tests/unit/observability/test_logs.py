@@ -118,9 +118,9 @@ def test_human_line_of_a_failure_ends_with_the_error_and_the_id() -> None:
         (Outcome.ERROR, 200, "UNAVAILABLE: the upstream broke off", "warning"),
         (Outcome.ERROR, 0, "cut off at the end of drain_timeout", "warning"),
         # The client's own fault, or a decision.
-        (Outcome.ERROR, 400, "NAME_INVALID: malformed", "info"),
-        (Outcome.ERROR, 405, "UNSUPPORTED: read-only", "info"),
-        (Outcome.ERROR, 416, "SIZE_INVALID: range", "info"),
+        (Outcome.REJECTED, 400, "NAME_INVALID: malformed", "info"),
+        (Outcome.REJECTED, 405, "UNSUPPORTED: read-only", "info"),
+        (Outcome.REJECTED, 416, "SIZE_INVALID: range", "info"),
         (Outcome.NEGATIVE, 404, "MANIFEST_UNKNOWN: no such tag", "info"),
         (Outcome.DENIED, 403, "DENIED: deny-list", "info"),
         (Outcome.HIT, 200, "client left", "info"),

@@ -58,7 +58,12 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
         {"status": "none"},
         1,
     ),
-    (events.TokenFetched("docker.io", False, 0.1), "token_requests_total", {"result": "error"}, 1),
+    (
+        events.TokenFetched("docker.io", "error", 0.1),
+        "token_requests_total",
+        {"result": "error"},
+        1,
+    ),
     (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_remaining", {}, 76),
     (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_limit", {}, 100),
     (events.CircuitChanged("docker.io", "https://x", True), "circuit_open", {}, 1),

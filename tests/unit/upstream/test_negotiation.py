@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mirror.config.settings import Credentials
+from mirror.observability.events import TokenFetched
 from mirror.oci.challenge import pull_scope
 from mirror.oci.errors import (
     Denied,
@@ -109,6 +110,20 @@ async def test_token_service_that_limits_one_repository_pauses_no_other_one() ->
         rules.refuses[own_scope(CLOSED.path)] = 429
         assert isinstance(await failure(kit, repository=CLOSED), UpstreamRateLimited)
         assert [await pull(kit), await pull(kit, OPEN)] == [200, 200]
+
+
+@pytest.mark.row("FE9-quiet-alerts")
+async def test_refused_token_is_counted_apart_from_a_failing_token_service() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        rules = front(fake, REPO, CLOSED)
+        rules.refuses |= {own_scope(CLOSED.path): 401}
+        assert await pull(kit) == 200
+        await failure(kit, repository=CLOSED)
+        rules.refuses |= {own_scope(CLOSED.path): 500}
+        await failure(kit, repository=CLOSED)
+        results = [event.result for event in kit.seen(TokenFetched)]
+        assert results[:2] == ["ok", "refused"]
+        assert set(results[2:]) == {"error"}
 
 
 # --- dead tokens ----------------------------------------------------------------------------------

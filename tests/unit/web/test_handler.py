@@ -61,7 +61,7 @@ async def test_write_methods_are_405_and_allow_names_get_and_head(tmp_path: Path
                 status, headers, body = await server.ask(method, url)
                 assert (status, headers["Allow"]) == (405, "GET, HEAD")
                 assert json.loads(body)["errors"][0]["code"] == "UNSUPPORTED"
-        assert {pull.outcome for pull in await server.records()} == {Outcome.ERROR}
+        assert {pull.outcome for pull in await server.records()} == {Outcome.REJECTED}
         assert every_pull_ended(server)
 
 
@@ -86,6 +86,21 @@ async def test_unexpected_exception_is_500_without_details_and_is_logged(
         # The server, and the connection, still work.
         assert (await server.get(f"{server.url}/v2/"))[0] == 200
         assert every_pull_ended(server)
+
+
+@pytest.mark.row("FE9-quiet-alerts")
+async def test_malformed_request_and_range_behind_the_end_are_rejected_and_no_error(
+    tmp_path: Path,
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.add_image(DATA)
+        assert (await server.get(server.blob(digest)))[0] == 200
+        behind = {"Range": f"bytes={len(DATA)}-"}
+        assert (await server.get(server.blob(digest), headers=behind))[0] == 416
+        assert (await server.get(server.manifest("..")))[0] == 400
+        outcomes = [pull.outcome for pull in await server.records()]
+        assert outcomes[1:] == [Outcome.REJECTED] * 2
 
 
 async def test_record_of_a_failed_request_has_outcome_status_and_error(tmp_path: Path) -> None:
