@@ -57,6 +57,16 @@ async def parse_in_thread_if_large(
     return await run_in_thread(parse, body, *args)
 
 
+def on_running_loop(receive: Callable[[T], object]) -> Callable[[T], None]:
+    """Return a function for threads that has the running event loop call ``receive``, soon."""
+    loop = asyncio.get_running_loop()
+
+    def receive_soon(value: T) -> None:
+        loop.call_soon_threadsafe(receive, value)
+
+    return receive_soon
+
+
 class TooManyHangingCalls(OSError):
     """As many calls hang as are allowed, so no other one was started."""
 

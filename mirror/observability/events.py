@@ -10,7 +10,6 @@ log line, ``Server-Timing`` and the metrics all read it, so nothing is measured 
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -331,13 +330,3 @@ Event: TypeAlias = (
     | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]
-
-
-def for_threads(emit: Observer) -> Observer:
-    """Return an observer that other threads may call: it calls ``emit`` on the running loop."""
-    loop = asyncio.get_running_loop()
-
-    def emit_soon(event: Event) -> None:
-        loop.call_soon_threadsafe(emit, event)
-
-    return emit_soon

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mirror.observability.events import IndexRestored, LogMessage, Observer, for_threads
+from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
@@ -41,6 +41,7 @@ from mirror.store.records import (
     merge,
 )
 from mirror.store.rows import Row, Rows, Tables
+from mirror.threads import on_running_loop
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ class Index:
         """
         self._rows = Rows(path, _TABLES, emit, self._prepare)
         self._emit = emit
-        self._emit_from_thread = for_threads(emit)
+        self._emit_from_thread = on_running_loop(emit)
         self._now = now
         self._read_saved_names = read_saved_names
         self._checks = {table: RowChecks() for table in (NAMED, ACCESS)}

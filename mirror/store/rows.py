@@ -33,7 +33,7 @@ from typing import Any, Final, TypeVar
 
 import diskcache
 
-from mirror.observability.events import LogMessage, Observer, for_threads
+from mirror.observability.events import LogMessage, Observer
 from mirror.store.index_directory import (
     FAILURES,
     FilesReplaced,
@@ -42,6 +42,7 @@ from mirror.store.index_directory import (
     is_damage,
     is_refusal,
 )
+from mirror.threads import on_running_loop
 
 T = TypeVar("T")
 
@@ -189,10 +190,9 @@ class Tables:
 
     def is_current(self) -> bool:
         """Return whether the directory still has the files that were opened."""
-        try:
+        with suppress(FilesReplaced):
             return self.run(lambda tables: True)
-        except FilesReplaced:
-            return False
+        return False
 
     @contextmanager
     def transaction(self, table: str) -> Iterator[None]:
@@ -346,14 +346,14 @@ class Rows:
             path: The directory of the databases.
             bounds: Name of each table -> its bound in bytes. None: no bound.
             emit: Receives warnings, on the event loop.
-            prepare: Called with tables that were just opened, before any operation uses them.
+            prepare: Fills tables that were just opened, before any operation uses them.
         """
         self._emit = emit
         self._reading = ThreadPoolExecutor(1, "index-read")
         self._writing = ThreadPoolExecutor(1, "index-write")
         self._checking = ThreadPoolExecutor(1, "index-check")
         open_at = partial(Tables, bounds=bounds)
-        self._directory = IndexDirectory(path, open_at, prepare, for_threads(emit))
+        self._directory = IndexDirectory(path, open_at, prepare, on_running_loop(emit))
         self._tables: Tables | None = None
         self._is_closing = False
         self._refusal: str | None = None

@@ -26,7 +26,6 @@ from mirror.observability.events import (
     Published,
     StorageMeasured,
     Uncached,
-    for_threads,
 )
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import ManifestInvalid, StorageUnavailable
@@ -43,7 +42,7 @@ from mirror.store.names import root_record
 from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
 from mirror.store.recovery import recover, remove_leftovers
 from mirror.store.space import Space, Totals
-from mirror.threads import run_in_thread
+from mirror.threads import on_running_loop, run_in_thread
 
 _LEFTOVERS_INTERVAL_S: Final = 3600.0
 """Seconds between two removals of leftovers: each lives for a day, so an hour is soon enough."""
@@ -158,7 +157,7 @@ class Store:
         """
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
         unwritable = await run_in_thread(recover, layout, now(), disk.boot_id())
-        read_saved_names = partial(image_layout.read_saved_names, layout, for_threads(emit))
+        read_saved_names = partial(image_layout.read_saved_names, layout, on_running_loop(emit))
         index = await Index.open(layout.index, emit, now, read_saved_names)
         store = cls(layout, index, settings, emit, now)
         store._unwritable = unwritable

@@ -158,7 +158,7 @@ async def test_read_does_not_wait_for_a_transaction_of_another_process_nor_is_a_
 @pytest.mark.row("G4-busy-index")
 async def test_large_flush_lets_other_processes_and_writes_in(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
-        times = [(Digest.of(b"%d" % number), 1.0) for number in range(20_000)]
+        times = [(Digest.of(b"%d" % number), 1.0) for number in range(50_000)]
         flush = asyncio.ensure_future(index.set_verified(times))  # noqa: TID251 - a test
         path = tmp_path / "index" / "members" / "cache.db"
         other = sqlite3.connect(path, isolation_level=None, timeout=10)
@@ -175,7 +175,7 @@ async def test_large_flush_lets_other_processes_and_writes_in(tmp_path: Path) ->
             await index.confirm_tag(REPO, TAG, ONE)
         other.close()
         assert await flush
-        assert writes > 5
+        assert writes >= 3, "one transaction would let them in before or after it"
         assert await index.verified_at(times[-1][0]) == 1.0
 
 

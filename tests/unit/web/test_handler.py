@@ -98,7 +98,7 @@ async def test_malformed_request_and_range_behind_the_end_are_rejected_and_no_er
         assert (await server.get(server.blob(digest)))[0] == 200
         behind = {"Range": f"bytes={len(DATA)}-"}
         assert (await server.get(server.blob(digest), headers=behind))[0] == 416
-        assert (await server.get(server.manifest("..")))[0] == 400
+        assert (await server.get(server.manifest("-x")))[0] == 400
         outcomes = [pull.outcome for pull in await server.records()]
         assert outcomes[1:] == [Outcome.REJECTED] * 2
 
