@@ -4,7 +4,7 @@ Lives here: sockets, signals of the supervisor, forks, the directory in which th
 Must not know: HTTP, what a worker does.
 
 - A worker that ends is started again. The new one logs the end of the old one: the supervisor
-  itself writes no line, because a pipe that nobody reads would block it.
+  itself writes no line, because a pipe that nothing reads would block it.
 - A supervisor that is killed cannot tell its workers. They hold one end of a pipe, and end when
   the kernel closes the other one (:func:`mirror.server.run_worker`).
 """
@@ -138,6 +138,9 @@ class _Supervisor:
         self._workers: dict[int, tuple[int, float]] = {}
         """Pid of a worker to its number, and the time of its start in monotonic seconds."""
         self._is_stopping = False
+        self._has_hangup = False
+        """Whether the configuration has to be read again."""
+        self._is_loading = False
         self._alive_pipe = os.pipe()
 
     def run(self) -> int:
@@ -159,26 +162,48 @@ class _Supervisor:
                 worker_died(index)
                 if not self._is_stopping:
                     time.sleep(max(0.0, started + _RESTART_INTERVAL_S - time.monotonic()))
-                    self._start(index, (pid, os.waitstatus_to_exitcode(status)))
+                    self._restart(index, (pid, os.waitstatus_to_exitcode(status)))
             return 0
         finally:
             self._signal_workers(signal.SIGTERM)
 
     def _stop(self, number: int, frame: object) -> None:
-        self._is_stopping = True
+        is_first, self._is_stopping = not self._is_stopping, True
         self._signal_workers(signal.SIGTERM)
+        if is_first and self._is_loading:
+            raise InterruptedError("the server stops")
 
     def _reload(self, number: int, frame: object) -> None:
-        """Use the changed configuration for later workers. The running ones read it themselves."""
-        # Each worker meets the same error, and logs it. It must not end the supervisor.
-        with contextlib.suppress(Exception):
-            self._settings = merge_settings(self._settings, self._load()).settings
+        """Use the changed configuration for later workers. The running ones read it themselves.
+
+        The file's disk may hang. So a stop interrupts the read by an exception, and a further
+        hangup does not begin a second read inside of the first one.
+        """
         self._signal_workers(signal.SIGHUP)
+        self._has_hangup = True
+        if self._is_loading:
+            return
+        # Each worker meets the same error, and logs it. It must not end the supervisor.
+        with contextlib.suppress(InterruptedError):
+            self._is_loading = True
+            while self._has_hangup and not self._is_stopping:
+                self._has_hangup = False
+                with contextlib.suppress(Exception):
+                    self._settings = merge_settings(self._settings, self._load()).settings
+        self._is_loading = False
 
     def _signal_workers(self, number: int) -> None:
         for pid in self._workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+    def _restart(self, index: int, predecessor: tuple[int, int]) -> None:
+        """Start a worker in the place of a dead one, as soon as the system has room for it."""
+        while True:
+            try:
+                return self._start(index, predecessor)
+            except OSError:  # Too many processes, or too little memory: the other workers serve.
+                time.sleep(_RESTART_INTERVAL_S)
 
     def _start(self, index: int, predecessor: tuple[int, int] | None) -> None:
         # Without the block, a signal that comes before the pid is in ``_workers`` would be passed

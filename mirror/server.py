@@ -17,7 +17,6 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -34,6 +33,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
+from mirror.threads import HangingCalls
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -169,13 +169,11 @@ def _reload_at_hangup(
     """
     loop, requested = asyncio.get_running_loop(), asyncio.Event()
 
+    # The file's disk may hang. The end of the process does not wait for such a call.
+    loading = HangingCalls("reload", limit=1)
+
     async def reload() -> None:
-        # A thread of its own, which a stop does not wait for: the file's disk may hang.
-        thread = ThreadPoolExecutor(1, "reload")
-        try:
-            new = await loop.run_in_executor(thread, load)
-        finally:
-            thread.shutdown(wait=False)
+        new = await loading.run("configuration", load)
         merged = merge_settings(running.settings, new)
         add_upstreams(merged.settings.upstreams)
         running.apply(merged.settings)

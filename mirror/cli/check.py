@@ -212,8 +212,8 @@ def _pattern_warnings(path: KeyPath, upstream: Upstream, prefix: Prefix) -> Iter
             here = prefix((*path, key, index))
             if ".*" in pattern:
                 yield (
-                    f"{here}'{pattern}' needs a dot: it is no regular expression, "
-                    "and * alone stands for any text"
+                    f"{here}'{pattern}' matches only names with a dot: "
+                    "it is no regular expression, and * alone stands for any text"
                 )
             if path[-1] == "docker.io" and not set(pattern) & set("/*?["):
                 yield f"{here}'{pattern}' matches nothing: its repository is library/{pattern}"

@@ -52,14 +52,14 @@ class MirrorAddress:
 
 @dataclass(frozen=True, slots=True)
 class SetupOptions:
-    """The question of a user: files for which mirror, upstreams and kind of access."""
+    """Options of the files to build: the mirror, the upstreams, and the kind of access."""
 
     mirror: MirrorAddress
     upstreams: Mapping[str, Upstream]
     default_upstream: str = HUB
     """The mirror's ``default_upstream``."""
     is_enforced: bool = False
-    """Leave clients no way round the mirror: what it refuses, they do not pull elsewhere."""
+    """Leave out the fallback to the upstream: clients cannot pull what the mirror refuses."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ FALLBACK_NOTE: Final = (
     "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself: "
     "use --enforce if the lists must hold"
 )
-"""Containerd and skopeo go on after 403, 404, 429, 451 and 500 of a mirror (tried)."""
+"""containerd and skopeo ask the upstream after a 403, 404, 429, 451 or 500 of a mirror (tried)."""
 
 
 def client_setup(client: str, options: SetupOptions) -> ClientSetup:

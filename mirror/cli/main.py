@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     configure.add_argument(
         "--enforce",
         action="store_true",
-        help="leave no way round the mirror, so that a pull that it refuses fails",
+        help="leave out the fallback to the upstream: a pull that the mirror refuses fails",
     )
     configure.add_argument(
         "--ca",

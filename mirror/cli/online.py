@@ -75,7 +75,7 @@ async def _ask_endpoint(
     if status == 200 and media_type_of(content_type) != "text/html":
         login = "with the login" if has_login else "without a login"
         return Result(f"{name}: {endpoint}: good, {login}", is_good=True)
-    page = ", a page for people" if media_type_of(content_type) == "text/html" else ""
+    page = ", a web page" if media_type_of(content_type) == "text/html" else ""
     reason = f"it is no registry, or does not work: /v2/ responded with {status}{page}"
     return Result(f"{name}: {endpoint}: failed: {reason}", is_good=False)
 

@@ -217,8 +217,8 @@ class Upstream(Section):
     """
     hosts: tuple[Host, ...] = ()
     """
-    Host names of the mirror itself. A request to one of them is for this upstream, also if the
-    client names no upstream. As in the Host header, without the port unless it matters.
+    Host names of the mirror itself. A request to one of them is for this upstream, and its whole
+    path is the repository. A name without a port counts for every port of the mirror.
     """
     pull_policy: PullPolicy = "IfNotPresent"
     """
@@ -261,7 +261,10 @@ class Upstream(Section):
     client_key: FilePath | None = None
     """PEM file of the private key of client_certificate. Not needed if that file has it, too."""
     insecure: bool = False
-    """Accept any certificate of this upstream. Everybody in between can read its credentials."""
+    """
+    Accept any certificate of this upstream. Everybody on the network between can read the
+    credentials for it, and forge its tags.
+    """
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
 
@@ -345,7 +348,7 @@ class Settings(Section):
         usual: set[str] = set()
         for name in upstreams if isinstance(upstreams, Mapping) else ():
             if values.usual_name(name) in usual:
-                raise _key_error(("upstreams", name), "is another name of docker.io, set as well")
+                raise _key_error(("upstreams", name), "is docker.io, which is configured already")
             usual.add(values.usual_name(name))
         return tree
 

@@ -31,7 +31,7 @@ _NUMBER: Final = re.compile(r"\d{1,15}(?:\.\d{1,9})?", re.ASCII)
 _DURATION_PART: Final = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)(ms|s|m|h|d|w)", re.ASCII)
 _DURATION: Final = re.compile(rf"(?:{_DURATION_PART.pattern})+", re.ASCII)
 _BARE_HOST: Final = re.compile(r"(?:[a-z0-9-]+\.)+[a-z-]+(?::443)?(?:/.*)?", re.ASCII | re.I)
-"""A host without a scheme that can only mean https: a public name, and no port of its own."""
+"""A host without a scheme that can only mean https: a name with a dot, and no port but 443."""
 DOCKER_HUB_REGISTRY: Final = "https://registry-1.docker.io"
 """The registry of Docker Hub."""
 _DOCKER_HUB_HOSTS: Final = {
@@ -252,7 +252,7 @@ def normalise_endpoint(text: str) -> str:
     A path is the prefix of all repositories (``https://harbor.example/hub-proxy``). A path with
     ``/v2`` is that of the API: what comes before it belongs to the registry's own address
     (``https://example/artifactory/api/docker/hub/v2``), what comes after it is the prefix. Other
-    forms that people write, and that have one meaning only, are put right.
+    forms that can have only one meaning are corrected.
     """
     if _BARE_HOST.fullmatch(text):
         text = f"https://{text}"
@@ -261,7 +261,7 @@ def normalise_endpoint(text: str) -> str:
     path = [part for part in url.path.split("/") if part]
     if host in _DOCKER_HUB_HOSTS:
         if path not in ([], ["v1"], ["v2"]):
-            raise ValueError(f"is a page for people: write {DOCKER_HUB_REGISTRY}")
+            raise ValueError(f"is a web site, no registry: write {DOCKER_HUB_REGISTRY}")
         return DOCKER_HUB_REGISTRY
     if path[:1] == ["v1"]:
         raise ValueError("the mirror uses version 2 of the API: leave out /v1/")
@@ -302,7 +302,7 @@ def check_upstream_name(text: str) -> str:
         raise ValueError("the host of a reference has a dot or a port, or is localhost")
     name = usual_name(text)
     if name != "docker.io" and text in _DOCKER_HUB_HOSTS:
-        raise ValueError("is no host of image references: Docker Hub is named docker.io")
+        raise ValueError("is in no image reference: Docker Hub is named docker.io")
     return name
 
 

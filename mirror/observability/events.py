@@ -292,7 +292,7 @@ class ConnectionRefused:
 
 @dataclass(frozen=True, slots=True)
 class LogLinesDropped:
-    """``count`` log lines were lost: nobody reads the standard output, or it cannot be written."""
+    """``count`` log lines were lost: nothing reads the standard output, or it cannot be written."""
 
     count: int
 

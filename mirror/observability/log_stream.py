@@ -3,7 +3,7 @@
 Lives here: the bounded queue between the event loop and the thread. Must not know: the format of a
 line.
 
-Standard output may be a pipe that nobody reads, a terminal that is stopped, or a file on a disk
+Standard output may be a pipe that nothing reads, a terminal that is stopped, or a file on a disk
 that hangs. A write to it then blocks for ever. It blocks the thread only: the queue fills, and
 further lines are dropped and counted.
 """
@@ -22,7 +22,7 @@ _GATHER_S: Final = 0.01
 """Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
 than a response from the cache."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
-"""Milliseconds to wait for a descriptor that somebody has set to non-blocking."""
+"""Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
 
 class LogStream:

@@ -114,7 +114,7 @@ def _parse_line(line: str) -> list[Challenge]:
 
 
 def pull_scope(scope: str) -> str:
-    """Return the scope of a challenge, limited to pulls. Empty: it allows none.
+    """Return the scope of a challenge, limited to pulls. Empty if it has no pull.
 
     ``scope`` is a list of ``type:name:actions``, separated by spaces (Distribution,
     ``spec/auth/scope.md``). The names are untrusted.

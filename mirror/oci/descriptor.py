@@ -7,7 +7,7 @@ manifests are stored.
 A manifest is the upstream's bytes, and is passed on unchanged. It is parsed only to learn its
 parts. If two programs read one body differently, one image is checked and another one is run
 (CVE-2021-41190). So no part is learned from a body that two parsers could read differently, or that
-does not suit its type. ``urls`` of a descriptor are never read (CVE-2020-15157).
+does not suit its type. ``urls`` of a descriptor are never kept (CVE-2020-15157).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMA1_TYPES: Final = frozenset({DOCKER_SCHEMA1, DOCKER_SCHEMA1_SIGNED})
 MANIFEST_TYPES: Final = IMAGE_MANIFEST_TYPES | INDEX_TYPES | SCHEMA1_TYPES | {OCI_ARTIFACT}
 """The media types of manifests that registries serve under ``/manifests/`` only."""
 CHILD_TYPES: Final = MANIFEST_TYPES | {""}
-"""Media types of the entries of an index that are manifests: also those that state none."""
+"""Media types of the entries of an index that are manifests. Empty: the entry states no type."""
 
 MANIFEST_LIMIT: Final = 4 * 1024 * 1024
 """Bytes of the largest manifest that is accepted (Distribution: "at least 4 megabytes")."""
@@ -62,10 +62,21 @@ _SURROGATE: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 _FIELDS: Final = {
     name.casefold(): name
     for name in (
-        *("mediaType", "config", "layers", "manifests", "fsLayers", "blobs", "digest", "size"),
+        *("mediaType", "config", "layers", "manifests", "fsLayers", "blobs"),
+        *("digest", "size", "urls"),
     )
 }
 _IMAGE_FIELDS: Final = ("config", "layers", "fsLayers")
+_PARTS: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(IMAGE_MANIFEST_TYPES, ("config", "layers")),
+    **dict.fromkeys(INDEX_TYPES, ("manifests",)),
+    **dict.fromkeys(SCHEMA1_TYPES, ()),
+    OCI_ARTIFACT: ("blobs",),
+}
+"""Media type -> the fields with its parts. When a manifest is pushed, a registry checks that it has
+these parts. In any other field, everybody who may push can write the digest of other content."""
+_ALL_PARTS: Final = ("config", "layers", "blobs", "manifests")
+"""The fields with the parts of other types, whose specifications are not known here."""
 
 _Json: TypeAlias = dict[str, Any]
 
@@ -74,13 +85,16 @@ _Json: TypeAlias = dict[str, Any]
 class Descriptor:
     """The type, digest and size (in bytes) of content that a manifest refers to.
 
-    All three are the word of whoever wrote the manifest, so the type and the size are hints.
+    The author of the manifest chose all three, so the type and the size are only hints.
     """
 
     media_type: str
     """Empty if the descriptor states none."""
     digest: Digest
     size: int
+    is_elsewhere: bool = False
+    """Whether it has ``urls``. Then a registry need not have the content (OCI Image specification,
+    "Non-Distributable Layers"), and does not check that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +120,7 @@ def check_announced(media_type: str, size: int) -> None:
 
     Raises:
         ManifestInvalid: It has more than :data:`MANIFEST_LIMIT` bytes.
-        WholeManifestNeeded: It is of schema 1, or states no type, so that it may be. Then its
+        WholeManifestNeeded: It is of schema 1, or it may be, because it states no type. Then its
             digest may be that of a part of its bytes (see :func:`payload_of`).
     """
     if size > MANIFEST_LIMIT:
@@ -238,7 +252,7 @@ def _load(body: bytes) -> tuple[_Json | None, bool]:
     """Parse a JSON object as Go's parser does, which most clients use.
 
     Returns:
-        The object, or None if the body is not one. And True if every parser reads it alike.
+        The object, or None if the body is not one; and True if every parser reads the same in it.
 
     Raises:
         ManifestInvalid: The body is too large, or nested too deeply.
@@ -315,13 +329,14 @@ def _to_manifest(document: _Json, media_type: str) -> Manifest:
     _refuse_case_variants(document)
     if not _is_consistent(document, media_type):
         raise _NotUnderstood
+    fields = _PARTS.get(media_type.lower(), _ALL_PARTS)
+    document = {name: document[name] for name in fields if name in document}
     config, entries = document.get("config"), _descriptors(document, "manifests")
     # The entries of BuildKit's registry cache are layers, which are requested as blobs.
     is_manifest = [e.media_type.lower() in CHILD_TYPES for e in entries]
     return Manifest(
         media_type=media_type,
         children=tuple(compress(entries, is_manifest)),
-        # "blobs": the OCI artifact manifest of the 1.1 release candidates
         blobs=(() if config is None else (_descriptor(config),))
         + _descriptors(document, "layers")
         + _descriptors(document, "blobs")
@@ -364,6 +379,6 @@ def _descriptor(entry: object) -> Descriptor:
         raise _NotUnderstood
     stated = media_type_of(media_type) if media_type else ""
     try:
-        return Descriptor(stated, Digest.parse(digest), size)
+        return Descriptor(stated, Digest.parse(digest), size, bool(entry.get("urls")))
     except DigestInvalid as error:
         raise _NotUnderstood from error

@@ -202,7 +202,7 @@ class UpstreamUnavailable(UpstreamError):
 class AllCircuitsOpen(UpstreamUnavailable):
     """No request was sent to an endpoint that may have the content: its circuit breaker is open.
 
-    A later request is sent again.
+    A request is sent again once the circuit breaker permits it.
 
     Raised by ``upstream/failover.py``.
     """
@@ -262,10 +262,10 @@ class ManifestInvalid(UpstreamError):
 
 
 class WholeManifestNeeded(ManifestInvalid):
-    """The digest of a manifest may be that of a part of its bytes, so it is no content.
+    """The digest of a manifest may be that of a part of its bytes, so the store cannot verify it.
 
     Raised by :mod:`mirror.oci.descriptor`, and handled by ``pull``: it fetches the manifest in one
-    piece, and finds out.
+    piece, and computes the digest of that part.
     """
 
 
@@ -282,7 +282,7 @@ class Draining(MirrorError):
 
 
 class TooManyRequests(MirrorError):
-    """The client has as many connections, or requests, as the configuration allows one address.
+    """One client address has more connections, or requests, than the configuration allows.
 
     Raised by ``web``. Code ``TOOMANYREQUESTS``.
     """

@@ -22,8 +22,8 @@ from mirror.oci.reference import MAX_TAG_CHARS, is_tag
 
 _NAME: Final = re.compile(r"[^\n]+")
 MAX_PAGE_CHARS: Final = 2_000_000
-"""Characters of a page whose size the client does not choose. Its JSON is at most twice as long,
-and oras reads at most 4 MiB."""
+"""Characters of a page for a client that sends no ``n``. Its JSON is at most twice as long, and
+oras reads at most 4 MiB."""
 _BATCH_TAGS: Final = 10_000
 """Tags that are joined at once. All of them as strings would take 80 MB for a million."""
 _PIECE_CHARS: Final = 64 * 1024
@@ -37,10 +37,12 @@ def parse_page(body: bytes) -> str:
     Raises ``UpstreamProtocolError`` for a malformed document.
     """
     try:
-        names = json.loads(body).get("tags") or []
+        document = json.loads(body)
+        names = document.get("tags") or []
     except (ValueError, AttributeError, RecursionError) as error:
         raise UpstreamProtocolError("the tag list is malformed") from error
-    if not isinstance(names, list):
+    # Some fronts send the body of an error with status 200. It is no empty list.
+    if not isinstance(names, list) or "errors" in document:
         raise UpstreamProtocolError("the tag list is malformed")
     return "\n".join(sorted({name for name in names if isinstance(name, str) and is_tag(name)}))
 
@@ -84,7 +86,7 @@ def cut_page(text: str, count: int | None, last: str | None) -> tuple[str, bool]
         stop = start + MAX_PAGE_CHARS
         stop = len(text) if stop >= len(text) else text.rfind("\n", start, stop + 1)
         return text[start:stop], stop < len(text)
-    # One more than the longest names can fill. So the cut never depends on the rest of the list.
+    # As long as ``count`` names can be, and a line feed. No other part of the list is copied.
     names = text[start : start + count * (MAX_TAG_CHARS + 1) + 1].split("\n", count)
     page = "\n".join(names[:count])
     return page, start + len(page) < len(text)

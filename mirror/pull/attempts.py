@@ -19,12 +19,15 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 """Transfers from one source that may break in a row without progress."""
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
-answer a ``Range`` with an error that says nothing of it."""
+answer a ``Range`` with an error that does not mention it."""
 
 
 @dataclass(slots=True)
 class SourceAttempts:
-    """Retry state of one source, kept across its transfer attempts. All times are of one clock."""
+    """Retry state of one source, kept across its transfer attempts.
+
+    All times are in seconds of the event loop's clock.
+    """
 
     source: ContentSource
     patience: float

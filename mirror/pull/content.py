@@ -78,8 +78,8 @@ class ContentService:
         self.registries = registries
         self.single_flight = single_flight
         self.now = now
-        self._states_right_sizes: dict[tuple[str, Kind], bool] = {}
-        """(upstream, kind) -> whether each size in a response to ``HEAD`` was right."""
+        self._states_right_sizes: dict[str, bool] = {}
+        """Upstream -> whether each size in a response to ``HEAD`` of a manifest was right."""
         self._fetches = RunningFetches(
             store,
             single_flight,
@@ -165,13 +165,13 @@ class ContentService:
             raise _NOT_FOUND[request.kind](message) from error
 
     async def _missing_part(self, request: ContentRequest) -> str | None:
-        """Return the message of the upstream's 404 if that was its last word on a part of an image.
+        """Return the message of the latest response for a part of an image, if that was a 404.
 
         For example, no registry has the foreign layers of Windows images.
         """
         access_record = await self._access_record(request.repository, request.digest, request.kind)
         if access_record is not None and access_record.referrer is None:
-            return None  # The upstream has granted it since: a 404 deletes the access record.
+            return None  # The upstream has it now: its 404 had deleted the access record.
         return await self.store.index.cached_list(f"missing {negative_key(request)}")
 
     async def _head(self, request: ContentRequest) -> int | None:
@@ -210,8 +210,9 @@ class ContentService:
     async def _revoke_access(self, request: ContentRequest, error: MirrorError) -> None:
         """Delete the access record. A 404 is also recorded, for ``negative_ttl``.
 
-        That of a part of an image is kept longer, for times in which the upstream cannot be asked.
-        The names of parts are few: those of manifests, not those that a client makes up.
+        The 404 of a part of an image is kept longer, for times in which the upstream cannot be
+        asked. Only a part that a manifest names is kept so long. So a client cannot fill the index
+        with digests that it makes up.
         """
         index, repository, key = self.store.index, request.repository, negative_key(request)
         access_record = await self._access_record(repository, request.digest, request.kind)
@@ -234,36 +235,32 @@ class ContentService:
 
     # --- sizes in responses to HEAD -------------------------------------------------------------
 
-    def states_right_sizes(self, repository: Repository, kind: Kind) -> bool:
-        """Return True if the upstream has stated right sizes only, in responses to ``HEAD``."""
-        return self._states_right_sizes.get((repository.upstream, kind), False)
+    def states_right_sizes(self, repository: Repository) -> bool:
+        """Return True if the upstream has stated right sizes of manifests only, by ``HEAD``."""
+        return self._states_right_sizes.get(repository.upstream, False)
 
-    def compare_sizes(
-        self, repository: Repository, kind: Kind, stated: int | None, actual: int | None
-    ) -> None:
-        """Learn whether the upstream states right sizes in responses to ``HEAD``.
+    def compare_sizes(self, repository: Repository, stated: int | None, actual: int | None) -> None:
+        """Learn whether the upstream states right sizes of manifests in responses to ``HEAD``.
 
-        Some state the length of the empty body, or of the compressed one. A wrong size is never
-        passed on, so the first ``HEAD`` of each kind is answered by a ``GET``.
+        Some state the length of the empty body, or of the compressed one. So the first ``HEAD`` is
+        answered by a ``GET``. Not each one: registries bill the ``GET`` of a manifest.
 
         Args:
             repository: A repository of the upstream.
-            kind: The kind of the content.
             stated: Bytes, as the response to a ``HEAD`` has stated them.
-            actual: Bytes of the content. None for either: nothing is learned.
+            actual: Bytes of the manifest. None for either: nothing is learned.
         """
         if stated is not None and actual is not None:
-            key = repository.upstream, kind
-            were_right = self._states_right_sizes.get(key, True)
-            self._states_right_sizes[key] = were_right and stated == actual
+            were_right = self._states_right_sizes.get(repository.upstream, True)
+            self._states_right_sizes[repository.upstream] = were_right and stated == actual
 
     # --- content --------------------------------------------------------------------------------
 
     async def size_of_blob(self, request: ContentRequest) -> int | None:
         """Find the size of a blob: in the store, in a running fetch, or by asking the upstream.
 
-        Until a ``HEAD`` of the upstream is known to state right sizes, a ``GET`` is sent as well,
-        and ended after its headers: its length frames its body.
+        The size in a response to ``HEAD`` may be wrong. So a ``GET`` is sent as well, and ended
+        after its headers: its length frames its body. Registries do not bill the ``GET`` of a blob.
 
         Returns None if the upstream does not state it. Raises like :meth:`check_access`.
         """
@@ -279,13 +276,9 @@ class ContentService:
             return ingest.size
         request.pull.outcome = Outcome.MISS
         with request.pull.stage("upstream"):
-            size = await self.check_access(request)
-            if size is not None and self.states_right_sizes(request.repository, Kind.BLOB):
-                return size
+            await self.check_access(request)
             key = ("size", request.repository, request.digest)
-            total = await self.single_flight.run(key, lambda: self._length_of_get(request)).wait()
-            self.compare_sizes(request.repository, Kind.BLOB, size, total)
-            return total
+            return await self.single_flight.run(key, lambda: self._length_of_get(request)).wait()
 
     async def _length_of_get(self, request: ContentRequest) -> int | None:
         """Return the length that the headers of a ``GET`` state. None if there is none."""
@@ -312,7 +305,7 @@ class ContentService:
             Denied: The upstream says 403.
             UpstreamError: The upstream failed, and there is no access record that may be used
                 instead.
-            StorageUnavailable: Cached content cannot be opened, for want of descriptors.
+            StorageUnavailable: Cached content cannot be opened: there are too few descriptors.
         """
         pull, repository = request.pull, request.repository
         with pull.stage("index"):
@@ -341,7 +334,7 @@ class ContentService:
             Unauthorized: The upstream says 401.
             Denied: The upstream says 403.
             UpstreamError: The content could not be fetched.
-            StorageUnavailable: Cached content cannot be opened, for want of descriptors.
+            StorageUnavailable: Cached content cannot be opened: there are too few descriptors.
             ContentLost: The bytes were lost before the first one could be read.
             Draining: The process shuts down, so no fetch is started.
         """
@@ -354,7 +347,7 @@ class ContentService:
             # A 404 deletes the access record. So an access record is newer than any 404.
             await self.raise_if_negative(negative_key(request), _NOT_FOUND[request.kind])
         if await self._missing_part(request) is not None:
-            # Probably still missing. A HEAD tells sooner than a fetch that the upstream is down.
+            # Probably still missing. A HEAD shows sooner than a fetch that the upstream is down.
             upstream = self.upstream(request.repository)
             timeout = freshness.confirm_timeout(upstream, has_fallback=True)
             await self._request_access(request, timeout)
@@ -428,7 +421,7 @@ class ContentService:
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""
         request, access_record = source.request, source.access_record
-        # Only an index, or nobody, has stated a media type so far.
+        # So far only an index has stated a media type, or there is none.
         states_type = (
             request.kind is Kind.MANIFEST
             and access_record is not None

@@ -290,10 +290,10 @@ class Fetch:
 
     @asynccontextmanager
     async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
-        """Limit the block to the time that the source has left without progress.
+        """Limit the block to the time that the source may still take without progress.
 
-        There is no limit before the first response if no client has received a byte. The block
-        reschedules the limit. Raises ``UpstreamTimeout`` at its end.
+        There is no limit before the first response, unless a client has already received a byte.
+        Yields the limit, which the block may move. Raises ``UpstreamTimeout`` when it is reached.
         """
         is_resumed = attempts.has_responded or self.ingest.is_confirmed
         try:

@@ -33,14 +33,14 @@ from mirror.pull.results import TagsResult
 from mirror.threads import parse_in_thread_if_large
 
 _LIST_TTL_S: Final = 60.0
-"""Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter. The further
-pages of a list are cut from a copy of this age always: collecting it again for each page would cost
-as many requests as the list has pages, squared."""
+"""Seconds for which a list is served without asking, if ``tag_ttl`` is not shorter. Pages after the
+first one are cut from such a copy whatever ``tag_ttl`` is. Otherwise each of our pages would cost
+requests for all pages of the upstream."""
 _STALE_LIST_TTL_S: Final = 30 * 86400.0
 """Seconds (30 days) for which a cached list may be served if the upstream fails."""
 _MAX_STORED_CHARS: Final = 8 * 1024 * 1024
-"""Characters of a list that is written to the index at most, which keeps 64 MiB of lists. A longer
-one is kept in memory only."""
+"""Characters of the longest list that is written to the index. All responses that the index keeps
+may take 64 MiB. A longer list is kept in memory only."""
 _MEMORY_CHARS: Final = 64 * 1024 * 1024
 """Characters of all lists in memory: two of the longest ones. A page is cut from memory, because
 reading a long list from the index takes 10 ms."""

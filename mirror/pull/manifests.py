@@ -22,7 +22,6 @@ from mirror.oci.descriptor import (
     MANIFEST_LIMIT,
     SCHEMA1_TYPES,
     Manifest,
-    parse_manifest,
     sniff_media_type,
 )
 from mirror.oci.errors import (
@@ -66,9 +65,6 @@ _MAX_ROWS_AT_ONCE: Final = 1000
 would delay other requests."""
 
 
-_NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
-
-
 class ManifestService:
     """Serves manifests from the store, and fetches missing ones."""
 
@@ -106,7 +102,7 @@ class ManifestService:
         reader = None
         if head:
             _, reader = await self._content.find_whole(request)
-            is_exact = self._content.states_right_sizes(repository, Kind.MANIFEST)
+            is_exact = self._content.states_right_sizes(repository)
             if reader is None and is_exact and self._content.may_ask(repository):
                 result = await self._head_by_digest(request)
                 if result is not None:
@@ -181,19 +177,23 @@ class ManifestService:
     async def _head_by_digest(self, request: ContentRequest) -> ManifestResult | None:
         """Serve a ``HEAD`` by a ``HEAD``.
 
-        Returns None if the response states no size or no media type, or violates the
-        specification. The manifest itself states them then.
+        Returns None if the response states no size or no media type, or another size than an index
+        does, or violates the specification. Then the manifest has to be fetched.
         """
         request.pull.outcome = Outcome.MISS
         try:
             with request.pull.stage("upstream"):
                 size = await self._content.check_access(request)
         except UpstreamProtocolError:
-            return None  # The response proves nothing. The bytes prove themselves by their digest.
+            return (
+                None  # It does not prove that the manifest exists. A GET is verified by its digest.
+            )
         access_record = await self._index.access_record(
             request.repository, request.digest, Kind.MANIFEST.value
         )
         if not size or access_record is None or access_record.media_type in ("", OCTET_STREAM):
+            return None
+        if access_record.size not in (None, size):
             return None
         return ManifestResult(request.digest, access_record.media_type, size, None)
 
@@ -335,17 +335,16 @@ class ManifestService:
                 head = await self._resolve(request, timeout)
             if cached is not None and cached.digest == head.digest:
                 pull.outcome = Outcome.REVALIDATED
-                self._content.compare_sizes(repository, Kind.MANIFEST, head.size, cached.size)
+                self._content.compare_sizes(repository, head.size, cached.size)
                 return cached
             assert head.digest is not None
-            is_exact = self._content.states_right_sizes(repository, Kind.MANIFEST)
+            is_exact = self._content.states_right_sizes(repository)
             if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
                 result = await self._find_cached(repository, head.digest)
                 pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
                 return result or ManifestResult(head.digest, head.media_type, head.size, None)
-            by_digest = ContentRequest(repository, head.digest, Kind.MANIFEST, pull, request.accept)
             try:
-                result = await self.by_digest(by_digest, head=False)
+                result = await self._fetch_resolved(request, head.digest)
             except UpstreamError:
                 if not request.head:
                     raise
@@ -353,7 +352,7 @@ class ManifestService:
                 return ManifestResult(head.digest, head.media_type, None, None)
             if pull.outcome is Outcome.HIT:
                 pull.outcome = Outcome.REVALIDATED
-            self._content.compare_sizes(repository, Kind.MANIFEST, head.size, result.size)
+            self._content.compare_sizes(repository, head.size, result.size)
             return result
         except MirrorError as error:
             match freshness.after_failure(error, upstream, has_fallback=has_cached):
@@ -365,8 +364,27 @@ class ManifestService:
                 case unknown:
                     assert_never(unknown)
 
-    async def _resolve(self, request: TagRequest, timeout: float | None) -> ManifestHead:
+    async def _fetch_resolved(self, request: TagRequest, digest: Digest) -> ManifestResult:
+        """Fetch the manifest ``digest``, which the ``HEAD`` of a tag has named.
+
+        If it is not there, the tag has moved since, or the ``HEAD`` was wrong. The ``GET`` of the
+        tag decides then.
+        """
+        repository, pull, accept = request.repository, request.pull, request.accept
+        by_digest = ContentRequest(repository, digest, Kind.MANIFEST, pull, accept)
+        try:
+            return await self.by_digest(by_digest, head=False)
+        except NotFound:
+            head = await self._resolve(request, None, by_get=True)
+            assert head.digest is not None
+            return await self.by_digest(replace(by_digest, digest=head.digest), head=False)
+
+    async def _resolve(
+        self, request: TagRequest, timeout: float | None, *, by_get: bool = False
+    ) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
+
+        ``by_get``: send a ``GET``, and no ``HEAD``.
 
         After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request continues: later
         clients get its result.
@@ -376,20 +394,28 @@ class ManifestService:
         key = f"tag {repository}:{tag} {','.join(accept)}"
         await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
-            ("resolve", key), lambda: self._request_tag(repository, tag, accept, key)
+            ("resolve", key, by_get),
+            lambda: self._request_tag(repository, tag, accept, key, by_get=by_get),
         )
         return await shared_task.wait(timeout)
 
     async def _request_tag(
-        self, repository: Repository, tag: Tag, accept: tuple[str, ...], key: str
+        self,
+        repository: Repository,
+        tag: Tag,
+        accept: tuple[str, ...],
+        key: str,
+        *,
+        by_get: bool,
     ) -> ManifestHead:
-        """Send the ``HEAD`` for a tag, and record the digest that it names."""
+        """Send the ``HEAD`` or the ``GET`` for a tag, and record the digest that it names."""
         registry = self._content.registries[repository.upstream]
+        head = ManifestHead(None, OCTET_STREAM, None)
         try:
-            head = await registry.head_manifest(repository, tag, accept)
+            if not by_get:
+                head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept)
-                await parse_in_thread_if_large(_check_page, manifest.body, manifest.media_type)
                 await self._store(repository, manifest)
                 head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
         except NotFound as error:
@@ -427,20 +453,6 @@ def _manifest_record(digest: Digest, media_type: str, size: int | None) -> Acces
         referrer=None,
         expires_at=None,
     )
-
-
-def _check_page(body: bytes, media_type: str) -> None:
-    """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
-
-    A response without a digest has no other proof: a log-in page comes with status 200, too.
-    """
-    try:
-        parse_manifest(body, media_type)
-        is_manifest = {media_type, sniff_media_type(body)} != {OCTET_STREAM}
-    except ManifestInvalid as error:
-        raise UpstreamProtocolError(f"{_NO_MANIFEST}: {error.message}") from error
-    if not is_manifest:
-        raise UpstreamProtocolError(_NO_MANIFEST)
 
 
 def _schema1_key(repository: Repository, digest: Digest) -> str:

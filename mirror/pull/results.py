@@ -38,7 +38,7 @@ class BlobResult:
 
 @dataclass(frozen=True, slots=True)
 class RepositoriesResult:
-    """One page of the repositories that are here, in order."""
+    """One page of the repositories that have a manifest on disk, in order."""
 
     names: tuple[str, ...]
     has_more: bool

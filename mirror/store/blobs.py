@@ -83,8 +83,8 @@ class BlobStore:
             layout: The data directory.
             index: Keeps the times of verifications.
             reverify: Seconds for which a verification is trusted. Zero: it never is.
-            opening: Threads that open files and set their times.
-            hashing: Threads that verify content.
+            opening: Threads that open files, set their times, and verify small content.
+            hashing: Threads that verify large content.
             emit: Receives events, on the event loop only.
             now: Seconds since the epoch.
         """
@@ -208,8 +208,8 @@ class BlobStore:
             if Digest.of(body, digest.algorithm) == digest:
                 return body
             if status.st_size <= limit:
-                quarantine(self._layout, digest, fd)
-                self._loop.call_soon_threadsafe(self._report_damage, digest, status.st_size)
+                self._quarantine(digest, fd, status.st_size)
+                self._loop.call_soon_threadsafe(self._report_damage, digest)
             return None
         finally:
             os.close(fd)
@@ -246,8 +246,10 @@ class BlobStore:
 
     def _start_verification(self, digest: Digest, lease: _Lease) -> None:
         lease.readers += 1  # The verification reads the file as well.
+        # Clients wait for small content. It must not wait for large content, which takes seconds.
+        threads = self._opening if lease.size <= SMALL_BYTES else self._hashing
         lease.verification = self._loop.run_in_executor(
-            self._hashing, self._verify, digest, lease.fd, lease.size
+            threads, self._verify, digest, lease.fd, lease.size
         )
         lease.verification.add_done_callback(
             lambda job: self._verification_done(job, digest, lease)
@@ -257,19 +259,24 @@ class BlobStore:
         try:
             disk.verify(fd, size, digest, self._stopping.is_set)
         except DigestMismatch:
-            quarantine(self._layout, digest, fd)
+            self._quarantine(digest, fd, size)
             raise
         except OSError as error:
             # An unreadable sector counts as damage.
-            quarantine(self._layout, digest, fd)
+            self._quarantine(digest, fd, size)
             raise DigestMismatch(f"content of {digest} cannot be read: {error.strerror}") from error
         disk.touch_open(fd, self._now())
+
+    def _quarantine(self, digest: Digest, fd: int, size: int) -> None:
+        """Move damaged content away, in a thread. It is counted once, by the process that did."""
+        if quarantine(self._layout, digest, fd):
+            self._loop.call_soon_threadsafe(self._emit, Evicted(1, size, "corrupt"))
 
     def _verification_done(self, job: asyncio.Future[None], digest: Digest, lease: _Lease) -> None:
         if isinstance(job.exception(), StorageUnavailable):
             self._forget(digest, lease)  # The store is closed: nothing is known.
         elif job.exception() is not None:
-            self._report_damage(digest, lease.size)
+            self._report_damage(digest)
             self._forget(digest, lease)
         else:
             lease.verification = None
@@ -278,12 +285,11 @@ class BlobStore:
             self._emit(Reverified(str(digest), is_ok=True))
         self.release(digest, lease)
 
-    def _report_damage(self, digest: Digest, size: int) -> None:
+    def _report_damage(self, digest: Digest) -> None:
         self._verified.pop(digest, None)
         self._unsaved.discard(digest)
         self._emit(DigestMismatched("", str(digest), "disk"))
         self._emit(Reverified(str(digest), is_ok=False))
-        self._emit(Evicted(1, size, "corrupt"))
 
     def _forget(self, digest: Digest, lease: _Lease) -> None:
         if self._leases.get(digest) is lease:
@@ -333,7 +339,7 @@ class BlobStore:
         return True
 
     def stop_verifying(self) -> None:
-        """End running verifications after the bytes that they hash just now, and queued ones."""
+        """End all verifications: a running one after its current read, a queued one at once."""
         self._stopping.set()
 
     async def flush(self) -> None:

@@ -31,6 +31,7 @@ from mirror.store import disk
 from mirror.store.disk import Layout
 from mirror.store.quarantine import quarantine_size, trim_quarantine
 from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
+from mirror.threads import on_running_loop
 
 _BLOCK_BYTES: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
@@ -40,7 +41,7 @@ _HOLD_OFF_FACTOR: Final = 20.0
 """An eviction that frees too little is not repeated for this many times its duration. So a store
 full of pinned content spends at most a twentieth of the time on looking for more."""
 _LOCK_HOLD_OFF_S: Final = 1.0
-"""Seconds without an eviction after another process's lock was waited for in vain."""
+"""Seconds without an eviction after another process did not release its lock in time."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
 _WORK_S: Final = 0.002
@@ -90,6 +91,8 @@ class Catalog:
         """List the directories, and return the usage.
 
         Foreign entries (links, pipes, directories, other names) are neither counted nor opened.
+
+        Raises ``OSError`` if a directory cannot be listed: its content must not count as gone.
         """
         count = size = 0
         for _, status in self._contents():
@@ -102,7 +105,7 @@ class Catalog:
     def _contents(self) -> Iterator[tuple[Digest, os.stat_result]]:
         pace = Pace()
         for directory in self._layout.content_directories():
-            with suppress(OSError), os.scandir(directory) as entries:
+            with suppress(FileNotFoundError), os.scandir(directory) as entries:
                 for entry in entries:
                     pace.keep()
                     with suppress(DigestInvalid, OSError):
@@ -116,7 +119,7 @@ class Catalog:
             try:
                 # The state of an ingest is in a second file, with a suffix.
                 names = [name for name in os.listdir(directory) if "." not in name]
-            except OSError:
+            except FileNotFoundError:
                 continue
             for name in names:
                 with suppress(DigestInvalid, OSError):
@@ -248,7 +251,7 @@ class Evictor:
             settings: The quota and its water marks.
             pins: Blocks, and returns the pinned manifests; None if they cannot be read. Called in
                 the thread.
-            emit: Receives events, from the thread.
+            emit: Receives events, on the event loop.
             now: Seconds since the epoch.
         """
         self._layout = layout
@@ -256,7 +259,7 @@ class Evictor:
         self._totals = totals
         self._settings = settings
         self._pins = pins
-        self._emit = emit
+        self._emit = on_running_loop(emit)
         self._now = now
         self._thread = ThreadPoolExecutor(1, "evict")
         self._loop = asyncio.get_running_loop()
@@ -295,7 +298,7 @@ class Evictor:
             except Exception as error:
                 self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
                 why = (("why", f"{type(error).__name__}: {error}"),)
-                self._emit(LogMessage("warning", "no room could be made", why))
+                self._emit(LogMessage("warning", "space could not be freed", why))
 
         return self._loop.run_in_executor(self._thread, run)
 
@@ -305,7 +308,7 @@ class Evictor:
             await asyncio.wait(running)
 
     async def close(self) -> None:
-        """End the thread: a running eviction stops after the content that it removes just now."""
+        """End the thread. A running eviction stops after the content that it is removing."""
         self._stopping.set()
         await self.wait_until_idle()
         self._thread.shutdown()
@@ -332,12 +335,19 @@ class Evictor:
             begun = time.monotonic()
             # Another process may have made room, and another program may have changed the content.
             shortage = self._shortage(self._refresh(), need)
-            if shortage is not None and shortage[0] and not self._evict(*shortage):
+            if shortage is None or not shortage[0]:
+                return
+            asked = time.monotonic()
+            pinned = self._pins()
+            # A hold-off in proportion to the wait for the index would last for minutes.
+            begun += time.monotonic() - asked
+            if not self._evict(*shortage, pinned):
                 elapsed = time.monotonic() - begun
                 self._held_off_until = time.monotonic() + elapsed * _HOLD_OFF_FACTOR
 
     def _shortage(self, usage: Usage, need: int) -> tuple[int, str] | None:
-        # Fetches that wait together may need more than all. Those that fit will be granted theirs.
+        # All waiting fetches together may need more than the quota. Then not all of them get space,
+        # and freeing more than this would not help.
         most = int(self._settings.max_size * self._settings.high_water)
         usage = replace(usage, reserved=min(usage.reserved, most))
         return bytes_to_free(usage, need, free_bytes(self._layout.root), self._settings)
@@ -347,13 +357,14 @@ class Evictor:
         """Hold the eviction lock while the block runs. Yields False after ``timeout`` seconds.
 
         On a disk that refuses to create the file, there is nothing to lock: there an eviction by
-        two processes at once frees too much, which is better than none.
+        two processes at once frees too much, which is better than none. With too few descriptors,
+        no directory could be listed either.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
             fd = os.open(self._layout.eviction_lock, flags, 0o644)
-        except OSError:
-            yield True
+        except OSError as error:
+            yield disk.reason_of(error) != "descriptors"
             return
         try:
             yield self._wait_for_lock(fd, timeout)
@@ -372,9 +383,8 @@ class Evictor:
             time.sleep(0.02)
         return True
 
-    def _evict(self, free: int, reason: str) -> bool:
+    def _evict(self, free: int, reason: str, pinned: set[Digest] | None) -> bool:
         """Free ``free`` bytes. False if that much could not be freed."""
-        pinned = self._pins()
         if pinned is None:
             message = "nothing is evicted: the index does not say what is pinned"
             self._emit(LogMessage("warning", message, ()))
@@ -405,7 +415,7 @@ class Evictor:
                     break
                 pace.keep()
                 if not self._unlink(blob.digest):
-                    # A client reads it. Others go in its place.
+                    # A client reads it. Other content is evicted in its place.
                     staying.add(blob.digest)
                     continue
                 count, gained = count + 1, gained + blob.size

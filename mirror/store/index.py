@@ -86,6 +86,8 @@ class Index:
 
         True at first: a crash may have come between a name and the write of ``index.json``.
         """
+        self.openings = 0
+        """How often the databases were opened. The row ids of an earlier opening mean nothing."""
         self.unrestored_after: int | None = None
         """Row id after which access to the parts of manifests is not restored. None: all is."""
 
@@ -127,6 +129,7 @@ class Index:
                 self._emit_from_thread(IndexRestored(count))
         if names.lacks_parts(tables):
             self.unrestored_after = 0
+        self.openings += 1
         self.changed = True
 
     # --- tags -----------------------------------------------------------------------------------
@@ -407,8 +410,13 @@ class Index:
             await self._rows.check()
 
     async def return_to_disk(self) -> None:
-        """Merge the private copy into the index, if the disk accepts writes again."""
+        """Merge the private copy into the index, if the disk accepts writes again.
+
+        After a write that the disk refused, another one is tried: maybe no other is made for long.
+        """
         await self._rows.return_to_disk()
+        if self._rows.refusal is not None:
+            await self._rows.write(_RESPONSES, _try_write, None)
 
     async def drop_orphaned_rows(
         self, is_on_disk: Callable[[Digest], bool], contents: int = 0
@@ -467,6 +475,11 @@ class Index:
         if due:
             await self._rows.write(table, partial(change, due), None)
         checks.advance(after)
+
+
+def _try_write(tables: Tables) -> None:
+    tables.write(_RESPONSES, "probe", "")
+    tables.delete(_RESPONSES, "probe")
 
 
 def _read_tags(after: str, end: str, tables: Tables) -> list[tuple[str, TagRecord | None]]:

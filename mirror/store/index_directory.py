@@ -3,8 +3,9 @@
 Lives here: the lock under which a directory is opened or renamed, the private copy, which errors
 mean damage and which a disk that refuses. Must not know: the tables in it, or their rows.
 
-Several processes share the directory. Only one at a time opens it, and only while it is opened, it
-is renamed: a process that was late finds that its files were replaced, and opens the new ones.
+Several processes share the directory. A lock lets only one of them at a time open it, or rename a
+damaged one. The others then find that the files which they have open were replaced, and open the
+new ones.
 
 On a disk that refuses writes, SQLite cannot even open a database. A private copy in the temporary
 directory serves until the disk accepts writes again. Its changes are merged then.
@@ -29,7 +30,7 @@ from mirror.store import disk
 _LOCK_TIMEOUT_S: Final = 20.0
 """Seconds to wait while another process opens the directory: to restore 50,000 names takes 4 s."""
 _RETRY_INTERVAL_S: Final = 5.0
-"""Seconds between two attempts to open a directory, or to leave a copy: an attempt is slow."""
+"""Seconds between two attempts to open a directory, or to leave a copy: operations wait for one."""
 _OWNERLESS_S: Final = 60.0
 """Seconds after which a copy without a lock file belongs to a process that was killed."""
 _COPY_PREFIX: Final = "oci-mirror-index-"
@@ -141,10 +142,10 @@ class IndexDirectory(Generic[Databases]):
         self._open_at = open_at
         self._prepare = prepare
         self._emit = emit
-        self._tried_at = 0.0
+        self._failed_at = 0.0
         self._copy: _PrivateCopy | None = None
         self.refusal: str | None = None
-        """Why a private copy is open. None: the directory itself is, or nothing."""
+        """Why a private copy is open. None: the directory itself is open, or nothing is."""
 
     def open(
         self,
@@ -165,19 +166,22 @@ class IndexDirectory(Generic[Databases]):
         Raises:
             Exception: It could not be opened, now or a few seconds ago.
         """
-        if self._tried_at and time.monotonic() - self._tried_at < _RETRY_INTERVAL_S:
+        if self._has_just_failed():
             raise OSError(errno.EAGAIN, "the database could not be opened a moment ago")
-        self._tried_at = time.monotonic()
         self._drop_copy()
         _remove_ownerless_copies()
+        self._failed_at = 0.0
         try:
-            databases = self._open_in_place(damage, is_at_fault, release)
-        except Exception as error:
-            if not self._is_refused(error):
-                raise
-            databases = self._open_copy(error)
-        self._tried_at = 0.0
-        return databases
+            try:
+                return self._open_in_place(damage, is_at_fault, release)
+            except Exception as error:
+                if not self._is_refused(error):
+                    raise
+                return self._open_copy(error)
+        except BaseException:
+            # The end of the attempt: it may have waited for longer than the interval.
+            self._failed_at = time.monotonic()
+            raise
 
     def leave_copy(self, merge: Callable[[Databases], None]) -> Databases | None:
         """Open the directory itself, if the disk accepts writes again, and delete the private copy.
@@ -188,9 +192,8 @@ class IndexDirectory(Generic[Databases]):
         Returns:
             The open databases; None if the disk still refuses, or did a few seconds ago.
         """
-        if time.monotonic() - self._tried_at < _RETRY_INTERVAL_S:
+        if self._has_just_failed():
             return None
-        self._tried_at = time.monotonic()
         try:
             databases = self._open_in_place(None, lambda: False, lambda: None)
             try:
@@ -199,8 +202,9 @@ class IndexDirectory(Generic[Databases]):
                 databases.close()
                 raise
         except FAILURES:
+            self._failed_at = time.monotonic()
             return None
-        self._tried_at = 0.0
+        self._failed_at = 0.0
         self._drop_copy()
         self._emit(LogMessage("info", "the index is on the disk again"))
         return databases
@@ -208,6 +212,9 @@ class IndexDirectory(Generic[Databases]):
     def close(self) -> None:
         """Remove a private copy, whose databases are closed."""
         self._drop_copy()
+
+    def _has_just_failed(self) -> bool:
+        return self._failed_at > max(0.0, time.monotonic() - _RETRY_INTERVAL_S)
 
     def _open_in_place(
         self,

@@ -99,8 +99,9 @@ class LeaderState:
     """The state file of an ingest, read by another process each time that it changes.
 
     Only a live state counts: one of this boot, and of a fetch that runs. The lock says less than
-    that. An accounting holds it for a moment, with the state of a fetch that ended long ago beside
-    it, perhaps before a crash of the machine, which leaves any bytes in the file.
+    that: a look at the directories (:mod:`mirror.store.eviction`) holds it for a moment, too. The
+    state file beside it may be that of a fetch that ended before a crash of the machine. Such a
+    crash can leave any bytes in the file.
     """
 
     def __init__(self, layout: Layout, digest: Digest, boot: str) -> None:
@@ -144,7 +145,8 @@ class LeaderState:
         record = disk.read_state(self._layout, self._digest)
         if record is None:
             return has_grown
-        # A state that changes while we watch has a writer. The first one may have none any more.
+        # A state that changes while we watch has a writer. The writer of the first state that we
+        # read may have died.
         has_changed, self._stamp = self._stamp is not None, stamp
         state = record[0]
         if state.boot == self._boot and (has_changed or self._is_running(state)):

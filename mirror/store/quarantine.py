@@ -18,21 +18,28 @@ MAX_QUARANTINED_FILES: Final = 16
 """Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
 
 
-def quarantine(layout: Layout, digest: Digest, fd: int) -> None:
+def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
     """Move damaged content out of ``blobs/``, if its path still names the open file ``fd``.
 
     Never raises. On a read-only disk the file stays: it is hashed at every use and never served.
+
+    Returns:
+        True if this call has moved it. Another process may have been first.
     """
     path, target = layout.blob(digest), layout.quarantine(digest)
     with suppress(OSError):
         if not disk.is_at(fd, path):
-            return
+            return False
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
+        except FileNotFoundError:
+            return False
         except OSError:
-            path.unlink(missing_ok=True)
+            path.unlink()
         trim_quarantine(layout, MAX_QUARANTINED_FILES)
+        return True
+    return False
 
 
 def trim_quarantine(layout: Layout, keep: int) -> int:

@@ -132,7 +132,10 @@ def confirm(
 
 
 def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
-    """Return records of the content that a repository refers to as it has manifest ``root``."""
+    """Return records of the content that a repository refers to as it has manifest ``root``.
+
+    Of a part that the registry need not have, the record has expired: the registry is asked first.
+    """
     return [
         AccessRecord(
             digest=part.digest,
@@ -140,7 +143,7 @@ def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessReco
             media_type=part.media_type,
             size=part.size,
             referrer=root.digest,
-            expires_at=None,
+            expires_at=0.0 if part.is_elsewhere else None,
         )
         for kind, parts in (("manifest", manifest.children), ("blob", manifest.blobs))
         for part in parts
@@ -153,7 +156,8 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     ``application/octet-stream`` does not replace a media type that the upstream has stated before.
     The upstream's media type and size take precedence over those that a manifest states: anybody
     who may push can write anything into a manifest. Two manifests that disagree give an unknown
-    type or size. Access by a reference does not expire, also after the upstream has granted it.
+    type or size. Access by a reference does not expire, also after the upstream has granted it,
+    unless the reference itself has expired.
     """
     if earlier is None:
         return new
@@ -162,10 +166,13 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
         is_less = earlier.referrer is None and new.media_type == OCTET_STREAM
         media_type = earlier.media_type if is_less else new.media_type
         return replace(new, media_type=media_type, expires_at=expires_at)
+    if expires_at is not None:
+        expires_at = max(expires_at, earlier.expires_at or 0.0)
     if earlier.referrer is None:
-        return replace(earlier, expires_at=new.expires_at)
+        return replace(earlier, expires_at=expires_at)
     return replace(
         new,
+        expires_at=expires_at,
         media_type=new.media_type if new.media_type == earlier.media_type else "",
         size=new.size if new.size == earlier.size else None,
     )

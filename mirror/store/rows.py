@@ -8,12 +8,11 @@ The asynchronous methods never raise for a failing database: a failed read is a 
 is dropped, and both are logged. After damage, the directory is opened again, and the operation runs
 once more.
 
-Theory of operation: each thread has its own connection to each database. SQLite's write-ahead log
-lets one read the last committed state while this or another process writes. A write waits for those
-of other processes. It is made in short steps, so that they need not wait for long.
+Theory of operation: each thread has its own connection to each database. With SQLite's write-ahead
+log, reads see the last committed state while any process writes. Writes wait for each other.
 
-diskcache unpickles rows (CVE-2025-69872). So its ``Disk`` is replaced by one that reads and writes
-text only. Its own eviction drops rows without a notice, and is off except for bounded tables.
+diskcache unpickles rows (CVE-2025-69872), so its ``Disk`` is replaced by one of text only. Its own
+eviction drops rows without a notice, and is off except for bounded tables.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ class Tables:
         """Open all tables, or none.
 
         Args:
-            path: The directory. Nobody else opens or replaces it at the same time.
+            path: The directory. No other process may open or replace it at the same time.
             is_private: Whether :attr:`changes` are noted, for a later :meth:`merge`.
             bounds: Name of each table -> its bound in bytes. None: no bound.
 
@@ -251,15 +250,10 @@ class Tables:
     def write_all(
         self, table: str, rows: Iterable[tuple[str, str]], *, replaces: bool = True
     ) -> bool:
-        """Write rows without an end or a mark, in a table without a bound: 5 us for each.
+        """Write (key, text) rows without ``ttl`` or mark, in a table without a bound. Returns True.
 
-        Args:
-            table: The table. Hold its :meth:`transaction`.
-            rows: (key, text) of each.
-            replaces: False: a row that exists is not changed.
-
-        Returns:
-            True.
+        Hold the table's :meth:`transaction`. Each row takes 5 us. ``replaces``: False leaves a row
+        that exists unchanged.
         """
         now = time.time()
         values = [(key, now, now, len(text), text) for key, text in rows]
@@ -277,7 +271,7 @@ class Tables:
         return self._select(table, _SELECT_BY_ID, (after, PAGE_ROWS))
 
     def read_range(self, table: str, after: str, end: str) -> list[Row]:
-        """Return the rows whose keys are between two keys, in their order: a page of them."""
+        """Return the rows whose keys are between two keys, in order, at most :data:`PAGE_ROWS`."""
         return self._select(table, _SELECT_BY_KEY, (after, end, PAGE_ROWS))
 
     def _select(self, table: str, select: str, values: tuple[object, ...]) -> list[Row]:
@@ -287,7 +281,7 @@ class Tables:
         ]
 
     def count(self, table: str) -> int:
-        """Return the number of rows: 5 ms for 100,000 of them."""
+        """Return the number of rows. It takes 5 ms with 100,000 rows."""
         return int(self._tables[table]._sql("SELECT COUNT(*) FROM Cache").fetchone()[0])
 
     def check(self, is_stopping: Callable[[], bool]) -> None:
@@ -353,7 +347,13 @@ class Rows:
         self._writing = ThreadPoolExecutor(1, "index-write")
         self._checking = ThreadPoolExecutor(1, "index-check")
         open_at = partial(Tables, bounds=bounds)
-        self._directory = IndexDirectory(path, open_at, prepare, on_running_loop(emit))
+
+        def prepare_unnoted(tables: Tables) -> None:
+            prepare(tables)
+            if tables.changes:  # The disk is prepared, too: a merge must not replace newer rows.
+                tables.changes.clear()
+
+        self._directory = IndexDirectory(path, open_at, prepare_unnoted, on_running_loop(emit))
         self._tables: Tables | None = None
         self._is_closing = False
         self._refusal: str | None = None
@@ -487,7 +487,7 @@ class Rows:
         if not self._logged_at or time.monotonic() - self._logged_at > _LOG_INTERVAL_S:
             self._logged_at = time.monotonic()
             fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._failures))
-            self._emit(LogMessage("warning", "the index did not answer", fields))
+            self._emit(LogMessage("warning", "an operation of the index failed", fields))
 
 
 def _merge(private: Tables, tables: Tables) -> None:

@@ -40,10 +40,10 @@ from mirror.store.disk import Layout
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""
 _ASK_AGAIN_S: Final = 0.05
-"""Seconds after which a fetch asks again that waits for an eviction: it may have room before the
-end."""
+"""Seconds after which a fetch that waits for an eviction asks again. It may have room before that
+eviction ends."""
 _MIN_LOOK_INTERVAL_S: Final = 60.0
-"""Seconds between two looks at least: only changes by other programs wait for one."""
+"""Minimum number of seconds between two looks. Only changes by other programs wait for a look."""
 _LOOK_SHARE: Final = 0.01
 """Fraction of the time that looks may take: one of 3 s is repeated after 5 minutes."""
 _RECORD_BYTES: Final = 64
@@ -241,7 +241,7 @@ class Totals:
             os.pwrite(self._open(), header, 0)
 
     def close(self) -> None:
-        """Give up the slot. What this process has added stays in it, and its next owner goes on."""
+        """Give up the slot. What this process has added stays in it for its next owner."""
         self.reserve(0, 0)
         with self._file:
             if self._fd is not None:
@@ -328,7 +328,7 @@ class Evicting(Protocol):
     """The part of :class:`mirror.store.eviction.Evictor` that :class:`Space` uses."""
 
     def start(self, need: int) -> asyncio.Future[None] | None:
-        """Start an eviction in its own thread, or join the running one. None: it is no use now."""
+        """Start an eviction in its own thread, or join the running one. None: none is started."""
 
     def start_look(self) -> asyncio.Future[None]:
         """List the directories in the same thread, if that is due and no other process does."""
@@ -370,7 +370,7 @@ class Space:
         self._waiting = 0
         """Bytes that running questions need. They are reserved, but are not granted yet."""
         self._asked = 0
-        """The part of them that is asked for just now, and counts as if it was granted."""
+        """The part of them that the current question is about. It counts as if it was granted."""
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
@@ -391,7 +391,7 @@ class Space:
                     await asyncio.wait({eviction}, timeout=_ASK_AGAIN_S)
                     answer = await self._ask(need)
         except OSError as error:
-            self._emit(LogMessage("warning", "no room could be made", (("why", str(error)),)))
+            self._emit(LogMessage("warning", "space could not be freed", (("why", str(error)),)))
             return False
         finally:
             self._waiting -= need
@@ -403,9 +403,10 @@ class Space:
         others = self._waiting - self._asked
         self._totals.reserve(max(0, reserved - others), max(0, unwritten - others))
 
-    async def measure(self) -> Usage:
+    async def measure(self) -> Usage | None:
         """Return the usage. Begins a look if one is due, and waits for the first one only.
 
+        None if nothing is known yet, because the first look of another process has not ended.
         Raises ``OSError`` if the disk does not answer.
         """
         usage, disk_free = await self._read()
@@ -414,12 +415,13 @@ class Space:
         if usage is None:
             await asyncio.wait({look})
             usage, _ = await self._read()
-        return usage or Usage(0, 0, 0)
+        return usage
 
     async def _ask(self, need: int) -> bool | None:
         """Return True if there is room, False if there never will be, None if there is none now.
 
-        One at a time: those that ask at once would count against each other, and all be refused.
+        Questions are answered one at a time. Otherwise each would count the bytes of the others,
+        and all could be refused although there is room for one.
         """
         async with self._turn:
             self._asked = need

@@ -82,7 +82,7 @@ class Store:
             layout: A data directory that was recovered.
             index: Its open index. The store closes it.
             settings: The quota, the memory for fetches, and how long a verification is trusted.
-            emit: Receives the events of this store, also from its threads.
+            emit: Receives the events of this store, on the event loop.
             now: Seconds since the epoch.
         """
         self.layout = layout
@@ -152,7 +152,7 @@ class Store:
         Args:
             data_dir: Its path. It is created if it is missing.
             settings: The quota, the memory for fetches, and how long a verification is trusted.
-            emit: Receives the events of the store, also from its threads.
+            emit: Receives the events of the store, on the event loop.
             now: Seconds since the epoch.
         """
         layout = Layout(Path(os.path.abspath(data_dir)))  # noqa: ASYNC240 - reads no disk
@@ -255,9 +255,10 @@ class Store:
         The server calls this every few seconds.
         """
         usage = await self.space.measure()
-        self._contents = usage.count
-        is_writable = self.unwritable_reason is None
-        self._emit(StorageMeasured(usage.count, usage.bytes, self._settings.max_size, is_writable))
+        if usage is not None:
+            self._contents, quota = usage.count, self._settings.max_size
+            is_writable = self.unwritable_reason is None
+            self._emit(StorageMeasured(usage.count, usage.bytes, quota, is_writable))
         await self._remove_leftovers()
         idle = (time.monotonic() - ingest.last_progress for ingest in self.active_ingests.values())
         self._emit(IngestsMeasured(len(self.active_ingests), max(idle, default=0.0)))
@@ -331,15 +332,16 @@ class Store:
             self._next_save_at = end + _SAVE_INTERVALS * (end - begun)
 
     async def _write_image_layout(self, share: float) -> bool:
-        """Write ``index.json`` in steps. False if the index does not answer."""
+        """Write ``index.json`` in steps. False if the index cannot be read, or was replaced."""
         run = partial(asyncio.get_running_loop().run_in_executor, self._opening)
         draft = image_layout.Draft(self.layout)
+        openings = self.index.openings
         after: int | None = 0
         try:
             while after is not None:
                 begun = time.monotonic()
                 page = await self.index.names(after)
-                if page is None:
+                if page is None or self.index.openings != openings:
                     return False
                 await run(draft.add, page.names)
                 after = page.after
@@ -358,12 +360,15 @@ class Store:
         """
         end = time.monotonic() + seconds
         while (after := self.index.unrestored_after) is not None and time.monotonic() < end:
+            openings = self.index.openings
             page = await self.index.names(after)
             if page is None:
                 return
             for named in (manifests[0] for manifests in page.names if manifests[0].tag is None):
                 if not await self._restore_parts(named.repository, root_record(named)):
                     return
+            if self.index.openings != openings:
+                return  # The next call begins anew, with the first page.
             if page.after is None:
                 await self.index.end_restore()
             else:

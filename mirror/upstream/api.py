@@ -139,8 +139,9 @@ class Registry(Protocol):
             schema 1 is computed from its payload (:func:`mirror.oci.descriptor.payload_of`).
 
         Raises:
-            UpstreamProtocolError: the body is larger than ``MANIFEST_LIMIT``, or does not match
-                the digest that was requested, or its ``Docker-Content-Digest``.
+            UpstreamProtocolError: no endpoint sent a usable body. It is larger than
+                ``MANIFEST_LIMIT``, or does not match the digest that was requested, or its
+                ``Docker-Content-Digest``, or is no manifest.
         """
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:

@@ -28,7 +28,7 @@ from cachetools import LRUCache
 from yarl import URL
 
 from mirror.config.settings import Upstream
-from mirror.observability.events import Observer, TokenFetched, TokenResult
+from mirror.observability.events import LogMessage, Observer, TokenFetched, TokenResult
 from mirror.oci.challenge import Basic, Bearer, parse_challenges, pull_scope
 from mirror.oci.errors import (
     Denied,
@@ -285,7 +285,7 @@ class Authenticator:
         match response.status:
             case 401 | 400 if response.status == 401 or _is_invalid_grant(response.body):
                 if lookup.login is not None:
-                    return _LoginRefused(f"{service} refused the login of {self.logins.key}")
+                    return self.login_refused(service)
                 missing = self.logins.describe_missing(host_of(policy.endpoint))
                 return Unauthorized(f"{service} requires credentials: {missing}")
             case 403:
@@ -296,6 +296,15 @@ class Authenticator:
                 )
             case status:
                 return UpstreamUnavailable(f"{service} responded with {status}")
+
+    def login_refused(self, host: str) -> Unauthorized:
+        """Return the error of a login that ``host`` refused, and write it to the log.
+
+        Clients get a 403 for it, which is logged like one for a wrong name of an image.
+        """
+        error = _LoginRefused(f"{host} refused the login of {self.logins.key}")
+        self._emit(LogMessage("warning", "a login was refused", (("why", error.message),)))
+        return error
 
 
 class Negotiation:
@@ -396,7 +405,10 @@ class Negotiation:
     def refusal(self) -> Unauthorized:
         """Return the error of a request that got 401, with each authorization that there is."""
         host, logins = host_of(self._policy.endpoint), self._auth.logins
-        if any(sent.lookup.login is not None for sent in self._refused):
+        with_login = [sent for sent in self._refused if sent.lookup.login is not None]
+        if any(sent.scheme == Scheme() for sent in with_login):
+            return self._auth.login_refused(host)
+        if with_login:  # A token service has accepted it. The repository may not exist.
             return Unauthorized(f"{host} refused the login of {logins.key}")
         return Unauthorized(
             f"{host} requires credentials for this repository, or does not have it: "

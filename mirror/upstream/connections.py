@@ -69,7 +69,7 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Do nothing. A look-up that hangs ends by itself, in a thread that delays nobody."""
+        """Do nothing. A look-up that hangs ends by itself, in a thread of its own."""
 
 
 # --- TLS ------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Endpoints in order of preference, with a circuit breaker and the pauses of each.
 
-Theory of operation. A failure or a 429 speaks for its :class:`Subject` only: requests of one kind
-to one repository. It speaks for more when several different subjects have met it.
+Theory of operation. A failure or a 429 counts for its :class:`Subject` only: requests of one kind
+to one repository. It counts for more when several different subjects have met it.
 
 A circuit breaker is closed, open, or half open:
 
@@ -42,7 +42,7 @@ MAX_BACK_OFF_S: Final = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """The requests to an endpoint that a failure or a 429 speaks for."""
+    """The requests to an endpoint that a failure or a 429 counts for."""
 
     kind: str
     """Method and kind of object, such as ``GET manifest``: registries limit each on its own."""
@@ -111,8 +111,8 @@ class CircuitBreaker:
             now: The time.
             subject: The subject of the request.
             is_probe: The result of ``begin_request``.
-            is_unreachable: Whether the endpoint as a whole failed. Otherwise the failure counts
-                once for its subject, however often it repeats.
+            is_unreachable: Whether the endpoint as a whole failed: then each failure counts.
+                Otherwise repeated failures of one subject count once.
         """
         was_open = self.is_open
         if is_unreachable:

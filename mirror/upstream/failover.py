@@ -101,7 +101,7 @@ class RegistryRequest:
 
     @property
     def subject(self) -> Subject:
-        """The requests that a failure of this one speaks for."""
+        """The requests that a failure of this one counts for."""
         return Subject(f"{self.method} {self.kind.value}", self.repository.path)
 
 
@@ -196,6 +196,11 @@ class FailoverClient:
         self._auth = Authenticator(
             name, settings, self._send_token_request, emit, single_flight, clock
         )
+
+    @property
+    def endpoint_count(self) -> int:
+        """The number of endpoints."""
+        return len(self._endpoints.urls)
 
     @asynccontextmanager
     async def send(
@@ -481,6 +486,6 @@ async def _token_deadline(deadline: float) -> AsyncIterator[None]:
 
 
 def _final_refusal(refusals: Collection[MirrorError]) -> MirrorError:
-    """Choose the error to raise if all endpoints refused: the first that is not "not found"."""
+    """Choose the error to raise if all endpoints refused: the first 401 or 403, else a 404."""
     denials = (error for error in refusals if not isinstance(error, NotFound))
     return next(denials, next(iter(refusals)))

@@ -205,7 +205,10 @@ def _validity(certificate: bytes) -> tuple[str, str] | None:
     if match is None:
         return None
     first_short, first_long, last_short, last_long = match.groups()
-    return _day(first_short, first_long), _day(last_short, last_long)
+    try:
+        return _day(first_short, first_long), _day(last_short, last_long)
+    except ValueError:  # Nobody has verified it, so a month may be 99.
+        return None
 
 
 def _day(short: bytes | None, long: bytes | None) -> str:

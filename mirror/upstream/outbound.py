@@ -66,20 +66,26 @@ class Zone(IntEnum):
     LOOPBACK = auto()
     """This machine."""
     LINK_LOCAL = auto()
-    """169.254.0.0/16, fe80::/10, and fd00:ec2::/32, at which clouds hand out credentials to their
-    machines. The mirror never connects there."""
+    """169.254.0.0/16, fe80::/10, and the other addresses at which clouds hand out credentials to
+    their machines. The mirror never connects there."""
 
 
 _ZONE_NAMES: Final = {
     Zone.PUBLIC: "a public address",
     Zone.PRIVATE: "a private address",
     Zone.LOOPBACK: "an address of the mirror's own machine",
-    Zone.LINK_LOCAL: "a link-local address, to which the mirror never connects",
+    Zone.LINK_LOCAL: "a link-local address or one of a cloud's metadata, never connected to",
 }
 _LINK_LOCAL: Final[tuple[_Network, ...]] = (
     ipaddress.IPv4Network("169.254.0.0/16"),
     ipaddress.IPv6Network("fe80::/10"),
-    ipaddress.IPv6Network("fd00:ec2::/32"),
+    ipaddress.IPv6Network("fd00:ec2::/32"),  # AWS
+    ipaddress.IPv6Network("fd20:ce::254"),  # Google Cloud
+    ipaddress.IPv6Network("fd00:c1::a9fe:a9fe"),  # Oracle Cloud
+    ipaddress.IPv4Network("192.0.0.192"),  # Oracle Cloud, older machines
+    ipaddress.IPv6Network("fd00:42::42"),  # Scaleway
+    ipaddress.IPv4Network("100.100.100.200"),  # Alibaba Cloud
+    ipaddress.IPv4Network("168.63.129.16"),  # Azure, a public address
 )
 _EMBEDDED_IPV4: Final = (
     (ipaddress.IPv6Network("::ffff:0:0/96"), 0),  # mapped (RFC 4291, section 2.5.5.2)
@@ -153,6 +159,7 @@ class AddressRule:
     farthest: Zone = Zone.PUBLIC
     """No address may be in a lower zone."""
     networks: tuple[_Network, ...] = ()
+    """Networks whose addresses are permitted in any zone, except for link-local ones."""
 
     def permits(self, address: str) -> bool:
         """Return whether a connection to ``address`` may be made."""
@@ -172,11 +179,20 @@ class AddressRule:
             own_addresses: (host, port) pairs at which this mirror listens. They are refused.
         """
         family, kind, protocol, _, address = address_info
-        if address[:2] in own_addresses:
+        if _is_own(str(address[0]), address[1], own_addresses):
             raise AddressRefused(str(address[0]), is_own=True)
         if not self.permits(str(address[0])):
             raise AddressRefused(str(address[0]))
         return socket.socket(family, kind, protocol)
+
+
+def _is_own(host: str, port: int, own_addresses: Collection[tuple[str, int]]) -> bool:
+    """Return whether this mirror listens at ``host`` and ``port``, as far as that is known.
+
+    One that listens at all addresses knows some of them only. Each loopback address is its own.
+    """
+    is_own_port = zone_of(host) is Zone.LOOPBACK and any(port == own for _, own in own_addresses)
+    return is_own_port or (host, port) in own_addresses
 
 
 CONFIGURED: Final = AddressRule()
@@ -295,7 +311,11 @@ def check_url(
         source: Selects the rules.
         base: URL of the response that named ``target``.
         policy: The endpoint of the request, and its configuration.
-        sender: Zone of the address that sent a redirect. It may not lead nearer to the mirror.
+        sender: Zone of the address that sent a redirect. The target must not be in a higher zone.
+
+    Returns:
+        ``Allowed`` with the absolute URL and the rule for its connection, or ``Refused`` with the
+        reason.
     """
     if len(target) > _MAX_URL_BYTES or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
         return Refused("not a URL")
@@ -312,10 +332,9 @@ def check_url(
         return Refused("user information in a URL")
     if base.scheme == "https" and url.scheme != "https":
         return Refused(f"downgrade from https to {url.origin()}")
-    own_ports = {port for _, port in policy.own_addresses}
-    zone = zone_of(host)
-    if (host, port) in policy.own_addresses or (zone is Zone.LOOPBACK and port in own_ports):
+    if _is_own(host, port, policy.own_addresses):
         return Refused("an address of this mirror")
+    zone = zone_of(host)
     if zone is Zone.LINK_LOCAL:
         return Refused(f"{host} is {_ZONE_NAMES[Zone.LINK_LOCAL]}")
     is_same_origin = url.origin() == policy.endpoint.origin()

@@ -31,10 +31,10 @@ from mirror.upstream.transport import read_body
 Page = TypeVar("Page", bound=Sized)
 
 _MAX_PAGES: Final = 2000
-"""Pages of one list at most: two million tags, in pages of 1000. It ends links without an end."""
+"""Pages of one list at most: two million tags, in pages of 1000. A hostile list never ends."""
 LIST_TIMEOUT_S: Final = 300.0
-"""Seconds until a list is complete at most: 2000 pages of 0.15 s. A client that stops waiting
-earlier, and asks again, gets the list that was collected meanwhile."""
+"""Longest time, in seconds, until a list is complete: 2000 pages of 0.15 s. A client that stops
+waiting earlier, and asks again, gets the list that was collected meanwhile."""
 
 
 async def collect_pages(
@@ -85,9 +85,10 @@ async def _follow_links(
     links: set[str] = set()
     page: str | None = None
     endpoint = ""
+    useless: list[str] = []
     for _ in range(_MAX_PAGES):
         try:
-            async with client.send(replace(request, page=page)) as response:
+            async with client.send(replace(request, page=page), useless) as response:
                 if page is not None and response.endpoint != endpoint:
                     # A link is valid at the endpoint that sent it only. Another one has responded,
                     # so the list is collected from that one, from its first page on.
@@ -107,7 +108,15 @@ async def _follow_links(
                 raise
             what = "missing" if isinstance(error, NotFound) else "refused"
             raise UpstreamProtocolError(f"a further page of the list is {what}") from error
-        pages.append(await parse_in_thread_if_large(parse, body))
+        try:
+            pages.append(await parse_in_thread_if_large(parse, body))
+        except UpstreamProtocolError:
+            # Another endpoint may send more than a log-in page.
+            if pages or endpoint in useless or client.endpoint_count == len(useless) + 1:
+                raise
+            useless.append(endpoint)
+            page = None
+            continue
         if sum(map(len, pages)) > max_bytes:
             raise UpstreamProtocolError(f"the list has more than {max_bytes} bytes")
         if page is None or page in links:

@@ -23,20 +23,25 @@ from mirror.oci.descriptor import (
     DOCKER_SCHEMA1_SIGNED,
     MANIFEST_LIMIT,
     OCI_INDEX,
+    SCHEMA1_TYPES,
+    parse_manifest,
     parse_referrers,
     payload_of,
     referrers_index,
+    sniff_media_type,
 )
 from mirror.oci.errors import (
     Denied,
     DigestInvalid,
+    FailureScope,
+    ManifestInvalid,
     NotFound,
     Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
 )
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, parse_content_range
-from mirror.oci.reference import ALGORITHMS, Digest, Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
     MIN_PROGRESS_BYTES,
@@ -46,6 +51,7 @@ from mirror.upstream.api import (
 )
 from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
 from mirror.upstream.paging import collect_pages
+from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 _MAX_TAG_PAGE_BYTES: Final = 16 * 1024 * 1024
@@ -55,8 +61,10 @@ _MAX_TAG_LIST_BYTES: Final = 32 * 1024 * 1024
 """Bytes of all tags of a repository at most: a million tags of 32 characters."""
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
+_NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
 _BELIEVED_OF_HEAD: Final = frozenset({408, 429, 502, 503, 504})
-"""Statuses that a ``GET`` would get as well: the upstream is busy, or cannot be reached."""
+"""Statuses of a ``HEAD`` that a ``GET`` would get as well: the upstream is busy, or cannot be
+reached."""
 
 
 class HttpRegistry:
@@ -119,10 +127,11 @@ class HttpRegistry:
         such a ``HEAD`` with 200 before; a 429; and a 408, 502, 503 or 504, which would be the
         response to a ``GET``, too.
         """
-        has_doubt = False
+        has_doubt = has_status = False
 
         def may_be_wrong(response: AcceptedResponse) -> bool:
-            nonlocal has_doubt
+            nonlocal has_doubt, has_status
+            has_status = True
             status, is_elsewhere = response.http.status, response.is_cross_origin
             if status == 404 and (kind is Kind.MANIFEST or not is_elsewhere):
                 is_believed = (response.endpoint, kind) in self._answered_heads
@@ -139,8 +148,10 @@ class HttpRegistry:
                     return None
                 self._answered_heads.add((response.endpoint, kind))
                 return response.http.headers
-        except (NotFound, Denied, Unauthorized, UpstreamError):
-            if not has_doubt:
+        except (NotFound, Denied, Unauthorized, UpstreamError) as error:
+            # A front may drop the connection of each HEAD.
+            is_dropped = not has_status and is_transient(error) and error.scope is FailureScope.PATH
+            if not (has_doubt or is_dropped):
                 raise
             return None
 
@@ -151,13 +162,32 @@ class HttpRegistry:
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
         path = f"manifests/{reference}"
         request = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
-        async with self._client.send(request) as response:
-            body = await read_body(response.http, MANIFEST_LIMIT)
-            received = response.http.headers
-            expected = reference if isinstance(reference, Digest) else digest_of(received)
-            media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
-            self._report_bytes(len(body))
-            return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
+        useless: list[str] = []
+        while True:
+            endpoint = ""
+            try:
+                async with self._client.send(request, useless) as response:
+                    endpoint = response.endpoint
+                    return await self._read_manifest(response, reference)
+            except UpstreamProtocolError:
+                # Another endpoint may send more than a log-in page.
+                if endpoint in ("", *useless) or self._client.endpoint_count == len(useless) + 1:
+                    raise
+                useless.append(endpoint)
+
+    async def _read_manifest(
+        self, response: AcceptedResponse, reference: Reference
+    ) -> ManifestBody:
+        body = await read_body(response.http, MANIFEST_LIMIT)
+        self._report_bytes(len(body))
+        received = response.http.headers
+        media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
+        if isinstance(reference, Digest):
+            expected: Digest | None = reference
+        else:
+            expected = digest_of(received)
+            await parse_in_thread_if_large(_refuse_what_is_no_manifest, body, media_type)
+        return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`."""
@@ -341,20 +371,14 @@ def _is_range_response(response: Response) -> bool:
 
 
 def digest_of(headers: Mapping[str, str]) -> Digest | None:
-    """Return ``Docker-Content-Digest``. None if it is missing, or if its algorithm is not ours.
+    """Return ``Docker-Content-Digest``. None if it is missing, or if we cannot read it.
 
-    See "Pulling manifests". Raises ``UpstreamProtocolError`` for a malformed digest.
+    See "Pulling manifests". The header is a hint. Without it, the content states its digest.
     """
-    value = headers.get("Docker-Content-Digest")
-    if value is None:
-        return None
-    algorithm, _, encoded = value.partition(":")
-    if encoded and algorithm not in ALGORITHMS:
-        return None
     try:
-        return Digest.parse(value)
-    except DigestInvalid as error:
-        raise UpstreamProtocolError("the digest header is malformed") from error
+        return Digest.parse(headers.get("Docker-Content-Digest", ""))
+    except DigestInvalid:
+        return None
 
 
 def _refuse_page(headers: Mapping[str, str]) -> None:
@@ -367,13 +391,29 @@ def _refuse_page(headers: Mapping[str, str]) -> None:
         raise UpstreamProtocolError("the upstream sent a web page, such as a log-in page")
 
 
+def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:
+    """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
+
+    A response without a digest has no other proof: a log-in page comes with status 200, too.
+    """
+    try:
+        parse_manifest(body, media_type)
+        is_manifest = {media_type, sniff_media_type(body)} != {OCTET_STREAM}
+    except ManifestInvalid as error:
+        raise UpstreamProtocolError(f"{_NO_MANIFEST}: {error.message}") from error
+    if not is_manifest:
+        raise UpstreamProtocolError(_NO_MANIFEST)
+
+
 def _identify_manifest(body: bytes, media_type: str, expected: Digest | None) -> ManifestBody:
     """Return a manifest with its digest, also a signed one of schema 1.
 
     Raises ``UpstreamProtocolError`` if it does not match ``expected``. None: any digest is right.
     """
     algorithm = expected.algorithm if expected is not None else "sha256"
-    digest, of_payload = Digest.of(body, algorithm), Digest.of(payload_of(body), algorithm)
+    digest = of_payload = Digest.of(body, algorithm)
+    if media_type == OCTET_STREAM or media_type.lower() in SCHEMA1_TYPES:
+        of_payload = Digest.of(payload_of(body), algorithm)
     if expected not in (None, digest, of_payload):
         raise UpstreamProtocolError("the manifest does not match its digest")
     if digest in (of_payload, expected):

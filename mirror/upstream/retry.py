@@ -10,7 +10,7 @@ from __future__ import annotations
 import email.utils
 import re
 from datetime import UTC
-from typing import Final
+from typing import Final, TypeGuard
 
 from mirror.oci.errors import (
     MAX_RETRY_AFTER_S,
@@ -30,7 +30,7 @@ _MAX_BACKOFF_S: Final = 2.0
 """Seconds before a retry at most: a client is waiting for it."""
 
 
-def is_transient(error: MirrorError | None) -> bool:
+def is_transient(error: MirrorError | None) -> TypeGuard[UpstreamUnavailable]:
     """Return whether the same endpoints may be tried again at once.
 
     True for broken connections and 5xx. False for timeouts, 429, and malformed responses.

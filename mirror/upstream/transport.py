@@ -178,8 +178,8 @@ class Transport:
 
         Args:
             kind: The kind of the requested object. None: a token.
-            is_urgent: Another request waits for the outcome, so a blob gets the limit of the other
-                kinds.
+            is_urgent: Other requests wait for the outcome, or another endpoint can be asked. So a
+                blob gets the limit of the other kinds.
         """
         limits, name = self._limits, "headers"
         if kind is Kind.BLOB and not is_urgent:
@@ -227,7 +227,7 @@ class Transport:
             OutboundRefused: the guard refused a redirect, or the address of a host.
         """
         request_headers = dict(headers)
-        is_cross_origin = False
+        is_cross_origin, sender = False, Zone.LINK_LOCAL
         target = Allowed(url, is_same_origin=True, addresses=addresses)
         for _ in range(MAX_REDIRECTS + 1):
             try:
@@ -246,7 +246,8 @@ class Transport:
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
                 response.release()
-            sender = self._sender_zone(target.url, response)
+            # No host may lead nearer to the mirror than each host before it may.
+            sender = min(sender, self._sender_zone(target.url, response))
             verdict = check_url(location, UrlSource.REDIRECT, target.url, policy, sender)
             if not isinstance(verdict, Allowed):
                 origin = target.url.origin()

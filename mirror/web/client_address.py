@@ -4,7 +4,7 @@ Lives here: ``X-Forwarded-For``, ``Forwarded`` (RFC 7239), and the count of conn
 address. Must not know: aiohttp, sockets.
 
 Each proxy appends the address of its own peer. So the list is read from its end: it is true up to
-and including the first address that is no trusted proxy. A client may have written all before it.
+and including the first address that is no trusted proxy. A client can forge everything before it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Final, TypeAlias
 
 _MAX_HOPS: Final = 32
-"""Proxies in a row that are looked at. Real chains have at most a few."""
+"""Entries of the list that are read, from its end. Real chains of proxies have at most a few."""
 
 _IpAddress: TypeAlias = IPv4Address | IPv6Address
 
@@ -102,14 +102,14 @@ class AddressLimit:
         self._open: Counter[str] = Counter()
 
     def try_open(self, address: str) -> bool:
-        """Count one more of ``address``. False if it has too many: then nothing is counted."""
+        """Count a connection of ``address``. False, and not counted, if that would be too many."""
         if self._limit and self._open[address] >= self._limit:
             return False
         self._open[address] += 1
         return True
 
     def close(self, address: str) -> None:
-        """Count one less. Call it once for each :meth:`try_open` that returned True."""
+        """Stop counting a connection. Call it once for each :meth:`try_open` that returned True."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]

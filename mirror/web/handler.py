@@ -91,8 +91,7 @@ class Handler:
             emit: Receives the events of each request.
         """
         self.addresses = AddressLimit(settings.max_client_connections)
-        """Counts connections by the address of the client; for those of trusted proxies, requests.
-        """
+        """Counts the connections of each client address. Behind trusted proxies: its requests."""
         self.proxies: TrustedProxies | None = None
         """None: no proxy is trusted, so the client is the peer of its connection."""
         self._requests: dict[int, web.BaseRequest] = {}
@@ -200,8 +199,10 @@ class Handler:
         if not self._upstream_of_host:
             return None
         host = request.host.lower()
-        without_port = host.rpartition(":")[0] if not host.endswith("]") else ""
-        return self._upstream_of_host.get(host) or self._upstream_of_host.get(without_port)
+        has_port = ":" in host and not host.endswith("]")
+        # A name that ends with a dot is the same name (RFC 1034, section 3.1).
+        name = (host.rpartition(":")[0] if has_port else host).removesuffix(".")
+        return self._upstream_of_host.get(host) or self._upstream_of_host.get(name)
 
     def _record_abort(self, pull: RequestRecord) -> None:
         pull.error = "client left"

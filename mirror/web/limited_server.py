@@ -1,6 +1,6 @@
 """The HTTP server, with a limit on the connections of one client address.
 
-Lives here: connections are counted, and refused. Must not know: requests.
+Lives here: counting connections, and refusing those above the limit. Must not know: requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REFUSAL: Final = _build_refusal()
 class LimitedServer(web.Server):
     """Refuses a connection at once if its address has too many.
 
-    A trusted proxy has as many as it likes: its connections belong to many clients.
+    Connections of trusted proxies are not counted, because they belong to many clients.
     """
 
     def __init__(self, handler: Handler, emit: Observer, **options: Any) -> None:
@@ -66,7 +66,7 @@ class LimitedServer(web.Server):
     def connection_lost(
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
-        """Count it no longer."""
+        """Stop counting a connection that has ended."""
         super().connection_lost(handler, exc)
         if (address := self._counted.pop(handler, None)) is not None:
             self._addresses.close(address)

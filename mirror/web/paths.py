@@ -65,14 +65,15 @@ class RootRequest:
 
 @dataclass(frozen=True, slots=True)
 class RepositoriesRequest:
-    """``/v2/_catalog``: one page of the repositories that are here."""
+    """``/v2/_catalog``: one page of the repositories that have a manifest on disk."""
 
     count: int | None
     """Largest number of names on the page. None: the client sets no limit."""
     last: str
-    """The page begins after this name. Empty: it begins with the first."""
+    """The page begins after this name. Empty: it is the first page."""
     ns: str | None
-    """Only repositories of this upstream, named without it. None: all, named with theirs."""
+    """Only repositories of this upstream, as ``library/alpine``. None: the repositories of all
+    upstreams, as ``docker.io/library/alpine``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,7 @@ def parse(
         query: The rest of the request target, without the ``?``, as sent.
         upstreams: Each name by which a request may call an upstream, to the upstream's own name.
         default: Upstream of a request that names none.
-        upstream: Upstream that the ``Host`` header field stands for. None: for no particular one.
+        upstream: Upstream that the ``Host`` header field stands for. None: it stands for none.
 
     Raises:
         MethodUnsupported: Another method than ``GET`` and ``HEAD``, or an upload.
@@ -198,7 +199,7 @@ def parse(
     match = _PATH.fullmatch(raw_path)
     if match is None:
         if raw_path == _CATALOG_PATH:
-            return _parse_catalog(_parse_query(query), upstreams)
+            return _parse_catalog(_parse_query(query), upstreams, upstream)
         return _FIXED.get(raw_path) or _raise_path_error(raw_path)
     name, kind, reference = match.groups()
     parameters = _parse_query(query) if query else {}
@@ -313,14 +314,17 @@ def _parse_last(parameters: dict[str, str]) -> str | None:
         raise PaginationInvalid("last must be a tag") from None
 
 
-def _parse_catalog(parameters: dict[str, str], upstreams: Mapping[str, str]) -> RepositoriesRequest:
-    ns, last = parameters.get("ns"), parameters.get("last", "")
-    if ns is not None and ns not in upstreams:
+def _parse_catalog(
+    parameters: dict[str, str], upstreams: Mapping[str, str], upstream: str | None
+) -> RepositoriesRequest:
+    named, last = parameters.get("ns", upstream), parameters.get("last", "")
+    if named is not None and named not in upstreams:
         raise NameUnknown("this mirror is not configured for this upstream")
     if len(last) > _MAX_CACHED_CHARS:
         raise PaginationInvalid("last must be a repository")
-    upstream = None if ns is None else upstreams[ns]
-    return RepositoriesRequest(_parse_count(parameters), last, upstream)
+    return RepositoriesRequest(
+        _parse_count(parameters), last, None if named is None else upstreams[named]
+    )
 
 
 def _parse_artifact_type(parameters: dict[str, str]) -> str | None:

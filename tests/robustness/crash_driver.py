@@ -21,7 +21,7 @@ from tests.unit.pull.kit import MemoryRegistry, a_pull, pull_kit
 from tests.unit.store.kit import random_bytes, read
 
 REPOSITORY = Repository("docker.io", "library/app")
-LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000))
+LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000, 30_000))
 MORE = random_bytes(500_000, 63)
 SMALL = Storage(max_size=800_000)
 """Space for the image, or for the blob after it."""

@@ -121,7 +121,10 @@ ROWS: Final[Mapping[str, Row]] = {
     "R5": Row(
         "slow-callbacks", "callbacks of the event loop of more than 100 ms of processor time"
     ),
-    "R6": Row("soak", "an hour of load"),
+    "R6": Row(
+        "soak",
+        "pulls while the upstream fails, the clock jumps, the disk fills, workers are killed",
+    ),
     "R7": Row("many-contents", "50,000 contents"),
     "R8": Row("beyond-the-quota", "a blob larger than the quota; 100 pulls beyond it"),
     "R9": Row("blocked-stdout", "a stdout that accepts nothing"),
@@ -211,7 +214,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "FE12": Row("deployment-files", "Kustomize and Compose"),
     "FF1": Row("alias-without-a-colon", "Podman and skopeo with an upstream host:port"),
     "FF2": Row("transfer-service", "containerd's transfer service and its config_path"),
-    "FF3": Row("enforced-mirror", "client files with and without a way round the mirror"),
+    "FF3": Row("enforced-mirror", "client files with and without a fallback to the upstream"),
     "FF4": Row("ipv6-hosts-toml", "containerd 1.6 and IPv6 literals"),
     "FF5": Row("client-files", "the configuration files of other clients"),
     "FF6": Row("upstream-by-host-name", "snapshotters that send no ns"),

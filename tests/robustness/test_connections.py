@@ -154,6 +154,26 @@ async def test_public_storage_of_a_private_registry_may_not_redirect_back_inside
         assert not inside.requests
 
 
+@pytest.mark.row("FD6-address-of-each-connection")
+@pytest.mark.usefixtures("public")
+async def test_private_storage_of_a_public_registry_may_not_redirect_to_an_unlisted_host(
+    tmp_path: Path,
+) -> None:
+    async with (
+        FakeRegistry() as fake,
+        FakeRegistry(host="127.0.0.2") as storage,
+        FakeRegistry(host="127.0.0.3") as inside,
+        running(tmp_path, fake.url, redirect_hosts=("127.0.0.2",)) as server,
+    ):
+        digest = fake.add_blob(DATA)
+        inside.add_blob(DATA)
+        redirect(fake, digest, f"127.0.0.2:{storage.port}")
+        redirect(storage, digest, f"127.0.0.3:{inside.port}")
+        assert (await server.get(server.blob(digest)))[0] == 502
+        assert storage.requests
+        assert not inside.requests
+
+
 @pytest.mark.row("FD5-private-redirect-targets")
 @pytest.mark.usefixtures("public")
 @pytest.mark.parametrize(

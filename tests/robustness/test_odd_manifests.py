@@ -59,7 +59,9 @@ async def test_log_in_page_for_an_uncached_tag_is_502(
             status, headers, body = await server.ask(method, server.manifest("latest"))
             assert (status, headers["Content-Type"]) == (502, "application/json")
             assert method == "HEAD" or b"log-in page" in body
-        assert not await server.store.index.has_tags()
+        names = await server.store.index.names(0)
+        assert names is not None
+        assert not names.names, "no tag is recorded"
         assert not list((tmp_path / "blobs" / "sha256").iterdir()), "the page is not kept"
         fake.faults.clear()
         _, headers, _ = await server.get(server.manifest("latest"))
@@ -251,3 +253,16 @@ async def test_signed_manifest_with_another_payload_is_refused(tmp_path: Path) -
             assert (status, b"does not match its digest" in body) == (502, True)
         alarms = [e for e in server.events if isinstance(e, DigestMismatched | LogMessage)]
         assert not alarms
+
+
+@pytest.mark.row("FB8-schema-1")
+async def test_payload_counts_for_no_manifest_of_another_type(tmp_path: Path) -> None:
+    """Its bytes do not have the digest, and its clients take it for a current manifest."""
+    body, digest = signed(SCHEMA1), Digest.of(SCHEMA1)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        fake.manifests["library/app", str(digest)] = body, OCI_MANIFEST
+        path = f"manifests/{digest}"
+        fake.fault(path, Fault(headers={"Content-Type": "text/plain"}))
+        status, _, _ = await server.get(server.manifest(digest))
+        assert status == 502
+        assert fake.count("GET", path) > 1

@@ -21,7 +21,7 @@ from mirror import __version__
 from mirror.processes import _metrics_directory
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.real.process import wait_until
+from tests.real.process import need, wait_until
 from tests.real.server import Mirror
 from tests.real.wire import Download
 from tests.unit.store.kit import random_bytes
@@ -257,6 +257,37 @@ def test_hangup_while_a_worker_starts_reaches_that_worker() -> None:
         )
         assert len(messages(mirror, "serving")) == 3
         assert len(messages(mirror, "a worker ended")) == 1
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_stop_does_not_wait_for_a_configuration_that_cannot_be_read(workers: int) -> None:
+    """A pipe without a writer hangs as a file on a network disk does."""
+    with Mirror(NOWHERE, workers=workers) as mirror:
+        mirror.config_file.unlink()
+        os.mkfifo(mirror.config_file)
+        for _ in range(3):
+            os.kill(mirror.pid, signal.SIGHUP)
+            time.sleep(0.1)
+        assert mirror.ask("/healthz").status == 200
+        started = time.monotonic()
+        assert mirror.stop() == 0
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.row("FE2-signals-and-orphans")
+def test_worker_is_started_again_once_the_system_has_room_for_it() -> None:
+    mirror = Mirror(NOWHERE, workers=2)
+    # The supervisor's third fork, which replaces the killed worker, is refused.
+    inject = "inject=clone,clone3,fork,vfork:error=EAGAIN:when=3"
+    mirror.prefix = (need("strace"), "-D", "-o", "/dev/null", "-e", "trace=process", "-e", inject)
+    with mirror:
+        before = mirror.workers()
+        mirror.kill_worker(before[0])
+        wait_until(lambda: bool(set(mirror.workers()) - set(before)), "another one", 20)
+        assert before[1] in mirror.workers()
+        assert mirror.ask("/healthz").status == 200
+        assert mirror.stop() == 0
 
 
 @pytest.mark.row("FE2-signals-and-orphans")

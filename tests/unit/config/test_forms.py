@@ -114,7 +114,7 @@ def test_two_names_of_one_registry_are_refused(refused: Callable[[str], str]) ->
     one = "{endpoints: [https://r.example]}"
     message = refused(f"upstreams:\n  docker.io: {one}\n  index.docker.io: {one}\n")
     assert message == (
-        "m.yaml:3: upstreams.index.docker.io: is another name of docker.io, set as well"
+        "m.yaml:3: upstreams.index.docker.io: is docker.io, which is configured already"
     )
 
 

@@ -79,6 +79,7 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.Evicted(3, 30, "quota"), "evicted_bytes_total", {"reason": "quota"}, 30),
     (events.Uncached("sha256:x", "full"), "uncached_pulls_total", {"reason": "full"}, 1),
     (events.Uncached("sha256:x", "made up"), "uncached_pulls_total", {"reason": "other"}, 1),
+    (events.Uncached("sha256:x", "removed"), "uncached_pulls_total", {"reason": "removed"}, 1),
     (events.Published("sha256:x", 9, 0.1), "published_bytes_total", {}, 9),
     (events.StorageMeasured(2, 20, 200, False), "content_bytes", {}, 20),
     (events.StorageMeasured(2, 20, 200, False), "quota_bytes", {}, 200),

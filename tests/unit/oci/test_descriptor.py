@@ -16,6 +16,7 @@ from mirror.oci.descriptor import (
     DOCKER_SCHEMA1_SIGNED,
     MANIFEST_LIMIT,
     MAX_DESCRIPTOR_SIZE,
+    OCI_ARTIFACT,
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
@@ -120,12 +121,35 @@ def test_entry_of_an_index_is_a_manifest_unless_its_type_says_otherwise(
 
 
 @pytest.mark.row("HU8-descriptor-urls")
-def test_urls_of_a_descriptor_are_ignored() -> None:
+def test_urls_of_a_descriptor_are_not_kept() -> None:
     foreign = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
     layers = [entry(B, 20, foreign, urls=["http://evil.example/layer"])]
     manifest = parse_manifest(body(image(layers=layers)), OCI_MANIFEST)
-    assert manifest.blobs[1] == Descriptor(foreign, B, 20)
+    assert manifest.blobs[1] == Descriptor(foreign, B, 20, is_elsewhere=True)
     assert "evil" not in repr(manifest)
+
+
+@pytest.mark.row("HC5-content-of-another-repository")
+@pytest.mark.parametrize(
+    ("media_type", "fields"),
+    [
+        (OCI_MANIFEST, ("blobs",)),
+        (DOCKER_MANIFEST, ("blobs",)),
+        (OCI_INDEX, ("blobs",)),
+        (DOCKER_LIST, ("blobs",)),
+        (DOCKER_SCHEMA1, ("blobs", "layers", "config")),
+        (DOCKER_SCHEMA1_SIGNED, ("blobs", "layers", "config")),
+        (OCI_ARTIFACT, ("layers", "config")),
+        (OCI_ARTIFACT, ("manifests",)),
+    ],
+)
+def test_nothing_is_learned_from_a_field_that_the_type_does_not_have(
+    media_type: str, fields: tuple[str, ...]
+) -> None:
+    """A registry does not check it, so its digest may be that of another repository's content."""
+    document = {name: entry(A, 4) if name == "config" else [entry(A, 4)] for name in fields}
+    parsed = parse_manifest(body({"mediaType": media_type, **document}), media_type)
+    assert (parsed.children, parsed.blobs) == ((), ())
 
 
 @pytest.mark.row("FB5-odd-manifests")

@@ -33,7 +33,11 @@ def test_page_leaves_out_names_outside_the_grammar(document: object, names: list
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000]
+    "body",
+    [
+        *(b"", b"[]", b"7", b"\xff", b'{"tags":"abc"}', b'{"tags":{"a":1}}', b"[" * 50_000),
+        b'{"errors":[{"code":"UNAUTHORIZED"}]}',
+    ],
 )
 def test_malformed_document_is_refused(body: bytes) -> None:
     with pytest.raises(UpstreamProtocolError):

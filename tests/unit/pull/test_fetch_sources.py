@@ -25,7 +25,7 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import fetch
 from mirror.pull.fetch import Fetch
 from mirror.pull.requests import ContentSource
@@ -276,6 +276,33 @@ async def test_blob_that_looks_like_a_manifest_proves_no_access_to_its_parts(
         assert isinstance(told, ManifestUnknown)
         with pytest.raises(BlobUnknown):
             await blob(kit, Digest.of(secret), evil)
+
+
+@pytest.mark.row("HC5-content-of-another-repository")
+@pytest.mark.parametrize(
+    ("place", "more"), [("blobs", {}), ("layers", {"urls": ["https://layers.example/1"]})]
+)
+async def test_part_that_the_registry_does_not_check_gives_no_access(
+    tmp_path: Path, place: str, more: dict[str, Any]
+) -> None:
+    """Registries ignore ``blobs`` in an image, and need not have a layer with ``urls``."""
+    secret = random_bytes(5_000)
+    private, evil = Repository("docker.io", "library/private"), Repository("docker.io", "evil/app")
+    part = {"mediaType": "a/b", "digest": str(Digest.of(secret)), "size": len(secret), **more}
+    lure: dict[str, object] = {"mediaType": OCI_MANIFEST, "layers": [], place: [part]}
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(private.path, TAG.name, secret)
+        await blob(kit, Digest.of(secret), private)
+        await kit.store.idle()
+        for tag in ("one", "two"):
+            kit.registry.add_manifest(evil.path, {**lure, "annotations": {"tag": tag}}, tag)
+            await manifest(kit, Tag(tag), evil)
+            with pytest.raises(BlobUnknown):
+                await blob(kit, Digest.of(secret), evil)
+        kit.registry.add_blob(evil.path, secret)
+        kit.clock[0] += 60
+        assert await blob(kit, Digest.of(secret), evil) == (secret, Outcome.REVALIDATED)
+        assert await blob(kit, Digest.of(secret), evil) == (secret, Outcome.HIT)
 
 
 @pytest.mark.row("HC6-withdrawn-access")

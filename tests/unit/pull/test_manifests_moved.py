@@ -18,6 +18,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.store.records import MAX_PREVIOUS_DIGESTS
+from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
@@ -263,3 +264,29 @@ async def test_old_digest_with_revoked_access_does_not_stand_in(
         with pytest.raises(UpstreamUnavailable):
             await manifest(kit)
         assert await manifest(kit, repository=OTHER) == (other, Outcome.HIT)
+
+
+@pytest.mark.row("U13-moving-tag")
+@pytest.mark.parametrize("is_cached", [True, False], ids=["cached", "uncached"])
+async def test_tag_that_moves_between_head_and_get_is_resolved_by_a_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    async with pull_kit(tmp_path, upstream=SETTINGS) as kit:
+        if is_cached:
+            move(kit, b"old")
+            await manifest(kit)
+        gone = ManifestHead(Digest.of(b"gone"), OCI_MANIFEST, 4)
+
+        async def name_the_earlier_one(*arguments: object) -> ManifestHead:
+            return gone
+
+        monkeypatch.setattr(kit.registry, "head_manifest", name_the_earlier_one)
+        new = move(kit)
+        kit.registry.calls.clear()
+        for _ in range(2):
+            assert (await manifest(kit))[0] == new
+        assert kit.registry.calls["get_manifest"] == 2, "by the gone digest, then by the tag"
+        kit.clock[0] += 101
+        kit.registry.tags.clear()
+        with pytest.raises(ManifestUnknown):
+            await manifest(kit)

@@ -523,3 +523,30 @@ async def test_two_requests_for_aged_content_at_once_hash_it_once(
             assert await read(reader) == LARGE
             reader.close()
         assert gate.count == 1
+
+
+@pytest.mark.row("G10-range-of-aged-content")
+async def test_small_content_does_not_wait_for_the_verification_of_large_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, verify = threading.Event(), disk.verify
+
+    def verify_slowly(fd: int, size: int, digest: Digest, is_stopping: Callable[[], bool]) -> None:
+        if size > module.SMALL_BYTES:
+            go.wait(20)
+        verify(fd, size, digest, is_stopping)
+
+    monkeypatch.setattr(disk, "verify", verify_slowly)
+    with kit(tmp_path, reverify=0) as parts:
+        large = [await put(parts, LARGE + bytes([number])) for number in range(5)]
+        small = await put(parts, SMALL)
+        readers = [await parts.blobs.find(digest) for digest in large]
+        try:
+            async with asyncio.timeout(5):
+                readers.append(await parts.blobs.find(small))
+        finally:
+            go.set()
+            for reader in readers:
+                assert reader
+                assert await read(reader)
+                reader.close()

@@ -195,6 +195,30 @@ async def test_no_content_goes_while_the_index_does_not_answer_for_pins(
         assert not [e for e in events if isinstance(e, Evicted)]
 
 
+@pytest.mark.row("G2-long-eviction")
+async def test_content_goes_soon_after_the_index_has_hung_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause after a vain eviction lasts for 20 times its duration, but not for 20 waits."""
+    clock, events = [NOW], list[Event]()
+
+    async def hung(self: Index) -> None:
+        await asyncio.sleep(0.5)
+
+    async with opened(tmp_path, clock, events, QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, "pinned", hung)
+            await keep(store, layer(8))
+            await keep(store, layer(9))
+        assert not [e for e in events if isinstance(e, Evicted)]
+        await asyncio.sleep(1)
+        await keep(store, layer(10))
+        assert Digest.of(layer(10)) in held(store)
+        assert [e for e in events if isinstance(e, Evicted)]
+
+
 async def test_content_stays_while_it_is_read_and_goes_afterwards(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock, settings=QUOTA) as store:

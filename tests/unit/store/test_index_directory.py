@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from mirror.observability.events import Event, LogMessage
 from mirror.store import index_directory
+from mirror.store.rows import Rows, Tables
 from mirror.threads import run_in_thread
 from tests.real.server import ROOT
 from tests.unit.store import damages
@@ -139,3 +144,50 @@ async def test_copy_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_
     assert len(copies()) == 1
     running.remove()
     assert not copies()
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_index_that_another_process_keeps_locked_is_waited_for_once_by_all_operations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_LOCK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.4)
+    events: list[Event] = []
+    with (tmp_path / "index.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        async with opened_rows(tmp_path / "index", events) as rows:
+            started = time.monotonic()
+            await asyncio.gather(*(rows.get("kept", str(key)) for key in range(6)))
+            assert time.monotonic() - started < 1.0
+    assert len(events) == 1
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
+async def test_rows_that_were_restored_into_a_copy_do_not_replace_those_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary directory that is too small for the copy makes it begin empty."""
+
+    def prepare(tables: Tables) -> None:
+        with tables.transaction("kept"):
+            tables.write_all("kept", [("a", "restored"), ("b", "restored")], replaces=False)
+
+    def fail(*args: object, **options: object) -> None:
+        raise shutil.Error([("from", "to", "no space left on device")])
+
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    events: list[Event] = []
+    with small_disk(tmp_path / "disk") as disk:
+        async with opened_rows(disk / "index") as rows:
+            await rows.put("kept", [("a", "on the disk")])
+        fill_up(disk)
+        monkeypatch.setattr(shutil, "copytree", fail)
+        private = Rows(disk / "index", {"kept": None, "bounded": 1_000_000}, events.append, prepare)
+        assert await private.get("kept", "a") == "restored"
+        assert await private.put("kept", [("c", "private")])
+        (disk / "filler").unlink()
+        await private.return_to_disk()
+        values = [await private.get("kept", key) for key in "abc"]
+        await private.close()
+    assert values == ["on the disk", "restored", "private"]

@@ -20,6 +20,7 @@ from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.names import NamesPage
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
+from mirror.store.records import NamedManifest
 from mirror.store.rows import Tables
 from mirror.store.store import Store
 from tests.unit.store import damages
@@ -324,3 +325,31 @@ async def test_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
         assert store.index.changed
     await store.close()
     assert f"{REPO}:{TAG}" in names(tmp_path)
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_index_that_is_replaced_while_its_names_are_saved_costs_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages that follow come from new databases, in which the rows have another order."""
+    manifests = [image(str(number).encode()) for number in range(80)]
+    async with opened(tmp_path) as store:
+        for number, body in enumerate(manifests):
+            await pulled(store, body, Tag(f"v{number}"))
+        await store.save_image_layout(share=1.0)
+        before = names(tmp_path)
+        add = image_layout.Draft.add
+
+        def add_and_delete(draft: image_layout.Draft, page: list[list[NamedManifest]]) -> None:
+            add(draft, page)
+            monkeypatch.setattr(image_layout.Draft, "add", add)
+            shutil.rmtree(tmp_path / "index")
+
+        monkeypatch.setattr(image_layout.Draft, "add", add_and_delete)
+        store.index.changed = True
+        await store.save_image_layout(share=1.0)
+        assert not (tmp_path / "index.json.damaged").exists()
+        assert names(tmp_path) == before
+        await store.save_image_layout(share=1.0)
+        assert not store.index.changed
+        assert names(tmp_path) == before

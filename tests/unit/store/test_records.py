@@ -149,6 +149,24 @@ def test_access_records_of_covers_children_and_layers() -> None:
     ]
 
 
+@pytest.mark.row("HC5-content-of-another-repository")
+def test_part_that_the_registry_need_not_have_is_recorded_as_expired() -> None:
+    part = Descriptor("a/layer", TWO, 3, is_elsewhere=True)
+    root = access_record(THREE, "manifest", OCI_MANIFEST)
+    (listed,) = access_records_of(root, Manifest(OCI_MANIFEST, blobs=(part,)))
+    granted = access_record(TWO, "blob", "a/layer", expires_at=500.0)
+    checked = replace(listed, expires_at=None)
+    assert listed.expires_at == 0.0
+    for first, second, expires_at in (
+        (listed, listed, 0.0),
+        (listed, granted, 500.0),
+        (granted, listed, 500.0),
+        (listed, checked, None),
+        (checked, listed, None),
+    ):
+        assert merge(first, second).expires_at == expires_at
+
+
 TYPES = st.sampled_from(["", "a/one", "a/two"])
 SIZES = st.none() | st.integers(0, 3)
 OWN = st.builds(

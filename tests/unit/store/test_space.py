@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import resource
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event, Evicted, LogMessage, StorageMeasured, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import space
+from mirror.store import disk, space
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.ingest import Ingest
 from mirror.store.space import Totals, Usage
@@ -43,7 +47,9 @@ def layer(seed: int, size: int = 200_000) -> bytes:
 
 
 async def usage_of(store: Store) -> Usage:
-    return await store.space.measure()
+    usage = await store.space.measure()
+    assert usage is not None
+    return usage
 
 
 async def begin(store: Store, data: bytes) -> Ingest:
@@ -182,7 +188,7 @@ async def test_damaged_total_is_put_right_by_a_look(tmp_path: Path, damage: byte
     (tmp_path / "totals").write_bytes(damage)
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
-        assert (await store.space.measure()).reserved == 0
+        assert (await usage_of(store)).reserved == 0
         await store.evictor.wait_until_idle()
         clock[0] += 7200
         await store.space.measure()
@@ -503,3 +509,100 @@ def test_reserve_of_the_disk_is_not_free(tmp_path: Path) -> None:
         assert space.free_bytes(root) <= 0.99 * 10 * 2**20
         fill_up(root)
         assert space.free_bytes(root) < 0
+
+
+# --- looks that fail, or that another process makes -----------------------------------------------
+
+
+@contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """Use up all descriptors that this process may have."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1])
+    )
+    taken: list[int] = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open("/dev/null", os.O_RDONLY))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.row("D6-no-descriptors")
+async def test_look_without_free_descriptors_does_not_count_all_content_as_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path, settings=Storage(max_size=10**9)) as store:
+        await keep(store, layer(1))
+        before = await usage_of(store)
+        monkeypatch.setattr(Totals, "is_look_due", lambda self, now: True)
+        with no_free_descriptors():
+            await store.space.measure()
+            await store.evictor.wait_until_idle()
+        assert await usage_of(store) == before
+        assert before.count == 1
+
+
+@pytest.mark.row("G1-cost-of-a-miss")
+async def test_number_of_contents_is_unknown_while_another_process_makes_the_first_look(
+    tmp_path: Path,
+) -> None:
+    events: list[Event] = []
+    async with opened(tmp_path, events=events, settings=Storage(max_size=10**9)) as store:
+        with store.layout.eviction_lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            await store.measure()
+            assert store._contents is None
+            assert not any(isinstance(event, StorageMeasured) for event in events)
+        await keep(store, layer(1))
+        await store.measure()
+        assert store._contents == 1
+
+
+@pytest.mark.row("G2-long-eviction")
+async def test_events_of_an_eviction_are_emitted_on_the_event_loop(tmp_path: Path) -> None:
+    """A log line that another thread adds may be lost, and may stop all later ones."""
+    threads: dict[str, int] = {}
+
+    def emit(event: Event) -> None:
+        threads[type(event).__name__] = threading.get_ident()
+
+    store = await Store.open(str(tmp_path), QUOTA, emit)
+    try:
+        for seed in range(6):
+            await keep(store, layer(seed))
+        await store.evictor.wait_until_idle()
+        assert threads["Evicted"] == threading.get_ident()
+    finally:
+        await store.close()
+
+
+@pytest.mark.row("G1-cost-of-a-miss")
+async def test_damaged_content_that_two_processes_find_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    verify, both = disk.verify, threading.Barrier(2, timeout=10)
+
+    def verify_together(
+        fd: int, size: int, digest: Digest, is_stopping: Callable[[], bool]
+    ) -> None:
+        both.wait()
+        verify(fd, size, digest, is_stopping)
+
+    async with opened(tmp_path, events=events) as one, opened(tmp_path, events=events) as other:
+        await one.measure()
+        digest = await keep(one, layer(1))
+        assert (await usage_of(one)).count == 1
+        one.layout.blob(digest).write_bytes(layer(2))
+        monkeypatch.setattr(disk, "verify", verify_together)
+        found = await asyncio.gather(one.blobs.find(digest), other.blobs.find(digest))
+        assert found == [None, None]
+        assert sum(event.count for event in events if isinstance(event, Evicted)) == 1
+        usage = await usage_of(one)
+        assert (usage.count, usage.bytes) == (0, 0)

@@ -43,7 +43,7 @@ async def test_token_is_requested_with_our_own_scope(single_flight: SingleFlight
     }
     assert (headers, form) == ({}, {}), "anonymous"
     assert await service.first() == "Bearer t1", "the next request is sent with it"
-    assert [event for event in service.events if isinstance(event, TokenFetched) and event.is_ok]
+    assert [e.result for e in service.events if isinstance(e, TokenFetched)] == ["ok"]
 
 
 async def test_realm_may_be_relative_and_keeps_its_query(
@@ -175,7 +175,7 @@ async def test_malformed_token_response_raises_and_is_never_sent(
     service.responses = [TokenResponse(200, body)]
     with pytest.raises(UpstreamUnavailable):
         await service.challenged()
-    assert [event.is_ok for event in service.events if isinstance(event, TokenFetched)] == [False]
+    assert [e.result for e in service.events if isinstance(e, TokenFetched)] == ["error"]
 
 
 JSON = st.recursive(

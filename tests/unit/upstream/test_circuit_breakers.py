@@ -322,7 +322,7 @@ QUICK_HEADERS = Limits(connect=0.2, headers=0.2, first_byte=20.0)
 async def test_blob_as_the_probe_has_the_limit_of_other_requests() -> None:
     async with registry() as fake, upstream_kit(fake.url, limits=QUICK_HEADERS) as kit:
         digest = fake.add_blob(DATA)
-        fake.fault("blobs/", Fault(status=503, times=None))
+        down(fake)
         for number in range(FAILURE_THRESHOLD):
             with pytest.raises(UpstreamUnavailable):
                 await kit.read(digest, repository(number))

@@ -9,9 +9,11 @@ import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
@@ -91,6 +93,21 @@ async def test_certificate_out_of_its_time(
         said = await message(fake.url, ca=str(certificate.cert_file), limits=Limits())
         assert said.startswith(f"{fake.url}: its certificate {cause}")
         assert all("authorization" not in seen.headers for seen in fake.requests)
+
+
+@pytest.mark.parametrize("time", [b"\x17\x0d991399999999Z", b"\x18\x0f00000101000000Z"])
+def test_certificate_with_impossible_dates_is_described_without_them(time: bytes) -> None:
+    """It is read without verification, so it may be another one than the one that expired."""
+    expired = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    expired.verify_code = 10
+    url = URL("https://registry.example")
+    error = aiohttp.ClientConnectorCertificateError(
+        Mock(host="registry.example", port=443), expired
+    )
+    hop = Hop(url, None, Policy(url), SHORT, ResponseLimit(0.0, "headers", 1.0))
+    validity = b"\x30" + bytes([2 * len(time)]) + 2 * time
+    described = describe_failure(error, replace(hop, certificate=validity))
+    assert described == "https://registry.example: its certificate expired"
 
 
 async def test_certificate_of_an_unknown_authority_names_the_key(tmp_path: Path) -> None:

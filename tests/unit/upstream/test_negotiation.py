@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mirror.config.settings import Credentials
-from mirror.observability.events import TokenFetched
+from mirror.observability.events import LogMessage, TokenFetched
 from mirror.oci.challenge import pull_scope
 from mirror.oci.errors import (
     Denied,
@@ -441,3 +441,24 @@ async def test_memory_is_bounded_with_the_largest_tokens(single_flight: SingleFl
         assert await service.challenged(repository=repository)
     assert service.auth._tokens.currsize <= MAX_CACHED_TOKEN_BYTES
     assert 200 < len(service.auth._tokens) < 300
+
+
+@pytest.mark.row("FE4-severity-of-failures")
+async def test_refused_login_is_a_warning_and_a_wrong_name_of_an_image_is_none() -> None:
+    secret = Credentials(username="user", password=CANARY)
+    async with FakeRegistry() as fake:
+        for refusal in (
+            {"basic": "Basic x"},
+            {"token": "t", "token_status": 401},
+        ):
+            vars(fake).update({"basic": None, "token": None, "token_status": 200, **refusal})
+            async with upstream_kit(fake.url, credentials=secret) as kit:
+                error = await failure(kit)
+                (line,) = kit.seen(LogMessage)
+                assert (line.level, dict(line.fields)) == ("warning", {"why": error.message})
+        # Docker Hub's token service takes the login, and the registry answers 401 for no image.
+        vars(fake).update({"token": "t", "token_status": 200, "token_body": b'{"token":"other"}'})
+        for settings in ({"credentials": secret}, {}):
+            async with upstream_kit(fake.url, **settings) as kit:
+                assert isinstance(await failure(kit), Unauthorized)
+                assert not kit.seen(LogMessage)

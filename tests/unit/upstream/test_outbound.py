@@ -223,6 +223,13 @@ def test_link_local_address_is_refused_from_every_source(host: str, source: UrlS
         ("::169.254.169.254", Zone.LINK_LOCAL),
         ("2002:a9fe:a9fe::1", Zone.LINK_LOCAL),
         ("fd00:ec2::254", Zone.LINK_LOCAL),
+        ("fd20:ce::254", Zone.LINK_LOCAL),
+        ("fd00:c1::a9fe:a9fe", Zone.LINK_LOCAL),
+        ("fd00:42::42", Zone.LINK_LOCAL),
+        ("100.100.100.200", Zone.LINK_LOCAL),
+        ("::ffff:100.100.100.200", Zone.LINK_LOCAL),
+        ("168.63.129.16", Zone.LINK_LOCAL),
+        ("192.0.0.192", Zone.LINK_LOCAL),
         ("registry.corp", None),
     ],
 )
@@ -245,6 +252,19 @@ def test_socket_is_made_for_permitted_addresses_only() -> None:
         with pytest.raises(AddressRefused) as caught:
             make(rule, address)
         assert caught.value.address == address
+
+
+@pytest.mark.row("HU3-redirects")
+def test_no_socket_is_made_for_a_name_of_the_mirror_that_listens_at_all_addresses() -> None:
+    own = {("0.0.0.0", 5100), ("10.0.0.9", 5100)}
+    for family, address in (
+        (socket.AF_INET, ("127.0.0.1", 5100)),
+        (socket.AF_INET, ("10.0.0.9", 5100)),
+        (socket.AF_INET6, ("::1", 5100, 0, 0)),
+    ):
+        with pytest.raises(AddressRefused) as caught:
+            CONFIGURED.open_socket((family, socket.SOCK_STREAM, 6, "", address), own)
+        assert caught.value.is_own
 
 
 @pytest.mark.row("FD4-endpoint-with-a-path")

@@ -17,12 +17,17 @@ from tests.fakes.registry import FakeRegistry
 LATEST = Tag("latest")
 
 
+def body_of(fake: FakeRegistry) -> bytes:
+    """Make a manifest that only this registry has."""
+    return b'{"at": "%b"}' % fake.url.encode()
+
+
 async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
     single_flight: SingleFlight,
 ) -> None:
     async with FakeRegistry() as one, FakeRegistry() as two:
         for fake in (one, two):
-            fake.add_manifest(fake.url.encode(), "a/b", "latest")
+            fake.add_manifest(body_of(fake), "a/b", "latest")
         upstreams = {"one.io": {"endpoints": [one.url]}, "two.io": {"endpoints": [two.url]}}
         settings = Settings.model_validate({"upstreams": upstreams, "default_upstream": "one.io"})
         events: list[Event] = []
@@ -30,7 +35,7 @@ async def test_each_upstream_has_its_own_endpoint_and_none_works_after_closing(
             assert set(registries) == {"one.io", "two.io"}
             for name, fake in (("one.io", one), ("two.io", two)):
                 manifest = await registries[name].get_manifest(Repository(name, "a/b"), LATEST, ())
-                assert manifest.body == fake.url.encode()
+                assert manifest.body == body_of(fake)
         upstream_names = [event.upstream for event in events if isinstance(event, ExchangeEnded)]
         assert upstream_names == ["one.io", "two.io"]
         for name, registry in registries.items():
@@ -64,7 +69,7 @@ async def test_changed_upstream_gets_a_new_registry_and_the_others_keep_theirs(
 ) -> None:
     async with FakeRegistry() as one, FakeRegistry() as two:
         for fake in (one, two):
-            fake.add_manifest(fake.url.encode(), "a/b", "latest")
+            fake.add_manifest(body_of(fake), "a/b", "latest")
         before = upstreams_of(same=one.url, changed=one.url, removed=one.url)
         settings = Settings(upstreams=before)
         async with open_registries(settings, lambda event: None, single_flight) as registries:
@@ -79,7 +84,7 @@ async def test_changed_upstream_gets_a_new_registry_and_the_others_keep_theirs(
                 (registries["removed.io"], one),
             ):
                 manifest = await registry.get_manifest(Repository("any.io", "a/b"), LATEST, ())
-                assert manifest.body == fake.url.encode()
+                assert manifest.body == body_of(fake)
 
 
 @pytest.mark.row("FE2-signals-and-orphans")

@@ -22,7 +22,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.upstream.api import ContentStream
 from mirror.upstream.registry import digest_of, length_of
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.unit.upstream.kit import DATA, REPO, Kit, upstream_kit
+from tests.unit.upstream.kit import DATA, REPO, Kit, registry, upstream_kit
 
 DIGEST = Digest.of(DATA)
 LATEST = Tag("latest")
@@ -99,6 +99,20 @@ async def test_digest_header_of_another_algorithm_is_no_contradiction() -> None:
             await kit.registry.head_manifest(REPO, long, ())
 
 
+@pytest.mark.row("FB5-odd-manifests")
+@pytest.mark.parametrize(
+    "value", ["", "none", "sha256:", f"sha256:{DIGEST.hex.upper()}", f"{DIGEST}, {DIGEST}"]
+)
+async def test_malformed_digest_header_is_passed_over(value: str) -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(headers={"Docker-Content-Digest": value}, times=None))
+        digest = Digest.of(b"{}")
+        for reference, named in ((LATEST, None), (digest, digest)):
+            assert (await kit.registry.head_manifest(REPO, reference, ())).digest == named
+            assert (await kit.registry.get_manifest(REPO, reference, ())).digest == digest
+
+
 @pytest.mark.row("HU5-huge-manifests")
 async def test_get_manifest_refuses_more_than_4_mib() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
@@ -107,7 +121,54 @@ async def test_get_manifest_refuses_more_than_4_mib() -> None:
             await kit.registry.get_manifest(REPO, LATEST, ())
 
 
+# --- responses that cannot be used ----------------------------------------------------------------
+
+PAGE = Fault(status=200, headers={"Content-Type": "text/html"}, body=b"<html>", times=None)
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_endpoint_that_sends_a_log_in_page_is_passed_over() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", PAGE)
+        for reference in (Tag("latest"), Digest.of(b"{}")):
+            assert (await kit.registry.get_manifest(REPO, reference, ())).body == b"{}"
+        assert await kit.registry.list_tags(REPO) == "latest"
+        assert (one.count("GET"), two.count("GET")) == (3, 3)
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+@pytest.mark.parametrize("second", [PAGE, Fault(status=404, times=None)], ids=["page", "404"])
+async def test_log_in_page_is_an_error_if_no_other_endpoint_has_the_content(second: Fault) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", PAGE)
+        two.fault("", second)
+        with pytest.raises(UpstreamProtocolError, match="log-in page"):
+            await kit.registry.get_manifest(REPO, Tag("latest"), ())
+        with pytest.raises(UpstreamProtocolError, match="malformed"):
+            await kit.registry.list_tags(REPO)
+        assert two.count("GET") == 2
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", PAGE)
+        with pytest.raises(UpstreamProtocolError):
+            await kit.registry.get_manifest(REPO, Tag("latest"), ())
+        assert fake.count("GET") == 1
+
+
 # --- refused HEAD ---------------------------------------------------------------------------------
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_head_whose_connection_is_dropped_leads_to_a_get() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(DATA)
+        fake.fault("", Fault(close=True, method="HEAD", times=None))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (await kit.registry.head_manifest(REPO, Digest.of(b"{}"), ())).size == 2
+        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        await fake.stop()
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.head_manifest(REPO, LATEST, ())
+
 
 REFUSALS = (400, 401, 403, 404, 405, 406, 410, 415, 500, 501)
 
@@ -396,10 +457,14 @@ def test_length_of_reads_valid_lengths_only(headers: dict[str, str], length: int
     assert length_of(headers) == length
 
 
-def test_digest_of_reads_a_digest_or_raises() -> None:
+def test_digest_of_reads_valid_digests_only() -> None:
     assert digest_of({}) is None
     assert digest_of({"Docker-Content-Digest": str(DIGEST)}) == DIGEST
-    assert digest_of({"Docker-Content-Digest": "blake3:" + "ab" * 32}) is None
-    for text in ("", "sha256:" + "z" * 64, "sha512:0", f"{DIGEST}, {DIGEST}"):
-        with pytest.raises(UpstreamProtocolError):
-            digest_of({"Docker-Content-Digest": text})
+    for text in (
+        "blake3:" + "ab" * 32,
+        "",
+        "sha256:" + "z" * 64,
+        "sha512:0",
+        f"{DIGEST}, {DIGEST}",
+    ):
+        assert digest_of({"Docker-Content-Digest": text}) is None

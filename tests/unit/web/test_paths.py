@@ -393,6 +393,14 @@ def test_catalog_has_count_last_and_upstream() -> None:
     assert parse_path("/v2/_catalog", query) == RepositoriesRequest(5, "library/app", "ghcr.io")
 
 
+@pytest.mark.row("FF6-upstream-by-host-name")
+def test_catalog_of_a_host_of_one_upstream_is_that_of_the_upstream() -> None:
+    found = parse(
+        "GET", "/v2/_catalog", "", upstreams=UPSTREAMS, default="docker.io", upstream="ghcr.io"
+    )
+    assert found == RepositoriesRequest(None, "", "ghcr.io")
+
+
 @pytest.mark.parametrize(
     ("query", "error"),
     [
