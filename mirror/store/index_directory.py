@@ -115,6 +115,9 @@ class Closable(Protocol):
     def close(self) -> None:
         """Close them."""
 
+    def note_changes(self) -> None:
+        """Note all changes from now on, for a later merge."""
+
 
 Databases = TypeVar("Databases", bound=Closable)
 
@@ -125,7 +128,7 @@ class IndexDirectory(Generic[Databases]):
     def __init__(
         self,
         path: Path,
-        open_at: Callable[[Path, bool], Databases],
+        open_at: Callable[[Path], Databases],
         prepare: Callable[[Databases], None],
         emit: Observer,
     ) -> None:
@@ -133,8 +136,7 @@ class IndexDirectory(Generic[Databases]):
 
         Args:
             path: The directory. It is created if it is missing.
-            open_at: Opens all databases in a directory, or none. The flag says whether the
-                directory is a private copy. May raise any exception.
+            open_at: Opens all databases in a directory, or none. May raise any exception.
             prepare: Fills databases that have lost their rows.
             emit: Receives warnings.
         """
@@ -170,7 +172,6 @@ class IndexDirectory(Generic[Databases]):
             raise OSError(errno.EAGAIN, "the database could not be opened a moment ago")
         self._drop_copy()
         _remove_ownerless_copies()
-        self._failed_at = 0.0
         try:
             try:
                 return self._open_in_place(damage, is_at_fault, release)
@@ -204,7 +205,6 @@ class IndexDirectory(Generic[Databases]):
         except FAILURES:
             self._failed_at = time.monotonic()
             return None
-        self._failed_at = 0.0
         self._drop_copy()
         self._emit(LogMessage("info", "the index is on the disk again"))
         return databases
@@ -229,15 +229,15 @@ class IndexDirectory(Generic[Databases]):
             # has the same path. So this comes first.
             release()
             try:
-                return self._open_prepared(self._path, is_private=False)
+                return self._open_prepared(self._path)
             except Exception as error:
                 if not self._is_damaged(error):
                     raise
                 self._set_aside(error)
-            return self._open_prepared(self._path, is_private=False)
+            return self._open_prepared(self._path)
 
-    def _open_prepared(self, path: Path, is_private: bool) -> Databases:
-        databases = self._open_at(path, is_private)
+    def _open_prepared(self, path: Path) -> Databases:
+        databases = self._open_at(path)
         try:
             self._prepare(databases)
         except BaseException:
@@ -291,6 +291,9 @@ class IndexDirectory(Generic[Databases]):
         except BaseException:
             self._drop_copy()
             raise
+        # Not those of the restore. The directory's own databases are restored as well, and a merge
+        # must not replace their newer rows.
+        databases.note_changes()
         why = f"{type(refusal).__name__}: {refusal}"
         self.refusal = f"the index cannot be written ({why})"
         message = "the index cannot be written: a temporary copy is used until the disk accepts it"
@@ -301,12 +304,12 @@ class IndexDirectory(Generic[Databases]):
         try:
             if self._path.is_dir():
                 shutil.copytree(self._path, path, dirs_exist_ok=True)
-            return self._open_prepared(path, is_private=True)
+            return self._open_prepared(path)
         except Exception as error:
             if not self._is_damaged(error):
                 raise
             shutil.rmtree(path, ignore_errors=True)
-        return self._open_prepared(path, is_private=True)
+        return self._open_prepared(path)
 
     def _drop_copy(self) -> None:
         if self._copy is not None:

@@ -33,8 +33,6 @@ def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
-        except FileNotFoundError:
-            return False
         except OSError:
             path.unlink()
         trim_quarantine(layout, MAX_QUARANTINED_FILES)

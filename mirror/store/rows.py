@@ -142,23 +142,19 @@ class Row:
 
 
 class Tables:
-    """The open tables of one directory. The methods block.
+    """The open tables of one directory, for several threads. One of them writes. Methods block."""
 
-    Any thread may use them: it gets its own connections. Only one of them writes.
-    """
-
-    def __init__(self, path: Path, is_private: bool, bounds: Mapping[str, int | None]) -> None:
+    def __init__(self, path: Path, bounds: Mapping[str, int | None]) -> None:
         """Open all tables, or none.
 
         Args:
             path: The directory. No other process may open or replace it at the same time.
-            is_private: Whether :attr:`changes` are noted, for a later :meth:`merge`.
             bounds: Name of each table -> its bound in bytes. None: no bound.
 
         Raises:
             Exception: Any kind. A damaged database makes diskcache fail in many ways.
         """
-        self.changes: set[tuple[str, str]] | None = set() if is_private else None
+        self.changes: set[tuple[str, str]] | None = None
         """(table, key) of the rows that were written or deleted here. None: they are not noted."""
         self._files = [
             f"{path}/{name}/{file}" for name in bounds for file in ("cache.db", "cache.db-wal")
@@ -294,6 +290,10 @@ class Tables:
             if table._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("quick_check")
 
+    def note_changes(self) -> None:
+        """Note all :attr:`changes` from now on, for a later :meth:`merge`."""
+        self.changes = set()
+
     def merge(self, table: str, key: str, other: Tables) -> None:
         """Take over a row that was written or deleted in ``other``. Hold the transaction.
 
@@ -347,13 +347,7 @@ class Rows:
         self._writing = ThreadPoolExecutor(1, "index-write")
         self._checking = ThreadPoolExecutor(1, "index-check")
         open_at = partial(Tables, bounds=bounds)
-
-        def prepare_unnoted(tables: Tables) -> None:
-            prepare(tables)
-            if tables.changes:  # The disk is prepared, too: a merge must not replace newer rows.
-                tables.changes.clear()
-
-        self._directory = IndexDirectory(path, open_at, prepare_unnoted, on_running_loop(emit))
+        self._directory = IndexDirectory(path, open_at, prepare, on_running_loop(emit))
         self._tables: Tables | None = None
         self._is_closing = False
         self._refusal: str | None = None

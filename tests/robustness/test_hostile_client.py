@@ -140,7 +140,9 @@ def test_nothing_is_opened_outside_the_data_directory(
         mirror.ask(blob_path(f"sha256:{'a' * 64}"))
         wait_until(lambda: "a" * 64 in log.read_text(), "the search is in the log", 10)
         touched = log.read_text().splitlines()[before:]
-    assert not [line for line in touched if f'"{data}' not in line]
+    # The C library reads it when a new thread gets memory for the first time.
+    own = "/sys/devices/system/cpu/online"
+    assert not [line for line in touched if f'"{data}' not in line and own not in line]
     tried(len(TRAVERSALS))
 
 

@@ -80,7 +80,9 @@ async def stalled_fetch(
     async with FakeRegistry() as fake:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=stall_at, gate=gate))
-        mirror = Mirror({"docker.io": fake.url}, **settings)
+        # The upstream is silent for as long as the test wants.
+        upstream = {"endpoints": [fake.url], "limits": {"idle": "150s"}}
+        mirror = Mirror({"docker.io": upstream}, **settings)
         try:
             await run_in_thread(mirror.start)
             made = StalledFetch(fake, mirror, digest)

@@ -417,8 +417,8 @@ async def test_no_range_of_aged_content_is_served_after_damage_was_found(tmp_pat
         no_trace(path)
         reader = await parts.blobs.find(digest)
         assert reader
-        await eventually(lambda: not path.exists())
-        await asyncio.sleep(0)
+        await eventually(lambda: any(isinstance(e, DigestMismatched) for e in parts.events))
+        assert not path.exists()
         with pytest.raises(DigestMismatch):
             await reader.wait(0, 10)
         reader.close()

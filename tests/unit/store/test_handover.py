@@ -218,7 +218,7 @@ async def test_fetch_of_another_machine_is_not_followed_although_its_heart_beats
     processes: list[Kit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over a network file system its bytes may arrive in another order."""
-    monkeypatch.setattr(other_process, "STALLED_S", 0.3)
+    monkeypatch.setattr(other_process, "STALLED_S", 1.0)
     there = Ingest(replace(processes[0].ingest_context, boot="another machine"), DIGEST, None)
     assert await there.try_lead() is Role.LEADER
     await there.declare(len(DATA))

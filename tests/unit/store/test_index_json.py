@@ -159,7 +159,7 @@ async def test_interrupted_restore_is_completed_at_the_next_start(
         patch.setattr(index_names, "_restore_access", crash)
         with pytest.raises(KeyboardInterrupt):
             index_names.restore(
-                Tables(tmp_path / "index", False, index_module._TABLES),
+                Tables(tmp_path / "index", index_module._TABLES),
                 image_layout.read_index_json(Layout(tmp_path)),
             )
     async with opened(tmp_path) as store:
