@@ -180,7 +180,7 @@ class FailureScope(Enum):
     """No request: the endpoint is not at fault, or got no request."""
     REQUEST = auto()
     """This request only: the endpoint responded, so it works."""
-    PATH = auto()
+    SUBJECT = auto()
     """Requests of the same kind to the same repository: no response within the time limit, the
     connection broke before the headers, the status was 502, 503 or 504, the body broke, stalled or
     was too slow, or the token service cannot be reached."""

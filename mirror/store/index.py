@@ -430,6 +430,7 @@ class Index:
             contents: Number of contents on the disk. It bounds the number of rows.
         """
         for table, checks in self._checks.items():
+            checks.begin_call()
             for _ in range(checks.steps):
                 if checks.is_due_for_count:
                     count = await self._rows.read(partial(Tables.count, table=table), 0)

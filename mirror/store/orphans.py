@@ -29,6 +29,9 @@ _MIN_ROWS: Final = 10_000
 """Rows of one table that are always allowed: 7 MB."""
 _CALLS_PER_PASS: Final = 720
 """Calls in which all rows of a table are checked once: an hour, if there is a call every 5 s."""
+_CALLS_PER_COUNT: Final = 12
+"""Calls after which the rows are counted again: a minute. Rows may be added faster than one step a
+call checks them, and then a pass would take days. Counting 100,000 rows takes 5 ms."""
 _ROWS_PER_STEP: Final = 50
 """Rows that one step checks."""
 VERIFIED_PREFIX: Final = "verified "
@@ -78,6 +81,7 @@ class RowChecks:
     """Row id after which the next step begins."""
     _rows: int = 0
     """Number of rows when they were last counted."""
+    _calls_since_count: int = 0
     _surplus: int = 0
     """Number of rows that are too many."""
     _has_marked: bool = False
@@ -96,11 +100,16 @@ class RowChecks:
 
         Between counts, other processes may have deleted rows as well.
         """
-        return self.after == 0 or self._surplus > 0
+        is_old = self._calls_since_count >= _CALLS_PER_COUNT
+        return self.after == 0 or self._surplus > 0 or is_old
+
+    def begin_call(self) -> None:
+        """Begin a call, which does :attr:`steps` steps."""
+        self._calls_since_count += 1
 
     def start(self, rows: int, contents: int) -> None:
         """Use a new count of the rows, and the number of contents on the disk."""
-        self._rows = rows
+        self._rows, self._calls_since_count = rows, 0
         self._surplus = max(0, rows - _MIN_ROWS - _ROWS_PER_CONTENT * contents)
 
     def is_surplus(self, is_present: bool) -> bool:

@@ -330,6 +330,7 @@ class FailoverClient:
                 accepted = AcceptedResponse(
                     response.http,
                     response.is_cross_origin,
+                    response.limits,
                     str(attempt.policy.endpoint),
                     report_success=partial(self._record_outcome, attempt, None),
                 )
@@ -429,7 +430,7 @@ class FailoverClient:
                 self._endpoints.pauses[endpoint].add(self._clock(), subject, error.retry_after)
             case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
                 circuit.record_cancellation(is_probe=is_probe)
-            case UpstreamUnavailable(scope=FailureScope.PATH | FailureScope.ENDPOINT):
+            case UpstreamUnavailable(scope=FailureScope.SUBJECT | FailureScope.ENDPOINT):
                 self._last_failure = error.message
                 if is_probe or not attempt.is_repeat:
                     circuit.record_failure(
@@ -466,11 +467,11 @@ class FailoverClient:
         )
         try:
             async with _token_deadline(limit.deadline), exchange as response:
-                body = await read_body(response.http, MAX_TOKEN_RESPONSE_BYTES)
+                body = await read_body(response, MAX_TOKEN_RESPONSE_BYTES)
                 return TokenResponse(response.http.status, body, retry_after_of(response.http))
         except UpstreamUnavailable as error:
             if error.scope is FailureScope.ENDPOINT:
-                error.scope = FailureScope.PATH
+                error.scope = FailureScope.SUBJECT
             raise
 
 
@@ -482,7 +483,7 @@ async def _token_deadline(deadline: float) -> AsyncIterator[None]:
             yield
     except TimeoutError as error:
         message = "no token within the time limit (limits.connect and limits.headers)"
-        raise UpstreamTimeout(message, scope=FailureScope.PATH) from error
+        raise UpstreamTimeout(message, scope=FailureScope.SUBJECT) from error
 
 
 def _final_refusal(refusals: Collection[MirrorError]) -> MirrorError:

@@ -10,7 +10,8 @@ raised: a list that ends too early looks complete to a client.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -36,12 +37,47 @@ LIST_TIMEOUT_S: Final = 300.0
 """Longest time, in seconds, until a list is complete: 2000 pages of 0.15 s. A client that stops
 waiting earlier, and asks again, gets the list that was collected meanwhile."""
 
+_PAGES_AT_ONCE: Final = 4
+"""Pages of one upstream that are read and parsed at the same time. One of 16 MiB takes 100 MiB."""
+
+
+class ListMemory:
+    """Bounds the memory of all lists of one upstream that are collected at the same time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """``max_bytes``: the sum of the lengths of all results of ``parse`` at most."""
+        self._free_bytes = max_bytes
+        self.page_slots = asyncio.Semaphore(_PAGES_AT_ONCE)
+
+    @contextmanager
+    def share(self, max_bytes: int) -> Iterator[Callable[[int], None]]:
+        """Yield a function that adds bytes to one list, of at most ``max_bytes``.
+
+        It raises ``UpstreamProtocolError`` if the list is too long, or all of them together are.
+        """
+        used = 0
+
+        def add(count: int) -> None:
+            nonlocal used
+            used += count
+            self._free_bytes -= count
+            if used > max_bytes:
+                raise UpstreamProtocolError(f"the list has more than {max_bytes} bytes")
+            if self._free_bytes < 0:
+                raise UpstreamProtocolError("too many long lists are requested at the same time")
+
+        try:
+            yield add
+        finally:
+            self._free_bytes += used
+
 
 async def collect_pages(
     client: FailoverClient,
     request: RegistryRequest,
     parse: Callable[[bytes], Page],
     is_page: Callable[[AcceptedResponse], bool],
+    memory: ListMemory,
     *,
     max_page_bytes: int,
     max_bytes: int,
@@ -53,6 +89,7 @@ async def collect_pages(
         request: The request for the first page.
         parse: Called with the body of each page, maybe in a thread.
         is_page: Returns False for an accepted response that is no page of a list.
+        memory: That of all lists of this upstream.
         max_page_bytes: Length of the body of one page at most.
         max_bytes: Sum of the lengths of all results of ``parse`` at most.
 
@@ -62,13 +99,16 @@ async def collect_pages(
 
     Raises:
         UpstreamProtocolError: A page is too long, all of them are, there are too many, or one
-            after the first is missing.
+            after the first is missing. Or ``memory`` is used up.
         UpstreamTimeout: The list is not complete after :data:`LIST_TIMEOUT_S`.
         MirrorError: As ``client.send``, ``read_body`` and ``parse`` raise it.
     """
     try:
-        async with asyncio.timeout(LIST_TIMEOUT_S):
-            return await _follow_links(client, request, parse, is_page, max_page_bytes, max_bytes)
+        with memory.share(max_bytes) as add_bytes:
+            async with asyncio.timeout(LIST_TIMEOUT_S):
+                return await _follow_links(
+                    client, request, parse, is_page, memory.page_slots, add_bytes, max_page_bytes
+                )
     except TimeoutError as error:
         raise UpstreamTimeout(f"the list is not complete after {LIST_TIMEOUT_S:g} s") from error
 
@@ -78,8 +118,9 @@ async def _follow_links(
     request: RegistryRequest,
     parse: Callable[[bytes], Page],
     is_page: Callable[[AcceptedResponse], bool],
+    slots: asyncio.Semaphore,
+    add_bytes: Callable[[int], None],
     max_page_bytes: int,
-    max_bytes: int,
 ) -> list[Page] | None:
     pages: list[Page] = []
     links: set[str] = set()
@@ -87,38 +128,41 @@ async def _follow_links(
     endpoint = ""
     useless: list[str] = []
     for _ in range(_MAX_PAGES):
-        try:
-            async with client.send(replace(request, page=page), useless) as response:
-                if page is not None and response.endpoint != endpoint:
-                    # A link is valid at the endpoint that sent it only. Another one has responded,
-                    # so the list is collected from that one, from its first page on.
-                    pages.clear()
-                    links.clear()
-                    page = None
-                    continue
-                if not is_page(response):
-                    if page is None:
-                        return None
-                    raise UpstreamProtocolError("a further page of the list is missing")
-                endpoint = response.endpoint
-                body = await read_body(response.http, max_page_bytes)
-                page = next_link(response.http.headers.getall(hdrs.LINK, ()))
-        except (NotFound, Denied, Unauthorized) as error:
-            if page is None:
-                raise
-            what = "missing" if isinstance(error, NotFound) else "refused"
-            raise UpstreamProtocolError(f"a further page of the list is {what}") from error
-        try:
-            pages.append(await parse_in_thread_if_large(parse, body))
-        except UpstreamProtocolError:
-            # Another endpoint may send more than a log-in page.
-            if pages or endpoint in useless or client.endpoint_count == len(useless) + 1:
-                raise
-            useless.append(endpoint)
-            page = None
-            continue
-        if sum(map(len, pages)) > max_bytes:
-            raise UpstreamProtocolError(f"the list has more than {max_bytes} bytes")
+        async with AsyncExitStack() as slot:
+            try:
+                async with client.send(replace(request, page=page), useless) as response:
+                    if page is not None and response.endpoint != endpoint:
+                        # A link is valid at the endpoint that sent it only. Another one has
+                        # responded, so the list is collected from that one, from its first page.
+                        add_bytes(-sum(map(len, pages)))
+                        pages.clear()
+                        links.clear()
+                        page = None
+                        continue
+                    if not is_page(response):
+                        if page is None:
+                            return None
+                        raise UpstreamProtocolError("a further page of the list is missing")
+                    endpoint = response.endpoint
+                    # Not earlier: a project whose headers come late must not delay the others.
+                    await slot.enter_async_context(slots)
+                    body = await read_body(response, max_page_bytes)
+                    page = next_link(response.http.headers.getall(hdrs.LINK, ()))
+            except (NotFound, Denied, Unauthorized) as error:
+                if page is None:
+                    raise
+                what = "missing" if isinstance(error, NotFound) else "refused"
+                raise UpstreamProtocolError(f"a further page of the list is {what}") from error
+            try:
+                pages.append(await parse_in_thread_if_large(parse, body))
+            except UpstreamProtocolError:
+                # Another endpoint may send more than a log-in page.
+                if pages or endpoint in useless or client.endpoint_count == len(useless) + 1:
+                    raise
+                useless.append(endpoint)
+                page = None
+                continue
+        add_bytes(len(pages[-1]))
         if page is None or page in links:
             return pages  # A link to an earlier page leads to nothing new.
         links.add(page)

@@ -50,7 +50,7 @@ from mirror.upstream.api import (
     ManifestHead,
 )
 from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
-from mirror.upstream.paging import collect_pages
+from mirror.upstream.paging import ListMemory, collect_pages
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
@@ -59,6 +59,8 @@ _MAX_TAG_PAGE_BYTES: Final = 16 * 1024 * 1024
 sends 300 bytes for each manifest beside them. Parsing as many bytes takes 0.2 s in a thread."""
 _MAX_TAG_LIST_BYTES: Final = 32 * 1024 * 1024
 """Bytes of all tags of a repository at most: a million tags of 32 characters."""
+_MAX_LISTS_BYTES: Final = 2 * _MAX_TAG_LIST_BYTES
+"""Bytes of all lists of one upstream that are collected at the same time."""
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
 _NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
@@ -84,6 +86,7 @@ class HttpRegistry:
         self._limits = limits
         self._emit = emit
         self.idle = limits.idle
+        self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._answered_heads: set[tuple[str, Kind]] = set()
         """(URL of an endpoint, kind of content) for which a ``HEAD`` got a 200."""
 
@@ -150,7 +153,9 @@ class HttpRegistry:
                 return response.http.headers
         except (NotFound, Denied, Unauthorized, UpstreamError) as error:
             # A front may drop the connection of each HEAD.
-            is_dropped = not has_status and is_transient(error) and error.scope is FailureScope.PATH
+            is_dropped = (
+                not has_status and is_transient(error) and error.scope is FailureScope.SUBJECT
+            )
             if not (has_doubt or is_dropped):
                 raise
             return None
@@ -178,7 +183,7 @@ class HttpRegistry:
     async def _read_manifest(
         self, response: AcceptedResponse, reference: Reference
     ) -> ManifestBody:
-        body = await read_body(response.http, MANIFEST_LIMIT)
+        body = await read_body(response, MANIFEST_LIMIT)
         self._report_bytes(len(body))
         received = response.http.headers
         media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
@@ -259,7 +264,8 @@ class HttpRegistry:
             self._client,
             request,
             tag_list.parse_page,
-            is_page=lambda response: response.http.status == 200,
+            lambda response: response.http.status == 200,
+            self._list_memory,
             max_page_bytes=_MAX_TAG_PAGE_BYTES,
             max_bytes=_MAX_TAG_LIST_BYTES,
         )
@@ -282,7 +288,8 @@ class HttpRegistry:
                 self._client,
                 request,
                 bytes,
-                is_page=_is_referrers_page,
+                _is_referrers_page,
+                self._list_memory,
                 max_page_bytes=MANIFEST_LIMIT,
                 max_bytes=MANIFEST_LIMIT,
             )

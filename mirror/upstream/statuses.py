@@ -52,7 +52,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
             )
         case status if status >= 500 or status == 408:
             is_unable = status in _UNABLE_TO_RESPOND and not response.is_cross_origin
-            scope = errors.FailureScope.PATH if is_unable else errors.FailureScope.REQUEST
+            scope = errors.FailureScope.SUBJECT if is_unable else errors.FailureScope.REQUEST
             return errors.UpstreamUnavailable(f"{host} responded with {status}", scope=scope)
         case status:
             return errors.UpstreamProtocolError(f"{host} responded with {status}")
@@ -61,7 +61,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
 async def _not_found(response: Response, kind: Kind) -> errors.MirrorError:
     """Translate a 404 by the code of its body (OCI Distribution specification, "Error Codes")."""
     try:
-        body = await read_body(response.http, _MAX_ERROR_BODY_BYTES)
+        body = await read_body(response, _MAX_ERROR_BODY_BYTES)
         code = str(json.loads(body)["errors"][0]["code"])
     except (errors.UpstreamError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         code = ""  # A response to HEAD has no body. Harbor's code is UNKNOWN.

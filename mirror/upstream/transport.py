@@ -68,11 +68,13 @@ _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*",
 class Response:
     """A response whose headers have arrived.
 
-    ``is_cross_origin``: a redirect led to another origin than that of the request.
+    ``is_cross_origin``: a redirect led to another origin than that of the request. ``limits``:
+    those of its body.
     """
 
     http: aiohttp.ClientResponse
     is_cross_origin: bool
+    limits: Limits
 
 
 class _PeerResponse(aiohttp.ClientResponse):
@@ -241,7 +243,7 @@ class Transport:
             try:
                 location = response.headers.get(hdrs.LOCATION)
                 if response.status not in _REDIRECTS or location is None or not follow_redirects:
-                    yield Response(response, is_cross_origin)
+                    yield Response(response, is_cross_origin, self._limits)
                     return
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
@@ -360,25 +362,21 @@ def check_encoding(response: aiohttp.ClientResponse) -> None:
         )
 
 
-async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
-    """Read a whole body of at most ``limit`` bytes.
+async def read_body(response: Response, max_bytes: int) -> bytes:
+    """Read a whole body of at most ``max_bytes``.
 
     Raises:
         UpstreamProtocolError: the body is larger, or compressed.
-        UpstreamTimeout: no byte for ``limits.idle`` seconds.
-        UpstreamUnavailable: the connection broke.
+        UpstreamTimeout, UpstreamUnavailable: see :func:`read_chunks`.
     """
-    check_encoding(response)
+    check_encoding(response.http)
     parts: list[bytes] = []
     size = 0
-    try:
-        async for chunk in response.content.iter_any():
-            size += len(chunk)
-            if size > limit:
-                raise errors.UpstreamProtocolError(f"the response has more than {limit} bytes")
-            parts.append(chunk)
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        raise _body_error(error, response) from error
+    async for chunk in read_chunks(response.http, response.limits, None):
+        size += len(chunk)
+        if size > max_bytes:
+            raise errors.UpstreamProtocolError(f"the response has more than {max_bytes} bytes")
+        parts.append(chunk)
     return b"".join(parts)
 
 
@@ -417,7 +415,7 @@ async def read_chunks(
                 if received_in_window < limits.min_rate * waited_s:
                     host = response.url.origin()
                     message = f"{host} sends less than {limits.min_rate} bytes/s (limits.min_rate)"
-                    raise errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
+                    raise errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
                 waited_s, received_in_window = 0.0, 0
     except (TimeoutError, aiohttp.ClientError, OSError) as error:
         # The reader raises before it has handed out all received bytes. They are good, and would
@@ -427,7 +425,7 @@ async def read_chunks(
         raise _body_error(error, response) from error
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
-        raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
+        raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
     if expected is not None and received > expected:
         raise errors.UpstreamProtocolError("the body is longer than announced")
 
@@ -437,9 +435,9 @@ def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.Up
     host = response.url.origin()
     if isinstance(error, TimeoutError):
         message = f"{host} stopped sending in the middle of a body (limits.idle)"
-        return errors.UpstreamTimeout(message, scope=errors.FailureScope.PATH)
+        return errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
     message = f"{host}: the connection broke in the middle of a body"
-    return errors.UpstreamUnavailable(message, scope=errors.FailureScope.PATH)
+    return errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
 
 
 # --- headers --------------------------------------------------------------------------------------

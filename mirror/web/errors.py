@@ -63,6 +63,13 @@ _STATUS: Final[dict[type, int]] = {
     StorageUnavailable: 503,
 }
 
+SAFE_HEADERS: Final = {
+    # Content is the upstream's. A browser must not run it as a page of this server.
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox",
+}
+"""Header fields that every response has."""
+
 
 def status_of(error: MirrorError) -> int:
     """Return the HTTP status of the nearest base class in the table."""

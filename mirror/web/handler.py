@@ -57,7 +57,7 @@ from mirror.threads import run_in_thread
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
-from mirror.web.errors import body_of, error_headers, status_of
+from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
 from mirror.web.streaming import Body, Sender
 
@@ -379,9 +379,7 @@ def common_headers(pull: RequestRecord) -> dict[str, str]:
         "X-Request-Id": pull.request_id,
         "Server": "oci-mirror",
         "Server-Timing": server_timing(pull),
-        # Content is the upstream's. A browser must not run it as a page of this server.
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": "sandbox",
+        **SAFE_HEADERS,
     }
     if pull.ns is not None:
         headers["OCI-Namespace"] = pull.ns

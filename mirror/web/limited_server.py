@@ -12,14 +12,15 @@ from aiohttp import web
 
 from mirror.observability.events import ConnectionRefused, Observer
 from mirror.oci.errors import TooManyRequests
-from mirror.web.errors import body_of, error_headers, status_of
+from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.handler import Handler
 
 
 def _build_refusal() -> bytes:
     error = TooManyRequests("too many connections of this client")
     body = body_of(error)
-    fields = {**error_headers(error), "Content-Length": str(len(body)), "Connection": "close"}
+    fields = {**error_headers(error), **SAFE_HEADERS, "Connection": "close"}
+    fields["Content-Length"] = str(len(body))
     lines = [f"HTTP/1.1 {status_of(error)} Too Many Requests"]
     lines += [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join((*lines, "", "")).encode() + body

@@ -264,6 +264,7 @@ async def test_pools_of_one_slow_thread_never_deadlock(
                 await server.store.idle()
         names = {type(event).__name__ for event in server.events}
         assert names >= {"Evicted", "Uncached", "Published", "Reverified"}
-    assert {pool.name for pool in pools if pool.jobs > 5} == {
-        *("read", "open", "write", "publish", "heartbeat", "hash", "index-read", "index-write"),
+    # Small content is verified by the threads that open it, so "hash" may have had no job.
+    assert {pool.name for pool in pools if pool.jobs > 5} >= {
+        *("read", "open", "write", "publish", "heartbeat", "index-read", "index-write"),
     }

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.orphans import (
+    _CALLS_PER_PASS,
     _MIN_ROWS,
     _ROWS_PER_CONTENT,
+    _ROWS_PER_STEP,
     ORPHAN_ROW_TTL_S,
     VERIFIED_PREFIX,
     RowAction,
@@ -107,6 +109,21 @@ def test_all_rows_are_checked_within_an_hour() -> None:
         checks.start(rows, contents=rows)
         assert checks.steps * 720 * 50 >= rows
         assert checks.steps <= 1 + rows / (720 * 50)
+
+
+@pytest.mark.row("HC9-random-names")
+def test_rows_that_are_added_during_a_pass_are_checked_within_an_hour_as_well() -> None:
+    """A client that pulls long manifests adds rows much faster than one step a call checks them."""
+    checks, rows, calls = RowChecks(), 5_000, 0
+    while checks.after < rows:
+        checks.begin_call()
+        for _ in range(checks.steps):
+            if checks.is_due_for_count:
+                checks.start(rows, contents=rows)
+            checks.advance(min(checks.after + _ROWS_PER_STEP, rows))
+        calls += 1
+        rows = 1_000_000
+    assert calls <= 1.1 * _CALLS_PER_PASS
 
 
 def test_digests_of_names_all_content_of_a_row() -> None:

@@ -192,7 +192,7 @@ async def read_slow_blobs(kit: Kit, fake: FakeRegistry, owners: list[Repository]
 @pytest.mark.row("FB11-late-first-byte")
 @pytest.mark.parametrize("has_several_owners", [False, True])
 async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners: bool) -> None:
-    limits = Limits(connect=0.5, headers=0.5)
+    limits = Limits(connect=0.5, headers=0.5, first_byte=0.5)
     async with registry() as fake, upstream_kit(fake.url, limits=limits) as kit:
         owners = [repository(number if has_several_owners else 0) for number in range(5)]
         digest = fake.add_blob(DATA)

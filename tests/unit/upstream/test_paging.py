@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import tracemalloc
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
+from mirror.config.settings import Limits
 from mirror.oci.errors import (
     MirrorError,
+    NotFound,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from mirror.oci.reference import Tag
+from mirror.upstream.paging import ListMemory
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.unit.upstream.kit import REPO, upstream_kit
+from tests.unit.upstream.kit import REPO, at_once, repository, upstream_kit
 
 
 def tagged(fake: FakeRegistry, names: Iterable[str]) -> None:
@@ -171,3 +177,56 @@ async def test_next_page_with_another_path_is_requested_at_the_endpoint() -> Non
         with pytest.raises(UpstreamProtocolError, match="page of the list is missing"):
             await kit.registry.referrers(REPO, digest, None)
         assert fake.requests[-1].target == f"/{digest}?p=2"
+
+
+# --- memory and time ------------------------------------------------------------------------------
+
+
+@pytest.mark.row("HU13-endless-lists")
+def test_lists_that_are_collected_at_once_share_their_memory() -> None:
+    memory = ListMemory(100)
+    with memory.share(80) as one, memory.share(80) as two:
+        one(80)
+        two(20)
+        with pytest.raises(UpstreamProtocolError, match="at the same time"):
+            two(1)
+        one(-80)
+        two(59)
+        with pytest.raises(UpstreamProtocolError, match="more than 80 bytes"):
+            two(1)
+    with memory.share(100) as all_of_it:
+        all_of_it(100)
+
+
+@pytest.mark.row("HU13-endless-lists")
+async def test_long_pages_of_many_lists_are_read_a_few_at_a_time() -> None:
+    body = b'{"tags":["-' + b"x" * 2_000_000 + b'"]}'
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.guard = lambda seen: (200, {"Content-Type": "application/json"}, body)
+        tracemalloc.start()
+        try:
+            numbers = iter(range(24))
+            lists = await at_once(24, lambda: kit.registry.list_tags(repository(next(numbers))))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert lists == [""] * 24
+        assert peak < 12 * len(body), "three times a body for each of four pages"
+
+
+@pytest.mark.row("U3-silent-upstream")
+@pytest.mark.parametrize("status", [200, 404])
+async def test_body_that_arrives_in_single_bytes_is_given_up(status: int) -> None:
+    limits = Limits(connect=15.0, headers=15.0, idle=0.3, min_rate=10_000)
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        tagged(fake, ["latest"])
+        drip = Fault(status=status, body=b" " * 8000, drip=0.02, times=None)
+        fake.fault("latest", drip)
+        fake.fault("tags/list", drip)
+        async with asyncio.timeout(15):
+            for request in (
+                kit.registry.get_manifest(REPO, Tag("latest"), ()),
+                kit.registry.list_tags(REPO),
+            ):
+                with pytest.raises(UpstreamTimeout if status == 200 else NotFound):
+                    await request

@@ -255,7 +255,7 @@ async def test_read_body_refuses_large_encoded_and_broken_bodies() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url, limits=Limits(idle=1.0)) as kit:
         fake.fault("/whole", Fault(status=200, body=DATA))
         async with exchange(kit, fake.url, "/whole") as response:
-            assert await read_body(response.http, len(DATA)) == DATA
+            assert await read_body(response, len(DATA)) == DATA
         for fault, error in (
             (Fault(status=200, body=DATA + b"x"), UpstreamProtocolError),
             (Fault(status=200, body=DATA + b"x", chunked=True), UpstreamProtocolError),
@@ -267,7 +267,7 @@ async def test_read_body_refuses_large_encoded_and_broken_bodies() -> None:
             fake.fault("/body", fault)
             async with exchange(kit, fake.url, "/body") as response:
                 with pytest.raises(error):
-                    await read_body(response.http, len(DATA))
+                    await read_body(response, len(DATA))
 
 
 # --- proxies --------------------------------------------------------------------------------------

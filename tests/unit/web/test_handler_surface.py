@@ -205,6 +205,7 @@ async def test_connection_above_the_limit_gets_429_until_another_one_ends(tmp_pa
             "127.0.0.1"
         ]
         assert b"\r\nRetry-After: 1\r\n" in refused
+        assert b"\r\nX-Content-Type-Options: nosniff\r\n" in refused
         assert (
             json.loads(refused.partition(b"\r\n\r\n")[2])["errors"][0]["code"] == "TOOMANYREQUESTS"
         )

@@ -394,11 +394,17 @@ def test_catalog_has_count_last_and_upstream() -> None:
 
 
 @pytest.mark.row("FF6-upstream-by-host-name")
-def test_catalog_of_a_host_of_one_upstream_is_that_of_the_upstream() -> None:
-    found = parse(
-        "GET", "/v2/_catalog", "", upstreams=UPSTREAMS, default="docker.io", upstream="ghcr.io"
-    )
-    assert found == RepositoriesRequest(None, "", "ghcr.io")
+def test_catalog_at_a_host_of_an_upstream_is_that_of_the_upstream() -> None:
+    for query, ns in (("", "ghcr.io"), ("ns=docker.io", "docker.io")):
+        found = parse(
+            "GET",
+            "/v2/_catalog",
+            query,
+            upstreams={"docker.io": "docker.io", "ghcr.io": "ghcr.io"},
+            default="docker.io",
+            upstream="ghcr.io",
+        )
+        assert found == RepositoriesRequest(None, "", ns)
 
 
 @pytest.mark.parametrize(
