@@ -1,7 +1,6 @@
 """The index: small records about content, by key.
 
-Lives here: the operations on these records, and their keys. Must not know: content, or the database
-(:mod:`mirror.store.rows`).
+Lives here: the operations on these records, and their keys. Must not know: content, the database.
 
 Theory of operation: all of the index can be lost without a wrong byte being served. So no operation
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
@@ -410,10 +409,7 @@ class Index:
             await self._rows.check()
 
     async def return_to_disk(self) -> None:
-        """Merge the private copy into the index, if the disk accepts writes again.
-
-        After a write that the disk refused, another one is tried: maybe no other is made for long.
-        """
+        """Merge the private copy into the index, and try a write if the last one was refused."""
         await self._rows.return_to_disk()
         if self._rows.refusal is not None:
             await self._rows.write(_RESPONSES, _try_write, None)
