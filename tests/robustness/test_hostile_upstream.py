@@ -14,7 +14,7 @@ import pytest
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.server_kit import running
+from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(300_000, 41)
@@ -76,9 +76,20 @@ async def test_nothing_is_learned_from_wrong_types_and_impossible_sizes(
             status, headers, response = await server.get(server.manifest(reference))
             assert (status, response) == (200, body)
             assert headers["Content-Type"] == OCI_MANIFEST
+            await until_recorded(server, digest)
         repository = Repository("docker.io", "library/app")
         learned = Digest.parse("sha256:" + "a" * 64)
         assert await server.store.index.access_record(repository, learned, "blob") is None
+
+
+async def until_recorded(server: Server, digest: Digest) -> None:
+    """Wait until the type that the upstream stated is in the index."""
+    repository = Repository("docker.io", "library/app")
+    for _ in range(1000):
+        if await server.store.index.access_record(repository, digest, "manifest") is not None:
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError("no record")
 
 
 @pytest.mark.row("HU10-header-bombs")

@@ -360,6 +360,8 @@ def test_metrics_of_killed_workers_stay_and_their_files_do_not_pile_up(tmp_path:
         (directory,) = tmp_path.glob("oci-mirror-metrics-*")
         for _ in range(10):
             mirror.ask(TAGS)
+        # A request is counted after its response was sent.
+        assert mirror.metric_reaches(10, "oci_mirror_requests_total", kind="tags", outcome="hit")
         files = sorted(path.name for path in directory.iterdir())
         for _ in range(3):
             before = mirror.workers()

@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -29,14 +30,18 @@ def replace_by_text(index: Path) -> None:
 
 def overwrite(index: Path) -> None:
     for database in index.glob("*/cache.db"):
-        _checkpoint(database)
-        database.write_bytes(b"garbage" * 1000)
+        # After the first one was damaged, the directory may be replaced at any moment.
+        with suppress(FileNotFoundError):
+            _checkpoint(database)
+            database.write_bytes(b"garbage" * 1000)
 
 
 def cut(index: Path) -> None:
     for database in index.glob("*/cache.db"):
-        _checkpoint(database)
-        os.truncate(database, database.stat().st_size // 2)
+        # After the first one was damaged, the directory may be replaced at any moment.
+        with suppress(FileNotFoundError):
+            _checkpoint(database)
+            os.truncate(database, database.stat().st_size // 2)
 
 
 def empty(index: Path) -> None:
@@ -47,11 +52,13 @@ def empty(index: Path) -> None:
 def zero_pages(index: Path) -> None:
     """Overwrite all pages but the first one: the file still looks like a database."""
     for database in index.glob("*/cache.db"):
-        _checkpoint(database)
-        size = database.stat().st_size
-        with database.open("r+b") as file:
-            file.seek(4096)
-            file.write(bytes(size - 4096))
+        # After the first one was damaged, the directory may be replaced at any moment.
+        with suppress(FileNotFoundError):
+            _checkpoint(database)
+            size = database.stat().st_size
+            with database.open("r+b") as file:
+                file.seek(4096)
+                file.write(bytes(size - 4096))
 
 
 def make_directories(index: Path) -> None:
