@@ -387,5 +387,7 @@ async def test_failures_are_never_cached_as_or_turned_into_a_404(
             fake.fault(path, Fault(status=status, times=None))
             assert (await server.get(url))[0] == expected
         fake.faults.clear()
+        # A pause after a 429 is that of one kind of request.
         await wait_until_served(server, server.manifest("latest"))
+        await wait_until_served(server, server.blob(Digest.of(DATA)))
         assert await fetch(server, Digest.of(DATA)) == DATA
