@@ -107,6 +107,8 @@ class Ingest(ReadableIngest):
         self._holder = secrets.token_hex(8)
         self.reserved = 0
         """Offset up to which space on disk was asked for. Zero while another process fetches."""
+        self.granted = 0
+        """Offset up to which space on disk may be used: the last ``reserved`` that got room."""
         self._writer = IngestWriter(self)
 
     async def try_lead(self) -> Role:
@@ -198,7 +200,9 @@ class Ingest(ReadableIngest):
         except OSError as error:
             self.continue_in_memory(disk.reason_of(error))
             return
-        if not await self.context.make_room(self.reserved - self.on_disk):
+        if await self.context.make_room(self.reserved - self.on_disk):
+            self.granted = self.reserved
+        else:
             self.continue_in_memory("full")
 
     def start_over(self) -> bool:

@@ -354,8 +354,8 @@ class Space:
             totals: Its running total.
             settings: The quota and its water marks.
             evictor: Frees space.
-            reservations: Returns the reserved bytes of this process's running fetches, and those of
-                them that are not written yet.
+            reservations: Returns the bytes that this process's running fetches were granted, and
+                those of them that are not written yet.
             asking: Threads that read the total and the free disk space.
             emit: Receives warnings.
         """
@@ -367,10 +367,8 @@ class Space:
         self._asking = asking
         self._emit = emit
         self._turn = asyncio.Lock()
-        self._waiting = 0
-        """Bytes that running questions need. They are reserved, but are not granted yet."""
         self._asked = 0
-        """The part of them that the current question is about. It counts as if it was granted."""
+        """Bytes that the current question is about. They count as if they were granted."""
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
@@ -381,7 +379,6 @@ class Space:
         Without room this waits, until the running eviction has freed enough. Never raises: a disk
         that refuses is logged, and has no room.
         """
-        self._waiting += need
         try:
             answer = await self._ask(need)
             # The first eviction may have begun before this reservation. The second one counts it.
@@ -393,15 +390,12 @@ class Space:
         except OSError as error:
             self._emit(LogMessage("warning", "space could not be freed", (("why", str(error)),)))
             return False
-        finally:
-            self._waiting -= need
         return answer is True
 
     def update_reserved(self) -> None:
         """Set the reserved bytes in the total: those that were granted, or are asked for now."""
         reserved, unwritten = self._reservations()
-        others = self._waiting - self._asked
-        self._totals.reserve(max(0, reserved - others), max(0, unwritten - others))
+        self._totals.reserve(reserved + self._asked, unwritten + self._asked)
 
     async def measure(self) -> Usage | None:
         """Return the usage. Begins a look if one is due, and waits for the first one only.
@@ -420,8 +414,8 @@ class Space:
     async def _ask(self, need: int) -> bool | None:
         """Return True if there is room, False if there never will be, None if there is none now.
 
-        Questions are answered one at a time. Otherwise each would count the bytes of the others,
-        and all could be refused although there is room for one.
+        Questions are answered one at a time, and count what was granted. If each counted what the
+        others ask for, all could be refused although there is room for one.
         """
         async with self._turn:
             self._asked = need

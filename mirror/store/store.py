@@ -192,13 +192,13 @@ class Store:
             self._writing.submit(self._totals.flush)
 
     def _reservations(self) -> tuple[int, int]:
-        """Return the bytes that the ingests of this process have reserved, and the unwritten ones.
+        """Return the bytes that the ingests of this process were granted, and the unwritten ones.
 
         An ingest that continues in memory has none, nor has one that another process leads.
         """
-        ingests = [i for i in self.active_ingests.values() if i.reserved and i.window is None]
-        reserved = sum(max(ingest.reserved, ingest.on_disk) for ingest in ingests)
-        return reserved, sum(max(0, ingest.reserved - ingest.on_disk) for ingest in ingests)
+        ingests = [i for i in self.active_ingests.values() if i.granted and i.window is None]
+        granted = sum(max(ingest.granted, ingest.on_disk) for ingest in ingests)
+        return granted, sum(max(0, ingest.granted - ingest.on_disk) for ingest in ingests)
 
     def _read_pins(self) -> set[Digest] | None:
         """Return the pinned manifests, for the thread that evicts. None if they cannot be read."""

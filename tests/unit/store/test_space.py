@@ -441,6 +441,7 @@ async def test_unexpected_error_of_an_eviction_is_logged_and_the_next_one_runs(
                 if seed == 4:
                     patch.setattr(Catalog, "leftovers", lambda self: 1 / 0)
                 await keep(store, layer(seed))
+                await store.evictor.wait_until_idle()  # The fetch itself need not wait.
         logged = [e for e in events if isinstance(e, LogMessage)]
         assert ["ZeroDivisionError" in str(e.fields) for e in logged] == [True]
         await keep(store, layer(9))
