@@ -22,7 +22,8 @@ from tests.real.server import Mirror
 from tests.server_kit import Server, running
 from tests.unit.store import damages
 from tests.unit.store.damages import Damage
-from tests.unit.store.kit import eventually, fill_up, small_disk
+from tests.unit.store.kit import fill_up, small_disk
+from tests.waiting import until
 
 NAMES = 60
 ACCEPT = {"Accept": OCI_MANIFEST}
@@ -123,7 +124,7 @@ async def test_housekeeping_goes_on_and_is_logged_after_any_exception(
     for interval in ("_MEASURE_INTERVAL_S", "_INDEX_INTERVAL_S", "_SAVE_INTERVAL_S"):
         monkeypatch.setattr(server_module, interval, 0.01)
     async with running(tmp_path) as server:
-        await eventually(lambda: min(calls.values()) >= 3)
+        await until(lambda: min(calls.values()) >= 3)
         failures = {
             dict(event.fields)["job"]: event.level
             for event in server.events
@@ -167,7 +168,7 @@ async def test_server_that_started_on_a_full_disk_tells_so_until_there_is_room(
             _, _, report = await server.get(f"{server.url}/readyz")
             assert b"the index cannot be written" in report
             (root / "filler").unlink()
-            await eventually(lambda: server.store.unwritable_reason is None)
+            await until(lambda: server.store.unwritable_reason is None)
             _, _, report = await server.get(f"{server.url}/readyz")
             assert b"index" not in report
             await assert_all_are_served(server, names, "with room again")

@@ -33,10 +33,10 @@ from tests.unit.upstream.kit import (
     failure,
     registry,
     repository,
-    until,
     up,
     upstream_kit,
 )
+from tests.waiting import until
 
 SHORT = Limits(connect=0.2, headers=0.2)
 
