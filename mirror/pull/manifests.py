@@ -203,8 +203,6 @@ class ManifestService:
         Records nothing if the pull was served stale.
         """
         repository, digest = request.repository, request.digest
-        # The record has the media type that the upstream has stated.
-        await self._content.wait_until_granted(repository, digest)
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
             root = _manifest_record(digest, sniff_media_type(body), len(body))

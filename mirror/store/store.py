@@ -272,7 +272,7 @@ class Store:
         await self.blobs.flush()
         await self.restore_parts(_RESTORE_STEP_S)
         if self._contents is not None:  # Before the first look at the disk, all seems to be gone.
-            await self.index.drop_orphaned_rows(self.catalog.has_blob, self._contents)
+            await self.index.orphans.drop(self.catalog.has_blob, self._contents)
         await self.index.check()
 
     async def _remove_leftovers(self) -> None:
