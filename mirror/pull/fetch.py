@@ -297,12 +297,12 @@ class Fetch:
         """
         is_resumed = attempts.has_responded or self.ingest.is_confirmed
         try:
-            deadline = attempts.last_progress_at + attempts.patience if is_resumed else None
+            deadline = attempts.last_progress_at + attempts.stall_limit_s if is_resumed else None
             async with asyncio.timeout_at(deadline) as limit:
                 yield limit
         except TimeoutError:
             raise UpstreamTimeout(
-                f"the upstream sent no data for {attempts.patience:g} s, in several attempts"
+                f"the upstream sent no data for {attempts.stall_limit_s:g} s, in several attempts"
             ) from None
 
     async def _transfer(self, attempts: SourceAttempts) -> None:

@@ -59,7 +59,7 @@ _LOG_INTERVAL_S: Final = 60.0
 _CACHE_PAGES: Final = 2000
 """Pages of 4 KiB that one connection keeps in memory. A process has about six connections."""
 _CHECK_STEP: Final = 100_000
-"""Instructions of SQLite's virtual machine between two looks for a stop, while all is checked."""
+"""Instructions of SQLite's virtual machine between two checks for a stop, while all is checked."""
 _RAW: Final = 1
 """diskcache's ``MODE_RAW``: a value that is kept in its row as it is. Also in the SQL below."""
 _INSERT_MISSING: Final = (

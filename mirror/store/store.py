@@ -271,7 +271,7 @@ class Store:
         await self.index.return_to_disk()
         await self.blobs.flush()
         await self.restore_parts(_RESTORE_STEP_S)
-        if self._contents is not None:  # Before the first look at the disk, all seems to be gone.
+        if self._contents is not None:  # Before the first scan, all seems to be gone.
             await self.index.orphans.drop(self.catalog.has_blob, self._contents)
         await self.index.check()
 

@@ -76,14 +76,14 @@ def uncached(events: list[Event]) -> list[str]:
 async def test_fetches_and_hits_list_no_directory_of_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[float] = []
+    scans: list[float] = []
     refresh = Catalog.refresh
     async with opened(tmp_path, settings=Storage(max_size=10**9)) as store:
         await store.measure()
         with monkeypatch.context() as patch:
 
             def counted(self: Catalog) -> Usage:
-                looks.append(time.monotonic())
+                scans.append(time.monotonic())
                 return refresh(self)
 
             patch.setattr(Catalog, "refresh", counted)
@@ -100,7 +100,7 @@ async def test_fetches_and_hits_list_no_directory_of_content(
                 await chunked.feed(data[start : start + 1_000_000])
             await chunked.finish()
             end(store, chunked)
-        assert looks == []
+        assert scans == []
         assert await usage_of(store) == store.catalog.refresh() == Usage(21, 30_020_000, 0)
 
 
@@ -182,7 +182,7 @@ async def test_what_a_killed_process_has_stored_counts_and_what_it_reserved_does
 
 @pytest.mark.row("G1-cost-of-a-miss")
 @pytest.mark.parametrize("damage", [b"", b"\xff" * 4096, b"text", b"totals 1" + b"\x7f" * 4088])
-async def test_damaged_total_is_put_right_by_a_look(tmp_path: Path, damage: bytes) -> None:
+async def test_damaged_total_is_put_right_by_a_scan(tmp_path: Path, damage: bytes) -> None:
     async with opened(tmp_path) as store:
         await keep(store, layer(0))
     (tmp_path / "totals").write_bytes(damage)
@@ -200,7 +200,7 @@ def test_values_are_changed_while_the_disk_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     totals, hang, hanging = Totals(tmp_path / "totals"), threading.Event(), threading.Event()
-    totals.end_look(totals.begin_look(), Usage(0, 0, 0), NOW, 0.0)
+    totals.end_scan(totals.begin_scan(), Usage(0, 0, 0), NOW, 0.0)
     pwrite = os.pwrite
 
     def hung(fd: int, data: bytes, offset: int) -> int:
@@ -221,7 +221,7 @@ def test_values_are_changed_while_the_disk_hangs(
     totals.close()
 
 
-async def test_content_of_other_programs_is_counted_by_the_next_look(tmp_path: Path) -> None:
+async def test_content_of_other_programs_is_counted_by_the_next_scan(tmp_path: Path) -> None:
     clock = [NOW]
     async with opened(tmp_path, clock) as store:
         await keep(store, layer(0))
@@ -260,8 +260,8 @@ def test_total_is_the_base_and_what_every_process_has_added(
 ) -> None:
     path = tmp_path_factory.mktemp("data") / "totals"
     processes = [Totals(path) for _ in range(3)]
-    before = processes[0].begin_look()
-    processes[0].end_look(before, Usage(1000, 10**6, 0, leftover=10**5), NOW, 0.0)
+    before = processes[0].begin_scan()
+    processes[0].end_scan(before, Usage(1000, 10**6, 0, leftover=10**5), NOW, 0.0)
     for number, count, size in changes:
         processes[number].add(count=count, size=size, leftover=size)
         processes[number].flush()
@@ -273,12 +273,12 @@ def test_total_is_the_base_and_what_every_process_has_added(
 
 def test_look_is_due_after_a_minute_and_after_100_times_its_duration(tmp_path: Path) -> None:
     totals = Totals(tmp_path / "totals")
-    assert totals.is_look_due(NOW), "there was none"
+    assert totals.is_scan_due(NOW), "there was none"
     for duration, interval in ((0.1, 60), (3.0, 300)):
-        totals.end_look(totals.begin_look(), Usage(0, 0, 0), NOW, duration)
-        assert not totals.is_look_due(NOW + interval - 1)
-        assert totals.is_look_due(NOW + interval + 1)
-        assert totals.is_look_due(NOW - 10), "the clock was set back"
+        totals.end_scan(totals.begin_scan(), Usage(0, 0, 0), NOW, duration)
+        assert not totals.is_scan_due(NOW + interval - 1)
+        assert totals.is_scan_due(NOW + interval + 1)
+        assert totals.is_scan_due(NOW - 10), "the clock was set back"
     totals.close()
 
 
@@ -512,7 +512,7 @@ def test_reserve_of_the_disk_is_not_free(tmp_path: Path) -> None:
         assert space.free_bytes(root) < 0
 
 
-# --- looks that fail, or that another process makes -----------------------------------------------
+# --- scans that fail, or that another process makes -----------------------------------------------
 
 
 @contextmanager
@@ -541,7 +541,7 @@ async def test_look_without_free_descriptors_does_not_count_all_content_as_gone(
     async with opened(tmp_path, settings=Storage(max_size=10**9)) as store:
         await keep(store, layer(1))
         before = await usage_of(store)
-        monkeypatch.setattr(Totals, "is_look_due", lambda self, now: True)
+        monkeypatch.setattr(Totals, "is_scan_due", lambda self, now: True)
         with no_free_descriptors():
             await store.space.measure()
             await store.evictor.wait_until_idle()
