@@ -550,7 +550,7 @@ async def test_look_without_free_descriptors_does_not_count_all_content_as_gone(
 
 
 @pytest.mark.row("G1-cost-of-a-miss")
-async def test_number_of_contents_is_unknown_while_another_process_makes_the_first_look(
+async def test_number_of_contents_is_unknown_while_another_process_makes_the_first_scan(
     tmp_path: Path,
 ) -> None:
     events: list[Event] = []
