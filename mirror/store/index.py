@@ -278,7 +278,7 @@ class Index:
         if texts is None:
             return False
         for new, text in zip(records, texts, strict=True):
-            if is_contradiction(load_access_record(text), new):
+            if new.kind == "manifest" and is_contradiction(load_access_record(text), new):
                 why = (("repository", str(repository)), ("digest", str(new.digest)))
                 message = "an index and a manifest disagree on its type"
                 self._emit(LogMessage("warning", message, why))
