@@ -59,6 +59,7 @@ _TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
 
 
+_CONTRADICTION: Final = "an index and a manifest disagree on its type"
 _STEP_UPDATES: Final = 50
 """Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
 
@@ -260,7 +261,8 @@ class Index:
             digest: A digest that it may refer to.
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
-        return load_access_record(await self._get(ACCESS, _access_key(repository, digest, kind)))
+        key = _access_key(repository, digest, kind)
+        return await self._load(ACCESS, key, load_access_record, None)
 
     async def put_access_records(
         self, repository: Repository, access_records: Iterable[AccessRecord]
@@ -280,8 +282,7 @@ class Index:
         for new, text in zip(records, texts, strict=True):
             if new.kind == "manifest" and is_contradiction(load_access_record(text), new):
                 why = (("repository", str(repository)), ("digest", str(new.digest)))
-                message = "an index and a manifest disagree on its type"
-                self._emit(LogMessage("warning", message, why))
+                self._emit(LogMessage("warning", _CONTRADICTION, why))
                 break
         named = [
             (manifest_key(repository, record.digest), dump_access_record(record))
@@ -413,7 +414,8 @@ class Index:
         updates = self._pending.get((table, key), ())
 
         def load(tables: Tables) -> T:
-            return parse(_apply(updates, tables.read(table, key)[0]))
+            text = tables.read(table, key)[0]
+            return parse(_apply(updates, text) if updates else text)
 
         return await self._rows.read(load, otherwise)
 
