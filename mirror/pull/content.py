@@ -17,7 +17,7 @@ from typing import Final, assert_never
 
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Kind, Observer, Outcome
-from mirror.oci.descriptor import CHILD_TYPES, DEFAULT_ACCEPT
+from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_TYPES
 from mirror.oci.errors import (
     BlobUnknown,
     ContentLost,
@@ -113,8 +113,10 @@ class ContentService:
         access_record = await self._access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
             return access_record is not None
-        if access_record.media_type.lower() not in CHILD_TYPES:
-            return False  # The first release recorded every entry of an index as a manifest.
+        if access_record.media_type.lower() not in MANIFEST_TYPES:
+            # An entry of an index that states no type may be a layer. The first release recorded
+            # every entry of an index as a manifest.
+            return False
         return await self._access_record(repository, digest, Kind.BLOB) is None
 
     async def _access_record(

@@ -192,6 +192,18 @@ async def test_entry_that_the_first_release_recorded_as_a_manifest_is_served_as_
 
 
 @pytest.mark.row("FB3-buildkit-cache-index")
+async def test_layer_that_an_index_lists_without_a_type_is_served_as_a_blob(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    layer = registry.add_blob(REPO.path, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, layer, {}))
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+
+
+@pytest.mark.row("FB3-buildkit-cache-index")
 async def test_manifest_that_an_index_lists_with_another_type_stays_a_manifest(
     tmp_path: Path,
 ) -> None:
