@@ -344,11 +344,15 @@ class Fetch:
                 self._callbacks.on_granted(source, stream)
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
+            received_at = loop.time()
             async for data in stream:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
-                    limit.reschedule(loop.time() + STALL_GRACE_S)
+                    # Only the time that skipped bytes take is added to the limit.
+                    attempts.last_progress_at += loop.time() - received_at
+                    received_at = loop.time()
+                    limit.reschedule(attempts.last_progress_at + attempts.patience)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)
