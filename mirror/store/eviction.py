@@ -94,13 +94,20 @@ class Catalog:
 
         Raises ``OSError`` if a directory cannot be listed: its content must not count as gone.
         """
+        # Ingests come first. Content that is published meanwhile is listed twice, and not missed.
+        ingests = {found: self._usage_of_ingest(found, status) for found, status in self._ingests()}
         count = size = 0
-        for _, status in self._contents():
+        for digest, status in self._contents():
             count, size = count + 1, size + status.st_size
-        usage = Usage(count, size, reserved=0, leftover=quarantine_size(self._layout))
-        for digest, status in self._ingests():
-            usage = self._with_ingest(usage, digest, status)
-        return usage
+            ingests.pop(digest, None)
+        return Usage(
+            count,
+            size,
+            reserved=sum(ingest.reserved for ingest in ingests.values()),
+            unwritten=sum(ingest.unwritten for ingest in ingests.values()),
+            leftover=sum(ingest.leftover for ingest in ingests.values())
+            + quarantine_size(self._layout),
+        )
 
     def _contents(self) -> Iterator[tuple[Digest, os.stat_result]]:
         pace = Pace()
@@ -127,16 +134,17 @@ class Catalog:
                     if stat.S_ISREG(status.st_mode):
                         yield Digest.parse(f"{directory.name}:{name}"), status
 
-    def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
+    def _usage_of_ingest(self, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):
             # A leftover counts with the blocks that it takes up, not with its announced size.
-            return replace(usage, leftover=usage.leftover + status.st_blocks * _BLOCK_BYTES)
+            return Usage(0, 0, reserved=0, leftover=status.st_blocks * _BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
         announced = max(state[0].size or 0, state[0].reserved) if state is not None else 0
-        return replace(
-            usage,
-            reserved=usage.reserved + max(announced, status.st_size),
-            unwritten=usage.unwritten + max(announced - status.st_size, 0),
+        return Usage(
+            0,
+            0,
+            reserved=max(announced, status.st_size),
+            unwritten=max(announced - status.st_size, 0),
         )
 
     def leftovers(self) -> list[Digest]:

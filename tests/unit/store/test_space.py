@@ -448,6 +448,33 @@ async def test_unexpected_error_of_an_eviction_is_logged_and_the_next_one_runs(
         assert uncached(events) == []
 
 
+@pytest.mark.row("G1-cost-of-a-miss")
+async def test_content_that_is_published_during_a_scan_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as store:
+        content = await begin(store, layer(0))
+        await content.feed(layer(0)[:-1])
+        ingest, blob = (of(content.digest) for of in (store.layout.ingest, store.layout.blob))
+
+        def publish_after(
+            listing: Callable[[Catalog], Iterator[tuple[Digest, os.stat_result]]],
+        ) -> Callable[[Catalog], Iterator[tuple[Digest, os.stat_result]]]:
+            def listed(catalog: Catalog) -> Iterator[tuple[Digest, os.stat_result]]:
+                yield from listing(catalog)
+                if ingest.exists():
+                    ingest.write_bytes(layer(0))
+                    ingest.rename(blob)
+
+            return listed
+
+        monkeypatch.setattr(Catalog, "_contents", publish_after(Catalog._contents))
+        monkeypatch.setattr(Catalog, "_ingests", publish_after(Catalog._ingests))
+        assert store.catalog.refresh().total == len(layer(0))
+        await content.fail(UpstreamUnavailable("gone"))
+        end(store, content)
+
+
 # --- a full disk ----------------------------------------------------------------------------------
 
 
@@ -605,5 +632,6 @@ async def test_damaged_content_that_two_processes_find_is_counted_once(
         found = await asyncio.gather(one.blobs.find(digest), other.blobs.find(digest))
         assert found == [None, None]
         assert sum(event.count for event in events if isinstance(event, Evicted)) == 1
+        other._totals.flush()  # A thread does this a moment later.
         usage = await usage_of(one)
         assert (usage.count, usage.bytes) == (0, 0)
