@@ -28,7 +28,6 @@ from mirror.oci.errors import (
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
-    NotFound,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamTimeout,
@@ -261,7 +260,7 @@ class Fetch:
                 await self._transfer(attempts)
             except (DigestMismatch, ManifestInvalid, _Preempted):
                 raise
-            except (UpstreamError, NotFound) as error:
+            except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
                 await self._pause_before_resuming(attempts, error)
@@ -352,7 +351,7 @@ class Fetch:
                     # Only the time that skipped bytes take is added to the limit.
                     attempts.last_progress_at += loop.time() - received_at
                     received_at = loop.time()
-                    limit.reschedule(attempts.last_progress_at + attempts.patience)
+                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)

@@ -271,8 +271,8 @@ class Store:
         await self.index.return_to_disk()
         await self.blobs.flush()
         await self.restore_parts()
-        if self._contents is not None:  # Before the first look at the disk, all seems to be gone.
-            await self.index.drop_orphaned_rows(self.catalog.has_blob, self._contents)
+        if self._contents is not None:  # Before the first scan, all seems to be gone.
+            await self.index.orphans.drop(self.catalog.has_blob, self._contents)
         await self.index.check()
 
     async def _remove_leftovers(self) -> None:

@@ -159,7 +159,7 @@ async def test_index_that_another_process_keeps_locked_is_waited_for_once_by_all
         async with opened_rows(tmp_path / "index", events) as rows:
             started = time.monotonic()
             await asyncio.gather(*(text_of(rows, str(key)) for key in range(6)))
-            assert time.monotonic() - started < 1.0
+            assert time.monotonic() - started < 2.5, "six timeouts take 3 s"
     assert len(events) == 1
 
 

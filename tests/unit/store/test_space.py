@@ -426,8 +426,7 @@ async def test_close_ends_a_long_eviction_early(
         slow = SlowEviction(monkeypatch, pause=0.3)
         await fetched(store, layer(20, 50_000))
         await until(lambda: slow.begun == 1)
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 1.5, "not after all nine"
+    assert store.catalog.refresh().bytes > 500_000, "it stopped above the low water mark"
 
 
 async def test_unexpected_error_of_an_eviction_is_logged_and_the_next_one_runs(
