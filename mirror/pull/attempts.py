@@ -41,22 +41,30 @@ class SourceAttempts:
     stall_limit_s: float
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
-    """Time of the latest progress, or of the first request and of its response."""
+    """Time of the latest progress. Before any: of the first response, else of the first request. It
+    is moved by the time that skipped bytes take (see ``may_use_range``)."""
     failed_in_a_row: int = 0
+    """Transfers that broke since the latest progress."""
     highest_position: int = 0
+    """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
+    """Offset in the content, in bytes, at which the latest transfer began."""
     has_progressed: bool = False
     """Whether the latest transfer has brought at least ``MIN_PROGRESS_BYTES`` new bytes."""
     may_use_range: bool = True
-    """False once the response to a ``Range`` was wrong, or a refusal (a storage may refuse ranges,
-    and an upstream may pass this on): the next one is skipped to the offset."""
+    """False once a response to a ``Range`` was wrong, or was a 401 or 403: a storage may refuse
+    ranges, and an upstream may pass this on. Further requests then have no ``Range``, and the bytes
+    before the offset are skipped."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
+    """Validator of the latest response, for ``If-Range``. None: it had none, or was wrong."""
     endpoint: str = ""
+    """URL of the endpoint that sent the latest response."""
     avoid: list[str] = field(default_factory=list)
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
+    """Whether the source has sent response headers at least once."""
 
     def count_failure(self, error: MirrorError) -> None:
         """Count a transfer that broke, and choose how the next one is requested."""

@@ -93,7 +93,7 @@ class _Attempt:
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
     is_accepted: bool = False
-    """Whether the endpoint sent a response that the request accepts."""
+    """Whether the endpoint sent a response that the request accepts. Its reader may still fail."""
     refusal: MirrorError | None = None
     """Reason of a 401: which credentials are missing, or were refused. None: no 401."""
 
@@ -254,7 +254,8 @@ class FailoverClient:
                 return
             state.attempts += 1
             is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
-            # Other requests wait for a probe, and another endpoint may respond at once.
+            # A blob gets a shorter time limit (`limits.headers`) if other requests wait for this
+            # probe, or if another endpoint may respond at once.
             is_urgent = is_probe or not all(
                 self._endpoints.has_failed(other, now, subject) for other in candidates[position:]
             )
@@ -303,7 +304,10 @@ class FailoverClient:
             return result
 
     def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
-        """Choose the error to raise if not all endpoints refused. ``failure``: the last one."""
+        """Choose the error to raise if not all endpoints refused.
+
+        ``failure``: the last failure. None: no attempt failed, but an endpoint gets no request now.
+        """
         now = self._clock()
         pauses = self._endpoints.remaining_pauses(now, subject)
         if pauses and not isinstance(failure, UpstreamRateLimited):
@@ -452,8 +456,9 @@ class FailoverClient:
     ) -> TokenResponse:
         """Send a request to a realm that the guard has allowed. Redirects are not followed.
 
-        It runs in a task of its own, so it has a deadline of its own, for its body as well. A
-        failure is not one of the endpoint: other repositories may need no token.
+        It runs in a task of its own, so it has a deadline of its own, which includes the body. A
+        token service that cannot be reached does not count as an unreachable endpoint, because
+        other repositories of the endpoint may need no token.
         """
         limit = self._transport.response_limit()
         exchange = self._transport.exchange(

@@ -20,7 +20,7 @@ class NextPage:
     """A further page of a list."""
 
     endpoint: str
-    """URL of the endpoint that sent the page before. The others get a request for the first one."""
+    """URL of the endpoint that sent the page before. Other endpoints get a request for page one."""
     target: str
     """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
 
@@ -40,7 +40,7 @@ class RegistryRequest:
     query: Mapping[str, str] = field(default_factory=dict)
     page: NextPage | None = None
     is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
-    """Returns True for a status other than 200 that is no error. By default no status is one."""
+    """Returns True for a usable response whose status is not 200. By default, there is none."""
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     follow_redirects: bool = True

@@ -77,7 +77,7 @@ _SLOW_HEAD_TTL_S: Final = 60.0
 """Seconds for which no ``HEAD`` is sent to a repository where one got no response in time, so that
 only the first client waits for it."""
 _MAX_SLOW_HEADS: Final = 1024
-"""Repositories for which this is known at most: far more than are pulled in that time."""
+"""Repositories that are remembered at most: far more than are pulled in that time."""
 
 
 class HttpRegistry:
@@ -130,15 +130,18 @@ class HttpRegistry:
         Registries refuse ``HEAD`` where they would answer a ``GET``: with 405 or 501, with 400, 401
         or 403 (public ECR), with a 404, with a 5xx, or not at all. Signed URLs refuse it too (GHCR,
         GitLab), each in its own way. So a ``HEAD`` is sent to each endpoint once, and a ``GET``
-        decides what it leaves open. A 404 is final at an endpoint that has answered such a ``HEAD``
-        with 200 before. So is the refusal of a token service, and see :func:`_may_get_succeed`.
+        decides if no endpoint answers with 200. In three cases the error of the ``HEAD`` is final:
+
+        - each endpoint sent a 404, and each has answered such a ``HEAD`` with 200 before;
+        - the token service refused;
+        - :func:`_may_get_succeed` returns False.
         """
         kind, has_doubt = request.kind, False
         key = request.repository, kind
         if key in self._slow_heads:
             return None
 
-        def note_doubt(response: AcceptedResponse) -> bool:
+        def record_doubt(response: AcceptedResponse) -> bool:
             nonlocal has_doubt
             status = response.http.status
             is_known = (response.endpoint, kind) in self._answered_heads
@@ -150,7 +153,7 @@ class HttpRegistry:
             self._answered_heads.add((response.endpoint, kind))
             return result
 
-        request = replace(request, is_accepted=note_doubt, may_retry=_is_unreachable)
+        request = replace(request, is_accepted=record_doubt, may_retry=_is_unreachable)
         try:
             return await self._client.fetch(request, read_and_learn)
         except (NotFound, Denied, Unauthorized):
@@ -431,7 +434,7 @@ def _may_get_succeed(error: UpstreamError) -> bool:
 
 
 def _is_unreachable(error: UpstreamError | None) -> bool:
-    """Return whether a ``HEAD`` is retried: no ``GET`` follows an endpoint that is unreachable."""
+    """Return whether a ``HEAD`` is retried: without a connection only, as no ``GET`` follows."""
     return is_transient(error) and error.scope is FailureScope.ENDPOINT
 
 
@@ -477,7 +480,7 @@ def length_of(headers: Mapping[str, str]) -> int | None:
 
 
 def _refuses_page_size(response: AcceptedResponse) -> bool:
-    """Return whether an upstream refuses our ``n``. It is asked without ``n`` then."""
+    """Return whether an upstream refuses our ``n``. The caller then repeats the request without."""
     return response.http.status == 400
 
 

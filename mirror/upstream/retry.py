@@ -21,8 +21,9 @@ from mirror.oci.errors import (
 )
 
 MAX_ATTEMPTS_PER_REQUEST: Final = 3
-"""Attempts for one request, over all endpoints. One attempt may be several exchanges: a 401 repeats
-it with credentials. More attempts would multiply the load of an outage."""
+"""Failed attempts of one request, over all endpoints. A refusal (401, 403, 404) is no failure. One
+attempt may be several exchanges: a 401 repeats it with credentials. More attempts would multiply
+the load of an outage."""
 RETRY_BUDGET_S: Final = 20.0
 """Seconds after which no third attempt starts, because a client can use its next mirror by then.
 The time never prevents a second attempt at another endpoint."""
