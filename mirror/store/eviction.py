@@ -41,7 +41,8 @@ _HOLD_OFF_FACTOR: Final = 20.0
 """An eviction that frees too little is not repeated for this many times its duration. So a store
 full of pinned content spends at most a twentieth of the time on looking for more."""
 _LOCK_HOLD_OFF_S: Final = 1.0
-"""Seconds without an eviction after another process did not release its lock in time."""
+"""Seconds without an eviction after an error, or after another process did not release its lock in
+time."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
 _WORK_S: Final = 0.002
@@ -189,8 +190,8 @@ def eviction_order(
     rather than manifests without layers.
 
     Args:
-        blobs: All whole content. Only the part that is returned is held in memory, about twice.
-        pinned: Manifests that must stay, and any other content that must.
+        blobs: All whole content. At most about twice as much as is returned is held in memory.
+        pinned: Manifests that must stay, and any other content that must stay.
         references: The parts of each manifest that must stay.
         enough: Bytes to evict: the result ends with the content that reaches them.
     """
@@ -210,7 +211,7 @@ def eviction_order(
             if held > limit:
                 held = _drop_newest(by_use, held, enough)
                 newest = max(by_use)
-                # Content of one second stays together. So it may be more than enough.
+                # Content with the same recency stays together. So it may be more than enough.
                 limit = 2 * max(held, enough)
     order: list[StoredBlob] = []
     held = 0
@@ -224,7 +225,10 @@ def eviction_order(
 
 
 def _drop_newest(by_use: dict[float, list[StoredBlob]], held: int, enough: float) -> int:
-    """Drop the newest content of ``held`` bytes that is not needed. Returns what is left."""
+    """Drop the newest entries of ``by_use`` while ``enough`` bytes are left without them.
+
+    ``held``: bytes of all entries. Returns the bytes of those that are left.
+    """
     for used in sorted(by_use, reverse=True):
         size = sum(blob.size for blob in by_use[used])
         if held - size < enough:
@@ -260,7 +264,7 @@ class Evictor:
             pins: Blocks, and returns the pinned manifests; None if they cannot be read. Called in
                 the thread.
             emit: Receives events, on the event loop.
-            now: Seconds since the epoch.
+            now: Returns the seconds since the epoch.
         """
         self._layout = layout
         self._catalog = catalog
@@ -362,11 +366,12 @@ class Evictor:
 
     @contextmanager
     def _locked(self, timeout: float) -> Iterator[bool]:
-        """Hold the eviction lock while the block runs. Yields False after ``timeout`` seconds.
+        """Hold the eviction lock while the block runs. Yields whether the block may go on.
 
-        On a disk that refuses to create the file, there is nothing to lock: there an eviction by
-        two processes at once frees too much, which is better than none. With too few descriptors,
-        no directory could be listed either.
+        It may not if another process has the lock and frees nothing for ``timeout`` seconds, or if
+        there are too few descriptors: then no directory could be listed either. It may without the
+        lock if the disk refuses to create the file. Two processes that evict at once free too much,
+        which is better than nothing.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
@@ -380,7 +385,11 @@ class Evictor:
             os.close(fd)
 
     def _wait_for_lock(self, fd: int, timeout: float) -> bool:
-        """Wait while the other process frees space. ``timeout``: seconds without a freed byte."""
+        """Wait until this process has the lock.
+
+        Returns False if the other process has freed nothing for ``timeout`` seconds, or if the
+        store is being closed.
+        """
         deadline, held = time.monotonic() + timeout, math.inf
         while not disk.try_lock(fd):
             usage = self._totals.usage()

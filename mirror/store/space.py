@@ -3,17 +3,18 @@
 Lives here: the running total, the limits (quota, water marks, free disk), and the wait for an
 eviction. Must not know: which content is evicted, why space is needed.
 
-Theory of operation: a fetch asks for room once or a few times, and the question must not cost more
-when more content is stored. So usage is a running total. All processes of a data directory share
-it in one small file, ``totals``, which needs no lock: each process writes its own slot, with all
-that it has added and removed, and with what its running fetches have reserved. A *scan* lists the
-directories and stores what it found, less the sum of all slots. From then on, that base plus all
-slots is the usage.
+Theory of operation: a fetch checks for room once or a few times. This check must not cost more when
+more content is stored. So usage is a running total. All processes of a data directory share it in
+one small file, ``totals``, which needs no lock: each process writes its own slot, with the bytes
+that it has added and removed, and with those that its running fetches have reserved. A *scan* lists
+the directories and stores what it found, less the sum of all slots, as the base. From then on, the
+usage is the base plus all slots.
 
-The total is wrong by what no process has reported: content that other programs added or removed,
-and at most one content for each process that was killed between a rename and its report. A scan
-puts that right, at least every few minutes and before each eviction. Content that is published
-during a scan may count twice until the next one: that is on the safe side.
+Changes that no process has reported make the total wrong: content that other programs added or
+removed, and at most one content for each process that was killed between a rename and its report.
+The next scan corrects this. There is one before each eviction, and otherwise one a minute, or fewer
+if scans would take more than 1 % of the time. Content that is published during a scan may count
+twice until the next one. Then eviction starts too early, never too late.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from mirror.store.disk import Layout
 
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""
-_ASK_AGAIN_S: Final = 0.05
-"""Seconds after which a fetch that waits for an eviction asks again. It may have room before that
-eviction ends."""
+_ROOM_CHECK_INTERVAL_S: Final = 0.05
+"""Seconds between two checks for room while a fetch waits for an eviction. It may have room before
+that eviction ends."""
 _MIN_SCAN_INTERVAL_S: Final = 60.0
 """Minimum number of seconds between two scans. Only changes by other programs wait for a scan."""
 _SCAN_SHARE: Final = 0.01
@@ -55,13 +56,14 @@ _FILE_BYTES: Final = _RECORD_BYTES * (_SLOTS + 1)
 _MAGIC: Final = b"totals 1"
 """First bytes of the file, once a scan has written the header."""
 _HEADER: Final = struct.Struct("<8sqqqdd")
-"""Magic, count, bytes and leftover of the base, time and duration of the scan."""
+"""Magic; count, bytes and leftover of the base; time (since the epoch) and duration of the scan, in
+seconds."""
 _SLOT: Final = struct.Struct("<qqqqq24x")
 """Count, bytes and leftover that a process has added, then its reserved and unwritten bytes."""
 _RANGE_LOCK: Final = struct.Struct("@hhqqi4x")
 """``struct flock`` of Linux on 64 bits (fcntl(2)): type, whence, start, length, pid."""
 _IMPOSSIBLE: Final = 1 << 60
-"""No sum of lengths reaches this: a slot with such a value is damaged, and is ignored."""
+"""No sum of lengths, in bytes, reaches this. A slot with such a value is damaged and ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +146,9 @@ class Totals:
         """Start without an open file: the first use opens it. ``path``: the shared file."""
         self._path = path
         self._lock = threading.Lock()
-        """For the values of this process. Never held while the disk is used."""
+        """Protects the values of this process. Never held while the disk is used."""
         self._file = threading.Lock()
-        """For the open file."""
+        """Protects the open file."""
         self._fd: int | None = None
         self._slot = 0
         self._count = self._bytes = self._leftover = 0
@@ -166,12 +168,17 @@ class Totals:
             self._leftover += leftover
 
     def reserve(self, reserved: int, unwritten: int) -> None:
-        """Set what the running fetches of this process have reserved. Writes nothing yet."""
+        """Set the bytes that the running fetches of this process need. Writes nothing yet.
+
+        Args:
+            reserved: Bytes that they have reserved.
+            unwritten: The part of ``reserved`` that is not on the disk yet.
+        """
         with self._lock:
             self._reserved, self._unwritten = reserved, unwritten
 
     def flush(self) -> None:
-        """Tell the other processes what was added and reserved here."""
+        """Write the slot, so that other processes count what was added and reserved here."""
         with self._file:
             self._write_slot(self._open())
 
@@ -344,7 +351,7 @@ class Space:
         settings: Storage,
         evictor: Evicting,
         reservations: Callable[[], tuple[int, int]],
-        asking: Executor,
+        threads: Executor,
         emit: Observer,
     ) -> None:
         """Start without a total: :meth:`measure` begins the first scan.
@@ -356,7 +363,7 @@ class Space:
             evictor: Frees space.
             reservations: Returns the bytes that this process's running fetches were granted, and
                 those of them that are not written yet.
-            asking: Threads that read the total and the free disk space.
+            threads: Read the total and the free disk space.
             emit: Receives warnings.
         """
         self._layout = layout
@@ -364,44 +371,44 @@ class Space:
         self._settings = settings
         self._evictor = evictor
         self._reservations = reservations
-        self._asking = asking
+        self._threads = threads
         self._emit = emit
-        self._turn = asyncio.Lock()
-        self._asked = 0
-        """Bytes that the current question is about. They count as if they were granted."""
+        self._check_lock = asyncio.Lock()
+        self._requested = 0
+        """Bytes that the current check is about. They count as if they were granted."""
         self.is_disk_full = False
         """Whether the disk has no free byte left, although content was to be evicted."""
 
     async def make_room(self, need: int) -> bool:
-        """Return whether ``need`` more bytes may be written. Evicts content if they need it.
+        """Return whether ``need`` more bytes may be written. Evicts content if that is necessary.
 
-        Above the high water mark an eviction is started, and is not waited for while there is room.
-        Without room this waits, until the running eviction has freed enough. Never raises: a disk
-        that refuses is logged, and has no room.
+        Above the high water mark this starts an eviction. With room, it does not wait for the
+        eviction. Without room, it waits until the eviction has freed enough. An error of the disk
+        is logged, and the result is False.
         """
         try:
-            answer = await self._ask(need)
+            may_write = await self._check_room(need)
             # The first eviction may have begun before this reservation. The second one counts it.
             for _ in range(2):
-                eviction = self._evictor.start(need) if answer is None else None
-                while answer is None and eviction is not None and not eviction.done():
-                    await asyncio.wait({eviction}, timeout=_ASK_AGAIN_S)
-                    answer = await self._ask(need)
+                eviction = self._evictor.start(need) if may_write is None else None
+                while may_write is None and eviction is not None and not eviction.done():
+                    await asyncio.wait({eviction}, timeout=_ROOM_CHECK_INTERVAL_S)
+                    may_write = await self._check_room(need)
         except OSError as error:
             self._emit(LogMessage("warning", "space could not be freed", (("why", str(error)),)))
             return False
-        return answer is True
+        return may_write is True
 
     def update_reserved(self) -> None:
-        """Set the reserved bytes in the total: those that were granted, or are asked for now."""
+        """Set the reserved bytes in the total: those that were granted, or are requested now."""
         reserved, unwritten = self._reservations()
-        self._totals.reserve(reserved + self._asked, unwritten + self._asked)
+        self._totals.reserve(reserved + self._requested, unwritten + self._requested)
 
     async def measure(self) -> Usage | None:
         """Return the usage. Begins a scan if one is due, and waits for the first one only.
 
         None if nothing is known yet, because the first scan of another process has not ended.
-        Raises ``OSError`` if the disk does not answer.
+        Raises ``OSError`` if the free space of the disk cannot be read.
         """
         usage, disk_free = await self._read()
         self.is_disk_full = self.is_disk_full and disk_free <= 0
@@ -411,18 +418,18 @@ class Space:
             usage, _ = await self._read()
         return usage
 
-    async def _ask(self, need: int) -> bool | None:
+    async def _check_room(self, need: int) -> bool | None:
         """Return True if there is room, False if there never will be, None if there is none now.
 
-        Questions are answered one at a time, and count what was granted. If each counted what the
-        others ask for, all could be refused although there is room for one.
+        Checks run one at a time, and count bytes that were granted to others. If each check also
+        counted what the others request, all could be refused although there is room for one.
         """
-        async with self._turn:
-            self._asked = need
+        async with self._check_lock:
+            self._requested = need
             try:
                 usage, disk_free = await self._read()
             finally:
-                self._asked = 0
+                self._requested = 0
         if usage is None:
             return None
         shortage = bytes_to_free(usage, need, disk_free, self._settings)
@@ -438,7 +445,7 @@ class Space:
         """Return the usage, and the free bytes of the disk."""
         self.update_reserved()
         return await asyncio.get_running_loop().run_in_executor(
-            self._asking, lambda: (self._totals.usage(), free_bytes(self._layout.root))
+            self._threads, lambda: (self._totals.usage(), free_bytes(self._layout.root))
         )
 
 
