@@ -184,9 +184,8 @@ class ManifestService:
             with request.pull.stage("upstream"):
                 size = await self._content.check_access(request)
         except UpstreamProtocolError:
-            return (
-                None  # It does not prove that the manifest exists. A GET is verified by its digest.
-            )
+            # It does not prove that the manifest exists. A GET is verified by its digest.
+            return None
         access_record = await self._index.access_record(
             request.repository, request.digest, Kind.MANIFEST.value
         )
@@ -346,7 +345,7 @@ class ManifestService:
     async def _serve_resolved(
         self, request: TagRequest, head: ManifestHead, cached: ManifestResult | None
     ) -> ManifestResult:
-        """Serve the manifest that the tag names now: ``cached`` if it is that one, or another."""
+        """Serve the manifest that the tag names now: ``cached`` if it has that digest."""
         repository, pull = request.repository, request.pull
         if cached is not None and cached.digest == head.digest:
             pull.outcome = Outcome.REVALIDATED
@@ -390,10 +389,13 @@ class ManifestService:
     ) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
-        ``by_get``: send a ``GET``, and no ``HEAD``.
-
         After ``timeout`` seconds this raises ``UpstreamTimeout``, and the request continues: later
         clients get its result.
+
+        Args:
+            request: The client's request.
+            timeout: Seconds. None: there is no limit beside those of the request to the upstream.
+            by_get: Send a ``GET``, and no ``HEAD``.
         """
         repository, tag = request.repository, request.tag
         accept = request.accept if has_media_types(request.accept) else DEFAULT_ACCEPT

@@ -6,8 +6,8 @@ Theory of operation: all of the index can be lost without a wrong byte being ser
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
 database that is damaged, deleted or new gets the names in ``index.json`` before it is used
 (:mod:`mirror.store.names`). A record about content stays as long as the content
-(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses and lists have a time to
-live, and a bound on their bytes.
+(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses, lists and manifests of
+schema 1 have a time to live, and a bound on their bytes.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
@@ -54,11 +54,9 @@ Update: TypeAlias = Callable[[str | None], str | None]
 """Returns the new text of a row, or None to delete it. Gets its text, or None if it is missing."""
 
 _RESPONSES: Final = "answers"
-"""Table of negative responses and lists. On disk it keeps its first name."""
+"""Table of negative responses, lists and manifests of schema 1. Its name on disk is an old one."""
 _TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
-
-
 _CONTRADICTION: Final = "an index and a manifest disagree on its type"
 _STEP_UPDATES: Final = 50
 """Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
@@ -82,7 +80,7 @@ class Index:
         Args:
             path: The directory of the databases.
             emit: Receives events, on the event loop.
-            now: Seconds since the epoch.
+            now: Returns the seconds since the epoch.
             read_saved_names: Returns the names in ``index.json``. May raise ``OSError``.
         """
         self._rows = Rows(path, _TABLES, emit, self._prepare)
@@ -102,7 +100,7 @@ class Index:
         self.openings = 0
         """How often the databases were opened. The row ids of an earlier opening mean nothing."""
         self.unrestored_after: int | None = None
-        """Row id after which access to the parts of manifests is not restored. None: all is."""
+        """Row id after which access to the parts of manifests is not restored yet. None: all is."""
 
     @classmethod
     async def open(
@@ -117,7 +115,7 @@ class Index:
         Args:
             path: The directory of the databases. It is created if it is missing.
             emit: Receives events, on the event loop. Warnings: once a minute at most.
-            now: Seconds since the epoch.
+            now: Returns the seconds since the epoch.
             read_saved_names: Returns the names to restore if the databases are new. May raise
                 ``OSError``.
         """
@@ -371,15 +369,15 @@ class Index:
             await self._put_response(f"negative {key}", f"{now!r} {now + ttl!r} {message}", ttl)
 
     async def cached_list(self, key: str) -> str | None:
-        """Return a list as it was put. None if there is none, or its time to live is over."""
+        """Return the text of :meth:`put_list`. None without one, or if its time to live is over."""
         return await self._get(_RESPONSES, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
-        """Record a list of an upstream.
+        """Record a list of an upstream, or a manifest of schema 1.
 
         Args:
             key: Identifies the request to the upstream.
-            value: The list as text.
+            value: The list or the manifest, as text.
             ttl: Seconds for which the record is valid.
         """
         await self._put_response(f"list {key}", value, ttl)
@@ -396,7 +394,10 @@ class Index:
             await self._rows.check()
 
     async def return_to_disk(self) -> None:
-        """Merge the private copy into the index, and try a write if the last one was refused."""
+        """Merge the private copy (:mod:`mirror.store.index_directory`) into the index.
+
+        Also tries a write if the disk has refused the last one.
+        """
         await self._rows.return_to_disk()
         if self._rows.refusal is not None:
             await self._rows.write(_RESPONSES, _try_write, None)

@@ -21,7 +21,7 @@ class OrphanedRows:
     """Checks the rows about content, pass after pass."""
 
     def __init__(self, rows: Rows, now: Callable[[], float]) -> None:
-        """Check nothing yet. ``now``: seconds since the epoch."""
+        """Begin with the first row. ``now`` returns the seconds since the epoch."""
         self._rows = rows
         self._now = now
         self._checks = {table: RowChecks() for table in (NAMED, ACCESS)}
@@ -46,6 +46,7 @@ class OrphanedRows:
     async def _check_page(
         self, table: str, checks: RowChecks, is_on_disk: Callable[[Digest], bool]
     ) -> None:
+        """Find the outdated rows of the next page, and change them in one transaction."""
         now = self._now()
 
         def next_action(row: Row) -> RowAction:
