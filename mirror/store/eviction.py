@@ -294,23 +294,25 @@ class Evictor:
         if self._eviction is None or self._eviction.done():
             if time.monotonic() < self._held_off_until or self._stopping.is_set():
                 return None
-            self._eviction = self._run(lambda: self._make_room(need))
+            self._eviction = self._run(lambda: self._make_room(need), "space could not be freed")
         return self._eviction
 
     def start_scan(self) -> asyncio.Future[None]:
         """Find the usage anew, if that is due and no other process does. Joins a running scan."""
         if self._scan is None or self._scan.done():
-            self._scan = self._run(self._scan_if_due)
+            self._scan = self._run(self._scan_if_due, "the usage could not be found")
         return self._scan
 
-    def _run(self, work: Callable[[], None]) -> asyncio.Future[None]:
+    def _run(self, work: Callable[[], None], failed: str) -> asyncio.Future[None]:
+        """Run in the thread. Logs an unexpected error under the message ``failed``."""
+
         def run() -> None:
             try:
                 work()
             except Exception as error:
                 self._held_off_until = time.monotonic() + _LOCK_HOLD_OFF_S
                 why = (("why", f"{type(error).__name__}: {error}"),)
-                self._emit(LogMessage("warning", "space could not be freed", why))
+                self._emit(LogMessage("warning", failed, why))
 
         return self._loop.run_in_executor(self._thread, run)
 
