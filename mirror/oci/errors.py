@@ -25,6 +25,9 @@ class MirrorError(Exception):
     """
 
     code = "UNKNOWN"
+    is_without_token = False
+    """Whether an endpoint got no request with credentials, since none could be had, for example
+    from its token service. No kind of request would get through."""
 
     def __init__(self, message: str, *, detail: str | None = None) -> None:
         super().__init__(message)

@@ -423,7 +423,7 @@ class ManifestService:
             if not by_get:
                 head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
-                manifest = await registry.get_manifest(repository, tag, accept)
+                manifest = await registry.get_manifest(repository, tag, accept, head.ruled_out)
                 await self._store(repository, manifest)
                 head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
         except NotFound as error:

@@ -25,12 +25,13 @@ resume the broken body of :meth:`Registry.open` is the caller's decision.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from mirror.observability.events import Kind
+from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Reference, Repository
 
 MIN_PROGRESS_BYTES: Final = 64 * 1024
@@ -46,6 +47,9 @@ class ManifestHead:
     media_type: str
     """``application/octet-stream`` if the upstream sent none, or a generic one."""
     size: int | None
+    ruled_out: Mapping[str, MirrorError] = field(default_factory=dict, compare=False)
+    """URL of an endpoint to which no ``GET`` is sent after this ``HEAD`` -> its error. For
+    :meth:`Registry.get_manifest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +125,16 @@ class Registry(Protocol):
         Raises:
             UpstreamProtocolError: no endpoint sent a usable response. It names another digest than
                 ``reference``, or is a web page.
-            UpstreamRateLimited: a 429 named a time to wait. No ``GET`` is sent in that time.
+            UpstreamRateLimited: a 429 named a time to wait, and no other endpoint may answer a
+                ``GET``.
         """
 
     async def get_manifest(
-        self, repository: Repository, reference: Reference, accept: Sequence[str]
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: Sequence[str],
+        ruled_out: Mapping[str, MirrorError] | None = None,
     ) -> ManifestBody:
         """Get a whole manifest. See "Pulling manifests".
 
@@ -136,6 +145,7 @@ class Registry(Protocol):
             repository: The repository that has the manifest.
             reference: The tag or the digest of the manifest.
             accept: Media types for ``Accept``. Empty: all manifest types that we know.
+            ruled_out: ``ManifestHead.ruled_out`` of the ``HEAD`` before. None: there was none.
 
         Returns:
             The manifest. Its digest is computed from the body. That of a signed manifest of

@@ -25,7 +25,13 @@ from typing import Final
 
 from yarl import URL
 
-from mirror.oci.errors import MirrorError, UpstreamError
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    MirrorError,
+    NotFound,
+    UpstreamError,
+    UpstreamRateLimited,
+)
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 
 FAILURE_THRESHOLD: Final = 3
@@ -206,6 +212,8 @@ class Endpoints:
     urls: tuple[URL, ...]
     circuits: dict[URL, CircuitBreaker] = field(default_factory=dict)
     pauses: dict[URL, Pauses] = field(default_factory=dict)
+    last_failure: str = ""
+    """Message of the last failure that a circuit breaker has counted."""
 
     def __post_init__(self) -> None:
         self.circuits = {url: CircuitBreaker() for url in self.urls}
@@ -237,17 +245,39 @@ class Endpoints:
         until, _ = self.circuits[url].failed.get(subject, (now, 0.0))
         return now < until
 
-    def remaining_pauses(self, now: float, subject: Subject) -> list[float | None]:
-        """Return the remaining seconds of the endpoints' pauses after a 429. Empty if none.
+    def remaining_pauses(self, now: float, subject: Subject) -> dict[URL, float | None]:
+        """Return the endpoints that pause after a 429, with the remaining seconds.
 
         None stands for a pause whose length we chose: clients get no ``Retry-After`` for it.
         """
-        pauses = [pauses.find(now, subject) for pauses in self.pauses.values()]
-        return [
-            pause.until - now if pause.has_retry_after else None
-            for pause in pauses
+        found = {url: pauses.find(now, subject) for url, pauses in self.pauses.items()}
+        return {
+            url: pause.until - now if pause.has_retry_after else None
+            for url, pause in found.items()
             if pause is not None
-        ]
+        }
+
+    def final_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
+        """Choose the error to raise if not all endpoints refused.
+
+        A 429 takes precedence over failures of other endpoints, then the last failure. Without any
+        failure, an endpoint gets no request now.
+        """
+        errors = (state.failure, *state.finished.values())
+        failures = [error for error in errors if isinstance(error, UpstreamError)]
+        limited = (error for error in failures if isinstance(error, UpstreamRateLimited))
+        if (error := next(limited, None)) is not None:
+            return error
+        if pauses := self.remaining_pauses(now, subject):
+            delays = (seconds for seconds in pauses.values() if seconds is not None)
+            return rate_limited(min(delays, default=None))
+        if failures:
+            return failures[0]
+        blocked = [url for url in self.urls if not self.may_request(url, now, subject)]
+        names = " and ".join(map(str, blocked or self.urls))
+        return AllCircuitsOpen(
+            f"no request is sent to {names} for a while; last failure: {self.last_failure}"
+        )
 
 
 @dataclass(slots=True)
@@ -287,3 +317,14 @@ class SendState:
     def refusals(self) -> list[MirrorError]:
         """Return the refusals (401, 403, 404), one for each endpoint that has refused."""
         return [error for error in self.finished.values() if not isinstance(error, UpstreamError)]
+
+    def final_refusal(self) -> MirrorError:
+        """Choose the error to raise if all endpoints refused: the first 401 or 403, else a 404."""
+        refusals = self.refusals()
+        denials = (error for error in refusals if not isinstance(error, NotFound))
+        return next(denials, refusals[0])
+
+
+def rate_limited(seconds: float | None) -> UpstreamRateLimited:
+    """Return the error of an endpoint that pauses for ``seconds``, see ``remaining_pauses``."""
+    return UpstreamRateLimited("the upstream limits the rate", retry_after=seconds)

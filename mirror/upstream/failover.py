@@ -31,11 +31,9 @@ from yarl import URL
 from mirror.config.settings import Upstream
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, Observer, RateLimitSeen
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     Draining,
     FailureScope,
     MirrorError,
-    NotFound,
     OutboundRefused,
     UpstreamError,
     UpstreamRateLimited,
@@ -51,7 +49,7 @@ from mirror.upstream.auth import (
     Negotiation,
     TokenResponse,
 )
-from mirror.upstream.endpoints import Endpoints, SendState, Subject
+from mirror.upstream.endpoints import Endpoints, SendState, Subject, rate_limited
 from mirror.upstream.failures import ResponseLimit
 from mirror.upstream.messages import AcceptedResponse, NextPage, RegistryRequest
 from mirror.upstream.outbound import (
@@ -149,7 +147,6 @@ class FailoverClient:
         self._emit = emit
         self._clock = clock
         self._jitter = jitter
-        self._last_failure = ""
         self._endpoints = Endpoints(tuple(as_url(url) for url in settings.endpoints))
         token_hosts = (*settings.token_hosts, *TOKEN_HOSTS.get(name, ()))
         self._policies = {
@@ -216,7 +213,12 @@ class FailoverClient:
         avoid: Collection[str],
     ) -> T:
         """Run attempts until one succeeds, which stays open on ``stack``. See :meth:`send`."""
-        state = SendState(self._clock() + RETRY_BUDGET_S)
+        now, urls, subject = self._clock(), self._endpoints.urls, _subject_of(request)
+        ruled_out = {url: request.ruled_out.get(str(url)) for url in urls}
+        finished = {url: error for url, error in ruled_out.items() if error is not None}
+        state = SendState(now + RETRY_BUDGET_S, finished=finished)
+        for url, seconds in self._endpoints.remaining_pauses(now, subject).items():
+            request.note_failure(str(url), rate_limited(seconds))
         while True:
             attempts_before = state.attempts
             for attempt in self._attempts_of_round(state, request, avoid):
@@ -226,16 +228,16 @@ class FailoverClient:
                     raise
                 except MirrorError as error:
                     state.add(attempt.policy.endpoint, error, is_final=attempt.is_accepted)
-            endpoint_count, refusals = len(self._endpoints.urls), state.refusals()
-            if len(refusals) == endpoint_count:
-                raise _final_refusal(refusals)
+                    request.note_failure(str(attempt.policy.endpoint), error)
+            if len(state.refusals()) == len(urls):
+                raise state.final_refusal()
             is_last_round = (
                 state.attempts == attempts_before
-                or len(state.finished) == endpoint_count
+                or len(state.finished) == len(urls)
                 or not state.may_begin_round(self._clock())
             )
             if is_last_round or not request.may_retry(state.failure):
-                raise self._final_error(state.failure, _subject_of(request))
+                raise self._endpoints.final_error(state, self._clock(), subject)
             await asyncio.sleep(backoff_delay(state.attempts, self._jitter()))
 
     def _attempts_of_round(
@@ -243,12 +245,11 @@ class FailoverClient:
     ) -> Iterator[_Attempt]:
         """Begin an attempt at each endpoint that may be asked, the best one first."""
         subject = _subject_of(request)
-        candidates = self._endpoints.candidates(self._clock(), subject, avoid)
+        permitted = self._endpoints.candidates(self._clock(), subject, avoid)
+        candidates = [endpoint for endpoint in permitted if endpoint not in state.finished]
         for position, endpoint in enumerate(candidates, 1):
             now = self._clock()
-            if endpoint in state.finished or not self._endpoints.may_request(
-                endpoint, now, subject
-            ):
+            if not self._endpoints.may_request(endpoint, now, subject):
                 continue  # Another request may have become the probe since.
             if not state.may_attempt(now):
                 return
@@ -302,26 +303,6 @@ class FailoverClient:
 
         async with self._run_attempt(attempt, read) as result:
             return result
-
-    def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
-        """Choose the error to raise if not all endpoints refused.
-
-        ``failure``: the last failure. None: no attempt failed, but an endpoint gets no request now.
-        """
-        now = self._clock()
-        pauses = self._endpoints.remaining_pauses(now, subject)
-        if pauses and not isinstance(failure, UpstreamRateLimited):
-            # A 429 takes precedence over failures of other endpoints.
-            delay = min((seconds for seconds in pauses if seconds is not None), default=None)
-            return UpstreamRateLimited("the upstream limits the rate", retry_after=delay)
-        if failure is not None:
-            return failure
-        urls = self._endpoints.urls
-        blocked = [url for url in urls if not self._endpoints.may_request(url, now, subject)]
-        names = " and ".join(map(str, blocked or urls))
-        return AllCircuitsOpen(
-            f"no request is sent to {names} for a while; last failure: {self._last_failure}"
-        )
 
     @asynccontextmanager
     async def _run_attempt(
@@ -436,7 +417,7 @@ class FailoverClient:
             case OutboundRefused() | UpstreamUnavailable(scope=FailureScope.NONE) | Draining():
                 circuit.record_cancellation(is_probe=is_probe)
             case UpstreamUnavailable(scope=FailureScope.SUBJECT | FailureScope.ENDPOINT):
-                self._last_failure = error.message
+                self._endpoints.last_failure = error.message
                 if is_probe or not attempt.is_repeat:
                     circuit.record_failure(
                         self._clock(),
@@ -483,21 +464,23 @@ class FailoverClient:
 
 @asynccontextmanager
 async def _token_deadline(deadline: float) -> AsyncIterator[None]:
-    """Raise ``UpstreamTimeout`` in the block at ``deadline``, in event loop time."""
+    """Raise ``UpstreamTimeout`` in the block at ``deadline``, in event loop time.
+
+    It marks this error, and any other ``MirrorError`` of the block, with ``is_without_token``.
+    """
     try:
         async with asyncio.timeout_at(deadline):
             yield
-    except TimeoutError as error:
+    except TimeoutError as timeout:
         message = "no token within the time limit (limits.connect and limits.headers)"
-        raise UpstreamTimeout(message, scope=FailureScope.SUBJECT) from error
+        error = UpstreamTimeout(message, scope=FailureScope.SUBJECT)
+        error.is_without_token = True
+        raise error from timeout
+    except MirrorError as error:
+        error.is_without_token = True
+        raise
 
 
 def _subject_of(request: RegistryRequest) -> Subject:
     """Return the requests that a failure of this one counts for."""
     return Subject(f"{request.method} {request.kind.value}", request.repository.path)
-
-
-def _final_refusal(refusals: Collection[MirrorError]) -> MirrorError:
-    """Choose the error to raise if all endpoints refused: the first 401 or 403, else a 404."""
-    denials = (error for error in refusals if not isinstance(error, NotFound))
-    return next(denials, next(iter(refusals)))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from mirror.observability.events import Kind
-from mirror.oci.errors import UpstreamError
+from mirror.oci.errors import MirrorError, UpstreamError
 from mirror.oci.reference import Repository
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response
@@ -41,6 +41,10 @@ class RegistryRequest:
     page: NextPage | None = None
     is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
     """Returns True for a usable response whose status is not 200. By default, there is none."""
+    ruled_out: Mapping[str, MirrorError] = field(default_factory=dict)
+    """URL of an endpoint that does not get the request -> the error that counts as its response."""
+    note_failure: Callable[[str, MirrorError], None] = lambda endpoint, error: None
+    """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     follow_redirects: bool = True

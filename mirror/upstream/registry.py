@@ -7,13 +7,12 @@ and bodies, pagination. Must not know: endpoints, tokens, retries, the store, ou
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final, TypeVar
 
 from aiohttp import hdrs
-from cachetools import TTLCache
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
@@ -31,20 +30,12 @@ from mirror.oci.descriptor import (
     sniff_media_type,
 )
 from mirror.oci.errors import (
-    AllCircuitsOpen,
-    Denied,
     DigestInvalid,
-    FailureScope,
     ManifestInvalid,
     ManifestUnknown,
+    MirrorError,
     NotFound,
-    OutboundRefused,
-    Unauthorized,
-    UpstreamError,
     UpstreamProtocolError,
-    UpstreamRateLimited,
-    UpstreamTimeout,
-    UpstreamUnavailable,
 )
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, parse_content_range
 from mirror.oci.reference import Digest, Reference, Repository
@@ -56,9 +47,9 @@ from mirror.upstream.api import (
     ManifestHead,
 )
 from mirror.upstream.failover import FailoverClient
+from mirror.upstream.heads import Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
-from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 T = TypeVar("T")
@@ -73,11 +64,6 @@ _MAX_LISTS_BYTES: Final = 2 * _MAX_TAG_LIST_BYTES
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
 _NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
-_SLOW_HEAD_TTL_S: Final = 60.0
-"""Seconds for which no ``HEAD`` is sent to a repository where one got no response in time, so that
-only the first client waits for it."""
-_MAX_SLOW_HEADS: Final = 1024
-"""Repositories that are remembered at most: far more than are pulled in that time."""
 
 
 class HttpRegistry:
@@ -98,12 +84,7 @@ class HttpRegistry:
         self._emit = emit
         self.idle = limits.idle
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
-        self._answered_heads: set[tuple[str, Kind]] = set()
-        """(URL of an endpoint, kind of content) for which a ``HEAD`` got a 200."""
-        self._slow_heads: TTLCache[tuple[Repository, Kind], None] = TTLCache(
-            _MAX_SLOW_HEADS, _SLOW_HEAD_TTL_S
-        )
-        """Repositories and kinds of content for which a ``HEAD`` got no response in time."""
+        self._heads = Heads(client)
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
@@ -117,62 +98,29 @@ class HttpRegistry:
         async def read(response: AcceptedResponse) -> ManifestHead:
             return _head_of(await _headers_of_content(response), reference)
 
-        head = await self._head(request, read)
+        head, ruled_out = await self._heads.ask(request, read)
         if head is None and isinstance(reference, Digest):
-            head = await self._client.fetch(replace(request, method="GET"), read)
-        return head or ManifestHead(None, OCTET_STREAM, None)
-
-    async def _head(
-        self, request: RegistryRequest, read: Callable[[AcceptedResponse], Awaitable[T]]
-    ) -> T | None:
-        """Send a ``HEAD``. Returns what ``read`` returns, or None if a ``GET`` has to decide.
-
-        Registries refuse ``HEAD`` where they would answer a ``GET``: with 405 or 501, with 400, 401
-        or 403 (public ECR), with a 404, with a 5xx, or not at all. Signed URLs refuse it too (GHCR,
-        GitLab), each in its own way. So a ``HEAD`` is sent to each endpoint once, and a ``GET``
-        decides if no endpoint answers with 200. In three cases the error of the ``HEAD`` is final:
-
-        - each endpoint sent a 404, and each has answered such a ``HEAD`` with 200 before;
-        - the token service refused;
-        - :func:`_may_get_succeed` returns False.
-        """
-        kind, has_doubt = request.kind, False
-        key = request.repository, kind
-        if key in self._slow_heads:
-            return None
-
-        def record_doubt(response: AcceptedResponse) -> bool:
-            nonlocal has_doubt
-            status = response.http.status
-            is_known = (response.endpoint, kind) in self._answered_heads
-            has_doubt = has_doubt or status in (401, 403) or (status == 404 and not is_known)
-            return False
-
-        async def read_and_learn(response: AcceptedResponse) -> T:
-            result = await read(response)
-            self._answered_heads.add((response.endpoint, kind))
-            return result
-
-        request = replace(request, is_accepted=record_doubt, may_retry=_is_unreachable)
-        try:
-            return await self._client.fetch(request, read_and_learn)
-        except (NotFound, Denied, Unauthorized):
-            if not has_doubt:
-                raise
-        except UpstreamError as error:
-            if not _may_get_succeed(error):
-                raise
-            if isinstance(error, UpstreamTimeout):
-                self._slow_heads[key] = None
-        return None
+            get = replace(request, method="GET", ruled_out=ruled_out)
+            head = await self._client.fetch(get, read)
+        return head or ManifestHead(None, OCTET_STREAM, None, ruled_out)
 
     async def get_manifest(
-        self, repository: Repository, reference: Reference, accept: Sequence[str]
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: Sequence[str],
+        ruled_out: Mapping[str, MirrorError] | None = None,
     ) -> ManifestBody:
         """See :meth:`mirror.upstream.api.Registry.get_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        path = f"manifests/{reference}"
-        request = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
+        request = RegistryRequest(
+            "GET",
+            repository,
+            f"manifests/{reference}",
+            Kind.MANIFEST,
+            headers,
+            ruled_out=ruled_out or {},
+        )
         return await self._client.fetch(
             request, lambda response: self._read_manifest(response, reference)
         )
@@ -194,9 +142,9 @@ class HttpRegistry:
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`."""
         request = RegistryRequest("HEAD", repository, f"blobs/{digest}", Kind.BLOB)
-        headers = await self._head(request, _headers_of_content)
+        headers, ruled_out = await self._heads.ask(request, _headers_of_content)
         if headers is None:
-            get = replace(request, method="GET")
+            get = replace(request, method="GET", ruled_out=ruled_out)
             headers = await self._client.fetch(get, _headers_of_content)
         return length_of(headers)
 
@@ -414,28 +362,6 @@ def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
     media_type = manifest_type_of(headers.get(hdrs.CONTENT_TYPE))
     # No manifest is empty. Some registries state the length of the empty body of a HEAD.
     return ManifestHead(digest, media_type, length_of(headers) or None)
-
-
-def _may_get_succeed(error: UpstreamError) -> bool:
-    """Return whether a ``GET`` may succeed although the ``HEAD`` failed with ``error``.
-
-    False if no request of any kind would get through, or if the upstream has asked us to wait: a
-    ``GET`` in that time would be one request too many.
-    """
-    match error:
-        case UpstreamRateLimited():
-            return not error.retry_after
-        case AllCircuitsOpen():
-            return True  # The circuits of other kinds of requests may be closed.
-        case UpstreamUnavailable():
-            return error.scope in (FailureScope.REQUEST, FailureScope.SUBJECT)
-        case _:
-            return not isinstance(error, OutboundRefused)
-
-
-def _is_unreachable(error: UpstreamError | None) -> bool:
-    """Return whether a ``HEAD`` is retried: without a connection only, as no ``GET`` follows."""
-    return is_transient(error) and error.scope is FailureScope.ENDPOINT
 
 
 def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Generator,
+    Mapping,
     Sequence,
 )
 from contextlib import asynccontextmanager
@@ -171,7 +172,11 @@ class MemoryRegistry:
         return ManifestHead(digest, media_type, len(body))
 
     async def get_manifest(
-        self, repository: Repository, reference: Reference, accept: Sequence[str]
+        self,
+        repository: Repository,
+        reference: Reference,
+        accept: Sequence[str],
+        ruled_out: Mapping[str, MirrorError] | None = None,
     ) -> ManifestBody:
         self._call("get_manifest")
         digest = (

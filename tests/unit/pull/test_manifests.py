@@ -233,12 +233,19 @@ async def test_tag_is_resolved_by_get_if_the_head_names_no_digest(
 ) -> None:
     async with pull_kit(tmp_path) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, b"layer")
-        real = kit.registry.head_manifest
+        real, get = kit.registry.head_manifest, kit.registry.get_manifest
+        ruled_out = {"https://busy.example": UpstreamRateLimited("busy", retry_after=60)}
 
         async def bare(*arguments: object) -> object:
-            return replace(await real(*arguments), digest=None)  # type: ignore[arg-type] # as given
+            head = await real(*arguments)  # type: ignore[arg-type] # as given
+            return replace(head, digest=None, ruled_out=ruled_out)
+
+        async def get_elsewhere(*arguments: object) -> object:
+            assert arguments[-1] == ruled_out, "the GET follows the HEAD"
+            return await get(*arguments)  # type: ignore[arg-type] # as given
 
         monkeypatch.setattr(kit.registry, "head_manifest", bare)
+        monkeypatch.setattr(kit.registry, "get_manifest", get_elsewhere)
         assert await manifest(kit) == (digest, Outcome.REVALIDATED), "its body came too"
         assert await manifest(kit) == (digest, Outcome.HIT)
 

@@ -312,14 +312,14 @@ def test_endpoint_that_failed_for_a_repository_is_asked_last_for_it_for_a_while(
 
 def test_remaining_pauses_name_only_times_of_the_endpoint() -> None:
     endpoints = Endpoints((A, B, C))
-    assert endpoints.remaining_pauses(0.0, subject()) == []
+    assert endpoints.remaining_pauses(0.0, subject()) == {}
     endpoints.pauses[A].add(0.0, subject(), 10.0)
     endpoints.pauses[B].add(0.0, subject(), None)
     endpoints.pauses[C].add(0.0, subject("other"), 5.0)
-    assert endpoints.remaining_pauses(1.0, subject()) == [9.0, None], (
+    assert list(endpoints.remaining_pauses(1.0, subject()).values()) == [9.0, None], (
         "clients are told no time that we chose"
     )
-    assert endpoints.remaining_pauses(10.0, subject()) == []
+    assert endpoints.remaining_pauses(10.0, subject()) == {}
 
 
 SUBJECTS = st.builds(subject, st.sampled_from("abcd"), st.sampled_from(["GET blob", "GET tags"]))

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mirror.config.settings import Limits
-from mirror.observability.events import CircuitChanged, ExchangeEnded
+from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind
 from mirror.oci.errors import (
     AllCircuitsOpen,
     BlobUnknown,
     ManifestUnknown,
     Unauthorized,
     UpstreamRateLimited,
+    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Tag
 from mirror.upstream.endpoints import FAILURE_THRESHOLD
+from mirror.upstream.heads import FIRST_REST_S, Heads
+from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import DATA, REPO, dead, down, registry, repository, upstream_kit
@@ -192,6 +197,129 @@ async def test_head_that_one_endpoint_refuses_is_sent_to_the_next_one_before_a_g
             two.fault("", Fault(status=503, method="HEAD", times=None))
             assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
             assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
+
+
+ORDERS = pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
+
+
+@pytest.mark.row("FB1-refused-head")
+@ORDERS
+@pytest.mark.parametrize("status", [403, 404, 405, 500, 503])
+async def test_head_refused_by_one_endpoint_becomes_a_get_though_the_other_is_unreachable(
+    status: int, is_first: bool
+) -> None:
+    async with FakeRegistry() as fake:
+        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        gone = dead()
+        async with upstream_kit(*in_order(fake.url, gone, is_first=is_first)) as kit:
+            head = await kit.registry.head_manifest(REPO, LATEST, ())
+            assert head.digest is None
+            assert (await kit.registry.get_manifest(REPO, LATEST, (), head.ruled_out)).body
+            assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
+            assert await kit.registry.head_blob(REPO, blob) == len(DATA)
+            assert [seen.method for seen in fake.requests] == ["HEAD", "GET"] * 3
+            sent = [(event.method, event.endpoint) for event in kit.seen(ExchangeEnded)]
+            assert ("HEAD", gone) in sent
+            assert ("GET", gone) not in sent, "it would be waited for twice"
+
+
+@pytest.mark.row("FB1-refused-head")
+@ORDERS
+@pytest.mark.parametrize("status", [404, 405, 500])
+async def test_endpoint_that_named_a_time_to_wait_gets_no_get_and_the_other_one_decides(
+    status: int, is_first: bool
+) -> None:
+    async with FakeRegistry() as busy, FakeRegistry() as fake:
+        fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        busy.fault("", Fault(status=429, headers={"Retry-After": "120"}, times=None))
+        async with upstream_kit(*in_order(busy.url, fake.url, is_first=is_first)) as kit:
+            for _ in range(2):  # The second HEAD meets the pause.
+                head = await kit.registry.head_manifest(REPO, LATEST, ())
+                assert head.digest is None
+                assert (await kit.registry.get_manifest(REPO, LATEST, (), head.ruled_out)).body
+            assert [seen.method for seen in busy.requests] == ["HEAD"]
+            fake.fault("", Fault(status=404, times=None))
+            head = await kit.registry.head_manifest(REPO, LATEST, ())
+            with pytest.raises(UpstreamRateLimited) as caught:  # It may have the manifest.
+                await kit.registry.get_manifest(REPO, LATEST, (), head.ruled_out)
+            assert caught.value.retry_after is not None
+            assert len(busy.requests) == 1
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_404_that_is_believed_and_no_connection_are_final_without_a_get() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url, dead()) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.head_manifest(REPO, Tag("none"), ())
+        assert fake.count("GET") == 0
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_token_service_that_hangs_is_waited_for_once_and_rests_no_heads() -> None:
+    limits = Limits(connect=0.5, headers=0.5)
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        fake.token = "t"
+        digest = fake.add_manifest(b"{}", tag="latest")
+        fake.fault("/token", Fault(delay=3600))
+        with pytest.raises(UpstreamTimeout):
+            await kit.registry.head_manifest(REPO, digest, ())
+        assert fake.count("GET", "/manifests/") == 0
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
+        assert fake.count("GET", "/manifests/") == 0
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("fault", [Fault(close=True), Fault(status=503)], ids=["closed", "503"])
+async def test_token_service_that_fails_leads_to_another_head_and_to_no_get(fault: Fault) -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.token = "t"
+        digest = fake.add_manifest(b"{}", tag="latest")
+        fake.fault("/token", replace(fault, times=None))
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.head_manifest(REPO, digest, ())
+        assert fake.count("GET", "/manifests/") == 0
+        assert fake.count("HEAD") == MAX_ATTEMPTS_PER_REQUEST
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_repository_rests_for_twice_as_long_after_each_head_without_a_response() -> None:
+    now = 0.0
+    limits = Limits(connect=0.2, headers=0.2)
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        heads = Heads(kit.client, lambda: now)
+
+        async def ask() -> bool:
+            """Return whether a ``HEAD`` was sent."""
+            before = fake.count("HEAD")
+            request = RegistryRequest("HEAD", REPO, "manifests/latest", Kind.MANIFEST)
+            await heads.ask(request, read_nothing)
+            return fake.count("HEAD") > before
+
+        fake.fault("", Fault(delay=3600, method="HEAD", times=2))
+        assert [await ask(), await ask()] == [True, False]
+        now += FIRST_REST_S
+        assert [await ask(), await ask()] == [True, False], "it hangs again"
+        now += FIRST_REST_S
+        assert not await ask()
+        now += FIRST_REST_S
+        assert [await ask(), await ask()] == [True, True], "the HEAD works"
+        fake.fault("", Fault(delay=3600, method="HEAD"))
+        assert await ask()
+        now += FIRST_REST_S
+        assert await ask(), "a HEAD has worked since"
+
+
+async def read_nothing(response: AcceptedResponse) -> str:
+    return response.endpoint
+
+
+def in_order(one: str, other: str, *, is_first: bool) -> tuple[str, str]:
+    return (one, other) if is_first else (other, one)
 
 
 @pytest.mark.row("FB2-wrong-lengths")
