@@ -11,14 +11,17 @@ from typing import Final
 
 from mirror.oci.errors import (
     AllCircuitsOpen,
-    Denied,
+    FailureScope,
     MirrorError,
+    OutboundRefused,
     StorageRefused,
-    Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
 )
-from mirror.pull.requests import ContentSource
+from mirror.pull.requests import REFUSALS, ContentSource
 
 STALL_GRACE_S: Final = 15.0
 """Seconds without progress, beside ``limits.idle``, after which a source is given up. They are for
@@ -52,9 +55,11 @@ class SourceAttempts:
     has_progressed: bool = False
     """Whether the latest transfer has brought at least ``MIN_PROGRESS_BYTES`` new bytes."""
     may_use_range: bool = True
-    """False once a response to a ``Range`` was wrong, or was a 401 or 403: a storage may refuse
-    ranges, and an upstream may pass this on. Further requests then have no ``Range``, and the bytes
-    before the offset are skipped."""
+    """False once a response to a ``Range`` was wrong, or was a 401, 403 or 404: a storage may
+    refuse ranges, and an upstream may pass this on. Further requests then have no ``Range``, and
+    the bytes before the offset are skipped."""
+    has_just_dropped_range: bool = False
+    """Whether the latest failure is the one after which ``Range`` is left out."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -68,6 +73,7 @@ class SourceAttempts:
 
     def count_failure(self, error: MirrorError) -> None:
         """Count a transfer that broke, and choose how the next one is requested."""
+        self.has_just_dropped_range = False
         if isinstance(error, AllCircuitsOpen):
             return  # No request was sent.
         self.failed_in_a_row += 1
@@ -75,18 +81,39 @@ class SourceAttempts:
             endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
             endpoint = endpoint or self.endpoint
             self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        self.is_refused = isinstance(error, Denied | Unauthorized) and not self.may_use_range
-        if isinstance(error, UpstreamProtocolError | StorageRefused | Denied | Unauthorized):
+        had_range = self.may_use_range and self.resumed_from > 0
+        self.is_refused = isinstance(error, REFUSALS) and not had_range
+        if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
             self.validator = None
             self.may_use_range = False
-        elif self.failed_in_a_row > _RANGED_ATTEMPTS:
+        elif self.failed_in_a_row > _RANGED_ATTEMPTS or (
+            not self.has_responded and _is_response(error)
+        ):
             self.may_use_range = False
+        self.has_just_dropped_range = had_range and not self.may_use_range
 
     def is_over(self, now: float) -> bool:
-        """Return whether the source is given up."""
+        """Return whether the source is given up.
+
+        The registry has repeated a request that had no response. It is sent once more without
+        ``Range`` if it had one.
+        """
         return (
-            not self.has_responded
+            not (self.has_responded or self.has_just_dropped_range)
             or self.is_refused
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or now - self.last_progress_at >= self.stall_limit_s
         )
+
+
+def _is_response(error: MirrorError) -> bool:
+    """Return whether a server has failed this request, which it may do because of ``Range``.
+
+    Not a server that cannot be reached, is slow, or wants a pause: that has another cause.
+    """
+    if isinstance(error, UpstreamTimeout | UpstreamRateLimited | OutboundRefused):
+        return False
+    return not isinstance(error, UpstreamUnavailable) or error.scope in (
+        FailureScope.REQUEST,
+        FailureScope.SUBJECT,
+    )

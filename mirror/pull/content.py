@@ -315,14 +315,17 @@ class ContentService:
             size = access_record.size if access_record is not None else None
             reader = await self.store.blobs.find(request.digest, size)
             is_restoring = self.store.index.unrestored_after is not None
-            if reader is not None and access_record is None and is_restoring:
-                # The index was lost a moment ago, and this record may be among those to restore.
-                await self.single_flight.share(("restore parts",), self.store.restore_parts)
-                access_record = await self._access_record(repository, request.digest, request.kind)
         if reader is not None:
-            may_read = self.may_read_unasked(repository, access_record)
-            pull.outcome = Outcome.HIT if may_read else Outcome.REVALIDATED
             try:
+                if access_record is None and is_restoring:
+                    # The index was lost a moment ago. This record may be among those to restore.
+                    with pull.stage("index"):
+                        await self.single_flight.share(("restore parts",), self.store.restore_parts)
+                        access_record = await self._access_record(
+                            repository, request.digest, request.kind
+                        )
+                may_read = self.may_read_unasked(repository, access_record)
+                pull.outcome = Outcome.HIT if may_read else Outcome.REVALIDATED
                 await self._authorize(request, access_record)
             except BaseException:
                 reader.close()

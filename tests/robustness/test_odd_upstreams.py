@@ -218,6 +218,70 @@ async def test_storage_that_refuses_a_range_is_asked_without_one_by_a_new_redire
         assert len(ranges(fake)) == len(ranges(storage)), "each URL is used once"
 
 
+def refuse_ranges(fake: FakeRegistry, status: int) -> None:
+    fake.guard = lambda seen: (status, {}, b"") if "range" in seen.headers else None
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 416, 500])
+@pytest.mark.parametrize("is_redirected", [False, True], ids=["endpoint", "storage"])
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["mid-blob", "leftover"])
+async def test_blob_is_served_although_ranges_are_refused(
+    tmp_path: Path, status: int, *, is_redirected: bool, is_restarted: bool
+) -> None:
+    async with FakeRegistry() as fake, FakeRegistry() as storage:
+        digest = fake.add_blob(DATA)
+        storage.add_blob(DATA)
+        sender = storage if is_redirected else fake
+        sender.fault(f"blobs/{digest}", Fault(reset_at=BREAK))
+        if is_redirected:
+            moved = f"{storage.url}/v2/library/app/blobs/{digest}"
+            redirect = Fault(status=307, headers={"Location": moved}, times=None)
+            fake.fault(f"blobs/{digest}", redirect)
+        if is_restarted:
+            gate = asyncio.Event()
+            sender.fault(f"blobs/{digest}", Fault(stall_at=0, gate=gate, times=None))
+            async with running(tmp_path, fake.url) as server:
+                pull = asyncio.ensure_future(  # noqa: TID251 - a test
+                    server.get(server.blob(digest))
+                )
+                await asyncio.wait_for(sender.stalled.wait(), 20)
+                pull.cancel()
+                await asyncio.gather(pull, return_exceptions=True)
+                await server.store.wait_until_published()
+                gate.set()
+            sender.faults.pop()
+            (left,) = server.store.layout.ingest(digest).parent.glob(f"{digest.hex}*")
+            assert left.stat().st_size >= BREAK
+            sender.requests.clear()
+        refuse_ranges(sender, status)
+        async with running(tmp_path, fake.url) as server:
+            got, _, body = await server.get(server.blob(digest))
+            assert (got, body) == (200, DATA)
+        assert ranges(sender)[-1] is None
+        assert any(ranges(sender)[:-1]), "the rest was requested first"
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+async def test_leftover_of_a_blob_that_is_gone_is_asked_for_twice_and_the_404_is_recorded(
+    tmp_path: Path,
+) -> None:
+    async with FakeRegistry() as fake:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=BREAK), Fault(status=403, times=2))
+        async with running(tmp_path, fake.url) as server:
+            with pytest.raises(aiohttp.ClientError):
+                await server.get(server.blob(digest))
+        fake.requests.clear()
+        fake.fault(f"blobs/{digest}", Fault(status=404, times=None))
+        async with running(tmp_path, fake.url) as server:
+            for _ in range(3):
+                assert (await server.get(server.blob(digest)))[0] == 404
+        ranged, whole = ranges(fake)
+        assert ranged is not None
+        assert whole is None
+
+
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
 async def test_access_that_ends_in_the_middle_of_a_blob_ends_the_pull(tmp_path: Path) -> None:
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:

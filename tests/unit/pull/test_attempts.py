@@ -6,11 +6,14 @@ import pytest
 
 from mirror.oci.errors import (
     AllCircuitsOpen,
+    BlobUnknown,
     Denied,
+    FailureScope,
     MirrorError,
     StorageRefused,
     Unauthorized,
     UpstreamProtocolError,
+    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -83,9 +86,12 @@ def test_endpoint_without_progress_is_asked_last() -> None:
 
 
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
-@pytest.mark.parametrize("error", [Denied("403"), Unauthorized("401")])
-def test_refused_transfer_is_followed_by_one_request_without_a_range(error: MirrorError) -> None:
-    state = attempts(validator="x")
+@pytest.mark.parametrize("error", [Denied("403"), Unauthorized("401"), BlobUnknown("404")])
+@pytest.mark.parametrize("has_responded", [True, False])
+def test_refused_transfer_is_followed_by_one_request_without_a_range(
+    error: MirrorError, *, has_responded: bool
+) -> None:
+    state = attempts(validator="x", resumed_from=1, has_responded=has_responded)
     state.count_failure(error)
     assert (state.may_use_range, state.validator, state.is_over(100.0)) == (False, None, False)
     state.count_failure(error)
@@ -98,3 +104,35 @@ def test_transfer_that_the_storage_refuses_is_repeated_without_a_range() -> None
     for _ in range(2):
         state.count_failure(StorageRefused("403"))
         assert (state.may_use_range, state.is_over(100.0)) == (False, False)
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize("error", [Denied("403"), BlobUnknown("404"), BROKEN])
+def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorError) -> None:
+    state = attempts(has_responded=False)
+    state.count_failure(error)
+    assert state.is_over(100.0)
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize(
+    ("error", "is_repeated"),
+    [
+        (UpstreamUnavailable("500", scope=FailureScope.REQUEST), True),
+        (UpstreamUnavailable("502", scope=FailureScope.SUBJECT), True),
+        (StorageRefused("403"), True),
+        (UpstreamProtocolError("400"), True),
+        (UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT), False),
+        (UpstreamTimeout("late", scope=FailureScope.SUBJECT), False),
+        (UpstreamRateLimited("429"), False),
+        (AllCircuitsOpen("not asked"), False),
+    ],
+)
+def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_failed_it(
+    error: MirrorError, *, is_repeated: bool
+) -> None:
+    state = attempts(resumed_from=1, has_responded=False)
+    state.count_failure(error)
+    assert (state.may_use_range, state.is_over(100.0)) == (not is_repeated, not is_repeated)
+    state.count_failure(error)
+    assert state.is_over(100.0)

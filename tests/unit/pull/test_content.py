@@ -14,6 +14,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import DigestMismatched, Kind, Outcome, Uncached
 from mirror.oci.errors import (
     BlobUnknown,
+    ContentLost,
     Denied,
     Draining,
     ManifestUnknown,
@@ -24,6 +25,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.freshness import ACCESS_TTL_S
+from mirror.store.reader import Reader
 from mirror.upstream.api import ContentStream
 from tests.unit.pull.kit import (
     OTHER,
@@ -327,6 +329,45 @@ async def test_manifest_that_a_tag_names_later_is_served_despite_a_remembered_40
 
 
 # --- hit, join or miss --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["client leaves", "drain", "error"])
+async def test_reader_is_closed_if_the_wait_for_the_restored_parts_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    async with pull_kit(tmp_path) as kit:
+        digest = await granted(kit)
+        await kit.store.index.revoke_access(REPO, digest, "blob")
+        kit.store.index.unrestored_after = 0
+        opened: list[Reader] = []
+        waiting = asyncio.Event()
+        find = kit.store.blobs.find
+
+        async def noted(*arguments: Any) -> Reader | None:
+            reader = await find(*arguments)
+            assert reader is not None
+            opened.append(reader)
+            return reader
+
+        async def restore() -> None:
+            if how == "error":
+                raise OSError("no descriptor")
+            waiting.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(kit.store.blobs, "find", noted)
+        monkeypatch.setattr(kit.store, "restore_parts", restore)
+        if how == "drain":
+            await kit.single_flight.drain(1.0)
+        client = asyncio.ensure_future(blob(kit, digest))  # noqa: TID251 - a test
+        if how == "client leaves":
+            await asyncio.wait_for(waiting.wait(), 20)
+            client.cancel()
+        await asyncio.gather(client, return_exceptions=True)
+        assert client.cancelled() or client.exception() is not None
+        (reader,) = opened
+        with pytest.raises(ContentLost):
+            await reader.wait(0)
 
 
 @pytest.mark.row("U6-wrong-bit")
