@@ -11,8 +11,7 @@ schema 1 have a time to live, and a bound on their bytes.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
-it. An update may reach the database just before that, and is applied twice then. So every update
-has the same result when it is applied again.
+it. Some may be in that text already: :class:`_PendingRow` knows which, and each counts once.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -40,9 +40,10 @@ from mirror.store.records import (
     dump_tag,
     is_contradiction,
     load_access_record,
+    load_negative,
     load_pins,
     load_tag,
-    merge,
+    merge_into,
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
@@ -57,7 +58,6 @@ _RESPONSES: Final = "answers"
 """Table of negative responses, lists and manifests of schema 1. Its name on disk is an old one."""
 _TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
-_CONTRADICTION: Final = "an index and a manifest disagree on its type"
 _STEP_UPDATES: Final = 50
 """Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
 
@@ -88,8 +88,8 @@ class Index:
         self._emit_from_thread = on_running_loop(emit)
         self._now = now
         self._read_saved_names = read_saved_names
-        self._pending: dict[tuple[str, str], tuple[Update, ...]] = {}
-        """(table, key) -> the updates of that row which are not in the database yet."""
+        self._pending: dict[tuple[str, str], _PendingRow] = {}
+        """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
         self._is_checked = False
         self.changed = True
@@ -191,17 +191,7 @@ class Index:
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""
-        after, end = f"{repository}:", f"{repository};"
-        records = {
-            key: names.load_listed_tag(key, text)
-            for key, text in self._pending_rows(NAMED)
-            if after < key < end
-        }
-        unanswered: list[tuple[str, TagRecord | None]] = []
-        while page := await self._rows.read(partial(names.read_tags, after, end), unanswered):
-            records.update(page)
-            after = page[-1][0]
-        return [record.tag for record in records.values() if record is not None]
+        return await names.list_tags(self._rows, self._pending_rows(NAMED), repository)
 
     async def repositories(
         self, is_listed: Callable[[Repository, Digest], bool]
@@ -215,21 +205,8 @@ class Index:
         Returns:
             Names such as ``docker.io/library/alpine``. None if the database fails.
         """
-        found: dict[str, None] = {}
-        pending = [key for key, _ in self._pending_rows(NAMED)]
-        unanswered: str | None = None
-
-        def load(after: str, tables: Tables) -> str:
-            """Add the names in the next rows. Returns the last key, or "" if there were none."""
-            keys = [row.key for row in tables.read_range(NAMED, after, names.LAST_KEY)]
-            names.add_repositories(keys or pending, found, is_listed)
-            return keys[-1] if keys else ""
-
-        after = await self._rows.read(partial(load, ""), unanswered)
-        while after:
-            after = await self._rows.read(partial(load, after), unanswered)
-        # The keys came in order, and nearly so do the names: sorting them takes few comparisons.
-        return None if after is None else tuple(sorted(found))
+        queued = dict(self._pending_rows(NAMED))
+        return await names.list_repositories(self._rows, queued, is_listed)
 
     async def names(self, after: int) -> NamesPage | None:
         """Return the next manifests that were pulled by a name: a tag, or their digest.
@@ -271,7 +248,7 @@ class Index:
         """
         records = list(access_records)
         updates = [
-            (_access_key(repository, record.digest, record.kind), partial(_merged, record))
+            (_access_key(repository, record.digest, record.kind), partial(merge_into, new=record))
             for record in records
         ]
         texts = await self._update(ACCESS, updates)
@@ -280,7 +257,8 @@ class Index:
         for new, text in zip(records, texts, strict=True):
             if new.kind == "manifest" and is_contradiction(load_access_record(text), new):
                 why = (("repository", str(repository)), ("digest", str(new.digest)))
-                self._emit(LogMessage("warning", _CONTRADICTION, why))
+                message = "an index and a manifest disagree on its type"
+                self._emit(LogMessage("warning", message, why))
                 break
         named = [
             (manifest_key(repository, record.digest), dump_access_record(record))
@@ -348,13 +326,7 @@ class Index:
 
         None if none is recorded, or if its time to live is over.
         """
-        text = await self._get(_RESPONSES, f"negative {key}") or ""
-        start, end, message = (*text.split(" ", 2), "", "", "")[:3]
-        since, until = parse_time(start), parse_time(end)
-        # A clock that was set back must not prolong it: now is also compared with the start.
-        if since is None or until is None or not since <= self._now() < until:
-            return None
-        return message
+        return load_negative(await self._get(_RESPONSES, f"negative {key}"), self._now())
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
         """Record a 404 of an upstream.
@@ -412,18 +384,17 @@ class Index:
         self, table: str, key: str, parse: Callable[[str | None], T], otherwise: T
     ) -> T:
         """Return ``parse`` of the text of a row, or ``otherwise`` if the database fails."""
-        updates = self._pending.get((table, key), ())
+        row = self._pending.get((table, key))
 
         def load(tables: Tables) -> T:
-            text = tables.read(table, key)[0]
-            return parse(_apply(updates, text) if updates else text)
+            return parse(row.read(tables, table, key) if row else tables.read(table, key)[0])
 
         return await self._rows.read(load, otherwise)
 
     def _pending_rows(self, table: str) -> list[tuple[str, str]]:
         """Return (key, text) of queued rows, which the pages of the table may lack."""
-        texts = [(key, _apply(u, None)) for (of, key), u in self._pending.items() if of == table]
-        return [(key, text) for key, text in texts if text is not None]
+        rows = [(key, row.queued) for (of, key), row in self._pending.items() if of == table]
+        return [(key, text) for key, queued in rows if (text := _apply(queued, None)) is not None]
 
     async def _update(
         self, table: str, updates: Sequence[tuple[str, Update]], ttl: float | None = None
@@ -436,7 +407,8 @@ class Index:
         with self._visible(table, updates):
             for start in range(0, len(updates), _STEP_UPDATES):
                 step = updates[start : start + _STEP_UPDATES]
-                texts = await self._rows.write(table, partial(_write, table, step, ttl), None)
+                due = [(key, self._pending[table, key], update) for key, update in step]
+                texts = await self._rows.write(table, partial(_write, table, due, ttl), None)
                 if texts is None:
                     return None
                 earlier += texts
@@ -446,7 +418,8 @@ class Index:
     def _visible(self, table: str, updates: Sequence[tuple[str, Update]]) -> Iterator[None]:
         """Let reads see updates while they are written."""
         for key, update in updates:
-            self._pending[table, key] = (*self._pending.get((table, key), ()), update)
+            row = self._pending.setdefault((table, key), _PendingRow())
+            row.queued = (*row.queued, update)
         try:
             yield
         except BaseException:
@@ -456,10 +429,37 @@ class Index:
 
     def _remove(self, table: str, updates: Sequence[tuple[str, Update]]) -> None:
         for key, update in updates:
-            rest = list(self._pending.pop((table, key)))
-            rest.remove(update)
-            if rest:
-                self._pending[table, key] = tuple(rest)
+            row = self._pending[table, key]
+            row.queued = tuple(other for other in row.queued if other is not update)
+            if not row.queued:
+                del self._pending[table, key]
+
+
+@dataclass(slots=True, eq=False)
+class _PendingRow:
+    """Updates of one row. The text in the database may have some of them, and lack others."""
+
+    queued: tuple[Update, ...] = ()
+    """Updates whose transactions have not ended. Set by the loop only."""
+    applied: tuple[tuple[Update, ...], str | None] = (), None
+    """(updates that were applied in a transaction, the text after the last one). Set by the writing
+    thread only."""
+
+    def apply(self, update: Update, text: str | None) -> str | None:
+        """Return the new text. ``text`` is that of the row, in the transaction."""
+        new = update(text)
+        self.applied = (*filter(self.queued.__contains__, self.applied[0]), update), new
+        return new
+
+    def read(self, tables: Tables, table: str, key: str) -> str | None:
+        """Return the text with each update applied once."""
+        while True:
+            queued, latest = self.queued, self.applied
+            applied, new = latest
+            # While its transaction ends, the database may have the text before it or after it.
+            text = new if applied and applied[-1] in queued else tables.read(table, key)[0]
+            if self.queued is queued and self.applied is latest:
+                return _apply((update for update in queued if update not in applied), text)
 
 
 def _apply(updates: Iterable[Update], text: str | None) -> str | None:
@@ -473,14 +473,17 @@ def _replace_by(text: str | None) -> Update:
 
 
 def _write(
-    table: str, updates: Iterable[tuple[str, Update]], ttl: float | None, tables: Tables
+    table: str,
+    due: Iterable[tuple[str, _PendingRow, Update]],
+    ttl: float | None,
+    tables: Tables,
 ) -> list[str | None]:
     """Update rows. Returns their earlier texts."""
     earlier = []
-    for key, update in updates:
+    for key, row, update in due:
         text, mark = tables.read_or_none(table, key)
         earlier.append(text)
-        new = update(text)
+        new = row.apply(update, text)
         if new is None:
             tables.delete(table, key)
         elif ttl is not None or (new, None) != (text, mark):
@@ -491,10 +494,6 @@ def _write(
 def _try_write(tables: Tables) -> None:
     tables.write(_RESPONSES, "probe", "")
     tables.delete(_RESPONSES, "probe")
-
-
-def _merged(new: AccessRecord, text: str | None) -> str:
-    return dump_access_record(merge(load_access_record(text), new))
 
 
 def _access_key(repository: Repository, digest: Digest, kind: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Final
 
 from mirror.oci.errors import InvalidRequest
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
@@ -26,7 +27,7 @@ from mirror.store.records import (
     load_tag,
     repository_of,
 )
-from mirror.store.rows import Row, Tables
+from mirror.store.rows import Row, Rows, Tables
 
 NAMED: Final = "named"
 """Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
@@ -41,7 +42,7 @@ _NAMES_ONLY: Final = "names"
 _WITH_PARTS: Final = "all"
 _STEP_NAMES: Final = 1000
 """Names that one transaction inserts: it takes 30 ms."""
-LAST_KEY: Final = "\U0010ffff"
+_LAST_KEY: Final = "\U0010ffff"
 """Comes after every key."""
 UNBOUND_KEYS: Final = frozenset({PINS, _RESTORED})
 """Keys of rows that are about no single content."""
@@ -113,18 +114,61 @@ def _load_manifest(repository: Repository | None, text: str) -> NamedManifest | 
     )
 
 
-def read_tags(after: str, end: str, tables: Tables) -> list[tuple[str, TagRecord | None]]:
-    """Return (key, record) of the next tags between two keys, see :func:`load_listed_tag`."""
-    rows = tables.read_range(NAMED, after, end)
-    return [(row.key, load_listed_tag(row.key, row.text)) for row in rows]
+async def list_tags(
+    rows: Rows, queued: Iterable[tuple[str, str]], repository: Repository
+) -> list[Tag]:
+    """Return all recorded tags of a repository.
+
+    Args:
+        rows: The tables.
+        queued: (key, text) of rows of :data:`NAMED` that the table may lack.
+        repository: The repository.
+    """
+    after, end = f"{repository}:", f"{repository};"
+    records = {key: _load_listed_tag(key, text) for key, text in queued if after < key < end}
+    unanswered: list[Row] = []
+    while page := await rows.read(
+        partial(Tables.read_range, table=NAMED, after=after, end=end), unanswered
+    ):
+        records.update((row.key, _load_listed_tag(row.key, row.text)) for row in page)
+        after = page[-1].key
+    return [record.tag for record in records.values() if record is not None]
 
 
-def load_listed_tag(key: str, text: str) -> TagRecord | None:
+def _load_listed_tag(key: str, text: str) -> TagRecord | None:
     """Return the record of a tag. None for a variant of one, and for a malformed record."""
     return None if " " in key else load_tag(text)
 
 
-def add_repositories(
+async def list_repositories(
+    rows: Rows, queued: Iterable[str], is_listed: Callable[[Repository, Digest], bool]
+) -> tuple[str, ...] | None:
+    """Return the names of the repositories of which a manifest was pulled, each once, in order.
+
+    None if the database fails.
+
+    Args:
+        rows: The tables.
+        queued: Keys of rows of :data:`NAMED` that the table may lack.
+        is_listed: See :meth:`mirror.store.index.Index.repositories`.
+    """
+    found: dict[str, None] = {}
+    unanswered: str | None = None
+
+    def load(after: str, tables: Tables) -> str:
+        """Add the names in the next rows. Returns the last key, or "" if there were none."""
+        keys = [row.key for row in tables.read_range(NAMED, after, _LAST_KEY)]
+        _add_repositories(keys or queued, found, is_listed)
+        return keys[-1] if keys else ""
+
+    after = await rows.read(partial(load, ""), unanswered)
+    while after:
+        after = await rows.read(partial(load, after), unanswered)
+    # The keys came in order, and nearly so do the names: sorting them takes few comparisons.
+    return None if after is None else tuple(sorted(found))
+
+
+def _add_repositories(
     keys: Iterable[str],
     found: dict[str, None],
     is_listed: Callable[[Repository, Digest], bool],

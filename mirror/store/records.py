@@ -178,6 +178,11 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     )
 
 
+def merge_into(text: str | None, *, new: AccessRecord) -> str:
+    """Return the text of an access record after a further statement (see :func:`merge`)."""
+    return dump_access_record(merge(load_access_record(text), new))
+
+
 def is_contradiction(earlier: AccessRecord | None, new: AccessRecord) -> bool:
     """Return True if an index states another media type for a manifest than another source."""
     if (
@@ -305,6 +310,17 @@ def _time(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError
     return float(value)
+
+
+def load_negative(text: str | None, now: float) -> str | None:
+    """Return the message of a recorded 404, whose text is ``start end message``.
+
+    None unless ``now`` is between the two times, all in seconds since the epoch. So a clock that
+    was set back does not prolong it.
+    """
+    start, end, message = (*(text or "").split(" ", 2), "", "", "")[:3]
+    since, until = parse_time(start), parse_time(end)
+    return message if since is not None and until is not None and since <= now < until else None
 
 
 def parse_time(text: str | None) -> float | None:

@@ -239,6 +239,75 @@ async def test_repositories_have_those_whose_manifests_this_process_has_queued(
 
 
 @pytest.mark.row("G4-busy-index")
+@pytest.mark.parametrize("committed", [0, 1, 2])
+async def test_reads_apply_each_queued_update_once_while_its_transaction_ends(
+    tmp_path: Path, committed: int
+) -> None:
+    """The loop learns of a commit some time after it, and other updates may have come by then."""
+    three = Digest.of(b"three")
+    async with opened(tmp_path) as index:
+        await index.confirm_tag(REPO, TAG, three)
+        write, gate = index._rows.write, asyncio.Event()
+        begun = 0
+
+        async def held(*arguments: Any) -> object:
+            nonlocal begun
+            begun += 1
+            if begun > committed:
+                await gate.wait()
+                return await write(*arguments)
+            result = await write(*arguments)
+            await gate.wait()
+            return result
+
+        index._rows.write = held  # type: ignore[method-assign] # the loop learns of it late
+        tasks = []
+        for digest in (ONE, TWO):
+            confirm = index.confirm_tag(REPO, TAG, digest)
+            tasks.append(asyncio.ensure_future(confirm))  # noqa: TID251 - a test
+            await asyncio.sleep(0)
+        await index._rows.read(lambda tables: None, None)
+        await asyncio.get_running_loop().run_in_executor(index._rows._writing, int)
+        record = await index.tag(REPO, TAG)
+        assert record
+        assert record.digests == (TWO, ONE, three)
+        assert len(record.previous_digests) == 2, "none is in it twice"
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert await index.tag(REPO, TAG) == record
+        assert not index._pending
+
+
+def test_update_that_is_committed_while_a_row_is_read_is_applied_once() -> None:
+    row = index_module._PendingRow()
+
+    def add(letter: str) -> index_module.Update:
+        return lambda text: f"{text}{letter}"
+
+    one, two = add("1"), add("2")
+    row.queued = (one, two)
+    stored = "0"
+
+    class Database:
+        def read(self, table: str, key: str) -> tuple[str, None]:
+            nonlocal stored
+            before = stored
+            if not row.applied[0]:
+                stored = row.apply(one, stored) or ""
+            return before, None
+
+    database: Any = Database()
+    assert row.read(database, "", "") == "012", "read before the commit"
+    assert row.read(database, "", "") == "012", "before the loop knows of it"
+    row.queued = (two,)
+    assert row.read(database, "", "") == "012", "after that"
+    row.apply(two, stored)
+    assert row.read(database, "", "") == "012"
+    row.queued = ()  # The transaction was rolled back.
+    assert row.read(database, "", "") == "01"
+
+
+@pytest.mark.row("G4-busy-index")
 async def test_reads_see_a_write_whose_caller_is_cancelled_until_the_write_has_ended(
     tmp_path: Path,
 ) -> None:
