@@ -100,12 +100,12 @@ class RowChecks:
 
     @property
     def is_due_for_count(self) -> bool:
-        """Whether the rows must be counted before the next step.
+        """Whether the rows must be counted before the next step: once in a call at most.
 
         Between counts, other processes may have deleted rows as well.
         """
-        is_old = self._calls_since_count >= _CALLS_PER_COUNT
-        return self.after == 0 or self._surplus > 0 or is_old
+        is_old = self._calls_since_count >= (1 if self._surplus > 0 else _CALLS_PER_COUNT)
+        return is_old or (self.after == 0 and self._calls_since_count > 0)
 
     def begin_call(self) -> None:
         """Begin a call, which does :attr:`steps` steps."""

@@ -272,8 +272,17 @@ class Store:
         await self.blobs.flush()
         await self.restore_parts()
         if self._contents is not None:  # Before the first scan, all seems to be gone.
-            await self.index.orphans.drop(self.catalog.has_blob, self._contents)
+            await self.index.orphans.drop(self._has_or_fetches, self._contents)
         await self.index.check()
+
+    def _has_or_fetches(self, digest: Digest) -> bool:
+        """Return whether content is on the disk, or has begun to arrive, also in another process.
+
+        A fetch on a full disk has no file, and is known in its own process only.
+        """
+        if self.catalog.has_blob(digest) or digest in self.active_ingests:
+            return True
+        return self.layout.ingest(digest).exists()
 
     async def _remove_leftovers(self) -> None:
         elapsed = time.monotonic() - self._leftovers_removed_at

@@ -135,6 +135,19 @@ def test_surplus_rows_are_deleted_within_ten_minutes() -> None:
 
 
 @pytest.mark.row("HC9-random-names")
+def test_rows_are_counted_once_in_a_call_while_there_are_too_many() -> None:
+    checks, counts = RowChecks(), 0
+    for call in range(1, 4):
+        checks.begin_call()
+        for _ in range(checks.steps):
+            if checks.is_due_for_count:
+                checks.start(_MIN_ROWS * 2, contents=0)
+                counts += 1
+            checks.advance(None)
+        assert counts == call
+
+
+@pytest.mark.row("HC9-random-names")
 def test_rows_that_are_added_during_a_pass_are_checked_within_an_hour_as_well() -> None:
     """A client that pulls long manifests adds rows much faster than one step a call checks them."""
     checks, rows, calls = RowChecks(), 5_000, 0

@@ -23,10 +23,11 @@ from mirror.observability.events import (
 )
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import blobs, disk, index_directory
+from mirror.store import blobs, disk, index_directory, orphans
 from mirror.store import store as module
 from mirror.store.disk import Layout
 from mirror.store.ingest_lock import Role
+from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     REPO,
@@ -424,3 +425,34 @@ async def test_content_is_stored_after_a_part_of_the_directory_was_removed(
         await store.measure()
         assert not [e for e in events if isinstance(e, Uncached | LogMessage)]
         assert store.unwritable_reason is None
+
+
+@pytest.mark.row("HC9-random-names")
+@pytest.mark.parametrize("fetcher", ["same process", "other process", "in memory"])
+async def test_access_to_content_that_is_being_fetched_is_not_dropped_as_surplus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetcher: str
+) -> None:
+    monkeypatch.setattr(orphans, "_MIN_ROWS", 100)
+    async with opened(tmp_path) as store, opened(tmp_path) as other:
+        digest = Digest.of(LAYER)
+        await store.index.put_access_records(REPO, [granted(digest)])
+        content = (other if fetcher == "other process" else store).start_ingest(digest)
+        if fetcher != "in memory":
+            assert await content.try_lead() is Role.LEADER
+            await content.declare(len(LAYER))
+        gone = [granted(Digest.of(b"%d" % number)) for number in range(500)]
+        await store.index.put_access_records(REPO, gone)
+        await store.measure()
+        for _ in range(5):
+            await store.keep_up_index()
+        known = [await store.index.access_record(REPO, one.digest, "blob") for one in gone]
+        assert len(list(filter(None, known))) <= 100, "the others are deleted"
+        assert await store.index.access_record(REPO, digest, "blob")
+        await content.fail(UpstreamUnavailable("ends here"))
+        content.release()
+        (other if fetcher == "other process" else store).end_ingest(content)
+
+
+def granted(digest: Digest) -> AccessRecord:
+    """The record of a blob that an upstream has sent."""
+    return AccessRecord(digest, "blob", "", 1, referrer=None, expires_at=None)
