@@ -24,15 +24,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import diskcache
 
 from mirror.observability.events import LogMessage, Observer
+from mirror.store import statements
 from mirror.store.index_directory import (
     FAILURES,
     FilesReplaced,
@@ -54,6 +57,8 @@ _BUSY_TIMEOUT_S: Final = 10.0
 can be stopped in the middle of one. A client may wait for the write, so it is dropped then."""
 _ATTEMPT_TIMEOUT_S: Final = 0.5
 """Seconds of one attempt to begin a transaction. Between attempts, the thread sees a stop."""
+_MAX_QUEUED_WRITES: Final = 10_000
+"""Writes that wait in memory, of 4 KiB each, while another process writes: 40 MiB."""
 _LOG_INTERVAL_S: Final = 60.0
 """Seconds between two log messages of failures: one outage fails every operation."""
 _CACHE_PAGES: Final = 2000
@@ -61,23 +66,7 @@ _CACHE_PAGES: Final = 2000
 _CHECK_STEP: Final = 100_000
 """Instructions of SQLite's virtual machine between two checks for a stop, while all is checked."""
 _RAW: Final = 1
-"""diskcache's ``MODE_RAW``: a value that is kept in its row as it is. Also in the SQL below."""
-_INSERT_MISSING: Final = (
-    "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, value)"
-    " VALUES (?, 1, ?, ?, ?, 1, ?) ON CONFLICT DO NOTHING"
-)
-_INSERT_OR_REPLACE: Final = _INSERT_MISSING.replace(
-    "DO NOTHING",
-    "(key, raw) DO UPDATE SET store_time = excluded.store_time, expire_time = NULL, tag = NULL,"
-    " size = excluded.size, mode = 1, filename = NULL, value = excluded.value",
-)
-_SELECT_BY_ID: Final = (
-    "SELECT rowid, key, value, tag FROM Cache WHERE rowid > ? AND raw = 1 AND mode = 1"
-    " AND typeof(key) = 'text' AND typeof(value) = 'text' ORDER BY rowid LIMIT ?"
-)
-_SELECT_BY_KEY: Final = _SELECT_BY_ID.replace("rowid > ?", "key > ? AND key < ?").replace(
-    "ORDER BY rowid", "ORDER BY key"
-)
+"""diskcache's ``MODE_RAW``: a value that is kept in its row as it is. Also in our SQL."""
 
 
 class TextDisk(diskcache.Disk):  # type: ignore[misc] # diskcache has no types
@@ -190,13 +179,15 @@ class Tables:
         return False
 
     @contextmanager
-    def transaction(self, table: str) -> Iterator[None]:
+    def transaction(self, table: str, *, may_wait: bool = True) -> Iterator[None]:
         """Hold a transaction, in which no other process writes.
 
         diskcache's own hides SQLite's error code, and stays open when its commit fails.
+        ``may_wait``: for another process, and for :data:`_ATTEMPT_TIMEOUT_S`.
         """
         cache = self._tables[table]
         connection = cache._con
+        connection.execute(f"PRAGMA busy_timeout = {1000 * _ATTEMPT_TIMEOUT_S * may_wait:.0f}")
         connection.execute("BEGIN IMMEDIATE")
         cache._txn_id = threading.get_ident()  # Its ``set`` and ``delete`` join the transaction.
         try:
@@ -253,7 +244,7 @@ class Tables:
         """
         now = time.time()
         values = [(key, now, now, len(text), text) for key, text in rows]
-        insert = _INSERT_OR_REPLACE if replaces else _INSERT_MISSING
+        insert = statements.INSERT_OR_REPLACE if replaces else statements.INSERT_MISSING
         self._tables[table]._con.executemany(insert, values)
         if self.changes is not None:
             self.changes.update((table, key) for key, *_ in values)
@@ -264,11 +255,11 @@ class Tables:
 
         Rows that are not text are passed over.
         """
-        return self._select(table, _SELECT_BY_ID, (after, PAGE_ROWS))
+        return self._select(table, statements.SELECT_BY_ID, (after, PAGE_ROWS))
 
     def read_range(self, table: str, after: str, end: str) -> list[Row]:
         """Return the rows whose keys are between two keys, in order, at most :data:`PAGE_ROWS`."""
-        return self._select(table, _SELECT_BY_KEY, (after, end, PAGE_ROWS))
+        return self._select(table, statements.SELECT_BY_KEY, (after, end, PAGE_ROWS))
 
     def _select(self, table: str, select: str, values: tuple[object, ...]) -> list[Row]:
         return [
@@ -287,19 +278,27 @@ class Tables:
         """
         for table in self._tables.values():
             table._con.set_progress_handler(is_stopping, _CHECK_STEP)
-            if table._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
-                raise sqlite3.DatabaseError("quick_check")
+            try:
+                if table._sql("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                    raise sqlite3.DatabaseError("quick_check")
+            except sqlite3.OperationalError:
+                if not is_stopping():
+                    raise
 
     def note_changes(self) -> None:
         """Note all :attr:`changes` from now on, for a later :meth:`merge`."""
         self.changes = set()
 
-    def merge(self, table: str, key: str, other: Tables) -> None:
-        """Take over a row that was written or deleted in ``other``. Hold the transaction.
+    def merge(self, other: Tables) -> None:
+        """Take over the :attr:`changes` of ``other``. The version that is newer is kept."""
+        for table, keys in groupby(sorted(other.changes or ()), itemgetter(0)):
+            while step := list(islice(keys, _STEP_ROWS)):
+                with self.transaction(table):
+                    for _, key in step:
+                        self._take_over(table, key, other)
 
-        Of two versions of a row, the one that was written later is kept.
-        """
-        select = "SELECT store_time, value, tag, expire_time FROM Cache WHERE key = ? AND raw = 1"
+    def _take_over(self, table: str, key: str, other: Tables) -> None:
+        select = statements.SELECT_VERSION
         ours, theirs = (t._tables[table]._sql(select, (key,)).fetchone() for t in (self, other))
         if theirs is None:
             self.delete(table, key)
@@ -378,21 +377,25 @@ class Rows:
     async def write(self, table: str, work: Callable[[Tables], T], otherwise: T) -> T:
         """Run ``work`` in a transaction of ``table``, in the writing thread.
 
-        Waits while another process writes. If that takes too long, or if the disk refuses, nothing
-        is written, that is logged, and ``otherwise`` is returned.
+        Waits while another process writes. If that takes too long, if too many writes wait, or if
+        the disk refuses: logs that, writes nothing, and returns ``otherwise``.
         """
+        if self._writing._work_queue.qsize() >= _MAX_QUEUED_WRITES:
+            self._failed(sqlite3.OperationalError("too many writes wait for another process"))
+            return otherwise
         deadline = time.monotonic() + _BUSY_TIMEOUT_S
 
         def write(tables: Tables) -> T:
             while True:
+                # A late write does not wait: those that are queued behind it are late as well.
+                may_wait = time.monotonic() < deadline and not self._is_closing
                 try:
-                    with tables.transaction(table):
+                    with tables.transaction(table, may_wait=may_wait):
                         result = work(tables)
                     self._refusal = None
                     return result
                 except sqlite3.Error as error:
-                    is_late = time.monotonic() >= deadline or self._is_closing
-                    if is_late or not is_busy(error):
+                    if not may_wait or not is_busy(error):
                         raise
 
         return await self._run(self._writing, write, otherwise)
@@ -409,13 +412,8 @@ class Rows:
         """Look for damage in all databases, in a thread of its own, and replace damaged ones."""
 
         def check(tables: Tables) -> None:
-            try:
+            with closing(tables):
                 tables.check(lambda: self._is_closing)
-            except sqlite3.OperationalError:
-                if not self._is_closing:
-                    raise
-            finally:
-                tables.close()
 
         await self._run(self._checking, check, None)
 
@@ -436,30 +434,39 @@ class Rows:
         private = self._tables
         if private is None or self._directory.refusal is None:
             return
-        tables = self._directory.leave_copy(partial(_merge, private))
+        tables = self._directory.leave_copy(lambda tables: tables.merge(private))
         if tables is not None:
             self._tables = tables
             self._discard(private)
 
     async def _run(self, executor: Executor, work: Callable[[Tables], T], otherwise: T) -> T:
-        loop = asyncio.get_running_loop()
-        failed: Tables | None = None
-        damage: Exception | None = None
+        run = asyncio.get_running_loop().run_in_executor
         try:
-            while True:
-                tables = self._tables
-                if tables is None or tables is failed:
-                    reopen = partial(self._reopen, failed, damage)
-                    tables = await loop.run_in_executor(self._writing, reopen)
-                try:
-                    return await loop.run_in_executor(executor, tables.run, work)
-                except (FilesReplaced, sqlite3.Error) as error:
-                    if failed is not None or not is_damage(error):
-                        raise
-                    failed, damage = tables, error
+            if executor is self._writing:
+                return await run(executor, self._write_in_turn, work)
+            tables = self._tables
+            if tables is None:
+                tables = await run(self._writing, self._reopen, None, None)
+            try:
+                return await run(executor, tables.run, work)
+            except (FilesReplaced, sqlite3.Error) as error:
+                if not is_damage(error):
+                    raise
+                tables = await run(self._writing, self._reopen, tables, error)
+                return await run(executor, tables.run, work)
         except FAILURES as error:
             self._failed(error)
             return otherwise
+
+    def _write_in_turn(self, work: Callable[[Tables], T]) -> T:
+        """Run ``work``. Opens the directory here if needed, so that no later write comes first."""
+        tables = self._tables or self._reopen(None, None)
+        try:
+            return tables.run(work)
+        except (FilesReplaced, sqlite3.Error) as error:
+            if not is_damage(error):
+                raise
+            return self._reopen(tables, error).run(work)
 
     def _reopen(self, failed: Tables | None, damage: Exception | None) -> Tables:
         """Open the directory, or return the tables that another operation has just opened."""
@@ -487,13 +494,3 @@ class Rows:
             self._logged_at = time.monotonic()
             fields = (("why", f"{type(error).__name__}: {error}"), ("times", self._failures))
             self._emit(LogMessage("warning", "an operation of the index failed", fields))
-
-
-def _merge(private: Tables, tables: Tables) -> None:
-    changes = sorted(private.changes or ())
-    for start in range(0, len(changes), _STEP_ROWS):
-        step = changes[start : start + _STEP_ROWS]
-        for table in {table for table, _ in step}:
-            with tables.transaction(table):
-                for key in (key for of, key in step if of == table):
-                    tables.merge(table, key, private)

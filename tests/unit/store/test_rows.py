@@ -7,8 +7,12 @@ import errno
 import os
 import pickle
 import sqlite3
+import threading
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +23,7 @@ from mirror.store.rows import PAGE_ROWS, Row, Rows, Tables, TextDisk
 from tests.unit.store import damages
 from tests.unit.store.damages import Damage
 from tests.unit.store.kit import opened_rows, text_of
+from tests.waiting import until
 
 
 async def everything(rows: Rows, table: str = "kept") -> list[Row]:
@@ -291,3 +296,60 @@ async def test_cancelled_read_does_not_disturb_the_others(tmp_path: Path) -> Non
                 task.cancel()
         assert [t.cancelled() or t.result() == "1" for t in asked] == [True] * 20
         assert sum(task.cancelled() for task in asked) == 7
+
+
+async def test_write_that_waits_for_a_new_opening_is_not_overtaken(tmp_path: Path) -> None:
+    async with opened_rows(tmp_path / "index") as rows:
+        await rows.put("kept", [("a", "0")])
+        opening, order = threading.Event(), list[str]()
+        reopen = rows._reopen
+
+        def slow(*arguments: Any) -> Tables:
+            tables = reopen(*arguments)
+            opening.wait(20)
+            return tables
+
+        def note(name: str) -> Callable[[Tables], None]:
+            return lambda tables: order.append(name)
+
+        rows._reopen = slow  # type: ignore[method-assign] # another write comes after the opening
+        rows._tables, closed = None, rows._tables
+        first = asyncio.ensure_future(rows.write("kept", note("1"), None))  # noqa: TID251 - a test
+        await until(lambda: rows._tables is not None)
+        opening.set()
+        while not rows._writing._work_queue.empty():
+            continue  # The loop does not learn yet that the opening has ended.
+        await asyncio.gather(rows.write("kept", note("2"), None), first)
+        assert order == ["1", "2"]
+        assert closed is not None
+        for thread in (rows._writing, rows._reading):
+            await asyncio.get_running_loop().run_in_executor(thread, closed.close)
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_writes_that_wait_for_another_process_are_bounded_and_end_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_QUEUED_WRITES", 100)
+    monkeypatch.setattr(module, "_BUSY_TIMEOUT_S", 0.1)
+    events: list[Event] = []
+    async with opened_rows(tmp_path / "index", events) as rows:
+        await rows.put("kept", [("a", "0")])
+        other = sqlite3.connect(tmp_path / "index" / "kept" / "cache.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        writes = [
+            asyncio.ensure_future(rows.put("kept", [(str(n), "1")]))  # noqa: TID251 - a test
+            for n in range(150)
+        ]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert rows._writing._work_queue.qsize() <= 100
+        assert sum(write.done() for write in writes) >= 49, "the others are refused at once"
+        assert not any(await asyncio.gather(*writes))
+        assert time.monotonic() - begun < 25, "not 0.5 s each"
+        other.execute("ROLLBACK")
+        other.close()
+        assert await rows.put("kept", [("a", "1")])
+    (warning,) = events
+    assert isinstance(warning, LogMessage)
