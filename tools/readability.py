@@ -29,9 +29,9 @@ LIMITS: Final[dict[str, int]] = {
     "constants": 0,
     "names": 0,
     "parameters": 0,
-    "lines": 13000,
+    "lines": 13150,
     "cold-modules": 30,
-    "cold-functions": 275,
+    "cold-functions": 280,
     "warm-modules": 16,
     "warm-functions": 76,
 }
