@@ -18,10 +18,10 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 from urllib.parse import quote
 
 from aiohttp import hdrs
@@ -69,6 +69,7 @@ from mirror.upstream.retry import (
 )
 from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import (
+    Destination,
     Response,
     Transport,
     parse_rate_limit,
@@ -116,6 +117,21 @@ class AcceptedResponse(Response):
 
     If it is not called, success is reported when the body has ended.
     """
+    repeat: Repeat
+    """Sends the same request to the same endpoint again, over a further connection."""
+
+
+class Repeat(Protocol):
+    """Sends a request again, once, with other headers. Any status is accepted.
+
+    The outcome is not reported to the circuit breaker, and a 429 begins no pause: further
+    connections are our own wish, and say nothing about requests that clients wait for.
+    """
+
+    def __call__(
+        self, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send it to ``destination``, that of an earlier response. None: to the endpoint."""
 
 
 @dataclass(slots=True)
@@ -133,6 +149,8 @@ class _Attempt:
     """Whether the circuit breaker knows the outcome."""
     refusal: MirrorError | None = None
     """Reason of a 401: which credentials are missing, or were refused. None: no 401."""
+    destination: Destination | None = None
+    """Where the request is sent. None: to the endpoint."""
 
     def url(self) -> URL:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
@@ -329,10 +347,11 @@ class FailoverClient:
                 response = await self._send_authorized(stack, attempt)
                 accepted = AcceptedResponse(
                     response.http,
-                    response.is_cross_origin,
+                    response.destination,
                     response.limits,
                     str(attempt.policy.endpoint),
                     report_success=partial(self._record_outcome, attempt, None),
+                    repeat=partial(self._repeat, attempt),
                 )
                 if response.http.status != 200 and not attempt.request.is_accepted(accepted):
                     raise attempt.refusal or await error_of(response, attempt.request.kind)
@@ -346,6 +365,24 @@ class FailoverClient:
                 self._record_outcome(attempt, error)
                 raise
             self._record_outcome(attempt, None)
+
+    def _repeat(
+        self, attempt: _Attempt, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send the request of ``attempt`` again. See :class:`Repeat`."""
+        request = replace(
+            attempt.request, headers=headers, endpoint_headers={}, is_accepted=lambda response: True
+        )
+        again = _Attempt(
+            attempt.policy,
+            request,
+            is_probe=False,
+            is_repeat=True,
+            limit=self._transport.response_limit(request.kind, is_urgent=True),
+            is_recorded=True,
+            destination=destination,
+        )
+        return self._run_attempt(again)
 
     async def _send_authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
         """Send the request with credentials, as far as the endpoint requires them.
@@ -393,6 +430,7 @@ class FailoverClient:
             attempt.policy,
             follow_redirects=request.follow_redirects,
             limit=attempt.limit,
+            destination=attempt.destination,
         )
         started_at, status, message = self._clock(), 0, ""
         try:

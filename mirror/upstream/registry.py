@@ -7,7 +7,7 @@ and bodies, pagination. Must not know: endpoints, tokens, retries, the store, ou
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from typing import Final
 
 from aiohttp import hdrs
 
-from mirror.config.settings import Limits
+from mirror.config.settings import Limits, Parallel
 from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci import tag_list
 from mirror.oci.descriptor import (
@@ -44,15 +44,15 @@ from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, pa
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
-    MIN_PROGRESS_BYTES,
     ContentStream,
     ManifestBody,
     ManifestHead,
 )
+from mirror.upstream.bodies import BodyStream
 from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
 from mirror.upstream.retry import is_transient
-from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
+from mirror.upstream.transport import Response, read_body
 
 _MAX_TAG_PAGE_BYTES: Final = 16 * 1024 * 1024
 """Bytes of one page of tags at most: an upstream may ignore ``n`` and send all of them, and gcr.io
@@ -72,13 +72,21 @@ reached."""
 class HttpRegistry:
     """One upstream over HTTP. See :class:`mirror.upstream.api.Registry` for the methods."""
 
-    def __init__(self, name: str, client: FailoverClient, limits: Limits, emit: Observer) -> None:
+    def __init__(
+        self,
+        name: str,
+        client: FailoverClient,
+        limits: Limits,
+        parallel: Parallel,
+        emit: Observer,
+    ) -> None:
         """Create a registry.
 
         Args:
             name: Name of the upstream, for events.
             client: Sends the requests.
             limits: ``idle`` and ``min_rate`` of bodies.
+            parallel: How many connections a fetch may have.
             emit: Receives an event for the bytes that arrive.
         """
         self._name = name
@@ -86,6 +94,7 @@ class HttpRegistry:
         self._limits = limits
         self._emit = emit
         self.idle = limits.idle
+        self.parallel = parallel
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._answered_heads: set[tuple[str, Kind]] = set()
         """(URL of an endpoint, kind of content) for which a ``HEAD`` got a 200."""
@@ -301,56 +310,7 @@ class HttpRegistry:
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 
-# --- bodies ---------------------------------------------------------------------------------------
-
-
-class BodyStream:
-    """An arriving body. See :class:`mirror.upstream.api.ContentStream` for the attributes."""
-
-    def __init__(
-        self,
-        response: AcceptedResponse,
-        start: int,
-        total: int | None,
-        limits: Limits,
-        report_bytes: Callable[[int], None],
-    ) -> None:
-        """Create a stream. Raises ``UpstreamProtocolError`` for a compressed body.
-
-        Args:
-            response: The response. Its ``report_success`` is called once there is progress.
-            start: Offset of its first byte.
-            total: Size of the whole content. None: not known.
-            limits: ``idle`` and ``min_rate`` of the body.
-            report_bytes: Called with the length of each chunk.
-        """
-        check_encoding(response.http)
-        self.start = start
-        self.total = total
-        self.endpoint = response.endpoint
-        entity_tag = response.http.headers.get(hdrs.ETAG)
-        # A weak ETag starts with W/ (RFC 9110, section 8.8.3) and must not be used for If-Range.
-        is_strong = entity_tag is not None and entity_tag.startswith('"')
-        self.validator = f"{self.endpoint} {entity_tag}" if is_strong else None
-        self._response = response
-        self._limits = limits
-        self._report_bytes = report_bytes
-
-    @property
-    def media_type(self) -> str:
-        """See :attr:`mirror.upstream.api.ContentStream.media_type`."""
-        return manifest_type_of(self._response.http.headers.get(hdrs.CONTENT_TYPE))
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
-        expected = self.total - self.start if self.total is not None else None
-        received = 0
-        async for chunk in read_chunks(self._response.http, self._limits, expected):
-            if received < MIN_PROGRESS_BYTES <= received + len(chunk):
-                self._response.report_success()
-            received += len(chunk)
-            self._report_bytes(len(chunk))
-            yield chunk
+# --- ranges ---------------------------------------------------------------------------------------
 
 
 def _range_of(response: Response, offset: int) -> tuple[int, int | None]:

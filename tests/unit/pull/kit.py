@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mirror.config.settings import Settings, Storage, Upstream
+from mirror.config.settings import Parallel, Settings, Storage, Upstream
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
@@ -92,6 +92,7 @@ class MemoryRegistry:
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
+    parallel: Parallel = field(default_factory=Parallel)
 
     # --- content, for the tests---------------------------------------------------------------
 
