@@ -36,6 +36,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.parallel import ParallelReader
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
@@ -80,12 +82,14 @@ class Fetch:
         first: ContentSource,
         emit: Observer,
         callbacks: AccessCallbacks,
+        reader: ParallelReader,
         on_wrong_bytes: Callable[[dict[str, str]], None],
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
-        ``on_wrong_bytes`` is called after a digest mismatch with {URL of the endpoint: name of its
-        upstream} of all endpoints that sent bytes, the latest one last.
+        ``reader`` reads its transfers. ``on_wrong_bytes`` is called after a digest mismatch with
+        {URL of the endpoint: name of its upstream} of all endpoints that sent bytes, the latest one
+        last.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -96,6 +100,7 @@ class Fetch:
         """The error of each source that failed or refused."""
         self._emit = emit
         self._callbacks = callbacks
+        self._reader = reader
         self._on_wrong_bytes = on_wrong_bytes
         self._queue = deque([first])
         self._offered = {_proof_key(first.request)}
@@ -224,6 +229,7 @@ class Fetch:
         except OSError as error:
             await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
         finally:
+            self._reader.close()
             ingest.release()
 
     async def _fetch_from_sources(self) -> None:
@@ -344,7 +350,10 @@ class Fetch:
                 self._callbacks.on_granted(source, stream)
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
-            async for data in stream:
+            chunks = await stack.enter_async_context(
+                self._reader.read(stream, source, ingest.position)
+            )
+            async for data in chunks:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
@@ -413,6 +422,7 @@ class RunningFetches:
         self._emit = emit
         self._callbacks = callbacks
         self._finish_abandoned = finish_abandoned
+        self.connections = ConnectionBudget()
         self._active: dict[Digest, Fetch] = {}
         self._suspects: TTLCache[Digest, dict[str, str]] = TTLCache(
             _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
@@ -454,7 +464,10 @@ class RunningFetches:
         digest = source.request.digest
         ingest = self._store.start_ingest(digest)
         add_suspects = partial(self._add_suspects, digest)
-        fetch = Fetch(ingest, source, self._emit, self._callbacks, add_suspects)
+        reader = ParallelReader(
+            self.connections, self._store.memory, source.request.pull, self._emit
+        )
+        fetch = Fetch(ingest, source, self._emit, self._callbacks, reader, add_suspects)
         follower = ingest.follow()
         assert follower is not None
         self._active[digest] = fetch
