@@ -189,7 +189,9 @@ class _Transfer:
                 return
         self._begin(plain)
         while pieces.position < pieces.total:
-            front = pieces.pop()
+            count, front = len(pieces), pieces.pop()
+            if front is None or len(pieces) < count:
+                self._fill()  # There may be memory now, or a gap at the front, which needs none.
             if front is not None:
                 self._hold_memory()
                 self._drained.set()
@@ -316,12 +318,12 @@ class _Transfer:
         match error:
             case UpstreamRateLimited():
                 reason = "refused"
-                self._reader.connections.on_refused(self._stream.endpoint)
                 delay = _RETRY_AFTER_S if error.retry_after is None else error.retry_after
-                self._not_before = self._loop.time() + delay
-                self._refusals += 1
-                if not self._ramp.is_adding and self._refusals == 1:
-                    wanted += 1  # This number was accepted before.
+                self._reader.connections.on_refused(self._stream.endpoint, delay)
+                if not self._ramp.is_adding:
+                    self._not_before = self._loop.time() + delay
+                    self._refusals += 1
+                    wanted += self._refusals == 1  # This number was accepted before.
             case UpstreamProtocolError():
                 reason = "no_ranges"
                 self._reader.connections.on_no_ranges(self._stream.endpoint)
@@ -359,6 +361,7 @@ class _Transfer:
             if late is not None and late in self._tasks:
                 self._reader.emit(PieceCut(self._upstream, self._stream.endpoint, late.end))
                 self._reader.pull.late_pieces += 1
+                self._ramp.on_cut(now)
                 self._tasks[late].cancel()
             self._fill()
             self._changed.set()

@@ -23,9 +23,9 @@ MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
 _PIECES_OF_A_BLOB: Final = 16
 """Pieces that a blob has at least, if they are not smaller than the minimum: with fewer, the last
 one would be fetched alone for too long."""
-_LATE_AFTER_S: Final = 1.0
+_LATE_AFTER_S: Final = 0.75
 """Seconds for which no piece is late: a request may take as long. Twice as many after each cut, so
-that a fetch does not cut pieces for ever."""
+that a fetch does not cut pieces for ever. Less than two measurements of the rate take."""
 _LATE_FACTOR: Final = 4
 """A piece is late if its rate is the median of the others divided by this, or less."""
 _JUDGED_AFTER_S: Final = 0.25
@@ -210,10 +210,12 @@ class Pieces:
         return not piece.is_fetched
 
     def _stop_of_plain(self, plain: Piece) -> int:
-        """Return the start of the first piece that has bytes, or a response, behind the plain one.
+        """Return the start of the first piece behind the plain one that has a response or bytes.
 
         If that piece has begun to be handed out before, what is left of it counts.
         """
+        if plain.end < self.position:
+            return plain.end  # The piece behind it was handed out, and is gone.
         starts = (
             piece.taken
             for piece in self._pieces

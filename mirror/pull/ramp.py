@@ -67,6 +67,11 @@ class Ramp:
         if self.is_adding and self._since is None and count >= self.wanted:
             self._since, self._bytes = now, 0
 
+    def on_cut(self, now: float) -> None:
+        """Begin the measurement again: a connection has starved during it."""
+        if self._since is not None:
+            self._since, self._bytes = now, 0
+
     def evaluate(self, now: float, missing: int, size: int) -> Step:
         """End a measurement if it is long enough, and decide.
 

@@ -28,7 +28,9 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch, RunningFetches
+from mirror.pull.parallel import ParallelReader
 from mirror.pull.requests import ContentRequest, ContentSource
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest import Ingest
@@ -76,7 +78,9 @@ class FetchEnv:
             assert set(endpoints.values()) == {REPO.upstream}
             self.suspects += endpoints
 
-        fetch = Fetch(self.ingest, self.source, self.kit.events.append, self, suspect)
+        emit, pull = self.kit.events.append, self.source.request.pull
+        reader = ParallelReader(ConnectionBudget(), self.kit.memory, pull, emit)
+        fetch = Fetch(self.ingest, self.source, emit, self, reader, suspect)
         for other in others:
             fetch.offer(other)
         await fetch.run()
