@@ -28,7 +28,6 @@ from mirror.oci.errors import (
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
-    NotFound,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamTimeout,
@@ -261,7 +260,7 @@ class Fetch:
                 await self._transfer(attempts)
             except (DigestMismatch, ManifestInvalid, _Preempted):
                 raise
-            except (UpstreamError, NotFound) as error:
+            except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
                 await self._pause_before_resuming(attempts, error)
