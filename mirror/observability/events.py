@@ -204,7 +204,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class ConnectionsChanged:
-    """A connection began (1) or ended (-1) to transfer a blob, or a part of one."""
+    """The number of connections that fetch blobs beside the first one of each blob has changed."""
 
     upstream: str
     change: int

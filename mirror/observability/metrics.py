@@ -149,8 +149,8 @@ class MetricsObserver:
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
         )
         self._connections = gauge(
-            "blob_connections",
-            "Connections that fetch blobs from upstreams now. One blob may have several.",
+            "further_connections",
+            "Connections that fetch blobs now, beside the first connection of each blob.",
             "upstream",
             mode="livesum",
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
@@ -26,7 +26,6 @@ from mirror.observability.events import (
     BackedOff,
     BackOffReason,
     ConnectionsChanged,
-    Kind,
     Observer,
     PieceCut,
     RequestRecord,
@@ -60,16 +59,16 @@ class ParallelReader:
         self,
         connections: ConnectionBudget,
         memory: MemoryBudget,
-        pull: RequestRecord,
         emit: Observer,
+        pull: RequestRecord,
     ) -> None:
         """Start without a transfer.
 
         Args:
             connections: The connections of this process.
             memory: The memory of this process.
-            pull: Record of the request that has started the fetch.
             emit: Receives the events of connections.
+            pull: Record of the request that has brought the source.
         """
         self.connections = connections
         self.memory = memory
@@ -92,29 +91,24 @@ class ParallelReader:
             MirrorError: While the iterator is read: see :meth:`ContentStream.__aiter__`. It is the
                 error of the last connection.
         """
-        upstream, parallel = source.request.repository.upstream, source.registry.parallel
-        with ExitStack() as first:
-            first.enter_context(self.connections.connection(stream.endpoint))
-            self.emit(ConnectionsChanged(upstream, 1))
-            first.callback(self.emit, ConnectionsChanged(upstream, -1))
-            total = stream.total
-            is_alone = parallel.connections == 1 or source.request.kind is not Kind.BLOB
-            if is_alone or source.avoid or total is None or stream.start != position:
-                self.close()
-                yield aiter(stream)
-                return
-            pieces = self._pieces_for(position, total, parallel.part)
-            error: Exception | None = None
-            async with asyncio.TaskGroup() as group:
-                transfer = _Transfer(self, stream, upstream, pieces, parallel, first, group)
-                try:
-                    yield transfer.chunks()
-                except Exception as raised:
-                    error = raised  # A group would wrap it.
-                finally:
-                    transfer.end()
-            if error is not None:
-                raise error
+        parallel = source.registry.parallel
+        if stream.total is None or stream.start != position or source.avoid:
+            self.close()
+            yield aiter(stream)
+            return
+        pieces = self._pieces_for(position, stream.total, parallel.part)
+        upstream = source.request.repository.upstream
+        error: Exception | None = None
+        async with asyncio.TaskGroup() as group:
+            transfer = _Transfer(self, stream, upstream, pieces, parallel, group)
+            try:
+                yield transfer.chunks()
+            except Exception as raised:
+                error = raised  # A group would wrap it.
+            finally:
+                transfer.end()
+        if error is not None:
+            raise error
 
     def _pieces_for(self, position: int, total: int, part: int) -> Pieces:
         """Return what the transfer before has left. Otherwise no pieces."""
@@ -141,19 +135,19 @@ class _Transfer:
         upstream: str,
         pieces: Pieces,
         parallel: Parallel,
-        first: ExitStack,
         group: asyncio.TaskGroup,
     ) -> None:
-        """Start with the response ``stream`` alone. ``first``: counts its connection."""
+        """Start with the response ``stream`` alone. ``group`` gets the tasks."""
         self._reader = reader
         self._stream = stream
         self._upstream = upstream
         self._pieces = pieces
-        self._first = first
         self._group = group
         self._loop = asyncio.get_running_loop()
         self._ramp = Ramp(parallel.connections)
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
+        self._further = 0
+        """Connections beside the first one, as they are counted."""
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         """Set when the front has bytes, or when a task has ended."""
@@ -221,7 +215,7 @@ class _Transfer:
         if not len(self._pieces):
             self._ramp.add()
         piece = self._pieces.begin_plain(self._loop.time())
-        self._start(piece, self._first, self._read(piece, plain))
+        self._start(piece, self._read(piece, plain))
         self._ticker = self._group.create_task(self._tick())
         self._fill()
 
@@ -244,23 +238,28 @@ class _Transfer:
             if needed and not reader.memory.may_take_ahead(needed):
                 self._pieces.give_back(piece)
                 return
-            counted = ExitStack()
-            counted.enter_context(reader.connections.connection(self._stream.endpoint))
-            reader.emit(ConnectionsChanged(self._upstream, 1))
-            counted.callback(reader.emit, ConnectionsChanged(self._upstream, -1))
-            self._start(piece, counted, self._fetch(piece))
+            self._start(piece, self._fetch(piece))
             reader.pull.connections = max(reader.pull.connections, len(self._tasks))
             self._hold_memory()
 
-    def _start(self, piece: Piece, counted: ExitStack, work: Coroutine[None, None, None]) -> None:
-        """Start the task of a piece. ``counted`` is closed when it ends."""
+    def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
+        """Start the task of a piece."""
         task = self._tasks[piece] = self._group.create_task(work)
+        self._count_connections()
         # A task that is cancelled before its first step runs no line of its coroutine.
-        task.add_done_callback(partial(self._on_task_done, piece, counted))
+        task.add_done_callback(partial(self._on_task_done, piece))
 
-    def _on_task_done(self, piece: Piece, counted: ExitStack, task: asyncio.Task[None]) -> None:
+    def _count_connections(self) -> None:
+        """Tell the budget and the metrics how many connections there are beside the first one."""
+        count = max(0, len(self._tasks) - 1)
+        if count != self._further:
+            self._reader.connections.hold(self, self._stream.endpoint, count)
+            self._reader.emit(ConnectionsChanged(self._upstream, count - self._further))
+            self._further = count
+
+    def _on_task_done(self, piece: Piece, task: asyncio.Task[None]) -> None:
         del self._tasks[piece]
-        counted.close()
+        self._count_connections()
         if piece.is_plain:
             self._stream.close()
         self._pieces.give_back(piece)

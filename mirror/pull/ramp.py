@@ -20,12 +20,12 @@ _GAIN: Final = 1.25
 could be had is 1.33."""
 _MIN_REMAINING_S: Final = 1.0
 """Seconds that the rest must take, at the current rate, to be worth a further connection."""
-_MIN_REMAINING_PIECES: Final = 4
+MIN_REMAINING_PIECES: Final = 4
 """Pieces that must be missing to be worth a further connection."""
 
 
 class Step(Enum):
-    """What to do after a measurement."""
+    """The decision after a measurement."""
 
     KEEP = auto()
     ADD = auto()
@@ -91,7 +91,7 @@ class Ramp:
             return Step.NO_GAIN
         self.rate, self.is_adding = rate, False
         self._since, self._bytes = now, 0
-        is_worth = missing > rate * _MIN_REMAINING_S and missing > _MIN_REMAINING_PIECES * size
+        is_worth = missing > rate * _MIN_REMAINING_S and missing > MIN_REMAINING_PIECES * size
         return Step.ADD if is_worth and self.wanted < self._most else Step.KEEP
 
     def add(self) -> None:

@@ -192,9 +192,8 @@ async def transfer(
     registry = MemoryRegistry(parallel=parallel or Parallel())
     memory = memory or MemoryBudget(48 * MIB)
     request = a_request(Digest.of(b"any"))
-    reader = ParallelReader(
-        connections or ConnectionBudget(loop.time), memory, request.pull, events.append
-    )
+    connections = connections or ConnectionBudget(lambda endpoint: 1, loop.time)
+    reader = ParallelReader(connections, memory, events.append, request.pull)
     begun, position, is_right, peak = loop.time(), 0, True, 0
     try:
         while True:

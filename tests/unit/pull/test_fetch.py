@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,9 +79,10 @@ class FetchEnv:
             assert set(endpoints.values()) == {REPO.upstream}
             self.suspects += endpoints
 
-        emit, pull = self.kit.events.append, self.source.request.pull
-        reader = ParallelReader(ConnectionBudget(), self.kit.memory, pull, emit)
-        fetch = Fetch(self.ingest, self.source, emit, self, reader, suspect)
+        emit = self.kit.events.append
+        connections = ConnectionBudget(lambda endpoint: 1)
+        make_reader = partial(ParallelReader, connections, self.kit.memory, emit)
+        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect)
         for other in others:
             fetch.offer(other)
         await fetch.run()
@@ -127,7 +129,7 @@ def another(fetch_env: FetchEnv) -> FetchEnv:
 @pytest.fixture
 async def fetch_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FetchEnv]:
     """A blob at the upstream, and pauses that take no time."""
-    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
     with kit(tmp_path) as parts:
         registry = Recording()
         registry.add_blob(REPO.path, DATA)

@@ -153,8 +153,8 @@ def test_only_the_last_error_ends_a_transfer() -> None:
 
 def test_fetches_share_the_connections_of_an_endpoint() -> None:
     async def read() -> list[Upstream]:
-        connections = ConnectionBudget(asyncio.get_running_loop().time)
         upstreams = [Upstream(DATA) for _ in range(5)]
+        connections = ConnectionBudget(lambda endpoint: 5, asyncio.get_running_loop().time)
         counted = 0
 
         async def watch() -> None:
@@ -181,7 +181,7 @@ def test_fetches_share_the_connections_of_an_endpoint() -> None:
 def test_refusal_is_remembered_for_ten_minutes() -> None:
     async def read() -> tuple[int, int]:
         loop = asyncio.get_running_loop()
-        connections = ConnectionBudget(loop.time)
+        connections = ConnectionBudget(lambda endpoint: 1, loop.time)
         first = Upstream(DATA, max_connections=2)
         await transfer(first, connections=connections)
         second = Upstream(DATA)
