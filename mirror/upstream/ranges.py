@@ -24,7 +24,7 @@ from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import retry_after_of
 
 
-class Ranges:
+class FurtherRanges:
     """The further ranges of one content, at the endpoint of its first response."""
 
     def __init__(self, first: AcceptedResponse, total: int | None, entity_tag: str | None) -> None:

@@ -55,7 +55,7 @@ from mirror.upstream.documents import (
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
-from mirror.upstream.ranges import Ranges
+from mirror.upstream.ranges import FurtherRanges
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
@@ -340,7 +340,7 @@ class BodyStream:
         self._response = response
         self._limits = limits
         self._report_bytes = report_bytes
-        self._ranges: Ranges | None = None
+        self._ranges: FurtherRanges | None = None
 
     @property
     def media_type(self) -> str:
@@ -367,7 +367,7 @@ class BodyStream:
         """See :meth:`mirror.upstream.api.ContentStream.open_range`."""
         if self._ranges is None:
             entity_tag = self.validator.partition(" ")[2] if self.validator is not None else None
-            self._ranges = Ranges(self._response, self.total, entity_tag)
+            self._ranges = FurtherRanges(self._response, self.total, entity_tag)
         async with self._ranges.open(start, stop) as response:
             yield BodyStream(
                 response, start, self.total, self._limits, self._report_bytes, stop=stop
