@@ -231,7 +231,7 @@ class _Transfer:
             if not (is_first or reader.connections.may_add(self._stream.endpoint)):
                 return
             lead = max(self._pieces.size // 2, int(self._ramp.rate * self._latency))
-            piece = self._pieces.claim(now, lead, is_last=self._ramp.wanted == 1)
+            piece = self._pieces.claim(now, lead, self._ramp.wanted)
             if piece is None:
                 return
             needed = 0 if piece.is_front else piece.stop - piece.start
@@ -351,11 +351,7 @@ class _Transfer:
                 case Step.ADD if self._may_add():
                     self._ramp.add()
                 case Step.NO_GAIN:
-                    self._reader.emit(
-                        BackedOff(
-                            self._upstream, self._stream.endpoint, "no_gain", self._ramp.wanted
-                        )
-                    )
+                    self._back_off("no_gain", self._ramp.wanted)
             late = pieces.find_late(now)
             if late is not None and late in self._tasks:
                 self._reader.emit(PieceCut(self._upstream, self._stream.endpoint, late.end))

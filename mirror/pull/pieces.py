@@ -23,6 +23,8 @@ MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
 _PIECES_OF_A_BLOB: Final = 16
 """Pieces that a blob has at least, if they are not smaller than the minimum: with fewer, the last
 one would be fetched alone for too long."""
+_LAST_PIECES: Final = 4
+"""Pieces that one of the usual size becomes at the end of a blob."""
 _LATE_AFTER_S: Final = 0.75
 """Seconds for which no piece is late: a request may take as long. Twice as many after each cut, so
 that a fetch does not cut pieces for ever. Less than two measurements of the rate take."""
@@ -142,21 +144,25 @@ class Pieces:
         self._insert(plain)
         return plain
 
-    def claim(self, now: float, lead: int, *, is_last: bool = False) -> Piece | None:
+    def claim(self, now: float, lead: int, connections: int) -> Piece | None:
         """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
+
+        Near the end of the blob the pieces become smaller, so that all connections end together.
 
         Args:
             now: The time.
             lead: Bytes after the plain piece's end that are left to it: it may have brought them
                 before a response arrives.
-            is_last: No other connection is wanted. So the piece is the whole gap.
+            connections: How many are wanted. With one, a piece at the front is the whole gap.
         """
         start, stop = self._first_gap(lead)
         if start >= stop:
             return None
         is_front = start == self.position
-        if not (is_last and is_front) and stop - start - self.size >= self.size // 4:
-            stop = start + self.size
+        least = self.size // _LAST_PIECES
+        size = min(self.size, max(least, self.missing // (2 * connections)))
+        if not (connections == 1 and is_front) and stop - start - size >= least:
+            stop = start + size
         piece = Piece(start, stop, now, is_front=is_front)
         self._insert(piece)
         return piece

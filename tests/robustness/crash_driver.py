@@ -1,7 +1,7 @@
 """One cold pull of an image as a separate program, which the crash tests trace and kill.
 
 ``python -m tests.robustness.crash_driver ROOT [evict | parallel | MUTANT]``. ``evict``: pull
-another blob, for which a part of the image must be evicted. ``parallel``: fetch the largest layer by
+another blob, for which a part of the image must be evicted. ``parallel``: fetch a layer by
 several connections. ``MUTANT``: plant a fault in the store, to show that the tests find it. Prints
 the digest of content after it was published, and before it may be evicted.
 """

@@ -26,8 +26,8 @@ class Window:
     accepted: int = 0
     now: float = 0.0
 
-    def claim(self, lead: int, *, is_last: bool = False) -> bool:
-        piece = self.pieces.claim(self.now, lead, is_last=is_last)
+    def claim(self, lead: int, connections: int = 2) -> bool:
+        piece = self.pieces.claim(self.now, lead, connections)
         if piece is not None:
             self.open.append(piece)
         return piece is not None
@@ -78,7 +78,7 @@ def test_every_order_of_arrival_yields_the_exact_bytes_and_none_is_taken_twice(
     for _ in range(data.draw(st.integers(0, 60))):
         action = data.draw(st.sampled_from(["claim", "respond", "receive", "cut", "pop"]))
         if action == "claim":
-            window.claim(data.draw(st.integers(0, 80)))
+            window.claim(data.draw(st.integers(0, 80)), data.draw(st.integers(1, 4)))
         elif action == "pop":
             window.pop()
         elif window.open:
@@ -101,7 +101,7 @@ def test_every_order_of_arrival_yields_the_exact_bytes_and_none_is_taken_twice(
         window.check()
         if window.pieces.position == total:
             break
-        window.claim(0, is_last=not window.open)
+        window.claim(0, 2 if window.open else 1)
     assert bytes(window.out) == DATA[:total]
     assert window.accepted == total
     assert window.pieces.missing == window.pieces.ahead == 0
@@ -139,7 +139,7 @@ def test_first_gap_is_requested_first_and_the_last_piece_takes_a_small_rest() ->
 
 def test_last_connection_requests_the_whole_gap_at_the_front() -> None:
     window = Window(Pieces(0, 400, 50))
-    window.claim(0, is_last=True)
+    window.claim(0, 1)
     assert (window.open[0].start, window.open[0].stop) == (0, 400)
     assert window.pieces.ahead == 0, "it pauses in place of using memory"
 
@@ -189,3 +189,15 @@ def test_piece_is_not_late_at_once_nor_while_its_reader_pauses() -> None:
 def test_pieces_that_are_all_slow_are_not_late() -> None:
     window = Window(Pieces(0, 400, 100))
     assert rates(window, 1, 1, 2, 3, seconds=30.0) is None
+
+
+def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -> None:
+    pieces, sizes = Pieces(0, 1000, 100), []
+    while (piece := pieces.claim(0.0, 0, 4)) is not None:
+        sizes.append(piece.stop - piece.start)
+        pieces.respond(piece)
+        pieces.receive(piece, bytes(sizes[-1]), 1.0)
+        assert pieces.pop()
+    assert sizes[:2] == [100, 100]
+    assert max(sizes[-4:]) < 50
+    assert min(sizes) >= 25
