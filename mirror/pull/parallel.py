@@ -239,7 +239,6 @@ class _Transfer:
                 self._pieces.give_back(piece)
                 return
             self._start(piece, self._fetch(piece))
-            reader.pull.connections = max(reader.pull.connections, len(self._tasks))
             self._hold_memory()
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
@@ -279,6 +278,7 @@ class _Transfer:
                     return  # The plain piece has been faster.
                 count = sum(1 for other in self._tasks if other.has_response)
                 self._ramp.on_connections(now, count)
+                self._reader.pull.connections = max(self._reader.pull.connections, count)
                 await self._read(piece, aiter(stream))
         except MirrorError as error:
             self._on_failure(piece, error)
