@@ -65,7 +65,9 @@ async def test_blob_is_fetched_by_several_connections_and_each_byte_once(tmp_pat
         assert await asyncio.gather(*(pull(server, digest) for _ in range(4))) == [True] * 4
         await server.store.idle()
         assert fake.most_transfers > 1
-        assert fake.bytes_sent <= len(DATA) * 1.03, "a socket's buffer is lost once"
+        # A socket's buffer is lost when the first response ends, and small parts that come late.
+        # In virtual time, the bound is 1.01 (tests/unit/pull/test_parallel.py).
+        assert fake.bytes_sent <= len(DATA) + 8 * PART
         assert server.store.memory.total == 0
         first = next(record for record in await server.records() if record.outcome == "miss")
         assert first.connections == fake.most_transfers
