@@ -120,7 +120,8 @@ class Storage(Section):
     """
     Most bytes that running fetches hold in memory together, in each worker process: bytes that wait
     for the disk or, if the disk refuses, for clients. Each fetch may hold 256 KiB anyway.
-    When it is used up, upstreams are read more slowly.
+    When it is used up, upstreams are read more slowly. Bytes that several connections bring before
+    earlier ones have the same limit, and both together a third more.
     """
     reverify: Duration = 86400.0
     """
@@ -156,6 +157,21 @@ class Limits(Section):
     """
     Minimum rate of a body, in bytes per second over the time of idle.
     A slower body is given up and resumed.
+    """
+
+
+class Parallel(Section):
+    """The connections that fetch one blob together, each of them a part."""
+
+    connections: Annotated[int, Field(ge=1, le=4)] = 4
+    """
+    Most connections for one blob. Further ones are opened only while they make the fetch faster,
+    and the upstream does not refuse them. 1: a blob is fetched by one connection.
+    """
+    part: Annotated[Size, AfterValidator(values.check_part)] = 8 * 2**20
+    """
+    Bytes that one connection asks for at a time, from 64KiB to 8MiB. Blobs of less than 128MiB are
+    fetched in smaller parts, and those of less than four parts by one connection.
     """
 
 
@@ -267,6 +283,8 @@ class Upstream(Section):
     """
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
+    parallel: Parallel = Parallel()
+    """The connections that fetch one blob together."""
 
     def alias_of(self, name: str) -> str:
         """Return the alias, or its default for an upstream of this name."""

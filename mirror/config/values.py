@@ -221,6 +221,13 @@ def check_positive(seconds: float) -> float:
     return check_finite(seconds)
 
 
+def check_part(size: int) -> int:
+    """Check the bytes that one of several connections requests at a time."""
+    if not 2**16 <= size <= 2**23:
+        raise ValueError("must be from 64KiB to 8MiB")
+    return size
+
+
 def split_host(text: str) -> tuple[str, int | None]:
     """Split ``host``, ``host:port`` or ``[::1]:port`` into the host and the port.
 

@@ -74,6 +74,11 @@ class RequestRecord:
     """Whether the whole body was sent."""
     joined_at_byte: int | None = None
     """Offset in bytes that an ingest had reached when this request joined it. None: joined none."""
+    connections: int = 0
+    """Most connections that fetched a blob together, for the request that started the fetch. 0: one
+    was enough, or nothing was fetched."""
+    late_pieces: int = 0
+    """Parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -198,6 +203,40 @@ class Resumed:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionsChanged:
+    """The number of connections that fetch blobs beside the first one of each blob has changed."""
+
+    upstream: str
+    change: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCut:
+    """A part of a blob arrived far slower than other parts. Its rest is fetched again.
+
+    ``offset``: the first byte that has not arrived.
+    """
+
+    upstream: str
+    endpoint: str
+    offset: int
+
+
+BackOffReason: TypeAlias = Literal["no_gain", "refused", "no_ranges", "failed"]
+"""One more connection brought no more bytes, got a 429 or a 503, got no range, or got no data."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackedOff:
+    """A blob is fetched by fewer connections from now on: ``connections`` of them."""
+
+    upstream: str
+    endpoint: str
+    reason: BackOffReason
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
 class DigestMismatched:
     """Bytes did not hash to their digest. ``where`` they came from: upstream, resume or disk."""
 
@@ -316,6 +355,9 @@ Event: TypeAlias = (
     | RateLimitSeen
     | CircuitChanged
     | Resumed
+    | ConnectionsChanged
+    | PieceCut
+    | BackedOff
     | DigestMismatched
     | Reverified
     | Evicted

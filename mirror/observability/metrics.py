@@ -148,6 +148,22 @@ class MetricsObserver:
         self._resumed = counter(
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
         )
+        self._connections = gauge(
+            "further_connections",
+            "Connections that fetch blobs now, beside the first connection of each blob.",
+            "upstream",
+            mode="livesum",
+        )
+        self._cut_pieces = counter(
+            "late_parts",
+            "Parts of blobs that arrived far slower than others, and whose rest was fetched again.",
+            "upstream",
+        )
+        self._backed_off = counter(
+            "connection_back_offs",
+            "Fetches that went on with fewer connections.",
+            "upstream reason",
+        )
         self._mismatches = counter(
             "digest_mismatches",
             "Contents whose bytes did not hash to their digest.",
@@ -232,6 +248,10 @@ class MetricsObserver:
         self._incomplete.labels(upstream)
         self._billed.labels(upstream)
         self._resumed.labels(upstream)
+        self._connections.labels(upstream)
+        self._cut_pieces.labels(upstream)
+        for reason in get_args(events.BackOffReason):
+            self._backed_off.labels(upstream, reason)
         self._latency.labels(upstream)
         self._token_latency.labels(upstream)
         for result in get_args(events.TokenResult):
@@ -279,6 +299,12 @@ class MetricsObserver:
                 self._circuit.labels(self._upstream(upstream), endpoint).set(is_open)
             case events.Resumed(upstream):
                 self._resumed.labels(self._upstream(upstream)).inc()
+            case events.ConnectionsChanged(upstream, change):
+                self._connections.labels(self._upstream(upstream)).inc(change)
+            case events.PieceCut(upstream):
+                self._cut_pieces.labels(self._upstream(upstream)).inc()
+            case events.BackedOff(upstream, _, reason):
+                self._backed_off.labels(self._upstream(upstream), reason).inc()
             case events.DigestMismatched(upstream, _, where):
                 self._mismatches.labels(
                     self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)

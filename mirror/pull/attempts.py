@@ -6,9 +6,11 @@ followers, other sources.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Final
 
+from mirror.observability.events import Resumed
 from mirror.oci.errors import (
     AllCircuitsOpen,
     FailureScope,
@@ -31,6 +33,12 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
+
+
+_PAUSE_UNIT_S: Final = 0.05
+"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
+_MAX_PAUSE_S: Final = 2.0
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 
 
 @dataclass(slots=True)
@@ -104,6 +112,21 @@ class SourceAttempts:
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or now - self.last_progress_at >= self.stall_limit_s
         )
+
+    def resumed(self, position: int, error: MirrorError) -> Resumed:
+        """Return the event of a transfer that ended with ``error`` and is resumed."""
+        upstream = self.source.request.repository.upstream
+        return Resumed(upstream, position, isinstance(error, UpstreamProtocolError), error.message)
+
+    def pause(self, error: MirrorError) -> float:
+        """Return the seconds before the next transfer, after one that ended with ``error``.
+
+        The time is random, so that fetches which broke together do not resume together.
+        """
+        longest = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        if isinstance(error, AllCircuitsOpen):
+            longest = _MAX_PAUSE_S
+        return random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
 
 
 def _is_response(error: MirrorError) -> bool:

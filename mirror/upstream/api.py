@@ -30,6 +30,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from mirror.config.settings import Parallel
 from mirror.observability.events import Kind
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Reference, Repository
@@ -98,12 +99,39 @@ class ContentStream(Protocol):
             UpstreamProtocolError: more bytes than ``total``.
         """
 
+    def close(self) -> None:
+        """End the transfer at once, although bytes are missing. Safe to call twice."""
+
+    def open_range(self, start: int, stop: int) -> AbstractAsyncContextManager[ContentStream]:
+        """Get a part of the same content at the same endpoint, over a further connection.
+
+        May be called until the context manager of this stream exits, also after :meth:`close`. A
+        redirect is not resolved again, unless the URL that it led to has expired. The request is
+        sent once. No circuit breaker and no pause after a 429 hears of a failure: the caller must
+        be able to do without the answer.
+
+        Args:
+            start: Offset of the first byte.
+            stop: Offset after the last byte. At most ``total``, which must be known.
+
+        Returns:
+            A context manager that yields the body once the response headers are in.
+
+        Raises:
+            UpstreamRateLimited: a 429 or a 503.
+            UpstreamProtocolError: the upstream ignores ``Range``, or its response is another range
+                or one of other content.
+            MirrorError: any other failure or refusal of this request.
+        """
+
 
 class Registry(Protocol):
     """One upstream. :func:`mirror.upstream.registries.open_registries` opens and closes it."""
 
     idle: float
     """Seconds without data after which a body is given up (``limits.idle``)."""
+    parallel: Parallel
+    """How many connections may fetch one blob together."""
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]

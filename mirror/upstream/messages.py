@@ -6,13 +6,15 @@ Lives here: values only. Must not know: which endpoint is next, circuit breakers
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mirror.observability.events import Kind
 from mirror.oci.errors import MirrorError, UpstreamError
 from mirror.oci.reference import Repository
 from mirror.upstream.retry import is_transient
-from mirror.upstream.transport import Response
+from mirror.upstream.transport import Destination, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +63,18 @@ class AcceptedResponse(Response):
 
     If it is not called, success is reported when the body has ended.
     """
+    repeat: Repeat
+    """Sends the same request to the same endpoint again, over a further connection."""
+
+
+class Repeat(Protocol):
+    """Sends a request again, once, with other headers. Any status is accepted.
+
+    The outcome is not reported to the circuit breaker, and a 429 begins no pause: further
+    connections are our own wish, and say nothing about requests that clients wait for.
+    """
+
+    def __call__(
+        self, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send it to ``destination``, that of an earlier response. None: to the endpoint."""

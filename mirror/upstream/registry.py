@@ -14,24 +14,16 @@ from typing import Final, TypeVar
 
 from aiohttp import hdrs
 
-from mirror.config.settings import Limits
+from mirror.config.settings import Limits, Parallel
 from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci import tag_list
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
-    DOCKER_SCHEMA1_SIGNED,
     MANIFEST_LIMIT,
     OCI_INDEX,
-    SCHEMA1_TYPES,
-    parse_manifest,
-    parse_referrers,
-    payload_of,
-    referrers_index,
-    sniff_media_type,
 )
 from mirror.oci.errors import (
     DigestInvalid,
-    ManifestInvalid,
     ManifestUnknown,
     MirrorError,
     NotFound,
@@ -46,10 +38,16 @@ from mirror.upstream.api import (
     ManifestBody,
     ManifestHead,
 )
+from mirror.upstream.documents import (
+    identify_manifest,
+    merge_referrers,
+    refuse_what_is_no_manifest,
+)
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.heads import Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
+from mirror.upstream.ranges import FurtherRanges
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 T = TypeVar("T")
@@ -63,19 +61,26 @@ _MAX_LISTS_BYTES: Final = 2 * _MAX_TAG_LIST_BYTES
 """Bytes of all lists of one upstream that are collected at the same time."""
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
-_NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
 
 
 class HttpRegistry:
     """One upstream over HTTP. See :class:`mirror.upstream.api.Registry` for the methods."""
 
-    def __init__(self, name: str, client: FailoverClient, limits: Limits, emit: Observer) -> None:
+    def __init__(
+        self,
+        name: str,
+        client: FailoverClient,
+        limits: Limits,
+        parallel: Parallel,
+        emit: Observer,
+    ) -> None:
         """Create a registry.
 
         Args:
             name: Name of the upstream, for events.
             client: Sends the requests.
             limits: ``idle`` and ``min_rate`` of bodies.
+            parallel: How many connections a fetch may have.
             emit: Receives an event for the bytes that arrive.
         """
         self._name = name
@@ -83,6 +88,7 @@ class HttpRegistry:
         self._limits = limits
         self._emit = emit
         self.idle = limits.idle
+        self.parallel = parallel
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._heads = Heads(client)
 
@@ -136,8 +142,8 @@ class HttpRegistry:
             expected: Digest | None = reference
         else:
             expected = digest_of(received)
-            await parse_in_thread_if_large(_refuse_what_is_no_manifest, body, media_type)
-        return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
+            await parse_in_thread_if_large(refuse_what_is_no_manifest, body, media_type)
+        return await parse_in_thread_if_large(identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`."""
@@ -243,7 +249,7 @@ class HttpRegistry:
         except NotFound:
             return None  # No endpoint has this API.
         assert pages is not None
-        body = pages[0] if len(pages) == 1 else await run_in_thread(_merge_referrers, pages)
+        body = pages[0] if len(pages) == 1 else await run_in_thread(merge_referrers, pages)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 
@@ -260,6 +266,8 @@ class BodyStream:
         total: int | None,
         limits: Limits,
         report_bytes: Callable[[int], None],
+        *,
+        stop: int | None = None,
     ) -> None:
         """Create a stream. Raises ``UpstreamProtocolError`` for a compressed body.
 
@@ -269,6 +277,7 @@ class BodyStream:
             total: Size of the whole content. None: not known.
             limits: ``idle`` and ``min_rate`` of the body.
             report_bytes: Called with the length of each chunk.
+            stop: Offset after its last byte. None: the end of the content.
         """
         check_encoding(response.http)
         self.start = start
@@ -278,9 +287,11 @@ class BodyStream:
         # A weak ETag starts with W/ (RFC 9110, section 8.8.3) and must not be used for If-Range.
         is_strong = entity_tag is not None and entity_tag.startswith('"')
         self.validator = f"{self.endpoint} {entity_tag}" if is_strong else None
+        self._stop = stop if stop is not None else total
         self._response = response
         self._limits = limits
         self._report_bytes = report_bytes
+        self._ranges: FurtherRanges | None = None
 
     @property
     def media_type(self) -> str:
@@ -289,7 +300,7 @@ class BodyStream:
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
-        expected = self.total - self.start if self.total is not None else None
+        expected = self._stop - self.start if self._stop is not None else None
         received = 0
         async for chunk in read_chunks(self._response.http, self._limits, expected):
             if received < MIN_PROGRESS_BYTES <= received + len(chunk):
@@ -297,6 +308,21 @@ class BodyStream:
             received += len(chunk)
             self._report_bytes(len(chunk))
             yield chunk
+
+    def close(self) -> None:
+        """See :meth:`mirror.upstream.api.ContentStream.close`."""
+        self._response.http.close()
+
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[ContentStream]:
+        """See :meth:`mirror.upstream.api.ContentStream.open_range`."""
+        if self._ranges is None:
+            entity_tag = self.validator.partition(" ")[2] if self.validator is not None else None
+            self._ranges = FurtherRanges(self._response, self.total, entity_tag)
+        async with self._ranges.open(start, stop) as response:
+            yield BodyStream(
+                response, start, self.total, self._limits, self._report_bytes, stop=stop
+            )
 
 
 def _range_of(response: Response, offset: int) -> tuple[int, int | None]:
@@ -364,37 +390,6 @@ def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
     return ManifestHead(digest, media_type, length_of(headers) or None)
 
 
-def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:
-    """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
-
-    A response without a digest has no other proof: a log-in page comes with status 200, too.
-    """
-    try:
-        parse_manifest(body, media_type)
-        is_manifest = {media_type, sniff_media_type(body)} != {OCTET_STREAM}
-    except ManifestInvalid as error:
-        raise UpstreamProtocolError(f"{_NO_MANIFEST}: {error.message}") from error
-    if not is_manifest:
-        raise UpstreamProtocolError(_NO_MANIFEST)
-
-
-def _identify_manifest(body: bytes, media_type: str, expected: Digest | None) -> ManifestBody:
-    """Return a manifest with its digest, also a signed one of schema 1.
-
-    Raises ``UpstreamProtocolError`` if it does not match ``expected``. None: any digest is right.
-    """
-    algorithm = expected.algorithm if expected is not None else "sha256"
-    digest = of_payload = Digest.of(body, algorithm)
-    if media_type == OCTET_STREAM or media_type.lower() in SCHEMA1_TYPES:
-        of_payload = Digest.of(payload_of(body), algorithm)
-    if expected not in (None, digest, of_payload):
-        raise UpstreamProtocolError("the manifest does not match its digest")
-    if digest in (of_payload, expected):
-        return ManifestBody(digest, media_type, body)
-    is_stated = media_type != OCTET_STREAM
-    return ManifestBody(of_payload, media_type if is_stated else DOCKER_SCHEMA1_SIGNED, body)
-
-
 def length_of(headers: Mapping[str, str]) -> int | None:
     """Return ``Content-Length`` in bytes. None if it is missing or malformed.
 
@@ -415,8 +410,3 @@ def _is_referrers_page(response: AcceptedResponse) -> bool:
     if media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
         raise ManifestUnknown("the upstream does not list referrers")
     return True
-
-
-def _merge_referrers(pages: Sequence[bytes]) -> bytes:
-    """Join referrers indexes to one. Raises ``ManifestInvalid``."""
-    return referrers_index([entry for body in pages for entry in parse_referrers(body)])

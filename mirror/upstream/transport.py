@@ -65,16 +65,30 @@ _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*",
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
-    """A response whose headers have arrived.
+class Destination:
+    """The origin of a response, after all redirects. Every hop has passed the guard.
 
-    ``is_cross_origin``: a redirect led to another origin than that of the request. ``limits``:
-    those of its body.
+    ``is_cross_origin``: a redirect led to another origin than that of the request. ``sender``: the
+    most private zone of the hosts that redirected.
     """
 
+    target: Allowed
+    is_cross_origin: bool = False
+    sender: Zone = Zone.LINK_LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response whose headers have arrived. ``limits``: those of its body."""
+
     http: aiohttp.ClientResponse
-    is_cross_origin: bool
+    destination: Destination
     limits: Limits
+
+    @property
+    def is_cross_origin(self) -> bool:
+        """Whether a redirect led to another origin than that of the request."""
+        return self.destination.is_cross_origin
 
 
 class _PeerResponse(aiohttp.ClientResponse):
@@ -206,6 +220,7 @@ class Transport:
         form: Mapping[str, str] | None = None,
         limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
+        destination: Destination | None = None,
     ) -> AsyncIterator[Response]:
         """Send a request, follow its redirects, and yield the response once its headers are in.
 
@@ -221,6 +236,8 @@ class Transport:
             form: Fields of a form body. None: no body.
             limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
+            destination: That of an earlier response to a request for ``url``. The request is sent
+                there at once. None: it is sent to ``url``.
 
         Raises:
             UpstreamTimeout: the time limit has run out, or that of the connection.
@@ -229,35 +246,34 @@ class Transport:
             OutboundRefused: the guard refused a redirect, or the address of a host.
         """
         request_headers = dict(headers)
-        is_cross_origin, sender = False, Zone.LINK_LOCAL
-        target = Allowed(url, is_same_origin=True, addresses=addresses)
+        hop = destination or Destination(Allowed(url, is_same_origin=True, addresses=addresses))
         for _ in range(MAX_REDIRECTS + 1):
+            if hop.is_cross_origin:
+                request_headers.pop("Authorization", None)
             try:
                 response = await self._send(
-                    method, target, policy, limit, headers=request_headers, data=form
+                    method, hop.target, policy, limit, headers=request_headers, data=form
                 )
             except errors.UpstreamUnavailable as error:
-                if is_cross_origin:
+                if hop.is_cross_origin:
                     error.scope = errors.FailureScope.REQUEST
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
                 if response.status not in _REDIRECTS or location is None or not follow_redirects:
-                    yield Response(response, is_cross_origin, self._limits)
+                    yield Response(response, hop, self._limits)
                     return
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
                 response.release()
             # No host may lead nearer to the mirror than each host before it may.
-            sender = min(sender, self._sender_zone(target.url, response))
-            verdict = check_url(location, UrlSource.REDIRECT, target.url, policy, sender)
+            sender = min(hop.sender, self._sender_zone(hop.target.url, response))
+            verdict = check_url(location, UrlSource.REDIRECT, hop.target.url, policy, sender)
             if not isinstance(verdict, Allowed):
-                origin = target.url.origin()
+                origin = hop.target.url.origin()
                 raise errors.OutboundRefused(f"{origin}: redirect refused: {verdict.why}")
-            if not verdict.is_same_origin:
-                request_headers.pop("Authorization", None)
-                is_cross_origin = True
-            target = verdict
+            is_cross_origin = hop.is_cross_origin or not verdict.is_same_origin
+            hop = Destination(verdict, is_cross_origin, sender)
         raise errors.UpstreamProtocolError(f"{url.origin()}: more than {MAX_REDIRECTS} redirects")
 
     def _sender_zone(self, url: URL, response: _PeerResponse) -> Zone:
@@ -349,6 +365,25 @@ async def _request(
         response.release()
         raise aiohttp.ClientHttpProxyError(response.request_info, response.history, status=407)
     return response
+
+
+@asynccontextmanager
+async def token_deadline(limit: ResponseLimit) -> AsyncIterator[None]:
+    """Raise ``UpstreamTimeout`` in the block at the end of ``limit``.
+
+    It marks this error, and any other ``MirrorError`` of the block, with ``is_without_token``.
+    """
+    try:
+        async with asyncio.timeout_at(limit.deadline):
+            yield
+    except TimeoutError as timeout:
+        message = "no token within the time limit (limits.connect and limits.headers)"
+        error = errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
+        error.is_without_token = True
+        raise error from timeout
+    except errors.MirrorError as error:
+        error.is_without_token = True
+        raise
 
 
 # --- bodies ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mirror.config.settings import Settings, Storage, Upstream
+from mirror.config.settings import Parallel, Settings, Storage, Upstream
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
@@ -51,7 +51,7 @@ class Stream:
     data: bytes
     start: int
     total: int | None
-    media_type: str
+    media_type: str = "application/x"
     break_at: int | None = None
     error: MirrorError | None = None
     gate: asyncio.Event | None = None
@@ -60,6 +60,8 @@ class Stream:
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
+    pace: float = 0.0
+    """Seconds between two chunks."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         position = self.start
@@ -75,7 +77,16 @@ class Stream:
             position = stop
             if self.gate is not None:
                 await self.gate.wait()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pace)
+
+    def close(self) -> None:
+        """Do nothing. The reader reads no further."""
+
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[Stream]:
+        """Yield a part of the body, which nothing breaks."""
+        data, pace = self.data[:stop], self.pace
+        yield Stream(data, start, self.total, gate=self.gate, piece=self.piece, pace=pace)
 
 
 @dataclass
@@ -93,6 +104,7 @@ class MemoryRegistry:
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
+    parallel: Parallel = field(default_factory=Parallel)
 
     # --- content, for the tests---------------------------------------------------------------
 

@@ -99,7 +99,7 @@ async def joined(
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses take no time."""
-    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
 
 
 @pytest.mark.row("U1-reset-at-a-byte")
@@ -231,7 +231,7 @@ def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> No
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock())
     assert sources.next_source() is ours
     with sources.on_other_upstream(lambda: shortened.append(1)):
         for source in (ours, same, same):

@@ -1,0 +1,86 @@
+"""The connections of one process to each endpoint, while they transfer blobs.
+
+Lives here: how many there may be, and what an endpoint has refused. Must not know: what is
+transferred, how a connection is made. The memory for what arrives is in
+:class:`mirror.store.ingest_writer.MemoryBudget`.
+
+Each fetch has a first connection, which is never held up. Further ones, beside it, are optional.
+Each worker process has budgets of its own, as it has for memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Final
+
+MAX_PER_ENDPOINT: Final = 8
+"""Connections to one endpoint at which no further one is opened. First connections count: a pull of
+eight layers needs no help."""
+_REMEMBERED_S: Final = 600.0
+"""Seconds for which an endpoint gets no more connections than it accepted: long enough for the
+layers of an image, short enough for a limit that was a passing overload."""
+
+
+class ConnectionBudget:
+    """Counts connections by the URL of their endpoint."""
+
+    def __init__(
+        self, count_first: Callable[[str], int], clock: Callable[[], float] = monotonic
+    ) -> None:
+        """Start without further connections.
+
+        Args:
+            count_first: Returns the number of fetches that have an endpoint, by its URL.
+            clock: Returns seconds.
+        """
+        self._count_first = count_first
+        self._clock = clock
+        self._further: dict[Hashable, tuple[str, int]] = {}
+        """Owner -> (URL of an endpoint, further connections to it)."""
+        self._accepted: dict[str, tuple[int, float]] = {}
+        """URL of an endpoint -> (number of connections that it accepted, until when that counts).
+        The configuration has a few endpoints."""
+
+    def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
+        """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
+        self._further.pop(owner, None)
+        if count:
+            self._further[owner] = endpoint, count
+
+    @contextmanager
+    def connection(self, endpoint: str) -> Iterator[None]:
+        """Count a further connection to ``endpoint`` while the block runs."""
+        owner = object()
+        self.hold(owner, endpoint, 1)
+        try:
+            yield
+        finally:
+            self.hold(owner, endpoint, 0)
+
+    def count(self, endpoint: str) -> int:
+        """Return the number of all connections to an endpoint."""
+        further = sum(count for url, count in self._further.values() if url == endpoint)
+        return self._count_first(endpoint) + further
+
+    def may_add(self, endpoint: str) -> bool:
+        """Return whether a further connection may be opened."""
+        return self.count(endpoint) < self._limit(endpoint)
+
+    def _limit(self, endpoint: str) -> int:
+        accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
+        return accepted if self._clock() < until else MAX_PER_ENDPOINT
+
+    def on_refused(self, endpoint: str, retry_after: float) -> None:
+        """Remember that the endpoint refused one of the connections that are counted now.
+
+        ``retry_after``: seconds for which it is remembered at least.
+        """
+        accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
+        until = self._clock() + max(retry_after, _REMEMBERED_S)
+        self._accepted[endpoint] = accepted, until
+
+    def on_no_ranges(self, endpoint: str) -> None:
+        """Remember that the endpoint sends no ranges, so that a further connection is useless."""
+        self._accepted[endpoint] = 0, self._clock() + _REMEMBERED_S
