@@ -99,11 +99,14 @@ class RegistryRequest:
     is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
     """Returns True for a status other than 200 that is no error. By default no status is one."""
     follow_redirects: bool = True
+    is_part: bool = False
+    """True for a part of a blob: an endpoint may refuse parts and yet send whole blobs."""
 
     @property
     def subject(self) -> Subject:
         """The requests that a failure of this one counts for."""
-        return Subject(f"{self.method} {self.kind.value}", self.repository.path)
+        kind = f"{self.kind.value} part" if self.is_part else self.kind.value
+        return Subject(f"{self.method} {kind}", self.repository.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,13 +273,14 @@ class FakeRegistry:
             body = _flip(body, fault.flip)
         wanted = seen.headers.get("range")
         if status == 200 and wanted and not fault.ignore_range and "blobs/" in seen.path:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            total = len(body)
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, total = int(first), len(body)
+            stop = min(int(last) + 1, total) if last else total
             if start >= total:
                 status, body, headers = 416, b"", {"Content-Range": f"bytes */{total}"}
             elif seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
-                status, body = 206, body[start:]
-                headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+                status, body = 206, body[start:stop]
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         if fault.content_range is not None and "Content-Range" in headers:
             headers["Content-Range"] = fault.content_range
         framed = not (fault.chunked or fault.no_length or fault.http10)
