@@ -35,6 +35,7 @@ class Outcome(StrEnum):
     HIT = "hit"
     JOIN = "join"
     MISS = "miss"
+    ASIDE = "aside"
     REVALIDATED = "revalidated"
     STALE = "stale"
     NEGATIVE = "negative"
@@ -74,6 +75,10 @@ class RequestRecord:
     """Whether the whole body was sent."""
     joined_at_byte: int | None = None
     """Offset in bytes that an ingest had reached when this request joined it. None: joined none."""
+    is_unverified: bool = False
+    """Whether bytes of the response may come from an aside request, which no digest verifies."""
+    aside_bytes: int = 0
+    """Bytes that came from aside requests, in place of the running fetch."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -197,6 +202,22 @@ class Resumed:
     reason: str
 
 
+AsideResult: TypeAlias = Literal["ok", "refused", "failed", "dropped"]
+"""The bytes; a response that is not the requested part, or a 429; any other failure; no bytes,
+because no client waits for them any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsideEnded:
+    """A request for a part far ahead of the running fetch ended, with ``bytes`` received."""
+
+    upstream: str
+    result: AsideResult
+    bytes: int
+    reason: str
+    """Message of the failure. Empty without one."""
+
+
 @dataclass(frozen=True, slots=True)
 class DigestMismatched:
     """Bytes did not hash to their digest. ``where`` they came from: upstream, resume or disk."""
@@ -316,6 +337,7 @@ Event: TypeAlias = (
     | RateLimitSeen
     | CircuitChanged
     | Resumed
+    | AsideEnded
     | DigestMismatched
     | Reverified
     | Evicted

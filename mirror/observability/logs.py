@@ -323,6 +323,10 @@ class LogObserver:
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
+            case events.AsideEnded(upstream, result, _, reason) if reason:
+                message = "part not fetched ahead of the running fetch, which brings it later"
+                fields_ = {"upstream": upstream, "result": result, "reason": reason}
+                self._write_limited(logging.INFO, message, fields_)
             case events.ConnectionRefused(client):
                 message = "connection refused: the client has max_client_connections"
                 self._write_limited(logging.WARNING, message, {"client": client})
@@ -363,6 +367,8 @@ def encode_request(pull: RequestRecord) -> list[str]:
     ]
     if pull.joined_at_byte is not None:
         fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+    if pull.aside_bytes:
+        fields.append(_encode_field("aside", pull.aside_bytes, as_json=True))
     if pull.stages:
         fields.append(_encode_field("stages", _stage_totals(pull), as_json=True))
     if not pull.repository:

@@ -148,6 +148,16 @@ class MetricsObserver:
         self._resumed = counter(
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
         )
+        self._asides = counter(
+            "aside_requests",
+            "Requests to upstreams for parts far ahead of a running fetch.",
+            "upstream result",
+        )
+        self._aside_bytes = counter(
+            "aside_bytes",
+            "Bytes of parts far ahead of a running fetch, which are not stored.",
+            "upstream",
+        )
         self._mismatches = counter(
             "digest_mismatches",
             "Contents whose bytes did not hash to their digest.",
@@ -232,6 +242,9 @@ class MetricsObserver:
         self._incomplete.labels(upstream)
         self._billed.labels(upstream)
         self._resumed.labels(upstream)
+        self._aside_bytes.labels(upstream)
+        for aside_result in get_args(events.AsideResult):
+            self._asides.labels(upstream, aside_result)
         self._latency.labels(upstream)
         self._token_latency.labels(upstream)
         for result in get_args(events.TokenResult):
@@ -279,6 +292,9 @@ class MetricsObserver:
                 self._circuit.labels(self._upstream(upstream), endpoint).set(is_open)
             case events.Resumed(upstream):
                 self._resumed.labels(self._upstream(upstream)).inc()
+            case events.AsideEnded(upstream, result, count):
+                self._asides.labels(self._upstream(upstream), result).inc()
+                self._aside_bytes.labels(self._upstream(upstream)).inc(count)
             case events.DigestMismatched(upstream, _, where):
                 self._mismatches.labels(
                     self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)

@@ -106,6 +106,11 @@ class Fetch:
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
 
+    def endpoint_of(self, upstream: str) -> str:
+        """Return the URL of the endpoint that sent bytes last. If none has, the upstream's name."""
+        used = reversed(self._endpoints_used.items())
+        return next((url for url, name in used if name == upstream), upstream)
+
     # --- for followers --------------------------------------------------------------------------
 
     def offer(self, source: ContentSource) -> None:
@@ -423,6 +428,10 @@ class RunningFetches:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
         fetch = self._find_active(request.digest)
         return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
+
+    def has_suspects(self, digest: Digest) -> bool:
+        """Return True if an endpoint has sent wrong bytes for this content lately."""
+        return digest in self._suspects
 
     def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
         """Join the fetch of this content, or start it.
