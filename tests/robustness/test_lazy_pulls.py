@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from mirror.config.settings import Limits
 from mirror.observability.events import AsideEnded, Outcome, Published
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.test_ranges import parts_of
@@ -64,7 +65,8 @@ class Layer:
 
 @asynccontextmanager
 async def cold_layer(root: Path) -> AsyncIterator[Layer]:
-    async with FakeRegistry() as fake, running(root, fake.url) as server:
+    patient = Limits(idle=60.0)  # The fetch must not be resumed while it stands still.
+    async with FakeRegistry() as fake, running(root, fake.url, limits=patient) as server:
         layer = Layer(fake, server)
         try:
             yield layer
