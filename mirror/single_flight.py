@@ -1,7 +1,8 @@
 """Run one background task for each key, and give its outcome to every waiter.
 
-Lives here: all background tasks of the process. No other module creates tasks. Must not know: what
-a task does, except that a slow one is reported as a slow upstream.
+Lives here: all background tasks of the process. No other module creates tasks, but for groups that
+end with the task that opens them. Must not know: what a task does, except that a slow one is
+reported as a slow upstream.
 
 Theory of operation: an owner task holds one ``asyncio.TaskGroup``. The tasks in it store their
 outcome in a :class:`SharedTask` and never raise, so no failed task can take the server down. A

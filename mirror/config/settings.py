@@ -120,8 +120,8 @@ class Storage(Section):
     """
     Most bytes that running fetches hold in memory together, in each worker process: bytes that wait
     for the disk or, if the disk refuses, for clients. Each fetch may hold 256 KiB anyway.
-    When it is used up, upstreams are read more slowly. Fetches by several connections hold a third
-    of it beside that, or more while the disk is fast.
+    When it is used up, upstreams are read more slowly. Bytes that several connections bring before
+    earlier ones have the same limit, and both together a third more.
     """
     reverify: Duration = 86400.0
     """

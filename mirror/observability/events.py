@@ -79,6 +79,11 @@ class RequestRecord:
     """Whether bytes of the response may come from an aside request, which no digest verifies."""
     aside_bytes: int = 0
     """Bytes that came from aside requests, in place of the running fetch."""
+    connections: int = 0
+    """Most connections that fetched a blob together, for the request that started the fetch. 0: one
+    was enough, or nothing was fetched."""
+    late_pieces: int = 0
+    """Parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -219,6 +224,40 @@ class AsideEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionsChanged:
+    """The number of connections that fetch blobs beside the first one of each blob has changed."""
+
+    upstream: str
+    change: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCut:
+    """A part of a blob arrived far slower than other parts. Its rest is fetched again.
+
+    ``offset``: the first byte that has not arrived.
+    """
+
+    upstream: str
+    endpoint: str
+    offset: int
+
+
+BackOffReason: TypeAlias = Literal["no_gain", "refused", "no_ranges", "failed"]
+"""One more connection brought no more bytes, got a 429 or a 503, got no range, or got no data."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackedOff:
+    """A blob is fetched by fewer connections from now on: ``connections`` of them."""
+
+    upstream: str
+    endpoint: str
+    reason: BackOffReason
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
 class DigestMismatched:
     """Bytes did not hash to their digest. ``where`` they came from: upstream, resume or disk."""
 
@@ -338,6 +377,9 @@ Event: TypeAlias = (
     | CircuitChanged
     | Resumed
     | AsideEnded
+    | ConnectionsChanged
+    | PieceCut
+    | BackedOff
     | DigestMismatched
     | Reverified
     | Evicted

@@ -327,6 +327,12 @@ class LogObserver:
                 message = "part not fetched ahead of the running fetch, which brings it later"
                 fields_ = {"upstream": upstream, "result": result, "reason": reason}
                 self._write_limited(logging.INFO, message, fields_)
+            case events.PieceCut(upstream, endpoint, offset):
+                late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
+                self._write_limited(logging.INFO, "part of a blob is late", late)
+            case events.BackedOff(upstream, endpoint, reason, count) if reason != "no_gain":
+                fewer = {"upstream": upstream, "endpoint": endpoint, "reason": reason}
+                self._write_limited(logging.INFO, "fewer connections", {**fewer, "count": count})
             case events.ConnectionRefused(client):
                 message = "connection refused: the client has max_client_connections"
                 self._write_limited(logging.WARNING, message, {"client": client})
@@ -369,6 +375,10 @@ def encode_request(pull: RequestRecord) -> list[str]:
         fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
     if pull.aside_bytes:
         fields.append(_encode_field("aside", pull.aside_bytes, as_json=True))
+    if pull.connections:
+        fields.append(_encode_field("connections", pull.connections, as_json=True))
+    if pull.late_pieces:
+        fields.append(_encode_field("late_parts", pull.late_pieces, as_json=True))
     if pull.stages:
         fields.append(_encode_field("stages", _stage_totals(pull), as_json=True))
     if not pull.repository:

@@ -158,6 +158,22 @@ class MetricsObserver:
             "Bytes of parts far ahead of a running fetch, which are not stored.",
             "upstream",
         )
+        self._connections = gauge(
+            "further_connections",
+            "Connections that fetch blobs now, beside the first connection of each blob.",
+            "upstream",
+            mode="livesum",
+        )
+        self._cut_pieces = counter(
+            "late_parts",
+            "Parts of blobs that arrived far slower than others, and whose rest was fetched again.",
+            "upstream",
+        )
+        self._backed_off = counter(
+            "connection_back_offs",
+            "Fetches that went on with fewer connections.",
+            "upstream reason",
+        )
         self._mismatches = counter(
             "digest_mismatches",
             "Contents whose bytes did not hash to their digest.",
@@ -245,6 +261,10 @@ class MetricsObserver:
         self._aside_bytes.labels(upstream)
         for aside_result in get_args(events.AsideResult):
             self._asides.labels(upstream, aside_result)
+        self._connections.labels(upstream)
+        self._cut_pieces.labels(upstream)
+        for reason in get_args(events.BackOffReason):
+            self._backed_off.labels(upstream, reason)
         self._latency.labels(upstream)
         self._token_latency.labels(upstream)
         for result in get_args(events.TokenResult):
@@ -295,6 +315,12 @@ class MetricsObserver:
             case events.AsideEnded(upstream, result, count):
                 self._asides.labels(self._upstream(upstream), result).inc()
                 self._aside_bytes.labels(self._upstream(upstream)).inc(count)
+            case events.ConnectionsChanged(upstream, change):
+                self._connections.labels(self._upstream(upstream)).inc(change)
+            case events.PieceCut(upstream):
+                self._cut_pieces.labels(self._upstream(upstream)).inc()
+            case events.BackedOff(upstream, _, reason):
+                self._backed_off.labels(self._upstream(upstream), reason).inc()
             case events.DigestMismatched(upstream, _, where):
                 self._mismatches.labels(
                     self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)

@@ -8,6 +8,8 @@ Reading order:
 2. :mod:`~mirror.pull.admission`: rules that deny a repository before anything is read or fetched.
 3. :mod:`~mirror.pull.content`: content by digest. Checks who may read it, then serves it.
 4. :mod:`~mirror.pull.fetch`: fetches missing content, once for all clients that want it.
+   Large blobs by several connections: :mod:`~mirror.pull.parallel`, with the policies in
+   :mod:`~mirror.pull.pieces` and :mod:`~mirror.pull.ramp`.
 5. :mod:`~mirror.pull.manifests`: manifests by digest and by tag, on top of ``content``.
 6. :mod:`~mirror.pull.lists`: tag lists and referrers.
 7. :mod:`~mirror.pull.freshness`: pure decisions that 3, 5 and 6 share: fresh, ask, or stale.

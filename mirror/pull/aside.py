@@ -67,7 +67,7 @@ clients wait for them."""
 _EXTENT_BYTES: Final = 256 * 1024
 """Bytes that a reader returns at a time: what is sent to a slow client is copied."""
 
-_MEASURE_S: Final = 0.1
+_SAMPLE_S: Final = 0.1
 """Seconds for which the rate of a fetch is measured: about a third of the time in which a lazy
 snapshotter expects its first bytes."""
 _MAX_SAMPLE_AGE_S: Final = 2.0
@@ -122,9 +122,9 @@ class FrontRate:
     rate: float | None = None
 
     def measure(self, now: float, front: int) -> float | None:
-        """Return the current rate in bytes per second. None: ask again after ``_MEASURE_S``."""
+        """Return the current rate in bytes per second. None: ask again after ``_SAMPLE_S``."""
         age = now - self.at
-        if age >= _MEASURE_S / 2:
+        if age >= _SAMPLE_S / 2:
             is_recent = age <= _MAX_SAMPLE_AGE_S
             self.rate = (front - self.front) / age if is_recent else None
             self.at, self.front = now, front
@@ -259,10 +259,10 @@ class AsideRequests:
             if chosen or is_near or loop.time() >= deadline:
                 return chosen
             if arrived > spans[0].start:
-                await asyncio.sleep(_MEASURE_S)
+                await asyncio.sleep(_SAMPLE_S)
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_MEASURE_S):
+                    async with asyncio.timeout(_SAMPLE_S):
                         await follower.wait(spans[0].start)
 
     def _join(
@@ -305,7 +305,7 @@ class AsideRequests:
     ) -> bytearray:
         """Request a span, once it may be sent. Raises ``MirrorError``."""
         repository, received = source.request.repository, bytearray()
-        async with self._connection(state, fetch.endpoint_of(repository.upstream)):
+        async with self._connection(state, fetch.endpoint):
             if self._is_paused(repository):
                 raise UpstreamUnavailable("the request for another part has failed meanwhile")
             result: AsideResult = "dropped"

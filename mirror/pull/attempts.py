@@ -6,10 +6,20 @@ followers, other sources.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Final
 
-from mirror.oci.errors import AllCircuitsOpen, MirrorError, UpstreamError, UpstreamProtocolError
+from mirror.observability.events import Resumed
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    Denied,
+    MirrorError,
+    StorageRefused,
+    Unauthorized,
+    UpstreamError,
+    UpstreamProtocolError,
+)
 from mirror.pull.requests import ContentSource
 
 STALL_GRACE_S: Final = 15.0
@@ -20,6 +30,12 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
+
+
+_PAUSE_UNIT_S: Final = 0.05
+"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
+_MAX_PAUSE_S: Final = 2.0
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 
 
 @dataclass(slots=True)
@@ -40,7 +56,10 @@ class SourceAttempts:
     has_progressed: bool = False
     """Whether the latest transfer has brought at least ``MIN_PROGRESS_BYTES`` new bytes."""
     may_use_range: bool = True
-    """False once the response to a ``Range`` was wrong: the next one is skipped to the offset."""
+    """False once the response to a ``Range`` was wrong, or a refusal (a storage may refuse ranges,
+    and an upstream may pass this on): the next one is skipped to the offset."""
+    is_refused: bool = False
+    """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
     endpoint: str = ""
     avoid: list[str] = field(default_factory=list)
@@ -56,7 +75,8 @@ class SourceAttempts:
             endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
             endpoint = endpoint or self.endpoint
             self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        if isinstance(error, UpstreamProtocolError):
+        self.is_refused = isinstance(error, Denied | Unauthorized) and not self.may_use_range
+        if isinstance(error, UpstreamProtocolError | StorageRefused | Denied | Unauthorized):
             self.validator = None
             self.may_use_range = False
         elif self.failed_in_a_row > _RANGED_ATTEMPTS:
@@ -66,6 +86,22 @@ class SourceAttempts:
         """Return whether the source is given up."""
         return (
             not self.has_responded
+            or self.is_refused
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or now - self.last_progress_at >= self.patience
         )
+
+    def resumed(self, position: int, error: MirrorError) -> Resumed:
+        """Return the event of a transfer that ended with ``error`` and is resumed."""
+        upstream = self.source.request.repository.upstream
+        return Resumed(upstream, position, isinstance(error, UpstreamProtocolError), error.message)
+
+    def pause(self, error: MirrorError) -> float:
+        """Return the seconds before the next transfer, after one that ended with ``error``.
+
+        The time is random, so that fetches which broke together do not resume together.
+        """
+        longest = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        if isinstance(error, AllCircuitsOpen):
+            longest = _MAX_PAUSE_S
+        return random.uniform(0, longest)  # noqa: S311 - jitter, not a secret

@@ -4,59 +4,83 @@ Lives here: how many there may be, and what an endpoint has refused. Must not kn
 transferred, how a connection is made. The memory for what arrives is in
 :class:`mirror.store.ingest_writer.MemoryBudget`.
 
+Each fetch has a first connection, which is never held up. Further ones, beside it, are optional.
 Each worker process has budgets of its own, as it has for memory.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Final
 
-from cachetools import TTLCache
-
-MAX_CONNECTIONS: Final = 8
-"""Connections to one endpoint at which a fetch opens no further one. First connections of fetches
-are never held up, and count: a pull of eight layers needs no help."""
+MAX_PER_ENDPOINT: Final = 8
+"""Connections to one endpoint at which no further one is opened. First connections count: a pull of
+eight layers needs no help."""
 _REMEMBERED_S: Final = 600.0
 """Seconds for which an endpoint gets no more connections than it accepted: long enough for the
 layers of an image, short enough for a limit that was a passing overload."""
-_MAX_ENDPOINTS: Final = 1000
-"""Endpoints whose refusals are remembered. A configuration has a few."""
 
 
 class ConnectionBudget:
     """Counts connections by the URL of their endpoint."""
 
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        """Start without connections. ``clock``: returns seconds."""
-        self._open: Counter[str] = Counter()
-        self._accepted: TTLCache[str, int] = TTLCache(_MAX_ENDPOINTS, _REMEMBERED_S, clock)
-        """URL of an endpoint that refused a connection -> the number that it accepts."""
+    def __init__(
+        self, count_first: Callable[[str], int], clock: Callable[[], float] = monotonic
+    ) -> None:
+        """Start without further connections.
+
+        Args:
+            count_first: Returns the number of fetches that have an endpoint, by its URL.
+            clock: Returns seconds.
+        """
+        self._count_first = count_first
+        self._clock = clock
+        self._further: dict[Hashable, tuple[str, int]] = {}
+        """Owner -> (URL of an endpoint, further connections to it)."""
+        self._accepted: dict[str, tuple[int, float]] = {}
+        """URL of an endpoint -> (number of connections that it accepted, until when that counts).
+        The configuration has a few endpoints."""
+
+    def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
+        """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
+        self._further.pop(owner, None)
+        if count:
+            self._further[owner] = endpoint, count
 
     @contextmanager
     def connection(self, endpoint: str) -> Iterator[None]:
-        """Count a connection to ``endpoint`` while the block runs."""
-        self._open[endpoint] += 1
+        """Count a further connection to ``endpoint`` while the block runs."""
+        owner = object()
+        self.hold(owner, endpoint, 1)
         try:
             yield
         finally:
-            self._open[endpoint] -= 1
-            if not self._open[endpoint]:
-                del self._open[endpoint]
+            self.hold(owner, endpoint, 0)
+
+    def count(self, endpoint: str) -> int:
+        """Return the number of all connections to an endpoint."""
+        further = sum(count for url, count in self._further.values() if url == endpoint)
+        return self._count_first(endpoint) + further
 
     def may_add(self, endpoint: str) -> bool:
-        """Return whether a further connection may be opened, beside another one of its fetch."""
-        most = min(MAX_CONNECTIONS, self._accepted.get(endpoint, MAX_CONNECTIONS))
-        return self._open[endpoint] < most
+        """Return whether a further connection may be opened."""
+        return self.count(endpoint) < self._limit(endpoint)
 
-    def on_refused(self, endpoint: str) -> None:
-        """Remember that the endpoint refused one of the connections that are counted now."""
-        accepted = max(1, self._open[endpoint] - 1)
-        self._accepted[endpoint] = min(accepted, self._accepted.get(endpoint, accepted))
+    def _limit(self, endpoint: str) -> int:
+        accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
+        return accepted if self._clock() < until else MAX_PER_ENDPOINT
+
+    def on_refused(self, endpoint: str, retry_after: float) -> None:
+        """Remember that the endpoint refused one of the connections that are counted now.
+
+        ``retry_after``: seconds for which it is remembered at least.
+        """
+        accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
+        until = self._clock() + max(retry_after, _REMEMBERED_S)
+        self._accepted[endpoint] = accepted, until
 
     def on_no_ranges(self, endpoint: str) -> None:
-        """Remember that the endpoint sends no ranges, so that a second connection is useless."""
-        self._accepted[endpoint] = 0
+        """Remember that the endpoint sends no ranges, so that a further connection is useless."""
+        self._accepted[endpoint] = 0, self._clock() + _REMEMBERED_S

@@ -34,7 +34,6 @@ from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
 from mirror.pull.aside import AsideRequests
-from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import RunningFetches
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
 from mirror.single_flight import SharedTask, SingleFlight
@@ -101,7 +100,7 @@ class ContentService:
             callbacks=self,
             finish_abandoned=settings.abandoned == "finish",
         )
-        self._asides = AsideRequests(single_flight, store.memory, ConnectionBudget(), emit)
+        self._asides = AsideRequests(single_flight, store.memory, self._fetches.connections, emit)
 
     def configure(self, settings: Settings) -> None:
         """Use these settings from now on."""

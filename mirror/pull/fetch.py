@@ -11,7 +11,6 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -19,16 +18,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Final, TypeAlias
 
-from cachetools import TTLCache
-
-from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
+from mirror.observability.events import DigestMismatched, Kind, Observer, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
     AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
-    NotFound,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamTimeout,
@@ -36,14 +32,19 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.parallel import ParallelReader
+from mirror.pull.pieces import MIN_PIECE_BYTES
+from mirror.pull.ramp import MIN_REMAINING_PIECES
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
+from mirror.pull.suspects import Suspects
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
 from mirror.store.store import Store
-from mirror.upstream.api import MIN_PROGRESS_BYTES
+from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
 """(repository, kind): the access that a source proves by sending the content. The kind matters: a
@@ -52,15 +53,6 @@ registry checks the references of a pushed manifest, not of a blob that looks li
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-_PAUSE_UNIT_S: Final = 0.05
-"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
-_MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
-_SUSPECT_TTL_S: Final = 600.0
-"""Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
-short enough for a repaired endpoint to come back into use."""
-_MAX_SUSPECTED_DIGESTS: Final = 1000
-"""Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
 
 
 def _proof_key(request: ContentRequest) -> ProofKey:
@@ -80,12 +72,14 @@ class Fetch:
         first: ContentSource,
         emit: Observer,
         callbacks: AccessCallbacks,
+        make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
-        ``on_wrong_bytes`` is called after a digest mismatch with {URL of the endpoint: name of its
-        upstream} of all endpoints that sent bytes, the latest one last.
+        ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
+        mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
+        the latest one last.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -96,6 +90,8 @@ class Fetch:
         """The error of each source that failed or refused."""
         self._emit = emit
         self._callbacks = callbacks
+        self._make_reader = make_reader
+        self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
         self._queue = deque([first])
         self._offered = {_proof_key(first.request)}
@@ -106,10 +102,10 @@ class Fetch:
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
 
-    def endpoint_of(self, upstream: str) -> str:
-        """Return the URL of the endpoint that sent bytes last. If none has, the upstream's name."""
-        used = reversed(self._endpoints_used.items())
-        return next((url for url, name in used if name == upstream), upstream)
+    @property
+    def endpoint(self) -> str:
+        """URL of the endpoint that sent bytes last. Empty if none has."""
+        return next(reversed(self._endpoints_used), "")
 
     # --- for followers --------------------------------------------------------------------------
 
@@ -229,6 +225,8 @@ class Fetch:
         except OSError as error:
             await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
         finally:
+            if self._reader is not None:
+                self._reader.close()
             ingest.release()
 
     async def _fetch_from_sources(self) -> None:
@@ -266,7 +264,7 @@ class Fetch:
                 await self._transfer(attempts)
             except (DigestMismatch, ManifestInvalid, _Preempted):
                 raise
-            except (UpstreamError, NotFound) as error:
+            except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
                 await self._pause_before_resuming(attempts, error)
@@ -349,7 +347,13 @@ class Fetch:
                 self._callbacks.on_granted(source, stream)
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
-            async for data in stream:
+            chunks = aiter(stream)
+            if self._may_share(source, stream):
+                self._reader = self._reader or self._make_reader(request.pull)
+                chunks = await stack.enter_async_context(
+                    self._reader.read(stream, source, ingest.position)
+                )
+            async for data in chunks:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
@@ -370,6 +374,15 @@ class Fetch:
             raise UpstreamUnavailable("the response ended before the requested offset")
         await ingest.finish()
 
+    def _may_share(self, source: ContentSource, stream: ContentStream) -> bool:
+        """Return whether further connections may help to bring the body of ``stream``."""
+        parallel = source.registry.parallel
+        is_alone = parallel.connections == 1 or source.request.kind is Kind.MANIFEST
+        if is_alone or stream.total is None:
+            return False
+        least = MIN_REMAINING_PIECES * min(parallel.part, MIN_PIECE_BYTES)
+        return self._reader is not None or stream.total - self.ingest.position > least
+
     async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
@@ -384,20 +397,9 @@ class Fetch:
             raise error
         if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
-        if isinstance(error, AllCircuitsOpen):
-            # No request was sent: wait until an endpoint may be tried again.
-            await asyncio.sleep(_jittered(_MAX_PAUSE_S))
-            return
-        upstream = attempts.source.request.repository.upstream
-        is_restart = isinstance(error, UpstreamProtocolError)
-        self._emit(Resumed(upstream, self.ingest.position, is_restart, error.message))
-        pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
-        await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
-
-
-def _jittered(max_seconds: float) -> float:
-    """Return a random time, so that fetches which broke together do not resume together."""
-    return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
+        if not isinstance(error, AllCircuitsOpen):  # Otherwise no request was sent.
+            self._emit(attempts.resumed(self.ingest.position, error))
+        await asyncio.sleep(attempts.pause(error))
 
 
 class RunningFetches:
@@ -418,11 +420,10 @@ class RunningFetches:
         self._emit = emit
         self._callbacks = callbacks
         self._finish_abandoned = finish_abandoned
+        self.connections = ConnectionBudget(self._count_at)
+        self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
         self._active: dict[Digest, Fetch] = {}
-        self._suspects: TTLCache[Digest, dict[str, str]] = TTLCache(
-            _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
-        )
-        """{URL of the endpoint: its upstream} of all that sent wrong bytes, the latest one last."""
+        self._suspects = Suspects()
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
@@ -462,8 +463,8 @@ class RunningFetches:
     def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
         digest = source.request.digest
         ingest = self._store.start_ingest(digest)
-        add_suspects = partial(self._add_suspects, digest)
-        fetch = Fetch(ingest, source, self._emit, self._callbacks, add_suspects)
+        add_suspects = partial(self._suspects.add, digest)
+        fetch = Fetch(ingest, source, self._emit, self._callbacks, self._make_reader, add_suspects)
         follower = ingest.follow()
         assert follower is not None
         self._active[digest] = fetch
@@ -493,7 +494,6 @@ class RunningFetches:
         if self._active.get(fetch.ingest.digest) is fetch:
             del self._active[fetch.ingest.digest]
 
-    def _add_suspects(self, digest: Digest, endpoints: dict[str, str]) -> None:
-        earlier = self._suspects.get(digest) or {}
-        kept = {name: earlier[name] for name in earlier if name not in endpoints}
-        self._suspects[digest] = {**kept, **endpoints}
+    def _count_at(self, endpoint: str) -> int:
+        """Return the number of fetches that have got bytes from an endpoint last."""
+        return sum(1 for fetch in self._active.values() if fetch.endpoint == endpoint)

@@ -83,7 +83,7 @@ class MemoryBudget:
             return True
         share = min(MAX_SHARE_BYTES, self._limit // len(self._held))
         has_share = held < share and self._total < self._limit
-        return has_share and self.total < self._limit_of_both
+        return has_share and self._total + self._total_ahead < self._limit_of_both
 
     def hold_ahead(self, owner: Hashable, count: int) -> None:
         """Record that ``owner`` holds, or has requested, ``count`` bytes ahead in all."""

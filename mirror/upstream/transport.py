@@ -66,7 +66,7 @@ _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*",
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """Where a request got its response, after all redirects. Every hop has passed the guard.
+    """The origin of a response, after all redirects. Every hop has passed the guard.
 
     ``is_cross_origin``: a redirect led to another origin than that of the request. ``sender``: the
     most private zone of the hosts that redirected.
@@ -365,6 +365,17 @@ async def _request(
         response.release()
         raise aiohttp.ClientHttpProxyError(response.request_info, response.history, status=407)
     return response
+
+
+@asynccontextmanager
+async def token_deadline(limit: ResponseLimit) -> AsyncIterator[None]:
+    """Raise ``UpstreamTimeout`` in the block at the end of ``limit``."""
+    try:
+        async with asyncio.timeout_at(limit.deadline):
+            yield
+    except TimeoutError as error:
+        message = "no token within the time limit (limits.connect and limits.headers)"
+        raise errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT) from error
 
 
 # --- bodies ---------------------------------------------------------------------------------------

@@ -117,9 +117,21 @@ class FakeRegistry:
         self.token_status = 200
         self.token_delay = 0.0
         self.bytes_sent = 0
+        self.blob_rate: int | None = None
+        """Bytes per second of the body of each blob. None: no limit."""
+        self.total_rate: int | None = None
+        """Bytes per second of the bodies of all blobs together."""
+        self.max_transfers: int | None = None
+        """Blobs that are sent at the same time. One more gets a 429."""
+        self.transfers = 0
+        """Blobs that are being sent."""
+        self.most_transfers = 0
+        """The most of them at the same time."""
         self.stalled = asyncio.Event()
         """Set when a response has reached its ``stall_at``."""
         self.port = 0
+        self._free_at = 0.0
+        """Time at which all bytes that were sent have passed the limit of ``total_rate``."""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -248,7 +260,29 @@ class FakeRegistry:
             status, found, body = fault.status, {}, b"" if fault.body is None else fault.body
         elif fault.body is not None:
             body = fault.body
-        return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
+        if method != "GET" or "/blobs/" not in seen.path or status != 200:
+            return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
+        return await self._send_blob(writer, seen, fault, {**found, **fault.headers}, body)
+
+    async def _send_blob(
+        self,
+        writer: asyncio.StreamWriter,
+        seen: ReceivedRequest,
+        fault: Fault,
+        headers: dict[str, str],
+        body: bytes,
+    ) -> bool:
+        """Send a blob within the limits of all blobs."""
+        if self.max_transfers is not None and self.transfers >= self.max_transfers:
+            return await self._send(writer, seen, fault, 429, {}, b"")
+        if fault.rate is None:
+            fault = replace(fault, rate=self.blob_rate)
+        self.transfers += 1
+        self.most_transfers = max(self.most_transfers, self.transfers)
+        try:
+            return await self._send(writer, seen, fault, 200, headers, body)
+        finally:
+            self.transfers -= 1
 
     def _take_fault(self, method: str, path: str) -> Fault:
         for index, (suffix, fault) in enumerate(self.faults):
@@ -275,7 +309,7 @@ class FakeRegistry:
         if status == 200 and wanted and not fault.ignore_range and "blobs/" in seen.path:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, total = int(first), len(body)
-            stop = min(int(last) + 1, total) if last else total
+            stop = min(total, int(last) + 1) if last else total
             if start >= total:
                 status, body, headers = 416, b"", {"Content-Range": f"bytes */{total}"}
             elif seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
@@ -334,6 +368,9 @@ class FakeRegistry:
             await writer.drain()
             if fault.drip is not None:
                 await asyncio.sleep(fault.drip)
+            if self.total_rate is not None:
+                self._free_at = max(self._free_at, time.monotonic()) + len(data) / self.total_rate
+                await asyncio.sleep(max(0.0, self._free_at - time.monotonic()))
             if fault.rate is not None:
                 ahead = (offset - start + len(data)) / fault.rate - (time.monotonic() - begun)
                 await asyncio.sleep(max(0.0, ahead))

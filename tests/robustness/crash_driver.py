@@ -1,8 +1,9 @@
 """One cold pull of an image as a separate program, which the crash tests trace and kill.
 
-``python -m tests.robustness.crash_driver ROOT [evict | MUTANT]``. ``evict``: pull another blob, for
-which a part of the image must be evicted. ``MUTANT``: plant a fault in the store, to show that the
-tests find it. Prints the digest of content after it was published, and before it may be evicted.
+``python -m tests.robustness.crash_driver ROOT [evict | parallel | MUTANT]``. ``evict``: pull
+another blob, for which a part of the image must be evicted. ``parallel``: fetch a layer by
+several connections. ``MUTANT``: plant a fault in the store, to show that the tests find it. Prints
+the digest of content after it was published, and before it may be evicted.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from mirror.config.settings import Storage
+from mirror.config.settings import Parallel, Storage
 from mirror.observability.events import Published
 from mirror.oci.reference import Digest, Repository, Tag, Verifier
+from mirror.pull import ramp
 from mirror.store import disk
-from tests.unit.pull.kit import MemoryRegistry, a_pull, pull_kit
+from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit
 from tests.unit.store.kit import random_bytes, read
 
 REPOSITORY = Repository("docker.io", "library/app")
@@ -72,6 +74,17 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
+def go_parallel(source: MemoryRegistry) -> None:
+    """Let a layer be fetched by several connections: slowly, and after a short measurement."""
+    ramp.MEASURE_S, ramp._MIN_REMAINING_S = 0.005, 0.01  # type: ignore[misc] # constants
+    source.parallel = Parallel(part=65_536)
+
+    def slow_down(stream: Stream) -> None:
+        stream.piece, stream.pace = 8192, 0.002
+
+    source.streams.append(slow_down)
+
+
 def plant(mutant: str) -> None:
     """Plant a fault in the store."""
     real_sync = os.fsync
@@ -104,9 +117,11 @@ def plant(mutant: str) -> None:
 def main() -> None:
     mutant = sys.argv[2] if len(sys.argv) > 2 else ""
     evict = mutant == "evict"
-    if mutant and not evict:
-        plant(mutant)
     source, _ = registry(wrong=mutant == "no-digest-check")
+    if mutant == "parallel":
+        go_parallel(source)
+    elif mutant and not evict:
+        plant(mutant)
     asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
 
 

@@ -31,7 +31,7 @@ WARNING = '299 - "this part was requested by itself: it is not verified, and not
 @pytest.fixture(autouse=True)
 def _one_connection_for_each_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no other connection bring the layer while its fetch stands still."""
-    monkeypatch.setattr("mirror.pull.connection_budget.MAX_CONNECTIONS", 0)
+    monkeypatch.setattr("mirror.pull.connection_budget.MAX_PER_ENDPOINT", 0)
 
 
 class Layer:

@@ -50,7 +50,7 @@ class Stream:
     data: bytes
     start: int
     total: int | None
-    media_type: str
+    media_type: str = "application/x"
     break_at: int | None = None
     error: MirrorError | None = None
     gate: asyncio.Event | None = None
@@ -59,6 +59,8 @@ class Stream:
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
+    pace: float = 0.0
+    """Seconds between two chunks."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         position = self.start
@@ -74,7 +76,16 @@ class Stream:
             position = stop
             if self.gate is not None:
                 await self.gate.wait()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pace)
+
+    def close(self) -> None:
+        """Do nothing. The reader reads no further."""
+
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[Stream]:
+        """Yield a part of the body, which nothing breaks."""
+        data, pace = self.data[:stop], self.pace
+        yield Stream(data, start, self.total, gate=self.gate, piece=self.piece, pace=pace)
 
 
 @dataclass

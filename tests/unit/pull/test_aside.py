@@ -177,7 +177,7 @@ def test_refused_part_pauses_such_requests_longer_than_a_failed_one(
 @pytest.fixture(autouse=True)
 def _one_connection_for_each_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no other connection bring the content while its fetch is held."""
-    monkeypatch.setattr("mirror.pull.connection_budget.MAX_CONNECTIONS", 0)
+    monkeypatch.setattr("mirror.pull.connection_budget.MAX_PER_ENDPOINT", 0)
 
 
 @dataclass
@@ -328,7 +328,7 @@ async def test_repository_whose_part_was_refused_gets_none_for_a_while(tmp_path:
 async def test_part_that_arrives_while_the_rate_is_measured_is_not_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.aside._MEASURE_S", 60.0)
+    monkeypatch.setattr("mirror.pull.aside._SAMPLE_S", 60.0)
     async with lazy_pull(tmp_path) as lazy:
         async with asyncio.TaskGroup() as group:
             opening = group.create_task(lazy.open("bytes=2000000-2000099"))
@@ -459,7 +459,7 @@ async def test_upstream_with_one_connection_gets_no_request_for_a_part(tmp_path:
 
 async def test_no_part_is_requested_after_wrong_bytes_of_the_content(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
-        lazy.kit.content._fetches._add_suspects(lazy.digest, {"memory": "docker.io"})
+        lazy.kit.content._fetches._suspects.add(lazy.digest, {"memory": "docker.io"})
         reader, pull = await lazy.open(range_of(TAIL))
         reader.close()
         assert not pull.is_unverified

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,9 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
+from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch, RunningFetches
+from mirror.pull.parallel import ParallelReader
 from mirror.pull.requests import ContentRequest, ContentSource
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest import Ingest
@@ -76,7 +79,10 @@ class FetchEnv:
             assert set(endpoints.values()) == {REPO.upstream}
             self.suspects += endpoints
 
-        fetch = Fetch(self.ingest, self.source, self.kit.events.append, self, suspect)
+        emit = self.kit.events.append
+        connections = ConnectionBudget(lambda endpoint: 1)
+        make_reader = partial(ParallelReader, connections, self.kit.memory, emit)
+        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect)
         for other in others:
             fetch.offer(other)
         await fetch.run()
@@ -123,7 +129,7 @@ def another(fetch_env: FetchEnv) -> FetchEnv:
 @pytest.fixture
 async def fetch_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FetchEnv]:
     """A blob at the upstream, and pauses that take no time."""
-    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
     with kit(tmp_path) as parts:
         registry = Recording()
         registry.add_blob(REPO.path, DATA)

@@ -99,7 +99,7 @@ async def joined(
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses take no time."""
-    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
 
 
 @pytest.mark.row("U1-reset-at-a-byte")
@@ -231,7 +231,7 @@ def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> No
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock())
     assert sources.next_source() is ours
     with sources.on_other_upstream(lambda: shortened.append(1)):
         for source in (ours, same, same):
@@ -401,7 +401,7 @@ async def test_size_announced_without_any_bytes_does_not_bind_the_next_source(
 async def test_response_to_a_resume_proves_access_before_its_first_byte(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_blob(REPO.path, DATA)
-        kit.registry.breaks = [(200_000, Denied("no more"))]
+        kit.registry.breaks = [(200_000, Denied("no more"))] * 2
         with pytest.raises(Denied):
             await blob(kit, DIGEST)
         await kit.store.idle()

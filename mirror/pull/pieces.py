@@ -1,0 +1,280 @@
+"""The pieces of one blob that several connections fetch: an in-order window. Pure, without I/O.
+
+Lives here: which bytes are requested by which connection, what has arrived ahead, which piece is
+late. Must not know: asyncio, connections, how many there may be (:mod:`mirror.pull.ramp`).
+
+Theory of operation. Bytes are handed out in order, from ``position`` on. In front of it is what the
+reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
+The *plain* piece is the response to a request without ``Range``: it has no end of its own, and runs
+on until it meets a piece of another connection. Until that one has a response, the plain piece runs
+over it, so that a refusal costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Final
+
+MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes of a piece of a small blob. Each piece costs a round trip without data."""
+_PIECES_OF_A_BLOB: Final = 16
+"""Pieces that a blob has at least, if they are not smaller than the minimum: with fewer, the last
+one would be fetched alone for too long."""
+_LAST_PIECES: Final = 4
+"""Pieces that one of the usual size becomes at the end of a blob."""
+_LATE_AFTER_S: Final = 0.75
+"""Seconds for which no piece is late: a request may take as long. Twice as many after each cut, so
+that a fetch does not cut pieces for ever. Less than two measurements of the rate take."""
+_LATE_FACTOR: Final = 4
+"""A piece is late if its rate is the median of the others divided by this, or less."""
+_JUDGED_AFTER_S: Final = 0.25
+"""Seconds after which the rate of a piece counts for others: before, it is that of a start."""
+_KEPT_RATES: Final = 8
+"""Rates of complete pieces that the last ones are compared with, when no other one is fetched."""
+
+
+def piece_size(total: int, most: int) -> int:
+    """Return the bytes of each piece of a blob of ``total`` bytes. ``most``: as configured."""
+    return min(most, max(MIN_PIECE_BYTES, total // _PIECES_OF_A_BLOB))
+
+
+@dataclass(slots=True, eq=False)
+class Piece:
+    """Bytes that one connection fetches, or has fetched. Times in seconds of one clock."""
+
+    start: int
+    """Offset of the first byte."""
+    stop: int
+    """Offset after the last byte. That of the plain piece falls when it meets another one."""
+    asked_at: float
+    is_plain: bool = False
+    is_front: bool = False
+    """Whether nothing was missing before it when it was requested. It needs no memory ahead: its
+    reader pauses while its bytes are not handed out."""
+    is_fetched: bool = True
+    """Whether a connection fetches it."""
+    has_response: bool = False
+    end: int = field(init=False)
+    """Offset after the last byte that has arrived."""
+    taken: int = field(init=False)
+    """Offset after the last byte that was handed out."""
+    paused_s: float = 0.0
+    """Seconds in which its reader has paused."""
+    paused_at: float | None = None
+    """Time since which its reader pauses. None: it does not."""
+    chunks: deque[bytes] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.end = self.taken = self.start
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that have arrived and are not handed out."""
+        return self.end - self.taken
+
+    def elapsed(self, now: float) -> float:
+        """Return the seconds since the request, without pauses of the reader."""
+        until = now if self.paused_at is None else self.paused_at
+        return until - self.asked_at - self.paused_s
+
+    def pause(self, now: float) -> None:
+        """Note that the reader waits until bytes are handed out."""
+        self.paused_at = now
+
+    def resume(self, now: float) -> None:
+        """Note that the reader goes on."""
+        if self.paused_at is not None:
+            self.paused_s += now - self.paused_at
+            self.paused_at = None
+
+    def rate(self, now: float) -> float:
+        """Return the bytes per second since the request."""
+        return (self.end - self.start) / max(self.elapsed(now), 1e-3)
+
+
+class Pieces:
+    """The pieces of one blob. The caller passes the time."""
+
+    def __init__(self, position: int, total: int, size: int) -> None:
+        """Start without pieces.
+
+        Args:
+            position: Offset of the next byte to hand out.
+            total: Bytes of the blob.
+            size: Bytes of a piece.
+        """
+        self.position = position
+        self.total = total
+        self.size = size
+        self._pieces: list[Piece] = []
+        self._rates: deque[float] = deque(maxlen=_KEPT_RATES)
+        self._late_after = _LATE_AFTER_S
+
+    # --- what is there --------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not arrived."""
+        return self.total - self.position - sum(piece.waiting for piece in self._pieces)
+
+    @property
+    def ahead(self) -> int:
+        """Bytes in memory, and bytes that were requested ahead of what is handed out."""
+        return sum(
+            piece.waiting if piece.is_front or not piece.is_fetched else piece.stop - piece.taken
+            for piece in self._pieces
+        )
+
+    # --- requests -------------------------------------------------------------------------------
+
+    def begin_plain(self, now: float) -> Piece:
+        """Add the piece of a response without an end. It begins at ``position``."""
+        plain = Piece(
+            self.position, self.total, now, is_plain=True, is_front=True, has_response=True
+        )
+        self._insert(plain)
+        return plain
+
+    def claim(self, now: float, lead: int, connections: int) -> Piece | None:
+        """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
+
+        Near the end of the blob the pieces become smaller, so that all connections end together.
+
+        Args:
+            now: The time.
+            lead: Bytes after the plain piece's end that are left to it: it may have brought them
+                before a response arrives.
+            connections: How many are wanted. With one, a piece at the front is the whole gap.
+        """
+        start, stop = self._first_gap(lead)
+        if start >= stop:
+            return None
+        is_front = start == self.position
+        least = self.size // _LAST_PIECES
+        size = min(self.size, max(least, self.missing // (2 * connections)))
+        if not (connections == 1 and is_front) and stop - start - size >= least:
+            stop = start + size
+        piece = Piece(start, stop, now, is_front=is_front)
+        self._insert(piece)
+        return piece
+
+    def _first_gap(self, lead: int) -> tuple[int, int]:
+        """Return (start, stop) of the first gap. Both are ``total`` without one."""
+        cursor, is_behind_plain = self.position, False
+        for piece in self._pieces:
+            # A few bytes between the plain piece and the next one are left to it.
+            least = self.size // 2 if is_behind_plain else 1
+            if piece.start - cursor >= least:
+                return cursor, piece.start
+            is_behind_plain = piece.is_plain and piece.is_fetched
+            cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
+        return min(cursor, self.total), self.total
+
+    def _insert(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+        self._pieces.sort(key=lambda other: other.start)
+
+    def respond(self, piece: Piece) -> bool:
+        """Note that the response to a request has arrived.
+
+        Returns:
+            False if the plain piece has been faster. The piece is dropped then.
+        """
+        piece.has_response = not any(
+            other is not piece and other.start <= piece.start < other.end for other in self._pieces
+        )
+        piece.has_response = piece.has_response and piece.start >= self.position
+        if not piece.has_response:
+            self._pieces.remove(piece)
+        return piece.has_response
+
+    # --- bytes ----------------------------------------------------------------------------------
+
+    def receive(self, piece: Piece, chunk: bytes, now: float) -> bool:
+        """Add the next bytes of a piece. Returns whether it is complete. Further bytes are cut."""
+        if piece.is_plain:
+            piece.stop = self._stop_of_plain(piece)
+        room = piece.stop - piece.end
+        if len(chunk) > room:
+            chunk = chunk[:room]
+        if chunk:
+            piece.chunks.append(chunk)
+            piece.end += len(chunk)
+        if piece.end == piece.stop and piece.is_fetched:
+            self._rates.append(piece.rate(now))
+            piece.is_fetched = False
+            self._tidy(piece)
+        return not piece.is_fetched
+
+    def _stop_of_plain(self, plain: Piece) -> int:
+        """Return the start of the first piece behind the plain one that has a response or bytes.
+
+        If that piece has begun to be handed out before, what is left of it counts.
+        """
+        if plain.end < self.position:
+            return plain.end  # The piece behind it was handed out, and is gone.
+        starts = (
+            piece.taken
+            for piece in self._pieces
+            if piece is not plain and piece.has_response and piece.taken >= plain.end
+        )
+        return min(starts, default=self.total)
+
+    def give_back(self, piece: Piece) -> None:
+        """Note that nobody fetches the piece any more. What has arrived is kept."""
+        if piece.is_fetched:
+            piece.is_fetched = False
+            piece.stop = piece.end
+        self._tidy(piece)
+
+    def skip(self, count: int) -> None:
+        """Note that the next ``count`` bytes were handed out by the caller. There are no pieces."""
+        self.position += count
+
+    def pop(self) -> bytes | None:
+        """Return the next bytes in order. None if they have not arrived."""
+        for piece in self._pieces:
+            if piece.taken == self.position and piece.chunks:
+                chunk = piece.chunks.popleft()
+                piece.taken += len(chunk)
+                self.position += len(chunk)
+                self._tidy(piece)
+                return chunk
+        return None
+
+    def _tidy(self, piece: Piece) -> None:
+        """Drop a piece of which nothing is left."""
+        if not piece.is_fetched and piece.taken == piece.end and piece in self._pieces:
+            self._pieces.remove(piece)
+
+    # --- late pieces ----------------------------------------------------------------------------
+
+    def find_late(self, now: float) -> Piece | None:
+        """Return a piece that is far slower than the others, the front one first. None: no such.
+
+        The caller cuts it: it ends the connection, and gives the rest of the piece back.
+        """
+        fetched = [piece for piece in self._pieces if piece.is_fetched]
+        for piece in fetched:
+            if piece.elapsed(now) < self._late_after:
+                continue
+            others = [
+                other.rate(now)
+                for other in fetched
+                if other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
+            ]
+            peers = others or list(self._rates)
+            if peers and piece.rate(now) * _LATE_FACTOR < median(peers):
+                self._late_after *= 2
+                self._rates.clear()
+                return piece
+        return None

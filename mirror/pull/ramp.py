@@ -1,0 +1,105 @@
+"""How many connections one fetch has: a pure policy. The caller passes the time.
+
+Lives here: the measurement of the rate, and the decision about one more or one fewer connection.
+Must not know: asyncio, pieces, other fetches.
+
+One connection is added while the last addition raised the whole rate by a quarter or more. An
+addition that does not is taken back, and none follows. So a rate that is shared, or limited in all,
+or limited by our own disk, is fetched by as few connections as reach it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+from typing import Final
+
+MEASURE_S: Final = 0.4
+"""Seconds over which a rate is measured: several bursts of a server that limits it."""
+_GAIN: Final = 1.25
+"""Factor by which one more connection must raise the whole rate. From three to four, all of it that
+could be had is 1.33."""
+_MIN_REMAINING_S: Final = 1.0
+"""Seconds that the rest must take, at the current rate, to be worth a further connection."""
+MIN_REMAINING_PIECES: Final = 4
+"""Pieces that must be missing to be worth a further connection."""
+
+
+class Step(Enum):
+    """The decision after a measurement."""
+
+    KEEP = auto()
+    ADD = auto()
+    """Open one more connection if the budgets allow it, and call :meth:`Ramp.add`."""
+    NO_GAIN = auto()
+    """The last addition was useless, and is taken back: one connection ends after its piece."""
+
+
+class Ramp:
+    """The number of connections of one fetch. Times in seconds of one clock."""
+
+    def __init__(self, most: int) -> None:
+        """Start with one connection. ``most``: how many there may be."""
+        self.wanted = 1
+        """The number of connections to have."""
+        self.rate = 0.0
+        """Bytes per second of all connections, as it was last measured."""
+        self.is_adding = False
+        """Whether the last addition has not been judged."""
+        self._most = most
+        self._since: float | None = None
+        self._bytes = 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no connection will be added."""
+        return self.wanted >= self._most and not self.is_adding
+
+    def receive(self, now: float, count: int) -> None:
+        """Count bytes of any connection."""
+        if self._since is None:
+            if self.is_adding:
+                return  # The measurement begins when the new connection sends, too.
+            self._since = now
+        self._bytes += count
+
+    def on_connections(self, now: float, count: int) -> None:
+        """Note that ``count`` connections have a response. The new one may be among them."""
+        if self.is_adding and self._since is None and count >= self.wanted:
+            self._since, self._bytes = now, 0
+
+    def on_cut(self, now: float) -> None:
+        """Begin the measurement again: a connection has starved during it."""
+        if self._since is not None:
+            self._since, self._bytes = now, 0
+
+    def evaluate(self, now: float, missing: int, size: int) -> Step:
+        """End a measurement if it is long enough, and decide.
+
+        Args:
+            now: The time.
+            missing: Bytes that have not arrived.
+            size: Bytes of a piece.
+        """
+        if self._since is None or now - self._since < MEASURE_S:
+            return Step.KEEP
+        seconds = now - self._since
+        rate = self._bytes / seconds
+        if self.is_adding and rate < _GAIN * self.rate:
+            if seconds < 2 * MEASURE_S:
+                return Step.KEEP  # A connection that was replaced meanwhile may have cost some.
+            self.back_off(self.wanted - 1)
+            return Step.NO_GAIN
+        self.rate, self.is_adding = rate, False
+        self._since, self._bytes = now, 0
+        is_worth = missing > rate * _MIN_REMAINING_S and missing > MIN_REMAINING_PIECES * size
+        return Step.ADD if is_worth and self.wanted < self._most else Step.KEEP
+
+    def add(self) -> None:
+        """Note that one more connection is opened."""
+        self.wanted += 1
+        self.is_adding, self._since = True, None
+
+    def back_off(self, wanted: int) -> None:
+        """Have ``wanted`` connections from now on, and never more."""
+        self.wanted = self._most = wanted
+        self.is_adding, self._since, self._bytes = False, None, 0

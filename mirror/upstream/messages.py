@@ -1,0 +1,78 @@
+"""What failover sends and receives: a request to any endpoint, and a response that it accepts.
+
+Lives here: values only. Must not know: which endpoint is next, circuit breakers, credentials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mirror.observability.events import Kind
+from mirror.oci.errors import UpstreamError
+from mirror.oci.reference import Repository
+from mirror.upstream.retry import is_transient
+from mirror.upstream.transport import Destination, Response
+
+
+@dataclass(frozen=True, slots=True)
+class NextPage:
+    """A further page of a list."""
+
+    endpoint: str
+    """URL of the endpoint that sent the page before. The others get a request for the first one."""
+    target: str
+    """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryRequest:
+    """A request to a repository, at any endpoint."""
+
+    method: str
+    repository: Repository
+    path: str
+    """Path below the repository, such as ``tags/list``."""
+    kind: Kind
+    headers: Mapping[str, str] = field(default_factory=dict)
+    endpoint_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """URL of an endpoint -> further headers, for this endpoint only."""
+    query: Mapping[str, str] = field(default_factory=dict)
+    page: NextPage | None = None
+    is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
+    """Returns True for a status other than 200 that is no error. By default no status is one."""
+    may_retry: Callable[[UpstreamError | None], bool] = is_transient
+    """Returns True if another round may begin after one that ended with this failure."""
+    follow_redirects: bool = True
+    is_part: bool = False
+    """True for a part of a blob: an endpoint may refuse parts and yet send whole blobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptedResponse(Response):
+    """A response with status 200, or one that the request accepts."""
+
+    endpoint: str
+    """URL of the endpoint that responded."""
+    report_success: Callable[[], None]
+    """Reports success to the circuit breaker as soon as the body makes progress.
+
+    If it is not called, success is reported when the body has ended.
+    """
+    repeat: Repeat
+    """Sends the same request to the same endpoint again, over a further connection."""
+
+
+class Repeat(Protocol):
+    """Sends a request again, once, with other headers. Any status is accepted.
+
+    The outcome is not reported to the circuit breaker, and a 429 begins no pause: further
+    connections are our own wish, and say nothing about requests that clients wait for.
+    """
+
+    def __call__(
+        self, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send it to ``destination``, that of an earlier response. None: to the endpoint."""

@@ -1,0 +1,89 @@
+"""Further ranges of content that is arriving.
+
+Lives here: where they are requested, and the checks of their responses. Must not know: which
+endpoint is asked, how many connections a fetch has, how a body is read.
+
+A further range is requested where the first response came from. So redirects are resolved once, and
+a signed URL that expired is renewed once for all connections. The outbound guard has checked it,
+and the rule for addresses applies to each socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from aiohttp import hdrs
+
+from mirror.observability.events import Kind
+from mirror.oci.errors import UpstreamProtocolError, UpstreamRateLimited
+from mirror.oci.headers import parse_content_range
+from mirror.upstream.messages import AcceptedResponse
+from mirror.upstream.statuses import error_of
+from mirror.upstream.transport import retry_after_of
+
+
+class FurtherRanges:
+    """The further ranges of one content, at the endpoint of its first response."""
+
+    def __init__(self, first: AcceptedResponse, total: int | None, entity_tag: str | None) -> None:
+        """Start with where the first response came from.
+
+        Args:
+            first: The first response.
+            total: Bytes of the content.
+            entity_tag: Its strong ``ETag``, for ``If-Range``. None: the digest has to be enough.
+        """
+        self._first = first
+        self._total = total
+        self._entity_tag = entity_tag
+        self._destination = first.destination
+        self._renewal = asyncio.Lock()
+
+    @asynccontextmanager
+    async def open(self, start: int, stop: int) -> AsyncIterator[AcceptedResponse]:
+        """Request a range. See :meth:`mirror.upstream.api.ContentStream.open_range`."""
+        headers = {"Range": f"bytes={start}-{stop - 1}"}
+        if self._entity_tag is not None:
+            headers["If-Range"] = self._entity_tag
+        async with AsyncExitStack() as stack:
+            response = await self._send(stack, headers)
+            await self._check(response, start, stop)
+            yield response
+
+    async def _send(self, stack: AsyncExitStack, headers: dict[str, str]) -> AcceptedResponse:
+        """Send a request to where the first response came from. Renews an expired signed URL."""
+        destination = self._destination
+        response = await stack.enter_async_context(self._first.repeat(headers, destination))
+        if not (response.is_cross_origin and response.http.status in (401, 403)):
+            return response
+        await stack.aclose()
+        async with self._renewal:
+            if self._destination is not destination:  # Another connection has renewed it.
+                return await stack.enter_async_context(
+                    self._first.repeat(headers, self._destination)
+                )
+            response = await stack.enter_async_context(self._first.repeat(headers, None))
+            if response.http.status in (200, 206):
+                self._destination = response.destination
+            return response
+
+    async def _check(self, response: AcceptedResponse, start: int, stop: int) -> None:
+        """Raise the error of a response that is not exactly the range that was requested."""
+        http = response.http
+        host = http.url.origin()
+        match http.status:
+            case 206:
+                found = parse_content_range(http.headers.get(hdrs.CONTENT_RANGE))
+                is_right = found is not None and (found.start, found.stop) == (start, stop)
+                if not is_right or found is None or found.total not in (None, self._total):
+                    raise UpstreamProtocolError(f"{host} sent another range than was requested")
+            case 200 | 416:
+                raise UpstreamProtocolError(f"{host} does not send ranges of this content")
+            case 429 | 503:
+                raise UpstreamRateLimited(
+                    f"{host} accepts no further connection", retry_after=retry_after_of(http)
+                )
+            case _:
+                raise await error_of(response, Kind.BLOB)

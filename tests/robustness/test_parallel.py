@@ -1,0 +1,199 @@
+"""Rows C7, D2, L1, U1, U4, U6, U9 with several connections for one blob."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mirror.config.settings import Parallel, Storage
+from mirror.observability.events import BackedOff, DigestMismatched, Uncached
+from mirror.oci.reference import Digest
+from mirror.pull import ramp
+from mirror.threads import run_in_thread
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.real.process import wait_until
+from tests.real.server import Mirror
+from tests.robustness.kit import every_file_hashes_to_its_name, run_in_threads, try_pull
+from tests.robustness.test_processes import leader
+from tests.server_kit import Server, running
+from tests.unit.store.kit import eventually, random_bytes
+
+DATA = random_bytes(4_000_000, 1101)
+PART = 65_536
+PARALLEL = Parallel(part=PART)
+
+
+@pytest.fixture(autouse=True)
+def quick_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a connection be added after a moment, so that blobs may be small."""
+    monkeypatch.setattr(ramp, "MEASURE_S", 0.05)
+    monkeypatch.setattr(ramp, "_MIN_REMAINING_S", 0.1)
+
+
+@asynccontextmanager
+async def slow_upstream(
+    root: Path, *endpoints: str, **more: Any
+) -> AsyncIterator[tuple[FakeRegistry, Server, Digest]]:
+    """Serve a blob whose upstream sends 4 MB/s by each connection."""
+    async with FakeRegistry() as fake:
+        digest = fake.add_blob(DATA)
+        fake.blob_rate = 4_000_000
+        async with running(root, fake.url, *endpoints, parallel=PARALLEL, **more) as server:
+            yield fake, server, digest
+
+
+async def pull(server: Server, digest: Digest) -> bool:
+    """Return whether a blob is served. Asserts that no complete response has wrong bytes."""
+    try:
+        status, _, body = await server.get(server.blob(digest))
+    except aiohttp.ClientError:
+        return False
+    assert status != 200 or body == DATA
+    return status == 200
+
+
+async def test_blob_is_fetched_by_several_connections_and_each_byte_once(tmp_path: Path) -> None:
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        assert await asyncio.gather(*(pull(server, digest) for _ in range(4))) == [True] * 4
+        await server.store.idle()
+        assert fake.most_transfers > 1
+        assert fake.bytes_sent <= len(DATA) * 1.03, "a socket's buffer is lost once"
+        assert server.store.memory.total == 0
+        first = next(record for record in await server.records() if record.outcome == "miss")
+        assert first.connections == fake.most_transfers
+        every_file_hashes_to_its_name(tmp_path)
+        assert await pull(server, digest)
+        assert fake.transfers == 0
+
+
+@pytest.mark.row("U1-reset-at-a-byte")
+@pytest.mark.parametrize("seed", range(4))
+async def test_connections_that_break_at_random_lose_nothing(
+    tmp_path: Path, seed: int, tried: Callable[[int], None]
+) -> None:
+    rng = random.Random(seed)
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        path = f"blobs/{digest}"
+        fake.fault(path, Fault(reset_at=rng.randrange(1_000_000, 3_000_000)))
+        for _ in range(12):
+            at = rng.choice([0, 1, PART - 1, rng.randrange(PART)])
+            fake.fault(path, rng.choice([Fault(reset_at=at), Fault(end_at=at), Fault()]))
+        assert await pull(server, digest)
+        assert server.store.memory.total == 0
+        await eventually(lambda: fake.transfers == 0)
+        tried(12)
+
+
+@pytest.mark.row("U6-wrong-bit")
+async def test_wrong_bit_of_one_part_is_served_to_nobody_and_the_next_try_is_by_one_connection(
+    tmp_path: Path,
+) -> None:
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        path = f"blobs/{digest}"
+        # The whole body is flipped before the range is cut from it.
+        fake.fault(path, Fault(), Fault(), Fault(flip=len(DATA) - 10, times=None))
+        assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [False] * 3
+        assert any(isinstance(event, DigestMismatched) for event in server.events)
+        fake.faults.clear()
+        fake.most_transfers = 0
+        assert await pull(server, digest)
+        assert fake.most_transfers == 1
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_429_of_a_further_connection_disturbs_no_other_pull(tmp_path: Path) -> None:
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        other = fake.add_blob(DATA[:100_000])
+        fake.max_transfers = 1
+        pulling = asyncio.gather(pull(server, digest))
+        await eventually(lambda: any(isinstance(e, BackedOff) for e in server.events))
+        fake.max_transfers = None
+        status, _, body = await server.get(server.blob(other))
+        assert (status, body) == (200, DATA[:100_000])
+        assert await pulling == [True]
+        assert fake.count("GET", f"blobs/{digest}") == 2
+
+
+@pytest.mark.row("U4-wrong-range")
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(ignore_range=True, times=None),
+        Fault(content_range="bytes 5-9/10", times=None),
+        Fault(headers={"ETag": '"new"'}, times=None),
+    ],
+)
+async def test_upstream_without_right_ranges_is_read_by_its_first_response(
+    tmp_path: Path, fault: Fault
+) -> None:
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        fake.fault(f"blobs/{digest}", Fault(), fault)
+        assert await pull(server, digest)
+        assert fake.count("GET", f"blobs/{digest}") == 2
+        assert [e.reason for e in server.events if isinstance(e, BackedOff)] == ["no_ranges"]
+
+
+@pytest.mark.row("D2-full-disk")
+async def test_disk_that_refuses_does_not_disturb_several_connections(tmp_path: Path) -> None:
+    storage = Storage(max_size=100_000)
+    async with slow_upstream(tmp_path, storage=storage) as (fake, server, digest):
+        assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
+        assert fake.most_transfers > 1
+        assert any(isinstance(event, Uncached) for event in server.events)
+        await eventually(lambda: server.store.memory.total == 0)
+
+
+@pytest.mark.row("L1-client-that-leaves")
+@pytest.mark.parametrize("after", [0.1, 0.3, 0.5])
+async def test_fetch_that_is_cancelled_frees_its_connections_and_is_resumed(
+    tmp_path: Path, after: float
+) -> None:
+    async with slow_upstream(tmp_path, abandoned="cancel") as (fake, server, digest):
+        leaving = server.client.get(server.blob(digest))
+        response = await leaving
+        await asyncio.sleep(after)
+        response.close()
+        await eventually(lambda: fake.transfers == 0)
+        await server.store.idle()
+        assert server.store.memory.total == 0
+        assert await pull(server, digest)
+        every_file_hashes_to_its_name(tmp_path)
+
+
+@pytest.mark.row("C7-sigkill-of-the-fetcher")
+@pytest.mark.parametrize("part", [0.5, pytest.param(0.9, marks=pytest.mark.long)])
+async def test_followers_continue_when_a_worker_with_several_connections_is_killed(
+    part: float,
+) -> None:
+    """Only what had arrived ahead of the file is fetched again."""
+    data = random_bytes(5_000_000, 1102)
+    async with FakeRegistry() as fake:
+        digest, fake.blob_rate = fake.add_blob(data), 1_000_000
+        upstream = {"endpoints": [fake.url], "parallel": {"part": "64KiB"}}
+        mirror = Mirror({"docker.io": upstream}, workers=2)
+        try:
+            await run_in_thread(mirror.start)
+            pulls = asyncio.get_running_loop().run_in_executor(
+                None, run_in_threads, 12, lambda _: try_pull(mirror, str(digest))
+            )
+            ingest = mirror.data_dir / "ingest" / "sha256" / digest.hex
+
+            def is_reached() -> bool:
+                return ingest.exists() and ingest.stat().st_size > len(data) * part
+
+            await run_in_thread(wait_until, is_reached, "bytes have arrived", 30)
+            assert fake.transfers > 1
+            mirror.kill_worker(leader(mirror, digest))
+            assert set(await pulls) == {True, False}
+            assert await run_in_thread(try_pull, mirror, str(digest))
+            every_file_hashes_to_its_name(mirror.data_dir)
+            assert fake.bytes_sent <= len(data) * 1.01 + 12 * PART
+        finally:
+            await run_in_thread(mirror.close)

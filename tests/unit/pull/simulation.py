@@ -1,0 +1,221 @@
+"""Transfers in virtual time: an event loop whose clock jumps, and upstreams of different kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from mirror.config.settings import Parallel
+from mirror.observability.events import Event
+from mirror.oci.errors import MirrorError, UpstreamProtocolError, UpstreamRateLimited
+from mirror.oci.reference import Digest
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.parallel import ParallelReader
+from mirror.pull.requests import ContentSource
+from mirror.store.ingest_writer import MemoryBudget
+from mirror.upstream.api import ContentStream
+from tests.unit.pull.kit import MemoryRegistry, a_request
+
+MIB = 2**20
+CHUNK_BYTES = 256 * 1024
+T = TypeVar("T")
+
+
+class _JumpingSelector(selectors.SelectSelector):
+    """Moves the clock in place of waiting."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def select(self, timeout: float | None = None) -> Any:
+        ready = super().select(0)
+        if not ready and timeout is not None and timeout > 0:
+            self._advance(timeout)
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop that never waits: its time is that of the next timer."""
+
+    def __init__(self) -> None:
+        self._now = 1000.0
+        super().__init__(_JumpingSelector(self._pass_time))
+
+    def _pass_time(self, seconds: float) -> None:
+        self._now += seconds
+
+    def time(self) -> float:
+        return self._now
+
+
+def run_virtually(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in virtual time. Returns its result."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(work)
+
+
+@dataclass
+class Upstream:
+    """A storage with limits. Rates in bytes per second."""
+
+    data: bytes
+    rate: float = 10.0 * MIB
+    """Of each connection."""
+    total_rate: float | None = None
+    """Of all connections together."""
+    max_connections: int | None = None
+    """One more gets a 429."""
+    retry_after: float | None = None
+    has_ranges: bool = True
+    latency: float = 0.02
+    """Seconds until response headers."""
+    slow: Callable[[int], float] = lambda number: 1.0
+    """Returns the factor of the rate of the n-th connection."""
+    breaks: Callable[[int], int | None] = lambda number: None
+    """Returns the bytes after which the n-th connection breaks."""
+    error: MirrorError | None = None
+    connections: int = 0
+    most: int = 0
+    opened: int = 0
+    sent: int = 0
+    requested: list[tuple[int, int]] = field(default_factory=list)
+    _free_at: float = 0.0
+
+    def stream(self, start: int = 0) -> Stream:
+        """Return the response to a request without an end."""
+        return Stream(self, start, len(self.data))
+
+
+class Stream:
+    """A response of an :class:`Upstream` (see :class:`mirror.upstream.api.ContentStream`)."""
+
+    endpoint = "https://storage.example"
+    media_type = "application/octet-stream"
+    validator = None
+
+    def __init__(self, upstream: Upstream, start: int, stop: int) -> None:
+        self.start = start
+        self.total: int | None = len(upstream.data)
+        self._upstream = upstream
+        self._stop = stop
+        self._is_closed = False
+        self._number = upstream.opened
+        upstream.opened += 1
+        upstream.connections += 1
+        upstream.most = max(upstream.most, upstream.connections)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        upstream, position, loop = self._upstream, self.start, asyncio.get_running_loop()
+        broken_at = upstream.breaks(self._number)
+        stop = self._stop if broken_at is None else min(self._stop, self.start + broken_at)
+        while position < stop:
+            chunk = upstream.data[position : min(position + CHUNK_BYTES, stop)]
+            rate = upstream.rate * upstream.slow(self._number)
+            ready_at = loop.time() + len(chunk) / rate
+            if upstream.total_rate is not None:
+                upstream._free_at = max(upstream._free_at, loop.time())
+                upstream._free_at += len(chunk) / upstream.total_rate
+                ready_at = max(ready_at, upstream._free_at)
+            await asyncio.sleep(ready_at - loop.time())
+            if self._is_closed:
+                return
+            position += len(chunk)
+            upstream.sent += len(chunk)
+            yield chunk
+        if stop < self._stop:
+            assert upstream.error is not None
+            raise upstream.error
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._upstream.connections -= 1
+
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[ContentStream]:
+        upstream = self._upstream
+        upstream.requested.append((start, stop))
+        await asyncio.sleep(upstream.latency)
+        if upstream.max_connections is not None and (
+            upstream.connections >= upstream.max_connections
+        ):
+            raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
+        if not upstream.has_ranges:
+            raise UpstreamProtocolError("no ranges")
+        stream = Stream(upstream, start, stop)
+        try:
+            yield stream
+        finally:
+            stream.close()
+
+
+@dataclass
+class Result:
+    """A transfer that has ended."""
+
+    seconds: float
+    is_right: bool
+    events: list[Event]
+    reader: ParallelReader
+    memory: int
+    """Most bytes ahead."""
+
+    def happened(self, kind: type[T]) -> list[T]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+async def transfer(
+    upstream: Upstream,
+    parallel: Parallel | None = None,
+    *,
+    connections: ConnectionBudget | None = None,
+    memory: MemoryBudget | None = None,
+    sources: int = 1,
+    pause: Callable[[int], float] = lambda position: 0.0,
+) -> Result:
+    """Read the data of ``upstream``. Raises the error of the last transfer.
+
+    Args:
+        upstream: Where the bytes come from.
+        parallel: The settings. None: the defaults.
+        connections: Shared with other transfers. None: one of its own.
+        memory: Shared with other transfers. None: one of its own.
+        sources: Transfers that may be begun, each one after an error.
+        pause: Returns the seconds that the reader pauses at a position.
+    """
+    loop, events = asyncio.get_running_loop(), list[Event]()
+    registry = MemoryRegistry(parallel=parallel or Parallel())
+    memory = memory or MemoryBudget(48 * MIB)
+    request = a_request(Digest.of(b"any"))
+    connections = connections or ConnectionBudget(lambda endpoint: 1, loop.time)
+    reader = ParallelReader(connections, memory, events.append, request.pull)
+    begun, position, is_right, peak = loop.time(), 0, True, 0
+    try:
+        while True:
+            try:
+                stream = upstream.stream(position)
+                try:
+                    async with reader.read(
+                        stream, ContentSource(registry, request), position
+                    ) as chunks:
+                        async for chunk in chunks:
+                            is_right &= chunk == upstream.data[position : position + len(chunk)]
+                            position += len(chunk)
+                            peak = max(peak, memory.total)
+                            await asyncio.sleep(pause(position))
+                finally:
+                    stream.close()
+                break
+            except MirrorError:
+                sources -= 1
+                if not sources:
+                    raise
+    finally:
+        reader.close()
+    is_right &= position == len(upstream.data)
+    return Result(loop.time() - begun, is_right, events, reader, peak)

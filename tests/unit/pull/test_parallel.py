@@ -1,0 +1,235 @@
+"""One blob by several connections, in virtual time: the kinds of upstreams, failures, budgets."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mirror.config.settings import Parallel
+from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
+from mirror.oci.errors import UpstreamRateLimited, UpstreamUnavailable
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.store.ingest_writer import MemoryBudget
+from tests.unit.pull.simulation import MIB, Result, Stream, Upstream, run_virtually, transfer
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(96 * MIB, 11)
+ALONE = Parallel(connections=1)
+BROKEN = UpstreamUnavailable("connection reset")
+
+
+def pull(upstream: Upstream, parallel: Parallel | None = None, **how: object) -> Result:
+    """Transfer in virtual time. The bytes must be right, and all budgets free at the end."""
+    result = run_virtually(transfer(upstream, parallel, **how))  # type: ignore[arg-type] # its arguments
+    assert result.is_right
+    assert result.reader.memory.total == 0
+    assert sum(event.change for event in result.happened(ConnectionsChanged)) == 0
+    assert upstream.connections == 0
+    return result
+
+
+def reasons(result: Result) -> list[str]:
+    return [event.reason for event in result.happened(BackedOff)]
+
+
+def test_upstream_that_limits_each_connection_is_read_by_four() -> None:
+    upstream = Upstream(DATA)
+    result = pull(upstream)
+    assert upstream.most == 4
+    assert result.seconds < 0.45 * 9.6
+    assert upstream.sent <= 1.01 * len(DATA)
+    assert reasons(result) == []
+
+
+def test_upstream_that_limits_all_connections_together_is_read_by_as_many_as_reach_it() -> None:
+    upstream = Upstream(DATA, total_rate=24 * MIB)
+    result = pull(upstream)
+    assert result.seconds < 5.2
+    assert upstream.most <= 4
+    assert "no_gain" in reasons(result)
+
+
+def test_connection_that_brings_no_gain_is_taken_back_and_none_follows() -> None:
+    upstream = Upstream(DATA, rate=20 * MIB, total_rate=20 * MIB)
+    result = pull(upstream)
+    assert result.seconds <= 1.03 * 4.8
+    assert upstream.most == 2
+    assert reasons(result) == ["no_gain"]
+
+
+def test_429_above_two_connections_goes_on_with_two() -> None:
+    upstream = Upstream(DATA, max_connections=2)
+    result = pull(upstream)
+    assert result.seconds < 5.6
+    assert reasons(result) == ["refused"]
+
+
+def test_429_of_the_second_connection_leaves_the_first_response_alone() -> None:
+    upstream = Upstream(DATA, max_connections=1)
+    result = pull(upstream)
+    assert result.seconds < 1.03 * 9.6
+    assert (reasons(result), upstream.opened) == (["refused"], 1)
+
+
+def test_ignored_range_goes_on_with_the_first_response_and_is_remembered() -> None:
+    upstream = Upstream(DATA, has_ranges=False)
+    result = pull(upstream)
+    assert result.seconds < 1.03 * 9.6
+    assert (reasons(result), upstream.opened) == (["no_ranges"], 1)
+    assert not result.reader.connections.may_add(Stream.endpoint)
+
+
+@pytest.mark.parametrize(
+    "upstream",
+    [
+        Upstream(DATA, rate=200 * MIB),
+        Upstream(DATA[: 16 * MIB - 1]),
+        Upstream(DATA[: 20 * MIB], rate=40 * MIB),
+    ],
+    ids=["rest-of-less-than-a-second", "less-than-four-parts", "little-remains"],
+)
+def test_blob_that_ends_soon_is_read_by_one_connection(upstream: Upstream) -> None:
+    pull(upstream)
+    assert upstream.opened == 1
+
+
+def test_blob_without_a_size_is_read_by_one_connection() -> None:
+    async def read() -> int:
+        upstream = Upstream(DATA)
+        stream = upstream.stream()
+        stream.total = None
+        upstream.stream = lambda start=0: stream  # type: ignore[method-assign] # of this test
+        await transfer(upstream)
+        return upstream.opened
+
+    assert run_virtually(read()) == 1
+
+
+def test_late_part_is_cut_and_fetched_by_another_connection() -> None:
+    upstream = Upstream(DATA, slow=lambda number: 0.001 if number == 2 else 1.0)
+    result = pull(upstream)
+    assert len(result.happened(PieceCut)) >= 1
+    assert result.seconds < 6.5
+    assert upstream.sent <= 1.01 * len(DATA)
+
+
+def test_first_response_that_starves_is_cut_too() -> None:
+    class Starving(Upstream):
+        pass
+
+    upstream = Upstream(DATA)
+    upstream.slow = lambda number: 1.0 if number or upstream.sent < 5 * MIB else 0.001
+    result = pull(upstream)
+    assert result.happened(PieceCut)
+    assert result.seconds < 7
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_connection_that_breaks_gives_its_part_back(number: int) -> None:
+    upstream = Upstream(
+        DATA, error=BROKEN, breaks=lambda n: 6 * MIB if n == number and number else None
+    )
+    if number == 0:
+        upstream.breaks = lambda n: 7 * MIB if n == 0 else None
+    result = pull(upstream)
+    assert result.seconds < 5.5
+    assert upstream.sent <= len(DATA) * 1.01
+
+
+def test_connections_that_all_break_at_once_keep_what_arrived_ahead() -> None:
+    upstream = Upstream(DATA, error=BROKEN, breaks=lambda n: 3 * MIB if 0 < n < 8 else None)
+    result = pull(upstream, sources=8)
+    assert upstream.sent <= len(DATA) * 1.01
+    assert result.seconds < 9.6
+
+
+def test_only_the_last_error_ends_a_transfer() -> None:
+    upstream = Upstream(DATA, error=BROKEN, breaks=lambda n: 0 if n else 10 * MIB)
+    with pytest.raises(UpstreamUnavailable, match="connection reset"):
+        pull(upstream)
+    assert upstream.connections == 0
+
+
+def test_fetches_share_the_connections_of_an_endpoint() -> None:
+    async def read() -> list[Upstream]:
+        upstreams = [Upstream(DATA) for _ in range(5)]
+        connections = ConnectionBudget(lambda endpoint: 5, asyncio.get_running_loop().time)
+        counted = 0
+
+        async def watch() -> None:
+            nonlocal counted
+            while True:
+                counted = max(counted, sum(upstream.connections for upstream in upstreams))
+                await asyncio.sleep(0.01)
+
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(watch())
+            fetches = [
+                group.create_task(transfer(upstream, connections=connections))
+                for upstream in upstreams
+            ]
+            await asyncio.wait(fetches)
+            watching.cancel()
+        assert all(fetch.result().is_right for fetch in fetches)
+        assert counted <= 8
+        return upstreams
+
+    assert sum(upstream.opened > 1 for upstream in run_virtually(read())) >= 1
+
+
+def test_refusal_is_remembered_for_ten_minutes() -> None:
+    async def read() -> tuple[int, int]:
+        loop = asyncio.get_running_loop()
+        connections = ConnectionBudget(lambda endpoint: 1, loop.time)
+        first = Upstream(DATA, max_connections=2)
+        await transfer(first, connections=connections)
+        second = Upstream(DATA)
+        await transfer(second, connections=connections)
+        await asyncio.sleep(600)
+        third = Upstream(DATA)
+        await transfer(third, connections=connections)
+        return second.most, third.most
+
+    assert run_virtually(read()) == (2, 4)
+
+
+def test_without_memory_a_fetch_has_one_connection() -> None:
+    upstream = Upstream(DATA)
+    pull(upstream, memory=MemoryBudget(1))
+    assert upstream.opened == 1
+
+
+@pytest.mark.parametrize("limit", [7 * MIB, 13 * MIB, 48 * MIB])
+def test_bytes_ahead_stay_within_the_budget(limit: int) -> None:
+    """Also if the reader is far slower than the upstream."""
+    upstream = Upstream(DATA)
+    result = pull(
+        upstream, memory=MemoryBudget(limit), pause=lambda at: 1.0 if at % (10 * MIB) == 0 else 0.0
+    )
+    assert result.memory <= limit + MIB
+
+
+def test_retry_after_is_honoured_by_further_connections() -> None:
+    upstream = Upstream(DATA, max_connections=2, retry_after=3.0)
+    result = pull(upstream)
+    assert reasons(result) == ["refused"]
+    assert result.seconds < 9.6
+
+
+def test_429_of_each_later_request_ends_with_the_error_of_the_last() -> None:
+    upstream = Upstream(DATA, retry_after=60.0)
+    upstream.breaks = lambda n: None
+
+    async def read() -> None:
+        async def limit() -> None:
+            while upstream.sent < 30 * MIB:  # noqa: ASYNC110 - in virtual time
+                await asyncio.sleep(0.01)
+            upstream.max_connections = 0
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(limit())
+            with pytest.raises(UpstreamRateLimited):
+                await transfer(upstream)
+
+    run_virtually(read())
