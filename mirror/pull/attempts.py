@@ -46,7 +46,7 @@ class SourceAttempts:
     """
 
     source: ContentSource
-    patience: float
+    stall_limit_s: float
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
     """Time of the latest progress, or of the first request and of its response."""
@@ -88,7 +88,7 @@ class SourceAttempts:
             not self.has_responded
             or self.is_refused
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or now - self.last_progress_at >= self.patience
+            or now - self.last_progress_at >= self.stall_limit_s
         )
 
     def resumed(self, position: int, error: MirrorError) -> Resumed:

@@ -300,12 +300,12 @@ class Fetch:
         """
         is_resumed = attempts.has_responded or self.ingest.is_confirmed
         try:
-            deadline = attempts.last_progress_at + attempts.patience if is_resumed else None
+            deadline = attempts.last_progress_at + attempts.stall_limit_s if is_resumed else None
             async with asyncio.timeout_at(deadline) as limit:
                 yield limit
         except TimeoutError:
             raise UpstreamTimeout(
-                f"the upstream sent no data for {attempts.patience:g} s, in several attempts"
+                f"the upstream sent no data for {attempts.stall_limit_s:g} s, in several attempts"
             ) from None
 
     async def _transfer(self, attempts: SourceAttempts) -> None:
@@ -353,11 +353,15 @@ class Fetch:
                 chunks = await stack.enter_async_context(
                     self._reader.read(stream, source, ingest.position)
                 )
+            received_at = loop.time()
             async for data in chunks:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
-                    limit.reschedule(loop.time() + STALL_GRACE_S)
+                    # Only the time that skipped bytes take is added to the limit.
+                    attempts.last_progress_at += loop.time() - received_at
+                    received_at = loop.time()
+                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)

@@ -43,7 +43,7 @@ def attempts(**changes: object) -> SourceAttempts:
         ({"failed_in_a_row": 6}, 100.0, True),
     ],
 )
-def test_source_is_given_up_after_5_failures_or_its_patience(
+def test_source_is_given_up_after_5_failures_or_its_stall_limit(
     changes: dict[str, object], now: float, is_over: bool
 ) -> None:
     assert attempts(**changes).is_over(now) is is_over

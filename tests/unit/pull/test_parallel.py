@@ -153,7 +153,8 @@ def test_only_the_last_error_ends_a_transfer() -> None:
 
 def test_fetches_share_the_connections_of_an_endpoint() -> None:
     async def read() -> list[Upstream]:
-        upstreams = [Upstream(DATA) for _ in range(5)]
+        data = DATA[: 32 * MIB]
+        upstreams = [Upstream(data) for _ in range(5)]
         connections = ConnectionBudget(lambda endpoint: 5, asyncio.get_running_loop().time)
         counted = 0
 
@@ -161,7 +162,7 @@ def test_fetches_share_the_connections_of_an_endpoint() -> None:
             nonlocal counted
             while True:
                 counted = max(counted, sum(upstream.connections for upstream in upstreams))
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
 
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(watch())

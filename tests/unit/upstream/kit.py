@@ -169,13 +169,6 @@ def origin(text: str) -> URL:
     return URL(text, encoded=True)
 
 
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition that has no event."""
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110 - what a process or a peer does has no event here
-            await asyncio.sleep(0.01)
-
-
 def tls_server(certificate: Certificate) -> ssl.SSLContext:
     """Return the TLS context of a fake registry."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -39,10 +39,10 @@ from tests.unit.upstream.kit import (
     registry,
     repository,
     unread,
-    until,
     up,
     upstream_kit,
 )
+from tests.waiting import until
 
 SHORT = Limits(connect=0.2, headers=0.2)
 

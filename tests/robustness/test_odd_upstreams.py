@@ -281,6 +281,22 @@ async def test_body_that_stalls_at_each_attempt_is_cut_in_time(
 
 
 @pytest.mark.row("FB10-stalling-twice")
+async def test_skipping_the_same_bytes_again_and_again_does_not_extend_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.9)
+    monkeypatch.setattr("mirror.pull.fetch._PAUSE_UNIT_S", 0.001)
+    limits = QUICK.model_copy(update={"idle": 0.6})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(ignore_range=True, stall_at=BREAK, times=None))
+        with pytest.raises(aiohttp.ClientError):
+            await server.get(server.blob(digest))
+        # Not the message of `idle`: the limit of all attempts has ended the last one.
+        assert "in several attempts" in (await server.records())[0].error
+
+
+@pytest.mark.row("FB10-stalling-twice")
 def test_stalled_body_is_cut_after_15_seconds_beside_idle() -> None:
     assert (Limits().idle, STALL_GRACE_S) == (30.0, 15.0)
 
