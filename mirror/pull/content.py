@@ -422,7 +422,7 @@ class ContentService:
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)
-            if request.select_spans is None or self._fetches.has_suspects(request.digest):
+            if request.select_spans is None or request.digest in self._fetches.suspects:
                 return follower
             return await self._asides.attach(fetch, follower, source)
         except BaseException:
