@@ -19,7 +19,8 @@ from mirror.observability.events import AsideEnded, Outcome, Published
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.test_ranges import parts_of
 from tests.server_kit import Server, running
-from tests.unit.store.kit import eventually, random_bytes
+from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 CHUNK = 50_000
 """Bytes of a chunk of stargz."""
@@ -101,7 +102,7 @@ async def test_requests_of_stargz_do_not_wait_for_the_layer(tmp_path: Path) -> N
         assert layer.whole_gets() == 1
         assert [result for result, _ in layer.asides] == ["ok"] * 3, "near ranges are joined"
         layer.gate.set()
-        await eventually(lambda: any(isinstance(e, Published) for e in layer.server.events))
+        await until(lambda: any(isinstance(e, Published) for e in layer.server.events))
         status, headers, body = await layer.get(f"{first}-{SIZE - 1}")
         assert (status, body, headers.get("Warning")) == (206, DATA[first:], None)
         outcomes = [pull.outcome for pull in await layer.server.records()]
@@ -188,7 +189,7 @@ async def test_failed_request_for_a_part_fails_no_client(tmp_path: Path, fault: 
         layer.fault(fault)
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(layer.get("-51"))
-            await eventually(lambda: len(layer.asides) == 1)
+            await until(lambda: len(layer.asides) == 1)
             layer.gate.set()
         status, headers, body = reading.result()
         assert (status, body) == (206, DATA[-51:])
@@ -208,7 +209,7 @@ async def test_refused_part_ends_the_requests_that_wait_for_their_turn(tmp_path:
         firsts = range(1_000_000, 3_000_000, 50_000)
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(layer.get(f"{a}-{a + 9}")) for a in firsts]
-            await eventually(lambda: len(layer.asides) == 2)
+            await until(lambda: len(layer.asides) == 2)
             layer.gate.set()
         for first, task in zip(firsts, reading, strict=True):
             assert task.result()[2] == DATA[first : first + 10]
@@ -222,9 +223,9 @@ async def test_client_that_hangs_up_ends_its_request_at_once(tmp_path: Path) -> 
         layer.fault(Fault(stall_at=10))
         async with layer.server.client.get(layer.url, headers={"Range": "bytes=-51"}) as response:
             assert response.status == 206
-            await eventually(lambda: layer.fake.count("GET", "blobs/") == 2)
+            await until(lambda: layer.fake.count("GET", "blobs/") == 2)
             response.close()
-        await eventually(lambda: [result for result, _ in layer.asides] == ["dropped"])
+        await until(lambda: [result for result, _ in layer.asides] == ["dropped"])
 
 
 @pytest.mark.row("L12-lazy-pull")

@@ -42,7 +42,8 @@ from mirror.pull.aside import (
 )
 from mirror.store.reader import Reader
 from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, PullKit, a_pull, blob, pull_kit
-from tests.unit.store.kit import eventually, random_bytes, read
+from tests.unit.store.kit import random_bytes, read
+from tests.waiting import until
 
 SIZE = 3_000_000
 DATA = random_bytes(SIZE, 71)
@@ -264,7 +265,7 @@ async def test_part_far_ahead_is_served_while_the_fetch_stands_still(
         assert not any(isinstance(event, Published) for event in lazy.kit.events)
         lazy.gate.set()
         assert (await blob(lazy.kit, lazy.digest))[0] == DATA
-        await eventually(lambda: any(isinstance(event, Published) for event in lazy.kit.events))
+        await until(lambda: any(isinstance(event, Published) for event in lazy.kit.events))
         data, pull = await lazy.read(header)
         assert (data, pull.outcome, pull.is_unverified) == (expected, Outcome.HIT, False)
         assert lazy.registry.calls["get_blob"] == 1 + lazy.registry.calls["get_part"]
@@ -300,7 +301,7 @@ async def test_failed_part_is_served_from_the_fetch_and_not_tried_again_at_once(
         lazy.registry.part_failure = error
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(lazy.read(range_of(TAIL)))
-            await eventually(lambda: len(lazy.ended) == 1)
+            await until(lambda: len(lazy.ended) == 1)
             lazy.gate.set()
         data, pull = reading.result()
         assert data == DATA[-51:]
@@ -313,7 +314,7 @@ async def test_repository_whose_part_was_refused_gets_none_for_a_while(tmp_path:
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.part_failure = UpstreamProtocolError("the upstream ignores Range")
         first, _ = await lazy.open(range_of(TAIL))
-        await eventually(lambda: lazy.ended == [("refused", 0)])
+        await until(lambda: lazy.ended == [("refused", 0)])
         second, pull = await lazy.open(range_of(TAIL))
         assert not isinstance(second, AsideReader)
         assert not pull.is_unverified
@@ -332,7 +333,7 @@ async def test_part_that_arrives_while_the_rate_is_measured_is_not_requested(
     async with lazy_pull(tmp_path) as lazy:
         async with asyncio.TaskGroup() as group:
             opening = group.create_task(lazy.open("bytes=2000000-2000099"))
-            await eventually(lambda: lazy.registry.calls["get_blob"] == 1)
+            await until(lambda: lazy.registry.calls["get_blob"] == 1)
             lazy.gate.set()
         reader, pull = opening.result()
         assert await read(reader, 2_000_000, 2_000_100) == DATA[2_000_000:2_000_100]
@@ -359,11 +360,11 @@ async def test_bytes_of_the_fetch_are_taken_if_they_come_first(tmp_path: Path) -
         lazy.registry.part_gate = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(lazy.read(range_of(TAIL)))
-            await eventually(lambda: lazy.registry.calls["get_part"] == 1)
+            await until(lambda: lazy.registry.calls["get_part"] == 1)
             lazy.gate.set()
         data, pull = reading.result()
         assert (data, pull.outcome, pull.aside_bytes) == (DATA[-51:], Outcome.MISS, 0)
-        await eventually(lambda: lazy.ended == [("dropped", 0)])
+        await until(lambda: lazy.ended == [("dropped", 0)])
 
 
 async def test_clients_of_one_repository_share_a_request_and_others_do_not(tmp_path: Path) -> None:
@@ -371,9 +372,9 @@ async def test_clients_of_one_repository_share_a_request_and_others_do_not(tmp_p
         lazy.registry.part_gate = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             same = [group.create_task(lazy.read(range_of(TAIL))) for _ in range(5)]
-            await eventually(lambda: lazy.registry.calls["get_part"] == 1)
+            await until(lambda: lazy.registry.calls["get_part"] == 1)
             other = group.create_task(lazy.read(range_of(TAIL), OTHER))
-            await eventually(lambda: lazy.registry.calls["get_part"] == 2)
+            await until(lambda: lazy.registry.calls["get_part"] == 2)
             lazy.registry.part_gate.set()
         assert {task.result()[0] for task in (*same, other)} == {DATA[-51:]}
         assert lazy.ended == [("ok", 51)] * 2
@@ -383,13 +384,13 @@ async def test_last_client_that_leaves_ends_the_request(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.part_gate = asyncio.Event()
         readers = [(await lazy.open(range_of(TAIL)))[0] for _ in range(2)]
-        await eventually(lambda: lazy.registry.calls["get_part"] == 1)
+        await until(lambda: lazy.registry.calls["get_part"] == 1)
         readers[0].close()
         readers[0].close()
         await asyncio.sleep(0)
         assert not lazy.ended
         readers[1].close()
-        await eventually(lambda: lazy.ended == [("dropped", 0)])
+        await until(lambda: lazy.ended == [("dropped", 0)])
         # A client that comes now gets a request of its own.
         lazy.registry.part_gate.set()
         assert (await lazy.read(range_of(TAIL)))[0] == DATA[-51:]
@@ -401,7 +402,7 @@ async def test_few_requests_run_at_once_for_one_content(tmp_path: Path) -> None:
         spans = [Span(n * 100_000, n * 100_000 + 50_000) for n in range(10, 18)]
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(lazy.read(range_of(span))) for span in spans]
-            await eventually(lambda: lazy.registry.calls["get_part"] == MAX_AT_ONCE)
+            await until(lambda: lazy.registry.calls["get_part"] == MAX_AT_ONCE)
             await asyncio.sleep(0.05)
             assert lazy.registry.calls["get_part"] == MAX_AT_ONCE
             lazy.registry.part_gate.set()
@@ -442,7 +443,7 @@ async def test_endpoint_without_a_free_connection_still_gets_a_few_requests(
                 lazy.digest = digest
                 group.create_task(lazy.read("bytes=-51"))
                 await asyncio.sleep(0)
-            await eventually(lambda: lazy.registry.calls["get_part"] == MAX_AT_ONCE)
+            await until(lambda: lazy.registry.calls["get_part"] == MAX_AT_ONCE)
             await asyncio.sleep(0.05)
             assert lazy.registry.calls["get_part"] == MAX_AT_ONCE
             lazy.registry.part_gate.set()
@@ -477,7 +478,7 @@ async def test_draining_ends_the_requests_and_their_readers(tmp_path: Path) -> N
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.part_gate = asyncio.Event()
         reader, _ = await lazy.open(range_of(TAIL))
-        await eventually(lambda: lazy.registry.calls["get_part"] == 1)
+        await until(lambda: lazy.registry.calls["get_part"] == 1)
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(swallow(reader))
             await asyncio.sleep(0)
