@@ -23,7 +23,8 @@ from tests.real.server import Mirror
 from tests.robustness.kit import every_file_hashes_to_its_name, run_in_threads, try_pull
 from tests.robustness.test_processes import leader
 from tests.server_kit import Server, running
-from tests.unit.store.kit import eventually, random_bytes
+from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 DATA = random_bytes(4_000_000, 1101)
 PART = 65_536
@@ -87,7 +88,7 @@ async def test_connections_that_break_at_random_lose_nothing(
             fake.fault(path, rng.choice([Fault(reset_at=at), Fault(end_at=at), Fault()]))
         assert await pull(server, digest)
         assert server.store.memory.total == 0
-        await eventually(lambda: fake.transfers == 0)
+        await until(lambda: fake.transfers == 0)
         tried(12)
 
 
@@ -113,7 +114,7 @@ async def test_429_of_a_further_connection_disturbs_no_other_pull(tmp_path: Path
         other = fake.add_blob(DATA[:100_000])
         fake.max_transfers = 1
         pulling = asyncio.gather(pull(server, digest))
-        await eventually(lambda: any(isinstance(e, BackedOff) for e in server.events))
+        await until(lambda: any(isinstance(e, BackedOff) for e in server.events))
         fake.max_transfers = None
         status, _, body = await server.get(server.blob(other))
         assert (status, body) == (200, DATA[:100_000])
@@ -147,7 +148,7 @@ async def test_disk_that_refuses_does_not_disturb_several_connections(tmp_path: 
         assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
         assert fake.most_transfers > 1
         assert any(isinstance(event, Uncached) for event in server.events)
-        await eventually(lambda: server.store.memory.total == 0)
+        await until(lambda: server.store.memory.total == 0)
 
 
 @pytest.mark.row("L1-client-that-leaves")
@@ -160,7 +161,7 @@ async def test_fetch_that_is_cancelled_frees_its_connections_and_is_resumed(
         response = await leaving
         await asyncio.sleep(after)
         response.close()
-        await eventually(lambda: fake.transfers == 0)
+        await until(lambda: fake.transfers == 0)
         await server.store.idle()
         assert server.store.memory.total == 0
         assert await pull(server, digest)
