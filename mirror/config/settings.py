@@ -166,7 +166,8 @@ class Parallel(Section):
     connections: Annotated[int, Field(ge=1, le=4)] = 4
     """
     Most connections for one blob. Further ones are opened only while they make the fetch faster,
-    and the upstream does not refuse them. 1: a blob is fetched by one connection.
+    and the upstream does not refuse them. 1: a blob is fetched by one connection, and a client that
+    wants a part of it waits until the fetch has reached that part.
     """
     part: Annotated[Size, AfterValidator(values.check_part)] = 8 * 2**20
     """

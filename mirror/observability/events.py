@@ -35,6 +35,7 @@ class Outcome(StrEnum):
     HIT = "hit"
     JOIN = "join"
     MISS = "miss"
+    ASIDE = "aside"
     REVALIDATED = "revalidated"
     STALE = "stale"
     NEGATIVE = "negative"
@@ -74,6 +75,10 @@ class RequestRecord:
     """Whether the whole body was sent."""
     joined_at_byte: int | None = None
     """Offset in bytes that an ingest had reached when this request joined it. None: joined none."""
+    is_unverified: bool = False
+    """Whether bytes of the response may come from an aside request, which no digest verifies."""
+    aside_bytes: int = 0
+    """Bytes that came from aside requests, in place of the running fetch."""
     connections: int = 0
     """Most connections that fetched a blob together, for the request that started the fetch. 0: one
     was enough, or nothing was fetched."""
@@ -200,6 +205,22 @@ class Resumed:
     offset: int
     is_restart: bool
     reason: str
+
+
+AsideResult: TypeAlias = Literal["ok", "refused", "failed", "dropped"]
+"""The bytes; a response that is not the requested part, or a 429; any other failure; no bytes,
+because no client waits for them any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsideEnded:
+    """A request for a part far ahead of the running fetch ended, with ``bytes`` received."""
+
+    upstream: str
+    result: AsideResult
+    bytes: int
+    reason: str
+    """Message of the failure. Empty without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +376,7 @@ Event: TypeAlias = (
     | RateLimitSeen
     | CircuitChanged
     | Resumed
+    | AsideEnded
     | ConnectionsChanged
     | PieceCut
     | BackedOff

@@ -323,6 +323,10 @@ class LogObserver:
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
+            case events.AsideEnded(upstream, result, _, reason) if reason:
+                message = "part not fetched ahead of the running fetch, which brings it later"
+                fields_ = {"upstream": upstream, "result": result, "reason": reason}
+                self._write_limited(logging.INFO, message, fields_)
             case events.PieceCut(upstream, endpoint, offset):
                 late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
                 self._write_limited(logging.INFO, "part of a blob is late", late)
@@ -369,6 +373,8 @@ def encode_request(pull: RequestRecord) -> list[str]:
     ]
     if pull.joined_at_byte is not None:
         fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+    if pull.aside_bytes:
+        fields.append(_encode_field("aside", pull.aside_bytes, as_json=True))
     if pull.connections:
         fields.append(_encode_field("connections", pull.connections, as_json=True))
     if pull.late_pieces:

@@ -148,6 +148,16 @@ class MetricsObserver:
         self._resumed = counter(
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
         )
+        self._asides = counter(
+            "aside_requests",
+            "Requests to upstreams for parts far ahead of a running fetch.",
+            "upstream result",
+        )
+        self._aside_bytes = counter(
+            "aside_bytes",
+            "Bytes of parts far ahead of a running fetch, which are not stored.",
+            "upstream",
+        )
         self._connections = gauge(
             "further_connections",
             "Connections that fetch blobs now, beside the first connection of each blob.",
@@ -248,6 +258,9 @@ class MetricsObserver:
         self._incomplete.labels(upstream)
         self._billed.labels(upstream)
         self._resumed.labels(upstream)
+        self._aside_bytes.labels(upstream)
+        for aside_result in get_args(events.AsideResult):
+            self._asides.labels(upstream, aside_result)
         self._connections.labels(upstream)
         self._cut_pieces.labels(upstream)
         for reason in get_args(events.BackOffReason):
@@ -299,6 +312,9 @@ class MetricsObserver:
                 self._circuit.labels(self._upstream(upstream), endpoint).set(is_open)
             case events.Resumed(upstream):
                 self._resumed.labels(self._upstream(upstream)).inc()
+            case events.AsideEnded(upstream, result, count):
+                self._asides.labels(self._upstream(upstream), result).inc()
+                self._aside_bytes.labels(self._upstream(upstream)).inc(count)
             case events.ConnectionsChanged(upstream, change):
                 self._connections.labels(self._upstream(upstream)).inc(change)
             case events.PieceCut(upstream):

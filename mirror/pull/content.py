@@ -30,6 +30,7 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
+from mirror.pull.aside import AsideRequests
 from mirror.pull.fetch import RunningFetches
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
 from mirror.single_flight import SingleFlight
@@ -87,6 +88,7 @@ class ContentService:
             callbacks=self,
             finish_abandoned=settings.abandoned == "finish",
         )
+        self._asides = AsideRequests(single_flight, store.memory, self._fetches.connections, emit)
 
     def configure(self, settings: Settings) -> None:
         """Use these settings from now on."""
@@ -423,10 +425,12 @@ class ContentService:
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)
+            if request.select_spans is None or request.digest in self._fetches.suspects:
+                return follower
+            return await self._asides.attach(fetch, follower, source)
         except BaseException:
             follower.close()
             raise
-        return follower
 
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""

@@ -427,7 +427,7 @@ class RunningFetches:
         self.connections = ConnectionBudget(self._count_at)
         self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
         self._active: dict[Digest, Fetch] = {}
-        self._suspects = Suspects()
+        self.suspects = Suspects()
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
@@ -443,7 +443,7 @@ class RunningFetches:
         Raises:
             Draining: The process shuts down, so no fetch is started.
         """
-        suspects = self._suspects.get(source.request.digest) or {}
+        suspects = self.suspects.get(source.request.digest) or {}
         is_suspect = source.request.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self._find_active(source.request.digest)
@@ -463,7 +463,7 @@ class RunningFetches:
     def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
         digest = source.request.digest
         ingest = self._store.start_ingest(digest)
-        add_suspects = partial(self._suspects.add, digest)
+        add_suspects = partial(self.suspects.add, digest)
         fetch = Fetch(ingest, source, self._emit, self._callbacks, self._make_reader, add_suspects)
         follower = ingest.follow()
         assert follower is not None

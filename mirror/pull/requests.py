@@ -5,12 +5,13 @@ Lives here: the requests of clients, and their sources. Must not know: HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from mirror.observability.events import Kind, RequestRecord
 from mirror.oci.errors import Denied, MirrorError, NotFound, Unauthorized
+from mirror.oci.headers import Span
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream, Registry
@@ -18,6 +19,10 @@ from mirror.upstream.api import ContentStream, Registry
 REFUSALS: Final = (NotFound, Denied, Unauthorized)
 """Definite refusals (404, 403, 401): the upstream works, and this repository does not give us the
 content."""
+
+SpanSelector: TypeAlias = Callable[[int], Sequence[Span]]
+"""Returns the spans that a client wants of content of this size, in order. They have an end that
+the client has stated. Empty: it wants the whole content, or all from some byte on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,8 @@ class ContentRequest:
     """Record of the client's request. Its outcome and its stages are written there."""
     accept: tuple[str, ...] = ()
     """Media types of the client's ``Accept`` header, for a manifest."""
+    select_spans: SpanSelector | None = None
+    """None: no part of the content is wanted by itself."""
 
 
 @dataclass(frozen=True, slots=True)

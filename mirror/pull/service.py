@@ -16,7 +16,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
 from mirror.pull.repositories import RepositoryService
-from mirror.pull.requests import ContentRequest, TagRequest
+from mirror.pull.requests import ContentRequest, SpanSelector, TagRequest
 from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
 
 
@@ -80,7 +80,13 @@ class PullService:
         return await self._manifests.by_tag(TagRequest(repository, reference, pull, accept, head))
 
     async def blob(
-        self, repository: Repository, digest: Digest, pull: RequestRecord, *, head: bool
+        self,
+        repository: Repository,
+        digest: Digest,
+        pull: RequestRecord,
+        *,
+        head: bool,
+        select_spans: SpanSelector | None = None,
     ) -> BlobResult:
         """Serve a blob, complete or while it is fetched.
 
@@ -89,6 +95,7 @@ class PullService:
             digest: The digest of the blob.
             pull: Record of the client's request.
             head: True for a ``HEAD``: the result has no reader.
+            select_spans: Returns the spans that the client wants, if it wants only parts.
 
         Returns:
             The blob. Its first byte can be read at once. The caller closes the reader.
@@ -101,7 +108,7 @@ class PullService:
         if await self._content.is_manifest(repository, digest):
             # A client that got a manifest here would take it for an octet stream (containerd).
             raise BlobUnknown("this digest is a manifest")
-        request = ContentRequest(repository, digest, Kind.BLOB, pull)
+        request = ContentRequest(repository, digest, Kind.BLOB, pull, select_spans=select_spans)
         if head:
             return BlobResult(digest, await self._content.size_of_blob(request), None)
         reader = await self._content.open(request)

@@ -209,6 +209,7 @@ class Registry(Protocol):
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
@@ -225,6 +226,9 @@ class Registry(Protocol):
                 manifests only.
             offset: First byte to get, with ``Range`` (RFC 9110, section 14.2). A server that cannot
                 do this sends everything: see ``ContentStream.start``.
+            stop: Offset after the last byte of a part of the content. Then the response has exactly
+                this part, or ``UpstreamProtocolError`` is raised. A failure of such a request
+                counts for such requests only. None: all bytes from ``offset`` on.
             validator: ``ContentStream.validator`` of the broken transfer. Sent to the endpoint that
                 it belongs to, and to no other.
             total: Size of the content, if it is known.

@@ -450,7 +450,8 @@ class FailoverClient:
 
 def _subject_of(request: RegistryRequest) -> Subject:
     """Return the requests that a failure of this one counts for."""
-    return Subject(f"{request.method} {request.kind.value}", request.repository.path)
+    kind = f"{request.kind.value} part" if request.is_part else request.kind.value
+    return Subject(f"{request.method} {kind}", request.repository.path)
 
 
 async def _whole_response(response: AcceptedResponse) -> AcceptedResponse:

@@ -50,6 +50,8 @@ class RegistryRequest:
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     follow_redirects: bool = True
+    is_part: bool = False
+    """True for a part of a blob: an endpoint may refuse parts and yet send whole blobs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,6 +163,7 @@ class HttpRegistry:
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
@@ -174,8 +175,8 @@ class HttpRegistry:
             path = f"manifests/{digest}"
             headers["Accept"] = ", ".join(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
         endpoint_headers: dict[str, dict[str, str]] = {}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        if offset or stop is not None:
+            headers["Range"] = f"bytes={offset}-{'' if stop is None else stop - 1}"
             if validator is not None:
                 endpoint, _, entity_tag = validator.partition(" ")
                 endpoint_headers[endpoint] = {"If-Range": entity_tag}
@@ -187,13 +188,15 @@ class HttpRegistry:
             headers,
             endpoint_headers=endpoint_headers,
             is_accepted=_is_range_response,
+            may_retry=is_transient if stop is None else lambda failure: False,
+            is_part=stop is not None,
         )
 
         async def read(response: AcceptedResponse) -> BodyStream:
-            start, size = _range_of(response, offset)
+            start, size = _range_of(response, offset, stop)
             if total is not None and size not in (None, total):
                 raise UpstreamProtocolError(f"the upstream has {size} bytes, not {total}")
-            return BodyStream(response, start, size, self._limits, self._report_bytes)
+            return BodyStream(response, start, size, self._limits, self._report_bytes, stop=stop)
 
         async with self._client.send(request, read, avoid) as stream:
             yield stream
@@ -325,18 +328,25 @@ class BodyStream:
             )
 
 
-def _range_of(response: Response, offset: int) -> tuple[int, int | None]:
+def _range_of(response: Response, offset: int, stop: int | None) -> tuple[int, int | None]:
     """Return (offset of the first byte, size of the whole content or None).
 
     Raises ``UpstreamProtocolError`` unless the response has all bytes, or all from ``offset`` on.
+    With ``stop`` it must have those from ``offset`` up to ``stop``.
     """
     if response.http.status == 416:
         raise UpstreamProtocolError("the upstream has fewer bytes than have been received")
-    if response.http.status != 206:
+    if response.http.status != 206 and stop is None:
         return 0, length_of(response.http.headers)
+    if response.http.status != 206:
+        raise UpstreamProtocolError("the upstream ignores Range")
     content_range = parse_content_range(response.http.headers.get(hdrs.CONTENT_RANGE))
     if content_range is None or content_range.start != offset:
         raise UpstreamProtocolError("the response has another range than the requested one")
+    if stop is not None:
+        if content_range.stop != stop:
+            raise UpstreamProtocolError("the range of the response has another end")
+        return offset, content_range.total
     if content_range.total is not None and content_range.stop != content_range.total:
         raise UpstreamProtocolError("the range of the response ends too early")
     return offset, content_range.total if content_range.total is not None else content_range.stop

@@ -18,6 +18,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -49,7 +50,7 @@ from mirror.oci.errors import (
     TooManyRequests,
     Unauthorized,
 )
-from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
 from mirror.pull.service import PullService
@@ -59,13 +60,15 @@ from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
-from mirror.web.streaming import Body, Sender
+from mirror.web.streaming import Body, Sender, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
 """``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
 _ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
+_UNVERIFIED: Final = '299 - "this part was requested by itself: it is not verified, and not stored"'
+"""``Warning`` (RFC 7234, section 5.5) of a part that no digest verifies."""
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 
@@ -280,11 +283,21 @@ class Handler:
     ) -> web.StreamResponse:
         _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
-        result = await self._service.blob(parsed.repository, parsed.digest, pull, head=is_head)
+        wanted = applicable_range(request, parsed.digest)
+        result = await self._service.blob(
+            parsed.repository,
+            parsed.digest,
+            pull,
+            head=is_head,
+            select_spans=partial(bounded_spans, wanted) if wanted else None,
+        )
         pull.digest = str(result.digest)
         try:
             body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
+            if pull.is_unverified:
+                extra["Cache-Control"] = "no-store"
+                extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
             if result.reader is not None:

@@ -90,6 +90,17 @@ def content_headers(body: Body) -> dict[str, str]:
     return headers
 
 
+def applicable_range(request: web.BaseRequest, digest: Digest) -> str | None:
+    """Return ``Range``, or None if there is none or it has to be ignored.
+
+    It is defined for ``GET`` only (RFC 9110, section 14.2), and ``If-Range`` may switch it off.
+    """
+    wanted = request.headers.get("Range") if request.method == "GET" else None
+    if wanted is None or is_range_applicable(request.headers.get("If-Range"), entity_tag(digest)):
+        return wanted
+    return None
+
+
 class SingleWriteResponse(web.StreamResponse):
     """A small 200 response in one write, on an HTTP/1.1 connection that is kept open.
 
@@ -165,10 +176,7 @@ class Sender:
             headers = {**content_headers(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
-        # RFC 9110, section 14.2: Range is defined for GET only.
-        wanted = request.headers.get("Range") if request.method == "GET" else None
-        if not is_range_applicable(request.headers.get("If-Range"), etag):
-            wanted = None
+        wanted = applicable_range(request, body.digest)
         if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
             body = replace(body, size=await _wait_for_size(body.source))
         selected = Whole() if body.size is None else parse_range(wanted, body.size)

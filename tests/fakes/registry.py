@@ -192,6 +192,11 @@ class FakeRegistry:
         """Return the number of requests of ``method`` with ``path`` in their path."""
         return sum(1 for seen in self.requests if seen.method == method and path in seen.path)
 
+    def count_to_end(self) -> int:
+        """Return the number of ``GET`` of blobs up to their end, and not of parts of them."""
+        blobs = (seen for seen in self.requests if seen.method == "GET" and "blobs/" in seen.path)
+        return sum(1 for seen in blobs if seen.headers.get("range", "-").endswith("-"))
+
     # --- serving --------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:

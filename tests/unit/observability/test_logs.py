@@ -45,6 +45,25 @@ def test_request_is_one_json_line_with_its_fields() -> None:
     assert "resolve" in fields["stages"]
 
 
+def test_request_with_bytes_of_aside_requests_says_how_many() -> None:
+    pull = a_pull(kind=Kind.BLOB, outcome=Outcome.ASIDE, aside_bytes=51, bytes_sent=51)
+    (line,) = written(events.RequestEnded(pull))
+    fields = json.loads(line)
+    assert (fields["outcome"], fields["aside"]) == ("aside", 51)
+
+
+def test_only_a_failed_aside_request_has_a_line() -> None:
+    ended: list[tuple[events.AsideResult, str]] = [
+        ("ok", ""),
+        ("dropped", ""),
+        ("refused", "the upstream ignores Range"),
+    ]
+    (line,) = written(*(events.AsideEnded("docker.io", result, 0, why) for result, why in ended))
+    fields = json.loads(line)
+    assert fields["message"].startswith("part not fetched ahead")
+    assert (fields["result"], fields["reason"]) == ("refused", "the upstream ignores Range")
+
+
 HUMAN = Log(format="human")
 
 

@@ -68,6 +68,13 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_limit", {}, 100),
     (events.CircuitChanged("docker.io", "https://x", True), "circuit_open", {}, 1),
     (events.Resumed("docker.io", 5, False, "reset"), "resumed_transfers_total", {}, 1),
+    (events.AsideEnded("docker.io", "ok", 51, ""), "aside_bytes_total", {}, 51),
+    (
+        events.AsideEnded("docker.io", "failed", 7, "reset"),
+        "aside_requests_total",
+        {"result": "failed"},
+        1,
+    ),
     (
         events.DigestMismatched("docker.io", "sha256:x", "upstream"),
         "digest_mismatches_total",

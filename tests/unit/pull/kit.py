@@ -101,6 +101,10 @@ class MemoryRegistry:
     breaks: list[tuple[int, MirrorError]] = field(default_factory=list)
     streams: list[Callable[[Stream], None]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    part_gate: asyncio.Event | None = None
+    """The first byte of a part waits for this event."""
+    part_failure: MirrorError | None = None
+    """The error of each request for a part."""
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
@@ -218,6 +222,7 @@ class MemoryRegistry:
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
@@ -237,7 +242,12 @@ class MemoryRegistry:
             raise UpstreamProtocolError("fewer bytes than are asked for")
         if total not in (None, len(data)):
             raise UpstreamProtocolError("another size")
-        stream = Stream(data, offset, len(data), media_type, gate=self.gate)
+        stream = Stream(data[:stop], offset, len(data), media_type, gate=self.gate)
+        if stop is not None:
+            self._call("get_part")
+            stream.gate, stream.before = None, self.part_gate
+            if self.part_failure is not None:
+                raise self.part_failure
         if self.breaks:
             stream.break_at, stream.error = self.breaks.pop(0)
         for change in self.streams:

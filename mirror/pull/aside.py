@@ -1,0 +1,410 @@
+"""Request parts of content that are far ahead of its running fetch, aside from that fetch.
+
+Theory of operation. Lazy snapshotters (stargz, SOCI) ask for the end of a layer first, and for
+small parts of it in any order. The growing file brings its last byte last. So a part that begins
+more than a second ahead of the fetch is requested from the upstream by itself, with ``Range``. The
+fetch continues meanwhile, and the content is stored as always.
+
+The bytes of such a request are the one exception to the rule that every client is served from the
+content file. They cannot be verified without the bytes before them, so they are not stored, and the
+response says so. Clients that read parts check them by digests of their own.
+
+A client never depends on such a request. It waits for the request and for the fetch at the same
+time, and takes the bytes that come first. If the request fails, the client waits for the fetch.
+
+The same part is requested once for all clients of a repository that wait for it at the same time.
+Other repositories are not served with it: until it is verified, it is the word of one upstream.
+
+Lives here: which parts are requested, how many at the same time, and the reader that waits for
+both. Must not know: HTTP, files, which repository may read which content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
+from weakref import WeakKeyDictionary
+
+from cachetools import TTLCache
+
+from mirror.observability.events import AsideEnded, AsideResult, Observer, Outcome, RequestRecord
+from mirror.oci.errors import (
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
+from mirror.oci.headers import Span
+from mirror.oci.reference import Digest, Repository
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.fetch import Fetch
+from mirror.pull.requests import ContentSource
+from mirror.single_flight import SharedTask, SingleFlight
+from mirror.store.follower import Follower
+from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.reader import Extent, MemoryExtent, Reader
+
+MAX_ASIDE_BYTES: Final = 4 * 1024 * 1024
+"""Bytes that are requested aside for one client request at most: a span of SOCI, and 80 chunks of
+stargz. They are fetched a second time with the content. As many may be held by all clients of the
+process although the memory for bytes ahead is used up."""
+MIN_LEAD_S: Final = 1.0
+"""Seconds that the fetch must need to reach a part. A request of its own takes about as long with a
+slow registry."""
+MAX_GAP_BYTES: Final = 256 * 1024
+"""Bytes between two wanted parts that are requested with them: they cost less time than a second
+request, which a registry may answer with a redirect first."""
+MAX_REQUESTS: Final = 8
+"""Requests for one client request at most. A client that wants more parts waits for the fetch."""
+MAX_AT_ONCE: Final = 2
+"""Requests for one content at the same time, so that they take little from its fetch. As many run
+in the process although the endpoint has all connections that it may have: they are short, and
+clients wait for them."""
+_EXTENT_BYTES: Final = 256 * 1024
+"""Bytes that a reader returns at a time: what is sent to a slow client is copied."""
+
+_SAMPLE_S: Final = 0.1
+"""Seconds for which the rate of a fetch is measured: about a third of the time in which a lazy
+snapshotter expects its first bytes."""
+_MAX_SAMPLE_AGE_S: Final = 2.0
+"""Seconds after which the rate is measured anew."""
+_REFUSED_TTL_S: Final = 600.0
+"""Seconds without such requests for a repository whose upstream ignored ``Range`` or responded 429:
+as long as a whole image pull takes."""
+_FAILED_TTL_S: Final = 30.0
+"""Seconds without such requests for a repository after a failure: longer than a restart takes."""
+_MAX_PAUSES: Final = 1000
+"""Repositories whose pauses are kept in memory. For a repository that is forgotten, one
+request fails again."""
+
+_SpanKey: TypeAlias = tuple[Digest, Repository, Span]
+
+
+# --- decisions ------------------------------------------------------------------------------------
+
+
+def choose_spans(spans: Sequence[Span], front: int, rate: float) -> tuple[Span, ...]:
+    """Choose the spans to request aside from the fetch. Empty: wait for the fetch.
+
+    Args:
+        spans: The spans that the client wants, in order. Each has an end that the client states.
+        front: Bytes at the start of the content that have arrived.
+        rate: Bytes per second that the fetch brings.
+    """
+    joined: list[Span] = []
+    for span in spans:
+        if span.start - front <= rate * MIN_LEAD_S:
+            continue
+        if joined and span.start - joined[-1].stop <= MAX_GAP_BYTES:
+            joined[-1] = Span(joined[-1].start, span.stop)
+        else:
+            joined.append(span)
+    is_small = sum(span.length for span in joined) <= MAX_ASIDE_BYTES
+    return tuple(joined) if is_small and len(joined) <= MAX_REQUESTS else ()
+
+
+def pause_after(error: MirrorError) -> float:
+    """Return the seconds for which a repository gets no such requests after this failure."""
+    is_refused = isinstance(error, UpstreamProtocolError | UpstreamRateLimited)
+    return _REFUSED_TTL_S if is_refused else _FAILED_TTL_S
+
+
+@dataclass(slots=True)
+class FrontRate:
+    """The rate of one fetch, from two positions of its front. Times in seconds."""
+
+    at: float = -math.inf
+    front: int = 0
+    rate: float | None = None
+
+    def measure(self, now: float, front: int) -> float | None:
+        """Return the current rate in bytes per second. None: ask again after ``_SAMPLE_S``."""
+        age = now - self.at
+        if age >= _SAMPLE_S / 2:
+            is_recent = age <= _MAX_SAMPLE_AGE_S
+            self.rate = (front - self.front) / age if is_recent else None
+            self.at, self.front = now, front
+        return self.rate
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class AsideRequest:
+    """A request for one span, and the number of its readers."""
+
+    key: _SpanKey
+    task: SharedTask[bytearray]
+    readers: int = 0
+
+    @property
+    def span(self) -> Span:
+        """The requested bytes."""
+        return self.key[2]
+
+    @contextmanager
+    def when_done(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Call ``callback`` soon after the request has ended, if that is within the block."""
+        task = self.task.task
+        assert task is not None
+        has_left = False
+
+        def on_done(_: object) -> None:
+            if not has_left:
+                callback()
+
+        task.add_done_callback(on_done)
+        try:
+            yield
+        finally:
+            has_left = True
+            task.remove_done_callback(on_done)
+
+
+@dataclass(slots=True)
+class _FetchState:
+    """The state of the aside requests of one fetch."""
+
+    speed: FrontRate = field(default_factory=FrontRate)
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_ONCE))
+
+
+class AsideRequests:
+    """The aside requests of one process."""
+
+    def __init__(
+        self,
+        single_flight: SingleFlight,
+        memory: MemoryBudget,
+        connections: ConnectionBudget,
+        emit: Observer,
+    ) -> None:
+        """Start without requests.
+
+        Args:
+            single_flight: Runs the requests in the background.
+            memory: Counts the bytes of running requests, and of those that clients still read.
+            connections: Counts the connections to each endpoint.
+            emit: Receives an event for each request that has ended.
+        """
+        self._single_flight = single_flight
+        self._memory = memory
+        self._connections = connections
+        self._emit = emit
+        self._reserved = asyncio.Semaphore(MAX_AT_ONCE)
+        self._states: WeakKeyDictionary[Fetch, _FetchState] = WeakKeyDictionary()
+        self._requests: dict[_SpanKey, AsideRequest] = {}
+        self._paused_until: TTLCache[Repository, float] = TTLCache(_MAX_PAUSES, _REFUSED_TTL_S)
+        """Repository -> time of the event loop until which it gets no such request."""
+        self._held = 0
+        """Bytes of all requests that have a reader."""
+
+    async def attach(self, fetch: Fetch, follower: Follower, source: ContentSource) -> Reader:
+        """Request the wanted parts that are far ahead of ``fetch``.
+
+        Waits 0.1 s for the rate of the fetch, and at most a second for a part that seems near.
+        Raises the error of the fetch.
+
+        Args:
+            fetch: The running fetch of the content.
+            follower: A reader of it, which may read the content.
+            source: The client's request, and the registry to ask.
+
+        Returns:
+            A reader that closes ``follower``, or ``follower`` itself if nothing is requested.
+        """
+        request = source.request
+        if request.select_spans is None or follower.size is None:
+            return follower
+        spans = request.select_spans(follower.size)
+        if not spans or spans[-1].start < follower.arrived:
+            return follower
+        if self._is_paused(request.repository) or source.registry.parallel.connections == 1:
+            return follower
+        state = self._states.setdefault(fetch, _FetchState())
+        with request.pull.stage("wait"):
+            chosen = await self._choose(state.speed, follower, spans)
+        count = sum(span.length for span in chosen)
+        has_memory = self._held + count <= MAX_ASIDE_BYTES or self._memory.may_take_ahead(count)
+        if not chosen or not has_memory or self._single_flight.is_draining:
+            return follower
+        request.pull.is_unverified = True
+        asides = [self._join(state, fetch, source, span) for span in chosen]
+        return AsideReader(follower, asides, request.pull, self._leave)
+
+    def _is_paused(self, repository: Repository) -> bool:
+        until = self._paused_until.get(repository, 0.0)
+        return asyncio.get_running_loop().time() < until
+
+    async def _choose(
+        self, speed: FrontRate, follower: Follower, spans: Sequence[Span]
+    ) -> tuple[Span, ...]:
+        """Choose the spans to request, once the rate of the fetch is known.
+
+        Some upstreams send a burst first. So a span that seems near is looked at again, until it
+        has arrived or turns out to be far ahead.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + MIN_LEAD_S
+        while True:
+            arrived = follower.arrived
+            rate = speed.measure(loop.time(), arrived)
+            chosen = choose_spans(spans, arrived, rate) if rate is not None else ()
+            is_near = arrived > spans[-1 if rate is None else 0].start
+            if chosen or is_near or loop.time() >= deadline:
+                return chosen
+            if arrived > spans[0].start:
+                await asyncio.sleep(_SAMPLE_S)
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_SAMPLE_S):
+                        await follower.wait(spans[0].start)
+
+    def _join(
+        self, state: _FetchState, fetch: Fetch, source: ContentSource, span: Span
+    ) -> AsideRequest:
+        """Join the running request for a span, or start it."""
+        key = (source.request.digest, source.request.repository, span)
+        aside = self._requests.get(key)
+        if aside is None:
+            # Requests are shared by `_requests`: a task with the same key may be ending.
+            task = self._single_flight.run(
+                ("aside", object()), lambda: self._request(state, fetch, source, span)
+            )
+            aside = self._requests[key] = AsideRequest(key, task)
+            self._held += span.length
+            self._memory.hold_ahead(aside, span.length)
+        aside.readers += 1
+        return aside
+
+    def _leave(self, aside: AsideRequest) -> None:
+        """End the use of a request by one reader. The last one ends the request."""
+        aside.readers -= 1
+        if not aside.readers:
+            del self._requests[aside.key]
+            self._held -= aside.span.length
+            self._memory.hold_ahead(aside, 0)
+            aside.task.cancel()
+
+    @asynccontextmanager
+    async def _connection(self, state: _FetchState, endpoint: str) -> AsyncIterator[None]:
+        """Wait until a request may be sent, and count its connection while the block runs."""
+        async with state.slots:
+            may_add = self._connections.may_add(endpoint)
+            async with nullcontext() if may_add else self._reserved:
+                with self._connections.connection(endpoint):
+                    yield
+
+    async def _request(
+        self, state: _FetchState, fetch: Fetch, source: ContentSource, span: Span
+    ) -> bytearray:
+        """Request a span, once it may be sent. Raises ``MirrorError``."""
+        repository, received = source.request.repository, bytearray()
+        async with self._connection(state, fetch.endpoint):
+            if self._is_paused(repository):
+                raise UpstreamUnavailable("the request for another part has failed meanwhile")
+            result: AsideResult = "dropped"
+            reason = ""
+            try:
+                async with source.registry.open(
+                    repository,
+                    source.request.digest,
+                    source.request.kind,
+                    offset=span.start,
+                    stop=span.stop,
+                    total=fetch.ingest.size,
+                ) as stream:
+                    async for chunk in stream:
+                        received += chunk
+                result = "ok"
+                return received
+            except MirrorError as error:
+                seconds = pause_after(error)
+                self._paused_until[repository] = asyncio.get_running_loop().time() + seconds
+                result, reason = "refused" if seconds >= _REFUSED_TTL_S else "failed", error.message
+                raise
+            finally:
+                self._emit(AsideEnded(repository.upstream, result, len(received), reason))
+
+
+class AsideReader:
+    """A follower that takes some spans from aside requests (see ``mirror.store.reader.Reader``)."""
+
+    def __init__(
+        self,
+        follower: Follower,
+        asides: Sequence[AsideRequest],
+        pull: RequestRecord,
+        leave: Callable[[AsideRequest], None],
+    ) -> None:
+        """Create a reader.
+
+        Args:
+            follower: Reads the running fetch. Closed with this reader.
+            asides: The requests, one reader of each being this one.
+            pull: Record of the client's request. The bytes of the requests are counted there.
+            leave: Called for each of ``asides`` at the end.
+        """
+        self._follower = follower
+        self._asides = asides
+        self._pull = pull
+        self._leave = leave
+        self._is_open = True
+        self._counted_to = 0
+        """Offset up to which bytes of the requests were counted."""
+
+    @property
+    def digest(self) -> Digest:
+        """The name of the content."""
+        return self._follower.digest
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole content."""
+        return self._follower.size
+
+    @property
+    def arrived(self) -> int:
+        """Bytes that can be read without waiting, at the start of the content."""
+        return self._follower.arrived
+
+    async def wait(self, start: int, stop: int | None = None) -> Extent | None:
+        """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`)."""
+        aside = next((a for a in self._asides if a.span.start <= start < a.span.stop), None)
+        if aside is None or not self._is_open:
+            return await self._follower.wait(start, stop)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as limit:
+                with aside.when_done(lambda: limit.reschedule(loop.time())):
+                    return await self._follower.wait(start, stop)
+        except TimeoutError:
+            pass  # The request has ended before the fetch has reached `start`.
+        try:
+            data = await aside.task.wait()
+        except MirrorError:
+            return await self._follower.wait(start, stop)
+        first = start - aside.span.start
+        last = min(len(data), first + _EXTENT_BYTES)
+        if stop is not None:
+            last = min(last, stop - aside.span.start)
+        self._pull.outcome = Outcome.ASIDE
+        # A caller that takes less than it got asks for the rest again.
+        stop = aside.span.start + last
+        self._pull.aside_bytes += max(0, stop - max(start, self._counted_to))
+        self._counted_to = stop
+        return MemoryExtent(memoryview(data)[first:last], start)
+
+    def close(self) -> None:
+        """Stop reading. The fetch continues. Safe to call twice."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        for aside in self._asides:
+            self._leave(aside)
+        self._follower.close()
