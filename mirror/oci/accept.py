@@ -1,8 +1,8 @@
 """``Accept`` (RFC 9110, section 12.5.1), as it is passed on to an upstream.
 
-Lives here: the canonical form of a request's ``Accept`` lines. Clients that send the same media
-ranges in another order (Docker's order is random) share one request to the upstream. Must not
-know: how an upstream chooses.
+Lives here: the canonical form of a request's ``Accept`` lines, and whether it covers a media type.
+Clients that send the same media ranges in another order (Docker's order is random) share one
+request to the upstream. Must not know: how an upstream chooses.
 """
 
 from __future__ import annotations
@@ -59,3 +59,16 @@ _parse_cached: Final = lru_cache(256)(_parse)
 
 def _sort(ranges: set[str]) -> tuple[str, ...]:
     return tuple(sorted(ranges, key=lambda item: ("*" in item, item))) or DEFAULT_ACCEPT
+
+
+def is_acceptable(accept: tuple[str, ...], media_type: str) -> bool:
+    """Return True if a client that sent ``accept`` takes ``media_type``.
+
+    The syntax is that of RFC 9110, section 12.5.1. Weights are ignored: also a range with ``q=0``
+    counts as accepted.
+    """
+    if not accept:
+        return True
+    family = media_type.split("/", 1)[0] + "/*"
+    ranges = {value.split(";", 1)[0].strip().lower() for value in accept}
+    return bool(ranges & {"*/*", family, media_type.lower()})

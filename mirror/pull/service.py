@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import assert_never
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.errors import BlobUnknown, Denied
+from mirror.oci.errors import Denied
 from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull import admission
+from mirror.pull.blobs import BlobService
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
@@ -34,6 +35,7 @@ class PullService:
     def __init__(self, content: ContentService) -> None:
         self._content = content
         self._manifests = ManifestService(content)
+        self._blobs = BlobService(content)
         self._lists = ListService(content, self._manifests)
         self._repositories = RepositoryService(content)
 
@@ -91,22 +93,15 @@ class PullService:
             head: True for a ``HEAD``: the result has no reader.
 
         Returns:
-            The blob. Its first byte can be read at once. The caller closes the reader.
+            The blob. Its first byte can be read at once. The caller closes the reader, if there is
+            one: a small blob may be in memory.
 
         Raises:
             BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
             Draining: The process shuts down, so no fetch is started.
         """
         self._admit(repository, pull)
-        if await self._content.is_manifest(repository, digest):
-            # A client that got a manifest here would take it for an octet stream (containerd).
-            raise BlobUnknown("this digest is a manifest")
-        request = ContentRequest(repository, digest, Kind.BLOB, pull)
-        if head:
-            return BlobResult(digest, await self._content.size_of_blob(request), None)
-        reader = await self._content.open(request)
-        self._content.store.blobs.mark_used((digest,))
-        return BlobResult(digest, reader.size, reader)
+        return await self._blobs.get(ContentRequest(repository, digest, Kind.BLOB, pull), head=head)
 
     async def repositories(
         self, upstream: str | None, count: int | None, last: str

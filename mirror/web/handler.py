@@ -283,12 +283,12 @@ class Handler:
         result = await self._service.blob(parsed.repository, parsed.digest, pull, head=is_head)
         pull.digest = str(result.digest)
         try:
-            body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
+            body = Body(result.digest, OCTET_STREAM, result.size, result.source)
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
-            if result.reader is not None:
-                result.reader.close()
+            if result.source is not None and not isinstance(result.source, bytes):
+                result.source.close()
 
     async def _send_repositories(
         self, parsed: paths.RepositoriesRequest, pull: RequestRecord

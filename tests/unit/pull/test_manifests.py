@@ -30,7 +30,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.pull.manifests import is_acceptable, variant_of
+from mirror.pull.manifests import variant_of
 from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
@@ -138,7 +138,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
         result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), head=True)
-        assert (result.size, result.reader) == (5, None)
+        assert (result.size, result.source) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
 
@@ -262,7 +262,7 @@ async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
 ) -> None:
     """A base layer that no node requests any more stays as long as images that refer to it."""
     # The clock of the test moves on by minutes, and that of the memory cache does not.
-    monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
+    monkeypatch.setattr("mirror.pull.manifests.MEMORY_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_300_000)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, base)
@@ -394,23 +394,6 @@ def test_variant_is_empty_for_clients_that_take_every_manifest(
 ) -> None:
     assert (variant_of(accept) == "") is everything
     assert variant_of(accept) == variant_of(tuple(reversed(accept)))
-
-
-@pytest.mark.parametrize(
-    ("accept", "taken"),
-    [
-        ((), True),
-        (("*/*",), True),
-        (("application/*",), True),
-        ((OCI_MANIFEST,), True),
-        ((f"{OCI_MANIFEST.upper()};q=0.5",), True),
-        (("text/*", OCI_INDEX), False),
-    ],
-)
-def test_accepts_follows_types_and_wildcards_of_the_accept_header(
-    accept: tuple[str, ...], taken: bool
-) -> None:
-    assert is_acceptable(accept, OCI_MANIFEST) is taken
 
 
 # --- stored bytes -----------------------------------------------------------------------------
