@@ -132,7 +132,7 @@ class ContentService:
     async def access_record(
         self, repository: Repository, digest: Digest, kind: Kind
     ) -> AccessRecord | None:
-        """Return what is recorded of the content in the repository. None: nothing."""
+        """Return what is recorded of content (``digest``, ``kind``) in ``repository``, or None."""
         return await self.store.index.access_record(repository, digest, kind.value)
 
     def may_read_unasked(self, repository: Repository, access_record: AccessRecord | None) -> bool:

@@ -30,7 +30,7 @@ LARGE = random_bytes(64 * 1024 + 1, 2)
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the memory forget at once."""
-    monkeypatch.setattr("mirror.pull.blobs.MEMORY_TTL_S", 0.0)
+    monkeypatch.setattr("mirror.pull.service.MEMORY_TTL_S", 0.0)
 
 
 async def pull_image(kit: PullKit, *layers: bytes) -> None:
@@ -151,7 +151,7 @@ def _descriptor(data: bytes, size: int) -> dict[str, object]:
 async def test_memory_for_small_blobs_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.pull.blobs._MEMORY_BYTES", 20_000)
+    monkeypatch.setattr("mirror.pull.service._BLOBS_BYTES", 20_000)
     bodies = [random_bytes(5_000, seed) for seed in range(8)]
     never = upstream(pull_policy="Never")
     async with pull_kit(tmp_path) as kit:
@@ -161,5 +161,5 @@ async def test_memory_for_small_blobs_is_bounded(
         for _ in range(2):
             for body in bodies:
                 assert await blob(kit, Digest.of(body)) == (body, Outcome.HIT)
-        assert kit.service._blobs._small.currsize <= 20_000
-        assert len(kit.service._blobs._small) == 3
+        assert kit.service._small_blobs.currsize <= 20_000
+        assert len(kit.service._small_blobs) == 3
