@@ -100,8 +100,13 @@ async def run_worker(
     from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
-    metrics = MetricsObserver(settings.upstreams, None if worker is None else worker.index)
-    stream = LogStream(_stdout(), lambda count: metrics.observe(LogLinesDropped(count)))
+    index = None if worker is None else worker.index
+    metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
+    stream = LogStream(
+        _stdout(),
+        lambda count: metrics.observe(LogLinesDropped(count)),
+        is_shared=worker is not None,
+    )
     lines = configure_logging(settings.log, stream, loop.call_soon)
     log = LogObserver(lines)
 
