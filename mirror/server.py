@@ -21,8 +21,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiohttp import web
-
 from mirror import __version__
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
@@ -261,17 +259,11 @@ async def start_server(
             handler = Handler(settings, service, health, render_metrics, emit)
             options: dict[str, Any] = {
                 "access_log": None,
-                "handler_cancellation": True,
                 "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
                 "max_field_size": _MAX_FIELD_BYTES,
                 "logger": logging.getLogger("aiohttp.server"),
             }
-            is_limited = settings.max_client_connections > 0
-            server = (
-                LimitedServer(handler, emit, **options)
-                if is_limited
-                else web.Server(handler, **options)
-            )
+            server = LimitedServer(handler, emit, **options)
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
             context = certificate.context if certificate is not None else None
