@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections import Counter as Counts
 from collections.abc import Collection
 from typing import Final, Literal, TypeAlias, assert_never, get_args
 
@@ -339,7 +338,8 @@ class MetricsObserver:
         """Count the requests that have started or ended since the last call."""
         self._is_scheduled = False
         ended, self._ended = self._ended, []
-        self._in_flight.inc(self._started - len(ended))
+        if self._started != len(ended):
+            self._in_flight.inc(self._started - len(ended))
         self._started = 0
         batches: dict[tuple[str, Kind, Outcome], list[RequestRecord]] = {}
         for pull in ended:
@@ -353,7 +353,8 @@ class MetricsObserver:
             )
             _observe_all(duration, [pull.duration for pull in pulls])
             sent = sum(pull.bytes_sent for pull in pulls if pull.sent_in_one_write)
-            self._sent_by[upstream].inc(sent)
+            if sent:
+                self._sent_by[upstream].inc(sent)
             incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)
             if incomplete:
                 self._incomplete.labels(upstream).inc(incomplete)
@@ -379,8 +380,12 @@ class MetricsObserver:
 
 def _observe_all(histogram: Histogram, seconds: list[float]) -> None:
     """Count durations as ``Histogram.observe`` does, but add to each of its values only once."""
+    counts: dict[int, int] = {}
+    for second in seconds:
+        bucket = bisect_left(_BUCKETS_S, second)
+        counts[bucket] = counts.get(bucket, 0) + 1
     histogram._sum.inc(sum(seconds))
-    for bucket, count in Counts(bisect_left(_BUCKETS_S, second) for second in seconds).items():
+    for bucket, count in counts.items():
         histogram._buckets[bucket].inc(count)
 
 

@@ -30,7 +30,6 @@ from __future__ import annotations
 import random
 import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
@@ -47,7 +46,6 @@ from mirror.web.streaming import SingleWriteResponse, format_date
 if TYPE_CHECKING:
     import asyncio
 
-    from mirror.pull.results import IsCurrent
     from mirror.web.health import Health
 
 # A request line and header fields (RFC 9112, sections 3 and 5), in printable ASCII only.
@@ -63,10 +61,11 @@ _EXCLUDED: Final = re.compile(
 )
 _MAX_REQUEST_BYTES: Final = 4096
 """Bytes of a request that is remembered: those of container clients have a few hundred."""
-_MAX_ANSWERS: Final = 2000
-"""Answers in memory. Clients that send a new id in each request fill it without any use."""
-_MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of all answers in memory, with their requests."""
+_MAX_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of all answers in memory, with their requests. Clients that send a new id in each request
+fill it without any use."""
+_EXTRA_BYTES: Final = 2048
+"""Bytes that an answer takes in memory beside its request and its body."""
 _DURATION: Final = re.compile(r"(?<=;dur=)[0-9.]+")
 
 
@@ -84,31 +83,39 @@ def make_request_id() -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """A response that may be given again, and the record of the request that had it first."""
+    """A response that may be given again, and the record of the request that had it first.
 
-    head: str
-    """Its header. ``%s`` stands for its id and its date, ``%.2f`` for each duration of
-    ``Server-Timing``, in milliseconds."""
-    body: bytes
-    record: RequestRecord
-    request_id: str
-    """The id that the client has sent with these bytes. Empty: each request gets a new one."""
-    stages: tuple[str, ...]
-    """Names of the stages. All that is measured again is whether the result is current."""
-    is_current: IsCurrent
+    Nothing is computed until it is given again: most requests are never repeated.
+    """
 
-    @property
-    def size(self) -> int:
-        """Estimate of its bytes in memory."""
-        return 2 * len(self.head) + len(self.body)
+    __slots__ = ("_head", "_record", "_request_id", "_stages", "response")
+
+    def __init__(
+        self, response: SingleWriteResponse, record: RequestRecord, request_id: str
+    ) -> None:
+        """Keep a response.
+
+        Args:
+            response: It is about to be sent.
+            record: The record of its request.
+            request_id: The id that the client has sent with the same bytes. Empty: each request
+                gets a new one.
+        """
+        self.response = response
+        self._record = record
+        self._request_id = request_id
+        self._head = ""
+        self._stages: tuple[str, ...] = ()
 
     def begin(self, client: str, started: float, seconds: float) -> RequestRecord:
         """Return the record of a further request. ``seconds`` have passed since ``started``."""
-        first = self.record
+        if not self._head:
+            self._head = _build_head(self.response)
+            self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
+        first = self._record
         return RequestRecord(
-            self.request_id or make_request_id(),
+            self._request_id or make_request_id(),
             first.method,
             first.path,
             client,
@@ -126,14 +133,28 @@ class Answer:
             is_complete=first.is_complete,
             started=started,
             first_byte=seconds,
-            stages=[(name, seconds) for name in self.stages],
+            # All that is measured again is whether the result is current.
+            stages=[(name, seconds) for name in self._stages],
         )
 
     def render(self, request_id: str, seconds: float) -> bytes:
         """Return the bytes of the response. ``seconds``: the duration of the request so far."""
-        durations = (seconds * 1000,) * (len(self.stages) + 1)
-        head = self.head % (request_id, *durations, format_date(int(time.time())))
-        return head.encode() + self.body
+        durations = (seconds * 1000,) * (len(self._stages) + 1)
+        head = self._head % (request_id, *durations, format_date(int(time.time())))
+        return head.encode() + self.response.content
+
+
+def _build_head(response: SingleWriteResponse) -> str:
+    """Return the header of a response that was sent, to be filled in for each request.
+
+    ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
+    milliseconds. aiohttp has sent these fields, so it has found no line break in them.
+    """
+    fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
+    fields |= {"X-Request-Id": "%s", "Date": "%s"}
+    fields["Server-Timing"] = _DURATION.sub("%.2f", fields["Server-Timing"])
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
 
 
 class RepeatedRequests:
@@ -156,13 +177,13 @@ class RepeatedRequests:
         return None if self._health.is_draining else self._answers.get(data)
 
     def forget(self, data: bytes) -> None:
-        """Forget the answer to these bytes."""
+        """Forget the answer to these bytes, if there is one."""
         answer = self._answers.pop(data, None)
         if answer is not None:
-            self._bytes -= len(data) + answer.size
+            self._bytes -= _size(data, answer.response)
 
     def forget_all(self) -> None:
-        """Forget all answers: the configuration has changed."""
+        """Forget all answers: the configuration has changed, or there are too many."""
         self._answers.clear()
         self._bytes = 0
 
@@ -173,42 +194,19 @@ class RepeatedRequests:
         connection = request.protocol
         if pull.outcome is not Outcome.HIT or not isinstance(connection, RepeatingConnection):
             return
-        data, given_id = connection.request_bytes, request.headers.get("X-Request-Id")
+        data = connection.request_bytes
         if not data:
             return
-        answer = _build_answer(response, pull, is_given=given_id == pull.request_id)
-        if answer is None:
-            return
+        is_given = request.headers.get("X-Request-Id") == pull.request_id
         self.forget(data)
-        self._bytes += len(data) + answer.size
-        if len(self._answers) >= _MAX_ANSWERS or self._bytes > _MAX_ANSWER_BYTES:
+        if self._bytes + _size(data, response) > _MAX_BYTES:
             self.forget_all()
-            self._bytes = len(data) + answer.size
-        self._answers[data] = answer
+        self._bytes += _size(data, response)
+        self._answers[data] = Answer(response, pull, pull.request_id if is_given else "")
 
 
-def _build_answer(
-    response: SingleWriteResponse, pull: RequestRecord, *, is_given: bool
-) -> Answer | None:
-    """Return None if a field could end its line, which aiohttp would refuse to send."""
-    lines = ["HTTP/1.1 200 OK"]
-    for name, value in response.fields.items():
-        if not value.isprintable():
-            return None
-        shown = value.replace("%", "%%")
-        if name == "X-Request-Id":
-            shown = "%s"
-        elif name == "Server-Timing":
-            shown = _DURATION.sub("%.2f", shown)
-        lines.append(f"{name}: {shown}")
-    return Answer(
-        head="\r\n".join((*lines, "Date: %s", "", "")),
-        body=response.content,
-        record=pull,
-        request_id=pull.request_id if is_given else "",
-        stages=tuple(dict.fromkeys(name for name, _ in pull.stages)),
-        is_current=response.is_current,
-    )
+def _size(data: bytes, response: SingleWriteResponse) -> int:
+    return _EXTRA_BYTES + len(data) + len(response.content)
 
 
 class RepeatingConnection(web.RequestHandler):
@@ -252,13 +250,14 @@ class RepeatingConnection(web.RequestHandler):
         answer, transport = self._repeated.find(data), self.transport
         if (
             answer is None
+            or not answer.response.is_sent
             or transport is None
             or transport.is_closing()
             or transport.get_write_buffer_size()
         ):
             return False
         started = time.monotonic()
-        if not answer.is_current():
+        if not answer.response.is_current():
             self._repeated.forget(data)
             return False
         emit = self._repeated.emit

@@ -112,6 +112,7 @@ class SingleWriteResponse(web.StreamResponse):
         self.fields = fields
         self.content = content
         self.is_current = is_current
+        self.is_sent = False
         self._keep_alive = True  # The caller checked it. ``force_close`` changes it.
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
@@ -124,6 +125,7 @@ class SingleWriteResponse(web.StreamResponse):
         # will do, and a multidict need not be built.
         await writer.write_headers("HTTP/1.1 200 OK", cast("CIMultiDict[str]", self.fields))
         await writer.write_eof(self.content)
+        self.is_sent = True
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:

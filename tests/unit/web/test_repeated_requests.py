@@ -24,6 +24,7 @@ from mirror.threads import run_in_thread
 from mirror.web import repeated_requests
 from mirror.web.limited_server import LimitedServer
 from mirror.web.repeated_requests import RepeatingConnection, is_whole_request
+from mirror.web.streaming import SingleWriteResponse
 from tests.fakes.registry import FakeRegistry
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running
@@ -32,7 +33,9 @@ from tests.unit.store.kit import random_bytes
 LAYER = random_bytes(300, 81)
 BLOB = f"/v2/library/app/blobs/{Digest.of(LAYER)}"
 TAG = "/v2/library/app/manifests/latest"
-MEASURED = re.compile(rb"(?<=Date: )[^\r]+|(?<=X-Request-Id: )[0-9a-f]{16}(?=\r)|(?<=;dur=)[0-9.]+")
+MEASURED = re.compile(
+    rb"(?<=Date: )[^\r]+|(?<=X-Request-Id: )[0-9a-f]{16}(?=\r)|(?<=Server-Timing: )[^\r]+"
+)
 """Parts of a response that differ between two that are the same."""
 WAIT_S = 20.0
 
@@ -286,7 +289,9 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     values: dict[str, Any] = {field.name: f"<{field.name}>" for field in fields(RequestRecord)}
     values |= {"stages": [("index", 1.0)], "error": "", "warning": "", "joined_at_byte": None}
     first = RequestRecord(**values)
-    answer = repeated_requests.Answer("", b"", first, "<request_id>", ("index",), lambda: True)
+    timing = {"Server-Timing": "index;dur=1.00, total;dur=2.00"}
+    response = SingleWriteResponse(timing, b"", lambda: True)
+    answer = repeated_requests.Answer(response, first, "<request_id>")
     measured = {"client": "<client>", "started": 2.0, "first_byte": 3.0, "duration": 0.0}
     assert answer.begin("<client>", 2.0, 3.0) == replace(first, **measured, stages=[("index", 3.0)])
 
@@ -535,19 +540,32 @@ async def test_client_that_does_not_read_gets_no_second_answer_from_memory(tmp_p
 async def test_answers_in_memory_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repeated_requests, "_MAX_ANSWERS", 10)
+    monkeypatch.setattr(repeated_requests, "_MAX_BYTES", 10_000)
     async with serving(tmp_path) as (_, server):
         answers, client = server.running_server.handler.repeated, Client(server)
-        for number in range(25):
-            await client.send(a_request(TAG, f"X-Number: {number}"))
-            assert len(answers._answers) <= 10
-        sizes = [len(data) + answer.size for data, answer in answers._answers.items()]
-        assert answers._bytes == sum(sizes)
-        monkeypatch.setattr(repeated_requests, "_MAX_ANSWER_BYTES", 3 * sizes[0])
-        for number in range(25):
-            await client.send(a_request(TAG, f"X-Number: {number}"))
-            assert answers._bytes <= 3 * sizes[0]
+        for number in [*range(25), *range(25)]:
+            await client.send(a_request(TAG, f"X-Number: {number % 7}"))
+            sizes = [
+                repeated_requests._size(data, answer.response)
+                for data, answer in answers._answers.items()
+            ]
+            assert answers._bytes == sum(sizes) <= 10_000
+        assert 0 < len(sizes) < 7
         await client.close()
+
+
+async def test_response_that_could_not_be_sent_is_not_given_again(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (_, server):
+        client, request = Client(server), a_request()
+        client.connection.data_received(request)
+        client.wire.is_closed = True  # The client leaves before it is answered.
+        await client.wait()
+        other = Client(server)
+        assert other.send_at_once(request) == b""
+        await other.wait()
+        assert other.send_at_once(request)
+        for each in (client, other):
+            await each.close()
 
 
 async def test_connection_with_repeated_requests_is_kept_alive_and_an_idle_one_is_closed(
