@@ -36,6 +36,7 @@ from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.limited_server import LimitedServer
+from mirror.web.repeated_requests import RepeatingServer
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -263,7 +264,12 @@ async def start_server(
                 "max_field_size": _MAX_FIELD_BYTES,
                 "logger": logging.getLogger("aiohttp.server"),
             }
-            server = LimitedServer(handler, emit, **options)
+            is_limited = settings.max_client_connections > 0
+            server = (
+                LimitedServer(handler, emit, **options)
+                if is_limited
+                else RepeatingServer(handler, handler.repeated, **options)
+            )
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
             context = certificate.context if certificate is not None else None

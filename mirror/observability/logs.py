@@ -37,7 +37,6 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
-_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
 _SHARED: Final = (
     *("outcome", "status", "method", "kind", "upstream"),
     *("repository", "reference", "digest", "client", "user_agent"),
@@ -145,23 +144,23 @@ class LogWriter:
         self, at: float, level: int, subject: str | RequestRecord, fields: list[str]
     ) -> str:
         """Return exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
-        if isinstance(subject, str):
-            message = subject
-        elif self._as_json:
-            message, fields = "pull", encode_request(subject)
-        else:
-            message, fields = format_request(subject)
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _LEVEL_NAMES.get(level, "info")
         if self._as_json:
-            rest = ",".join((_encode_text(message), *fields))
+            rest = (
+                ",".join((_to_json(subject), *fields))
+                if isinstance(subject, str)
+                else f'"pull",{encode_request(subject)}'
+            )
             return f'{{"time":"{stamp}","level":"{name}","message":{rest}}}\n'
+        if not isinstance(subject, str):
+            subject, fields = format_request(subject)
         # On a terminal, the date would be a tenth of the line.
         time_of_day = stamp.partition("T")[2]
-        return " ".join((f"{time_of_day} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
+        return " ".join((f"{time_of_day} {name:7} {_sanitize(subject)}", *fields)).rstrip() + "\n"
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -183,10 +182,6 @@ def _to_json(value: object) -> str:
         case dict():
             fields = [f'"{key}":{_to_json(item)}' for key, item in value.items()]
             return "{" + ",".join(fields) + "}"
-    return _encode_text(value)
-
-
-def _encode_text(value: object) -> str:
     return encode_basestring_ascii(str(_sanitize(value)))
 
 
@@ -358,35 +353,36 @@ def request_level(pull: RequestRecord) -> int:
     return logging.DEBUG if is_probe else logging.INFO
 
 
-def encode_request(pull: RequestRecord) -> list[str]:
+def encode_request(pull: RequestRecord) -> str:
     """Encode the fields as JSON: those that many requests share first, then the request's own."""
+    shared = _encode_shared(
+        pull.outcome,
+        pull.status,
+        pull.method,
+        pull.kind,
+        pull.upstream,
+        pull.repository,
+        pull.reference,
+        pull.digest,
+        pull.client,
+        pull.user_agent[: _MAX_FIELD_CHARS + 1],
+    )
     # A request id has only letters, digits and ``._-``, so it needs no escape.
-    first = pull.first_byte or 0.0
-    fields = [
-        _encode_shared(
-            pull.outcome,
-            pull.status,
-            pull.method,
-            pull.kind,
-            pull.upstream,
-            pull.repository,
-            pull.reference,
-            pull.digest,
-            pull.client,
-            pull.user_agent[: _MAX_FIELD_CHARS + 1],
-        ),
-        _NUMBERS % (pull.request_id, pull.bytes_sent, pull.duration, first),
-    ]
+    line = (
+        f'{shared},"id":"{pull.request_id}","bytes":{pull.bytes_sent},'
+        f'"seconds":{pull.duration:.6f},"first_byte":{pull.first_byte or 0.0:.6f}'
+    )
+    more = []
     if pull.joined_at_byte is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+        more.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
     if pull.stages:
         stages = [f'"{name}":{seconds:.6f}' for name, seconds in _stage_totals(pull).items()]
-        fields.append(f'"stages":{{{",".join(stages)}}}')
+        more.append(f'"stages":{{{",".join(stages)}}}')
     if not pull.repository:
-        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
+        more.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
     if pull.warning or pull.error:
-        fields += _encode_reasons(pull, as_json=True)
-    return fields
+        more += _encode_reasons(pull, as_json=True)
+    return ",".join((line, *more)) if more else line
 
 
 def format_request(pull: RequestRecord) -> tuple[str, list[str]]:

@@ -271,10 +271,12 @@ class MetricsObserver:
         match event:
             case events.RequestStarted():
                 self._started += 1
-                self._flush_soon()
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.RequestEnded(pull):
                 self._ended.append(pull)
-                self._flush_soon()
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
             case events.BytesFetched(upstream, count):
@@ -330,7 +332,7 @@ class MetricsObserver:
     def _flush_soon(self) -> None:
         if self._schedule is None:
             self.flush()
-        elif not self._is_scheduled:
+        else:
             self._is_scheduled = True
             self._schedule(self.flush)
 

@@ -1,7 +1,6 @@
 """The HTTP server, with a limit on the connections of one client address.
 
-Lives here: making and counting connections, and refusing those above the limit. Must not know:
-requests.
+Lives here: counting connections, and refusing those above the limit. Must not know: requests.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from mirror.observability.events import ConnectionRefused, Observer
 from mirror.oci.errors import TooManyRequests
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.handler import Handler
-from mirror.web.repeated_requests import RepeatingConnection
+from mirror.web.repeated_requests import RepeatingServer
 
 
 def _build_refusal() -> bytes:
@@ -31,7 +30,7 @@ def _build_refusal() -> bytes:
 _REFUSAL: Final = _build_refusal()
 
 
-class LimitedServer(web.Server):
+class LimitedServer(RepeatingServer):
     """Refuses a connection at once if its address has too many.
 
     Connections of trusted proxies are not counted, because they belong to many clients.
@@ -45,17 +44,11 @@ class LimitedServer(web.Server):
             emit: Receives ``ConnectionRefused``.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
-        super().__init__(handler, handler_cancellation=True)
+        super().__init__(handler, handler.repeated, **options)
         self._emit = emit
         self._addresses = handler.addresses
         self._handler = handler
         self._counted: dict[web.RequestHandler, str] = {}
-        self._options = options
-
-    def __call__(self) -> web.RequestHandler:
-        """Return a new connection. The event loop calls this."""
-        loop = asyncio.get_running_loop()
-        return RepeatingConnection(self._handler.repeated, self, loop=loop, **self._options)
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """Count a new connection, or refuse it."""

@@ -27,10 +27,12 @@ aiohttp does without them.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import time
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -41,12 +43,8 @@ from mirror.observability.events import (
     RequestRecord,
     RequestStarted,
 )
+from mirror.web.health import Health
 from mirror.web.streaming import SingleWriteResponse, format_date
-
-if TYPE_CHECKING:
-    import asyncio
-
-    from mirror.web.health import Health
 
 # A request line and header fields (RFC 9112, sections 3 and 5), in printable ASCII only.
 _WHOLE: Final = re.compile(
@@ -66,7 +64,7 @@ _MAX_BYTES: Final = 16 * 1024 * 1024
 fill it without any use."""
 _EXTRA_BYTES: Final = 2048
 """Bytes that an answer takes in memory beside its request and its body."""
-_DURATION: Final = re.compile(r"(?<=;dur=)[0-9.]+")
+_MILLISECONDS: Final = re.compile(r"(?<=;dur=)[0-9.]+")
 
 
 def is_whole_request(data: bytes) -> bool:
@@ -152,7 +150,7 @@ def _build_head(response: SingleWriteResponse) -> str:
     """
     fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
     fields |= {"X-Request-Id": "%s", "Date": "%s"}
-    fields["Server-Timing"] = _DURATION.sub("%.2f", fields["Server-Timing"])
+    fields["Server-Timing"] = _MILLISECONDS.sub("%.2f", fields["Server-Timing"])
     lines = [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
 
@@ -192,10 +190,8 @@ class RepeatedRequests:
     ) -> None:
         """Remember a response that is about to be sent, if it may be given again."""
         connection = request.protocol
-        if pull.outcome is not Outcome.HIT or not isinstance(connection, RepeatingConnection):
-            return
-        data = connection.request_bytes
-        if not data:
+        data = connection.request_bytes if isinstance(connection, RepeatingConnection) else b""
+        if not data or pull.outcome is not Outcome.HIT or not response.is_current():
             return
         is_given = request.headers.get("X-Request-Id") == pull.request_id
         self.forget(data)
@@ -270,3 +266,29 @@ class RepeatingConnection(web.RequestHandler):
         self._next_keepalive_close_time = now + self._keepalive_timeout
         emit(RequestEnded(pull))
         return True
+
+
+class RepeatingServer(web.Server):
+    """aiohttp's server, with connections that answer repeated requests themselves."""
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        repeated: RepeatedRequests,
+        **options: Any,
+    ) -> None:
+        """Create the server.
+
+        Args:
+            handler: Handles all other requests.
+            repeated: The answers. ``handler`` remembers them there.
+            options: Those of ``aiohttp.web.RequestHandler``.
+        """
+        super().__init__(handler, handler_cancellation=True)
+        self._repeated = repeated
+        self._options = options
+
+    def __call__(self) -> web.RequestHandler:
+        """Return a new connection. The event loop calls this."""
+        loop = asyncio.get_running_loop()
+        return RepeatingConnection(self._repeated, self, loop=loop, **self._options)

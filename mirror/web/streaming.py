@@ -77,7 +77,7 @@ class Body:
     source: Reader | bytes | None
     """The content, or None for header fields only (``HEAD``)."""
     is_current: IsCurrent
-    """Whether the same request may be answered with the same content once more."""
+    """Returns whether the same request would be answered with the same content now."""
 
 
 def content_headers(body: Body) -> dict[str, str]:

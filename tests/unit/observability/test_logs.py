@@ -305,4 +305,4 @@ def test_server_timing_is_a_valid_header_in_milliseconds() -> None:
     with pull.stage("wait for it"), pull.stage("index"):
         pass
     assert re.fullmatch(r"(?:[\w-]+;dur=\d+\.\d\d(?:, )?)+", server_timing(pull))
-    assert any("stages" in field for field in encode_request(pull))
+    assert '"stages":{' in encode_request(pull)

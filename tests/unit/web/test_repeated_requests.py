@@ -22,8 +22,7 @@ from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
 from mirror.web import repeated_requests
-from mirror.web.limited_server import LimitedServer
-from mirror.web.repeated_requests import RepeatingConnection, is_whole_request
+from mirror.web.repeated_requests import RepeatingConnection, RepeatingServer, is_whole_request
 from mirror.web.streaming import SingleWriteResponse
 from tests.fakes.registry import FakeRegistry
 from tests.real.tokens import Certificate
@@ -85,7 +84,7 @@ class Client:
         handler = server.running_server.handler
         # Without lingering, no request waits for the rest of its body.
         options = {"keepalive_timeout": 15.0, "access_log": None, "lingering_time": 0.0}
-        manager = LimitedServer(handler, handler._emit, **options)
+        manager = RepeatingServer(handler, handler.repeated, **options)
         connection = manager()
         assert isinstance(connection, RepeatingConnection)
         self.connection = connection
