@@ -20,9 +20,9 @@ of the time of a small answer. So the bytes of a request are the key of its answ
 - **Memory is bounded.** All answers are forgotten if they exceed a limit. An answer is written only
   if nothing else waits to be written, so a client that does not read leaves one at most.
 
-Of aiohttp this uses ``RequestHandler._waiter``, which is pending while a connection is idle, and
-the time at which an idle connection is closed. ``test_repeated_requests.py`` fails if a version of
-aiohttp does without them.
+Of aiohttp's ``RequestHandler`` this uses ``_waiter``, which is pending while a connection is idle,
+``_request_count``, the requests that were parsed, and the time at which an idle connection is
+closed. ``test_repeated_requests.py`` fails if a version of aiohttp does without them.
 """
 
 from __future__ import annotations
