@@ -188,7 +188,13 @@ class RepeatedRequests:
     def remember(
         self, request: web.BaseRequest, response: SingleWriteResponse, pull: RequestRecord
     ) -> None:
-        """Remember a response that is about to be sent, if it may be given again."""
+        """Remember a response if it may be given again.
+
+        Args:
+            request: The request, as aiohttp has parsed it.
+            response: It is about to be sent.
+            pull: The record of the request. Only a hit is remembered.
+        """
         connection = request.protocol
         data = connection.request_bytes if isinstance(connection, RepeatingConnection) else b""
         if not data or pull.outcome is not Outcome.HIT or not response.is_current():
