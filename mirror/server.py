@@ -21,8 +21,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
-from aiohttp import web
-
 from mirror import __version__
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
@@ -38,6 +36,7 @@ from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.limited_server import LimitedServer
+from mirror.web.repeated_requests import RepeatingServer
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -100,8 +99,13 @@ async def run_worker(
     from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
-    metrics = MetricsObserver(settings.upstreams, None if worker is None else worker.index)
-    stream = LogStream(_stdout(), lambda count: metrics.observe(LogLinesDropped(count)))
+    index = None if worker is None else worker.index
+    metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
+    stream = LogStream(
+        _stdout(),
+        lambda count: metrics.observe(LogLinesDropped(count)),
+        is_shared=worker is not None,
+    )
     lines = configure_logging(settings.log, stream, loop.call_soon)
     log = LogObserver(lines)
 
@@ -256,7 +260,6 @@ async def start_server(
             handler = Handler(settings, service, health, render_metrics, emit)
             options: dict[str, Any] = {
                 "access_log": None,
-                "handler_cancellation": True,
                 "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
                 "max_field_size": _MAX_FIELD_BYTES,
                 "logger": logging.getLogger("aiohttp.server"),
@@ -265,7 +268,7 @@ async def start_server(
             server = (
                 LimitedServer(handler, emit, **options)
                 if is_limited
-                else web.Server(handler, **options)
+                else RepeatingServer(handler, handler.repeated, **options)
             )
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)

@@ -20,6 +20,8 @@ from typing import Literal, TypeAlias
 class Kind(StrEnum):
     """The kind of object that a request names. A metric label, so its values are few."""
 
+    __hash__ = str.__hash__  # Enum's own is a Python function, and each request calls it often.
+
     PING = "ping"
     MANIFEST = "manifest"
     BLOB = "blob"
@@ -31,6 +33,8 @@ class Kind(StrEnum):
 
 class Outcome(StrEnum):
     """The result of a request. Each request has exactly one (``docs/metrics.md`` explains them)."""
+
+    __hash__ = str.__hash__
 
     HIT = "hit"
     JOIN = "join"
@@ -394,3 +398,6 @@ Event: TypeAlias = (
     | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]
+Schedule: TypeAlias = Callable[[Callable[[], None]], object]
+"""Calls a function soon, such as an event loop's ``call_soon``. An observer that has one handles
+all requests of one turn of the event loop together, which is cheaper."""

@@ -21,6 +21,8 @@ _MAX_QUEUED_CHARS: Final = 2 * 1024 * 1024
 _GATHER_S: Final = 0.01
 """Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
 than a response from the cache."""
+_MAX_WRITE_BYTES: Final = 256 * 1024
+"""Bytes in one write of the only process that writes: more than a pipe holds."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
 """Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
@@ -31,14 +33,20 @@ class LogStream:
     The thread is a daemon: a descriptor that blocks does not delay the end of the process.
     """
 
-    def __init__(self, fd: int, on_dropped: Callable[[int], None]) -> None:
+    def __init__(
+        self, fd: int, on_dropped: Callable[[int], None], *, is_shared: bool = True
+    ) -> None:
         """Start the thread.
 
         Args:
             fd: An open descriptor, which stays open.
             on_dropped: Receives the number of lines that were lost. Also called in the thread.
+            is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
+        # An atomic write of whole lines keeps the lines of several workers apart. Larger writes
+        # are faster: after each one, the thread has to wait for the interpreter lock.
+        self._max_write = select.PIPE_BUF if is_shared else _MAX_WRITE_BYTES
         self._on_dropped = on_dropped
         self._lock = threading.Lock()
         self._queue: list[str] = []
@@ -99,10 +107,9 @@ class LogStream:
     def _write_all(self, data: bytes) -> None:
         start = 0
         while start < len(data):
-            # Several workers write to one pipe. An atomic write of whole lines keeps them apart.
-            end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1
+            end = data.rfind(b"\n", start, start + self._max_write) + 1
             try:
-                start += os.write(self._fd, data[start : end or start + select.PIPE_BUF])
+                start += os.write(self._fd, data[start : end or start + self._max_write])
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)

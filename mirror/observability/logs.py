@@ -11,15 +11,15 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord, Schedule
 from mirror.oci.text import printable
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -37,7 +37,11 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
-_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
+_SHARED: Final = (
+    *("outcome", "status", "method", "kind", "upstream"),
+    *("repository", "reference", "digest", "client", "user_agent"),
+)
+"""Fields of a request's line that are the same for many requests, in their order."""
 _SHOWN_STAGE_S: Final = 0.001
 """Seconds. On a terminal, a shorter stage is left out: it is not why a request took long."""
 _SHOWN_STAGES: Final = 2
@@ -57,12 +61,6 @@ _LEVELS: Final = {
     "error": logging.ERROR,
 }
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
-
-
-Schedule: TypeAlias = Callable[[Callable[[], None]], object]
-"""Calls a function soon, such as an event loop's ``call_soon``."""
-Fields: TypeAlias = tuple[tuple[str, str | int], ...]
-"""(key, value) of each field, in the order of the line."""
 
 
 class LineStream(Protocol):
@@ -89,7 +87,8 @@ class LogWriter:
     def __init__(self, settings: Log, stream: LineStream, schedule: Schedule | None = None) -> None:
         self._stream = stream
         self._schedule = schedule
-        self._pending: list[str] = []
+        self._pending: list[tuple[float, int, str | RequestRecord, list[str]]] = []
+        """Time, level, message or request, and fields of each line that is not formatted yet."""
         self._dropped = 0
         """Lines that the stream has dropped since it last accepted one."""
         self._second = (0, "")
@@ -98,6 +97,8 @@ class LogWriter:
 
     def configure(self, settings: Log) -> None:
         """Use this level and this format from now on."""
+        if self._pending:
+            self.flush()
         self._level = _LEVELS[settings.level]
         self._as_json = settings.format == "json" or (
             settings.format == "auto" and not self._stream.isatty()
@@ -109,19 +110,15 @@ class LogWriter:
 
     def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
         """Write one line of ``level`` with ``message``. ``fields`` may hold any values."""
-        self._add(
-            level, message, [_encode_field(*field, self._as_json) for field in fields.items()]
-        )
+        encoded = [_encode_field(*field, self._as_json) for field in fields.items()]
+        self._add(level, message, encoded)
 
     def write_request(self, level: int, pull: RequestRecord) -> None:
-        """Write the line of a request."""
-        if self._as_json:
-            self._add(level, "pull", encode_request(pull))
-        else:
-            self._add(level, *format_request(pull))
+        """Write the line of a request that has ended."""
+        self._add(level, pull, [])
 
-    def _add(self, level: int, message: str, fields: list[str]) -> None:
-        self._pending.append(self._format_line(time.time(), level, message, fields))
+    def _add(self, level: int, subject: str | RequestRecord, fields: list[str]) -> None:
+        self._pending.append((time.time(), level, subject, fields))
         if self._schedule is None:
             self.flush()
         elif len(self._pending) == 1:
@@ -129,7 +126,8 @@ class LogWriter:
 
     def flush(self) -> None:
         """Write the pending lines. After a loss of lines, say how many were lost."""
-        lines, self._pending = self._pending, []
+        pending, self._pending = self._pending, []
+        lines = [self._format_line(*line) for line in pending]
         text = "".join(lines)
         if self._dropped and lines:
             lost = [_encode_field("count", self._dropped, self._as_json)]
@@ -142,7 +140,9 @@ class LogWriter:
             return
         self._dropped = 0 if was_accepted else self._dropped + len(lines)
 
-    def _format_line(self, at: float, level: int, message: str, fields: list[str]) -> str:
+    def _format_line(
+        self, at: float, level: int, subject: str | RequestRecord, fields: list[str]
+    ) -> str:
         """Return exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
         second = int(at)
         if second != self._second[0]:
@@ -150,11 +150,17 @@ class LogWriter:
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _LEVEL_NAMES.get(level, "info")
         if self._as_json:
-            head = f'{{"time":"{stamp}","level":"{name}","message":{_to_json(message)}'
-            return ",".join((head, *fields)) + "}\n"
+            rest = (
+                ",".join((_to_json(subject), *fields))
+                if isinstance(subject, str)
+                else f'"pull",{encode_request(subject)}'
+            )
+            return f'{{"time":"{stamp}","level":"{name}","message":{rest}}}\n'
+        if not isinstance(subject, str):
+            subject, fields = format_request(subject)
         # On a terminal, the date would be a tenth of the line.
         time_of_day = stamp.partition("T")[2]
-        return " ".join((f"{time_of_day} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
+        return " ".join((f"{time_of_day} {name:7} {_sanitize(subject)}", *fields)).rstrip() + "\n"
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -162,12 +168,6 @@ class LogWriter:
 
 def _encode_field(key: str, value: object, as_json: bool) -> str:
     return f'"{key}":{_to_json(value)}' if as_json else f"{key}={_quote(_sanitize(value))}"
-
-
-@lru_cache(4096)
-def _encode_fields(fields: Fields) -> str:
-    """Encode fields, as JSON, that are the same for many requests."""
-    return ",".join(_encode_field(key, value, as_json=True) for key, value in fields)
 
 
 def _to_json(value: object) -> str:
@@ -363,27 +363,42 @@ def request_level(pull: RequestRecord) -> int:
     return logging.DEBUG if is_probe else logging.INFO
 
 
-def encode_request(pull: RequestRecord) -> list[str]:
+def encode_request(pull: RequestRecord) -> str:
     """Encode the fields as JSON: those that many requests share first, then the request's own."""
+    shared = _encode_shared(
+        pull.outcome,
+        pull.status,
+        pull.method,
+        pull.kind,
+        pull.upstream,
+        pull.repository,
+        pull.reference,
+        pull.digest,
+        pull.client,
+        pull.user_agent[: _MAX_FIELD_CHARS + 1],
+    )
     # A request id has only letters, digits and ``._-``, so it needs no escape.
-    first = pull.first_byte or 0.0
-    fields = [
-        _encode_fields(_shared_fields(pull)),
-        _NUMBERS % (pull.request_id, pull.bytes_sent, pull.duration, first),
-    ]
+    line = (
+        f'{shared},"id":"{pull.request_id}","bytes":{pull.bytes_sent},'
+        f'"seconds":{pull.duration:.6f},"first_byte":{pull.first_byte or 0.0:.6f}'
+    )
+    more = []
     if pull.joined_at_byte is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+        more.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
     if pull.aside_bytes:
-        fields.append(_encode_field("aside", pull.aside_bytes, as_json=True))
+        more.append(_encode_field("aside", pull.aside_bytes, as_json=True))
     if pull.connections:
-        fields.append(_encode_field("connections", pull.connections, as_json=True))
+        more.append(_encode_field("connections", pull.connections, as_json=True))
     if pull.late_pieces:
-        fields.append(_encode_field("late_parts", pull.late_pieces, as_json=True))
+        more.append(_encode_field("late_parts", pull.late_pieces, as_json=True))
     if pull.stages:
-        fields.append(_encode_field("stages", _stage_totals(pull), as_json=True))
+        stages = [f'"{name}":{seconds:.6f}' for name, seconds in _stage_totals(pull).items()]
+        more.append(f'"stages":{{{",".join(stages)}}}')
     if not pull.repository:
-        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
-    return fields + _encode_reasons(pull, as_json=True)
+        more.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
+    if pull.warning or pull.error:
+        more += _encode_reasons(pull, as_json=True)
+    return ",".join((line, *more)) if more else line
 
 
 def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
@@ -437,23 +452,17 @@ def approximate_size(size: int) -> str:
     return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
-def _shared_fields(pull: RequestRecord) -> Fields:
-    """Return the fields that are the same for many requests, so that their encoding is cached."""
-    fields: Fields = (
-        ("outcome", pull.outcome.value),
-        ("status", pull.status),
-        ("method", pull.method),
-        ("kind", pull.kind.value),
-        ("upstream", pull.upstream),
-        ("repository", pull.repository),
-        ("reference", pull.reference),
-        ("digest", pull.digest),
-        ("client", pull.client),
+@lru_cache(4096)
+def _encode_shared(*values: str | int) -> str:
+    """Encode, as JSON, the fields that are the same for many requests."""
+    fields = list(zip(_SHARED, values, strict=True))
+    has_digest, has_agent = values[-3] != "", values[-1] != ""
+    shown = (
+        (key, value)
+        for key, value in fields
+        if (value != "" or has_digest) and (key != "user_agent" or has_agent)
     )
-    if not pull.digest:
-        fields = tuple(field for field in fields if field[1] != "")
-    agent = pull.user_agent[: _MAX_FIELD_CHARS + 1]
-    return (*fields, ("user_agent", agent)) if agent else fields
+    return ",".join(_encode_field(key, value, as_json=True) for key, value in shown)
 
 
 # --- Server-Timing --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ count in its files, so their number is bounded.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Collection
 from typing import Final, Literal, TypeAlias, assert_never, get_args
 
@@ -29,7 +30,7 @@ from prometheus_client import (
 
 from mirror import __version__
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord, Schedule
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
@@ -55,14 +56,24 @@ class MetricsObserver:
     """The observer that counts.
 
     ``upstreams``: the names of the configured upstreams. ``worker``: the number of this worker
-    process; None for the only process.
+    process; None for the only process. ``schedule``: the requests of one turn of the event loop are
+    counted together; None counts each one at once.
     """
 
-    def __init__(self, upstreams: Collection[str], worker: int | None = None) -> None:
+    def __init__(
+        self,
+        upstreams: Collection[str],
+        worker: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
         if worker is not None:
             values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call] # theirs
         self._registry = registry = CollectorRegistry()
         self._known: set[str] = set()
+        self._schedule = schedule
+        self._is_scheduled = False
+        self._started = 0
+        self._ended: list[RequestRecord] = []
 
         def counter(name: str, text: str, labels: str = "") -> Counter:
             return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
@@ -292,9 +303,13 @@ class MetricsObserver:
         """Count ``event``."""
         match event:
             case events.RequestStarted():
-                self._in_flight.inc()
+                self._started += 1
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.RequestEnded(pull):
-                self._request_ended(pull)
+                self._ended.append(pull)
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
             case events.BytesFetched(upstream, count):
@@ -356,17 +371,37 @@ class MetricsObserver:
             case unknown:
                 assert_never(unknown)
 
-    def _request_ended(self, pull: events.RequestRecord) -> None:
-        self._in_flight.dec()
-        upstream = self._upstream(pull.upstream)
-        self._requests_by[upstream, pull.kind, pull.outcome].inc()
-        first_byte, duration = self._durations_by[pull.kind, pull.outcome]
-        first_byte.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
-        duration.observe(pull.duration)
-        if pull.sent_in_one_write:
-            self._sent_by[upstream].inc(pull.bytes_sent)
-        if pull.bytes_sent and not pull.is_complete:
-            self._incomplete.labels(upstream).inc()
+    def _flush_soon(self) -> None:
+        if self._schedule is None:
+            self.flush()
+        else:
+            self._is_scheduled = True
+            self._schedule(self.flush)
+
+    def flush(self) -> None:
+        """Count the requests that have started or ended since the last call."""
+        self._is_scheduled = False
+        ended, self._ended = self._ended, []
+        if self._started != len(ended):
+            self._in_flight.inc(self._started - len(ended))
+        self._started = 0
+        batches: dict[tuple[str, Kind, Outcome], list[RequestRecord]] = {}
+        for pull in ended:
+            batches.setdefault((pull.upstream, pull.kind, pull.outcome), []).append(pull)
+        for (name, kind, outcome), pulls in batches.items():
+            upstream = self._upstream(name)
+            self._requests_by[upstream, kind, outcome].inc(len(pulls))
+            first_byte, duration = self._durations_by[kind, outcome]
+            _observe_all(
+                first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]
+            )
+            _observe_all(duration, [pull.duration for pull in pulls])
+            sent = sum(pull.bytes_sent for pull in pulls if pull.sent_in_one_write)
+            if sent:
+                self._sent_by[upstream].inc(sent)
+            incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)
+            if incomplete:
+                self._incomplete.labels(upstream).inc(incomplete)
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)
@@ -385,6 +420,17 @@ class MetricsObserver:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # theirs
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def _observe_all(histogram: Histogram, seconds: list[float]) -> None:
+    """Count durations as ``Histogram.observe`` does, but add to each of its values only once."""
+    counts: dict[int, int] = {}
+    for second in seconds:
+        bucket = bisect_left(_BUCKETS_S, second)
+        counts[bucket] = counts.get(bucket, 0) + 1
+    histogram._sum.inc(sum(seconds))
+    for bucket, count in counts.items():
+        histogram._buckets[bucket].inc(count)
 
 
 def worker_died(worker: int) -> None:

@@ -112,18 +112,19 @@ class ContentService:
         Does not ask the upstream. A record by the upstream decides. If only a reference says so, it
         must state the type of a manifest, and a record of the digest as a blob takes precedence.
         """
-        access_record = await self._access_record(repository, digest, Kind.MANIFEST)
+        access_record = await self.access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
             return access_record is not None
         if access_record.media_type.lower() not in MANIFEST_TYPES:
             # An entry of an index that states no type may be a layer. The first release recorded
             # every entry of an index as a manifest.
             return False
-        return await self._access_record(repository, digest, Kind.BLOB) is None
+        return await self.access_record(repository, digest, Kind.BLOB) is None
 
-    async def _access_record(
+    async def access_record(
         self, repository: Repository, digest: Digest, kind: Kind
     ) -> AccessRecord | None:
+        """Return what is recorded of content (``digest``, ``kind``) in ``repository``, or None."""
         return await self.store.index.access_record(repository, digest, kind.value)
 
     def may_read_unasked(self, repository: Repository, access_record: AccessRecord | None) -> bool:
@@ -173,7 +174,7 @@ class ContentService:
 
         For example, no registry has the foreign layers of Windows images.
         """
-        access_record = await self._access_record(request.repository, request.digest, request.kind)
+        access_record = await self.access_record(request.repository, request.digest, request.kind)
         if access_record is not None and access_record.referrer is None:
             return None  # The upstream has it now: its 404 had deleted the access record.
         return await self.store.index.cached_list(f"missing {negative_key(request)}")
@@ -193,7 +194,7 @@ class ContentService:
             await self._revoke_access(request, error)
             raise
         # The length in a HEAD may be wrong. So the size stays as a manifest or a GET has stated it.
-        recorded = await self._access_record(request.repository, request.digest, request.kind)
+        recorded = await self.access_record(request.repository, request.digest, request.kind)
         await self.grant_access(request, media_type, recorded.size if recorded else None)
         return size
 
@@ -219,7 +220,7 @@ class ContentService:
         with digests that it makes up.
         """
         index, repository, key = self.store.index, request.repository, negative_key(request)
-        access_record = await self._access_record(repository, request.digest, request.kind)
+        access_record = await self.access_record(repository, request.digest, request.kind)
         await index.revoke_access(repository, request.digest, request.kind.value)
         if isinstance(error, NotFound):
             await self.put_negative(repository, key, error)
@@ -313,7 +314,7 @@ class ContentService:
         """
         pull, repository = request.pull, request.repository
         with pull.stage("index"):
-            access_record = await self._access_record(repository, request.digest, request.kind)
+            access_record = await self.access_record(repository, request.digest, request.kind)
             size = access_record.size if access_record is not None else None
             reader = await self.store.blobs.find(request.digest, size)
             is_restoring = self.store.index.unrestored_after is not None
@@ -323,7 +324,7 @@ class ContentService:
                     # The index was lost a moment ago. This record may be among those to restore.
                     with pull.stage("index"):
                         await self.single_flight.share(("restore parts",), self.store.restore_parts)
-                        access_record = await self._access_record(
+                        access_record = await self.access_record(
                             repository, request.digest, request.kind
                         )
                 may_read = self.may_read_unasked(repository, access_record)
@@ -393,7 +394,7 @@ class ContentService:
                 # A check by another client may have ended since the caller read its record, so it
                 # is read again. There must be no other await before `_request_access`, which joins
                 # a check that still runs: a check that ended during it would be sent again.
-                latest = await self._access_record(repository, request.digest, request.kind)
+                latest = await self.access_record(repository, request.digest, request.kind)
                 if not self.may_read_unasked(repository, latest):
                     await self._request_access(request, timeout)
         except MirrorError as error:
@@ -421,7 +422,7 @@ class ContentService:
                 is_proven = await fetch.wait_for_first_byte(follower, request)
             if not is_proven:
                 # Another process that fetches the content may have recorded the access meanwhile.
-                access_record = await self._access_record(
+                access_record = await self.access_record(
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)

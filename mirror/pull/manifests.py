@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
-from typing import Final, assert_never
+from typing import Final, TypeAlias, assert_never
 
 from cachetools import TTLCache
 
@@ -38,7 +38,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import ManifestResult
+from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, current_for
 from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
@@ -54,14 +54,15 @@ _RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
 """Bytes for manifests in memory. One takes 12 MiB at most (see ``_weight``), so every one fits."""
 _TAG_CACHE_SIZE: Final = 20_000
 """Tag records in memory: 15 MB, and up to 100 MB if every tag has moved 16 times."""
-_CACHE_TTL_S: Final = 1.0
-"""Seconds for which one worker process may serve from memory what another one has changed."""
 _SCHEMA1_TTL_S: Final = 30 * 86400.0
 """Seconds (30 days) for which a manifest of schema 1 is kept, so that its tag can be served while
 the upstream is down."""
 _MAX_ROWS_AT_ONCE: Final = 1000
 """Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
 would delay other requests."""
+
+_TagKey: TypeAlias = tuple[Repository, Tag, str]
+"""A tag, and the variant of its record (see :meth:`mirror.store.index.Index.tag`)."""
 
 
 class ManifestService:
@@ -72,10 +73,10 @@ class ManifestService:
         self._index = content.store.index
         self._single_flight = content.single_flight
         self._results: TTLCache[tuple[Repository, Digest], ManifestResult] = TTLCache(
-            _RESULT_CACHE_BYTES, _CACHE_TTL_S, getsizeof=_weight
+            _RESULT_CACHE_BYTES, MEMORY_TTL_S, getsizeof=_weight
         )
-        self._records: TTLCache[tuple[Repository, Tag, str], TagRecord] = TTLCache(
-            _TAG_CACHE_SIZE, _CACHE_TTL_S
+        self._records: TTLCache[_TagKey, tuple[TagRecord, IsCurrent]] = TTLCache(
+            _TAG_CACHE_SIZE, MEMORY_TTL_S
         )
 
     # --- by digest ------------------------------------------------------------------------------
@@ -219,6 +220,7 @@ class ManifestService:
         A node that has a base layer never requests it again. If recency were kept by layer, the
         layers that most images share would be evicted first.
         """
+        result = replace(result, is_current=current_for(MEMORY_TTL_S))
         self._results[repository, result.digest] = result
         if result.parsed is not None:
             parts = (*result.parsed.children, *result.parsed.blobs)
@@ -297,13 +299,26 @@ class ManifestService:
     async def _find_variant(
         self, repository: Repository, tag: Tag, variant: str
     ) -> tuple[TagRecord | None, ManifestResult | None]:
-        record = self._records.get((repository, tag, variant))
-        if record is None:
-            record = await self._index.tag(repository, tag, variant)
-            if record is None:
+        key = (repository, tag, variant)
+        known = self._records.get(key)
+        if known is None:
+            found = await self._index.tag(repository, tag, variant)
+            if found is None:
                 return None, None
-            self._records[repository, tag, variant] = record
-        return record, await self._find_newest(repository, record)
+            known = self._remember_tag(key, found)
+        record, is_known = known
+        cached = await self._find_newest(repository, record)
+        if cached is None:
+            return record, None
+
+        def is_current() -> bool:
+            return is_known() and cached.is_current() and self._is_fresh(repository, record, cached)
+
+        return record, replace(cached, is_current=is_current)
+
+    def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsCurrent]:
+        self._records[key] = known = record, current_for(MEMORY_TTL_S)
+        return known
 
     async def _find_newest(
         self, repository: Repository, record: TagRecord
@@ -438,7 +453,7 @@ class ManifestService:
         record = await self._index.confirm_tag(repository, tag, head.digest, variant, keep)
         if record is None:  # The index could not be written.
             record = confirm(earlier, repository, tag, head.digest, self._content.now(), keep)
-        self._records[repository, tag, variant] = record
+        self._remember_tag((repository, tag, variant), record)
         return head
 
 

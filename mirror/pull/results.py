@@ -1,15 +1,35 @@
 """The results of the pull service.
 
-Lives here: frozen values for manifests, blobs and tags. Must not know: HTTP.
+Lives here: frozen values for manifests, blobs and tags, and how long one may be used again. Must
+not know: HTTP.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, TypeAlias
 
 from mirror.oci.descriptor import Manifest
 from mirror.oci.reference import Digest
 from mirror.store.reader import Reader
+
+MEMORY_TTL_S: Final = 1.0
+"""Seconds for which one worker process may serve from memory what another one has changed."""
+IsCurrent: TypeAlias = Callable[[], bool]
+"""Returns whether the same request would have the same result now. Cheap, and asks nobody."""
+
+
+def current_for(seconds: float) -> IsCurrent:
+    """Return a function that is true for ``seconds`` from now on."""
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() < until
+
+
+def is_never_current() -> bool:
+    """Return False: the service has to be asked again."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +43,19 @@ class ManifestResult:
     body: bytes | None
     """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
+    is_current: IsCurrent = field(default=is_never_current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class BlobResult:
-    """A blob. The caller closes the reader."""
+    """A blob. The caller closes its reader, if it has one."""
 
     digest: Digest
     size: int | None
     """None while an upstream that does not state the size is still sending."""
-    reader: Reader | None
-    """None for a ``HEAD``."""
+    source: Reader | bytes | None
+    """The content. None for a ``HEAD`` of a blob that is not in memory."""
+    is_current: IsCurrent = field(default=is_never_current, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

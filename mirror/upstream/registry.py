@@ -48,6 +48,7 @@ from mirror.upstream.heads import Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
 from mirror.upstream.ranges import FurtherRanges
+from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 T = TypeVar("T")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import re
 import time
 from collections.abc import Callable
@@ -53,6 +52,7 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
+from mirror.pull.results import is_never_current
 from mirror.pull.service import PullService
 from mirror.threads import run_in_thread
 from mirror.web import paths
@@ -60,7 +60,8 @@ from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
-from mirror.web.streaming import Body, Sender, applicable_range
+from mirror.web.repeated_requests import RepeatedRequests, make_request_id
+from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
@@ -101,6 +102,8 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
+        self.repeated = RepeatedRequests(health, emit)
+        """Answers requests that were answered a moment ago, so that they do not come here."""
         self.configure(settings)
         self._service = service
         self._health = health
@@ -116,6 +119,7 @@ class Handler:
         networks = settings.trusted_proxies
         self.proxies = TrustedProxies(networks) if networks else None
         self._has_catalog = settings.catalog
+        self.repeated.forget_all()
 
     @property
     def in_flight(self) -> int:
@@ -141,7 +145,7 @@ class Handler:
         headers = request.headers
         request_id = headers.get("X-Request-Id")
         if not request_id or not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(64):016x}"
+            request_id = make_request_id()
         target = request.raw_path
         client = request.remote or ""
         if self.proxies is not None:
@@ -163,6 +167,8 @@ class Handler:
             if self._health.is_draining:
                 # The client has to open a new connection, which another server will accept.
                 response.force_close()
+            elif isinstance(response, SingleWriteResponse) and self.proxies is None:
+                self.repeated.remember(request, response, pull)
             return response
         finally:
             del self._requests[id(request)]
@@ -270,7 +276,7 @@ class Handler:
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
-        body = Body(result.digest, result.media_type, result.size, result.body)
+        body = Body(result.digest, result.media_type, result.size, result.body, result.is_current)
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
             extra["Cache-Control"] = _IMMUTABLE
@@ -293,15 +299,15 @@ class Handler:
         )
         pull.digest = str(result.digest)
         try:
-            body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
+            body = Body(result.digest, OCTET_STREAM, result.size, result.source, result.is_current)
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
-            if result.reader is not None:
-                result.reader.close()
+            if result.source is not None and not isinstance(result.source, bytes):
+                result.source.close()
 
     async def _send_repositories(
         self, parsed: paths.RepositoriesRequest, pull: RequestRecord
@@ -345,7 +351,7 @@ class Handler:
         extra = common_headers(pull)
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
-        body = Body(Digest.of(data), OCI_INDEX, len(data), data)
+        body = Body(Digest.of(data), OCI_INDEX, len(data), data, is_never_current)
         return await Sender(request, pull, self._emit).send(body, extra)
 
 

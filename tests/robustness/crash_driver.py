@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 
 from mirror.config.settings import Parallel, Storage
@@ -19,8 +18,8 @@ from mirror.observability.events import Published
 from mirror.oci.reference import Digest, Repository, Tag, Verifier
 from mirror.pull import ramp
 from mirror.store import disk
-from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit
-from tests.unit.store.kit import random_bytes, read
+from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit, read_source
+from tests.unit.store.kit import random_bytes
 
 REPOSITORY = Repository("docker.io", "library/app")
 LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000, 30_000))
@@ -51,9 +50,7 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
 
         async def blob(data: bytes) -> None:
             result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
-            assert result.reader
-            with closing(result.reader) as reader:
-                got = await read(reader)
+            got = await read_source(result.source)
             assert got == data or "no-digest-check" in sys.argv
 
         object.__setattr__(kit.store._ingest_context, "emit", announce)

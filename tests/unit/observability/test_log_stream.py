@@ -6,6 +6,8 @@ import fcntl
 import io
 import json
 import os
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -41,9 +43,12 @@ class Pipe:
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
-def test_pipe_that_nobody_reads_drops_lines_counts_them_and_takes_no_time() -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_pipe_that_nobody_reads_drops_lines_counts_them_and_takes_no_time(
+    is_shared: bool,
+) -> None:
     pipe, lost = Pipe(), [0]
-    stream = LogStream(pipe.write_end, lambda count: lost.append(count))
+    stream = LogStream(pipe.write_end, lambda count: lost.append(count), is_shared=is_shared)
     started = time.monotonic()
     accepted = [stream.write(LINE) > 0 for _ in range(3 * QUEUE_LINES)]
     assert time.monotonic() - started < 30
@@ -102,12 +107,13 @@ def test_descriptor_that_refuses_loses_lines_and_the_thread_goes_on(
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
-def test_non_blocking_descriptor_loses_nothing_that_was_accepted() -> None:
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_non_blocking_descriptor_loses_nothing_that_was_accepted(is_shared: bool) -> None:
     """Another program that shares the pipe may have made it so."""
     pipe, lost = Pipe(), [0]
     flags = fcntl.fcntl(pipe.write_end, fcntl.F_GETFL)
     fcntl.fcntl(pipe.write_end, fcntl.F_SETFL, flags | os.O_NONBLOCK)
-    stream = LogStream(pipe.write_end, lost.append)
+    stream = LogStream(pipe.write_end, lost.append, is_shared=is_shared)
     for _ in range(QUEUE_LINES // 2):
         stream.write(LINE)
     reader = pipe.read_all()
@@ -116,6 +122,22 @@ def test_non_blocking_descriptor_loses_nothing_that_was_accepted() -> None:
     reader.join(10)
     assert pipe.received.decode() == LINE * (QUEUE_LINES // 2)
     assert sum(lost) == 0
+
+
+@pytest.mark.parametrize(("is_shared", "largest"), [(False, 100_000), (True, select.PIPE_BUF)])
+def test_only_writer_writes_many_lines_at_once_and_one_of_several_at_most_4_kib(
+    is_shared: bool, largest: int
+) -> None:
+    # Each write to such a socket is a message of its own.
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reader, writer:
+        stream = LogStream(writer.fileno(), lambda count: None, is_shared=is_shared)
+        stream.write(LINE * 500)
+        sizes: list[int] = []
+        while sum(sizes) < 500 * len(LINE):
+            sizes.append(len(reader.recv(200_000)))
+        stream.close(10)
+    assert largest - len(LINE) < max(sizes) <= largest
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")

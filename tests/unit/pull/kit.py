@@ -15,7 +15,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.requests import ContentRequest
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
+from mirror.store.reader import Reader
 from mirror.store.store import Store
 from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead
 from tests.unit.store.kit import read
@@ -359,11 +360,16 @@ async def blob(
     """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
     result = await kit.service.blob(repository, digest, pull, head=False)
-    assert result.reader
-    try:
-        return await read(result.reader), pull.outcome
-    finally:
-        result.reader.close()
+    return await read_source(result.source), pull.outcome
+
+
+async def read_source(source: Reader | bytes | None) -> bytes:
+    """Return the bytes of a blob, and close its reader."""
+    assert source is not None
+    if isinstance(source, bytes):
+        return source
+    with closing(source):
+        return await read(source)
 
 
 class Cancelled(Awaitable[bool]):

@@ -137,7 +137,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
         result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), head=True)
-        assert (result.size, result.reader) == (5, None)
+        assert (result.size, result.source) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
 
@@ -268,7 +268,7 @@ async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
 ) -> None:
     """A base layer that no node requests any more stays as long as images that refer to it."""
     # The clock of the test moves on by minutes, and that of the memory cache does not.
-    monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
+    monkeypatch.setattr("mirror.pull.manifests.MEMORY_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_300_000)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, base)

@@ -1,0 +1,300 @@
+"""Answer a request whose bytes were answered a moment ago, without parsing it again.
+
+Lives here: the answers that may be given again, and the connection that gives them. Must not know:
+how content is obtained, how a request is parsed.
+
+Theory of operation: many nodes pull the same image, and send the same few requests, byte for byte.
+aiohttp's parser, its task for each request, and our way through ``handler.py`` take three quarters
+of the time of a small answer. So the bytes of a request are the key of its answer.
+
+- **Framing cannot differ.** Only a connection that has sent nothing but whole requests without a
+  body is answered here, and only while aiohttp waits for the next one. :func:`is_whole_request` is
+  stricter than any parser: what it does not know is left to aiohttp, and so is everything that
+  follows on this connection. aiohttp has parsed the same bytes once before, in the same state.
+- **Nothing is kept longer than its origin.** An answer was a hit in the memory of the pull service,
+  and has its :data:`~mirror.pull.results.IsCurrent`: the memory ends after a second, and a tag is
+  fresh by the same decision as before. A new configuration forgets all answers: admission and the
+  choice of the upstream depend on nothing else but the request. A server that drains gives none.
+- **A request is a request.** Each has its own record, id and events. The client is the peer of the
+  connection. Behind a trusted proxy, it is not, so nothing is answered here if one is configured.
+- **Memory is bounded.** All answers are forgotten if they exceed a limit. An answer is written only
+  if nothing else waits to be written, so a client that does not read leaves one at most.
+
+Of aiohttp's ``RequestHandler`` this uses ``_waiter``, which is pending while a connection is idle,
+``_request_count``, the requests that were parsed, and the time at which an idle connection is
+closed. ``test_repeated_requests.py`` fails if a version of aiohttp does without them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from aiohttp import web
+
+from mirror.observability.events import (
+    Observer,
+    Outcome,
+    RequestEnded,
+    RequestRecord,
+    RequestStarted,
+)
+from mirror.web.health import Health
+from mirror.web.streaming import SingleWriteResponse, format_date
+
+# A request line and header fields (RFC 9112, sections 3 and 5), in printable ASCII only.
+_WHOLE: Final = re.compile(
+    rb"(?:GET|HEAD) /[!-~]* HTTP/1\.1\r\n(?:[A-Za-z0-9-]+:[\t -~]*\r\n)*\r\n"
+)
+# The first line: fields that say that more than the header follows, or that the connection changes.
+# The second line: credentials, which are not kept in memory, although we ignore them.
+_EXCLUDED: Final = re.compile(
+    rb"\r\n(?:content-length|transfer-encoding|trailer|te|expect|upgrade|http2-settings"
+    rb"|authorization|proxy-authorization|cookie):",
+    re.IGNORECASE,
+)
+_MAX_REQUEST_BYTES: Final = 4096
+"""Bytes of a request that is remembered: those of container clients have a few hundred."""
+_MAX_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of all answers in memory, with their requests. Clients that send a new id in each request
+fill it without any use."""
+_EXTRA_BYTES: Final = 2048
+"""Bytes that an answer takes in memory beside its request and its body."""
+_MILLISECONDS: Final = re.compile(r"(?<=;dur=)[0-9.]+")
+
+
+def is_whole_request(data: bytes) -> bool:
+    """Return whether ``data`` is certainly one whole request without a body, and nothing more."""
+    return (
+        len(data) <= _MAX_REQUEST_BYTES
+        and _WHOLE.fullmatch(data) is not None
+        and _EXCLUDED.search(data) is None
+    )
+
+
+def make_request_id() -> str:
+    """Return a new ``X-Request-Id``: 16 hex digits."""
+    return f"{random.getrandbits(64):016x}"
+
+
+class Answer:
+    """A response that may be given again, and the record of the request that had it first.
+
+    Nothing is computed until it is given again: most requests are never repeated.
+    """
+
+    __slots__ = ("_head", "_record", "_request_id", "_stages", "response")
+
+    def __init__(
+        self, response: SingleWriteResponse, record: RequestRecord, request_id: str
+    ) -> None:
+        """Keep a response.
+
+        Args:
+            response: It is about to be sent.
+            record: The record of its request.
+            request_id: The id that the client has sent with the same bytes. Empty: each request
+                gets a new one.
+        """
+        self.response = response
+        self._record = record
+        self._request_id = request_id
+        self._head = ""
+        self._stages: tuple[str, ...] = ()
+
+    def begin(self, client: str, started: float, seconds: float) -> RequestRecord:
+        """Return the record of a further request. ``seconds`` have passed since ``started``."""
+        if not self._head:
+            self._head = _build_head(self.response)
+            self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
+        first = self._record
+        return RequestRecord(
+            self._request_id or make_request_id(),
+            first.method,
+            first.path,
+            client,
+            first.user_agent,
+            first.kind,
+            first.ns,
+            first.upstream,
+            first.repository,
+            first.reference,
+            first.digest,
+            first.outcome,
+            first.status,
+            bytes_sent=first.bytes_sent,
+            sent_in_one_write=first.sent_in_one_write,
+            is_complete=first.is_complete,
+            started=started,
+            first_byte=seconds,
+            # All that is measured again is whether the result is current.
+            stages=[(name, seconds) for name in self._stages],
+        )
+
+    def render(self, request_id: str, seconds: float) -> bytes:
+        """Return the bytes of the response. ``seconds``: the duration of the request so far."""
+        durations = (seconds * 1000,) * (len(self._stages) + 1)
+        head = self._head % (request_id, *durations, format_date(int(time.time())))
+        return head.encode() + self.response.content
+
+
+def _build_head(response: SingleWriteResponse) -> str:
+    """Return the header of a response that was sent, to be filled in for each request.
+
+    ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
+    milliseconds. aiohttp has sent these fields, so it has found no line break in them.
+    """
+    fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
+    fields |= {"X-Request-Id": "%s", "Date": "%s"}
+    fields["Server-Timing"] = _MILLISECONDS.sub("%.2f", fields["Server-Timing"])
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
+
+
+class RepeatedRequests:
+    """The answers of one process, by the bytes of their requests."""
+
+    def __init__(self, health: Health, emit: Observer) -> None:
+        """Start without answers.
+
+        Args:
+            health: While it drains, no answer is given.
+            emit: Receives the events of each request.
+        """
+        self._health = health
+        self.emit = emit
+        self._answers: dict[bytes, Answer] = {}
+        self._bytes = 0
+
+    def find(self, data: bytes) -> Answer | None:
+        """Return the answer to the bytes of a request. It need not be current any more."""
+        return None if self._health.is_draining else self._answers.get(data)
+
+    def forget(self, data: bytes) -> None:
+        """Forget the answer to these bytes, if there is one."""
+        answer = self._answers.pop(data, None)
+        if answer is not None:
+            self._bytes -= _size(data, answer.response)
+
+    def forget_all(self) -> None:
+        """Forget all answers: the configuration has changed, or there are too many."""
+        self._answers.clear()
+        self._bytes = 0
+
+    def remember(
+        self, request: web.BaseRequest, response: SingleWriteResponse, pull: RequestRecord
+    ) -> None:
+        """Remember a response if it may be given again.
+
+        Args:
+            request: The request, as aiohttp has parsed it.
+            response: It is about to be sent.
+            pull: The record of the request. Only a hit is remembered.
+        """
+        connection = request.protocol
+        data = connection.request_bytes if isinstance(connection, RepeatingConnection) else b""
+        if not data or pull.outcome is not Outcome.HIT or not response.is_current():
+            return
+        is_given = request.headers.get("X-Request-Id") == pull.request_id
+        self.forget(data)
+        if self._bytes + _size(data, response) > _MAX_BYTES:
+            self.forget_all()
+        self._bytes += _size(data, response)
+        self._answers[data] = Answer(response, pull, pull.request_id if is_given else "")
+
+
+def _size(data: bytes, response: SingleWriteResponse) -> int:
+    return _EXTRA_BYTES + len(data) + len(response.content)
+
+
+class RepeatingConnection(web.RequestHandler):
+    """aiohttp's connection, which answers repeated requests itself."""
+
+    __slots__ = ("_client", "_is_framed", "_is_new", "_repeated", "request_bytes")
+
+    def __init__(self, repeated: RepeatedRequests, *arguments: Any, **options: Any) -> None:
+        """Create a connection. ``repeated`` has the answers, the others are those of aiohttp."""
+        super().__init__(*arguments, **options)
+        self._repeated = repeated
+        self._client = ""
+        self._is_new = True
+        self._is_framed = True
+        """Whether all bytes so far were whole requests, for us and for the parser of aiohttp."""
+        self.request_bytes = b""
+        """The bytes of the request that is being answered, if it may be remembered."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note the address of the client."""
+        super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        self._client = str(peer[0]) if peer else ""
+
+    def data_received(self, data: bytes) -> None:
+        """Answer a repeated request. Everything else is for aiohttp."""
+        waiter = self._waiter
+        is_waiting = waiter is not None and not waiter.done()
+        if is_waiting and self._is_framed and self._repeat(data):
+            return
+        is_whole = self._is_framed and is_whole_request(data)
+        # A request that comes while another one is being answered is not remembered, nor is that.
+        self.request_bytes = data if is_whole and (is_waiting or self._is_new) else b""
+        self._is_new = False
+        count = self._request_count
+        super().data_received(data)
+        self._is_framed = is_whole and self._request_count == count + 1
+
+    def _repeat(self, data: bytes) -> bool:
+        """Answer a request if its answer is known. Returns False if it is not."""
+        answer, transport = self._repeated.find(data), self.transport
+        if (
+            answer is None
+            or not answer.response.is_sent
+            or transport is None
+            or transport.is_closing()
+            or transport.get_write_buffer_size()
+        ):
+            return False
+        started = time.monotonic()
+        if not answer.response.is_current():
+            self._repeated.forget(data)
+            return False
+        emit = self._repeated.emit
+        seconds = time.monotonic() - started
+        pull = answer.begin(self._client, started, seconds)
+        emit(RequestStarted(pull))
+        transport.write(answer.render(pull.request_id, seconds))
+        now = time.monotonic()
+        pull.duration = now - started
+        self._next_keepalive_close_time = now + self._keepalive_timeout
+        emit(RequestEnded(pull))
+        return True
+
+
+class RepeatingServer(web.Server):
+    """aiohttp's server, with connections that answer repeated requests themselves."""
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        repeated: RepeatedRequests,
+        **options: Any,
+    ) -> None:
+        """Create the server.
+
+        Args:
+            handler: Handles all other requests.
+            repeated: The answers. ``handler`` remembers them there.
+            options: Those of ``aiohttp.web.RequestHandler``.
+        """
+        super().__init__(handler, handler_cancellation=True)
+        self._repeated = repeated
+        self._options = options
+
+    def __call__(self) -> web.RequestHandler:
+        """Return a new connection. The event loop calls this."""
+        loop = asyncio.get_running_loop()
+        return RepeatingConnection(self._repeated, self, loop=loop, **self._options)
