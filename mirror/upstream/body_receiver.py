@@ -91,15 +91,19 @@ class BodyReceiver(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return where to read to. See :class:`asyncio.BufferedProtocol`."""
         share = max(_MIN_READ_BYTES, _ALL_READS_BYTES // len(self._receivers))
-        return self._buffer[: min(share, self._missing)]
+        return self._buffer[:share]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what was read. See :class:`asyncio.BufferedProtocol`."""
-        self._chunks.append(bytes(self._buffer[:nbytes]))
-        self._missing -= nbytes
-        self._waiting += nbytes
-        # What comes after the body is for aiohttp.
-        if not self._missing or self._waiting >= _MIN_READ_BYTES:
+        count = min(nbytes, self._missing)
+        if count < nbytes:
+            # Bytes after the body must not become the response to the next request.
+            self._owner.force_close()
+        if count:
+            self._chunks.append(bytes(self._buffer[:count]))
+        self._missing -= count
+        self._waiting += count
+        if self._waiting >= _MIN_READ_BYTES:
             self._transport.pause_reading()
         self._wake()
 
