@@ -22,7 +22,7 @@ from aiohttp import hdrs
 _MIN_BODY_BYTES: Final = 1024 * 1024
 """Missing bytes from which another protocol is worth its while. The others come in a few reads."""
 _MAX_READ_BYTES: Final = 1024 * 1024
-"""Bytes of one read at most. A fetch takes a third less time of the processor than with 256 KiB."""
+"""Bytes of one read at most. With 256 KiB, a fetch takes a quarter more time of the processor."""
 _MIN_READ_BYTES: Final = 128 * 1024
 """Bytes of one read, however many bodies arrive at the same time."""
 _ALL_READS_BYTES: Final = 16 * 1024 * 1024
