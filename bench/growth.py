@@ -118,7 +118,7 @@ class Growth:
         with self._mirror(data_dir, quota) as mirror:
             found.values["start, s"] = time.monotonic() - begun
             reached = mirror.metric_reaches(found.contents, "oci_mirror_contents")
-            found.values["first look, s"] = time.monotonic() - begun if reached else float("inf")
+            found.values["first scan, s"] = time.monotonic() - begun if reached else float("inf")
             found.values["CPU of the start, s"] = cpu_seconds(mirror.pid)
             self._pull_cold(mirror)
             times, cpu = [], []

@@ -21,7 +21,7 @@ from mirror.config.settings import Storage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.index import Index
-from mirror.store.records import AccessRecord, confirm
+from mirror.store.records import AccessRecord
 from mirror.store.store import Store
 
 _COUNTS: Final = (100, 10_000, 100_000)
@@ -52,8 +52,8 @@ async def _fill(store: Store, count: int) -> list[Digest]:
             )
         )
     await store.index.put_access_records(_REPOSITORY, records)
-    tags = (confirm(None, _REPOSITORY, Tag(f"v{n}"), d, 1.0) for n, d in enumerate(digests))
-    await store.index.put_tags(tags)
+    for number, digest in enumerate(digests):
+        await store.index.confirm_tag(_REPOSITORY, Tag(f"v{number}"), digest)
     return digests
 
 
@@ -137,7 +137,7 @@ async def measure(root: Path, count: int) -> list[str]:
 
 
 async def _check(index: Index, count: int) -> None:
-    await index.drop_orphaned_rows(lambda digest: True, count)
+    await index.orphans.drop(lambda digest: True, count)
 
 
 def index_costs(run: Run) -> Iterator[str]:

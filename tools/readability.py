@@ -29,9 +29,9 @@ LIMITS: Final[dict[str, int]] = {
     "constants": 0,
     "names": 0,
     "parameters": 0,
-    "lines": 12810,
+    "lines": 13000,
     "cold-modules": 30,
-    "cold-functions": 260,
+    "cold-functions": 275,
     "warm-modules": 16,
     "warm-functions": 76,
 }

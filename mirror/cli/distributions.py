@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -21,8 +22,8 @@ _NO_ENFORCE: Final = (
 )
 
 
-def _as_yaml(*documents: object) -> str:
-    text: str = yaml.safe_dump_all(documents, sort_keys=False, explicit_start=len(documents) > 1)
+def _as_yaml(document: object) -> str:
+    text: str = yaml.safe_dump(document, sort_keys=False)
     return text
 
 
@@ -64,7 +65,7 @@ def _gke(options: SetupOptions) -> ClientSetup:
     if mirror.ca is not None:
         host["ca"] = [{"gcpSecretManagerSecretUri": "projects/PROJECT/secrets/NAME/versions/1"}]
     tree = {
-        "registryHosts": [{"server": name, "hosts": [dict(host)]} for name in options.upstreams]
+        "registryHosts": [{"server": name, "hosts": [deepcopy(host)]} for name in options.upstreams]
     }
     notes = [
         (
@@ -81,15 +82,15 @@ def _gke(options: SetupOptions) -> ClientSetup:
 
 def _eks(options: SetupOptions) -> ClientSetup:
     # One directory: with the default, a list of two, containerd's transfer service reads neither.
-    config = (
-        "[plugins.'io.containerd.cri.v1.images'.registry]\n"
-        'config_path = "/etc/containerd/certs.d"\n'
+    text = (
+        "apiVersion: node.eks.aws/v1alpha1\n"
+        "kind: NodeConfig\n"
+        "spec:\n"
+        "  containerd:\n"
+        "    config: |\n"
+        "      [plugins.'io.containerd.cri.v1.images'.registry]\n"
+        '      config_path = "/etc/containerd/certs.d"\n'
     )
-    tree = {
-        "apiVersion": "node.eks.aws/v1alpha1",
-        "kind": "NodeConfig",
-        "spec": {"containerd": {"config": config}},
-    }
     notes = (
         (
             "a part of type application/node.eks.aws of the user data of Amazon Linux 2023; a "
@@ -100,7 +101,7 @@ def _eks(options: SetupOptions) -> ClientSetup:
             "io.containerd.cri.v1.images"
         ),
     )
-    return ClientSetup([ClientFile("eks-nodeconfig.yaml", _as_yaml(tree), is_on_node=False)], notes)
+    return ClientSetup([ClientFile("eks-nodeconfig.yaml", text, is_on_node=False)], notes)
 
 
 def _bottlerocket(options: SetupOptions) -> ClientSetup:
@@ -125,7 +126,7 @@ def _talos(options: SetupOptions) -> ClientSetup:
     entry: dict[str, Any] = {"endpoints": [mirror.url]}
     if options.is_enforced:
         entry["skipFallback"] = True
-    registries: dict[str, Any] = {"mirrors": {name: dict(entry) for name in options.upstreams}}
+    registries: dict[str, Any] = {"mirrors": {name: deepcopy(entry) for name in options.upstreams}}
     if mirror.ca_text:
         ca = base64.b64encode(mirror.ca_text.encode()).decode()
         registries["config"] = {mirror.host: {"tls": {"ca": ca}}}

@@ -39,6 +39,33 @@ _DOCKER_HUB_HOSTS: Final = {
     *("hub.docker.com", "www.docker.com", "www.docker.io"),
 }
 """Hosts by which people mean Docker Hub. Its registry has another one."""
+_LIKELY_MISTAKES: Final = tuple(
+    (re.compile(pattern, re.ASCII), remedy)
+    for pattern, remedy in (
+        (r"(www\.)?docker\.com/.*", f"is a web site, no registry: write {DOCKER_HUB_REGISTRY}"),
+        (r"(www\.)?github\.com/.*", "is a web site, no registry: write https://ghcr.io"),
+        (
+            # Its dependency proxy is a registry, though.
+            r"(www\.)?gitlab\.com/(?!.*dependency_proxy/).*",
+            "is a web site, no registry: write https://registry.gitlab.com",
+        ),
+        (r"gallery\.ecr\.aws/.*", "is a web site, no registry: write https://public.ecr.aws"),
+        (r"catalog\.ngc\.nvidia\.com/.*", "is a web site, no registry: write https://nvcr.io"),
+        (
+            r"quay\.io/(repository|organization|user)(/.*)?",
+            "is a page of a web site: write https://quay.io, or https://quay.io/ORGANIZATION",
+        ),
+        (
+            r"[^/]+/(.*/)?(api/v(?!2(/|$))[0-9.]+|harbor/projects)(/.*)?",
+            "is a page, or an API of projects: write https://HOST, or https://HOST/PROJECT",
+        ),
+        (
+            r".*/(tags/list|(manifests|blobs)/[^/]+)",
+            "is one object of a registry: write the URL of the registry, such as https://HOST",
+        ),
+    )
+)
+"""``host/path`` of URLs that are no endpoint, and what to write instead."""
 _VARIABLE: Final = re.compile(r"\$\{|\$\(|\$[A-Z_]|\{\{|%[A-Z_]+%", re.ASCII)
 _PATTERN: Final = re.compile(r"[a-z0-9._/*?!\[\]-]+", re.ASCII)
 _UNITS: Final = {
@@ -263,6 +290,9 @@ def normalise_endpoint(text: str) -> str:
         if path not in ([], ["v1"], ["v2"]):
             raise ValueError(f"is a web site, no registry: write {DOCKER_HUB_REGISTRY}")
         return DOCKER_HUB_REGISTRY
+    for pattern, remedy in _LIKELY_MISTAKES:
+        if pattern.fullmatch(f"{host}/{'/'.join(path)}"):
+            raise ValueError(remedy)
     if path[:1] == ["v1"]:
         raise ValueError("the mirror uses version 2 of the API: leave out /v1/")
     if "v2" in path:

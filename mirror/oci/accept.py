@@ -1,8 +1,8 @@
 """``Accept`` (RFC 9110, section 12.5.1), as it is passed on to an upstream.
 
-Lives here: the canonical form of a request's ``Accept`` lines. Clients that send the same media
-ranges in another order (Docker's order is random) share one request to the upstream. Must not
-know: how an upstream chooses.
+Lives here: the canonical form of a request's ``Accept`` lines, and which media types they take.
+Clients that send the same media ranges in another order (Docker's order is random) share one
+request to the upstream. Must not know: how an upstream chooses.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from functools import lru_cache
 from typing import Final
 
 from mirror.oci.descriptor import DEFAULT_ACCEPT
+from mirror.oci.reference import Digest
 from mirror.oci.text import TCHARS
 
 # media-range with parameters (RFC 9110, section 12.5.1). Registry clients send tokens only.
 _MEDIA_RANGE: Final = re.compile(
     rf"{TCHARS}/{TCHARS}(?:[ \t]*;[ \t]*{TCHARS}=(?:{TCHARS}|\"[ !#-\[\]-~]*\"))*", re.ASCII
 )
+_CURRENT_TYPES: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _MAX_MEDIA_RANGES: Final = 64
 """Media ranges of a request; clients send about ten."""
 _MAX_ACCEPT_CHARS: Final = 4096
@@ -59,3 +61,29 @@ _parse_cached: Final = lru_cache(256)(_parse)
 
 def _sort(ranges: set[str]) -> tuple[str, ...]:
     return tuple(sorted(ranges, key=lambda item: ("*" in item, item))) or DEFAULT_ACCEPT
+
+
+@lru_cache(256)
+def variant_of(accept: tuple[str, ...]) -> str:
+    """Name the set of media types of an old client. Empty if it takes every manifest type."""
+    if set(accept) >= _CURRENT_TYPES or not has_media_types(accept):
+        return ""
+    return f" {Digest.of(','.join(sorted(accept)).encode()).hex[:16]}"
+
+
+def has_media_types(accept: tuple[str, ...]) -> bool:
+    """Return True if a client has named media types, and not just ``*/*``."""
+    return any(value.strip() != "*/*" for value in accept)
+
+
+def is_acceptable(accept: tuple[str, ...], media_type: str) -> bool:
+    """Return True if a client that sent ``accept`` takes ``media_type``.
+
+    The syntax is that of RFC 9110, section 12.5.1. Weights are ignored: also a range with ``q=0``
+    counts as accepted.
+    """
+    if not accept:
+        return True
+    family = media_type.split("/", 1)[0] + "/*"
+    ranges = {value.split(";", 1)[0].strip().lower() for value in accept}
+    return bool(ranges & {"*/*", family, media_type.lower()})

@@ -215,6 +215,14 @@ class UpstreamTimeout(UpstreamUnavailable):
     """
 
 
+class StorageRefused(UpstreamUnavailable):
+    """The storage that the upstream redirected to refuses access (401, 403).
+
+    The signed URL may have expired, or the storage may refuse a range. The upstream itself has the
+    content. Raised by ``upstream``.
+    """
+
+
 class UpstreamRateLimited(UpstreamUnavailable):
     """The upstream responded 429, or a pause that it requested has not ended.
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from mirror.oci.errors import AllCircuitsOpen, MirrorError, UpstreamError, UpstreamProtocolError
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    Denied,
+    MirrorError,
+    StorageRefused,
+    Unauthorized,
+    UpstreamError,
+    UpstreamProtocolError,
+)
 from mirror.pull.requests import ContentSource
 
 STALL_GRACE_S: Final = 15.0
@@ -30,7 +38,7 @@ class SourceAttempts:
     """
 
     source: ContentSource
-    patience: float
+    stall_limit_s: float
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
     """Time of the latest progress, or of the first request and of its response."""
@@ -40,7 +48,10 @@ class SourceAttempts:
     has_progressed: bool = False
     """Whether the latest transfer has brought at least ``MIN_PROGRESS_BYTES`` new bytes."""
     may_use_range: bool = True
-    """False once the response to a ``Range`` was wrong: the next one is skipped to the offset."""
+    """False once the response to a ``Range`` was wrong, or a refusal (a storage may refuse ranges,
+    and an upstream may pass this on): the next one is skipped to the offset."""
+    is_refused: bool = False
+    """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
     endpoint: str = ""
     avoid: list[str] = field(default_factory=list)
@@ -56,7 +67,8 @@ class SourceAttempts:
             endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
             endpoint = endpoint or self.endpoint
             self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        if isinstance(error, UpstreamProtocolError):
+        self.is_refused = isinstance(error, Denied | Unauthorized) and not self.may_use_range
+        if isinstance(error, UpstreamProtocolError | StorageRefused | Denied | Unauthorized):
             self.validator = None
             self.may_use_range = False
         elif self.failed_in_a_row > _RANGED_ATTEMPTS:
@@ -66,6 +78,7 @@ class SourceAttempts:
         """Return whether the source is given up."""
         return (
             not self.has_responded
+            or self.is_refused
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or now - self.last_progress_at >= self.patience
+            or now - self.last_progress_at >= self.stall_limit_s
         )

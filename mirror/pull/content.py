@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from typing import Final, assert_never
 
-from cachetools import TTLCache
-
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Kind, Observer, Outcome
-from mirror.oci.descriptor import CHILD_TYPES, DEFAULT_ACCEPT
+from mirror.oci.descriptor import DEFAULT_ACCEPT, MANIFEST_TYPES
 from mirror.oci.errors import (
     BlobUnknown,
     ContentLost,
@@ -35,7 +32,7 @@ from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
 from mirror.pull.fetch import RunningFetches
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
-from mirror.single_flight import SharedTask, SingleFlight
+from mirror.single_flight import SingleFlight
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
 from mirror.store.records import AccessRecord
@@ -51,11 +48,6 @@ _NOT_FOUND: Final[dict[Kind, type[NotFound]]] = {
     Kind.BLOB: BlobUnknown,
 }
 """The error of a 404, by the kind of the requested content."""
-
-_MAX_GRANTS: Final = 1024
-"""Manifests whose access is being recorded: a client may leave before it asks for the record."""
-_GRANT_TTL_S: Final = 60.0
-"""Seconds after which such a task is dropped. It takes milliseconds."""
 
 
 class ContentService:
@@ -86,10 +78,6 @@ class ContentService:
         self.registries = registries
         self.single_flight = single_flight
         self.now = now
-        self._granting: TTLCache[tuple[Repository, Digest], SharedTask[None]] = TTLCache(
-            _MAX_GRANTS, _GRANT_TTL_S
-        )
-        """Tasks that record the access to manifests whose fetch has just begun."""
         self._states_right_sizes: dict[str, bool] = {}
         """Upstream -> whether each size in a response to ``HEAD`` of a manifest was right."""
         self._fetches = RunningFetches(
@@ -125,8 +113,10 @@ class ContentService:
         access_record = await self._access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
             return access_record is not None
-        if access_record.media_type.lower() not in CHILD_TYPES:
-            return False  # The first release recorded every entry of an index as a manifest.
+        if access_record.media_type.lower() not in MANIFEST_TYPES:
+            # An entry of an index that states no type may be a layer. The first release recorded
+            # every entry of an index as a manifest.
+            return False
         return await self._access_record(repository, digest, Kind.BLOB) is None
 
     async def _access_record(
@@ -324,6 +314,11 @@ class ContentService:
             access_record = await self._access_record(repository, request.digest, request.kind)
             size = access_record.size if access_record is not None else None
             reader = await self.store.blobs.find(request.digest, size)
+            is_restoring = self.store.index.unrestored_after is not None
+            if reader is not None and access_record is None and is_restoring:
+                # The index was lost a moment ago, and this record may be among those to restore.
+                await self.single_flight.share(("restore parts",), self.store.restore_parts)
+                access_record = await self._access_record(repository, request.digest, request.kind)
         if reader is not None:
             may_read = self.may_read_unasked(repository, access_record)
             pull.outcome = Outcome.HIT if may_read else Outcome.REVALIDATED
@@ -446,18 +441,7 @@ class ContentService:
         media_type = stream.media_type if request.kind is Kind.MANIFEST else ""
         total = stream.total
         key = ("grant", request.repository, request.digest, request.kind, media_type, total)
-        granting = self.single_flight.run(
-            key, lambda: self.grant_access(request, media_type, total)
-        )
-        if request.kind is Kind.MANIFEST:
-            self._granting[request.repository, request.digest] = granting
-
-    async def wait_until_granted(self, repository: Repository, digest: Digest) -> None:
-        """Wait until the access to a manifest, which its fetch has just proved, is recorded."""
-        granting = self._granting.pop((repository, digest), None)
-        if granting is not None:
-            with suppress(MirrorError):
-                await granting.wait()
+        self.single_flight.run(key, lambda: self.grant_access(request, media_type, total))
 
     async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
         """Record that the upstream refuses the content. See ``AccessCallbacks.on_refused``."""

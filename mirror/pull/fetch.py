@@ -28,7 +28,6 @@ from mirror.oci.errors import (
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
-    NotFound,
     UpstreamError,
     UpstreamProtocolError,
     UpstreamTimeout,
@@ -261,7 +260,7 @@ class Fetch:
                 await self._transfer(attempts)
             except (DigestMismatch, ManifestInvalid, _Preempted):
                 raise
-            except (UpstreamError, NotFound) as error:
+            except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
                 await self._pause_before_resuming(attempts, error)
@@ -297,12 +296,12 @@ class Fetch:
         """
         is_resumed = attempts.has_responded or self.ingest.is_confirmed
         try:
-            deadline = attempts.last_progress_at + attempts.patience if is_resumed else None
+            deadline = attempts.last_progress_at + attempts.stall_limit_s if is_resumed else None
             async with asyncio.timeout_at(deadline) as limit:
                 yield limit
         except TimeoutError:
             raise UpstreamTimeout(
-                f"the upstream sent no data for {attempts.patience:g} s, in several attempts"
+                f"the upstream sent no data for {attempts.stall_limit_s:g} s, in several attempts"
             ) from None
 
     async def _transfer(self, attempts: SourceAttempts) -> None:
@@ -344,11 +343,15 @@ class Fetch:
                 self._callbacks.on_granted(source, stream)
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
+            received_at = loop.time()
             async for data in stream:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
-                    limit.reschedule(loop.time() + STALL_GRACE_S)
+                    # Only the time that skipped bytes take is added to the limit.
+                    attempts.last_progress_at += loop.time() - received_at
+                    received_at = loop.time()
+                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
-from functools import lru_cache
 from typing import Final, assert_never
 
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
+from mirror.oci.accept import has_media_types, is_acceptable, variant_of
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
@@ -50,7 +50,6 @@ from mirror.store.records import (
 from mirror.threads import parse_in_thread_if_large
 from mirror.upstream.api import ManifestBody, ManifestHead
 
-_CURRENT_TYPES: Final = frozenset(DEFAULT_ACCEPT) - {"*/*"}
 _RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
 """Bytes for manifests in memory. One takes 12 MiB at most (see ``_weight``), so every one fits."""
 _TAG_CACHE_SIZE: Final = 20_000
@@ -203,8 +202,6 @@ class ManifestService:
         Records nothing if the pull was served stale.
         """
         repository, digest = request.repository, request.digest
-        # The record has the media type that the upstream has stated.
-        await self._content.wait_until_granted(repository, digest)
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
             root = _manifest_record(digest, sniff_media_type(body), len(body))
@@ -335,27 +332,7 @@ class ManifestService:
             with pull.stage("resolve"):
                 timeout = freshness.confirm_timeout(upstream, has_fallback=has_cached)
                 head = await self._resolve(request, timeout)
-            if cached is not None and cached.digest == head.digest:
-                pull.outcome = Outcome.REVALIDATED
-                self._content.compare_sizes(repository, head.size, cached.size)
-                return cached
-            assert head.digest is not None
-            is_exact = self._content.states_right_sizes(repository)
-            if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
-                result = await self._find_cached(repository, head.digest)
-                pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
-                return result or ManifestResult(head.digest, head.media_type, head.size, None)
-            try:
-                result = await self._fetch_resolved(request, head.digest)
-            except UpstreamError:
-                if not request.head:
-                    raise
-                # The upstream has answered the HEAD. Only the size is not known.
-                return ManifestResult(head.digest, head.media_type, None, None)
-            if pull.outcome is Outcome.HIT:
-                pull.outcome = Outcome.REVALIDATED
-            self._content.compare_sizes(repository, head.size, result.size)
-            return result
+            return await self._serve_resolved(request, head, cached)
         except MirrorError as error:
             match freshness.after_failure(error, upstream, has_fallback=has_cached):
                 case freshness.Stale(reason):
@@ -365,6 +342,33 @@ class ManifestService:
                     raise
                 case unknown:
                     assert_never(unknown)
+
+    async def _serve_resolved(
+        self, request: TagRequest, head: ManifestHead, cached: ManifestResult | None
+    ) -> ManifestResult:
+        """Serve the manifest that the tag names now: ``cached`` if it is that one, or another."""
+        repository, pull = request.repository, request.pull
+        if cached is not None and cached.digest == head.digest:
+            pull.outcome = Outcome.REVALIDATED
+            self._content.compare_sizes(repository, head.size, cached.size)
+            return cached
+        assert head.digest is not None
+        is_exact = self._content.states_right_sizes(repository)
+        if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
+            result = await self._find_cached(repository, head.digest)
+            pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
+            return result or ManifestResult(head.digest, head.media_type, head.size, None)
+        try:
+            result = await self._fetch_resolved(request, head.digest)
+        except UpstreamError:
+            if not request.head:
+                raise
+            # The upstream has answered the HEAD. Only the size is not known.
+            return ManifestResult(head.digest, head.media_type, None, None)
+        if pull.outcome is Outcome.HIT:
+            pull.outcome = Outcome.REVALIDATED
+        self._content.compare_sizes(repository, head.size, result.size)
+        return result
 
     async def _fetch_resolved(self, request: TagRequest, digest: Digest) -> ManifestResult:
         """Fetch the manifest ``digest``, which the ``HEAD`` of a tag has named.
@@ -392,7 +396,7 @@ class ManifestService:
         clients get its result.
         """
         repository, tag = request.repository, request.tag
-        accept = request.accept if _has_media_types(request.accept) else DEFAULT_ACCEPT
+        accept = request.accept if has_media_types(request.accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(accept)}"
         await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
@@ -471,28 +475,3 @@ def _parse(body: bytes, root: AccessRecord) -> tuple[Manifest, list[AccessRecord
     parsed = parse_as_recorded(body, root)
     root = replace(root, media_type=parsed.media_type, size=len(body), expires_at=None)
     return parsed, [root, *access_records_of(root, parsed)]
-
-
-@lru_cache(256)
-def variant_of(accept: tuple[str, ...]) -> str:
-    """Name the set of media types of an old client. Empty if it takes every manifest type."""
-    if set(accept) >= _CURRENT_TYPES or not _has_media_types(accept):
-        return ""
-    return f" {Digest.of(','.join(sorted(accept)).encode()).hex[:16]}"
-
-
-def _has_media_types(accept: tuple[str, ...]) -> bool:
-    return any(value.strip() != "*/*" for value in accept)
-
-
-def is_acceptable(accept: tuple[str, ...], media_type: str) -> bool:
-    """Return True if a client that sent ``accept`` takes ``media_type``.
-
-    The syntax is that of RFC 9110, section 12.5.1. Weights are ignored: also a range with ``q=0``
-    counts as accepted.
-    """
-    if not accept:
-        return True
-    family = media_type.split("/", 1)[0] + "/*"
-    ranges = {value.split(";", 1)[0].strip().lower() for value in accept}
-    return bool(ranges & {"*/*", family, media_type.lower()})

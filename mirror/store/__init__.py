@@ -18,10 +18,10 @@ Reading order:
    Begin with its theory of operation, then read ``ingest_lock``, ``ingest_writer``, ``follower``,
    ``window`` and ``other_process``.
 6. :mod:`~mirror.store.space`: the running total of what the directory holds, and room for more.
-   :mod:`~mirror.store.eviction`: looks at the directory, and which content is evicted first.
+   :mod:`~mirror.store.eviction`: scans of the directory, and which content is evicted first.
 7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
    values, ``rows`` its database, ``index_directory`` replaces a damaged one, ``names`` restores it,
-   and ``orphans`` decides which records are deleted.
+   ``orphans`` decides which records are deleted, and ``orphaned_rows`` deletes them.
 8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
    crash, and ``index.json``, from which a lost index is restored.
 

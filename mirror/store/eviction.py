@@ -1,11 +1,11 @@
 """Eviction: what the data directory holds, and which content is removed to free space.
 
-Lives here: the look at the directories, the order of eviction, the thread in which both run. Must
+Lives here: the scan of the directories, the order of eviction, the thread in which both run. Must
 not know: why space is needed, which fetch waits for it.
 
-A look finds the usage anew: whole content counts with its length, a running fetch with its
+A scan finds the usage anew: whole content counts with its length, a running fetch with its
 announced size, and the leftover of an ended fetch with its blocks. It lists all names, so no
-request waits for one: between looks, :class:`mirror.store.space.Totals` knows the usage.
+request waits for one: between scans, :class:`mirror.store.space.Totals` knows the usage.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Pace:
             self._pause_at = time.monotonic() + _WORK_S
 
 
-# --- a look at the directories --------------------------------------------------------------------
+# --- a scan of the directories --------------------------------------------------------------------
 
 
 class Catalog:
@@ -94,13 +94,20 @@ class Catalog:
 
         Raises ``OSError`` if a directory cannot be listed: its content must not count as gone.
         """
+        # Ingests come first. Content that is published meanwhile is listed twice, and not missed.
+        ingests = {found: self._usage_of_ingest(found, status) for found, status in self._ingests()}
         count = size = 0
-        for _, status in self._contents():
+        for digest, status in self._contents():
             count, size = count + 1, size + status.st_size
-        usage = Usage(count, size, reserved=0, leftover=quarantine_size(self._layout))
-        for digest, status in self._ingests():
-            usage = self._with_ingest(usage, digest, status)
-        return usage
+            ingests.pop(digest, None)
+        return Usage(
+            count,
+            size,
+            reserved=sum(ingest.reserved for ingest in ingests.values()),
+            unwritten=sum(ingest.unwritten for ingest in ingests.values()),
+            leftover=sum(ingest.leftover for ingest in ingests.values())
+            + quarantine_size(self._layout),
+        )
 
     def _contents(self) -> Iterator[tuple[Digest, os.stat_result]]:
         pace = Pace()
@@ -127,16 +134,17 @@ class Catalog:
                     if stat.S_ISREG(status.st_mode):
                         yield Digest.parse(f"{directory.name}:{name}"), status
 
-    def _with_ingest(self, usage: Usage, digest: Digest, status: os.stat_result) -> Usage:
+    def _usage_of_ingest(self, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):
             # A leftover counts with the blocks that it takes up, not with its announced size.
-            return replace(usage, leftover=usage.leftover + status.st_blocks * _BLOCK_BYTES)
+            return Usage(0, 0, reserved=0, leftover=status.st_blocks * _BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
         announced = max(state[0].size or 0, state[0].reserved) if state is not None else 0
-        return replace(
-            usage,
-            reserved=usage.reserved + max(announced, status.st_size),
-            unwritten=usage.unwritten + max(announced - status.st_size, 0),
+        return Usage(
+            0,
+            0,
+            reserved=max(announced, status.st_size),
+            unwritten=max(announced - status.st_size, 0),
         )
 
     def leftovers(self) -> list[Digest]:
@@ -242,7 +250,7 @@ class Evictor:
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
-        """Start the thread with the first eviction or look.
+        """Start the thread with the first eviction or scan.
 
         Args:
             layout: The data directory.
@@ -265,7 +273,7 @@ class Evictor:
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
         self._eviction: asyncio.Future[None] | None = None
-        self._look: asyncio.Future[None] | None = None
+        self._scan: asyncio.Future[None] | None = None
         self._held_off_until = 0.0
 
     def start(self, need: int) -> asyncio.Future[None] | None:
@@ -285,11 +293,11 @@ class Evictor:
             self._eviction = self._run(lambda: self._make_room(need))
         return self._eviction
 
-    def start_look(self) -> asyncio.Future[None]:
-        """Find the usage anew, if that is due and no other process does. Joins a running look."""
-        if self._look is None or self._look.done():
-            self._look = self._run(self._look_if_due)
-        return self._look
+    def start_scan(self) -> asyncio.Future[None]:
+        """Find the usage anew, if that is due and no other process does. Joins a running scan."""
+        if self._scan is None or self._scan.done():
+            self._scan = self._run(self._scan_if_due)
+        return self._scan
 
     def _run(self, work: Callable[[], None]) -> asyncio.Future[None]:
         def run() -> None:
@@ -303,8 +311,8 @@ class Evictor:
         return self._loop.run_in_executor(self._thread, run)
 
     async def wait_until_idle(self) -> None:
-        """Wait until neither an eviction nor a look runs."""
-        while running := {f for f in (self._eviction, self._look) if f and not f.done()}:
+        """Wait until neither an eviction nor a scan runs."""
+        while running := {f for f in (self._eviction, self._scan) if f and not f.done()}:
             await asyncio.wait(running)
 
     async def close(self) -> None:
@@ -315,16 +323,16 @@ class Evictor:
 
     # --- in the thread --------------------------------------------------------------------------
 
-    def _look_if_due(self) -> None:
-        if self._totals.is_look_due(self._now()):
+    def _scan_if_due(self) -> None:
+        if self._totals.is_scan_due(self._now()):
             with self._locked(0.0) as is_locked:
                 if is_locked:
                     self._refresh()
 
     def _refresh(self) -> Usage:
-        begun, before = time.monotonic(), self._totals.begin_look()
+        begun, before = time.monotonic(), self._totals.begin_scan()
         usage = self._catalog.refresh()
-        self._totals.end_look(before, usage, self._now(), time.monotonic() - begun)
+        self._totals.end_scan(before, usage, self._now(), time.monotonic() - begun)
         return usage
 
     def _make_room(self, need: int) -> None:

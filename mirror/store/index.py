@@ -8,23 +8,28 @@ database that is damaged, deleted or new gets the names in ``index.json`` before
 (:mod:`mirror.store.names`). A record about content stays as long as the content
 (:mod:`mirror.store.orphans`), whatever the clock does. Negative responses and lists have a time to
 live, and a bound on their bytes.
+
+Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
+its row that are queued here to the text that the database has: it sees all that was written before
+it. An update may reach the database just before that, and is applied twice then. So every update
+has the same result when it is applied again.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
-from mirror.store.orphans import VERIFIED_PREFIX, RowAction, RowChecks, digests_of, next_row_action
+from mirror.store.orphaned_rows import OrphanedRows
+from mirror.store.orphans import VERIFIED_PREFIX
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
@@ -38,18 +43,25 @@ from mirror.store.records import (
     load_pins,
     load_tag,
     merge,
+    parse_time,
 )
-from mirror.store.rows import Row, Rows, Tables
+from mirror.store.rows import Rows, Tables
 from mirror.threads import on_running_loop
 
 T = TypeVar("T")
+
+Update: TypeAlias = Callable[[str | None], str | None]
+"""Returns the new text of a row, or None to delete it. Gets its text, or None if it is missing."""
 
 _RESPONSES: Final = "answers"
 """Table of negative responses and lists. On disk it keeps its first name."""
 _TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
-_STEP_RECORDS: Final = 50
-"""Access records that are written in one transaction: 5 ms, for which other processes wait."""
+
+
+_CONTRADICTION: Final = "an index and a manifest disagree on its type"
+_STEP_UPDATES: Final = 50
+"""Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
 
 
 class Index:
@@ -78,7 +90,9 @@ class Index:
         self._emit_from_thread = on_running_loop(emit)
         self._now = now
         self._read_saved_names = read_saved_names
-        self._checks = {table: RowChecks() for table in (NAMED, ACCESS)}
+        self._pending: dict[tuple[str, str], tuple[Update, ...]] = {}
+        """(table, key) -> the updates of that row which are not in the database yet."""
+        self.orphans = OrphanedRows(self._rows, now)
         self._is_checked = False
         self.changed = True
         """Whether names have changed since the store last reset this.
@@ -139,14 +153,7 @@ class Index:
         ``variant`` distinguishes clients that do not accept every media type: an upstream may
         send them another manifest.
         """
-        return load_tag(await self._rows.get(NAMED, f"{repository}:{tag}{variant}"))
-
-    async def put_tags(self, records: Iterable[TagRecord]) -> bool:
-        """Write tag records. True if all were written."""
-        rows = [(f"{r.repository}:{r.tag}", dump_tag(r)) for r in records]
-        is_written = await self._rows.put(NAMED, rows)
-        self.changed = self.changed or (is_written and bool(rows))
-        return is_written
+        return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
 
     async def confirm_tag(
         self,
@@ -171,28 +178,32 @@ class Index:
         Returns:
             The new record; None if it was not written.
         """
-        key, now = f"{repository}:{tag}{variant}", self._now()
+        now = self._now()
 
-        def write(tables: Tables) -> tuple[TagRecord | None, bool]:
-            earlier = load_tag(tables.read_or_none(NAMED, key)[0])
-            record = confirm(earlier, repository, tag, digest, now, keep)
-            tables.write(NAMED, key, dump_tag(record))
-            return record, earlier is None or earlier.digest != digest
+        def confirmed(text: str | None) -> TagRecord:
+            return confirm(load_tag(text), repository, tag, digest, now, keep)
 
-        unwritten: tuple[TagRecord | None, bool] = None, False
-        record, is_change = await self._rows.write(NAMED, write, unwritten)
-        self.changed = self.changed or is_change
-        return record
+        key = f"{repository}:{tag}{variant}"
+        texts = await self._update(NAMED, [(key, lambda text: dump_tag(confirmed(text)))])
+        if texts is None:
+            return None
+        earlier = load_tag(texts[0])
+        self.changed = self.changed or earlier is None or earlier.digest != digest
+        return confirmed(texts[0])
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""
-        tags: list[Tag] = []
         after, end = f"{repository}:", f"{repository};"
+        records = {
+            key: names.load_listed_tag(key, text)
+            for key, text in self._pending_rows(NAMED)
+            if after < key < end
+        }
         unanswered: list[tuple[str, TagRecord | None]] = []
-        while page := await self._rows.read(partial(_read_tags, after, end), unanswered):
-            tags += [record.tag for _, record in page if record is not None]
+        while page := await self._rows.read(partial(names.read_tags, after, end), unanswered):
+            records.update(page)
             after = page[-1][0]
-        return tags
+        return [record.tag for record in records.values() if record is not None]
 
     async def repositories(
         self, is_listed: Callable[[Repository, Digest], bool]
@@ -206,18 +217,21 @@ class Index:
         Returns:
             Names such as ``docker.io/library/alpine``. None if the database fails.
         """
-        found: set[str] = set()
-        unanswered: tuple[bool, int | None] = False, None
+        found: dict[str, None] = {}
+        pending = [key for key, _ in self._pending_rows(NAMED)]
+        unanswered: str | None = None
 
-        def load(after: int, tables: Tables) -> tuple[bool, int | None]:
-            return True, names.add_repositories(tables, after, found, is_listed)
+        def load(after: str, tables: Tables) -> str:
+            """Add the names in the next rows. Returns the last key, or "" if there were none."""
+            keys = [row.key for row in tables.read_range(NAMED, after, names.LAST_KEY)]
+            names.add_repositories(keys or pending, found, is_listed)
+            return keys[-1] if keys else ""
 
-        after: int | None = 0
-        while after is not None:
-            is_read, after = await self._rows.read(partial(load, after), unanswered)
-            if not is_read:
-                return None
-        return tuple(sorted(found))
+        after = await self._rows.read(partial(load, ""), unanswered)
+        while after:
+            after = await self._rows.read(partial(load, after), unanswered)
+        # The keys came in order, and nearly so do the names: sorting them takes few comparisons.
+        return None if after is None else tuple(sorted(found))
 
     async def names(self, after: int) -> NamesPage | None:
         """Return the next manifests that were pulled by a name: a tag, or their digest.
@@ -247,9 +261,8 @@ class Index:
             digest: A digest that it may refer to.
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
-        return load_access_record(
-            await self._rows.get(ACCESS, _access_key(repository, digest, kind))
-        )
+        key = _access_key(repository, digest, kind)
+        return await self._load(ACCESS, key, load_access_record, None)
 
     async def put_access_records(
         self, repository: Repository, access_records: Iterable[AccessRecord]
@@ -259,53 +272,28 @@ class Index:
         Logs a warning if an index and a manifest disagree on a media type. True if all was written.
         """
         records = list(access_records)
-        contradicted: list[AccessRecord] = []
-        for start in range(0, len(records), _STEP_RECORDS):
-            step = records[start : start + _STEP_RECORDS]
-            merge_all = partial(self._merge_all, repository, step)
-            found = await self._rows.write(ACCESS, merge_all, None)
-            if found is None:
-                return False
-            contradicted += found
-        for new in contradicted[:1]:
-            why = (("repository", str(repository)), ("digest", str(new.digest)))
-            self._emit(LogMessage("warning", "an index and a manifest disagree on its type", why))
+        updates = [
+            (_access_key(repository, record.digest, record.kind), partial(_merged, record))
+            for record in records
+        ]
+        texts = await self._update(ACCESS, updates)
+        if texts is None:
+            return False
+        for new, text in zip(records, texts, strict=True):
+            if new.kind == "manifest" and is_contradiction(load_access_record(text), new):
+                why = (("repository", str(repository)), ("digest", str(new.digest)))
+                self._emit(LogMessage("warning", _CONTRADICTION, why))
+                break
         named = [
             (manifest_key(repository, record.digest), dump_access_record(record))
             for record in records
             if record.kind == "manifest" and record.referrer is None and record.size is not None
         ]
-        return not named or await self._put_named(named)
-
-    def _merge_all(
-        self, repository: Repository, records: Iterable[AccessRecord], tables: Tables
-    ) -> list[AccessRecord]:
-        """Merge access records. Returns those that contradict the earlier ones."""
-        contradicted = []
-        for new in records:
-            key = _access_key(repository, new.digest, new.kind)
-            text, mark = tables.read_or_none(ACCESS, key)
-            earlier = load_access_record(text)
-            merged = dump_access_record(merge(earlier, new))
-            if (merged, None) != (text, mark):
-                tables.write(ACCESS, key, merged)
-            if is_contradiction(earlier, new):
-                contradicted.append(new)
-        return contradicted
-
-    async def _put_named(self, rows: Sequence[tuple[str, str]]) -> bool:
-        def write(tables: Tables) -> bool:
-            """Return whether any of the rows is new, or has another text."""
-            is_change = False
-            for key, text in rows:
-                is_change = is_change or tables.read_or_none(NAMED, key)[0] != text
-                tables.write(NAMED, key, text)
-            return is_change
-
-        unwritten: bool | None = None
-        is_change = await self._rows.write(NAMED, write, unwritten)
-        self.changed = self.changed or bool(is_change)
-        return is_change is not None
+        earlier = await self._update(NAMED, [(key, _replace_by(text)) for key, text in named])
+        if earlier is None:
+            return False
+        self.changed = self.changed or earlier != [text for _, text in named]
+        return True
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
         """Delete the record that ``repository`` refers to ``digest``.
@@ -315,24 +303,23 @@ class Index:
             digest: The digest that its upstream has refused.
             kind: ``manifest`` or ``blob``. The record of the other kind stays.
         """
-        await self._drop(ACCESS, _access_key(repository, digest, kind))
+        deleted = _replace_by(None)
+        await self._update(ACCESS, [(_access_key(repository, digest, kind), deleted)])
         if kind == "manifest":
-            await self._drop(NAMED, manifest_key(repository, digest))
+            await self._update(NAMED, [(manifest_key(repository, digest), deleted)])
             self.changed = True  # Otherwise a restore from index.json would bring it back.
-
-    async def _drop(self, table: str, key: str) -> None:
-        await self._rows.write(table, lambda tables: tables.delete(table, key), None)
 
     # --- verification times, pins -----------------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
         """Return when content was last hashed, in seconds since the epoch. None: not recorded."""
-        return _number(await self._rows.get(ACCESS, f"{VERIFIED_PREFIX}{digest}"))
+        return parse_time(await self._get(ACCESS, f"{VERIFIED_PREFIX}{digest}"))
 
     async def set_verified(self, entries: list[tuple[Digest, float]]) -> bool:
         """Record when content was hashed, in seconds since the epoch. True if all was written."""
         rows = [(f"{VERIFIED_PREFIX}{digest}", repr(at)) for digest, at in entries]
-        return await self._rows.put(ACCESS, rows)
+        with self._visible(ACCESS, [(key, _replace_by(text)) for key, text in rows]):
+            return await self._rows.put(ACCESS, rows)
 
     async def pinned(self) -> set[Digest] | None:
         """Return the pinned manifests. They and the content they refer to are never evicted.
@@ -340,19 +327,19 @@ class Index:
         None if the database fails: any manifest may be pinned then.
         """
         unknown: set[Digest] | None = None
-        return await self._rows.read(lambda t: load_pins(t.read(NAMED, PINS)[0]), unknown)
+        return await self._load(NAMED, PINS, load_pins, unknown)
 
     async def pin(self, digests: Iterable[Digest], *, pinned: bool = True) -> bool:
         """Pin manifests, or unpin them. True if that was written."""
         chosen = set(digests)
 
-        def write(tables: Tables) -> bool:
-            pins = load_pins(tables.read(NAMED, PINS)[0])
-            pins = pins | chosen if pinned else pins - chosen
-            tables.write(NAMED, PINS, dump_pins(pins))
-            return True
+        def update(text: str | None) -> str:
+            pins = load_pins(text)
+            return dump_pins(pins | chosen if pinned else pins - chosen)
 
-        was_written = await self._rows.write(NAMED, write, False)
+        if await self.pinned() is None:
+            return False  # A row that cannot be read is not replaced: it may pin other manifests.
+        was_written = await self._update(NAMED, [(PINS, update)]) is not None
         self.changed = self.changed or was_written
         return was_written
 
@@ -363,9 +350,9 @@ class Index:
 
         None if none is recorded, or if its time to live is over.
         """
-        text = await self._rows.get(_RESPONSES, f"negative {key}") or ""
+        text = await self._get(_RESPONSES, f"negative {key}") or ""
         start, end, message = (*text.split(" ", 2), "", "", "")[:3]
-        since, until = _number(start), _number(end)
+        since, until = parse_time(start), parse_time(end)
         # A clock that was set back must not prolong it: now is also compared with the start.
         if since is None or until is None or not since <= self._now() < until:
             return None
@@ -385,7 +372,7 @@ class Index:
 
     async def cached_list(self, key: str) -> str | None:
         """Return a list as it was put. None if there is none, or its time to live is over."""
-        return await self._rows.get(_RESPONSES, f"list {key}")
+        return await self._get(_RESPONSES, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
         """Record a list of an upstream.
@@ -398,7 +385,7 @@ class Index:
         await self._put_response(f"list {key}", value, ttl)
 
     async def _put_response(self, key: str, text: str, ttl: float) -> None:
-        await self._rows.write(_RESPONSES, lambda t: t.write(_RESPONSES, key, text, ttl=ttl), None)
+        await self._update(_RESPONSES, [(key, _replace_by(text))], ttl)
 
     # --- upkeep ---------------------------------------------------------------------------------
 
@@ -414,64 +401,90 @@ class Index:
         if self._rows.refusal is not None:
             await self._rows.write(_RESPONSES, _try_write, None)
 
-    async def drop_orphaned_rows(
-        self, is_on_disk: Callable[[Digest], bool], contents: int = 0
-    ) -> None:
-        """Check the next rows of both tables about content, and delete the outdated ones.
+    # --- rows -----------------------------------------------------------------------------------
 
-        Repeated calls go through all rows, again and again.
+    async def _get(self, table: str, key: str) -> str | None:
+        """Return the text of a row. None if it is missing, or if the database fails."""
+        return await self._load(table, key, lambda text: text, None)
 
-        Args:
-            is_on_disk: Whether content is on the disk.
-            contents: Number of contents on the disk. It bounds the number of rows.
+    async def _load(
+        self, table: str, key: str, parse: Callable[[str | None], T], otherwise: T
+    ) -> T:
+        """Return ``parse`` of the text of a row, or ``otherwise`` if the database fails."""
+        updates = self._pending.get((table, key), ())
+
+        def load(tables: Tables) -> T:
+            text = tables.read(table, key)[0]
+            return parse(_apply(updates, text) if updates else text)
+
+        return await self._rows.read(load, otherwise)
+
+    def _pending_rows(self, table: str) -> list[tuple[str, str]]:
+        """Return (key, text) of queued rows, which the pages of the table may lack."""
+        texts = [(key, _apply(u, None)) for (of, key), u in self._pending.items() if of == table]
+        return [(key, text) for key, text in texts if text is not None]
+
+    async def _update(
+        self, table: str, updates: Sequence[tuple[str, Update]], ttl: float | None = None
+    ) -> list[str | None] | None:
+        """Apply (key, update) pairs. Returns the earlier texts, or None if not all was written.
+
+        ``ttl``: seconds until the rows expire. None: they do not.
         """
-        for table, checks in self._checks.items():
-            checks.begin_call()
-            for _ in range(checks.steps):
-                if checks.is_due_for_count:
-                    count = await self._rows.read(partial(Tables.count, table=table), 0)
-                    checks.start(count, contents)
-                await self._check_page(table, checks, is_on_disk)
+        earlier: list[str | None] = []
+        with self._visible(table, updates):
+            for start in range(0, len(updates), _STEP_UPDATES):
+                step = updates[start : start + _STEP_UPDATES]
+                texts = await self._rows.write(table, partial(_write, table, step, ttl), None)
+                if texts is None:
+                    return None
+                earlier += texts
+        return earlier
 
-    async def _check_page(
-        self, table: str, checks: RowChecks, is_on_disk: Callable[[Digest], bool]
-    ) -> None:
-        now = self._now()
+    @contextmanager
+    def _visible(self, table: str, updates: Sequence[tuple[str, Update]]) -> Iterator[None]:
+        """Let reads see updates while they are written."""
+        for key, update in updates:
+            self._pending[table, key] = (*self._pending.get((table, key), ()), update)
+        try:
+            yield
+        except BaseException:
+            self._rows.after_writes(partial(self._remove, table, updates))
+            raise
+        self._remove(table, updates)
 
-        def next_action(row: Row) -> RowAction:
-            if row.key in names.UNBOUND_KEYS:
-                return RowAction.KEEP
-            is_present = any(map(is_on_disk, digests_of(row.key, row.text)))
-            return next_row_action(
-                is_present, _number(row.mark), now, checks.is_surplus(is_present)
-            )
+    def _remove(self, table: str, updates: Sequence[tuple[str, Update]]) -> None:
+        for key, update in updates:
+            rest = list(self._pending.pop((table, key)))
+            rest.remove(update)
+            if rest:
+                self._pending[table, key] = tuple(rest)
 
-        def find(tables: Tables) -> tuple[int | None, list[Row]]:
-            page = tables.read_page(table, checks.after)
-            due = [row for row in page if next_action(row) is not RowAction.KEEP]
-            return (page[-1].id if page else None), due
 
-        def change(due: list[Row], tables: Tables) -> None:
-            for row in due:
-                # Another process may have written the row since: decide again in the transaction.
-                text, mark = tables.read(table, row.key)
-                if text is None:
-                    continue
-                action = next_action(replace(row, text=text, mark=mark))
-                checks.count_action(action)
-                match action:
-                    case RowAction.MARK:
-                        tables.write(table, row.key, text, mark=repr(now))
-                    case RowAction.CLEAR:
-                        tables.write(table, row.key, text)
-                    case RowAction.DROP:
-                        tables.delete(table, row.key)
+def _apply(updates: Iterable[Update], text: str | None) -> str | None:
+    for update in updates:
+        text = update(text)
+    return text
 
-        unanswered: tuple[int | None, list[Row]] = checks.after, []
-        after, due = await self._rows.read(find, unanswered)
-        if due:
-            await self._rows.write(table, partial(change, due), None)
-        checks.advance(after)
+
+def _replace_by(text: str | None) -> Update:
+    return lambda earlier: text
+
+
+def _write(
+    table: str, updates: Iterable[tuple[str, Update]], ttl: float | None, tables: Tables
+) -> list[str | None]:
+    """Update rows. Returns their earlier texts."""
+    earlier = []
+    for key, update in updates:
+        text, mark = tables.read_or_none(table, key)
+        earlier.append(text)
+        new = update(text)
+        if new is None:
+            tables.delete(table, key)
+        elif ttl is not None or (new, None) != (text, mark):
+            tables.write(table, key, new, ttl=ttl)
+    return earlier
 
 
 def _try_write(tables: Tables) -> None:
@@ -479,19 +492,9 @@ def _try_write(tables: Tables) -> None:
     tables.delete(_RESPONSES, "probe")
 
 
-def _read_tags(after: str, end: str, tables: Tables) -> list[tuple[str, TagRecord | None]]:
-    """Return (key, record) of the next tags. None for a variant, and for a malformed record."""
-    rows = tables.read_range(NAMED, after, end)
-    return [(row.key, None if " " in row.key else load_tag(row.text)) for row in rows]
+def _merged(new: AccessRecord, text: str | None) -> str:
+    return dump_access_record(merge(load_access_record(text), new))
 
 
 def _access_key(repository: Repository, digest: Digest, kind: str) -> str:
     return f"{kind} {repository}@{digest}"
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        number = float(text or "nan")
-    except ValueError:
-        return None
-    return None if math.isnan(number) else number

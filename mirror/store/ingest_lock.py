@@ -115,7 +115,7 @@ class IngestLock:
         self.has_followed = False
         """Whether this process has read from the open file while another one was writing it. That
         needs a live state (:class:`mirror.store.other_process.LeaderState`): a lock alone proves
-        nothing, because an eviction or a look at the directories holds it for a moment, too."""
+        nothing, because an eviction or a scan of the directories holds it for a moment, too."""
         self._must_replace = False
         """Whether the open file has to be replaced by a new one before it is written."""
         self._context = context

@@ -6,7 +6,7 @@ restore inserts. Must not know: threads, files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -41,6 +41,8 @@ _NAMES_ONLY: Final = "names"
 _WITH_PARTS: Final = "all"
 _STEP_NAMES: Final = 1000
 """Names that one transaction inserts: it takes 30 ms."""
+LAST_KEY: Final = "\U0010ffff"
+"""Comes after every key."""
 UNBOUND_KEYS: Final = frozenset({PINS, _RESTORED})
 """Keys of rows that are about no single content."""
 
@@ -111,25 +113,30 @@ def _load_manifest(repository: Repository | None, text: str) -> NamedManifest | 
     )
 
 
-def add_repositories(
-    tables: Tables,
-    after: int,
-    found: set[str],
-    is_listed: Callable[[Repository, Digest], bool],
-) -> int | None:
-    """Add to ``found`` the repositories of the manifests in the next rows after row id ``after``.
+def read_tags(after: str, end: str, tables: Tables) -> list[tuple[str, TagRecord | None]]:
+    """Return (key, record) of the next tags between two keys, see :func:`load_listed_tag`."""
+    rows = tables.read_range(NAMED, after, end)
+    return [(row.key, load_listed_tag(row.key, row.text)) for row in rows]
 
-    Returns the row id after which the next page begins, or None after the last one.
-    """
-    page = tables.read_page(NAMED, after)
-    for row in page:
-        name, _, digest = row.key.partition("@")
+
+def load_listed_tag(key: str, text: str) -> TagRecord | None:
+    """Return the record of a tag. None for a variant of one, and for a malformed record."""
+    return None if " " in key else load_tag(text)
+
+
+def add_repositories(
+    keys: Iterable[str],
+    found: dict[str, None],
+    is_listed: Callable[[Repository, Digest], bool],
+) -> None:
+    """Add to ``found`` the repositories of the manifests among the keys of :data:`NAMED`."""
+    for key in keys:
+        name, _, digest = key.partition("@")
         if not digest or name in found or (repository := repository_of(name)) is None:
             continue
         with suppress(InvalidRequest):
             if is_listed(repository, Digest.parse(digest)):
-                found.add(name)
-    return page[-1].id if page else None
+                found[name] = None
 
 
 # --- restoring ------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ _CALLS_PER_COUNT: Final = 12
 call checks them, and then a pass would take days. Counting 100,000 rows takes 5 ms."""
 _ROWS_PER_STEP: Final = 50
 """Rows that one step checks."""
+_SURPLUS_STEPS: Final = 20
+"""Further steps of one call while there are too many rows: 1,000 rows every 5 s. A row is deleted
+in the second pass, so passes of an hour would let the rows grow for two hours."""
 VERIFIED_PREFIX: Final = "verified "
 """Prefix of the keys of verification times. The digest follows."""
 
@@ -92,7 +95,8 @@ class RowChecks:
     @property
     def steps(self) -> int:
         """Steps of one call."""
-        return 1 + self._rows // (_CALLS_PER_PASS * _ROWS_PER_STEP)
+        further = _SURPLUS_STEPS if self._surplus else 0
+        return 1 + further + self._rows // (_CALLS_PER_PASS * _ROWS_PER_STEP)
 
     @property
     def is_due_for_count(self) -> bool:

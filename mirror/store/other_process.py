@@ -99,7 +99,7 @@ class LeaderState:
     """The state file of an ingest, read by another process each time that it changes.
 
     Only a live state counts: one of this boot, and of a fetch that runs. The lock says less than
-    that: a look at the directories (:mod:`mirror.store.eviction`) holds it for a moment, too. The
+    that: a scan of the directories (:mod:`mirror.store.eviction`) holds it for a moment, too. The
     state file beside it may be that of a fetch that ended before a crash of the machine. Such a
     crash can leave any bytes in the file.
     """

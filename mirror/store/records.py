@@ -307,6 +307,15 @@ def _time(value: Any) -> float:
     return float(value)
 
 
+def parse_time(text: str | None) -> float | None:
+    """Return a number of seconds since the epoch. None if the text is none."""
+    try:
+        number = float(text or "nan")
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
+
+
 def parse_size_bytes(value: object) -> int:
     """Return ``value`` if it is a non-negative integer. Raises ``ValueError`` otherwise."""
     if type(value) is not int or value < 0:

@@ -59,7 +59,7 @@ _LOG_INTERVAL_S: Final = 60.0
 _CACHE_PAGES: Final = 2000
 """Pages of 4 KiB that one connection keeps in memory. A process has about six connections."""
 _CHECK_STEP: Final = 100_000
-"""Instructions of SQLite's virtual machine between two looks for a stop, while all is checked."""
+"""Instructions of SQLite's virtual machine between two checks for a stop, while all is checked."""
 _RAW: Final = 1
 """diskcache's ``MODE_RAW``: a value that is kept in its row as it is. Also in the SQL below."""
 _INSERT_MISSING: Final = (
@@ -397,10 +397,6 @@ class Rows:
 
         return await self._run(self._writing, write, otherwise)
 
-    async def get(self, table: str, key: str) -> str | None:
-        """Return the text of a row. None if it is missing, or if the database fails."""
-        return await self._run(self._reading, lambda t: t.read(table, key)[0], None)
-
     async def put(self, table: str, rows: Sequence[tuple[str, str]]) -> bool:
         """Write (key, text) rows, in steps of one transaction each. True if all were written."""
         for start in range(0, len(rows), _STEP_ROWS):
@@ -422,6 +418,15 @@ class Rows:
                 tables.close()
 
         await self._run(self._checking, check, None)
+
+    def after_writes(self, work: Callable[[], None]) -> None:
+        """Call ``work`` on the event loop after all writes that were begun. It may be never called.
+
+        A write that is cancelled may still be running in the thread.
+        """
+        loop = asyncio.get_running_loop()
+        with suppress(RuntimeError):  # The threads have ended.
+            self._writing.submit(loop.call_soon_threadsafe, work)
 
     async def return_to_disk(self) -> None:
         """Merge a private copy into the directory, if the disk accepts writes again."""

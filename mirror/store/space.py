@@ -6,14 +6,14 @@ eviction. Must not know: which content is evicted, why space is needed.
 Theory of operation: a fetch asks for room once or a few times, and the question must not cost more
 when more content is stored. So usage is a running total. All processes of a data directory share
 it in one small file, ``totals``, which needs no lock: each process writes its own slot, with all
-that it has added and removed, and with what its running fetches have reserved. A *look* lists the
+that it has added and removed, and with what its running fetches have reserved. A *scan* lists the
 directories and stores what it found, less the sum of all slots. From then on, that base plus all
 slots is the usage.
 
 The total is wrong by what no process has reported: content that other programs added or removed,
-and at most one content for each process that was killed between a rename and its report. A look
+and at most one content for each process that was killed between a rename and its report. A scan
 puts that right, at least every few minutes and before each eviction. Content that is published
-during a look may count twice until the next one: that is on the safe side.
+during a scan may count twice until the next one: that is on the safe side.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _DISK_RESERVE: Final = 0.01
 _ASK_AGAIN_S: Final = 0.05
 """Seconds after which a fetch that waits for an eviction asks again. It may have room before that
 eviction ends."""
-_MIN_LOOK_INTERVAL_S: Final = 60.0
-"""Minimum number of seconds between two looks. Only changes by other programs wait for a look."""
-_LOOK_SHARE: Final = 0.01
-"""Fraction of the time that looks may take: one of 3 s is repeated after 5 minutes."""
+_MIN_SCAN_INTERVAL_S: Final = 60.0
+"""Minimum number of seconds between two scans. Only changes by other programs wait for a scan."""
+_SCAN_SHARE: Final = 0.01
+"""Fraction of the time that scans may take: one of 3 s is repeated after 5 minutes."""
 _RECORD_BYTES: Final = 64
 """Bytes of the header and of each slot of the file."""
 _SLOTS: Final = 63
@@ -53,9 +53,9 @@ _SLOTS: Final = 63
 _FILE_BYTES: Final = _RECORD_BYTES * (_SLOTS + 1)
 """Bytes of the file."""
 _MAGIC: Final = b"totals 1"
-"""First bytes of the file, once a look has written the header."""
+"""First bytes of the file, once a scan has written the header."""
 _HEADER: Final = struct.Struct("<8sqqqdd")
-"""Magic, count, bytes and leftover of the base, time and duration of the look."""
+"""Magic, count, bytes and leftover of the base, time and duration of the scan."""
 _SLOT: Final = struct.Struct("<qqqqq24x")
 """Count, bytes and leftover that a process has added, then its reserved and unwritten bytes."""
 _RANGE_LOCK: Final = struct.Struct("@hhqqi4x")
@@ -119,7 +119,7 @@ def bytes_to_free(
     return max(over_low, over_disk, 0), reason
 
 
-def is_room(usage: Usage, need: int, disk_free: int, settings: Storage) -> bool:
+def has_room(usage: Usage, need: int, disk_free: int, settings: Storage) -> bool:
     """Return whether ``need`` more bytes may be written before anything is evicted.
 
     That is so up to the quota: above the high water mark an eviction runs, and no fetch waits for
@@ -137,7 +137,7 @@ class Totals:
     :meth:`add` and :meth:`reserve` never wait for the disk. All other methods may.
 
     If the file cannot be used (the disk is full or read-only), this process counts alone, in an
-    anonymous file, until a look can open the shared one.
+    anonymous file, until a scan can open the shared one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -176,7 +176,7 @@ class Totals:
             self._write_slot(self._open())
 
     def usage(self) -> Usage | None:
-        """Flush, and return the usage of all processes. None before the first look."""
+        """Flush, and return the usage of all processes. None before the first scan."""
         with self._file:
             fd = self._open()
             self._write_slot(fd)
@@ -198,16 +198,16 @@ class Totals:
                 leftover=max(0, leftover),
             )
 
-    def is_look_due(self, now: float) -> bool:
-        """Return whether a look is due. ``now``: seconds since the epoch."""
+    def is_scan_due(self, now: float) -> bool:
+        """Return whether a scan is due. ``now``: seconds since the epoch."""
         with self._file:
-            magic, _, _, _, looked_at, duration = _HEADER.unpack(
+            magic, _, _, _, scanned_at, duration = _HEADER.unpack(
                 os.pread(self._open(), _HEADER.size, 0)
             )
-        interval = max(_MIN_LOOK_INTERVAL_S, duration / _LOOK_SHARE)
-        return magic != _MAGIC or not 0 <= now - looked_at < interval
+        interval = max(_MIN_SCAN_INTERVAL_S, duration / _SCAN_SHARE)
+        return magic != _MAGIC or not 0 <= now - scanned_at < interval
 
-    def begin_look(self) -> Usage:
+    def begin_scan(self) -> Usage:
         """Return the sum of all slots, before the directories are listed.
 
         Opens the shared file again if this process counts alone, or if the file was removed.
@@ -220,14 +220,14 @@ class Totals:
             count, size, leftover = (sum(slot[field] for slot in slots) for field in range(3))
             return Usage(count, size, 0, leftover=leftover)
 
-    def end_look(self, before: Usage, found: Usage, now: float, duration: float) -> None:
-        """Store what a look has found. The caller holds the eviction lock: one look at a time.
+    def end_scan(self, before: Usage, found: Usage, now: float, duration: float) -> None:
+        """Store what a scan has found. The caller holds the eviction lock: one scan at a time.
 
         Args:
-            before: The result of :meth:`begin_look`.
+            before: The result of :meth:`begin_scan`.
             found: What the directories hold.
             now: Seconds since the epoch.
-            duration: Seconds that the look took.
+            duration: Seconds that the scan took.
         """
         header = _HEADER.pack(
             _MAGIC,
@@ -330,7 +330,7 @@ class Evicting(Protocol):
     def start(self, need: int) -> asyncio.Future[None] | None:
         """Start an eviction in its own thread, or join the running one. None: none is started."""
 
-    def start_look(self) -> asyncio.Future[None]:
+    def start_scan(self) -> asyncio.Future[None]:
         """List the directories in the same thread, if that is due and no other process does."""
 
 
@@ -347,7 +347,7 @@ class Space:
         asking: Executor,
         emit: Observer,
     ) -> None:
-        """Start without a total: :meth:`measure` begins the first look.
+        """Start without a total: :meth:`measure` begins the first scan.
 
         Args:
             layout: The data directory.
@@ -398,16 +398,16 @@ class Space:
         self._totals.reserve(reserved + self._asked, unwritten + self._asked)
 
     async def measure(self) -> Usage | None:
-        """Return the usage. Begins a look if one is due, and waits for the first one only.
+        """Return the usage. Begins a scan if one is due, and waits for the first one only.
 
-        None if nothing is known yet, because the first look of another process has not ended.
+        None if nothing is known yet, because the first scan of another process has not ended.
         Raises ``OSError`` if the disk does not answer.
         """
         usage, disk_free = await self._read()
         self.is_disk_full = self.is_disk_full and disk_free <= 0
-        look = self._evictor.start_look()
+        scan = self._evictor.start_scan()
         if usage is None:
-            await asyncio.wait({look})
+            await asyncio.wait({scan})
             usage, _ = await self._read()
         return usage
 
@@ -426,13 +426,13 @@ class Space:
         if usage is None:
             return None
         shortage = bytes_to_free(usage, need, disk_free, self._settings)
-        has_room = is_room(usage, need, disk_free, self._settings)
-        self.is_disk_full = not has_room and disk_free <= 0
+        is_granted = has_room(usage, need, disk_free, self._settings)
+        self.is_disk_full = not is_granted and disk_free <= 0
         if shortage is None:
             return False
-        if has_room and shortage[0]:
+        if is_granted and shortage[0]:
             self._evictor.start(need)
-        return True if has_room else None
+        return True if is_granted else None
 
     async def _read(self) -> tuple[Usage | None, int]:
         """Return the usage, and the free bytes of the disk."""

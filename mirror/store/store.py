@@ -270,9 +270,9 @@ class Store:
         """
         await self.index.return_to_disk()
         await self.blobs.flush()
-        await self.restore_parts(_RESTORE_STEP_S)
-        if self._contents is not None:  # Before the first look at the disk, all seems to be gone.
-            await self.index.drop_orphaned_rows(self.catalog.has_blob, self._contents)
+        await self.restore_parts()
+        if self._contents is not None:  # Before the first scan, all seems to be gone.
+            await self.index.orphans.drop(self.catalog.has_blob, self._contents)
         await self.index.check()
 
     async def _remove_leftovers(self) -> None:
@@ -352,7 +352,7 @@ class Store:
         finally:
             self._opening.submit(draft.discard)
 
-    async def restore_parts(self, seconds: float) -> None:
+    async def restore_parts(self, seconds: float = _RESTORE_STEP_S) -> None:
         """Record access to the parts of manifests whose names were restored from ``index.json``.
 
         Args:

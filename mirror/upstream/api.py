@@ -18,8 +18,9 @@ Errors. Every method raises errors of ``mirror.oci.errors`` only:
   specification or names a URL that may not be connected to.
 - ``Draining``: the process shuts down.
 
-Requests are retried and fail over to other endpoints until the response headers are in. They are
-not retried afterwards: to resume a broken body is the caller's decision.
+Requests are retried until the response headers are in. A response that cannot be used, such as a
+log-in page, leads to the next endpoint. So does the body of a manifest or of a list that breaks. To
+resume the broken body of :meth:`Registry.open` is the caller's decision.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Registry(Protocol):
     ) -> ManifestHead:
         """Resolve a tag or a digest with ``HEAD``. See "Checking if content exists".
 
-        Registries that meter pulls count ``GET`` of manifests, and not ``HEAD``. Where a registry
-        refuses ``HEAD``, a ``GET`` of the digest decides, and a tag is not resolved.
+        Registries that meter pulls count ``GET`` of manifests, and not ``HEAD``. Where a ``HEAD``
+        is refused or fails, a ``GET`` of the digest decides, and a tag is not resolved.
 
         Args:
             repository: The repository that has the manifest.
@@ -118,7 +119,9 @@ class Registry(Protocol):
             The size is what the upstream states, which may be wrong.
 
         Raises:
-            UpstreamProtocolError: the response names another digest than ``reference``.
+            UpstreamProtocolError: no endpoint sent a usable response. It names another digest than
+                ``reference``, or is a web page.
+            UpstreamRateLimited: a 429 named a time to wait. No ``GET`` is sent in that time.
         """
 
     async def get_manifest(
@@ -147,7 +150,7 @@ class Registry(Protocol):
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """Check that the upstream serves a blob. See "Checking if content exists".
 
-        Where a registry refuses ``HEAD``, a ``GET`` is sent, and ended after its headers.
+        Where a ``HEAD`` is refused or fails, a ``GET`` is sent, and ended after its headers.
 
         Args:
             repository: The repository that must have the blob: the response proves access to it.

@@ -25,9 +25,12 @@ from typing import Final
 
 from yarl import URL
 
+from mirror.oci.errors import MirrorError, UpstreamError
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
+
 FAILURE_THRESHOLD: Final = 3
 """Failures in a row that open a circuit. A single one is often a connection that was closed."""
-SEVERAL: Final = 3
+GROUP_PAUSE_THRESHOLD: Final = 3
 """Different repositories, or projects, that must meet a 429 before it counts for the others. Two
 repositories of one image pull are often limited together."""
 FIRST_OPEN_S: Final = 2.0
@@ -146,8 +149,8 @@ class Pause:
 class Pauses:
     """The pauses of one endpoint after its 429s.
 
-    A 429 pauses its subject. When ``SEVERAL`` repositories of a project pause for one kind of
-    request, the project pauses for it. When repositories of ``SEVERAL`` projects do, all pause.
+    A 429 pauses its subject. When ``GROUP_PAUSE_THRESHOLD`` repositories of a project pause for one
+    kind of request, the project pauses for it. When repositories of as many projects do, all pause.
     """
 
     _by_subject: dict[Subject, Pause] = field(default_factory=dict)
@@ -169,9 +172,12 @@ class Pauses:
         pause = Pause(end, has_retry_after=seconds is not None)
         _prolong(self._by_subject, subject, pause)
         same_kind = [other for other in self._by_subject if other.kind == subject.kind]
-        if sum(1 for other in same_kind if other.project == subject.project) >= SEVERAL:
+        if (
+            sum(1 for other in same_kind if other.project == subject.project)
+            >= GROUP_PAUSE_THRESHOLD
+        ):
             _prolong(self._by_group, Subject(subject.kind, subject.project), pause)
-        if len({other.project for other in same_kind}) >= SEVERAL:
+        if len({other.project for other in same_kind}) >= GROUP_PAUSE_THRESHOLD:
             _prolong(self._by_group, Subject(subject.kind, ""), pause)
 
     def find(self, now: float, subject: Subject) -> Pause | None:
@@ -242,3 +248,42 @@ class Endpoints:
             for pause in pauses
             if pause is not None
         ]
+
+
+@dataclass(slots=True)
+class SendState:
+    """State of one request: its attempts, the last failure, and the endpoints that are done."""
+
+    retry_deadline: float
+    """Time after which neither a round nor a third attempt begins."""
+    attempts: int = 0
+    failures: int = 0
+    failure: UpstreamError | None = None
+    """The last failure."""
+    tried: set[URL] = field(default_factory=set)
+    finished: dict[URL, MirrorError] = field(default_factory=dict)
+    """Endpoint that is not asked again -> its refusal, or why its response cannot be used."""
+
+    def may_attempt(self, now: float) -> bool:
+        """Return whether a further endpoint may be asked in this round."""
+        return self.failures < MAX_ATTEMPTS_PER_REQUEST and (
+            self.attempts < 2 or now < self.retry_deadline
+        )
+
+    def may_begin_round(self, now: float) -> bool:
+        """Return whether another round is within the limits."""
+        return self.failures < MAX_ATTEMPTS_PER_REQUEST and now < self.retry_deadline
+
+    def add(self, endpoint: URL, error: MirrorError, *, is_final: bool) -> None:
+        """Count an attempt that has failed, or that was refused.
+
+        ``is_final``: the endpoint is not asked again. It is not asked again after a refusal either.
+        """
+        if isinstance(error, UpstreamError):
+            self.failure, self.failures = error, self.failures + 1
+        if is_final or not isinstance(error, UpstreamError):
+            self.finished[endpoint] = error
+
+    def refusals(self) -> list[MirrorError]:
+        """Return the refusals (401, 403, 404), one for each endpoint that has refused."""
+        return [error for error in self.finished.values() if not isinstance(error, UpstreamError)]

@@ -5,10 +5,11 @@ requires them, and reports to the circuit breakers. Must not know: what is reque
 is read.
 
 Theory of operation. A round tries each endpoint that its circuit breaker permits, once. A failure
-leads to the next endpoint, and so does a refusal (401, 403, 404): the next endpoint may have the
-content. A refusal is final when all endpoints have refused. If one could not be asked, the result
-is its failure. If the last failure of a round is transient, another round begins after a delay,
-without the endpoints that have refused. All rounds together have ``MAX_ATTEMPTS_PER_REQUEST``
+leads to the next endpoint. So does a refusal (401, 403, 404), since the next endpoint may have the
+content, and so does a response that its reader cannot use, such as a log-in page. A refusal is
+final when all endpoints have refused. If one could not be asked, the result is its failure. If the
+last failure of a round is transient, another round begins after a delay, without the endpoints that
+have refused or sent a useless response. All rounds together have ``MAX_ATTEMPTS_PER_REQUEST``
 failures and ``RETRY_BUDGET_S`` seconds.
 """
 
@@ -17,11 +18,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import quote
 
 from aiohttp import hdrs
@@ -50,8 +51,9 @@ from mirror.upstream.auth import (
     Negotiation,
     TokenResponse,
 )
-from mirror.upstream.endpoints import Endpoints, Subject
+from mirror.upstream.endpoints import Endpoints, SendState, Subject
 from mirror.upstream.failures import ResponseLimit
+from mirror.upstream.messages import AcceptedResponse, NextPage, RegistryRequest
 from mirror.upstream.outbound import (
     TOKEN_HOSTS,
     Allowed,
@@ -61,12 +63,7 @@ from mirror.upstream.outbound import (
     check_url,
     realm_rule,
 )
-from mirror.upstream.retry import (
-    MAX_ATTEMPTS_PER_REQUEST,
-    RETRY_BUDGET_S,
-    backoff_delay,
-    is_transient,
-)
+from mirror.upstream.retry import RETRY_BUDGET_S, backoff_delay
 from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import (
     Response,
@@ -76,46 +73,10 @@ from mirror.upstream.transport import (
     retry_after_of,
 )
 
+T = TypeVar("T")
+
 _ACCESS_REFUSED: Final = (401, 403)
 """Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RegistryRequest:
-    """A request to a repository, at any endpoint."""
-
-    method: str
-    repository: Repository
-    path: str
-    """Path below the repository, such as ``tags/list``."""
-    kind: Kind
-    headers: Mapping[str, str] = field(default_factory=dict)
-    endpoint_headers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """URL of an endpoint -> further headers, for this endpoint only."""
-    query: Mapping[str, str] = field(default_factory=dict)
-    page: str | None = None
-    """Target of the ``Link`` header of the page before, in place of ``path`` and ``query``."""
-    is_accepted: Callable[[AcceptedResponse], bool] = lambda response: False
-    """Returns True for a status other than 200 that is no error. By default no status is one."""
-    follow_redirects: bool = True
-
-    @property
-    def subject(self) -> Subject:
-        """The requests that a failure of this one counts for."""
-        return Subject(f"{self.method} {self.kind.value}", self.repository.path)
-
-
-@dataclass(frozen=True, slots=True)
-class AcceptedResponse(Response):
-    """A response with status 200, or one that the request accepts."""
-
-    endpoint: str
-    """URL of the endpoint that responded."""
-    report_success: Callable[[], None]
-    """Reports success to the circuit breaker as soon as the body makes progress.
-
-    If it is not called, success is reported when the body has ended.
-    """
 
 
 @dataclass(slots=True)
@@ -131,8 +92,15 @@ class _Attempt:
     limit: ResponseLimit
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
+    is_accepted: bool = False
+    """Whether the endpoint sent a response that the request accepts."""
     refusal: MirrorError | None = None
     """Reason of a 401: which credentials are missing, or were refused. None: no 401."""
+
+    @property
+    def subject(self) -> Subject:
+        """The requests that a failure of this one counts for."""
+        return _subject_of(self.request)
 
     def url(self) -> URL:
         """Return the URL of the request. Raises ``OutboundRefused`` if the guard refuses it."""
@@ -140,8 +108,9 @@ class _Attempt:
         query = dict(self.request.query)
         url = URL(f"{self.policy.repositories_url}{path}", encoded=True).with_query(query)
         target, source, name = str(url), UrlSource.ENDPOINT, "endpoint"
-        if self.request.page is not None:
-            target = page_target(target, self.request.path, self.request.page)
+        page = self.request.page
+        if page is not None and page.endpoint == str(self.policy.endpoint):
+            target = page_target(target, self.request.path, page.target)
             source, name = UrlSource.NEXT_PAGE, "next page"
         verdict = check_url(target, source, url, self.policy)
         if not isinstance(verdict, Allowed):
@@ -198,81 +167,106 @@ class FailoverClient:
         )
 
     @property
-    def endpoint_count(self) -> int:
-        """The number of endpoints."""
-        return len(self._endpoints.urls)
+    def endpoint_urls(self) -> list[str]:
+        """The URLs of the endpoints, in the order of the configuration."""
+        return [str(url) for url in self._endpoints.urls]
+
+    async def fetch(
+        self,
+        request: RegistryRequest,
+        read: Callable[[AcceptedResponse], Awaitable[T]],
+        avoid: Collection[str] = (),
+    ) -> T:
+        """Send a request, and return what ``read`` returns. See :meth:`send`."""
+        async with self.send(request, read, avoid) as result:
+            return result
 
     @asynccontextmanager
     async def send(
-        self, request: RegistryRequest, avoid: Collection[str] = ()
-    ) -> AsyncIterator[AcceptedResponse]:
-        """Send a request, and yield the first accepted response.
+        self,
+        request: RegistryRequest,
+        read: Callable[[AcceptedResponse], Awaitable[T]],
+        avoid: Collection[str] = (),
+    ) -> AsyncIterator[T]:
+        """Send a request, and yield what ``read`` returns for the first response that is usable.
 
         Args:
             request: The request.
+            read: Called with an accepted response. If it raises an ``UpstreamError``, the response
+                cannot be used. If it raises another ``MirrorError``, that is a refusal. The next
+                endpoint is asked in both cases, and this one is not asked again.
             avoid: URLs of endpoints to try last, in this order.
 
         Raises:
             NotFound, Unauthorized, Denied: all endpoints refused. Unauthorized and Denied take
                 precedence, because an endpoint that denies access may have the content.
-            UpstreamError: no endpoint sent an accepted response, and at least one could not be
+            UpstreamError: no endpoint sent a usable response, and at least one could not be
                 asked. It is the failure of the last attempt, or ``UpstreamRateLimited`` if any
                 endpoint pauses after a 429.
             Draining: the process shuts down.
         """
-        retry_deadline, subject = self._clock() + RETRY_BUDGET_S, request.subject
-        failure: UpstreamError | None = None
-        attempts = failures = 0
-        tried: set[URL] = set()
-        refusals: dict[URL, MirrorError] = {}
         async with AsyncExitStack() as stack:
-            while failures < MAX_ATTEMPTS_PER_REQUEST:
-                attempts_before = attempts
-                candidates = self._endpoints.candidates(self._clock(), subject, avoid)
-                for position, endpoint in enumerate(candidates, 1):
-                    now = self._clock()
-                    if endpoint in refusals or not self._endpoints.may_request(
-                        endpoint, now, subject
-                    ):
-                        continue  # Another request may have become the probe since.
-                    if failures == MAX_ATTEMPTS_PER_REQUEST or (
-                        attempts > 1 and now >= retry_deadline
-                    ):
-                        break
-                    attempts += 1
-                    is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
-                    # Other requests wait for a probe, and another endpoint may respond at once.
-                    is_urgent = is_probe or not all(
-                        self._endpoints.has_failed(other, now, subject)
-                        for other in candidates[position:]
-                    )
-                    attempt = _Attempt(
-                        self._policies[endpoint],
-                        request,
-                        is_probe=is_probe,
-                        is_repeat=endpoint in tried,
-                        limit=self._transport.response_limit(request.kind, is_urgent=is_urgent),
-                    )
-                    tried.add(endpoint)
-                    try:
-                        response = await stack.enter_async_context(self._run_attempt(attempt))
-                    except UpstreamError as error:
-                        failure, failures = error, failures + 1
-                        continue
-                    except Draining:
-                        raise
-                    except MirrorError as error:
-                        refusals[endpoint] = error
-                        continue
-                    yield response
-                    return
-                if len(refusals) == len(self._endpoints.urls):
-                    raise _final_refusal(refusals.values())
-                is_last_round = attempts == attempts_before or failures == MAX_ATTEMPTS_PER_REQUEST
-                if is_last_round or self._clock() >= retry_deadline or not is_transient(failure):
-                    break
-                await asyncio.sleep(backoff_delay(attempts, self._jitter()))
-        raise self._final_error(failure, subject)
+            yield await self._run_rounds(stack, request, read, avoid)
+
+    async def _run_rounds(
+        self,
+        stack: AsyncExitStack,
+        request: RegistryRequest,
+        read: Callable[[AcceptedResponse], Awaitable[T]],
+        avoid: Collection[str],
+    ) -> T:
+        """Run attempts until one succeeds, which stays open on ``stack``. See :meth:`send`."""
+        state = SendState(self._clock() + RETRY_BUDGET_S)
+        while True:
+            attempts_before = state.attempts
+            for attempt in self._attempts_of_round(state, request, avoid):
+                try:
+                    return await stack.enter_async_context(self._run_attempt(attempt, read))
+                except Draining:
+                    raise
+                except MirrorError as error:
+                    state.add(attempt.policy.endpoint, error, is_final=attempt.is_accepted)
+            endpoint_count, refusals = len(self._endpoints.urls), state.refusals()
+            if len(refusals) == endpoint_count:
+                raise _final_refusal(refusals)
+            is_last_round = (
+                state.attempts == attempts_before
+                or len(state.finished) == endpoint_count
+                or not state.may_begin_round(self._clock())
+            )
+            if is_last_round or not request.may_retry(state.failure):
+                raise self._final_error(state.failure, _subject_of(request))
+            await asyncio.sleep(backoff_delay(state.attempts, self._jitter()))
+
+    def _attempts_of_round(
+        self, state: SendState, request: RegistryRequest, avoid: Collection[str]
+    ) -> Iterator[_Attempt]:
+        """Begin an attempt at each endpoint that may be asked, the best one first."""
+        subject = _subject_of(request)
+        candidates = self._endpoints.candidates(self._clock(), subject, avoid)
+        for position, endpoint in enumerate(candidates, 1):
+            now = self._clock()
+            if endpoint in state.finished or not self._endpoints.may_request(
+                endpoint, now, subject
+            ):
+                continue  # Another request may have become the probe since.
+            if not state.may_attempt(now):
+                return
+            state.attempts += 1
+            is_probe = self._endpoints.circuits[endpoint].begin_request(subject)
+            # Other requests wait for a probe, and another endpoint may respond at once.
+            is_urgent = is_probe or not all(
+                self._endpoints.has_failed(other, now, subject) for other in candidates[position:]
+            )
+            is_repeat = endpoint in state.tried
+            state.tried.add(endpoint)
+            yield _Attempt(
+                self._policies[endpoint],
+                request,
+                is_probe=is_probe,
+                is_repeat=is_repeat,
+                limit=self._transport.response_limit(request.kind, is_urgent=is_urgent),
+            )
 
     async def ping(self, endpoint: URL, repository: Repository) -> tuple[int, str | None]:
         """Ask one endpoint, once, for the version of its API.
@@ -296,13 +290,17 @@ class FailoverClient:
             repository,
             "",
             Kind.TAGS,
-            page=policy.api_url,
+            page=NextPage(str(endpoint), policy.api_url),
             is_accepted=lambda response: response.http.status not in _ACCESS_REFUSED,
         )
         limit = self._transport.response_limit()
         attempt = _Attempt(policy, request, is_probe=False, is_repeat=False, limit=limit)
-        async with self._run_attempt(attempt) as response:
+
+        async def read(response: AcceptedResponse) -> tuple[int, str | None]:
             return response.http.status, response.http.headers.get(hdrs.CONTENT_TYPE)
+
+        async with self._run_attempt(attempt, read) as result:
+            return result
 
     def _final_error(self, failure: UpstreamError | None, subject: Subject) -> UpstreamError:
         """Choose the error to raise if not all endpoints refused. ``failure``: the last one."""
@@ -322,7 +320,9 @@ class FailoverClient:
         )
 
     @asynccontextmanager
-    async def _run_attempt(self, attempt: _Attempt) -> AsyncIterator[AcceptedResponse]:
+    async def _run_attempt(
+        self, attempt: _Attempt, read: Callable[[AcceptedResponse], Awaitable[T]]
+    ) -> AsyncIterator[T]:
         """Send the request to one endpoint, and report the outcome to its circuit breaker."""
         async with AsyncExitStack() as stack:
             try:
@@ -339,7 +339,8 @@ class FailoverClient:
                 if response.is_cross_origin:
                     # The body comes from a storage behind the endpoint, which has done its part.
                     accepted.report_success()
-                yield accepted
+                attempt.is_accepted = True
+                yield await read(accepted)
             except BaseException as error:
                 if isinstance(error, UpstreamError):
                     error.endpoint = str(attempt.policy.endpoint)
@@ -421,7 +422,7 @@ class FailoverClient:
         if attempt.is_recorded:
             return
         attempt.is_recorded = True
-        endpoint, subject = attempt.policy.endpoint, attempt.request.subject
+        endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
         match error:
@@ -484,6 +485,11 @@ async def _token_deadline(deadline: float) -> AsyncIterator[None]:
     except TimeoutError as error:
         message = "no token within the time limit (limits.connect and limits.headers)"
         raise UpstreamTimeout(message, scope=FailureScope.SUBJECT) from error
+
+
+def _subject_of(request: RegistryRequest) -> Subject:
+    """Return the requests that a failure of this one counts for."""
+    return Subject(f"{request.method} {request.kind.value}", request.repository.path)
 
 
 def _final_refusal(refusals: Collection[MirrorError]) -> MirrorError:

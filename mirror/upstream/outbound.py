@@ -117,11 +117,6 @@ def is_loopback(host: str) -> bool:
     return zone_of(host) is Zone.LOOPBACK
 
 
-def is_private(host: str) -> bool:
-    """Return whether ``host`` is a non-public address, in any notation that resolvers accept."""
-    return (zone_of(host) or Zone.PUBLIC) > Zone.PUBLIC
-
-
 def _parse_address(host: str) -> _Address | None:
     try:
         address = ipaddress.ip_address(host.strip("[]").partition("%")[0])
@@ -317,6 +312,26 @@ def check_url(
         ``Allowed`` with the absolute URL and the rule for its connection, or ``Refused`` with the
         reason.
     """
+    url = _parse_target(target, base)
+    if isinstance(url, Refused):
+        return url
+    if why := _refusal_from_any_source(url, base, policy):
+        return Refused(why)
+    is_same_origin = url.origin() == policy.endpoint.origin()
+    match source:
+        case UrlSource.REALM:
+            return _check_realm(url, policy)
+        case _ if is_same_origin:
+            return Allowed(url, is_same_origin)
+        case UrlSource.ENDPOINT | UrlSource.NEXT_PAGE:
+            return Refused("another origin")
+        case UrlSource.REDIRECT:
+            rule = policy.redirect_rule(url.host or "", url.port or 0, sender)
+            return _check_address(url, rule, policy)
+
+
+def _parse_target(target: str, base: URL) -> URL | Refused:
+    """Return the absolute http(s) URL of ``target``."""
     if len(target) > _MAX_URL_BYTES or any(ord(char) < 0x21 or ord(char) > 0x7E for char in target):
         return Refused("not a URL")
     try:
@@ -325,39 +340,41 @@ def check_url(
         port = url.port
     except ValueError:
         return Refused("not a URL")
-    host = url.host
-    if url.scheme not in ("http", "https") or not host or port is None or "\\" in target:
+    if url.scheme not in ("http", "https") or not url.host or port is None or "\\" in target:
         return Refused("not an http(s) URL")
+    return url
+
+
+def _refusal_from_any_source(url: URL, base: URL, policy: Policy) -> str | None:
+    """Return why a URL is refused, wherever it comes from. None: it is not."""
+    host = url.host or ""
     if url.raw_user is not None or url.raw_password is not None:
-        return Refused("user information in a URL")
+        return "user information in a URL"
     if base.scheme == "https" and url.scheme != "https":
-        return Refused(f"downgrade from https to {url.origin()}")
-    if _is_own(host, port, policy.own_addresses):
-        return Refused("an address of this mirror")
-    zone = zone_of(host)
-    if zone is Zone.LINK_LOCAL:
-        return Refused(f"{host} is {_ZONE_NAMES[Zone.LINK_LOCAL]}")
-    is_same_origin = url.origin() == policy.endpoint.origin()
-    match source:
-        case UrlSource.ENDPOINT | UrlSource.NEXT_PAGE:
-            return Allowed(url, is_same_origin) if is_same_origin else Refused("another origin")
-        case UrlSource.REALM:
-            is_endpoint = (host, port) == (policy.endpoint.host, policy.endpoint.port)
-            is_token_host = bool({host, f"{host}:{port}"} & set(policy.token_hosts))
-            if not is_endpoint and not is_token_host:
-                key = policy.key("token_hosts")
-                return Refused(f"{url.host_port_subcomponent} is neither the endpoint nor in {key}")
-            rule = realm_rule(url, (policy.endpoint,))
-            if zone is not None and not rule.permits(host):
-                return Refused(address_refusal(AddressRefused(host), rule, policy))
-            return Allowed(url, is_same_origin, rule)
-        case UrlSource.REDIRECT if is_same_origin:
-            return Allowed(url, is_same_origin)
-        case UrlSource.REDIRECT:
-            rule = policy.redirect_rule(host, port, sender)
-            if zone is not None and not rule.permits(host):
-                return Refused(address_refusal(AddressRefused(host), rule, policy))
-            return Allowed(url, is_same_origin, rule)
+        return f"downgrade from https to {url.origin()}"
+    if _is_own(host, url.port or 0, policy.own_addresses):
+        return "an address of this mirror"
+    if zone_of(host) is Zone.LINK_LOCAL:
+        return f"{host} is {_ZONE_NAMES[Zone.LINK_LOCAL]}"
+    return None
+
+
+def _check_realm(url: URL, policy: Policy) -> Verdict:
+    """Decide about a token service: it must be named by the configuration, or be the endpoint."""
+    is_endpoint = (url.host, url.port) == (policy.endpoint.host, policy.endpoint.port)
+    is_token_host = bool({url.host, f"{url.host}:{url.port}"} & set(policy.token_hosts))
+    if not is_endpoint and not is_token_host:
+        key = policy.key("token_hosts")
+        return Refused(f"{url.host_port_subcomponent} is neither the endpoint nor in {key}")
+    return _check_address(url, realm_rule(url, (policy.endpoint,)), policy)
+
+
+def _check_address(url: URL, rule: AddressRule, policy: Policy) -> Verdict:
+    """Decide about a host that is an address. A name is looked up for each connection."""
+    host = url.host or ""
+    if zone_of(host) is not None and not rule.permits(host):
+        return Refused(address_refusal(AddressRefused(host), rule, policy))
+    return Allowed(url, url.origin() == policy.endpoint.origin(), rule)
 
 
 def realm_rule(realm: URL, endpoints: Collection[URL]) -> AddressRule:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sized
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final, TypeVar
 
@@ -26,7 +26,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.links import next_link
 from mirror.threads import parse_in_thread_if_large
-from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
+from mirror.upstream.failover import FailoverClient
+from mirror.upstream.messages import AcceptedResponse, NextPage, RegistryRequest
 from mirror.upstream.transport import read_body
 
 Page = TypeVar("Page", bound=Sized)
@@ -88,7 +89,8 @@ async def collect_pages(
         client: Sends the requests.
         request: The request for the first page.
         parse: Called with the body of each page, maybe in a thread.
-        is_page: Returns False for an accepted response that is no page of a list.
+        is_page: Returns False for an accepted response that is no page of a list. Raises
+            ``NotFound`` if its endpoint has no such list, so that the next one is asked.
         memory: That of all lists of this upstream.
         max_page_bytes: Length of the body of one page at most.
         max_bytes: Sum of the lengths of all results of ``parse`` at most.
@@ -124,46 +126,48 @@ async def _follow_links(
 ) -> list[Page] | None:
     pages: list[Page] = []
     links: set[str] = set()
-    page: str | None = None
-    endpoint = ""
-    useless: list[str] = []
+    endpoint, link = "", None
+    given_up: set[str] = set()
+
+    async def read(response: AcceptedResponse) -> tuple[str, Page, str | None] | None:
+        if response.endpoint in given_up:
+            raise UpstreamProtocolError("no endpoint sent the whole list")
+        if not is_page(response):
+            if link is None or response.endpoint != endpoint:
+                return None
+            raise UpstreamProtocolError("a further page of the list is missing")
+        # Not earlier: a project whose headers come late must not delay the others.
+        async with slots:
+            body = await read_body(response, max_page_bytes)
+            page = await parse_in_thread_if_large(parse, body)
+        return response.endpoint, page, next_link(response.http.headers.getall(hdrs.LINK, ()))
+
     for _ in range(_MAX_PAGES):
-        async with AsyncExitStack() as slot:
-            try:
-                async with client.send(replace(request, page=page), useless) as response:
-                    if page is not None and response.endpoint != endpoint:
-                        # A link is valid at the endpoint that sent it only. Another one has
-                        # responded, so the list is collected from that one, from its first page.
-                        add_bytes(-sum(map(len, pages)))
-                        pages.clear()
-                        links.clear()
-                        page = None
-                        continue
-                    if not is_page(response):
-                        if page is None:
-                            return None
-                        raise UpstreamProtocolError("a further page of the list is missing")
-                    endpoint = response.endpoint
-                    # Not earlier: a project whose headers come late must not delay the others.
-                    await slot.enter_async_context(slots)
-                    body = await read_body(response, max_page_bytes)
-                    page = next_link(response.http.headers.getall(hdrs.LINK, ()))
-            except (NotFound, Denied, Unauthorized) as error:
-                if page is None:
-                    raise
-                what = "missing" if isinstance(error, NotFound) else "refused"
-                raise UpstreamProtocolError(f"a further page of the list is {what}") from error
-            try:
-                pages.append(await parse_in_thread_if_large(parse, body))
-            except UpstreamProtocolError:
-                # Another endpoint may send more than a log-in page.
-                if pages or endpoint in useless or client.endpoint_count == len(useless) + 1:
-                    raise
-                useless.append(endpoint)
-                page = None
-                continue
-        add_bytes(len(pages[-1]))
-        if page is None or page in links:
+        others: list[str] = []
+        if link is not None:
+            request = replace(request, page=NextPage(endpoint, link))
+            others = [url for url in client.endpoint_urls if url != endpoint]
+        try:
+            found = await client.fetch(request, read, others)
+        except (NotFound, Denied, Unauthorized) as error:
+            if link is None:
+                raise
+            what = "missing" if isinstance(error, NotFound) else "refused"
+            raise UpstreamProtocolError(f"a further page of the list is {what}") from error
+        if found is None:
+            return None
+        sender, page, link = found
+        if sender != endpoint:
+            # Another endpoint has responded, maybe with another order. So the list is collected
+            # from that one, from its first page.
+            given_up.add(endpoint)
+            add_bytes(-sum(map(len, pages)))
+            pages.clear()
+            links.clear()
+            endpoint = sender
+        pages.append(page)
+        add_bytes(len(page))
+        if link is None or link in links:
             return pages  # A link to an earlier page leads to nothing new.
-        links.add(page)
+        links.add(link)
     raise UpstreamProtocolError(f"the list has more than {_MAX_PAGES} pages")

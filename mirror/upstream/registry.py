@@ -7,13 +7,13 @@ and bodies, pagination. Must not know: endpoints, tokens, retries, the store, ou
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from aiohttp import hdrs
+from cachetools import TTLCache
 
 from mirror.config.settings import Limits
 from mirror.observability.events import BytesFetched, Kind, Observer
@@ -31,17 +31,23 @@ from mirror.oci.descriptor import (
     sniff_media_type,
 )
 from mirror.oci.errors import (
+    AllCircuitsOpen,
     Denied,
     DigestInvalid,
     FailureScope,
     ManifestInvalid,
+    ManifestUnknown,
     NotFound,
+    OutboundRefused,
     Unauthorized,
     UpstreamError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
 )
 from mirror.oci.headers import OCTET_STREAM, manifest_type_of, media_type_of, parse_content_range
-from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.oci.reference import Digest, Reference, Repository
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 from mirror.upstream.api import (
     MIN_PROGRESS_BYTES,
@@ -49,10 +55,13 @@ from mirror.upstream.api import (
     ManifestBody,
     ManifestHead,
 )
-from mirror.upstream.failover import AcceptedResponse, FailoverClient, RegistryRequest
+from mirror.upstream.failover import FailoverClient
+from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
+
+T = TypeVar("T")
 
 _MAX_TAG_PAGE_BYTES: Final = 16 * 1024 * 1024
 """Bytes of one page of tags at most: an upstream may ignore ``n`` and send all of them, and gcr.io
@@ -64,9 +73,11 @@ _MAX_LISTS_BYTES: Final = 2 * _MAX_TAG_LIST_BYTES
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
 _NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
-_BELIEVED_OF_HEAD: Final = frozenset({408, 429, 502, 503, 504})
-"""Statuses of a ``HEAD`` that a ``GET`` would get as well: the upstream is busy, or cannot be
-reached."""
+_SLOW_HEAD_TTL_S: Final = 60.0
+"""Seconds for which no ``HEAD`` is sent to a repository where one got no response in time, so that
+only the first client waits for it."""
+_MAX_SLOW_HEADS: Final = 1024
+"""Repositories for which this is known at most: far more than are pulled in that time."""
 
 
 class HttpRegistry:
@@ -89,76 +100,68 @@ class HttpRegistry:
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._answered_heads: set[tuple[str, Kind]] = set()
         """(URL of an endpoint, kind of content) for which a ``HEAD`` got a 200."""
+        self._slow_heads: TTLCache[tuple[Repository, Kind], None] = TTLCache(
+            _MAX_SLOW_HEADS, _SLOW_HEAD_TTL_S
+        )
+        """Repositories and kinds of content for which a ``HEAD`` got no response in time."""
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
     ) -> ManifestHead:
         """See :meth:`mirror.upstream.api.Registry.head_manifest`."""
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
-        path = f"manifests/{reference}"
-        received = await self._head(repository, path, Kind.MANIFEST, headers)
-        if received is None:
-            if isinstance(reference, Tag):
-                return ManifestHead(None, OCTET_STREAM, None)
-            get = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
-            async with self._client.send(get) as response:
-                received = response.http.headers
-        digest = digest_of(received)
-        if isinstance(reference, Digest):
-            _refuse_page(received)
-            # A registry may name its own digest of the content, by another algorithm.
-            is_comparable = digest is not None and digest.algorithm == reference.algorithm
-            if is_comparable and digest != reference:
-                raise UpstreamProtocolError("the response is for another digest")
-            digest = reference
-        media_type = manifest_type_of(received.get(hdrs.CONTENT_TYPE))
-        # No manifest is empty. Some registries state the length of the empty body of a HEAD.
-        return ManifestHead(digest, media_type, length_of(received) or None)
+        request = RegistryRequest(
+            "HEAD", repository, f"manifests/{reference}", Kind.MANIFEST, headers
+        )
+
+        async def read(response: AcceptedResponse) -> ManifestHead:
+            return _head_of(await _headers_of_content(response), reference)
+
+        head = await self._head(request, read)
+        if head is None and isinstance(reference, Digest):
+            head = await self._client.fetch(replace(request, method="GET"), read)
+        return head or ManifestHead(None, OCTET_STREAM, None)
 
     async def _head(
-        self,
-        repository: Repository,
-        path: str,
-        kind: Kind,
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> Mapping[str, str] | None:
-        """Send a ``HEAD``. Returns its header fields, or None if a ``GET`` has to decide.
+        self, request: RegistryRequest, read: Callable[[AcceptedResponse], Awaitable[T]]
+    ) -> T | None:
+        """Send a ``HEAD``. Returns what ``read`` returns, or None if a ``GET`` has to decide.
 
         Registries refuse ``HEAD`` where they would answer a ``GET``: with 405 or 501, with 400, 401
-        or 403 (public ECR), with a 404, with a 500. Signed URLs refuse it too (GHCR, GitLab), each
-        in its own way. So only these responses are believed: a 404 of an endpoint that has answered
-        such a ``HEAD`` with 200 before; a 429; and a 408, 502, 503 or 504, which would be the
-        response to a ``GET``, too.
+        or 403 (public ECR), with a 404, with a 5xx, or not at all. Signed URLs refuse it too (GHCR,
+        GitLab), each in its own way. So a ``HEAD`` is sent to each endpoint once, and a ``GET``
+        decides what it leaves open. A 404 is final at an endpoint that has answered such a ``HEAD``
+        with 200 before. So is the refusal of a token service, and see :func:`_may_get_succeed`.
         """
-        has_doubt = has_status = False
-
-        def may_be_wrong(response: AcceptedResponse) -> bool:
-            nonlocal has_doubt, has_status
-            has_status = True
-            status, is_elsewhere = response.http.status, response.is_cross_origin
-            if status == 404 and (kind is Kind.MANIFEST or not is_elsewhere):
-                is_believed = (response.endpoint, kind) in self._answered_heads
-            else:
-                is_believed = status in _BELIEVED_OF_HEAD and not is_elsewhere
-            has_doubt = has_doubt or not is_believed
-            # After a 4xx, another endpoint may answer the HEAD. A 5xx would be tried again.
-            return not is_believed and (is_elsewhere or status >= 500)
-
-        request = RegistryRequest("HEAD", repository, path, kind, headers, is_accepted=may_be_wrong)
-        try:
-            async with self._client.send(request) as response:
-                if response.http.status != 200:
-                    return None
-                self._answered_heads.add((response.endpoint, kind))
-                return response.http.headers
-        except (NotFound, Denied, Unauthorized, UpstreamError) as error:
-            # A front may drop the connection of each HEAD.
-            is_dropped = (
-                not has_status and is_transient(error) and error.scope is FailureScope.SUBJECT
-            )
-            if not (has_doubt or is_dropped):
-                raise
+        kind, has_doubt = request.kind, False
+        key = request.repository, kind
+        if key in self._slow_heads:
             return None
+
+        def note_doubt(response: AcceptedResponse) -> bool:
+            nonlocal has_doubt
+            status = response.http.status
+            is_known = (response.endpoint, kind) in self._answered_heads
+            has_doubt = has_doubt or status in (401, 403) or (status == 404 and not is_known)
+            return False
+
+        async def read_and_learn(response: AcceptedResponse) -> T:
+            result = await read(response)
+            self._answered_heads.add((response.endpoint, kind))
+            return result
+
+        request = replace(request, is_accepted=note_doubt, may_retry=_is_unreachable)
+        try:
+            return await self._client.fetch(request, read_and_learn)
+        except (NotFound, Denied, Unauthorized):
+            if not has_doubt:
+                raise
+        except UpstreamError as error:
+            if not _may_get_succeed(error):
+                raise
+            if isinstance(error, UpstreamTimeout):
+                self._slow_heads[key] = None
+        return None
 
     async def get_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
@@ -167,18 +170,9 @@ class HttpRegistry:
         headers = {"Accept": ", ".join(accept or DEFAULT_ACCEPT)}
         path = f"manifests/{reference}"
         request = RegistryRequest("GET", repository, path, Kind.MANIFEST, headers)
-        useless: list[str] = []
-        while True:
-            endpoint = ""
-            try:
-                async with self._client.send(request, useless) as response:
-                    endpoint = response.endpoint
-                    return await self._read_manifest(response, reference)
-            except UpstreamProtocolError:
-                # Another endpoint may send more than a log-in page.
-                if endpoint in ("", *useless) or self._client.endpoint_count == len(useless) + 1:
-                    raise
-                useless.append(endpoint)
+        return await self._client.fetch(
+            request, lambda response: self._read_manifest(response, reference)
+        )
 
     async def _read_manifest(
         self, response: AcceptedResponse, reference: Reference
@@ -196,14 +190,12 @@ class HttpRegistry:
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`."""
-        path = f"blobs/{digest}"
-        received = await self._head(repository, path, Kind.BLOB)
-        if received is None:
-            get = RegistryRequest("GET", repository, path, Kind.BLOB)
-            async with self._client.send(get) as response:
-                received = response.http.headers
-        _refuse_page(received)
-        return length_of(received)
+        request = RegistryRequest("HEAD", repository, f"blobs/{digest}", Kind.BLOB)
+        headers = await self._head(request, _headers_of_content)
+        if headers is None:
+            get = replace(request, method="GET")
+            headers = await self._client.fetch(get, _headers_of_content)
+        return length_of(headers)
 
     @asynccontextmanager
     async def open(
@@ -239,11 +231,15 @@ class HttpRegistry:
             endpoint_headers=endpoint_headers,
             is_accepted=_is_range_response,
         )
-        async with self._client.send(request, avoid) as response:
+
+        async def read(response: AcceptedResponse) -> BodyStream:
             start, size = _range_of(response, offset)
             if total is not None and size not in (None, total):
                 raise UpstreamProtocolError(f"the upstream has {size} bytes, not {total}")
-            yield BodyStream(response, start, size, self._limits, self._report_bytes)
+            return BodyStream(response, start, size, self._limits, self._report_bytes)
+
+        async with self._client.send(request, read, avoid) as stream:
+            yield stream
 
     def _report_bytes(self, count: int) -> None:
         self._emit(BytesFetched(self._name, count))
@@ -295,8 +291,7 @@ class HttpRegistry:
             )
         except NotFound:
             return None  # No endpoint has this API.
-        if pages is None:
-            return None
+        assert pages is not None
         body = pages[0] if len(pages) == 1 else await run_in_thread(_merge_referrers, pages)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
@@ -388,14 +383,56 @@ def digest_of(headers: Mapping[str, str]) -> Digest | None:
         return None
 
 
-def _refuse_page(headers: Mapping[str, str]) -> None:
-    """Raise ``UpstreamProtocolError`` for a web page, which does not prove that content exists.
+async def _headers_of_content(response: AcceptedResponse) -> Mapping[str, str]:
+    """Return the header fields. Raises ``UpstreamProtocolError`` for a web page.
 
-    A log-in page has status 200, too. Content that is received proves itself by its digest.
+    A log-in page has status 200, too, and does not prove that the content exists. Content that is
+    received proves itself by its digest.
     """
+    headers = response.http.headers
     is_page = media_type_of(headers.get(hdrs.CONTENT_TYPE)).lower() == "text/html"
     if is_page and "Docker-Content-Digest" not in headers:
         raise UpstreamProtocolError("the upstream sent a web page, such as a log-in page")
+    return headers
+
+
+def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
+    """Read the header fields of a manifest.
+
+    Raises ``UpstreamProtocolError`` if they name another digest than ``reference``.
+    """
+    digest = digest_of(headers)
+    if isinstance(reference, Digest):
+        # A registry may name its own digest of the content, by another algorithm.
+        is_comparable = digest is not None and digest.algorithm == reference.algorithm
+        if is_comparable and digest != reference:
+            raise UpstreamProtocolError("the response is for another digest")
+        digest = reference
+    media_type = manifest_type_of(headers.get(hdrs.CONTENT_TYPE))
+    # No manifest is empty. Some registries state the length of the empty body of a HEAD.
+    return ManifestHead(digest, media_type, length_of(headers) or None)
+
+
+def _may_get_succeed(error: UpstreamError) -> bool:
+    """Return whether a ``GET`` may succeed although the ``HEAD`` failed with ``error``.
+
+    False if no request of any kind would get through, or if the upstream has asked us to wait: a
+    ``GET`` in that time would be one request too many.
+    """
+    match error:
+        case UpstreamRateLimited():
+            return not error.retry_after
+        case AllCircuitsOpen():
+            return True  # The circuits of other kinds of requests may be closed.
+        case UpstreamUnavailable():
+            return error.scope in (FailureScope.REQUEST, FailureScope.SUBJECT)
+        case _:
+            return not isinstance(error, OutboundRefused)
+
+
+def _is_unreachable(error: UpstreamError | None) -> bool:
+    """Return whether a ``HEAD`` is retried: no ``GET`` follows an endpoint that is unreachable."""
+    return is_transient(error) and error.scope is FailureScope.ENDPOINT
 
 
 def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:
@@ -445,8 +482,10 @@ def _refuses_page_size(response: AcceptedResponse) -> bool:
 
 
 def _is_referrers_page(response: AcceptedResponse) -> bool:
-    media_type = media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE))
-    return response.http.status == 200 and media_type == OCI_INDEX
+    """Return True. Raises ``ManifestUnknown`` if the endpoint does not have the API."""
+    if media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
+        raise ManifestUnknown("the upstream does not list referrers")
+    return True
 
 
 def _merge_referrers(pages: Sequence[bytes]) -> bytes:

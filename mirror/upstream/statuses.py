@@ -27,7 +27,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
     """Translate the status of a response that was not accepted into an error.
 
     ``kind``: the requested kind of object. It selects the error class of a 404. A 401 or 403 from
-    another origin (the storage that a redirect led to) becomes ``UpstreamUnavailable``, because the
+    another origin (the storage that a redirect led to) becomes ``StorageRefused``, because the
     registry itself did not refuse.
     """
     host = response.http.url.origin()
@@ -38,7 +38,7 @@ async def error_of(response: Response, kind: Kind) -> errors.MirrorError:
             return errors.ManifestUnknown("the upstream does not list referrers")
         case 401 | 403 if response.is_cross_origin:
             # For example an expired signed URL: the next attempt gets a new one.
-            return errors.UpstreamUnavailable(
+            return errors.StorageRefused(
                 f"{host}: the storage behind the registry refuses access",
                 scope=errors.FailureScope.REQUEST,
             )

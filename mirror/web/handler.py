@@ -302,7 +302,8 @@ class Handler:
         response = _build_json_response(json.dumps(page).encode(), pull)
         if result.has_more and result.names:
             query = {"n": parsed.count, "last": result.names[-1], "ns": parsed.ns}
-            response.headers["Link"] = build_next("/v2/_catalog", query)
+            path = "/v2/_catalog" if parsed.count is None else "_catalog"  # See `_send_tags`.
+            response.headers["Link"] = build_next(path, query)
         return response
 
     async def _send_tags(

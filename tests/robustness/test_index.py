@@ -12,6 +12,7 @@ from bench import index_costs
 from mirror import server as server_module
 from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
+from mirror.oci.reference import Digest
 from mirror.store import index_directory, rows
 from mirror.store.store import Store
 from tests.fakes.registry import FakeRegistry
@@ -22,7 +23,8 @@ from tests.real.server import Mirror
 from tests.server_kit import Server, running
 from tests.unit.store import damages
 from tests.unit.store.damages import Damage
-from tests.unit.store.kit import eventually, fill_up, small_disk
+from tests.unit.store.kit import fill_up, small_disk
+from tests.waiting import until
 
 NAMES = 60
 ACCEPT = {"Accept": OCI_MANIFEST}
@@ -66,6 +68,28 @@ async def test_cached_names_are_served_while_the_upstream_is_down_and_the_index_
         reports += [e for e in server.events if isinstance(e, (IndexDamaged, IndexRestored))]
     # Damage to a file whose pages SQLite has in memory can be harmless.
     assert reports or damage in (damages.cut_log, damages.overwrite_log)
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_layers_are_served_at_once_after_the_index_was_restored(tmp_path: Path) -> None:
+    """A client requests them as soon as it has the manifest: before the housekeeping runs."""
+    layer = Digest.of(b"layer")
+    async with FakeRegistry() as fake:
+        root = fake.add_image(b"layer", tag="latest")
+        async with running(tmp_path, fake.url) as server:
+            for path in (server.manifest("latest"), server.manifest(root), server.blob(layer)):
+                await server.get(path)
+            await server.store.save_image_layout()
+    for policy in ("IfNotPresent", "Never"):
+        async with running(tmp_path, pull_policy=policy) as server:
+            await assert_served(server, root, layer)
+            damages.lose(tmp_path / "index")
+            await assert_served(server, root, layer)
+
+
+async def assert_served(server: Server, root: Digest, layer: Digest) -> None:
+    for path in (server.manifest("latest"), server.manifest(root), server.blob(layer)):
+        assert (await server.get(path, ACCEPT))[0] == 200, path
 
 
 @pytest.mark.row("G3-index-damage-while-running")
@@ -123,7 +147,7 @@ async def test_housekeeping_goes_on_and_is_logged_after_any_exception(
     for interval in ("_MEASURE_INTERVAL_S", "_INDEX_INTERVAL_S", "_SAVE_INTERVAL_S"):
         monkeypatch.setattr(server_module, interval, 0.01)
     async with running(tmp_path) as server:
-        await eventually(lambda: min(calls.values()) >= 3)
+        await until(lambda: min(calls.values()) >= 3)
         failures = {
             dict(event.fields)["job"]: event.level
             for event in server.events
@@ -167,7 +191,7 @@ async def test_server_that_started_on_a_full_disk_tells_so_until_there_is_room(
             _, _, report = await server.get(f"{server.url}/readyz")
             assert b"the index cannot be written" in report
             (root / "filler").unlink()
-            await eventually(lambda: server.store.unwritable_reason is None)
+            await until(lambda: server.store.unwritable_reason is None)
             _, _, report = await server.get(f"{server.url}/readyz")
             assert b"index" not in report
             await assert_all_are_served(server, names, "with room again")

@@ -20,7 +20,7 @@ from mirror.observability.events import Event
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.records import AccessRecord, TagRecord
+from mirror.store.records import AccessRecord
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
@@ -68,8 +68,7 @@ async def remember(layout: Layout, held: list[tuple[Digest, int]], tags: int) ->
     ]
     await index.put_access_records(APP, members)
     for number in range(tags):
-        record = TagRecord(APP, Tag.parse(f"v{number}"), held[number][0], 1.0, 2.0)
-        await index.put_tags([record])
+        await index.confirm_tag(APP, Tag.parse(f"v{number}"), held[number][0])
     await index.set_verified([(digest, 3.0) for digest, _ in held])
     await index.close()
     assert not events

@@ -243,12 +243,12 @@ def test_soak_leaves_right_content_and_the_resources_of_before(
         # --- afterwards: everything is served, and nothing is left -------------------------------
         for number in range(IMAGES):
             digests = [blob.digest for blob in held[number].blobs]
-            assert eventually(lambda: all(try_pull(mirror, d) for d in digests)), number  # noqa: B023 - called at once
+            wait_until(lambda: all(try_pull(mirror, d) for d in digests), f"pull of {number}")  # noqa: B023 - called at once
         after = settled(mirror, clients)
         assert after.descriptors <= before.descriptors + 4, (before, after)
         assert after.threads <= before.threads + 16, (before, after)
         assert after.memory <= 1.5 * before.memory, (before, after)
-        assert accounted(mirror)
+        wait_until(lambda: is_accounted(mirror), "the size on disk is not accounted for", 90)
         assert not [line for line in mirror.log() if line.get("level") == "critical"]
         assert b"Traceback" not in mirror.output_text().encode()
         mirror.stop()
@@ -273,19 +273,7 @@ def settled(mirror: Mirror, clients: Clients) -> Use:
     return found[-1]
 
 
-def accounted(mirror: Mirror) -> bool:
-    """Whether the metric of the size on disk reaches the size of the files."""
-
-    def is_equal() -> bool:
-        files = list((mirror.data_dir / "blobs").glob("*/*"))
-        return mirror.metric("oci_mirror_content_bytes") == sum(f.stat().st_size for f in files)
-
-    return eventually(is_equal, 90)
-
-
-def eventually(condition: Callable[[], bool], timeout: float = 30.0) -> bool:
-    """Whether the condition holds within ``timeout`` seconds."""
-    with suppress(TimeoutError):
-        wait_until(condition, "the condition", timeout)
-        return True
-    return False
+def is_accounted(mirror: Mirror) -> bool:
+    """Whether the metric of the size on disk is the size of the files."""
+    files = list((mirror.data_dir / "blobs").glob("*/*"))
+    return mirror.metric("oci_mirror_content_bytes") == sum(f.stat().st_size for f in files)

@@ -104,7 +104,9 @@ async def test_429_pauses_requests_and_is_passed_on(
             assert status == 429
             assert len(fake.requests) == asked, "the upstream demanded a pause"
         status, _, _ = await server.get(server.manifest(digest))
-        assert status == 200, "it was demanded for HEAD of this repository only"
+        # Without a time, the GET of the tag was tried as well, and its 429 pauses other GETs.
+        is_paused = header.get("Retry-After") in (None, "-5", "soon")
+        assert status == (429 if is_paused else 200), "it was demanded for HEAD only"
 
 
 @pytest.mark.row("U9-rate-limits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tomllib
 from base64 import b64decode
@@ -145,6 +146,13 @@ def test_k3s_and_rke2_get_registries_yaml() -> None:
     assert list(files("rke2")) == ["rancher/rke2/registries.yaml"]
     assert "deletes what was written there by hand" in setup("k3s").notes[0]
     assert "disable-default-registry-endpoint" in setup("rke2", enforced=True).notes[-1]
+
+
+@pytest.mark.row("FF5-client-files")
+@pytest.mark.parametrize("name", ["gke", "eks", "k3s", "talos"])
+def test_yaml_of_a_distribution_has_no_aliases_and_no_quoted_lines(name: str) -> None:
+    (text,) = files(name).values()
+    assert not re.search(r"[&*]id\d|\n\n", text)
 
 
 @pytest.mark.row("FF5-client-files")

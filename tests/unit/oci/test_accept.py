@@ -1,13 +1,14 @@
-"""``Accept``: one canonical value for the same media ranges in any order."""
+"""``Accept``: one value for the same media ranges in any order, and the types that it takes."""
 
 from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.accept import parse_accept
+from mirror.oci.accept import is_acceptable, parse_accept, variant_of
 from mirror.oci.descriptor import DEFAULT_ACCEPT, DOCKER_LIST, OCI_INDEX, OCI_MANIFEST
 
 
@@ -39,3 +40,38 @@ def test_result_is_printable_ascii_and_parses_to_itself(lines: list[str]) -> Non
     assert all(item.isascii() and item.isprintable() for item in found)
     if found != DEFAULT_ACCEPT:
         assert parse_accept(found) == found
+
+
+@pytest.mark.parametrize(
+    ("accept", "everything"),
+    [
+        ((), True),
+        (("*/*",), True),
+        (DEFAULT_ACCEPT, True),
+        ((*DEFAULT_ACCEPT, "application/vnd.docker.distribution.manifest.v1+json"), True),
+        ((OCI_MANIFEST, DOCKER_LIST), False),
+        ((OCI_MANIFEST, "*/*"), False),
+    ],
+)
+def test_variant_is_empty_for_clients_that_take_every_manifest(
+    accept: tuple[str, ...], everything: bool
+) -> None:
+    assert (variant_of(accept) == "") is everything
+    assert variant_of(accept) == variant_of(tuple(reversed(accept)))
+
+
+@pytest.mark.parametrize(
+    ("accept", "taken"),
+    [
+        ((), True),
+        (("*/*",), True),
+        (("application/*",), True),
+        ((OCI_MANIFEST,), True),
+        ((f"{OCI_MANIFEST.upper()};q=0.5",), True),
+        (("text/*", OCI_INDEX), False),
+    ],
+)
+def test_accepts_follows_types_and_wildcards_of_the_accept_header(
+    accept: tuple[str, ...], taken: bool
+) -> None:
+    assert is_acceptable(accept, OCI_MANIFEST) is taken

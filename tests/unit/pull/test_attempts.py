@@ -6,7 +6,10 @@ import pytest
 
 from mirror.oci.errors import (
     AllCircuitsOpen,
+    Denied,
     MirrorError,
+    StorageRefused,
+    Unauthorized,
     UpstreamProtocolError,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -40,7 +43,7 @@ def attempts(**changes: object) -> SourceAttempts:
         ({"failed_in_a_row": 6}, 100.0, True),
     ],
 )
-def test_source_is_given_up_after_5_failures_or_its_patience(
+def test_source_is_given_up_after_5_failures_or_its_stall_limit(
     changes: dict[str, object], now: float, is_over: bool
 ) -> None:
     assert attempts(**changes).is_over(now) is is_over
@@ -77,3 +80,21 @@ def test_endpoint_without_progress_is_asked_last() -> None:
     state.has_progressed, state.endpoint = True, "http://three"
     state.count_failure(BROKEN)
     assert state.avoid == ["http://two", "http://one"]
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize("error", [Denied("403"), Unauthorized("401")])
+def test_refused_transfer_is_followed_by_one_request_without_a_range(error: MirrorError) -> None:
+    state = attempts(validator="x")
+    state.count_failure(error)
+    assert (state.may_use_range, state.validator, state.is_over(100.0)) == (False, None, False)
+    state.count_failure(error)
+    assert state.is_over(100.0)
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+def test_transfer_that_the_storage_refuses_is_repeated_without_a_range() -> None:
+    state = attempts()
+    for _ in range(2):
+        state.count_failure(StorageRefused("403"))
+        assert (state.may_use_range, state.is_over(100.0)) == (False, False)

@@ -401,7 +401,7 @@ async def test_size_announced_without_any_bytes_does_not_bind_the_next_source(
 async def test_response_to_a_resume_proves_access_before_its_first_byte(tmp_path: Path) -> None:
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_blob(REPO.path, DATA)
-        kit.registry.breaks = [(200_000, Denied("no more"))]
+        kit.registry.breaks = [(200_000, Denied("no more"))] * 2
         with pytest.raises(Denied):
             await blob(kit, DIGEST)
         await kit.store.idle()

@@ -30,7 +30,6 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
-from mirror.pull.manifests import is_acceptable, variant_of
 from mirror.single_flight import SharedTask
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
@@ -376,41 +375,6 @@ async def test_client_with_few_accepted_types_is_served_a_cached_manifest_that_f
         kit.clock[0] += 101
         kit.registry.failure = UpstreamUnavailable("down")
         assert await by_tag(kit, OLD) == (digest, Outcome.STALE)
-
-
-@pytest.mark.parametrize(
-    ("accept", "everything"),
-    [
-        ((), True),
-        (("*/*",), True),
-        (DEFAULT_ACCEPT, True),
-        ((*DEFAULT_ACCEPT, "application/vnd.docker.distribution.manifest.v1+json"), True),
-        (OLD, False),
-        ((OCI_MANIFEST, "*/*"), False),
-    ],
-)
-def test_variant_is_empty_for_clients_that_take_every_manifest(
-    accept: tuple[str, ...], everything: bool
-) -> None:
-    assert (variant_of(accept) == "") is everything
-    assert variant_of(accept) == variant_of(tuple(reversed(accept)))
-
-
-@pytest.mark.parametrize(
-    ("accept", "taken"),
-    [
-        ((), True),
-        (("*/*",), True),
-        (("application/*",), True),
-        ((OCI_MANIFEST,), True),
-        ((f"{OCI_MANIFEST.upper()};q=0.5",), True),
-        (("text/*", OCI_INDEX), False),
-    ],
-)
-def test_accepts_follows_types_and_wildcards_of_the_accept_header(
-    accept: tuple[str, ...], taken: bool
-) -> None:
-    assert is_acceptable(accept, OCI_MANIFEST) is taken
 
 
 # --- stored bytes -----------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from tests.unit.pull.kit import (
     pull_kit,
     upstream,
 )
+from tests.waiting import until
 
 DOWN = UpstreamUnavailable("down")
 LIES = [
@@ -189,6 +192,18 @@ async def test_entry_that_the_first_release_recorded_as_a_manifest_is_served_as_
 
 
 @pytest.mark.row("FB3-buildkit-cache-index")
+async def test_layer_that_an_index_lists_without_a_type_is_served_as_a_blob(tmp_path: Path) -> None:
+    registry = MemoryRegistry()
+    layer = registry.add_blob(REPO.path, b"layer")
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        await manifest(kit, add_index(registry, layer, {}))
+        assert await blob(kit, layer) == (b"layer", Outcome.MISS)
+    registry.failure = DOWN
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        assert await blob(kit, layer) == (b"layer", Outcome.HIT)
+
+
+@pytest.mark.row("FB3-buildkit-cache-index")
 async def test_manifest_that_an_index_lists_with_another_type_stays_a_manifest(
     tmp_path: Path,
 ) -> None:
@@ -280,3 +295,24 @@ async def test_parts_of_a_child_are_recovered_after_a_loss_of_the_index(
     async with pull_kit(tmp_path, registry=registry) as kit:
         assert await media_type(kit, child) == OCI_MANIFEST
         assert await blob(kit, Digest.of(b"layer")) == (b"layer", Outcome.HIT)
+
+
+@pytest.mark.row("G4-busy-index")
+@pytest.mark.parametrize("stated", ["application/vnd.example", OCI_MANIFEST])
+async def test_fetched_manifest_has_the_stated_type_although_its_record_is_not_written_yet(
+    tmp_path: Path, stated: str
+) -> None:
+    registry = MemoryRegistry()
+    body = b'{"schemaVersion": 2, "config": {}, "layers": []}'
+    digest = Digest.of(body)
+    registry.manifests[REPO.path, digest] = (body, stated)
+    async with pull_kit(tmp_path, registry=registry) as kit:
+        table = kit.store.layout.index / "members" / "cache.db"
+        other = sqlite3.connect(table, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        request = asyncio.ensure_future(media_type(kit, digest))  # noqa: TID251 - a test
+        await until(lambda: registry.calls["get_manifest"] == 1)
+        await asyncio.sleep(0.1)  # The body is parsed meanwhile.
+        other.execute("ROLLBACK")
+        other.close()
+        assert await request == stated

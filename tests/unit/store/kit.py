@@ -28,7 +28,7 @@ from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
-from mirror.store.records import AccessRecord, NamedManifest, access_records_of, confirm
+from mirror.store.records import AccessRecord, NamedManifest, access_records_of
 from mirror.store.rows import Rows
 from mirror.store.store import Store
 from tests.real.process import need
@@ -132,15 +132,6 @@ async def read(reader: Reader, start: int = 0, stop: int | None = None) -> bytes
     return b"".join(parts)
 
 
-async def eventually(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait until a condition holds that another thread or process causes, or ``TimeoutError``."""
-    async with asyncio.timeout(seconds):
-        while True:
-            if holds():
-                return
-            await asyncio.sleep(0.01)
-
-
 # --- ingests --------------------------------------------------------------------------------------
 
 
@@ -177,6 +168,12 @@ async def go_on(content: Ingest, data: bytes = DATA) -> None:
         await bring(content, data, len(data))
     else:
         content.release()
+
+
+async def text_of(rows: Rows, key: str, table: str = "kept") -> str | None:
+    """The text of a row. None if it is missing, or if the database fails."""
+    unanswered: str | None = None
+    return await rows.read(lambda tables: tables.read(table, key)[0], unanswered)
 
 
 @asynccontextmanager
@@ -284,7 +281,7 @@ async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
     parts = access_records_of(root, parse_manifest(body, media_type))
     await store.index.put_access_records(REPO, [root, *parts])
     if tag is not None:
-        await store.index.put_tags([confirm(None, REPO, tag, root.digest, store._now())])
+        await store.index.confirm_tag(REPO, tag, root.digest)
 
 
 async def manifests(index: Index) -> list[NamedManifest]:

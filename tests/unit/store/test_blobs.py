@@ -22,7 +22,6 @@ from mirror.store.reader import FileExtent
 from tests.unit.store.kit import (
     DIGEST,
     Verified,
-    eventually,
     flip,
     kit,
     no_trace,
@@ -30,6 +29,7 @@ from tests.unit.store.kit import (
     random_bytes,
     read,
 )
+from tests.waiting import until
 
 SMALL = random_bytes(100_000, 3)
 LARGE = random_bytes(module.SMALL_BYTES + 1_000_000, 4)
@@ -266,7 +266,7 @@ async def test_request_cancelled_during_the_open_leaves_no_descriptor(tmp_path: 
         for reader in readers:
             assert reader
             reader.close()
-        await eventually(lambda: len(os.listdir("/proc/self/fd")) <= before)
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 async def test_remembered_verification_times_are_bounded_and_saved_once(
@@ -417,7 +417,7 @@ async def test_no_range_of_aged_content_is_served_after_damage_was_found(tmp_pat
         no_trace(path)
         reader = await parts.blobs.find(digest)
         assert reader
-        await eventually(lambda: any(isinstance(e, DigestMismatched) for e in parts.events))
+        await until(lambda: any(isinstance(e, DigestMismatched) for e in parts.events))
         assert not path.exists()
         with pytest.raises(DigestMismatch):
             await reader.wait(0, 10)
@@ -432,7 +432,7 @@ async def test_close_does_not_hash_its_queue_and_reports_no_damage(
         digests = [await put(parts, random_bytes(5_000_000, seed)) for seed in range(8)]
         gate = HashGate(monkeypatch)
         readers = [await parts.blobs.find(digest) for digest in digests]
-        await eventually(lambda: gate.count == 4)
+        await until(lambda: gate.count == 4)
         parts.blobs.stop_verifying()
         gate.go.set()
         for reader in readers:

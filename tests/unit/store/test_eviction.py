@@ -15,7 +15,7 @@ from mirror.oci.reference import ALGORITHMS, Digest
 from mirror.store import disk
 from mirror.store.disk import IngestState, Layout
 from mirror.store.eviction import Catalog, StoredBlob, eviction_order
-from mirror.store.space import Usage, bytes_to_free, is_room
+from mirror.store.space import Usage, bytes_to_free, has_room
 from tests.unit.store.kit import random_bytes
 
 # --- accounting -----------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def test_bytes_to_free_reach_the_low_water_mark_and_the_free_disk(
         assert usage.total - count <= int(capacity * 0.85)
         assert reason in ("quota", "disk")
     if usage.total <= 1_000_000 and max(need, reserved) <= free:
-        assert is_room(usage, need, free, SETTINGS), "up to the quota, no fetch waits"
+        assert has_room(usage, need, free, SETTINGS), "up to the quota, no fetch waits"
 
 
 @pytest.mark.parametrize(

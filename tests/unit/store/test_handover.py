@@ -26,7 +26,8 @@ from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestLock, Role
 from mirror.store.other_process import LeaderState
-from tests.unit.store.kit import DATA, DIGEST, Kit, bring, eventually, flip, go_on, kit, read
+from tests.unit.store.kit import DATA, DIGEST, Kit, bring, flip, go_on, kit, read
+from tests.waiting import until
 
 HALF = 1_500_000
 
@@ -124,7 +125,7 @@ async def test_leader_that_resumes_before_bytes_served_elsewhere_ends_those_read
     await dying.try_lead()
     await dying.declare(len(DATA))
     await dying.feed(DATA[:HALF])
-    await eventually(lambda: dying.head == HALF)
+    await until(lambda: dying.head == HALF)
     other = Ingest(second.ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
@@ -297,7 +298,7 @@ async def test_failure_reaches_the_followers_in_other_processes(processes: list[
     await leader.try_lead()
     await leader.declare(len(DATA))
     await leader.feed(DATA[:HALF])
-    await eventually(lambda: leader.head == HALF)
+    await until(lambda: leader.head == HALF)
     other = Ingest(processes[1].ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.FOLLOWER
     theirs = follow(other)
@@ -322,7 +323,7 @@ async def test_content_published_between_two_checks_is_read_to_its_end(
     await leader.declare(size)
     await leader.feed(DATA[:HALF])
     await leader.feed(DATA[HALF : HALF + 1])
-    await eventually(lambda: leader.head >= HALF)
+    await until(lambda: leader.head >= HALF)
     other = Ingest(processes[1].ingest_context, DIGEST, None)
     assert await other.try_lead() is Role.FOLLOWER
     layout, real = processes[0].layout, disk.is_at

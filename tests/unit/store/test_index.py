@@ -7,8 +7,8 @@ import os
 import pickle
 import sqlite3
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
     AccessRecord,
     NamedManifest,
-    confirm,
 )
 from mirror.store.rows import PAGE_ROWS, Tables
 from mirror.threads import run_in_thread
 from tests.unit.store.kit import manifests
+from tests.waiting import until
 
 YEAR = 365 * 86400.0
 REPO = Repository("docker.io", "library/app")
@@ -63,8 +63,7 @@ async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[
 async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    record = confirm(None, REPO, TAG, ONE, 1.0)
-    await index.put_tags([record])
+    record = await index.confirm_tag(REPO, TAG, ONE)
     await index.put_access_records(REPO, [root(ONE)])
     await index.set_verified([(ONE, 5.0)])
     await index.pin([ONE])
@@ -91,7 +90,7 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
 async def test_planted_pickle_is_never_unpickled(tmp_path: Path) -> None:
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+    await index.confirm_tag(REPO, TAG, ONE)
     await index.close()
     target = tmp_path / "unpickled"
     database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
@@ -113,14 +112,14 @@ async def test_busy_database_drops_the_write_and_logs_it(
     monkeypatch.setattr("mirror.store.rows._BUSY_TIMEOUT_S", 0.1)
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
-    await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+    await index.confirm_tag(REPO, TAG, ONE)
     other = sqlite3.connect(tmp_path / "index" / "named" / "cache.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
-    await index.put_tags([confirm(None, REPO, TAG, TWO, 2.0)])
+    await index.confirm_tag(REPO, TAG, TWO)
     assert events, "the write was dropped and logged"
     other.execute("ROLLBACK")
     other.close()
-    await index.put_tags([confirm(None, REPO, TAG, TWO, 2.0)])
+    await index.confirm_tag(REPO, TAG, TWO)
     record = await index.tag(REPO, TAG)
     assert record
     assert record.digest == TWO
@@ -132,7 +131,7 @@ async def test_read_does_not_wait_for_a_transaction_of_another_process_nor_is_a_
     tmp_path: Path,
 ) -> None:
     async with opened(tmp_path) as index:
-        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        await index.confirm_tag(REPO, TAG, ONE)
         other = sqlite3.connect(tmp_path / "index" / "named" / "cache.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         write = asyncio.ensure_future(index.confirm_tag(REPO, TAG, TWO))  # noqa: TID251 - a test
@@ -143,7 +142,7 @@ async def test_read_does_not_wait_for_a_transaction_of_another_process_nor_is_a_
             record = await index.tag(REPO, TAG)
             slowest = max(slowest, time.monotonic() - asked)
             assert record
-            assert record.digest == ONE
+            assert record.digest == TWO, "it has what this process has queued"
             await asyncio.sleep(0.05)
         assert not write.done()
         other.execute("ROLLBACK")
@@ -153,6 +152,107 @@ async def test_read_does_not_wait_for_a_transaction_of_another_process_nor_is_a_
         assert record
         assert record.digest == TWO
         assert slowest < 1, "it did not wait for the transaction"
+
+
+@contextmanager
+def locked(path: Path, *tables: str) -> Iterator[None]:
+    """Another process is in the middle of a transaction of each table."""
+    others = [
+        sqlite3.connect(path / "index" / table / "cache.db", isolation_level=None)
+        for table in tables
+    ]
+    for other in others:
+        other.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        for other in others:
+            other.execute("ROLLBACK")
+            other.close()
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_reads_see_all_that_this_process_has_queued_while_another_one_writes(
+    tmp_path: Path,
+) -> None:
+    layer, old = Digest.of(b"layer"), Digest.of(b"old")
+    async with opened(tmp_path) as index:
+        await index.confirm_tag(REPO, TAG, ONE)
+        untyped = replace(part(ONE, "manifest"), media_type="")
+        await index.put_access_records(REPO, [untyped, part(old, "blob")])
+        await index.pin([ONE])
+
+        async def check() -> None:
+            record = await index.tag(REPO, TAG)
+            assert record
+            assert record.digests == (TWO, ONE)
+            assert sorted(await index.tags_of(REPO)) == [TAG, Tag("new")]
+            known = await index.access_record(REPO, ONE, "manifest")
+            assert known
+            assert known.media_type == "stated/type", "an index had stated none"
+            assert await index.access_record(REPO, layer, "blob")
+            assert await index.access_record(REPO, old, "blob") is None, "it was revoked"
+            assert await index.verified_at(ONE) == 7.0
+            assert await index.pinned() == {ONE, TWO}
+            assert await index.negative("blob a@b") == "gone"
+            assert await index.cached_list("tags c") == "1.0"
+
+        stated = replace(root(ONE), media_type="stated/type")
+        writes: list[Coroutine[Any, Any, object]] = [
+            index.confirm_tag(REPO, TAG, TWO),
+            index.confirm_tag(REPO, Tag("new"), TWO),
+            index.pin([TWO]),
+            index.put_negative("blob a@b", "gone", 60.0),
+            index.put_list("tags c", "1.0", 60.0),
+            index.put_access_records(REPO, [stated, part(layer, "blob")]),
+            index.revoke_access(REPO, old, "blob"),
+            index.set_verified([(ONE, 7.0)]),
+        ]
+        with locked(tmp_path, "named", "members", "answers"):
+            tasks = [asyncio.ensure_future(write) for write in writes]  # noqa: TID251 - a test
+            while await index.pinned() != {ONE, TWO}:
+                continue
+            await check()
+            assert not any(task.done() for task in tasks)
+        await asyncio.gather(*tasks)
+        await check()
+        assert not index._pending
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_repositories_have_those_whose_manifests_this_process_has_queued(
+    tmp_path: Path,
+) -> None:
+    other = Repository("ghcr.io", "app")
+    async with opened(tmp_path) as index:
+        await index.put_access_records(other, [root(ONE)])
+        with locked(tmp_path, "named"):
+            write = asyncio.ensure_future(  # noqa: TID251 - a test
+                index.put_access_records(REPO, [root(ONE)])
+            )
+            names: tuple[str, ...] | None = ()
+            while names != (str(REPO), str(other)):
+                names = await index.repositories(lambda repository, digest: True)
+                assert names in ((str(other),), (str(REPO), str(other)))
+            assert not write.done()
+        await write
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_reads_see_a_write_whose_caller_is_cancelled_until_the_write_has_ended(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as index:
+        with locked(tmp_path, "members"):
+            write = asyncio.ensure_future(index.set_verified([(ONE, 7.0)]))  # noqa: TID251 - a test
+            while await index.verified_at(ONE) is None:
+                continue
+            await asyncio.sleep(0.05)  # The thread has begun.
+            write.cancel()
+            await asyncio.gather(write, return_exceptions=True)
+            assert await index.verified_at(ONE) == 7.0
+        await until(lambda: not index._pending)
+        assert await index.verified_at(ONE) == 7.0
 
 
 @pytest.mark.row("G4-busy-index")
@@ -209,8 +309,8 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
             root(Digest.of(b"of unknown size"), None),
         ]
         await index.put_access_records(REPO, [root(ONE), *parts])
-        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
-        await index.put_tags([confirm(None, REPO, Tag("child"), TWO, 1.0)])
+        await index.confirm_tag(REPO, TAG, ONE)
+        await index.confirm_tag(REPO, Tag("child"), TWO)
         await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
         await index.pin([ONE])
         assert await manifests(index) == [
@@ -249,7 +349,7 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
         assert not index.changed
         for step in (
             lambda: index.put_access_records(REPO, [root(ONE)]),
-            lambda: index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)]),
+            lambda: index.confirm_tag(REPO, TAG, ONE),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.put_access_records(REPO, [replace(root(ONE), size=5)]),
             lambda: index.pin([ONE]),
@@ -289,7 +389,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
         assert await index.names(0) is None
         assert await index.pinned() is None
         assert not await index.put_access_records(REPO, [root(TWO)])
-        assert not await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        assert await index.confirm_tag(REPO, TAG, ONE) is None
         assert not await index.pin([TWO])
         assert not index.changed, "nothing was written"
     assert await index.pinned() == {ONE}
@@ -300,7 +400,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
 async def test_row_that_is_not_text_hides_no_other_row(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         await index.put_access_records(REPO, [root(ONE), root(TWO)])
-        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        await index.confirm_tag(REPO, TAG, ONE)
     database = sqlite3.connect(tmp_path / "index" / "named" / "cache.db")
     with database:
         garbage = "UPDATE Cache SET mode = 4, value = x'80' WHERE key = ?"
@@ -341,7 +441,7 @@ async def test_lists_and_404s_are_bounded_and_displace_no_other_record(
 ) -> None:
     monkeypatch.setitem(index_module._TABLES, "answers", 500_000)
     async with opened(tmp_path) as index:
-        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
+        await index.confirm_tag(REPO, TAG, ONE)
         for number in range(100):
             await index.put_list(f"tags {number}", "x" * 20_000, 1e6)
             await index.put_negative(f"blob {number}", "x" * 100, 1e6)
@@ -358,12 +458,12 @@ async def test_lists_and_404s_are_bounded_and_displace_no_other_record(
 async def check_all(index: Index, on_disk: set[Digest], steps: int = 8) -> None:
     """Check so many pages that every row was checked."""
     for _ in range(steps):
-        await index.drop_orphaned_rows(on_disk.__contains__)
+        await index.orphans.drop(on_disk.__contains__)
 
 
 async def remember(index: Index, digest: Digest) -> None:
     await index.put_access_records(REPO, [root(digest)])
-    await index.put_tags([confirm(None, REPO, Tag(digest.hex[:8]), digest, 1.0)])
+    await index.confirm_tag(REPO, Tag(digest.hex[:8]), digest)
     await index.set_verified([(digest, 1.0)])
 
 
@@ -434,7 +534,8 @@ async def test_the_90_days_start_again_when_content_returns_or_a_record_is_writt
 async def test_tag_record_stays_while_any_of_its_digests_is_on_disk(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
-        await index.put_tags([confirm(confirm(None, REPO, TAG, ONE, 1.0), REPO, TAG, TWO, 2.0)])
+        await index.confirm_tag(REPO, TAG, ONE)
+        await index.confirm_tag(REPO, TAG, TWO)
         for on_disk, known in (({ONE}, True), ({TWO}, True), (set[Digest](), False)):
             await check_all(index, on_disk)
             clock[0] += ORPHAN_ROW_TTL_S + 1
@@ -449,7 +550,7 @@ async def test_each_check_reads_a_bounded_page_and_none_is_left_out(tmp_path: Pa
         seen: list[Digest] = []
         for _ in range(20):
             before = len(seen)
-            await index.drop_orphaned_rows(lambda digest: seen.append(digest) or True)
+            await index.orphans.drop(lambda digest: seen.append(digest) or True)
             assert len(seen) - before <= 2 * PAGE_ROWS, "a page of each table"
         assert set(seen) == digests
         assert len(seen) > 3 * len(digests), "it starts again after the last row"
@@ -471,15 +572,15 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
         gone = [Digest.of(b"gone %d" % number) for number in range(1000)]
         await index.put_access_records(REPO, [root(digest) for digest in gone])
         for _ in range(80):
-            await index.drop_orphaned_rows({held}.__contains__, contents=2)
+            await index.orphans.drop({held}.__contains__, contents=2)
         known = [d for d in gone if await index.access_record(REPO, d, "manifest")]
         assert 0 < len(known) <= 140, "20 rows for each content, and 100 rows"
         assert known == gone[-len(known) :], "the oldest ones were deleted"
         assert await is_known(index, held)
-        tags = [confirm(None, REPO, Tag(f"of-one-{n}"), held, 1.0) for n in range(1000)]
-        await index.put_tags(tags)
+        for number in range(1000):
+            await index.confirm_tag(REPO, Tag(f"of-one-{number}"), held)
         for _ in range(80):
-            await index.drop_orphaned_rows({held}.__contains__, contents=2)
+            await index.orphans.drop({held}.__contains__, contents=2)
         assert len(await index.tags_of(REPO)) <= 140
         assert await index.pinned() == {held}
 
@@ -487,14 +588,15 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
 async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index, opened(tmp_path, clock) as other:
-        await index.put_tags([confirm(None, REPO, TAG, ONE, 1.0)])
-        newer = confirm(None, REPO, TAG, TWO, 2.0)
+        await index.confirm_tag(REPO, TAG, ONE)
         write = index._rows.write
 
         async def too_late(*arguments: Any) -> object:
-            await other.put_tags([newer])
+            await other.confirm_tag(REPO, TAG, TWO)
             return await write(*arguments)
 
         index._rows.write = too_late  # type: ignore[method-assign] # between the check and the lock
         await check_all(index, set(), 1)
-        assert await index.tag(REPO, TAG) == newer
+        record = await index.tag(REPO, TAG)
+        assert record
+        assert record.digest == TWO

@@ -22,7 +22,8 @@ from mirror.store import disk, ingest_lock, other_process
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.threads import run_in_thread
-from tests.unit.store.kit import DATA, DIGEST, bring, eventually, flip, go_on, kit, put, read
+from tests.unit.store.kit import DATA, DIGEST, bring, flip, go_on, kit, put, read
+from tests.waiting import until
 
 LEADER = textwrap.dedent(
     """
@@ -219,7 +220,7 @@ async def test_fetch_cancelled_while_it_locks_leaves_no_lock_and_no_descriptor(
         content.release()
         opened.set()
         await content.lock.wait_for_threads()
-        await eventually(lambda: not descriptors(tmp_path))
+        await until(lambda: not descriptors(tmp_path))
         again = Ingest(parts.ingest_context, DIGEST, None)
         await bring(again)
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
@@ -243,7 +244,7 @@ async def test_fetch_cancelled_while_it_publishes_still_publishes(
         follower.close()
         assert descriptors(tmp_path), "the thread still needs the file"
         synced.set()
-        await eventually(lambda: not descriptors(tmp_path))
+        await until(lambda: not descriptors(tmp_path))
         assert parts.layout.blob(DIGEST).read_bytes() == DATA
 
 
@@ -256,7 +257,7 @@ async def test_followers_learn_of_a_failure_while_the_disk_hangs(
         await content.try_lead()
         await content.declare(len(DATA))
         await content.feed(DATA[:1000])
-        await eventually(lambda: content.head == 1000)
+        await until(lambda: content.head == 1000)
         hangs = gate("write_state")
         waits = [asyncio.ensure_future(f.wait(1000)) for f in followers if f]  # noqa: TID251 - a test
         await asyncio.sleep(0)

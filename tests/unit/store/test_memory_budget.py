@@ -19,7 +19,8 @@ from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_writer import MAX_SHARE_BYTES, MIN_SHARE_BYTES, MemoryBudget
 from mirror.threads import run_in_thread
-from tests.unit.store.kit import Kit, bring, eventually, kit, pieces, random_bytes, read
+from tests.unit.store.kit import Kit, bring, kit, pieces, random_bytes, read
+from tests.waiting import until
 
 LIMIT = 12 * 2**20
 PIECE = 65_536
@@ -112,7 +113,7 @@ async def test_clients_that_read_nothing_use_up_the_budget_and_stop_no_other_fet
     async with asyncio.timeout(60), asyncio.TaskGroup() as group:
         for (ingest, _), data in zip(stuck, CONTENTS, strict=False):
             group.create_task(bring(ingest, data, len(data)))
-        await eventually(lambda: memory.total >= LIMIT)
+        await until(lambda: memory.total >= LIMIT)
         parts.room[0] = not is_full
         for data in CONTENTS[20:23]:
             ingest, follower = start(parts, data)

@@ -112,6 +112,29 @@ def test_all_rows_are_checked_within_an_hour() -> None:
 
 
 @pytest.mark.row("HC9-random-names")
+def test_surplus_rows_are_deleted_within_ten_minutes() -> None:
+    rows, calls, checks = 56_000, 0, RowChecks()
+    marked: set[int] = set()
+    kept = list(range(rows))
+    while len(kept) > _MIN_ROWS and calls < _CALLS_PER_PASS:
+        checks.begin_call()
+        for _ in range(checks.steps):
+            checks.start(len(kept), contents=0)
+            page = [row for row in kept if row >= checks.after][:_ROWS_PER_STEP]
+            for row in page:
+                since = 1.0 if row in marked else None
+                action = next_row_action(False, since, 2.0, checks.is_surplus(False))
+                checks.count_action(action)
+                if action is RowAction.DROP:
+                    kept.remove(row)
+                else:
+                    marked.add(row)
+            checks.advance(page[-1] + 1 if page else None)
+        calls += 1
+    assert calls * 5.0 < 600.0
+
+
+@pytest.mark.row("HC9-random-names")
 def test_rows_that_are_added_during_a_pass_are_checked_within_an_hour_as_well() -> None:
     """A client that pulls long manifests adds rows much faster than one step a call checks them."""
     checks, rows, calls = RowChecks(), 5_000, 0

@@ -24,7 +24,6 @@ from mirror.store.ingest_lock import Role
 from mirror.store.reader import Extent, FileExtent, Reader, read_all
 from tests.unit.store.kit import (
     Kit,
-    eventually,
     go_on,
     kit,
     no_trace,
@@ -33,6 +32,7 @@ from tests.unit.store.kit import (
     random_bytes,
     read,
 )
+from tests.waiting import until
 
 DATA = random_bytes(blobs_module.SMALL_BYTES + 700_000, 81)
 WRONG = DATA[:-1] + bytes([DATA[-1] ^ 1])
@@ -349,9 +349,9 @@ async def test_open_content_is_not_evicted_and_unlinked_content_stays_readable(
         if not scene.is_stored:
             assert not path.exists()
             return
-        await eventually(path.exists)
+        await until(path.exists)
         # Until the end of the fetch, its exclusive lock protects the content.
-        await eventually(lambda: is_shared(path))
+        await until(lambda: is_shared(path))
         assert not can_be_evicted(path)
         path.unlink()
         assert await read(reader, 5, 2000) == DATA[5:2000]
@@ -391,7 +391,7 @@ async def test_content_can_be_evicted_after_its_last_reader_is_closed(
                 assert await read(second) == DATA
         path = scene.layout.blob(DIGEST)
         if scene.is_stored:
-            await eventually(lambda: path.exists() and can_be_evicted(path))
+            await until(lambda: path.exists() and can_be_evicted(path))
 
 
 @every_state

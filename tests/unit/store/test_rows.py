@@ -18,7 +18,7 @@ from mirror.store import rows as module
 from mirror.store.rows import PAGE_ROWS, Row, Rows, Tables, TextDisk
 from tests.unit.store import damages
 from tests.unit.store.damages import Damage
-from tests.unit.store.kit import opened_rows
+from tests.unit.store.kit import opened_rows, text_of
 
 
 async def everything(rows: Rows, table: str = "kept") -> list[Row]:
@@ -41,9 +41,9 @@ async def test_rows_are_read_after_a_restart(tmp_path: Path) -> None:
         assert await rows.put("kept", [("a", "1"), ("b", "2"), ("a", "3")])
         assert await rows.put("kept", [])
     async with opened_rows(tmp_path / "index") as rows:
-        assert await rows.get("kept", "a") == "3"
+        assert await text_of(rows, "a") == "3"
         await rows.write("kept", lambda t: t.delete("kept", "a"), None)
-        assert await rows.get("kept", "a") is None
+        assert await text_of(rows, "a") is None
         assert [row.text for row in await everything(rows)] == ["2"]
 
 
@@ -125,9 +125,9 @@ async def test_rows_that_are_not_text_are_passed_over_and_remove_no_file(tmp_pat
     database.close()
     async with opened_rows(tmp_path / "index", events) as rows:
         assert [row.key for row in await everything(rows)] == ["e"]
-        assert [await rows.get("kept", key) for key in "abcde"] == [None, None, None, None, "e"]
+        assert [await text_of(rows, key) for key in "abcde"] == [None, None, None, None, "e"]
         assert await rows.put("kept", [("b", "text again")])
-        assert await rows.get("kept", "b") == "text again"
+        assert await text_of(rows, "b") == "text again"
     assert precious.exists()
 
 
@@ -151,9 +151,9 @@ async def test_damaged_database_is_moved_aside_and_created_anew(
     damage(index)
     async with opened_rows(index, events) as rows:
         await rows.check()
-        assert await rows.get("kept", "key 1") is None
+        assert await text_of(rows, "key 1") is None
         assert await rows.put("kept", [("a", "1")])
-        assert await rows.get("kept", "a") == "1"
+        assert await text_of(rows, "a") == "1"
     is_lost = damage is damages.lose
     assert (tmp_path / "index.damaged").exists() != is_lost
     assert [type(event) for event in events] == ([] if is_lost else [IndexDamaged])
@@ -171,16 +171,16 @@ async def test_database_that_is_damaged_in_use_is_created_anew(
     texts = [(f"key {n}", "text" * 50) for n in range(500)]
     await rows.put("kept", texts)
     damage(index)
-    answers = {await rows.get("kept", key) for key, _ in texts}
+    answers = {await text_of(rows, key) for key, _ in texts}
     assert answers <= {None, "text" * 50}, "a row is as it was, or missing"
     assert await rows.put("kept", [("a", "1")])
-    assert await rows.get("kept", "a") == "1"
+    assert await text_of(rows, "a") == "1"
     assert await rows.put("other", [("a", "1")])
     await rows.close()
     assert not [event for event in events if isinstance(event, LogMessage)], "nothing failed"
     reopened = Rows(index, {"kept": None, "other": None}, events.append, prepared.append)
     await reopened.check()
-    assert await reopened.get("kept", "a") == "1" or len(prepared) > 2
+    assert await text_of(reopened, "a") == "1" or len(prepared) > 2
     await reopened.close()
 
 
@@ -196,14 +196,14 @@ async def test_processes_use_the_same_database_after_one_was_damaged(
             await rows.put("kept", [(f"key {n}", "text" * 50) for n in range(500)])
         damage(index)
         await asyncio.gather(
-            *(rows.get("kept", f"key {n}") for n in range(500) for rows in (one, two))
+            *(text_of(rows, f"key {n}") for n in range(500) for rows in (one, two))
         )
         await asyncio.gather(
             one.put("kept", [("from one", "1")]), two.put("kept", [("from two", "2")])
         )
         for rows in (one, two):
-            assert await rows.get("kept", "from one") == "1"
-            assert await rows.get("kept", "from two") == "2"
+            assert await text_of(rows, "from one") == "1"
+            assert await text_of(rows, "from two") == "2"
     assert len([event for event in events if isinstance(event, IndexDamaged)]) <= 1
     assert not [event for event in events if isinstance(event, LogMessage)]
 
@@ -223,11 +223,11 @@ async def test_tables_are_opened_as_a_whole_or_not_at_all(
     async with opened_rows(tmp_path / "index", events) as rows:
         with monkeypatch.context() as patch:
             patch.setattr(module, "_open_table", fail_at_second)
-            assert await rows.get("kept", "a") is None
-            assert await rows.get("bounded", "a") is None
+            assert await text_of(rows, "a") is None
+            assert await text_of(rows, "a", "bounded") is None
         monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
         assert await rows.put("bounded", [("a", "1")])
-        assert await rows.get("bounded", "a") == "1"
+        assert await text_of(rows, "a", "bounded") == "1"
 
 
 @pytest.mark.row("M10-hostile-index")
@@ -247,8 +247,8 @@ async def test_busy_database_is_not_moved_aside(
     async with opened_rows(index, events) as rows:
         with monkeypatch.context() as patch:
             patch.setattr(module, "_open_table", busy)
-            assert await rows.get("kept", "a") is None
-        assert await rows.get("kept", "a") == "1"
+            assert await text_of(rows, "a") is None
+        assert await text_of(rows, "a") == "1"
     assert not (tmp_path / "index.damaged").exists()
 
 
@@ -273,11 +273,11 @@ async def test_running_out_of_descriptors_loses_no_row(
     async with opened_rows(index, events) as rows:
         with monkeypatch.context() as patch:
             patch.setattr(module, "_open_table", unopened)
-            assert await rows.get("kept", "a") is None
+            assert await text_of(rows, "a") is None
         monkeypatch.setattr(os, "open", real)
-        assert await rows.get("kept", "a") is None, "it is not opened again at once"
+        assert await text_of(rows, "a") is None, "it is not opened again at once"
         monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-        assert await rows.get("kept", "a") == "1"
+        assert await text_of(rows, "a") == "1"
     assert not (tmp_path / "index.damaged").exists()
 
 
@@ -285,7 +285,7 @@ async def test_cancelled_read_does_not_disturb_the_others(tmp_path: Path) -> Non
     async with opened_rows(tmp_path / "index") as rows:
         await rows.put("kept", [("a", "1")])
         async with asyncio.TaskGroup() as group:
-            asked = [group.create_task(rows.get("kept", "a")) for _ in range(20)]
+            asked = [group.create_task(text_of(rows, "a")) for _ in range(20)]
             await asyncio.sleep(0)
             for task in asked[::3]:
                 task.cancel()

@@ -30,7 +30,6 @@ from mirror.store.ingest_lock import Role
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     REPO,
-    eventually,
     fill_up,
     image,
     keep,
@@ -45,6 +44,7 @@ from tests.unit.store.kit import (
     served,
     small_disk,
 )
+from tests.waiting import until
 
 NOW = 1_800_000_000.0
 YEAR = 365 * 86400.0
@@ -162,7 +162,7 @@ async def test_records_of_uses_that_a_disk_does_not_take_are_bounded(
             recorded.append(store.blobs.mark_used([digest]))
         assert recorded == [True] * 3 + [False] * 7
         hanging.set()
-        await eventually(lambda: len(touched) == 3)
+        await until(lambda: len(touched) == 3)
         assert store.blobs.mark_used([digest]), "the uses that were not recorded are still due"
 
 
@@ -196,7 +196,7 @@ async def test_content_is_verified_again_once_by_all_processes_also_after_a_cras
             assert await served(two, LAYER), "the second process knows the earlier verification"
             clock[0] += 10 * Storage().reverify
             assert await served(one, LAYER)
-            await eventually(lambda: any(isinstance(event, Reverified) for event in first))
+            await until(lambda: any(isinstance(event, Reverified) for event in first))
             await one.keep_up_index()
             assert await served(two, LAYER)
             assert not any(isinstance(event, Reverified) for event in second)

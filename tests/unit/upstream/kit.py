@@ -21,7 +21,8 @@ from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.failover import FailoverClient, RegistryRequest
+from mirror.upstream.failover import FailoverClient
+from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
 from tests.fakes.registry import FakeRegistry, Fault
@@ -56,7 +57,7 @@ class Kit:
     ) -> int:
         """Send a request, and return the status of the response. Raises like ``send``."""
         request = RegistryRequest(method, repository, path, Kind.MANIFEST)
-        async with self.client.send(request) as response:
+        async with self.client.send(request, unread) as response:
             return response.http.status
 
     async def read(self, digest: Digest, repository: Repository = REPO, **how: Any) -> bytes:
@@ -96,6 +97,11 @@ async def upstream_kit(
             yield Kit(client, registry, transport, single_flight, events, times)
         finally:
             await transport.close()
+
+
+async def unread(response: AcceptedResponse) -> AcceptedResponse:
+    """Return the response: a reader for ``send`` that accepts any body."""
+    return response
 
 
 def dead() -> str:
@@ -161,13 +167,6 @@ async def at_once(count: int, call: Callable[[], Awaitable[T]]) -> list[T | Base
 def origin(text: str) -> URL:
     """Parse the URL of an endpoint like the package does."""
     return URL(text, encoded=True)
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    """Wait for a condition that has no event."""
-    async with asyncio.timeout(20):
-        while not holds():  # noqa: ASYNC110 - what a process or a peer does has no event here
-            await asyncio.sleep(0.01)
 
 
 def tls_server(certificate: Certificate) -> ssl.SSLContext:

@@ -29,10 +29,10 @@ from tests.unit.upstream.kit import (
     failure,
     registry,
     repository,
-    until,
     up,
     upstream_kit,
 )
+from tests.waiting import until
 
 
 async def opened(kit: Kit, *fakes: FakeRegistry) -> None:

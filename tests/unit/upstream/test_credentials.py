@@ -19,7 +19,8 @@ from mirror.oci.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailabl
 from mirror.single_flight import SingleFlight
 from mirror.upstream import credentials as module
 from mirror.upstream.credentials import LOGIN_TTL_S, Login, Logins
-from tests.unit.upstream.kit import at_once, helper, rotating_helper, until
+from tests.unit.upstream.kit import at_once, helper, rotating_helper
+from tests.waiting import until
 
 HOST = "registry.example:5000"
 HUB = "https://index.docker.io/v1/"

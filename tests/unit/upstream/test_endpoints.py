@@ -11,9 +11,9 @@ from mirror.upstream.endpoints import (
     DEFAULT_BACK_OFF_S,
     FAILURE_THRESHOLD,
     FIRST_OPEN_S,
+    GROUP_PAUSE_THRESHOLD,
     MAX_BACK_OFF_S,
     MAX_OPEN_S,
-    SEVERAL,
     CircuitBreaker,
     Endpoints,
     Pause,
@@ -220,7 +220,7 @@ def test_429_pauses_its_repository_and_kind_only() -> None:
 @pytest.mark.row("FD2-limits-of-one-project")
 def test_429s_of_several_repositories_of_one_project_pause_this_project_only() -> None:
     pauses = Pauses()
-    for number in range(SEVERAL):
+    for number in range(GROUP_PAUSE_THRESHOLD):
         assert pauses.find(1.0, subject("a/next")) is None
         pauses.add(1.0, subject(f"a/{number}"), 60.0)
     assert pauses.find(1.0, subject("a/next")) == Pause(61.0, has_retry_after=True)
@@ -260,8 +260,8 @@ def test_pauses_stay_few_although_100_000_repositories_meet_a_429() -> None:
         if pauses.find(0.0, what) is None:
             sent += 1
             pauses.add(0.0, what, 60.0)
-    assert sent == SEVERAL
-    assert len(pauses._by_subject) == SEVERAL
+    assert sent == GROUP_PAUSE_THRESHOLD
+    assert len(pauses._by_subject) == GROUP_PAUSE_THRESHOLD
 
 
 # --- order ----------------------------------------------------------------------------------------

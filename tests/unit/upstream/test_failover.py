@@ -20,8 +20,13 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.upstream.endpoints import DEFAULT_BACK_OFF_S, FAILURE_THRESHOLD, FIRST_OPEN_S, SEVERAL
-from mirror.upstream.failover import RegistryRequest
+from mirror.upstream.endpoints import (
+    DEFAULT_BACK_OFF_S,
+    FAILURE_THRESHOLD,
+    FIRST_OPEN_S,
+    GROUP_PAUSE_THRESHOLD,
+)
+from mirror.upstream.messages import RegistryRequest
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST, RETRY_BUDGET_S
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.upstream.kit import (
@@ -33,10 +38,11 @@ from tests.unit.upstream.kit import (
     failure,
     registry,
     repository,
-    until,
+    unread,
     up,
     upstream_kit,
 )
+from tests.waiting import until
 
 SHORT = Limits(connect=0.2, headers=0.2)
 
@@ -270,7 +276,7 @@ async def test_draining_is_raised_at_once_and_counts_for_no_circuit() -> None:
             assert isinstance(await failure(kit), Draining)
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         with pytest.raises(Draining):
-            async with kit.client.send(request, avoid=[two.url]):
+            async with kit.client.send(request, unread, avoid=[two.url]):
                 pass
         assert not one.count("GET", "/token")
         assert not two.requests
@@ -280,10 +286,10 @@ async def test_draining_is_raised_at_once_and_counts_for_no_circuit() -> None:
 async def test_avoided_endpoints_are_tried_last() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
-        async with kit.client.send(request, avoid=[one.url]) as response:
+        async with kit.client.send(request, unread, avoid=[one.url]) as response:
             assert response.endpoint == two.url
         down(two)
-        async with kit.client.send(request, avoid=[one.url]) as response:
+        async with kit.client.send(request, unread, avoid=[one.url]) as response:
             assert response.endpoint == one.url
 
 
@@ -293,7 +299,7 @@ async def test_refusal_is_not_final_before_the_avoided_endpoint_responded(status
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
         request = RegistryRequest("GET", REPO, "manifests/latest", Kind.MANIFEST)
         two.fault("", Fault(status=status, times=None))
-        async with kit.client.send(request, avoid=[one.url]) as response:
+        async with kit.client.send(request, unread, avoid=[one.url]) as response:
             assert response.endpoint == one.url
         for first, expected in (
             (Fault(status=DOWN, times=None), UpstreamUnavailable),
@@ -304,7 +310,7 @@ async def test_refusal_is_not_final_before_the_avoided_endpoint_responded(status
             up(one)
             one.fault("", first)
             with pytest.raises(expected):
-                async with kit.client.send(request, avoid=[one.url]):
+                async with kit.client.send(request, unread, avoid=[one.url]):
                     pass
 
 
@@ -313,7 +319,7 @@ async def test_refusal_of_the_avoided_endpoint_is_final_after_a_503() -> None:
         request = RegistryRequest("GET", REPO, "manifests/absent", Kind.MANIFEST)
         fake.fault("", Fault(status=503))
         with pytest.raises(ManifestUnknown):
-            async with kit.client.send(request, avoid=[fake.url]):
+            async with kit.client.send(request, unread, avoid=[fake.url]):
                 pass
 
 
@@ -449,7 +455,7 @@ async def test_429s_of_several_projects_pause_one_kind_of_request_for_all() -> N
             assert isinstance(
                 await failure(kit, repository=repository(number)), UpstreamRateLimited
             )
-        assert fake.count("GET", "manifests") == SEVERAL
+        assert fake.count("GET", "manifests") == GROUP_PAUSE_THRESHOLD
         assert await kit.status(method="HEAD") == 200
         assert await kit.read(digest) == DATA, "layers of a cached manifest are free"
         up(fake)
@@ -482,7 +488,7 @@ async def test_only_a_successful_get_of_a_manifest_is_billed() -> None:
         await kit.status()
         await kit.status(method="HEAD")
         await failure(kit, "manifests/other")
-        async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS)):
+        async with kit.client.send(RegistryRequest("GET", REPO, "tags/list", Kind.TAGS), unread):
             pass
         assert [event.is_billed for event in kit.seen(ExchangeEnded)] == [
             True,

@@ -13,6 +13,7 @@ from mirror.config.settings import Limits
 from mirror.oci.errors import (
     MirrorError,
     NotFound,
+    UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -111,9 +112,37 @@ async def test_list_tags_starts_again_when_another_endpoint_takes_over() -> None
         async with upstream_kit(one.url, two.url) as kit:
             one.fault("tags/list", Fault(), Fault(status=503, times=None))
             assert await kit.registry.list_tags(REPO) == "\n".join("abcdefgh")
-            assert [seen.query.get("cursor") for seen in two.requests] == [
-                ["3"], None, ["3"], ["6"],
-            ]  # fmt: skip
+            cursors = [seen.query.get("cursor") for seen in two.requests]
+            assert cursors == [None, ["3"], ["6"]], "a link of the other endpoint is not sent"
+
+
+@pytest.mark.row("FC1-page-order")
+@pytest.mark.parametrize(
+    "fault", [Fault(status=404), Fault(status=503), Fault(end_at=5), Fault(body=b"<html>")]
+)
+async def test_list_tags_ends_where_no_endpoint_sends_the_whole_list(fault: Fault) -> None:
+    fault.times = None
+    async with FakeRegistry() as one, FakeRegistry() as two, FakeRegistry() as three:
+        fakes = one, two, three
+        for fake in fakes:
+            tagged(fake, "abcdefgh")
+            fake.max_page_tags = 3
+            fake.fault("tags/list", Fault(), fault)
+        async with upstream_kit(*(fake.url for fake in fakes)) as kit:
+            with pytest.raises(UpstreamError):
+                await kit.registry.list_tags(REPO)
+            assert sum(len(fake.requests) for fake in fakes) <= 12
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_further_page_comes_from_the_endpoint_of_the_page_before() -> None:
+    async with FakeRegistry() as one, FakeRegistry() as two, upstream_kit(one.url, two.url) as kit:
+        for fake in (one, two):
+            tagged(fake, "abcdefgh")
+            fake.max_page_tags = 3
+        one.fault("", Fault(status=200, body=b"<html>", times=None))
+        assert await kit.registry.list_tags(REPO) == "\n".join("abcdefgh")
+        assert (len(one.requests), len(two.requests)) == (1, 3)
 
 
 @pytest.mark.row("HU13-endless-lists")

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from mirror.observability.events import CircuitChanged, Kind
+from mirror.observability.events import Kind
 from mirror.oci.descriptor import DEFAULT_ACCEPT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
-    BlobUnknown,
     ManifestInvalid,
-    ManifestUnknown,
     NameUnknown,
     Unauthorized,
+    UpstreamError,
     UpstreamProtocolError,
     UpstreamUnavailable,
 )
@@ -39,9 +38,11 @@ async def test_head_of_a_digest_refuses_another_digest() -> None:
         fake.fault(f"manifests/{digest}", Fault(drop_headers=("Docker-Content-Digest",)))
         assert (await kit.registry.head_manifest(REPO, digest, ())).digest == digest
         wrong = {"Docker-Content-Digest": str(Digest.of(b"other"))}
-        fake.fault(f"manifests/{digest}", Fault(headers=wrong))
+        fake.fault(f"manifests/{digest}", Fault(headers=wrong, times=2))
         with pytest.raises(UpstreamProtocolError):
             await kit.registry.head_manifest(REPO, digest, ())
+        fake.fault(f"manifests/{digest}", Fault(headers=wrong, method="HEAD"))
+        assert (await kit.registry.head_manifest(REPO, digest, ())).digest == digest
 
 
 async def test_head_without_headers_returns_none() -> None:
@@ -94,7 +95,8 @@ async def test_digest_header_of_another_algorithm_is_no_contradiction() -> None:
         fake.fault("", Fault(headers={"Docker-Content-Digest": "blake3:" + "ab" * 32}, times=2))
         assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
         assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == Digest.of(b"{}")
-        fake.fault("", Fault(headers={"Docker-Content-Digest": str(Digest.of(b"", "sha512"))}))
+        other = str(Digest.of(b"", "sha512"))
+        fake.fault("", Fault(headers={"Docker-Content-Digest": other}, times=2))
         with pytest.raises(UpstreamProtocolError):
             await kit.registry.head_manifest(REPO, long, ())
 
@@ -137,6 +139,62 @@ async def test_endpoint_that_sends_a_log_in_page_is_passed_over() -> None:
 
 
 @pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_head_and_referrers_pass_over_an_endpoint_that_sends_a_log_in_page() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", PAGE)
+        digest, blob = Digest.of(b"{}"), two.add_blob(DATA)
+        two.referring[str(digest)] = index(Digest.of(b"a"))
+        assert await kit.registry.head_blob(REPO, blob) == len(DATA)
+        for reference in (LATEST, digest):
+            assert (await kit.registry.head_manifest(REPO, reference, ())).digest == digest
+        assert (one.count("HEAD"), two.count("HEAD"), two.count("GET")) == (3, 3, 0)
+        result = await kit.registry.referrers(REPO, digest, None)
+        assert result is not None
+        assert result.body == two.referring[str(digest)]
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+@pytest.mark.parametrize("status", [404, 403, 503])
+async def test_head_at_a_log_in_page_is_an_error_where_the_second_endpoint_does_not_have_it(
+    status: int,
+) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", PAGE)
+        two.fault("", Fault(status=status, times=None))
+        with pytest.raises(UpstreamError):
+            await kit.registry.head_blob(REPO, DIGEST)
+        with pytest.raises(UpstreamError):
+            await kit.registry.head_manifest(REPO, DIGEST, ())
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+async def test_manifest_whose_body_breaks_comes_from_the_next_endpoint_and_is_billed_once() -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        one.fault("", Fault(end_at=1, times=None))
+        assert (await kit.registry.get_manifest(REPO, LATEST, ())).body == b"{}"
+        assert (len(one.requests), len(two.requests)) == (1, 1)
+        await two.stop()
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.get_manifest(REPO, LATEST, ())
+        assert len(one.requests) == 2, "a broken body is not requested again"
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
+@pytest.mark.parametrize(
+    "fault", [Fault(status=416), Fault(content_range="nonsense"), Fault(status=206, body=DATA)]
+)
+async def test_resume_that_one_endpoint_answers_wrongly_is_sent_to_the_next_one(
+    fault: Fault,
+) -> None:
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        digest = one.add_blob(DATA)
+        two.add_blob(DATA)
+        one.fault("", fault)
+        assert await rest(kit, digest, total=len(DATA)) == (AT, len(DATA), DATA[AT:])
+        assert (len(one.requests), len(two.requests)) == (1, 1)
+
+
+@pytest.mark.row("FD1-second-endpoint-has-it")
 @pytest.mark.parametrize("second", [PAGE, Fault(status=404, times=None)], ids=["page", "404"])
 async def test_log_in_page_is_an_error_if_no_other_endpoint_has_the_content(second: Fault) -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
@@ -152,130 +210,6 @@ async def test_log_in_page_is_an_error_if_no_other_endpoint_has_the_content(seco
         with pytest.raises(UpstreamProtocolError):
             await kit.registry.get_manifest(REPO, Tag("latest"), ())
         assert fake.count("GET") == 1
-
-
-# --- refused HEAD ---------------------------------------------------------------------------------
-
-
-@pytest.mark.row("FB1-refused-head")
-async def test_head_whose_connection_is_dropped_leads_to_a_get() -> None:
-    async with registry() as fake, upstream_kit(fake.url) as kit:
-        digest = fake.add_blob(DATA)
-        fake.fault("", Fault(close=True, method="HEAD", times=None))
-        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
-        assert (await kit.registry.head_manifest(REPO, Digest.of(b"{}"), ())).size == 2
-        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
-        await fake.stop()
-        with pytest.raises(UpstreamUnavailable):
-            await kit.registry.head_manifest(REPO, LATEST, ())
-
-
-REFUSALS = (400, 401, 403, 404, 405, 406, 410, 415, 500, 501)
-
-
-@pytest.mark.row("FB1-refused-head")
-@pytest.mark.parametrize("status", REFUSALS)
-async def test_refused_head_becomes_a_get(status: int) -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
-        fake.fault("", Fault(status=status, method="HEAD", times=None))
-        assert await kit.registry.head_blob(REPO, blob) == len(DATA)
-        assert fake.count("GET") == 1
-        assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
-        assert fake.count("GET") == 2
-        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
-        assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
-        assert not kit.seen(CircuitChanged)
-
-
-@pytest.mark.row("FB1-refused-head")
-@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
-async def test_head_that_a_busy_upstream_fails_is_not_repeated_as_a_get(status: int) -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
-        fake.fault("", Fault(status=status, method="HEAD", times=None))
-        for reference in (LATEST, digest):
-            with pytest.raises(UpstreamUnavailable):
-                await kit.registry.head_manifest(REPO, reference, ())
-        with pytest.raises(UpstreamUnavailable):
-            await kit.registry.head_blob(REPO, blob)
-        assert fake.count("GET") == 0
-
-
-@pytest.mark.row("FB1-refused-head")
-async def test_404_of_a_head_is_believed_where_the_endpoint_has_answered_such_a_head() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest, blob = fake.add_manifest(b"{}", tag="latest"), fake.add_blob(DATA)
-        none, nothing = Tag("none"), Digest.of(b"nothing")
-        assert (await kit.registry.head_manifest(REPO, none, ())).digest is None
-        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
-        with pytest.raises(ManifestUnknown):
-            await kit.registry.head_manifest(REPO, none, ())
-        assert fake.count("GET") == 0
-        with pytest.raises(BlobUnknown):
-            await kit.registry.head_blob(REPO, nothing)
-        assert fake.count("GET") == 1, "a HEAD of a blob is another kind of request"
-        await kit.registry.head_blob(REPO, blob)
-        with pytest.raises(BlobUnknown):
-            await kit.registry.head_blob(REPO, nothing)
-        assert fake.count("GET") == 1
-
-
-@pytest.mark.row("FB1-refused-head")
-async def test_404_of_a_head_is_believed_of_that_endpoint_only() -> None:
-    async with FakeRegistry() as one, FakeRegistry() as two:
-        for fake in (one, two):
-            fake.add_manifest(b"{}", tag="latest")
-        two.fault("", Fault(status=404, method="HEAD", times=None))
-        async with upstream_kit(one.url, two.url) as kit:
-            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest
-            one.fault("", Fault(status=503, times=None))
-            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
-            assert (await kit.registry.get_manifest(REPO, LATEST, ())).body == b"{}"
-
-
-@pytest.mark.row("FB1-refused-head")
-async def test_head_that_one_endpoint_refuses_is_sent_to_the_next_one_before_a_get() -> None:
-    """The ``GET`` of a manifest is billed, so the ``HEAD`` of another endpoint is better."""
-    async with FakeRegistry() as one, FakeRegistry() as two:
-        digest = two.add_manifest(b"{}", tag="latest")
-        one.fault("", Fault(status=400, times=None))
-        async with upstream_kit(one.url, two.url) as kit:
-            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
-            assert two.count("GET") == 0
-            two.fault("", Fault(status=503, method="HEAD", times=None))
-            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
-            assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
-
-
-@pytest.mark.row("FB2-wrong-lengths")
-async def test_head_of_a_manifest_with_length_0_states_no_size() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        fake.add_manifest(b"{}", tag="latest")
-        fake.fault("manifests/latest", Fault(headers={"Content-Length": "0"}))
-        assert (await kit.registry.head_manifest(REPO, LATEST, ())).size is None
-
-
-async def test_refused_head_and_get_of_a_blob_raise() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest = fake.add_blob(DATA)
-        fake.fault(f"blobs/{digest}", Fault(status=401, times=None))
-        with pytest.raises(Unauthorized):
-            await kit.registry.head_blob(REPO, digest)
-        with pytest.raises(BlobUnknown):
-            await kit.registry.head_blob(REPO, Digest.of(b"other"))
-
-
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 500])
-async def test_refused_head_at_a_redirect_target_becomes_a_get(status: int) -> None:
-    async with FakeRegistry() as fake, FakeRegistry() as cdn, upstream_kit(fake.url) as kit:
-        digest = fake.add_blob(DATA)
-        moved = Fault(status=307, headers={"Location": f"{cdn.url}/signed"}, times=None)
-        fake.fault(f"blobs/{digest}", moved)
-        cdn.fault("/signed", Fault(status=status, method="HEAD", times=None))
-        cdn.fault("/signed", Fault(status=200, body=DATA, times=None))
-        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
-        assert [seen.method for seen in cdn.requests] == ["HEAD", "GET"]
 
 
 # --- resuming -------------------------------------------------------------------------------------

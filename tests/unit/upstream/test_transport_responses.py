@@ -10,10 +10,10 @@ from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.oci.errors import MirrorError, NotFound
 from mirror.oci.reference import Digest
-from mirror.upstream.failover import RegistryRequest
+from mirror.upstream.messages import RegistryRequest
 from mirror.upstream.transport import parse_rate_limit
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.unit.upstream.kit import DATA, REPO, upstream_kit
+from tests.unit.upstream.kit import DATA, REPO, unread, upstream_kit
 
 DIGEST = Digest.of(DATA)
 
@@ -63,7 +63,7 @@ async def error_for(kind: Kind, *faults: Fault, method: str = "GET") -> MirrorEr
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         fake.fault(PATHS[kind], *faults)
         with pytest.raises(MirrorError) as caught:
-            async with kit.client.send(RegistryRequest(method, REPO, PATHS[kind], kind)):
+            async with kit.client.send(RegistryRequest(method, REPO, PATHS[kind], kind), unread):
                 pass
         return caught.value
 
@@ -164,7 +164,8 @@ async def redirected(kind: Kind, *faults: Fault) -> MirrorError:
 )
 async def test_refusal_of_a_redirect_target_is_unavailable(status: int, body: bytes) -> None:
     result = await redirected(Kind.BLOB, Fault(status=status, body=body, times=None))
-    assert type(result) is errors.UpstreamUnavailable
+    expected = errors.StorageRefused if status in (401, 403) else errors.UpstreamUnavailable
+    assert type(result) is expected
 
 
 async def test_404_of_a_redirect_target_with_an_oci_code_is_not_found() -> None:

@@ -38,6 +38,7 @@ EXPECTED = {
     "Unauthorized": (403, "UNAUTHORIZED"),
     "UpstreamError": (502, "UNAVAILABLE"),
     "UpstreamUnavailable": (502, "UNAVAILABLE"),
+    "StorageRefused": (502, "UNAVAILABLE"),
     "AllCircuitsOpen": (502, "UNAVAILABLE"),
     "UpstreamTimeout": (504, "UNAVAILABLE"),
     "UpstreamRateLimited": (429, "TOOMANYREQUESTS"),

@@ -28,7 +28,8 @@ from mirror.web import streaming
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running
-from tests.unit.store.kit import eventually, random_bytes
+from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 DATA = random_bytes(1_000_000, 61)
 DIGEST = Digest.of(DATA)
@@ -402,7 +403,7 @@ async def test_tls_client_that_leaves_during_a_read_leaves_no_descriptor(
             await reading.wait()
             assert content_is_open()
             response.close()
-            await eventually(lambda: not content_is_open(), 10)
+            await until(lambda: not content_is_open(), 10)
         finally:
             leave.set()
         monkeypatch.undo()

@@ -17,6 +17,7 @@ from mirror.observability.events import CircuitChanged
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.pull.attempts import STALL_GRACE_S
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import QUICK, Server, running
 from tests.unit.store.kit import random_bytes
@@ -39,7 +40,7 @@ def circuits(server: Server) -> list[CircuitChanged]:
 
 
 @pytest.mark.row("FB1-refused-head")
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 406, 500, 501])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 406, 408, 429, *range(500, 505)])
 async def test_image_is_pulled_from_an_upstream_that_refuses_head(
     tmp_path: Path, status: int
 ) -> None:
@@ -55,6 +56,32 @@ async def test_image_is_pulled_from_an_upstream_that_refuses_head(
             got, headers, _ = await server.ask(method, server.blob(Digest.of(DATA)))
             assert (got, headers["Content-Length"]) == (200, str(len(DATA)))
         assert (await server.get(server.manifest("none")))[0] == 404
+        assert not circuits(server)
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(close=True), Fault(delay=3600), Fault(status=503, headers={"Retry-After": "60"})],
+    ids=["dropped", "hangs", "503"],
+)
+async def test_manifest_is_pulled_by_get_where_each_head_fails(
+    tmp_path: Path, fault: Fault
+) -> None:
+    fault.method, fault.times = "HEAD", None
+    limits = QUICK.model_copy(update={"connect": 0.5, "headers": 0.5})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_image(DATA, tag="latest")
+        fake.fault("", fault)
+        direct = await server.client.get(f"{fake.url}/v2/library/app/manifests/latest")
+        expected = (direct.status, await direct.read())
+        for reference in ("latest", digest):
+            status, _, body = await server.get(server.manifest(reference))
+            assert (status, body) == expected
+        mirrored = [seen for seen in fake.requests if "manifests/" in seen.path][1:]
+        # aiohttp itself repeats a request whose connection was dropped.
+        assert list(dict.fromkeys(seen.method for seen in mirrored)) == ["HEAD", "GET"]
+        assert sum(seen.method == "GET" for seen in mirrored) == 1
         assert not circuits(server)
 
 
@@ -149,8 +176,10 @@ async def test_growing_blob_without_a_length_is_whole_for_each_version_of_http(
         Fault(drop_headers=("Content-Range",), times=None),
         Fault(status=416),
         Fault(status=400),
+        Fault(status=401),
+        Fault(status=403),
     ],
-    ids=["start", "part", "unsatisfied", "nonsense", "none", "416", "400"],
+    ids=["start", "part", "unsatisfied", "nonsense", "none", "416", "400", "401", "403"],
 )
 async def test_wrong_response_to_a_range_is_followed_by_one_request_without_a_range(
     tmp_path: Path, fault: Fault
@@ -163,6 +192,40 @@ async def test_wrong_response_to_a_range_is_followed_by_one_request_without_a_ra
         first, second, third = ranges(fake)
         assert (first, third) == (None, None)
         assert second is not None
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+@pytest.mark.parametrize("status", [401, 403])
+async def test_storage_that_refuses_a_range_is_asked_without_one_by_a_new_redirect(
+    tmp_path: Path, status: int
+) -> None:
+    async with (
+        FakeRegistry() as fake,
+        FakeRegistry() as storage,
+        running(tmp_path, fake.url) as server,
+    ):
+        digest = fake.add_blob(DATA)
+        storage.add_blob(DATA)
+        moved = f"{storage.url}/v2/library/app/blobs/{digest}"
+        fake.fault(f"blobs/{digest}", Fault(status=307, headers={"Location": moved}, times=None))
+        refusals = Fault(status=status, times=MAX_ATTEMPTS_PER_REQUEST)
+        storage.fault(f"blobs/{digest}", Fault(reset_at=BREAK), refusals)
+        status_received, _, body = await server.get(server.blob(digest))
+        assert (status_received, body) == (200, DATA)
+        first, *refused, last = ranges(storage)
+        assert (first, len(refused), last) == (None, MAX_ATTEMPTS_PER_REQUEST, None)
+        assert None not in refused
+        assert len(ranges(fake)) == len(ranges(storage)), "each URL is used once"
+
+
+@pytest.mark.row("FB9-wrong-content-range-then-whole")
+async def test_access_that_ends_in_the_middle_of_a_blob_ends_the_pull(tmp_path: Path) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=BREAK), Fault(status=403, times=None))
+        with pytest.raises(aiohttp.ClientError):
+            await server.get(server.blob(digest))
+        assert len(ranges(fake)) == 3
 
 
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
@@ -215,6 +278,22 @@ async def test_body_that_stalls_at_each_attempt_is_cut_in_time(
         assert fake.count("GET") > 1
         fake.faults.clear()
         assert (await server.get(server.blob(digest)))[2] == DATA, "the next client resumes it"
+
+
+@pytest.mark.row("FB10-stalling-twice")
+async def test_skipping_the_same_bytes_again_and_again_does_not_extend_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.9)
+    monkeypatch.setattr("mirror.pull.fetch._PAUSE_UNIT_S", 0.001)
+    limits = QUICK.model_copy(update={"idle": 0.6})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(ignore_range=True, stall_at=BREAK, times=None))
+        with pytest.raises(aiohttp.ClientError):
+            await server.get(server.blob(digest))
+        # Not the message of `idle`: the limit of all attempts has ended the last one.
+        assert "in several attempts" in (await server.records())[0].error
 
 
 @pytest.mark.row("FB10-stalling-twice")

@@ -1,4 +1,4 @@
-"""Rows FA1 to FA7, FB11, FD1 and FD2: registries as they are met, seen by clients of the server."""
+"""Rows FA1 to FA7, FB11, FD1, FD2: upstreams that refuse or delay one thing and not another."""
 
 from __future__ import annotations
 

@@ -1,0 +1,224 @@
+"""``HEAD`` of manifests and blobs: when it is believed, and when a ``GET`` decides."""
+
+from __future__ import annotations
+
+import pytest
+
+from mirror.config.settings import Limits
+from mirror.observability.events import CircuitChanged, ExchangeEnded
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    BlobUnknown,
+    ManifestUnknown,
+    Unauthorized,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
+from mirror.oci.reference import Digest, Tag
+from mirror.upstream.endpoints import FAILURE_THRESHOLD
+from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
+from tests.fakes.registry import FakeRegistry, Fault
+from tests.unit.upstream.kit import DATA, REPO, dead, down, registry, repository, upstream_kit
+
+DIGEST = Digest.of(DATA)
+LATEST = Tag("latest")
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_head_whose_connection_is_dropped_leads_to_a_get() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(DATA)
+        fake.fault("", Fault(close=True, method="HEAD", times=None))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (await kit.registry.head_manifest(REPO, Digest.of(b"{}"), ())).size == 2
+        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        await fake.stop()
+        with pytest.raises(UpstreamUnavailable):
+            await kit.registry.head_manifest(REPO, LATEST, ())
+
+
+REFUSALS = (400, 401, 403, 404, 405, 406, 410, 415, 500, 501)
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("status", REFUSALS)
+async def test_refused_head_becomes_a_get(status: int) -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        assert await kit.registry.head_blob(REPO, blob) == len(DATA)
+        assert fake.count("GET") == 1
+        assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
+        assert fake.count("GET") == 2
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
+        assert not kit.seen(CircuitChanged)
+
+
+@pytest.mark.row("FB1-refused-head")
+@pytest.mark.parametrize("status", [408, 429, 502, 503, 504])
+async def test_head_that_fails_becomes_one_get_for_each_request(status: int) -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        blob, digest = fake.add_blob(DATA), fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=status, method="HEAD", times=None))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert (fake.count("HEAD"), fake.count("GET")) == (1, 0)
+        assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
+        assert await kit.registry.head_blob(REPO, blob) == len(DATA)
+        assert fake.count("GET") == 2
+        assert sum(event.is_billed for event in kit.seen(ExchangeEnded)) == 1
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_retry_after_of_a_head_is_honoured_by_the_get_as_well() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_manifest(b"{}", tag="latest")
+        headers = {"Retry-After": "120"}
+        fake.fault("", Fault(status=429, headers=headers, method="HEAD", times=None))
+        for reference in (LATEST, digest, LATEST):
+            with pytest.raises(UpstreamRateLimited) as caught:
+                await kit.registry.head_manifest(REPO, reference, ())
+            assert caught.value.retry_after == pytest.approx(120)
+        assert len(fake.requests) == 1
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_429_of_get_and_head_without_a_time_is_two_requests_and_then_a_pause() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(status=429, times=None))
+        for _ in range(3):
+            with pytest.raises(UpstreamRateLimited):
+                await kit.registry.head_manifest(REPO, digest, ())
+        assert (fake.count("HEAD"), fake.count("GET")) == (1, 1)
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_head_that_hangs_delays_only_the_first_request_of_a_repository() -> None:
+    limits = Limits(connect=0.5, headers=0.5)
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+        digest = fake.add_manifest(b"{}", tag="latest")
+        fake.fault("", Fault(delay=3600, method="HEAD", times=None))
+        for _ in range(3):
+            assert (await kit.registry.head_manifest(REPO, digest, ())).size == 2
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+        assert fake.count("HEAD") == 1
+        assert not kit.seen(CircuitChanged)
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_unreachable_upstream_gets_no_get_after_a_head() -> None:
+    async with upstream_kit(dead()) as kit:
+        for _ in range(FAILURE_THRESHOLD):
+            with pytest.raises(UpstreamUnavailable):
+                await kit.registry.head_manifest(REPO, DIGEST, ())
+        sent = [event.method for event in kit.seen(ExchangeEnded)]
+        assert set(sent) == {"HEAD"}
+        assert len(sent) <= MAX_ATTEMPTS_PER_REQUEST * FAILURE_THRESHOLD
+        with pytest.raises(AllCircuitsOpen):
+            await kit.registry.head_manifest(REPO, DIGEST, ())
+        assert len(kit.seen(ExchangeEnded)) == len(sent)
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_upstream_that_answers_503_gets_one_head_more_and_opens_the_circuit() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        down(fake)
+        for number in range(FAILURE_THRESHOLD):
+            with pytest.raises(UpstreamUnavailable):
+                await kit.registry.head_manifest(repository(number), DIGEST, ())
+        assert fake.count("HEAD") == FAILURE_THRESHOLD
+        # The first GET of the last repository opens the circuit.
+        gets = (FAILURE_THRESHOLD - 1) * MAX_ATTEMPTS_PER_REQUEST + 1
+        assert fake.count("GET") == gets
+        with pytest.raises(AllCircuitsOpen):
+            await kit.registry.head_manifest(repository(9), DIGEST, ())
+        assert (fake.count("HEAD"), fake.count("GET")) == (FAILURE_THRESHOLD, gets)
+        assert [event.is_open for event in kit.seen(CircuitChanged)] == [True]
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_open_circuit_of_heads_leaves_gets_open() -> None:
+    async with registry() as fake, upstream_kit(fake.url) as kit:
+        fake.fault("", Fault(status=503, method="HEAD", times=None))
+        for number in range(FAILURE_THRESHOLD + 2):
+            head = await kit.registry.head_manifest(repository(number), LATEST, ())
+            assert head.digest is None
+        assert fake.count("HEAD") == FAILURE_THRESHOLD
+        assert (await kit.registry.get_manifest(REPO, LATEST, ())).body == b"{}"
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_404_of_a_head_is_believed_where_the_endpoint_has_answered_such_a_head() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest, blob = fake.add_manifest(b"{}", tag="latest"), fake.add_blob(DATA)
+        none, nothing = Tag("none"), Digest.of(b"nothing")
+        assert (await kit.registry.head_manifest(REPO, none, ())).digest is None
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
+        with pytest.raises(ManifestUnknown):
+            await kit.registry.head_manifest(REPO, none, ())
+        assert fake.count("GET") == 0
+        with pytest.raises(BlobUnknown):
+            await kit.registry.head_blob(REPO, nothing)
+        assert fake.count("GET") == 1, "a HEAD of a blob is another kind of request"
+        await kit.registry.head_blob(REPO, blob)
+        with pytest.raises(BlobUnknown):
+            await kit.registry.head_blob(REPO, nothing)
+        assert fake.count("GET") == 1
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_404_of_a_head_is_believed_of_that_endpoint_only() -> None:
+    async with FakeRegistry() as one, FakeRegistry() as two:
+        for fake in (one, two):
+            fake.add_manifest(b"{}", tag="latest")
+        two.fault("", Fault(status=404, method="HEAD", times=None))
+        async with upstream_kit(one.url, two.url) as kit:
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest
+            one.fault("", Fault(status=503, times=None))
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+            assert (await kit.registry.get_manifest(REPO, LATEST, ())).body == b"{}"
+
+
+@pytest.mark.row("FB1-refused-head")
+async def test_head_that_one_endpoint_refuses_is_sent_to_the_next_one_before_a_get() -> None:
+    """The ``GET`` of a manifest is billed, so the ``HEAD`` of another endpoint is better."""
+    async with FakeRegistry() as one, FakeRegistry() as two:
+        digest = two.add_manifest(b"{}", tag="latest")
+        one.fault("", Fault(status=400, times=None))
+        async with upstream_kit(one.url, two.url) as kit:
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest == digest
+            assert two.count("GET") == 0
+            two.fault("", Fault(status=503, method="HEAD", times=None))
+            assert (await kit.registry.head_manifest(REPO, LATEST, ())).digest is None
+            assert (await kit.registry.get_manifest(REPO, LATEST, ())).digest == digest
+
+
+@pytest.mark.row("FB2-wrong-lengths")
+async def test_head_of_a_manifest_with_length_0_states_no_size() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        fake.add_manifest(b"{}", tag="latest")
+        fake.fault("manifests/latest", Fault(headers={"Content-Length": "0"}))
+        assert (await kit.registry.head_manifest(REPO, LATEST, ())).size is None
+
+
+async def test_refused_head_and_get_of_a_blob_raise() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(DATA)
+        fake.fault(f"blobs/{digest}", Fault(status=401, times=None))
+        with pytest.raises(Unauthorized):
+            await kit.registry.head_blob(REPO, digest)
+        with pytest.raises(BlobUnknown):
+            await kit.registry.head_blob(REPO, Digest.of(b"other"))
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 500])
+async def test_refused_head_at_a_redirect_target_becomes_a_get(status: int) -> None:
+    async with FakeRegistry() as fake, FakeRegistry() as cdn, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(DATA)
+        moved = Fault(status=307, headers={"Location": f"{cdn.url}/signed"}, times=None)
+        fake.fault(f"blobs/{digest}", moved)
+        cdn.fault("/signed", Fault(status=status, method="HEAD", times=None))
+        cdn.fault("/signed", Fault(status=200, body=DATA, times=None))
+        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
+        assert [seen.method for seen in cdn.requests] == ["HEAD", "GET"]
