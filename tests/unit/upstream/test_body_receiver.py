@@ -16,7 +16,8 @@ from mirror.upstream import body_receiver, transport
 from mirror.upstream.body_receiver import BodyReceiver
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
-from tests.unit.upstream.kit import LIMITS, REPO, Kit, tls_server, until, upstream_kit
+from tests.unit.upstream.kit import LIMITS, REPO, Kit, tls_server, upstream_kit
+from tests.waiting import until
 
 BODY = bytes(range(251)) * 20_000
 """5 MB. A part of it that is repeated or left out changes the rest."""
