@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from mirror.config.settings import Upstream
 from tests.real.process import Program
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
@@ -21,24 +20,27 @@ _VENV = Path(__file__).resolve().parents[1] / ".cache" / "drayage"
 
 
 class Drayage(Program):
-    """drayage, from the package index."""
+    """drayage, from the package index. ``threads``: those that serve. 0: its own choice."""
 
     name = "drayage"
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, threads: int = 0) -> None:
         super().__init__()
-        self.upstream = upstream
+        self.upstream, self.threads = upstream, threads
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def environment(self) -> dict[str, str]:
+        return {"TOKIO_WORKER_THREADS": str(self.threads)} if self.threads else {}
+
     def command(self) -> Sequence[str | Path]:
         program = _VENV / "bin" / "drayage"
         if not program.exists():
             subprocess.run([sys.executable, "-m", "venv", _VENV], check=True)
-            pip = [_VENV / "bin" / "pip", "install", "-q", f"drayage=={DRAYAGE_VERSION}"]
-            subprocess.run(pip, check=True)
+            pip = _VENV / "bin" / "pip"
+            subprocess.run([pip, "install", "-q", f"drayage=={DRAYAGE_VERSION}"], check=True)
         (self.dir / "cache").mkdir(exist_ok=True)
         config = self.dir / "config.toml"
         config.write_text(
@@ -54,27 +56,50 @@ class Drayage(Program):
             return False
 
 
+def upstream(url: str, *, ca: str | None = None, connections: int = 0) -> Mapping[str, Any]:
+    """Return the settings of an upstream of ours.
+
+    Args:
+        url: Its endpoint.
+        ca: File of its authority.
+        connections: Connections for one blob at most. 0: the default of the mirror.
+    """
+    settings: dict[str, Any] = {"endpoints": [url]}
+    if ca is not None:
+        settings["ca"] = ca
+    # An earlier version of the mirror has one connection for a blob, and no key for it.
+    if connections and "parallel" in Upstream.model_fields:
+        settings["parallel"] = {"connections": connections}
+    return settings
+
+
+Start = Callable[[str, str | None], Program]
+"""Makes a peer for the URL of an upstream, and the file of its authority if it has TLS."""
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One column of the table. ``query``: names the upstream in a request."""
+    """One server of a table. ``query``: names the upstream in a request."""
 
     name: str
-    start: Callable[[str], Program]
+    start: Start
     query: str = ""
 
 
-def ours(workers: int) -> Callable[[str], Program]:
-    return lambda upstream: Mirror({"docker.io": upstream}, workers=workers)
+def _ours(workers: int) -> Start:
+    return lambda url, ca: Mirror({"docker.io": upstream(url, ca=ca)}, workers=workers)
 
 
-PEERS = (
-    Peer("oci-mirror, 1 worker", ours(1)),
-    Peer("oci-mirror, 2 workers", ours(2)),
-    Peer("docker-registry", lambda upstream: DockerRegistry(proxy_of=upstream)),
-    Peer("nginx proxy_cache", lambda upstream: NginxFront(upstream, cache=True)),
-    Peer("drayage", Drayage, "?ns=docker.io"),
+OURS = Peer("oci-mirror, 1 worker", _ours(1))
+NGINX = Peer("nginx proxy_cache", lambda url, ca: NginxFront(url, cache=True))
+REGISTRY = Peer("docker-registry", lambda url, ca: DockerRegistry(proxy_of=url))
+DRAYAGE = Peer("drayage", lambda url, ca: Drayage(url), "?ns=docker.io")
+PEERS = (OURS, Peer("oci-mirror, 2 workers", _ours(2)), REGISTRY, NGINX, DRAYAGE)
+TLS_PEERS = (*PEERS[:2], NGINX)
+"""Those that accept a certificate of the tests by their configuration."""
+ONE_WORKER_PEERS = (
+    OURS,
+    REGISTRY,
+    Peer("nginx, 1 worker", lambda url, ca: NginxFront(url, cache=True, workers=1)),
+    Peer("drayage, 1 thread", lambda url, ca: Drayage(url, threads=1), "?ns=docker.io"),
 )
-
-
-def cores() -> int:
-    return os.cpu_count() or 1

@@ -26,6 +26,7 @@ from yarl import URL
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
 from mirror.oci import errors
+from mirror.upstream.body_receiver import BodyReceiver, take_over
 from mirror.upstream.connections import Resolver, tls_context
 from mirror.upstream.failures import Hop, ResponseLimit, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
@@ -436,14 +437,16 @@ async def read_chunks(
     received = 0
     waited_s, received_in_window = 0.0, 0
     content = response.content
+    receiver: BodyReceiver | None = None
     try:
         while True:
             waiting_since = time.monotonic()
-            chunk = await content.readany()
+            chunk = await (receiver.readany(limits.idle) if receiver else content.readany())
             waited_s += time.monotonic() - waiting_since
             if not chunk:
                 break
             received += len(chunk)
+            receiver = receiver or take_over(response, received)
             received_in_window += len(chunk)
             yield chunk
             if waited_s >= limits.idle:

@@ -1,6 +1,6 @@
 """Many clients request one cold blob: one fetch serves all of them while it runs.
 
-These tests assert counts, bytes and digests. ``bench/shared_fetch.py`` measures the times.
+These tests assert counts, bytes and digests. ``bench/window.py`` measures the times.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""Clients beside others: slow ones beside a fast one, small requests beside a cold pull."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import pytest
+
+from bench.measure import MIB, Rate, costs, crowd, download, requests
+from bench.peers import ONE_WORKER_PEERS, PEERS, Peer
+from bench.table import REPOSITORY, Run, url_of
+from tests.real.process import Program
+
+SLOW_CLIENTS: Final = 200
+SLOW_RATE: Final = 50_000
+"""Bytes per second of each slow client."""
+BUSY_CONNECTIONS: Final = 64
+"""Clients that ask for manifests while a blob is pulled."""
+
+
+def slow_clients(run: Run) -> Iterator[str]:
+    """Measure 200 clients at 50 KB/s on a blob of 1 GiB, and a fast client beside them."""
+    size = 4 * run.size
+    blob = run.registry.push_large(REPOSITORY, size, seed=8)
+    yield (
+        f"{SLOW_CLIENTS} slow clients on {size // MIB} MiB"
+        "  (ours: peak < 150 MiB, fast client >= 0.8 x its idle speed)"
+    )
+    for peer in PEERS:
+        path = f"/v2/{REPOSITORY}/blobs/{blob}{peer.query}"
+        try:
+            with peer.start(run.registry.url, None) as program:
+                yield f"  {peer.name:24} {_beside_slow_clients(program, path, size)}"
+        except (Exception, pytest.fail.Exception) as error:
+            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+
+
+def _beside_slow_clients(program: Program, path: str, size: int) -> str:
+    url = url_of(program) + path
+    download(url, 1, size)
+    with costs(program.pid) as cost:
+        over = threading.Event()
+        slow = threading.Thread(
+            target=lambda: asyncio.run(
+                crowd("127.0.0.1", program.port, path, SLOW_CLIENTS, SLOW_RATE, over.is_set)
+            )
+        )
+        slow.start()
+        # The buffers of the kernel for the slow clients have to be full first.
+        time.sleep(5.0)
+        fast = statistics.median(download(url, 1, size) for _ in range(3))
+        over.set()
+        slow.join()
+    idle = statistics.median(download(url, 1, size) for _ in range(3))
+    return (
+        f"peak {cost.peak / MIB:6.0f} MiB  cpu {cost.cpu:6.2f} s"
+        f"  fast client {fast / idle:5.2f} x its idle speed"
+    )
+
+
+def beside_cold_pull(run: Run) -> Iterator[str]:
+    """Measure 64 clients that ask for a cached manifest while a cold blob is pulled."""
+    blobs = [run.limited.add_large(run.large_size, seed) for seed in (11, 12)]
+    yield f"{BUSY_CONNECTIONS} clients ask for a manifest while cold blobs are pulled"
+    yield f"  {'':24}      alone: 1/s   median      99 %      beside: 1/s   median      99 %"
+    for peer in ONE_WORKER_PEERS:
+        try:
+            alone, beside = _small_requests(run, peer, blobs)
+            yield f"  {peer.name:24} {_latency(alone)}  {_latency(beside)}"
+        except (Exception, pytest.fail.Exception) as error:
+            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+
+
+def _latency(rate: Rate) -> str:
+    return f"{rate.requests:15,.0f} {rate.median * 1e3:6.1f} ms {rate.slow * 1e3:6.1f} ms"
+
+
+def _small_requests(run: Run, peer: Peer, blobs: list[str]) -> tuple[Rate, Rate]:
+    with peer.start(run.limited.url, None) as program:
+        base = f"{url_of(program)}/v2/{REPOSITORY}"
+        manifest = f"{base}/manifests/{run.image.digest}{peer.query}"
+        requests(manifest, 1)
+        alone = requests(manifest, run.seconds, BUSY_CONNECTIONS)
+        # Two blobs, one after the other: with several connections, one is there before the end.
+        pulls = threading.Thread(
+            target=lambda: [
+                download(f"{base}/blobs/{blob}{peer.query}", 1, run.large_size) for blob in blobs
+            ]
+        )
+        pulls.start()
+        beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
+        pulls.join()
+    return alone, beside
+
+
+ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {
+    "slow-clients": slow_clients,
+    "beside-cold-pull": beside_cold_pull,
+}
+"""Measurements by name."""
