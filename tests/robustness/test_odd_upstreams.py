@@ -69,7 +69,7 @@ async def test_manifest_is_pulled_by_get_where_each_head_fails(
     tmp_path: Path, fault: Fault
 ) -> None:
     fault.method, fault.times = "HEAD", None
-    limits = QUICK.model_copy(update={"connect": 0.5, "headers": 0.5})
+    limits = QUICK.model_copy(update={"headers": 1.0})
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         digest = fake.add_image(DATA, tag="latest")
         fake.fault("", fault)

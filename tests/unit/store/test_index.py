@@ -316,7 +316,7 @@ async def test_reads_see_a_write_whose_caller_is_cancelled_until_the_write_has_e
             write = asyncio.ensure_future(index.set_verified([(ONE, 7.0)]))  # noqa: TID251 - a test
             while await index.verified_at(ONE) is None:
                 continue
-            await asyncio.sleep(0.05)  # The thread has begun.
+            await until(index._rows._writing._work_queue.empty)  # The thread has begun.
             write.cancel()
             await asyncio.gather(write, return_exceptions=True)
             assert await index.verified_at(ONE) == 7.0

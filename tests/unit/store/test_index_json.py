@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,11 +158,11 @@ async def test_interrupted_restore_is_completed_at_the_next_start(
 
     with monkeypatch.context() as patch:
         patch.setattr(index_names, "_restore_access", crash)
-        with pytest.raises(KeyboardInterrupt):
-            index_names.restore(
-                Tables(tmp_path / "index", index_module._TABLES),
-                image_layout.read_index_json(Layout(tmp_path)),
-            )
+        with (
+            closing(Tables(tmp_path / "index", index_module._TABLES)) as tables,
+            pytest.raises(KeyboardInterrupt),
+        ):
+            index_names.restore(tables, image_layout.read_index_json(Layout(tmp_path)))
     async with opened(tmp_path) as store:
         assert await store.index.access_record(REPO, Digest.of(image(LAYER)), "manifest")
         assert await store.index.access_record(REPO, Digest.of(LAYER), "blob")
