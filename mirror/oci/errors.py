@@ -201,6 +201,11 @@ class UpstreamUnavailable(UpstreamError):
         super().__init__(message)
         self.scope = scope
 
+    @property
+    def may_depend_on_request(self) -> bool:
+        """Whether the same endpoint may answer another kind of request: it can be reached."""
+        return self.scope in (FailureScope.REQUEST, FailureScope.SUBJECT)
+
 
 class AllCircuitsOpen(UpstreamUnavailable):
     """No request was sent to an endpoint that may have the content: its circuit breaker is open.

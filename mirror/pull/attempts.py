@@ -13,7 +13,6 @@ from typing import Final
 from mirror.observability.events import Resumed
 from mirror.oci.errors import (
     AllCircuitsOpen,
-    FailureScope,
     MirrorError,
     OutboundRefused,
     StorageRefused,
@@ -136,7 +135,4 @@ def _is_response(error: MirrorError) -> bool:
     """
     if isinstance(error, UpstreamTimeout | UpstreamRateLimited | OutboundRefused):
         return False
-    return not isinstance(error, UpstreamUnavailable) or error.scope in (
-        FailureScope.REQUEST,
-        FailureScope.SUBJECT,
-    )
+    return not isinstance(error, UpstreamUnavailable) or error.may_depend_on_request

@@ -22,7 +22,6 @@ from cachetools import LRUCache
 from mirror.observability.events import Kind
 from mirror.oci.errors import (
     Draining,
-    FailureScope,
     MirrorError,
     NotFound,
     OutboundRefused,
@@ -131,6 +130,6 @@ class Heads:
             case UpstreamRateLimited():
                 return bool(error.retry_after)
             case UpstreamUnavailable():
-                return error.scope not in (FailureScope.REQUEST, FailureScope.SUBJECT)
+                return not error.may_depend_on_request
             case _:
                 return False
