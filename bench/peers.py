@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mirror.config.settings import Upstream
 from tests.real.process import Program
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
@@ -67,8 +66,7 @@ def upstream(url: str, *, ca: str | None = None, connections: int = 0) -> Mappin
     settings: dict[str, Any] = {"endpoints": [url]}
     if ca is not None:
         settings["ca"] = ca
-    # An earlier version of the mirror has one connection for a blob, and no key for it.
-    if connections and "parallel" in Upstream.model_fields:
+    if connections:
         settings["parallel"] = {"connections": connections}
     return settings
 

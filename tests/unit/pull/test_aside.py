@@ -198,8 +198,9 @@ class LazyPull:
         result = await self.kit.service.blob(
             repository, self.digest, pull, head=False, select_spans=partial(bounded_spans, header)
         )
-        assert result.reader is not None
-        return result.reader, pull
+        assert result.source is not None
+        assert not isinstance(result.source, bytes)
+        return result.source, pull
 
     async def read(self, header: str, repository: Repository = REPO) -> tuple[bytes, RequestRecord]:
         """Return the bytes of all spans of ``header``."""
