@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from cachetools import TTLCache
 
 from mirror.observability.events import AsideEnded, AsideResult, Observer, Outcome, RequestRecord
 from mirror.oci.errors import (
+    DigestMismatch,
     MirrorError,
     UpstreamProtocolError,
     UpstreamRateLimited,
@@ -50,8 +52,10 @@ from mirror.store.reader import Extent, MemoryExtent, Reader
 
 MAX_ASIDE_BYTES: Final = 4 * 1024 * 1024
 """Bytes that are requested aside for one client request at most: a span of SOCI, and 80 chunks of
-stargz. They are fetched a second time with the content. As many may be held by all clients of the
-process although the memory for bytes ahead is used up."""
+stargz. They are fetched a second time with the content."""
+MAX_HELD_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of all parts together: a client that reads slowly holds its parts, and must not take the
+memory from the fetches."""
 MIN_LEAD_S: Final = 1.0
 """Seconds that the fetch must need to reach a part. A request of its own takes about as long with a
 slow registry."""
@@ -62,8 +66,7 @@ MAX_REQUESTS: Final = 8
 """Requests for one client request at most. A client that wants more parts waits for the fetch."""
 MAX_AT_ONCE: Final = 2
 """Requests for one content at the same time, so that they take little from its fetch. As many run
-in the process although the endpoint has all connections that it may have: they are short, and
-clients wait for them."""
+at an endpoint that has all connections that it may have: they are short, and clients wait."""
 _EXTENT_BYTES: Final = 256 * 1024
 """Bytes that a reader returns at a time: what is sent to a slow client is copied."""
 
@@ -196,7 +199,8 @@ class AsideRequests:
         self._memory = memory
         self._connections = connections
         self._emit = emit
-        self._reserved = asyncio.Semaphore(MAX_AT_ONCE)
+        self._reserved = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(MAX_AT_ONCE))
+        """URL of an endpoint -> the requests that it gets beyond its connections."""
         self._states: WeakKeyDictionary[Fetch, _FetchState] = WeakKeyDictionary()
         self._requests: dict[_SpanKey, AsideRequest] = {}
         self._paused_until: TTLCache[Repository, float] = TTLCache(_MAX_PAUSES, _REFUSED_TTL_S)
@@ -230,7 +234,7 @@ class AsideRequests:
         with request.pull.stage("wait"):
             chosen = await self._choose(state.speed, follower, spans)
         count = sum(span.length for span in chosen)
-        has_memory = self._held + count <= MAX_ASIDE_BYTES or self._memory.may_take_ahead(count)
+        has_memory = self._held + count <= MAX_HELD_BYTES and count <= self._memory.free_ahead()
         if not chosen or not has_memory or self._single_flight.is_draining:
             return follower
         request.pull.is_unverified = True
@@ -296,7 +300,7 @@ class AsideRequests:
         """Wait until a request may be sent, and count its connection while the block runs."""
         async with state.slots:
             may_add = self._connections.may_add(endpoint)
-            async with nullcontext() if may_add else self._reserved:
+            async with nullcontext() if may_add else self._reserved[endpoint]:
                 with self._connections.connection(endpoint):
                     yield
 
@@ -305,7 +309,8 @@ class AsideRequests:
     ) -> bytearray:
         """Request a span, once it may be sent. Raises ``MirrorError``."""
         repository, received = source.request.repository, bytearray()
-        async with self._connection(state, fetch.endpoint):
+        # The fetch of another process does not say which endpoint it uses.
+        async with self._connection(state, fetch.endpoint or repository.upstream):
             if self._is_paused(repository):
                 raise UpstreamUnavailable("the request for another part has failed meanwhile")
             result: AsideResult = "dropped"
@@ -317,7 +322,9 @@ class AsideRequests:
                     source.request.kind,
                     offset=span.start,
                     stop=span.stop,
+                    validator=fetch.validator,
                     total=fetch.ingest.size,
+                    avoid=fetch.left_endpoints,
                 ) as stream:
                     async for chunk in stream:
                         received += chunk
@@ -383,8 +390,10 @@ class AsideReader:
             async with asyncio.timeout(None) as limit:
                 with aside.when_done(lambda: limit.reschedule(loop.time())):
                     return await self._follower.wait(start, stop)
-        except TimeoutError:
-            pass  # The request has ended before the fetch has reached `start`.
+        except DigestMismatch:
+            raise
+        except (TimeoutError, MirrorError):
+            pass  # The request has ended before the fetch has reached `start`, or the fetch failed.
         try:
             data = await aside.task.wait()
         except MirrorError:

@@ -42,6 +42,8 @@ class ConnectionBudget:
         self._accepted: dict[str, tuple[int, float]] = {}
         """URL of an endpoint -> (number of connections that it accepted, until when that counts).
         The configuration has a few endpoints."""
+        self._paused_until: dict[str, float] = {}
+        """URL of an endpoint -> time until which it gets no further connection."""
 
     def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
         """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
@@ -66,7 +68,8 @@ class ConnectionBudget:
 
     def may_add(self, endpoint: str) -> bool:
         """Return whether a further connection may be opened."""
-        return self.count(endpoint) < self._limit(endpoint)
+        is_paused = self._clock() < self._paused_until.get(endpoint, 0.0)
+        return not is_paused and self.count(endpoint) < self._limit(endpoint)
 
     def _limit(self, endpoint: str) -> int:
         accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
@@ -75,11 +78,11 @@ class ConnectionBudget:
     def on_refused(self, endpoint: str, retry_after: float) -> None:
         """Remember that the endpoint refused one of the connections that are counted now.
 
-        ``retry_after``: seconds for which it is remembered at least.
+        ``retry_after``: seconds until the next further connection.
         """
         accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
-        until = self._clock() + max(retry_after, _REMEMBERED_S)
-        self._accepted[endpoint] = accepted, until
+        self._accepted[endpoint] = accepted, self._clock() + _REMEMBERED_S
+        self._paused_until[endpoint] = self._clock() + retry_after
 
     def on_no_ranges(self, endpoint: str) -> None:
         """Remember that the endpoint sends no ranges, so that a further connection is useless."""

@@ -97,6 +97,8 @@ class Fetch:
         self._offered = {_proof_key(first.request)}
         self._requeued: set[ProofKey] = set()
         self._current = first
+        self.validator: str | None = None
+        """Validator of the latest response. None: there was none, or it had no strong ``ETag``."""
         self._endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -106,6 +108,11 @@ class Fetch:
     def endpoint(self) -> str:
         """URL of the endpoint that sent bytes last. Empty if none has."""
         return next(reversed(self._endpoints_used), "")
+
+    @property
+    def left_endpoints(self) -> tuple[str, ...]:
+        """URLs of the endpoints that sent bytes before the latest one."""
+        return tuple(self._endpoints_used)[:-1]
 
     # --- for followers --------------------------------------------------------------------------
 
@@ -330,7 +337,8 @@ class Fetch:
                         avoid=(*attempts.avoid, *source.avoid),
                     )
                 )
-            attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
+            attempts.validator = self.validator = stream.validator
+            attempts.endpoint = stream.endpoint
             self._endpoints_used.pop(stream.endpoint, None)
             self._endpoints_used[stream.endpoint] = source.request.repository.upstream
             if request.kind is Kind.MANIFEST:

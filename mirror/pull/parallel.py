@@ -10,7 +10,8 @@ on as they come. Otherwise each connection has a task that puts its chunks into 
 front of the pieces is passed on. The tasks belong to a group that ends with the transfer.
 
 What fails. A connection that fails gives its piece back. The transfer fails only when no connection
-is left, with the error of the last one. What has arrived ahead is kept for the next transfer.
+is left, with the error of the last one. A refusal of a further connection says nothing about the
+content, so that error is never one. What has arrived ahead is kept for the next transfer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
-from mirror.config.settings import Parallel
 from mirror.observability.events import (
     BackedOff,
     BackOffReason,
@@ -30,26 +30,33 @@ from mirror.observability.events import (
     PieceCut,
     RequestRecord,
 )
-from mirror.oci.errors import MirrorError, UpstreamProtocolError, UpstreamRateLimited
+from mirror.oci.errors import (
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.pieces import Piece, Pieces, piece_size
 from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
 from mirror.store.ingest_writer import MemoryBudget
-from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream
+from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream, Registry
 
 _TICK_S: Final = 0.1
 """Seconds between two looks at the rates: a fourth of a measurement."""
 _BUFFER_BYTES: Final = 512 * 1024
 """Bytes of the front piece that wait to be handed out before its connection pauses: two reads of a
 socket, so that it does not wait for the loop."""
-_FIRST_LATENCY_S: Final = 0.1
-"""Seconds that a response is expected to take before one was measured."""
+_MEMORY_SHARE: Final = 11 / 12
+"""Part of the memory ahead that pieces may fill: 44 of 48 MiB. The rest is for requests of single
+parts (:mod:`mirror.pull.aside`), so that lazy clients need not wait for a large fetch."""
 _RETRY_AFTER_S: Final = 1.0
-"""Seconds to wait after a 429 without ``Retry-After``. The number of connections was accepted
-before, so the server may count one that has just ended."""
-_MAX_WAIT_S: Final = 2.0
-"""Seconds at most that a transfer waits without any connection, as between two transfers."""
+"""Seconds to wait after a 429 without ``Retry-After``, and twice as many after each further one.
+The number of connections was accepted before, so the server may count one that has just ended."""
+_SHORT_WAIT_S: Final = 2.0
+"""Seconds for which a transfer rather has no connection than one request too many."""
 
 
 class ParallelReader:
@@ -100,7 +107,7 @@ class ParallelReader:
         upstream = source.request.repository.upstream
         error: Exception | None = None
         async with asyncio.TaskGroup() as group:
-            transfer = _Transfer(self, stream, upstream, pieces, parallel, group)
+            transfer = _Transfer(self, stream, upstream, pieces, source.registry, group)
             try:
                 yield transfer.chunks()
             except Exception as raised:
@@ -118,6 +125,11 @@ class ParallelReader:
             pieces = self._pieces = Pieces(position, total, piece_size(total, part))
         return pieces
 
+    @property
+    def room(self) -> int:
+        """Bytes that may be requested ahead now, beside what was requested."""
+        return self.memory.free_ahead(_MEMORY_SHARE)
+
     def close(self) -> None:
         """Drop what has arrived ahead."""
         if self._pieces is not None:
@@ -134,17 +146,20 @@ class _Transfer:
         stream: ContentStream,
         upstream: str,
         pieces: Pieces,
-        parallel: Parallel,
+        registry: Registry,
         group: asyncio.TaskGroup,
     ) -> None:
-        """Start with the response ``stream`` alone. ``group`` gets the tasks."""
+        """Start with the response ``stream`` of ``registry`` alone. ``group`` gets the tasks."""
         self._reader = reader
         self._stream = stream
         self._upstream = upstream
         self._pieces = pieces
         self._group = group
         self._loop = asyncio.get_running_loop()
-        self._ramp = Ramp(parallel.connections)
+        self._ramp = Ramp(registry.parallel.connections)
+        self._max_wait = registry.idle
+        """Seconds for which no connection may bring a byte, as for a body."""
+        self._received_at = self._loop.time()
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._further = 0
         """Connections beside the first one, as they are counted."""
@@ -156,12 +171,15 @@ class _Transfer:
         self._failure: MirrorError | None = None
         """The error of the connection that failed last."""
         self._broken: Piece | None = None
-        """The piece of that connection."""
+        """The piece of the connection that broke last. One that was refused has not."""
         self._refusals = 0
         """Refusals of further connections since the last response."""
+        self._failures = 0
+        """Failures of further connections since one has brought :data:`MIN_PROGRESS_BYTES`."""
         self._not_before = 0.0
-        """Time before which no further request is sent, after a 429."""
-        self._latency = _FIRST_LATENCY_S
+        """Time before which no request is sent although no connection is left, after a 429."""
+        self._may_overlap = False
+        """Whether the last connection may be opened while the one before it has not ended."""
         self._is_over = False
 
     def end(self) -> None:
@@ -176,7 +194,9 @@ class _Transfer:
         if not len(pieces):
             async for chunk in plain:
                 pieces.skip(len(chunk))
+                yielded_at = self._loop.time()
                 yield chunk
+                self._ramp.pause(self._loop.time() - yielded_at)
                 if self._wants_another(len(chunk)):
                     break
             else:
@@ -189,7 +209,9 @@ class _Transfer:
             if front is not None:
                 self._hold_memory()
                 self._drained.set()
+                yielded_at = self._loop.time()
                 yield front
+                self._ramp.pause(self._loop.time() - yielded_at)
             elif self._tasks or self._may_wait():
                 self._changed.clear()
                 await self._changed.wait()
@@ -206,40 +228,55 @@ class _Transfer:
 
     def _may_add(self) -> bool:
         reader = self._reader
-        return reader.connections.may_add(self._stream.endpoint) and reader.memory.may_take_ahead(
-            self._pieces.size
-        )
+        may_add = reader.connections.may_add(self._stream.endpoint)
+        return may_add and reader.room >= self._pieces.size
 
     def _begin(self, plain: AsyncIterator[bytes]) -> None:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
         piece = self._pieces.begin_plain(self._loop.time())
-        self._start(piece, self._read(piece, plain))
+        self._start(piece, self._read_first(piece, plain))
         self._ticker = self._group.create_task(self._tick())
         self._fill()
 
     # --- connections ----------------------------------------------------------------------------
 
     def _fill(self) -> None:
-        """Start connections, as long as more are wanted, a piece is free, and the budgets allow."""
-        while not self._is_over and len(self._tasks) < self._ramp.wanted:
-            now, reader = self._loop.time(), self._reader
-            is_first = not self._tasks
-            if now < self._not_before:
+        """Start connections, as long as more are wanted, a piece is free, and the budgets allow.
+
+        After a refusal, one request has to be answered before the next one.
+        """
+        while not self._is_over and self._active < self._most:
+            now, pieces, reader = self._loop.time(), self._pieces, self._reader
+            is_asking = self._refusals > 0 and not all(one.has_response for one in self._tasks)
+            may_add = reader.connections.may_add(self._stream.endpoint)
+            may_request = may_add if self._active else now >= self._not_before
+            if is_asking or not may_request:
                 return
-            if not (is_first or reader.connections.may_add(self._stream.endpoint)):
-                return
-            lead = max(self._pieces.size // 2, int(self._ramp.rate * self._latency))
-            piece = self._pieces.claim(now, lead, self._ramp.wanted)
+            room, connections = reader.room, self._ramp.wanted
+            if not self._active and not (may_add and room >= pieces.size):
+                connections = 1
+            rooms = (room + pieces.ahead) // max(1, connections - 1)
+            piece = pieces.claim(now, self._ramp.rate_of_one, connections, rooms)
             if piece is None:
                 return
-            needed = 0 if piece.is_front else piece.stop - piece.start
-            if needed and not reader.memory.may_take_ahead(needed):
-                self._pieces.give_back(piece)
+            if not pieces.may_pause(piece) and piece.stop - piece.start > room:
+                pieces.give_back(piece)
                 return
             self._start(piece, self._fetch(piece))
             self._hold_memory()
+
+    @property
+    def _most(self) -> int:
+        """Connections to have now."""
+        has_plain = any(piece.is_plain for piece in self._tasks)
+        return self._ramp.wanted + (self._may_overlap and not has_plain)
+
+    @property
+    def _active(self) -> int:
+        """Connections that bring bytes, or will soon."""
+        return sum(1 for piece in self._tasks if not self._pieces.is_stuck(piece))
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
         """Start the task of a piece."""
@@ -273,8 +310,8 @@ class _Transfer:
         try:
             async with self._stream.open_range(piece.start, piece.stop) as stream:
                 now = self._loop.time()
-                self._latency, self._refusals = now - piece.asked_at, 0
-                if not self._pieces.respond(piece):
+                self._refusals = 0
+                if not self._pieces.accept_response(piece, now):
                     return  # The plain piece has been faster.
                 count = sum(1 for other in self._tasks if other.has_response)
                 self._ramp.on_connections(now, count)
@@ -283,24 +320,28 @@ class _Transfer:
         except MirrorError as error:
             self._on_failure(piece, error)
 
-    async def _read(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
-        """Put the chunks of a response into its piece. The plain one ends where another begins."""
-        pieces = self._pieces
+    async def _read_first(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
+        """Read the response that this transfer began with."""
         try:
-            async for chunk in chunks:
-                now = self._loop.time()
-                self._ramp.receive(now, len(chunk))
-                is_complete = pieces.receive(piece, chunk, now)
-                if piece.taken == pieces.position:
-                    self._changed.set()
-                if is_complete and piece.is_plain:
-                    return
-                if piece.is_front and piece.waiting > _BUFFER_BYTES:
-                    await self._wait_until_drained(piece)
+            await self._read(piece, chunks)
         except MirrorError as error:
-            if not piece.is_plain:
-                raise
             self._failure, self._broken = error, piece
+
+    async def _read(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
+        """Put the chunks of a response into its piece. A plain one ends where another begins."""
+        pieces = self._pieces
+        async for chunk in chunks:
+            now = self._received_at = self._loop.time()
+            self._ramp.receive(now, len(chunk))
+            is_complete = pieces.receive(piece, chunk, now)
+            if piece.taken == pieces.position:
+                self._changed.set()
+            if piece.end - piece.start >= MIN_PROGRESS_BYTES:
+                self._failures = 0
+            if is_complete and piece.is_plain:
+                return
+            if not is_complete and pieces.may_pause(piece) and piece.waiting > _BUFFER_BYTES:
+                await self._wait_until_drained(piece)
 
     async def _wait_until_drained(self, piece: Piece) -> None:
         piece.pause(self._loop.time())
@@ -311,24 +352,33 @@ class _Transfer:
 
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
         """Decide what the failure of a further connection means for their number."""
-        self._failure, self._broken = error, piece
+        self._failure = error
+        if not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
+            self._failure = UpstreamUnavailable(f"a further connection failed: {error.message}")
         reason: BackOffReason = "failed"
         wanted = self._ramp.wanted - 1
         match error:
             case UpstreamRateLimited():
                 reason = "refused"
-                delay = _RETRY_AFTER_S if error.retry_after is None else error.retry_after
-                self._reader.connections.on_refused(self._stream.endpoint, delay)
+                delay, self._may_overlap = error.retry_after, False
                 if not self._ramp.is_adding:
-                    self._not_before = self._loop.time() + delay
+                    delay = _RETRY_AFTER_S * 2**self._refusals if delay is None else delay
                     self._refusals += 1
-                    wanted += self._refusals == 1  # This number was accepted before.
+                    # This number was accepted before. If it is refused again, the upstream limits
+                    # requests: the rest needs one.
+                    wanted = self._ramp.wanted if self._refusals == 1 else 1
+                self._reader.connections.on_refused(self._stream.endpoint, delay or 0.0)
+                if delay is not None and (self._refusals > 1 or delay <= _SHORT_WAIT_S):
+                    self._not_before = self._loop.time() + delay
             case UpstreamProtocolError():
                 reason = "no_ranges"
                 self._reader.connections.on_no_ranges(self._stream.endpoint)
                 wanted = min(1, wanted)
-            case _ if piece.end - piece.start >= MIN_PROGRESS_BYTES:
-                return  # It is replaced.
+            case _:
+                self._broken = piece
+                self._failures += 1
+                if self._failures == 1:
+                    return  # It is replaced.
         self._back_off(reason, wanted)
 
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
@@ -336,9 +386,9 @@ class _Transfer:
         self._reader.emit(BackedOff(self._upstream, self._stream.endpoint, reason, wanted))
 
     def _may_wait(self) -> bool:
-        """Return whether a connection may be opened soon, although there is none now."""
-        delay = self._not_before - self._loop.time()
-        return self._ramp.wanted > 0 and 0 < delay <= _MAX_WAIT_S
+        """Return whether a connection may be opened in time, although there is none now."""
+        is_in_time = self._not_before <= self._received_at + self._max_wait
+        return self._ramp.wanted > 0 and self._loop.time() < self._not_before and is_in_time
 
     # --- the clock ------------------------------------------------------------------------------
 
@@ -347,10 +397,11 @@ class _Transfer:
         while True:
             await asyncio.sleep(_TICK_S)
             now, pieces = self._loop.time(), self._pieces
-            match self._ramp.evaluate(now, pieces.missing, pieces.size):
+            match self._ramp.evaluate(now, pieces.missing, pieces.size, pieces.latency or 0.0):
                 case Step.ADD if self._may_add():
                     self._ramp.add()
                 case Step.NO_GAIN:
+                    self._may_overlap = self._ramp.wanted == 1
                     self._back_off("no_gain", self._ramp.wanted)
             late = pieces.find_late(now)
             if late is not None and late in self._tasks:

@@ -5,9 +5,12 @@ late. Must not know: asyncio, connections, how many there may be (:mod:`mirror.p
 
 Theory of operation. Bytes are handed out in order, from ``position`` on. In front of it is what the
 reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
-The *plain* piece is the response to a request without ``Range``: it has no end of its own, and runs
-on until it meets a piece of another connection. Until that one has a response, the plain piece runs
-over it, so that a refusal costs nothing.
+A *plain* piece has no end of its own, and runs on until it meets a piece of another connection, as
+the first response does. Until that one has a response, the plain piece runs over it, so that a
+refusal costs nothing.
+
+The connection of the piece at the front pauses while its bytes are not handed out. A piece ahead of
+it needs memory for all of its bytes. A *paced* piece needs none: it pauses ahead of the front, too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import ceil
 from statistics import median
 from typing import Final
 
@@ -26,14 +30,23 @@ one would be fetched alone for too long."""
 _LAST_PIECES: Final = 4
 """Pieces that one of the usual size becomes at the end of a blob."""
 _LATE_AFTER_S: Final = 0.75
-"""Seconds for which no piece is late: a request may take as long. Twice as many after each cut, so
-that a fetch does not cut pieces for ever. Less than two measurements of the rate take."""
+"""Seconds for which no piece is late: a request may take as long. Twice as many for the rest of a
+piece that was cut, so that bytes which are slow everywhere arrive at last. Less than two
+measurements of the rate take."""
 _LATE_FACTOR: Final = 4
 """A piece is late if its rate is the median of the others divided by this, or less."""
 _JUDGED_AFTER_S: Final = 0.25
 """Seconds after which the rate of a piece counts for others: before, it is that of a start."""
 _KEPT_RATES: Final = 8
-"""Rates of complete pieces that the last ones are compared with, when no other one is fetched."""
+"""Rates of complete pieces that others are compared with."""
+_FIRST_LATENCY_S: Final = 0.25
+"""Seconds that a response is expected to take before one was measured."""
+_TIMES_LATENCY: Final = 3
+"""A request asks for as many bytes as arrive in the time of a response, times this, so that at most
+a quarter of the time is spent without data."""
+_LEAST_ALONE: Final = 16
+"""Pieces that a connection which is alone brings before another one is added. It is closed then,
+and what the upstream has sent meanwhile is lost: up to a megabyte."""
 
 
 def piece_size(total: int, most: int) -> int:
@@ -50,10 +63,12 @@ class Piece:
     stop: int
     """Offset after the last byte. That of the plain piece falls when it meets another one."""
     asked_at: float
+    late_after: float = _LATE_AFTER_S
+    """Seconds for which it is not late."""
     is_plain: bool = False
-    is_front: bool = False
-    """Whether nothing was missing before it when it was requested. It needs no memory ahead: its
-    reader pauses while its bytes are not handed out."""
+    alone_until: int = 0
+    """Offset up to which no other piece is requested behind a plain one."""
+    is_paced: bool = False
     is_fetched: bool = True
     """Whether a connection fetches it."""
     has_response: bool = False
@@ -110,8 +125,11 @@ class Pieces:
         self.total = total
         self.size = size
         self._pieces: list[Piece] = []
+        self.latency: float | None = None
+        """Seconds that the latest response took. None: there was none."""
         self._rates: deque[float] = deque(maxlen=_KEPT_RATES)
-        self._late_after = _LATE_AFTER_S
+        self._late_after: dict[int, float] = {}
+        """Offset of the rest of a piece that was cut -> seconds for which that is not late."""
 
     # --- what is there --------------------------------------------------------------------------
 
@@ -128,44 +146,69 @@ class Pieces:
 
     @property
     def ahead(self) -> int:
-        """Bytes in memory, and bytes that were requested ahead of what is handed out."""
+        """Bytes in memory, and those that will be there before their connection pauses."""
         return sum(
-            piece.waiting if piece.is_front or not piece.is_fetched else piece.stop - piece.taken
+            piece.waiting if self.may_pause(piece) else piece.stop - piece.taken
             for piece in self._pieces
         )
+
+    def may_pause(self, piece: Piece) -> bool:
+        """Return whether the connection of a piece pauses while its bytes are not handed out."""
+        return piece.is_paced or piece.taken == self.position
+
+    def is_stuck(self, piece: Piece) -> bool:
+        """Return whether a paced piece is ahead of the front, and waits for others."""
+        return piece.is_paced and piece.taken > self.position
 
     # --- requests -------------------------------------------------------------------------------
 
     def begin_plain(self, now: float) -> Piece:
         """Add the piece of a response without an end. It begins at ``position``."""
         plain = Piece(
-            self.position, self.total, now, is_plain=True, is_front=True, has_response=True
+            self.position, self.total, now, is_plain=True, is_paced=True, has_response=True
         )
         self._insert(plain)
         return plain
 
-    def claim(self, now: float, lead: int, connections: int) -> Piece | None:
+    def claim(self, now: float, rate: float, connections: int, room: int = 0) -> Piece | None:
         """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
 
-        Near the end of the blob the pieces become smaller, so that all connections end together.
+        If responses take long, a request asks for several pieces at once, as one. Near the end of
+        the blob they become smaller, so that all connections end together.
 
         Args:
             now: The time.
-            lead: Bytes after the plain piece's end that are left to it: it may have brought them
-                before a response arrives.
-            connections: How many are wanted. With one, a piece at the front is the whole gap.
+            rate: Bytes per second of one connection.
+            connections: How many may be had. With one, the piece is plain and paced.
+            room: Bytes of memory for it. It is larger than usual only if there is room.
         """
-        start, stop = self._first_gap(lead)
+        latency = self.latency or _FIRST_LATENCY_S
+        # A plain piece may bring some more bytes before the response arrives.
+        start, stop = self._first_gap(lead=max(self.size // 2, int(1.5 * rate * latency)))
         if start >= stop:
             return None
-        is_front = start == self.position
-        least = self.size // _LAST_PIECES
-        size = min(self.size, max(least, self.missing // (2 * connections)))
-        if not (connections == 1 and is_front) and stop - start - size >= least:
+        is_alone = connections == 1
+        most = self._request_bytes(rate, room)
+        least = most // _LAST_PIECES
+        size = min(most, max(least, self.missing // (2 * connections)))
+        if not is_alone and stop - start - size >= least:
             stop = start + size
-        piece = Piece(start, stop, now, is_front=is_front)
+        piece = Piece(
+            start,
+            stop,
+            now,
+            max(self._late_after.pop(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
+            is_plain=is_alone,
+            alone_until=start + _LEAST_ALONE * self.size if is_alone and stop == self.total else 0,
+            is_paced=is_alone,
+        )
         self._insert(piece)
         return piece
+
+    def _request_bytes(self, rate: float, room: int) -> int:
+        """Return the bytes of a request: one piece, or several if responses take long."""
+        wanted = _TIMES_LATENCY * rate * (self.latency or 0.0)
+        return self.size * max(1, min(ceil(wanted / self.size), room // self.size))
 
     def _first_gap(self, lead: int) -> tuple[int, int]:
         """Return (start, stop) of the first gap. Both are ``total`` without one."""
@@ -176,6 +219,8 @@ class Pieces:
             if piece.start - cursor >= least:
                 return cursor, piece.start
             is_behind_plain = piece.is_plain and piece.is_fetched
+            if is_behind_plain and piece.end < piece.alone_until:
+                return self.total, self.total
             cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
         return min(cursor, self.total), self.total
 
@@ -183,12 +228,13 @@ class Pieces:
         self._pieces.append(piece)
         self._pieces.sort(key=lambda other: other.start)
 
-    def respond(self, piece: Piece) -> bool:
+    def accept_response(self, piece: Piece, now: float) -> bool:
         """Note that the response to a request has arrived.
 
         Returns:
             False if the plain piece has been faster. The piece is dropped then.
         """
+        self.latency = now - piece.asked_at
         piece.has_response = not any(
             other is not piece and other.start <= piece.start < other.end for other in self._pieces
         )
@@ -216,9 +262,9 @@ class Pieces:
         return not piece.is_fetched
 
     def _stop_of_plain(self, plain: Piece) -> int:
-        """Return the start of the first piece behind the plain one that has a response or bytes.
+        """Return where a plain piece ends: where the next piece that has a response begins.
 
-        If that piece has begun to be handed out before, what is left of it counts.
+        The next one may have been handed out in part, while the plain one has not been read.
         """
         if plain.end < self.position:
             return plain.end  # The piece behind it was handed out, and is gone.
@@ -265,16 +311,16 @@ class Pieces:
         """
         fetched = [piece for piece in self._pieces if piece.is_fetched]
         for piece in fetched:
-            if piece.elapsed(now) < self._late_after:
+            if piece.elapsed(now) < piece.late_after:
                 continue
-            others = [
+            # The earlier ones count, too: those that are fetched now may all be slow.
+            peers = list(self._rates)
+            peers += [
                 other.rate(now)
                 for other in fetched
                 if other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
             ]
-            peers = others or list(self._rates)
             if peers and piece.rate(now) * _LATE_FACTOR < median(peers):
-                self._late_after *= 2
-                self._rates.clear()
+                self._late_after[piece.end] = 2 * piece.late_after
                 return piece
         return None

@@ -20,6 +20,12 @@ _GAIN: Final = 1.25
 could be had is 1.33."""
 _MIN_REMAINING_S: Final = 1.0
 """Seconds that the rest must take, at the current rate, to be worth a further connection."""
+_MAX_PAUSED: Final = 0.5
+"""Part of a measurement in which the reader may take nothing. With more, the reader is the limit,
+and what further connections bring would only fill the memory."""
+_MIN_LATENCIES: Final = 5
+"""Times of a response over which an addition is measured at least: a connection brings bytes for
+three of them, and then waits for one."""
 MIN_REMAINING_PIECES: Final = 4
 """Pieces that must be missing to be worth a further connection."""
 
@@ -48,58 +54,72 @@ class Ramp:
         self._most = most
         self._since: float | None = None
         self._bytes = 0
+        self._paused_s = 0.0
 
     @property
-    def is_settled(self) -> bool:
-        """Whether no connection will be added."""
-        return self.wanted >= self._most and not self.is_adding
+    def rate_of_one(self) -> float:
+        """Bytes per second of one of the connections that were measured."""
+        return self.rate / max(1, self.wanted - self.is_adding)
+
+    def _begin(self, now: float | None) -> None:
+        """Begin a measurement. None: it begins later."""
+        self._since, self._bytes, self._paused_s = now, 0, 0.0
 
     def receive(self, now: float, count: int) -> None:
         """Count bytes of any connection."""
         if self._since is None:
             if self.is_adding:
                 return  # The measurement begins when the new connection sends, too.
-            self._since = now
+            self._begin(now)
         self._bytes += count
+
+    def pause(self, seconds: float) -> None:
+        """Count seconds in which the reader took no bytes."""
+        self._paused_s += seconds
 
     def on_connections(self, now: float, count: int) -> None:
         """Note that ``count`` connections have a response. The new one may be among them."""
         if self.is_adding and self._since is None and count >= self.wanted:
-            self._since, self._bytes = now, 0
+            self._begin(now)
 
     def on_cut(self, now: float) -> None:
         """Begin the measurement again: a connection has starved during it."""
         if self._since is not None:
-            self._since, self._bytes = now, 0
+            self._begin(now)
 
-    def evaluate(self, now: float, missing: int, size: int) -> Step:
+    def evaluate(self, now: float, missing: int, size: int, latency: float = 0.0) -> Step:
         """End a measurement if it is long enough, and decide.
 
         Args:
             now: The time.
             missing: Bytes that have not arrived.
             size: Bytes of a piece.
+            latency: Seconds in which a connection that was replaced brings nothing.
         """
         if self._since is None or now - self._since < MEASURE_S:
             return Step.KEEP
         seconds = now - self._since
         rate = self._bytes / seconds
         if self.is_adding and rate < _GAIN * self.rate:
-            if seconds < 2 * MEASURE_S:
+            if seconds < max(2 * MEASURE_S, _MIN_LATENCIES * latency):
                 return Step.KEEP  # A connection that was replaced meanwhile may have cost some.
             self.back_off(self.wanted - 1)
             return Step.NO_GAIN
         self.rate, self.is_adding = rate, False
-        self._since, self._bytes = now, 0
+        is_reader_slow = self._paused_s > _MAX_PAUSED * seconds
+        self._begin(now)
         is_worth = missing > rate * _MIN_REMAINING_S and missing > MIN_REMAINING_PIECES * size
-        return Step.ADD if is_worth and self.wanted < self._most else Step.KEEP
+        may_add = self.wanted < self._most and not is_reader_slow
+        return Step.ADD if is_worth and may_add else Step.KEEP
 
     def add(self) -> None:
         """Note that one more connection is opened."""
         self.wanted += 1
-        self.is_adding, self._since = True, None
+        self.is_adding = True
+        self._begin(None)
 
     def back_off(self, wanted: int) -> None:
         """Have ``wanted`` connections from now on, and never more."""
         self.wanted = self._most = wanted
-        self.is_adding, self._since, self._bytes = False, None, 0
+        self.is_adding = False
+        self._begin(None)

@@ -91,10 +91,13 @@ class MemoryBudget:
         if count:
             self._ahead[owner] = count
 
-    def may_take_ahead(self, count: int) -> bool:
-        """Return whether ``count`` more bytes may be requested ahead."""
-        has_share = self._total_ahead + count <= self._limit
-        return has_share and self.total + count <= self._limit_of_both
+    def free_ahead(self, share: float = 1.0) -> int:
+        """Return the bytes that may be requested ahead now.
+
+        ``share``: the part of the limit above which this use leaves the memory to others.
+        """
+        most = int(self._limit * share)
+        return min(most - self._total_ahead, self._limit_of_both - self.total)
 
 
 class IngestWriter:

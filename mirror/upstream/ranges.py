@@ -6,6 +6,9 @@ endpoint is asked, how many connections a fetch has, how a body is read.
 A further range is requested where the first response came from. So redirects are resolved once, and
 a signed URL that expired is renewed once for all connections. The outbound guard has checked it,
 and the rule for addresses applies to each socket.
+
+Nodes of a storage may have different tags for the same content. So a range that was not sent
+because of ``If-Range`` is an error, and the next request has no such field: the digest is enough.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
 
 from aiohttp import hdrs
 
@@ -22,6 +26,9 @@ from mirror.oci.headers import parse_content_range
 from mirror.upstream.messages import AcceptedResponse
 from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import retry_after_of
+
+_SAME_AGAIN: Final = (416, 429)
+"""Statuses of a client's error that another URL would not change."""
 
 
 class FurtherRanges:
@@ -49,14 +56,19 @@ class FurtherRanges:
             headers["If-Range"] = self._entity_tag
         async with AsyncExitStack() as stack:
             response = await self._send(stack, headers)
+            if response.http.status == 200:
+                self._entity_tag = None
             await self._check(response, start, stop)
             yield response
 
     async def _send(self, stack: AsyncExitStack, headers: dict[str, str]) -> AcceptedResponse:
-        """Send a request to where the first response came from. Renews an expired signed URL."""
+        """Send a request to where the first response came from. Renews an expired signed URL.
+
+        Storages respond with 400, 401, 403 or 410 to one that has expired.
+        """
         destination = self._destination
         response = await stack.enter_async_context(self._first.repeat(headers, destination))
-        if not (response.is_cross_origin and response.http.status in (401, 403)):
+        if not 400 <= response.http.status < 500 or response.http.status in _SAME_AGAIN:
             return response
         await stack.aclose()
         async with self._renewal:

@@ -27,7 +27,7 @@ from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
 from mirror.oci import errors
 from mirror.upstream.body_receiver import BodyReceiver, take_over
-from mirror.upstream.connections import Resolver, tls_context
+from mirror.upstream.connections import Connector, Resolver, tls_context
 from mirror.upstream.failures import Hop, ResponseLimit, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
     CONFIGURED,
@@ -159,7 +159,7 @@ class Transport:
         if is_own and settings.client_certificate is not None:
             certificate = settings.client_certificate, settings.client_key
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=Connector(
                 resolver=self._resolver,
                 socket_factory=partial(addresses.open_socket, own_addresses=self._own_addresses),
                 ssl=tls_context(settings.ca, certificate, settings.insecure),
@@ -439,13 +439,15 @@ async def read_chunks(
     content = response.content
     receiver: BodyReceiver | None = None
     try:
-        while True:
+        while received != expected:
             waiting_since = time.monotonic()
             chunk = await (receiver.readany(limits.idle) if receiver else content.readany())
             waited_s += time.monotonic() - waiting_since
             if not chunk:
                 break
             received += len(chunk)
+            if expected is not None and received > expected:
+                raise errors.UpstreamProtocolError("the body is longer than announced")
             receiver = receiver or take_over(response, received)
             received_in_window += len(chunk)
             yield chunk
@@ -464,8 +466,6 @@ async def read_chunks(
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
         raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
-    if expected is not None and received > expected:
-        raise errors.UpstreamProtocolError("the body is longer than announced")
 
 
 def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.UpstreamUnavailable:

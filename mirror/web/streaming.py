@@ -96,9 +96,13 @@ def content_headers(body: Body) -> dict[str, str]:
 def applicable_range(request: web.BaseRequest, digest: Digest) -> str | None:
     """Return ``Range``, or None if there is none or it has to be ignored.
 
-    It is defined for ``GET`` only (RFC 9110, section 14.2), and ``If-Range`` may switch it off.
+    It is defined for ``GET`` only (RFC 9110, section 14.2). ``If-Range`` may switch it off, and a
+    304 does.
     """
-    wanted = request.headers.get("Range") if request.method == "GET" else None
+    is_ignored = request.method != "GET" or not_modified(
+        request.headers.get("If-None-Match"), entity_tag(digest)
+    )
+    wanted = None if is_ignored else request.headers.get("Range")
     if wanted is None or is_range_applicable(request.headers.get("If-Range"), entity_tag(digest)):
         return wanted
     return None

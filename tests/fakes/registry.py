@@ -359,7 +359,7 @@ class FakeRegistry:
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
-        return framed and fault.end_at is None and not fault.extra
+        return framed and fault.end_at is None and "Content-Length" not in fault.drop_headers
 
     async def _send_pieces(
         self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, stop: int, start: int = 0

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from mirror.config.settings import Limits
@@ -221,6 +222,77 @@ async def test_client_that_hangs_up_ends_its_request_at_once(tmp_path: Path) -> 
             await until(lambda: layer.fake.count("GET", "blobs/") == 2)
             response.close()
         await until(lambda: [result for result, _ in layer.asides] == ["dropped"])
+
+
+@pytest.mark.row("L12-lazy-pull")
+async def test_response_for_a_part_that_does_not_end_is_closed(tmp_path: Path) -> None:
+    async with cold_layer(tmp_path) as layer:
+        layer.fault(Fault(chunked=True, endless=True))
+        sent = layer.fake.bytes_sent
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(layer.get("-51"))
+            await until(lambda: len(layer.asides) == 1)
+            layer.gate.set()
+        assert reading.result()[2] == DATA[-51:]
+        assert layer.asides[0][1] <= 51
+        assert layer.fake.bytes_sent - sent < 64 << 20
+
+
+@pytest.mark.row("L12-lazy-pull")
+async def test_part_comes_although_the_fetch_fails_meanwhile(tmp_path: Path) -> None:
+    limits = Limits(idle=0.5)
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+        digest = fake.add_blob(DATA)
+        path = f"blobs/{digest}"
+        fake.fault(path, Fault(stall_at=131_072), Fault(delay=1.5), Fault(status=404, times=None))
+        async with asyncio.TaskGroup() as group:
+            whole = group.create_task(cut_off(server, server.blob(digest)))
+            part = group.create_task(server.get(server.blob(digest), {"Range": "bytes=-51"}))
+        assert part.result()[::2] == (206, DATA[-51:])
+        assert whole.result()
+
+
+async def cut_off(server: Server, url: str) -> bool:
+    """Return whether a response breaks off."""
+    try:
+        await server.get(url)
+    except aiohttp.ClientError:
+        return True
+    return False
+
+
+@pytest.mark.row("L12-lazy-pull")
+async def test_part_is_requested_where_the_fetch_has_gone_to(tmp_path: Path) -> None:
+    """The first endpoint has other content of the same length under this digest."""
+    patient = Limits(idle=60.0)
+    async with FakeRegistry() as wrong, FakeRegistry() as right:
+        digest = right.add_blob(DATA)
+        wrong.blobs["library/app", str(digest)] = DATA[::-1]
+        gate = asyncio.Event()
+        wrong.fault(f"blobs/{digest}", Fault(end_at=1000))
+        right.fault(f"blobs/{digest}", Fault(stall_at=131_072, gate=gate))
+        endpoints = wrong.url, right.url
+        async with running(tmp_path, *endpoints, limits=patient) as server:
+            async with asyncio.TaskGroup() as group:
+                whole = group.create_task(cut_off(server, server.blob(digest)))
+                await until(lambda: right.stalled.is_set())
+                _, _, body = await server.get(server.blob(digest), {"Range": "bytes=-51"})
+                gate.set()
+            assert body == DATA[-51:]
+            assert wrong.count("GET", "blobs/") == 1
+            assert whole.result(), "the bytes of two endpoints are no content"
+
+
+@pytest.mark.row("L6-conditional-requests")
+async def test_304_says_nothing_of_parts_and_requests_none(tmp_path: Path) -> None:
+    async with cold_layer(tmp_path) as layer:
+        condition = {"If-None-Match": f'"{layer.digest}"', "Range": "bytes=-51"}
+        status, headers, _ = await layer.server.get(layer.url, condition)
+        assert status == 304
+        assert "Warning" not in headers
+        assert headers["Cache-Control"] != "no-store"
+        assert not layer.asides
+        assert layer.fake.count("GET", "blobs/") == 1
 
 
 @pytest.mark.row("L12-lazy-pull")

@@ -63,13 +63,17 @@ def run_virtually(work: Coroutine[Any, Any, T]) -> T:
 class Upstream:
     """A storage with limits. Rates in bytes per second."""
 
-    data: bytes
+    data: bytes = field(repr=False)
     rate: float = 10.0 * MIB
     """Of each connection."""
     total_rate: float | None = None
     """Of all connections together."""
     max_connections: int | None = None
     """One more gets a 429."""
+    burst: float | None = None
+    """Further requests that may be sent at once. One more gets a 429."""
+    refill: float = 0.0
+    """Requests per second that may be sent after that."""
     retry_after: float | None = None
     has_ranges: bool = True
     latency: float = 0.02
@@ -79,12 +83,36 @@ class Upstream:
     breaks: Callable[[int], int | None] = lambda number: None
     """Returns the bytes after which the n-th connection breaks."""
     error: MirrorError | None = None
+    buffer: int = 0
+    """Bytes in the buffers of a socket: they are lost when a connection is closed early."""
+    asked: list[float] = field(default_factory=list)
+    """Times of further requests."""
+    refused: list[float] = field(default_factory=list)
+    """Times of refusals."""
     connections: int = 0
     most: int = 0
     opened: int = 0
     sent: int = 0
     requested: list[tuple[int, int]] = field(default_factory=list)
     _free_at: float = 0.0
+    _tokens: float = field(init=False)
+    _asked_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._tokens = self.burst or 0.0
+
+    def may_request(self) -> bool:
+        """Count a request. Returns whether it is accepted."""
+        now = asyncio.get_running_loop().time()
+        is_free = self.max_connections is None or self.connections < self.max_connections
+        if self.burst is not None:
+            self._tokens = min(self.burst, self._tokens + self.refill * (now - self._asked_at))
+            self._asked_at = now
+            is_free = is_free and self._tokens >= 1
+            self._tokens -= is_free
+        if not is_free:
+            self.refused.append(now)
+        return is_free
 
     def stream(self, start: int = 0) -> Stream:
         """Return the response to a request without an end."""
@@ -102,6 +130,7 @@ class Stream:
         self.start = start
         self.total: int | None = len(upstream.data)
         self._upstream = upstream
+        self._position = start
         self._stop = stop
         self._is_closed = False
         self._number = upstream.opened
@@ -125,6 +154,7 @@ class Stream:
             if self._is_closed:
                 return
             position += len(chunk)
+            self._position = position
             upstream.sent += len(chunk)
             yield chunk
         if stop < self._stop:
@@ -135,15 +165,15 @@ class Stream:
         if not self._is_closed:
             self._is_closed = True
             self._upstream.connections -= 1
+            self._upstream.sent += min(self._upstream.buffer, self._stop - self._position)
 
     @asynccontextmanager
     async def open_range(self, start: int, stop: int) -> AsyncIterator[ContentStream]:
         upstream = self._upstream
         upstream.requested.append((start, stop))
+        upstream.asked.append(asyncio.get_running_loop().time())
         await asyncio.sleep(upstream.latency)
-        if upstream.max_connections is not None and (
-            upstream.connections >= upstream.max_connections
-        ):
+        if not upstream.may_request():
             raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
         if not upstream.has_ranges:
             raise UpstreamProtocolError("no ranges")

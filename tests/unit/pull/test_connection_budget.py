@@ -30,11 +30,11 @@ def test_owner_holds_connections_to_one_endpoint() -> None:
     assert budget.count(OTHER) == 0
 
 
-def test_refusal_is_remembered_for_ten_minutes_or_as_long_as_the_endpoint_asks() -> None:
+def test_refusal_is_remembered_for_ten_minutes() -> None:
     clock = [0.0]
     budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
     budget.hold("fetch", ONE, 2)
-    budget.on_refused(ONE, 1.0)
+    budget.on_refused(ONE, 0.0)
     budget.hold("fetch", ONE, 0)
     assert budget.may_add(ONE)
     with budget.connection(ONE):
@@ -42,10 +42,17 @@ def test_refusal_is_remembered_for_ten_minutes_or_as_long_as_the_endpoint_asks()
         assert budget.may_add(OTHER)
         clock[0] = 600.0
         assert budget.may_add(ONE)
-        budget.on_refused(ONE, 3600.0)
-    clock[0] += 3599.0
+
+
+def test_endpoint_that_asks_for_a_pause_gets_no_further_connection_in_it() -> None:
+    clock = [0.0]
+    budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
+    budget.hold("fetch", ONE, 3)
+    budget.on_refused(ONE, 20.0)
+    budget.hold("fetch", ONE, 0)
     assert not budget.may_add(ONE)
-    clock[0] += 1.0
+    assert budget.may_add(OTHER)
+    clock[0] = 20.0
     assert budget.may_add(ONE)
 
 

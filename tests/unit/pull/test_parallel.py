@@ -8,10 +8,26 @@ import pytest
 
 from mirror.config.settings import Parallel
 from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
-from mirror.oci.errors import UpstreamRateLimited, UpstreamUnavailable
+from mirror.oci.errors import (
+    BlobUnknown,
+    Denied,
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.store.ingest_writer import MemoryBudget
-from tests.unit.pull.simulation import MIB, Result, Stream, Upstream, run_virtually, transfer
+from tests.unit.pull.kit import MemoryRegistry
+from tests.unit.pull.simulation import (
+    CHUNK_BYTES,
+    MIB,
+    Result,
+    Stream,
+    Upstream,
+    run_virtually,
+    transfer,
+)
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(96 * MIB, 11)
@@ -211,11 +227,137 @@ def test_bytes_ahead_stay_within_the_budget(limit: int) -> None:
     assert result.memory <= limit + MIB
 
 
-def test_retry_after_is_honoured_by_further_connections() -> None:
-    upstream = Upstream(DATA, max_connections=2, retry_after=3.0)
+@pytest.mark.parametrize("retry_after", [0.5, 1.0, 3.0, 20.0, 3600.0])
+def test_pause_that_a_refusal_asks_for_is_kept_while_a_connection_is_open(
+    retry_after: float,
+) -> None:
+    """Without any, one request for the rest is sent at once, or after a short pause."""
+    upstream = Upstream(DATA, max_connections=2, retry_after=retry_after)
     result = pull(upstream)
     assert reasons(result) == ["refused"]
-    assert result.seconds < 9.6
+    assert result.seconds < (6.5 if retry_after <= 1.0 else 1.03 * 9.6)
+    refused_at = upstream.refused[0]
+    asked = [at for at in upstream.asked if refused_at < at < refused_at + retry_after]
+    assert len(asked) <= 1
+
+
+@pytest.mark.parametrize("retry_after", [None, 10.0, 25.0])
+def test_upstream_that_limits_requests_is_read_to_the_end(retry_after: float | None) -> None:
+    upstream = Upstream(DATA, burst=4, refill=0.1, retry_after=retry_after)
+    result = pull(upstream)
+    assert result.happened(BackedOff)[-1].connections == 1
+    assert len(upstream.refused) <= 5
+    assert result.seconds < 9.6 + 2 * 25.0
+
+
+@pytest.mark.parametrize("retry_after", [None, 5.0, 60.0])
+def test_refusals_of_every_request_end_with_the_last_error_in_the_time_of_a_silent_body(
+    retry_after: float | None,
+) -> None:
+    upstream = Upstream(DATA, burst=4, retry_after=retry_after)
+    with pytest.raises(UpstreamRateLimited):
+        pull(upstream)
+    assert len(upstream.refused) <= 8
+    assert upstream.refused[-1] - upstream.refused[0] <= MemoryRegistry().idle
+
+
+@pytest.mark.parametrize("error", [BlobUnknown("404"), Denied("403"), UpstreamProtocolError("400")])
+def test_refusal_of_a_further_connection_is_no_refusal_of_the_content(error: MirrorError) -> None:
+    upstream = Upstream(DATA, error=error, breaks=lambda n: 0 if n > 2 else None)
+    with pytest.raises(UpstreamUnavailable):
+        pull(upstream)
+    assert upstream.opened > 3
+
+
+@pytest.mark.parametrize("every", [8, 12])
+def test_single_failures_take_no_connection_away(every: int) -> None:
+    upstream = Upstream(
+        DATA, error=BROKEN, breaks=lambda n: 0 if n and n % every == 0 else None, buffer=1
+    )
+    result = pull(upstream)
+    assert result.seconds < 0.45 * 9.6
+    assert reasons(result) == []
+
+
+@pytest.mark.parametrize("every", [3, 6, 10])
+def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int) -> None:
+    upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
+    result = pull(upstream)
+    assert result.happened(PieceCut)
+    assert result.seconds < 1.03 * 9.6
+
+
+@pytest.mark.parametrize(
+    ("rate", "latency", "most"),
+    [(10, 0.2, 0.55), (10, 0.5, 0.65), (20, 0.1, 0.55), (20, 0.2, 0.65), (20, 0.3, 0.75)],
+)
+def test_storage_that_takes_long_to_respond_is_read_by_larger_requests(
+    rate: int, latency: float, most: float
+) -> None:
+    upstream = Upstream(DATA, rate=rate * MIB, latency=latency)
+    assert pull(upstream).seconds < most * len(DATA) / upstream.rate
+    assert max(stop - start for start, stop in upstream.requested) > 6 * MIB
+
+
+@pytest.mark.parametrize("latency", [0.1, 0.3, 1.0])
+def test_rate_that_is_shared_is_not_lost_by_slow_responses(latency: float) -> None:
+    upstream = Upstream(DATA, rate=10 * MIB, total_rate=10 * MIB, latency=latency)
+    assert pull(upstream).seconds < 1.05 * 9.6
+
+
+def test_fetch_that_loses_its_further_connections_goes_on_with_one_request() -> None:
+    """Other fetches take the connections of the endpoint after a second."""
+
+    async def read() -> tuple[float, Upstream]:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        connections = ConnectionBudget(lambda url: 8 if loop.time() > begun + 1 else 1, loop.time)
+        upstream = Upstream(DATA, latency=0.2)
+        result = await transfer(upstream, connections=connections)
+        return result.seconds, upstream
+
+    seconds, upstream = run_virtually(read())
+    assert seconds < 9.6
+    assert upstream.opened < 8
+
+
+def test_further_connections_come_back_when_the_endpoint_has_some_again() -> None:
+    async def read() -> Upstream:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+
+        def count_first(endpoint: str) -> int:
+            return 8 if begun + 1 < loop.time() < begun + 4 else 1
+
+        upstream = Upstream(DATA, rate=40 * MIB, slow=lambda n: 0.25)
+        await transfer(
+            upstream,
+            Parallel(part=MIB),
+            connections=ConnectionBudget(count_first, loop.time),
+        )
+        return upstream
+
+    upstream = run_virtually(read())
+    assert upstream.opened > 40
+    assert upstream.sent <= 1.01 * len(DATA)
+
+
+@pytest.mark.parametrize("rate", [12 * MIB, 40 * MIB])
+def test_reader_that_is_slower_than_one_connection_gets_no_second_one(rate: int) -> None:
+    """What further connections bring would only fill the memory."""
+    upstream = Upstream(DATA, rate=200 * MIB)
+    pull(upstream, pause=lambda at: CHUNK_BYTES / rate)
+    assert upstream.opened == 1
+
+
+def test_upstream_sends_less_than_1_percent_twice_of_512_mib_at_100_mb_per_second() -> None:
+    """Each connection that is closed early loses what is in its buffers."""
+    blob = bytes(512 * MIB)
+    upstream = Upstream(blob, rate=100_000_000, buffer=MIB, latency=0.05)
+    result = run_virtually(transfer(upstream))
+    assert result.is_right
+    assert upstream.sent <= 542_239_621, "1.01 times 536,870,912 bytes"
+    assert upstream.most == 4
 
 
 def test_429_of_each_later_request_ends_with_the_error_of_the_last() -> None:

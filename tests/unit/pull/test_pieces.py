@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirror.pull.pieces import MIN_PIECE_BYTES, Piece, Pieces, piece_size
+from mirror.pull.pieces import _FIRST_LATENCY_S, MIN_PIECE_BYTES, Piece, Pieces, piece_size
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(400, 17)
@@ -27,13 +27,14 @@ class Window:
     now: float = 0.0
 
     def claim(self, lead: int, connections: int = 2) -> bool:
-        piece = self.pieces.claim(self.now, lead, connections)
+        rate = lead / (1.5 * (self.pieces.latency or _FIRST_LATENCY_S))
+        piece = self.pieces.claim(self.now, rate, connections)
         if piece is not None:
             self.open.append(piece)
         return piece is not None
 
     def respond(self, piece: Piece) -> None:
-        if not piece.has_response and not self.pieces.respond(piece):
+        if not piece.has_response and not self.pieces.accept_response(piece, self.now):
             self.open.remove(piece)
 
     def receive(self, piece: Piece, count: int) -> None:
@@ -173,8 +174,18 @@ def test_piece_far_below_the_median_is_late_the_front_one_first() -> None:
     late = rates(window, 1, 60, 60, 1, seconds=1.0)
     assert late is window.open[0]
     window.cut(late)
-    assert window.pieces.find_late(1.4) is None, "the next one has twice the time"
-    assert window.pieces.find_late(2.0) is window.open[2]
+    assert window.pieces.find_late(1.0) is window.open[2]
+
+
+def test_rest_of_a_piece_that_was_cut_has_twice_the_time() -> None:
+    window = Window(Pieces(0, 400, 100))
+    late = rates(window, 1, 60, 60, 60, seconds=1.0)
+    assert late is window.open[0]
+    window.cut(late)
+    window.claim(0)
+    assert (window.open[-1].start, window.open[-1].asked_at) == (1, 1.0)
+    assert window.pieces.find_late(2.4) is None
+    assert window.pieces.find_late(2.5) is window.open[-1]
 
 
 def test_piece_is_not_late_at_once_nor_while_its_reader_pauses() -> None:
@@ -195,7 +206,7 @@ def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -
     pieces, sizes = Pieces(0, 1000, 100), []
     while (piece := pieces.claim(0.0, 0, 4)) is not None:
         sizes.append(piece.stop - piece.start)
-        pieces.respond(piece)
+        pieces.accept_response(piece, 0.0)
         pieces.receive(piece, bytes(sizes[-1]), 1.0)
         assert pieces.pop()
     assert sizes[:2] == [100, 100]
