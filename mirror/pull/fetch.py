@@ -33,9 +33,7 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
 from mirror.pull.connection_budget import ConnectionBudget
-from mirror.pull.parallel import ParallelReader
-from mirror.pull.pieces import MIN_PIECE_BYTES
-from mirror.pull.ramp import MIN_REMAINING_PIECES
+from mirror.pull.parallel import ParallelReader, may_share
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
 from mirror.pull.suspects import Suspects
 from mirror.single_flight import SharedTask, SingleFlight
@@ -44,7 +42,7 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
 from mirror.store.store import Store
-from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream
+from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
 """(repository, kind): the access that a source proves by sending the content. The kind matters: a
@@ -140,7 +138,8 @@ class Fetch:
         try:
             async with asyncio.timeout(None) as limit:
                 with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
-                    await follower.wait(0, 1)
+                    if not follower.arrived:
+                        await follower.wait(0, 1)
         except (MirrorError, TimeoutError) as error:
             raise self.failures.get(proof_key, error) from None
         failure = self.failures.get(proof_key)
@@ -356,7 +355,7 @@ class Fetch:
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
             chunks = aiter(stream)
-            if self._may_share(source, stream):
+            if may_share(source, stream, ingest.position, has_begun=self._reader is not None):
                 self._reader = self._reader or self._make_reader(request.pull)
                 chunks = await stack.enter_async_context(
                     self._reader.read(stream, source, ingest.position)
@@ -385,15 +384,6 @@ class Fetch:
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
         await ingest.finish()
-
-    def _may_share(self, source: ContentSource, stream: ContentStream) -> bool:
-        """Return whether further connections may help to bring the body of ``stream``."""
-        parallel = source.registry.parallel
-        is_alone = parallel.connections == 1 or source.request.kind is Kind.MANIFEST
-        if is_alone or stream.total is None:
-            return False
-        least = MIN_REMAINING_PIECES * min(parallel.part, MIN_PIECE_BYTES)
-        return self._reader is not None or stream.total - self.ingest.position > least
 
     async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
@@ -455,7 +445,8 @@ class RunningFetches:
         is_suspect = source.request.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self._find_active(source.request.digest)
-        follower = fetch.ingest.follow() if fetch is not None else None
+        start = source.request.first_byte(fetch.ingest.size) if fetch is not None else 0
+        follower = fetch.ingest.follow(start) if fetch is not None else None
         if fetch is None or follower is None:
             return *self._start(source), False
         fetch.offer(source)

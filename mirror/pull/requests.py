@@ -40,6 +40,12 @@ class ContentRequest:
     select_spans: SpanSelector | None = None
     """None: no part of the content is wanted by itself."""
 
+    def first_byte(self, size: int | None) -> int:
+        """Return the offset of the first wanted byte of content of this size. None: not known."""
+        if self.select_spans is None or size is None:
+            return 0
+        return next((span.start for span in self.select_spans(size)), 0)
+
 
 @dataclass(frozen=True, slots=True)
 class TagRequest:

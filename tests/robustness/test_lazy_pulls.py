@@ -11,11 +11,12 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 
-from mirror.config.settings import Limits
+from mirror.config.settings import Limits, Storage
 from mirror.observability.events import AsideEnded, Outcome, Published
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.robustness.test_ranges import parts_of
@@ -61,9 +62,9 @@ class Layer:
 
 
 @asynccontextmanager
-async def cold_layer(root: Path) -> AsyncIterator[Layer]:
+async def cold_layer(root: Path, **more: Any) -> AsyncIterator[Layer]:
     patient = Limits(idle=60.0)  # The fetch must not be resumed while it stands still.
-    async with FakeRegistry() as fake, running(root, fake.url, limits=patient) as server:
+    async with FakeRegistry() as fake, running(root, fake.url, limits=patient, **more) as server:
         layer = Layer(fake, server)
         try:
             yield layer
@@ -222,6 +223,20 @@ async def test_client_that_hangs_up_ends_its_request_at_once(tmp_path: Path) -> 
             await until(lambda: layer.fake.count("GET", "blobs/") == 2)
             response.close()
         await until(lambda: [result for result, _ in layer.asides] == ["dropped"])
+
+
+@pytest.mark.row("L12-lazy-pull")
+async def test_parts_of_a_layer_that_is_not_stored_start_no_second_fetch(tmp_path: Path) -> None:
+    """Its first bytes have left the memory when the parts are requested."""
+    async with cold_layer(tmp_path, storage=Storage(max_size=100_000)) as layer:
+        async with layer.server.client.get(layer.url) as whole:
+            assert await whole.content.readexactly(131_072) == DATA[:131_072]
+            for first in (1_000_000, 2_000_000, 3_000_000):
+                status, _, body = await layer.get(f"{first}-{first + 9}")
+                assert (status, body) == (206, DATA[first : first + 10])
+            layer.gate.set()
+            assert await whole.read() == DATA[131_072:]
+        assert layer.fake.count_to_end() == 1
 
 
 @pytest.mark.row("L12-lazy-pull")
