@@ -39,8 +39,11 @@ _JUDGED_AFTER_S: Final = 0.25
 """Seconds after which the rate of a piece counts for others: before, it is that of a start."""
 _KEPT_RATES: Final = 8
 """Rates of complete pieces that others are compared with."""
-_FIRST_LATENCY_S: Final = 0.25
-"""Seconds that a response is expected to take before one was measured."""
+_FIRST_LATENCY_S: Final = 0.07
+"""Seconds that a response is expected to take before one was measured: as on one continent."""
+_LEAD: Final = 1.5
+"""Times of a response for which a plain piece runs on before it meets the next one. With less, the
+plain one might be faster, and the response would be of no use."""
 _TIMES_LATENCY: Final = 3
 """A request asks for as many bytes as arrive in the time of a response, times this, so that at most
 a quarter of the time is spent without data."""
@@ -183,8 +186,7 @@ class Pieces:
             room: Bytes of memory for it. It is larger than usual only if there is room.
         """
         latency = self.latency or _FIRST_LATENCY_S
-        # A plain piece may bring some more bytes before the response arrives.
-        start, stop = self._first_gap(lead=max(self.size // 2, int(1.5 * rate * latency)))
+        start, stop = self._first_gap(lead=max(self.size // 2, int(_LEAD * rate * latency)))
         if start >= stop:
             return None
         is_alone = connections == 1

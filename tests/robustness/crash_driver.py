@@ -74,6 +74,7 @@ def say(line: str) -> None:
 def go_parallel(source: MemoryRegistry) -> None:
     """Let a layer be fetched by several connections: slowly, and after a short measurement."""
     ramp.MEASURE_S, ramp._MIN_REMAINING_S = 0.005, 0.01  # type: ignore[misc] # constants
+    ramp._MAX_PAUSED = 1.0  # type: ignore[misc] # in so short a time, the reader takes most of it
     source.parallel = Parallel(part=65_536)
 
     def slow_down(stream: Stream) -> None:

@@ -279,12 +279,12 @@ def test_single_failures_take_no_connection_away(every: int) -> None:
     assert reasons(result) == []
 
 
-@pytest.mark.parametrize("every", [3, 6, 10])
-def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int) -> None:
+@pytest.mark.parametrize(("every", "most"), [(3, 1.2), (6, 1.0), (10, 0.8)])
+def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most: float) -> None:
     upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
     result = pull(upstream)
     assert result.happened(PieceCut)
-    assert result.seconds < 1.03 * 9.6
+    assert result.seconds < most * 9.6
 
 
 @pytest.mark.parametrize(

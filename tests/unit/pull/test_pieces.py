@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirror.pull.pieces import _FIRST_LATENCY_S, MIN_PIECE_BYTES, Piece, Pieces, piece_size
+from mirror.pull.pieces import _FIRST_LATENCY_S, _LEAD, MIN_PIECE_BYTES, Piece, Pieces, piece_size
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(400, 17)
@@ -27,7 +27,7 @@ class Window:
     now: float = 0.0
 
     def claim(self, lead: int, connections: int = 2) -> bool:
-        rate = lead / (1.5 * (self.pieces.latency or _FIRST_LATENCY_S))
+        rate = lead / (_LEAD * (self.pieces.latency or _FIRST_LATENCY_S))
         piece = self.pieces.claim(self.now, rate, connections)
         if piece is not None:
             self.open.append(piece)
