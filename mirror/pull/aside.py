@@ -324,7 +324,7 @@ class AsideRequests:
                     stop=span.stop,
                     validator=fetch.validator,
                     total=fetch.ingest.size,
-                    avoid=fetch.left_endpoints,
+                    avoid=tuple(fetch.endpoints_used)[:-1],
                 ) as stream:
                     async for chunk in stream:
                         received += chunk

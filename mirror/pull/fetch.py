@@ -33,7 +33,9 @@ from mirror.oci.errors import (
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
 from mirror.pull.connection_budget import ConnectionBudget
-from mirror.pull.parallel import ParallelReader, may_share
+from mirror.pull.parallel import ParallelReader
+from mirror.pull.pieces import MIN_PIECE_BYTES
+from mirror.pull.ramp import MIN_REMAINING_PIECES
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
 from mirror.pull.suspects import Suspects
 from mirror.single_flight import SharedTask, SingleFlight
@@ -97,7 +99,7 @@ class Fetch:
         self._current = first
         self.validator: str | None = None
         """Validator of the latest response. None: there was none, or it had no strong ``ETag``."""
-        self._endpoints_used: dict[str, str] = {}
+        self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
@@ -105,12 +107,7 @@ class Fetch:
     @property
     def endpoint(self) -> str:
         """URL of the endpoint that sent bytes last. Empty if none has."""
-        return next(reversed(self._endpoints_used), "")
-
-    @property
-    def left_endpoints(self) -> tuple[str, ...]:
-        """URLs of the endpoints that sent bytes before the latest one."""
-        return tuple(self._endpoints_used)[:-1]
+        return next(reversed(self.endpoints_used), "")
 
     # --- for followers --------------------------------------------------------------------------
 
@@ -247,7 +244,7 @@ class Fetch:
                 upstream, digest = source.request.repository.upstream, str(self.ingest.digest)
                 where = "resume" if attempts.resumed_from else "upstream"
                 self._emit(DigestMismatched(upstream, digest, where))
-                self._on_wrong_bytes(self._endpoints_used)
+                self._on_wrong_bytes(self.endpoints_used)
                 raise
             except _Preempted as error:
                 failure = error
@@ -338,8 +335,8 @@ class Fetch:
                 )
             attempts.validator = self.validator = stream.validator
             attempts.endpoint = stream.endpoint
-            self._endpoints_used.pop(stream.endpoint, None)
-            self._endpoints_used[stream.endpoint] = source.request.repository.upstream
+            self.endpoints_used.pop(stream.endpoint, None)
+            self.endpoints_used[stream.endpoint] = source.request.repository.upstream
             if request.kind is Kind.MANIFEST:
                 check_announced(stream.media_type, stream.total or 0)
             skip = ingest.position - stream.start
@@ -355,7 +352,8 @@ class Fetch:
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
             chunks = aiter(stream)
-            if may_share(source, stream, ingest.position, has_begun=self._reader is not None):
+            least = MIN_REMAINING_PIECES * min(source.registry.parallel.part, MIN_PIECE_BYTES)
+            if self._reader is not None or (stream.total or 0) - ingest.position > least:
                 self._reader = self._reader or self._make_reader(request.pull)
                 chunks = await stack.enter_async_context(
                     self._reader.read(stream, source, ingest.position)

@@ -39,8 +39,8 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.pull.connection_budget import ConnectionBudget
-from mirror.pull.pieces import MIN_PIECE_BYTES, Piece, Pieces, piece_size
-from mirror.pull.ramp import MIN_REMAINING_PIECES, Ramp, Step
+from mirror.pull.pieces import Piece, Pieces, piece_size
+from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream, Registry
@@ -58,25 +58,6 @@ _RETRY_AFTER_S: Final = 1.0
 The number of connections was accepted before, so the server may count one that has just ended."""
 _SHORT_WAIT_S: Final = 2.0
 """Seconds for which a transfer rather has no connection than one request too many."""
-
-
-def may_share(
-    source: ContentSource, stream: ContentStream, position: int, *, has_begun: bool
-) -> bool:
-    """Return whether further connections may help to bring the body of a response.
-
-    Args:
-        source: The source of the response.
-        stream: The response.
-        position: Offset of the first byte that is missing.
-        has_begun: Whether further connections have helped before. What they brought is kept.
-    """
-    parallel = source.registry.parallel
-    is_alone = parallel.connections == 1 or source.request.kind is Kind.MANIFEST
-    if is_alone or stream.total is None:
-        return False
-    least = MIN_REMAINING_PIECES * min(parallel.part, MIN_PIECE_BYTES)
-    return has_begun or stream.total - position > least
 
 
 class ParallelReader:
@@ -119,7 +100,8 @@ class ParallelReader:
                 error of the last connection.
         """
         parallel = source.registry.parallel
-        if stream.total is None or stream.start != position or source.avoid:
+        is_alone = parallel.connections == 1 or source.request.kind is Kind.MANIFEST
+        if is_alone or stream.total is None or stream.start != position or source.avoid:
             self.close()
             yield aiter(stream)
             return
@@ -290,8 +272,9 @@ class _Transfer:
     @property
     def _most(self) -> int:
         """Connections to have now."""
-        has_plain = any(piece.is_plain for piece in self._tasks)
-        return self._ramp.wanted + (self._may_overlap and not has_plain)
+        is_last = self._may_overlap and self._ramp.wanted == 1
+        may_overlap = is_last and not any(piece.is_plain for piece in self._tasks)
+        return self._ramp.wanted + may_overlap
 
     @property
     def _active(self) -> int:

@@ -70,6 +70,8 @@ class Fault:
     ignore_range: bool = False
     content_range: str | None = None
     chunked: bool = False
+    unended: bool = False
+    """Do not send the end of a chunked body."""
     no_length: bool = False
     http10: bool = False
     extra: bytes = b""
@@ -356,6 +358,8 @@ class FakeRegistry:
             await self._send_pieces(writer, fault, body, len(body), stop)
         while fault.endless:
             await self._send_pieces(writer, fault, b" " * 65_536, 65_536)
+        if fault.unended:
+            await asyncio.Event().wait()
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ from mirror.config.settings import Limits, Parallel, Storage
 from mirror.observability.events import BackedOff, DigestMismatched, Uncached
 from mirror.oci.reference import Digest
 from mirror.pull import ramp
+from mirror.store import ingest_writer
 from mirror.threads import run_in_thread
 from tests.fakes.registry import Answer, FakeRegistry, Fault, ReceivedRequest
 from tests.real.process import wait_until
@@ -108,6 +110,7 @@ async def test_wrong_bit_of_one_part_is_served_to_nobody_and_the_next_try_is_by_
         assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [False] * 3
         assert any(isinstance(event, DigestMismatched) for event in server.events)
         fake.faults.clear()
+        await until(lambda: fake.transfers == 0)
         fake.most_transfers = 0
         assert await pull(server, digest)
         assert fake.most_transfers == 1
@@ -153,7 +156,7 @@ async def test_nodes_with_other_entity_tags_do_not_make_a_fetch_begin_again(tmp_
 @pytest.mark.row("U5-odd-framing")
 async def test_ranges_whose_bodies_do_not_end_hold_up_nothing(tmp_path: Path) -> None:
     async with slow_upstream(tmp_path, limits=Limits(idle=60.0)) as (fake, server, digest):
-        unended = Fault(chunked=True, stall_at=PART, times=None)
+        unended = Fault(chunked=True, unended=True, times=None)
         fake.fault(f"blobs/{digest}", Fault(), unended)
         async with asyncio.timeout(30):
             assert await pull(server, digest)
@@ -199,6 +202,27 @@ async def test_disk_that_refuses_does_not_disturb_several_connections(tmp_path: 
         assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
         assert fake.most_transfers > 1
         assert any(isinstance(event, Uncached) for event in server.events)
+        await until(lambda: server.store.memory.total == 0)
+
+
+@pytest.mark.row("D1-no-space-at-a-write")
+@pytest.mark.parametrize("at", [1, 1_000_000, 3_000_000])
+async def test_disk_that_fills_in_mid_blob_does_not_disturb_several_connections(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ingest_writer.write_all
+
+    def write(fd: int, chunks: list[bytes], offset: int) -> int:
+        if offset + sum(map(len, chunks)) > at:
+            raise ingest_writer.ShortWrite(OSError(errno.ENOSPC, "full"), offset)
+        return real(fd, chunks, offset)
+
+    monkeypatch.setattr(ingest_writer, "write_all", write)
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        assert await asyncio.gather(*(pull(server, digest) for _ in range(3))) == [True] * 3
+        assert fake.most_transfers > 1
+        assert any(isinstance(event, Uncached) for event in server.events)
+        assert fake.bytes_sent <= len(DATA) + LOST
         await until(lambda: server.store.memory.total == 0)
 
 

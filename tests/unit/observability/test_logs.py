@@ -54,6 +54,19 @@ def test_request_with_bytes_of_aside_requests_says_how_many() -> None:
     assert (fields["outcome"], fields["aside"]) == ("aside", 51)
 
 
+def test_request_that_several_connections_fetched_says_how_many_and_what_came_late() -> None:
+    pull = a_pull(kind=Kind.BLOB, outcome=Outcome.MISS, connections=4, late_pieces=2)
+    fields = json.loads(written(events.RequestEnded(pull))[0])
+    assert (fields["connections"], fields["late_parts"]) == (4, 2)
+    assert "connections" not in json.loads(written(events.RequestEnded(a_pull()))[0])
+
+
+def test_fetch_that_goes_on_with_fewer_connections_says_why() -> None:
+    (line,) = written(events.BackedOff("docker.io", "https://x", "refused", 2))
+    fields = json.loads(line)
+    assert (fields["upstream"], fields["reason"], fields["count"]) == ("docker.io", "refused", 2)
+
+
 def test_only_a_failed_aside_request_has_a_line() -> None:
     ended: list[tuple[events.AsideResult, str]] = [
         ("ok", ""),

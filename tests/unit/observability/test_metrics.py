@@ -76,6 +76,14 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
         {"result": "failed"},
         1,
     ),
+    (events.ConnectionsChanged("docker.io", 3), "further_connections", {}, 3),
+    (events.PieceCut("docker.io", "https://x", 9), "late_parts_total", {}, 1),
+    (
+        events.BackedOff("docker.io", "https://x", "refused", 2),
+        "connection_back_offs_total",
+        {"reason": "refused", "upstream": "docker.io"},
+        1,
+    ),
     (
         events.DigestMismatched("docker.io", "sha256:x", "upstream"),
         "digest_mismatches_total",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -267,6 +268,15 @@ def test_refusal_of_a_further_connection_is_no_refusal_of_the_content(error: Mir
     with pytest.raises(UpstreamUnavailable):
         pull(upstream)
     assert upstream.opened > 3
+
+
+@pytest.mark.parametrize("last", range(1, 6))
+def test_failures_after_an_addition_without_gain_are_errors_of_the_upstream(last: int) -> None:
+    upstream = Upstream(DATA, rate=20 * MIB, total_rate=20 * MIB, error=BROKEN)
+    upstream.breaks = lambda n: 0 if n > last else None
+    with suppress(UpstreamUnavailable):
+        pull(upstream)
+    assert upstream.connections == 0
 
 
 @pytest.mark.parametrize("every", [8, 12])

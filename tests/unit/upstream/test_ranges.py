@@ -63,7 +63,11 @@ class Opened:
 
 @asynccontextmanager
 async def opened(
-    limits: Limits = LIMITS, *, redirects: bool = True, is_same_origin: bool = False
+    limits: Limits = LIMITS,
+    *,
+    redirects: bool = True,
+    is_same_origin: bool = False,
+    entity_tag: str | None = None,
 ) -> AsyncIterator[Opened]:
     async with FakeRegistry() as registry, FakeRegistry() as storage:
         digest = registry.add_blob(DATA)
@@ -79,6 +83,8 @@ async def opened(
             return None if seen.query["key"] == [made.key] else (made.refusal, {}, b"expired")
 
         registry.guard = storage.guard = guard
+        if entity_tag is not None:
+            storage.fault(f"blobs/{digest}", Fault(headers={"ETag": entity_tag}, times=None))
         registry.token = None if is_same_origin else "secret"
         async with upstream_kit(registry.url, limits=limits) as kit:
             made = Opened(kit, None, registry, storage, digest)  # type: ignore[arg-type] # set below
@@ -97,6 +103,22 @@ async def test_ranges_are_requested_where_the_redirect_led_and_without_credentia
         ranges = [seen.headers.get("range") for seen in made.storage.requests]
         assert ranges == [None, "bytes=0-0", "bytes=1000-69999", f"bytes={SIZE - 1}-{SIZE - 1}"]
         assert made.storage.requests[-1].headers["if-range"] == f'"{made.digest}"'
+
+
+async def test_content_without_a_strong_entity_tag_is_requested_without_if_range() -> None:
+    async with opened(entity_tag='W/"1"') as made:
+        assert await made.read(5, 9) == DATA[5:9]
+        assert "if-range" not in made.storage.requests[-1].headers
+
+
+async def test_range_after_one_that_if_range_has_refused_has_no_if_range() -> None:
+    """Nodes of a storage may have different tags for the same bytes."""
+    async with opened() as made:
+        assert isinstance(
+            await made.error(Fault(headers={"ETag": '"other"'})), UpstreamProtocolError
+        )
+        made.storage.fault(f"blobs/{made.digest}", Fault(headers={"ETag": '"other"'}))
+        assert await made.read(5, 9) == DATA[5:9]
 
 
 async def test_range_can_be_read_after_the_first_response_was_closed() -> None:
