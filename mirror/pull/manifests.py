@@ -110,6 +110,10 @@ class ManifestService:
             try:
                 reader = await self._content.open(request)
             except WholeManifestNeeded:
+                # Another client may have fetched it since the first look.
+                cached = await self._find_cached(repository, digest)
+                if cached is not None:
+                    return cached
                 manifest = await self._fetch_whole(request)
                 return await self._record_parts(request, manifest.body)
         try:
