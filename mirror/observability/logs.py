@@ -160,14 +160,14 @@ class LogWriter:
 # --- encoding -------------------------------------------------------------------------------------
 
 
-def _encode_field(key: str, value: object, as_json: bool) -> str:
-    return f'"{key}":{_to_json(value)}' if as_json else f"{key}={_quote(_sanitize(value))}"
+def _encode_field(key: str, value: object, is_json: bool) -> str:
+    return f'"{key}":{_to_json(value)}' if is_json else f"{key}={_quote(_sanitize(value))}"
 
 
 @lru_cache(4096)
 def _encode_fields(fields: Fields) -> str:
     """Encode fields, as JSON, that are the same for many requests."""
-    return ",".join(_encode_field(key, value, as_json=True) for key, value in fields)
+    return ",".join(_encode_field(key, value, is_json=True) for key, value in fields)
 
 
 def _to_json(value: object) -> str:
@@ -362,12 +362,12 @@ def encode_request(pull: RequestRecord) -> list[str]:
         _NUMBERS % (pull.request_id, pull.bytes_sent, pull.duration, first),
     ]
     if pull.joined_at_byte is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+        fields.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
     if pull.stages:
-        fields.append(_encode_field("stages", _stage_totals(pull), as_json=True))
+        fields.append(_encode_field("stages", _stage_totals(pull), is_json=True))
     if not pull.repository:
-        fields.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
-    return fields + _encode_reasons(pull, as_json=True)
+        fields.append(_encode_field("path", pull.path.partition("?")[0], is_json=True))
+    return fields + _encode_reasons(pull, is_json=True)
 
 
 def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
@@ -398,14 +398,14 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
         pull.client,
     )
     text = " ".join(word for word in words if word)
-    fields = _encode_reasons(pull, as_json=False)
+    fields = _encode_reasons(pull, is_json=False)
     # Only a line that somebody will look into needs the id.
     return text, [*fields, f"id={pull.request_id}"] if fields else []
 
 
-def _encode_reasons(pull: RequestRecord, *, as_json: bool) -> list[str]:
+def _encode_reasons(pull: RequestRecord, *, is_json: bool) -> list[str]:
     reasons = (("warning", pull.warning), ("error", pull.error))
-    return [_encode_field(key, reason, as_json) for key, reason in reasons if reason]
+    return [_encode_field(key, reason, is_json) for key, reason in reasons if reason]
 
 
 def _milliseconds(seconds: float) -> str:

@@ -321,7 +321,7 @@ class MetricsObserver:
         first_byte, duration = self._durations_by[pull.kind, pull.outcome]
         first_byte.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
         duration.observe(pull.duration)
-        if pull.sent_in_one_write:
+        if pull.is_sent_in_one_write:
             self._sent_by[upstream].inc(pull.bytes_sent)
         if pull.bytes_sent and not pull.is_complete:
             self._incomplete.labels(upstream).inc()

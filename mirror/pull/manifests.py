@@ -80,13 +80,13 @@ class ManifestService:
 
     # --- by digest ------------------------------------------------------------------------------
 
-    async def by_digest(self, request: ContentRequest, *, head: bool) -> ManifestResult:
+    async def by_digest(self, request: ContentRequest, *, is_head: bool) -> ManifestResult:
         """Serve a manifest by digest. A cached one is served without asking the upstream.
 
         Args:
             request: A request of kind ``MANIFEST``.
-            head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD`` upstream,
-                once this upstream has stated right sizes.
+            is_head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD``
+                upstream, once this upstream has stated right sizes.
 
         Raises:
             ManifestUnknown: The repository does not have the manifest.
@@ -99,9 +99,9 @@ class ManifestService:
             pull.outcome = Outcome.HIT
             return cached
         reader = None
-        if head:
+        if is_head:
             _, reader = await self._content.find_whole(request)
-            is_exact = self._content.states_right_sizes(repository)
+            is_exact = self._content.has_right_sizes(repository)
             if reader is None and is_exact and self._content.may_ask(repository):
                 result = await self._head_by_digest(request)
                 if result is not None:
@@ -356,15 +356,15 @@ class ManifestService:
             self._content.compare_sizes(repository, head.size, cached.size)
             return cached
         assert head.digest is not None
-        is_exact = self._content.states_right_sizes(repository)
-        if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
+        is_exact = self._content.has_right_sizes(repository)
+        if request.is_head and is_exact and head.size and head.media_type != OCTET_STREAM:
             result = await self._find_cached(repository, head.digest)
             pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
             return result or ManifestResult(head.digest, head.media_type, head.size, None)
         try:
             result = await self._fetch_resolved(request, head.digest)
         except UpstreamError:
-            if not request.head:
+            if not request.is_head:
                 raise
             # The upstream has answered the HEAD. Only the size is not known.
             return ManifestResult(head.digest, head.media_type, None, None)
@@ -382,14 +382,14 @@ class ManifestService:
         repository, pull, accept = request.repository, request.pull, request.accept
         by_digest = ContentRequest(repository, digest, Kind.MANIFEST, pull, accept)
         try:
-            return await self.by_digest(by_digest, head=False)
+            return await self.by_digest(by_digest, is_head=False)
         except NotFound:
-            head = await self._resolve(request, None, by_get=True)
+            head = await self._resolve(request, None, is_by_get=True)
             assert head.digest is not None
-            return await self.by_digest(replace(by_digest, digest=head.digest), head=False)
+            return await self.by_digest(replace(by_digest, digest=head.digest), is_head=False)
 
     async def _resolve(
-        self, request: TagRequest, timeout: float | None, *, by_get: bool = False
+        self, request: TagRequest, timeout: float | None, *, is_by_get: bool = False
     ) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
@@ -399,15 +399,15 @@ class ManifestService:
         Args:
             request: The client's request.
             timeout: Seconds. None: there is no limit beside those of the request to the upstream.
-            by_get: Send a ``GET``, and no ``HEAD``.
+            is_by_get: Send a ``GET``, and no ``HEAD``.
         """
         repository, tag = request.repository, request.tag
         accept = request.accept if has_media_types(request.accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(accept)}"
         await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
-            ("resolve", key, by_get),
-            lambda: self._request_tag(repository, tag, accept, key, by_get=by_get),
+            ("resolve", key, is_by_get),
+            lambda: self._request_tag(repository, tag, accept, key, is_by_get=is_by_get),
         )
         return await shared_task.wait(timeout)
 
@@ -418,13 +418,13 @@ class ManifestService:
         accept: tuple[str, ...],
         key: str,
         *,
-        by_get: bool,
+        is_by_get: bool,
     ) -> ManifestHead:
         """Send the ``HEAD`` or the ``GET`` for a tag, and record the digest that it names."""
         registry = self._content.registries[repository.upstream]
         head = ManifestHead(None, OCTET_STREAM, None)
         try:
-            if not by_get:
+            if not is_by_get:
                 head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept, head.ruled_out)

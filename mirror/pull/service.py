@@ -54,7 +54,7 @@ class PullService:
         accept: tuple[str, ...],
         pull: RequestRecord,
         *,
-        head: bool,
+        is_head: bool,
     ) -> ManifestResult:
         """Serve a manifest.
 
@@ -63,7 +63,7 @@ class PullService:
             reference: A tag or a digest.
             accept: Media types of the client's ``Accept`` header. Empty if it sent none.
             pull: Record of the client's request.
-            head: True for a ``HEAD``: the body of the result may be None.
+            is_head: True for a ``HEAD``: the body of the result may be None.
 
         Returns:
             The manifest, byte for byte as the upstream sent it.
@@ -76,11 +76,13 @@ class PullService:
         self._admit(repository, pull)
         if isinstance(reference, Digest):
             request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
-            return await self._manifests.by_digest(request, head=head)
-        return await self._manifests.by_tag(TagRequest(repository, reference, pull, accept, head))
+            return await self._manifests.by_digest(request, is_head=is_head)
+        return await self._manifests.by_tag(
+            TagRequest(repository, reference, pull, accept, is_head)
+        )
 
     async def blob(
-        self, repository: Repository, digest: Digest, pull: RequestRecord, *, head: bool
+        self, repository: Repository, digest: Digest, pull: RequestRecord, *, is_head: bool
     ) -> BlobResult:
         """Serve a blob, complete or while it is fetched.
 
@@ -88,7 +90,7 @@ class PullService:
             repository: The repository that the client named.
             digest: The digest of the blob.
             pull: Record of the client's request.
-            head: True for a ``HEAD``: the result has no reader.
+            is_head: True for a ``HEAD``: the result has no reader.
 
         Returns:
             The blob. Its first byte can be read at once. The caller closes the reader.
@@ -102,7 +104,7 @@ class PullService:
             # A client that got a manifest here would take it for an octet stream (containerd).
             raise BlobUnknown("this digest is a manifest")
         request = ContentRequest(repository, digest, Kind.BLOB, pull)
-        if head:
+        if is_head:
             return BlobResult(digest, await self._content.size_of_blob(request), None)
         reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))

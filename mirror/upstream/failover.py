@@ -377,7 +377,7 @@ class FailoverClient:
             url,
             headers,
             attempt.policy,
-            follow_redirects=request.follow_redirects,
+            may_follow_redirects=request.may_follow_redirects,
             limit=attempt.limit,
         )
         started_at, status, message = self._clock(), 0, ""
@@ -447,7 +447,7 @@ class FailoverClient:
             url,
             headers,
             Policy(url.origin(), upstream=self._name),
-            follow_redirects=False,
+            may_follow_redirects=False,
             form=form,
             limit=limit,
             addresses=realm_rule(url, self._endpoints.urls),

@@ -200,7 +200,7 @@ class HttpRegistry:
         request = RegistryRequest("GET", repository, "tags/list", Kind.TAGS)
         size = {"n": str(_TAGS_PER_PAGE)}
         pages = await self._collect_tags(
-            replace(request, query=size, is_accepted=_refuses_page_size)
+            replace(request, query=size, is_accepted=_is_page_size_refused)
         )
         if pages is None:
             pages = await self._collect_tags(request)
@@ -228,7 +228,7 @@ class HttpRegistry:
             Kind.REFERRERS,
             {"Accept": OCI_INDEX},
             query={"artifactType": artifact_type} if artifact_type else {},
-            follow_redirects=False,
+            may_follow_redirects=False,
         )
         try:
             pages = await collect_pages(
@@ -405,7 +405,7 @@ def length_of(headers: Mapping[str, str]) -> int | None:
     return int(value) if re.fullmatch(r"[0-9]{1,18}", value) and not is_chunked else None
 
 
-def _refuses_page_size(response: AcceptedResponse) -> bool:
+def _is_page_size_refused(response: AcceptedResponse) -> bool:
     """Return whether an upstream refuses our ``n``. The caller then repeats the request without."""
     return response.http.status == 400
 

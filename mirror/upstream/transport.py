@@ -202,7 +202,7 @@ class Transport:
         headers: Mapping[str, str],
         policy: Policy,
         *,
-        follow_redirects: bool = True,
+        may_follow_redirects: bool = True,
         form: Mapping[str, str] | None = None,
         limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
@@ -217,7 +217,7 @@ class Transport:
             url: A URL that the outbound guard has allowed.
             headers: Request headers, beside those of the session.
             policy: Rules for redirects.
-            follow_redirects: False: a redirect is the response.
+            may_follow_redirects: False: a redirect is the response.
             form: Fields of a form body. None: no body.
             limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
@@ -242,7 +242,11 @@ class Transport:
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
-                if response.status not in _REDIRECTS or location is None or not follow_redirects:
+                if (
+                    response.status not in _REDIRECTS
+                    or location is None
+                    or not may_follow_redirects
+                ):
                     yield Response(response, is_cross_origin, self._limits)
                     return
             finally:

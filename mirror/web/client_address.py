@@ -31,12 +31,12 @@ class TrustedProxies:
             ipaddress.ip_network(network) for network in networks
         )
 
-    def trusts(self, peer: str) -> bool:
+    def is_trusted(self, peer: str) -> bool:
         """Return whether ``peer``, an address, is a trusted proxy."""
         address = _parse_address(peer)
-        return address is not None and self._contains(address)
+        return address is not None and self._is_listed(address)
 
-    def _contains(self, address: _IpAddress) -> bool:
+    def _is_listed(self, address: _IpAddress) -> bool:
         return any(
             address.version == network.version and address in network for network in self._networks
         )
@@ -65,7 +65,7 @@ class TrustedProxies:
             hops = [element.get("for", "") for element in forwarded]
         client = peer
         for hop in islice(reversed(hops), _MAX_HOPS):
-            if not self.trusts(client):
+            if not self.is_trusted(client):
                 break
             address = _parse_hop(hop)
             if address is None:

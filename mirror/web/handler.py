@@ -124,7 +124,7 @@ class Handler:
         self._is_aborting = True
         for request in self._requests.values():
             # With a reset, so that no client takes a truncated body for a complete one.
-            abort_connection(request.transport, with_reset=True)
+            abort_connection(request.transport, is_reset=True)
         return self.in_flight
 
     async def wait_until_idle(self) -> None:
@@ -262,7 +262,7 @@ class Handler:
         is_head = request.method == "HEAD"
         accept = parse_accept(request.headers.getall("Accept", ()))
         result = await self._service.manifest(
-            parsed.repository, parsed.reference, accept, pull, head=is_head
+            parsed.repository, parsed.reference, accept, pull, is_head=is_head
         )
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
@@ -280,7 +280,7 @@ class Handler:
     ) -> web.StreamResponse:
         _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
-        result = await self._service.blob(parsed.repository, parsed.digest, pull, head=is_head)
+        result = await self._service.blob(parsed.repository, parsed.digest, pull, is_head=is_head)
         pull.digest = str(result.digest)
         try:
             body = Body(result.digest, OCTET_STREAM, result.size, result.reader)

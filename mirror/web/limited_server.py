@@ -55,7 +55,7 @@ class LimitedServer(web.Server):
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if peer else ""
         proxies = self._handler.proxies
-        if not address or (proxies is not None and proxies.trusts(address)):
+        if not address or (proxies is not None and proxies.is_trusted(address)):
             return
         if self._addresses.try_open(address):
             self._counted[handler] = address

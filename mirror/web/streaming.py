@@ -36,8 +36,8 @@ from mirror.oci.headers import (
     Whole,
     content_range,
     entity_tag,
+    is_not_modified,
     is_range_applicable,
-    not_modified,
     parse_range,
     parse_range_unsized,
 )
@@ -161,7 +161,7 @@ class Sender:
             TimeoutError: The client has stopped to read. The connection has been aborted.
         """
         request, etag = self._request, entity_tag(body.digest)
-        if not_modified(request.headers.get("If-None-Match"), etag):
+        if is_not_modified(request.headers.get("If-None-Match"), etag):
             headers = {**content_headers(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
@@ -184,7 +184,7 @@ class Sender:
 
     def _build_small_response(self, content: bytes, headers: dict[str, str]) -> web.StreamResponse:
         request, pull = self._request, self._pull
-        pull.is_complete = pull.sent_in_one_write = True
+        pull.is_complete = pull.is_sent_in_one_write = True
         pull.bytes_sent = len(content)
         pull.first_byte = self._loop.time() - pull.started
         if request.version == HttpVersion11 and request.keep_alive:
@@ -248,7 +248,7 @@ class Sender:
                     await response.write_eof()
             pull.is_complete = True
         except BaseException:
-            abort_connection(request.transport, with_reset=not has_length)
+            abort_connection(request.transport, is_reset=not has_length)
             raise
 
     def _open_sendfile(self) -> SocketSendfile | None:

@@ -54,7 +54,7 @@ async def by_tag(
     kit: PullKit, accept: tuple[str, ...], head: bool = False
 ) -> tuple[Digest, Outcome]:
     pull = a_pull()
-    result = await kit.service.manifest(REPO, TAG, accept, pull, head=head)
+    result = await kit.service.manifest(REPO, TAG, accept, pull, is_head=head)
     return result.digest, pull.outcome
 
 
@@ -136,7 +136,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         await manifest(kit, digest, head=True)
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
-        result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), head=True)
+        result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), is_head=True)
         assert (result.size, result.reader) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
@@ -158,7 +158,7 @@ async def test_head_of_a_manifest_never_has_a_wrong_length(
             body, _ = kit.registry.manifests[REPO.path, digest]
             for reference in (TAG, digest):
                 for head in (True, False):
-                    result = await kit.service.manifest(REPO, reference, (), a_pull(), head=head)
+                    result = await kit.service.manifest(REPO, reference, (), a_pull(), is_head=head)
                     assert (result.digest, result.size) == (digest, len(body))
 
 
@@ -174,7 +174,7 @@ async def test_wrong_length_after_right_ones_does_not_reach_the_head_of_a_part(
         size = len(kit.registry.manifests[REPO.path, children[1]][0])
         loose = kit.registry.add_blob(REPO.path, b"of no manifest")
         for digest, length in ((Digest.of(b"0"), 1), (loose, 14)):
-            result = await kit.service.blob(REPO, digest, a_pull(), head=True)
+            result = await kit.service.blob(REPO, digest, a_pull(), is_head=True)
             assert result.size == length
 
         async def wrong_blob(*arguments: Any) -> int:
@@ -187,9 +187,9 @@ async def test_wrong_length_after_right_ones_does_not_reach_the_head_of_a_part(
         monkeypatch.setattr(kit.registry, "head_manifest", wrong_manifest)
         other = kit.registry.add_blob(REPO.path, b"another one of no manifest")
         for digest, length in ((Digest.of(b"0"), 1), (other, 26)):
-            result = await kit.service.blob(REPO, digest, a_pull(), head=True)
+            result = await kit.service.blob(REPO, digest, a_pull(), is_head=True)
             assert result.size == length
-        found = await kit.service.manifest(REPO, children[1], (), a_pull(), head=True)
+        found = await kit.service.manifest(REPO, children[1], (), a_pull(), is_head=True)
         assert found.size == size
 
 
@@ -205,10 +205,10 @@ async def test_head_of_a_tag_has_no_length_if_the_manifest_cannot_be_fetched(
             raise UpstreamRateLimited("429")
 
         monkeypatch.setattr(kit.registry, "open", limited)
-        result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=True)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=True)
         assert (result.digest, result.size, result.body) == (digest, None, None)
         with pytest.raises(UpstreamRateLimited):
-            await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+            await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=False)
 
 
 @pytest.mark.row("HU6-wrong-types")
@@ -221,7 +221,7 @@ async def test_nothing_is_learned_from_an_image_with_the_media_type_of_an_index(
         body, _ = kit.registry.manifests[REPO.path, image]
         kit.registry.manifests[REPO.path, image] = body, OCI_INDEX
         for _ in range(2):
-            result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+            result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=False)
             assert (result.body, result.media_type) == (body, OCI_INDEX)
         layer = Digest.of(b"layer")
         assert await kit.store.index.access_record(REPO, layer, "blob") is None
@@ -401,7 +401,7 @@ async def test_manifest_of_any_type_up_to_4_mib_is_served_byte_for_byte(
         kit.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
         for expected in (Outcome.MISS, Outcome.HIT):
             pull = a_pull()
-            result = await kit.service.manifest(REPO, digest, OLD, pull, head=False)
+            result = await kit.service.manifest(REPO, digest, OLD, pull, is_head=False)
             assert (result.media_type, pull.outcome) == ("application/vnd.example.thing", expected)
             assert result.body == body
             await kit.store.idle()

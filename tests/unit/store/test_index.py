@@ -79,7 +79,7 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
     await index.revoke_access(REPO, ONE, "manifest")
-    await index.pin([ONE], pinned=False)
+    await index.pin([ONE], is_pinned=False)
     assert await index.access_record(REPO, ONE, "manifest") is None
     assert await index.pinned() == set()
     await index.close()
@@ -411,11 +411,11 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
     tmp_path: Path,
 ) -> None:
     async with opened(tmp_path) as index:
-        assert index.changed, "a crash may have come before the write of index.json"
-        index.changed = False
+        assert index.has_changed, "a crash may have come before the write of index.json"
+        index.has_changed = False
         await index.put_access_records(REPO, [part(TWO, "blob")])
         await index.set_verified([(ONE, 1.0)])
-        assert not index.changed
+        assert not index.has_changed
         for step in (
             lambda: index.put_access_records(REPO, [root(ONE)]),
             lambda: index.confirm_tag(REPO, TAG, ONE),
@@ -424,15 +424,15 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
             lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
-            index.changed = False
+            index.has_changed = False
             await step()
-            assert index.changed
+            assert index.has_changed
         await index.confirm_tag(REPO, TAG, TWO)
         await index.put_access_records(REPO, [root(TWO)])
-        index.changed = False
+        index.has_changed = False
         await index.confirm_tag(REPO, TAG, TWO)
         await index.put_access_records(REPO, [root(TWO)])
-        assert not index.changed, "the same digests were confirmed"
+        assert not index.has_changed, "the same digests were confirmed"
 
 
 async def test_failing_database_is_told_apart_from_an_empty_one(
@@ -443,7 +443,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_access_records(REPO, [root(ONE)])
     await index.pin([ONE])
-    index.changed = False
+    index.has_changed = False
 
     def broken(*arguments: object, **named: object) -> None:
         error = sqlite3.OperationalError("disk I/O error")
@@ -460,7 +460,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
         assert not await index.put_access_records(REPO, [root(TWO)])
         assert await index.confirm_tag(REPO, TAG, ONE) is None
         assert not await index.pin([TWO])
-        assert not index.changed, "nothing was written"
+        assert not index.has_changed, "nothing was written"
     assert await index.pinned() == {ONE}
     await index.close()
 

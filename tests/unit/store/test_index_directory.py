@@ -171,7 +171,7 @@ async def test_rows_that_were_restored_into_a_copy_do_not_replace_those_on_the_d
 
     def prepare(tables: Tables) -> None:
         with tables.transaction("kept"):
-            tables.write_all("kept", [("a", "restored"), ("b", "restored")], replaces=False)
+            tables.write_all("kept", [("a", "restored"), ("b", "restored")], is_replacing=False)
 
     def fail(*args: object, **options: object) -> None:
         raise shutil.Error([("from", "to", "no space left on device")])

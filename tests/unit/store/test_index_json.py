@@ -103,7 +103,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
         await pulled(store, image(LAYER), TAG, LAYER, b"{}")
         await store.save_image_layout()
         before = (tmp_path / "index.json").read_bytes()
-        store.index.changed = True
+        store.index.has_changed = True
         with monkeypatch.context() as patch:
 
             async def silent(self: Index, after: int) -> None:
@@ -112,7 +112,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
             patch.setattr(Index, "names", silent)
             await store.save_image_layout()
         assert (tmp_path / "index.json").read_bytes() == before
-        assert store.index.changed, "it is written once the index answers"
+        assert store.index.has_changed, "it is written once the index answers"
 
 
 async def test_index_json_is_not_written_before_the_index_is_restored(
@@ -323,7 +323,7 @@ async def test_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
         save.cancel()
         with pytest.raises(asyncio.CancelledError):
             await save
-        assert store.index.changed
+        assert store.index.has_changed
     await store.close()
     assert f"{REPO}:{TAG}" in names(tmp_path)
 
@@ -347,10 +347,10 @@ async def test_index_that_is_replaced_while_its_names_are_saved_costs_no_name(
             shutil.rmtree(tmp_path / "index")
 
         monkeypatch.setattr(image_layout.Draft, "add", add_and_delete)
-        store.index.changed = True
+        store.index.has_changed = True
         await store.save_image_layout(share=1.0)
         assert not (tmp_path / "index.json.damaged").exists()
         assert names(tmp_path) == before
         await store.save_image_layout(share=1.0)
-        assert not store.index.changed
+        assert not store.index.has_changed
         assert names(tmp_path) == before
