@@ -332,7 +332,10 @@ def _is_locked(fd: int, slot: int) -> bool:
 
 
 class Evicting(Protocol):
-    """The part of :class:`mirror.store.eviction.Evictor` that :class:`Space` uses."""
+    """The part of :class:`mirror.store.eviction.Evictor` that :class:`Space` uses.
+
+    ``eviction`` imports this module for the total and the limits, so this one cannot import it.
+    """
 
     def start(self, need: int) -> asyncio.Future[None] | None:
         """Start an eviction in its own thread, or join the running one. None: none is started."""
