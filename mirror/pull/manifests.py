@@ -197,7 +197,7 @@ class ManifestService:
             return None
         if access_record.size not in (None, size):
             return None
-        return ManifestResult(request.digest, access_record.media_type, size, None)
+        return ManifestResult(request.digest, access_record.media_type, size=size, body=None)
 
     async def _record_parts(self, request: ContentRequest, body: bytes) -> ManifestResult:
         """Parse a fetched manifest, record the access to its parts, and return the result.
@@ -360,14 +360,14 @@ class ManifestService:
         if request.is_head and is_exact and head.size and head.media_type != OCTET_STREAM:
             result = await self._find_cached(repository, head.digest)
             pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
-            return result or ManifestResult(head.digest, head.media_type, head.size, None)
+            return result or ManifestResult(head.digest, head.media_type, size=head.size, body=None)
         try:
             result = await self._fetch_resolved(request, head.digest)
         except UpstreamError:
             if not request.is_head:
                 raise
             # The upstream has answered the HEAD. Only the size is not known.
-            return ManifestResult(head.digest, head.media_type, None, None)
+            return ManifestResult(head.digest, head.media_type, size=None, body=None)
         if pull.outcome is Outcome.HIT:
             pull.outcome = Outcome.REVALIDATED
         self._content.compare_sizes(repository, head.size, result.size)
@@ -422,14 +422,18 @@ class ManifestService:
     ) -> ManifestHead:
         """Send the ``HEAD`` or the ``GET`` for a tag, and record the digest that it names."""
         registry = self._content.registries[repository.upstream]
-        head = ManifestHead(None, OCTET_STREAM, None)
+        head = ManifestHead(digest=None, media_type=OCTET_STREAM, size=None)
         try:
             if not is_by_get:
                 head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept, head.ruled_out)
                 await self._store(repository, manifest)
-                head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
+                head = ManifestHead(
+                    digest=manifest.digest,
+                    media_type=manifest.media_type,
+                    size=len(manifest.body),
+                )
         except NotFound as error:
             await self._content.put_negative(repository, key, error)
             raise
@@ -452,7 +456,7 @@ def _weight(result: ManifestResult) -> int:
 
 
 def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
-    return ManifestResult(digest, parsed.media_type, len(body), body, parsed)
+    return ManifestResult(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 
 def _manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:

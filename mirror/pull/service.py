@@ -105,10 +105,10 @@ class PullService:
             raise BlobUnknown("this digest is a manifest")
         request = ContentRequest(repository, digest, Kind.BLOB, pull)
         if is_head:
-            return BlobResult(digest, await self._content.size_of_blob(request), None)
+            return BlobResult(digest, size=await self._content.size_of_blob(request), reader=None)
         reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))
-        return BlobResult(digest, reader.size, reader)
+        return BlobResult(digest, size=reader.size, reader=reader)
 
     async def repositories(
         self, upstream: str | None, count: int | None, last: str

@@ -152,10 +152,10 @@ class FailoverClient:
         self._policies = {
             url: Policy(
                 url,
-                token_hosts + TOKEN_HOSTS.get(url.host or "", ()),
-                own_addresses,
-                settings.redirect_hosts,
-                name,
+                token_hosts=token_hosts + TOKEN_HOSTS.get(url.host or "", ()),
+                own_addresses=own_addresses,
+                redirect_hosts=settings.redirect_hosts,
+                upstream=name,
             )
             for url in self._endpoints.urls
         }
@@ -290,8 +290,8 @@ class FailoverClient:
         request = RegistryRequest(
             "GET",
             repository,
-            "",
-            Kind.TAGS,
+            path="",
+            kind=Kind.TAGS,
             page=NextPage(str(endpoint), policy.api_url),
             is_accepted=lambda response: response.http.status not in _ACCESS_REFUSED,
         )

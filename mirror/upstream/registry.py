@@ -102,7 +102,9 @@ class HttpRegistry:
         if head is None and isinstance(reference, Digest):
             get = replace(request, method="GET", ruled_out=ruled_out)
             head = await self._client.fetch(get, read)
-        return head or ManifestHead(None, OCTET_STREAM, None, ruled_out)
+        return head or ManifestHead(
+            digest=None, media_type=OCTET_STREAM, size=None, ruled_out=ruled_out
+        )
 
     async def get_manifest(
         self,
@@ -361,7 +363,7 @@ def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
         digest = reference
     media_type = manifest_type_of(headers.get(hdrs.CONTENT_TYPE))
     # No manifest is empty. Some registries state the length of the empty body of a HEAD.
-    return ManifestHead(digest, media_type, length_of(headers) or None)
+    return ManifestHead(digest=digest, media_type=media_type, size=length_of(headers) or None)
 
 
 def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:

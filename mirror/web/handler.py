@@ -267,7 +267,7 @@ class Handler:
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
-        body = Body(result.digest, result.media_type, result.size, result.body)
+        body = Body(result.digest, result.media_type, size=result.size, source=result.body)
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
             extra["Cache-Control"] = _IMMUTABLE
@@ -283,7 +283,7 @@ class Handler:
         result = await self._service.blob(parsed.repository, parsed.digest, pull, is_head=is_head)
         pull.digest = str(result.digest)
         try:
-            body = Body(result.digest, OCTET_STREAM, result.size, result.reader)
+            body = Body(result.digest, OCTET_STREAM, size=result.size, source=result.reader)
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
@@ -332,7 +332,7 @@ class Handler:
         extra = common_headers(pull)
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
-        body = Body(Digest.of(data), OCI_INDEX, len(data), data)
+        body = Body(Digest.of(data), OCI_INDEX, size=len(data), source=data)
         return await Sender(request, pull, self._emit).send(body, extra)
 
 
