@@ -22,7 +22,7 @@ from mirror.processes import _metrics_directory
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import need, wait_until
-from tests.real.server import Mirror
+from tests.real.server import ROOT, Mirror
 from tests.real.wire import Download
 from tests.unit.store.kit import random_bytes
 
@@ -99,6 +99,36 @@ def test_lines_that_a_full_disk_refuses_are_counted() -> None:
     mirror.prefix = ("/bin/sh", "-c", 'exec "$@" >/dev/full', "sh")
     with mirror:
         assert mirror.metric_reaches(1, "oci_mirror_log_lines_dropped_total")
+
+
+FAILING_WRITE = """
+import os
+
+write, failed = os.write, []
+
+def fail_once(fd, data):
+    if fd == 1 and b"nothing" in data and not failed:
+        failed.append(data)
+        raise ValueError("planted")
+    return write(fd, data)
+
+os.write = fail_once
+"""
+"""A sitecustomize.py: the first write of a line about ``/nothing`` raises an unexpected error."""
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_log_goes_on_and_names_the_error_after_an_unexpected_one(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING_WRITE)
+    with Mirror(NOWHERE, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}) as mirror:
+        assert mirror.ask("/nothing").status == 404
+        text = "log lines could not be written"
+        wait_until(lambda: bool(messages(mirror, text)), "the error is logged", 20)
+        (line,) = messages(mirror, text)
+        assert (line["level"], line["why"]) == ("error", "ValueError: planted")
+        assert mirror.metric_reaches(1, "oci_mirror_log_lines_dropped_total")
+        assert mirror.ask("/nothing").status == 404
+        wait_until(lambda: any(one.get("status") == 404 for one in mirror.log()), "a line", 20)
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
