@@ -235,7 +235,7 @@ class Handler:
             case paths.ReferrersRequest():
                 return await self._send_referrers(parsed, request, pull)
             case paths.RepositoriesRequest():
-                return await self._send_repositories(parsed, pull)
+                return await self._send_repositories(parsed, request, pull)
             case paths.RootRequest():
                 headers = {"Content-Type": "text/plain; charset=utf-8", **common_headers(pull)}
                 return web.Response(body=_ROOT_TEXT, headers=headers)
@@ -291,7 +291,7 @@ class Handler:
                 result.reader.close()
 
     async def _send_repositories(
-        self, parsed: paths.RepositoriesRequest, pull: RequestRecord
+        self, parsed: paths.RepositoriesRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         pull.kind = Kind.CATALOG
         pull.upstream = parsed.ns or ""
@@ -302,9 +302,22 @@ class Handler:
         response = _build_json_response(json.dumps(page).encode(), pull)
         if result.has_more and result.names:
             query = {"n": parsed.count, "last": result.names[-1], "ns": parsed.ns}
-            path = "/v2/_catalog" if parsed.count is None else "_catalog"  # See `_send_tags`.
+            path = self._path_of_next("/v2/_catalog", parsed.count, request)
             response.headers["Link"] = build_next(path, query)
         return response
+
+    def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
+        """Return the path of the next page of the list at ``path``, for its ``Link``.
+
+        A relative path lets a proxy add a prefix to our paths. But skopeo and podman, which send no
+        ``n`` (``count`` is None), follow an absolute path only.
+        """
+        if count is not None:
+            return path.rpartition("/")[2]
+        forwarded_prefix = request.headers.getall("X-Forwarded-Prefix", ())
+        if self.proxies is None or not forwarded_prefix:
+            return path
+        return self.proxies.prefix_of(request.remote or "", forwarded_prefix) + path
 
     async def _send_tags(
         self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord
@@ -314,9 +327,7 @@ class Handler:
         name = parsed.prefix + parsed.repository.path
         headers = {"Content-Type": "application/json", **common_headers(pull)}
         if result.has_more:
-            # A relative link lets a proxy add a prefix to our paths. But skopeo and podman, which
-            # send no `n`, follow an absolute path only.
-            path = f"/v2/{name}/tags/list" if parsed.count is None else "list"
+            path = self._path_of_next(f"/v2/{name}/tags/list", parsed.count, request)
             last = result.text.rpartition("\n")[2]
             headers["Link"] = build_next(path, {"n": parsed.count, "last": last, "ns": parsed.ns})
         length, pieces = tag_list.encode(name, result.text)
