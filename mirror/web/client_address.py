@@ -90,7 +90,7 @@ class TrustedProxies:
         """
         parts = (part for field in forwarded_prefix for part in field.split(","))
         prefix = "".join(part.strip().rstrip("/") for part in parts)
-        return prefix if self.trusts(peer) and _REMOVED_PATH.fullmatch(prefix) else ""
+        return prefix if self.is_trusted(peer) and _REMOVED_PATH.fullmatch(prefix) else ""
 
 
 def _parse_hop(hop: str) -> _IpAddress | None:
