@@ -208,6 +208,17 @@ def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
     return parse_manifest(body, sniff_media_type(body))
 
 
+def parse_with_records(body: bytes, recorded: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
+    """Parse a manifest by its recorded media type.
+
+    Returns it with the access records of itself and of its parts, for the repository of
+    ``recorded``. None of them expires. Raises ``ManifestInvalid``.
+    """
+    parsed = parse_as_recorded(body, recorded)
+    root = replace(recorded, media_type=parsed.media_type, size=len(body), expires_at=None)
+    return parsed, [root, *access_records_of(root, parsed)]
+
+
 def repository_of(name: str) -> Repository | None:
     """Parse the text that ``str()`` of a :class:`Repository` gives. None if it is malformed."""
     upstream, _, path = name.partition("/")

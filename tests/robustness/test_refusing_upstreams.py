@@ -90,7 +90,7 @@ async def test_limit_of_manifests_stops_no_layers_of_a_cached_manifest(tmp_path:
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_slow_layers_of_one_image_stop_no_pull_of_another(tmp_path: Path) -> None:
-    limits = LIMITS.model_copy(update={"connect": 1.0, "first_byte": 1.0})
+    limits = LIMITS.model_copy(update={"connect": 1.0, "first_byte": 4.0})
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         layers = [b"slow %d" % number for number in range(5)]
         fake.add_image(*layers, repository=CLOSED)

@@ -31,6 +31,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.single_flight import SharedTask
+from mirror.store.records import NamedManifest
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
     OTHER,
@@ -414,3 +415,31 @@ async def test_manifest_above_4_mib_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ManifestInvalid):
             await manifest(kit, Digest.of(body))
         assert not list((tmp_path / "blobs" / "sha256").iterdir())
+
+
+@pytest.mark.parametrize("has_index", [False, True], ids=["image", "index"])
+async def test_image_that_another_repository_brought_is_served_whole_while_the_upstream_is_down(
+    tmp_path: Path, has_index: bool
+) -> None:
+    other = Repository("docker.io", "library/other")
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
+        for repository in (REPO, other):
+            image = kit.registry.add_image(repository.path, TAG.name, b"layer")
+            if has_index:
+                kit.registry.add_index(repository.path, TAG.name, image)
+        for repository in (REPO, other):
+            await manifest(kit, repository=repository)
+            await manifest(kit, image, repository)
+        await blob(kit, Digest.of(b"layer"))
+        await kit.store.idle()
+        names = {named.name for named in await all_names(kit)}
+        assert {f"{other}:{TAG}", f"{REPO}:{TAG}"} <= names
+        kit.registry.failure = UpstreamUnavailable("down")
+        assert (await manifest(kit, repository=other))[1] is Outcome.STALE
+        assert (await blob(kit, Digest.of(b"layer"), other)) == (b"layer", Outcome.HIT)
+
+
+async def all_names(kit: PullKit) -> list[NamedManifest]:
+    page = await kit.store.index.names(0)
+    assert page is not None
+    return [named for manifests in page.names for named in manifests]
