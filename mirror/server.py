@@ -101,11 +101,15 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
-    stream = LogStream(
-        _stdout(),
-        lambda count: metrics.observe(LogLinesDropped(count)),
-        is_shared=worker is not None,
-    )
+
+    def on_lines_dropped(count: int, error: Exception | None) -> None:
+        metrics.observe(LogLinesDropped(count))
+        if error is not None:
+            why = (("why", f"{type(error).__name__}: {error}"),)
+            message = LogMessage("error", "log lines could not be written", why)
+            loop.call_soon_threadsafe(emit, message)
+
+    stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
     lines = configure_logging(settings.log, stream, loop.call_soon)
     log = LogObserver(lines)
 

@@ -25,6 +25,10 @@ from tests.real.tokens import Certificate
 QUICK = Limits(connect=2.0, headers=2.0, first_byte=2.0, idle=2.0)
 """Seconds: short limits, for tests that wait until they expire. On a busy machine a response of
 the fake registry can take more than one second."""
+LIMITS = Limits(connect=15.0, headers=15.0, first_byte=15.0, idle=15.0)
+"""Seconds: limits that a test must not reach, even on a busy machine."""
+SHORT_HEADERS = LIMITS.model_copy(update={"connect": 0.5, "headers": 1.0})
+"""Seconds: a response whose headers take longer than both together is given up."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ async def running(
     root: Path,
     *endpoints: str,
     storage: Storage | None = None,
-    limits: Limits = QUICK,
+    limits: Limits = LIMITS,
     abandoned: str = "finish",
     clock: Any = None,
     certificate: Certificate | None = None,

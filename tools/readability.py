@@ -29,7 +29,9 @@ LIMITS: Final[dict[str, int]] = {
     "constants": 0,
     "names": 0,
     "parameters": 0,
-    "lines": 13150,
+    "booleans": 0,
+    "records": 0,
+    "lines": 13200,
     "cold-modules": 30,
     "cold-functions": 280,
     "warm-modules": 16,
@@ -45,6 +47,8 @@ HELP: Final[dict[str, str]] = {
     "constants": "numeric constants without a unit or a reason",
     "names": "names that are defined in more than one sense",
     "parameters": "functions across packages that document none of 3 or more parameters",
+    "booleans": "yes/no names that do not begin with is_, has_, may_ or can_",
+    "records": "records with several optional values by position",
     "lines": "lines of code, without docstrings, comments and blank lines",
     "cold-modules": "modules that the GET of an uncached blob passes",
     "cold-functions": "functions that the GET of an uncached blob passes",
@@ -61,6 +65,25 @@ SAME_SENSE: Final[dict[str, str]] = {
     "constant QUOTED": "the quoted-string of RFC 9110, with the group that its module needs",
 }
 """Findings of ``names`` that are not counted, each with its reason."""
+
+FOREIGN_FLAGS: Final[dict[str, str]] = {
+    "_keep_alive": "attribute of aiohttp's response",
+    "catalog": "key of the configuration, which users write",
+    "check_hostname": "attribute of ssl.SSLContext",
+    "filter": "method of logging.Filter",
+    "insecure": "key of the configuration, which users write",
+    "isatty": "method of a text stream",
+    "raiseExceptions": "variable of logging",
+    "read": "parameter of diskcache.Disk",
+    "serve_stale": "key of the configuration, which users write",
+}
+"""Names that ``booleans`` does not count, each with its reason."""
+
+COMMANDS: Final = {
+    *("begin", "evict", "make", "mark", "pin", "put", "quarantine", "read", "refresh", "restore"),
+    *("send", "set", "start", "try", "unlink", "wait", "write"),
+}
+"""First words of functions that do something, and return whether they did."""
 
 OBSERVERS: Final = {"logs", "metrics"}
 """Modules that only hear of a request. They are not counted among those that it passes."""
@@ -360,6 +383,117 @@ def imported_across_packages(modules: list[Module]) -> set[str]:
     return found
 
 
+# --- booleans -------------------------------------------------------------------------------------
+
+
+def count_booleans(modules: list[Module]) -> Count:
+    """Find yes/no names that do not begin with ``is_``, ``has_``, ``may_`` or ``can_``.
+
+    These are functions, parameters and variables of type ``bool``, and variables that are set to
+    True or False. A function that begins with one of :data:`COMMANDS` reports its success.
+    """
+    findings = [
+        f"{module.path}:{line} {name}"
+        for module in modules
+        for line, name in _booleans(module.tree)
+        if not re.match(r"_*(?:is|has|may|can)_", name) and name not in FOREIGN_FLAGS
+    ]
+    return Count(len(findings), findings)
+
+
+def _booleans(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        match node:
+            case (
+                ast.FunctionDef(name=name, returns=type_)
+                | ast.AsyncFunctionDef(name=name, returns=type_)
+            ):
+                if _is_bool(type_) and name.strip("_").partition("_")[0] not in COMMANDS:
+                    yield node.lineno, name
+            case ast.arg(arg=name, annotation=type_) if _is_bool(type_):
+                yield node.lineno, name
+            case ast.AnnAssign(target=annotated, annotation=type_) if _is_bool(type_):
+                yield node.lineno, _last_name(annotated)
+            case ast.Assign(targets=targets, value=ast.Constant(value=bool())):
+                for target in targets:
+                    if isinstance(target, (ast.Name, ast.Attribute)):
+                        yield node.lineno, _last_name(target)
+
+
+def _is_bool(annotation: ast.expr | None) -> bool:
+    return annotation is not None and ast.unparse(annotation) in ("bool", "bool | None")
+
+
+def _last_name(target: ast.expr) -> str:
+    return ast.unparse(target).rpartition(".")[2]
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+def count_records(modules: list[Module]) -> Count:
+    """Find records whose optional fields are given by position, where a reader has to count them.
+
+    These are calls of our dataclasses and named tuples that have two or more optional fields by
+    position, or a literal None, True, False or ``""``. A field is optional if it may be None or has
+    a default.
+    """
+    records = _records(modules)
+    findings = []
+    for module in modules:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in records:
+                fields = records[ast.unparse(node.func)]
+                optional = sum(fields[: len(node.args)])
+                if optional > 1 or any(map(_says_nothing, node.args)):
+                    findings.append(f"{module.path}:{node.lineno} {ast.unparse(node)}")
+    return Count(len(findings), findings)
+
+
+def _records(modules: list[Module]) -> dict[str, list[bool]]:
+    """Name of a record to its fields: True for an optional one."""
+    classes = {
+        node.name: node
+        for module in modules
+        for node in module.tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+    def fields(node: ast.ClassDef) -> list[bool]:
+        inherited = [
+            field
+            for base in node.bases
+            if ast.unparse(base) in classes
+            for field in fields(classes[ast.unparse(base)])
+        ]
+        return inherited + [
+            "None" in ast.unparse(statement.annotation) or _is_default(statement.value)
+            for statement in node.body
+            if isinstance(statement, ast.AnnAssign)
+        ]
+
+    return {
+        name: fields(node)
+        for name, node in classes.items()
+        if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
+        or any(ast.unparse(base) == "NamedTuple" for base in node.bases)
+    }
+
+
+def _is_default(value: ast.expr | None) -> bool:
+    match value:
+        case ast.Call(func=ast.Name("field"), keywords=keywords):
+            return any((keyword.arg or "").startswith("default") for keyword in keywords)
+    return value is not None
+
+
+def _says_nothing(argument: ast.expr) -> bool:
+    match argument:
+        case ast.Constant(value=None | bool() | ""):
+            return True
+    return False
+
+
 # --- lines ----------------------------------------------------------------------------------------
 
 
@@ -414,6 +548,8 @@ STATIC: Final[dict[str, Callable[[list[Module]], Count]]] = {
     "constants": count_constants,
     "names": count_names,
     "parameters": count_parameters,
+    "booleans": count_booleans,
+    "records": count_records,
     "lines": count_lines,
 }
 """The counts that read the source only."""

@@ -32,8 +32,8 @@ Prefix: TypeAlias = Callable[[KeyPath], str]
 """Begins a message about a key: returns ``mirror.yaml:12: upstreams.docker.io.ca: ``."""
 
 
-def check_environment(settings: Settings, prefix: Prefix, *, secrets: bool = True) -> None:
-    """Check the files and addresses that ``settings`` name. ``secrets``: those of logins, too.
+def check_environment(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> None:
+    """Check the files and addresses that ``settings`` name. ``has_logins``: those of logins, too.
 
     Raises :class:`ConfigError` for the first one that cannot be used.
     """
@@ -51,7 +51,7 @@ def check_environment(settings: Settings, prefix: Prefix, *, secrets: bool = Tru
         path: KeyPath = ("upstreams", name)
         _check_endpoints(prefix((*path, "endpoints")), upstream.endpoints, own)
         _check_tls(path, upstream, prefix)
-        if secrets:
+        if has_logins:
             _check_credentials(path, upstream, prefix)
 
 
@@ -166,10 +166,11 @@ def _without_none(value: Any) -> Any:
 # --- warnings -------------------------------------------------------------------------------------
 
 
-def warnings(settings: Settings, prefix: Prefix, *, secrets: bool = True) -> Iterator[str]:
+def warnings(settings: Settings, prefix: Prefix, *, has_logins: bool = True) -> Iterator[str]:
     """Yield one line for each setting that works, but is likely a mistake.
 
-    ``secrets``: warn of the files of logins, too. They must have passed :func:`check_environment`.
+    ``has_logins``: warn of the files of logins, too. They must have passed
+    :func:`check_environment`.
     """
     directory = _nearest_existing(settings.data_dir)
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -178,7 +179,7 @@ def warnings(settings: Settings, prefix: Prefix, *, secrets: bool = True) -> Ite
         path: KeyPath = ("upstreams", name)
         yield from _credential_warnings(path, upstream, prefix)
         yield from _pattern_warnings(path, upstream, prefix)
-        if secrets and upstream.credentials.docker_config is not None:
+        if has_logins and upstream.credentials.docker_config is not None:
             yield from _docker_config_warnings(path, upstream, prefix)
         if upstream.insecure:
             yield (

@@ -25,11 +25,13 @@ WILDCARD_ADDRESSES: Final = {
 wildcard address can be reached."""
 
 
-def own_url(listen: str, *, tls: bool) -> str:
+def own_url(listen: str, *, has_tls: bool) -> str:
     """Return the health URL of a server that listens on ``listen``."""
     host, port = split_host(listen)
     host = WILDCARD_ADDRESSES.get(host, host)
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/healthz"
+    return (
+        f"{'https' if has_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/healthz"
+    )
 
 
 def health_url(settings: Settings | None, environ: Mapping[str, str]) -> str:
@@ -38,9 +40,9 @@ def health_url(settings: Settings | None, environ: Mapping[str, str]) -> str:
     Raises ``ValueError`` for a malformed ``OCI_MIRROR_LISTEN``.
     """
     if settings is not None:
-        return own_url(settings.listen, tls=settings.tls is not None)
+        return own_url(settings.listen, has_tls=settings.tls is not None)
     listen = environ.get("OCI_MIRROR_LISTEN") or Settings.model_fields["listen"].default
-    return own_url(check_listen(listen), tls="OCI_MIRROR_TLS__CERTIFICATE" in environ)
+    return own_url(check_listen(listen), has_tls="OCI_MIRROR_TLS__CERTIFICATE" in environ)
 
 
 def check_health(url: str) -> str | None:

@@ -254,10 +254,10 @@ def _config_file(arguments: argparse.Namespace) -> str | None:
     return name
 
 
-def _check(settings: Settings, origins: ValueOrigins, *, secrets: bool) -> None:
+def _check(settings: Settings, origins: ValueOrigins, *, has_logins: bool) -> None:
     """Check what the configuration names, and print the warnings."""
-    check.check_environment(settings, origins.prefix, secrets=secrets)
-    for warning in check.warnings(settings, origins.prefix, secrets=secrets):
+    check.check_environment(settings, origins.prefix, has_logins=has_logins)
+    for warning in check.warnings(settings, origins.prefix, has_logins=has_logins):
         _print_error(f"warning: {warning}")
 
 
@@ -265,7 +265,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     def load_checked() -> Settings:
         settings, origins = load_with_origins(_config_file(arguments), os.environ)
         # Secrets are read at each use, so they may be written after the server has started.
-        _check(settings, origins, secrets=False)
+        _check(settings, origins, has_logins=False)
         return settings
 
     settings = load_checked()
@@ -277,7 +277,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _check_config(arguments: argparse.Namespace) -> int:
     settings, origins = load_with_origins(_config_file(arguments), os.environ)
-    _check(settings, origins, secrets=True)
+    _check(settings, origins, has_logins=True)
     if arguments.online:
         # Imported here: no other command connects to upstreams without a server.
         from mirror.cli.online import ask_endpoints

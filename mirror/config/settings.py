@@ -334,7 +334,7 @@ class Settings(Section):
     """
     Addresses or networks of proxies in front of the mirror, such as 10.0.0.0/8. Their
     X-Forwarded-For (or Forwarded, without it) names the client. A proxy must add to the field, or
-    replace it.
+    replace it. X-Forwarded-Prefix names a prefix that they remove from paths.
     """
     max_client_connections: Annotated[int, Field(ge=0)] = 0
     """

@@ -73,7 +73,7 @@ class RequestRecord:
     warning: str = ""
     """Reason for a stale response; becomes the ``Warning`` header."""
     bytes_sent: int = 0
-    sent_in_one_write: bool = False
+    is_sent_in_one_write: bool = False
     """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
     is_complete: bool = False
     """Whether the whole body was sent."""

@@ -34,13 +34,19 @@ class LogStream:
     """
 
     def __init__(
-        self, fd: int, on_dropped: Callable[[int], None], *, is_shared: bool = True
+        self,
+        fd: int,
+        on_dropped: Callable[[int, Exception | None], None],
+        *,
+        is_shared: bool = True,
     ) -> None:
         """Start the thread.
 
         Args:
             fd: An open descriptor, which stays open.
-            on_dropped: Receives the number of lines that were lost. Also called in the thread.
+            on_dropped: Receives the number of lines that were lost, and the unexpected error that
+                lost them. None: the queue is full, or the descriptor refuses them. Also called in
+                the thread. Must not raise.
             is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
@@ -64,7 +70,7 @@ class LogStream:
                 self._queue.append(text)
                 self._queued_chars += len(text)
         if not has_room:
-            self._on_dropped(text.count("\n"))
+            self._on_dropped(text.count("\n"), None)
             return 0
         if not self._has_work.is_set():
             self._has_work.set()
@@ -93,16 +99,17 @@ class LogStream:
     def _write_queued(self) -> None:
         with self._lock:
             self._has_work.clear()
-            lines, self._queue = self._queue, []
-        text = "".join(lines)
+            texts, self._queue = self._queue, []
         try:
-            self._write_all(text.encode(errors="backslashreplace"))
-        except OSError:
-            self._on_dropped(text.count("\n"))
+            self._write_all("".join(texts).encode(errors="backslashreplace"))
+        except Exception as error:
+            # Of any kind, such as MemoryError: the next lines need the thread.
+            lost = sum(text.count("\n") for text in texts)
+            self._on_dropped(lost, None if isinstance(error, OSError) else error)
         finally:
             with self._lock:
                 # Not before: the text that is being written occupies memory, too.
-                self._queued_chars -= len(text)
+                self._queued_chars -= sum(map(len, texts))
 
     def _write_all(self, data: bytes) -> None:
         start = 0

@@ -166,8 +166,8 @@ class LogWriter:
 # --- encoding -------------------------------------------------------------------------------------
 
 
-def _encode_field(key: str, value: object, as_json: bool) -> str:
-    return f'"{key}":{_to_json(value)}' if as_json else f"{key}={_quote(_sanitize(value))}"
+def _encode_field(key: str, value: object, is_json: bool) -> str:
+    return f'"{key}":{_to_json(value)}' if is_json else f"{key}={_quote(_sanitize(value))}"
 
 
 def _to_json(value: object) -> str:
@@ -384,20 +384,20 @@ def encode_request(pull: RequestRecord) -> str:
     )
     more = []
     if pull.joined_at_byte is not None:
-        more.append(_encode_field("joined_at", pull.joined_at_byte, as_json=True))
+        more.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
     if pull.aside_bytes:
-        more.append(_encode_field("aside", pull.aside_bytes, as_json=True))
+        more.append(_encode_field("aside", pull.aside_bytes, is_json=True))
     if pull.connections:
-        more.append(_encode_field("connections", pull.connections, as_json=True))
+        more.append(_encode_field("connections", pull.connections, is_json=True))
     if pull.late_pieces:
-        more.append(_encode_field("late_parts", pull.late_pieces, as_json=True))
+        more.append(_encode_field("late_parts", pull.late_pieces, is_json=True))
     if pull.stages:
         stages = [f'"{name}":{seconds:.6f}' for name, seconds in _stage_totals(pull).items()]
         more.append(f'"stages":{{{",".join(stages)}}}')
     if not pull.repository:
-        more.append(_encode_field("path", pull.path.partition("?")[0], as_json=True))
+        more.append(_encode_field("path", pull.path.partition("?")[0], is_json=True))
     if pull.warning or pull.error:
-        more += _encode_reasons(pull, as_json=True)
+        more += _encode_reasons(pull, is_json=True)
     return ",".join((line, *more)) if more else line
 
 
@@ -429,14 +429,14 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
         pull.client,
     )
     text = " ".join(word for word in words if word)
-    fields = _encode_reasons(pull, as_json=False)
+    fields = _encode_reasons(pull, is_json=False)
     # Only a line that somebody will look into needs the id.
     return text, [*fields, f"id={pull.request_id}"] if fields else []
 
 
-def _encode_reasons(pull: RequestRecord, *, as_json: bool) -> list[str]:
+def _encode_reasons(pull: RequestRecord, *, is_json: bool) -> list[str]:
     reasons = (("warning", pull.warning), ("error", pull.error))
-    return [_encode_field(key, reason, as_json) for key, reason in reasons if reason]
+    return [_encode_field(key, reason, is_json) for key, reason in reasons if reason]
 
 
 def _milliseconds(seconds: float) -> str:
@@ -462,7 +462,7 @@ def _encode_shared(*values: str | int) -> str:
         for key, value in fields
         if (value != "" or has_digest) and (key != "user_agent" or has_agent)
     )
-    return ",".join(_encode_field(key, value, as_json=True) for key, value in shown)
+    return ",".join(_encode_field(key, value, is_json=True) for key, value in shown)
 
 
 # --- Server-Timing --------------------------------------------------------------------------------

@@ -396,7 +396,7 @@ class MetricsObserver:
                 first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]
             )
             _observe_all(duration, [pull.duration for pull in pulls])
-            sent = sum(pull.bytes_sent for pull in pulls if pull.sent_in_one_write)
+            sent = sum(pull.bytes_sent for pull in pulls if pull.is_sent_in_one_write)
             if sent:
                 self._sent_by[upstream].inc(sent)
             incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)

@@ -143,7 +143,6 @@ def _challenge(scheme: str, parameters: dict[str, str]) -> Challenge:
     if scheme == "basic":
         return Basic(realm)
     if scheme == "bearer" and realm:
-        return Bearer(
-            realm, parameters.get("service"), parameters.get("scope"), parameters.get("error")
-        )
+        get = parameters.get
+        return Bearer(realm, service=get("service"), scope=get("scope"), error=get("error"))
     return Other(scheme)

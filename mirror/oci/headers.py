@@ -275,7 +275,7 @@ def entity_tag(digest: Digest) -> str:
     return f'"{digest}"'
 
 
-def not_modified(if_none_match: str | None, etag: str) -> bool:
+def is_not_modified(if_none_match: str | None, etag: str) -> bool:
     """Return whether ``If-None-Match`` has ``etag``. Then the response is 304.
 
     Several header lines are joined by commas. The comparison is weak (RFC 9110, section 13.1.2). A

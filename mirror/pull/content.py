@@ -79,14 +79,14 @@ class ContentService:
         self.registries = registries
         self.single_flight = single_flight
         self.now = now
-        self._states_right_sizes: dict[str, bool] = {}
+        self._has_right_sizes: dict[str, bool] = {}
         """Upstream -> whether each size in a response to ``HEAD`` of a manifest was right."""
         self._fetches = RunningFetches(
             store,
             single_flight,
             emit,
             callbacks=self,
-            finish_abandoned=settings.abandoned == "finish",
+            may_finish_abandoned=settings.abandoned == "finish",
         )
         self._asides = AsideRequests(single_flight, store.memory, self._fetches.connections, emit)
 
@@ -240,9 +240,9 @@ class ContentService:
 
     # --- sizes in responses to HEAD -------------------------------------------------------------
 
-    def states_right_sizes(self, repository: Repository) -> bool:
+    def has_right_sizes(self, repository: Repository) -> bool:
         """Return True if the upstream has stated right sizes of manifests only, by ``HEAD``."""
-        return self._states_right_sizes.get(repository.upstream, False)
+        return self._has_right_sizes.get(repository.upstream, False)
 
     def compare_sizes(self, repository: Repository, stated: int | None, actual: int | None) -> None:
         """Learn whether the upstream states right sizes of manifests in responses to ``HEAD``.
@@ -256,8 +256,8 @@ class ContentService:
             actual: Bytes of the manifest. None for either: nothing is learned.
         """
         if stated is not None and actual is not None:
-            were_right = self._states_right_sizes.get(repository.upstream, True)
-            self._states_right_sizes[repository.upstream] = were_right and stated == actual
+            were_right = self._has_right_sizes.get(repository.upstream, True)
+            self._has_right_sizes[repository.upstream] = were_right and stated == actual
 
     # --- content --------------------------------------------------------------------------------
 

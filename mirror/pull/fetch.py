@@ -412,14 +412,14 @@ class RunningFetches:
         emit: Observer,
         callbacks: AccessCallbacks,
         *,
-        finish_abandoned: bool,
+        may_finish_abandoned: bool,
     ) -> None:
-        """Start empty. With ``finish_abandoned`` a fetch continues when its last client leaves."""
+        """Start empty. ``may_finish_abandoned``: a fetch continues when its last client leaves."""
         self._store = store
         self._single_flight = single_flight
         self._emit = emit
         self._callbacks = callbacks
-        self._finish_abandoned = finish_abandoned
+        self._may_finish_abandoned = may_finish_abandoned
         self.connections = ConnectionBudget(self._count_at)
         self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
         self._active: dict[Digest, Fetch] = {}
@@ -477,7 +477,7 @@ class RunningFetches:
         # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
         fetch.task.task.add_done_callback(lambda task: ingest.release())
         fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
-        ingest.when_abandoned(lambda: self._cancel(fetch), keep=self._finish_abandoned)
+        ingest.when_abandoned(lambda: self._cancel(fetch), may_finish=self._may_finish_abandoned)
         return fetch, follower
 
     def _cancel(self, fetch: Fetch) -> None:

@@ -67,7 +67,7 @@ class ListService:
         """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`)."""
         if count == 0:
             pull.outcome = Outcome.HIT
-            return TagsResult("", False)
+            return TagsResult(text="", has_more=False)
         key = f"tags {repository}"
         text = await self._find_or_request(
             key,

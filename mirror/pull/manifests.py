@@ -43,9 +43,9 @@ from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
     TagRecord,
-    access_records_of,
     confirm,
-    parse_as_recorded,
+    manifest_record,
+    parse_with_records,
 )
 from mirror.threads import parse_in_thread_if_large
 from mirror.upstream.api import ManifestBody, ManifestHead
@@ -81,13 +81,13 @@ class ManifestService:
 
     # --- by digest ------------------------------------------------------------------------------
 
-    async def by_digest(self, request: ContentRequest, *, head: bool) -> ManifestResult:
+    async def by_digest(self, request: ContentRequest, *, is_head: bool) -> ManifestResult:
         """Serve a manifest by digest. A cached one is served without asking the upstream.
 
         Args:
             request: A request of kind ``MANIFEST``.
-            head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD`` upstream,
-                once this upstream has stated right sizes.
+            is_head: True if the client wants no body. A ``HEAD`` on a miss stays a ``HEAD``
+                upstream, once this upstream has stated right sizes.
 
         Raises:
             ManifestUnknown: The repository does not have the manifest.
@@ -100,9 +100,9 @@ class ManifestService:
             pull.outcome = Outcome.HIT
             return cached
         reader = None
-        if head:
+        if is_head:
             _, reader = await self._content.find_whole(request)
-            is_exact = self._content.states_right_sizes(repository)
+            is_exact = self._content.has_right_sizes(repository)
             if reader is None and is_exact and self._content.may_ask(repository):
                 result = await self._head_by_digest(request)
                 if result is not None:
@@ -111,6 +111,10 @@ class ManifestService:
             try:
                 reader = await self._content.open(request)
             except WholeManifestNeeded:
+                # Another client may have fetched it since the first look.
+                cached = await self._find_cached(repository, digest)
+                if cached is not None:
+                    return cached
                 manifest = await self._fetch_whole(request)
                 return await self._record_parts(request, manifest.body)
         try:
@@ -134,11 +138,32 @@ class ManifestService:
             body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
-        if access_record.media_type not in ("", parsed.media_type):
-            corrected = replace(access_record, media_type=parsed.media_type)
-            await self._index.put_access_records(repository, [corrected])
+        parsed, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
+        if not await self._is_recorded(repository, access_record, records):
+            root = replace(records[0], expires_at=access_record.expires_at)
+            await self._put_records(repository, [root, *records[1:]])
         return self._remember(repository, _result_of(digest, body, parsed))
+
+    async def _is_recorded(
+        self, repository: Repository, recorded: AccessRecord, records: list[AccessRecord]
+    ) -> bool:
+        """Return whether the index has ``records``, which a cached manifest gives.
+
+        It may lack them if the manifest was fetched through another repository. ``recorded`` is the
+        access record of this one.
+        """
+        root, *parts = records
+        if recorded.size is None or recorded.media_type not in ("", root.media_type):
+            return False
+        if not parts:
+            return True
+        first = await self._index.access_record(repository, parts[0].digest, parts[0].kind)
+        return first is not None
+
+    async def _put_records(self, repository: Repository, records: list[AccessRecord]) -> None:
+        for start in range(0, len(records), _MAX_ROWS_AT_ONCE):
+            rows = records[start : start + _MAX_ROWS_AT_ONCE]
+            await self._index.put_access_records(repository, rows)
 
     async def _fetch_whole(self, request: ContentRequest) -> ManifestBody:
         """Fetch a manifest that may be of schema 1. Concurrent clients share one request."""
@@ -194,7 +219,7 @@ class ManifestService:
             return None
         if access_record.size not in (None, size):
             return None
-        return ManifestResult(request.digest, access_record.media_type, size, None)
+        return ManifestResult(request.digest, access_record.media_type, size=size, body=None)
 
     async def _record_parts(self, request: ContentRequest, body: bytes) -> ManifestResult:
         """Parse a fetched manifest, record the access to its parts, and return the result.
@@ -204,14 +229,12 @@ class ManifestService:
         repository, digest = request.repository, request.digest
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
-            root = _manifest_record(digest, sniff_media_type(body), len(body))
-        parsed, records = await parse_in_thread_if_large(_parse, body, root)
+            root = manifest_record(digest, sniff_media_type(body), len(body))
+        parsed, records = await parse_in_thread_if_large(parse_with_records, body, root)
         result = _result_of(digest, body, parsed)
         if request.pull.outcome is Outcome.STALE:
             return result  # The upstream has not confirmed it: the next request asks again.
-        for start in range(0, len(records), _MAX_ROWS_AT_ONCE):
-            rows = records[start : start + _MAX_ROWS_AT_ONCE]
-            await self._index.put_access_records(repository, rows)
+        await self._put_records(repository, records)
         return self._remember(repository, result)
 
     def _remember(self, repository: Repository, result: ManifestResult) -> ManifestResult:
@@ -367,18 +390,18 @@ class ManifestService:
             self._content.compare_sizes(repository, head.size, cached.size)
             return cached
         assert head.digest is not None
-        is_exact = self._content.states_right_sizes(repository)
-        if request.head and is_exact and head.size and head.media_type != OCTET_STREAM:
+        is_exact = self._content.has_right_sizes(repository)
+        if request.is_head and is_exact and head.size and head.media_type != OCTET_STREAM:
             result = await self._find_cached(repository, head.digest)
             pull.outcome = Outcome.REVALIDATED if result else Outcome.MISS
-            return result or ManifestResult(head.digest, head.media_type, head.size, None)
+            return result or ManifestResult(head.digest, head.media_type, size=head.size, body=None)
         try:
             result = await self._fetch_resolved(request, head.digest)
         except UpstreamError:
-            if not request.head:
+            if not request.is_head:
                 raise
             # The upstream has answered the HEAD. Only the size is not known.
-            return ManifestResult(head.digest, head.media_type, None, None)
+            return ManifestResult(head.digest, head.media_type, size=None, body=None)
         if pull.outcome is Outcome.HIT:
             pull.outcome = Outcome.REVALIDATED
         self._content.compare_sizes(repository, head.size, result.size)
@@ -393,14 +416,14 @@ class ManifestService:
         repository, pull, accept = request.repository, request.pull, request.accept
         by_digest = ContentRequest(repository, digest, Kind.MANIFEST, pull, accept)
         try:
-            return await self.by_digest(by_digest, head=False)
+            return await self.by_digest(by_digest, is_head=False)
         except NotFound:
-            head = await self._resolve(request, None, by_get=True)
+            head = await self._resolve(request, None, is_by_get=True)
             assert head.digest is not None
-            return await self.by_digest(replace(by_digest, digest=head.digest), head=False)
+            return await self.by_digest(replace(by_digest, digest=head.digest), is_head=False)
 
     async def _resolve(
-        self, request: TagRequest, timeout: float | None, *, by_get: bool = False
+        self, request: TagRequest, timeout: float | None, *, is_by_get: bool = False
     ) -> ManifestHead:
         """Ask the upstream for the tag's digest. Concurrent clients share one request.
 
@@ -410,15 +433,15 @@ class ManifestService:
         Args:
             request: The client's request.
             timeout: Seconds. None: there is no limit beside those of the request to the upstream.
-            by_get: Send a ``GET``, and no ``HEAD``.
+            is_by_get: Send a ``GET``, and no ``HEAD``.
         """
         repository, tag = request.repository, request.tag
         accept = request.accept if has_media_types(request.accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(accept)}"
         await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
-            ("resolve", key, by_get),
-            lambda: self._request_tag(repository, tag, accept, key, by_get=by_get),
+            ("resolve", key, is_by_get),
+            lambda: self._request_tag(repository, tag, accept, key, is_by_get=is_by_get),
         )
         return await shared_task.wait(timeout)
 
@@ -429,23 +452,27 @@ class ManifestService:
         accept: tuple[str, ...],
         key: str,
         *,
-        by_get: bool,
+        is_by_get: bool,
     ) -> ManifestHead:
         """Send the ``HEAD`` or the ``GET`` for a tag, and record the digest that it names."""
         registry = self._content.registries[repository.upstream]
-        head = ManifestHead(None, OCTET_STREAM, None)
+        head = ManifestHead(digest=None, media_type=OCTET_STREAM, size=None)
         try:
-            if not by_get:
+            if not is_by_get:
                 head = await registry.head_manifest(repository, tag, accept)
             if head.digest is None:
                 manifest = await registry.get_manifest(repository, tag, accept, head.ruled_out)
                 await self._store(repository, manifest)
-                head = ManifestHead(manifest.digest, manifest.media_type, len(manifest.body))
+                head = ManifestHead(
+                    digest=manifest.digest,
+                    media_type=manifest.media_type,
+                    size=len(manifest.body),
+                )
         except NotFound as error:
             await self._content.put_negative(repository, key, error)
             raise
         assert head.digest is not None
-        access_record = _manifest_record(head.digest, head.media_type, None)
+        access_record = manifest_record(head.digest, head.media_type, None)
         await self._index.put_access_records(repository, [access_record])
         variant = variant_of(accept)
         earlier, cached = await self._find_variant(repository, tag, variant)
@@ -463,19 +490,7 @@ def _weight(result: ManifestResult) -> int:
 
 
 def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
-    return ManifestResult(digest, parsed.media_type, len(body), body, parsed)
-
-
-def _manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
-    """Create the record of a manifest that the upstream has named, which does not expire."""
-    return AccessRecord(
-        digest=digest,
-        kind=Kind.MANIFEST.value,
-        media_type=media_type,
-        size=size,
-        referrer=None,
-        expires_at=None,
-    )
+    return ManifestResult(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 
 def _schema1_key(repository: Repository, digest: Digest) -> str:
@@ -485,10 +500,3 @@ def _schema1_key(repository: Repository, digest: Digest) -> str:
 def _stale(pull: RequestRecord, reason: str, cached: ManifestResult) -> ManifestResult:
     pull.outcome, pull.warning = Outcome.STALE, reason
     return cached
-
-
-def _parse(body: bytes, root: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
-    """Parse a manifest. Returns it with the access records of itself and of its parts."""
-    parsed = parse_as_recorded(body, root)
-    root = replace(root, media_type=parsed.media_type, size=len(body), expires_at=None)
-    return parsed, [root, *access_records_of(root, parsed)]

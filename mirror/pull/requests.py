@@ -57,7 +57,7 @@ class TagRequest:
     """Record of the client's request. Its outcome and its stages are written there."""
     accept: tuple[str, ...]
     """Media types of the client's ``Accept`` header."""
-    head: bool = False
+    is_head: bool = False
     """True if the client wants no body."""
 
 

@@ -76,7 +76,7 @@ class PullService:
         accept: tuple[str, ...],
         pull: RequestRecord,
         *,
-        head: bool,
+        is_head: bool,
     ) -> ManifestResult:
         """Serve a manifest.
 
@@ -85,7 +85,7 @@ class PullService:
             reference: A tag or a digest.
             accept: Media types of the client's ``Accept`` header. Empty if it sent none.
             pull: Record of the client's request.
-            head: True for a ``HEAD``: the body of the result may be None.
+            is_head: True for a ``HEAD``: the body of the result may be None.
 
         Returns:
             The manifest, byte for byte as the upstream sent it.
@@ -98,8 +98,10 @@ class PullService:
         self._admit(repository, pull)
         if isinstance(reference, Digest):
             request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
-            return await self._manifests.by_digest(request, head=head)
-        return await self._manifests.by_tag(TagRequest(repository, reference, pull, accept, head))
+            return await self._manifests.by_digest(request, is_head=is_head)
+        return await self._manifests.by_tag(
+            TagRequest(repository, reference, pull, accept, is_head)
+        )
 
     async def blob(
         self,
@@ -107,7 +109,7 @@ class PullService:
         digest: Digest,
         pull: RequestRecord,
         *,
-        head: bool,
+        is_head: bool,
         select_spans: SpanSelector | None = None,
     ) -> BlobResult:
         """Serve a blob, complete or while it is fetched.
@@ -116,7 +118,7 @@ class PullService:
             repository: The repository that the client named.
             digest: The digest of the blob.
             pull: Record of the client's request.
-            head: True for a ``HEAD``: the result has no reader.
+            is_head: True for a ``HEAD``: the result has no reader.
             select_spans: Returns the spans that the client wants, if it wants only parts.
 
         Returns:
@@ -139,11 +141,12 @@ class PullService:
             pull.outcome = Outcome.HIT
             return small
         request = ContentRequest(repository, digest, Kind.BLOB, pull, select_spans=select_spans)
-        if head:
-            return BlobResult(digest, await self._content.size_of_blob(request), None)
+        if is_head:
+            size = await self._content.size_of_blob(request)
+            return BlobResult(digest, size=size, source=None)
         reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))
-        return BlobResult(digest, reader.size, reader)
+        return BlobResult(digest, size=reader.size, source=reader)
 
     async def _read_small_blob(self, repository: Repository, digest: Digest) -> BlobResult | None:
         """Read a small blob that may be served without the upstream, and keep it in memory.

@@ -288,7 +288,7 @@ class BlobStore:
     def _report_damage(self, digest: Digest) -> None:
         self._verified.pop(digest, None)
         self._unsaved.discard(digest)
-        self._emit(DigestMismatched("", str(digest), "disk"))
+        self._emit(DigestMismatched(upstream="", digest=str(digest), where="disk"))
         self._emit(Reverified(str(digest), is_ok=False))
 
     def _forget(self, digest: Digest, lease: _Lease) -> None:

@@ -45,10 +45,11 @@ _LOCK_HOLD_OFF_S: Final = 1.0
 time."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
-_WORK_S: Final = 0.002
-"""Seconds of work between two pauses: the event loop waits for the interpreter lock for as long."""
+_WORK_S: Final = 0.0005
+"""Seconds of work between two pauses. A request waits for the interpreter lock for as long, each
+time that the event loop, or a thread that opens a file for it, wakes up."""
 _PAUSE_S: Final = 0.0002
-"""Seconds of a pause. Enough for the event loop to take the interpreter lock."""
+"""Seconds of a pause. Enough for a thread that waits for the interpreter lock to take it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,13 +38,13 @@ class Waiters:
         self._waiting.append((start, future))
         await future
 
-    def wake(self, head: int, closed: bool) -> None:
-        """Wake the waiters for bytes before ``head``; all of them if ``closed``."""
+    def wake(self, head: int, is_closed: bool) -> None:
+        """Wake the waiters for bytes before ``head``; all of them if ``is_closed``."""
         waiting, self._waiting = self._waiting, []
         for start, future in waiting:
             if future.done():
                 continue  # its client has disconnected
-            if start < head or closed:
+            if start < head or is_closed:
                 future.set_result(None)
             else:
                 self._waiting.append((start, future))
@@ -92,7 +92,7 @@ class ReadableIngest:
         self.lock = IngestLock(context, digest, self._close_if_unused)
         self.waiters = Waiters()
         self._give_up: Callable[[], None] = lambda: None
-        self._finishes_unfollowed = True
+        self._may_finish_unfollowed = True
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -170,22 +170,22 @@ class ReadableIngest:
                 self.followers -= {f for f in self.followers if f.position < needed}
             self.on_follower_moved()
 
-    def when_abandoned(self, give_up: Callable[[], None], *, keep: bool) -> None:
+    def when_abandoned(self, give_up: Callable[[], None], *, may_finish: bool) -> None:
         """Set what to do when the last follower closes before the content is complete.
 
         Args:
             give_up: Called then. It ends the fetch.
-            keep: Do not call ``give_up``, and finish the fetch, so that the content is stored. An
-                ingest that continues in memory is given up anyway, because it is not stored.
+            may_finish: Do not call ``give_up``, and finish the fetch, so that the content is
+                stored. An ingest that continues in memory is given up anyway: it is not stored.
         """
-        self._give_up, self._finishes_unfollowed = give_up, keep
+        self._give_up, self._may_finish_unfollowed = give_up, may_finish
 
     def on_follower_moved(self) -> None:
         """Free memory that no follower needs, after one has read further or has closed."""
         if self.window is not None:
             self.window.slide(follower.position for follower in self.followers)
             self.count_memory()
-        may_give_up = self.window is not None or not self._finishes_unfollowed
+        may_give_up = self.window is not None or not self._may_finish_unfollowed
         if may_give_up and not self.followers and not self.is_closed:
             self._give_up()
         self._close_if_unused()
@@ -193,7 +193,7 @@ class ReadableIngest:
     def _close_if_unused(self) -> None:
         """Unlock the file once the fetch has ended, and close it after the last follower."""
         if self.released.is_set() and not self.lock.is_busy:
-            self.lock.release(keep_open=bool(self.followers))
+            self.lock.release(is_kept_open=bool(self.followers))
 
 
 class Follower:

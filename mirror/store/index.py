@@ -92,7 +92,7 @@ class Index:
         """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
         self._is_checked = False
-        self.changed = True
+        self.has_changed = True
         """Whether names have changed since the store last reset this.
 
         True at first: a crash may have come between a name and the write of ``index.json``.
@@ -138,10 +138,10 @@ class Index:
             count = names.restore(tables, self._read_saved_names())
             if count:
                 self._emit_from_thread(IndexRestored(count))
-        if names.lacks_parts(tables):
+        if names.is_without_parts(tables):
             self.unrestored_after = 0
         self.openings += 1
-        self.changed = True
+        self.has_changed = True
 
     # --- tags -----------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Index:
         if texts is None:
             return None
         earlier = load_tag(texts[0])
-        self.changed = self.changed or earlier is None or earlier.digest != digest
+        self.has_changed = self.has_changed or earlier is None or earlier.digest != digest
         return confirmed(texts[0])
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
@@ -268,7 +268,7 @@ class Index:
         earlier = await self._update(NAMED, [(key, _replace_by(text)) for key, text in named])
         if earlier is None:
             return False
-        self.changed = self.changed or earlier != [text for _, text in named]
+        self.has_changed = self.has_changed or earlier != [text for _, text in named]
         return True
 
     async def revoke_access(self, repository: Repository, digest: Digest, kind: str) -> None:
@@ -283,7 +283,7 @@ class Index:
         await self._update(ACCESS, [(_access_key(repository, digest, kind), deleted)])
         if kind == "manifest":
             await self._update(NAMED, [(manifest_key(repository, digest), deleted)])
-            self.changed = True  # Otherwise a restore from index.json would bring it back.
+            self.has_changed = True  # Otherwise a restore from index.json would bring it back.
 
     # --- verification times, pins -----------------------------------------------------------------
 
@@ -306,18 +306,18 @@ class Index:
         unknown: set[Digest] | None = None
         return await self._load(NAMED, PINS, load_pins, unknown)
 
-    async def pin(self, digests: Iterable[Digest], *, pinned: bool = True) -> bool:
+    async def pin(self, digests: Iterable[Digest], *, is_pinned: bool = True) -> bool:
         """Pin manifests, or unpin them. True if that was written."""
         chosen = set(digests)
 
         def update(text: str | None) -> str:
             pins = load_pins(text)
-            return dump_pins(pins | chosen if pinned else pins - chosen)
+            return dump_pins(pins | chosen if is_pinned else pins - chosen)
 
         if await self.pinned() is None:
             return False  # A row that cannot be read is not replaced: it may pin other manifests.
         was_written = await self._update(NAMED, [(PINS, update)]) is not None
-        self.changed = self.changed or was_written
+        self.has_changed = self.has_changed or was_written
         return was_written
 
     # --- negative responses, lists ----------------------------------------------------------------

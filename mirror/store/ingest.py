@@ -298,7 +298,7 @@ class Ingest(ReadableIngest):
             self.context.emit(Uncached(str(self.digest), disk.reason_of(refusal)))
         if isinstance(error, DigestMismatch | ContentLost):
             # Other processes learn the failure from the state file, so that one stays.
-            self.lock.remove_file(keep_state=True)
+            self.lock.remove_file(is_state_kept=True)
 
     def release(self) -> None:
         """End the fetch's use of this ingest. Always the last call; never waits.

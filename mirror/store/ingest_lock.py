@@ -116,7 +116,7 @@ class IngestLock:
         """Whether this process has read from the open file while another one was writing it. That
         needs a live state (:class:`mirror.store.other_process.LeaderState`): a lock alone proves
         nothing, because an eviction or a scan of the directories holds it for a moment, too."""
-        self._must_replace = False
+        self._is_to_be_replaced = False
         """Whether the open file has to be replaced by a new one before it is written."""
         self._context = context
         self._layout = context.layout
@@ -213,7 +213,7 @@ class IngestLock:
         return await wait_for_thread(job)
 
     def _try_acquire(self, expected_size: int | None, served: int) -> Role:
-        if self._must_replace:
+        if self._is_to_be_replaced:
             self._unlink()
             self._close_blocking()
         for _ in range(_MAX_LOCK_ATTEMPTS):
@@ -297,7 +297,7 @@ class IngestLock:
         The old file is not cut, so that other processes that read it never get a mixture.
         """
         self.stop_heartbeat()
-        self.is_locked, self._must_replace = False, True
+        self.is_locked, self._is_to_be_replaced = False, True
 
     # --- the state file ---------------------------------------------------------------------------
     # One thread writes and removes all state files, so each one changes in the order of the calls.
@@ -357,22 +357,22 @@ class IngestLock:
             return
         self._context.emit(Published(str(digest), size, time.monotonic() - started_at))
 
-    def remove_file(self, *, keep_state: bool = False) -> None:
+    def remove_file(self, *, is_state_kept: bool = False) -> None:
         """Unlink the file if the lock is ours, so that no process resumes it. Runs in a thread.
 
         Open descriptors stay readable, here and in other processes.
 
         Args:
-            keep_state: Leave the state file, from which other processes learn the failure.
+            is_state_kept: Leave the state file, from which other processes learn the failure.
         """
         self.stop_heartbeat()
         if self.is_locked and self.fd is not None:
-            self.run_in_thread(self._context.heartbeats, self._unlink, keep_state)
+            self.run_in_thread(self._context.heartbeats, self._unlink, is_state_kept)
 
-    def _unlink(self, keep_state: bool = False) -> None:
+    def _unlink(self, is_state_kept: bool = False) -> None:
         # The state file goes first. Once the ingest file is gone, another process may create both
         # anew, and its state file must not be removed.
-        if self.is_path_ours and not keep_state:
+        if self.is_path_ours and not is_state_kept:
             disk.drop_state(self._layout, self._digest)
         disk.drop_ingest(self._layout, self._digest, self._require_open())
 
@@ -392,26 +392,26 @@ class IngestLock:
             else:
                 return
 
-    def release(self, *, keep_open: bool = False) -> None:
+    def release(self, *, is_kept_open: bool = False) -> None:
         """Unlock the file, so that another process may fetch, and close it. Safe to call twice.
 
         Args:
-            keep_open: Leave the file open for followers in this process. A published file keeps a
-                shared lock then, which protects it from eviction.
+            is_kept_open: Leave the file open for followers in this process. A published file keeps
+                a shared lock then, which protects it from eviction.
         """
         self.stop_heartbeat()
-        if self.fd is not None and (self.is_locked or self._must_replace):
+        if self.fd is not None and (self.is_locked or self._is_to_be_replaced):
             kind = fcntl.LOCK_SH | fcntl.LOCK_NB if self.is_published else fcntl.LOCK_UN
             with suppress(BlockingIOError):
                 fcntl.flock(self.fd, kind)
         self.is_locked = False
-        if not keep_open and self.fd is not None:
+        if not is_kept_open and self.fd is not None:
             fd, self.fd, self.has_followed = self.fd, None, False
             disk.close(fd, self._context.io)
 
     def _close_blocking(self) -> None:
         fd, self.fd = self._require_open(), None
-        self._must_replace = self.has_followed = False
+        self._is_to_be_replaced = self.has_followed = False
         os.close(fd)
 
 

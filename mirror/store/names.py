@@ -191,7 +191,7 @@ def is_restored(tables: Tables) -> bool:
     return all(tables.read_or_none(table, _RESTORED)[0] is not None for table in (NAMED, ACCESS))
 
 
-def lacks_parts(tables: Tables) -> bool:
+def is_without_parts(tables: Tables) -> bool:
     """Return whether access to the parts of restored manifests is not recorded yet."""
     return tables.read_or_none(NAMED, _RESTORED)[0] == _NAMES_ONLY
 
@@ -230,7 +230,7 @@ def _insert(tables: Tables, step: list[NamedManifest]) -> None:
         if n.tag is not None
     ]
     with tables.transaction(NAMED):
-        tables.write_all(NAMED, rows, replaces=False)
+        tables.write_all(NAMED, rows, is_replacing=False)
 
 
 def _restore_access(tables: Tables) -> None:
@@ -243,7 +243,7 @@ def _restore_access(tables: Tables) -> None:
         after = page[-1].id if page else None
         if after is None or len(rows) >= _STEP_NAMES:
             with tables.transaction(ACCESS):
-                tables.write_all(ACCESS, rows, replaces=False)
+                tables.write_all(ACCESS, rows, is_replacing=False)
             rows = []
 
 

@@ -89,7 +89,7 @@ class RowChecks:
     """Number of rows that are too many."""
     _has_marked: bool = False
     """Whether this pass has found orphaned rows that may be deleted in the next one."""
-    _was_in_vain: bool = False
+    _is_in_vain: bool = False
     """Whether there were too many rows after a pass, although it left no orphaned ones."""
 
     @property
@@ -118,7 +118,7 @@ class RowChecks:
 
     def is_surplus(self, is_present: bool) -> bool:
         """Return whether there are too many rows. Rows of present content are deleted last."""
-        return self._surplus > 0 and (not is_present or self._was_in_vain)
+        return self._surplus > 0 and (not is_present or self._is_in_vain)
 
     def count_action(self, action: RowAction) -> None:
         """Count a change that was made to a row."""
@@ -129,7 +129,7 @@ class RowChecks:
     def advance(self, after: int | None) -> None:
         """End a step. ``after``: row id of its last row; None if there were no more rows."""
         if after is None:
-            self._was_in_vain = self._surplus > 0 and not self._has_marked
+            self._is_in_vain = self._surplus > 0 and not self._has_marked
             self._has_marked = False
         self.after = after or 0
 

@@ -131,6 +131,24 @@ def confirm(
     )
 
 
+def manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
+    """Create the record of a manifest that the upstream has named, which does not expire.
+
+    Args:
+        digest: The digest of the manifest.
+        media_type: As the upstream states it.
+        size: In bytes. None: not known.
+    """
+    return AccessRecord(
+        digest=digest,
+        kind="manifest",
+        media_type=media_type,
+        size=size,
+        referrer=None,
+        expires_at=None,
+    )
+
+
 def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
     """Return records of the content that a repository refers to as it has manifest ``root``.
 
@@ -206,6 +224,17 @@ def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
         if recorded.referrer is None or not parsed.is_opaque:
             return parsed
     return parse_manifest(body, sniff_media_type(body))
+
+
+def parse_with_records(body: bytes, recorded: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
+    """Parse a manifest by its recorded media type.
+
+    Returns it with the access records of itself and of its parts, for the repository of
+    ``recorded``. None of them expires. Raises ``ManifestInvalid``.
+    """
+    parsed = parse_as_recorded(body, recorded)
+    root = replace(recorded, media_type=parsed.media_type, size=len(body), expires_at=None)
+    return parsed, [root, *access_records_of(root, parsed)]
 
 
 def repository_of(name: str) -> Repository | None:

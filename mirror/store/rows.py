@@ -235,16 +235,16 @@ class Tables:
             self.changes.add((table, key))
 
     def write_all(
-        self, table: str, rows: Iterable[tuple[str, str]], *, replaces: bool = True
+        self, table: str, rows: Iterable[tuple[str, str]], *, is_replacing: bool = True
     ) -> bool:
         """Write (key, text) rows without ``ttl`` or mark, in a table without a bound. Returns True.
 
-        Hold the table's :meth:`transaction`. Each row takes 5 us. ``replaces``: False leaves a row
-        that exists unchanged.
+        Hold the table's :meth:`transaction`. Each row takes 5 us. ``is_replacing``: False leaves a
+        row that exists unchanged.
         """
         now = time.time()
         values = [(key, now, now, len(text), text) for key, text in rows]
-        insert = statements.INSERT_OR_REPLACE if replaces else statements.INSERT_MISSING
+        insert = statements.INSERT_OR_REPLACE if is_replacing else statements.INSERT_MISSING
         self._tables[table]._con.executemany(insert, values)
         if self.changes is not None:
             self.changes.update((table, key) for key, *_ in values)

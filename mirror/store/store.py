@@ -177,7 +177,7 @@ class Store:
             self._unwritable = None
             self._count(count=1, size=event.bytes)
         elif isinstance(event, Evicted):
-            self.index.changed = True  # index.json names only content on disk.
+            self.index.has_changed = True  # index.json names only content on disk.
             if event.reason == "corrupt":  # It is in quarantine, which counts as a leftover.
                 self._count(count=-1, size=-event.bytes, leftover=event.bytes)
         self._emit(event)
@@ -322,20 +322,20 @@ class Store:
             share: The part of the time that it works. It pauses for the rest, and after a slow
                 write. 1: it does not pause.
         """
-        if not self.index.changed or self.unwritable_reason is not None:
+        if not self.index.has_changed or self.unwritable_reason is not None:
             return
         begun = time.monotonic()
         if share < 1 and begun < self._next_save_at:
             return
         # Reset before the names are read: a name that is put meanwhile sets it again.
-        self.index.changed = is_written = False
+        self.index.has_changed = is_written = False
         try:
             is_written = await self._write_image_layout(share)
         except OSError as error:
             self._emit(LogMessage("warning", "index.json was not written", (("why", str(error)),)))
         finally:
             # A stop cancels the periodic save: the last save, at close, has to write then.
-            self.index.changed |= not is_written
+            self.index.has_changed |= not is_written
         end = time.monotonic()
         if end - begun > _SLOW_SAVE_S:
             self._next_save_at = end + _SAVE_INTERVALS * (end - begun)

@@ -210,7 +210,9 @@ class Authenticator:
         lookup = await self.logins.get(host, name)
         if not scheme.realm:
             basic = lookup.login.basic if lookup.login is not None else None
-            return SentAuthorization(basic, scheme, lookup, True) if basic is not None else None
+            if basic is None:
+                return None
+            return SentAuthorization(basic, scheme, lookup, is_from_cache=True)
         try:
             return await self._get_token(scheme, lookup, policy)
         except (Unauthorized, Denied):
@@ -426,7 +428,7 @@ class Negotiation:
         is_ecr = self._policy.endpoint.host == "public.ecr.aws"
         own_scope = "aws" if is_ecr else f"repository:{self._policy.path_of(self._repository)}:pull"
         schemes = [
-            Scheme(bearer.realm, bearer.service or "", scope)
+            Scheme(realm=bearer.realm, service=bearer.service or "", scope=scope)
             for bearer in bearers
             for scope in (own_scope, pull_scope(bearer.scope or ""))
             if scope

@@ -313,10 +313,10 @@ def _parse_auth(entry: Any) -> Login | None:
         except (binascii.Error, UnicodeDecodeError) as error:
             raise ValueError("auth") from error
         username, _, password = raw.partition(":")
-        return Login(username, password.rstrip("\0"), token)
+        return Login(username, password.rstrip("\0"), identity_token=token)
     if entry.get("username"):
         return Login(str(entry["username"]), str(entry.get("password") or ""), token)
-    return Login("", "", token) if token else None
+    return Login(username="", password="", identity_token=token) if token else None
 
 
 # --- helper programs ------------------------------------------------------------------------------
@@ -364,4 +364,8 @@ async def _run_helper(name: str, server: str, key: str) -> Login | None:
         username, secret = str(document["Username"]), str(document["Secret"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UpstreamUnavailable(f"{helper} returned a malformed response") from error
-    return Login("", "", secret) if username == _TOKEN_USER else Login(username, secret)
+    return (
+        Login(username="", password="", identity_token=secret)
+        if username == _TOKEN_USER
+        else Login(username, secret)
+    )

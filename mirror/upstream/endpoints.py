@@ -184,7 +184,7 @@ class Pauses:
         ):
             _prolong(self._by_group, Subject(subject.kind, subject.project), pause)
         if len({other.project for other in same_kind}) >= GROUP_PAUSE_THRESHOLD:
-            _prolong(self._by_group, Subject(subject.kind, ""), pause)
+            _prolong(self._by_group, Subject(subject.kind, repository=""), pause)
 
     def find(self, now: float, subject: Subject) -> Pause | None:
         """Return the pause of ``subject`` that ends last. None if requests may be sent."""
@@ -193,7 +193,7 @@ class Pauses:
         pauses = (
             self._by_subject.get(subject),
             self._by_group.get(Subject(subject.kind, subject.project)),
-            self._by_group.get(Subject(subject.kind, "")),
+            self._by_group.get(Subject(subject.kind, repository="")),
         )
         running = [pause for pause in pauses if pause is not None and pause.until > now]
         return max(running, key=lambda pause: pause.until, default=None)

@@ -148,10 +148,10 @@ class FailoverClient:
         self._policies = {
             url: Policy(
                 url,
-                token_hosts + TOKEN_HOSTS.get(url.host or "", ()),
-                own_addresses,
-                settings.redirect_hosts,
-                name,
+                token_hosts=token_hosts + TOKEN_HOSTS.get(url.host or "", ()),
+                own_addresses=own_addresses,
+                redirect_hosts=settings.redirect_hosts,
+                upstream=name,
             )
             for url in self._endpoints.urls
         }
@@ -285,8 +285,8 @@ class FailoverClient:
         request = RegistryRequest(
             "GET",
             repository,
-            "",
-            Kind.TAGS,
+            path="",
+            kind=Kind.TAGS,
             page=NextPage(str(endpoint), policy.api_url),
             is_accepted=lambda response: response.http.status not in _ACCESS_REFUSED,
         )
@@ -391,7 +391,7 @@ class FailoverClient:
             url,
             headers,
             attempt.policy,
-            follow_redirects=request.follow_redirects,
+            may_follow_redirects=request.may_follow_redirects,
             limit=attempt.limit,
             destination=attempt.destination,
         )

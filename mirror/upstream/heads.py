@@ -7,7 +7,7 @@ Theory of operation. Registries refuse ``HEAD`` where they would answer a ``GET`
 with 400, 401 or 403 (public ECR), with a 404, with a 5xx, or not at all. Signed URLs refuse it too
 (GHCR, GitLab), each in its own way. So each endpoint gets a ``HEAD`` once. If none answers it with
 200, a ``GET`` decides. The ``GET`` is not sent to the endpoints whose ``HEAD`` has ruled it out
-(:meth:`Heads._rules_out_get`). If that is every endpoint, the error of the ``HEAD`` is final.
+(:meth:`Heads._is_get_ruled_out`). If that is every endpoint, the error of the ``HEAD`` is final.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Heads:
             return {
                 endpoint: error
                 for endpoint, error in failures.items()
-                if self._rules_out_get(endpoint, request.kind, error)
+                if self._is_get_ruled_out(endpoint, request.kind, error)
             }
 
         def is_final() -> bool:
@@ -116,7 +116,7 @@ class Heads:
             self._rests[key] = self._clock() + rest_s, min(2 * rest_s, _MAX_REST_S)
         return None, without_get
 
-    def _rules_out_get(self, endpoint: str, kind: Kind, error: MirrorError) -> bool:
+    def _is_get_ruled_out(self, endpoint: str, kind: Kind, error: MirrorError) -> bool:
         """Return whether no ``GET`` is sent to an endpoint whose ``HEAD`` failed with ``error``.
 
         True if it certainly does not have the content, if no kind of request would get through, or

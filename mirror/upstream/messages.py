@@ -49,7 +49,7 @@ class RegistryRequest:
     """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
-    follow_redirects: bool = True
+    may_follow_redirects: bool = True
     is_part: bool = False
     """True for a part of a blob: an endpoint may refuse parts and yet send whole blobs."""
 

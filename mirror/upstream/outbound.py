@@ -156,7 +156,7 @@ class AddressRule:
     networks: tuple[_Network, ...] = ()
     """Networks whose addresses are permitted in any zone, except for link-local ones."""
 
-    def permits(self, address: str) -> bool:
+    def is_permitted(self, address: str) -> bool:
         """Return whether a connection to ``address`` may be made."""
         zone = zone_of(address)
         if zone is None or zone is Zone.LINK_LOCAL:
@@ -176,7 +176,7 @@ class AddressRule:
         family, kind, protocol, _, address = address_info
         if _is_own(str(address[0]), address[1], own_addresses):
             raise AddressRefused(str(address[0]), is_own=True)
-        if not self.permits(str(address[0])):
+        if not self.is_permitted(str(address[0])):
             raise AddressRefused(str(address[0]))
         return socket.socket(family, kind, protocol)
 
@@ -372,7 +372,7 @@ def _check_realm(url: URL, policy: Policy) -> Verdict:
 def _check_address(url: URL, rule: AddressRule, policy: Policy) -> Verdict:
     """Decide about a host that is an address. A name is looked up for each connection."""
     host = url.host or ""
-    if zone_of(host) is not None and not rule.permits(host):
+    if zone_of(host) is not None and not rule.is_permitted(host):
         return Refused(address_refusal(AddressRefused(host), rule, policy))
     return Allowed(url, url.origin() == policy.endpoint.origin(), rule)
 

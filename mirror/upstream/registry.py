@@ -109,7 +109,9 @@ class HttpRegistry:
         if head is None and isinstance(reference, Digest):
             get = replace(request, method="GET", ruled_out=ruled_out)
             head = await self._client.fetch(get, read)
-        return head or ManifestHead(None, OCTET_STREAM, None, ruled_out)
+        return head or ManifestHead(
+            digest=None, media_type=OCTET_STREAM, size=None, ruled_out=ruled_out
+        )
 
     async def get_manifest(
         self,
@@ -210,7 +212,7 @@ class HttpRegistry:
         request = RegistryRequest("GET", repository, "tags/list", Kind.TAGS)
         size = {"n": str(_TAGS_PER_PAGE)}
         pages = await self._collect_tags(
-            replace(request, query=size, is_accepted=_refuses_page_size)
+            replace(request, query=size, is_accepted=_is_page_size_refused)
         )
         if pages is None:
             pages = await self._collect_tags(request)
@@ -238,7 +240,7 @@ class HttpRegistry:
             Kind.REFERRERS,
             {"Accept": OCI_INDEX},
             query={"artifactType": artifact_type} if artifact_type else {},
-            follow_redirects=False,
+            may_follow_redirects=False,
         )
         try:
             pages = await collect_pages(
@@ -398,7 +400,7 @@ def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
         digest = reference
     media_type = manifest_type_of(headers.get(hdrs.CONTENT_TYPE))
     # No manifest is empty. Some registries state the length of the empty body of a HEAD.
-    return ManifestHead(digest, media_type, length_of(headers) or None)
+    return ManifestHead(digest=digest, media_type=media_type, size=length_of(headers) or None)
 
 
 def length_of(headers: Mapping[str, str]) -> int | None:
@@ -411,7 +413,7 @@ def length_of(headers: Mapping[str, str]) -> int | None:
     return int(value) if re.fullmatch(r"[0-9]{1,18}", value) and not is_chunked else None
 
 
-def _refuses_page_size(response: AcceptedResponse) -> bool:
+def _is_page_size_refused(response: AcceptedResponse) -> bool:
     """Return whether an upstream refuses our ``n``. The caller then repeats the request without."""
     return response.http.status == 400
 

@@ -45,7 +45,7 @@ class TokenTransport:
             url,
             headers,
             Policy(url.origin(), upstream=self._name),
-            follow_redirects=False,
+            may_follow_redirects=False,
             form=form,
             limit=limit,
             addresses=realm_rule(url, self._endpoints),

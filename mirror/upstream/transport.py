@@ -217,7 +217,7 @@ class Transport:
         headers: Mapping[str, str],
         policy: Policy,
         *,
-        follow_redirects: bool = True,
+        may_follow_redirects: bool = True,
         form: Mapping[str, str] | None = None,
         limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
@@ -233,7 +233,7 @@ class Transport:
             url: A URL that the outbound guard has allowed.
             headers: Request headers, beside those of the session.
             policy: Rules for redirects.
-            follow_redirects: False: a redirect is the response.
+            may_follow_redirects: False: a redirect is the response.
             form: Fields of a form body. None: no body.
             limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
@@ -261,7 +261,8 @@ class Transport:
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
-                if response.status not in _REDIRECTS or location is None or not follow_redirects:
+                is_last = response.status not in _REDIRECTS or not may_follow_redirects
+                if location is None or is_last:
                     yield Response(response, hop, self._limits)
                     return
             finally:

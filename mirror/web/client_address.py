@@ -1,7 +1,7 @@
-"""The address of the client, behind proxies that the configuration trusts.
+"""The address of the client, and its URL, behind proxies that the configuration trusts.
 
-Lives here: ``X-Forwarded-For``, ``Forwarded`` (RFC 7239), and the count of connections of each
-address. Must not know: aiohttp, sockets.
+Lives here: ``X-Forwarded-For``, ``Forwarded`` (RFC 7239), ``X-Forwarded-Prefix``, and the count of
+connections of each address. Must not know: aiohttp, sockets.
 
 Each proxy appends the address of its own peer. So the list is read from its end: it is true up to
 and including the first address that is no trusted proxy. A client can forge everything before it.
@@ -10,6 +10,7 @@ and including the first address that is no trusted proxy. A client can forge eve
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
@@ -18,6 +19,8 @@ from typing import Final, TypeAlias
 
 _MAX_HOPS: Final = 32
 """Entries of the list that are read, from its end. Real chains of proxies have at most a few."""
+_REMOVED_PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~-]{1,64}){1,8}", re.ASCII)
+"""A path of ``X-Forwarded-Prefix``. With an empty component, ``//host`` would name another host."""
 
 _IpAddress: TypeAlias = IPv4Address | IPv6Address
 
@@ -31,12 +34,12 @@ class TrustedProxies:
             ipaddress.ip_network(network) for network in networks
         )
 
-    def trusts(self, peer: str) -> bool:
+    def is_trusted(self, peer: str) -> bool:
         """Return whether ``peer``, an address, is a trusted proxy."""
         address = _parse_address(peer)
-        return address is not None and self._contains(address)
+        return address is not None and self._is_listed(address)
 
-    def _contains(self, address: _IpAddress) -> bool:
+    def _is_listed(self, address: _IpAddress) -> bool:
         return any(
             address.version == network.version and address in network for network in self._networks
         )
@@ -65,13 +68,29 @@ class TrustedProxies:
             hops = [element.get("for", "") for element in forwarded]
         client = peer
         for hop in islice(reversed(hops), _MAX_HOPS):
-            if not self.trusts(client):
+            if not self.is_trusted(client):
                 break
             address = _parse_hop(hop)
             if address is None:
                 break
             client = str(address)
         return client
+
+    def prefix_of(self, peer: str, forwarded_prefix: Sequence[str]) -> str:
+        """Return the path that proxies have removed from the front of the client's path.
+
+        Args:
+            peer: The address of the connection.
+            forwarded_prefix: Values of the ``X-Forwarded-Prefix`` fields. Each proxy appends its
+                own part: the first one has removed the first part.
+
+        Returns:
+            The path, such as ``/mirror``. Empty if ``peer`` is no trusted proxy, if there is no
+            such field, or if a part is no path.
+        """
+        parts = (part for field in forwarded_prefix for part in field.split(","))
+        prefix = "".join(part.strip().rstrip("/") for part in parts)
+        return prefix if self.is_trusted(peer) and _REMOVED_PATH.fullmatch(prefix) else ""
 
 
 def _parse_hop(hop: str) -> _IpAddress | None:

@@ -98,19 +98,19 @@ def _acknowledged_bytes(connection: socket.socket) -> int | None:
         return None
 
 
-def abort_connection(transport: asyncio.Transport | None, *, with_reset: bool) -> None:
+def abort_connection(transport: asyncio.Transport | None, *, is_reset: bool) -> None:
     """Close the connection at once, and drop what was not sent yet.
 
     Args:
         transport: The client's connection. None if it is closed already.
-        with_reset: Send a TCP reset, also on a TLS connection. Needed where the end of the
+        is_reset: Send a TCP reset, also on a TLS connection. Needed where the end of the
             connection is the end of the body (RFC 9112, section 6.3): a normal close would make
             the client take the truncated body for a complete one.
     """
     if transport is None:
         return
     connection = transport.get_extra_info("socket")
-    if with_reset and connection is not None:
+    if is_reset and connection is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
     transport.abort()
 

@@ -131,7 +131,7 @@ class Handler:
         self._is_aborting = True
         for request in self._requests.values():
             # With a reset, so that no client takes a truncated body for a complete one.
-            abort_connection(request.transport, with_reset=True)
+            abort_connection(request.transport, is_reset=True)
         return self.in_flight
 
     async def wait_until_idle(self) -> None:
@@ -244,7 +244,7 @@ class Handler:
             case paths.ReferrersRequest():
                 return await self._send_referrers(parsed, request, pull)
             case paths.RepositoriesRequest():
-                return await self._send_repositories(parsed, pull)
+                return await self._send_repositories(parsed, request, pull)
             case paths.RootRequest():
                 headers = {"Content-Type": "text/plain; charset=utf-8", **common_headers(pull)}
                 return web.Response(body=_ROOT_TEXT, headers=headers)
@@ -271,12 +271,18 @@ class Handler:
         is_head = request.method == "HEAD"
         accept = parse_accept(request.headers.getall("Accept", ()))
         result = await self._service.manifest(
-            parsed.repository, parsed.reference, accept, pull, head=is_head
+            parsed.repository, parsed.reference, accept, pull, is_head=is_head
         )
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
-        body = Body(result.digest, result.media_type, result.size, result.body, result.is_current)
+        body = Body(
+            result.digest,
+            result.media_type,
+            size=result.size,
+            source=result.body,
+            is_current=result.is_current,
+        )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
             extra["Cache-Control"] = _IMMUTABLE
@@ -294,12 +300,18 @@ class Handler:
             parsed.repository,
             parsed.digest,
             pull,
-            head=is_head,
+            is_head=is_head,
             select_spans=partial(bounded_spans, wanted) if wanted else None,
         )
         pull.digest = str(result.digest)
         try:
-            body = Body(result.digest, OCTET_STREAM, result.size, result.source, result.is_current)
+            body = Body(
+                result.digest,
+                OCTET_STREAM,
+                size=result.size,
+                source=result.source,
+                is_current=result.is_current,
+            )
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
             if pull.is_unverified:
                 extra["Cache-Control"] = "no-store"
@@ -310,7 +322,7 @@ class Handler:
                 result.source.close()
 
     async def _send_repositories(
-        self, parsed: paths.RepositoriesRequest, pull: RequestRecord
+        self, parsed: paths.RepositoriesRequest, request: web.BaseRequest, pull: RequestRecord
     ) -> web.StreamResponse:
         pull.kind = Kind.CATALOG
         pull.upstream = parsed.ns or ""
@@ -321,9 +333,22 @@ class Handler:
         response = _build_json_response(json.dumps(page).encode(), pull)
         if result.has_more and result.names:
             query = {"n": parsed.count, "last": result.names[-1], "ns": parsed.ns}
-            path = "/v2/_catalog" if parsed.count is None else "_catalog"  # See `_send_tags`.
+            path = self._path_of_next("/v2/_catalog", parsed.count, request)
             response.headers["Link"] = build_next(path, query)
         return response
+
+    def _path_of_next(self, path: str, count: int | None, request: web.BaseRequest) -> str:
+        """Return the path of the next page of the list at ``path``, for its ``Link``.
+
+        A relative path lets a proxy add a prefix to our paths. But skopeo and podman, which send no
+        ``n`` (``count`` is None), follow an absolute path only.
+        """
+        if count is not None:
+            return path.rpartition("/")[2]
+        forwarded_prefix = request.headers.getall("X-Forwarded-Prefix", ())
+        if self.proxies is None or not forwarded_prefix:
+            return path
+        return self.proxies.prefix_of(request.remote or "", forwarded_prefix) + path
 
     async def _send_tags(
         self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord
@@ -333,9 +358,7 @@ class Handler:
         name = parsed.prefix + parsed.repository.path
         headers = {"Content-Type": "application/json", **common_headers(pull)}
         if result.has_more:
-            # A relative link lets a proxy add a prefix to our paths. But skopeo and podman, which
-            # send no `n`, follow an absolute path only.
-            path = f"/v2/{name}/tags/list" if parsed.count is None else "list"
+            path = self._path_of_next(f"/v2/{name}/tags/list", parsed.count, request)
             last = result.text.rpartition("\n")[2]
             headers["Link"] = build_next(path, {"n": parsed.count, "last": last, "ns": parsed.ns})
         length, pieces = tag_list.encode(name, result.text)
@@ -351,7 +374,9 @@ class Handler:
         extra = common_headers(pull)
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
-        body = Body(Digest.of(data), OCI_INDEX, len(data), data, is_never_current)
+        body = Body(
+            Digest.of(data), OCI_INDEX, size=len(data), source=data, is_current=is_never_current
+        )
         return await Sender(request, pull, self._emit).send(body, extra)
 
 

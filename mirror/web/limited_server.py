@@ -56,7 +56,7 @@ class LimitedServer(RepeatingServer):
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if peer else ""
         proxies = self._handler.proxies
-        if not address or (proxies is not None and proxies.trusts(address)):
+        if not address or (proxies is not None and proxies.is_trusted(address)):
             return
         if self._addresses.try_open(address):
             self._counted[handler] = address

@@ -208,7 +208,7 @@ def parse(
     repository, prefix = _find_repository(_decode(name, NameInvalid), named, upstreams, default)
     if kind is None:
         count, last = _parse_count(parameters), _parse_last(parameters)
-        return TagsRequest(repository, count, last, ns, prefix)
+        return TagsRequest(repository, count=count, last=last, ns=ns, prefix=prefix)
     if kind == "manifests":
         error = DigestInvalid if ":" in reference else TagInvalid
         return ManifestRequest(repository, parse_reference(_decode(reference, error)), ns)
@@ -217,7 +217,9 @@ def parse(
     digest = Digest.parse(_decode(reference, DigestInvalid))
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
-    return ReferrersRequest(repository, digest, _parse_artifact_type(parameters), ns)
+    return ReferrersRequest(
+        repository, digest, artifact_type=_parse_artifact_type(parameters), ns=ns
+    )
 
 
 def origin_form(target: str) -> str:
@@ -322,9 +324,8 @@ def _parse_catalog(
         raise NameUnknown("this mirror is not configured for this upstream")
     if len(last) > _MAX_CACHED_CHARS:
         raise PaginationInvalid("last must be a repository")
-    return RepositoriesRequest(
-        _parse_count(parameters), last, None if named is None else upstreams[named]
-    )
+    ns = None if named is None else upstreams[named]
+    return RepositoriesRequest(count=_parse_count(parameters), last=last, ns=ns)
 
 
 def _parse_artifact_type(parameters: dict[str, str]) -> str | None:

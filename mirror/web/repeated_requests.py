@@ -127,7 +127,7 @@ class Answer:
             first.outcome,
             first.status,
             bytes_sent=first.bytes_sent,
-            sent_in_one_write=first.sent_in_one_write,
+            is_sent_in_one_write=first.is_sent_in_one_write,
             is_complete=first.is_complete,
             started=started,
             first_byte=seconds,

@@ -36,8 +36,8 @@ from mirror.oci.headers import (
     Whole,
     content_range,
     entity_tag,
+    is_not_modified,
     is_range_applicable,
-    not_modified,
     parse_range,
     parse_range_unsized,
 )
@@ -99,7 +99,7 @@ def applicable_range(request: web.BaseRequest, digest: Digest) -> str | None:
     It is defined for ``GET`` only (RFC 9110, section 14.2). ``If-Range`` may switch it off, and a
     304 does.
     """
-    is_ignored = request.method != "GET" or not_modified(
+    is_ignored = request.method != "GET" or is_not_modified(
         request.headers.get("If-None-Match"), entity_tag(digest)
     )
     wanted = None if is_ignored else request.headers.get("Range")
@@ -188,7 +188,7 @@ class Sender:
             TimeoutError: The client has stopped to read. The connection has been aborted.
         """
         request, etag = self._request, entity_tag(body.digest)
-        if not_modified(request.headers.get("If-None-Match"), etag):
+        if is_not_modified(request.headers.get("If-None-Match"), etag):
             headers = {**content_headers(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
@@ -203,7 +203,7 @@ class Sender:
         if request.method == "HEAD" or body.source is None:
             return self._build_small_response(b"", headers, body.is_current)
         if isinstance(body.source, bytes) and len(body.source) <= _SINGLE_WRITE_BYTES:
-            self._pull.is_complete = self._pull.sent_in_one_write = True
+            self._pull.is_complete = self._pull.is_sent_in_one_write = True
             self._pull.bytes_sent = len(body.source)
             self._pull.first_byte = self._loop.time() - self._pull.started
             return self._build_small_response(body.source, headers, body.is_current)
@@ -276,7 +276,7 @@ class Sender:
                     await response.write_eof()
             pull.is_complete = True
         except BaseException:
-            abort_connection(request.transport, with_reset=not has_length)
+            abort_connection(request.transport, is_reset=not has_length)
             raise
 
     def _open_sendfile(self) -> SocketSendfile | None:

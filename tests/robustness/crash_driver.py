@@ -49,12 +49,12 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             emit(event)  # type: ignore[arg-type] # an event of the kit
 
         async def blob(data: bytes) -> None:
-            result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), head=False)
+            result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), is_head=False)
             got = await read_source(result.source)
             assert got == data or "no-digest-check" in sys.argv
 
         object.__setattr__(kit.store._ingest_context, "emit", announce)
-        await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), head=False)
+        await kit.service.manifest(REPOSITORY, Tag("1.0"), (), a_pull(), is_head=False)
         for layer in LAYERS:
             await blob(layer)
         await kit.store.idle()

@@ -61,6 +61,7 @@ async def test_damaged_content_is_never_served_whole_and_is_fetched_again(
                 damage(path, how)
                 assert await whole(server, digest) in (DATA, None)
                 assert await whole(server, digest) == DATA
+                await server.store.idle()
         if stopped:
             damage(path, how)
             async with running(tmp_path, fake.url) as server:

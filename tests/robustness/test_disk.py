@@ -164,7 +164,7 @@ def test_full_disk_still_serves_blobs_uncached(tmp_path: Path) -> None:
             assert is_served(mirror, large)
             assert is_served(mirror, small)
             assert mirror.metric_reaches(1, "oci_mirror_uncached_pulls_total")
-            fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+            fill = [need("dd"), "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
             assert subprocess.run(fill, capture_output=True).returncode != 0
             assert is_served(mirror, registry.push_large("library/app", SIZE, seed=3))
             assert is_served(mirror, small)
@@ -204,7 +204,7 @@ def test_disk_with_0_bytes_free_is_evicted_for_and_content_is_cached(
     with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=40m") as disk:
         old = [registry.push_large("library/app", SIZE, seed=n) for n in range(4)]
         new = registry.push_large("library/app", SIZE, seed=9)
-        fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+        fill = [need("dd"), "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
         with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
             for digest in old:
                 assert is_served(mirror, digest)
@@ -227,7 +227,7 @@ def test_disk_that_stays_full_is_told_by_the_metric_and_the_readiness_report(
 ) -> None:
     with DockerRegistry() as registry, mounted(tmp_path / "disk", "tmpfs", "size=40m") as disk:
         digest = registry.push_large("library/app", SIZE)
-        fill = ["dd", "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
+        fill = [need("dd"), "if=/dev/zero", f"of={disk}/filler", "bs=64k"]
         with Mirror({"docker.io": registry.url}, data_dir=disk / "data") as mirror:
             assert mirror.metric_reaches(1, "oci_mirror_storage_writable")
             assert subprocess.run(fill, capture_output=True).returncode != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config.settings import Limits, Log
+from mirror.config.settings import Log
 from mirror.observability.events import Kind
 from mirror.observability.logs import configure_logging
 from mirror.oci.reference import Digest
@@ -219,11 +219,9 @@ async def test_access_ends_when_the_upstream_withdraws_it(tmp_path: Path) -> Non
 async def test_random_names_are_404_and_leave_bounded_traces(
     tmp_path: Path, count: int, tried: Callable[[int], None]
 ) -> None:
-    # 50 requests at once on a busy machine: the short time limits of other tests would be reached
-    limits = Limits()
     async with (
         FakeRegistry() as fake,
-        running(tmp_path, fake.url, limits=limits, negative_ttl=0.2) as server,
+        running(tmp_path, fake.url, negative_ttl=0.2) as server,
     ):
         _, _, before = await server.get(f"{server.url}/metrics")
         rng = random.Random(11)

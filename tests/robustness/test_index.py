@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from bench import index_costs
 from mirror import server as server_module
 from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
-from mirror.oci.reference import Digest
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index_directory, rows
 from mirror.store.store import Store
 from tests.fakes.registry import FakeRegistry
@@ -166,6 +168,33 @@ def failing(calls: dict[str, int], name: str) -> object:
             raise KeyError(name)
 
     return fail
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_first_answers_of_a_start_do_not_wait_for_the_look_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``quick_check`` of a large index takes seconds."""
+    may_end, begun = threading.Event(), threading.Event()
+
+    def held_check(tables: rows.Tables, is_stopping: Callable[[], bool]) -> None:
+        begun.set()
+        assert may_end.wait(60)
+
+    async with FakeRegistry() as fake:
+        names = add_images(fake)
+        async with running(tmp_path, fake.url) as server:
+            await assert_all_are_served(server, names, "from the upstream")
+    monkeypatch.setattr(rows.Tables, "check", held_check)
+    async with running(tmp_path) as server:
+        try:
+            await until(begun.is_set)
+            await assert_all_are_served(server, names, "while the index is checked")
+            written = Repository("docker.io", "org/new"), Tag("1")
+            await server.store.index.confirm_tag(*written, Digest.of(b"new"))
+            assert await server.store.index.tag(*written)
+        finally:
+            may_end.set()
 
 
 @pytest.mark.row("G4-busy-index")

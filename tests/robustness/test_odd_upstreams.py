@@ -19,7 +19,7 @@ from mirror.oci.reference import Digest
 from mirror.pull.attempts import STALL_GRACE_S
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.server_kit import QUICK, Server, running
+from tests.server_kit import LIMITS, QUICK, SHORT_HEADERS, Server, running
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(1_000_000, 31)
@@ -407,7 +407,7 @@ async def pull_beside_slow_blobs(server: Server, fake: FakeRegistry, delay: floa
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_blob_whose_headers_come_late_is_served(tmp_path: Path) -> None:
-    limits = Limits(connect=0.5, headers=0.5, first_byte=20.0, idle=0.5)
+    limits = SHORT_HEADERS.model_copy(update={"idle": 1.0})
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         assert await pull_beside_slow_blobs(server, fake, 1.8) == ["200"] * 5
 
@@ -416,7 +416,7 @@ async def test_blob_whose_headers_come_late_is_served(tmp_path: Path) -> None:
 async def test_blob_whose_headers_come_too_late_fails_alone_and_names_the_key(
     tmp_path: Path,
 ) -> None:
-    limits = Limits(connect=0.5, headers=2.0, first_byte=0.5, idle=2.0)
+    limits = LIMITS.model_copy(update={"connect": 1.0, "first_byte": 1.0})
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         results = await pull_beside_slow_blobs(server, fake, 3600)
         assert {result[:4] for result in results} == {"504 "}

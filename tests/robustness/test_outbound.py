@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from mirror.config.settings import Credentials, Limits, Upstream
+from mirror.config.settings import Credentials, Upstream
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.upstream.outbound import Allowed, Policy, Refused, UrlSource, Zone, check_url, zone_of
@@ -277,9 +277,7 @@ async def test_helper_runs_once_for_many_requests_and_a_rotated_secret_is_used_a
         config.write_text(json.dumps({"credHelpers": {f"127.0.0.1:{fake.port}": "test"}}))
         credentials = Credentials(docker_config=str(config))
         # The default limits: a busy machine takes seconds to start the helper.
-        async with running(
-            tmp_path / "data", fake.url, credentials=credentials, limits=Limits()
-        ) as server:
+        async with running(tmp_path / "data", fake.url, credentials=credentials) as server:
             for secret, runs in (("old", 1), ("new", 2)):
                 (tmp_path / "secret").write_text(secret)
                 fake.basic = "Basic " + b64encode(f"u:{secret}".encode()).decode()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config.settings import Limits
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.server_kit import running
 from tests.slow_callbacks import Watch
@@ -120,7 +119,7 @@ async def test_1000_overlapping_ranges_get_the_whole_content(
 async def test_range_ahead_waits_without_polling_and_is_served_when_its_bytes_arrive(
     tmp_path: Path, watch: Watch
 ) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=Limits()) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_blob(DATA)
         rest = asyncio.Event()
         # Silent at three quarters, like a slow upstream, until the test goes on.

@@ -14,7 +14,7 @@ from mirror.config.settings import Credentials
 from mirror.oci.reference import Digest
 from tests.fakes.access import AccessRules, own_scope
 from tests.fakes.registry import FakeRegistry, Fault
-from tests.server_kit import Server, running
+from tests.server_kit import LIMITS, Server, running
 
 CANARY = "canary-91de"
 CLOSED, OPEN = "closed/app", "open/app"
@@ -90,7 +90,8 @@ async def test_limit_of_manifests_stops_no_layers_of_a_cached_manifest(tmp_path:
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_slow_layers_of_one_image_stop_no_pull_of_another(tmp_path: Path) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+    limits = LIMITS.model_copy(update={"connect": 1.0, "first_byte": 4.0})
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         layers = [b"slow %d" % number for number in range(5)]
         fake.add_image(*layers, repository=CLOSED)
         for layer in layers:

@@ -23,6 +23,7 @@ from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
 from tests.fakes.shapes import SHAPES, Shape, ShapedManifest
 from tests.real.clients import Containerd
+from tests.real.process import environment, need
 from tests.robustness.table import ROWS
 from tests.server_kit import Server, running
 
@@ -160,9 +161,10 @@ async def test_image_is_pulled_through_the_mirror_as_directly(
 async def skopeo(reference: str) -> tuple[int, bytes]:
     """Return the exit code of ``skopeo inspect --raw``, and the manifest that it prints."""
     process = await asyncio.create_subprocess_exec(
-        *("skopeo", "inspect", "--raw", "--tls-verify=false", f"docker://{reference}"),
+        *(need("skopeo"), "inspect", "--raw", "--tls-verify=false", f"docker://{reference}"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
+        env=environment(),
     )
     printed, _ = await process.communicate()
     assert process.returncode is not None

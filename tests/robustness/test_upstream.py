@@ -68,7 +68,7 @@ async def test_early_clean_ends_are_resumed_five_times(
 
 @pytest.mark.row("U3-silent-upstream")
 async def test_stall_is_given_up_and_resumed(tmp_path: Path) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=QUICK) as server:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(stall_at=500_000))
         assert await fetch(server, digest) == DATA
@@ -100,7 +100,7 @@ async def test_body_that_breaks_early_comes_from_the_next_endpoint(
     async with (
         FakeRegistry() as bad,
         FakeRegistry() as good,
-        running(tmp_path, bad.url, good.url) as server,
+        running(tmp_path, bad.url, good.url, limits=QUICK) as server,
     ):
         digest = bad.add_blob(DATA)
         good.add_blob(DATA)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config.settings import Limits
 from mirror.observability.events import ExchangeEnded, Outcome
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
-from tests.server_kit import Server, running
+from tests.server_kit import QUICK, Server, running
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(1_000_000, 21)
@@ -168,8 +167,7 @@ async def test_token_responses_are_used_or_fail_the_pull(
 
 @pytest.mark.row("U10-failing-token-services")
 async def test_slow_token_service_fails_the_pull(tmp_path: Path) -> None:
-    limits = Limits(connect=0.3, headers=0.3, idle=1.0)
-    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=QUICK) as server:
         fake.token = "t"
         fake.token_delay = 3600
         digest = fake.add_blob(DATA)
@@ -197,7 +195,7 @@ async def test_401_loop_ends_and_an_expired_token_is_replaced(tmp_path: Path) ->
 
 @pytest.mark.row("U10-failing-token-services")
 async def test_token_that_expires_in_mid_blob_is_replaced(tmp_path: Path) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=QUICK) as server:
         fake.token = "first"
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(), Fault(stall_at=400_000))
@@ -264,7 +262,7 @@ async def _say_400(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 async def _failed_over(root: Path, endpoint: str) -> None:
     async with (
         FakeRegistry() as fake,
-        running(root, endpoint, fake.url, tag_ttl=0.0) as server,
+        running(root, endpoint, fake.url, limits=QUICK, tag_ttl=0.0) as server,
     ):
         digest = fake.add_image(DATA)
         status, _, _ = await server.get(server.manifest("latest"))
@@ -298,7 +296,7 @@ async def test_flapping_endpoint_is_skipped_and_used_again_after_recovery(tmp_pa
         FakeRegistry() as bad,
         FakeRegistry() as good,
         # no request of this test waits for a time limit
-        running(tmp_path, bad.url, good.url, limits=Limits()) as server,
+        running(tmp_path, bad.url, good.url) as server,
     ):
         blobs = [random_bytes(1000, seed) for seed in range(20)]
         for blob in blobs:

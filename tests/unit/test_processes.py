@@ -22,7 +22,7 @@ from mirror.processes import _metrics_directory
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.process import need, wait_until
-from tests.real.server import Mirror
+from tests.real.server import ROOT, Mirror
 from tests.real.wire import Download
 from tests.unit.store.kit import random_bytes
 
@@ -99,6 +99,36 @@ def test_lines_that_a_full_disk_refuses_are_counted() -> None:
     mirror.prefix = ("/bin/sh", "-c", 'exec "$@" >/dev/full', "sh")
     with mirror:
         assert mirror.metric_reaches(1, "oci_mirror_log_lines_dropped_total")
+
+
+FAILING_WRITE = """
+import os
+
+write, failed = os.write, []
+
+def fail_once(fd, data):
+    if fd == 1 and b"nothing" in data and not failed:
+        failed.append(data)
+        raise ValueError("planted")
+    return write(fd, data)
+
+os.write = fail_once
+"""
+"""A sitecustomize.py: the first write of a line about ``/nothing`` raises an unexpected error."""
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_log_goes_on_and_names_the_error_after_an_unexpected_one(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING_WRITE)
+    with Mirror(NOWHERE, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}) as mirror:
+        assert mirror.ask("/nothing").status == 404
+        text = "log lines could not be written"
+        wait_until(lambda: bool(messages(mirror, text)), "the error is logged", 20)
+        (line,) = messages(mirror, text)
+        assert (line["level"], line["why"]) == ("error", "ValueError: planted")
+        assert mirror.metric_reaches(1, "oci_mirror_log_lines_dropped_total")
+        assert mirror.ask("/nothing").status == 404
+        wait_until(lambda: any(one.get("status") == 404 for one in mirror.log()), "a line", 20)
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
@@ -420,31 +450,56 @@ def test_planted_links_and_pipes_in_the_temporary_directory_are_not_followed(
 # --- the time that a stop takes -------------------------------------------------------------------
 
 
+LONG_SHUTDOWN = """
+import mirror.server
+
+mirror.server._SHUTDOWN_TIMEOUT_S = 20.0
+"""
+"""A sitecustomize.py. A stop that waits for a handler or a connection takes 20 s more, not 1 s."""
+
+
 @pytest.mark.row("G9-stop-in-time")
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_stop_with_clients_that_do_not_read_ends_at_the_drain_timeout(workers: int) -> None:
+async def test_stop_with_clients_that_do_not_read_ends_at_the_drain_timeout(
+    tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LONG_SHUTDOWN)
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    settings: dict[str, Any] = {"workers": workers, "drain_timeout": "1s", "env": env}
     async with FakeRegistry() as fake:
         digest, stalled = fake.add_blob(LARGE), fake.add_blob(DATA)
         fake.fault(f"blobs/{stalled}", Fault(stall_at=300_000))
-        with Mirror({"docker.io": fake.url}, workers=workers, drain_timeout="1s") as mirror:
+        with Mirror({"docker.io": fake.url}, **settings) as mirror:
             path = f"/v2/library/app/blobs/{digest}"
             got = await run_in_thread(mirror.download, path)
             assert f"sha256:{got.sha256}" == str(digest)
+            requests = [
+                f"GET /v2/library/app/blobs/{wanted} HTTP/1.1\r\nHost: m\r\n\r\n"
+                for wanted in [digest] * 8 + [stalled]
+            ]
             writers = []
-            for wanted in [digest] * 8 + [stalled]:
+            for request in requests:
                 reader, writer = await asyncio.open_connection("127.0.0.1", mirror.port)
-                request = f"GET /v2/library/app/blobs/{wanted} HTTP/1.1\r\nHost: m\r\n\r\n"
                 writer.write(request.encode())
                 await reader.readexactly(1000)
                 writers.append(writer)
+            # None of these has a request in flight: nothing, half a header, and an idle connection.
+            for sent in ("", "GET /v2/ HTTP/1.1\r\nHos", "GET /v2/ HTTP/1.1\r\nHost: m\r\n\r\n"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", mirror.port)
+                writer.write(sent.encode())
+                if sent.endswith("\n"):
+                    await reader.readuntil(b"{}")
+                writers.append(writer)
             os.kill(mirror.pid, signal.SIGTERM)
-            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 20)
+            await run_in_thread(wait_until, lambda: not mirror.running, "it ends", 60)
+            ended = time.time()
             assert mirror.stop() == 0
             cut = [line for line in mirror.log() if "drain_timeout" in line.get("error", "")]
             assert (len(cut), {line["level"] for line in cut}) == (9, {"warning"})
-            # By the clock of the process: how long its end takes depends on the machine.
             begun = min(seconds(line) for line in messages(mirror, "draining"))
+            # By the clock of the process. How long its end takes depends on the machine.
             assert max(seconds(line) for line in cut) - begun < 1 + 0.9
+            assert ended - begun < 1 + 5
             assert sum(line["cut"] for line in messages(mirror, "the drain timeout is over")) == 9
             for writer in writers:
                 writer.transport.abort()

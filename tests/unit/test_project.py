@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import re
 import tomllib
@@ -301,6 +302,70 @@ def test_release_guide_names_every_place_of_the_version() -> None:
     }
     places.add("config/kubernetes/kustomization.yaml")
     assert places == set(re.findall(r"^\s*\| `([\w./-]+)` \|", guide, re.MULTILINE))
+
+
+# --- programs of tests and benches ----------------------------------------------------------------
+
+STARTERS = {"Popen", "call", "check_call", "check_output", "create_subprocess_exec", "run"}
+"""Functions of ``subprocess`` and ``asyncio`` that start the program that they get first."""
+
+
+def programs_from_the_path(source: str) -> list[str]:
+    """Return the programs that a module starts by a bare name: the PATH chooses the version.
+
+    Their paths come from ``need`` in tests/real/process.py. The command line is found where it is
+    written in the call, or assigned to the name in the call.
+    """
+    tree = ast.parse(source)
+    values: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            values.setdefault(ast.unparse(node.targets[0]), []).append(node.value)
+
+    def first_words(node: ast.expr) -> Iterator[str]:
+        match node:
+            case ast.Constant(value=str(word)) if not word.startswith("/"):
+                yield word
+            case ast.List(elts=[first, *_]) | ast.Tuple(elts=[first, *_]):
+                yield from first_words(first)
+            case ast.BinOp(left=first) | ast.Starred(value=first):
+                yield from first_words(first)
+            case ast.Name(id=name):
+                for value in values.get(name, []):
+                    yield from first_words(value)
+
+    return [
+        word
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args
+        if isinstance(node.func, ast.Attribute) and node.func.attr in STARTERS
+        if ast.unparse(node.func.value) in ("subprocess", "asyncio")
+        for word in first_words(node.args[0])
+    ]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "subprocess.run(['sh', '-c', 'true'])",
+        "subprocess.Popen(('sh', '-c', 'true'))",
+        "asyncio.create_subprocess_exec('sh', '-c', 'true')",
+        "asyncio.create_subprocess_exec(*('sh', '-c', 'true'))",
+        "command = ['sh', '-c']\nsubprocess.run(command)",
+        "subprocess.run(['sh'] + more)",
+    ],
+)
+def test_program_by_a_bare_name_is_found(call: str) -> None:
+    assert programs_from_the_path(call) == ["sh"]
+    assert programs_from_the_path(call.replace("'sh'", "need('sh')")) == []
+    assert programs_from_the_path(call.replace("'sh'", "'/bin/sh'")) == []
+
+
+def test_tests_and_benches_start_programs_by_their_paths() -> None:
+    modules = [path for folder in ("tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    found = {str(path): programs_from_the_path(path.read_text()) for path in modules}
+    assert len(found) > 100
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 # --- editorconfig ---------------------------------------------------------------------------------

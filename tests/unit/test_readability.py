@@ -190,6 +190,77 @@ def test_documented_or_few_parameters_pass(
     assert count(readability, "parameters", root) == []
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def head() -> bool: pass",
+        "class C:\n    async def _wins(self) -> bool: pass",
+        "def f(*, head: bool = False): pass",
+        "def f(head: bool | None): pass",
+        "class C:\n    head: bool",
+        "class C:\n    def f(self):\n        self.head = True",
+        "def f(other):\n    other.head = False",
+        "def f():\n    head = False",
+    ],
+)
+def test_yes_no_name_without_a_prefix_is_found(
+    readability: ModuleType, plant: Plant, source: str
+) -> None:
+    assert len(count(readability, "booleans", plant(m=source))) == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def is_head() -> bool: pass",
+        "def try_lock(fd: int) -> bool: pass",
+        "def f(may_wait: bool, _has_more: bool | None): pass",
+        "class C:\n    can_wait: bool\n    head: int",
+        "class C:\n    def f(self):\n        self._is_open = self.next = None",
+        "a['head'] = True",
+        "serve_stale: bool = True",
+    ],
+)
+def test_yes_no_name_with_a_prefix_command_or_reason_passes(
+    readability: ModuleType, plant: Plant, source: str
+) -> None:
+    assert count(readability, "booleans", plant(m=source)) == []
+
+
+RECORD = """
+@dataclass(frozen=True)
+class Base:
+    a: int
+    b: int | None
+
+class Record(Base, NamedTuple):
+    c: str = field(repr=False)
+    d: str = ""
+
+"""
+
+
+@pytest.mark.parametrize("call", ["Record(1, None)", "Record(1, 2, '')", "Record(1, 2, 'c', 'd')"])
+def test_record_with_values_by_position_is_found(
+    readability: ModuleType, plant: Plant, call: str
+) -> None:
+    assert len(count(readability, "records", plant(m=RECORD, n=call))) == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("Record(1, 2)", "Record(1, b=None, c='')", "Record(1, 2, 'c', d='')", "Base(1, 2)"),
+        *("Other(None, True)", "Record(1, 2, c, d=d)", "Record(0)"),
+    ],
+)
+def test_record_with_values_by_keyword_passes(
+    readability: ModuleType, plant: Plant, call: str
+) -> None:
+    other = "class Other:\n    a: int | None\n    b: bool = True"
+    assert count(readability, "records", plant(m=RECORD, o=other, n=call)) == []
+
+
 def test_only_lines_with_code_are_counted(readability: ModuleType, plant: Plant) -> None:
     source = '"""Text.\n\nMore."""\n\n# Comment.\nA = (\n    1,\n)\n"""Below."""\nB = """x\ny"""\n'
     assert readability.count_lines(readability.load(plant(m=source))).number == 5

@@ -34,7 +34,7 @@ from tests.real.tokens import Certificate
 def test_own_url_has_a_loopback_address_for_all_interfaces(
     listen: str, tls: bool, url: str
 ) -> None:
-    assert own_url(listen, tls=tls) == url
+    assert own_url(listen, has_tls=tls) == url
 
 
 def test_configuration_wins_over_the_environment() -> None:

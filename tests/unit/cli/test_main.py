@@ -16,6 +16,7 @@ from mirror import __version__, processes
 from mirror.cli.main import main
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
+from tests.real.process import need
 
 ROOT = Path(__file__).parents[3]
 SHIPPED = str(ROOT / "config" / "mirror.yaml")
@@ -175,7 +176,7 @@ def test_standard_output_that_cannot_be_written_exits_with_74(
 ) -> None:
     environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     if output == "closed":
-        command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "mirror", *argv]
+        command = [need("sh"), "-c", 'exec "$0" "$@" >&-', sys.executable, "-m", "mirror", *argv]
         done = subprocess.run(
             command, cwd=ROOT, text=True, stderr=subprocess.PIPE, env=environ, check=False
         )

@@ -48,7 +48,7 @@ def test_pipe_that_nobody_reads_drops_lines_counts_them_and_takes_no_time(
     is_shared: bool,
 ) -> None:
     pipe, lost = Pipe(), [0]
-    stream = LogStream(pipe.write_end, lambda count: lost.append(count), is_shared=is_shared)
+    stream = LogStream(pipe.write_end, lambda count, error: lost.append(count), is_shared=is_shared)
     started = time.monotonic()
     accepted = [stream.write(LINE) > 0 for _ in range(3 * QUEUE_LINES)]
     assert time.monotonic() - started < 30
@@ -65,7 +65,7 @@ def test_pipe_that_nobody_reads_drops_lines_counts_them_and_takes_no_time(
 @pytest.mark.row("FE1-full-stdout-pipe")
 def test_close_waits_at_most_its_timeout_for_a_pipe_that_nobody_reads() -> None:
     pipe = Pipe()
-    stream = LogStream(pipe.write_end, lambda count: None)
+    stream = LogStream(pipe.write_end, lambda count, error: None)
     for _ in range(QUEUE_LINES // 2):
         stream.write(LINE)
     started = time.monotonic()
@@ -98,12 +98,42 @@ def test_descriptor_that_refuses_loses_lines_and_the_thread_goes_on(
 ) -> None:
     lost: list[int] = []
     fd = opened()
-    stream = LogStream(fd, lost.append)
+    stream = LogStream(fd, lambda count, error: lost.append(count))
     for number in range(1, 4):
         stream.write(LINE)
         wait_until(lambda number=number: sum(lost) == number, "the line is lost", 10)  # type: ignore[misc] # bound early
     stream.close(10)
     os.close(fd)
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("odd"), RuntimeError("odd")])
+def test_unexpected_error_loses_its_lines_is_reported_and_the_thread_goes_on(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = Pipe()
+    reports: list[tuple[int, Exception | None]] = []
+    really_write = os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if fd == pipe.write_end and b"fail" in data:
+            raise error
+        return really_write(fd, data)
+
+    monkeypatch.setattr("os.write", write)
+    stream = LogStream(pipe.write_end, lambda count, error: reports.append((count, error)))
+    for number in (1, 2):
+        stream.write("fail\nfail\n")
+        wait_until(lambda number=number: len(reports) == number, "the lines are lost", 10)  # type: ignore[misc] # bound early
+    assert reports == [(2, error)] * 2
+    stream.write("last\n")
+    # What was lost takes up no memory any more: the queue accepts as much as before.
+    assert stream.write("x" * (QUEUE_LINES - 1) * len(LINE)) > 0
+    reader = pipe.read_all()
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    assert pipe.received.startswith(b"last\n")
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
@@ -113,7 +143,7 @@ def test_non_blocking_descriptor_loses_nothing_that_was_accepted(is_shared: bool
     pipe, lost = Pipe(), [0]
     flags = fcntl.fcntl(pipe.write_end, fcntl.F_GETFL)
     fcntl.fcntl(pipe.write_end, fcntl.F_SETFL, flags | os.O_NONBLOCK)
-    stream = LogStream(pipe.write_end, lost.append, is_shared=is_shared)
+    stream = LogStream(pipe.write_end, lambda count, error: lost.append(count), is_shared=is_shared)
     for _ in range(QUEUE_LINES // 2):
         stream.write(LINE)
     reader = pipe.read_all()
@@ -143,7 +173,7 @@ def test_only_writer_writes_many_lines_at_once_and_one_of_several_at_most_4_kib(
 @pytest.mark.row("FE1-full-stdout-pipe")
 def test_lines_of_two_writers_of_one_pipe_are_not_mixed() -> None:
     pipe = Pipe()
-    streams = [LogStream(pipe.write_end, lambda count: None) for _ in range(2)]
+    streams = [LogStream(pipe.write_end, lambda count, error: None) for _ in range(2)]
     for number in range(1000):
         for stream, letter in zip(streams, "ab", strict=True):
             stream.write(letter * (number % 700) + "\n")

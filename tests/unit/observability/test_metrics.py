@@ -140,7 +140,7 @@ def test_requests_of_one_turn_are_counted_together_as_each_would_be() -> None:
             duration=seconds,
             first_byte=rng.choice([None, seconds / 2]),
             bytes_sent=rng.choice([0, 7]),
-            sent_in_one_write=rng.random() < 0.5,
+            is_sent_in_one_write=rng.random() < 0.5,
             is_complete=rng.random() < 0.5,
         )
         for metrics in (one_by_one, together):

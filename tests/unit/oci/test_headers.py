@@ -23,8 +23,8 @@ from mirror.oci.headers import (
     Whole,
     content_range,
     entity_tag,
+    is_not_modified,
     is_range_applicable,
-    not_modified,
     parse_content_range,
     parse_range,
     parse_range_unsized,
@@ -313,7 +313,7 @@ def test_multipart_framing_has_the_exact_bytes_of_rfc_9110() -> None:
 def test_if_none_match_compares_weakly_and_malformed_lists_do_not_match(
     header: str | None, expected: bool
 ) -> None:
-    assert not_modified(header, ETAG) is expected
+    assert is_not_modified(header, ETAG) is expected
 
 
 @pytest.mark.row("L6-conditional-requests")
@@ -339,5 +339,5 @@ def test_if_range_compares_strongly_and_dates_do_not_match(
 
 @given(st.text() | st.text(alphabet='W/"*, sha256:ab'))
 def test_any_text_in_a_condition_neither_raises_nor_matches(header: str) -> None:
-    assert not_modified(header, ETAG) == (header.strip(" \t") == "*")
+    assert is_not_modified(header, ETAG) == (header.strip(" \t") == "*")
     assert not is_range_applicable(header, ETAG)

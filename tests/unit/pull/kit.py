@@ -350,7 +350,7 @@ async def manifest(
 ) -> tuple[Digest, Outcome]:
     """Request a manifest. Returns its digest and the outcome."""
     pull = a_pull()
-    result = await kit.service.manifest(repository, reference, (), pull, head=head)
+    result = await kit.service.manifest(repository, reference, (), pull, is_head=head)
     return result.digest, pull.outcome
 
 
@@ -359,7 +359,7 @@ async def blob(
 ) -> tuple[bytes, Outcome]:
     """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
-    result = await kit.service.blob(repository, digest, pull, head=False)
+    result = await kit.service.blob(repository, digest, pull, is_head=False)
     return await read_source(result.source), pull.outcome
 
 

@@ -58,7 +58,7 @@ async def granted(kit: PullKit, data: bytes = LAYER) -> Digest:
 
 async def head(kit: PullKit, digest: Digest) -> tuple[int | None, Outcome]:
     pull = a_pull()
-    result = await kit.service.blob(REPO, digest, pull, head=True)
+    result = await kit.service.blob(REPO, digest, pull, is_head=True)
     return result.size, pull.outcome
 
 
@@ -287,7 +287,7 @@ async def test_manifest_served_stale_is_not_recorded_as_confirmed(tmp_path: Path
             assert await manifest(kit, digest, OTHER, head=True) == (digest, Outcome.STALE)
             assert await manifest(kit, digest, OTHER) == (digest, Outcome.STALE)
         with pytest.raises(UpstreamUnavailable):
-            await kit.service.blob(OTHER, Digest.of(LAYER), pull, head=False)
+            await kit.service.blob(OTHER, Digest.of(LAYER), pull, is_head=False)
         kit.registry.failure = None
         assert await manifest(kit, digest, OTHER) == (digest, Outcome.REVALIDATED)
         assert await manifest(kit, digest, OTHER) == (digest, Outcome.HIT)

@@ -394,7 +394,7 @@ async def test_fetch_that_a_drain_cancels_before_its_first_step_fails_its_follow
 ) -> None:
     async with opened(tmp_path / "store") as store, SingleFlight() as single_flight:
         fetches = RunningFetches(
-            store, single_flight, fetch_env.kit.events.append, fetch_env, finish_abandoned=True
+            store, single_flight, fetch_env.kit.events.append, fetch_env, may_finish_abandoned=True
         )
         _, follower, _ = fetches.join_or_start(fetch_env.source)
         await single_flight.drain(0.0)

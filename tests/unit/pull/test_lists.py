@@ -310,7 +310,7 @@ async def test_referrers_at_the_cached_schema_tag_are_served_with_policy_never(
         kit.registry.add_manifest(REPO.path, document, referrers_tag(SUBJECT))
         pull = a_pull()
         tag = referrers_tag(SUBJECT)
-        await kit.service.manifest(REPO, Tag(tag), (), pull, head=False)
+        await kit.service.manifest(REPO, Tag(tag), (), pull, is_head=False)
     async with pull_kit(tmp_path, upstream=upstream(pull_policy="Never")) as kit:
         (found,) = await referrers(kit)
         assert found["artifactType"] == "application/x.sbom"

@@ -31,6 +31,7 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.single_flight import SharedTask
+from mirror.store.records import NamedManifest
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
     OTHER,
@@ -54,7 +55,7 @@ async def by_tag(
     kit: PullKit, accept: tuple[str, ...], head: bool = False
 ) -> tuple[Digest, Outcome]:
     pull = a_pull()
-    result = await kit.service.manifest(REPO, TAG, accept, pull, head=head)
+    result = await kit.service.manifest(REPO, TAG, accept, pull, is_head=head)
     return result.digest, pull.outcome
 
 
@@ -136,7 +137,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         await manifest(kit, digest, head=True)
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
-        result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), head=True)
+        result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), is_head=True)
         assert (result.size, result.source) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
@@ -158,7 +159,7 @@ async def test_head_of_a_manifest_never_has_a_wrong_length(
             body, _ = kit.registry.manifests[REPO.path, digest]
             for reference in (TAG, digest):
                 for head in (True, False):
-                    result = await kit.service.manifest(REPO, reference, (), a_pull(), head=head)
+                    result = await kit.service.manifest(REPO, reference, (), a_pull(), is_head=head)
                     assert (result.digest, result.size) == (digest, len(body))
 
 
@@ -174,7 +175,7 @@ async def test_wrong_length_after_right_ones_does_not_reach_the_head_of_a_part(
         size = len(kit.registry.manifests[REPO.path, children[1]][0])
         loose = kit.registry.add_blob(REPO.path, b"of no manifest")
         for digest, length in ((Digest.of(b"0"), 1), (loose, 14)):
-            result = await kit.service.blob(REPO, digest, a_pull(), head=True)
+            result = await kit.service.blob(REPO, digest, a_pull(), is_head=True)
             assert result.size == length
 
         async def wrong_blob(*arguments: Any) -> int:
@@ -187,9 +188,9 @@ async def test_wrong_length_after_right_ones_does_not_reach_the_head_of_a_part(
         monkeypatch.setattr(kit.registry, "head_manifest", wrong_manifest)
         other = kit.registry.add_blob(REPO.path, b"another one of no manifest")
         for digest, length in ((Digest.of(b"0"), 1), (other, 26)):
-            result = await kit.service.blob(REPO, digest, a_pull(), head=True)
+            result = await kit.service.blob(REPO, digest, a_pull(), is_head=True)
             assert result.size == length
-        found = await kit.service.manifest(REPO, children[1], (), a_pull(), head=True)
+        found = await kit.service.manifest(REPO, children[1], (), a_pull(), is_head=True)
         assert found.size == size
 
 
@@ -205,10 +206,10 @@ async def test_head_of_a_tag_has_no_length_if_the_manifest_cannot_be_fetched(
             raise UpstreamRateLimited("429")
 
         monkeypatch.setattr(kit.registry, "open", limited)
-        result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=True)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=True)
         assert (result.digest, result.size, result.body) == (digest, None, None)
         with pytest.raises(UpstreamRateLimited):
-            await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+            await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=False)
 
 
 @pytest.mark.row("HU6-wrong-types")
@@ -221,7 +222,7 @@ async def test_nothing_is_learned_from_an_image_with_the_media_type_of_an_index(
         body, _ = kit.registry.manifests[REPO.path, image]
         kit.registry.manifests[REPO.path, image] = body, OCI_INDEX
         for _ in range(2):
-            result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+            result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=False)
             assert (result.body, result.media_type) == (body, OCI_INDEX)
         layer = Digest.of(b"layer")
         assert await kit.store.index.access_record(REPO, layer, "blob") is None
@@ -401,7 +402,7 @@ async def test_manifest_of_any_type_up_to_4_mib_is_served_byte_for_byte(
         kit.registry.manifests[REPO.path, digest] = body, "application/vnd.example.thing"
         for expected in (Outcome.MISS, Outcome.HIT):
             pull = a_pull()
-            result = await kit.service.manifest(REPO, digest, OLD, pull, head=False)
+            result = await kit.service.manifest(REPO, digest, OLD, pull, is_head=False)
             assert (result.media_type, pull.outcome) == ("application/vnd.example.thing", expected)
             assert result.body == body
             await kit.store.idle()
@@ -414,3 +415,31 @@ async def test_manifest_above_4_mib_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ManifestInvalid):
             await manifest(kit, Digest.of(body))
         assert not list((tmp_path / "blobs" / "sha256").iterdir())
+
+
+@pytest.mark.parametrize("has_index", [False, True], ids=["image", "index"])
+async def test_image_that_another_repository_brought_is_served_whole_while_the_upstream_is_down(
+    tmp_path: Path, has_index: bool
+) -> None:
+    other = Repository("docker.io", "library/other")
+    async with pull_kit(tmp_path, upstream=upstream(tag_ttl=0.0)) as kit:
+        for repository in (REPO, other):
+            image = kit.registry.add_image(repository.path, TAG.name, b"layer")
+            if has_index:
+                kit.registry.add_index(repository.path, TAG.name, image)
+        for repository in (REPO, other):
+            await manifest(kit, repository=repository)
+            await manifest(kit, image, repository)
+        await blob(kit, Digest.of(b"layer"))
+        await kit.store.idle()
+        names = {named.name for named in await all_names(kit)}
+        assert {f"{other}:{TAG}", f"{REPO}:{TAG}"} <= names
+        kit.registry.failure = UpstreamUnavailable("down")
+        assert (await manifest(kit, repository=other))[1] is Outcome.STALE
+        assert (await blob(kit, Digest.of(b"layer"), other)) == (b"layer", Outcome.HIT)
+
+
+async def all_names(kit: PullKit) -> list[NamedManifest]:
+    page = await kit.store.index.names(0)
+    assert page is not None
+    return [named for manifests in page.names for named in manifests]

@@ -69,7 +69,7 @@ async def media_type(
     kit: PullKit, reference: Reference, repository: Repository = REPO, head: bool = False
 ) -> str:
     """Request a manifest. Returns its media type."""
-    result = await kit.service.manifest(repository, reference, (), a_pull(), head=head)
+    result = await kit.service.manifest(repository, reference, (), a_pull(), is_head=head)
     return result.media_type
 
 

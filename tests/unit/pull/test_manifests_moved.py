@@ -116,7 +116,7 @@ async def test_old_digest_is_served_after_a_restart_without_upstream_by_policy(
     async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
         if isinstance(expected, Outcome):
             pull = a_pull()
-            result = await kit.service.manifest(REPO, TAG, (OCI_MANIFEST,), pull, head=False)
+            result = await kit.service.manifest(REPO, TAG, (OCI_MANIFEST,), pull, is_head=False)
             assert (result.digest, pull.outcome) == (old, expected)
             assert pull.warning
         else:
@@ -223,7 +223,7 @@ async def test_tag_that_moved_to_a_manifest_that_is_not_understood_serves_the_ne
         new = move_to_odd(kit, change)
         for head in (False, True, False):
             assert (await manifest(kit, head=head))[0] == new
-        result = await kit.service.manifest(REPO, TAG, (), a_pull(), head=False)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=False)
         assert (result.body, result.media_type) == registry.manifests[REPO.path, new]
     registry.failure = UpstreamUnavailable("down")
     async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:

@@ -43,7 +43,7 @@ async def miss(kit: PullKit, *, head: bool = False) -> str:
     """Request the layer, which must be 404. Returns the warning of the response."""
     pull = a_pull()
     with pytest.raises(BlobUnknown):
-        await kit.service.blob(REPO, LAYER, pull, head=head)
+        await kit.service.blob(REPO, LAYER, pull, is_head=head)
     return pull.warning
 
 
@@ -161,7 +161,7 @@ async def test_404_is_not_repeated_for_a_down_upstream_without_serve_stale(tmp_p
         for head in (True, False):
             pull = a_pull()
             with pytest.raises(UpstreamUnavailable):
-                await kit.service.blob(REPO, LAYER, pull, head=head)
+                await kit.service.blob(REPO, LAYER, pull, is_head=head)
 
 
 async def test_missing_part_is_remembered_with_a_negative_ttl_of_zero(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ async def test_denied_request_has_the_outcome_denied(tmp_path: Path) -> None:
     async with pull_kit(tmp_path, upstream=upstream(allow=("org/*",))) as kit:
         pull = a_pull()
         with pytest.raises(Denied, match="allow-list"):
-            await kit.service.blob(REPO, Digest.of(b"x"), pull, head=True)
+            await kit.service.blob(REPO, Digest.of(b"x"), pull, is_head=True)
         assert pull.outcome is Outcome.DENIED
 
 
@@ -151,7 +151,7 @@ async def test_client_cancelled_at_any_await_leaves_no_follower_and_no_lease(
                 kit.store.layout.blob(digest).unlink(missing_ok=True)
             kit.clock[0] += 3600.0  # its use is recorded again
             kit.store.blobs._verified.clear()
-            left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), head=False), number)
+            left = await Cancelled(kit.service.blob(REPO, digest, a_pull(), is_head=False), number)
             if not left:
                 break
             number += 1

@@ -29,7 +29,7 @@ from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, NamedManifest, access_records_of
-from mirror.store.rows import Rows
+from mirror.store.rows import Rows, Tables
 from mirror.store.store import Store
 from tests.real.process import need
 
@@ -282,6 +282,28 @@ async def remember(store: Store, body: bytes, tag: Tag | None) -> None:
     await store.index.put_access_records(REPO, [root, *parts])
     if tag is not None:
         await store.index.confirm_tag(REPO, tag, root.digest)
+
+
+MOST_CHANGES = 1000
+"""Changes that one transaction of the index may make: 200 rows, and what their triggers count."""
+
+
+@contextmanager
+def counted_transactions() -> Iterator[list[int]]:
+    """Yield the number of changes in each transaction of any index, those of triggers included."""
+    sizes: list[int] = []
+    hold = Tables.transaction
+
+    @contextmanager
+    def counted(tables: Tables, table: str, **options: bool) -> Iterator[None]:
+        connection = tables._tables[table]._con
+        with hold(tables, table, **options):
+            before = connection.total_changes
+            yield
+        sizes.append(connection.total_changes - before)
+
+    with patch.object(Tables, "transaction", counted):
+        yield sizes
 
 
 async def manifests(index: Index) -> list[NamedManifest]:

@@ -142,7 +142,7 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
             assert kept <= held(store)
             assert store.catalog.refresh().total <= HIGH
         assert [e for e in events if isinstance(e, Evicted)]
-        await store.index.pin([Digest.of(outer)], pinned=False)
+        await store.index.pin([Digest.of(outer)], is_pinned=False)
         for seed in range(20, 26):
             clock[0] += 100
             await keep(store, layer(seed))

@@ -28,7 +28,7 @@ from mirror.store.records import (
 )
 from mirror.store.rows import PAGE_ROWS, Tables
 from mirror.threads import run_in_thread
-from tests.unit.store.kit import manifests
+from tests.unit.store.kit import MOST_CHANGES, counted_transactions, manifests
 from tests.waiting import until
 
 YEAR = 365 * 86400.0
@@ -79,7 +79,7 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     assert await index.verified_at(ONE) == 5.0
     assert await index.pinned() == {ONE}
     await index.revoke_access(REPO, ONE, "manifest")
-    await index.pin([ONE], pinned=False)
+    await index.pin([ONE], is_pinned=False)
     assert await index.access_record(REPO, ONE, "manifest") is None
     assert await index.pinned() == set()
     await index.close()
@@ -328,24 +328,46 @@ async def test_reads_see_a_write_whose_caller_is_cancelled_until_the_write_has_e
 async def test_large_flush_lets_other_processes_and_writes_in(tmp_path: Path) -> None:
     async with opened(tmp_path) as index:
         times = [(Digest.of(b"%d" % number), 1.0) for number in range(50_000)]
-        flush = asyncio.ensure_future(index.set_verified(times))  # noqa: TID251 - a test
-        path = tmp_path / "index" / "members" / "cache.db"
-        other = sqlite3.connect(path, isolation_level=None, timeout=10)
-        writes = 0
-        while not flush.done():
-            await run_in_thread(lambda: None)
-            other.execute("PRAGMA busy_timeout = 0")
-            try:
-                other.execute("BEGIN IMMEDIATE")
-                other.execute("ROLLBACK")
-                writes += 1
-            except sqlite3.OperationalError:
-                pass
-            await index.confirm_tag(REPO, TAG, ONE)
-        other.close()
-        assert await flush
+        with counted_transactions() as sizes:
+            flush = asyncio.ensure_future(index.set_verified(times))  # noqa: TID251 - a test
+            path = tmp_path / "index" / "members" / "cache.db"
+            other = sqlite3.connect(path, isolation_level=None, timeout=10)
+            writes = 0
+            while not flush.done():
+                await run_in_thread(lambda: None)
+                other.execute("PRAGMA busy_timeout = 0")
+                try:
+                    other.execute("BEGIN IMMEDIATE")
+                    other.execute("ROLLBACK")
+                    writes += 1
+                except sqlite3.OperationalError:
+                    pass
+                await index.confirm_tag(REPO, TAG, ONE)
+            other.close()
+            assert await flush
         assert writes >= 3, "one transaction would let them in before or after it"
+        assert max(sizes) <= MOST_CHANGES
+        assert sum(sizes) >= len(times)
         assert await index.verified_at(times[-1][0]) == 1.0
+
+
+@pytest.mark.row("G4-busy-index")
+async def test_records_of_many_parts_and_upkeep_of_many_rows_take_short_transactions(
+    tmp_path: Path,
+) -> None:
+    clock = [1_800_000_000.0]
+    parts = [part(Digest.of(b"%d" % number), "blob") for number in range(1000)]
+    async with opened(tmp_path, clock) as index:
+        for work in (
+            lambda: index.put_access_records(REPO, parts),
+            lambda: index.orphans.drop(lambda digest: False, len(parts)),  # Marks them.
+            lambda: index.orphans.drop(lambda digest: False, len(parts)),  # Deletes them.
+        ):
+            with counted_transactions() as sizes:
+                while sum(sizes) < len(parts):
+                    await work()
+            assert max(sizes) <= MOST_CHANGES
+            clock[0] += ORPHAN_ROW_TTL_S + 1
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -411,11 +433,11 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
     tmp_path: Path,
 ) -> None:
     async with opened(tmp_path) as index:
-        assert index.changed, "a crash may have come before the write of index.json"
-        index.changed = False
+        assert index.has_changed, "a crash may have come before the write of index.json"
+        index.has_changed = False
         await index.put_access_records(REPO, [part(TWO, "blob")])
         await index.set_verified([(ONE, 1.0)])
-        assert not index.changed
+        assert not index.has_changed
         for step in (
             lambda: index.put_access_records(REPO, [root(ONE)]),
             lambda: index.confirm_tag(REPO, TAG, ONE),
@@ -424,15 +446,15 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
             lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
-            index.changed = False
+            index.has_changed = False
             await step()
-            assert index.changed
+            assert index.has_changed
         await index.confirm_tag(REPO, TAG, TWO)
         await index.put_access_records(REPO, [root(TWO)])
-        index.changed = False
+        index.has_changed = False
         await index.confirm_tag(REPO, TAG, TWO)
         await index.put_access_records(REPO, [root(TWO)])
-        assert not index.changed, "the same digests were confirmed"
+        assert not index.has_changed, "the same digests were confirmed"
 
 
 async def test_failing_database_is_told_apart_from_an_empty_one(
@@ -443,7 +465,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_access_records(REPO, [root(ONE)])
     await index.pin([ONE])
-    index.changed = False
+    index.has_changed = False
 
     def broken(*arguments: object, **named: object) -> None:
         error = sqlite3.OperationalError("disk I/O error")
@@ -460,7 +482,7 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
         assert not await index.put_access_records(REPO, [root(TWO)])
         assert await index.confirm_tag(REPO, TAG, ONE) is None
         assert not await index.pin([TWO])
-        assert not index.changed, "nothing was written"
+        assert not index.has_changed, "nothing was written"
     assert await index.pinned() == {ONE}
     await index.close()
 

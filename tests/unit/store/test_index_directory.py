@@ -21,6 +21,8 @@ from mirror.threads import run_in_thread
 from tests.real.server import ROOT
 from tests.unit.store import damages
 from tests.unit.store.kit import (
+    MOST_CHANGES,
+    counted_transactions,
     fill_up,
     make_read_only,
     make_writable,
@@ -99,6 +101,26 @@ async def test_row_that_another_process_wrote_later_is_kept_when_a_copy_is_merge
 
 
 @pytest.mark.row("G8-start-on-a-full-disk")
+@pytest.mark.row("G4-busy-index")
+async def test_many_rows_of_a_copy_are_merged_in_short_transactions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    many = [(f"{number}", "private") for number in range(2000)]
+    with small_disk(tmp_path / "disk") as disk:
+        fill_up(disk)
+        async with opened_rows(disk / "index", []) as private:
+            assert await private.put("kept", many)
+            (disk / "filler").unlink()
+            with counted_transactions() as sizes:
+                await private.return_to_disk()
+            assert private.refusal is None
+            assert sum(sizes) >= len(many)
+            assert max(sizes) <= MOST_CHANGES
+
+
+@pytest.mark.row("G8-start-on-a-full-disk")
 @pytest.mark.row("G3-index-damage-while-running")
 async def test_damaged_index_on_a_full_disk_is_replaced_in_the_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -171,7 +193,7 @@ async def test_rows_that_were_restored_into_a_copy_do_not_replace_those_on_the_d
 
     def prepare(tables: Tables) -> None:
         with tables.transaction("kept"):
-            tables.write_all("kept", [("a", "restored"), ("b", "restored")], replaces=False)
+            tables.write_all("kept", [("a", "restored"), ("b", "restored")], is_replacing=False)
 
     def fail(*args: object, **options: object) -> None:
         raise shutil.Error([("from", "to", "no space left on device")])

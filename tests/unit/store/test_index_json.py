@@ -21,16 +21,19 @@ from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.names import NamesPage
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
-from mirror.store.records import NamedManifest
+from mirror.store.records import AccessRecord, NamedManifest
 from mirror.store.rows import Tables
 from mirror.store.store import Store
 from tests.unit.store import damages
 from tests.unit.store.damages import Damage
 from tests.unit.store.kit import (
+    MOST_CHANGES,
     REPO,
+    counted_transactions,
     image,
     index_of,
     keep,
+    manifests,
     opened,
     pulled,
     random_bytes,
@@ -70,6 +73,34 @@ async def test_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path:
         assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
+@pytest.mark.row("G4-busy-index")
+async def test_restore_of_many_names_is_not_one_transaction(tmp_path: Path) -> None:
+    bodies = [image(b"%d" % number) for number in range(1500)]
+    digests = {Digest.of(body) for body in bodies}
+    async with opened(tmp_path) as store:
+        for body in bodies:
+            store.layout.blob(Digest.of(body)).write_bytes(body)
+        records = [
+            AccessRecord(
+                digest=Digest.of(body),
+                kind="manifest",
+                media_type=OCI_MANIFEST,
+                size=len(body),
+                referrer=None,
+                expires_at=None,
+            )
+            for body in bodies
+        ]
+        assert await store.index.put_access_records(REPO, records)
+    shutil.rmtree(tmp_path / "index")
+    with counted_transactions() as sizes:
+        async with opened(tmp_path) as store:
+            assert {named.digest for named in await manifests(store.index)} == digests
+    # 1,000 names, with a tag each, in tables whose triggers count.
+    assert max(sizes) <= 6 * MOST_CHANGES
+    assert sum(sizes) >= len(bodies)
+
+
 @pytest.mark.row("K1-wrong-clock")
 @pytest.mark.row("K2-jumping-clock")
 @pytest.mark.parametrize("jump", [YEAR, -YEAR, ORPHAN_ROW_TTL_S + 1])
@@ -103,7 +134,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
         await pulled(store, image(LAYER), TAG, LAYER, b"{}")
         await store.save_image_layout()
         before = (tmp_path / "index.json").read_bytes()
-        store.index.changed = True
+        store.index.has_changed = True
         with monkeypatch.context() as patch:
 
             async def silent(self: Index, after: int) -> None:
@@ -112,7 +143,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
             patch.setattr(Index, "names", silent)
             await store.save_image_layout()
         assert (tmp_path / "index.json").read_bytes() == before
-        assert store.index.changed, "it is written once the index answers"
+        assert store.index.has_changed, "it is written once the index answers"
 
 
 async def test_index_json_is_not_written_before_the_index_is_restored(
@@ -323,7 +354,7 @@ async def test_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
         save.cancel()
         with pytest.raises(asyncio.CancelledError):
             await save
-        assert store.index.changed
+        assert store.index.has_changed
     await store.close()
     assert f"{REPO}:{TAG}" in names(tmp_path)
 
@@ -347,10 +378,10 @@ async def test_index_that_is_replaced_while_its_names_are_saved_costs_no_name(
             shutil.rmtree(tmp_path / "index")
 
         monkeypatch.setattr(image_layout.Draft, "add", add_and_delete)
-        store.index.changed = True
+        store.index.has_changed = True
         await store.save_image_layout(share=1.0)
         assert not (tmp_path / "index.json.damaged").exists()
         assert names(tmp_path) == before
         await store.save_image_layout(share=1.0)
-        assert not store.index.changed
+        assert not store.index.has_changed
         assert names(tmp_path) == before

@@ -291,9 +291,12 @@ class SlowEviction:
     def __init__(self, patch: pytest.MonkeyPatch, pause: float = 30.0) -> None:
         self.go = threading.Event()
         self.begun = 0
+        self.is_removing = False
+        """Whether the scan at the start of the eviction is over."""
         unlink, make_room = Evictor._unlink, Evictor._make_room
 
         def slow(evictor: Evictor, digest: Digest) -> bool:
+            self.is_removing = True
             self.go.wait(pause)
             return unlink(evictor, digest)
 
@@ -305,12 +308,16 @@ class SlowEviction:
         patch.setattr(Evictor, "_make_room", counted)
 
 
-async def fetched(store: Store, data: bytes) -> None:
-    """Fetch content, and wait for no eviction."""
-    content = await begin(store, data)
+async def complete(store: Store, content: Ingest, data: bytes) -> None:
+    """Write and publish the content of a fetch that :func:`begin` has started."""
     await content.feed(data)
     await content.finish()
     end(store, content)
+
+
+async def fetched(store: Store, data: bytes) -> None:
+    """Fetch content, and wait for no eviction."""
+    await complete(store, await begin(store, data), data)
 
 
 @pytest.mark.row("G2-long-eviction")
@@ -323,9 +330,11 @@ async def test_fetch_up_to_the_quota_and_hits_do_not_wait_for_a_long_eviction(
             await keep(store, layer(seed))
             clock[0] += 100
         slow = SlowEviction(monkeypatch)
-        async with asyncio.timeout(5):
-            await fetched(store, layer(4, 150_000))
-            await until(lambda: slow.begun == 1)
+        async with asyncio.timeout(20):
+            first = await begin(store, layer(4, 150_000))
+            # Content that is published during the scan of the eviction counts twice.
+            await until(lambda: slow.is_removing)
+            await complete(store, first, layer(4, 150_000))
             await fetched(store, layer(5, 50_000))
             for seed in range(4):
                 assert await served(store, layer(seed))

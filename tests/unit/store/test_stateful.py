@@ -268,7 +268,7 @@ class StoreMachine(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         assert self.store
         number = data.draw(st.sampled_from(sorted(self.pins)))
-        self.run(self.store.index.pin([Digest.of(IMAGES[number])], pinned=False))
+        self.run(self.store.index.pin([Digest.of(IMAGES[number])], is_pinned=False))
         self.pins.discard(number)
 
     @rule(seconds=st.sampled_from([1.0, 61.0, -61.0, 4000.0, 86_401.0, YEAR, -YEAR]))

@@ -27,11 +27,10 @@ from mirror.upstream.registry import HttpRegistry
 from mirror.upstream.transport import Transport
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
+from tests.server_kit import LIMITS
 
 REPO = Repository("docker.io", "library/app")
 DATA = bytes(range(256)) * 400
-LIMITS = Limits(connect=15.0, headers=15.0, first_byte=15.0, idle=15.0)
-"""Limits of tests that must not reach them, even on a busy machine."""
 T = TypeVar("T")
 DOWN = 503
 """Status of an endpoint that is down."""

@@ -18,6 +18,7 @@ from mirror.upstream.endpoints import (
 )
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import LIMITS, SHORT_HEADERS
 from tests.unit.upstream.kit import (
     DATA,
     DOWN,
@@ -192,7 +193,7 @@ async def read_slow_blobs(kit: Kit, fake: FakeRegistry, owners: list[Repository]
 @pytest.mark.row("FB11-late-first-byte")
 @pytest.mark.parametrize("has_several_owners", [False, True])
 async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners: bool) -> None:
-    limits = Limits(connect=0.5, headers=0.5, first_byte=0.5)
+    limits = LIMITS.model_copy(update={"connect": 1.0, "first_byte": 1.0})
     async with registry() as fake, upstream_kit(fake.url, limits=limits) as kit:
         owners = [repository(number if has_several_owners else 0) for number in range(5)]
         digest = fake.add_blob(DATA)
@@ -210,10 +211,9 @@ async def test_late_headers_of_five_blobs_stop_no_other_image(has_several_owners
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_endpoint_that_never_responds_delays_only_the_first_request_of_a_repository() -> None:
-    limits = Limits(connect=0.5, headers=0.5)
     async with registry() as slow, registry() as fine:
         slow.fault("", Fault(delay=3600, times=None))
-        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+        async with upstream_kit(slow.url, fine.url, limits=SHORT_HEADERS) as kit:
             assert [await kit.status() for _ in range(5)] == [200] * 5
             assert (len(slow.requests), len(fine.requests)) == (1, 5)
             up(slow)
@@ -315,12 +315,10 @@ async def test_unreachable_token_service_opens_the_circuit_after_several_reposit
 
 # --- blobs that come late -------------------------------------------------------------------------
 
-QUICK_HEADERS = Limits(connect=0.2, headers=0.2, first_byte=20.0)
-
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_blob_as_the_probe_has_the_limit_of_other_requests() -> None:
-    async with registry() as fake, upstream_kit(fake.url, limits=QUICK_HEADERS) as kit:
+    async with registry() as fake, upstream_kit(fake.url, limits=SHORT_HEADERS) as kit:
         digest = fake.add_blob(DATA)
         down(fake)
         for number in range(FAILURE_THRESHOLD):
@@ -328,7 +326,7 @@ async def test_blob_as_the_probe_has_the_limit_of_other_requests() -> None:
                 await kit.read(digest, repository(number))
         up(fake)
         kit.clock[0] += FIRST_OPEN_S
-        fake.fault(f"blobs/{digest}", Fault(delay=1.0, times=None))
+        fake.fault(f"blobs/{digest}", Fault(delay=2.0, times=None))
         with pytest.raises(UpstreamTimeout, match=r"limits\.headers\)"):
             await kit.read(digest)
         kit.clock[0] += 2 * FIRST_OPEN_S
@@ -338,10 +336,11 @@ async def test_blob_as_the_probe_has_the_limit_of_other_requests() -> None:
 
 @pytest.mark.row("FB11-late-first-byte")
 async def test_blob_at_an_endpoint_that_hangs_comes_from_the_next_one_soon() -> None:
+    limits = LIMITS.model_copy(update={"connect": 0.2, "headers": 0.2})
     async with (
         registry() as one,
         registry() as two,
-        upstream_kit(one.url, two.url, limits=QUICK_HEADERS) as kit,
+        upstream_kit(one.url, two.url, limits=limits) as kit,
     ):
         digests = [two.add_blob(b"%d" % number) for number in range(FAILURE_THRESHOLD + 1)]
         one.fault("", Fault(delay=3600, times=None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.config.settings import Limits
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind, RateLimitSeen
 from mirror.oci.errors import (
     AllCircuitsOpen,
@@ -29,6 +28,7 @@ from mirror.upstream.endpoints import (
 from mirror.upstream.messages import RegistryRequest
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST, RETRY_BUDGET_S
 from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import SHORT_HEADERS
 from tests.unit.upstream.kit import (
     DATA,
     DOWN,
@@ -43,8 +43,6 @@ from tests.unit.upstream.kit import (
     upstream_kit,
 )
 from tests.waiting import until
-
-SHORT = Limits(connect=0.2, headers=0.2)
 
 # --- failover and retries -------------------------------------------------------------------------
 
@@ -190,10 +188,10 @@ async def test_malformed_response_is_not_retried() -> None:
 async def test_timeout_is_not_retried_but_fails_over() -> None:
     async with registry() as slow, registry() as fine:
         slow.fault("", Fault(delay=3600, times=None))
-        async with upstream_kit(slow.url, limits=SHORT) as kit:
+        async with upstream_kit(slow.url, limits=SHORT_HEADERS) as kit:
             assert isinstance(await failure(kit), UpstreamTimeout)
             assert len(slow.requests) == 1
-        async with upstream_kit(slow.url, fine.url, limits=SHORT) as kit:
+        async with upstream_kit(slow.url, fine.url, limits=SHORT_HEADERS) as kit:
             assert await kit.status() == 200
 
 
@@ -228,21 +226,20 @@ async def test_third_endpoint_is_tried_within_the_retry_budget_only(
 
 
 async def test_redirects_and_tokens_share_the_time_limit_of_one_response() -> None:
-    limits = Limits(connect=0.3, headers=0.3)
     async with registry() as slow, registry() as fine:
         for number in range(4):
             headers = {"Location": f"{slow.url}/{number}"}
             slow.fault(
                 f"/{number - 1}" if number else "redirected",
-                Fault(status=307, headers=headers, delay=0.3),
+                Fault(status=307, headers=headers, delay=0.6),
             )
-        async with upstream_kit(slow.url, limits=limits) as kit:
+        async with upstream_kit(slow.url, limits=SHORT_HEADERS) as kit:
             assert isinstance(await failure(kit, "manifests/redirected"), UpstreamTimeout)
-        slow.token, slow.token_delay = "t", 0.4
-        slow.fault("latest", Fault(delay=0.4, times=None))
-        async with upstream_kit(slow.url, limits=limits) as kit:
+        slow.token, slow.token_delay = "t", 0.8
+        slow.fault("latest", Fault(delay=0.8, times=None))
+        async with upstream_kit(slow.url, limits=SHORT_HEADERS) as kit:
             assert isinstance(await failure(kit), UpstreamTimeout)
-        async with upstream_kit(slow.url, fine.url, limits=limits) as kit:
+        async with upstream_kit(slow.url, fine.url, limits=SHORT_HEADERS) as kit:
             assert await kit.status() == 200
 
 
@@ -251,7 +248,7 @@ async def test_hanging_realm_is_forgotten_so_the_next_challenge_is_used() -> Non
         fake.token, fake.challenge = "t", f'Bearer realm="{gone.url}/token"'
         gone.fault("/token", Fault(delay=3600, times=None))
         hosts = [f"127.0.0.1:{gone.port}"]
-        async with upstream_kit(fake.url, limits=SHORT, token_hosts=hosts) as kit:
+        async with upstream_kit(fake.url, limits=SHORT_HEADERS, token_hosts=hosts) as kit:
             for _ in range(2):
                 assert isinstance(await failure(kit), UpstreamTimeout)
             fake.challenge = ""
@@ -259,7 +256,7 @@ async def test_hanging_realm_is_forgotten_so_the_next_challenge_is_used() -> Non
 
 
 async def test_token_body_that_stops_ends_at_the_time_limit_and_is_requested_again() -> None:
-    async with registry() as fake, upstream_kit(fake.url, limits=SHORT) as kit:
+    async with registry() as fake, upstream_kit(fake.url, limits=SHORT_HEADERS) as kit:
         fake.token = "t"
         fake.fault("/token", Fault(status=200, body=b'{"token":"t"}', stall_at=3, times=None))
         assert isinstance(await failure(kit), UpstreamTimeout)

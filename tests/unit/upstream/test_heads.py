@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from mirror.config.settings import Limits
 from mirror.observability.events import CircuitChanged, ExchangeEnded, Kind
 from mirror.oci.errors import (
     AllCircuitsOpen,
@@ -23,6 +22,7 @@ from mirror.upstream.heads import FIRST_REST_S, Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.retry import MAX_ATTEMPTS_PER_REQUEST
 from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import SHORT_HEADERS
 from tests.unit.upstream.kit import DATA, REPO, dead, down, registry, repository, upstream_kit
 
 DIGEST = Digest.of(DATA)
@@ -100,8 +100,7 @@ async def test_429_of_get_and_head_without_a_time_is_two_requests_and_then_a_pau
 
 @pytest.mark.row("FB1-refused-head")
 async def test_head_that_hangs_delays_only_the_first_request_of_a_repository() -> None:
-    limits = Limits(connect=0.5, headers=0.5)
-    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=SHORT_HEADERS) as kit:
         digest = fake.add_manifest(b"{}", tag="latest")
         fake.fault("", Fault(delay=3600, method="HEAD", times=None))
         for _ in range(3):
@@ -260,8 +259,7 @@ async def test_404_that_is_believed_and_no_connection_are_final_without_a_get() 
 
 @pytest.mark.row("FB1-refused-head")
 async def test_token_service_that_hangs_is_waited_for_once_and_rests_no_heads() -> None:
-    limits = Limits(connect=0.5, headers=0.5)
-    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=SHORT_HEADERS) as kit:
         fake.token = "t"
         digest = fake.add_manifest(b"{}", tag="latest")
         fake.fault("/token", Fault(delay=3600))
@@ -288,8 +286,7 @@ async def test_token_service_that_fails_leads_to_another_head_and_to_no_get(faul
 @pytest.mark.row("FB1-refused-head")
 async def test_repository_rests_for_twice_as_long_after_each_head_without_a_response() -> None:
     now = 0.0
-    limits = Limits(connect=0.2, headers=0.2)
-    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=limits) as kit:
+    async with FakeRegistry() as fake, upstream_kit(fake.url, limits=SHORT_HEADERS) as kit:
         fake.add_manifest(b"{}", tag="latest")
         heads = Heads(kit.client, lambda: now)
 

@@ -91,8 +91,8 @@ def test_token_host_without_tls_is_allowed_on_private_networks_only() -> None:
     )
     refused = check_url("http://8.8.8.8/token", UrlSource.REALM, endpoint, policy)
     assert isinstance(refused, Refused)
-    assert not PRIVATE_ONLY.permits("8.8.8.8")
-    assert PRIVATE_ONLY.permits("10.0.0.9")
+    assert not PRIVATE_ONLY.is_permitted("8.8.8.8")
+    assert PRIVATE_ONLY.is_permitted("10.0.0.9")
 
 
 @pytest.mark.parametrize("source", [UrlSource.NEXT_PAGE, UrlSource.ENDPOINT])
@@ -141,7 +141,7 @@ def test_redirect_never_leads_nearer_to_the_mirror_than_its_sender(
         assert isinstance(literal, Allowed) is (host in permitted)
         named = check_url("https://minio.corp/b", UrlSource.REDIRECT, SOURCE, CORP, sender)
         assert isinstance(named, Allowed), "a name is decided by the address of its connection"
-        assert named.addresses.permits(host) is (host in permitted)
+        assert named.addresses.is_permitted(host) is (host in permitted)
     down = check_url("http://10.0.0.5:9000/b", UrlSource.REDIRECT, SOURCE, CORP, sender)
     assert isinstance(down, Refused)
 
@@ -165,8 +165,8 @@ def test_redirect_hosts_allow_a_private_target(entry: str, host: str) -> None:
     assert isinstance(check_url(target, UrlSource.REDIRECT, SOURCE, policy), Allowed)
     other = check_url("https://10.9.0.5.example:9000/b", UrlSource.REDIRECT, SOURCE, policy)
     assert isinstance(other, Allowed)
-    assert other.addresses.permits("192.168.0.1") is False
-    assert other.addresses.permits("169.254.169.254") is False
+    assert other.addresses.is_permitted("192.168.0.1") is False
+    assert other.addresses.is_permitted("169.254.169.254") is False
 
 
 @pytest.mark.row("FD5-private-redirect-targets")
@@ -234,7 +234,7 @@ def test_link_local_address_is_refused_from_every_source(host: str, source: UrlS
 )
 def test_zone_is_that_of_the_embedded_ipv4_address(address: str, zone: Zone | None) -> None:
     assert zone_of(address) is zone
-    assert CONFIGURED.permits(address) is (zone not in (None, Zone.LINK_LOCAL))
+    assert CONFIGURED.is_permitted(address) is (zone not in (None, Zone.LINK_LOCAL))
 
 
 @pytest.mark.row("FD6-address-of-each-connection")

@@ -35,7 +35,7 @@ async def exchange(
     method: str = "GET",
     headers: Mapping[str, str] | None = None,
     *,
-    follow_redirects: bool = True,
+    may_follow_redirects: bool = True,
 ) -> AsyncIterator[Response]:
     url = origin(f"{endpoint}{path}")
     policy = Policy(origin(endpoint))
@@ -44,7 +44,7 @@ async def exchange(
         url,
         headers or {},
         policy,
-        follow_redirects=follow_redirects,
+        may_follow_redirects=may_follow_redirects,
         limit=kit.transport.response_limit(),
     ) as response:
         yield response
@@ -145,7 +145,7 @@ async def test_redirect_that_is_not_followed_is_the_response() -> None:
         fake.fault("/a", moved("/x"))
         fake.fault("/b", Fault(status=302))
         fake.fault("/c", Fault(status=304, headers={"Location": "/x"}))
-        async with exchange(kit, fake.url, "/a", follow_redirects=False) as response:
+        async with exchange(kit, fake.url, "/a", may_follow_redirects=False) as response:
             assert response.http.status == 307
         for path, status in (("/b", 302), ("/c", 304)):
             async with exchange(kit, fake.url, path) as response:

@@ -55,6 +55,41 @@ def test_client_is_the_last_address_that_is_no_trusted_proxy(
     assert client_of(peer, fields) == expected
 
 
+@pytest.mark.row("FC3-links-behind-a-prefix")
+@pytest.mark.parametrize(
+    ("peer", "fields", "expected"),
+    [
+        ("10.0.0.1", ["/mirror"], "/mirror"),
+        ("10.0.0.1", ["/mirror/"], "/mirror"),
+        ("10.0.0.1", ["/team-a/mirror.v2"], "/team-a/mirror.v2"),
+        # The outer proxy has removed the first part, and the inner one the second part.
+        ("10.0.0.1", ["/outer, /inner"], "/outer/inner"),
+        ("10.0.0.1", ["/outer", "/inner/"], "/outer/inner"),
+        # It removes nothing.
+        ("10.0.0.1", ["/"], ""),
+        ("10.0.0.1", [""], ""),
+        ("10.0.0.1", [], ""),
+        # Not a path, or one that a client would take for another host.
+        ("10.0.0.1", ["mirror"], ""),
+        ("10.0.0.1", ["//evil.example"], ""),
+        ("10.0.0.1", ["/mirror//evil.example"], ""),
+        ("10.0.0.1", ["https://evil.example"], ""),
+        ("10.0.0.1", ["/a>; rel=next, <https://evil.example"], ""),
+        ("10.0.0.1", ["/a?b"], ""),
+        ("10.0.0.1", ["/\u0131"], ""),
+        ("10.0.0.1", ["/" + "a" * 65], ""),
+        ("10.0.0.1", ["/a" * 9], ""),
+        # The peer is no proxy of ours: the client itself wrote the field.
+        ("192.0.2.7", ["/mirror"], ""),
+        ("", ["/mirror"], ""),
+    ],
+)
+def test_prefix_is_the_path_that_trusted_proxies_have_removed(
+    peer: str, fields: list[str], expected: str
+) -> None:
+    assert PROXIES.prefix_of(peer, fields) == expected
+
+
 @pytest.mark.row("FE11-trusted-proxies")
 @pytest.mark.parametrize(
     ("field", "expected"),
@@ -88,7 +123,7 @@ def test_long_list_of_hops_is_read_up_to_32() -> None:
 @given(st.lists(st.text(), max_size=3))
 def test_any_field_gives_the_peer_or_an_address(fields: list[str]) -> None:
     client = client_of("10.0.0.1", fields)
-    assert client == "10.0.0.1" or PROXIES.trusts(client) in (True, False)
+    assert client == "10.0.0.1" or PROXIES.is_trusted(client) in (True, False)
     assert client.isprintable()
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mirror.config.settings import Limits
 from mirror.observability.events import LogMessage, Outcome, RequestEnded, RequestStarted
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry, Fault
@@ -194,7 +193,7 @@ async def test_client_that_resets_in_mid_body_is_recorded_and_causes_no_warning(
 
 
 async def test_client_that_leaves_before_the_response_is_a_miss(tmp_path: Path) -> None:
-    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=Limits()) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         fake.add_image(b"layer")
         fake.fault("manifests/latest", Fault(delay=30))
         path = server.manifest("latest").removeprefix(server.url)

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urljoin, urlsplit
 
 import pytest
 
-from mirror.config.settings import Limits, Upstream
+from mirror.config.settings import Upstream
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
@@ -332,7 +332,7 @@ async def test_request_without_n_gets_up_to_4_mib_and_then_a_link_to_an_absolute
 ) -> None:
     """skopeo and podman send no ``n``, and follow a ``Link`` only if it is an absolute path."""
     # The default limits: a busy machine takes seconds to collect the list.
-    async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=Limits()) as server:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         digest = fake.add_image(LAYER)
         names = [f"{'v' * 100}{number:06}" for number in range(20_000)]
         fake.tags = {("library/app", name): str(digest) for name in names}

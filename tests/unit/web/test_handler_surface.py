@@ -145,7 +145,7 @@ async def test_small_response_during_which_draining_begins_closes_the_connection
         ((status, headers, _),) = await request
         assert (status, headers.get("Connection")) == (200, "close")
         (_, pull) = await server.records()
-        assert pull.sent_in_one_write
+        assert pull.is_sent_in_one_write
 
 
 @pytest.mark.row("G9-stop-in-time")

@@ -20,7 +20,6 @@ import aiohttp
 import pytest
 from aiofiles.base import wrap
 
-from mirror.config.settings import Limits
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
@@ -74,7 +73,7 @@ async def half_fetched(
     """A blob of which the upstream sends half, and the rest once the event is set."""
     async with (
         FakeRegistry() as fake,
-        running(root, fake.url, limits=Limits(), certificate=certificate) as server,
+        running(root, fake.url, certificate=certificate) as server,
     ):
         rest = asyncio.Event()
         fault = Fault(stall_at=len(data) // 2, gate=rest, chunked=chunked, flip=flip)
