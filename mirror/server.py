@@ -25,13 +25,14 @@ from mirror import __version__
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
-from mirror.observability.logs import LogObserver, LogWriter, configure_logging
+from mirror.observability.logs import LogObserver, LogWriter
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.threads import HangingCalls
+from mirror.threads import HangingCalls, call_soon_from_any_thread
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -101,12 +102,14 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
-    stream = LogStream(
-        _stdout(),
-        lambda count: metrics.observe(LogLinesDropped(count)),
-        is_shared=worker is not None,
-    )
-    lines = configure_logging(settings.log, stream, loop.call_soon)
+
+    def count_dropped(count: int) -> None:
+        metrics.observe(LogLinesDropped(count))
+
+    stream = LogStream(_stdout(), count_dropped, is_shared=worker is not None)
+    # The libraries also log in threads.
+    call_soon = call_soon_from_any_thread()
+    lines = configure_logging(settings.log, stream, call_soon, count_dropped)
     log = LogObserver(lines)
 
     def emit(event: Event) -> None:

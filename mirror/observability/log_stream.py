@@ -40,7 +40,8 @@ class LogStream:
 
         Args:
             fd: An open descriptor, which stays open.
-            on_dropped: Receives the number of lines that were lost. Also called in the thread.
+            on_dropped: Receives the number of lines that could not be written. Called in the
+                thread.
             is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
@@ -64,7 +65,6 @@ class LogStream:
                 self._queue.append(text)
                 self._queued_chars += len(text)
         if not has_room:
-            self._on_dropped(text.count("\n"))
             return 0
         if not self._has_work.is_set():
             self._has_work.set()
