@@ -33,7 +33,8 @@ def configure_logging(
     root.handlers = [_Handler(writer)]
     root.setLevel(logging.WARNING)
     logging.raiseExceptions = False
-    logging.getLogger("aiohttp.server").filters = [_RepeatFilter()]
+    for name in ("aiohttp.server", "asyncio"):
+        logging.getLogger(name).filters = [_RepeatFilter()]
     return writer
 
 
@@ -56,7 +57,10 @@ class _Handler(logging.Handler):
 
 
 class _RepeatFilter(logging.Filter):
-    """Limits repeated records: aiohttp's server logs several for each malformed request."""
+    """Limits repeated records: aiohttp's server logs several for each malformed request.
+
+    asyncio logs each error of a background task, and each write after a client has left.
+    """
 
     def __init__(self) -> None:
         super().__init__()

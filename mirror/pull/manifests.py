@@ -38,7 +38,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, current_for
+from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, make_is_current
 from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
@@ -131,7 +131,7 @@ class ManifestService:
         if access_record.media_type.lower() in SCHEMA1_TYPES:
             body = await self._read_schema1(repository, digest)
         else:
-            body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
+            body = await self._content.read_small(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
@@ -220,7 +220,7 @@ class ManifestService:
         A node that has a base layer never requests it again. If recency were kept by layer, the
         layers that most images share would be evicted first.
         """
-        result = replace(result, is_current=current_for(MEMORY_TTL_S))
+        result = replace(result, is_current=make_is_current(MEMORY_TTL_S))
         self._results[repository, result.digest] = result
         if result.parsed is not None:
             parts = (*result.parsed.children, *result.parsed.blobs)
@@ -306,18 +306,19 @@ class ManifestService:
             if found is None:
                 return None, None
             known = self._remember_tag(key, found)
-        record, is_known = known
+        record, is_record_current = known
         cached = await self._find_newest(repository, record)
         if cached is None:
             return record, None
 
         def is_current() -> bool:
-            return is_known() and cached.is_current() and self._is_fresh(repository, record, cached)
+            is_unchanged = is_record_current() and cached.is_current()
+            return is_unchanged and self._is_fresh(repository, record, cached)
 
         return record, replace(cached, is_current=is_current)
 
     def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsCurrent]:
-        self._records[key] = known = record, current_for(MEMORY_TTL_S)
+        self._records[key] = known = record, make_is_current(MEMORY_TTL_S)
         return known
 
     async def _find_newest(

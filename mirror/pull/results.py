@@ -21,8 +21,8 @@ IsCurrent: TypeAlias = Callable[[], bool]
 """Returns whether the same request would have the same result now. Cheap, and asks nobody."""
 
 
-def current_for(seconds: float) -> IsCurrent:
-    """Return a function that is true for ``seconds`` from now on."""
+def make_is_current(seconds: float) -> IsCurrent:
+    """Make a function that returns True for ``seconds`` from now on, and False after that."""
     until = time.monotonic() + seconds
     return lambda: time.monotonic() < until
 
