@@ -99,13 +99,14 @@ class BodyReceiver(asyncio.BufferedProtocol):
         assert connection.protocol is not None, "the connection is open"
         assert isinstance(connection.transport, asyncio.Transport), "it is that of a socket"
         self._content = response.content
-        self._parser = connection.protocol
+        self._aiohttp_protocol = connection.protocol
         self._transport = connection.transport
         self._missing = missing
         self._chunks: deque[bytes] = deque()
         self._waiting = 0
         self._arrival: asyncio.Future[None] | None = None
         self._error: Exception | None = None
+        """Why the connection was lost. The transport may be closing some time before that."""
         self._receivers.add(self)
         self._transport.set_protocol(self)
         self._transport.resume_reading()
@@ -151,16 +152,16 @@ class BodyReceiver(asyncio.BufferedProtocol):
 
     def _give_back(self, surplus: bytes) -> None:
         """Let aiohttp keep the connection for its next request. ``surplus`` came after the body."""
-        self._transport.set_protocol(self._parser)
+        self._transport.set_protocol(self._aiohttp_protocol)
         self._content.feed_eof()
-        self._parser.data_received(surplus)
+        self._aiohttp_protocol.data_received(surplus)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the reader and aiohttp. See :class:`asyncio.BaseProtocol`."""
         self._error = exc or ConnectionResetError("it was closed")
         self._receivers.discard(self)
         self._wake()
-        self._parser.connection_lost(exc)
+        self._aiohttp_protocol.connection_lost(exc)
 
     def _wake(self) -> None:
         if self._arrival is not None and not self._arrival.done():
