@@ -25,13 +25,14 @@ from mirror import __version__
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
-from mirror.observability.logs import LogObserver, LogWriter, configure_logging
+from mirror.observability.logs import LogObserver, LogWriter
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.threads import HangingCalls
+from mirror.threads import HangingCalls, call_soon_from_any_thread
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -102,7 +103,7 @@ async def run_worker(
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
 
-    def on_lines_dropped(count: int, error: Exception | None) -> None:
+    def on_lines_dropped(count: int, error: Exception | None = None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
             why = (("why", f"{type(error).__name__}: {error}"),)
@@ -110,7 +111,9 @@ async def run_worker(
             loop.call_soon_threadsafe(emit, message)
 
     stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
-    lines = configure_logging(settings.log, stream, loop.call_soon)
+    # The libraries also log in threads.
+    call_soon = call_soon_from_any_thread()
+    lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
 
     def emit(event: Event) -> None:

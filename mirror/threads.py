@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any, Final, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
@@ -65,6 +66,24 @@ def on_running_loop(receive: Callable[[T], object]) -> Callable[[T], None]:
         loop.call_soon_threadsafe(receive, value)
 
     return receive_soon
+
+
+def call_soon_from_any_thread() -> Callable[[Callable[[], None]], None]:
+    """Return a function that has the running event loop call a function, soon.
+
+    Any thread may call it. In the thread of the loop, it costs no more than ``loop.call_soon``.
+    After the end of the loop, it does nothing.
+    """
+    loop, loop_thread = asyncio.get_running_loop(), get_ident()
+
+    def call_soon(function: Callable[[], None]) -> None:
+        if get_ident() == loop_thread:
+            loop.call_soon(function)
+        else:
+            with suppress(RuntimeError):  # The loop is closed.
+                loop.call_soon_threadsafe(function)
+
+    return call_soon
 
 
 class TooManyHangingCalls(OSError):

@@ -44,9 +44,9 @@ class LogStream:
 
         Args:
             fd: An open descriptor, which stays open.
-            on_dropped: Receives the number of lines that were lost, and the unexpected error that
-                lost them. None: the queue is full, or the descriptor refuses them. Also called in
-                the thread. Must not raise.
+            on_dropped: Receives the number of lines that could not be written, and the unexpected
+                error that lost them. None: the descriptor refuses them. Called in the thread. Must
+                not raise.
             is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
@@ -70,7 +70,6 @@ class LogStream:
                 self._queue.append(text)
                 self._queued_chars += len(text)
         if not has_room:
-            self._on_dropped(text.count("\n"), None)
             return 0
         if not self._has_work.is_set():
             self._has_work.set()

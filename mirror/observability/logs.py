@@ -1,7 +1,8 @@
 """Log lines: one for each request, and one for each event that an operator should know of.
 
 Lives here: the two formats, the escapes, the masking of secrets, and the limit on repeated lines.
-Must not know: how an event comes about, how lines reach the descriptor (``log_stream.py``).
+Must not know: how an event comes about, how lines reach the descriptor (``log_stream.py``), what
+libraries log (``library_logs.py``).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 
 from mirror.config.settings import Log
 from mirror.config.values import format_size
@@ -51,8 +53,6 @@ _SHOWN_IN_MS_S: Final = 10.0
 _SHORT_DIGEST_CHARS: Final = 12
 """Hex digits of a digest on a terminal, as in the output of ``docker images``."""
 _SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_MALFORMED_HTTP: Final = "aiohttp.http_exceptions"
-"""Module of the exceptions that aiohttp's parser raises for bytes that are no HTTP request."""
 _NOT_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -61,6 +61,11 @@ _LEVELS: Final = {
     "error": logging.ERROR,
 }
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
+
+
+_Line: TypeAlias = tuple[float, int, str | RequestRecord, list[str]]
+"""Time, level, message, and encoded fields. Or a request in place of the message: it has fields of
+its own."""
 
 
 class LineStream(Protocol):
@@ -79,16 +84,33 @@ class LineStream(Protocol):
 class LogWriter:
     """Writes log lines to a stream. Lines are lost if it is closed or full.
 
-    ``settings`` chooses level and format. ``schedule``: the lines of one turn of the event loop are
-    written together; None writes each line at once. Only libraries use ``logging``: a record of it
-    takes longer than a response from the cache.
+    Only libraries use ``logging``: a record of it takes longer than a response from the cache. They
+    may do so in any thread.
     """
 
-    def __init__(self, settings: Log, stream: LineStream, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        settings: Log,
+        stream: LineStream,
+        schedule: Schedule | None = None,
+        on_dropped: Callable[[int], None] | None = None,
+    ) -> None:
+        """Create a writer without lines.
+
+        Args:
+            settings: Level and format.
+            stream: Gets the lines.
+            schedule: The lines of one turn of the event loop are written together. None: each line
+                is written at once.
+            on_dropped: Receives the number of lines that ``stream`` has dropped.
+        """
         self._stream = stream
         self._schedule = schedule
-        self._pending: list[tuple[float, int, str | RequestRecord, list[str]]] = []
-        """Time, level, message or request, and fields of each line that is not formatted yet."""
+        self._on_dropped = on_dropped or (lambda count: None)
+        self._pending: deque[_Line] = deque()
+        """The lines that are not formatted yet."""
+        self._is_scheduled = False
+        """Whether a call of :meth:`flush` is to come that will see a line which is added now."""
         self._dropped = 0
         """Lines that the stream has dropped since it last accepted one."""
         self._second = (0, "")
@@ -118,16 +140,18 @@ class LogWriter:
         self._add(level, pull, [])
 
     def _add(self, level: int, subject: str | RequestRecord, fields: list[str]) -> None:
+        # In this order, no line waits for ever, whatever other threads do between two steps.
         self._pending.append((time.time(), level, subject, fields))
         if self._schedule is None:
             self.flush()
-        elif len(self._pending) == 1:
+        elif not self._is_scheduled:
+            self._is_scheduled = True
             self._schedule(self.flush)
 
     def flush(self) -> None:
         """Write the pending lines. After a loss of lines, say how many were lost."""
-        pending, self._pending = self._pending, []
-        lines = [self._format_line(*line) for line in pending]
+        self._is_scheduled = False
+        lines = [self._format_line(*line) for line in self._take_pending()]
         text = "".join(lines)
         if self._dropped and lines:
             lost = [_encode_field("count", self._dropped, self._as_json)]
@@ -138,7 +162,17 @@ class LogWriter:
             self._stream.flush()
         except (OSError, ValueError):
             return
-        self._dropped = 0 if was_accepted else self._dropped + len(lines)
+        if was_accepted:
+            self._dropped = 0
+        else:
+            self._dropped += len(lines)
+            self._on_dropped(len(lines))
+
+    def _take_pending(self) -> Iterator[_Line]:
+        # Another thread may take a line between a look at the length and this step.
+        with suppress(IndexError):
+            while True:
+                yield self._pending.popleft()
 
     def _format_line(
         self, at: float, level: int, subject: str | RequestRecord, fields: list[str]
@@ -149,18 +183,18 @@ class LogWriter:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _LEVEL_NAMES.get(level, "info")
+        if isinstance(subject, str):
+            message = subject
+        elif self._as_json:
+            message, fields = "pull", [encode_request(subject)]
+        else:
+            message, fields = format_request(subject)
         if self._as_json:
-            rest = (
-                ",".join((_to_json(subject), *fields))
-                if isinstance(subject, str)
-                else f'"pull",{encode_request(subject)}'
-            )
+            rest = ",".join((_to_json(message), *fields))
             return f'{{"time":"{stamp}","level":"{name}","message":{rest}}}\n'
-        if not isinstance(subject, str):
-            subject, fields = format_request(subject)
         # On a terminal, the date would be a tenth of the line.
         time_of_day = stamp.partition("T")[2]
-        return " ".join((f"{time_of_day} {name:7} {_sanitize(subject)}", *fields)).rstrip() + "\n"
+        return " ".join((f"{time_of_day} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
 
 
 # --- encoding -------------------------------------------------------------------------------------
@@ -203,44 +237,7 @@ def _quote(value: object) -> str:
     return json.dumps(text) if not text or any(char in text for char in ' ="') else text
 
 
-# --- the log of libraries -------------------------------------------------------------------------
-
-
-class _LibraryLogHandler(logging.Handler):
-    """Writes the records of libraries as our lines. A traceback becomes its last line."""
-
-    def __init__(self, writer: LogWriter) -> None:
-        super().__init__()
-        self._writer = writer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        if not self._writer.is_enabled(record.levelno):
-            return
-        fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            fields["error"] = f"{type(error).__name__}: {error}"
-        self._writer.write(record.levelno, record.getMessage(), fields)
-
-
-class _RepeatFilter(logging.Filter):
-    """Limits repeated records: aiohttp's server logs several for each malformed request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._limit = BurstLimit()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is written."""
-        kind = record.exc_info[0] if record.exc_info else None
-        if kind is not None and kind.__module__ == _MALFORMED_HTTP:
-            record.levelno = logging.INFO  # The client's fault, and its response is a 400.
-        suppressed = self._limit.admit(record.msg if isinstance(record.msg, str) else "")
-        if suppressed is None:
-            return False
-        record.fields = {"suppressed": suppressed} if suppressed else {}
-        return True
+# --- repeated lines -------------------------------------------------------------------------------
 
 
 class BurstLimit:
@@ -261,22 +258,6 @@ class BurstLimit:
             self._bursts.clear()
         self._bursts[key] = (started, count + 1)
         return 0 if count < _BURST_LINES else None
-
-
-def configure_logging(
-    settings: Log, stream: LineStream | None = None, schedule: Schedule | None = None
-) -> LogWriter:
-    """Set up logging of this process as ``settings`` says, and return the writer of its lines.
-
-    ``stream``: None is standard output. ``schedule``: see :class:`LogWriter`.
-    """
-    writer = LogWriter(settings, stream or sys.stdout, schedule)
-    root = logging.getLogger()
-    root.handlers = [_LibraryLogHandler(writer)]
-    root.setLevel(logging.WARNING)
-    logging.raiseExceptions = False
-    logging.getLogger("aiohttp.server").filters = [_RepeatFilter()]
-    return writer
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -454,14 +435,14 @@ def approximate_size(size: int) -> str:
 
 @lru_cache(4096)
 def _encode_shared(*values: str | int) -> str:
-    """Encode, as JSON, the fields that are the same for many requests."""
-    fields = list(zip(_SHARED, values, strict=True))
-    has_digest, has_agent = values[-3] != "", values[-1] != ""
-    shown = (
-        (key, value)
-        for key, value in fields
-        if (value != "" or has_digest) and (key != "user_agent" or has_agent)
-    )
+    """Encode, as JSON, the fields that are the same for many requests.
+
+    ``values``: those of ``_SHARED``, in this order. Empty ones are left out. But a request that
+    names content has all of them except for the user agent.
+    """
+    fields = dict(zip(_SHARED, values, strict=True))
+    optional = _SHARED if fields["digest"] == "" else ("user_agent",)
+    shown = [(key, value) for key, value in fields.items() if value != "" or key not in optional]
     return ",".join(_encode_field(key, value, is_json=True) for key, value in shown)
 
 

@@ -132,6 +132,16 @@ class ContentService:
         decision = freshness.decide_access(access_record, self.upstream(repository), self.now())
         return isinstance(decision, freshness.Fresh)
 
+    async def read_small(self, digest: Digest, limit: int) -> bytes | None:
+        """Read content from disk, once for all who want it at the same time.
+
+        See :meth:`mirror.store.blobs.BlobStore.read`. Also raises ``Draining``.
+        """
+        key = ("read", digest, limit)
+        return await self.single_flight.run(
+            key, lambda: self.store.blobs.read(digest, limit)
+        ).wait()
+
     async def check_access(
         self, request: ContentRequest, timeout: float | None = None
     ) -> int | None:

@@ -21,7 +21,6 @@ from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
     SCHEMA1_TYPES,
-    Manifest,
     sniff_media_type,
 )
 from mirror.oci.errors import (
@@ -38,7 +37,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, current_for
+from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, make_is_current
 from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
@@ -135,14 +134,14 @@ class ManifestService:
         if access_record.media_type.lower() in SCHEMA1_TYPES:
             body = await self._read_schema1(repository, digest)
         else:
-            body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
+            body = await self._content.read_small(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         parsed, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
         if not await self._is_recorded(repository, access_record, records):
             root = replace(records[0], expires_at=access_record.expires_at)
             await self._put_records(repository, [root, *records[1:]])
-        return self._remember(repository, _result_of(digest, body, parsed))
+        return self._remember(repository, ManifestResult.of_body(digest, body, parsed))
 
     async def _is_recorded(
         self, repository: Repository, recorded: AccessRecord, records: list[AccessRecord]
@@ -231,7 +230,7 @@ class ManifestService:
         if root is None:
             root = manifest_record(digest, sniff_media_type(body), len(body))
         parsed, records = await parse_in_thread_if_large(parse_with_records, body, root)
-        result = _result_of(digest, body, parsed)
+        result = ManifestResult.of_body(digest, body, parsed)
         if request.pull.outcome is Outcome.STALE:
             return result  # The upstream has not confirmed it: the next request asks again.
         await self._put_records(repository, records)
@@ -243,7 +242,7 @@ class ManifestService:
         A node that has a base layer never requests it again. If recency were kept by layer, the
         layers that most images share would be evicted first.
         """
-        result = replace(result, is_current=current_for(MEMORY_TTL_S))
+        result = replace(result, is_current=make_is_current(MEMORY_TTL_S))
         self._results[repository, result.digest] = result
         if result.parsed is not None:
             parts = (*result.parsed.children, *result.parsed.blobs)
@@ -329,18 +328,19 @@ class ManifestService:
             if found is None:
                 return None, None
             known = self._remember_tag(key, found)
-        record, is_known = known
+        record, is_record_current = known
         cached = await self._find_newest(repository, record)
         if cached is None:
             return record, None
 
         def is_current() -> bool:
-            return is_known() and cached.is_current() and self._is_fresh(repository, record, cached)
+            is_unchanged = is_record_current() and cached.is_current()
+            return is_unchanged and self._is_fresh(repository, record, cached)
 
         return record, replace(cached, is_current=is_current)
 
     def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsCurrent]:
-        self._records[key] = known = record, current_for(MEMORY_TTL_S)
+        self._records[key] = known = record, make_is_current(MEMORY_TTL_S)
         return known
 
     async def _find_newest(
@@ -487,10 +487,6 @@ class ManifestService:
 def _weight(result: ManifestResult) -> int:
     """Estimate the bytes of memory that a result takes: its body, and its parsed form."""
     return 1024 + 3 * (result.size or 0)
-
-
-def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
-    return ManifestResult(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 
 def _schema1_key(repository: Repository, digest: Digest) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from mirror.oci.descriptor import Manifest
 from mirror.oci.reference import Digest
@@ -21,8 +21,8 @@ IsCurrent: TypeAlias = Callable[[], bool]
 """Returns whether the same request would have the same result now. Cheap, and asks nobody."""
 
 
-def current_for(seconds: float) -> IsCurrent:
-    """Return a function that is true for ``seconds`` from now on."""
+def make_is_current(seconds: float) -> IsCurrent:
+    """Make a function that returns True for ``seconds`` from now on, and False after that."""
     until = time.monotonic() + seconds
     return lambda: time.monotonic() < until
 
@@ -44,6 +44,11 @@ class ManifestResult:
     """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
     is_current: IsCurrent = field(default=is_never_current, compare=False)
+
+    @classmethod
+    def of_body(cls, digest: Digest, body: bytes, parsed: Manifest) -> Self:
+        """Return the result of a manifest that is at hand as a whole."""
+        return cls(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ Lives here: admission before anything else, the choice of the service for a requ
 in memory. Must not know: HTTP.
 
 Every image has a config blob of a few kilobytes. To open its file takes several hops to threads,
-which cost seven times as much as a response from memory.
+which cost seven times as much as a response from memory. So blobs of at most 64 KiB that their
+repository may read without the upstream are kept in memory for a moment.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mirror.pull.results import (
     ManifestResult,
     RepositoriesResult,
     TagsResult,
-    current_for,
+    make_is_current,
 )
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
@@ -159,11 +160,11 @@ class PullService:
         is_small = size is not None and size <= _MAX_BLOB_BYTES
         if not is_small or not self._content.may_read_unasked(repository, record):
             return None
-        body = await self._content.store.blobs.read(digest, _MAX_BLOB_BYTES)
+        body = await self._content.read_small(digest, _MAX_BLOB_BYTES)
         if body is None:
             return None
         self._content.store.blobs.mark_used((digest,))
-        small = BlobResult(digest, len(body), body, current_for(MEMORY_TTL_S))
+        small = BlobResult(digest, len(body), body, make_is_current(MEMORY_TTL_S))
         self._small_blobs[repository, digest] = small
         return small
 

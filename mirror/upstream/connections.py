@@ -1,8 +1,8 @@
-"""What connections need beside sockets: their reuse, addresses of names, TLS, our own addresses.
+"""What connections need beside sockets: addresses of names, TLS settings, our own addresses.
 
-Lives here: which connections may be used again, the resolver of one upstream, the TLS settings of
-its connections, and the addresses at which this mirror listens. Must not know: which names and
-addresses are allowed (the outbound guard decides), requests.
+Lives here: the resolver of one upstream, the TLS settings of its connections, and the addresses at
+which this mirror listens. Must not know: which names and addresses are allowed (the outbound guard
+decides), requests.
 
 ``getaddrinfo`` cannot be cancelled, and takes up to minutes if no name server responds. With a pool
 of threads, names that hang would delay all others. So each name has its own thread, and each
@@ -16,9 +16,8 @@ import socket
 import ssl
 from collections.abc import Collection
 from functools import cache, partial
-from typing import Any, Final
+from typing import Final
 
-import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from mirror.threads import HangingCalls
@@ -28,22 +27,6 @@ _MAX_LOOKUPS: Final = 16
 endpoints, its token service, its storage. Only a hostile one redirects to more."""
 _UNUSED_ADDRESSES: Final = ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1"))
 """Addresses that no host has (RFC 5737, RFC 3849). The route to them shows our own addresses."""
-
-
-class Connector(aiohttp.TCPConnector):
-    """Opens connections, and keeps those that may be used again."""
-
-    async def _get(self, *arguments: Any) -> aiohttp.connector.Connection | None:
-        """Return a connection that is used again. None: there is none.
-
-        aiohttp keeps a connection once its response has ended. Bytes that the upstream sends after
-        that would be the response to the next request. See :class:`aiohttp.BaseConnector`.
-        """
-        while (connection := await super()._get(*arguments)) is not None:
-            if connection.protocol is not None and not connection.protocol.should_close:
-                break
-            connection.close()
-        return connection
 
 
 class Resolver(AbstractResolver):

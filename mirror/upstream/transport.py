@@ -26,8 +26,8 @@ from yarl import URL
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
 from mirror.oci import errors
-from mirror.upstream.body_receiver import BodyReceiver, take_over
-from mirror.upstream.connections import Connector, Resolver, tls_context
+from mirror.upstream.body_receiver import BodyReceiver, UpstreamConnector, take_over
+from mirror.upstream.connections import Resolver, tls_context
 from mirror.upstream.failures import Hop, ResponseLimit, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
     CONFIGURED,
@@ -159,15 +159,13 @@ class Transport:
         if is_own and settings.client_certificate is not None:
             certificate = settings.client_certificate, settings.client_key
         return aiohttp.ClientSession(
-            connector=Connector(
+            connector=UpstreamConnector(
                 resolver=self._resolver,
                 socket_factory=partial(addresses.open_socket, own_addresses=self._own_addresses),
                 ssl=tls_context(settings.ca, certificate, settings.insecure),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
-                # If a body ends while its socket is paused, aiohttp starts the timer of `sock_read`
-                # on the idle connection, and the next request on it would fail at once.
-                keepalive_timeout=min(_KEEPALIVE_S, self._limits.idle / 2),
+                keepalive_timeout=_KEEPALIVE_S,
             ),
             response_class=_PeerResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -175,7 +173,7 @@ class Transport:
             requote_redirect_url=False,
             headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
             # `connect` limits names and the wait for a free connection, too. Until the headers are
-            # in, `ResponseLimit` applies, and then `limits.idle` (see `_send`).
+            # in, `ResponseLimit` applies, and then `limits.idle` (see `read_chunks`).
             timeout=aiohttp.ClientTimeout(
                 total=None,
                 connect=self._limits.connect + self._limits.headers,
@@ -308,12 +306,7 @@ class Transport:
         session = self._session(addresses, is_own=target.is_same_origin)
         try:
             async with asyncio.timeout_at(limit.deadline):
-                response = await _request(session, method, url, proxy, headers=headers, data=data)
-            connection = response.connection
-            if connection is not None and connection.protocol is not None:
-                connection.protocol.read_timeout = self._limits.idle
-                connection.protocol.start_timeout()
-            return response
+                return await _request(session, method, url, proxy, headers=headers, data=data)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             os_error = getattr(error, "os_error", error)
             if isinstance(os_error, AddressRefused):
@@ -442,7 +435,8 @@ async def read_chunks(
     try:
         while received != expected:
             waiting_since = time.monotonic()
-            chunk = await (receiver.readany(limits.idle) if receiver else content.readany())
+            async with asyncio.timeout(limits.idle):
+                chunk = await (receiver or content).readany()
             waited_s += time.monotonic() - waiting_since
             if not chunk:
                 break

@@ -5,7 +5,7 @@ how content is obtained, how a request is parsed.
 
 Theory of operation: many nodes pull the same image, and send the same few requests, byte for byte.
 aiohttp's parser, its task for each request, and our way through ``handler.py`` take three quarters
-of the time of a small answer. So the bytes of a request are the key of its answer.
+of the time of a small response. So it is remembered as the *answer* to the bytes of its request.
 
 - **Framing cannot differ.** Only a connection that has sent nothing but whole requests without a
   body is answered here, and only while aiohttp waits for the next one. :func:`is_whole_request` is
@@ -18,7 +18,8 @@ of the time of a small answer. So the bytes of a request are the key of its answ
 - **A request is a request.** Each has its own record, id and events. The client is the peer of the
   connection. Behind a trusted proxy, it is not, so nothing is answered here if one is configured.
 - **Memory is bounded.** All answers are forgotten if they exceed a limit. An answer is written only
-  if nothing else waits to be written, so a client that does not read leaves one at most.
+  if nothing else waits to be written. A client that reads nothing for a minute is cut off, whatever
+  it was sent.
 
 Of aiohttp's ``RequestHandler`` this uses ``_waiter``, which is pending while a connection is idle,
 ``_request_count``, the requests that were parsed, and the time at which an idle connection is
@@ -32,6 +33,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Final
 
 from aiohttp import web
@@ -43,6 +45,8 @@ from mirror.observability.events import (
     RequestRecord,
     RequestStarted,
 )
+from mirror.web import client_socket
+from mirror.web.client_socket import StallWatch, abort_connection
 from mirror.web.health import Health
 from mirror.web.streaming import SingleWriteResponse, format_date
 
@@ -87,7 +91,7 @@ class Answer:
     Nothing is computed until it is given again: most requests are never repeated.
     """
 
-    __slots__ = ("_head", "_record", "_request_id", "_stages", "response")
+    __slots__ = ("_header", "_record", "_request_id", "_stages", "response")
 
     def __init__(
         self, response: SingleWriteResponse, record: RequestRecord, request_id: str
@@ -103,13 +107,14 @@ class Answer:
         self.response = response
         self._record = record
         self._request_id = request_id
-        self._head = ""
+        self._header = ""
+        """The header, to be filled in (see :func:`_build_header`). Empty until it is needed."""
         self._stages: tuple[str, ...] = ()
 
     def begin(self, client: str, started: float, seconds: float) -> RequestRecord:
         """Return the record of a further request. ``seconds`` have passed since ``started``."""
-        if not self._head:
-            self._head = _build_head(self.response)
+        if not self._header:
+            self._header = _build_header(self.response)
             self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
         first = self._record
         return RequestRecord(
@@ -138,11 +143,11 @@ class Answer:
     def render(self, request_id: str, seconds: float) -> bytes:
         """Return the bytes of the response. ``seconds``: the duration of the request so far."""
         durations = (seconds * 1000,) * (len(self._stages) + 1)
-        head = self._head % (request_id, *durations, format_date(int(time.time())))
-        return head.encode() + self.response.content
+        header = self._header % (request_id, *durations, format_date(int(time.time())))
+        return header.encode() + self.response.content
 
 
-def _build_head(response: SingleWriteResponse) -> str:
+def _build_header(response: SingleWriteResponse) -> str:
     """Return the header of a response that was sent, to be filled in for each request.
 
     ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
@@ -169,6 +174,8 @@ class RepeatedRequests:
         self.emit = emit
         self._answers: dict[bytes, Answer] = {}
         self._bytes = 0
+        self._forgotten_at = 0.0
+        """Time (monotonic, in seconds) at which all answers were forgotten last."""
 
     def find(self, data: bytes) -> Answer | None:
         """Return the answer to the bytes of a request. It need not be current any more."""
@@ -181,9 +188,13 @@ class RepeatedRequests:
             self._bytes -= _size(data, answer.response)
 
     def forget_all(self) -> None:
-        """Forget all answers: the configuration has changed, or there are too many."""
+        """Forget all answers, also those of requests that are being handled.
+
+        The configuration has changed, or there are too many.
+        """
         self._answers.clear()
         self._bytes = 0
+        self._forgotten_at = time.monotonic()
 
     def remember(
         self, request: web.BaseRequest, response: SingleWriteResponse, pull: RequestRecord
@@ -199,6 +210,8 @@ class RepeatedRequests:
         data = connection.request_bytes if isinstance(connection, RepeatingConnection) else b""
         if not data or pull.outcome is not Outcome.HIT or not response.is_current():
             return
+        if pull.started <= self._forgotten_at:
+            return
         is_given = request.headers.get("X-Request-Id") == pull.request_id
         self.forget(data)
         if self._bytes + _size(data, response) > _MAX_BYTES:
@@ -208,30 +221,61 @@ class RepeatedRequests:
 
 
 def _size(data: bytes, response: SingleWriteResponse) -> int:
-    return _EXTRA_BYTES + len(data) + len(response.content)
+    # The record has the path and the user agent, which can be most of the request, once more.
+    return _EXTRA_BYTES + 2 * len(data) + len(response.content)
 
 
 class RepeatingConnection(web.RequestHandler):
     """aiohttp's connection, which answers repeated requests itself."""
 
-    __slots__ = ("_client", "_is_framed", "_is_new", "_repeated", "request_bytes")
+    __slots__ = ("_client", "_is_framed", "_is_new", "_repeated", "_stall_watch", "request_bytes")
 
     def __init__(self, repeated: RepeatedRequests, *arguments: Any, **options: Any) -> None:
         """Create a connection. ``repeated`` has the answers, the others are those of aiohttp."""
         super().__init__(*arguments, **options)
         self._repeated = repeated
         self._client = ""
+        self._stall_watch: StallWatch | None = None
+        """Watches the client while bytes wait for it in the transport."""
         self._is_new = True
+        """Whether no byte has come yet."""
         self._is_framed = True
-        """Whether all bytes so far were whole requests, for us and for the parser of aiohttp."""
+        """Whether all bytes before the latest ones were whole requests, for us and for aiohttp."""
         self.request_bytes = b""
-        """The bytes of the request that is being answered, if it may be remembered."""
+        """The bytes of the request that is being answered. Empty if it may not be remembered.
+        :meth:`RepeatedRequests.remember` reads them."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the address of the client."""
         super().connection_made(transport)
+        assert isinstance(transport, asyncio.Transport)
+        # Writing is paused while the kernel has not taken all bytes. So a response ends once they
+        # are sent, and the next one does not add to them. (With TLS, another 64 KiB do not count.)
+        transport.set_write_buffer_limits(high=1)
         peer = transport.get_extra_info("peername")
         self._client = str(peer[0]) if peer else ""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Watch the client no more."""
+        self._stop_stall_watch()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Watch the client, whatever the bytes belong to. A closed connection sends them, too."""
+        super().pause_writing()
+        if self.transport is not None:
+            abort = partial(abort_connection, self.transport, is_reset=True)
+            seconds = client_socket.CLIENT_STALL_TIMEOUT_S
+            self._stall_watch = StallWatch(self.transport, seconds, abort)
+
+    def resume_writing(self) -> None:
+        """Watch the client no more: the kernel has all bytes."""
+        self._stop_stall_watch()
+        super().resume_writing()
+
+    def _stop_stall_watch(self) -> None:
+        if self._stall_watch is not None:
+            self._stall_watch.stop()
 
     def data_received(self, data: bytes) -> None:
         """Answer a repeated request. Everything else is for aiohttp."""

@@ -45,17 +45,16 @@ from mirror.oci.reference import Digest
 from mirror.pull.results import IsCurrent
 from mirror.store.reader import FileExtent, MemoryExtent, Reader
 from mirror.threads import DISK_READS
+from mirror.web import client_socket
 from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
 
-CLIENT_STALL_TIMEOUT_S: Final = 60.0
-"""Seconds for which a client may acknowledge no byte. A client that reads slowly has no limit."""
 _MAX_SEND_BYTES: Final = 4 * 1024 * 1024
 """Bytes in one send. The metrics are updated after each, and would jump with larger ones."""
 _FIRST_SEND_BYTES: Final = 64 * 1024
 """Bytes in the first send. Its end is recorded as the time to the first byte, so it is small."""
 _SINGLE_WRITE_BYTES: Final = 64 * 1024
-"""Bytes of a body in memory that is written at once. A client that does not read occupies at
-most this much memory, so no time limit is needed."""
+"""Bytes of a body in memory that is written at once. So many wait in memory for a client that does
+not read, and twice as many with TLS (see ``RepeatingConnection.connection_made``)."""
 _COPY_BYTES: Final = 256 * 1024
 """Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
 makes more hops, a larger one needs more memory for each client."""
@@ -270,7 +269,8 @@ class Sender:
         try:
             with pull.stage("send"):
                 pull.status = response.status
-                async with abort_stalled_client(request.transport, CLIENT_STALL_TIMEOUT_S):
+                seconds = client_socket.CLIENT_STALL_TIMEOUT_S
+                async with abort_stalled_client(request.transport, seconds):
                     await response.prepare(request)
                     yield
                     await response.write_eof()

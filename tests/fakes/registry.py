@@ -17,7 +17,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -76,6 +77,10 @@ class Fault:
     http10: bool = False
     extra: bytes = b""
     """Bytes after the announced length."""
+    surplus: bytes = b""
+    """Bytes after the end of the response, on a connection that stays open."""
+    surplus_gate: asyncio.Event | None = None
+    """The surplus is sent after this event. None: in one packet with the end of the response."""
     drop_headers: tuple[str, ...] = ()
     rate: int | None = None
     """Bytes per second."""
@@ -138,6 +143,11 @@ class FakeRegistry:
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- set up by a test --------------------------------------------------------------------
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that nobody has closed."""
+        return len(self._tasks)
 
     @property
     def url(self) -> str:
@@ -333,11 +343,17 @@ class FakeRegistry:
             headers.pop(name, None)
         version = "1.0" if fault.http10 else "1.1"
         lines = [f"HTTP/{version} {status} Status", *(f"{k}: {v}" for k, v in headers.items())]
-        writer.write("\r\n".join((*lines, "", "")).encode("latin-1"))
-        await writer.drain()
-        if seen.method == "HEAD" or status in (204, 304):
-            return True
-        return await self._send_body(writer, fault, body + fault.extra, framed)
+        with _packed(writer, fault):
+            writer.write("\r\n".join((*lines, "", "")).encode("latin-1"))
+            await writer.drain()
+            stays_open = True
+            if seen.method != "HEAD" and status not in (204, 304):
+                stays_open = await self._send_body(writer, fault, body + fault.extra, framed)
+            if fault.surplus_gate is not None:
+                await fault.surplus_gate.wait()
+            writer.write(fault.surplus)
+            await writer.drain()
+        return stays_open
 
     async def _send_body(
         self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, framed: bool
@@ -363,7 +379,7 @@ class FakeRegistry:
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
-        return framed and fault.end_at is None and "Content-Length" not in fault.drop_headers
+        return framed and fault.end_at is None and not fault.extra
 
     async def _send_pieces(
         self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, stop: int, start: int = 0
@@ -451,6 +467,18 @@ class FakeRegistry:
             headers["Link"] = f'<{target}>; rel="next"'
         body = json.dumps({"name": repository, "tags": names[start:stop]}).encode()
         return 200, headers, body
+
+
+@contextmanager
+def _packed(writer: asyncio.StreamWriter, fault: Fault) -> Iterator[None]:
+    """Send the end of a response in one packet with its surplus (``TCP_CORK``, tcp(7))."""
+    is_packed = fault.surplus != b"" and fault.surplus_gate is None
+    connection = writer.get_extra_info("socket")
+    if is_packed:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    yield
+    if is_packed:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def _flip(body: bytes, offset: int) -> bytes:

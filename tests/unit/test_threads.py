@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from mirror.threads import HangingCalls, TooManyHangingCalls, run_in_thread
+from mirror.threads import (
+    HangingCalls,
+    TooManyHangingCalls,
+    call_soon_from_any_thread,
+    run_in_thread,
+)
 
 
 async def test_work_in_a_thread_returns_its_result_and_raises_its_exception() -> None:
@@ -92,3 +98,36 @@ def test_call_that_hangs_does_not_delay_the_end_of_its_event_loop() -> None:
     gate.set()
     thread.join(5)
     assert not calls.is_running("key")
+
+
+# --- call_soon_from_any_thread --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_in_thread", [False, True], ids=["on-the-loop", "in-a-thread"])
+async def test_idle_loop_calls_the_function_at_once(is_in_thread: bool) -> None:
+    call_soon, called = call_soon_from_any_thread(), asyncio.Event()
+
+    def request() -> None:
+        time.sleep(0.1)  # The loop waits for something to happen.
+        call_soon(called.set)
+
+    if is_in_thread:
+        threading.Thread(target=request).start()
+    else:
+        call_soon(called.set)
+    started = time.monotonic()
+    async with asyncio.timeout(30):
+        await called.wait()
+    assert time.monotonic() - started < 20
+
+
+def test_function_for_a_loop_that_has_ended_is_not_called() -> None:
+    async def get() -> Callable[[Callable[[], None]], None]:
+        return call_soon_from_any_thread()
+
+    called: list[bool] = []
+    call_soon = asyncio.run(get())
+    thread = threading.Thread(target=call_soon, args=(lambda: called.append(True),))
+    thread.start()
+    thread.join()
+    assert called == []

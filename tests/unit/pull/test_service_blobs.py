@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
 from mirror.observability.events import DigestMismatched, Outcome
-from mirror.oci.errors import BlobUnknown
+from mirror.oci.errors import BlobUnknown, MirrorError
 from mirror.oci.reference import Digest
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
     TAG,
     PullKit,
+    Stream,
     a_pull,
     blob,
     manifest,
@@ -22,6 +24,7 @@ from tests.unit.pull.kit import (
     upstream,
 )
 from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 SMALL = random_bytes(64 * 1024, 1)
 LARGE = random_bytes(64 * 1024 + 1, 2)
@@ -91,6 +94,55 @@ async def test_small_blob_that_was_damaged_is_quarantined_and_fetched_again_at_t
             "disk"
         ]
         assert len(list((tmp_path / "quarantine").iterdir())) == 1
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("is_manifest", [False, True], ids=["blob", "manifest"])
+async def test_file_is_read_once_for_clients_that_come_at_once(
+    is_manifest: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pull_kit(tmp_path) as kit:
+        await pull_image(kit, SMALL)
+        kit.service._manifests._results.clear()
+        reads, gate, read = 0, asyncio.Event(), kit.store.blobs.read
+
+        async def read_slowly(digest: Digest, limit: int) -> bytes | None:
+            nonlocal reads
+            reads += 1
+            await gate.wait()
+            return await read(digest, limit)
+
+        monkeypatch.setattr(kit.store.blobs, "read", read_slowly)
+
+        async def pull() -> Outcome:
+            if is_manifest:
+                return (await manifest(kit))[1]
+            return (await blob(kit, Digest.of(SMALL)))[1]
+
+        async with asyncio.TaskGroup() as group:
+            clients = [group.create_task(pull()) for _ in range(10)]
+            await until(lambda: reads > 0)
+            clients[0].cancel()
+            gate.set()
+        assert [client.result() for client in clients[1:]] == [Outcome.HIT] * 9
+        assert reads == 1
+
+
+async def test_unexpected_error_of_a_fetch_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def break_stream(stream: Stream) -> None:
+        raise ZeroDivisionError("a fault of the program")
+
+    async with pull_kit(tmp_path) as kit:
+        digest = kit.registry.add_blob(REPO.path, LARGE)
+        kit.registry.streams.append(break_stream)
+        with pytest.raises(MirrorError):
+            await blob(kit, digest)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("asyncio", "ERROR")
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], ZeroDivisionError)
 
 
 async def test_blob_in_memory_is_not_served_to_another_repository(tmp_path: Path) -> None:

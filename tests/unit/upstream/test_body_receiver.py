@@ -1,16 +1,18 @@
-"""Large bodies: by both kinds of connections, with faults, and while nobody reads."""
+"""Large bodies: by both kinds of connections, with faults, unread. Bytes after any body."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from mirror.observability.events import Kind
-from mirror.oci.errors import UpstreamTimeout, UpstreamUnavailable
+from mirror.oci.errors import BlobUnknown, UpstreamTimeout, UpstreamUnavailable
 from mirror.oci.reference import Digest
 from mirror.upstream import body_receiver, transport
 from mirror.upstream.body_receiver import BodyReceiver
@@ -114,13 +116,127 @@ async def test_large_body_that_stops_gives_what_arrived_and_a_timeout(
         assert len(receivers) == 1
 
 
-async def test_bytes_after_a_large_body_close_the_connection() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest = fake.add_blob(BODY)
-        fake.fault(f"blobs/{digest}", Fault(extra=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
-        assert await kit.read(digest) == BODY
-        assert await kit.read(digest) == BODY
+async def test_large_body_is_whole_if_a_tls_upstream_closes_right_after_it(
+    tmp_path: Path, receivers: list[BodyReceiver]
+) -> None:
+    certificate = Certificate.make(tmp_path)
+    async with (
+        FakeRegistry(tls_server(certificate)) as fake,
+        upstream_kit(fake.url, ca=str(certificate.cert_file)) as kit,
+    ):
+        for size in range(2_000_000, 2_500_000, 100_000):
+            digest = fake.add_blob(BODY[:size])
+            closing = Fault(headers={"Connection": "close"}, end_at=size)
+            fake.fault(f"blobs/{digest}", closing)
+            assert await kit.read(digest) == BODY[:size]
+        assert len(receivers) == fake.connections == 5
+
+
+# --- bytes after a body ---------------------------------------------------------------------------
+
+OTHER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nDocker-Content-Digest: sha256:0\r\n\r\nWRONG"
+HALF = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf of it"
+EMPTY = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\n\r\n"
+"""What some servers send on a connection that is idle for too long."""
+SURPLUS = {"other": OTHER, "half": HALF, "junk": b"junk"}
+FRAMINGS: dict[str, tuple[bytes, Fault]] = {
+    "empty": (b"", Fault()),
+    "small": (b"small", Fault()),
+    "medium": (BODY[:200_000], Fault()),
+    "chunked": (BODY[:200_000], Fault(chunked=True)),
+    "large": (BODY, Fault()),
+    "missing": (b"", Fault(status=404, body=b"{}")),
+}
+
+
+@asynccontextmanager
+async def followed(
+    body: bytes, fault: Fault, tls: Certificate | None = None
+) -> AsyncIterator[tuple[Kit, Digest]]:
+    """Yield a blob, and ``fault`` for it. Afterwards, ask for another one.
+
+    Fails unless the connection of the first response was closed.
+    """
+    ca = str(tls.cert_file) if tls else None
+    async with (
+        FakeRegistry(tls_server(tls) if tls else None) as fake,
+        upstream_kit(fake.url, ca=ca) as kit,
+    ):
+        digest, other = fake.add_blob(body), fake.add_blob(b"other")
+        fake.fault(f"blobs/{digest}", fault)
+        yield kit, digest
+        # An idle connection would be closed later, too.
+        await until(lambda: fake.open_connections == 0, 5.0)
+        assert await kit.read(other) == b"other"
         assert fake.connections == 2
+
+
+async def read_or_miss(kit: Kit, digest: Digest, framing: str) -> None:
+    """Ask for the blob of a framing. Fails if the response is another one."""
+    body, fault = FRAMINGS[framing]
+    if fault.status is not None:
+        with pytest.raises(BlobUnknown):
+            await kit.read(digest)
+    else:
+        assert await kit.read(digest) == body
+
+
+@pytest.mark.row("U5-odd-framing")
+@pytest.mark.parametrize(
+    ("framing", "surplus"),
+    [
+        *((framing, surplus) for framing in FRAMINGS for surplus in ("other", "half")),
+        # aiohttp refuses a smaller response, because it reads all of it together with the junk.
+        *((framing, "junk") for framing in ("medium", "chunked", "large")),
+    ],
+)
+async def test_bytes_in_one_packet_with_the_end_of_a_body_are_not_the_next_response(
+    framing: str, surplus: str
+) -> None:
+    body, fault = FRAMINGS[framing]
+    async with followed(body, replace(fault, surplus=SURPLUS[surplus])) as (kit, digest):
+        await read_or_miss(kit, digest, framing)
+
+
+@pytest.mark.row("U5-odd-framing")
+@pytest.mark.parametrize(
+    "surplus",
+    [OTHER, HALF, TIMED_OUT, b"HTTP/1.", b"\n"],
+    ids=["other", "half", "408", "cut", "lf"],
+)
+@pytest.mark.parametrize("framing", FRAMINGS)
+async def test_bytes_on_an_idle_connection_are_not_the_next_response(
+    framing: str, surplus: bytes
+) -> None:
+    (body, fault), gate = FRAMINGS[framing], asyncio.Event()
+    late = replace(fault, surplus=surplus, surplus_gate=gate)
+    async with followed(body, late) as (kit, digest):
+        await read_or_miss(kit, digest, framing)
+        gate.set()
+
+
+@pytest.mark.row("U5-odd-framing")
+@pytest.mark.parametrize("is_late", [False, True], ids=["at-once", "late"])
+async def test_bytes_after_the_response_to_a_head_are_not_the_next_response(is_late: bool) -> None:
+    gate = asyncio.Event() if is_late else None
+    async with followed(BODY, Fault(surplus=EMPTY, surplus_gate=gate)) as (kit, digest):
+        assert await kit.registry.head_blob(REPO, digest) == len(BODY)
+        if gate is not None:
+            gate.set()
+
+
+@pytest.mark.row("U5-odd-framing")
+@pytest.mark.parametrize("is_late", [False, True], ids=["at-once", "late"])
+async def test_bytes_after_a_large_body_over_tls_are_not_the_next_response(
+    is_late: bool, tmp_path: Path
+) -> None:
+    gate = asyncio.Event() if is_late else None
+    fault, certificate = Fault(surplus=OTHER, surplus_gate=gate), Certificate.make(tmp_path)
+    async with followed(BODY, fault, certificate) as (kit, digest):
+        assert await kit.read(digest) == BODY
+        if gate is not None:
+            gate.set()
 
 
 async def test_connection_of_a_large_body_that_is_left_is_closed(

@@ -1,4 +1,4 @@
-"""Names and TLS settings of connections, and which ones are used again."""
+"""Names and TLS settings of connections."""
 
 from __future__ import annotations
 
@@ -12,42 +12,7 @@ import pytest
 
 from mirror.threads import TooManyHangingCalls
 from mirror.upstream.connections import Resolver, tls_context
-from tests.fakes.registry import FakeRegistry, Fault
 from tests.real.tokens import Certificate
-from tests.unit.upstream.kit import DATA, REPO, upstream_kit
-from tests.waiting import until
-
-OTHER = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nwrong"
-"""Bytes after a body that are a response of their own."""
-
-
-@pytest.mark.row("U5-odd-framing")
-@pytest.mark.parametrize("data", [b"small", DATA, DATA * 20], ids=["small", "100 kB", "2 MB"])
-@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "later"])
-async def test_bytes_after_a_body_are_no_response_to_the_next_request(
-    data: bytes, is_late: bool
-) -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest, other = fake.add_blob(data), fake.add_blob(b"other")
-        gate = asyncio.Event()
-        stall_at = len(data) if is_late else None
-        fake.fault(f"blobs/{digest}", Fault(extra=OTHER, stall_at=stall_at, gate=gate))
-        assert await kit.read(digest) == data
-        gate.set()
-        await until(lambda: fake.bytes_sent == len(data + OTHER))
-        await asyncio.sleep(0.05)
-        assert await kit.read(other) == b"other"
-        assert await kit.read(digest) == data
-
-
-async def test_connection_is_used_again_after_each_kind_of_response() -> None:
-    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        digest, empty = fake.add_blob(DATA), fake.add_blob(b"")
-        for one in (digest, empty, empty, digest):
-            await kit.read(one)
-        assert await kit.registry.head_blob(REPO, digest) == len(DATA)
-        await kit.read(digest, offset=1000)
-        assert fake.connections == 1
 
 
 async def test_resolver_returns_each_address_with_the_port() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
+import socket
 import ssl
+import tracemalloc
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields, replace
@@ -21,13 +24,14 @@ from mirror.observability.events import Outcome, RequestEnded, RequestRecord, Re
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.threads import run_in_thread
-from mirror.web import repeated_requests
+from mirror.web import client_socket, repeated_requests
 from mirror.web.repeated_requests import RepeatingConnection, RepeatingServer, is_whole_request
 from mirror.web.streaming import SingleWriteResponse
 from tests.fakes.registry import FakeRegistry
 from tests.real.tokens import Certificate
 from tests.server_kit import Server, running
 from tests.unit.store.kit import random_bytes
+from tests.waiting import until
 
 LAYER = random_bytes(300, 81)
 BLOB = f"/v2/library/app/blobs/{Digest.of(LAYER)}"
@@ -62,6 +66,9 @@ class Wire(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return self.queued
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Nothing is buffered."""
 
     def is_closing(self) -> bool:
         return self.is_closed
@@ -472,17 +479,50 @@ async def test_tag_that_is_due_for_a_check_is_not_answered_from_memory(tmp_path:
             await client.close()
 
 
+def deny_all(server: Server) -> None:
+    """Apply a configuration that does not admit the image."""
+    one = server.running_server
+    denying = one.settings.upstreams["docker.io"].model_copy(update={"deny": ("library/*",)})
+    upstreams = {**one.settings.upstreams, "docker.io": denying}
+    one.apply(one.settings.model_copy(update={"upstreams": upstreams}))
+
+
 async def test_new_configuration_forgets_all_answers(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, server):
         client, _ = await answered(server, a_request())
-        one = server.running_server
-        denying = one.settings.upstreams["docker.io"].model_copy(update={"deny": ("library/*",)})
-        upstreams = {**one.settings.upstreams, "docker.io": denying}
-        one.apply(one.settings.model_copy(update={"upstreams": upstreams}))
+        deny_all(server)
         assert client.send_at_once(a_request()) == b""
         await client.wait()
         assert b"HTTP/1.1 403" in client.wire.written
         await client.close()
+
+
+@pytest.mark.parametrize("path", [BLOB, TAG], ids=["blob", "tag"])
+async def test_answer_to_a_request_that_began_before_a_new_configuration_is_not_remembered(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path) as (_, server):
+        store, started, gate = server.store.blobs, asyncio.Event(), asyncio.Event()
+        read = store.read
+
+        async def read_slowly(*arguments: Any) -> bytes | None:
+            started.set()
+            await gate.wait()
+            return await read(*arguments)
+
+        monkeypatch.setattr(store, "read", read_slowly)
+        server.running_server.service._small_blobs.clear()
+        server.running_server.service._manifests._results.clear()
+        client, other = Client(server), Client(server)
+        client.connection.data_received(a_request(path))
+        await started.wait()
+        deny_all(server)
+        gate.set()
+        await client.wait()
+        assert client.wire.written.startswith(b"HTTP/1.1 200")
+        assert (await other.send(a_request(path))).startswith(b"HTTP/1.1 403")
+        for each in (client, other):
+            await each.close()
 
 
 async def test_draining_server_gives_no_answer_from_memory(tmp_path: Path) -> None:
@@ -553,6 +593,118 @@ async def test_answers_in_memory_are_bounded(
             assert answers._bytes == sum(sizes) <= 10_000
         assert 0 < len(sizes) < 7
         await client.close()
+
+
+async def test_answers_take_no_more_memory_than_is_counted(tmp_path: Path) -> None:
+    count = 100
+    async with serving(tmp_path) as (_, server):
+        answers, client = server.running_server.handler.repeated, Client(server)
+        await client.send(a_request())
+        tracemalloc.start()
+        try:
+            for number in range(count):
+                await client.send(a_request(TAG, f"User-Agent: {number}{'u' * 3800}"))
+                server.events.clear()
+                client.wire.written = b""
+            gc.collect()
+            taken = tracemalloc.get_traced_memory()[0]
+        finally:
+            tracemalloc.stop()
+        assert len(answers._answers) == count + 1
+        # Some of it belongs to the test, and to caches.
+        assert taken < 1.1 * answers._bytes
+        await client.close()
+
+
+LARGEST = random_bytes(64 * 1024, 82)
+"""The largest blob that is kept in memory."""
+
+
+@asynccontextmanager
+async def unread(
+    server: Server, monkeypatch: pytest.MonkeyPatch, certificate: Certificate | None = None
+) -> AsyncIterator[tuple[asyncio.StreamWriter, list[asyncio.Transport]]]:
+    """Connect a client that reads nothing. Yields it, and the server's ends of connections."""
+    monkeypatch.setattr(client_socket, "CLIENT_STALL_TIMEOUT_S", 0.2)
+    transports: list[asyncio.Transport] = []
+    connection_made = RepeatingConnection.connection_made
+
+    def note(self: RepeatingConnection, transport: asyncio.BaseTransport) -> None:
+        connection_made(self, transport)
+        assert isinstance(transport, asyncio.Transport)
+        transports.append(transport)
+
+    monkeypatch.setattr(RepeatingConnection, "connection_made", note)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
+    trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
+    name = "127.0.0.1" if trusted else None
+    _, writer = await asyncio.open_connection(
+        sock=connection, ssl=trusted, server_hostname=name, limit=1024
+    )
+    try:
+        yield writer, transports
+    finally:
+        writer.transport.abort()
+
+
+def small_buffer(transport: asyncio.Transport) -> None:
+    """Let the kernel take only a few bytes that the client has not read."""
+    connection = transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+def is_reset(writer: asyncio.StreamWriter) -> bool:
+    """Return whether the server has reset the connection, of which nothing is read."""
+    connection = writer.get_extra_info("socket")
+    return bool(writer.is_closing() or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
+
+@pytest.mark.row("HC7-slow-attacks")
+@pytest.mark.parametrize("is_tls", [False, True], ids=["plain", "tls"])
+async def test_client_that_reads_none_of_its_small_responses_is_cut_off(
+    tmp_path: Path, is_tls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The responses are written at once, by both ways."""
+    certificate = Certificate.make(tmp_path) if is_tls else None
+    async with (
+        serving(tmp_path / "data", certificate=certificate) as (fake, server),
+        unread(server, monkeypatch, certificate) as (writer, transports),
+    ):
+        blob = server.blob(fake.add_blob(LARGEST))
+        for _ in range(2):
+            await server.get(blob)
+            await server.store.idle()
+        path = blob.removeprefix(server.url)
+        waiting: list[int] = [0]
+
+        def is_cut() -> bool:
+            waiting.extend(t.get_write_buffer_size() for t in transports if not t.is_closing())
+            return is_reset(writer)
+
+        writer.write(a_request(path) * 100)  # Pipelined.
+        await until(is_cut)
+        assert 0 < max(waiting) < len(LARGEST) + 2048
+
+
+@pytest.mark.row("HC7-slow-attacks")
+async def test_client_that_reads_no_small_response_and_sends_no_more_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        serving(tmp_path) as (fake, server),
+        unread(server, monkeypatch) as (writer, transports),
+    ):
+        blob = server.blob(fake.add_blob(LARGEST))
+        for _ in range(2):
+            await server.get(blob)
+            await server.store.idle()
+        await until(lambda: len(transports) > 0)
+        small_buffer(transports[0])
+        writer.write(a_request(blob.removeprefix(server.url)))
+        await until(lambda: is_reset(writer))
 
 
 async def test_response_that_could_not_be_sent_is_not_given_again(tmp_path: Path) -> None:
