@@ -16,7 +16,7 @@ from pathlib import Path
 from mirror.config.settings import Parallel, Storage
 from mirror.observability.events import Published
 from mirror.oci.reference import Digest, Repository, Tag, Verifier
-from mirror.pull import ramp
+from mirror.pull import pieces, ramp
 from mirror.store import disk
 from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit, read_source
 from tests.unit.store.kit import random_bytes
@@ -38,8 +38,9 @@ def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
     return made, image
 
 
-async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> None:
-    """Pull all of the image. Every byte must be right."""
+async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> int:
+    """Pull all of the image. Every byte must be right. Returns the most connections of a layer."""
+    most = 0
     async with pull_kit(root, registry=source, storage=SMALL if evict else None) as kit:
         emit = kit.events.append
 
@@ -49,8 +50,11 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             emit(event)  # type: ignore[arg-type] # an event of the kit
 
         async def blob(data: bytes) -> None:
-            result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), is_head=False)
+            nonlocal most
+            record = a_pull()
+            result = await kit.service.blob(REPOSITORY, Digest.of(data), record, is_head=False)
             got = await read_source(result.source)
+            most = max(most, record.connections)
             assert got == data or "no-digest-check" in sys.argv
 
         object.__setattr__(kit.store._ingest_context, "emit", announce)
@@ -64,6 +68,7 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             source.add_blob(REPOSITORY.path, MORE)
             await blob(MORE)
             await kit.store.idle()
+    return most
 
 
 def say(line: str) -> None:
@@ -75,6 +80,7 @@ def go_parallel(source: MemoryRegistry) -> None:
     """Let a layer be fetched by several connections: slowly, and after a short measurement."""
     ramp.MEASURE_S, ramp._MIN_REMAINING_S = 0.005, 0.01  # type: ignore[misc] # constants
     ramp._MAX_PAUSED = 1.0  # type: ignore[misc] # in so short a time, the reader takes most of it
+    pieces._FIRST_LATENCY_S = 0.01  # type: ignore[misc] # a constant
     source.parallel = Parallel(part=65_536)
 
     def slow_down(stream: Stream) -> None:
@@ -120,7 +126,8 @@ def main() -> None:
         go_parallel(source)
     elif mutant and not evict:
         plant(mutant)
-    asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
+    most = asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
+    assert most > 1 or mutant != "parallel"
 
 
 if __name__ == "__main__":

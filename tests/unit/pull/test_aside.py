@@ -196,7 +196,11 @@ class LazyPull:
     ) -> tuple[Reader, RequestRecord]:
         pull = a_pull()
         result = await self.kit.service.blob(
-            repository, self.digest, pull, head=False, select_spans=partial(bounded_spans, header)
+            repository,
+            self.digest,
+            pull,
+            is_head=False,
+            select_spans=partial(bounded_spans, header),
         )
         assert result.source is not None
         assert not isinstance(result.source, bytes)

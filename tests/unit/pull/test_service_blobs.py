@@ -56,13 +56,13 @@ async def test_blob_of_up_to_64_kib_is_served_from_memory_and_a_larger_one_from_
         await pull_image(kit, SMALL, LARGE)
         for data, is_in_memory in ((SMALL, True), (LARGE, False)):
             assert await blob(kit, Digest.of(data)) == (data, Outcome.HIT)
-            result = await kit.service.blob(REPO, Digest.of(data), a_pull(), head=False)
+            result = await kit.service.blob(REPO, Digest.of(data), a_pull(), is_head=False)
             assert isinstance(result.source, bytes) is is_in_memory
             assert result.is_current() is is_in_memory
             assert result.size == len(data)
             if result.source is not None and not isinstance(result.source, bytes):
                 result.source.close()
-        head = await kit.service.blob(REPO, Digest.of(SMALL), a_pull(), head=True)
+        head = await kit.service.blob(REPO, Digest.of(SMALL), a_pull(), is_head=True)
         assert head.size == len(SMALL)
         assert kit.registry.calls["get_blob"] == 2
 
@@ -151,7 +151,7 @@ async def test_blob_in_memory_is_not_served_to_another_repository(tmp_path: Path
         assert await blob(kit, Digest.of(SMALL)) == (SMALL, Outcome.HIT)
         for head in (False, True):
             with pytest.raises(BlobUnknown):
-                await kit.service.blob(OTHER, Digest.of(SMALL), a_pull(), head=head)
+                await kit.service.blob(OTHER, Digest.of(SMALL), a_pull(), is_head=head)
         # What the one repository may read says nothing of the other one.
         assert await blob(kit, Digest.of(SMALL)) == (SMALL, Outcome.HIT)
 
@@ -162,7 +162,7 @@ async def test_digest_of_a_manifest_is_no_blob_although_it_is_small(tmp_path: Pa
         digest, _ = await manifest(kit)
         for head in (False, True):
             with pytest.raises(BlobUnknown):
-                await kit.service.blob(REPO, digest, a_pull(), head=head)
+                await kit.service.blob(REPO, digest, a_pull(), is_head=head)
 
 
 async def test_small_blob_whose_access_has_expired_is_confirmed_first(tmp_path: Path) -> None:
