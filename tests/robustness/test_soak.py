@@ -57,7 +57,7 @@ QUOTA_BYTES = 24_000_000
 DISK_BYTES = 48_000_000
 DATA_FILES = {
     *("blobs", "ingest", "quarantine", "index", "index.lock", "index.json", "oci-layout"),
-    *("totals", "eviction.lock"),
+    *("totals", "eviction.lock", "index.json.lock"),
 }
 """All that may be in a data directory: no draft, and no damaged index."""
 OWN_ROWS = 2
