@@ -29,6 +29,8 @@ LIMITS: Final[dict[str, int]] = {
     "constants": 0,
     "names": 0,
     "parameters": 0,
+    "booleans": 0,
+    "records": 0,
     "lines": 13250,
     "cold-modules": 30,
     "cold-functions": 280,

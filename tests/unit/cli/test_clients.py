@@ -433,7 +433,7 @@ class _Refusal(BaseHTTPRequestHandler):
         self.send_header("Retry-After", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
 
     def log_message(self, *arguments: object) -> None:
         """Log nothing."""
