@@ -391,7 +391,7 @@ async def test_older_write_never_replaces_a_newer_one(
         await asyncio.wait({save})
         await until(lambda: not list(tmp_path.glob("index.json.*.tmp")))
         async with asyncio.timeout(30):
-            while newer.index.changed:
+            while newer.index.has_changed:
                 await newer.save_image_layout()
         assert f"{REPO}:{TAG}" in names(tmp_path)
 
