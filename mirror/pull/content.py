@@ -322,16 +322,17 @@ class ContentService:
                 instead.
             StorageUnavailable: Cached content cannot be opened: there are too few descriptors.
         """
-        pull, repository = request.pull, request.repository
+        pull, repository, index = request.pull, request.repository, self.store.index
+        openings, is_restoring = index.openings, index.unrestored_after is not None
         with pull.stage("index"):
             access_record = await self.access_record(repository, request.digest, request.kind)
             size = access_record.size if access_record is not None else None
             reader = await self.store.blobs.find(request.digest, size)
-            is_restoring = self.store.index.unrestored_after is not None
         if reader is not None:
             try:
-                if access_record is None and is_restoring:
-                    # The index was lost a moment ago. This record may be among those to restore.
+                if access_record is None and (is_restoring or index.openings != openings):
+                    # The index was lost a moment ago. This record may be among those to restore, or
+                    # among those that were restored since it was looked for.
                     with pull.stage("index"):
                         await self.single_flight.share(("restore parts",), self.store.restore_parts)
                         access_record = await self.access_record(

@@ -19,6 +19,7 @@ or damaged file.
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
     eviction.lock            its ``flock`` means that an eviction runs
+    index.json.lock          its ``flock`` means that ``index.json`` is being written
     totals                   the running total of all processes (see :mod:`mirror.store.space`)
 
 ``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``

@@ -22,6 +22,7 @@ from mirror.observability.events import LogMessage, Observer
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store import disk
 from mirror.store.disk import Layout
 from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 
@@ -54,7 +55,24 @@ class Draft:
         self._file: IO[str] | None = None
         self._is_ended = False
         self._lock = threading.Lock()
+        self._saving_fd: int | None = None
         self._separator = "\n"
+
+    def try_begin(self) -> bool:
+        """Return whether no other draft, of any process, has begun and not ended. Call it first.
+
+        A draft that has read its names earlier must not replace one that has read them later.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._lock:
+            if self._is_ended:
+                return False
+            fd = os.open(self._layout.root / "index.json.lock", flags, 0o644)
+            if not disk.try_lock(fd):
+                os.close(fd)
+                return False
+            self._saving_fd = fd
+            return True
 
     def add(self, names: Iterable[Iterable[NamedManifest]]) -> None:
         """Write the first manifest that is on disk of each name. Each name is added once."""
@@ -80,12 +98,18 @@ class Draft:
             self._is_ended = True
 
     def discard(self) -> None:
-        """Delete the draft, unless it was published. Other methods raise ``OSError`` after it."""
+        """End the draft, and delete it unless it was published. Others may begin then.
+
+        Other methods raise ``OSError`` after it.
+        """
         with self._lock:
             if self._file is not None and not self._is_ended:
                 self._file.close()
                 self._path.unlink(missing_ok=True)
             self._is_ended = True
+            if self._saving_fd is not None:
+                os.close(self._saving_fd)
+                self._saving_fd = None
 
     def _open(self) -> IO[str]:
         if self._is_ended:

@@ -58,6 +58,9 @@ _SLOW_SAVE_S: Final = 2.0
 _SAVE_INTERVALS: Final = 5
 """Pause after a slow write of ``index.json``, in multiples of its duration. A write of 100,000
 names takes 5 s of processor time."""
+_SAVE_LOCK_TIMEOUT_S: Final = 2.0
+"""Seconds that a write of ``index.json`` waits for one of another process. At a stop, the next
+start writes the file in its place."""
 _PINS_TIMEOUT_S: Final = 10.0
 """Seconds to wait for the pins. After that nothing is evicted, because anything may be pinned."""
 
@@ -341,12 +344,20 @@ class Store:
             self._next_save_at = end + _SAVE_INTERVALS * (end - begun)
 
     async def _write_image_layout(self, share: float) -> bool:
-        """Write ``index.json`` in steps. False if the index cannot be read, or was replaced."""
+        """Write ``index.json`` in steps.
+
+        False if the index cannot be read, or was replaced, or if another process writes the file.
+        """
         run = partial(asyncio.get_running_loop().run_in_executor, self._opening)
         draft = image_layout.Draft(self.layout)
-        openings = self.index.openings
+        deadline = time.monotonic() + _SAVE_LOCK_TIMEOUT_S
         after: int | None = 0
         try:
+            while not await run(draft.try_begin):
+                if time.monotonic() > deadline:
+                    return False
+                await asyncio.sleep(0.02)
+            openings = self.index.openings
             while after is not None:
                 begun = time.monotonic()
                 page = await self.index.names(after)

@@ -89,11 +89,13 @@ def listening(port: int) -> bool:
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float = READY_TIMEOUT) -> None:
     """Wait until ``condition`` holds; raises ``TimeoutError`` after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    begun = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        elapsed = time.monotonic() - begun
+        if elapsed > timeout:
             raise TimeoutError(f"after {timeout:.0f} s: {what}")
-        time.sleep(0.03)
+        # A condition may start a process: it is checked less often the longer it takes.
+        time.sleep(min(0.02 + elapsed / 10, 0.1))
 
 
 def run(

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from tests.real.process import Program
+from tests.real.process import Program, wait_until
 from tests.real.wire import Download, Response, ask, download
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,11 +121,10 @@ class Mirror(Program):
 
     def metric_reaches(self, value: float, name: str, **labels: str) -> bool:
         """Return whether a metric reaches ``value`` within 10 s. Some count after a response."""
-        deadline = time.monotonic() + 10
-        while self.metric(name, **labels) < value:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
+        try:
+            wait_until(lambda: self.metric(name, **labels) >= value, name, 10)
+        except TimeoutError:
+            return False
         return True
 
     def log(self) -> list[dict[str, Any]]:

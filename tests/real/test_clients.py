@@ -1,8 +1,8 @@
 """Real clients pull real images through the mirror, and again when no upstream is left.
 
 Each client runs against an upstream that is open, that wants Basic credentials, and that has a
-token service. None of them can reach the upstream itself (``test_harness.py`` shows it), so
-all their content came through the mirror.
+token service: against one of these in each run, against all in the long tests. No client can reach
+the upstream itself (``test_harness.py`` shows it), so all their content came through the mirror.
 """
 
 from __future__ import annotations
@@ -26,11 +26,27 @@ from tests.real.wire import Response
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(params=ACCESSES)
+@pytest.fixture
 def deployment(request: pytest.FixtureRequest) -> Iterator[Deployment]:
-    """Build a deployment for each form of access that an upstream may demand."""
+    """Build a deployment whose upstream demands the form of access of the parameter."""
     with deploy(cast("Access", request.param)) as made:
         yield made
+
+
+def upstream_access(chosen: Access) -> pytest.MarkDecorator:
+    """Run a test with each form of access: each time with ``chosen``, with the others when long.
+
+    No client sees this form. So it is enough for each run that every client has one, and every form
+    a client.
+    """
+    return pytest.mark.parametrize(
+        "deployment",
+        [
+            pytest.param(access, marks=() if access == chosen else pytest.mark.long)
+            for access in ACCESSES
+        ],
+        indirect=True,
+    )
 
 
 def online_then_offline(deployment: Deployment, pull: Callable[[], None]) -> None:
@@ -41,6 +57,7 @@ def online_then_offline(deployment: Deployment, pull: Callable[[], None]) -> Non
     pull()
 
 
+@upstream_access("anonymous tokens")
 def test_containerd_pulls_every_kind_of_image_online_and_offline(deployment: Deployment) -> None:
     with Containerd() as containerd:
         containerd.use("docker.io", deployment.mirror.url)
@@ -71,6 +88,7 @@ def test_containerd_pulls_every_kind_of_image_online_and_offline(deployment: Dep
         online_then_offline(deployment, pull)
 
 
+@upstream_access("basic")
 def test_docker_pulls_images_online_and_offline(deployment: Deployment) -> None:
     with Dockerd(deployment.mirror.url) as docker:
 
@@ -88,6 +106,7 @@ def test_docker_pulls_images_online_and_offline(deployment: Deployment) -> None:
         online_then_offline(deployment, pull)
 
 
+@upstream_access("tokens")
 def test_podman_pulls_images_of_two_upstreams_online_and_offline(deployment: Deployment) -> None:
     prefixes = {name: f"{deployment.mirror.host}/{name}" for name in ("docker.io", "two.example")}
     with Podman(prefixes) as podman:
@@ -112,6 +131,7 @@ def test_podman_pulls_images_of_two_upstreams_online_and_offline(deployment: Dep
         online_then_offline(deployment, pull)
 
 
+@upstream_access("open")
 def test_skopeo_copies_every_platform_and_lists_tags_online_and_offline(
     deployment: Deployment,
 ) -> None:
@@ -141,6 +161,7 @@ def test_skopeo_copies_every_platform_and_lists_tags_online_and_offline(
         online_then_offline(deployment, pull)
 
 
+@upstream_access("tokens")
 def test_http_responses_have_exact_headers_and_list_referrers_without_the_api(
     deployment: Deployment,
 ) -> None:

@@ -201,7 +201,9 @@ def _children(pid: int) -> list[str]:
 def test_process_that_outlives_the_run_fails_it_and_is_killed(tmp_path: Path) -> None:
     leak = "import subprocess\n\ndef test_leak():\n    subprocess.run(['sh', '-c', '{}'])\n"
     for command, status in (("setsid sleep 1000 & echo $! >left", 1), ("true", 0)):
-        (tmp_path / "test_leak.py").write_text(leak.format(command))
+        (tmp_path / "test_leak.py").write_text(
+            f"from tests import conftest\n\nconftest._END_TIMEOUT_S = 0.5\n{leak.format(command)}"
+        )
         inner = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "test_leak.py"],
             cwd=tmp_path,

@@ -16,7 +16,7 @@ from tests.real.wire import Download
 
 CLIENTS = 8
 # nginx sends the share of the first second at once. The rest takes three seconds.
-SMALL = pytest.param(96 << 20, 24 << 20, id="96MiB")
+SMALL = pytest.param(48 << 20, 12 << 20, id="48MiB")
 LARGE = pytest.param(512 << 20, 100_000_000, id="512MiB", marks=pytest.mark.long)
 
 

@@ -16,6 +16,7 @@ from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index_directory, rows
+from mirror.store.blobs import WholeReader
 from mirror.store.store import Store
 from tests.fakes.registry import FakeRegistry
 from tests.real import images
@@ -89,6 +90,29 @@ async def test_layers_are_served_at_once_after_the_index_was_restored(tmp_path: 
             await assert_served(server, root, layer)
             damages.lose(tmp_path / "index")
             await assert_served(server, root, layer)
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+async def test_layer_is_served_if_the_restore_of_the_index_ends_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record was looked for before it was restored."""
+    layer = Digest.of(b"layer")
+    async with FakeRegistry() as fake:
+        root = fake.add_image(b"layer", tag="latest")
+        async with running(tmp_path, fake.url) as server:
+            await assert_served(server, root, layer)
+            await server.store.save_image_layout()
+    async with running(tmp_path, pull_policy="Never") as server:
+        find = server.store.blobs.find
+
+        async def find_late(digest: Digest, size: int | None = None) -> WholeReader | None:
+            await server.store.restore_parts()
+            return await find(digest, size)
+
+        monkeypatch.setattr(server.store.blobs, "find", find_late)
+        damages.lose(tmp_path / "index")
+        assert (await server.get(server.blob(layer)))[0] == 200
 
 
 async def assert_served(server: Server, root: Digest, layer: Digest) -> None:

@@ -10,6 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TypeAlias
@@ -85,6 +86,12 @@ CONNECT_CALLS = {"create_connection", "open_connection", "sock_connect", "open_u
 MAX_MODULE_LINES = 500
 
 
+@cache
+def parse(source: str) -> ast.Module:
+    """Parse a module once for all rules."""
+    return ast.parse(source)
+
+
 def load(package: Path) -> Sources:
     found: Sources = {}
     for path in sorted(package.rglob("*.py")):
@@ -106,7 +113,7 @@ def imported(sources: Sources, module: str) -> set[str]:
     Imports inside functions and under ``TYPE_CHECKING`` count, too.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(sources[module])):
+    for node in ast.walk(parse(sources[module])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -131,7 +138,7 @@ def under(module: str, prefixes: tuple[str, ...]) -> bool:
 
 def calls(source: str) -> Iterator[tuple[str, str]]:
     """(receiver, name) of every call, and of every bare use of an attribute."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Attribute):
             yield ast.unparse(node.value), node.attr
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -142,7 +149,7 @@ def identifiers(source: str) -> set[str]:
     """Every name, attribute and imported name."""
     return {
         getattr(node, field)
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parse(source))
         for field in ("id", "attr", "name")
         if hasattr(node, field)
     }
@@ -262,7 +269,7 @@ def no_default_executor(sources: Sources) -> list[str]:
     """
     violations = []
     for module, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(parse(source)):
             match node:
                 case ast.Call(func=ast.Attribute(attr="run_in_executor"), args=[first, *_]):
                     is_default = isinstance(first, ast.Constant) and first.value is None
@@ -305,7 +312,7 @@ def module_shape(sources: Sources) -> list[str]:
             violations.append(f"{module} has {lines} lines")
         if module.rpartition(".")[2] in {"utils", "util", "helpers", "common", "misc"}:
             violations.append(f"{module} has a name that says nothing")
-        if not (ast.get_docstring(ast.parse(source)) or "").strip():
+        if not (ast.get_docstring(parse(source)) or "").strip():
             violations.append(f"{module} has no docstring")
     return violations
 

@@ -8,7 +8,9 @@ import subprocess
 import tomllib
 from base64 import b64decode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -449,6 +451,96 @@ def test_skopeo_pulls_a_refused_image_unless_the_file_is_enforced(
     assert inspect(written(mirror, tmp_path / "b", "podman"), reference).returncode == 0
 
 
+class RefusingMirror(ThreadingHTTPServer):
+    """Answers every request for a repository with one status."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Refusal)
+        self.status = 403
+        self.refused = 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        Thread(target=self.serve_forever, daemon=True).start()
+
+
+class _Refusal(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: RefusingMirror
+
+    def do_GET(self) -> None:
+        is_ping = self.path == "/v2/"
+        self.server.refused += not is_ping
+        self.send_response(200 if is_ping else self.server.status)
+        self.send_header("Content-Length", "0")
+        # Otherwise skopeo waits for half a minute after a 429.
+        self.send_header("Retry-After", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server looks for
+
+    def log_message(self, *arguments: object) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture(scope="module")
+def refusing_mirror() -> Iterator[tuple[RefusingMirror, Path, str]]:
+    """A mirror that refuses, the configuration that it could have, and a reference."""
+    with DockerRegistry() as registry, RefusingMirror() as front:
+        registry.push("team/app", images.image(34), "1")
+        name = registry.url.removeprefix("http://")
+        configuration = registry.dir / "mirror.yaml"
+        configuration.write_text(f'upstreams: {{"{name}": {{endpoints: ["{registry.url}"]}}}}')
+        yield front, configuration, f"{name}/team/app:1"
+        front.shutdown()
+
+
+@pytest.fixture(scope="module")
+def containerd() -> Iterator[Containerd]:
+    with Containerd() as running:
+        yield running
+
+
+PASSED_OVER = pytest.mark.parametrize("status", [403, 404, 429, 451, 500])
+"""The refusals of a mirror after which these clients ask the upstream."""
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+@PASSED_OVER
+def test_containerd_passes_over_each_refusal_unless_the_files_are_enforced(
+    refusing_mirror: tuple[RefusingMirror, Path, str],
+    containerd: Containerd,
+    tmp_path: Path,
+    status: int,
+) -> None:
+    front, configuration, reference = refusing_mirror
+    front.status, front.refused = status, 0
+    for options, is_pulled in ((("--enforce",), False), ((), True)):
+        directory = tmp_path / str(is_pulled)
+        write(configuration, front.url, directory, "containerd", *options)
+        hosts = directory / "containerd" / "certs.d"
+        containerd.forget()
+        done = containerd.ctr("content", "fetch", "--hosts-dir", hosts, reference, check=False)
+        assert (done.returncode == 0, bool(containerd.held())) == (is_pulled, is_pulled)
+        assert front.refused > 0
+        front.refused = 0
+
+
+@pytest.mark.row("FF3-enforced-mirror")
+@PASSED_OVER
+def test_skopeo_passes_over_each_refusal_unless_the_file_is_enforced(
+    refusing_mirror: tuple[RefusingMirror, Path, str], tmp_path: Path, status: int
+) -> None:
+    front, configuration, reference = refusing_mirror
+    front.status, front.refused = status, 0
+    for options, is_pulled in ((("--enforce",), False), ((), True)):
+        directory = tmp_path / str(is_pulled)
+        write(configuration, front.url, directory, "podman", *options)
+        assert (inspect(directory, reference).returncode == 0) is is_pulled
+        assert front.refused > 0
+        front.refused = 0
+
+
 @pytest.mark.row("FF1-alias-without-a-colon")
 def test_skopeo_pulls_through_the_mirror_from_an_upstream_with_a_port(tmp_path: Path) -> None:
     image = images.image(33)
@@ -475,9 +567,13 @@ def mirror(pushed: images.Image) -> Iterator[Mirror]:
 
 
 def written(mirror: Mirror, directory: Path, client: str, *more: str) -> Path:
-    argv = ["--config", str(mirror.config_file), "--mirror", mirror.url, "--for", client, *more]
-    assert main(["clients", *argv, "--write", str(directory)]) == 0
+    write(mirror.config_file, mirror.url, directory, client, *more)
     return directory
+
+
+def write(configuration: Path, url: str, directory: Path, client: str, *more: str) -> None:
+    argv = ["--config", str(configuration), "--mirror", url, "--for", client, *more]
+    assert main(["clients", *argv, "--write", str(directory)]) == 0
 
 
 def inspect(directory: Path, reference: str) -> subprocess.CompletedProcess[bytes]:

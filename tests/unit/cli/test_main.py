@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import product
 from pathlib import Path
 from threading import Thread
 
@@ -167,10 +168,16 @@ PRINTING = [
 ]
 
 
+OUTPUTS = ["/dev/full", "closed pipe", "closed"]
+WAYS_TO_PRINT = [
+    pytest.param(*way, marks=[pytest.mark.long] * (number % 2))
+    for number, way in enumerate(product(["", "1"], PRINTING, OUTPUTS))
+]
+"""``PYTHONUNBUFFERED``, arguments, standard output. Every other one is enough for each run."""
+
+
 @pytest.mark.row("R9-blocked-stdout")
-@pytest.mark.parametrize("argv", PRINTING)
-@pytest.mark.parametrize("output", ["/dev/full", "closed pipe", "closed"])
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("unbuffered", "argv", "output"), WAYS_TO_PRINT)
 def test_standard_output_that_cannot_be_written_exits_with_74(
     argv: list[str], output: str, unbuffered: str
 ) -> None:

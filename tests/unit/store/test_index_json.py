@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from mirror.oci.reference import Digest, Tag
 from mirror.store import image_layout, index_directory, rows
 from mirror.store import index as index_module
 from mirror.store import names as index_names
+from mirror.store import store as store_module
 from mirror.store.disk import Layout
 from mirror.store.index import Index
 from mirror.store.names import NamesPage
@@ -40,6 +43,7 @@ from tests.unit.store.kit import (
     remember,
     served,
 )
+from tests.waiting import until
 
 NOW = 1_800_000_000.0
 YEAR = 365 * 86400.0
@@ -357,6 +361,39 @@ async def test_cancelled_save_is_made_up_for_at_close(tmp_path: Path) -> None:
         assert store.index.has_changed
     await store.close()
     assert f"{REPO}:{TAG}" in names(tmp_path)
+
+
+@pytest.mark.row("G3-index-damage-while-running")
+@pytest.mark.parametrize("is_cancelled", [False, True])
+async def test_older_write_never_replaces_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
+) -> None:
+    """Its thread goes on after a stop has cancelled it. Other workers write the file as well."""
+    monkeypatch.setattr(store_module, "_SAVE_LOCK_TIMEOUT_S", 0.1)
+    body, is_syncing, may_end = image(LAYER), threading.Event(), threading.Event()
+    sync = os.fsync
+
+    def slow_sync(fd: int) -> None:
+        if not is_syncing.is_set() and os.readlink(f"/proc/self/fd/{fd}").endswith(".tmp"):
+            is_syncing.set()
+            assert may_end.wait(60)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    async with opened(tmp_path) as older, opened(tmp_path) as newer:
+        save = asyncio.ensure_future(older.save_image_layout())  # noqa: TID251 - a test
+        await until(is_syncing.is_set)
+        if is_cancelled:
+            save.cancel()
+        await pulled(newer, body, TAG, LAYER, b"{}")
+        await newer.save_image_layout()
+        may_end.set()
+        await asyncio.wait({save})
+        await until(lambda: not list(tmp_path.glob("index.json.*.tmp")))
+        async with asyncio.timeout(30):
+            while newer.index.has_changed:
+                await newer.save_image_layout()
+        assert f"{REPO}:{TAG}" in names(tmp_path)
 
 
 @pytest.mark.row("G3-index-damage-while-running")
