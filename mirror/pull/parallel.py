@@ -9,9 +9,16 @@ the ingest file grows only at its front. As long as one connection is enough, it
 on as they come. Otherwise each connection has a task that puts its chunks into a piece, and the
 front of the pieces is passed on. The tasks belong to a group that ends with the transfer.
 
-What fails. A connection that fails gives its piece back. The transfer fails only when no connection
-is left, with the error of the last one. A refusal of a further connection says nothing about the
-content, so that error is never one. What has arrived ahead is kept for the next transfer.
+What fails. A connection that fails gives its piece back. The transfer ends only when no connection
+is left, with the error of the last one:
+
+- If that one broke, the fetch loop sends the next request. So it decides about a pause, and about
+  another endpoint.
+- If it was refused, the transfer asks for the rest by one request, or waits, at most for
+  ``limits.idle``. A refusal that is repeated ends it.
+
+A refusal of a further connection says nothing about the content, so the error is never a refusal.
+What has arrived ahead is kept for the next transfer.
 """
 
 from __future__ import annotations
