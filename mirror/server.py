@@ -33,7 +33,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.threads import HangingCalls
+from mirror.threads import HangingCalls, on_running_loop
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -102,20 +102,21 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     metrics = MetricsObserver(settings.upstreams, None if worker is None else worker.index)
 
+    def emit(event: Event) -> None:
+        metrics.observe(event)
+        log.observe(event)
+
+    emit_from_thread = on_running_loop(emit)
+
     def on_lines_dropped(count: int, error: Exception | None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
             why = (("why", f"{type(error).__name__}: {error}"),)
-            message = LogMessage("error", "log lines could not be written", why)
-            loop.call_soon_threadsafe(emit, message)
+            emit_from_thread(LogMessage("error", "log lines could not be written", why))
 
     stream = LogStream(_stdout(), on_lines_dropped)
     lines = configure_logging(settings.log, stream, loop.call_soon)
     log = LogObserver(lines)
-
-    def emit(event: Event) -> None:
-        metrics.observe(event)
-        log.observe(event)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from threading import Thread
 from typing import Any, Final, TypeVar, TypeVarTuple, cast
@@ -58,11 +59,15 @@ async def parse_in_thread_if_large(
 
 
 def on_running_loop(receive: Callable[[T], object]) -> Callable[[T], None]:
-    """Return a function for threads that has the running event loop call ``receive``, soon."""
+    """Return a function for threads that has the running event loop call ``receive``, soon.
+
+    It does nothing once the loop is closed.
+    """
     loop = asyncio.get_running_loop()
 
     def receive_soon(value: T) -> None:
-        loop.call_soon_threadsafe(receive, value)
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(receive, value)
 
     return receive_soon
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 
-from mirror.threads import HangingCalls, TooManyHangingCalls, run_in_thread
+from mirror.threads import (
+    HangingCalls,
+    TooManyHangingCalls,
+    on_running_loop,
+    run_in_thread,
+)
 
 
 async def test_work_in_a_thread_returns_its_result_and_raises_its_exception() -> None:
@@ -92,3 +98,14 @@ def test_call_that_hangs_does_not_delay_the_end_of_its_event_loop() -> None:
     gate.set()
     thread.join(5)
     assert not calls.is_running("key")
+
+
+def test_value_for_a_loop_that_is_closed_is_dropped() -> None:
+    received: list[int] = []
+
+    async def make() -> Callable[[int], None]:
+        return on_running_loop(received.append)
+
+    receive = asyncio.run(make())
+    receive(1)
+    assert received == []
