@@ -242,11 +242,8 @@ class Transport:
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
-                if (
-                    response.status not in _REDIRECTS
-                    or location is None
-                    or not may_follow_redirects
-                ):
+                is_redirect = response.status in _REDIRECTS and may_follow_redirects
+                if location is None or not is_redirect:
                     yield Response(response, is_cross_origin, self._limits)
                     return
             finally:
