@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import crowds, fetch_memory, growth, index_costs, ranges, table, window
+from bench import crowds, fetch_memory, growth, index_costs, ranges, store_costs, table, window
 from bench.table import Run
 
 
@@ -36,6 +36,7 @@ ROWS = (
     | crowds.ROWS
     | fetch_memory.ROWS
     | growth.ROWS
+    | store_costs.ROWS
     | index_costs.ROWS
 )
 

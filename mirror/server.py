@@ -32,7 +32,7 @@ from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.threads import HangingCalls, call_soon_from_any_thread
+from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -103,22 +103,23 @@ async def run_worker(
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
 
+    def emit(event: Event) -> None:
+        metrics.observe(event)
+        log.observe(event)
+
+    emit_from_thread = on_running_loop(emit)
+
     def on_lines_dropped(count: int, error: Exception | None = None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
             why = (("why", f"{type(error).__name__}: {error}"),)
-            message = LogMessage("error", "log lines could not be written", why)
-            loop.call_soon_threadsafe(emit, message)
+            emit_from_thread(LogMessage("error", "log lines could not be written", why))
 
     stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
     # The libraries also log in threads.
     call_soon = call_soon_from_any_thread()
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
-
-    def emit(event: Event) -> None:
-        metrics.observe(event)
-        log.observe(event)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor

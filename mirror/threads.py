@@ -58,32 +58,29 @@ async def parse_in_thread_if_large(
     return await run_in_thread(parse, body, *args)
 
 
-def on_running_loop(receive: Callable[[T], object]) -> Callable[[T], None]:
-    """Return a function for threads that has the running event loop call ``receive``, soon."""
-    loop = asyncio.get_running_loop()
-
-    def receive_soon(value: T) -> None:
-        loop.call_soon_threadsafe(receive, value)
-
-    return receive_soon
-
-
-def call_soon_from_any_thread() -> Callable[[Callable[[], None]], None]:
+def call_soon_from_any_thread() -> Callable[[Callable[[], object]], None]:
     """Return a function that has the running event loop call a function, soon.
 
     Any thread may call it. In the thread of the loop, it costs no more than ``loop.call_soon``.
-    After the end of the loop, it does nothing.
+    It does nothing once the loop is closed.
     """
     loop, loop_thread = asyncio.get_running_loop(), get_ident()
 
-    def call_soon(function: Callable[[], None]) -> None:
-        if get_ident() == loop_thread:
-            loop.call_soon(function)
-        else:
-            with suppress(RuntimeError):  # The loop is closed.
-                loop.call_soon_threadsafe(function)
+    def call_soon(function: Callable[[], object]) -> None:
+        is_on_loop = get_ident() == loop_thread
+        with suppress(RuntimeError):  # The loop is closed.
+            (loop.call_soon if is_on_loop else loop.call_soon_threadsafe)(function)
 
     return call_soon
+
+
+def on_running_loop(receive: Callable[[T], object]) -> Callable[[T], None]:
+    """Return a function for any thread that has the running event loop call ``receive``, soon.
+
+    It does nothing once the loop is closed.
+    """
+    call_soon = call_soon_from_any_thread()
+    return lambda value: call_soon(partial(receive, value))
 
 
 class TooManyHangingCalls(OSError):

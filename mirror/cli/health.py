@@ -29,9 +29,8 @@ def own_url(listen: str, *, has_tls: bool) -> str:
     """Return the health URL of a server that listens on ``listen``."""
     host, port = split_host(listen)
     host = WILDCARD_ADDRESSES.get(host, host)
-    return (
-        f"{'https' if has_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}/healthz"
-    )
+    scheme = "https" if has_tls else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/healthz"
 
 
 def health_url(settings: Settings | None, environ: Mapping[str, str]) -> str:

@@ -44,6 +44,7 @@ from mirror.store.records import (
     TagRecord,
     confirm,
     manifest_record,
+    parse_as_recorded,
     parse_with_records,
 )
 from mirror.threads import parse_in_thread_if_large
@@ -137,32 +138,21 @@ class ManifestService:
             body = await self._content.read_small(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
-        if not await self._is_recorded(repository, access_record, records):
-            root = replace(records[0], expires_at=access_record.expires_at)
-            await self._put_records(repository, [root, *records[1:]])
+        parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
+        if not access_record.has_parts:
+            # It was fetched through another repository.
+            _, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
+            await self._put_records(repository, records)
+        elif access_record.media_type not in ("", parsed.media_type):
+            corrected = replace(access_record, media_type=parsed.media_type)
+            await self._put_records(repository, [corrected])
         return self._remember(repository, ManifestResult.of_body(digest, body, parsed))
-
-    async def _is_recorded(
-        self, repository: Repository, recorded: AccessRecord, records: list[AccessRecord]
-    ) -> bool:
-        """Return whether the index has ``records``, which a cached manifest gives.
-
-        It may lack them if the manifest was fetched through another repository. ``recorded`` is the
-        access record of this one.
-        """
-        root, *parts = records
-        if recorded.size is None or recorded.media_type not in ("", root.media_type):
-            return False
-        if not parts:
-            return True
-        first = await self._index.access_record(repository, parts[0].digest, parts[0].kind)
-        return first is not None
 
     async def _put_records(self, repository: Repository, records: list[AccessRecord]) -> None:
         for start in range(0, len(records), _MAX_ROWS_AT_ONCE):
             rows = records[start : start + _MAX_ROWS_AT_ONCE]
-            await self._index.put_access_records(repository, rows)
+            if not await self._index.put_access_records(repository, rows):
+                return  # The last record must not say that all are there.
 
     async def _fetch_whole(self, request: ContentRequest) -> ManifestBody:
         """Fetch a manifest that may be of schema 1. Concurrent clients share one request."""
@@ -229,6 +219,7 @@ class ManifestService:
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
             root = manifest_record(digest, sniff_media_type(body), len(body))
+        root = replace(root, expires_at=None)
         parsed, records = await parse_in_thread_if_large(parse_with_records, body, root)
         result = ManifestResult.of_body(digest, body, parsed)
         if request.pull.outcome is Outcome.STALE:

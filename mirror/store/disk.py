@@ -89,6 +89,11 @@ class Layout:
         return self.root / "index"
 
     @property
+    def save_lock(self) -> Path:
+        """The file whose lock is held while ``index.json`` is written."""
+        return self.root / "index.json.lock"
+
+    @property
     def eviction_lock(self) -> Path:
         """The file whose lock is held while an eviction runs."""
         return self.root / "eviction.lock"

@@ -67,7 +67,7 @@ class Draft:
         with self._lock:
             if self._is_ended:
                 return False
-            fd = os.open(self._layout.root / "index.json.lock", flags, 0o644)
+            fd = os.open(self._layout.save_lock, flags, 0o644)
             if not disk.try_lock(fd):
                 os.close(fd)
                 return False

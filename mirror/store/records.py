@@ -71,6 +71,9 @@ class AccessRecord:
     """The manifest that refers to it. None: the upstream itself has confirmed it."""
     expires_at: float | None
     """When the upstream must be asked again, in seconds since the epoch. None: never."""
+    has_parts: bool = False
+    """Whether access to the parts of this manifest was recorded, too. So it is recorded once: a
+    part that the upstream refuses later is not granted again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,7 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     """
     if earlier is None:
         return new
+    new = replace(new, has_parts=earlier.has_parts or new.has_parts)
     expires_at = None if earlier.expires_at is None else new.expires_at
     if new.referrer is None:
         is_less = earlier.referrer is None and new.media_type == OCTET_STREAM
@@ -187,7 +191,7 @@ def merge(earlier: AccessRecord | None, new: AccessRecord) -> AccessRecord:
     if expires_at is not None:
         expires_at = max(expires_at, earlier.expires_at or 0.0)
     if earlier.referrer is None:
-        return replace(earlier, expires_at=expires_at)
+        return replace(earlier, expires_at=expires_at, has_parts=new.has_parts)
     return replace(
         new,
         expires_at=expires_at,
@@ -229,12 +233,12 @@ def parse_as_recorded(body: bytes, recorded: AccessRecord) -> Manifest:
 def parse_with_records(body: bytes, recorded: AccessRecord) -> tuple[Manifest, list[AccessRecord]]:
     """Parse a manifest by its recorded media type.
 
-    Returns it with the access records of itself and of its parts, for the repository of
-    ``recorded``. None of them expires. Raises ``ManifestInvalid``.
+    Returns it with the access records of its parts, and of itself as the last one: written in this
+    order, it has ``has_parts`` only after all parts are recorded. Raises ``ManifestInvalid``.
     """
     parsed = parse_as_recorded(body, recorded)
-    root = replace(recorded, media_type=parsed.media_type, size=len(body), expires_at=None)
-    return parsed, [root, *access_records_of(root, parsed)]
+    root = replace(recorded, media_type=parsed.media_type, size=len(body), has_parts=True)
+    return parsed, [*access_records_of(root, parsed), root]
 
 
 def repository_of(name: str) -> Repository | None:
@@ -296,6 +300,7 @@ def dump_access_record(access_record: AccessRecord) -> str:
             "size": access_record.size,
             "via": str(access_record.referrer) if access_record.referrer else None,
             "until": access_record.expires_at,
+            "parts": access_record.has_parts,
         }
     )
 
@@ -313,6 +318,8 @@ def load_access_record(text: object) -> AccessRecord | None:
             size=None if raw["size"] is None else parse_size_bytes(raw["size"]),
             referrer=None if raw["via"] is None else Digest.parse(raw["via"]),
             expires_at=None if raw["until"] is None else _time(raw["until"]),
+            # Version 0.1.0 has not written it.
+            has_parts=raw.get("parts") is True,
         )
     except MALFORMED:
         return None

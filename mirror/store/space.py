@@ -390,13 +390,13 @@ class Space:
         is logged, and the result is False.
         """
         try:
-            may_write = await self._has_room(need)
+            may_write = await self._may_write(need)
             # The first eviction may have begun before this reservation. The second one counts it.
             for _ in range(2):
                 eviction = self._evictor.start(need) if may_write is None else None
                 while may_write is None and eviction is not None and not eviction.done():
                     await asyncio.wait({eviction}, timeout=_ROOM_CHECK_INTERVAL_S)
-                    may_write = await self._has_room(need)
+                    may_write = await self._may_write(need)
         except OSError as error:
             self._emit(LogMessage("warning", "space could not be freed", (("why", str(error)),)))
             return False
@@ -421,7 +421,7 @@ class Space:
             usage, _ = await self._read()
         return usage
 
-    async def _has_room(self, need: int) -> bool | None:
+    async def _may_write(self, need: int) -> bool | None:
         """Return True if there is room, False if there never will be, None if there is none now.
 
         Checks run one at a time, and count bytes that were granted to others. If each check also

@@ -39,7 +39,7 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.names import root_record
-from mirror.store.records import AccessRecord, access_records_of, parse_as_recorded
+from mirror.store.records import AccessRecord, parse_with_records
 from mirror.store.recovery import recover, remove_leftovers
 from mirror.store.space import Space, Totals
 from mirror.threads import on_running_loop, run_in_thread
@@ -398,16 +398,15 @@ class Store:
         """Restore the access records of a manifest's parts. False if it can be tried again."""
         try:
             body = await self.blobs.read(root.digest, MANIFEST_LIMIT)
-            parsed = parse_as_recorded(body, root) if body is not None else None
+            if body is None:
+                return True
+            _, records = parse_with_records(body, root)
         except StorageUnavailable:
             return False
         except ManifestInvalid:
             return True
-        if parsed is None:
-            return True
-        parts = access_records_of(root, parsed)
-        done = await self.index.put_access_records(repository, parts)
-        for part in parts:
+        done = await self.index.put_access_records(repository, records)
+        for part in records[:-1]:
             if part.kind == "manifest":
                 done = await self._restore_parts(repository, part) and done
         return done

@@ -259,8 +259,8 @@ class Transport:
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
-                is_last = response.status not in _REDIRECTS or not may_follow_redirects
-                if location is None or is_last:
+                is_redirect = response.status in _REDIRECTS and may_follow_redirects
+                if location is None or not is_redirect:
                     yield Response(response, hop, self._limits)
                     return
             finally:

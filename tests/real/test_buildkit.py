@@ -1,5 +1,7 @@
 """BuildKit imports a build cache through the mirror: cold, warm, and with the registry gone.
 
+Its configuration is the file that ``clients --for buildkit`` writes.
+
 The index of such a cache refers to layers and to a configuration of its own, which BuildKit asks
 for as blobs. It needs ``buildkitd`` and ``buildctl``, which Debian does not have:
 ``go install github.com/moby/buildkit/cmd/...`` builds them.
@@ -12,23 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from mirror.cli.main import main
 from tests.real.process import Program, environment, go_program, run
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
 
 
 class Buildkitd(Program):
-    """A buildkitd with an empty store of its own. ``mirror``: asked in place of ``registry``."""
+    """A buildkitd with an empty store of its own. ``hosts``: its ``[registry]`` sections."""
 
     name = "buildkitd"
 
-    def __init__(self, registry: str, mirror: str | None = None) -> None:
+    def __init__(self, hosts: str) -> None:
         super().__init__()
         self.socket = self.dir / "s"
-        mirrors = f'mirrors = ["{mirror}"]\n' if mirror else ""
-        self.hosts = f'[registry."{registry}"]\nhttp = true\n{mirrors}'
-        if mirror:
-            self.hosts += f'[registry."{mirror}"]\nhttp = true\n'
+        self.hosts = hosts
 
     def command(self) -> Sequence[str | Path]:
         config = self.dir / "buildkitd.toml"
@@ -58,8 +58,10 @@ class Buildkitd(Program):
         return (done.stdout + done.stderr).decode()
 
 
+@pytest.mark.long
 @pytest.mark.go_program("buildkitd", "buildctl")
 @pytest.mark.row("FB3-buildkit-cache-index")
+@pytest.mark.row("FF5-client-files")
 def test_buildkit_imports_a_cache_cold_warm_and_with_the_registry_gone(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -69,14 +71,17 @@ def test_buildkit_imports_a_cache_cold_warm_and_with_the_registry_gone(tmp_path:
     with DockerRegistry() as registry:
         host = registry.url.removeprefix("http://")
         cache = f"type=registry,ref={host}/team/cache:v1"
-        with Buildkitd(host) as first:
+        with Buildkitd(f'[registry."{host}"]\nhttp = true\n') as first:
             export = f"{cache},mode=max,image-manifest=false,oci-mediatypes=true"
             assert "CACHED" not in first.build(source, "--export-cache", export)
         with Mirror({host: registry.url}) as mirror:
+            command = ["clients", "--config", str(mirror.config_file), "--mirror", mirror.url]
+            assert main([*command, "--for", "buildkit", "--write", str(tmp_path / "etc")]) == 0
+            hosts = (tmp_path / "etc" / "buildkit" / "buildkitd.toml").read_text()
             for state in ("cold", "warm", "gone"):
                 if state == "gone":
                     registry.stop()
-                with Buildkitd(host, mirror.host) as other:
+                with Buildkitd(hosts) as other:
                     output = ("--output", f"type=local,dest={tmp_path / state}")
                     progress = other.build(source, "--import-cache", cache, *output)
                 assert "ERROR" not in progress, progress

@@ -92,9 +92,7 @@ async def test_lists_without_n_are_whole_behind_a_proxy_that_names_its_prefix(
         for repository in repositories:
             fake.add_image(b"layer", repository=repository, tag="1")
             assert (await server.get(server.manifest("1", repository)))[0] == 200
-        listed: tuple[str, ...] | None = ()
-        while len(listed or ()) < len(repositories):  # They are recorded after the response.
-            listed = await server.store.index.repositories(lambda repository, digest: True)
+        await server.store.idle()
         proxy = PrefixProxy(server.port, names_prefix=True)
         await run_in_thread(proxy.__enter__)
         try:

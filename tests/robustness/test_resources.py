@@ -26,6 +26,7 @@ from tests.real.process import wait_until
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
 from tests.robustness.kit import (
+    POOLS,
     blob_path,
     descriptors,
     fill,
@@ -100,10 +101,6 @@ def test_start_with_many_contents_is_quick(count: int) -> None:
 
 
 # --- nothing is left over ---------------------------------------------------------------------
-
-POOLS = 8 + 8 + 4 + 1 + 2 + 1 + 3 + min(32, (os.cpu_count() or 1) + 4)
-"""Threads at most: opening, writing, publishing, heartbeats, hashing, evicting, index, the loop's
-own."""
 
 
 def temporary(data: Path) -> list[Path]:

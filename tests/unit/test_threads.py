@@ -13,6 +13,7 @@ from mirror.threads import (
     HangingCalls,
     TooManyHangingCalls,
     call_soon_from_any_thread,
+    on_running_loop,
     run_in_thread,
 )
 
@@ -131,3 +132,14 @@ def test_function_for_a_loop_that_has_ended_is_not_called() -> None:
     thread.start()
     thread.join()
     assert called == []
+
+
+def test_value_for_a_loop_that_is_closed_is_dropped() -> None:
+    received: list[int] = []
+
+    async def make() -> Callable[[int], None]:
+        return on_running_loop(received.append)
+
+    receive = asyncio.run(make())
+    receive(1)
+    assert received == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import tomllib
 from base64 import b64decode
@@ -21,7 +22,7 @@ from mirror.cli.main import main
 from mirror.config.settings import InvalidSetting, Upstream, build
 from mirror.oci.reference import Repository
 from tests.real import images
-from tests.real.clients import Containerd, Skopeo
+from tests.real.clients import Containerd, Podman, Skopeo
 from tests.real.process import run
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
@@ -169,6 +170,17 @@ def test_gke_names_hosts_without_a_scheme_and_mirrors_with_it() -> None:
     ]
 
 
+@pytest.mark.row("FF2-transfer-service")
+@pytest.mark.parametrize("name", clients.CLIENTS)
+def test_no_file_sets_config_path_to_a_list_of_directories(name: str) -> None:
+    """containerd's transfer service ignores such a list."""
+    texts = [*files(name).values(), *setup(name).notes]
+    settings = re.findall(r"""config_path\s*=\s*["']([^"']*)""", " ".join(texts))
+    assert set(settings) <= {"/etc/containerd/certs.d"}
+    assert settings or name not in ("containerd", "containerd-default", "eks")
+
+
+@pytest.mark.row("FF2-transfer-service")
 @pytest.mark.row("FF5-client-files")
 def test_eks_sets_config_path_to_one_directory() -> None:
     tree = yaml.safe_load(files("eks")["eks-nodeconfig.yaml"])
@@ -265,7 +277,10 @@ def test_containerd_note_asks_for_one_directory_in_config_path(name: str) -> Non
 @pytest.mark.parametrize("name", ["containerd", "nerdctl", "containerd-default"])
 def test_containerd_note_warns_of_an_ipv6_address(name: str) -> None:
     literal = client_files.MirrorAddress.parse("http://[fd00::1]:5100")
-    assert "containerd 1.6 ignores" in " ".join(setup(name, literal).notes)
+    for enforced in (False, True):
+        notes = " ".join(setup(name, literal, enforced=enforced).notes)
+        assert "containerd 1.6 cannot read" in notes
+        assert "also with --enforce" in notes
     assert "containerd 1.6" not in " ".join(setup(name).notes)
 
 
@@ -452,12 +467,13 @@ def test_skopeo_pulls_a_refused_image_unless_the_file_is_enforced(
 
 
 class RefusingMirror(ThreadingHTTPServer):
-    """Answers every request for a repository with one status."""
+    """Answers every request for a repository with one status, on IPv4 and IPv6 loopback."""
 
     daemon_threads = True
+    address_family = socket.AF_INET6
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Refusal)
+        super().__init__(("::", 0), _Refusal)
         self.status = 403
         self.refused = 0
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -553,6 +569,50 @@ def test_skopeo_pulls_through_the_mirror_from_an_upstream_with_a_port(tmp_path: 
             assert inspect(files, f"{name}/team/app:1").stdout == image.manifest.data
 
 
+@pytest.mark.row("FF1-alias-without-a-colon")
+def test_podman_pulls_through_the_mirror_from_an_upstream_with_a_port(tmp_path: Path) -> None:
+    image = images.image(35)
+    with DockerRegistry() as registry, Podman() as podman:
+        registry.push("team/app", image, "1")
+        name = registry.url.removeprefix("http://")
+        with Mirror({name: registry.url}) as mirror:
+            # Enforced, so that the registry cannot answer in place of the mirror.
+            files = written(mirror, tmp_path, "podman", "--enforce")
+            text = (files / "containers" / "registries.conf").read_text()
+            (podman.dir / "registries.conf").write_text(text)
+            podman.pull(f"{name}/team/app:1")
+            assert podman.layers(f"{name}/team/app:1") == list(image.diff_ids)
+            served = {line["repository"] for line in mirror.log() if line.get("status") == 200}
+            assert "team/app" in served
+
+
+@pytest.mark.row("FF4-ipv6-hosts-toml")
+@pytest.mark.parametrize(
+    ("host", "is_read"), [("127.0.0.1", True), ("localhost", True), ("[::1]", False)]
+)
+def test_containerd_1_6_ignores_a_file_with_an_ipv6_address(
+    refusing_mirror: tuple[RefusingMirror, Path, str],
+    containerd: Containerd,
+    tmp_path: Path,
+    host: str,
+    is_read: bool,
+) -> None:
+    front, configuration, reference = refusing_mirror
+    front.status, front.refused = 404, 0
+    is_read = is_read or b"1.6." not in containerd.ctr("version").stdout
+    for options in ((), ("--enforce",)):
+        directory, front.refused = tmp_path / str(len(options)), 0
+        url = f"http://{host}:{front.server_port}"
+        write(configuration, url, directory, "containerd", *options)
+        containerd.forget()
+        hosts = directory / "containerd" / "certs.d"
+        done = containerd.ctr("content", "fetch", "--hosts-dir", hosts, reference, check=False)
+        assert (front.refused > 0) is is_read
+        # The file that it cannot read does not keep it from the registry.
+        is_enforced = is_read and bool(options)
+        assert (done.returncode == 0) is not is_enforced
+
+
 @pytest.fixture(scope="module")
 def pushed() -> images.Image:
     return images.image(31)
@@ -596,11 +656,12 @@ def test_skopeo_pulls_with_the_written_file(
     assert asked.stdout == pushed.manifest.data
 
 
+@pytest.mark.row("FF5-client-files")
+@pytest.mark.parametrize("client", ["containerd", "containerd-default", "nerdctl"])
 def test_containerd_pulls_with_the_written_files(
-    mirror: Mirror, pushed: images.Image, tmp_path: Path
+    mirror: Mirror, pushed: images.Image, containerd: Containerd, tmp_path: Path, client: str
 ) -> None:
-    directory = written(mirror, tmp_path, "containerd") / "containerd" / "certs.d"
-    with Containerd() as containerd:
-        containerd.ctr("content", "fetch", "--hosts-dir", directory, "docker.io/library/app:1")
-        held: dict[str, Any] = containerd.held()
-    assert pushed.digest in held
+    directory = written(mirror, tmp_path, client) / "containerd" / "certs.d"
+    containerd.forget()
+    containerd.ctr("content", "fetch", "--hosts-dir", directory, "docker.io/library/app:1")
+    assert pushed.digest in containerd.held()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,14 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.single_flight import SharedTask
-from mirror.store.records import NamedManifest
+from mirror.store.index import Index
+from mirror.store.records import AccessRecord, NamedManifest
 from mirror.upstream.api import ManifestHead
 from tests.unit.pull.kit import (
     OTHER,
     REPO,
     TAG,
+    MemoryRegistry,
     PullKit,
     Stream,
     a_pull,
@@ -437,6 +439,49 @@ async def test_image_that_another_repository_brought_is_served_whole_while_the_u
         kit.registry.failure = UpstreamUnavailable("down")
         assert (await manifest(kit, repository=other))[1] is Outcome.STALE
         assert (await blob(kit, Digest.of(b"layer"), other)) == (b"layer", Outcome.HIT)
+
+
+async def test_part_that_was_refused_is_not_granted_again_by_its_cached_manifest(
+    tmp_path: Path,
+) -> None:
+    registry, settings = MemoryRegistry(), upstream(tag_ttl=0.0)
+    image = registry.add_image(REPO.path, TAG.name, b"layer")
+    parts = [digest for _, digest in registry.blobs]
+    for part in parts:
+        # A restart: the manifest is not in memory any more.
+        async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+            await manifest(kit)
+            await manifest(kit, image)
+            await kit.store.idle()
+            await kit.store.index.revoke_access(REPO, part, "blob")
+    async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+        await manifest(kit)
+        await manifest(kit, image)
+        for part in parts:
+            assert await kit.store.index.access_record(REPO, part, "blob") is None
+
+
+async def test_parts_of_a_manifest_are_recorded_once_however_often_its_tag_is_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, settings = MemoryRegistry(), upstream(tag_ttl=0.0)
+    registry.add_image(REPO.path, TAG.name, b"layer")
+    recorded: list[str] = []
+    put = Index.put_access_records
+
+    async def counted(
+        index: Index, repository: Repository, access_records: Iterable[AccessRecord]
+    ) -> bool:
+        records = list(access_records)
+        recorded.extend(record.kind for record in records)
+        return await put(index, repository, records)
+
+    monkeypatch.setattr(Index, "put_access_records", counted)
+    for _ in range(3):
+        async with pull_kit(tmp_path, registry=registry, upstream=settings) as kit:
+            await manifest(kit)
+            await kit.store.idle()
+    assert recorded.count("blob") == 2
 
 
 async def all_names(kit: PullKit) -> list[NamedManifest]:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import subprocess
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
+
 from mirror.config.settings import Storage
 from mirror.observability.events import Event
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST, parse_manifest
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store import disk
+from mirror.store import disk, index_directory
 from mirror.store.blobs import BlobStore
 from mirror.store.disk import Layout
 from mirror.store.index import Index
@@ -344,6 +347,15 @@ async def mark_used(store: Store, *digests: Digest) -> None:
 
 
 # --- disks ----------------------------------------------------------------------------------------
+
+
+def keep_private_copies_in(directory: Path, patch: pytest.MonkeyPatch) -> None:
+    """Keep private copies of an index in ``directory``, and look for room on the disk at each call.
+
+    A process has such a copy while the disk is full.
+    """
+    patch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
+    patch.setattr(tempfile, "tempdir", str(directory))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from tests.unit.store.kit import (
     MOST_CHANGES,
     counted_transactions,
     fill_up,
+    keep_private_copies_in,
     make_read_only,
     make_writable,
     opened_rows,
@@ -43,8 +44,7 @@ def copies() -> set[Path]:
 async def test_copy_serves_until_the_disk_accepts_writes_and_is_merged_then(
     tmp_path: Path, refusal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         async with opened_rows(disk / "index") as rows:
@@ -85,8 +85,7 @@ async def test_copy_serves_until_the_disk_accepts_writes_and_is_merged_then(
 async def test_row_that_another_process_wrote_later_is_kept_when_a_copy_is_merged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         fill_up(disk)
@@ -105,8 +104,7 @@ async def test_row_that_another_process_wrote_later_is_kept_when_a_copy_is_merge
 async def test_many_rows_of_a_copy_are_merged_in_short_transactions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     many = [(f"{number}", "private") for number in range(2000)]
     with small_disk(tmp_path / "disk") as disk:
         fill_up(disk)
@@ -125,8 +123,7 @@ async def test_many_rows_of_a_copy_are_merged_in_short_transactions(
 async def test_damaged_index_on_a_full_disk_is_replaced_in_the_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         async with opened_rows(disk / "index") as rows:
@@ -198,8 +195,7 @@ async def test_rows_that_were_restored_into_a_copy_do_not_replace_those_on_the_d
     def fail(*args: object, **options: object) -> None:
         raise shutil.Error([("from", "to", "no space left on device")])
 
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     events: list[Event] = []
     with small_disk(tmp_path / "disk") as disk:
         async with opened_rows(disk / "index") as rows:

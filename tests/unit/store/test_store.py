@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from mirror.observability.events import (
 )
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import blobs, disk, index_directory, orphans
+from mirror.store import blobs, disk, orphans
 from mirror.store import store as module
 from mirror.store.disk import Layout
 from mirror.store.ingest_lock import Role
@@ -34,6 +33,7 @@ from tests.unit.store.kit import (
     fill_up,
     image,
     keep,
+    keep_private_copies_in,
     make_read_only,
     mark_used,
     no_trace,
@@ -266,8 +266,7 @@ async def test_disk_that_refuses_writes_serves_its_content_and_is_reported(
 async def test_store_that_started_on_a_full_disk_is_reported_until_there_is_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keep_private_copies_in(tmp_path, monkeypatch)
     body, events = image(b"layer"), list[Event]()
     with small_disk(tmp_path / "disk", "20m") as root:
         async with opened(root) as store:
