@@ -30,7 +30,7 @@ def configure_logging(
     """
     writer = LogWriter(settings, stream or sys.stdout, schedule, on_dropped)
     root = logging.getLogger()
-    root.handlers = [_Handler(writer)]
+    root.handlers = [_LibraryLogHandler(writer)]
     root.setLevel(logging.WARNING)
     logging.raiseExceptions = False
     for name in ("aiohttp.server", "asyncio"):
@@ -38,7 +38,7 @@ def configure_logging(
     return writer
 
 
-class _Handler(logging.Handler):
+class _LibraryLogHandler(logging.Handler):
     """Writes the records of libraries as our lines. A traceback becomes its last line."""
 
     def __init__(self, writer: LogWriter) -> None:
