@@ -31,11 +31,14 @@ LIMITS: Final[dict[str, int]] = {
     "parameters": 0,
     "booleans": 0,
     "records": 0,
-    "lines": 13250,
-    "cold-modules": 30,
-    "cold-functions": 280,
-    "warm-modules": 16,
-    "warm-functions": 76,
+    "lines": 15000,
+    # Beside the 30 and 16 of a mirror that asks for a blob once and parses each request: the
+    # protocol that receives large bodies (cold), and the one that repeats answers (both). Each is
+    # the first to see all bytes of a connection, so every request passes it.
+    "cold-modules": 32,
+    "cold-functions": 296,
+    "warm-modules": 17,
+    "warm-functions": 86,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.
 
@@ -80,8 +83,8 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
 """Names that ``booleans`` does not count, each with its reason."""
 
 COMMANDS: Final = {
-    *("begin", "evict", "make", "mark", "pin", "put", "quarantine", "read", "refresh", "restore"),
-    *("send", "set", "start", "try", "unlink", "wait", "write"),
+    *("accept", "begin", "evict", "make", "mark", "pin", "put", "quarantine", "read", "receive"),
+    *("refresh", "repeat", "restore", "send", "set", "start", "try", "unlink", "wait", "write"),
 }
 """First words of functions that do something, and return whether they did."""
 

@@ -206,7 +206,7 @@ class _Transfer:
                 yielded_at = self._loop.time()
                 yield chunk
                 self._ramp.pause(self._loop.time() - yielded_at)
-                if self._wants_another(len(chunk)):
+                if self._receive_alone(len(chunk)):
                     break
             else:
                 return
@@ -228,7 +228,7 @@ class _Transfer:
                 assert self._failure is not None, "a connection ends by a failure"
                 raise self._failure
 
-    def _wants_another(self, count: int) -> bool:
+    def _receive_alone(self, count: int) -> bool:
         """Count bytes of the only connection. Returns whether to open a second one."""
         now = self._loop.time()
         self._ramp.receive(now, count)

@@ -47,7 +47,13 @@ class ManifestResult:
 
     @classmethod
     def of_body(cls, digest: Digest, body: bytes, parsed: Manifest) -> Self:
-        """Return the result of a manifest that is at hand as a whole."""
+        """Return the result of a whole manifest.
+
+        Args:
+            digest: The digest of ``body``.
+            body: All bytes.
+            parsed: The manifest of these bytes.
+        """
         return cls(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 

@@ -164,7 +164,8 @@ class PullService:
         if body is None:
             return None
         self._content.store.blobs.mark_used((digest,))
-        small = BlobResult(digest, len(body), body, make_is_current(MEMORY_TTL_S))
+        is_current = make_is_current(MEMORY_TTL_S)
+        small = BlobResult(digest, size=len(body), source=body, is_current=is_current)
         self._small_blobs[repository, digest] = small
         return small
 

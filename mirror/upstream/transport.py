@@ -273,7 +273,7 @@ class Transport:
                 origin = hop.target.url.origin()
                 raise errors.OutboundRefused(f"{origin}: redirect refused: {verdict.why}")
             is_cross_origin = hop.is_cross_origin or not verdict.is_same_origin
-            hop = Destination(verdict, is_cross_origin, sender)
+            hop = Destination(verdict, is_cross_origin=is_cross_origin, sender=sender)
         raise errors.UpstreamProtocolError(f"{url.origin()}: more than {MAX_REDIRECTS} redirects")
 
     def _sender_zone(self, url: URL, response: _PeerResponse) -> Zone:
