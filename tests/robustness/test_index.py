@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import index_costs
+from bench import index_costs, store_costs
 from mirror import server as server_module
 from mirror.observability.events import IndexDamaged, IndexRestored, LogMessage
 from mirror.oci.descriptor import OCI_MANIFEST
@@ -217,6 +217,15 @@ async def test_first_answers_of_a_start_do_not_wait_for_the_look_for_damage(
             assert await server.store.index.tag(*written)
         finally:
             may_end.set()
+
+
+@pytest.mark.row("G1-cost-of-a-miss")
+@pytest.mark.row("G10-range-of-aged-content")
+async def test_benchmark_of_the_store_prints_its_lines(tmp_path: Path) -> None:
+    line = await store_costs.many_contents(tmp_path / "many", 20)
+    assert "       20: first scan" in line
+    line = await store_costs.aged_range(tmp_path / "aged", 16 * 1024 * 1024)
+    assert line.startswith("1 MiB of 16 MiB, aged: ")
 
 
 @pytest.mark.row("G4-busy-index")
