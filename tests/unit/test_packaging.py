@@ -211,6 +211,42 @@ def test_edited_configuration_of_kubernetes_restarts_the_pods() -> None:
 
 
 @pytest.mark.row("FE12-deployment-files")
+def test_pods_read_no_configuration_that_can_change_without_a_restart() -> None:
+    """Of the objects that a pod may read, only a generated one has another name after an edit."""
+    kustomization = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())
+    generated = {one["name"] for one in kustomization["configMapGenerator"]}
+    generated |= {one["name"] for one in kustomization.get("secretGenerator", [])}
+    read = [one["configMap"]["name"] for one in POD["volumes"] if "configMap" in one]
+    read += [one["secret"]["secretName"] for one in POD["volumes"] if "secret" in one]
+    for source in CONTAINER.get("envFrom", []):
+        read += [reference["name"] for reference in source.values()]
+    for variable in CONTAINER.get("env", []):
+        sources = variable.get("valueFrom", {}).values()
+        read += [source["name"] for source in sources if "name" in source]
+    assert set(read) <= generated
+    # A file below `subPath` keeps its first content.
+    assert not [one for one in CONTAINER["volumeMounts"] if "subPath" in one]
+
+
+@pytest.mark.row("FE12-deployment-files")
+def test_nothing_but_the_nodeport_opens_the_mirror_beyond_its_machine() -> None:
+    """Each client of the mirror can pull all that its credentials allow."""
+    kinds = [name.partition("/")[0] for name in OBJECTS]
+    assert "Ingress" not in kinds
+    types = [one["spec"].get("type", "ClusterIP") for one in OBJECTS.values() if is_service(one)]
+    assert sorted(set(types)) == ["ClusterIP", "NodePort"]
+    assert not POD.get("hostNetwork", False)
+    assert not [port for port in CONTAINER["ports"] if "hostPort" in port]
+    published = [port for one in COMPOSE["services"].values() for port in one.get("ports", [])]
+    assert len(published) == 3
+    assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+def is_service(document: dict[str, Any]) -> bool:
+    return bool(document["kind"] == "Service")
+
+
+@pytest.mark.row("FE12-deployment-files")
 def test_network_policy_admits_private_networks_to_the_port_of_the_mirror_only() -> None:
     spec = OBJECTS["NetworkPolicy/oci-mirror"]["spec"]
     labels = OBJECTS["StatefulSet/oci-mirror"]["spec"]["template"]["metadata"]["labels"]
