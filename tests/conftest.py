@@ -121,6 +121,12 @@ class OrphansOfWorkers:
 # --- programs that Debian does not have -----------------------------------------------------------
 
 
+def missing_programs(item: pytest.Item) -> list[str]:
+    """Return the programs that a test needs, that `go install` builds, and that are not there."""
+    wanted = [name for mark in item.iter_markers("go_program") for name in mark.args]
+    return [name for name in wanted if find_go_program(name) is None]
+
+
 class GoPrograms:
     """Leaves out the tests whose programs are missing, and says so at the end of the run."""
 
@@ -134,8 +140,7 @@ class GoPrograms:
     ) -> None:
         """Deselect them."""
         for item in items:
-            wanted = [name for mark in item.iter_markers("go_program") for name in mark.args]
-            if missing := [name for name in wanted if find_go_program(name) is None]:
+            if missing := missing_programs(item):
                 self.left_out[item.nodeid] = missing
         left_out = [item for item in items if item.nodeid in self.left_out]
         if left_out:
@@ -203,7 +208,9 @@ class CaseRecorder:
         self.cases: CasesByTest = {}
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Record a test case, also if this run leaves it out."""
+        """Record a test case, also if this run leaves it out. But not one that cannot run here."""
+        if missing_programs(item):
+            return
         file = os.path.relpath(item.path, Path(__file__).parent)
         long = item.get_closest_marker("long") is not None
         rows = dict.fromkeys(row_id(mark.args[0]) for mark in item.iter_markers("row"))
