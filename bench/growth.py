@@ -89,8 +89,9 @@ class _ChunkedHandler(BaseHTTPRequestHandler):
 def fill(data_dir: Path, count: int) -> None:
     """Create ``count`` sparse contents of 1 MiB, an hour old, the first one the oldest.
 
-    Those that exist are used anew.
+    Those that exist stay. The next start counts all of them.
     """
+    (data_dir / "totals").unlink(missing_ok=True)
     directory = data_dir / "blobs" / "sha256"
     directory.mkdir(parents=True, exist_ok=True)
     used = int(time.time()) - 3600 - count // 1000
