@@ -13,9 +13,12 @@ What fails. A connection that fails gives its piece back. The transfer ends only
 is left, with the error of the last one:
 
 - If that one broke, the fetch loop sends the next request. So it decides about a pause, and about
-  another endpoint.
+  another endpoint. A connection that waits behind the front does not count.
 - If it was refused, the transfer asks for the rest by one request, or waits, at most for
   ``limits.idle``. A refusal that is repeated ends it.
+
+The limits of a body, ``limits.idle`` and ``limits.min_rate``, hold for all connections together,
+too: a connection that is cut as late never reaches its own.
 
 A refusal of a further connection says nothing about the content, so the error is never a refusal.
 What has arrived ahead is kept for the next transfer.
@@ -39,6 +42,7 @@ from mirror.observability.events import (
     RequestRecord,
 )
 from mirror.oci.errors import (
+    FailureScope,
     MirrorError,
     UpstreamProtocolError,
     UpstreamRateLimited,
@@ -61,8 +65,9 @@ _MEMORY_SHARE: Final = 11 / 12
 """Part of the memory ahead that pieces may fill: 44 of 48 MiB. The rest is for requests of single
 parts (:mod:`mirror.pull.aside`), so that lazy clients need not wait for a large fetch."""
 _RETRY_AFTER_S: Final = 1.0
-"""Seconds to wait after a 429 without ``Retry-After``, and twice as many after each further one.
-The number of connections was accepted before, so the server may count one that has just ended."""
+"""Seconds to wait after a 429 at least, and twice as many after each further one. ``Retry-After``
+may ask for more. The number of connections was accepted before, so the server may count one that
+has just ended."""
 _SHORT_WAIT_S: Final = 2.0
 """Seconds for which a transfer rather has no connection than one request too many."""
 
@@ -166,9 +171,12 @@ class _Transfer:
         self._group = group
         self._loop = asyncio.get_running_loop()
         self._ramp = Ramp(registry.parallel.connections)
-        self._max_wait = registry.idle
-        """Seconds for which no connection may bring a byte, as for a body."""
-        self._received_at = self._loop.time()
+        self._idle = registry.idle
+        self._min_rate = registry.min_rate
+        self._silent_since = self._loop.time()
+        """Time since which all connections together have brought less than ``min_rate``."""
+        self._received = 0
+        """Bytes since then."""
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._further = 0
         """Connections beside the first one, as they are counted."""
@@ -184,7 +192,7 @@ class _Transfer:
         self._refusals = 0
         """Refusals of further connections since the last response."""
         self._failures = 0
-        """Failures of further connections since one has brought :data:`MIN_PROGRESS_BYTES`."""
+        """Failures of further connections in a row that have brought nothing."""
         self._not_before = 0.0
         """Time before which no request is sent although no connection is left, after a 429."""
         self._may_overlap = False
@@ -220,13 +228,28 @@ class _Transfer:
                 self._drained.set()
                 yielded_at = self._loop.time()
                 yield front
-                self._ramp.pause(self._loop.time() - yielded_at)
-            elif self._tasks or self._may_wait():
+                self._pause(self._loop.time() - yielded_at)
+            elif self._active or self._may_wait():
                 self._changed.clear()
                 await self._changed.wait()
+                self._check_progress()
             else:
                 assert self._failure is not None, "a connection ends by a failure"
                 raise self._failure
+
+    def _pause(self, seconds: float) -> None:
+        """Count seconds in which the reader took no bytes."""
+        self._ramp.pause(seconds)
+        self._silent_since = min(self._silent_since + seconds, self._loop.time())
+
+    def _check_progress(self) -> None:
+        """Raise ``UpstreamTimeout`` if all connections together have stopped, or are too slow."""
+        if self._loop.time() - self._silent_since >= self._idle:
+            what = f"sends less than {self._min_rate} bytes/s by {len(self._tasks)} connections"
+            raise UpstreamTimeout(
+                f"{self._stream.endpoint} {what} (limits.idle, limits.min_rate)",
+                scope=FailureScope.SUBJECT,
+            )
 
     def _receive_alone(self, count: int) -> bool:
         """Count bytes of the only connection. Returns whether to open a second one."""
@@ -244,7 +267,8 @@ class _Transfer:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
-        piece = self._pieces.begin_plain(self._loop.time())
+        self._silent_since = self._loop.time()
+        piece = self._pieces.begin_plain(self._silent_since)
         self._start(piece, self._read_first(piece, plain))
         self._ticker = self._group.create_task(self._tick())
         self._fill()
@@ -309,7 +333,7 @@ class _Transfer:
         if piece.is_plain:
             self._stream.close()
         self._pieces.give_back(piece)
-        if piece is self._broken and not self._tasks and not self._may_wait():
+        if piece is self._broken and not self._active and not self._may_wait():
             self._is_over = True  # The fetch loop decides about another request.
         self._fill()
         self._hold_memory()
@@ -327,6 +351,7 @@ class _Transfer:
                 self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
                 await self._read(piece, aiter(stream))
+                self._failures = 0
         except MirrorError as error:
             self._on_failure(piece, error)
 
@@ -341,13 +366,14 @@ class _Transfer:
         """Put the chunks of a response into its piece. A plain one ends where another begins."""
         pieces = self._pieces
         async for chunk in chunks:
-            now = self._received_at = self._loop.time()
+            now = self._loop.time()
             self._ramp.receive(now, len(chunk))
+            self._received += len(chunk)
+            if self._received >= self._min_rate * (now - self._silent_since):
+                self._silent_since, self._received = now, 0
             is_complete = pieces.receive(piece, chunk, now)
             if piece.taken == pieces.position:
                 self._changed.set()
-            if piece.end - piece.start >= MIN_PROGRESS_BYTES:
-                self._failures = 0
             if is_complete and piece.is_plain:
                 return
             if not is_complete and pieces.may_pause(piece) and piece.waiting > _BUFFER_BYTES:
@@ -372,7 +398,7 @@ class _Transfer:
                 reason = "refused"
                 delay, self._may_overlap = error.retry_after, False
                 if not self._ramp.is_adding:
-                    delay = _RETRY_AFTER_S * 2**self._refusals if delay is None else delay
+                    delay = max(delay or 0.0, _RETRY_AFTER_S * 2**self._refusals)
                     self._refusals += 1
                     # This number was accepted before. If it is refused again, the upstream limits
                     # requests: the rest needs one.
@@ -386,8 +412,9 @@ class _Transfer:
                 wanted = min(1, wanted)
             case _:
                 self._broken = piece
-                self._failures += 1
-                if self._failures == 1:
+                has_progressed = piece.end - piece.start >= MIN_PROGRESS_BYTES
+                self._failures = 0 if has_progressed else self._failures + 1
+                if self._failures <= 1:
                     return  # It is replaced.
         self._back_off(reason, wanted)
 
@@ -397,7 +424,7 @@ class _Transfer:
 
     def _may_wait(self) -> bool:
         """Return whether a connection may be opened in time, although there is none now."""
-        is_in_time = self._not_before <= self._received_at + self._max_wait
+        is_in_time = self._not_before <= self._silent_since + self._idle
         return self._ramp.wanted > 0 and self._loop.time() < self._not_before and is_in_time
 
     # --- the clock ------------------------------------------------------------------------------

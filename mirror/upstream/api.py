@@ -130,6 +130,8 @@ class Registry(Protocol):
 
     idle: float
     """Seconds without data after which a body is given up (``limits.idle``)."""
+    min_rate: int
+    """Bytes per second over ``idle`` below which it is given up, too (``limits.min_rate``)."""
     parallel: Parallel
     """How many connections may fetch one blob together."""
 

@@ -88,7 +88,7 @@ class HttpRegistry:
         self._client = client
         self._limits = limits
         self._emit = emit
-        self.idle = limits.idle
+        self.idle, self.min_rate = limits.idle, limits.min_rate
         self.parallel = parallel
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._heads = Heads(client)

@@ -109,6 +109,7 @@ class MemoryRegistry:
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
+    min_rate: int = 1024
     parallel: Parallel = field(default_factory=Parallel)
 
     # --- content, for the tests---------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -83,6 +84,12 @@ class Upstream:
     breaks: Callable[[int], int | None] = lambda number: None
     """Returns the bytes after which the n-th connection breaks."""
     error: MirrorError | None = None
+    fails: Callable[[int], bool] = lambda number: False
+    """Whether the n-th further request is answered with ``error``."""
+    starves_at: float = math.inf
+    """Time of the loop from which nothing arrives any more."""
+    trickle: float = 0.0
+    """Rate of each connection from then on. With 0, no request is answered, either."""
     buffer: int = 0
     """Bytes in the buffers of a socket: they are lost when a connection is closed early."""
     asked: list[float] = field(default_factory=list)
@@ -113,6 +120,11 @@ class Upstream:
         if not is_free:
             self.refused.append(now)
         return is_free
+
+    async def starve(self) -> None:
+        """Wait for ever if nothing arrives."""
+        if not self.trickle:
+            await asyncio.Event().wait()
 
     def stream(self, start: int = 0) -> Stream:
         """Return the response to a request without an end."""
@@ -145,6 +157,9 @@ class Stream:
         while position < stop:
             chunk = upstream.data[position : min(position + CHUNK_BYTES, stop)]
             rate = upstream.rate * upstream.slow(self._number)
+            if loop.time() >= upstream.starves_at:
+                await upstream.starve()
+                rate, chunk = upstream.trickle, chunk[:1]
             ready_at = loop.time() + len(chunk) / rate
             if upstream.total_rate is not None:
                 upstream._free_at = max(upstream._free_at, loop.time())
@@ -172,7 +187,13 @@ class Stream:
         upstream = self._upstream
         upstream.requested.append((start, stop))
         upstream.asked.append(asyncio.get_running_loop().time())
+        number = len(upstream.asked)
         await asyncio.sleep(upstream.latency)
+        if asyncio.get_running_loop().time() >= upstream.starves_at:
+            await upstream.starve()
+        if upstream.fails(number):
+            assert upstream.error is not None
+            raise upstream.error
         if not upstream.may_request():
             raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
         if not upstream.has_ranges:

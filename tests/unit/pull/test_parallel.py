@@ -15,6 +15,7 @@ from mirror.oci.errors import (
     MirrorError,
     UpstreamProtocolError,
     UpstreamRateLimited,
+    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.pull.connection_budget import ConnectionBudget
@@ -277,6 +278,67 @@ def test_failures_after_an_addition_without_gain_are_errors_of_the_upstream(last
     with suppress(UpstreamUnavailable):
         pull(upstream)
     assert upstream.connections == 0
+
+
+def test_failures_at_the_front_end_a_transfer_whose_other_connection_waits_for_the_front() -> None:
+    """After an addition without gain, the next connection is opened before the last one ends."""
+    upstream = Upstream(DATA, rate=16 * MIB, total_rate=16 * MIB, error=BROKEN)
+
+    def ahead() -> int:
+        """Return the number of the connection for all of the rest. 0: it is not requested."""
+        return next(
+            (n for n, (_, stop) in enumerate(upstream.requested, 1) if stop == len(DATA)), 0
+        )
+
+    def slow(number: int) -> float:
+        if not ahead() or number != ahead() - 1:
+            return 1.0
+        if asyncio.get_running_loop().time() > upstream.asked[ahead() - 1] + 0.25:
+            raise BROKEN
+        return 0.1
+
+    upstream.slow, upstream.fails = slow, lambda n: 0 < ahead() < n <= ahead() + 2
+    result = pull(upstream, sources=4)
+    assert len(upstream.asked) >= ahead() + 2
+    assert result.seconds < 1.1 * 6
+
+
+@pytest.mark.parametrize("retry_after", [0.0, 0.01])
+def test_refusals_that_ask_for_no_pause_are_paused_after(retry_after: float) -> None:
+    upstream = Upstream(DATA, burst=3, retry_after=retry_after)
+    with pytest.raises(UpstreamRateLimited):
+        pull(upstream)
+    assert len(upstream.refused) <= 8
+
+
+def test_further_connections_that_all_fail_are_two() -> None:
+    """However much the first response brings meanwhile."""
+    upstream = Upstream(DATA, error=BROKEN, fails=lambda n: True, latency=0.3)
+    result = pull(upstream)
+    assert len(upstream.asked) == 2
+    assert reasons(result) == ["failed"]
+
+
+@pytest.mark.parametrize("trickle", [0.0, 5.0], ids=["no-bytes", "less-than-the-least-rate"])
+def test_upstream_that_stops_on_all_connections_ends_the_transfer_in_the_time_of_a_body(
+    trickle: float,
+) -> None:
+    async def read() -> float:
+        loop = asyncio.get_running_loop()
+        upstream = Upstream(DATA, starves_at=loop.time() + 3, trickle=trickle)
+        with pytest.raises(UpstreamTimeout):
+            await transfer(upstream)
+        assert upstream.most > 1
+        return loop.time() - upstream.starves_at
+
+    idle = MemoryRegistry().idle
+    assert idle - 1 < run_virtually(read()) < idle + 2
+
+
+def test_time_in_which_the_reader_takes_nothing_is_no_silence_of_the_upstream() -> None:
+    pauses = iter([0.0] * 100 + [100.0])
+    result = pull(Upstream(DATA), pause=lambda position: next(pauses, 0.0))
+    assert result.seconds < 110
 
 
 @pytest.mark.parametrize("every", [8, 12])
