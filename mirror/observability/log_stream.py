@@ -21,8 +21,10 @@ _MAX_QUEUED_CHARS: Final = 2 * 1024 * 1024
 _GATHER_S: Final = 0.01
 """Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
 than a response from the cache."""
-_MAX_WRITE_BYTES: Final = 256 * 1024
-"""Bytes in one write of the only process that writes: more than a pipe holds."""
+_MAX_WRITE_BYTES: Final = 32 * 1024
+"""Bytes in one write of the only process that writes. After each write, the thread has to wait for
+the interpreter lock, so larger ones are faster. But a pipe takes them in parts: if the process is
+killed in between, its last line is not whole."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
 """Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
@@ -50,9 +52,7 @@ class LogStream:
             is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
-        # An atomic write of whole lines keeps the lines of several workers apart. Larger writes
-        # are faster: after each one, the thread has to wait for the interpreter lock.
-        self._max_write = select.PIPE_BUF if is_shared else _MAX_WRITE_BYTES
+        self._is_shared = is_shared
         self._on_dropped = on_dropped
         self._lock = threading.Lock()
         self._queue: list[str] = []
@@ -113,9 +113,13 @@ class LogStream:
     def _write_all(self, data: bytes) -> None:
         start = 0
         while start < len(data):
-            end = data.rfind(b"\n", start, start + self._max_write) + 1
+            # A pipe takes so much as a whole: the lines of several workers are kept apart, and a
+            # process that ends while the pipe is full has written whole lines.
+            is_atomic = self._is_shared or self._is_closing.is_set()
+            limit = start + (select.PIPE_BUF if is_atomic else _MAX_WRITE_BYTES)
+            end = data.rfind(b"\n", start, limit) + 1
             try:
-                start += os.write(self._fd, data[start : end or start + self._max_write])
+                start += os.write(self._fd, data[start : end or limit])
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -44,6 +45,8 @@ _SHARED: Final = (
     *("repository", "reference", "digest", "client", "user_agent"),
 )
 """Fields of a request's line that are the same for many requests, in their order."""
+_LINES_AT_ONCE: Final = 100
+"""Lines that are written together: 40 KB. The stream drops them together if it has no room."""
 _SHOWN_STAGE_S: Final = 0.001
 """Seconds. On a terminal, a shorter stage is left out: it is not why a request took long."""
 _SHOWN_STAGES: Final = 2
@@ -151,9 +154,13 @@ class LogWriter:
     def flush(self) -> None:
         """Write the pending lines. After a loss of lines, say how many were lost."""
         self._is_scheduled = False
-        lines = [self._format_line(*line) for line in self._take_pending()]
+        pending = self._take_pending()
+        while lines := [self._format_line(*line) for line in islice(pending, _LINES_AT_ONCE)]:
+            self._write_lines(lines)
+
+    def _write_lines(self, lines: list[str]) -> None:
         text = "".join(lines)
-        if self._dropped and lines:
+        if self._dropped:
             lost = [_encode_field("count", self._dropped, self._as_json)]
             line = self._format_line(time.time(), logging.WARNING, "log lines were dropped", lost)
             text = line + text

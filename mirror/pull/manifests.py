@@ -266,7 +266,7 @@ class ManifestService:
         """
         with request.pull.stage("index"):
             record, cached = await self._find_tag(request)
-        match self._decide(request.repository, record, cached):
+        match self._decide(request.repository, record, cached and cached.digest):
             case freshness.Fresh():
                 assert cached is not None
                 request.pull.outcome = Outcome.HIT
@@ -300,14 +300,14 @@ class ManifestService:
     def _is_fresh(
         self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
     ) -> bool:
-        return isinstance(self._decide(repository, record, cached), freshness.Fresh)
+        decision = self._decide(repository, record, cached and cached.digest)
+        return isinstance(decision, freshness.Fresh)
 
     def _decide(
-        self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
+        self, repository: Repository, record: TagRecord | None, cached: Digest | None
     ) -> freshness.Decision | freshness.Stale:
         upstream = self._content.upstream(repository)
-        digest = cached.digest if cached is not None else None
-        return freshness.decide_tag(record, digest, upstream, self._content.now())
+        return freshness.decide_tag(record, cached, upstream, self._content.now())
 
     async def _find_variant(
         self, repository: Repository, tag: Tag, variant: str
@@ -324,9 +324,14 @@ class ManifestService:
         if cached is None:
             return record, None
 
+        # Whoever keeps `is_current` must not keep the manifest and the history of the tag with it.
+        digest, is_cached_current = cached.digest, cached.is_current
+        latest = replace(record, previous_digests=())
+
         def is_current() -> bool:
-            is_unchanged = is_record_current() and cached.is_current()
-            return is_unchanged and self._is_fresh(repository, record, cached)
+            is_unchanged = is_record_current() and is_cached_current()
+            decision = self._decide(repository, latest, digest)
+            return is_unchanged and isinstance(decision, freshness.Fresh)
 
         return record, replace(cached, is_current=is_current)
 

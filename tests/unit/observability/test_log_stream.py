@@ -154,20 +154,36 @@ def test_non_blocking_descriptor_loses_nothing_that_was_accepted(is_shared: bool
     assert sum(lost) == 0
 
 
-@pytest.mark.parametrize(("is_shared", "largest"), [(False, 100_000), (True, select.PIPE_BUF)])
+@pytest.mark.parametrize(("is_shared", "largest"), [(False, 32_768), (True, select.PIPE_BUF)])
 def test_only_writer_writes_many_lines_at_once_and_one_of_several_at_most_4_kib(
     is_shared: bool, largest: int
 ) -> None:
     # Each write to such a socket is a message of its own.
     reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with reader, writer:
-        stream = LogStream(writer.fileno(), lambda count: None, is_shared=is_shared)
+        stream = LogStream(writer.fileno(), lambda count, error: None, is_shared=is_shared)
         stream.write(LINE * 500)
         sizes: list[int] = []
         while sum(sizes) < 500 * len(LINE):
             sizes.append(len(reader.recv(200_000)))
         stream.close(10)
     assert largest - len(LINE) < max(sizes) <= largest
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_stop_while_the_pipe_is_full_ends_with_a_whole_line() -> None:
+    """A process that ends meanwhile has written whole lines."""
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reader, writer:
+        stream = LogStream(writer.fileno(), lambda count, error: None, is_shared=False)
+        stream.write(LINE * 5000)
+        sizes = [len(reader.recv(100_000))]
+        assert sizes[0] > select.PIPE_BUF
+        stream.close(0.01)
+        while sum(sizes) < 5000 * len(LINE):
+            sizes.append(len(reader.recv(100_000)))
+        stream.close(10)
+    assert max(sizes[len(sizes) // 2 :]) <= select.PIPE_BUF
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
@@ -185,6 +201,28 @@ def test_lines_of_two_writers_of_one_pipe_are_not_mixed() -> None:
     lines = pipe.received.decode().splitlines()
     assert len(lines) == 2000
     assert not [line for line in lines if len(set(line)) > 1]
+
+
+@pytest.mark.row("FE1-full-stdout-pipe")
+def test_turn_with_more_lines_than_the_queue_takes_loses_only_those_without_room() -> None:
+    """Many requests may come in one turn of the loop, if it was busy before."""
+    pipe, lost, turn = Pipe(), [0], list[Callable[[], None]]()
+    stream = LogStream(pipe.write_end, lambda count, error: None, is_shared=False)
+    lines = configure_logging(Log(format="json"), stream, turn.append, lost.append)
+    observer, count = LogObserver(lines), 12_000
+    for number in range(count):
+        fields = (("n", number), ("text", "x" * 300))
+        observer.observe(events.LogMessage("info", f"message {number}", fields))
+    (flush,) = turn
+    flush()
+    reader = pipe.read_all()
+    wait_until(lambda: stream.write("last\n") > 0, "there is room again", 10)
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    numbers = [json.loads(line)["n"] for line in pipe.received.splitlines()[:-1]]
+    assert numbers == list(range(len(numbers)))
+    assert 4_000 < len(numbers) == count - sum(lost)
 
 
 class FullStream(io.StringIO):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sys
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,21 @@ async def by_tag(
     pull = a_pull()
     result = await kit.service.manifest(REPO, TAG, accept, pull, is_head=head)
     return result.digest, pull.outcome
+
+
+async def test_answer_to_whether_a_tag_is_current_keeps_no_manifest_in_memory(
+    tmp_path: Path,
+) -> None:
+    """Remembered responses keep it much longer than a second."""
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, TAG.name, b"layer")
+        await manifest(kit)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=True)
+        body, is_current = result.body, result.is_current
+        del result
+        assert is_current()
+        kit.service._manifests._results.clear()
+        assert sys.getrefcount(body) == 2, "this function, and the call"
 
 
 # --- policies -----------------------------------------------------------------------------------
