@@ -33,6 +33,8 @@ _MIN_READ_BYTES: Final = 128 * 1024
 """Bytes of one read, however many bodies arrive at the same time."""
 _ALL_READS_BYTES: Final = 16 * 1024 * 1024
 """Bytes that one read of each body may have together: these wait in memory if a disk is slow."""
+_TLS_RECORD_BYTES: Final = 16 * 1024
+"""Bytes of a TLS record (RFC 8446, section 5.1): as much may be decrypted and not handed over."""
 _MAX_WAITING_BYTES: Final = 128 * 1024
 """Received bytes of one body from which reading stops until the fetch has taken them."""
 
@@ -134,9 +136,13 @@ class BodyReceiver(asyncio.BufferedProtocol):
     # --- called by the event loop ---------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return where to read to. See :class:`asyncio.BufferedProtocol`."""
+        """Return where to read to. See :class:`asyncio.BufferedProtocol`.
+
+        ``sizehint``: bytes that wait in the TLS layer. All have to fit: if the upstream has closed
+        the connection, asyncio reads once more, and drops the rest. With a socket, it is negative.
+        """
         share = max(_MIN_READ_BYTES, _ALL_READS_BYTES // len(self._receivers))
-        return self._buffer[:share]
+        return self._buffer[: max(share, sizehint + _TLS_RECORD_BYTES)]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what was read. See :class:`asyncio.BufferedProtocol`."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import aiohttp
 import pytest
@@ -130,6 +135,54 @@ async def test_large_body_is_whole_if_a_tls_upstream_closes_right_after_it(
             fake.fault(f"blobs/{digest}", closing)
             assert await kit.read(digest) == BODY[:size]
         assert len(receivers) == fake.connections == 5
+
+
+@contextmanager
+def closing_server(context: ssl.SSLContext) -> Iterator[str]:
+    """Yield the URL of an upstream that closes a connection without waiting for the client.
+
+    The path of a blob ends with its size. All blobs are parts of ``BODY``.
+    """
+
+    def respond(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            size = int(re.search(rb"([0-9]+) HTTP", tls.recv(65536))[1])  # type: ignore[index] # a digest of digits
+            header = f"HTTP/1.1 200 OK\r\nContent-Length: {size}\r\nConnection: close\r\n\r\n"
+            tls.sendall(header.encode() + BODY[:size])
+
+    def serve() -> None:
+        with ThreadPoolExecutor(16) as threads, suppress(OSError):
+            while True:
+                threads.submit(respond, listener.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=serve)
+        thread.start()
+        yield f"https://localhost:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+async def test_large_bodies_are_whole_although_a_tls_upstream_closes_before_they_are_read(
+    tmp_path: Path, receivers: list[BodyReceiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then bytes wait in the TLS layer. With many bodies, each one is read in small parts."""
+    monkeypatch.setattr(body_receiver, "_ALL_READS_BYTES", 1)
+    certificate, sizes = Certificate.make(tmp_path), range(1_600_000, 2_400_000, 50_000)
+    with closing_server(tls_server(certificate)) as url:
+        async with upstream_kit(url, ca=str(certificate.cert_file)) as kit:
+
+            async def read_slowly(size: int) -> bytes:
+                got, digest = b"", Digest.parse(f"sha256:{size:064}")
+                async with opened(kit, digest) as chunks:
+                    async for chunk in chunks:
+                        got += chunk
+                        await asyncio.sleep(0.05)
+                return got
+
+            bodies = await asyncio.gather(*map(read_slowly, sizes))
+    assert bodies == [BODY[:size] for size in sizes]
+    assert len(receivers) == len(sizes)
 
 
 # --- bytes after a body ---------------------------------------------------------------------------
