@@ -266,7 +266,7 @@ class ManifestService:
         """
         with request.pull.stage("index"):
             record, cached = await self._find_tag(request)
-        match self._decide(request.repository, record, cached and cached.digest):
+        match self._decide(request.repository, record, cached):
             case freshness.Fresh():
                 assert cached is not None
                 request.pull.outcome = Outcome.HIT
@@ -300,14 +300,14 @@ class ManifestService:
     def _is_fresh(
         self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
     ) -> bool:
-        decision = self._decide(repository, record, cached and cached.digest)
-        return isinstance(decision, freshness.Fresh)
+        return isinstance(self._decide(repository, record, cached), freshness.Fresh)
 
     def _decide(
-        self, repository: Repository, record: TagRecord | None, cached: Digest | None
+        self, repository: Repository, record: TagRecord | None, cached: ManifestResult | None
     ) -> freshness.Decision | freshness.Stale:
         upstream = self._content.upstream(repository)
-        return freshness.decide_tag(record, cached, upstream, self._content.now())
+        digest = cached.digest if cached is not None else None
+        return freshness.decide_tag(record, digest, upstream, self._content.now())
 
     async def _find_variant(
         self, repository: Repository, tag: Tag, variant: str
@@ -329,9 +329,11 @@ class ManifestService:
         latest = replace(record, previous_digests=())
 
         def is_current() -> bool:
-            is_unchanged = is_record_current() and is_cached_current()
-            decision = self._decide(repository, latest, digest)
-            return is_unchanged and isinstance(decision, freshness.Fresh)
+            if not (is_record_current() and is_cached_current()):
+                return False
+            upstream = self._content.upstream(repository)
+            decision = freshness.decide_tag(latest, digest, upstream, self._content.now())
+            return isinstance(decision, freshness.Fresh)
 
         return record, replace(cached, is_current=is_current)
 

@@ -225,15 +225,59 @@ def _size(data: bytes, response: SingleWriteResponse) -> int:
     return _EXTRA_BYTES + 2 * len(data) + len(response.content)
 
 
+class SendingConnections:
+    """The connections whose clients have not got all bytes that were written."""
+
+    def __init__(self) -> None:
+        self._connections: set[RepeatingConnection] = set()
+        self._none_left = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def add(self, connection: RepeatingConnection) -> None:
+        """Add a connection: the kernel has not taken all bytes."""
+        self._connections.add(connection)
+
+    def discard(self, connection: RepeatingConnection) -> None:
+        """Remove a connection: the kernel has all bytes, or the connection is lost."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._none_left.set()
+
+    async def wait_until_sent(self) -> None:
+        """Wait until the kernel has all bytes for all clients."""
+        while self._connections:
+            self._none_left.clear()
+            await self._none_left.wait()
+
+
 class RepeatingConnection(web.RequestHandler):
     """aiohttp's connection, which answers repeated requests itself."""
 
-    __slots__ = ("_client", "_is_framed", "_is_new", "_repeated", "_stall_watch", "request_bytes")
+    __slots__ = (
+        *("_client", "_is_framed", "_is_new", "_repeated", "_sending", "_stall_watch"),
+        "request_bytes",
+    )
 
-    def __init__(self, repeated: RepeatedRequests, *arguments: Any, **options: Any) -> None:
-        """Create a connection. ``repeated`` has the answers, the others are those of aiohttp."""
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        server: RepeatingServer,
+        repeated: RepeatedRequests,
+        sending: SendingConnections,
+        **options: Any,
+    ) -> None:
+        """Create a connection.
+
+        Args:
+            server: The server that it belongs to.
+            repeated: The answers.
+            sending: It is one of them while bytes wait for its client.
+            options: Those of ``aiohttp.web.RequestHandler``.
+        """
+        super().__init__(server, **options)
         self._repeated = repeated
+        self._sending = sending
         self._client = ""
         self._stall_watch: StallWatch | None = None
         """Watches the client while bytes wait for it in the transport."""
@@ -267,6 +311,7 @@ class RepeatingConnection(web.RequestHandler):
             abort = partial(abort_connection, self.transport, is_reset=True)
             seconds = client_socket.CLIENT_STALL_TIMEOUT_S
             self._stall_watch = StallWatch(self.transport, seconds, abort)
+            self._sending.add(self)
 
     def resume_writing(self) -> None:
         """Watch the client no more: the kernel has all bytes."""
@@ -276,6 +321,14 @@ class RepeatingConnection(web.RequestHandler):
     def _stop_stall_watch(self) -> None:
         if self._stall_watch is not None:
             self._stall_watch.stop()
+            self._stall_watch = None
+            self._sending.discard(self)
+
+    def _process_keepalive(self) -> None:
+        """Close the connection if it is idle. It is not, while bytes wait for the client."""
+        if self._stall_watch is not None:
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        super()._process_keepalive()
 
     def data_received(self, data: bytes) -> None:
         """Answer a repeated request. Everything else is for aiohttp."""
@@ -335,10 +388,11 @@ class RepeatingServer(web.Server):
             options: Those of ``aiohttp.web.RequestHandler``.
         """
         super().__init__(handler, handler_cancellation=True)
+        self.sending = SendingConnections()
         self._repeated = repeated
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
         """Return a new connection. The event loop calls this."""
         loop = asyncio.get_running_loop()
-        return RepeatingConnection(self._repeated, self, loop=loop, **self._options)
+        return RepeatingConnection(self, self._repeated, self.sending, loop=loop, **self._options)

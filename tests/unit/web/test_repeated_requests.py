@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from mirror.observability.events import Outcome, RequestEnded, RequestRecord, RequestStarted
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
+from mirror.server import _drain
 from mirror.threads import run_in_thread
 from mirror.web import client_socket, repeated_requests
 from mirror.web.repeated_requests import RepeatingConnection, RepeatingServer, is_whole_request
@@ -705,6 +706,66 @@ async def test_client_that_reads_no_small_response_and_sends_no_more_is_cut_off(
         small_buffer(transports[0])
         writer.write(a_request(blob.removeprefix(server.url)))
         await until(lambda: is_reset(writer))
+
+
+@asynccontextmanager
+async def receiving_slowly(server: Server, path: str) -> AsyncIterator[asyncio.StreamReader]:
+    """Send a request, whose response waits for the client. Yields what reads it."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", server.port))
+    reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
+    try:
+        writer.write(a_request(path))
+        await until(lambda: len(server.running_server.sending) == 1)
+        yield reader
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("is_repeated", [False, True], ids=["ordinary", "repeated"])
+async def test_drain_waits_for_clients_that_receive_small_responses(
+    tmp_path: Path, is_repeated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection_made = RepeatingConnection.connection_made
+
+    def note(self: RepeatingConnection, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        small_buffer(transport)
+        connection_made(self, transport)
+
+    async with serving(tmp_path) as (fake, server):
+        path = server.blob(fake.add_blob(LARGEST)).removeprefix(server.url)
+        for _ in range(2):
+            await server.get(f"{server.url}{path}")
+            await server.store.idle()
+        if not is_repeated:
+            server.running_server.handler.repeated.forget_all()
+        monkeypatch.setattr(RepeatingConnection, "connection_made", note)
+        async with receiving_slowly(server, path) as reader, asyncio.TaskGroup() as group:
+            draining = group.create_task(_drain(server.running_server, server.events.append))
+            await asyncio.sleep(0.1)
+            assert not draining.done()
+            await reader.readuntil(b"\r\n\r\n")
+            assert await reader.readexactly(len(LARGEST)) == LARGEST
+        assert not [e for e in server.events if "drain timeout" in getattr(e, "message", "")]
+        server.running_server.health.is_draining = False
+
+
+async def test_connection_is_not_idle_while_bytes_wait_for_its_client(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (_, server):
+        client, _ = await answered(server, a_request())
+        connection = client.connection
+        connection.pause_writing()
+        connection._next_keepalive_close_time = 0.0
+        connection._process_keepalive()
+        assert not client.wire.is_closed
+        connection.resume_writing()
+        connection._next_keepalive_close_time = 0.0
+        connection._process_keepalive()
+        assert client.wire.is_closed
+        await client.close()
 
 
 async def test_response_that_could_not_be_sent_is_not_given_again(tmp_path: Path) -> None:
