@@ -277,7 +277,7 @@ async def start_server(
             server = (
                 LimitedServer(handler, emit, **options)
                 if is_limited
-                else RepeatingServer(handler, handler.repeated, **options)
+                else RepeatingServer(handler, handler.answers, **options)
             )
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)

@@ -7,7 +7,7 @@ them. Must not know: requests, what a status means, where the bytes go.
 connection on which bytes arrive that belong to no response.
 
 :class:`BodyReceiver` is the protocol while a large body of known length arrives. aiohttp reads
-256 KiB at a time from the socket, parses and copies each piece, and then stops to read until the
+256 KiB at a time from the socket, parses and copies each piece, and then stops reading until the
 piece is taken. Most of the time of a fetch without a limit went into that, and nothing has to be
 parsed in such a body. So this protocol takes as much as has arrived, up to 1 MiB.
 """

@@ -38,7 +38,7 @@ _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 
 
 class StallWatch:
-    """Calls back once a client has stopped to read.
+    """Calls back once a client has stopped reading.
 
     A client has stopped if it acknowledges no byte for ``seconds`` although the kernel has bytes
     for it all the while. That is detected after at most three times ``seconds``. It is never the
@@ -72,7 +72,7 @@ class StallWatch:
 async def abort_stalled_client(
     transport: asyncio.Transport | None, timeout: float
 ) -> AsyncIterator[None]:
-    """Raise ``TimeoutError`` in the block once the client has stopped to read.
+    """Raise ``TimeoutError`` in the block once the client has stopped reading.
 
     Args:
         transport: The client's connection. None if it is closed: then there is no limit.

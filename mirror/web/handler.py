@@ -60,7 +60,7 @@ from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
-from mirror.web.repeated_requests import RepeatedRequests, make_request_id
+from mirror.web.repeated_requests import RememberedAnswers, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -102,7 +102,7 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
-        self.repeated = RepeatedRequests(health, emit)
+        self.answers = RememberedAnswers(health, emit)
         """Answers requests that were answered a moment ago, so that they do not come here."""
         self.configure(settings)
         self._service = service
@@ -119,7 +119,7 @@ class Handler:
         networks = settings.trusted_proxies
         self.proxies = TrustedProxies(networks) if networks else None
         self._has_catalog = settings.catalog
-        self.repeated.forget_all()
+        self.answers.forget_all()
 
     @property
     def in_flight(self) -> int:
@@ -168,7 +168,7 @@ class Handler:
                 # The client has to open a new connection, which another server will accept.
                 response.force_close()
             elif isinstance(response, SingleWriteResponse) and self.proxies is None:
-                self.repeated.remember(request, response, pull)
+                self.answers.remember(request, response, pull)
             return response
         finally:
             del self._requests[id(request)]
@@ -193,7 +193,7 @@ class Handler:
         except MirrorError as error:
             return _build_error_response(error, pull)
         except (ConnectionError, TimeoutError):
-            # The client has left, or has stopped to read. That is no failure of this server.
+            # The client has left, or has stopped reading. That is no failure of this server.
             self._record_abort(pull)
             return _NoResponse(status=pull.status)
         except asyncio.CancelledError:

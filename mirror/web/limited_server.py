@@ -44,7 +44,7 @@ class LimitedServer(RepeatingServer):
             emit: Receives ``ConnectionRefused``.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
-        super().__init__(handler, handler.repeated, **options)
+        super().__init__(handler, handler.answers, **options)
         self._emit = emit
         self._addresses = handler.addresses
         self._handler = handler

@@ -11,15 +11,17 @@ of the time of a small response. So it is remembered as the *answer* to the byte
   body is answered here, and only while aiohttp waits for the next one. :func:`is_whole_request` is
   stricter than any parser: what it does not know is left to aiohttp, and so is everything that
   follows on this connection. aiohttp has parsed the same bytes once before, in the same state.
-- **Nothing is kept longer than its origin.** An answer was a hit in the memory of the pull service,
-  and has its :data:`~mirror.pull.results.IsCurrent`: the memory ends after a second, and a tag is
-  fresh by the same decision as before. A new configuration forgets all answers: admission and the
+- **Nothing is given longer than its origin is kept.** The request of an answer was a hit, and the
+  pull service keeps its result in memory for a second. The answer asks
+  :data:`~mirror.pull.results.IsCurrent` of this result, which also decides again whether a tag is
+  fresh. A new configuration forgets all answers: admission and the
   choice of the upstream depend on nothing else but the request. A server that drains gives none.
 - **A request is a request.** Each has its own record, id and events. The client is the peer of the
   connection. Behind a trusted proxy, it is not, so nothing is answered here if one is configured.
-- **Memory is bounded.** All answers are forgotten if they exceed a limit. An answer is written only
-  if nothing else waits to be written. A client that reads nothing for a minute is cut off, whatever
-  it was sent.
+- **Memory is bounded.** An answer has its bytes, and refers to nothing else that is large. All are
+  forgotten if they exceed a limit.
+- **Slow clients.** An answer is written only if nothing else waits to be written. A client that
+  reads nothing for a minute is cut off, whatever it was sent. A stop waits for those that read.
 
 Of aiohttp's ``RequestHandler`` this uses ``_waiter``, which is pending while a connection is idle,
 ``_request_count``, the requests that were parsed, and the time at which an idle connection is
@@ -91,7 +93,7 @@ class Answer:
     Nothing is computed until it is given again: most requests are never repeated.
     """
 
-    __slots__ = ("_header", "_record", "_request_id", "_stages", "response")
+    __slots__ = ("_record", "_request_id", "_stages", "_template", "response")
 
     def __init__(
         self, response: SingleWriteResponse, record: RequestRecord, request_id: str
@@ -107,14 +109,14 @@ class Answer:
         self.response = response
         self._record = record
         self._request_id = request_id
-        self._header = ""
-        """The header, to be filled in (see :func:`_build_header`). Empty until it is needed."""
+        self._template = ""
+        """The header, to be filled in (see :func:`_build_template`). Empty until it is needed."""
         self._stages: tuple[str, ...] = ()
 
-    def begin(self, client: str, started: float, seconds: float) -> RequestRecord:
+    def new_record(self, client: str, started: float, seconds: float) -> RequestRecord:
         """Return the record of a further request. ``seconds`` have passed since ``started``."""
-        if not self._header:
-            self._header = _build_header(self.response)
+        if not self._template:
+            self._template = _build_template(self.response)
             self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
         first = self._record
         return RequestRecord(
@@ -143,11 +145,11 @@ class Answer:
     def render(self, request_id: str, seconds: float) -> bytes:
         """Return the bytes of the response. ``seconds``: the duration of the request so far."""
         durations = (seconds * 1000,) * (len(self._stages) + 1)
-        header = self._header % (request_id, *durations, format_date(int(time.time())))
+        header = self._template % (request_id, *durations, format_date(int(time.time())))
         return header.encode() + self.response.content
 
 
-def _build_header(response: SingleWriteResponse) -> str:
+def _build_template(response: SingleWriteResponse) -> str:
     """Return the header of a response that was sent, to be filled in for each request.
 
     ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
@@ -160,7 +162,7 @@ def _build_header(response: SingleWriteResponse) -> str:
     return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
 
 
-class RepeatedRequests:
+class RememberedAnswers:
     """The answers of one process, by the bytes of their requests."""
 
     def __init__(self, health: Health, emit: Observer) -> None:
@@ -256,14 +258,14 @@ class RepeatingConnection(web.RequestHandler):
     """aiohttp's connection, which answers repeated requests itself."""
 
     __slots__ = (
-        *("_client", "_is_framed", "_is_new", "_repeated", "_sending", "_stall_watch"),
+        *("_client", "_is_framed", "_is_new", "_remembered", "_sending", "_stall_watch"),
         "request_bytes",
     )
 
     def __init__(
         self,
         server: RepeatingServer,
-        repeated: RepeatedRequests,
+        answers: RememberedAnswers,
         sending: SendingConnections,
         **options: Any,
     ) -> None:
@@ -271,12 +273,12 @@ class RepeatingConnection(web.RequestHandler):
 
         Args:
             server: The server that it belongs to.
-            repeated: The answers.
+            answers: The answers.
             sending: It is one of them while bytes wait for its client.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
         super().__init__(server, **options)
-        self._repeated = repeated
+        self._remembered = answers
         self._sending = sending
         self._client = ""
         self._stall_watch: StallWatch | None = None
@@ -287,7 +289,7 @@ class RepeatingConnection(web.RequestHandler):
         """Whether all bytes before the latest ones were whole requests, for us and for aiohttp."""
         self.request_bytes = b""
         """The bytes of the request that is being answered. Empty if it may not be remembered.
-        :meth:`RepeatedRequests.remember` reads them."""
+        :meth:`RememberedAnswers.remember` reads them."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the address of the client."""
@@ -346,7 +348,7 @@ class RepeatingConnection(web.RequestHandler):
 
     def _repeat(self, data: bytes) -> bool:
         """Answer a request if its answer is known. Returns False if it is not."""
-        answer, transport = self._repeated.find(data), self.transport
+        answer, transport = self._remembered.find(data), self.transport
         if (
             answer is None
             or not answer.response.is_sent
@@ -357,11 +359,11 @@ class RepeatingConnection(web.RequestHandler):
             return False
         started = time.monotonic()
         if not answer.response.is_current():
-            self._repeated.forget(data)
+            self._remembered.forget(data)
             return False
-        emit = self._repeated.emit
+        emit = self._remembered.emit
         seconds = time.monotonic() - started
-        pull = answer.begin(self._client, started, seconds)
+        pull = answer.new_record(self._client, started, seconds)
         emit(RequestStarted(pull))
         transport.write(answer.render(pull.request_id, seconds))
         now = time.monotonic()
@@ -377,22 +379,22 @@ class RepeatingServer(web.Server):
     def __init__(
         self,
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        repeated: RepeatedRequests,
+        answers: RememberedAnswers,
         **options: Any,
     ) -> None:
         """Create the server.
 
         Args:
             handler: Handles all other requests.
-            repeated: The answers. ``handler`` remembers them there.
+            answers: The answers. ``handler`` remembers them there.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
         super().__init__(handler, handler_cancellation=True)
         self.sending = SendingConnections()
-        self._repeated = repeated
+        self._remembered = answers
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
         """Return a new connection. The event loop calls this."""
         loop = asyncio.get_running_loop()
-        return RepeatingConnection(self, self._repeated, self.sending, loop=loop, **self._options)
+        return RepeatingConnection(self, self._remembered, self.sending, loop=loop, **self._options)

@@ -184,7 +184,7 @@ class Sender:
             MirrorError: The content cannot be read (see ``Reader.wait``). If ``pull.status`` is
                 set, the header was being sent, and the connection has been aborted.
             ConnectionError: The client has left.
-            TimeoutError: The client has stopped to read. The connection has been aborted.
+            TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         request, etag = self._request, entity_tag(body.digest)
         if is_not_modified(request.headers.get("If-None-Match"), etag):
@@ -246,7 +246,7 @@ class Sender:
 
         Raises:
             ConnectionError: The client has left.
-            TimeoutError: The client has stopped to read. The connection has been aborted.
+            TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
         async with self._sending(response):

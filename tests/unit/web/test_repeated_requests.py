@@ -92,7 +92,7 @@ class Client:
         handler = server.running_server.handler
         # Without lingering, no request waits for the rest of its body.
         options = {"keepalive_timeout": 15.0, "access_log": None, "lingering_time": 0.0}
-        manager = RepeatingServer(handler, handler.repeated, **options)
+        manager = RepeatingServer(handler, handler.answers, **options)
         connection = manager()
         assert isinstance(connection, RepeatingConnection)
         self.connection = connection
@@ -214,11 +214,11 @@ async def test_any_conversation_has_the_same_bytes_and_records_with_and_without_
     loop = asyncio.get_running_loop()
     repeated = 0
     async with serving(tmp_path, negative_ttl=3600.0) as (_, server):
-        find = server.running_server.handler.repeated.find
+        find = server.running_server.handler.answers.find
 
         async def converse(pieces: Sequence[bytes], *, is_on: bool) -> tuple[object, ...]:
             nonlocal repeated
-            answers = server.running_server.handler.repeated
+            answers = server.running_server.handler.answers
             monkeypatch.setattr(answers, "find", find if is_on else lambda data: None)
             server.events.clear()
             client = Client(server)
@@ -302,7 +302,8 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     response = SingleWriteResponse(timing, b"", lambda: True)
     answer = repeated_requests.Answer(response, first, "<request_id>")
     measured = {"client": "<client>", "started": 2.0, "first_byte": 3.0, "duration": 0.0}
-    assert answer.begin("<client>", 2.0, 3.0) == replace(first, **measured, stages=[("index", 3.0)])
+    record = answer.new_record("<client>", 2.0, 3.0)
+    assert record == replace(first, **measured, stages=[("index", 3.0)])
 
 
 async def test_each_client_has_its_own_address_and_a_given_request_id_is_kept(
@@ -424,7 +425,7 @@ async def test_pipelined_requests_are_answered_in_order(tmp_path: Path) -> None:
         assert statuses == [b"200", b"404", b"200"]
         # The connection was never anything but whole requests, so it goes on.
         assert client.send_at_once(request)
-        assert server.running_server.handler.repeated.find(first) is None
+        assert server.running_server.handler.answers.find(first) is None
         await client.close()
 
 
@@ -432,7 +433,7 @@ async def test_response_is_not_remembered_for_a_request_that_came_while_it_was_m
     tmp_path: Path,
 ) -> None:
     async with serving(tmp_path) as (_, server):
-        client, repeated = Client(server), server.running_server.handler.repeated
+        client, repeated = Client(server), server.running_server.handler.answers
         requests = [a_request(TAG, f"X-Number: {number}") for number in range(3)]
         for request in requests:
             client.connection.data_received(request)
@@ -552,7 +553,7 @@ async def test_other_responses_are_not_remembered(tmp_path: Path, request_bytes:
         for _ in range(2):
             client = Client(server)
             assert await client.send(request_bytes)
-            assert server.running_server.handler.repeated.find(request_bytes) is None
+            assert server.running_server.handler.answers.find(request_bytes) is None
             await client.close()
 
 
@@ -563,7 +564,7 @@ async def test_nothing_is_remembered_behind_a_trusted_proxy(tmp_path: Path) -> N
         for _ in range(3):
             await client.send(request)
         assert server.pulls[-1].client == "198.51.100.9"
-        assert server.running_server.handler.repeated.find(request) is None
+        assert server.running_server.handler.answers.find(request) is None
         await client.close()
 
 
@@ -584,7 +585,7 @@ async def test_answers_in_memory_are_bounded(
 ) -> None:
     monkeypatch.setattr(repeated_requests, "_MAX_BYTES", 10_000)
     async with serving(tmp_path) as (_, server):
-        answers, client = server.running_server.handler.repeated, Client(server)
+        answers, client = server.running_server.handler.answers, Client(server)
         for number in [*range(25), *range(25)]:
             await client.send(a_request(TAG, f"X-Number: {number % 7}"))
             sizes = [
@@ -599,7 +600,7 @@ async def test_answers_in_memory_are_bounded(
 async def test_answers_take_no_more_memory_than_is_counted(tmp_path: Path) -> None:
     count = 100
     async with serving(tmp_path) as (_, server):
-        answers, client = server.running_server.handler.repeated, Client(server)
+        answers, client = server.running_server.handler.answers, Client(server)
         await client.send(a_request())
         tracemalloc.start()
         try:
@@ -741,7 +742,7 @@ async def test_drain_waits_for_clients_that_receive_small_responses(
             await server.get(f"{server.url}{path}")
             await server.store.idle()
         if not is_repeated:
-            server.running_server.handler.repeated.forget_all()
+            server.running_server.handler.answers.forget_all()
         monkeypatch.setattr(RepeatingConnection, "connection_made", note)
         async with receiving_slowly(server, path) as reader, asyncio.TaskGroup() as group:
             draining = group.create_task(_drain(server.running_server, server.events.append))
@@ -813,7 +814,7 @@ async def test_repeated_request_is_answered_at_once_over_tls(tmp_path: Path) -> 
         writer.close()
         assert len(set(heads)) == len(set(bodies)) == 1
         assert json.loads(bodies[0])["schemaVersion"] == 2
-        assert len(server.running_server.handler.repeated._answers) == 1
+        assert len(server.running_server.handler.answers._answers) == 1
         assert [pull.client for pull in await server.records()] == ["127.0.0.1"] * 4
 
 
