@@ -228,7 +228,7 @@ class AsideRequests:
         spans = request.select_spans(follower.size)
         if not spans or spans[-1].start < follower.arrived:
             return follower
-        if self._is_paused(request.repository) or source.registry.parallel.connections == 1:
+        if self._is_paused(fetch, source) or source.registry.parallel.connections == 1:
             return follower
         state = self._states.setdefault(fetch, _FetchState())
         with request.pull.stage("wait"):
@@ -241,9 +241,11 @@ class AsideRequests:
         asides = [self._join(state, fetch, source, span) for span in chosen]
         return AsideReader(follower, asides, request.pull, self._leave)
 
-    def _is_paused(self, repository: Repository) -> bool:
-        until = self._paused_until.get(repository, 0.0)
-        return asyncio.get_running_loop().time() < until
+    def _is_paused(self, fetch: Fetch, source: ContentSource) -> bool:
+        """Return whether a request has failed, or the endpoint has asked for a pause."""
+        until = self._paused_until.get(source.request.repository, 0.0)
+        is_failed = asyncio.get_running_loop().time() < until
+        return is_failed or self._connections.is_paused(fetch.endpoint)
 
     async def _choose(
         self, speed: FrontRate, follower: Follower, spans: Sequence[Span]
@@ -311,8 +313,8 @@ class AsideRequests:
         repository, received = source.request.repository, bytearray()
         # The fetch of another process does not say which endpoint it uses.
         async with self._connection(state, fetch.endpoint or repository.upstream):
-            if self._is_paused(repository):
-                raise UpstreamUnavailable("the request for another part has failed meanwhile")
+            if self._is_paused(fetch, source):
+                raise UpstreamUnavailable("requests for parts pause after a failure")
             result: AsideResult = "dropped"
             reason = ""
             try:
@@ -322,7 +324,7 @@ class AsideRequests:
                     source.request.kind,
                     offset=span.start,
                     stop=span.stop,
-                    validator=fetch.validator,
+                    # Without `If-Range`: nodes of a storage have different tags for one digest.
                     total=fetch.ingest.size,
                     avoid=tuple(fetch.endpoints_used)[:-1],
                 ) as stream:

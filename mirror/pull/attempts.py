@@ -13,6 +13,7 @@ from typing import Final
 from mirror.observability.events import Resumed
 from mirror.oci.errors import (
     AllCircuitsOpen,
+    FailureScope,
     MirrorError,
     OutboundRefused,
     StorageRefused,
@@ -55,6 +56,8 @@ class SourceAttempts:
     is moved by the time that skipped bytes take (see ``may_use_range``)."""
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
+    ranged_failures: int = 0
+    """How many of these transfers may have broken because of ``Range``."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -93,10 +96,10 @@ class SourceAttempts:
         if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
             self.validator = None
             self.may_use_range = False
-        elif self.failed_in_a_row > _RANGED_ATTEMPTS or (
-            not self.has_responded and _is_response(error)
-        ):
-            self.may_use_range = False
+        else:
+            self.ranged_failures += _may_depend_on_range(error)
+            is_first = not self.has_responded and _is_response(error)
+            self.may_use_range &= self.ranged_failures <= _RANGED_ATTEMPTS and not is_first
         self.has_just_dropped_range = had_range and not self.may_use_range
 
     def is_over(self, now: float) -> bool:
@@ -120,12 +123,25 @@ class SourceAttempts:
     def pause(self, error: MirrorError) -> float:
         """Return the seconds before the next transfer, after one that ended with ``error``.
 
-        The time is random, so that fetches which broke together do not resume together.
+        The time is random, so that fetches which broke together do not resume together. After a 429
+        it follows the pause that the upstream has asked for, or a usual one.
         """
         longest = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        least = 0.0
         if isinstance(error, AllCircuitsOpen):
             longest = _MAX_PAUSE_S
-        return random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
+        if isinstance(error, UpstreamRateLimited):
+            least = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
+        return least + random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
+
+
+def _may_depend_on_range(error: MirrorError) -> bool:
+    """Return whether ``Range`` may be the cause of a failure.
+
+    It is not for an endpoint without a token, or without a connection.
+    """
+    is_unreachable = getattr(error, "scope", None) is FailureScope.ENDPOINT
+    return not (error.is_without_token or is_unreachable)
 
 
 def _is_response(error: MirrorError) -> bool:

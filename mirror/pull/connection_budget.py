@@ -68,8 +68,11 @@ class ConnectionBudget:
 
     def may_add(self, endpoint: str) -> bool:
         """Return whether a further connection may be opened."""
-        is_paused = self._clock() < self._paused_until.get(endpoint, 0.0)
-        return not is_paused and self.count(endpoint) < self._limit(endpoint)
+        return not self.is_paused(endpoint) and self.count(endpoint) < self._limit(endpoint)
+
+    def is_paused(self, endpoint: str) -> bool:
+        """Return whether the endpoint has asked for a pause that has not ended."""
+        return self._clock() < self._paused_until.get(endpoint, 0.0)
 
     def _limit(self, endpoint: str) -> int:
         accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
@@ -82,7 +85,8 @@ class ConnectionBudget:
         """
         accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
         self._accepted[endpoint] = accepted, self._clock() + _REMEMBERED_S
-        self._paused_until[endpoint] = self._clock() + retry_after
+        until = self._clock() + retry_after
+        self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
 
     def on_no_ranges(self, endpoint: str) -> None:
         """Remember that the endpoint sends no ranges, so that a further connection is useless."""

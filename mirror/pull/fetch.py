@@ -97,8 +97,6 @@ class Fetch:
         self._offered = {_proof_key(first.request)}
         self._requeued: set[ProofKey] = set()
         self._current = first
-        self.validator: str | None = None
-        """Validator of the latest response. None: there was none, or it had no strong ``ETag``."""
         self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -333,7 +331,7 @@ class Fetch:
                         avoid=(*attempts.avoid, *source.avoid),
                     )
                 )
-            attempts.validator = self.validator = stream.validator
+            attempts.validator = stream.validator
             attempts.endpoint = stream.endpoint
             self.endpoints_used.pop(stream.endpoint, None)
             self.endpoints_used[stream.endpoint] = source.request.repository.upstream
@@ -375,7 +373,8 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed, attempts.failed_in_a_row = True, 0
+                    attempts.has_progressed = True
+                    attempts.failed_in_a_row = attempts.ranged_failures = 0
                     attempts.highest_position = ingest.position
                     attempts.last_progress_at = loop.time()
             limit.reschedule(None)
@@ -393,13 +392,15 @@ class Fetch:
         """
         now = asyncio.get_running_loop().time()
         attempts.count_failure(error)
-        if self.ingest.is_closed or attempts.is_over(now):
+        pause = attempts.pause(error)
+        if self.ingest.is_closed or attempts.is_over(now + pause):
             raise error
         if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
         if not isinstance(error, AllCircuitsOpen):  # Otherwise no request was sent.
             self._emit(attempts.resumed(self.ingest.position, error))
-        await asyncio.sleep(attempts.pause(error))
+        async with self._preemptible():  # A 429 may have asked for a long pause.
+            await asyncio.sleep(pause)
 
 
 class RunningFetches:

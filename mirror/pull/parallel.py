@@ -9,16 +9,26 @@ the ingest file grows only at its front. As long as one connection is enough, it
 on as they come. Otherwise each connection has a task that puts its chunks into a piece, and the
 front of the pieces is passed on. The tasks belong to a group that ends with the transfer.
 
-What fails. A connection that fails gives its piece back. The transfer ends only when no connection
-is left, with the error of the last one:
+The invariant. The *front* is the next byte to hand out. While bytes are missing, one of these holds
+after each event:
 
-- If that one broke, the fetch loop sends the next request. So it decides about a pause, and about
-  another endpoint. A connection that waits behind the front does not count.
-- If it was refused, the transfer asks for the rest by one request, or waits, at most for
-  ``limits.idle``. A refusal that is repeated ends it.
+- The front has arrived, and waits for the reader.
+- A connection fetches it. Its request and its body have time limits of their own.
+- Nobody fetches it. The next request has a known time, or waits for a connection ahead to end.
+- The transfer has ended with an error, and the fetch loop decides what is next.
 
-The limits of a body, ``limits.idle`` and ``limits.min_rate``, hold for all connections together,
-too: a connection that is cut as late never reaches its own.
+Whatever happens, the front moves by ``limits.min_rate`` within ``limits.idle``, or the transfer
+ends: the limits of a body hold for all connections together. :meth:`_Transfer._restore` restores
+the invariant. It is called after each event, and nothing else sends requests or ends the transfer.
+Pieces ahead of the front decide nothing, for they may wait for it.
+
+What fails. A connection that fails gives its piece back. Failures in a row are counted together,
+whatever their kind. Only handed out bytes of requests that were sent later reset the count, so
+those of the first response do not. After each failure there is a pause, twice as long as the one
+before, and then one request has to be answered before the next. After two, the transfer goes on
+with one connection, or with those before the last addition, and a refusal is remembered for the
+endpoint. If nobody fetches the front then, the transfer ends. Only after a 429 it waits, within
+``limits.idle``.
 
 A refusal of a further connection says nothing about the content, so the error is never a refusal.
 What has arrived ahead is kept for the next transfer.
@@ -64,10 +74,19 @@ socket, so that it does not wait for the loop."""
 _MEMORY_SHARE: Final = 11 / 12
 """Part of the memory ahead that pieces may fill: 44 of 48 MiB. The rest is for requests of single
 parts (:mod:`mirror.pull.aside`), so that lazy clients need not wait for a large fetch."""
+_MAX_FAILURES: Final = 2
+"""Failures in a row after which the transfer goes on with the connections that it has: one may have
+met a node that restarts."""
+_FIRST_PAUSE_S: Final = 0.1
+"""Seconds for which no request is sent after a failure, and twice as many after each further one:
+about the time of a request, so that a refusal costs little."""
+_IS_SENDING_S: Final = 1.0
+"""Seconds since the latest bytes of an endpoint in which a failure is a refusal of one connection
+more. Later, the endpoint itself may stand still."""
 _RETRY_AFTER_S: Final = 1.0
-"""Seconds to wait after a 429 at least, and twice as many after each further one. ``Retry-After``
-may ask for more. The number of connections was accepted before, so the server may count one that
-has just ended."""
+"""Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
+after each further one. The number of connections was accepted before, so the server may count one
+that has just ended."""
 _SHORT_WAIT_S: Final = 2.0
 """Seconds for which a transfer rather has no connection than one request too many."""
 
@@ -171,37 +190,43 @@ class _Transfer:
         self._group = group
         self._loop = asyncio.get_running_loop()
         self._ramp = Ramp(registry.parallel.connections)
-        self._idle = registry.idle
-        self._min_rate = registry.min_rate
-        self._silent_since = self._loop.time()
-        """Time since which all connections together have brought less than ``min_rate``."""
-        self._received = 0
-        """Bytes since then."""
+        self._idle, self._min_rate = registry.idle, registry.min_rate
+        self._front_at = 0.0
+        """Time since which the front has moved by less than ``min_rate``, as for a body."""
+        self._moved = 0
+        """Bytes by which it has moved since then."""
+        self._received_at = 0.0
+        """Time of the latest chunk of any connection."""
+        self._first: Piece
+        """The piece of the response that the transfer began with."""
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._further = 0
         """Connections beside the first one, as they are counted."""
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        """Set when the front has bytes, or when a task has ended."""
+        """Set when the front may have bytes, or when the transfer has ended."""
         self._drained = asyncio.Event()
         """Set when bytes were handed out."""
-        self._failure: MirrorError | None = None
-        """The error of the connection that failed last."""
-        self._broken: Piece | None = None
-        """The piece of the connection that broke last. One that was refused has not."""
-        self._refusals = 0
-        """Refusals of further connections since the last response."""
         self._failures = 0
-        """Failures of further connections in a row that have brought nothing."""
+        """Failures in a row of further connections: requests that were sent after the one before,
+        and have brought less than :data:`MIN_PROGRESS_BYTES`. See :meth:`_on_progress`."""
+        self._failure: MirrorError | None = None
+        """The latest of these failures."""
+        self._failed_at = 0.0
+        """Time of the latest one that was counted. Requests before it had the same cause."""
+        self._brought = 0
+        """Bytes handed out of further connections that were requested after it."""
         self._not_before = 0.0
-        """Time before which no request is sent although no connection is left, after a 429."""
+        """Time before which no request is sent."""
+        self._error: MirrorError | None = None
+        """Why the transfer has ended. None: it has not."""
         self._may_overlap = False
         """Whether the last connection may be opened while the one before it has not ended."""
-        self._is_over = False
+        self._is_closed = False
 
     def end(self) -> None:
         """End all tasks. Their group waits for them."""
-        self._is_over = True
+        self._is_closed = True
         for task in (*self._tasks.values(), *([self._ticker] if self._ticker else ())):
             task.cancel()
 
@@ -220,36 +245,24 @@ class _Transfer:
                 return
         self._begin(plain)
         while pieces.position < pieces.total:
-            count, front = len(pieces), pieces.pop()
-            if front is None or len(pieces) < count:
-                self._fill()  # There may be memory now, or a gap at the front, which needs none.
-            if front is not None:
+            count, front, data = len(pieces), pieces.front, pieces.pop()
+            if front is not None and data is not None:
+                yielded_at = self._loop.time()
+                self._on_progress(yielded_at, front, len(data))
+                if len(pieces) < count:
+                    self._restore()  # There may be memory now.
                 self._hold_memory()
                 self._drained.set()
-                yielded_at = self._loop.time()
-                yield front
-                self._pause(self._loop.time() - yielded_at)
-            elif self._active or self._may_wait():
+                yield data
+                paused_s = self._loop.time() - yielded_at
+                self._ramp.pause(paused_s)
+                self._front_at += paused_s
+            elif self._error is None:
                 self._changed.clear()
+                self._restore()  # There may be a gap at the front.
                 await self._changed.wait()
-                self._check_progress()
             else:
-                assert self._failure is not None, "a connection ends by a failure"
-                raise self._failure
-
-    def _pause(self, seconds: float) -> None:
-        """Count seconds in which the reader took no bytes."""
-        self._ramp.pause(seconds)
-        self._silent_since = min(self._silent_since + seconds, self._loop.time())
-
-    def _check_progress(self) -> None:
-        """Raise ``UpstreamTimeout`` if all connections together have stopped, or are too slow."""
-        if self._loop.time() - self._silent_since >= self._idle:
-            what = f"sends less than {self._min_rate} bytes/s by {len(self._tasks)} connections"
-            raise UpstreamTimeout(
-                f"{self._stream.endpoint} {what} (limits.idle, limits.min_rate)",
-                scope=FailureScope.SUBJECT,
-            )
+                raise self._error
 
     def _receive_alone(self, count: int) -> bool:
         """Count bytes of the only connection. Returns whether to open a second one."""
@@ -267,38 +280,60 @@ class _Transfer:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
-        self._silent_since = self._loop.time()
-        piece = self._pieces.begin_plain(self._silent_since)
-        self._start(piece, self._read_first(piece, plain))
+        self._front_at = self._loop.time()
+        self._first = self._pieces.begin_plain(self._front_at)
+        self._start(self._first, self._read_first(plain))
         self._ticker = self._group.create_task(self._tick())
-        self._fill()
+        self._restore()
 
     # --- connections ----------------------------------------------------------------------------
 
-    def _fill(self) -> None:
-        """Start connections, as long as more are wanted, a piece is free, and the budgets allow.
+    def _restore(self) -> None:
+        """Restore the invariant after an event: send the requests that are due, or end."""
+        if self._is_closed or self._error is not None:
+            return
+        now, front = self._loop.time(), self._pieces.front
+        end_at = self._front_at + self._idle
+        if isinstance(self._failure, UpstreamRateLimited):
+            is_given_up = self._not_before > end_at
+        else:
+            is_given_up = self._failures >= _MAX_FAILURES
+        if (front is None and is_given_up) or (now >= end_at and not (front and front.chunks)):
+            self._error = self._failure or UpstreamTimeout(
+                f"{self._stream.endpoint} sends less than {self._min_rate} bytes/s by"
+                f" {len(self._tasks)} connections (limits.idle, limits.min_rate)",
+                scope=FailureScope.SUBJECT,
+            )
+            self._changed.set()
+        while self._error is None and now >= self._not_before and self._request(now):
+            pass
 
-        After a refusal, one request has to be answered before the next one.
+    def _request(self, now: float) -> Piece | None:
+        """Send a request for one piece, and return that. None: no request may be sent.
+
+        A request needs no budget if no other connection brings bytes. The front is requested also
+        if there are as many connections as wanted, for these bring what is behind it.
         """
-        while not self._is_over and self._active < self._most:
-            now, pieces, reader = self._loop.time(), self._pieces, self._reader
-            is_asking = self._refusals > 0 and not all(one.has_response for one in self._tasks)
-            may_add = reader.connections.may_add(self._stream.endpoint)
-            may_request = may_add if self._active else now >= self._not_before
-            if is_asking or not may_request:
-                return
-            room, connections = reader.room, self._ramp.wanted
-            if not self._active and not (may_add and room >= pieces.size):
-                connections = 1
-            rooms = (room + pieces.ahead) // max(1, connections - 1)
-            piece = pieces.claim(now, self._ramp.rate_of_one, connections, rooms)
-            if piece is None:
-                return
-            if not pieces.may_pause(piece) and piece.stop - piece.start > room:
-                pieces.give_back(piece)
-                return
-            self._start(piece, self._fetch(piece))
-            self._hold_memory()
+        pieces, reader = self._pieces, self._reader
+        active = sum(1 for piece in self._tasks if not pieces.is_stuck(piece))
+        is_asking = self._failures > 0 and not all(one.has_response for one in self._tasks)
+        is_wanted = active < self._most or pieces.front is None
+        may_add = reader.connections.may_add(self._stream.endpoint)
+        if is_asking or not is_wanted or (active and not may_add):
+            return None
+        room, connections = reader.room, self._ramp.wanted
+        if not active and not (may_add and room >= pieces.size):
+            connections = 1
+        rooms = (room + pieces.ahead) // max(1, connections - 1)
+        piece = pieces.claim(now, self._ramp.rate_of_one, connections, rooms)
+        if piece is None:
+            return None
+        if not pieces.may_pause(piece) and piece.stop - piece.start > room:
+            pieces.give_back(piece)
+            return None
+        self._start(piece, self._fetch(piece))
+        self._hold_memory()
+        return piece
 
     @property
     def _most(self) -> int:
@@ -306,11 +341,6 @@ class _Transfer:
         is_last = self._may_overlap and self._ramp.wanted == 1
         may_overlap = is_last and not any(piece.is_plain for piece in self._tasks)
         return self._ramp.wanted + may_overlap
-
-    @property
-    def _active(self) -> int:
-        """Connections that bring bytes, or will soon."""
-        return sum(1 for piece in self._tasks if not self._pieces.is_stuck(piece))
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
         """Start the task of a piece."""
@@ -333,9 +363,7 @@ class _Transfer:
         if piece.is_plain:
             self._stream.close()
         self._pieces.give_back(piece)
-        if piece is self._broken and not self._active and not self._may_wait():
-            self._is_over = True  # The fetch loop decides about another request.
-        self._fill()
+        self._restore()
         self._hold_memory()
         self._changed.set()
 
@@ -344,33 +372,28 @@ class _Transfer:
         try:
             async with self._stream.open_range(piece.start, piece.stop) as stream:
                 now = self._loop.time()
-                self._refusals = 0
                 if not self._pieces.accept_response(piece, now):
                     return  # The plain piece has been faster.
                 count = sum(1 for other in self._tasks if other.has_response)
                 self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
                 await self._read(piece, aiter(stream))
-                self._failures = 0
         except MirrorError as error:
             self._on_failure(piece, error)
 
-    async def _read_first(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
+    async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
-            await self._read(piece, chunks)
+            await self._read(self._first, chunks)
         except MirrorError as error:
-            self._failure, self._broken = error, piece
+            self._on_failure(self._first, error)
 
     async def _read(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
         """Put the chunks of a response into its piece. A plain one ends where another begins."""
         pieces = self._pieces
         async for chunk in chunks:
-            now = self._loop.time()
+            now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk))
-            self._received += len(chunk)
-            if self._received >= self._min_rate * (now - self._silent_since):
-                self._silent_since, self._received = now, 0
             is_complete = pieces.receive(piece, chunk, now)
             if piece.taken == pieces.position:
                 self._changed.set()
@@ -386,46 +409,63 @@ class _Transfer:
             await self._drained.wait()
         piece.resume(self._loop.time())
 
+    # --- failures -------------------------------------------------------------------------------
+
+    def _on_progress(self, now: float, front: Piece, count: int) -> None:
+        """Note that ``count`` bytes of ``front`` are handed out."""
+        self._moved += count
+        if self._moved >= self._min_rate * (now - self._front_at):
+            self._front_at, self._moved = now, 0
+        if self._failures and front is not self._first and front.asked_at >= self._failed_at:
+            self._brought += count
+            if self._brought >= MIN_PROGRESS_BYTES:
+                self._failures, self._failure = 0, None
+
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
-        """Decide what the failure of a further connection means for their number."""
+        """Count a failure, and decide about the next request and the number of connections."""
+        now, connections, wanted = self._loop.time(), self._reader.connections, self._ramp.wanted
         self._failure = error
-        if not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
+        if piece is not self._first and not isinstance(
+            error, UpstreamTimeout | UpstreamRateLimited
+        ):
             self._failure = UpstreamUnavailable(f"a further connection failed: {error.message}")
+        if piece.asked_at >= self._failed_at:  # Otherwise the failure before had the same cause.
+            has_progressed = piece.end - piece.start >= MIN_PROGRESS_BYTES
+            self._failures = max(1, self._failures + (not has_progressed))
+            self._failed_at, self._brought = now, 0
+        self._ramp.on_cut(now)
         reason: BackOffReason = "failed"
-        wanted = self._ramp.wanted - 1
+        pause = _FIRST_PAUSE_S * 2 ** (self._failures - 1)
+        is_adding, is_repeated = self._ramp.is_adding, self._failures >= _MAX_FAILURES
+        # The number before an addition was accepted. If it fails, too, the rest needs one request.
+        accepted = wanted - 1 if is_adding else 1
         match error:
             case UpstreamRateLimited():
                 reason = "refused"
-                delay, self._may_overlap = error.retry_after, False
-                if not self._ramp.is_adding:
-                    delay = max(delay or 0.0, _RETRY_AFTER_S * 2**self._refusals)
-                    self._refusals += 1
-                    # This number was accepted before. If it is refused again, the upstream limits
-                    # requests: the rest needs one.
-                    wanted = self._ramp.wanted if self._refusals == 1 else 1
-                self._reader.connections.on_refused(self._stream.endpoint, delay or 0.0)
-                if delay is not None and (self._refusals > 1 or delay <= _SHORT_WAIT_S):
-                    self._not_before = self._loop.time() + delay
-            case UpstreamProtocolError():
-                reason = "no_ranges"
-                self._reader.connections.on_no_ranges(self._stream.endpoint)
-                wanted = min(1, wanted)
-            case _:
-                self._broken = piece
-                has_progressed = piece.end - piece.start >= MIN_PROGRESS_BYTES
-                self._failures = 0 if has_progressed else self._failures + 1
-                if self._failures <= 1:
-                    return  # It is replaced.
-        self._back_off(reason, wanted)
+                least = 0.0 if is_adding else _RETRY_AFTER_S * 2 ** (self._failures - 1)
+                wait = max(least, error.retry_after or 0.0)
+                connections.on_refused(self._stream.endpoint, max(pause, wait))
+                if is_repeated or wait <= _SHORT_WAIT_S:
+                    pause = max(pause, wait)
+                if is_adding or is_repeated:
+                    wanted = accepted
+            case UpstreamProtocolError() if not piece.has_response:
+                reason, wanted = "no_ranges", 1
+                connections.on_no_ranges(self._stream.endpoint)
+            case _ if piece.is_plain and len(self._tasks) == 1:
+                self._failures = max(self._failures, _MAX_FAILURES)  # The fetch loop decides.
+            case _ if is_repeated:
+                wanted = accepted
+                if not piece.has_response and now - self._received_at <= _IS_SENDING_S:
+                    connections.on_refused(self._stream.endpoint, pause)
+        self._not_before = max(self._not_before, now + pause)
+        if reason != "failed" or wanted != self._ramp.wanted:
+            self._back_off(reason, max(1, wanted))
 
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
+        self._may_overlap = False
         self._ramp.back_off(wanted)
         self._reader.emit(BackedOff(self._upstream, self._stream.endpoint, reason, wanted))
-
-    def _may_wait(self) -> bool:
-        """Return whether a connection may be opened in time, although there is none now."""
-        is_in_time = self._not_before <= self._silent_since + self._idle
-        return self._ramp.wanted > 0 and self._loop.time() < self._not_before and is_in_time
 
     # --- the clock ------------------------------------------------------------------------------
 
@@ -434,19 +474,24 @@ class _Transfer:
         while True:
             await asyncio.sleep(_TICK_S)
             now, pieces = self._loop.time(), self._pieces
+            for piece, task in self._tasks.items():
+                if pieces.is_passed(piece):
+                    task.cancel()
             match self._ramp.evaluate(now, pieces.missing, pieces.size, pieces.latency or 0.0):
                 case Step.ADD if self._may_add():
                     self._ramp.add()
                 case Step.NO_GAIN:
-                    self._may_overlap = self._ramp.wanted == 1
                     self._back_off("no_gain", self._ramp.wanted)
+                    self._may_overlap = self._ramp.wanted == 1
             late = pieces.find_late(now)
             if late is not None and late in self._tasks:
                 self._reader.emit(PieceCut(self._upstream, self._stream.endpoint, late.end))
                 self._reader.pull.late_pieces += 1
                 self._ramp.on_cut(now)
+                if not late.has_response:
+                    self._on_failure(late, UpstreamTimeout("a range was not sent in time"))
                 self._tasks[late].cancel()
-            self._fill()
+            self._restore()
             self._changed.set()
 
     def _hold_memory(self) -> None:

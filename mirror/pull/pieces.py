@@ -129,7 +129,8 @@ class Pieces:
         self.size = size
         self._pieces: list[Piece] = []
         self.latency: float | None = None
-        """Seconds that the latest response took. None: there was none."""
+        """Seconds that the latest response took, or that a request without one has waited. None:
+        there was none."""
         self._rates: deque[float] = deque(maxlen=_KEPT_RATES)
         self._late_after: dict[int, float] = {}
         """Offset of the rest of a piece that was cut -> seconds for which that is not late."""
@@ -162,6 +163,21 @@ class Pieces:
     def is_stuck(self, piece: Piece) -> bool:
         """Return whether a paced piece is ahead of the front, and waits for others."""
         return piece.is_paced and piece.taken > self.position
+
+    def is_passed(self, piece: Piece) -> bool:
+        """Return whether a plain piece has met another one, so that it brings nothing more."""
+        return piece.has_response and piece.end < self.position
+
+    @property
+    def front(self) -> Piece | None:
+        """The piece that has the next byte, or whose connection fetches it. None: nobody does."""
+        at_front = (
+            piece
+            for piece in self._pieces
+            if piece.taken == self.position and (piece.chunks or piece.is_fetched)
+        )
+        # A plain piece that has just met the next one is at the front, too, until it is ended.
+        return max(at_front, key=lambda piece: piece.waiting, default=None)
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -199,7 +215,7 @@ class Pieces:
             start,
             stop,
             now,
-            max(self._late_after.pop(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
+            max(self._late_after.get(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
             is_plain=is_alone,
             alone_until=start + _LEAST_ALONE * self.size if is_alone and stop == self.total else 0,
             is_paced=is_alone,
@@ -220,7 +236,7 @@ class Pieces:
             least = self.size // 2 if is_behind_plain else 1
             if piece.start - cursor >= least:
                 return cursor, piece.start
-            is_behind_plain = piece.is_plain and piece.is_fetched
+            is_behind_plain = piece.is_plain and piece.is_fetched and not self.is_passed(piece)
             if is_behind_plain and piece.end < piece.alone_until:
                 return self.total, self.total
             cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
@@ -290,14 +306,14 @@ class Pieces:
 
     def pop(self) -> bytes | None:
         """Return the next bytes in order. None if they have not arrived."""
-        for piece in self._pieces:
-            if piece.taken == self.position and piece.chunks:
-                chunk = piece.chunks.popleft()
-                piece.taken += len(chunk)
-                self.position += len(chunk)
-                self._tidy(piece)
-                return chunk
-        return None
+        piece = self.front
+        if piece is None or not piece.chunks:
+            return None
+        chunk = piece.chunks.popleft()
+        piece.taken += len(chunk)
+        self.position += len(chunk)
+        self._tidy(piece)
+        return chunk
 
     def _tidy(self, piece: Piece) -> None:
         """Drop a piece of which nothing is left."""
@@ -309,7 +325,8 @@ class Pieces:
     def find_late(self, now: float) -> Piece | None:
         """Return a piece that is far slower than the others, the front one first. None: no such.
 
-        The caller cuts it: it ends the connection, and gives the rest of the piece back.
+        The caller cuts it: it ends the connection, and gives the rest of the piece back. If it had
+        no response, later requests get more time for theirs.
         """
         fetched = [piece for piece in self._pieces if piece.is_fetched]
         for piece in fetched:
@@ -324,5 +341,7 @@ class Pieces:
             ]
             if peers and piece.rate(now) * _LATE_FACTOR < median(peers):
                 self._late_after[piece.end] = 2 * piece.late_after
+                if not piece.has_response:
+                    self.latency = max(self.latency or 0.0, piece.elapsed(now))
                 return piece
         return None

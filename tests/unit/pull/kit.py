@@ -106,6 +106,8 @@ class MemoryRegistry:
     """The first byte of a part waits for this event."""
     part_failure: MirrorError | None = None
     """The error of each request for a part."""
+    refused_validator: MirrorError | None = None
+    """The error of each request for a part with a validator."""
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
@@ -248,8 +250,9 @@ class MemoryRegistry:
         if stop is not None:
             self._call("get_part")
             stream.gate, stream.before = None, self.part_gate
-            if self.part_failure is not None:
-                raise self.part_failure
+            error = self.part_failure or (self.refused_validator if validator else None)
+            if error is not None:
+                raise error
         if self.breaks:
             stream.break_at, stream.error = self.breaks.pop(0)
         for change in self.streams:

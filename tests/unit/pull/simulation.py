@@ -12,7 +12,12 @@ from typing import Any, TypeVar
 
 from mirror.config.settings import Parallel
 from mirror.observability.events import Event
-from mirror.oci.errors import MirrorError, UpstreamProtocolError, UpstreamRateLimited
+from mirror.oci.errors import (
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+)
 from mirror.oci.reference import Digest
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.parallel import ParallelReader
@@ -84,8 +89,16 @@ class Upstream:
     breaks: Callable[[int], int | None] = lambda number: None
     """Returns the bytes after which the n-th connection breaks."""
     error: MirrorError | None = None
-    fails: Callable[[int], bool] = lambda number: False
-    """Whether the n-th further request is answered with ``error``."""
+    fails: Callable[[int], MirrorError | None] = lambda number: None
+    """Returns the error that the n-th further request gets in place of a response."""
+    is_silent: Callable[[int], bool] = lambda number: False
+    """Returns whether the n-th connection brings nothing more, or its request gets no response."""
+    idle: float = 30.0
+    """Seconds without a byte after which a silent connection ends, and the same for a request."""
+    broken: int = 0
+    """Connections that broke."""
+    failed: int = 0
+    """Requests that failed by ``fails``."""
     starves_at: float = math.inf
     """Time of the loop from which nothing arrives any more."""
     trickle: float = 0.0
@@ -125,6 +138,12 @@ class Upstream:
         """Wait for ever if nothing arrives."""
         if not self.trickle:
             await asyncio.Event().wait()
+
+    async def wait_if_silent(self, number: int) -> None:
+        """Raise ``UpstreamTimeout`` in time if the n-th connection brings nothing more."""
+        if self.is_silent(number):
+            await asyncio.sleep(self.idle)
+            raise UpstreamTimeout("silent")
 
     def stream(self, start: int = 0) -> Stream:
         """Return the response to a request without an end."""
@@ -166,6 +185,7 @@ class Stream:
                 upstream._free_at += len(chunk) / upstream.total_rate
                 ready_at = max(ready_at, upstream._free_at)
             await asyncio.sleep(ready_at - loop.time())
+            await upstream.wait_if_silent(self._number)
             if self._is_closed:
                 return
             position += len(chunk)
@@ -174,6 +194,7 @@ class Stream:
             yield chunk
         if stop < self._stop:
             assert upstream.error is not None
+            upstream.broken += 1
             raise upstream.error
 
     def close(self) -> None:
@@ -191,9 +212,10 @@ class Stream:
         await asyncio.sleep(upstream.latency)
         if asyncio.get_running_loop().time() >= upstream.starves_at:
             await upstream.starve()
-        if upstream.fails(number):
-            assert upstream.error is not None
-            raise upstream.error
+        await upstream.wait_if_silent(upstream.opened)
+        if (error := upstream.fails(number)) is not None:
+            upstream.failed += 1
+            raise error
         if not upstream.may_request():
             raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
         if not upstream.has_ranges:
@@ -215,6 +237,8 @@ class Result:
     reader: ParallelReader
     memory: int
     """Most bytes ahead."""
+    longest_wait: float
+    """Most seconds that the reader has waited for bytes, or for an error."""
 
     def happened(self, kind: type[T]) -> list[T]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -228,6 +252,7 @@ async def transfer(
     memory: MemoryBudget | None = None,
     sources: int = 1,
     pause: Callable[[int], float] = lambda position: 0.0,
+    may_fail: bool = False,
 ) -> Result:
     """Read the data of ``upstream``. Raises the error of the last transfer.
 
@@ -238,14 +263,15 @@ async def transfer(
         memory: Shared with other transfers. None: one of its own.
         sources: Transfers that may be begun, each one after an error.
         pause: Returns the seconds that the reader pauses at a position.
+        may_fail: Return a result that is not right, in place of raising the error.
     """
     loop, events = asyncio.get_running_loop(), list[Event]()
-    registry = MemoryRegistry(parallel=parallel or Parallel())
+    registry = MemoryRegistry(parallel=parallel or Parallel(), idle=upstream.idle)
     memory = memory or MemoryBudget(48 * MIB)
     request = a_request(Digest.of(b"any"))
     connections = connections or ConnectionBudget(lambda endpoint: 1, loop.time)
     reader = ParallelReader(connections, memory, events.append, request.pull)
-    begun, position, is_right, peak = loop.time(), 0, True, 0
+    begun, position, is_right, peak, longest_wait = loop.time(), 0, True, 0, 0.0
     try:
         while True:
             try:
@@ -254,19 +280,25 @@ async def transfer(
                     async with reader.read(
                         stream, ContentSource(registry, request), position
                     ) as chunks:
+                        waits_since = loop.time()
                         async for chunk in chunks:
+                            longest_wait = max(longest_wait, loop.time() - waits_since)
                             is_right &= chunk == upstream.data[position : position + len(chunk)]
                             position += len(chunk)
                             peak = max(peak, memory.total)
                             await asyncio.sleep(pause(position))
+                            waits_since = loop.time()
                 finally:
                     stream.close()
                 break
             except MirrorError:
+                longest_wait = max(longest_wait, loop.time() - waits_since)
                 sources -= 1
+                if not sources and may_fail:
+                    break
                 if not sources:
                     raise
     finally:
         reader.close()
     is_right &= position == len(upstream.data)
-    return Result(loop.time() - begun, is_right, events, reader, peak)
+    return Result(loop.time() - begun, is_right, events, reader, peak, longest_wait)

@@ -72,6 +72,29 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     assert state.may_use_range is may_use_range
 
 
+def test_range_is_kept_after_failures_that_have_another_cause() -> None:
+    """Otherwise a token service that fails for a moment costs all bytes a second time."""
+    state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
+    without_token.is_without_token = True
+    unreachable = UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)
+    for error in (without_token, unreachable, BROKEN, BROKEN):
+        state.count_failure(error)
+    assert state.may_use_range
+    state.count_failure(BROKEN)
+    assert not state.may_use_range
+
+
+@pytest.mark.parametrize(("retry_after", "least"), [(None, 2.0), (0.0, 0.0), (30.0, 30.0)])
+def test_pause_after_a_429_is_as_long_as_the_upstream_asks_for(
+    retry_after: float | None, least: float
+) -> None:
+    state = attempts()
+    state.count_failure(UpstreamRateLimited("429", retry_after=retry_after))
+    pause = state.pause(UpstreamRateLimited("429", retry_after=retry_after))
+    assert least <= pause <= least + 0.1
+    assert state.is_over(100.0 + pause) is False
+
+
 def test_endpoint_without_progress_is_asked_last() -> None:
     state = attempts(endpoint="http://one")
     state.count_failure(BROKEN)

@@ -297,7 +297,10 @@ def test_failures_at_the_front_end_a_transfer_whose_other_connection_waits_for_t
             raise BROKEN
         return 0.1
 
-    upstream.slow, upstream.fails = slow, lambda n: 0 < ahead() < n <= ahead() + 2
+    upstream.slow, upstream.fails = (
+        slow,
+        lambda n: BROKEN if 0 < ahead() < n <= ahead() + 2 else None,
+    )
     result = pull(upstream, sources=4)
     assert len(upstream.asked) >= ahead() + 2
     assert result.seconds < 1.1 * 6
@@ -313,7 +316,7 @@ def test_refusals_that_ask_for_no_pause_are_paused_after(retry_after: float) -> 
 
 def test_further_connections_that_all_fail_are_two() -> None:
     """However much the first response brings meanwhile."""
-    upstream = Upstream(DATA, error=BROKEN, fails=lambda n: True, latency=0.3)
+    upstream = Upstream(DATA, error=BROKEN, fails=lambda n: BROKEN, latency=0.3)
     result = pull(upstream)
     assert len(upstream.asked) == 2
     assert reasons(result) == ["failed"]
@@ -331,8 +334,7 @@ def test_upstream_that_stops_on_all_connections_ends_the_transfer_in_the_time_of
         assert upstream.most > 1
         return loop.time() - upstream.starves_at
 
-    idle = MemoryRegistry().idle
-    assert idle - 1 < run_virtually(read()) < idle + 2
+    assert run_virtually(read()) < MemoryRegistry().idle + 2
 
 
 def test_time_in_which_the_reader_takes_nothing_is_no_silence_of_the_upstream() -> None:
