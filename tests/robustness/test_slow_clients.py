@@ -80,8 +80,12 @@ def test_200_slow_clients_use_bounded_memory_and_delay_no_fast_client(
                 wait_until(lambda: min(slow.received) > 100_000, "all of them are served", 30)
                 assert max(slow.received) < size / 8, "they are slow"
                 assert most_memory(mirror.pid) < 150e6
-            fetched = [seen for seen in registry.seen() if seen.path.endswith(f"/blobs/{digest}")]
-            assert sum(seen.sent for seen in fetched if seen.method == "GET") <= size * 1.01
+            seen = [one for one in registry.seen() if one.path.endswith(f"/blobs/{digest}")]
+            fetched = [one for one in seen if one.method == "GET"]
+            assert [one.status for one in fetched].count(200) == 1, "the others are of parts"
+            # On a busy machine, a connection that is closed early loses up to 10 MB, which are in
+            # the buffers of its sockets.
+            assert sum(one.sent for one in fetched) <= size * 1.01 + 30e6
             tried(200)
 
 
