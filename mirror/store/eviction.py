@@ -45,7 +45,7 @@ _LOCK_HOLD_OFF_S: Final = 1.0
 time."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
-_WORK_S: Final = 0.0005
+_WORK_S: Final = 0.00025
 """Seconds of work between two pauses. A request waits for the interpreter lock for as long, each
 time that the event loop, or a thread that opens a file for it, wakes up."""
 _PAUSE_S: Final = 0.0002
