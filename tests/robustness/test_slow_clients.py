@@ -85,7 +85,7 @@ def test_200_slow_clients_use_bounded_memory_and_delay_no_fast_client(
             assert [one.status for one in fetched].count(200) == 1, "the others are of parts"
             # On a busy machine, a connection that is closed early loses up to 10 MB, which are in
             # the buffers of its sockets.
-            assert sum(one.sent for one in fetched) <= size * 1.01 + 30e6
+            assert sum(one.sent for one in fetched) <= size * 1.05 + 30e6
             tried(200)
 
 
