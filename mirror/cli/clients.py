@@ -114,8 +114,8 @@ def _containerd_notes(options: SetupOptions) -> tuple[str, ...]:
     if "[" in options.mirror.host:
         return (
             (
-                "containerd 1.6 cannot read a hosts.toml with an IPv6 address, and pulls from the "
-                "registry itself, also with --enforce: use a host name or an IPv4 address"
+                "containerd 1.6 cannot read a hosts.toml with an IPv6 address, so it pulls from "
+                "the registry itself, even with --enforce: use a host name or an IPv4 address"
             ),
             *notes,
         )

@@ -61,12 +61,12 @@ async def test_cached_names_are_served_while_the_upstream_is_down_and_the_index_
         names = add_images(fake)
         async with running(tmp_path, fake.url) as server:
             await assert_all_are_served(server, names, "from the upstream")
-            await server.store.save_image_layout()
+            await server.store.save_image_layout(share=1.0)
     async with running(tmp_path) as server:
         await assert_all_are_served(server, names, "from the cache")
         damage(tmp_path / "index")
         await assert_all_are_served(server, names, "after the damage")
-        await server.store.save_image_layout()
+        await server.store.save_image_layout(share=1.0)
         reports = [e for e in server.events if isinstance(e, (IndexDamaged, IndexRestored))]
     async with running(tmp_path) as server:
         await assert_all_are_served(server, names, "after a restart")
@@ -84,7 +84,7 @@ async def test_layers_are_served_at_once_after_the_index_was_restored(tmp_path: 
         async with running(tmp_path, fake.url) as server:
             for path in (server.manifest("latest"), server.manifest(root), server.blob(layer)):
                 await server.get(path)
-            await server.store.save_image_layout()
+            await server.store.save_image_layout(share=1.0)
     for policy in ("IfNotPresent", "Never"):
         async with running(tmp_path, pull_policy=policy) as server:
             await assert_served(server, root, layer)
@@ -102,7 +102,7 @@ async def test_layer_is_served_if_the_restore_of_the_index_ends_while_it_is_open
         root = fake.add_image(b"layer", tag="latest")
         async with running(tmp_path, fake.url) as server:
             await assert_served(server, root, layer)
-            await server.store.save_image_layout()
+            await server.store.save_image_layout(share=1.0)
     async with running(tmp_path, pull_policy="Never") as server:
         find = server.store.blobs.find
 

@@ -280,7 +280,7 @@ def test_containerd_note_warns_of_an_ipv6_address(name: str) -> None:
     for enforced in (False, True):
         notes = " ".join(setup(name, literal, enforced=enforced).notes)
         assert "containerd 1.6 cannot read" in notes
-        assert "also with --enforce" in notes
+        assert "even with --enforce" in notes
     assert "containerd 1.6" not in " ".join(setup(name).notes)
 
 

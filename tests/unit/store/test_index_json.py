@@ -124,7 +124,7 @@ async def test_clock_that_jumps_removes_no_content_and_no_record(
             assert await store.index.tag(REPO, TAG)
             assert await store.index.access_record(REPO, Digest.of(LAYER), "blob")
         await pulled(store, image(), Tag("another"))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert f"{REPO}:{TAG}" in names(tmp_path)
     async with opened(tmp_path, clock) as store:
         assert await served(store, LAYER)
@@ -136,7 +136,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
 ) -> None:
     async with opened(tmp_path) as store:
         await pulled(store, image(LAYER), TAG, LAYER, b"{}")
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         before = (tmp_path / "index.json").read_bytes()
         store.index.has_changed = True
         with monkeypatch.context() as patch:
@@ -145,7 +145,7 @@ async def test_index_json_stays_while_the_index_does_not_answer(
                 return None
 
             patch.setattr(Index, "names", silent)
-            await store.save_image_layout()
+            await store.save_image_layout(share=1.0)
         assert (tmp_path / "index.json").read_bytes() == before
         assert store.index.has_changed, "it is written once the index answers"
 
@@ -168,11 +168,11 @@ async def test_index_json_is_not_written_before_the_index_is_restored(
         patch.setattr(Tables, "write_all", refuse)
         store = await Store.open(str(tmp_path), Storage(), lambda event: None, lambda: NOW)
         await pulled(store, image(), Tag("new"))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert (tmp_path / "index.json").read_bytes() == before
     monkeypatch.setattr(index_directory, "_RETRY_INTERVAL_S", 0.0)
     await remember(store, image(), Tag("new"))
-    await store.save_image_layout()
+    await store.save_image_layout(share=1.0)
     assert {f"{REPO}:new", f"{REPO}:{TAG}"} <= set(names(tmp_path))
     record = await store.index.tag(REPO, Tag("new"))
     assert record
@@ -250,13 +250,13 @@ async def test_index_that_is_damaged_in_use_loses_no_name_tag_or_pin(
         for tag, body in bodies.items():
             await pulled(store, body, tag)
         await store.index.pin([Digest.of(bodies[Tag("0.0")])])
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         before = names(tmp_path)
         assert len(before) == 80
         damage(tmp_path / "index")
         await assert_complete(store)
         await pulled(store, image(b"new"), Tag("new"))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert set(names(tmp_path)) > set(before)
         await store.measure()
         await store.keep_up_index()
@@ -275,14 +275,14 @@ async def test_index_json_is_written_only_if_a_digest_has_changed(tmp_path: Path
     body = image(LAYER)
     async with opened(tmp_path) as store:
         await pulled(store, body, TAG)
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         inode = (tmp_path / "index.json").stat().st_ino
         await store.index.confirm_tag(REPO, TAG, Digest.of(body))
         await remember(store, body, None)
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert (tmp_path / "index.json").stat().st_ino == inode
         await store.index.confirm_tag(REPO, TAG, Digest.of(image()))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert (tmp_path / "index.json").stat().st_ino != inode
 
 
@@ -293,15 +293,15 @@ async def test_evicted_and_revoked_manifests_leave_index_json(tmp_path: Path) ->
         await pulled(store, old, Tag("old"))
         clock[0] += 1000
         await pulled(store, gone, Tag("gone"))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert len(names(tmp_path)) == 4
         await store.index.revoke_access(REPO, Digest.of(gone), "manifest")
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert names(tmp_path) == [f"{REPO}:old", f"{REPO}@{Digest.of(old)}"]
         clock[0] += 1000
         for seed in range(4):
             await keep(store, random_bytes(5_000_000, seed))
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert names(tmp_path) == []
 
 
@@ -311,7 +311,7 @@ async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
 ) -> None:
     body = image(LAYER)
     async with opened(tmp_path) as store:
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         before = (tmp_path / "index.json").read_bytes()
         await pulled(store, body, TAG)
         await store.index.pin([Digest.of(body)])
@@ -338,9 +338,9 @@ async def test_name_that_is_put_during_a_write_is_in_the_next_one(
 
         with monkeypatch.context() as patch:
             patch.setattr(store.index, "names", meanwhile)
-            await store.save_image_layout()
+            await store.save_image_layout(share=1.0)
         assert names(tmp_path) == []
-        await store.save_image_layout()
+        await store.save_image_layout(share=1.0)
         assert f"{REPO}:{TAG}" in names(tmp_path)
 
 
@@ -386,13 +386,13 @@ async def test_older_write_never_replaces_a_newer_one(
         if is_cancelled:
             save.cancel()
         await pulled(newer, body, TAG, LAYER, b"{}")
-        await newer.save_image_layout()
+        await newer.save_image_layout(share=1.0)
         may_end.set()
         await asyncio.wait({save})
         await until(lambda: not list(tmp_path.glob("index.json.*.tmp")))
         async with asyncio.timeout(30):
             while newer.index.has_changed:
-                await newer.save_image_layout()
+                await newer.save_image_layout(share=1.0)
         assert f"{REPO}:{TAG}" in names(tmp_path)
 
 

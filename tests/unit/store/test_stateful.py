@@ -308,7 +308,7 @@ class StoreMachine(RuleBasedStateMachine):
     def measure(self) -> None:
         assert self.store
         self.run(self.store.measure())
-        self.run(self.store.save_image_layout())
+        self.run(self.store.save_image_layout(share=1.0))
 
     @rule(lose_index=st.booleans())
     def restart(self, lose_index: bool) -> None:

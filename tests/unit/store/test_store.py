@@ -281,7 +281,7 @@ async def test_store_that_started_on_a_full_disk_is_reported_until_there_is_room
             await store.keep_up_index()
             await store.measure()
             assert store.unwritable_reason is None
-            await store.save_image_layout()
+            await store.save_image_layout(share=1.0)
         measured = [e.is_writable for e in events if isinstance(e, StorageMeasured)]
         assert measured == [False, True]
         async with opened(root) as store:
