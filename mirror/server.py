@@ -16,7 +16,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -128,7 +128,7 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with start_server(settings, listener, emit, metrics.render) as running:
+        async with start_server(settings, listener, emit, metrics.scrape) as running:
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -245,7 +245,7 @@ async def start_server(
     settings: Settings,
     listener: socket.socket,
     emit: Observer,
-    render_metrics: Callable[[], tuple[bytes, str]],
+    render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.

@@ -31,6 +31,7 @@ from prometheus_client import (
 from mirror import __version__
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord, Schedule
+from mirror.threads import run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
@@ -413,8 +414,17 @@ class MetricsObserver:
         if event.is_billed:
             self._billed.labels(name).inc()
 
+    async def scrape(self) -> tuple[bytes, str]:
+        """Count what has been observed until now, and return what :meth:`render` returns."""
+        self.flush()
+        # Thousands of lines: the event loop must not wait until all are formatted.
+        return await run_in_thread(self.render)
+
     def render(self) -> tuple[bytes, str]:
-        """Return all metrics in the Prometheus text format, and its content type."""
+        """Return the metrics in the Prometheus text format, and its content type.
+
+        The requests that :meth:`flush` has not counted yet are not among them.
+        """
         registry = self._registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             registry = CollectorRegistry()

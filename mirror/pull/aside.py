@@ -15,8 +15,11 @@ time, and takes the bytes that come first. If the request fails, the client wait
 The same part is requested once for all clients of a repository that wait for it at the same time.
 Other repositories are not served with it: until it is verified, it is the word of one upstream.
 
-Lives here: which parts are requested, how many at the same time, and the reader that waits for
-both. Must not know: HTTP, files, which repository may read which content.
+While the disk does not take the content, a fetch ends with its last client, and its bytes are lost.
+Then the parts are requested alone: a fetch that only parts are wanted of is not started.
+
+Lives here: which parts are requested, and how many at the same time. Must not know: HTTP, files,
+which repository may read which content, how parts are read (:mod:`mirror.pull.part_readers`).
 """
 
 from __future__ import annotations
@@ -24,17 +27,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from typing import Final
 from weakref import WeakKeyDictionary
 
 from cachetools import TTLCache
 
-from mirror.observability.events import AsideEnded, AsideResult, Observer, Outcome, RequestRecord
+from mirror.observability.events import AsideEnded, AsideResult, Observer, Outcome
 from mirror.oci.errors import (
-    DigestMismatch,
     MirrorError,
     UpstreamProtocolError,
     UpstreamRateLimited,
@@ -44,11 +46,12 @@ from mirror.oci.headers import Span
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch
+from mirror.pull.part_readers import AsideReader, AsideRequest, PartsReader, SpanKey
 from mirror.pull.requests import ContentSource
-from mirror.single_flight import SharedTask, SingleFlight
+from mirror.single_flight import SingleFlight
 from mirror.store.follower import Follower
 from mirror.store.ingest_writer import MemoryBudget
-from mirror.store.reader import Extent, MemoryExtent, Reader
+from mirror.store.reader import Reader
 
 MAX_ASIDE_BYTES: Final = 4 * 1024 * 1024
 """Bytes that are requested aside for one client request at most: a span of SOCI, and 80 chunks of
@@ -67,9 +70,6 @@ MAX_REQUESTS: Final = 8
 MAX_AT_ONCE: Final = 2
 """Requests for one content at the same time, so that they take little from its fetch. As many run
 at an endpoint that has all connections that it may have: they are short, and clients wait."""
-_EXTENT_BYTES: Final = 256 * 1024
-"""Bytes that a reader returns at a time: what is sent to a slow client is copied."""
-
 _SAMPLE_S: Final = 0.1
 """Seconds for which the rate of a fetch is measured: about a third of the time in which a lazy
 snapshotter expects its first bytes."""
@@ -80,12 +80,15 @@ _REFUSED_TTL_S: Final = 600.0
 as long as a whole image pull takes."""
 _FAILED_TTL_S: Final = 30.0
 """Seconds without such requests for a repository after a failure: longer than a restart takes."""
+_UNSTORED_TTL_S: Final = 60.0
+"""Seconds without a fetch for parts of content that the disk did not take. The fetch after them
+shows whether the disk has room again."""
+_MAX_UNSTORED: Final = 1000
+"""Contents that the disk did not take, and that are kept in memory: the layers of about a hundred
+images. For a content that is forgotten, one more fetch is started."""
 _MAX_PAUSES: Final = 1000
 """Repositories whose pauses are kept in memory. For a repository that is forgotten, one
 request fails again."""
-
-_SpanKey: TypeAlias = tuple[Digest, Repository, Span]
-
 
 # --- decisions ------------------------------------------------------------------------------------
 
@@ -137,44 +140,21 @@ class FrontRate:
 # --- requests -------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
-class AsideRequest:
-    """A request for one span, and the number of its readers."""
+@dataclass(slots=True)
+class _Origin:
+    """Where the parts of one content are requested, and how many of them at the same time."""
 
-    key: _SpanKey
-    task: SharedTask[bytearray]
-    readers: int = 0
+    size: int
+    """Bytes of the whole content."""
+    endpoints: dict[str, str]
+    """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
+    slots: asyncio.Semaphore
+    speed: FrontRate = field(default_factory=FrontRate)
 
     @property
-    def span(self) -> Span:
-        """The requested bytes."""
-        return self.key[2]
-
-    @contextmanager
-    def when_done(self, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` soon after the request has ended, if that is within the block."""
-        task = self.task.task
-        assert task is not None
-        has_left = False
-
-        def on_done(_: object) -> None:
-            if not has_left:
-                callback()
-
-        task.add_done_callback(on_done)
-        try:
-            yield
-        finally:
-            has_left = True
-            task.remove_done_callback(on_done)
-
-
-@dataclass(slots=True)
-class _FetchState:
-    """The state of the aside requests of one fetch."""
-
-    speed: FrontRate = field(default_factory=FrontRate)
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_AT_ONCE))
+    def endpoint(self) -> str:
+        """URL of the endpoint that sent bytes last. Empty: another process fetches."""
+        return next(reversed(self.endpoints), "")
 
 
 class AsideRequests:
@@ -201,12 +181,68 @@ class AsideRequests:
         self._emit = emit
         self._reserved = defaultdict[str, asyncio.Semaphore](lambda: asyncio.Semaphore(MAX_AT_ONCE))
         """URL of an endpoint -> the requests that it gets beyond its connections."""
-        self._states: WeakKeyDictionary[Fetch, _FetchState] = WeakKeyDictionary()
-        self._requests: dict[_SpanKey, AsideRequest] = {}
+        self._origins: WeakKeyDictionary[Fetch, _Origin] = WeakKeyDictionary()
+        self._unstored: TTLCache[Digest, _Origin] = TTLCache(_MAX_UNSTORED, _UNSTORED_TTL_S)
+        """Contents that the disk did not take, and whose parts were wanted."""
+        self._requests: dict[SpanKey, AsideRequest] = {}
         self._paused_until: TTLCache[Repository, float] = TTLCache(_MAX_PAUSES, _REFUSED_TTL_S)
         """Repository -> time of the event loop until which it gets no such request."""
         self._held = 0
         """Bytes of all requests that have a reader."""
+
+    async def open_unstored(self, running: Fetch | None, source: ContentSource) -> Reader | None:
+        """Request the wanted parts alone if no fetch may keep the content.
+
+        That is so if the disk did not take it a minute ago, or if the running fetch keeps it in
+        memory, and its first wanted byte was there earlier.
+
+        Args:
+            running: The running fetch of the content. None: there is none.
+            source: The client's request, and the registry to ask.
+
+        Returns:
+            A reader of the parts, which have arrived. None: join ``running``, or start a fetch.
+        """
+        request = source.request
+        if running is not None and running.ingest.has_all_from(
+            request.first_byte(running.ingest.size)
+        ):
+            return None
+        if running is not None:
+            self._remember_unstored(running, source)
+        origin = self._unstored.get(request.digest)
+        if origin is None or request.select_spans is None:
+            return None
+        # There is no fetch that any part could be near to.
+        chosen = choose_spans(request.select_spans(origin.size), -1, 0.0)
+        # All bytes of a content are never sent unverified.
+        is_whole = sum(span.length for span in chosen) == origin.size
+        if is_whole or not self._may_request(origin, source) or not self._has_memory(chosen):
+            return None
+        request.pull.outcome = Outcome.MISS
+        reader = PartsReader(
+            origin.size, self._join(origin, source, chosen), request.pull, self._leave
+        )
+        try:
+            with request.pull.stage("wait"):
+                await reader.wait_for_all()
+        except MirrorError:
+            reader.close()
+            return None
+        except BaseException:
+            reader.close()
+            raise
+        request.pull.is_unverified = True
+        return reader
+
+    def _remember_unstored(self, fetch: Fetch, source: ContentSource) -> None:
+        """Remember the content if the disk does not take it."""
+        size, digest = fetch.ingest.size, fetch.ingest.digest
+        if fetch.ingest.window is None or size is None or digest in self._unstored:
+            return
+        # No fetch of the content needs a connection.
+        slots = asyncio.Semaphore(source.registry.parallel.connections)
+        self._unstored[digest] = _Origin(size, fetch.endpoints_used, slots)
 
     async def attach(self, fetch: Fetch, follower: Follower, source: ContentSource) -> Reader:
         """Request the wanted parts that are far ahead of ``fetch``.
@@ -226,26 +262,37 @@ class AsideRequests:
         if request.select_spans is None or follower.size is None:
             return follower
         spans = request.select_spans(follower.size)
-        if not spans or spans[-1].start < follower.arrived:
+        if not spans:
             return follower
-        if self._is_paused(fetch, source) or source.registry.parallel.connections == 1:
+        self._remember_unstored(fetch, source)
+        origin = self._origins.get(fetch)
+        if origin is None:
+            slots = asyncio.Semaphore(MAX_AT_ONCE)
+            origin = _Origin(follower.size, fetch.endpoints_used, slots)
+            self._origins[fetch] = origin
+        is_near = spans[-1].start < follower.arrived
+        if is_near or not self._may_request(origin, source):
             return follower
-        state = self._states.setdefault(fetch, _FetchState())
         with request.pull.stage("wait"):
-            chosen = await self._choose(state.speed, follower, spans)
-        count = sum(span.length for span in chosen)
-        has_memory = self._held + count <= MAX_HELD_BYTES and count <= self._memory.free_ahead()
-        if not chosen or not has_memory or self._single_flight.is_draining:
+            chosen = await self._choose(origin.speed, follower, spans)
+        if not self._has_memory(chosen) or self._single_flight.is_draining:
             return follower
         request.pull.is_unverified = True
-        asides = [self._join(state, fetch, source, span) for span in chosen]
+        asides = self._join(origin, source, chosen)
         return AsideReader(follower, asides, request.pull, self._leave)
 
-    def _is_paused(self, fetch: Fetch, source: ContentSource) -> bool:
-        """Return whether a request has failed, or the endpoint has asked for a pause."""
+    def _may_request(self, origin: _Origin, source: ContentSource) -> bool:
+        """Return whether requests are allowed: none has failed, and no pause was asked for."""
         until = self._paused_until.get(source.request.repository, 0.0)
         is_failed = asyncio.get_running_loop().time() < until
-        return is_failed or self._connections.is_paused(fetch.endpoint)
+        is_off = source.registry.parallel.connections == 1 or self._single_flight.is_draining
+        return not (is_failed or is_off or self._connections.is_paused(origin.endpoint))
+
+    def _has_memory(self, spans: Sequence[Span]) -> bool:
+        """Return whether these spans fit into memory. False if there is no span."""
+        count = sum(span.length for span in spans)
+        has_memory = self._held + count <= MAX_HELD_BYTES and count <= self._memory.free_ahead()
+        return bool(spans) and has_memory
 
     async def _choose(
         self, speed: FrontRate, follower: Follower, spans: Sequence[Span]
@@ -272,15 +319,18 @@ class AsideRequests:
                         await follower.wait(spans[0].start)
 
     def _join(
-        self, state: _FetchState, fetch: Fetch, source: ContentSource, span: Span
-    ) -> AsideRequest:
-        """Join the running request for a span, or start it."""
+        self, origin: _Origin, source: ContentSource, spans: Sequence[Span]
+    ) -> list[AsideRequest]:
+        """Join the running requests for these spans, or start them."""
+        return [self._join_one(origin, source, span) for span in spans]
+
+    def _join_one(self, origin: _Origin, source: ContentSource, span: Span) -> AsideRequest:
         key = (source.request.digest, source.request.repository, span)
         aside = self._requests.get(key)
         if aside is None:
             # Requests are shared by `_requests`: a task with the same key may be ending.
             task = self._single_flight.run(
-                ("aside", object()), lambda: self._request(state, fetch, source, span)
+                ("aside", object()), lambda: self._request(origin, source, span)
             )
             aside = self._requests[key] = AsideRequest(key, task)
             self._held += span.length
@@ -298,22 +348,20 @@ class AsideRequests:
             aside.task.cancel()
 
     @asynccontextmanager
-    async def _connection(self, state: _FetchState, endpoint: str) -> AsyncIterator[None]:
+    async def _connection(self, origin: _Origin, endpoint: str) -> AsyncIterator[None]:
         """Wait until a request may be sent, and count its connection while the block runs."""
-        async with state.slots:
+        async with origin.slots:
             may_add = self._connections.may_add(endpoint)
             async with nullcontext() if may_add else self._reserved[endpoint]:
                 with self._connections.connection(endpoint):
                     yield
 
-    async def _request(
-        self, state: _FetchState, fetch: Fetch, source: ContentSource, span: Span
-    ) -> bytearray:
+    async def _request(self, origin: _Origin, source: ContentSource, span: Span) -> bytearray:
         """Request a span, once it may be sent. Raises ``MirrorError``."""
         repository, received = source.request.repository, bytearray()
         # The fetch of another process does not say which endpoint it uses.
-        async with self._connection(state, fetch.endpoint or repository.upstream):
-            if self._is_paused(fetch, source):
+        async with self._connection(origin, origin.endpoint or repository.upstream):
+            if not self._may_request(origin, source):
                 raise UpstreamUnavailable("requests for parts pause after a failure")
             result: AsideResult = "dropped"
             reason = ""
@@ -325,8 +373,8 @@ class AsideRequests:
                     offset=span.start,
                     stop=span.stop,
                     # Without `If-Range`: nodes of a storage have different tags for one digest.
-                    total=fetch.ingest.size,
-                    avoid=tuple(fetch.endpoints_used)[:-1],
+                    total=origin.size,
+                    avoid=tuple(origin.endpoints)[:-1],
                 ) as stream:
                     async for chunk in stream:
                         received += chunk
@@ -339,83 +387,3 @@ class AsideRequests:
                 raise
             finally:
                 self._emit(AsideEnded(repository.upstream, result, len(received), reason))
-
-
-class AsideReader:
-    """A follower that takes some spans from aside requests (see ``mirror.store.reader.Reader``)."""
-
-    def __init__(
-        self,
-        follower: Follower,
-        asides: Sequence[AsideRequest],
-        pull: RequestRecord,
-        leave: Callable[[AsideRequest], None],
-    ) -> None:
-        """Create a reader.
-
-        Args:
-            follower: Reads the running fetch. Closed with this reader.
-            asides: The requests, one reader of each being this one.
-            pull: Record of the client's request. The bytes of the requests are counted there.
-            leave: Called for each of ``asides`` at the end.
-        """
-        self._follower = follower
-        self._asides = asides
-        self._pull = pull
-        self._leave = leave
-        self._is_open = True
-        self._counted_to = 0
-        """Offset up to which bytes of the requests were counted."""
-
-    @property
-    def digest(self) -> Digest:
-        """The name of the content."""
-        return self._follower.digest
-
-    @property
-    def size(self) -> int | None:
-        """Bytes of the whole content."""
-        return self._follower.size
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting, at the start of the content."""
-        return self._follower.arrived
-
-    async def wait(self, start: int, stop: int | None = None) -> Extent | None:
-        """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`)."""
-        aside = next((a for a in self._asides if a.span.start <= start < a.span.stop), None)
-        if aside is None or not self._is_open:
-            return await self._follower.wait(start, stop)
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as limit:
-                with aside.when_done(lambda: limit.reschedule(loop.time())):
-                    return await self._follower.wait(start, stop)
-        except DigestMismatch:
-            raise
-        except (TimeoutError, MirrorError):
-            pass  # The request has ended before the fetch has reached `start`, or the fetch failed.
-        try:
-            data = await aside.task.wait()
-        except MirrorError:
-            return await self._follower.wait(start, stop)
-        first = start - aside.span.start
-        last = min(len(data), first + _EXTENT_BYTES)
-        if stop is not None:
-            last = min(last, stop - aside.span.start)
-        self._pull.outcome = Outcome.ASIDE
-        # A caller that takes less than it got asks for the rest again.
-        stop = aside.span.start + last
-        self._pull.aside_bytes += max(0, stop - max(start, self._counted_to))
-        self._counted_to = stop
-        return MemoryExtent(memoryview(data)[first:last], start)
-
-    def close(self) -> None:
-        """Stop reading. The fetch continues. Safe to call twice."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        for aside in self._asides:
-            self._leave(aside)
-        self._follower.close()

@@ -424,6 +424,14 @@ class ContentService:
             source_request = replace(request, accept=accept)
         registry = self.registries[request.repository.upstream]
         source = ContentSource(registry, source_request, access_record)
+        are_parts_wanted = (
+            request.select_spans is not None and request.digest not in self._fetches.suspects
+        )
+        if are_parts_wanted:
+            running = self._fetches.find_active(request.digest)
+            reader = await self._asides.open_unstored(running, source)
+            if reader is not None:
+                return reader
         fetch, follower, has_joined = self._fetches.join_or_start(source)
         pull.outcome = Outcome.MISS
         if has_joined:
@@ -437,7 +445,7 @@ class ContentService:
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)
-            if request.select_spans is None or request.digest in self._fetches.suspects:
+            if not are_parts_wanted:
                 return follower
             return await self._asides.attach(fetch, follower, source)
         except BaseException:

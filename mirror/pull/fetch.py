@@ -428,7 +428,7 @@ class RunningFetches:
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
-        fetch = self._find_active(request.digest)
+        fetch = self.find_active(request.digest)
         return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
 
     def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
@@ -443,7 +443,7 @@ class RunningFetches:
         suspects = self.suspects.get(source.request.digest) or {}
         is_suspect = source.request.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
-        fetch = self._find_active(source.request.digest)
+        fetch = self.find_active(source.request.digest)
         start = source.request.first_byte(fetch.ingest.size) if fetch is not None else 0
         follower = fetch.ingest.follow(start) if fetch is not None else None
         if fetch is None or follower is None:
@@ -451,7 +451,7 @@ class RunningFetches:
         fetch.offer(source)
         return fetch, follower, True
 
-    def _find_active(self, digest: Digest) -> Fetch | None:
+    def find_active(self, digest: Digest) -> Fetch | None:
         """Find the fetch of this content, unless it has failed or ended."""
         fetch = self._active.get(digest)
         if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():

@@ -16,7 +16,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final, assert_never
 
@@ -54,7 +54,6 @@ from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
 from mirror.pull.results import is_never_current
 from mirror.pull.service import PullService
-from mirror.threads import run_in_thread
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
@@ -82,7 +81,7 @@ class Handler:
         settings: Settings,
         service: PullService,
         health: Health,
-        render_metrics: Callable[[], tuple[bytes, str]],
+        render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
         emit: Observer,
     ) -> None:
         """Create the handler of a server.
@@ -91,7 +90,7 @@ class Handler:
             settings: The configuration.
             service: Provides content.
             health: Readiness of this process. While it drains, pulls are refused.
-            render_metrics: Returns (body, ``Content-Type``) for ``/metrics``. Called in a thread.
+            render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
         """
         self.addresses = AddressLimit(settings.max_client_connections)
@@ -257,8 +256,7 @@ class Handler:
                 status = 200 if is_ready else 503
                 return _build_json_response(json.dumps(report).encode(), pull, status)
             case paths.MetricsRequest():
-                # Thousands of lines: the event loop must not wait until all are formatted.
-                text, content_type = await run_in_thread(self._render_metrics)
+                text, content_type = await self._render_metrics()
                 headers = {"Content-Type": content_type, **common_headers(pull)}
                 return web.Response(body=text, headers=headers)
             case unknown:

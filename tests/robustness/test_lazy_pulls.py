@@ -240,6 +240,28 @@ async def test_parts_of_a_layer_that_is_not_stored_start_no_second_fetch(tmp_pat
 
 
 @pytest.mark.row("L12-lazy-pull")
+async def test_lazy_pull_of_a_layer_that_the_disk_does_not_take_starts_one_fetch(
+    tmp_path: Path, tried: Callable[[int], None]
+) -> None:
+    """No client wants the whole layer, so each fetch of it would end with its client."""
+    async with cold_layer(tmp_path, storage=Storage(max_size=100_000)) as layer:
+        assert (await layer.get("0-1"))[2] == DATA[:2]
+        await until(lambda: not layer.server.store.active_ingests)
+        sent = layer.fake.bytes_sent
+        for first in range(0, 3_000_000, 250_000):
+            status, headers, body = await layer.get(f"{first}-{first + CHUNK - 1}")
+            assert (status, body) == (206, DATA[first : first + CHUNK])
+            assert (headers["Warning"], headers["Cache-Control"]) == (WARNING, "no-store")
+        assert layer.fake.count_to_end() == 1
+        assert layer.fake.bytes_sent - sent == 12 * CHUNK
+        # The whole layer is served, as always.
+        layer.gate.set()
+        status, headers, body = await layer.server.get(layer.url)
+        assert (status, body, headers.get("Warning")) == (200, DATA, None)
+        tried(12)
+
+
+@pytest.mark.row("L12-lazy-pull")
 async def test_response_for_a_part_that_does_not_end_is_closed(tmp_path: Path) -> None:
     async with cold_layer(tmp_path) as layer:
         layer.fault(Fault(chunked=True, endless=True))

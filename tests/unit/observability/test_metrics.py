@@ -126,6 +126,16 @@ def test_event_changes_its_metric(
     assert value(metrics, name, **labels) == expected
 
 
+async def test_scrape_has_the_requests_that_were_not_counted_yet() -> None:
+    """Also the scrape's own request, which has begun in the same turn of the event loop."""
+    metrics = MetricsObserver(["docker.io"], schedule=lambda _: None)
+    for event in (events.RequestStarted, events.RequestEnded, events.RequestStarted):
+        metrics.observe(event(a_pull()))
+    text, _ = await metrics.scrape()
+    assert b"\noci_mirror_requests_in_flight 1.0\n" in text
+    assert value(metrics, "requests_total") == 1
+
+
 def test_requests_of_one_turn_are_counted_together_as_each_would_be() -> None:
     """Also at the bounds of the histograms, which ``_observe_all`` fills without ``observe``."""
     rng, turn = random.Random(5), []

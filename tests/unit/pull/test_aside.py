@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.config.settings import Parallel
+from mirror.config.settings import Parallel, Storage
 from mirror.observability.events import AsideEnded, Outcome, Published, RequestRecord
 from mirror.oci.errors import (
     BlobUnknown,
+    ContentLost,
     Denied,
     MirrorError,
     Unauthorized,
@@ -35,11 +36,11 @@ from mirror.pull.aside import (
     MAX_GAP_BYTES,
     MAX_REQUESTS,
     MIN_LEAD_S,
-    AsideReader,
     FrontRate,
     choose_spans,
     pause_after,
 )
+from mirror.pull.part_readers import AsideReader, PartsReader
 from mirror.store.reader import Reader
 from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, PullKit, a_pull, blob, pull_kit
 from tests.unit.store.kit import random_bytes, read
@@ -224,12 +225,12 @@ class LazyPull:
 
 
 @asynccontextmanager
-async def lazy_pull(root: Path) -> AsyncIterator[LazyPull]:
+async def lazy_pull(root: Path, storage: Storage | None = None) -> AsyncIterator[LazyPull]:
     registry = MemoryRegistry(gate=asyncio.Event())
     digest = registry.add_blob(REPO.path, DATA)
     registry.blobs[OTHER.path, digest] = DATA
     assert registry.gate is not None
-    async with pull_kit(root, registry=registry) as kit:
+    async with pull_kit(root, registry=registry, storage=storage) as kit:
         lazy = LazyPull(kit, registry, registry.gate, digest)
         try:
             yield lazy
@@ -491,6 +492,127 @@ async def test_draining_ends_the_requests_and_their_readers(tmp_path: Path) -> N
         assert isinstance(reading.result(), MirrorError)
         reader.close()
         assert lazy.ended == [("dropped", 0)]
+
+
+# --- content that the disk does not take ----------------------------------------------------------
+
+FULL = Storage(max_size=100_000)
+"""The disk takes no content of the tests."""
+
+
+@asynccontextmanager
+async def unstored_pull(root: Path) -> AsyncIterator[LazyPull]:
+    """Begin with a pull of a part whose fetch has ended, because the disk did not take it."""
+    async with lazy_pull(root, FULL) as lazy:
+        assert (await lazy.read("bytes=0-1"))[0] == DATA[:2]
+        await until(lambda: not lazy.kit.store.active_ingests)
+        yield lazy
+
+
+async def test_parts_of_content_that_is_not_stored_are_requested_without_a_fetch(
+    tmp_path: Path,
+) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        headers = ["bytes=0-1", "bytes=-51", "bytes=0-0,1000000-1049999,2500000-2999999"]
+        headers += [f"bytes={first}-{first + 49_999}" for first in range(0, SIZE, 500_000)]
+        for header in headers:
+            data, pull = await lazy.read(header)
+            expected = [DATA[span.start : span.stop] for span in bounded_spans(header, SIZE)]
+            assert data == b"".join(expected)
+            assert (pull.outcome, pull.is_unverified) == (Outcome.ASIDE, True)
+            assert pull.aside_bytes == len(data)
+        assert lazy.registry.calls["get_blob"] - lazy.registry.calls["get_part"] == 1
+        assert lazy.kit.store.memory.total == 0
+
+
+async def test_part_that_has_left_the_memory_of_a_fetch_starts_no_second_one(
+    tmp_path: Path,
+) -> None:
+    async with lazy_pull(tmp_path, FULL) as lazy:
+        async with asyncio.TaskGroup() as group:
+            whole = await lazy.kit.service.blob(REPO, lazy.digest, a_pull(), is_head=False)
+            assert whole.source is not None
+            assert not isinstance(whole.source, bytes)
+            await whole.source.wait(0, 1)
+            position = whole.source.arrived
+            reading = group.create_task(read(whole.source, position, SIZE))
+            await asyncio.sleep(0)
+            data, pull = await lazy.read("bytes=10-19")
+            assert (data, pull.outcome) == (DATA[10:20], Outcome.ASIDE)
+            lazy.gate.set()
+        assert reading.result() == DATA[position:]
+        whole.source.close()
+        assert lazy.registry.calls["get_blob"] - lazy.registry.calls["get_part"] == 1
+
+
+@pytest.mark.parametrize(
+    "error", [UpstreamProtocolError("the upstream ignores Range"), UpstreamUnavailable("503")]
+)
+async def test_failed_part_of_content_that_is_not_stored_comes_from_a_fetch(
+    tmp_path: Path, error: MirrorError
+) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        lazy.gate.set()
+        lazy.registry.part_failure = error
+        data, pull = await lazy.read(range_of(TAIL))
+        assert (data, pull.outcome, pull.is_unverified) == (DATA[-51:], Outcome.MISS, False)
+        assert lazy.kit.store.memory.total == 0
+
+
+async def test_whole_content_that_is_not_stored_is_never_sent_unverified(tmp_path: Path) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        lazy.gate.set()
+        data, pull = await lazy.read(f"bytes=0-{SIZE - 1}")
+        assert (data, pull.outcome, pull.is_unverified) == (DATA, Outcome.MISS, False)
+
+
+async def test_repository_without_the_content_gets_no_part_of_it_without_a_fetch(
+    tmp_path: Path,
+) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        with pytest.raises(BlobUnknown):
+            await lazy.open(range_of(TAIL), Repository("docker.io", "library/stranger"))
+        assert (await lazy.read(range_of(TAIL), OTHER))[0] == DATA[-51:]
+
+
+async def test_content_is_fetched_again_once_the_disk_may_have_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.aside._UNSTORED_TTL_S", 0.0)
+    async with lazy_pull(tmp_path, FULL) as lazy:
+        for number in (1, 2):
+            assert (await lazy.read("bytes=0-1"))[0] == DATA[:2]
+            await until(lambda: not lazy.kit.store.active_ingests)
+            assert lazy.registry.calls["get_blob"] == number
+
+
+async def test_client_that_leaves_before_a_part_without_a_fetch_gives_its_memory_back(
+    tmp_path: Path,
+) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        lazy.registry.part_gate = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            leaving = group.create_task(lazy.open(range_of(TAIL)))
+            await until(lambda: lazy.registry.calls["get_part"] == 1)
+            assert lazy.kit.store.memory.total == TAIL.length
+            leaving.cancel()
+        await until(lambda: lazy.ended == [("dropped", 0)])
+        assert lazy.kit.store.memory.total == 0
+
+
+async def test_read_outside_of_the_parts_of_content_that_is_not_stored_is_an_error(
+    tmp_path: Path,
+) -> None:
+    async with unstored_pull(tmp_path) as lazy:
+        reader, _ = await lazy.open(range_of(TAIL))
+        assert isinstance(reader, PartsReader)
+        assert (reader.digest, reader.size, reader.arrived) == (lazy.digest, SIZE, 0)
+        with pytest.raises(ContentLost):
+            await reader.wait(0, 1)
+        assert await reader.wait(SIZE, SIZE) is None
+        reader.close()
+        with pytest.raises(ContentLost):
+            await reader.wait(TAIL.start, TAIL.stop)
 
 
 async def swallow(reader: Reader) -> bytes | MirrorError:
