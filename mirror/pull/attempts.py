@@ -6,11 +6,12 @@ followers, other sources.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Final
 
 from mirror.oci.errors import (
-    AllCircuitsOpen,
+    FailureScope,
     MirrorError,
     OutboundRefused,
     StorageRefused,
@@ -30,6 +31,13 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
+_PAUSE_UNIT_S: Final = 0.05
+"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
+_MAX_PAUSE_S: Final = 2.0
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+_MAX_WAIT_S: Final = 5.0
+"""Seconds after which endpoints that may get no request are looked at again: a circuit may close
+early. The pause (``_MAX_PAUSE_S``) is added to it."""
 
 
 @dataclass(slots=True)
@@ -47,6 +55,11 @@ class SourceAttempts:
     is moved by the time that skipped bytes take (see ``may_use_range``)."""
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
+    ranged_failures: int = 0
+    """How many of them ``Range`` may have caused."""
+    wait_s: float | None = None
+    """Seconds until an endpoint may be asked that got no request, if each of the others has refused
+    or has failed too often. None: there is no reason to wait."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -71,38 +84,79 @@ class SourceAttempts:
     """Whether the source has sent response headers at least once."""
 
     def count_failure(self, error: MirrorError) -> None:
-        """Count a transfer that broke, and choose how the next one is requested."""
+        """Count a transfer that broke, and choose how the next one is requested.
+
+        It is not counted if no endpoint has failed, since all of them have to wait.
+        """
         self.has_just_dropped_range = False
-        if isinstance(error, AllCircuitsOpen):
-            return  # No request was sent.
+        self.wait_s = error.next_request_in
+        if error.is_wait:
+            return
         self.failed_in_a_row += 1
+        if self.has_responded and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW:
+            self.wait_s = None
         if not self.has_progressed:
             endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
             endpoint = endpoint or self.endpoint
             self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
         had_range = self.may_use_range and self.resumed_from > 0
         self.is_refused = isinstance(error, REFUSALS) and not had_range
-        if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
+        cause = error
+        if isinstance(error, UpstreamRateLimited) and error.other_failure is not None:
+            cause = error.other_failure  # A 429 says nothing about `Range`.
+        self.ranged_failures += _may_depend_on_range(cause)
+        if isinstance(cause, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
             self.validator = None
             self.may_use_range = False
-        elif self.failed_in_a_row > _RANGED_ATTEMPTS or (
-            not self.has_responded and _is_response(error)
+        elif self.ranged_failures > _RANGED_ATTEMPTS or (
+            not self.has_responded and _is_response(cause)
         ):
             self.may_use_range = False
         self.has_just_dropped_range = had_range and not self.may_use_range
 
-    def is_over(self, now: float) -> bool:
+    def is_over(self, now: float, *, has_reader: bool = False) -> bool:
         """Return whether the source is given up.
 
         The registry has repeated a request that had no response. It is sent once more without
         ``Range`` if it had one.
+
+        Args:
+            now: The time.
+            has_reader: Whether a client may have received a byte. It would be cut off, so endpoints
+                that may get no request are waited for, also before the first response.
         """
+        if self.is_refused:
+            return True
+        may_begin = self.has_responded or self.has_just_dropped_range
+        if self.wait_s is not None:
+            ends_at = self.last_progress_at + self.stall_limit_s
+            return not (may_begin or has_reader) or now + self.wait_s >= ends_at
         return (
-            not (self.has_responded or self.has_just_dropped_range)
-            or self.is_refused
+            not may_begin
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or now - self.last_progress_at >= self.stall_limit_s
         )
+
+    def pause(self) -> float:
+        """Return the seconds before the next transfer.
+
+        They are random, so that fetches which broke together do not resume together.
+        """
+        if self.wait_s is not None:
+            least, most = min(self.wait_s, _MAX_WAIT_S), _MAX_PAUSE_S
+        else:
+            least, most = 0.0, min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        return least + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
+
+
+def _may_depend_on_range(error: MirrorError) -> bool:
+    """Return whether ``Range`` may be the cause of a failure.
+
+    Not of a 429, and not if the endpoint has no connection, or no token could be had for it.
+    """
+    if isinstance(error, UpstreamRateLimited) or error.is_without_token:
+        return False
+    return not isinstance(error, UpstreamUnavailable) or error.scope is not FailureScope.ENDPOINT
 
 
 def _is_response(error: MirrorError) -> bool:

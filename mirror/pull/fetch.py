@@ -11,7 +11,6 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -24,7 +23,6 @@ from cachetools import TTLCache
 from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
@@ -51,10 +49,6 @@ registry checks the references of a pushed manifest, not of a blob that looks li
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-_PAUSE_UNIT_S: Final = 0.05
-"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
-_MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 _SUSPECT_TTL_S: Final = 600.0
 """Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
@@ -98,6 +92,8 @@ class Fetch:
         self._on_wrong_bytes = on_wrong_bytes
         self._queue = deque([first])
         self._offered = {_proof_key(first.request)}
+        self._has_offer = asyncio.Event()
+        """Set whenever a source is queued."""
         self._requeued: set[ProofKey] = set()
         self._current = first
         self._endpoints_used: dict[str, str] = {}
@@ -114,6 +110,7 @@ class Fetch:
         had_other_upstream = self.has_other_upstream
         self._offered.add(_proof_key(source.request))
         self._queue.append(source)
+        self._has_offer.set()
         if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
             self._shorten_timeout()
 
@@ -309,7 +306,7 @@ class Fetch:
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
         attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        if not attempts.has_responded:
+        if not attempts.has_responded and attempts.wait_s is None:
             attempts.last_progress_at = loop.time()
         async with AsyncExitStack() as stack:
             limit = await stack.enter_async_context(self._stall_limit(attempts))
@@ -360,7 +357,8 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed, attempts.failed_in_a_row = True, 0
+                    attempts.has_progressed = True
+                    attempts.failed_in_a_row = attempts.ranged_failures = 0
                     attempts.highest_position = ingest.position
                     attempts.last_progress_at = loop.time()
             limit.reschedule(None)
@@ -378,24 +376,32 @@ class Fetch:
         """
         now = asyncio.get_running_loop().time()
         attempts.count_failure(error)
-        if self.ingest.is_closed or attempts.is_over(now):
+        if self.ingest.is_closed or attempts.is_over(now, has_reader=self.ingest.is_confirmed):
             raise error
         if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
-        if isinstance(error, AllCircuitsOpen):
-            # No request was sent: wait until an endpoint may be tried again.
-            await asyncio.sleep(_jittered(_MAX_PAUSE_S))
+        if attempts.wait_s is not None:
+            await self._wait_unless_offered(attempts.pause(), error)
             return
         upstream = attempts.source.request.repository.upstream
         is_restart = isinstance(error, UpstreamProtocolError)
         self._emit(Resumed(upstream, self.ingest.position, is_restart, error.message))
-        pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
-        await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
+        await asyncio.sleep(attempts.pause())
 
+    async def _wait_unless_offered(self, seconds: float, error: MirrorError) -> None:
+        """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-def _jittered(max_seconds: float) -> float:
-    """Return a random time, so that fetches which broke together do not resume together."""
-    return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
+        Raises :class:`_Preempted` as soon as a source is queued that was not tried: a pause after a
+        429 need not be that of another repository.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while self._requeued.issuperset(_proof_key(one.request) for one in self._queue):
+                    self._has_offer.clear()
+                    await self._has_offer.wait()
+        except TimeoutError:
+            return
+        raise _Preempted(error.message) from error
 
 
 class RunningFetches:
