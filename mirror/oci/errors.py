@@ -28,6 +28,11 @@ class MirrorError(Exception):
     is_without_token = False
     """Whether an endpoint got no request with credentials, since none could be had, for example
     from its token service. No kind of request would get through."""
+    next_request_in: float | None = None
+    """Seconds until an endpoint may be asked that got no request, since it pauses after a 429, or
+    its circuit is open. None: there is no such endpoint."""
+    is_wait = False
+    """Whether no endpoint has failed: all that may have the content got no request."""
 
     def __init__(self, message: str, *, detail: str | None = None) -> None:
         super().__init__(message)
@@ -239,6 +244,8 @@ class UpstreamRateLimited(UpstreamUnavailable):
     """
 
     code = "TOOMANYREQUESTS"
+    other_failure: UpstreamError | None = None
+    """The last failure of the same request that was no 429. The 429 takes precedence over it."""
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)

@@ -6,13 +6,15 @@ followers, other sources.
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
 from mirror.observability.events import Resumed
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     FailureScope,
     MirrorError,
     OutboundRefused,
@@ -33,12 +35,13 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
-
-
 _PAUSE_UNIT_S: Final = 0.05
 """Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+_MAX_WAIT_S: Final = 5.0
+"""Seconds after which endpoints that may get no request are looked at again: a circuit may close
+early. The pause (``_MAX_PAUSE_S``) is added to it."""
 
 
 @dataclass(slots=True)
@@ -57,7 +60,10 @@ class SourceAttempts:
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
     ranged_failures: int = 0
-    """How many of these transfers may have broken because of ``Range``."""
+    """How many of them ``Range`` may have caused."""
+    wait_s: float | None = None
+    """Seconds until an endpoint may be asked that got no request, if each of the others has refused
+    or has failed too often. None: there is no reason to wait."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -80,37 +86,93 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
+    is_reading: bool = False
+    """Whether the latest transfer has got its response. A 429 after that is one of a range."""
+
+    def begin(self, position: int, now: float) -> None:
+        """Note that a transfer begins, with the byte at ``position``."""
+        self.resumed_from, self.has_progressed, self.is_reading = position, False, False
+        if not self.has_responded and self.wait_s is None:
+            self.last_progress_at = now
+
+    def on_progress(self, position: int, now: float) -> None:
+        """Note that the transfer has brought new bytes, up to ``position``."""
+        self.has_progressed = True
+        self.failed_in_a_row = self.ranged_failures = 0
+        self.highest_position, self.last_progress_at = position, now
+
+    @asynccontextmanager
+    async def limit_stall(self, has_reader: bool) -> AsyncIterator[asyncio.Timeout]:
+        """Limit the block to the time that the source may still take without progress.
+
+        There is no limit before the first response, unless a client may have received a byte.
+        Yields the limit, which the block may move. Raises ``UpstreamTimeout`` when it is reached.
+        """
+        is_limited = self.has_responded or has_reader
+        try:
+            deadline = self.last_progress_at + self.stall_limit_s if is_limited else None
+            async with asyncio.timeout_at(deadline) as limit:
+                yield limit
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
+            ) from None
 
     def count_failure(self, error: MirrorError) -> None:
-        """Count a transfer that broke, and choose how the next one is requested."""
+        """Count a transfer that broke, and choose how the next one is requested.
+
+        It is not counted if no endpoint has failed, since all of them have to wait, or refuse
+        a range for a while.
+        """
         self.has_just_dropped_range = False
-        if isinstance(error, AllCircuitsOpen):
-            return  # No request was sent.
+        self.wait_s = error.next_request_in
+        if isinstance(error, UpstreamRateLimited) and self.is_reading:
+            # The endpoint refuses connections, and its other responses have ended.
+            self.wait_s = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
+            return
+        if error.is_wait:
+            return
         self.failed_in_a_row += 1
+        if self.has_responded and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW:
+            self.wait_s = None
         if not self.has_progressed:
             endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
             endpoint = endpoint or self.endpoint
             self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
         had_range = self.may_use_range and self.resumed_from > 0
         self.is_refused = isinstance(error, REFUSALS) and not had_range
-        if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
+        cause = error
+        if isinstance(error, UpstreamRateLimited) and error.other_failure is not None:
+            cause = error.other_failure  # A 429 says nothing about `Range`.
+        self.ranged_failures += _may_depend_on_range(cause)
+        if isinstance(cause, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
             self.validator = None
             self.may_use_range = False
-        else:
-            self.ranged_failures += _may_depend_on_range(error)
-            is_first = not self.has_responded and _is_response(error)
-            self.may_use_range &= self.ranged_failures <= _RANGED_ATTEMPTS and not is_first
+        elif self.ranged_failures > _RANGED_ATTEMPTS or (
+            not self.has_responded and _is_response(cause)
+        ):
+            self.may_use_range = False
         self.has_just_dropped_range = had_range and not self.may_use_range
 
-    def is_over(self, now: float) -> bool:
+    def is_over(self, now: float, *, has_reader: bool = False) -> bool:
         """Return whether the source is given up.
 
         The registry has repeated a request that had no response. It is sent once more without
         ``Range`` if it had one.
+
+        Args:
+            now: The time.
+            has_reader: Whether a client may have received a byte. It would be cut off, so endpoints
+                that may get no request are waited for, also before the first response.
         """
+        if self.is_refused:
+            return True
+        may_begin = self.has_responded or self.has_just_dropped_range
+        if self.wait_s is not None:
+            ends_at = self.last_progress_at + self.stall_limit_s
+            return not (may_begin or has_reader) or now + self.wait_s >= ends_at
         return (
-            not (self.has_responded or self.has_just_dropped_range)
-            or self.is_refused
+            not may_begin
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
             or now - self.last_progress_at >= self.stall_limit_s
         )
@@ -120,28 +182,28 @@ class SourceAttempts:
         upstream = self.source.request.repository.upstream
         return Resumed(upstream, position, isinstance(error, UpstreamProtocolError), error.message)
 
-    def pause(self, error: MirrorError) -> float:
-        """Return the seconds before the next transfer, after one that ended with ``error``.
+    def pause(self) -> float:
+        """Return the seconds before the next transfer.
 
-        The time is random, so that fetches which broke together do not resume together. After a 429
-        it follows the pause that the upstream has asked for, or a usual one.
+        They are random, so that fetches which broke together do not resume together.
         """
-        longest = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
-        least = 0.0
-        if isinstance(error, AllCircuitsOpen):
-            longest = _MAX_PAUSE_S
-        if isinstance(error, UpstreamRateLimited):
-            least = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
-        return least + random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
+        if self.wait_s is not None:
+            # Only a circuit may close early. A range was refused with the whole pause.
+            least = self.wait_s if self.is_reading else min(self.wait_s, _MAX_WAIT_S)
+            most = _MAX_PAUSE_S
+        else:
+            least, most = 0.0, min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        return least + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
 
 
 def _may_depend_on_range(error: MirrorError) -> bool:
     """Return whether ``Range`` may be the cause of a failure.
 
-    It is not for an endpoint without a token, or without a connection.
+    Not of a 429, and not if the endpoint has no connection, or no token could be had for it.
     """
-    is_unreachable = getattr(error, "scope", None) is FailureScope.ENDPOINT
-    return not (error.is_without_token or is_unreachable)
+    if isinstance(error, UpstreamRateLimited) or error.is_without_token:
+        return False
+    return not isinstance(error, UpstreamUnavailable) or error.scope is not FailureScope.ENDPOINT
 
 
 def _is_response(error: MirrorError) -> bool:

@@ -21,7 +21,6 @@ from typing import Final, TypeAlias
 from mirror.observability.events import DigestMismatched, Kind, Observer, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
@@ -95,6 +94,8 @@ class Fetch:
         self._on_wrong_bytes = on_wrong_bytes
         self._queue = deque([first])
         self._offered = {_proof_key(first.request)}
+        self._has_offer = asyncio.Event()
+        """Set whenever a source is queued."""
         self._requeued: set[ProofKey] = set()
         self._current = first
         self.endpoints_used: dict[str, str] = {}
@@ -116,6 +117,7 @@ class Fetch:
         had_other_upstream = self.has_other_upstream
         self._offered.add(_proof_key(source.request))
         self._queue.append(source)
+        self._has_offer.set()
         if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
             self._shorten_timeout()
 
@@ -292,32 +294,13 @@ class Fetch:
                             raise
                         has_failed = True
 
-    @asynccontextmanager
-    async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
-        """Limit the block to the time that the source may still take without progress.
-
-        There is no limit before the first response, unless a client has already received a byte.
-        Yields the limit, which the block may move. Raises ``UpstreamTimeout`` when it is reached.
-        """
-        is_resumed = attempts.has_responded or self.ingest.is_confirmed
-        try:
-            deadline = attempts.last_progress_at + attempts.stall_limit_s if is_resumed else None
-            async with asyncio.timeout_at(deadline) as limit:
-                yield limit
-        except TimeoutError:
-            raise UpstreamTimeout(
-                f"the upstream sent no data for {attempts.stall_limit_s:g} s, in several attempts"
-            ) from None
-
     async def _transfer(self, attempts: SourceAttempts) -> None:
         """Transfer the missing bytes from one source, in one response."""
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
-        attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        if not attempts.has_responded:
-            attempts.last_progress_at = loop.time()
+        attempts.begin(ingest.position, loop.time())
         async with AsyncExitStack() as stack:
-            limit = await stack.enter_async_context(self._stall_limit(attempts))
+            limit = await stack.enter_async_context(attempts.limit_stall(ingest.is_confirmed))
             async with self._preemptible():
                 stream = await stack.enter_async_context(
                     source.registry.open(
@@ -331,8 +314,8 @@ class Fetch:
                         avoid=(*attempts.avoid, *source.avoid),
                     )
                 )
-            attempts.validator = stream.validator
-            attempts.endpoint = stream.endpoint
+            attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
+            attempts.is_reading = True
             self.endpoints_used.pop(stream.endpoint, None)
             self.endpoints_used[stream.endpoint] = source.request.repository.upstream
             if request.kind is Kind.MANIFEST:
@@ -373,10 +356,7 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed = True
-                    attempts.failed_in_a_row = attempts.ranged_failures = 0
-                    attempts.highest_position = ingest.position
-                    attempts.last_progress_at = loop.time()
+                    attempts.on_progress(ingest.position, loop.time())
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
@@ -392,15 +372,30 @@ class Fetch:
         """
         now = asyncio.get_running_loop().time()
         attempts.count_failure(error)
-        pause = attempts.pause(error)
-        if self.ingest.is_closed or attempts.is_over(now + pause):
+        if self.ingest.is_closed or attempts.is_over(now, has_reader=self.ingest.is_confirmed):
             raise error
         if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
-        if not isinstance(error, AllCircuitsOpen):  # Otherwise no request was sent.
-            self._emit(attempts.resumed(self.ingest.position, error))
-        async with self._preemptible():  # A 429 may have asked for a long pause.
-            await asyncio.sleep(pause)
+        if attempts.wait_s is not None:
+            await self._wait_unless_offered(attempts.pause(), error)
+            return
+        self._emit(attempts.resumed(self.ingest.position, error))
+        await asyncio.sleep(attempts.pause())
+
+    async def _wait_unless_offered(self, seconds: float, error: MirrorError) -> None:
+        """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
+
+        Raises :class:`_Preempted` as soon as a source is queued that was not tried: a pause after a
+        429 need not be that of another repository.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while self._requeued.issuperset(_proof_key(one.request) for one in self._queue):
+                    self._has_offer.clear()
+                    await self._has_offer.wait()
+        except TimeoutError:
+            return
+        raise _Preempted(error.message) from error
 
 
 class RunningFetches:

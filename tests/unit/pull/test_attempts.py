@@ -12,6 +12,7 @@ from mirror.oci.errors import (
     MirrorError,
     StorageRefused,
     Unauthorized,
+    UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -23,6 +24,25 @@ from mirror.pull.requests import ContentSource
 from tests.unit.pull.kit import MemoryRegistry, a_request
 
 BROKEN = UpstreamUnavailable("broken")
+
+
+def waiting(error: MirrorError, seconds: float = 0.0) -> MirrorError:
+    """Return the error of a source whose endpoints may get no request."""
+    error.next_request_in, error.is_wait = seconds, True
+    return error
+
+
+def limited(other: UpstreamError) -> UpstreamRateLimited:
+    """Return the error of two endpoints: one responded with 429, the other failed otherwise."""
+    error = UpstreamRateLimited("429")
+    error.other_failure = other
+    return error
+
+
+def without_token(error: MirrorError) -> MirrorError:
+    """Return the error of an endpoint whose token service failed."""
+    error.is_without_token = True
+    return error
 
 
 def attempts(**changes: object) -> SourceAttempts:
@@ -44,12 +64,55 @@ def attempts(**changes: object) -> SourceAttempts:
         ({"has_responded": False}, 100.0, True),
         ({"failed_in_a_row": 5}, 100.0, False),
         ({"failed_in_a_row": 6}, 100.0, True),
+        ({"wait_s": 44.9}, 100.0, False),
+        ({"wait_s": 45.0}, 100.0, True),
+        ({"wait_s": 0.0, "has_responded": False}, 100.0, True),
     ],
 )
 def test_source_is_given_up_after_5_failures_or_its_stall_limit(
     changes: dict[str, object], now: float, is_over: bool
 ) -> None:
     assert attempts(**changes).is_over(now) is is_over
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_wait_before_the_first_response_is_for_a_client_that_reads() -> None:
+    state = attempts(has_responded=False)
+    state.count_failure(waiting(UpstreamRateLimited("a pause"), seconds=9.0))
+    assert (state.is_over(100.0), state.is_over(100.0, has_reader=True)) == (True, False)
+    assert state.is_over(136.0, has_reader=True)
+    state.count_failure(UpstreamRateLimited("429"))
+    assert state.is_over(100.0, has_reader=True), "the registry has asked every endpoint"
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_endpoint_that_pauses_is_waited_for_after_the_other_one_has_failed_often() -> None:
+    state, error = attempts(), UpstreamUnavailable("500")
+    error.next_request_in = 20.0
+    for _ in range(5):
+        state.count_failure(error)
+        assert (state.wait_s, state.is_over(100.0)) == (None, False)
+    for _ in range(5):
+        state.count_failure(error)
+        assert (state.wait_s, state.is_over(124.9), state.is_over(125.0)) == (20.0, False, True)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("error", "least", "most"),
+    [
+        (BROKEN, 0.0, 0.1),
+        (waiting(UpstreamRateLimited("a pause"), seconds=1.5), 1.5, 3.5),
+        (waiting(AllCircuitsOpen("not asked"), seconds=60.0), 5.0, 7.0),
+    ],
+)
+def test_pause_is_as_long_as_the_wait_and_a_random_time(
+    error: MirrorError, least: float, most: float
+) -> None:
+    state = attempts()
+    state.count_failure(error)
+    pauses = [state.pause() for _ in range(300)]
+    assert least <= min(pauses) < (least + most) / 2 < max(pauses) <= most
 
 
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
@@ -60,7 +123,14 @@ def test_source_is_given_up_after_5_failures_or_its_stall_limit(
         ([BROKEN, UpstreamTimeout("late")], True),
         ([BROKEN] * 3, False),
         ([UpstreamProtocolError("another range")], False),
-        ([AllCircuitsOpen("not asked")] * 9, True),
+        ([waiting(AllCircuitsOpen("not asked"))] * 9, True),
+        ([waiting(UpstreamRateLimited("a pause"))] * 9, True),
+        ([UpstreamRateLimited("429")] * 5, True),
+        ([BROKEN, BROKEN, UpstreamRateLimited("429")], True),
+        ([limited(BROKEN)] * 3, False),
+        ([limited(UpstreamProtocolError("another range"))], False),
+        ([UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)] * 5, True),
+        ([without_token(UpstreamUnavailable("500"))] * 5, True),
     ],
 )
 def test_range_is_left_out_after_a_wrong_response_or_three_failures(
@@ -85,12 +155,14 @@ def test_range_is_kept_after_failures_that_have_another_cause() -> None:
 
 
 @pytest.mark.parametrize(("retry_after", "least"), [(None, 2.0), (0.0, 0.0), (30.0, 30.0)])
-def test_pause_after_a_429_is_as_long_as_the_upstream_asks_for(
+def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     retry_after: float | None, least: float
 ) -> None:
-    state = attempts()
+    state = attempts(is_reading=True)
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after))
-    pause = state.pause(UpstreamRateLimited("429", retry_after=retry_after))
+    assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
+    assert state.is_over(100.0 + 45.0), "the source is given up after the stall limit"
+    pause = state.pause()
     assert least <= pause <= least + 0.1
     assert state.is_over(100.0 + pause) is False
 
@@ -148,7 +220,8 @@ def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorErr
         (UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT), False),
         (UpstreamTimeout("late", scope=FailureScope.SUBJECT), False),
         (UpstreamRateLimited("429"), False),
-        (AllCircuitsOpen("not asked"), False),
+        (waiting(AllCircuitsOpen("not asked")), False),
+        (waiting(UpstreamRateLimited("a pause")), False),
     ],
 )
 def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_failed_it(

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -25,6 +26,7 @@ from mirror.oci.errors import (
     ManifestInvalid,
     MirrorError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -249,12 +251,53 @@ async def test_endpoint_named_by_a_protocol_error_is_asked_last(fetch_env: Fetch
     assert [named["avoid"] for named in fetch_env.registry.asked] == [(), ("one",), ("one", "two")]
 
 
-async def test_open_circuits_do_not_count_as_failed_transfers(fetch_env: FetchEnv) -> None:
-    waiting = AllCircuitsOpen("not asked again yet")
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    "waiting", [AllCircuitsOpen("not asked again yet"), UpstreamRateLimited("a pause")]
+)
+async def test_waits_for_an_endpoint_do_not_count_as_failed_transfers(
+    fetch_env: FetchEnv, waiting: UpstreamUnavailable
+) -> None:
+    waiting.next_request_in, waiting.is_wait = 0.0, True
     fetch_env.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
     assert await fetch_env.body() == DATA
     assert len(fetch_env.happened(Resumed)) == 1
     assert fetch_env.registry.asked[-1]["avoid"] == ("memory",)
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_pause_that_ends_after_the_stall_limit_is_not_waited_for(fetch_env: FetchEnv) -> None:
+    paused = UpstreamRateLimited("a pause", retry_after=300.0)
+    paused.next_request_in, paused.is_wait = 299.0, True
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused)]
+    with pytest.raises(UpstreamRateLimited):
+        await fetch_env.body()
+    assert len(fetch_env.registry.asked) == 2
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_response(
+    fetch_env: FetchEnv,
+) -> None:
+    """Another process was killed, and this one goes on with its file."""
+    fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
+    with pytest.raises(UpstreamUnavailable):
+        await fetch_env.body()
+    again = another(fetch_env)
+    again.ingest.is_confirmed = True
+    paused = UpstreamRateLimited("a pause")
+    paused.next_request_in, paused.is_wait = 0.0, True
+    refused = [paused] * 3
+    open_ = fetch_env.registry.open
+
+    def open_or_refuse(*arguments: Any, **named: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return open_(*arguments, **named)
+
+    with patch.object(fetch_env.registry, "open", open_or_refuse):
+        assert await again.body() == DATA
+    assert fetch_env.registry.offsets[-1] == 100_000
 
 
 async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:

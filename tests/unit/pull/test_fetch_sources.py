@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -119,6 +119,37 @@ async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
         await kit.store.idle()
         assert await blob(kit, DIGEST, THEIRS) == (DATA, Outcome.HIT)
         assert await blob(kit, DIGEST) == (DATA, Outcome.HIT)
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_repository_of_the_same_upstream_takes_over_while_another_one_pauses(
+    tmp_path: Path,
+) -> None:
+    ours = MemoryRegistry()
+    paused = UpstreamRateLimited("a pause", retry_after=20.0)
+    paused.next_request_in, paused.is_wait = 20.0, True
+    ours.breaks = [(150_000, DOWN), *[(150_000, paused)] * 20]
+    for path in (REPO.path, OTHER.path):
+        ours.add_blob(path, DATA)
+    open_ = ours.open
+    asked, is_paused = [], asyncio.Event()
+
+    def open_and_record(repository: Repository, *arguments: Any, **named: Any) -> Any:
+        asked.append((repository, named["offset"]))
+        if len(asked) == 2:
+            is_paused.set()
+        if repository == OTHER:
+            ours.breaks.clear()
+        return open_(repository, *arguments, **named)
+
+    async with pull_kit(tmp_path, registry=ours) as kit, asyncio.timeout(10):
+        with patch.object(ours, "open", open_and_record):
+            async with asyncio.TaskGroup() as group:
+                first = group.create_task(outcome(kit, REPO))
+                await is_paused.wait()
+                assert await outcome(kit, OTHER) == (DATA, Outcome.JOIN)
+        assert first.result() == (DATA, Outcome.MISS)
+    assert asked == [(REPO, 0), (REPO, 150_000), (OTHER, 150_000)]
 
 
 @pytest.mark.row("U11-connect-faults")
