@@ -39,6 +39,9 @@ _PAUSE_UNIT_S: Final = 0.05
 """Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+_MAX_CROWDED: Final = 5
+"""Requests that may fail while our own further connections are a possible cause: they end their
+parts meanwhile, which takes a few seconds."""
 _MAX_WAIT_S: Final = 5.0
 """Seconds after which endpoints that may get no request are looked at again: a circuit may close
 early. The pause (``_MAX_PAUSE_S``) is added to it."""
@@ -86,6 +89,10 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
+    crowded: int = 0
+    """Requests that have failed while our own further connections were a possible cause."""
+    is_crowded: bool = False
+    """Whether the latest failure was one of these."""
     is_reading: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
 
@@ -118,17 +125,28 @@ class SourceAttempts:
                 f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
             ) from None
 
-    def count_failure(self, error: MirrorError) -> None:
+    def count_failure(self, error: MirrorError, *, is_crowded: bool = False) -> None:
         """Count a transfer that broke, and choose how the next one is requested.
 
         It is not counted if no endpoint has failed, since all of them have to wait, or refuse
         a range for a while.
+
+        Args:
+            error: How the transfer ended.
+            is_crowded: Whether our further connections may be the cause. A few of such failures are
+                waited out, also before the first response.
         """
         self.has_just_dropped_range = False
         self.wait_s = error.next_request_in
         if isinstance(error, UpstreamRateLimited) and self.is_reading:
             # The endpoint refuses connections, and its other responses have ended.
             self.wait_s = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
+            return
+        self.is_crowded = is_crowded and self.crowded < _MAX_CROWDED
+        if self.is_crowded:
+            self.crowded += 1
+            retry_after = error.retry_after if isinstance(error, UpstreamRateLimited) else None
+            self.wait_s = max(_MAX_PAUSE_S, self.wait_s or 0.0, retry_after or 0.0)
             return
         if error.is_wait:
             return
@@ -170,7 +188,7 @@ class SourceAttempts:
         may_begin = self.has_responded or self.has_just_dropped_range
         if self.wait_s is not None:
             ends_at = self.last_progress_at + self.stall_limit_s
-            return not (may_begin or has_reader) or now + self.wait_s >= ends_at
+            return not (may_begin or has_reader or self.is_crowded) or now + self.wait_s >= ends_at
         return (
             not may_begin
             or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW

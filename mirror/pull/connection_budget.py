@@ -10,10 +10,17 @@ Each worker process has budgets of its own, as it has for memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import Final
+
+from mirror.oci.errors import (
+    MirrorError,
+    StorageRefused,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
 
 MAX_PER_ENDPOINT: Final = 8
 """Connections to one endpoint at which no further one is opened. First connections count: a pull of
@@ -21,6 +28,11 @@ eight layers needs no help."""
 _REMEMBERED_S: Final = 600.0
 """Seconds for which an endpoint gets no more connections than it accepted: long enough for the
 layers of an image, short enough for a limit that was a passing overload."""
+
+
+_CROWDED_S: Final = 5.0
+"""Seconds in which further connections end their parts and are not replaced, after a first request
+has failed. A first request that fails in this time may have met them."""
 
 
 class ConnectionBudget:
@@ -44,6 +56,8 @@ class ConnectionBudget:
         The configuration has a few endpoints."""
         self._paused_until: dict[str, float] = {}
         """URL of an endpoint -> time until which it gets no further connection."""
+        self._crowded_until: dict[str, float] = {}
+        """Upstream -> time until which our further connections may make its first requests fail."""
 
     def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
         """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
@@ -85,8 +99,36 @@ class ConnectionBudget:
         """
         accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
         self._accepted[endpoint] = accepted, self._clock() + _REMEMBERED_S
-        until = self._clock() + retry_after
+        until = self._clock() + min(retry_after, _REMEMBERED_S)
         self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
+
+    def on_first_failed(self, upstream: str, error: MirrorError) -> bool:
+        """Note that a first request has failed or was refused. Further connections give way to it.
+
+        An endpoint, or a firewall before it, may permit a few connections of one address.
+
+        Args:
+            upstream: Its name.
+            error: How the request has ended.
+
+        Returns:
+            Whether further connections may be the cause, so that the request is to be sent again.
+        """
+        if not isinstance(error, UpstreamUnavailable) or isinstance(error, StorageRefused):
+            return False
+        if error.is_without_token:
+            return False
+        if any(url == error.endpoint for url, _ in self._further.values()):
+            retry_after = error.retry_after if isinstance(error, UpstreamRateLimited) else None
+            pause = max(retry_after or 0.0, _CROWDED_S)
+            self.on_refused(error.endpoint, pause)
+            self._crowded_until[upstream] = self._clock() + min(pause, _REMEMBERED_S) + _CROWDED_S
+        return self._clock() < self._crowded_until.get(upstream, 0.0)
+
+    def on_wrong_bytes(self, endpoints: Iterable[str]) -> None:
+        """Remember that bytes of ranges may have been wrong: the rest of an image is by one."""
+        for endpoint in endpoints:
+            self.on_no_ranges(endpoint)
 
     def on_no_ranges(self, endpoint: str) -> None:
         """Remember that the endpoint sends no ranges, so that a further connection is useless."""

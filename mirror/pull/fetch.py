@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
 from mirror.observability.events import DigestMismatched, Kind, Observer, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
@@ -29,13 +29,13 @@ from mirror.oci.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Repository
+from mirror.oci.reference import Digest
 from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
 from mirror.pull.ramp import MIN_REMAINING_PIECES
-from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
+from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource, ProofKey
 from mirror.pull.suspects import Suspects
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
@@ -45,17 +45,9 @@ from mirror.store.other_process import follow_other_process
 from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
-ProofKey: TypeAlias = tuple[Repository, Kind]
-"""(repository, kind): the access that a source proves by sending the content. The kind matters: a
-registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
-
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-
-
-def _proof_key(request: ContentRequest) -> ProofKey:
-    return request.repository, request.kind
 
 
 class _Preempted(UpstreamTimeout):
@@ -73,12 +65,13 @@ class Fetch:
         callbacks: AccessCallbacks,
         make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
+        connections: ConnectionBudget,
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
         ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
         mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
-        the latest one last.
+        the latest one last. ``connections``: those of this process.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -92,8 +85,9 @@ class Fetch:
         self._make_reader = make_reader
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
+        self._connections = connections
         self._queue = deque([first])
-        self._offered = {_proof_key(first.request)}
+        self._offered = {first.request.proof_key}
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
         self._requeued: set[ProofKey] = set()
@@ -112,10 +106,10 @@ class Fetch:
 
     def offer(self, source: ContentSource) -> None:
         """Queue a source, unless one with the same proof key was offered before."""
-        if _proof_key(source.request) in self._offered:
+        if source.request.proof_key in self._offered:
             return
         had_other_upstream = self.has_other_upstream
-        self._offered.add(_proof_key(source.request))
+        self._offered.add(source.request.proof_key)
         self._queue.append(source)
         self._has_offer.set()
         if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
@@ -131,7 +125,7 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        proof_key, loop = _proof_key(request), asyncio.get_running_loop()
+        proof_key, loop = request.proof_key, asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
                 with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
@@ -167,23 +161,23 @@ class Fetch:
     @property
     def has_other_upstream(self) -> bool:
         """True if a source on another upstream is queued, and may preempt the current one."""
-        if _proof_key(self._current.request) in self._requeued:
+        if self._current.request.proof_key in self._requeued:
             return False
         upstream = self._current.request.repository.upstream
         return any(source.request.repository.upstream != upstream for source in self._queue)
 
     def _requeue(self, source: ContentSource) -> None:
         """Put a preempted source at the end of the queue. It is not preempted a second time."""
-        self._requeued.add(_proof_key(source.request))
+        self._requeued.add(source.request.proof_key)
         self._queue.append(source)
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
         if isinstance(error, REFUSALS):
             await self._callbacks.on_refused(source, error)
-        self.failures[_proof_key(source.request)] = error
+        self.failures[source.request.proof_key] = error
         if isinstance(error, REFUSALS):
-            for callback in self._refusal_callbacks.get(_proof_key(source.request), ()):
+            for callback in self._refusal_callbacks.get(source.request.proof_key, ()):
                 callback()
 
     @contextmanager
@@ -245,6 +239,8 @@ class Fetch:
                 where = "resume" if attempts.resumed_from else "upstream"
                 self._emit(DigestMismatched(upstream, digest, where))
                 self._on_wrong_bytes(self.endpoints_used)
+                if self._reader is not None:
+                    self._connections.on_wrong_bytes(self.endpoints_used)
                 raise
             except _Preempted as error:
                 failure = error
@@ -325,7 +321,7 @@ class Fetch:
                 raise UpstreamProtocolError("the response starts after the requested offset")
             # Must come before `declare`, which wakes the followers: `wait_for_first_byte` reads
             # `proven`.
-            self.proven.add(_proof_key(request))
+            self.proven.add(request.proof_key)
             if not attempts.has_responded:
                 attempts.has_responded = True
                 attempts.last_progress_at = loop.time()
@@ -371,7 +367,10 @@ class Fetch:
         broke are resumed here.
         """
         now = asyncio.get_running_loop().time()
-        attempts.count_failure(error)
+        upstream = attempts.source.request.repository.upstream
+        is_first = not attempts.is_reading
+        is_crowded = is_first and self._connections.on_first_failed(upstream, error)
+        attempts.count_failure(error, is_crowded=is_crowded)
         if self.ingest.is_closed or attempts.is_over(now, has_reader=self.ingest.is_confirmed):
             raise error
         if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
@@ -390,7 +389,7 @@ class Fetch:
         """
         try:
             async with asyncio.timeout(seconds):
-                while self._requeued.issuperset(_proof_key(one.request) for one in self._queue):
+                while self._requeued.issuperset(one.request.proof_key for one in self._queue):
                     self._has_offer.clear()
                     await self._has_offer.wait()
         except TimeoutError:
@@ -424,7 +423,7 @@ class RunningFetches:
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
         fetch = self.find_active(request.digest)
-        return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
+        return fetch.ingest if fetch and request.proof_key in fetch.proven else None
 
     def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
         """Join the fetch of this content, or start it.
@@ -457,7 +456,15 @@ class RunningFetches:
         digest = source.request.digest
         ingest = self._store.start_ingest(digest)
         add_suspects = partial(self.suspects.add, digest)
-        fetch = Fetch(ingest, source, self._emit, self._callbacks, self._make_reader, add_suspects)
+        fetch = Fetch(
+            ingest,
+            source,
+            self._emit,
+            self._callbacks,
+            self._make_reader,
+            add_suspects,
+            self.connections,
+        )
         follower = ingest.follow()
         assert follower is not None
         self._active[digest] = fetch

@@ -24,6 +24,10 @@ SpanSelector: TypeAlias = Callable[[int], Sequence[Span]]
 """Returns the spans that a client wants of content of this size, in order. They have an end that
 the client has stated. Empty: it wants the whole content, or all from some byte on."""
 
+ProofKey: TypeAlias = tuple[Repository, Kind]
+"""(repository, kind): the access that a source proves by sending the content. The kind matters: a
+registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
+
 
 @dataclass(frozen=True, slots=True)
 class ContentRequest:
@@ -39,6 +43,11 @@ class ContentRequest:
     """Media types of the client's ``Accept`` header, for a manifest."""
     select_spans: SpanSelector | None = None
     """None: no part of the content is wanted by itself."""
+
+    @property
+    def proof_key(self) -> ProofKey:
+        """The access that a response to this request proves."""
+        return self.repository, self.kind
 
     def first_byte(self, size: int | None) -> int:
         """Return the offset of the first wanted byte of content of this size. None: not known."""

@@ -84,7 +84,7 @@ class FetchEnv:
         emit = self.kit.events.append
         connections = ConnectionBudget(lambda endpoint: 1)
         make_reader = partial(ParallelReader, connections, self.kit.memory, emit)
-        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect)
+        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect, connections)
         for other in others:
             fetch.offer(other)
         await fetch.run()
