@@ -262,7 +262,7 @@ def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> No
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock())
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock(), Mock())
     assert sources.next_source() is ours
     with sources.on_other_upstream(lambda: shortened.append(1)):
         for source in (ours, same, same):
