@@ -29,10 +29,13 @@ class MirrorError(Exception):
     """Whether an endpoint got no request with credentials, since none could be had, for example
     from its token service. No kind of request would get through."""
     next_request_in: float | None = None
-    """Seconds until an endpoint may be asked that got no request, since it pauses after a 429, or
-    its circuit is open. None: there is no such endpoint."""
+    """Seconds for which endpoints that were not asked pause after a 429: the shortest time. 0.0 if
+    the circuit of one is open, since that may close at any time. None: all were asked."""
     is_wait = False
-    """Whether no endpoint has failed: all that may have the content got no request."""
+    """Whether no endpoint has failed: some were not asked, and all others refused."""
+    others: tuple[MirrorError, ...] = ()
+    """The other failures and refusals of the same request, of other endpoints or earlier attempts.
+    This error takes precedence over them."""
 
     def __init__(self, message: str, *, detail: str | None = None) -> None:
         super().__init__(message)
@@ -244,8 +247,6 @@ class UpstreamRateLimited(UpstreamUnavailable):
     """
 
     code = "TOOMANYREQUESTS"
-    other_failure: UpstreamError | None = None
-    """The last failure of the same request that was no 429. The 429 takes precedence over it."""
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)

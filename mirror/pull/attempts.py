@@ -15,6 +15,7 @@ from typing import Final
 
 from mirror.observability.events import Resumed
 from mirror.oci.errors import (
+    AllCircuitsOpen,
     FailureScope,
     MirrorError,
     OutboundRefused,
@@ -43,8 +44,10 @@ _MAX_CROWDED: Final = 5
 """Requests that may fail while our own further connections are a possible cause: they end their
 parts meanwhile, which takes a few seconds."""
 _MAX_WAIT_S: Final = 5.0
-"""Seconds after which endpoints that may get no request are looked at again: a circuit may close
-early. The pause (``_MAX_PAUSE_S``) is added to it."""
+"""Seconds at most that a pause after a 429 is waited for in one piece. ``_MAX_PAUSE_S`` at most are
+added to them. Then the other endpoints are asked again, which may work by then."""
+_RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
+"""Errors that a server may respond with because of ``Range``."""
 
 
 @dataclass(slots=True)
@@ -59,14 +62,15 @@ class SourceAttempts:
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
     """Time of the latest progress. Before any: of the first response, else of the first request. It
-    is moved by the time that skipped bytes take (see ``may_use_range``)."""
+    is moved by the time that skipped bytes take (see ``may_use_range``), and by that of other
+    sources (see ``is_preempted``)."""
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
     ranged_failures: int = 0
     """How many of them ``Range`` may have caused."""
     wait_s: float | None = None
-    """Seconds until an endpoint may be asked that got no request, if each of the others has refused
-    or has failed too often. None: there is no reason to wait."""
+    """Seconds to wait for an endpoint that was not asked (``MirrorError.next_request_in``), if no
+    other one has failed, or if the others have failed too often. None: nothing is waited for."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -79,6 +83,12 @@ class SourceAttempts:
     the bytes before the offset are skipped."""
     has_just_dropped_range: bool = False
     """Whether the latest failure is the one after which ``Range`` is left out."""
+    is_range_suspected: bool = False
+    """Whether ``Range`` is left out only because one endpoint has refused a request with it, while
+    another one has to be waited for."""
+    has_refused_whole: bool = False
+    """Whether such an endpoint has refused the request without ``Range``, too. ``Range`` was not
+    the cause then, and is used again."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -95,12 +105,15 @@ class SourceAttempts:
     """Whether the latest failure was one of these."""
     is_reading: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
+    is_preempted: bool = False
+    """Whether another source has taken its place. It is tried again after those that were not."""
+    preempted_at: tuple[float, int] = 0.0, 0
+    """Time, and offset in the content in bytes, at which it has."""
 
     def begin(self, position: int, now: float) -> None:
         """Note that a transfer begins, with the byte at ``position``."""
         self.resumed_from, self.has_progressed, self.is_reading = position, False, False
-        if not self.has_responded and self.wait_s is None:
-            self.last_progress_at = now
+        self.last_progress_at = self.last_progress_at or now
 
     def on_progress(self, position: int, now: float) -> None:
         """Note that the transfer has brought new bytes, up to ``position``."""
@@ -125,52 +138,74 @@ class SourceAttempts:
                 f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
             ) from None
 
+    def preempt(self, now: float, position: int) -> None:
+        """Note that another source takes the place of this one."""
+        self.is_preempted, self.preempted_at = True, (now, position)
+
+    def try_again(self, now: float, position: int) -> None:
+        """Note that this source has its place again.
+
+        The time of the others does not count, unless they brought nothing while this one had to
+        wait: clients must not stand still for the time limit of each source.
+        """
+        at, reached = self.preempted_at
+        if self.wait_s is None or position > reached:
+            self.last_progress_at += now - at
+
     def count_failure(self, error: MirrorError, *, is_crowded: bool = False) -> None:
         """Count a transfer that broke, and choose how the next one is requested.
 
-        It is not counted if no endpoint has failed, since all of them have to wait, or refuse
-        a range for a while.
+        It is not counted if no endpoint has failed (``MirrorError.is_wait``).
 
         Args:
             error: How the transfer ended.
             is_crowded: Whether our further connections may be the cause. A few of such failures are
                 waited out, also before the first response.
         """
-        self.has_just_dropped_range = False
-        self.wait_s = error.next_request_in
-        if isinstance(error, UpstreamRateLimited) and self.is_reading:
-            # The endpoint refuses connections, and its other responses have ended.
-            self.wait_s = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
-            return
         self.is_crowded = is_crowded and self.crowded < _MAX_CROWDED
-        if self.is_crowded:
-            self.crowded += 1
+        is_limited = isinstance(error, UpstreamRateLimited)
+        if self.is_crowded or (is_limited and self.is_reading):
+            # Nothing but the number of connections is the cause, ours or those of one transfer.
+            self.crowded += self.is_crowded
             retry_after = error.retry_after if isinstance(error, UpstreamRateLimited) else None
-            self.wait_s = max(_MAX_PAUSE_S, self.wait_s or 0.0, retry_after or 0.0)
+            wait_s = error.next_request_in if retry_after is None else retry_after
+            self.wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
             return
-        if error.is_wait:
+        is_ranged = self.may_use_range and self.resumed_from > 0
+        self.is_refused = isinstance(error, REFUSALS) and not is_ranged
+        if not error.is_wait:
+            self.failed_in_a_row += 1
+            if not self.has_progressed:
+                endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
+                endpoint = endpoint or self.endpoint
+                self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
+        self._judge_range(error, is_ranged=is_ranged)
+        self.has_just_dropped_range = is_ranged and not self.may_use_range
+        may_ask_others = not error.is_wait and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW
+        has_to_wait = not (may_ask_others or self.has_just_dropped_range)
+        self.wait_s = error.next_request_in if has_to_wait else None
+
+    def _judge_range(self, error: MirrorError, *, is_ranged: bool) -> None:
+        """Decide whether the next request has ``Range``.
+
+        An error that says to wait tells nothing about ``Range``. What other endpoints sent does.
+        """
+        if isinstance(error, _RANGE_REFUSALS):
+            self.is_range_suspected, self.may_use_range, self.validator = False, False, None
             return
-        self.failed_in_a_row += 1
-        if self.has_responded and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW:
-            self.wait_s = None
-        if not self.has_progressed:
-            endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
-            endpoint = endpoint or self.endpoint
-            self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        had_range = self.may_use_range and self.resumed_from > 0
-        self.is_refused = isinstance(error, REFUSALS) and not had_range
-        cause = error
-        if isinstance(error, UpstreamRateLimited) and error.other_failure is not None:
-            cause = error.other_failure  # A 429 says nothing about `Range`.
-        self.ranged_failures += _may_depend_on_range(cause)
-        if isinstance(cause, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
-            self.validator = None
-            self.may_use_range = False
-        elif self.ranged_failures > _RANGED_ATTEMPTS or (
-            not self.has_responded and _is_response(cause)
-        ):
-            self.may_use_range = False
-        self.has_just_dropped_range = had_range and not self.may_use_range
+        has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
+        causes = error.others if has_to_wait else (error,)
+        refusals = [cause for cause in causes if isinstance(cause, _RANGE_REFUSALS)]
+        if refusals and is_ranged and not self.has_refused_whole:
+            self.is_range_suspected, self.may_use_range, self.validator = True, False, None
+        elif refusals and self.is_range_suspected:
+            self.is_range_suspected, self.may_use_range = False, True
+            self.has_refused_whole = True
+        failures = [cause for cause in causes if cause not in refusals]
+        self.ranged_failures += any(map(_may_depend_on_range, failures))
+        is_first_failed = not self.has_responded and any(map(_is_response, failures))
+        if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed:
+            self.is_range_suspected, self.may_use_range = False, False
 
     def is_over(self, now: float, *, has_reader: bool = False) -> bool:
         """Return whether the source is given up.
@@ -180,20 +215,17 @@ class SourceAttempts:
 
         Args:
             now: The time.
-            has_reader: Whether a client may have received a byte. It would be cut off, so endpoints
-                that may get no request are waited for, also before the first response.
+            has_reader: Whether a client may have received a byte. It would be cut off, so requests
+                are repeated also before the first response, and pauses are waited for. Any other
+                client may use its next mirror meanwhile.
         """
         if self.is_refused:
             return True
-        may_begin = self.has_responded or self.has_just_dropped_range
+        ends_at = self.last_progress_at + self.stall_limit_s
         if self.wait_s is not None:
-            ends_at = self.last_progress_at + self.stall_limit_s
-            return not (may_begin or has_reader or self.is_crowded) or now + self.wait_s >= ends_at
-        return (
-            not may_begin
-            or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or now - self.last_progress_at >= self.stall_limit_s
-        )
+            return not (has_reader or self.is_crowded) or now + self.wait_s >= ends_at
+        may_begin = self.has_responded or has_reader or self.has_just_dropped_range
+        return not may_begin or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW or now >= ends_at
 
     def resumed(self, position: int, error: MirrorError) -> Resumed:
         """Return the event of a transfer that ended with ``error`` and is resumed."""
@@ -217,9 +249,9 @@ class SourceAttempts:
 def _may_depend_on_range(error: MirrorError) -> bool:
     """Return whether ``Range`` may be the cause of a failure.
 
-    Not of a 429, and not if the endpoint has no connection, or no token could be had for it.
+    Not of a 429, and not if no request with a token reached the endpoint.
     """
-    if isinstance(error, UpstreamRateLimited) or error.is_without_token:
+    if isinstance(error, UpstreamRateLimited | AllCircuitsOpen) or error.is_without_token:
         return False
     return not isinstance(error, UpstreamUnavailable) or error.scope is not FailureScope.ENDPOINT
 

@@ -51,7 +51,7 @@ upstream is queued. Short, because the clients of the queued source are waiting.
 
 
 class _Preempted(UpstreamTimeout):
-    """The source was too slow while a source on another upstream was queued."""
+    """Another source is tried, because this one was slow, or has to wait after a 429."""
 
 
 class Fetch:
@@ -86,12 +86,11 @@ class Fetch:
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
         self._connections = connections
-        self._queue = deque([first])
+        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
+        self._queue = deque([self._current])
         self._offered = {first.request.proof_key}
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
-        self._requeued: set[ProofKey] = set()
-        self._current = first
         self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -108,11 +107,11 @@ class Fetch:
         """Queue a source, unless one with the same proof key was offered before."""
         if source.request.proof_key in self._offered:
             return
-        had_other_upstream = self.has_other_upstream
+        had_alternative = self.has_alternative
         self._offered.add(source.request.proof_key)
-        self._queue.append(source)
+        self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
         self._has_offer.set()
-        if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
+        if self._shorten_timeout and self.has_alternative and not had_alternative:
             self._shorten_timeout()
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
@@ -150,26 +149,28 @@ class Fetch:
 
     # --- sources --------------------------------------------------------------------------------
 
-    def next_source(self) -> ContentSource | None:
-        """Take the next source from the queue, suspected ones last. None if none is left."""
+    def next_source(self) -> SourceAttempts | None:
+        """Take the next source from the queue, preempted ones last. None if none is left."""
         if not self._queue:
             return None
-        self._current = min(self._queue, key=lambda source: source.is_suspect)
+        self._current = min(self._queue, key=lambda one: (one.is_preempted, one.source.is_suspect))
         self._queue.remove(self._current)
+        if self._current.is_preempted:
+            self._current.try_again(asyncio.get_running_loop().time(), self.ingest.position)
         return self._current
 
     @property
-    def has_other_upstream(self) -> bool:
-        """True if a source on another upstream is queued, and may preempt the current one."""
-        if self._current.request.proof_key in self._requeued:
-            return False
-        upstream = self._current.request.repository.upstream
-        return any(source.request.repository.upstream != upstream for source in self._queue)
+    def has_alternative(self) -> bool:
+        """Whether a queued source may take the place of the current one if that is slow.
 
-    def _requeue(self, source: ContentSource) -> None:
-        """Put a preempted source at the end of the queue. It is not preempted a second time."""
-        self._requeued.add(source.request.proof_key)
-        self._queue.append(source)
+        It is on another upstream, or had to wait, and may be asked again by now. A source that was
+        preempted once keeps its place.
+        """
+        upstream = self._current.source.request.repository.upstream
+        return not self._current.is_preempted and any(
+            one.source.request.repository.upstream != upstream or one.wait_s is not None
+            for one in self._queue
+        )
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
@@ -181,9 +182,9 @@ class Fetch:
                 callback()
 
     @contextmanager
-    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
-        """Call ``shorten_timeout`` once :attr:`has_other_upstream` is true, within the block."""
-        if self.has_other_upstream:
+    def on_alternative(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
+        """Call ``shorten_timeout`` once :attr:`has_alternative` is true, within the block."""
+        if self.has_alternative:
             shorten_timeout()
         self._shorten_timeout = shorten_timeout
         try:
@@ -193,19 +194,17 @@ class Fetch:
 
     @asynccontextmanager
     async def _preemptible(self) -> AsyncIterator[None]:
-        """Limit the block to :data:`PREEMPT_AFTER_S` while a source on another upstream is queued.
+        """Limit the block to :data:`PREEMPT_AFTER_S` while there is an alternative.
 
         Raises :class:`_Preempted` when that time is over.
         """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                with self.on_other_upstream(
-                    lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)
-                ):
+                with self.on_alternative(lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)):
                     yield
         except TimeoutError:
-            raise _Preempted("no response yet, and another upstream is tried") from None
+            raise _Preempted("no response yet, and another source is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -229,8 +228,8 @@ class Fetch:
     async def _fetch_from_sources(self) -> None:
         """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
-        while (source := self.next_source()) is not None:
-            attempts = SourceAttempts(source, source.registry.idle + STALL_GRACE_S)
+        while (attempts := self.next_source()) is not None:
+            source = attempts.source
             try:
                 await self._fetch_from(attempts)
                 return
@@ -244,7 +243,8 @@ class Fetch:
                 raise
             except _Preempted as error:
                 failure = error
-                self._requeue(source)
+                attempts.preempt(asyncio.get_running_loop().time(), self.ingest.position)
+                self._queue.append(attempts)
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, ManifestInvalid) and self.ingest.position:
                     raise  # Another source would send the same bytes.
@@ -371,9 +371,10 @@ class Fetch:
         is_first = not attempts.is_reading
         is_crowded = is_first and self._connections.on_first_failed(upstream, error)
         attempts.count_failure(error, is_crowded=is_crowded)
-        if self.ingest.is_closed or attempts.is_over(now, has_reader=self.ingest.is_confirmed):
+        has_reader = self.ingest.is_confirmed and self.ingest.position > 0
+        if self.ingest.is_closed or attempts.is_over(now, has_reader=has_reader):
             raise error
-        if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
+        if self.has_alternative and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
         if attempts.wait_s is not None:
             await self._wait_unless_offered(attempts.pause(), error)
@@ -384,12 +385,12 @@ class Fetch:
     async def _wait_unless_offered(self, seconds: float, error: MirrorError) -> None:
         """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-        Raises :class:`_Preempted` as soon as a source is queued that was not tried: a pause after a
-        429 need not be that of another repository.
+        Raises :class:`_Preempted` as soon as a source is queued that was not tried: the pause of
+        one repository need not be that of another.
         """
         try:
             async with asyncio.timeout(seconds):
-                while self._requeued.issuperset(one.request.proof_key for one in self._queue):
+                while all(one.is_preempted for one in self._queue):
                     self._has_offer.clear()
                     await self._has_offer.wait()
         except TimeoutError:

@@ -93,10 +93,6 @@ class CircuitBreaker:
             return True
         return not self.is_probing and now >= self.open_until
 
-    def next_request_at(self, now: float, subject: Subject) -> float:
-        """Return the time at which a request may be sent: ``now``, unless the circuit is open."""
-        return max(now, self.open_until) if self._is_open_for(subject) else now
-
     def begin_request(self, subject: Subject) -> bool:
         """Record that a permitted request is sent. Returns True if it is the probe.
 
@@ -268,8 +264,7 @@ class Endpoints:
         failure, an endpoint gets no request now.
         """
         error = self._most_telling(state, now, subject)
-        if isinstance(error, UpstreamRateLimited):
-            error.other_failure = state.other_failure
+        error.others = tuple(other for other in state.errors if other is not error)
         error.next_request_in = self._seconds_until_request(state, now, subject)
         error.is_wait = not state.failures and error.next_request_in is not None
         return error
@@ -277,14 +272,15 @@ class Endpoints:
     def _seconds_until_request(
         self, state: SendState, now: float, subject: Subject
     ) -> float | None:
-        """Return the seconds until an endpoint may be asked that got no request. None: all did."""
-        times = []
-        for url in self.urls:
-            if url not in state.tried and url not in state.finished:
-                pause = self.pauses[url].find(now, subject)
-                circuit_allows_at = self.circuits[url].next_request_at(now, subject)
-                times.append(max(circuit_allows_at, pause.until if pause is not None else now))
-        return min(times) - now if times else None
+        """Return ``next_request_in`` of the error (:class:`mirror.oci.errors.MirrorError`)."""
+        pauses = (
+            self.pauses[url].find(now, subject)
+            for url in self.urls
+            if not (url in state.tried or url in state.finished)
+            and not self.may_request(url, now, subject)
+        )
+        seconds = (0.0 if pause is None else pause.until - now for pause in pauses)
+        return min(seconds, default=None)
 
     def _most_telling(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
         errors = (state.failure, *state.finished.values())
@@ -314,8 +310,8 @@ class SendState:
     failures: int = 0
     failure: UpstreamError | None = None
     """The last failure."""
-    other_failure: UpstreamError | None = None
-    """The last failure that was no 429."""
+    errors: list[MirrorError] = field(default_factory=list)
+    """All failures and refusals, in their order."""
     tried: set[URL] = field(default_factory=set)
     finished: dict[URL, MirrorError] = field(default_factory=dict)
     """Endpoint that is not asked again -> its refusal, or why its response cannot be used."""
@@ -335,10 +331,9 @@ class SendState:
 
         ``is_final``: the endpoint is not asked again. It is not asked again after a refusal either.
         """
+        self.errors.append(error)
         if isinstance(error, UpstreamError):
             self.failure, self.failures = error, self.failures + 1
-            if not isinstance(error, UpstreamRateLimited):
-                self.other_failure = error
         if is_final or not isinstance(error, UpstreamError):
             self.finished[endpoint] = error
 

@@ -12,7 +12,6 @@ from mirror.oci.errors import (
     MirrorError,
     StorageRefused,
     Unauthorized,
-    UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -32,10 +31,10 @@ def waiting(error: MirrorError, seconds: float = 0.0) -> MirrorError:
     return error
 
 
-def limited(other: UpstreamError) -> UpstreamRateLimited:
-    """Return the error of two endpoints: one responded with 429, the other failed otherwise."""
+def limited(other: MirrorError) -> UpstreamRateLimited:
+    """Return the error of two endpoints: one responded with 429, the other in another way."""
     error = UpstreamRateLimited("429")
-    error.other_failure = other
+    error.others = (other,)
     return error
 
 
@@ -64,9 +63,6 @@ def attempts(**changes: object) -> SourceAttempts:
         ({"has_responded": False}, 100.0, True),
         ({"failed_in_a_row": 5}, 100.0, False),
         ({"failed_in_a_row": 6}, 100.0, True),
-        ({"wait_s": 44.9}, 100.0, False),
-        ({"wait_s": 45.0}, 100.0, True),
-        ({"wait_s": 0.0, "has_responded": False}, 100.0, True),
     ],
 )
 def test_source_is_given_up_after_5_failures_or_its_stall_limit(
@@ -82,7 +78,31 @@ def test_wait_before_the_first_response_is_for_a_client_that_reads() -> None:
     assert (state.is_over(100.0), state.is_over(100.0, has_reader=True)) == (True, False)
     assert state.is_over(136.0, has_reader=True)
     state.count_failure(UpstreamRateLimited("429"))
-    assert state.is_over(100.0, has_reader=True), "the registry has asked every endpoint"
+    assert (state.is_over(100.0), state.is_over(100.0, has_reader=True)) == (True, False)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    "refusal", [Denied("403"), BlobUnknown("404"), UpstreamProtocolError("another range")]
+)
+def test_refusal_beside_a_pause_is_followed_by_one_request_without_a_range(
+    refusal: MirrorError,
+) -> None:
+    state, error = attempts(resumed_from=1, validator="x"), waiting(limited(refusal), seconds=20.0)
+    state.count_failure(error)
+    assert (state.may_use_range, state.validator, state.wait_s) == (False, None, None)
+    assert not state.is_over(100.0)
+    for _ in range(3):
+        state.count_failure(error)
+        assert (state.may_use_range, state.wait_s) == (True, 20.0), "`Range` was not the cause"
+    assert state.failed_in_a_row == 0
+
+
+def test_range_that_was_wrong_is_not_used_again_after_a_refusal_beside_a_pause() -> None:
+    state = attempts(resumed_from=1)
+    for error in (UpstreamProtocolError("another range"), *[limited(Denied("403"))] * 2):
+        state.count_failure(error)
+        assert not state.may_use_range
 
 
 @pytest.mark.row("U9-rate-limits")
@@ -94,7 +114,24 @@ def test_endpoint_that_pauses_is_waited_for_after_the_other_one_has_failed_often
         assert (state.wait_s, state.is_over(100.0)) == (None, False)
     for _ in range(5):
         state.count_failure(error)
-        assert (state.wait_s, state.is_over(124.9), state.is_over(125.0)) == (20.0, False, True)
+        is_over = [state.is_over(now, has_reader=True) for now in (124.9, 125.0)]
+        assert (state.wait_s, is_over) == (20.0, [False, True])
+        assert state.is_over(100.0), "the client may use its next mirror"
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("wait_s", "position", "ends_at"),
+    [(None, 1000, 185.0), (20.0, 1001, 185.0), (20.0, 1000, 145.0)],
+)
+def test_time_of_other_sources_counts_only_while_nothing_comes_and_this_one_had_to_wait(
+    wait_s: float | None, position: int, ends_at: float
+) -> None:
+    state = attempts(wait_s=wait_s)
+    state.preempt(110.0, 1000)
+    state.try_again(150.0, position)
+    state.wait_s = None
+    assert (state.is_over(ends_at - 0.1), state.is_over(ends_at)) == (False, True)
 
 
 @pytest.mark.row("U9-rate-limits")
@@ -128,7 +165,7 @@ def test_pause_is_as_long_as_the_wait_and_a_random_time(
         ([UpstreamRateLimited("429")] * 5, True),
         ([BROKEN, BROKEN, UpstreamRateLimited("429")], True),
         ([limited(BROKEN)] * 3, False),
-        ([limited(UpstreamProtocolError("another range"))], False),
+        ([limited(BlobUnknown("404"))], True),  # It had no `Range`.
         ([UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)] * 5, True),
         ([without_token(UpstreamUnavailable("500"))] * 5, True),
     ],

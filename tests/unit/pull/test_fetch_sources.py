@@ -256,6 +256,11 @@ async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
         assert ours.calls["get_blob"] == 1
 
 
+def take(sources: Fetch) -> ContentSource | None:
+    attempts = sources.next_source()
+    return attempts.source if attempts is not None else None
+
+
 def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
     registry, shortened = MemoryRegistry(), []
     ours, same, theirs, more = (
@@ -263,21 +268,21 @@ def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> No
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
     sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock(), Mock())
-    assert sources.next_source() is ours
-    with sources.on_other_upstream(lambda: shortened.append(1)):
+    assert take(sources) is ours
+    with sources.on_alternative(lambda: shortened.append(1)):
         for source in (ours, same, same):
             sources.offer(source)
         assert not shortened
-        assert not sources.has_other_upstream
+        assert not sources.has_alternative
         for source in (theirs, more, theirs):
             sources.offer(source)
-        assert sources.has_other_upstream
+        assert sources.has_alternative
     assert shortened == [1]
-    with sources.on_other_upstream(lambda: shortened.append(2)):
+    with sources.on_alternative(lambda: shortened.append(2)):
         assert shortened == [1, 2], "it was queued before"
-    assert [sources.next_source() for _ in range(4)] == [same, theirs, more, None]
+    assert [take(sources) for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
-    assert sources.next_source() is None, "it was asked before"
+    assert take(sources) is None, "it was asked before"
 
 
 # --- proofs of access ---------------------------------------------------------------------------

@@ -366,43 +366,52 @@ def test_any_sequence_has_one_probe_at_a_time_and_ends_permitted(
 @pytest.mark.row("U9-rate-limits")
 def test_error_without_a_failed_endpoint_has_the_time_of_the_next_request() -> None:
     endpoints = Endpoints((A, B, C))
-    endpoints.pauses[A].add(0.0, subject(), 20.0)
-    endpoints.circuits[B] = opened(4.0)  # Until 6.0.
-    refused = SendState(99.0, finished={C: BlobUnknown("404")})
+    for url, seconds in ((A, 20.0), (B, 30.0)):
+        endpoints.pauses[url].add(0.0, subject(), seconds)
+    refusal = BlobUnknown("404")
+    refused = SendState(99.0, tried={C})
+    refused.add(C, refusal, is_final=False)
     error = endpoints.final_error(refused, 5.0, subject())
     assert isinstance(error, UpstreamRateLimited)
-    assert (error.retry_after, error.next_request_in, error.is_wait) == (15.0, 1.0, True)
-    assert endpoints.final_error(refused, 7.0, subject()).next_request_in == 0.0
-    refused.finished[B] = BlobUnknown("404")
-    refused.tried |= {B, C}
-    assert endpoints.final_error(refused, 5.0, subject()).next_request_in == 15.0
+    assert (error.retry_after, error.next_request_in, error.is_wait) == (15.0, 15.0, True)
+    assert error.others == (refusal,)
 
 
 @pytest.mark.row("U9-rate-limits")
-def test_circuit_that_is_open_has_the_time_of_its_probe() -> None:
-    endpoints = Endpoints((A,))
-    endpoints.circuits[A] = opened(4.0)
+def test_circuit_that_is_open_may_close_at_any_time() -> None:
+    endpoints = Endpoints((A, B))
+    endpoints.pauses[A].add(0.0, subject(), 20.0)
+    endpoints.circuits[B] = opened(4.0)
     error = endpoints.final_error(SendState(99.0), 5.0, subject())
+    assert (error.next_request_in, error.is_wait) == (0.0, True)
+    endpoints.pauses[A] = Pauses()
+    error = endpoints.final_error(SendState(99.0, finished={A: BlobUnknown("404")}), 5.0, subject())
     assert isinstance(error, AllCircuitsOpen)
-    assert error.next_request_in == FIRST_OPEN_S - 1.0
-    # Another kind of request opens no circuit for this one.
-    assert CircuitBreaker().next_request_at(5.0, subject()) == 5.0
+    assert (error.next_request_in, error.is_wait) == (0.0, True)
+
+
+def test_endpoint_beyond_the_limit_of_attempts_is_not_waited_for() -> None:
+    endpoints, broken = Endpoints((A, B)), UpstreamUnavailable("500")
+    state = SendState(99.0, tried={A})
+    state.add(A, broken, is_final=False)
+    error = endpoints.final_error(state, 5.0, subject())
+    assert (error, error.next_request_in, error.is_wait) == (broken, None, False)
 
 
 @pytest.mark.row("U9-rate-limits")
-def test_429_that_hides_another_failure_names_it() -> None:
+def test_429_names_the_failures_that_it_hides() -> None:
     endpoints = Endpoints((A, B))
     state = SendState(99.0, tried={A, B})
     broken, limited = UpstreamUnavailable("500"), UpstreamRateLimited("429")
     for endpoint, error in ((B, broken), (A, limited)):
         state.add(endpoint, error, is_final=False)
     assert endpoints.final_error(state, 1.0, subject()) is limited
-    assert (limited.other_failure, limited.next_request_in) == (broken, None)
+    assert (limited.others, limited.next_request_in) == ((broken,), None)
     endpoints.pauses[A].add(1.0, subject(), 20.0)
     state = SendState(99.0)
     state.tried.add(B)
     state.add(B, broken, is_final=False)
     paused = endpoints.final_error(state, 2.0, subject())
     assert isinstance(paused, UpstreamRateLimited)
-    assert (paused.other_failure, paused.next_request_in) == (broken, 19.0)
+    assert (paused.others, paused.next_request_in) == ((broken,), 19.0)
     assert not paused.is_wait
