@@ -6,11 +6,13 @@ followers, other sources.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Final
 
 from mirror.oci.errors import (
     AllCircuitsOpen,
+    FailureScope,
     MirrorError,
     OutboundRefused,
     StorageRefused,
@@ -30,6 +32,15 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
+_PAUSE_UNIT_S: Final = 0.05
+"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
+_MAX_PAUSE_S: Final = 2.0
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+_MAX_WAIT_S: Final = 5.0
+"""Seconds at most that a pause after a 429 is waited for in one piece. ``_MAX_PAUSE_S`` at most are
+added to them. Then the other endpoints are asked again, which may work by then."""
+_RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
+"""Errors that a server may respond with because of ``Range``."""
 
 
 @dataclass(slots=True)
@@ -44,9 +55,15 @@ class SourceAttempts:
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
     """Time of the latest progress. Before any: of the first response, else of the first request. It
-    is moved by the time that skipped bytes take (see ``may_use_range``)."""
+    is moved by the time that skipped bytes take (see ``may_use_range``), and by that of other
+    sources (see ``is_preempted``)."""
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
+    ranged_failures: int = 0
+    """How many of them ``Range`` may have caused."""
+    wait_s: float | None = None
+    """Seconds to wait for an endpoint that was not asked (``MirrorError.next_request_in``), if no
+    other one has failed, or if the others have failed too often. None: nothing is waited for."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -59,6 +76,12 @@ class SourceAttempts:
     the bytes before the offset are skipped."""
     has_just_dropped_range: bool = False
     """Whether the latest failure is the one after which ``Range`` is left out."""
+    is_range_suspected: bool = False
+    """Whether ``Range`` is left out only because one endpoint has refused a request with it, while
+    another one has to be waited for."""
+    has_refused_whole: bool = False
+    """Whether such an endpoint has refused the request without ``Range``, too. ``Range`` was not
+    the cause then, and is used again."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -69,40 +92,106 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
+    is_preempted: bool = False
+    """Whether another source has taken its place. It is tried again after those that were not."""
+    preempted_at: tuple[float, int] = 0.0, 0
+    """Time, and offset in the content in bytes, at which it has."""
+
+    def preempt(self, now: float, position: int) -> None:
+        """Note that another source takes the place of this one."""
+        self.is_preempted, self.preempted_at = True, (now, position)
+
+    def try_again(self, now: float, position: int) -> None:
+        """Note that this source has its place again.
+
+        The time of the others does not count, unless they brought nothing while this one had to
+        wait: clients must not stand still for the time limit of each source.
+        """
+        at, reached = self.preempted_at
+        if self.wait_s is None or position > reached:
+            self.last_progress_at += now - at
 
     def count_failure(self, error: MirrorError) -> None:
-        """Count a transfer that broke, and choose how the next one is requested."""
-        self.has_just_dropped_range = False
-        if isinstance(error, AllCircuitsOpen):
-            return  # No request was sent.
-        self.failed_in_a_row += 1
-        if not self.has_progressed:
-            endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
-            endpoint = endpoint or self.endpoint
-            self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        had_range = self.may_use_range and self.resumed_from > 0
-        self.is_refused = isinstance(error, REFUSALS) and not had_range
-        if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
-            self.validator = None
-            self.may_use_range = False
-        elif self.failed_in_a_row > _RANGED_ATTEMPTS or (
-            not self.has_responded and _is_response(error)
-        ):
-            self.may_use_range = False
-        self.has_just_dropped_range = had_range and not self.may_use_range
+        """Count a transfer that broke, and choose how the next one is requested.
 
-    def is_over(self, now: float) -> bool:
+        It is not counted if no endpoint has failed (``MirrorError.is_wait``).
+        """
+        is_ranged = self.may_use_range and self.resumed_from > 0
+        self.is_refused = isinstance(error, REFUSALS) and not is_ranged
+        if not error.is_wait:
+            self.failed_in_a_row += 1
+            if not self.has_progressed:
+                endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
+                endpoint = endpoint or self.endpoint
+                self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
+        self._judge_range(error, is_ranged=is_ranged)
+        self.has_just_dropped_range = is_ranged and not self.may_use_range
+        may_ask_others = not error.is_wait and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW
+        has_to_wait = not (may_ask_others or self.has_just_dropped_range)
+        self.wait_s = error.next_request_in if has_to_wait else None
+
+    def _judge_range(self, error: MirrorError, *, is_ranged: bool) -> None:
+        """Decide whether the next request has ``Range``.
+
+        An error that says to wait tells nothing about ``Range``. What other endpoints sent does.
+        """
+        if isinstance(error, _RANGE_REFUSALS):
+            self.is_range_suspected, self.may_use_range, self.validator = False, False, None
+            return
+        has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
+        causes = error.others if has_to_wait else (error,)
+        refusals = [cause for cause in causes if isinstance(cause, _RANGE_REFUSALS)]
+        if refusals and is_ranged and not self.has_refused_whole:
+            self.is_range_suspected, self.may_use_range, self.validator = True, False, None
+        elif refusals and self.is_range_suspected:
+            self.is_range_suspected, self.may_use_range = False, True
+            self.has_refused_whole = True
+        failures = [cause for cause in causes if cause not in refusals]
+        self.ranged_failures += any(map(_may_depend_on_range, failures))
+        is_first_failed = not self.has_responded and any(map(_is_response, failures))
+        if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed:
+            self.is_range_suspected, self.may_use_range = False, False
+
+    def is_over(self, now: float, *, has_reader: bool = False) -> bool:
         """Return whether the source is given up.
 
         The registry has repeated a request that had no response. It is sent once more without
         ``Range`` if it had one.
+
+        Args:
+            now: The time.
+            has_reader: Whether a client may have received a byte. It would be cut off, so requests
+                are repeated also before the first response, and pauses are waited for. Any other
+                client may use its next mirror meanwhile.
         """
-        return (
-            not (self.has_responded or self.has_just_dropped_range)
-            or self.is_refused
-            or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or now - self.last_progress_at >= self.stall_limit_s
-        )
+        if self.is_refused:
+            return True
+        ends_at = self.last_progress_at + self.stall_limit_s
+        if self.wait_s is not None:
+            return not has_reader or now + self.wait_s >= ends_at
+        may_begin = self.has_responded or has_reader or self.has_just_dropped_range
+        return not may_begin or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW or now >= ends_at
+
+    def pause(self) -> float:
+        """Return the seconds before the next transfer.
+
+        They are random, so that fetches which broke together do not resume together.
+        """
+        if self.wait_s is not None:
+            least, most = min(self.wait_s, _MAX_WAIT_S), _MAX_PAUSE_S
+        else:
+            least, most = 0.0, min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        return least + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
+
+
+def _may_depend_on_range(error: MirrorError) -> bool:
+    """Return whether ``Range`` may be the cause of a failure.
+
+    Not of a 429, and not if no request with a token reached the endpoint.
+    """
+    if isinstance(error, UpstreamRateLimited | AllCircuitsOpen) or error.is_without_token:
+        return False
+    return not isinstance(error, UpstreamUnavailable) or error.scope is not FailureScope.ENDPOINT
 
 
 def _is_response(error: MirrorError) -> bool:

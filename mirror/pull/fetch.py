@@ -11,7 +11,6 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -24,7 +23,6 @@ from cachetools import TTLCache
 from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
@@ -51,10 +49,6 @@ registry checks the references of a pushed manifest, not of a blob that looks li
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-_PAUSE_UNIT_S: Final = 0.05
-"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
-_MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 _SUSPECT_TTL_S: Final = 600.0
 """Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
@@ -67,7 +61,7 @@ def _proof_key(request: ContentRequest) -> ProofKey:
 
 
 class _Preempted(UpstreamTimeout):
-    """The source was too slow while a source on another upstream was queued."""
+    """Another source is tried, because this one was slow, or has to wait after a 429."""
 
 
 class Fetch:
@@ -96,10 +90,11 @@ class Fetch:
         self._emit = emit
         self._callbacks = callbacks
         self._on_wrong_bytes = on_wrong_bytes
-        self._queue = deque([first])
+        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
+        self._queue = deque([self._current])
         self._offered = {_proof_key(first.request)}
-        self._requeued: set[ProofKey] = set()
-        self._current = first
+        self._has_offer = asyncio.Event()
+        """Set whenever a source is queued."""
         self._endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -111,10 +106,11 @@ class Fetch:
         """Queue a source, unless one with the same proof key was offered before."""
         if _proof_key(source.request) in self._offered:
             return
-        had_other_upstream = self.has_other_upstream
+        had_alternative = self.has_alternative
         self._offered.add(_proof_key(source.request))
-        self._queue.append(source)
-        if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
+        self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
+        self._has_offer.set()
+        if self._shorten_timeout and self.has_alternative and not had_alternative:
             self._shorten_timeout()
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
@@ -151,26 +147,28 @@ class Fetch:
 
     # --- sources --------------------------------------------------------------------------------
 
-    def next_source(self) -> ContentSource | None:
-        """Take the next source from the queue, suspected ones last. None if none is left."""
+    def next_source(self) -> SourceAttempts | None:
+        """Take the next source from the queue, preempted ones last. None if none is left."""
         if not self._queue:
             return None
-        self._current = min(self._queue, key=lambda source: source.is_suspect)
+        self._current = min(self._queue, key=lambda one: (one.is_preempted, one.source.is_suspect))
         self._queue.remove(self._current)
+        if self._current.is_preempted:
+            self._current.try_again(asyncio.get_running_loop().time(), self.ingest.position)
         return self._current
 
     @property
-    def has_other_upstream(self) -> bool:
-        """True if a source on another upstream is queued, and may preempt the current one."""
-        if _proof_key(self._current.request) in self._requeued:
-            return False
-        upstream = self._current.request.repository.upstream
-        return any(source.request.repository.upstream != upstream for source in self._queue)
+    def has_alternative(self) -> bool:
+        """Whether a queued source may take the place of the current one if that is slow.
 
-    def _requeue(self, source: ContentSource) -> None:
-        """Put a preempted source at the end of the queue. It is not preempted a second time."""
-        self._requeued.add(_proof_key(source.request))
-        self._queue.append(source)
+        It is on another upstream, or had to wait, and may be asked again by now. A source that was
+        preempted once keeps its place.
+        """
+        upstream = self._current.source.request.repository.upstream
+        return not self._current.is_preempted and any(
+            one.source.request.repository.upstream != upstream or one.wait_s is not None
+            for one in self._queue
+        )
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
@@ -182,9 +180,9 @@ class Fetch:
                 callback()
 
     @contextmanager
-    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
-        """Call ``shorten_timeout`` once :attr:`has_other_upstream` is true, within the block."""
-        if self.has_other_upstream:
+    def on_alternative(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
+        """Call ``shorten_timeout`` once :attr:`has_alternative` is true, within the block."""
+        if self.has_alternative:
             shorten_timeout()
         self._shorten_timeout = shorten_timeout
         try:
@@ -194,19 +192,17 @@ class Fetch:
 
     @asynccontextmanager
     async def _preemptible(self) -> AsyncIterator[None]:
-        """Limit the block to :data:`PREEMPT_AFTER_S` while a source on another upstream is queued.
+        """Limit the block to :data:`PREEMPT_AFTER_S` while there is an alternative.
 
         Raises :class:`_Preempted` when that time is over.
         """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                with self.on_other_upstream(
-                    lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)
-                ):
+                with self.on_alternative(lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)):
                     yield
         except TimeoutError:
-            raise _Preempted("no response yet, and another upstream is tried") from None
+            raise _Preempted("no response yet, and another source is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -228,8 +224,8 @@ class Fetch:
     async def _fetch_from_sources(self) -> None:
         """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
-        while (source := self.next_source()) is not None:
-            attempts = SourceAttempts(source, source.registry.idle + STALL_GRACE_S)
+        while (attempts := self.next_source()) is not None:
+            source = attempts.source
             try:
                 await self._fetch_from(attempts)
                 return
@@ -241,7 +237,8 @@ class Fetch:
                 raise
             except _Preempted as error:
                 failure = error
-                self._requeue(source)
+                attempts.preempt(asyncio.get_running_loop().time(), self.ingest.position)
+                self._queue.append(attempts)
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, ManifestInvalid) and self.ingest.position:
                     raise  # Another source would send the same bytes.
@@ -309,8 +306,7 @@ class Fetch:
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
         attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        if not attempts.has_responded:
-            attempts.last_progress_at = loop.time()
+        attempts.last_progress_at = attempts.last_progress_at or loop.time()
         async with AsyncExitStack() as stack:
             limit = await stack.enter_async_context(self._stall_limit(attempts))
             async with self._preemptible():
@@ -360,7 +356,8 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed, attempts.failed_in_a_row = True, 0
+                    attempts.has_progressed = True
+                    attempts.failed_in_a_row = attempts.ranged_failures = 0
                     attempts.highest_position = ingest.position
                     attempts.last_progress_at = loop.time()
             limit.reschedule(None)
@@ -378,24 +375,33 @@ class Fetch:
         """
         now = asyncio.get_running_loop().time()
         attempts.count_failure(error)
-        if self.ingest.is_closed or attempts.is_over(now):
+        has_reader = self.ingest.is_confirmed and self.ingest.position > 0
+        if self.ingest.is_closed or attempts.is_over(now, has_reader=has_reader):
             raise error
-        if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
+        if self.has_alternative and now - attempts.last_progress_at > PREEMPT_AFTER_S:
             raise _Preempted(error.message) from error
-        if isinstance(error, AllCircuitsOpen):
-            # No request was sent: wait until an endpoint may be tried again.
-            await asyncio.sleep(_jittered(_MAX_PAUSE_S))
+        if attempts.wait_s is not None:
+            await self._wait_unless_offered(attempts.pause(), error)
             return
         upstream = attempts.source.request.repository.upstream
         is_restart = isinstance(error, UpstreamProtocolError)
         self._emit(Resumed(upstream, self.ingest.position, is_restart, error.message))
-        pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
-        await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
+        await asyncio.sleep(attempts.pause())
 
+    async def _wait_unless_offered(self, seconds: float, error: MirrorError) -> None:
+        """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-def _jittered(max_seconds: float) -> float:
-    """Return a random time, so that fetches which broke together do not resume together."""
-    return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
+        Raises :class:`_Preempted` as soon as a source is queued that was not tried: the pause of
+        one repository need not be that of another.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while all(one.is_preempted for one in self._queue):
+                    self._has_offer.clear()
+                    await self._has_offer.wait()
+        except TimeoutError:
+            return
+        raise _Preempted(error.message) from error
 
 
 class RunningFetches:

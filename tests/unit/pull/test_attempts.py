@@ -25,6 +25,25 @@ from tests.unit.pull.kit import MemoryRegistry, a_request
 BROKEN = UpstreamUnavailable("broken")
 
 
+def waiting(error: MirrorError, seconds: float = 0.0) -> MirrorError:
+    """Return the error of a source whose endpoints may get no request."""
+    error.next_request_in, error.is_wait = seconds, True
+    return error
+
+
+def limited(other: MirrorError) -> UpstreamRateLimited:
+    """Return the error of two endpoints: one responded with 429, the other in another way."""
+    error = UpstreamRateLimited("429")
+    error.others = (other,)
+    return error
+
+
+def without_token(error: MirrorError) -> MirrorError:
+    """Return the error of an endpoint whose token service failed."""
+    error.is_without_token = True
+    return error
+
+
 def attempts(**changes: object) -> SourceAttempts:
     """Make the state of a source that has responded at the time 100."""
     source = ContentSource(MemoryRegistry(), a_request(Digest.of(b"a")))
@@ -52,6 +71,87 @@ def test_source_is_given_up_after_5_failures_or_its_stall_limit(
     assert attempts(**changes).is_over(now) is is_over
 
 
+@pytest.mark.row("U9-rate-limits")
+def test_wait_before_the_first_response_is_for_a_client_that_reads() -> None:
+    state = attempts(has_responded=False)
+    state.count_failure(waiting(UpstreamRateLimited("a pause"), seconds=9.0))
+    assert (state.is_over(100.0), state.is_over(100.0, has_reader=True)) == (True, False)
+    assert state.is_over(136.0, has_reader=True)
+    state.count_failure(UpstreamRateLimited("429"))
+    assert (state.is_over(100.0), state.is_over(100.0, has_reader=True)) == (True, False)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    "refusal", [Denied("403"), BlobUnknown("404"), UpstreamProtocolError("another range")]
+)
+def test_refusal_beside_a_pause_is_followed_by_one_request_without_a_range(
+    refusal: MirrorError,
+) -> None:
+    state, error = attempts(resumed_from=1, validator="x"), waiting(limited(refusal), seconds=20.0)
+    state.count_failure(error)
+    assert (state.may_use_range, state.validator, state.wait_s) == (False, None, None)
+    assert not state.is_over(100.0)
+    for _ in range(3):
+        state.count_failure(error)
+        assert (state.may_use_range, state.wait_s) == (True, 20.0), "`Range` was not the cause"
+    assert state.failed_in_a_row == 0
+
+
+def test_range_that_was_wrong_is_not_used_again_after_a_refusal_beside_a_pause() -> None:
+    state = attempts(resumed_from=1)
+    for error in (UpstreamProtocolError("another range"), *[limited(Denied("403"))] * 2):
+        state.count_failure(error)
+        assert not state.may_use_range
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_endpoint_that_pauses_is_waited_for_after_the_other_one_has_failed_often() -> None:
+    state, error = attempts(), UpstreamUnavailable("500")
+    error.next_request_in = 20.0
+    for _ in range(5):
+        state.count_failure(error)
+        assert (state.wait_s, state.is_over(100.0)) == (None, False)
+    for _ in range(5):
+        state.count_failure(error)
+        is_over = [state.is_over(now, has_reader=True) for now in (124.9, 125.0)]
+        assert (state.wait_s, is_over) == (20.0, [False, True])
+        assert state.is_over(100.0), "the client may use its next mirror"
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("wait_s", "position", "ends_at"),
+    [(None, 1000, 185.0), (20.0, 1001, 185.0), (20.0, 1000, 145.0)],
+)
+def test_time_of_other_sources_counts_only_while_nothing_comes_and_this_one_had_to_wait(
+    wait_s: float | None, position: int, ends_at: float
+) -> None:
+    state = attempts(wait_s=wait_s)
+    state.preempt(110.0, 1000)
+    state.try_again(150.0, position)
+    state.wait_s = None
+    assert (state.is_over(ends_at - 0.1), state.is_over(ends_at)) == (False, True)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("error", "least", "most"),
+    [
+        (BROKEN, 0.0, 0.1),
+        (waiting(UpstreamRateLimited("a pause"), seconds=1.5), 1.5, 3.5),
+        (waiting(AllCircuitsOpen("not asked"), seconds=60.0), 5.0, 7.0),
+    ],
+)
+def test_pause_is_as_long_as_the_wait_and_a_random_time(
+    error: MirrorError, least: float, most: float
+) -> None:
+    state = attempts()
+    state.count_failure(error)
+    pauses = [state.pause() for _ in range(300)]
+    assert least <= min(pauses) < (least + most) / 2 < max(pauses) <= most
+
+
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
 @pytest.mark.parametrize(
     ("errors", "may_use_range"),
@@ -60,7 +160,14 @@ def test_source_is_given_up_after_5_failures_or_its_stall_limit(
         ([BROKEN, UpstreamTimeout("late")], True),
         ([BROKEN] * 3, False),
         ([UpstreamProtocolError("another range")], False),
-        ([AllCircuitsOpen("not asked")] * 9, True),
+        ([waiting(AllCircuitsOpen("not asked"))] * 9, True),
+        ([waiting(UpstreamRateLimited("a pause"))] * 9, True),
+        ([UpstreamRateLimited("429")] * 5, True),
+        ([BROKEN, BROKEN, UpstreamRateLimited("429")], True),
+        ([limited(BROKEN)] * 3, False),
+        ([limited(BlobUnknown("404"))], True),  # It had no `Range`.
+        ([UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)] * 5, True),
+        ([without_token(UpstreamUnavailable("500"))] * 5, True),
     ],
 )
 def test_range_is_left_out_after_a_wrong_response_or_three_failures(
@@ -125,7 +232,8 @@ def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorErr
         (UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT), False),
         (UpstreamTimeout("late", scope=FailureScope.SUBJECT), False),
         (UpstreamRateLimited("429"), False),
-        (AllCircuitsOpen("not asked"), False),
+        (waiting(AllCircuitsOpen("not asked")), False),
+        (waiting(UpstreamRateLimited("a pause")), False),
     ],
 )
 def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_failed_it(

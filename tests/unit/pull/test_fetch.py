@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,6 +26,7 @@ from mirror.oci.errors import (
     ManifestInvalid,
     MirrorError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
@@ -35,7 +38,7 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.records import AccessRecord
 from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import REPO, MemoryRegistry, Stream, a_pull, a_request
+from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, Stream, a_pull, a_request
 from tests.unit.store.kit import Kit, kit, opened, random_bytes, read
 
 DATA = random_bytes(400_000, 51)
@@ -87,13 +90,13 @@ class FetchEnv:
     async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
         self.refusals.append((source.request.repository, error))
 
-    async def body(self) -> bytes:
+    async def body(self, *others: ContentSource) -> bytes:
         """Run the fetch, and return what a follower reads. Raises the error of the fetch."""
         follower = self.ingest.follow()
         assert follower is not None
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self.fetch())
+                group.create_task(self.fetch(*others))
                 reading = group.create_task(read_or_error(follower))
             result = reading.result()
             if isinstance(result, MirrorError):
@@ -123,7 +126,7 @@ def another(fetch_env: FetchEnv) -> FetchEnv:
 @pytest.fixture
 async def fetch_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FetchEnv]:
     """A blob at the upstream, and pauses that take no time."""
-    monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
     with kit(tmp_path) as parts:
         registry = Recording()
         registry.add_blob(REPO.path, DATA)
@@ -243,12 +246,114 @@ async def test_endpoint_named_by_a_protocol_error_is_asked_last(fetch_env: Fetch
     assert [named["avoid"] for named in fetch_env.registry.asked] == [(), ("one",), ("one", "two")]
 
 
-async def test_open_circuits_do_not_count_as_failed_transfers(fetch_env: FetchEnv) -> None:
-    waiting = AllCircuitsOpen("not asked again yet")
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    "waiting", [AllCircuitsOpen("not asked again yet"), UpstreamRateLimited("a pause")]
+)
+async def test_waits_for_an_endpoint_do_not_count_as_failed_transfers(
+    fetch_env: FetchEnv, waiting: UpstreamUnavailable
+) -> None:
+    waiting.next_request_in, waiting.is_wait = 0.0, True
     fetch_env.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
     assert await fetch_env.body() == DATA
     assert len(fetch_env.happened(Resumed)) == 1
     assert fetch_env.registry.asked[-1]["avoid"] == ("memory",)
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_pause_that_ends_after_the_stall_limit_is_not_waited_for(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(299.0))]
+    with pytest.raises(UpstreamRateLimited):
+        await fetch_env.body()
+    assert len(fetch_env.registry.asked) == 2
+
+
+def paused(seconds: float) -> UpstreamRateLimited:
+    """Return the error of a source whose endpoint pauses for ``seconds``."""
+    error = UpstreamRateLimited("a pause", retry_after=seconds)
+    error.next_request_in, error.is_wait = seconds, True
+    return error
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_suspected_source_takes_the_place_of_one_that_has_to_wait(
+    fetch_env: FetchEnv,
+) -> None:
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
+    theirs = Recording()
+    theirs.add_blob(OTHER.path, DATA)
+    suspected = ContentSource(theirs, a_request(DIGEST, repository=OTHER), is_suspect=True)
+    async with asyncio.timeout(10):
+        assert await fetch_env.body(suspected) == DATA
+    assert (fetch_env.registry.offsets, theirs.offsets) == ([0, 1000], [1000])
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_source_that_had_to_wait_goes_on_where_it_was_after_another_one_failed(
+    fetch_env: FetchEnv,
+) -> None:
+    """It may still get a 429, because it has responded before."""
+    limit = UpstreamRateLimited("429")
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0)), (1000, limit)]
+    theirs = Recording(failure=Denied("403"))
+    other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
+    async with asyncio.timeout(10):
+        assert await fetch_env.body(other) == DATA
+    assert fetch_env.registry.offsets == [0, 1000, 1000, 1000]
+    assert theirs.offsets == [1000, 0], "a refused request is repeated without a range"
+    assert fetch_env.registry.asked[-1]["validator"] == '"tag"'
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_source_that_had_to_wait_takes_its_place_back_from_a_slow_one(
+    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.PREEMPT_AFTER_S", 0.05)
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
+
+    @asynccontextmanager
+    async def open_never(*arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
+        await asyncio.Event().wait()
+        yield fetch_env.granted[0]
+
+    theirs = MemoryRegistry()
+    other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
+    with patch.object(theirs, "open", open_never):
+        async with asyncio.timeout(10):
+            assert await fetch_env.body(other) == DATA
+    assert fetch_env.registry.offsets == [0, 1000, 1000]
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_client_without_a_byte_gets_its_429_at_once(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(0, BROKEN), (0, paused(20.0))]
+    async with asyncio.timeout(10):
+        with pytest.raises(UpstreamRateLimited):
+            await fetch_env.body()
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_response(
+    fetch_env: FetchEnv, is_known: bool
+) -> None:
+    """Another process was killed, and this one goes on. It may not know of the pause."""
+    fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
+    with pytest.raises(UpstreamUnavailable):
+        await fetch_env.body()
+    again = another(fetch_env)
+    again.ingest.is_confirmed = True
+    refused = [paused(0.0), paused(0.0), paused(0.0) if is_known else UpstreamRateLimited("429")]
+    open_ = fetch_env.registry.open
+
+    def open_or_refuse(*arguments: Any, **named: Any) -> Any:
+        if refused:
+            raise refused.pop()
+        return open_(*arguments, **named)
+
+    with patch.object(fetch_env.registry, "open", open_or_refuse):
+        assert await again.body() == DATA
+    assert fetch_env.registry.offsets[-1] == 100_000
 
 
 async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:
