@@ -114,6 +114,9 @@ async def test_wrong_bit_of_one_part_is_served_to_nobody_and_the_next_try_is_by_
         fake.most_transfers = 0
         assert await pull(server, digest)
         assert fake.most_transfers == 1
+        other = fake.add_blob(DATA[::-1])
+        assert (await server.get(server.blob(other)))[2] == DATA[::-1]
+        assert fake.most_transfers == 1, "the other blobs of an image do not fail the same way"
 
 
 @pytest.mark.row("U15-negative-answers")
@@ -174,6 +177,34 @@ async def test_429_of_a_further_connection_disturbs_no_other_pull(tmp_path: Path
         assert (status, body) == (200, DATA[:100_000])
         assert await pulling == [True]
         assert fake.count("GET", f"blobs/{digest}") == 2
+
+
+@pytest.mark.row("U6-429-with-retry-after")
+@pytest.mark.parametrize("retry_after", ["0", "1"])
+async def test_pulls_beside_one_of_several_connections_do_not_fail_by_the_limit_of_the_upstream(
+    tmp_path: Path, retry_after: str
+) -> None:
+    """It sends three blobs at a time, and the first pull has taken all three places."""
+    async with slow_upstream(tmp_path) as (fake, server, digest):
+        fake.blob_rate = 500_000
+        others = [fake.add_blob(DATA[:count]) for count in (100_000, 200_000)]
+        refused = 0
+
+        def guard(seen: ReceivedRequest) -> Answer | None:
+            nonlocal refused
+            if "/blobs/" not in seen.path or fake.transfers < 3:
+                return None
+            refused += "range" not in seen.headers
+            return 429, {"Retry-After": retry_after}, b""
+
+        fake.guard = guard
+        pulling = asyncio.gather(pull(server, digest))
+        await until(lambda: fake.transfers == 3)
+        answers = await asyncio.gather(*(server.get(server.blob(other)) for other in others))
+        assert [status for status, _, _ in answers] == [200, 200]
+        assert [len(body) for _, _, body in answers] == [100_000, 200_000]
+        assert await pulling == [True]
+        assert refused
 
 
 @pytest.mark.row("U4-wrong-range")

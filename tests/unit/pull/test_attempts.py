@@ -197,9 +197,25 @@ def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
 ) -> None:
     state = attempts(is_reading=True)
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after))
-    assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
-    assert state.is_over(100.0 + 45.0), "the source is given up after the stall limit"
+    assert (state.failed_in_a_row, state.is_over(100.0, has_reader=True)) == (0, False)
+    assert state.is_over(100.0 + 45.0, has_reader=True), (
+        "the source is given up after the stall limit"
+    )
     assert least <= state.pause() <= least + 2.0
+
+
+@pytest.mark.parametrize("error", [UpstreamRateLimited("429", retry_after=5.0), BROKEN])
+def test_first_request_that_our_own_connections_may_have_failed_is_sent_a_few_times_more(
+    error: MirrorError,
+) -> None:
+    state = attempts(has_responded=False)
+    for _ in range(5):
+        state.count_failure(error, is_crowded=True)
+        assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
+        assert state.pause() >= 2.0
+    assert state.is_over(145.0), "the source is given up after the stall limit"
+    state.count_failure(error, is_crowded=True)
+    assert state.is_over(100.0)
 
 
 def test_endpoint_without_progress_is_asked_last() -> None:
