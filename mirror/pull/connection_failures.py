@@ -33,6 +33,9 @@ from mirror.upstream.api import MIN_PROGRESS_BYTES
 _MAX_FAILURES: Final = 2
 """Failures in a row after which the transfer goes on with the connections that it has: one may have
 met a node that restarts."""
+_MAX_WRONG_RANGES: Final = 4
+"""The same for responses that are not the range. The next request after the transfer has none if
+one more is wrong, so that all bytes are sent again. But it may be one node of several."""
 _FIRST_PAUSE_S: Final = 0.1
 """Seconds for which no request is sent after a failure, and twice as many after each further one:
 about the time of a request, so that a refusal costs little."""
@@ -67,7 +70,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Consequence:
-    """What a failure changes."""
+    """The changes after a failure."""
 
     reason: BackOffReason
     connections: int
@@ -96,6 +99,8 @@ class ConnectionFailures:
         self._count = 0
         """Failures in a row of further connections: requests that were sent after the one before,
         and have brought less than :data:`MIN_PROGRESS_BYTES`. See :meth:`on_progress`."""
+        self._max_count = _MAX_FAILURES
+        """The count at which the transfer ends if nobody fetches the front."""
         self.latest: MirrorError | None = None
         """The latest of these failures. It is never a refusal of the content."""
         self._failed_at = 0.0
@@ -122,7 +127,7 @@ class ConnectionFailures:
         if isinstance(self.latest, UpstreamRateLimited):
             is_given_up = self.not_before > end_at
         else:
-            is_given_up = self._count >= _MAX_FAILURES
+            is_given_up = self._count >= self._max_count
         return (is_given_up and not is_fetched) or (now >= end_at and not has_bytes)
 
     def pause(self, seconds: float) -> None:
@@ -165,6 +170,7 @@ class ConnectionFailures:
         # The number before an addition was accepted. If it fails, too, the rest needs one request.
         accepted = connections - 1 if is_adding else 1
         consequence = Consequence("failed", connections)
+        self._max_count = _MAX_FAILURES
         match error:
             case UpstreamRateLimited():
                 least = 0.0 if is_adding else _RETRY_AFTER_S * 2 ** (self._count - 1)
@@ -174,6 +180,7 @@ class ConnectionFailures:
                 if is_repeated or wait <= _SHORT_WAIT_S:
                     pause = max(pause, wait)
             case UpstreamProtocolError() if not failure.has_response:
+                self._max_count = _MAX_WRONG_RANGES
                 consequence = Consequence("no_ranges", 1)
             case _ if failure.is_last:
                 self._count = max(self._count, _MAX_FAILURES)  # The fetch loop decides.

@@ -230,7 +230,7 @@ class _Transfer:
     def _receive_alone(self, count: int) -> bool:
         """Count bytes of the only connection. Returns whether to open a second one."""
         now = self._loop.time()
-        self._ramp.receive(now, count)
+        self._ramp.receive(now, count, self._stream.unread)
         step = self._ramp.evaluate(now, self._pieces.missing, self._pieces.size)
         return step is Step.ADD and self._may_add()
 
@@ -283,10 +283,11 @@ class _Transfer:
         if has_to_wait or not is_wanted or (active and not may_add):
             return None
         room, connections = reader.room, self._ramp.wanted
-        if not active and not (may_add and room >= pieces.size):
-            connections = 1
+        is_last = connections == 1 and not self._ramp.may_grow
+        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
         rooms = (room + pieces.ahead) // max(1, connections - 1)
-        piece = pieces.claim(now, self._ramp.rate_of_one, connections, rooms)
+        rate = self._ramp.rate_of_one
+        piece = pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
         if piece is None:
             return None
         if not pieces.may_pause(piece) and piece.stop - piece.start > room:
@@ -300,7 +301,7 @@ class _Transfer:
     def _most(self) -> int:
         """Connections to have now."""
         is_last = self._may_overlap and self._ramp.wanted == 1
-        may_overlap = is_last and not any(piece.is_plain for piece in self._tasks)
+        may_overlap = is_last and not any(piece.is_paced for piece in self._tasks)
         return self._ramp.wanted + may_overlap
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
@@ -338,23 +339,25 @@ class _Transfer:
                 count = sum(1 for other in self._tasks if other.has_response)
                 self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
-                await self._read(piece, aiter(stream))
+                await self._read(piece, stream, aiter(stream))
         except MirrorError as error:
             self._on_failure(piece, error)
 
     async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
-            await self._read(self._first, chunks)
+            await self._read(self._first, self._stream, chunks)
         except MirrorError as error:
             self._on_failure(self._first, error)
 
-    async def _read(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
+    async def _read(
+        self, piece: Piece, stream: ContentStream, chunks: AsyncIterator[bytes]
+    ) -> None:
         """Put the chunks of a response into its piece. A plain one ends where another begins."""
         pieces = self._pieces
         async for chunk in chunks:
             now = self._received_at = self._loop.time()
-            self._ramp.receive(now, len(chunk))
+            self._ramp.receive(now, len(chunk), stream.unread)
             is_complete = pieces.receive(piece, chunk, now)
             if piece.taken == pieces.position:
                 self._changed.set()
@@ -379,7 +382,7 @@ class _Transfer:
             received=piece.end - piece.start,
             has_response=piece.has_response,
             is_first=piece is self._first,
-            is_last=piece.is_plain and len(self._tasks) == 1,
+            is_last=piece.is_paced and len(self._tasks) == 1,
             sent_at=self._received_at,
         )
         ramp.on_cut(now)

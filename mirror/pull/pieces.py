@@ -5,9 +5,10 @@ late. Must not know: asyncio, connections, how many there may be (:mod:`mirror.p
 
 Theory of operation. Bytes are handed out in order, from ``position`` on. In front of it is what the
 reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
-A *plain* piece has no end of its own, and runs on until it meets a piece of another connection, as
-the first response does. Until that one has a response, the plain piece runs over it, so that a
-refusal costs nothing.
+The *plain* piece is that of the first response. It has no end of its own, and runs on until it
+meets a piece of another connection. Until that one has a response, the plain piece runs over it, so
+that a refusal costs nothing. All other pieces end where their requests do: what a connection that
+is closed early has in its sockets is fetched twice.
 
 The connection of the piece at the front pauses while its bytes are not handed out. A piece ahead of
 it needs memory for all of its bytes. A *paced* piece needs none: it pauses ahead of the front, too.
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import ceil
-from statistics import median
+from statistics import median_low
 from typing import Final
 
 MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
@@ -34,11 +35,15 @@ _LATE_AFTER_S: Final = 0.75
 piece that was cut, so that bytes which are slow everywhere arrive at last. Less than two
 measurements of the rate take."""
 _LATE_FACTOR: Final = 4
-"""A piece is late if its rate is the median of the others divided by this, or less."""
+"""A piece is late if its rate is less than the median of the others, divided by this."""
+_STARVED_FACTOR: Final = 32
+"""A piece is late, too, if its rate is less than the median of earlier pieces, divided by this.
+With less, a storage or a machine that gets slow as a whole would have all its pieces cut, and a cut
+loses what is in the sockets."""
 _JUDGED_AFTER_S: Final = 0.25
 """Seconds after which the rate of a piece counts for others: before, it is that of a start."""
 _KEPT_RATES: Final = 8
-"""Rates of complete pieces that others are compared with."""
+"""Rates of the latest complete pieces that are kept, for others to be compared with."""
 _FIRST_LATENCY_S: Final = 0.07
 """Seconds that a response is expected to take before one was measured: as on one continent."""
 _LEAD: Final = 1.5
@@ -47,9 +52,9 @@ plain one might be faster, and the response would be of no use."""
 _TIMES_LATENCY: Final = 3
 """A request asks for as many bytes as arrive in the time of a response, times this, so that at most
 a quarter of the time is spent without data."""
-_LEAST_ALONE: Final = 16
-"""Pieces that a connection which is alone brings before another one is added. It is closed then,
-and what the upstream has sent meanwhile is lost: up to a megabyte."""
+_PIECES_ALONE: Final = 16
+"""Pieces that are requested as one if there may be no other connection now. With fewer, too much of
+the time would be spent without data. With more, others could not help again soon."""
 
 
 def piece_size(total: int, most: int) -> int:
@@ -70,7 +75,7 @@ class Piece:
     """Seconds for which it is not late."""
     is_plain: bool = False
     alone_until: int = 0
-    """Offset up to which no other piece is requested behind a plain one."""
+    """While less than up to this offset has arrived, no piece behind it is requested."""
     is_paced: bool = False
     is_fetched: bool = True
     """Whether a connection fetches it."""
@@ -131,7 +136,8 @@ class Pieces:
         self.latency: float | None = None
         """Seconds that the latest response took, or that a request without one has waited. None:
         there was none."""
-        self._rates: deque[float] = deque(maxlen=_KEPT_RATES)
+        self._rates: deque[tuple[float, float]] = deque(maxlen=_KEPT_RATES)
+        """(time, rate) of each of the latest complete pieces."""
         self._late_after: dict[int, float] = {}
         """Offset of the rest of a piece that was cut -> seconds for which that is not late."""
 
@@ -189,7 +195,16 @@ class Pieces:
         self._insert(plain)
         return plain
 
-    def claim(self, now: float, rate: float, connections: int, room: int = 0) -> Piece | None:
+    def claim(
+        self,
+        now: float,
+        rate: float,
+        connections: int,
+        room: int = 0,
+        *,
+        is_alone: bool = False,
+        is_last: bool = False,
+    ) -> Piece | None:
         """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
 
         If responses take long, a request asks for several pieces at once, as one. Near the end of
@@ -198,27 +213,27 @@ class Pieces:
         Args:
             now: The time.
             rate: Bytes per second of one connection.
-            connections: How many may be had. With one, the piece is plain and paced.
+            connections: How many there are to be.
             room: Bytes of memory for it. It is larger than usual only if there is room.
+            is_alone: Whether there may be no other connection now. The piece is larger then.
+            is_last: Whether there will be no other one. The piece has all of the gap then.
         """
         latency = self.latency or _FIRST_LATENCY_S
         start, stop = self._first_gap(lead=max(self.size // 2, int(_LEAD * rate * latency)))
         if start >= stop:
             return None
-        is_alone = connections == 1
-        most = self._request_bytes(rate, room)
-        least = most // _LAST_PIECES
-        size = min(most, max(least, self.missing // (2 * connections)))
-        if not is_alone and stop - start - size >= least:
+        most = self.size * _PIECES_ALONE if is_alone else self._request_bytes(rate, room)
+        least = min(most, self._request_bytes(rate, room)) // _LAST_PIECES
+        size = most if is_alone else min(most, max(least, self.missing // (2 * connections)))
+        if not is_last and stop - start - size >= least:
             stop = start + size
         piece = Piece(
             start,
             stop,
             now,
             max(self._late_after.get(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
-            is_plain=is_alone,
-            alone_until=start + _LEAST_ALONE * self.size if is_alone and stop == self.total else 0,
-            is_paced=is_alone,
+            alone_until=stop - connections * self.size if is_alone else 0,
+            is_paced=is_alone or is_last,
         )
         self._insert(piece)
         return piece
@@ -236,11 +251,13 @@ class Pieces:
             least = self.size // 2 if is_behind_plain else 1
             if piece.start - cursor >= least:
                 return cursor, piece.start
+            if piece.is_fetched and piece.end < piece.alone_until:
+                break
             is_behind_plain = piece.is_plain and piece.is_fetched and not self.is_passed(piece)
-            if is_behind_plain and piece.end < piece.alone_until:
-                return self.total, self.total
             cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
-        return min(cursor, self.total), self.total
+        else:
+            return min(cursor, self.total), self.total
+        return self.total, self.total
 
     def _insert(self, piece: Piece) -> None:
         self._pieces.append(piece)
@@ -274,7 +291,7 @@ class Pieces:
             piece.chunks.append(chunk)
             piece.end += len(chunk)
         if piece.end == piece.stop and piece.is_fetched:
-            self._rates.append(piece.rate(now))
+            self._rates.append((now, piece.rate(now)))
             piece.is_fetched = False
             self._tidy(piece)
         return not piece.is_fetched
@@ -328,20 +345,26 @@ class Pieces:
         The caller cuts it: it ends the connection, and gives the rest of the piece back. If it had
         no response, later requests get more time for theirs.
         """
-        fetched = [piece for piece in self._pieces if piece.is_fetched]
-        for piece in fetched:
-            if piece.elapsed(now) < piece.late_after:
+        for piece in self._pieces:
+            if not piece.is_fetched or piece.elapsed(now) < piece.late_after:
                 continue
-            # The earlier ones count, too: those that are fetched now may all be slow.
-            peers = list(self._rates)
-            peers += [
-                other.rate(now)
-                for other in fetched
-                if other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
-            ]
-            if peers and piece.rate(now) * _LATE_FACTOR < median(peers):
+            if self._is_slow(piece, now):
                 self._late_after[piece.end] = 2 * piece.late_after
                 if not piece.has_response:
                     self.latency = max(self.latency or 0.0, piece.elapsed(now))
                 return piece
         return None
+
+    def _is_slow(self, piece: Piece, now: float) -> bool:
+        """Compare the rate of a piece with those of the others in the time since its request."""
+        peers = [rate for at, rate in self._rates if at >= piece.asked_at]
+        peers += [
+            other.rate(now)
+            for other in self._pieces
+            if other.is_fetched and other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
+        ]
+        if peers and piece.rate(now) * _LATE_FACTOR < median_low(peers):
+            return True
+        # Those that are fetched now may all starve.
+        earlier = [rate for _, rate in self._rates]
+        return bool(earlier) and piece.rate(now) * _STARVED_FACTOR < median_low(earlier)

@@ -124,6 +124,15 @@ def test_wrong_range_leaves_one_connection_at_once() -> None:
     assert (then.reason, then.connections) == ("no_ranges", 1)
 
 
+def test_three_wrong_ranges_in_a_row_do_not_end_the_transfer() -> None:
+    policy = failures()
+    for at in (NOW, NOW + 1, NOW + 2):
+        fail(policy, at, UpstreamProtocolError("another range"))
+    assert not is_over(policy, NOW + 3)
+    fail(policy, NOW + 3, UpstreamProtocolError("another range"))
+    assert is_over(policy, NOW + 3)
+
+
 def test_refusal_of_a_further_connection_is_no_refusal_of_the_content() -> None:
     policy = failures()
     fail(policy, NOW, BlobUnknown("404"))

@@ -424,6 +424,39 @@ def test_reader_that_is_slower_than_one_connection_gets_no_second_one(rate: int)
     assert upstream.opened == 1
 
 
+def test_connection_whose_bytes_wait_in_its_socket_gets_no_second_one() -> None:
+    """The reader or the processor is slower than it. Closing it early would lose these bytes."""
+    upstream = Upstream(DATA, unread=2 * MIB, buffer=10 * MIB)
+    pull(upstream)
+    assert (upstream.opened, upstream.sent) == (1, len(DATA))
+
+
+def test_fetch_that_lacks_memory_for_a_while_closes_no_further_connection_early() -> None:
+    """Its connections do not help then, and one of them brings several pieces."""
+    memory, other = MemoryBudget(12 * MIB), object()
+
+    async def read() -> Upstream:
+        upstream = Upstream(DATA, buffer=4 * MIB, latency=0.05)
+
+        async def use_memory() -> None:
+            while True:
+                await asyncio.sleep(1.5)
+                memory.hold_ahead(other, 12 * MIB)
+                await asyncio.sleep(1.5)
+                memory.hold_ahead(other, 0)
+
+        async with asyncio.TaskGroup() as group:
+            using = group.create_task(use_memory())
+            result = await transfer(upstream, Parallel(part=MIB), memory=memory)
+            using.cancel()
+        assert result.is_right
+        return upstream
+
+    upstream = run_virtually(read())
+    assert max(stop - start for start, stop in upstream.requested) == 16 * MIB
+    assert upstream.sent <= len(DATA) + upstream.buffer + CHUNK_BYTES, "the first response alone"
+
+
 def test_upstream_sends_less_than_1_percent_twice_of_512_mib_at_100_mb_per_second() -> None:
     """Each connection that is closed early loses what is in its buffers."""
     blob = bytes(512 * MIB)

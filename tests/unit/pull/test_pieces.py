@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirror.pull.pieces import _FIRST_LATENCY_S, _LEAD, MIN_PIECE_BYTES, Piece, Pieces, piece_size
 from tests.unit.store.kit import random_bytes
 
-DATA = random_bytes(400, 17)
+DATA = random_bytes(4000, 17)
 MIB = 2**20
 
 
@@ -26,9 +26,10 @@ class Window:
     accepted: int = 0
     now: float = 0.0
 
-    def claim(self, lead: int, connections: int = 2) -> bool:
+    def claim(self, lead: int, connections: int = 2, *, is_alone: bool = False) -> bool:
         rate = lead / (_LEAD * (self.pieces.latency or _FIRST_LATENCY_S))
-        piece = self.pieces.claim(self.now, rate, connections)
+        is_last = connections == 1
+        piece = self.pieces.claim(self.now, rate, connections, is_alone=is_alone, is_last=is_last)
         if piece is not None:
             self.open.append(piece)
         return piece is not None
@@ -79,7 +80,8 @@ def test_every_order_of_arrival_yields_the_exact_bytes_and_none_is_taken_twice(
     for _ in range(data.draw(st.integers(0, 40))):
         action = data.draw(st.sampled_from(["claim", "respond", "receive", "cut", "pop"]))
         if action == "claim":
-            window.claim(data.draw(st.integers(0, 80)), data.draw(st.integers(1, 4)))
+            lead, connections = data.draw(st.integers(0, 80)), data.draw(st.integers(1, 4))
+            window.claim(lead, connections, is_alone=data.draw(st.booleans()))
         elif action == "pop":
             window.pop()
         elif window.open:
@@ -145,6 +147,20 @@ def test_last_connection_requests_the_whole_gap_at_the_front() -> None:
     assert window.pieces.ahead == 0, "it pauses in place of using memory"
 
 
+def test_connection_that_is_alone_for_now_requests_sixteen_pieces_and_is_joined_at_their_end() -> (
+    None
+):
+    window = Window(Pieces(0, 4000, 50))
+    window.claim(0, is_alone=True)
+    alone = window.open[0]
+    assert (alone.start, alone.stop, window.pieces.ahead) == (0, 800, 0)
+    window.respond(alone)
+    assert not window.claim(0)
+    window.receive(alone, 700)
+    assert window.claim(0)
+    assert (window.open[-1].start, window.open[-1].stop) == (800, 850)
+
+
 @pytest.mark.parametrize(
     ("total", "most", "size"),
     [
@@ -200,6 +216,30 @@ def test_piece_is_not_late_at_once_nor_while_its_reader_pauses() -> None:
 def test_pieces_that_are_all_slow_are_not_late() -> None:
     window = Window(Pieces(0, 400, 100))
     assert rates(window, 1, 1, 2, 3, seconds=30.0) is None
+
+
+def test_storage_that_gets_slow_as_a_whole_has_no_late_piece() -> None:
+    """Neither compared with what it brought before, nor with what it brings now."""
+    pieces, now = Pieces(0, 10_000, 100), 0.0
+    for _ in range(8):
+        piece = pieces.claim(now, 0, 2)
+        assert piece is not None
+        pieces.accept_response(piece, now)
+        now += 0.1
+        pieces.receive(piece, bytes(100), now)  # 1,000 bytes a second
+    while len([piece for piece in pieces if piece.is_fetched]) < 4:
+        piece = pieces.claim(now, 0, 4)
+        assert piece is not None
+        pieces.accept_response(piece, now)
+        pieces.receive(piece, bytes(60), now)
+    assert pieces.find_late(now + 1.0) is None, "60 bytes a second"
+
+
+def test_pieces_that_all_starve_are_late() -> None:
+    """Compared with what came before, at least one of them may be fetched elsewhere."""
+    window = Window(Pieces(0, 400, 100))
+    assert rates(window, 100, 2, 2, seconds=0.0) is None
+    assert window.pieces.find_late(2.0) in window.open
 
 
 def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -> None:

@@ -68,6 +68,15 @@ def test_addition_is_measured_once_it_has_a_response() -> None:
     assert measure(ramp, 10.0, 900) is Step.KEEP
 
 
+@pytest.mark.parametrize(("part", "step"), [(0.2, Step.ADD), (0.8, Step.KEEP)])
+def test_no_connection_is_added_while_bytes_wait_in_the_sockets(part: float, step: Step) -> None:
+    ramp = Ramp(4)
+    ramp.receive(0.0, 0)
+    ramp.receive(0.1, int(1000 * part), unread=2**20)
+    ramp.receive(MEASURE_S, int(1000 * (1 - part)), unread=2**17)
+    assert ramp.evaluate(MEASURE_S, PLENTY, SIZE) is step
+
+
 def test_connections_have_a_limit() -> None:
     ramp = added(1000, most=2)
     assert measure(ramp, 1.0, 2000) is Step.KEEP
