@@ -45,7 +45,7 @@ from mirror.observability.events import (
     ConnectionsChanged,
     Kind,
     Observer,
-    PieceCut,
+    PartCut,
     RequestRecord,
 )
 from mirror.oci.errors import FailureScope, MirrorError, UpstreamTimeout
@@ -278,7 +278,7 @@ class _Transfer:
         active = sum(1 for piece in self._tasks if not pieces.is_stuck(piece))
         is_asking = not all(piece.has_response for piece in self._tasks)
         has_to_wait = is_asking and self._failures.is_retrying
-        is_wanted = active < self._most or pieces.front is None
+        is_wanted = active < self._allowed or pieces.front is None
         may_add = reader.connections.may_add(self._stream.endpoint)
         if has_to_wait or not is_wanted or (active and not may_add):
             return None
@@ -298,8 +298,8 @@ class _Transfer:
         return piece
 
     @property
-    def _most(self) -> int:
-        """Connections to have now."""
+    def _allowed(self) -> int:
+        """Connections that there may be now. The last one may be begun before the others end."""
         is_last = self._may_overlap and self._ramp.wanted == 1
         may_overlap = is_last and not any(piece.is_paced for piece in self._tasks)
         return self._ramp.wanted + may_overlap
@@ -359,7 +359,7 @@ class _Transfer:
             now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk), stream.unread)
             is_complete = pieces.receive(piece, chunk, now)
-            if piece.taken == pieces.position:
+            if piece.handed_out_until == pieces.position:
                 self._changed.set()
             if is_complete and piece.is_plain:
                 return
@@ -379,7 +379,7 @@ class _Transfer:
         failure = Failure(
             error=error,
             asked_at=piece.asked_at,
-            received=piece.end - piece.start,
+            received=piece.received_until - piece.start,
             has_response=piece.has_response,
             is_first=piece is self._first,
             is_last=piece.is_paced and len(self._tasks) == 1,
@@ -417,8 +417,10 @@ class _Transfer:
                     self._may_overlap = self._ramp.wanted == 1
             late = pieces.find_late(now)
             if late is not None and late in self._tasks:
-                self._reader.emit(PieceCut(self._upstream, self._stream.endpoint, late.end))
-                self._reader.pull.late_pieces += 1
+                self._reader.emit(
+                    PartCut(self._upstream, self._stream.endpoint, late.received_until)
+                )
+                self._reader.pull.late_parts += 1
                 self._ramp.on_cut(now)
                 if not late.has_response:
                     self._on_failure(late, UpstreamTimeout("a range was not sent in time"))

@@ -57,9 +57,12 @@ _PIECES_ALONE: Final = 16
 the time would be spent without data. With more, others could not help again soon."""
 
 
-def piece_size(total: int, most: int) -> int:
-    """Return the bytes of each piece of a blob of ``total`` bytes. ``most``: as configured."""
-    return min(most, max(MIN_PIECE_BYTES, total // _PIECES_OF_A_BLOB))
+def piece_size(total: int, configured: int) -> int:
+    """Return the bytes of each piece of a blob of ``total`` bytes.
+
+    ``configured``: ``parallel.part`` in bytes. Small blobs have smaller pieces.
+    """
+    return min(configured, max(MIN_PIECE_BYTES, total // _PIECES_OF_A_BLOB))
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +72,8 @@ class Piece:
     start: int
     """Offset of the first byte."""
     stop: int
-    """Offset after the last byte. That of the plain piece falls when it meets another one."""
+    """Offset after the last byte that is fetched. That of the plain piece falls when it meets
+    another one."""
     asked_at: float
     late_after: float = _LATE_AFTER_S
     """Seconds for which it is not late."""
@@ -77,12 +81,12 @@ class Piece:
     alone_until: int = 0
     """While less than up to this offset has arrived, no piece behind it is requested."""
     is_paced: bool = False
-    is_fetched: bool = True
-    """Whether a connection fetches it."""
+    has_connection: bool = True
+    """Whether a connection fetches it. False: it is complete, or was given back."""
     has_response: bool = False
-    end: int = field(init=False)
+    received_until: int = field(init=False)
     """Offset after the last byte that has arrived."""
-    taken: int = field(init=False)
+    handed_out_until: int = field(init=False)
     """Offset after the last byte that was handed out."""
     paused_s: float = 0.0
     """Seconds in which its reader has paused."""
@@ -91,12 +95,12 @@ class Piece:
     chunks: deque[bytes] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.end = self.taken = self.start
+        self.received_until = self.handed_out_until = self.start
 
     @property
     def waiting(self) -> int:
         """Bytes that have arrived and are not handed out."""
-        return self.end - self.taken
+        return self.received_until - self.handed_out_until
 
     def elapsed(self, now: float) -> float:
         """Return the seconds since the request, without pauses of the reader."""
@@ -115,7 +119,7 @@ class Piece:
 
     def rate(self, now: float) -> float:
         """Return the bytes per second since the request."""
-        return (self.end - self.start) / max(self.elapsed(now), 1e-3)
+        return (self.received_until - self.start) / max(self.elapsed(now), 1e-3)
 
 
 class Pieces:
@@ -158,21 +162,21 @@ class Pieces:
     def ahead(self) -> int:
         """Bytes in memory, and those that will be there before their connection pauses."""
         return sum(
-            piece.waiting if self.may_pause(piece) else piece.stop - piece.taken
+            piece.waiting if self.may_pause(piece) else piece.stop - piece.handed_out_until
             for piece in self._pieces
         )
 
     def may_pause(self, piece: Piece) -> bool:
         """Return whether the connection of a piece pauses while its bytes are not handed out."""
-        return piece.is_paced or piece.taken == self.position
+        return piece.is_paced or piece.handed_out_until == self.position
 
     def is_stuck(self, piece: Piece) -> bool:
         """Return whether a paced piece is ahead of the front, and waits for others."""
-        return piece.is_paced and piece.taken > self.position
+        return piece.is_paced and piece.handed_out_until > self.position
 
     def is_passed(self, piece: Piece) -> bool:
         """Return whether a plain piece has met another one, so that it brings nothing more."""
-        return piece.has_response and piece.end < self.position
+        return piece.has_response and piece.received_until < self.position
 
     @property
     def front(self) -> Piece | None:
@@ -180,7 +184,7 @@ class Pieces:
         at_front = (
             piece
             for piece in self._pieces
-            if piece.taken == self.position and (piece.chunks or piece.is_fetched)
+            if piece.handed_out_until == self.position and (piece.chunks or piece.has_connection)
         )
         # A plain piece that has just met the next one is at the front, too, until it is ended.
         return max(at_front, key=lambda piece: piece.waiting, default=None)
@@ -222,10 +226,13 @@ class Pieces:
         start, stop = self._first_gap(lead=max(self.size // 2, int(_LEAD * rate * latency)))
         if start >= stop:
             return None
-        most = self.size * _PIECES_ALONE if is_alone else self._request_bytes(rate, room)
-        least = min(most, self._request_bytes(rate, room)) // _LAST_PIECES
-        size = most if is_alone else min(most, max(least, self.missing // (2 * connections)))
-        if not is_last and stop - start - size >= least:
+        size = self._request_bytes(rate, room)
+        smallest = size // _LAST_PIECES
+        if is_alone:
+            size = self.size * _PIECES_ALONE
+        elif self.missing < 2 * connections * size:  # The end is near.
+            size = max(smallest, self.missing // (2 * connections))
+        if not is_last and stop - start - size >= smallest:
             stop = start + size
         piece = Piece(
             start,
@@ -248,13 +255,13 @@ class Pieces:
         cursor, is_behind_plain = self.position, False
         for piece in self._pieces:
             # A few bytes between the plain piece and the next one are left to it.
-            least = self.size // 2 if is_behind_plain else 1
-            if piece.start - cursor >= least:
+            smallest = self.size // 2 if is_behind_plain else 1
+            if piece.start - cursor >= smallest:
                 return cursor, piece.start
-            if piece.is_fetched and piece.end < piece.alone_until:
+            if piece.has_connection and piece.received_until < piece.alone_until:
                 break
-            is_behind_plain = piece.is_plain and piece.is_fetched and not self.is_passed(piece)
-            cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
+            is_behind_plain = piece.is_plain and piece.has_connection and not self.is_passed(piece)
+            cursor = max(cursor, piece.received_until + lead if is_behind_plain else piece.stop)
         else:
             return min(cursor, self.total), self.total
         return self.total, self.total
@@ -271,7 +278,8 @@ class Pieces:
         """
         self.latency = now - piece.asked_at
         piece.has_response = not any(
-            other is not piece and other.start <= piece.start < other.end for other in self._pieces
+            other is not piece and other.start <= piece.start < other.received_until
+            for other in self._pieces
         )
         piece.has_response = piece.has_response and piece.start >= self.position
         if not piece.has_response:
@@ -284,37 +292,39 @@ class Pieces:
         """Add the next bytes of a piece. Returns whether it is complete. Further bytes are cut."""
         if piece.is_plain:
             piece.stop = self._stop_of_plain(piece)
-        room = piece.stop - piece.end
+        room = piece.stop - piece.received_until
         if len(chunk) > room:
             chunk = chunk[:room]
         if chunk:
             piece.chunks.append(chunk)
-            piece.end += len(chunk)
-        if piece.end == piece.stop and piece.is_fetched:
+            piece.received_until += len(chunk)
+        if piece.received_until == piece.stop and piece.has_connection:
             self._rates.append((now, piece.rate(now)))
-            piece.is_fetched = False
+            piece.has_connection = False
             self._tidy(piece)
-        return not piece.is_fetched
+        return not piece.has_connection
 
     def _stop_of_plain(self, plain: Piece) -> int:
         """Return where a plain piece ends: where the next piece that has a response begins.
 
         The next one may have been handed out in part, while the plain one has not been read.
         """
-        if plain.end < self.position:
-            return plain.end  # The piece behind it was handed out, and is gone.
+        if plain.received_until < self.position:
+            return plain.received_until  # The piece behind it was handed out, and is gone.
         starts = (
-            piece.taken
+            piece.handed_out_until
             for piece in self._pieces
-            if piece is not plain and piece.has_response and piece.taken >= plain.end
+            if piece is not plain
+            and piece.has_response
+            and piece.handed_out_until >= plain.received_until
         )
         return min(starts, default=self.total)
 
     def give_back(self, piece: Piece) -> None:
-        """Note that nobody fetches the piece any more. What has arrived is kept."""
-        if piece.is_fetched:
-            piece.is_fetched = False
-            piece.stop = piece.end
+        """Note that its connection has ended. What has arrived is kept."""
+        if piece.has_connection:
+            piece.has_connection = False
+            piece.stop = piece.received_until
         self._tidy(piece)
 
     def skip(self, count: int) -> None:
@@ -327,14 +337,18 @@ class Pieces:
         if piece is None or not piece.chunks:
             return None
         chunk = piece.chunks.popleft()
-        piece.taken += len(chunk)
+        piece.handed_out_until += len(chunk)
         self.position += len(chunk)
         self._tidy(piece)
         return chunk
 
     def _tidy(self, piece: Piece) -> None:
         """Drop a piece of which nothing is left."""
-        if not piece.is_fetched and piece.taken == piece.end and piece in self._pieces:
+        if (
+            not piece.has_connection
+            and piece.handed_out_until == piece.received_until
+            and piece in self._pieces
+        ):
             self._pieces.remove(piece)
 
     # --- late pieces ----------------------------------------------------------------------------
@@ -346,10 +360,10 @@ class Pieces:
         no response, later requests get more time for theirs.
         """
         for piece in self._pieces:
-            if not piece.is_fetched or piece.elapsed(now) < piece.late_after:
+            if not piece.has_connection or piece.elapsed(now) < piece.late_after:
                 continue
             if self._is_slow(piece, now):
-                self._late_after[piece.end] = 2 * piece.late_after
+                self._late_after[piece.received_until] = 2 * piece.late_after
                 if not piece.has_response:
                     self.latency = max(self.latency or 0.0, piece.elapsed(now))
                 return piece
@@ -361,7 +375,7 @@ class Pieces:
         peers += [
             other.rate(now)
             for other in self._pieces
-            if other.is_fetched and other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
+            if other.has_connection and other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
         ]
         if peers and piece.rate(now) * _LATE_FACTOR < median_low(peers):
             return True

@@ -50,15 +50,15 @@ class Step(Enum):
 class Ramp:
     """The number of connections of one fetch. Times in seconds of one clock."""
 
-    def __init__(self, most: int) -> None:
-        """Start with one connection. ``most``: how many there may be."""
+    def __init__(self, limit: int) -> None:
+        """Start with one connection. ``limit``: ``parallel.connections``."""
         self.wanted = 1
         """The number of connections to have."""
         self.rate = 0.0
         """Bytes per second of all connections, as it was last measured."""
         self.is_adding = False
         """Whether the last addition has not been judged."""
-        self._most = most
+        self._limit = limit
         self._since: float | None = None
         self._bytes = 0
         self._paused_s = 0.0
@@ -73,7 +73,7 @@ class Ramp:
     @property
     def may_grow(self) -> bool:
         """Whether there may be more connections than now."""
-        return self.wanted < self._most
+        return self.wanted < self._limit
 
     def _begin(self, now: float | None) -> None:
         """Begin a measurement. None: it begins later."""
@@ -137,6 +137,6 @@ class Ramp:
 
     def back_off(self, wanted: int) -> None:
         """Have ``wanted`` connections from now on, and never more."""
-        self.wanted = self._most = wanted
+        self.wanted = self._limit = wanted
         self.is_adding = False
         self._begin(None)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
+from mirror.observability.events import BackedOff, ConnectionsChanged, PartCut
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -127,7 +127,7 @@ def test_blob_without_a_size_is_read_by_one_connection() -> None:
 def test_late_part_is_cut_and_fetched_by_another_connection() -> None:
     upstream = Upstream(DATA, slow=lambda number: 0.001 if number == 2 else 1.0)
     result = pull(upstream)
-    assert len(result.happened(PieceCut)) >= 1
+    assert len(result.happened(PartCut)) >= 1
     assert result.seconds < 6.5
     assert upstream.sent <= 1.01 * len(DATA)
 
@@ -139,7 +139,7 @@ def test_first_response_that_starves_is_cut_too() -> None:
     upstream = Upstream(DATA)
     upstream.slow = lambda number: 1.0 if number or upstream.sent < 5 * MIB else 0.001
     result = pull(upstream)
-    assert result.happened(PieceCut)
+    assert result.happened(PartCut)
     assert result.seconds < 7
 
 
@@ -357,7 +357,7 @@ def test_single_failures_take_no_connection_away(every: int) -> None:
 def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most: float) -> None:
     upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
     result = pull(upstream)
-    assert result.happened(PieceCut)
+    assert result.happened(PartCut)
     assert result.seconds < most * 9.6
 
 

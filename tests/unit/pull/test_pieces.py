@@ -41,12 +41,12 @@ class Window:
     def receive(self, piece: Piece, count: int) -> None:
         """Let a connection bring bytes. It may bring more than the piece has room for."""
         self.now += 0.1
-        end = piece.end
+        end = piece.received_until
         chunk = DATA[end : end + count]
         if not piece.is_plain:
             chunk = DATA[end : min(end + count, piece.stop)]
         is_complete = self.pieces.receive(piece, chunk, self.now)
-        self.accepted += piece.end - end
+        self.accepted += piece.received_until - end
         if is_complete:
             self.open.remove(piece)
 
@@ -65,7 +65,11 @@ class Window:
         assert pieces.missing == pieces.total - len(self.out) - waiting
         assert pieces.position == len(self.out)
         assert pieces.ahead >= waiting
-        arrived = sorted((piece.start, piece.end) for piece in pieces if piece.end > piece.start)
+        arrived = sorted(
+            (piece.start, piece.received_until)
+            for piece in pieces
+            if piece.received_until > piece.start
+        )
         assert all(one[1] <= two[0] for one, two in pairwise(arrived))
 
 
@@ -124,7 +128,7 @@ def test_plain_piece_runs_over_a_request_without_a_response_and_stops_at_one_wit
     window.respond(late)
     window.receive(plain, 400)
     assert plain not in window.open
-    assert (plain.end, window.pieces.position) == (75, 0)
+    assert (plain.received_until, window.pieces.position) == (75, 0)
 
 
 def test_first_gap_is_requested_first_and_the_last_piece_takes_a_small_rest() -> None:
@@ -162,7 +166,7 @@ def test_connection_that_is_alone_for_now_requests_sixteen_pieces_and_is_joined_
 
 
 @pytest.mark.parametrize(
-    ("total", "most", "size"),
+    ("total", "configured", "size"),
     [
         (10 * MIB, 8 * MIB, MIN_PIECE_BYTES),
         (96 * MIB, 8 * MIB, 6 * MIB),
@@ -170,8 +174,8 @@ def test_connection_that_is_alone_for_now_requests_sixteen_pieces_and_is_joined_
         (10_000 * MIB, MIB, MIB),
     ],
 )
-def test_small_blobs_have_smaller_pieces(total: int, most: int, size: int) -> None:
-    assert piece_size(total, most) == size
+def test_small_blobs_have_smaller_pieces(total: int, configured: int, size: int) -> None:
+    assert piece_size(total, configured) == size
 
 
 def rates(window: Window, *received: int, seconds: float) -> Piece | None:
@@ -227,7 +231,7 @@ def test_storage_that_gets_slow_as_a_whole_has_no_late_piece() -> None:
         pieces.accept_response(piece, now)
         now += 0.1
         pieces.receive(piece, bytes(100), now)  # 1,000 bytes a second
-    while len([piece for piece in pieces if piece.is_fetched]) < 4:
+    while len([piece for piece in pieces if piece.has_connection]) < 4:
         piece = pieces.claim(now, 0, 4)
         assert piece is not None
         pieces.accept_response(piece, now)

@@ -18,9 +18,9 @@ def measure(ramp: Ramp, now: float, rate: float, missing: int = PLENTY) -> Step:
     return ramp.evaluate(now, missing, SIZE)
 
 
-def added(rate: float, most: int = 4) -> Ramp:
+def added(rate: float, limit: int = 4) -> Ramp:
     """Return a ramp that has measured one connection, and has a second one."""
-    ramp = Ramp(most)
+    ramp = Ramp(limit)
     assert measure(ramp, 0.0, rate) is Step.ADD
     ramp.add()
     ramp.on_connections(1.0, 2)
@@ -78,7 +78,7 @@ def test_no_connection_is_added_while_bytes_wait_in_the_sockets(part: float, ste
 
 
 def test_connections_have_a_limit() -> None:
-    ramp = added(1000, most=2)
+    ramp = added(1000, limit=2)
     assert measure(ramp, 1.0, 2000) is Step.KEEP
     assert ramp.wanted == 2
 
