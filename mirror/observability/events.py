@@ -86,7 +86,7 @@ class RequestRecord:
     connections: int = 0
     """Most connections that fetched a blob together, for the request that started the fetch. 0: one
     was enough, or nothing was fetched."""
-    late_pieces: int = 0
+    late_parts: int = 0
     """Parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
@@ -236,7 +236,7 @@ class ConnectionsChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class PieceCut:
+class PartCut:
     """A part of a blob arrived far slower than other parts. Its rest is fetched again.
 
     ``offset``: the first byte that has not arrived.
@@ -382,7 +382,7 @@ Event: TypeAlias = (
     | Resumed
     | AsideEnded
     | ConnectionsChanged
-    | PieceCut
+    | PartCut
     | BackedOff
     | DigestMismatched
     | Reverified

@@ -315,7 +315,7 @@ class LogObserver:
                 message = "part not fetched ahead of the running fetch, which brings it later"
                 fields_ = {"upstream": upstream, "result": result, "reason": reason}
                 self._write_limited(logging.INFO, message, fields_)
-            case events.PieceCut(upstream, endpoint, offset):
+            case events.PartCut(upstream, endpoint, offset):
                 late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
                 self._write_limited(logging.INFO, "part of a blob is late", late)
             case events.BackedOff(upstream, endpoint, reason, count) if reason != "no_gain":
@@ -377,8 +377,8 @@ def encode_request(pull: RequestRecord) -> str:
         more.append(_encode_field("aside", pull.aside_bytes, is_json=True))
     if pull.connections:
         more.append(_encode_field("connections", pull.connections, is_json=True))
-    if pull.late_pieces:
-        more.append(_encode_field("late_parts", pull.late_pieces, is_json=True))
+    if pull.late_parts:
+        more.append(_encode_field("late_parts", pull.late_parts, is_json=True))
     if pull.stages:
         stages = [f'"{name}":{seconds:.6f}' for name, seconds in _stage_totals(pull).items()]
         more.append(f'"stages":{{{",".join(stages)}}}')

@@ -333,7 +333,7 @@ class MetricsObserver:
                 self._aside_bytes.labels(self._upstream(upstream)).inc(count)
             case events.ConnectionsChanged(upstream, change):
                 self._connections.labels(self._upstream(upstream)).inc(change)
-            case events.PieceCut(upstream):
+            case events.PartCut(upstream):
                 self._cut_pieces.labels(self._upstream(upstream)).inc()
             case events.BackedOff(upstream, _, reason):
                 self._backed_off.labels(self._upstream(upstream), reason).inc()

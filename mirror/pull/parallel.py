@@ -1,8 +1,9 @@
 """Read one blob by several connections, in order.
 
-Lives here: the tasks that fetch pieces, and what is done when one fails. The policy is elsewhere:
-which bytes (:mod:`mirror.pull.pieces`), how many connections (:mod:`mirror.pull.ramp`), how many in
-all (:mod:`mirror.pull.connection_budget`). Must not know: the ingest, other sources, HTTP.
+Lives here: the tasks that fetch pieces, and the requests. The policy is elsewhere: which bytes
+(:mod:`mirror.pull.pieces`), how many connections (:mod:`mirror.pull.ramp`), how many in all
+(:mod:`mirror.pull.connection_budget`), what a failure means
+(:mod:`mirror.pull.connection_failures`). Must not know: the ingest, other sources, HTTP.
 
 Theory of operation. The fetch loop gets one iterator of chunks in order, as from one connection, so
 the ingest file grows only at its front. As long as one connection is enough, its chunks are passed
@@ -22,13 +23,9 @@ ends: the limits of a body hold for all connections together. :meth:`_Transfer._
 the invariant. It is called after each event, and nothing else sends requests or ends the transfer.
 Pieces ahead of the front decide nothing, for they may wait for it.
 
-What fails. A connection that fails gives its piece back. Failures in a row are counted together,
-whatever their kind. Only handed out bytes of requests that were sent later reset the count, so
-those of the first response do not. After each failure there is a pause, twice as long as the one
-before, and then one request has to be answered before the next. After two, the transfer goes on
-with one connection, or with those before the last addition, and a refusal is remembered for the
-endpoint. If nobody fetches the front then, the transfer ends. Only after a 429 it waits, within
-``limits.idle``.
+What fails. A connection that fails gives its piece back. :mod:`mirror.pull.connection_failures`
+says when the next request may be sent, by how many connections the transfer goes on, and when it
+ends.
 
 A refusal of a further connection says nothing about the content, so the error is never a refusal.
 What has arrived ahead is kept for the next transfer.
@@ -48,23 +45,17 @@ from mirror.observability.events import (
     ConnectionsChanged,
     Kind,
     Observer,
-    PieceCut,
+    PartCut,
     RequestRecord,
 )
-from mirror.oci.errors import (
-    FailureScope,
-    MirrorError,
-    UpstreamProtocolError,
-    UpstreamRateLimited,
-    UpstreamTimeout,
-    UpstreamUnavailable,
-)
+from mirror.oci.errors import FailureScope, MirrorError, UpstreamTimeout
 from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.connection_failures import ConnectionFailures, Failure
 from mirror.pull.pieces import Piece, Pieces, piece_size
 from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
 from mirror.store.ingest_writer import MemoryBudget
-from mirror.upstream.api import MIN_PROGRESS_BYTES, ContentStream, Registry
+from mirror.upstream.api import ContentStream, Registry
 
 _TICK_S: Final = 0.1
 """Seconds between two looks at the rates: a fourth of a measurement."""
@@ -74,21 +65,6 @@ socket, so that it does not wait for the loop."""
 _MEMORY_SHARE: Final = 11 / 12
 """Part of the memory ahead that pieces may fill: 44 of 48 MiB. The rest is for requests of single
 parts (:mod:`mirror.pull.aside`), so that lazy clients need not wait for a large fetch."""
-_MAX_FAILURES: Final = 2
-"""Failures in a row after which the transfer goes on with the connections that it has: one may have
-met a node that restarts."""
-_FIRST_PAUSE_S: Final = 0.1
-"""Seconds for which no request is sent after a failure, and twice as many after each further one:
-about the time of a request, so that a refusal costs little."""
-_IS_SENDING_S: Final = 1.0
-"""Seconds since the latest bytes of an endpoint in which a failure is a refusal of one connection
-more. Later, the endpoint itself may stand still."""
-_RETRY_AFTER_S: Final = 1.0
-"""Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
-after each further one. The number of connections was accepted before, so the server may count one
-that has just ended."""
-_SHORT_WAIT_S: Final = 2.0
-"""Seconds for which a transfer rather has no connection than one request too many."""
 
 
 class ParallelReader:
@@ -190,11 +166,8 @@ class _Transfer:
         self._group = group
         self._loop = asyncio.get_running_loop()
         self._ramp = Ramp(registry.parallel.connections)
-        self._idle, self._min_rate = registry.idle, registry.min_rate
-        self._front_at = 0.0
-        """Time since which the front has moved by less than ``min_rate``, as for a body."""
-        self._moved = 0
-        """Bytes by which it has moved since then."""
+        self._registry = registry
+        self._failures: ConnectionFailures
         self._received_at = 0.0
         """Time of the latest chunk of any connection."""
         self._first: Piece
@@ -207,17 +180,6 @@ class _Transfer:
         """Set when the front may have bytes, or when the transfer has ended."""
         self._drained = asyncio.Event()
         """Set when bytes were handed out."""
-        self._failures = 0
-        """Failures in a row of further connections: requests that were sent after the one before,
-        and have brought less than :data:`MIN_PROGRESS_BYTES`. See :meth:`_on_progress`."""
-        self._failure: MirrorError | None = None
-        """The latest of these failures."""
-        self._failed_at = 0.0
-        """Time of the latest one that was counted. Requests before it had the same cause."""
-        self._brought = 0
-        """Bytes handed out of further connections that were requested after it."""
-        self._not_before = 0.0
-        """Time before which no request is sent."""
         self._error: MirrorError | None = None
         """Why the transfer has ended. None: it has not."""
         self._may_overlap = False
@@ -248,7 +210,8 @@ class _Transfer:
             count, front, data = len(pieces), pieces.front, pieces.pop()
             if front is not None and data is not None:
                 yielded_at = self._loop.time()
-                self._on_progress(yielded_at, front, len(data))
+                asked_at = None if front is self._first else front.asked_at
+                self._failures.on_progress(yielded_at, len(data), asked_at)
                 if len(pieces) < count:
                     self._restore()  # There may be memory now.
                 self._hold_memory()
@@ -256,7 +219,7 @@ class _Transfer:
                 yield data
                 paused_s = self._loop.time() - yielded_at
                 self._ramp.pause(paused_s)
-                self._front_at += paused_s
+                self._failures.pause(paused_s)
             elif self._error is None:
                 self._changed.clear()
                 self._restore()  # There may be a gap at the front.
@@ -267,7 +230,7 @@ class _Transfer:
     def _receive_alone(self, count: int) -> bool:
         """Count bytes of the only connection. Returns whether to open a second one."""
         now = self._loop.time()
-        self._ramp.receive(now, count)
+        self._ramp.receive(now, count, self._stream.unread)
         step = self._ramp.evaluate(now, self._pieces.missing, self._pieces.size)
         return step is Step.ADD and self._may_add()
 
@@ -280,8 +243,9 @@ class _Transfer:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
-        self._front_at = self._loop.time()
-        self._first = self._pieces.begin_plain(self._front_at)
+        now, registry = self._loop.time(), self._registry
+        self._failures = ConnectionFailures(now, registry.idle, registry.min_rate)
+        self._first = self._pieces.begin_plain(now)
         self._start(self._first, self._read_first(plain))
         self._ticker = self._group.create_task(self._tick())
         self._restore()
@@ -293,19 +257,15 @@ class _Transfer:
         if self._is_closed or self._error is not None:
             return
         now, front = self._loop.time(), self._pieces.front
-        end_at = self._front_at + self._idle
-        if isinstance(self._failure, UpstreamRateLimited):
-            is_given_up = self._not_before > end_at
-        else:
-            is_given_up = self._failures >= _MAX_FAILURES
-        if (front is None and is_given_up) or (now >= end_at and not (front and front.chunks)):
-            self._error = self._failure or UpstreamTimeout(
-                f"{self._stream.endpoint} sends less than {self._min_rate} bytes/s by"
+        has_bytes = front is not None and bool(front.chunks)
+        if self._failures.is_over(now, is_fetched=front is not None, has_bytes=has_bytes):
+            self._error = self._failures.latest or UpstreamTimeout(
+                f"{self._stream.endpoint} sends less than {self._registry.min_rate} bytes/s by"
                 f" {len(self._tasks)} connections (limits.idle, limits.min_rate)",
                 scope=FailureScope.SUBJECT,
             )
             self._changed.set()
-        while self._error is None and now >= self._not_before and self._request(now):
+        while self._error is None and now >= self._failures.not_before and self._request(now):
             pass
 
     def _request(self, now: float) -> Piece | None:
@@ -316,16 +276,18 @@ class _Transfer:
         """
         pieces, reader = self._pieces, self._reader
         active = sum(1 for piece in self._tasks if not pieces.is_stuck(piece))
-        is_asking = self._failures > 0 and not all(one.has_response for one in self._tasks)
-        is_wanted = active < self._most or pieces.front is None
+        is_asking = not all(piece.has_response for piece in self._tasks)
+        has_to_wait = is_asking and self._failures.is_retrying
+        is_wanted = active < self._allowed or pieces.front is None
         may_add = reader.connections.may_add(self._stream.endpoint)
-        if is_asking or not is_wanted or (active and not may_add):
+        if has_to_wait or not is_wanted or (active and not may_add):
             return None
         room, connections = reader.room, self._ramp.wanted
-        if not active and not (may_add and room >= pieces.size):
-            connections = 1
+        is_last = connections == 1 and not self._ramp.may_grow
+        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
         rooms = (room + pieces.ahead) // max(1, connections - 1)
-        piece = pieces.claim(now, self._ramp.rate_of_one, connections, rooms)
+        rate = self._ramp.rate_of_one
+        piece = pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
         if piece is None:
             return None
         if not pieces.may_pause(piece) and piece.stop - piece.start > room:
@@ -336,10 +298,10 @@ class _Transfer:
         return piece
 
     @property
-    def _most(self) -> int:
-        """Connections to have now."""
+    def _allowed(self) -> int:
+        """Connections that there may be now. The last one may be begun before the others end."""
         is_last = self._may_overlap and self._ramp.wanted == 1
-        may_overlap = is_last and not any(piece.is_plain for piece in self._tasks)
+        may_overlap = is_last and not any(piece.is_paced for piece in self._tasks)
         return self._ramp.wanted + may_overlap
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
@@ -377,25 +339,27 @@ class _Transfer:
                 count = sum(1 for other in self._tasks if other.has_response)
                 self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
-                await self._read(piece, aiter(stream))
+                await self._read(piece, stream, aiter(stream))
         except MirrorError as error:
             self._on_failure(piece, error)
 
     async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
-            await self._read(self._first, chunks)
+            await self._read(self._first, self._stream, chunks)
         except MirrorError as error:
             self._on_failure(self._first, error)
 
-    async def _read(self, piece: Piece, chunks: AsyncIterator[bytes]) -> None:
+    async def _read(
+        self, piece: Piece, stream: ContentStream, chunks: AsyncIterator[bytes]
+    ) -> None:
         """Put the chunks of a response into its piece. A plain one ends where another begins."""
         pieces = self._pieces
         async for chunk in chunks:
             now = self._received_at = self._loop.time()
-            self._ramp.receive(now, len(chunk))
+            self._ramp.receive(now, len(chunk), stream.unread)
             is_complete = pieces.receive(piece, chunk, now)
-            if piece.taken == pieces.position:
+            if piece.handed_out_until == pieces.position:
                 self._changed.set()
             if is_complete and piece.is_plain:
                 return
@@ -409,58 +373,26 @@ class _Transfer:
             await self._drained.wait()
         piece.resume(self._loop.time())
 
-    # --- failures -------------------------------------------------------------------------------
-
-    def _on_progress(self, now: float, front: Piece, count: int) -> None:
-        """Note that ``count`` bytes of ``front`` are handed out."""
-        self._moved += count
-        if self._moved >= self._min_rate * (now - self._front_at):
-            self._front_at, self._moved = now, 0
-        if self._failures and front is not self._first and front.asked_at >= self._failed_at:
-            self._brought += count
-            if self._brought >= MIN_PROGRESS_BYTES:
-                self._failures, self._failure = 0, None
-
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
-        """Count a failure, and decide about the next request and the number of connections."""
-        now, connections, wanted = self._loop.time(), self._reader.connections, self._ramp.wanted
-        self._failure = error
-        if piece is not self._first and not isinstance(
-            error, UpstreamTimeout | UpstreamRateLimited
-        ):
-            self._failure = UpstreamUnavailable(f"a further connection failed: {error.message}")
-        if piece.asked_at >= self._failed_at:  # Otherwise the failure before had the same cause.
-            has_progressed = piece.end - piece.start >= MIN_PROGRESS_BYTES
-            self._failures = max(1, self._failures + (not has_progressed))
-            self._failed_at, self._brought = now, 0
-        self._ramp.on_cut(now)
-        reason: BackOffReason = "failed"
-        pause = _FIRST_PAUSE_S * 2 ** (self._failures - 1)
-        is_adding, is_repeated = self._ramp.is_adding, self._failures >= _MAX_FAILURES
-        # The number before an addition was accepted. If it fails, too, the rest needs one request.
-        accepted = wanted - 1 if is_adding else 1
-        match error:
-            case UpstreamRateLimited():
-                reason = "refused"
-                least = 0.0 if is_adding else _RETRY_AFTER_S * 2 ** (self._failures - 1)
-                wait = max(least, error.retry_after or 0.0)
-                connections.on_refused(self._stream.endpoint, max(pause, wait))
-                if is_repeated or wait <= _SHORT_WAIT_S:
-                    pause = max(pause, wait)
-                if is_adding or is_repeated:
-                    wanted = accepted
-            case UpstreamProtocolError() if not piece.has_response:
-                reason, wanted = "no_ranges", 1
-                connections.on_no_ranges(self._stream.endpoint)
-            case _ if piece.is_plain and len(self._tasks) == 1:
-                self._failures = max(self._failures, _MAX_FAILURES)  # The fetch loop decides.
-            case _ if is_repeated:
-                wanted = accepted
-                if not piece.has_response and now - self._received_at <= _IS_SENDING_S:
-                    connections.on_refused(self._stream.endpoint, pause)
-        self._not_before = max(self._not_before, now + pause)
-        if reason != "failed" or wanted != self._ramp.wanted:
-            self._back_off(reason, max(1, wanted))
+        """Do what the failure of a connection demands."""
+        now, connections, ramp = self._loop.time(), self._reader.connections, self._ramp
+        failure = Failure(
+            error=error,
+            asked_at=piece.asked_at,
+            received=piece.received_until - piece.start,
+            has_response=piece.has_response,
+            is_first=piece is self._first,
+            is_last=piece.is_paced and len(self._tasks) == 1,
+            sent_at=self._received_at,
+        )
+        ramp.on_cut(now)
+        then = self._failures.on_failure(now, failure, ramp.wanted, is_adding=ramp.is_adding)
+        if then.refused_s is not None:
+            connections.on_refused(self._stream.endpoint, then.refused_s)
+        elif then.reason == "no_ranges":
+            connections.on_no_ranges(self._stream.endpoint)
+        if then.reason != "failed" or then.connections != ramp.wanted:
+            self._back_off(then.reason, then.connections)
 
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
         self._may_overlap = False
@@ -485,8 +417,10 @@ class _Transfer:
                     self._may_overlap = self._ramp.wanted == 1
             late = pieces.find_late(now)
             if late is not None and late in self._tasks:
-                self._reader.emit(PieceCut(self._upstream, self._stream.endpoint, late.end))
-                self._reader.pull.late_pieces += 1
+                self._reader.emit(
+                    PartCut(self._upstream, self._stream.endpoint, late.received_until)
+                )
+                self._reader.pull.late_parts += 1
                 self._ramp.on_cut(now)
                 if not late.has_response:
                     self._on_failure(late, UpstreamTimeout("a range was not sent in time"))

@@ -5,9 +5,10 @@ late. Must not know: asyncio, connections, how many there may be (:mod:`mirror.p
 
 Theory of operation. Bytes are handed out in order, from ``position`` on. In front of it is what the
 reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
-A *plain* piece has no end of its own, and runs on until it meets a piece of another connection, as
-the first response does. Until that one has a response, the plain piece runs over it, so that a
-refusal costs nothing.
+The *plain* piece is that of the first response. It has no end of its own, and runs on until it
+meets a piece of another connection. Until that one has a response, the plain piece runs over it, so
+that a refusal costs nothing. All other pieces end where their requests do: what a connection that
+is closed early has in its sockets is fetched twice.
 
 The connection of the piece at the front pauses while its bytes are not handed out. A piece ahead of
 it needs memory for all of its bytes. A *paced* piece needs none: it pauses ahead of the front, too.
@@ -19,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import ceil
-from statistics import median
+from statistics import median_low
 from typing import Final
 
 MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
@@ -34,11 +35,15 @@ _LATE_AFTER_S: Final = 0.75
 piece that was cut, so that bytes which are slow everywhere arrive at last. Less than two
 measurements of the rate take."""
 _LATE_FACTOR: Final = 4
-"""A piece is late if its rate is the median of the others divided by this, or less."""
+"""A piece is late if its rate is less than the median of the others, divided by this."""
+_STARVED_FACTOR: Final = 32
+"""A piece is late, too, if its rate is less than the median of earlier pieces, divided by this.
+With less, a storage or a machine that gets slow as a whole would have all its pieces cut, and a cut
+loses what is in the sockets."""
 _JUDGED_AFTER_S: Final = 0.25
 """Seconds after which the rate of a piece counts for others: before, it is that of a start."""
 _KEPT_RATES: Final = 8
-"""Rates of complete pieces that others are compared with."""
+"""Rates of the latest complete pieces that are kept, for others to be compared with."""
 _FIRST_LATENCY_S: Final = 0.07
 """Seconds that a response is expected to take before one was measured: as on one continent."""
 _LEAD: Final = 1.5
@@ -47,14 +52,17 @@ plain one might be faster, and the response would be of no use."""
 _TIMES_LATENCY: Final = 3
 """A request asks for as many bytes as arrive in the time of a response, times this, so that at most
 a quarter of the time is spent without data."""
-_LEAST_ALONE: Final = 16
-"""Pieces that a connection which is alone brings before another one is added. It is closed then,
-and what the upstream has sent meanwhile is lost: up to a megabyte."""
+_PIECES_ALONE: Final = 16
+"""Pieces that are requested as one if there may be no other connection now. With fewer, too much of
+the time would be spent without data. With more, others could not help again soon."""
 
 
-def piece_size(total: int, most: int) -> int:
-    """Return the bytes of each piece of a blob of ``total`` bytes. ``most``: as configured."""
-    return min(most, max(MIN_PIECE_BYTES, total // _PIECES_OF_A_BLOB))
+def piece_size(total: int, configured: int) -> int:
+    """Return the bytes of each piece of a blob of ``total`` bytes.
+
+    ``configured``: ``parallel.part`` in bytes. Small blobs have smaller pieces.
+    """
+    return min(configured, max(MIN_PIECE_BYTES, total // _PIECES_OF_A_BLOB))
 
 
 @dataclass(slots=True, eq=False)
@@ -64,20 +72,21 @@ class Piece:
     start: int
     """Offset of the first byte."""
     stop: int
-    """Offset after the last byte. That of the plain piece falls when it meets another one."""
+    """Offset after the last byte that is fetched. That of the plain piece falls when it meets
+    another one."""
     asked_at: float
     late_after: float = _LATE_AFTER_S
     """Seconds for which it is not late."""
     is_plain: bool = False
     alone_until: int = 0
-    """Offset up to which no other piece is requested behind a plain one."""
+    """While less than up to this offset has arrived, no piece behind it is requested."""
     is_paced: bool = False
-    is_fetched: bool = True
-    """Whether a connection fetches it."""
+    has_connection: bool = True
+    """Whether a connection fetches it. False: it is complete, or was given back."""
     has_response: bool = False
-    end: int = field(init=False)
+    received_until: int = field(init=False)
     """Offset after the last byte that has arrived."""
-    taken: int = field(init=False)
+    handed_out_until: int = field(init=False)
     """Offset after the last byte that was handed out."""
     paused_s: float = 0.0
     """Seconds in which its reader has paused."""
@@ -86,12 +95,12 @@ class Piece:
     chunks: deque[bytes] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.end = self.taken = self.start
+        self.received_until = self.handed_out_until = self.start
 
     @property
     def waiting(self) -> int:
         """Bytes that have arrived and are not handed out."""
-        return self.end - self.taken
+        return self.received_until - self.handed_out_until
 
     def elapsed(self, now: float) -> float:
         """Return the seconds since the request, without pauses of the reader."""
@@ -110,7 +119,7 @@ class Piece:
 
     def rate(self, now: float) -> float:
         """Return the bytes per second since the request."""
-        return (self.end - self.start) / max(self.elapsed(now), 1e-3)
+        return (self.received_until - self.start) / max(self.elapsed(now), 1e-3)
 
 
 class Pieces:
@@ -131,7 +140,8 @@ class Pieces:
         self.latency: float | None = None
         """Seconds that the latest response took, or that a request without one has waited. None:
         there was none."""
-        self._rates: deque[float] = deque(maxlen=_KEPT_RATES)
+        self._rates: deque[tuple[float, float]] = deque(maxlen=_KEPT_RATES)
+        """(time, rate) of each of the latest complete pieces."""
         self._late_after: dict[int, float] = {}
         """Offset of the rest of a piece that was cut -> seconds for which that is not late."""
 
@@ -152,21 +162,21 @@ class Pieces:
     def ahead(self) -> int:
         """Bytes in memory, and those that will be there before their connection pauses."""
         return sum(
-            piece.waiting if self.may_pause(piece) else piece.stop - piece.taken
+            piece.waiting if self.may_pause(piece) else piece.stop - piece.handed_out_until
             for piece in self._pieces
         )
 
     def may_pause(self, piece: Piece) -> bool:
         """Return whether the connection of a piece pauses while its bytes are not handed out."""
-        return piece.is_paced or piece.taken == self.position
+        return piece.is_paced or piece.handed_out_until == self.position
 
     def is_stuck(self, piece: Piece) -> bool:
         """Return whether a paced piece is ahead of the front, and waits for others."""
-        return piece.is_paced and piece.taken > self.position
+        return piece.is_paced and piece.handed_out_until > self.position
 
     def is_passed(self, piece: Piece) -> bool:
         """Return whether a plain piece has met another one, so that it brings nothing more."""
-        return piece.has_response and piece.end < self.position
+        return piece.has_response and piece.received_until < self.position
 
     @property
     def front(self) -> Piece | None:
@@ -174,7 +184,7 @@ class Pieces:
         at_front = (
             piece
             for piece in self._pieces
-            if piece.taken == self.position and (piece.chunks or piece.is_fetched)
+            if piece.handed_out_until == self.position and (piece.chunks or piece.has_connection)
         )
         # A plain piece that has just met the next one is at the front, too, until it is ended.
         return max(at_front, key=lambda piece: piece.waiting, default=None)
@@ -189,7 +199,16 @@ class Pieces:
         self._insert(plain)
         return plain
 
-    def claim(self, now: float, rate: float, connections: int, room: int = 0) -> Piece | None:
+    def claim(
+        self,
+        now: float,
+        rate: float,
+        connections: int,
+        room: int = 0,
+        *,
+        is_alone: bool = False,
+        is_last: bool = False,
+    ) -> Piece | None:
         """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
 
         If responses take long, a request asks for several pieces at once, as one. Near the end of
@@ -198,27 +217,30 @@ class Pieces:
         Args:
             now: The time.
             rate: Bytes per second of one connection.
-            connections: How many may be had. With one, the piece is plain and paced.
+            connections: How many there are to be.
             room: Bytes of memory for it. It is larger than usual only if there is room.
+            is_alone: Whether there may be no other connection now. The piece is larger then.
+            is_last: Whether there will be no other one. The piece has all of the gap then.
         """
         latency = self.latency or _FIRST_LATENCY_S
         start, stop = self._first_gap(lead=max(self.size // 2, int(_LEAD * rate * latency)))
         if start >= stop:
             return None
-        is_alone = connections == 1
-        most = self._request_bytes(rate, room)
-        least = most // _LAST_PIECES
-        size = min(most, max(least, self.missing // (2 * connections)))
-        if not is_alone and stop - start - size >= least:
+        size = self._request_bytes(rate, room)
+        smallest = size // _LAST_PIECES
+        if is_alone:
+            size = self.size * _PIECES_ALONE
+        elif self.missing < 2 * connections * size:  # The end is near.
+            size = max(smallest, self.missing // (2 * connections))
+        if not is_last and stop - start - size >= smallest:
             stop = start + size
         piece = Piece(
             start,
             stop,
             now,
             max(self._late_after.get(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
-            is_plain=is_alone,
-            alone_until=start + _LEAST_ALONE * self.size if is_alone and stop == self.total else 0,
-            is_paced=is_alone,
+            alone_until=stop - connections * self.size if is_alone else 0,
+            is_paced=is_alone or is_last,
         )
         self._insert(piece)
         return piece
@@ -233,14 +255,16 @@ class Pieces:
         cursor, is_behind_plain = self.position, False
         for piece in self._pieces:
             # A few bytes between the plain piece and the next one are left to it.
-            least = self.size // 2 if is_behind_plain else 1
-            if piece.start - cursor >= least:
+            smallest = self.size // 2 if is_behind_plain else 1
+            if piece.start - cursor >= smallest:
                 return cursor, piece.start
-            is_behind_plain = piece.is_plain and piece.is_fetched and not self.is_passed(piece)
-            if is_behind_plain and piece.end < piece.alone_until:
-                return self.total, self.total
-            cursor = max(cursor, piece.end + lead if is_behind_plain else piece.stop)
-        return min(cursor, self.total), self.total
+            if piece.has_connection and piece.received_until < piece.alone_until:
+                break
+            is_behind_plain = piece.is_plain and piece.has_connection and not self.is_passed(piece)
+            cursor = max(cursor, piece.received_until + lead if is_behind_plain else piece.stop)
+        else:
+            return min(cursor, self.total), self.total
+        return self.total, self.total
 
     def _insert(self, piece: Piece) -> None:
         self._pieces.append(piece)
@@ -254,7 +278,8 @@ class Pieces:
         """
         self.latency = now - piece.asked_at
         piece.has_response = not any(
-            other is not piece and other.start <= piece.start < other.end for other in self._pieces
+            other is not piece and other.start <= piece.start < other.received_until
+            for other in self._pieces
         )
         piece.has_response = piece.has_response and piece.start >= self.position
         if not piece.has_response:
@@ -267,37 +292,39 @@ class Pieces:
         """Add the next bytes of a piece. Returns whether it is complete. Further bytes are cut."""
         if piece.is_plain:
             piece.stop = self._stop_of_plain(piece)
-        room = piece.stop - piece.end
+        room = piece.stop - piece.received_until
         if len(chunk) > room:
             chunk = chunk[:room]
         if chunk:
             piece.chunks.append(chunk)
-            piece.end += len(chunk)
-        if piece.end == piece.stop and piece.is_fetched:
-            self._rates.append(piece.rate(now))
-            piece.is_fetched = False
+            piece.received_until += len(chunk)
+        if piece.received_until == piece.stop and piece.has_connection:
+            self._rates.append((now, piece.rate(now)))
+            piece.has_connection = False
             self._tidy(piece)
-        return not piece.is_fetched
+        return not piece.has_connection
 
     def _stop_of_plain(self, plain: Piece) -> int:
         """Return where a plain piece ends: where the next piece that has a response begins.
 
         The next one may have been handed out in part, while the plain one has not been read.
         """
-        if plain.end < self.position:
-            return plain.end  # The piece behind it was handed out, and is gone.
+        if plain.received_until < self.position:
+            return plain.received_until  # The piece behind it was handed out, and is gone.
         starts = (
-            piece.taken
+            piece.handed_out_until
             for piece in self._pieces
-            if piece is not plain and piece.has_response and piece.taken >= plain.end
+            if piece is not plain
+            and piece.has_response
+            and piece.handed_out_until >= plain.received_until
         )
         return min(starts, default=self.total)
 
     def give_back(self, piece: Piece) -> None:
-        """Note that nobody fetches the piece any more. What has arrived is kept."""
-        if piece.is_fetched:
-            piece.is_fetched = False
-            piece.stop = piece.end
+        """Note that its connection has ended. What has arrived is kept."""
+        if piece.has_connection:
+            piece.has_connection = False
+            piece.stop = piece.received_until
         self._tidy(piece)
 
     def skip(self, count: int) -> None:
@@ -310,14 +337,18 @@ class Pieces:
         if piece is None or not piece.chunks:
             return None
         chunk = piece.chunks.popleft()
-        piece.taken += len(chunk)
+        piece.handed_out_until += len(chunk)
         self.position += len(chunk)
         self._tidy(piece)
         return chunk
 
     def _tidy(self, piece: Piece) -> None:
         """Drop a piece of which nothing is left."""
-        if not piece.is_fetched and piece.taken == piece.end and piece in self._pieces:
+        if (
+            not piece.has_connection
+            and piece.handed_out_until == piece.received_until
+            and piece in self._pieces
+        ):
             self._pieces.remove(piece)
 
     # --- late pieces ----------------------------------------------------------------------------
@@ -328,20 +359,26 @@ class Pieces:
         The caller cuts it: it ends the connection, and gives the rest of the piece back. If it had
         no response, later requests get more time for theirs.
         """
-        fetched = [piece for piece in self._pieces if piece.is_fetched]
-        for piece in fetched:
-            if piece.elapsed(now) < piece.late_after:
+        for piece in self._pieces:
+            if not piece.has_connection or piece.elapsed(now) < piece.late_after:
                 continue
-            # The earlier ones count, too: those that are fetched now may all be slow.
-            peers = list(self._rates)
-            peers += [
-                other.rate(now)
-                for other in fetched
-                if other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
-            ]
-            if peers and piece.rate(now) * _LATE_FACTOR < median(peers):
-                self._late_after[piece.end] = 2 * piece.late_after
+            if self._is_slow(piece, now):
+                self._late_after[piece.received_until] = 2 * piece.late_after
                 if not piece.has_response:
                     self.latency = max(self.latency or 0.0, piece.elapsed(now))
                 return piece
         return None
+
+    def _is_slow(self, piece: Piece, now: float) -> bool:
+        """Compare the rate of a piece with those of the others in the time since its request."""
+        peers = [rate for at, rate in self._rates if at >= piece.asked_at]
+        peers += [
+            other.rate(now)
+            for other in self._pieces
+            if other.has_connection and other is not piece and other.elapsed(now) >= _JUDGED_AFTER_S
+        ]
+        if peers and piece.rate(now) * _LATE_FACTOR < median_low(peers):
+            return True
+        # Those that are fetched now may all starve.
+        earlier = [rate for _, rate in self._rates]
+        return bool(earlier) and piece.rate(now) * _STARVED_FACTOR < median_low(earlier)

@@ -5,7 +5,8 @@ Must not know: asyncio, pieces, other fetches.
 
 One connection is added while the last addition raised the whole rate by a quarter or more. An
 addition that does not is taken back, and none follows. So a rate that is shared, or limited in all,
-or limited by our own disk, is fetched by as few connections as reach it.
+is fetched by as few connections as reach it. None is added while we are slower than those that are
+there: while the reader takes nothing, or bytes wait in their sockets.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ _MIN_REMAINING_S: Final = 1.0
 _MAX_PAUSED: Final = 0.5
 """Part of a measurement in which the reader may take nothing. With more, the reader is the limit,
 and what further connections bring would only fill the memory."""
+_UNREAD_BYTES: Final = 512 * 1024
+"""Bytes that wait in a socket when we are slower than its connection: more than arrive between two
+reads, 5 ms at 100 MB/s. They would be lost if it was closed."""
+_MAX_BEHIND: Final = 0.5
+"""Part of the bytes of a measurement behind which so many may wait. Measured: at most 0.2 if the
+upstream limits each connection to 100 MB/s, at least 0.9 if the processor is the limit."""
 _MIN_LATENCIES: Final = 5
 """Times of a response over which an addition is measured at least: a connection brings bytes for
 three of them, and then waits for one."""
@@ -43,35 +50,44 @@ class Step(Enum):
 class Ramp:
     """The number of connections of one fetch. Times in seconds of one clock."""
 
-    def __init__(self, most: int) -> None:
-        """Start with one connection. ``most``: how many there may be."""
+    def __init__(self, limit: int) -> None:
+        """Start with one connection. ``limit``: ``parallel.connections``."""
         self.wanted = 1
         """The number of connections to have."""
         self.rate = 0.0
         """Bytes per second of all connections, as it was last measured."""
         self.is_adding = False
         """Whether the last addition has not been judged."""
-        self._most = most
+        self._limit = limit
         self._since: float | None = None
         self._bytes = 0
         self._paused_s = 0.0
+        self._bytes_behind = 0
+        """Bytes behind which :data:`_UNREAD_BYTES` or more waited."""
 
     @property
     def rate_of_one(self) -> float:
         """Bytes per second of one of the connections that were measured."""
         return self.rate / max(1, self.wanted - self.is_adding)
 
+    @property
+    def may_grow(self) -> bool:
+        """Whether there may be more connections than now."""
+        return self.wanted < self._limit
+
     def _begin(self, now: float | None) -> None:
         """Begin a measurement. None: it begins later."""
-        self._since, self._bytes, self._paused_s = now, 0, 0.0
+        self._since, self._bytes, self._paused_s, self._bytes_behind = now, 0, 0.0, 0
 
-    def receive(self, now: float, count: int) -> None:
-        """Count bytes of any connection."""
+    def receive(self, now: float, count: int, unread: int = 0) -> None:
+        """Count bytes of any connection. ``unread``: bytes that wait in its socket behind them."""
         if self._since is None:
             if self.is_adding:
                 return  # The measurement begins when the new connection sends, too.
             self._begin(now)
         self._bytes += count
+        if unread >= _UNREAD_BYTES:
+            self._bytes_behind += count
 
     def pause(self, seconds: float) -> None:
         """Count seconds in which the reader took no bytes."""
@@ -107,9 +123,10 @@ class Ramp:
             return Step.NO_GAIN
         self.rate, self.is_adding = rate, False
         is_reader_slow = self._paused_s > _MAX_PAUSED * seconds
+        is_reader_slow |= self._bytes_behind > _MAX_BEHIND * self._bytes
         self._begin(now)
         is_worth = missing > rate * _MIN_REMAINING_S and missing > MIN_REMAINING_PIECES * size
-        may_add = self.wanted < self._most and not is_reader_slow
+        may_add = self.may_grow and not is_reader_slow
         return Step.ADD if is_worth and may_add else Step.KEEP
 
     def add(self) -> None:
@@ -120,6 +137,6 @@ class Ramp:
 
     def back_off(self, wanted: int) -> None:
         """Have ``wanted`` connections from now on, and never more."""
-        self.wanted = self._most = wanted
+        self.wanted = self._limit = wanted
         self.is_adding = False
         self._begin(None)

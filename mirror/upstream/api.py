@@ -89,6 +89,10 @@ class ContentStream(Protocol):
     def endpoint(self) -> str:
         """URL of the endpoint that responded, not of the storage that it redirected to."""
 
+    @property
+    def unread(self) -> int:
+        """Bytes that have arrived at the socket, and wait to be read. TLS adds a few percent."""
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield chunks as they arrive.
 

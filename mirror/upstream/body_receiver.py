@@ -15,6 +15,9 @@ parsed in such a body. So this protocol takes as much as has arrived, up to 1 Mi
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
+import termios
 import weakref
 from collections import deque
 from functools import partial
@@ -189,3 +192,13 @@ def take_over(response: aiohttp.ClientResponse, received: int) -> BodyReceiver |
     if connection is None or connection.transport is None or connection.transport.is_closing():
         return None
     return BodyReceiver(response, missing)
+
+
+def count_unread(response: aiohttp.ClientResponse) -> int:
+    """Return the bytes that wait in the socket of a response. 0 after its end."""
+    connection = response.connection
+    if connection is None or connection.transport is None or connection.transport.is_closing():
+        return 0
+    socket = connection.transport.get_extra_info("socket")
+    count: int = struct.unpack("i", fcntl.ioctl(socket.fileno(), termios.FIONREAD, bytes(4)))[0]
+    return count

@@ -38,6 +38,7 @@ from mirror.upstream.api import (
     ManifestBody,
     ManifestHead,
 )
+from mirror.upstream.body_receiver import count_unread
 from mirror.upstream.documents import (
     identify_manifest,
     merge_referrers,
@@ -303,6 +304,11 @@ class BodyStream:
     def media_type(self) -> str:
         """See :attr:`mirror.upstream.api.ContentStream.media_type`."""
         return manifest_type_of(self._response.http.headers.get(hdrs.CONTENT_TYPE))
+
+    @property
+    def unread(self) -> int:
+        """See :attr:`mirror.upstream.api.ContentStream.unread`."""
+        return count_unread(self._response.http)
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""

@@ -45,9 +45,9 @@ def test_one_fetch_serves_all_clients_before_it_is_complete(
             # A large blob is fetched by several connections, each of them a part.
             first, *parts = sorted(front.blob_gets(digest), key=lambda seen: seen.status)
             assert (first.status, {seen.status for seen in parts} - {206}) == (200, set())
-            # On a busy machine, a connection that is closed early loses up to 10 MB, which are in
-            # the buffers of its sockets. The benchmark has the bound of 1 % alone.
-            assert size <= first.sent + sum(seen.sent for seen in parts) <= size * 1.01 + 10e6
+            # On a busy machine, the first response, which is closed early, may lose more: what is
+            # in the buffers of its sockets. The benchmark has the bound of 1 % alone.
+            assert size <= first.sent + sum(seen.sent for seen in parts) <= size * 1.01 + 2e6
             # All clients had data before the upstream had sent everything.
             ended = max(seen.ended for seen in (first, *parts))
             assert max(one.first_byte for one in done) < ended

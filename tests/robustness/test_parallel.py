@@ -179,7 +179,7 @@ async def test_429_of_a_further_connection_disturbs_no_other_pull(tmp_path: Path
         assert fake.count("GET", f"blobs/{digest}") == 2
 
 
-@pytest.mark.row("U6-429-with-retry-after")
+@pytest.mark.row("U9-rate-limits")
 @pytest.mark.parametrize("retry_after", ["0", "1"])
 async def test_pulls_beside_one_of_several_connections_do_not_fail_by_the_limit_of_the_upstream(
     tmp_path: Path, retry_after: str

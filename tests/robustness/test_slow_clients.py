@@ -83,9 +83,9 @@ def test_200_slow_clients_use_bounded_memory_and_delay_no_fast_client(
             seen = [one for one in registry.seen() if one.path.endswith(f"/blobs/{digest}")]
             fetched = [one for one in seen if one.method == "GET"]
             assert [one.status for one in fetched].count(200) == 1, "the others are of parts"
-            # On a busy machine, a connection that is closed early loses up to 10 MB, which are in
-            # the buffers of its sockets.
-            assert sum(one.sent for one in fetched) <= size * 1.05 + 30e6
+            # The first response, and no other one, may be closed early. What is in its sockets is
+            # lost then: 4 MB of the sender, and up to 1 MB of ours.
+            assert sum(one.sent for one in fetched) <= size * 1.01 + 6e6
             tried(200)
 
 

@@ -57,7 +57,7 @@ def test_request_with_bytes_of_aside_requests_says_how_many() -> None:
 
 
 def test_request_that_several_connections_fetched_says_how_many_and_what_came_late() -> None:
-    pull = a_pull(kind=Kind.BLOB, outcome=Outcome.MISS, connections=4, late_pieces=2)
+    pull = a_pull(kind=Kind.BLOB, outcome=Outcome.MISS, connections=4, late_parts=2)
     fields = json.loads(written(events.RequestEnded(pull))[0])
     assert (fields["connections"], fields["late_parts"]) == (4, 2)
     assert "connections" not in json.loads(written(events.RequestEnded(a_pull()))[0])

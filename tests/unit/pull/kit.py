@@ -63,6 +63,7 @@ class Stream:
     piece: int = 65_536
     pace: float = 0.0
     """Seconds between two chunks."""
+    unread: int = 0
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         position = self.start

@@ -103,6 +103,8 @@ class Upstream:
     """Time of the loop from which nothing arrives any more."""
     trickle: float = 0.0
     """Rate of each connection from then on. With 0, no request is answered, either."""
+    unread: int = 0
+    """Bytes that always wait in the socket of a connection."""
     buffer: int = 0
     """Bytes in the buffers of a socket: they are lost when a connection is closed early."""
     asked: list[float] = field(default_factory=list)
@@ -164,6 +166,7 @@ class Stream:
         self._position = start
         self._stop = stop
         self._is_closed = False
+        self.unread = upstream.unread
         self._number = upstream.opened
         upstream.opened += 1
         upstream.connections += 1

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
+from mirror.observability.events import BackedOff, ConnectionsChanged, PartCut
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -127,7 +127,7 @@ def test_blob_without_a_size_is_read_by_one_connection() -> None:
 def test_late_part_is_cut_and_fetched_by_another_connection() -> None:
     upstream = Upstream(DATA, slow=lambda number: 0.001 if number == 2 else 1.0)
     result = pull(upstream)
-    assert len(result.happened(PieceCut)) >= 1
+    assert len(result.happened(PartCut)) >= 1
     assert result.seconds < 6.5
     assert upstream.sent <= 1.01 * len(DATA)
 
@@ -139,7 +139,7 @@ def test_first_response_that_starves_is_cut_too() -> None:
     upstream = Upstream(DATA)
     upstream.slow = lambda number: 1.0 if number or upstream.sent < 5 * MIB else 0.001
     result = pull(upstream)
-    assert result.happened(PieceCut)
+    assert result.happened(PartCut)
     assert result.seconds < 7
 
 
@@ -357,7 +357,7 @@ def test_single_failures_take_no_connection_away(every: int) -> None:
 def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most: float) -> None:
     upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
     result = pull(upstream)
-    assert result.happened(PieceCut)
+    assert result.happened(PartCut)
     assert result.seconds < most * 9.6
 
 
@@ -422,6 +422,39 @@ def test_reader_that_is_slower_than_one_connection_gets_no_second_one(rate: int)
     upstream = Upstream(DATA, rate=200 * MIB)
     pull(upstream, pause=lambda at: CHUNK_BYTES / rate)
     assert upstream.opened == 1
+
+
+def test_connection_whose_bytes_wait_in_its_socket_gets_no_second_one() -> None:
+    """The reader or the processor is slower than it. Closing it early would lose these bytes."""
+    upstream = Upstream(DATA, unread=2 * MIB, buffer=10 * MIB)
+    pull(upstream)
+    assert (upstream.opened, upstream.sent) == (1, len(DATA))
+
+
+def test_fetch_that_lacks_memory_for_a_while_closes_no_further_connection_early() -> None:
+    """Its connections do not help then, and one of them brings several pieces."""
+    memory, other = MemoryBudget(12 * MIB), object()
+
+    async def read() -> Upstream:
+        upstream = Upstream(DATA, buffer=4 * MIB, latency=0.05)
+
+        async def use_memory() -> None:
+            while True:
+                await asyncio.sleep(1.5)
+                memory.hold_ahead(other, 12 * MIB)
+                await asyncio.sleep(1.5)
+                memory.hold_ahead(other, 0)
+
+        async with asyncio.TaskGroup() as group:
+            using = group.create_task(use_memory())
+            result = await transfer(upstream, Parallel(part=MIB), memory=memory)
+            using.cancel()
+        assert result.is_right
+        return upstream
+
+    upstream = run_virtually(read())
+    assert max(stop - start for start, stop in upstream.requested) == 16 * MIB
+    assert upstream.sent <= len(DATA) + upstream.buffer + CHUNK_BYTES, "the first response alone"
 
 
 def test_upstream_sends_less_than_1_percent_twice_of_512_mib_at_100_mb_per_second() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mirror.pull.pieces import _FIRST_LATENCY_S, _LEAD, MIN_PIECE_BYTES, Piece, Pieces, piece_size
 from tests.unit.store.kit import random_bytes
 
-DATA = random_bytes(400, 17)
+DATA = random_bytes(4000, 17)
 MIB = 2**20
 
 
@@ -26,9 +26,10 @@ class Window:
     accepted: int = 0
     now: float = 0.0
 
-    def claim(self, lead: int, connections: int = 2) -> bool:
+    def claim(self, lead: int, connections: int = 2, *, is_alone: bool = False) -> bool:
         rate = lead / (_LEAD * (self.pieces.latency or _FIRST_LATENCY_S))
-        piece = self.pieces.claim(self.now, rate, connections)
+        is_last = connections == 1
+        piece = self.pieces.claim(self.now, rate, connections, is_alone=is_alone, is_last=is_last)
         if piece is not None:
             self.open.append(piece)
         return piece is not None
@@ -40,12 +41,12 @@ class Window:
     def receive(self, piece: Piece, count: int) -> None:
         """Let a connection bring bytes. It may bring more than the piece has room for."""
         self.now += 0.1
-        end = piece.end
+        end = piece.received_until
         chunk = DATA[end : end + count]
         if not piece.is_plain:
             chunk = DATA[end : min(end + count, piece.stop)]
         is_complete = self.pieces.receive(piece, chunk, self.now)
-        self.accepted += piece.end - end
+        self.accepted += piece.received_until - end
         if is_complete:
             self.open.remove(piece)
 
@@ -64,7 +65,11 @@ class Window:
         assert pieces.missing == pieces.total - len(self.out) - waiting
         assert pieces.position == len(self.out)
         assert pieces.ahead >= waiting
-        arrived = sorted((piece.start, piece.end) for piece in pieces if piece.end > piece.start)
+        arrived = sorted(
+            (piece.start, piece.received_until)
+            for piece in pieces
+            if piece.received_until > piece.start
+        )
         assert all(one[1] <= two[0] for one, two in pairwise(arrived))
 
 
@@ -79,7 +84,8 @@ def test_every_order_of_arrival_yields_the_exact_bytes_and_none_is_taken_twice(
     for _ in range(data.draw(st.integers(0, 40))):
         action = data.draw(st.sampled_from(["claim", "respond", "receive", "cut", "pop"]))
         if action == "claim":
-            window.claim(data.draw(st.integers(0, 80)), data.draw(st.integers(1, 4)))
+            lead, connections = data.draw(st.integers(0, 80)), data.draw(st.integers(1, 4))
+            window.claim(lead, connections, is_alone=data.draw(st.booleans()))
         elif action == "pop":
             window.pop()
         elif window.open:
@@ -122,7 +128,7 @@ def test_plain_piece_runs_over_a_request_without_a_response_and_stops_at_one_wit
     window.respond(late)
     window.receive(plain, 400)
     assert plain not in window.open
-    assert (plain.end, window.pieces.position) == (75, 0)
+    assert (plain.received_until, window.pieces.position) == (75, 0)
 
 
 def test_first_gap_is_requested_first_and_the_last_piece_takes_a_small_rest() -> None:
@@ -145,8 +151,22 @@ def test_last_connection_requests_the_whole_gap_at_the_front() -> None:
     assert window.pieces.ahead == 0, "it pauses in place of using memory"
 
 
+def test_connection_that_is_alone_for_now_requests_sixteen_pieces_and_is_joined_at_their_end() -> (
+    None
+):
+    window = Window(Pieces(0, 4000, 50))
+    window.claim(0, is_alone=True)
+    alone = window.open[0]
+    assert (alone.start, alone.stop, window.pieces.ahead) == (0, 800, 0)
+    window.respond(alone)
+    assert not window.claim(0)
+    window.receive(alone, 700)
+    assert window.claim(0)
+    assert (window.open[-1].start, window.open[-1].stop) == (800, 850)
+
+
 @pytest.mark.parametrize(
-    ("total", "most", "size"),
+    ("total", "configured", "size"),
     [
         (10 * MIB, 8 * MIB, MIN_PIECE_BYTES),
         (96 * MIB, 8 * MIB, 6 * MIB),
@@ -154,8 +174,8 @@ def test_last_connection_requests_the_whole_gap_at_the_front() -> None:
         (10_000 * MIB, MIB, MIB),
     ],
 )
-def test_small_blobs_have_smaller_pieces(total: int, most: int, size: int) -> None:
-    assert piece_size(total, most) == size
+def test_small_blobs_have_smaller_pieces(total: int, configured: int, size: int) -> None:
+    assert piece_size(total, configured) == size
 
 
 def rates(window: Window, *received: int, seconds: float) -> Piece | None:
@@ -200,6 +220,30 @@ def test_piece_is_not_late_at_once_nor_while_its_reader_pauses() -> None:
 def test_pieces_that_are_all_slow_are_not_late() -> None:
     window = Window(Pieces(0, 400, 100))
     assert rates(window, 1, 1, 2, 3, seconds=30.0) is None
+
+
+def test_storage_that_gets_slow_as_a_whole_has_no_late_piece() -> None:
+    """Neither compared with what it brought before, nor with what it brings now."""
+    pieces, now = Pieces(0, 10_000, 100), 0.0
+    for _ in range(8):
+        piece = pieces.claim(now, 0, 2)
+        assert piece is not None
+        pieces.accept_response(piece, now)
+        now += 0.1
+        pieces.receive(piece, bytes(100), now)  # 1,000 bytes a second
+    while len([piece for piece in pieces if piece.has_connection]) < 4:
+        piece = pieces.claim(now, 0, 4)
+        assert piece is not None
+        pieces.accept_response(piece, now)
+        pieces.receive(piece, bytes(60), now)
+    assert pieces.find_late(now + 1.0) is None, "60 bytes a second"
+
+
+def test_pieces_that_all_starve_are_late() -> None:
+    """Compared with what came before, at least one of them may be fetched elsewhere."""
+    window = Window(Pieces(0, 400, 100))
+    assert rates(window, 100, 2, 2, seconds=0.0) is None
+    assert window.pieces.find_late(2.0) in window.open
 
 
 def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -> None:

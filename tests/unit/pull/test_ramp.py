@@ -18,9 +18,9 @@ def measure(ramp: Ramp, now: float, rate: float, missing: int = PLENTY) -> Step:
     return ramp.evaluate(now, missing, SIZE)
 
 
-def added(rate: float, most: int = 4) -> Ramp:
+def added(rate: float, limit: int = 4) -> Ramp:
     """Return a ramp that has measured one connection, and has a second one."""
-    ramp = Ramp(most)
+    ramp = Ramp(limit)
     assert measure(ramp, 0.0, rate) is Step.ADD
     ramp.add()
     ramp.on_connections(1.0, 2)
@@ -68,8 +68,17 @@ def test_addition_is_measured_once_it_has_a_response() -> None:
     assert measure(ramp, 10.0, 900) is Step.KEEP
 
 
+@pytest.mark.parametrize(("part", "step"), [(0.2, Step.ADD), (0.8, Step.KEEP)])
+def test_no_connection_is_added_while_bytes_wait_in_the_sockets(part: float, step: Step) -> None:
+    ramp = Ramp(4)
+    ramp.receive(0.0, 0)
+    ramp.receive(0.1, int(1000 * part), unread=2**20)
+    ramp.receive(MEASURE_S, int(1000 * (1 - part)), unread=2**17)
+    assert ramp.evaluate(MEASURE_S, PLENTY, SIZE) is step
+
+
 def test_connections_have_a_limit() -> None:
-    ramp = added(1000, most=2)
+    ramp = added(1000, limit=2)
     assert measure(ramp, 1.0, 2000) is Step.KEEP
     assert ramp.wanted == 2
 

@@ -319,3 +319,18 @@ async def test_bodies_that_nobody_reads_wait_in_few_bytes(receivers: list[BodyRe
         assert 0 < sum(held) <= body_receiver._ALL_READS_BYTES + count * (128 << 10)
         for first, chunks in zip(firsts, bodies, strict=True):
             assert first + b"".join([chunk async for chunk in chunks]) == BODY * 2
+
+
+async def test_bytes_that_wait_in_the_socket_are_counted_until_they_are_read() -> None:
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest = fake.add_blob(BODY)
+        async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
+            got = b""
+            async for chunk in stream:
+                if not got:
+                    await until(lambda: stream.unread > 100_000)
+                got += chunk
+            assert (got, stream.unread) == (BODY, 0)
+        async with kit.registry.open(REPO, digest, Kind.BLOB) as stream:
+            stream.close()
+            assert stream.unread == 0

@@ -296,7 +296,7 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     values: dict[str, Any] = {field.name: f"<{field.name}>" for field in fields(RequestRecord)}
     # A hit is no error, has no warning, and no fetch has brought a byte of it.
     values |= {"stages": [("index", 1.0)], "error": "", "warning": "", "joined_at_byte": None}
-    values |= {"is_unverified": False, "aside_bytes": 0, "connections": 0, "late_pieces": 0}
+    values |= {"is_unverified": False, "aside_bytes": 0, "connections": 0, "late_parts": 0}
     first = RequestRecord(**values)
     timing = {"Server-Timing": "index;dur=1.00, total;dur=2.00"}
     response = SingleWriteResponse(timing, b"", lambda: True)

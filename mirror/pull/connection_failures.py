@@ -1,0 +1,191 @@
+"""What failures mean for a transfer by several connections: a pure policy.
+
+Lives here: the count of failures in a row, the pauses after them, how many connections are left,
+what is remembered for the endpoint, when the transfer ends. The caller passes the time. Must not
+know: asyncio, pieces, which requests are sent (:mod:`mirror.pull.parallel`).
+
+Failures in a row are counted together, whatever their kind. Only bytes handed out of requests that
+were sent later reset the count, so those of the first response do not. After each failure there is
+a pause, twice as long as the one before, and then one request has to be answered before the next.
+After two, the transfer goes on with one connection, or with those before the last addition, and a
+refusal is remembered for the endpoint. If nobody fetches the front then, the transfer ends. Only
+after a 429 it waits, within ``limits.idle``.
+
+The front may stand still for ``limits.idle`` at most: the limits of a body hold for all connections
+of a transfer together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from mirror.observability.events import BackOffReason
+from mirror.oci.errors import (
+    MirrorError,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from mirror.upstream.api import MIN_PROGRESS_BYTES
+
+_MAX_FAILURES: Final = 2
+"""Failures in a row after which the transfer goes on with the connections that it has: one may have
+met a node that restarts."""
+_MAX_WRONG_RANGES: Final = 4
+"""The same for responses that are not the range. The next request after the transfer has none if
+one more is wrong, so that all bytes are sent again. But it may be one node of several."""
+_FIRST_PAUSE_S: Final = 0.1
+"""Seconds for which no request is sent after a failure, and twice as many after each further one:
+about the time of a request, so that a refusal costs little."""
+_IS_SENDING_S: Final = 1.0
+"""Seconds since the latest bytes of an endpoint in which a failure is a refusal of one connection
+more. Later, the endpoint itself may stand still."""
+_RETRY_AFTER_S: Final = 1.0
+"""Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
+after each further one. The number of connections was accepted before, so the server may count one
+that has just ended."""
+_SHORT_WAIT_S: Final = 2.0
+"""Seconds for which a transfer rather has no connection than one request too many."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A connection that failed. Times in seconds of the clock of the policy."""
+
+    error: MirrorError
+    asked_at: float
+    """Time of its request."""
+    received: int
+    """Bytes that it has brought."""
+    has_response: bool
+    is_first: bool
+    """Whether it was the response that the transfer began with."""
+    is_last: bool
+    """Whether it was the only connection, and brought all that was missing."""
+    sent_at: float
+    """Time of the latest bytes of any connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Consequence:
+    """The changes after a failure."""
+
+    reason: BackOffReason
+    connections: int
+    """The number of connections from now on."""
+    refused_s: float | None = None
+    """Seconds for which the endpoint gets no further connection. It is remembered that it has
+    refused one. None: it has not."""
+
+
+class ConnectionFailures:
+    """The failures in a row of one transfer, and how long its front has stood still."""
+
+    def __init__(self, now: float, idle: float, min_rate: int) -> None:
+        """Start without failures.
+
+        Args:
+            now: The time.
+            idle: Seconds for which the front may stand still (``limits.idle``).
+            min_rate: Bytes per second below which it does (``limits.min_rate``).
+        """
+        self._idle, self._min_rate = idle, min_rate
+        self._front_at = now
+        """Time since which the front has moved by less than ``min_rate``, as for a body."""
+        self._moved = 0
+        """Bytes by which it has moved since then."""
+        self._count = 0
+        """Failures in a row of further connections: requests that were sent after the one before,
+        and have brought less than :data:`MIN_PROGRESS_BYTES`. See :meth:`on_progress`."""
+        self._max_count = _MAX_FAILURES
+        """The count at which the transfer ends if nobody fetches the front."""
+        self.latest: MirrorError | None = None
+        """The latest of these failures. It is never a refusal of the content."""
+        self._failed_at = 0.0
+        """Time of the latest one that was counted. Requests before it had the same cause."""
+        self._brought = 0
+        """Bytes handed out of further connections that were requested after it."""
+        self.not_before = 0.0
+        """Time before which no request is sent."""
+
+    @property
+    def is_retrying(self) -> bool:
+        """Whether a request has to be answered before the next one is sent."""
+        return self._count > 0
+
+    def is_over(self, now: float, *, is_fetched: bool, has_bytes: bool) -> bool:
+        """Return whether the transfer ends.
+
+        Args:
+            now: The time.
+            is_fetched: Whether the next byte to hand out has arrived, or a connection fetches it.
+            has_bytes: Whether it has arrived.
+        """
+        end_at = self._front_at + self._idle
+        if isinstance(self.latest, UpstreamRateLimited):
+            is_given_up = self.not_before > end_at
+        else:
+            is_given_up = self._count >= self._max_count
+        return (is_given_up and not is_fetched) or (now >= end_at and not has_bytes)
+
+    def pause(self, seconds: float) -> None:
+        """Note that the reader took no bytes for so long. That is no silence of the upstream."""
+        self._front_at += seconds
+
+    def on_progress(self, now: float, count: int, asked_at: float | None) -> None:
+        """Note that ``count`` bytes are handed out.
+
+        ``asked_at``: time of their request. None: they are of the first response.
+        """
+        self._moved += count
+        if self._moved >= self._min_rate * (now - self._front_at):
+            self._front_at, self._moved = now, 0
+        if self._count and asked_at is not None and asked_at >= self._failed_at:
+            self._brought += count
+            if self._brought >= MIN_PROGRESS_BYTES:
+                self._count, self.latest = 0, None
+
+    def on_failure(
+        self, now: float, failure: Failure, connections: int, *, is_adding: bool
+    ) -> Consequence:
+        """Count a failure, and decide about the next request and the number of connections.
+
+        Args:
+            now: The time.
+            failure: What has failed.
+            connections: The number of connections to have.
+            is_adding: Whether the last one of these was added a moment ago.
+        """
+        error = self.latest = failure.error
+        if not failure.is_first and not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
+            self.latest = UpstreamUnavailable(f"a further connection failed: {error.message}")
+        if failure.asked_at >= self._failed_at:  # Otherwise the failure before had the same cause.
+            has_progressed = failure.received >= MIN_PROGRESS_BYTES
+            self._count = max(1, self._count + (not has_progressed))
+            self._failed_at, self._brought = now, 0
+        pause = _FIRST_PAUSE_S * 2 ** (self._count - 1)
+        is_repeated = self._count >= _MAX_FAILURES
+        # The number before an addition was accepted. If it fails, too, the rest needs one request.
+        accepted = connections - 1 if is_adding else 1
+        consequence = Consequence("failed", connections)
+        self._max_count = _MAX_FAILURES
+        match error:
+            case UpstreamRateLimited():
+                least = 0.0 if is_adding else _RETRY_AFTER_S * 2 ** (self._count - 1)
+                wait = max(least, error.retry_after or 0.0)
+                left = accepted if is_adding or is_repeated else connections
+                consequence = Consequence("refused", max(1, left), max(pause, wait))
+                if is_repeated or wait <= _SHORT_WAIT_S:
+                    pause = max(pause, wait)
+            case UpstreamProtocolError() if not failure.has_response:
+                self._max_count = _MAX_WRONG_RANGES
+                consequence = Consequence("no_ranges", 1)
+            case _ if failure.is_last:
+                self._count = max(self._count, _MAX_FAILURES)  # The fetch loop decides.
+            case _ if is_repeated:
+                is_refusal = not failure.has_response and now - failure.sent_at <= _IS_SENDING_S
+                consequence = Consequence("failed", max(1, accepted), pause if is_refusal else None)
+        self.not_before = max(self.not_before, now + pause)
+        return consequence
