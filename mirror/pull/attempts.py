@@ -27,6 +27,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.pull.requests import REFUSALS, ContentSource
+from mirror.upstream.api import ContentStream
 
 STALL_GRACE_S: Final = 15.0
 """Seconds without progress, beside ``limits.idle``, after which a source is given up. They are for
@@ -103,6 +104,8 @@ class SourceAttempts:
     """Requests that have failed while our own further connections were a possible cause."""
     is_crowded: bool = False
     """Whether the latest failure was one of these."""
+    ranged_endpoint: str = ""
+    """URL of the endpoint that has sent a range of the content last. Empty: none has."""
     is_reading: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
     is_preempted: bool = False
@@ -114,6 +117,13 @@ class SourceAttempts:
         """Note that a transfer begins, with the byte at ``position``."""
         self.resumed_from, self.has_progressed, self.is_reading = position, False, False
         self.last_progress_at = self.last_progress_at or now
+
+    def on_response(self, stream: ContentStream) -> None:
+        """Note that the transfer has got a response."""
+        self.is_reading = True
+        self.validator, self.endpoint = stream.validator, stream.endpoint
+        if stream.start:
+            self.ranged_endpoint = stream.endpoint
 
     def on_progress(self, position: int, now: float) -> None:
         """Note that the transfer has brought new bytes, up to ``position``."""
@@ -202,10 +212,24 @@ class SourceAttempts:
             self.is_range_suspected, self.may_use_range = False, True
             self.has_refused_whole = True
         failures = [cause for cause in causes if cause not in refusals]
-        self.ranged_failures += any(map(_may_depend_on_range, failures))
+        self.ranged_failures += any(map(self._may_depend_on_range, failures))
         is_first_failed = not self.has_responded and any(map(_is_response, failures))
         if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed:
             self.is_range_suspected, self.may_use_range = False, False
+
+    def _may_depend_on_range(self, error: MirrorError) -> bool:
+        """Return whether ``Range`` may be the cause of a failure.
+
+        Not of a 429, not if no request with a token reached the endpoint, and not if a gateway
+        fails whose endpoint has sent ranges of this content before.
+        """
+        if isinstance(error, UpstreamRateLimited | AllCircuitsOpen) or error.is_without_token:
+            return False
+        if not isinstance(error, UpstreamUnavailable):
+            return True
+        has_sent_range = not self.is_reading and error.endpoint == self.ranged_endpoint != ""
+        is_gateway = has_sent_range and error.scope is FailureScope.SUBJECT
+        return not is_gateway and error.scope is not FailureScope.ENDPOINT
 
     def is_over(self, now: float, *, has_reader: bool = False) -> bool:
         """Return whether the source is given up.
@@ -244,16 +268,6 @@ class SourceAttempts:
         else:
             least, most = 0.0, min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
         return least + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
-
-
-def _may_depend_on_range(error: MirrorError) -> bool:
-    """Return whether ``Range`` may be the cause of a failure.
-
-    Not of a 429, and not if no request with a token reached the endpoint.
-    """
-    if isinstance(error, UpstreamRateLimited | AllCircuitsOpen) or error.is_without_token:
-        return False
-    return not isinstance(error, UpstreamUnavailable) or error.scope is not FailureScope.ENDPOINT
 
 
 def _is_response(error: MirrorError) -> bool:

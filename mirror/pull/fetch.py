@@ -310,8 +310,7 @@ class Fetch:
                         avoid=(*attempts.avoid, *source.avoid),
                     )
                 )
-            attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
-            attempts.is_reading = True
+            attempts.on_response(stream)
             self.endpoints_used.pop(stream.endpoint, None)
             self.endpoints_used[stream.endpoint] = source.request.repository.upstream
             if request.kind is Kind.MANIFEST:
@@ -368,8 +367,9 @@ class Fetch:
         """
         now = asyncio.get_running_loop().time()
         upstream = attempts.source.request.repository.upstream
-        is_first = not attempts.is_reading
-        is_crowded = is_first and self._connections.on_first_failed(upstream, error)
+        is_crowded = not attempts.is_reading and self._connections.on_first_failed(upstream, error)
+        if self._reader is not None:
+            attempts.ranged_endpoint = self._reader.ranged_endpoint or attempts.ranged_endpoint
         attempts.count_failure(error, is_crowded=is_crowded)
         has_reader = self.ingest.is_confirmed and self.ingest.position > 0
         if self.ingest.is_closed or attempts.is_over(now, has_reader=has_reader):

@@ -89,6 +89,8 @@ class ParallelReader:
         self.memory = memory
         self.pull = pull
         self.emit = emit
+        self.ranged_endpoint = ""
+        """URL of the endpoint that has sent a whole piece. Empty: none has."""
         self._pieces: Pieces | None = None
 
     @asynccontextmanager
@@ -340,6 +342,7 @@ class _Transfer:
                 self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
                 await self._read(piece, stream, aiter(stream))
+                self._reader.ranged_endpoint = self._stream.endpoint
         except MirrorError as error:
             self._on_failure(piece, error)
 

@@ -179,6 +179,28 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     assert state.may_use_range is may_use_range
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "is_reading", "scope", "may_use_range"),
+    [
+        ("http://one", False, FailureScope.SUBJECT, True),
+        ("http://one", False, FailureScope.REQUEST, False),
+        ("http://one", True, FailureScope.SUBJECT, False),
+        ("http://two", False, FailureScope.SUBJECT, False),
+    ],
+    ids=["502", "500", "body", "other-endpoint"],
+)
+def test_range_is_kept_while_the_gateway_fails_of_an_endpoint_that_has_sent_ranges(
+    endpoint: str, is_reading: bool, scope: FailureScope, may_use_range: bool
+) -> None:
+    """Otherwise an outage of three seconds costs all bytes a second time."""
+    state = attempts(resumed_from=1, ranged_endpoint="http://one", is_reading=is_reading)
+    for _ in range(4):
+        error = UpstreamUnavailable("failed", scope=scope)
+        error.endpoint = endpoint
+        state.count_failure(error)
+    assert state.may_use_range is may_use_range
+
+
 def test_range_is_kept_after_failures_that_have_another_cause() -> None:
     """Otherwise a token service that fails for a moment costs all bytes a second time."""
     state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
