@@ -102,17 +102,16 @@ class ConnectionBudget:
         until = self._clock() + min(retry_after, _REMEMBERED_S)
         self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
 
-    def on_first_failed(self, upstream: str, error: MirrorError) -> bool:
-        """Note that a first request has failed or was refused. Further connections give way to it.
+    def may_be_crowded(self, upstream: str, error: MirrorError) -> bool:
+        """Return whether a first request may have failed because of further connections.
+
+        If so, these give way to it, and it is to be sent again.
 
         An endpoint, or a firewall before it, may permit a few connections of one address.
 
         Args:
             upstream: Its name.
             error: How the request has ended.
-
-        Returns:
-            Whether further connections may be the cause, so that the request is to be sent again.
         """
         if not isinstance(error, UpstreamUnavailable) or isinstance(error, StorageRefused):
             return False

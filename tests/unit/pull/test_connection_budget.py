@@ -80,17 +80,17 @@ def test_further_connections_give_way_to_a_first_request_that_has_failed() -> No
     clock = [0.0]
     budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
     limited = at_one(UpstreamRateLimited("429", retry_after=30.0))
-    assert not budget.on_first_failed("docker.io", limited), "there is no further connection"
+    assert not budget.may_be_crowded("docker.io", limited), "there is no further connection"
     budget.hold("fetch", ONE, 3)
-    assert budget.on_first_failed("docker.io", limited)
+    assert budget.may_be_crowded("docker.io", limited)
     clock[0] = 29.0
     assert not budget.may_add(ONE), "it would take the place again"
     paused = UpstreamRateLimited("no request was sent", retry_after=1.0)
     budget.hold("fetch", ONE, 0)
-    assert budget.on_first_failed("docker.io", paused), "it met the same pause"
-    assert not budget.on_first_failed("ghcr.io", paused)
+    assert budget.may_be_crowded("docker.io", paused), "it met the same pause"
+    assert not budget.may_be_crowded("ghcr.io", paused)
     clock[0] = 40.0
-    assert not budget.on_first_failed("docker.io", limited)
+    assert not budget.may_be_crowded("docker.io", limited)
 
 
 def without_token() -> MirrorError:
@@ -114,7 +114,7 @@ def test_further_connections_are_no_cause_of_an_error_that_has_another(
 ) -> None:
     budget = ConnectionBudget(lambda endpoint: 1)
     budget.hold("fetch", ONE, 3)
-    assert budget.on_first_failed("docker.io", at_one(error)) is is_possible
+    assert budget.may_be_crowded("docker.io", at_one(error)) is is_possible
 
 
 def at_one(error: MirrorError) -> MirrorError:
