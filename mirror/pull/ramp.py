@@ -28,8 +28,9 @@ _UNREAD_BYTES: Final = 512 * 1024
 """Bytes that wait in a socket when we are slower than its connection: more than arrive between two
 reads, 5 ms at 100 MB/s. They would be lost if it was closed."""
 _MAX_BEHIND: Final = 0.5
-"""Part of the bytes of a measurement behind which so many may wait. Measured: at most 0.2 if the
-upstream limits each connection to 100 MB/s, at least 0.9 if the processor is the limit."""
+"""Part of the bytes of a measurement behind which so many may wait. Measured on 2 cores: up to 0.2
+with connections of 100 MB/s, up to 0.5 when three of them reach the limit of the machine, and 0.9
+in one run without a limit beside 20 busy processes."""
 _MIN_LATENCIES: Final = 5
 """Times of a response over which an addition is measured at least: a connection brings bytes for
 three of them, and then waits for one."""
