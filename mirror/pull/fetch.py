@@ -35,14 +35,7 @@ from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
 from mirror.pull.ramp import MIN_REMAINING_PIECES
-from mirror.pull.requests import (
-    REFUSALS,
-    AccessCallbacks,
-    ContentRequest,
-    ContentSource,
-    ProofKey,
-    proof_key_of,
-)
+from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource, ProofKey
 from mirror.pull.suspects import Suspects
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
@@ -95,7 +88,7 @@ class Fetch:
         self._connections = connections
         self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
         self._queue = deque([self._current])
-        self._offered = {proof_key_of(first.request)}
+        self._offered = {first.request.proof_key}
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
         self.endpoints_used: dict[str, str] = {}
@@ -112,10 +105,10 @@ class Fetch:
 
     def offer(self, source: ContentSource) -> None:
         """Queue a source, unless one with the same proof key was offered before."""
-        if proof_key_of(source.request) in self._offered:
+        if source.request.proof_key in self._offered:
             return
         had_alternative = self.has_alternative
-        self._offered.add(proof_key_of(source.request))
+        self._offered.add(source.request.proof_key)
         self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
         self._has_offer.set()
         if self._shorten_timeout and self.has_alternative and not had_alternative:
@@ -131,7 +124,7 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        proof_key, loop = proof_key_of(request), asyncio.get_running_loop()
+        proof_key, loop = request.proof_key, asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
                 with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
@@ -183,9 +176,9 @@ class Fetch:
         """Keep the error of a source. Its followers learn of a refusal at once."""
         if isinstance(error, REFUSALS):
             await self._callbacks.on_refused(source, error)
-        self.failures[proof_key_of(source.request)] = error
+        self.failures[source.request.proof_key] = error
         if isinstance(error, REFUSALS):
-            for callback in self._refusal_callbacks.get(proof_key_of(source.request), ()):
+            for callback in self._refusal_callbacks.get(source.request.proof_key, ()):
                 callback()
 
     @contextmanager
@@ -327,7 +320,7 @@ class Fetch:
                 raise UpstreamProtocolError("the response starts after the requested offset")
             # Must come before `declare`, which wakes the followers: `wait_for_first_byte` reads
             # `proven`.
-            self.proven.add(proof_key_of(request))
+            self.proven.add(request.proof_key)
             if not attempts.has_responded:
                 attempts.has_responded = True
                 attempts.last_progress_at = loop.time()
@@ -431,7 +424,7 @@ class RunningFetches:
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
         fetch = self.find_active(request.digest)
-        return fetch.ingest if fetch and proof_key_of(request) in fetch.proven else None
+        return fetch.ingest if fetch and request.proof_key in fetch.proven else None
 
     def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
         """Join the fetch of this content, or start it.

@@ -28,8 +28,6 @@ the client has stated. Empty: it wants the whole content, or all from some byte 
 ProofKey: TypeAlias = tuple[Repository, Kind]
 """(repository, kind): the access that a source proves by sending the content. The kind matters: a
 registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
-proof_key_of: Final = attrgetter("repository", "kind")
-"""Returns the proof key of a :class:`ContentRequest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +44,8 @@ class ContentRequest:
     """Media types of the client's ``Accept`` header, for a manifest."""
     select_spans: SpanSelector | None = None
     """None: no part of the content is wanted by itself."""
+
+    proof_key = property(attrgetter("repository", "kind"), doc="The access that is proven.")
 
     def first_byte(self, size: int | None) -> int:
         """Return the offset of the first wanted byte of content of this size. None: not known."""
