@@ -28,6 +28,8 @@ class MirrorError(Exception):
     is_without_token = False
     """Whether an endpoint got no request with credentials, since none could be had, for example
     from its token service. No kind of request would get through."""
+    endpoint = ""
+    """URL of the endpoint that failed or refused; empty if it is not that of one endpoint."""
     next_request_in: float | None = None
     """Seconds for which endpoints that were not asked pause after a 429: the shortest time. 0.0 if
     the circuit of one is open, since that may close at any time. None: all were asked."""
@@ -177,8 +179,6 @@ class UpstreamError(MirrorError):
     """
 
     code = "UNAVAILABLE"
-    endpoint = ""
-    """URL of the endpoint that failed; empty if the failure is not that of one endpoint."""
 
 
 class FailureScope(Enum):

@@ -7,7 +7,8 @@ Reading order:
 1. :mod:`~mirror.pull.service`: the interface of this package. It admits a request and passes it on.
 2. :mod:`~mirror.pull.admission`: rules that deny a repository before anything is read or fetched.
 3. :mod:`~mirror.pull.content`: content by digest. Checks who may read it, then serves it.
-4. :mod:`~mirror.pull.fetch`: fetches missing content, once for all clients that want it.
+4. :mod:`~mirror.pull.fetch`: fetches missing content, once for all clients that want it. They join
+   in :mod:`~mirror.pull.running_fetches`.
    Large blobs by several connections: :mod:`~mirror.pull.parallel`, with the policies in
    :mod:`~mirror.pull.pieces` and :mod:`~mirror.pull.ramp`.
 5. :mod:`~mirror.pull.manifests`: manifests by digest and by tag, on top of ``content``.

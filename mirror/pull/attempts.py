@@ -20,7 +20,6 @@ from mirror.oci.errors import (
     MirrorError,
     OutboundRefused,
     StorageRefused,
-    UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -40,13 +39,11 @@ answer a ``Range`` with an error that does not mention it."""
 _PAUSE_UNIT_S: Final = 0.05
 """Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage. The
+seconds of ``wait_s`` are added."""
 _MAX_CROWDED: Final = 5
 """Requests that may fail while our own further connections are a possible cause: they end their
 parts meanwhile, which takes a few seconds."""
-_MAX_WAIT_S: Final = 5.0
-"""Seconds at most that a pause after a 429 is waited for in one piece. ``_MAX_PAUSE_S`` at most are
-added to them. Then the other endpoints are asked again, which may work by then."""
 _RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
 """Errors that a server may respond with because of ``Range``."""
 
@@ -68,10 +65,14 @@ class SourceAttempts:
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
     ranged_failures: int = 0
-    """How many of them ``Range`` may have caused."""
+    """Failures in a row, also of requests without ``Range``, but not those by a 429 alone."""
     wait_s: float | None = None
-    """Seconds to wait for an endpoint that was not asked (``MirrorError.next_request_in``), if no
-    other one has failed, or if the others have failed too often. None: nothing is waited for."""
+    """Seconds to wait for endpoints that pause after a 429, or whose circuits are open (0.0). None:
+    another endpoint may be asked."""
+    resume_at: float = 0.0
+    """Time until which the source has to wait."""
+    error: MirrorError | None = None
+    """The latest error. None if clients that come while the source waits are to wait, too."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -84,12 +85,13 @@ class SourceAttempts:
     the bytes before the offset are skipped."""
     has_just_dropped_range: bool = False
     """Whether the latest failure is the one after which ``Range`` is left out."""
+    is_range_doubted: bool = False
+    """Whether ``Range`` may be the cause of the latest error, so that the next try comes soon."""
     is_range_suspected: bool = False
-    """Whether ``Range`` is left out only because one endpoint has refused a request with it, while
-    another one has to be waited for."""
-    has_refused_whole: bool = False
-    """Whether such an endpoint has refused the request without ``Range``, too. ``Range`` was not
-    the cause then, and is used again."""
+    """Whether ``Range`` is left out only because endpoints have refused requests with it, while
+    another endpoint has to be waited for."""
+    refused_whole: set[str] = field(default_factory=set)
+    """Endpoints that have refused a request without ``Range``: it is not the cause."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -102,8 +104,6 @@ class SourceAttempts:
     """Whether the source has sent response headers at least once."""
     crowded: int = 0
     """Requests that have failed while our own further connections were a possible cause."""
-    is_crowded: bool = False
-    """Whether the latest failure was one of these."""
     ranged_endpoint: str = ""
     """URL of the endpoint that has sent a range of the content last. Empty: none has."""
     is_reading: bool = False
@@ -129,6 +129,7 @@ class SourceAttempts:
         """Note that the transfer has brought new bytes, up to ``position``."""
         self.has_progressed = True
         self.failed_in_a_row = self.ranged_failures = 0
+        self.refused_whole.clear()
         self.highest_position, self.last_progress_at = position, now
 
     @asynccontextmanager
@@ -162,76 +163,107 @@ class SourceAttempts:
         if self.wait_s is None or position > reached:
             self.last_progress_at += now - at
 
-    def count_failure(self, error: MirrorError, *, is_crowded: bool = False) -> None:
+    def count_failure(
+        self,
+        error: MirrorError,
+        now: float,
+        *,
+        has_reader: bool = False,
+        is_crowded: bool = False,
+    ) -> None:
         """Count a transfer that broke, and choose how the next one is requested.
 
-        It is not counted if no endpoint has failed (``MirrorError.is_wait``).
+        It is not counted if endpoints have to be waited for, and no other one has failed. A pause
+        that ends after the stall limit is not waited for: there are the tries of any failure.
 
         Args:
-            error: How the transfer ended.
+            error: Why it broke.
+            now: The time.
+            has_reader: Whether a client may have received a byte. It would be cut off, so pauses
+                after a 429 are waited for. Any other client may use its next mirror.
             is_crowded: Whether our further connections may be the cause. A few of such failures are
                 waited out, also before the first response.
         """
-        self.is_crowded = is_crowded and self.crowded < _MAX_CROWDED
+        self.error = error
+        is_crowded = is_crowded and self.crowded < _MAX_CROWDED
         is_limited = isinstance(error, UpstreamRateLimited)
-        if self.is_crowded or (is_limited and self.is_reading):
+        if is_crowded or (is_limited and self.is_reading and has_reader):
             # Nothing but the number of connections is the cause, ours or those of one transfer.
-            self.crowded += self.is_crowded
             retry_after = error.retry_after if isinstance(error, UpstreamRateLimited) else None
             wait_s = error.next_request_in if retry_after is None else retry_after
             self.wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
-            return
+            if now + self.wait_s < self._ends_at:
+                self.crowded += is_crowded
+                self.error = None if is_crowded else error
+                return
         is_ranged = self.may_use_range and self.resumed_from > 0
         self.is_refused = isinstance(error, REFUSALS) and not is_ranged
-        if not error.is_wait:
+        pause_s = error.next_request_in or 0.0
+        may_wait = has_reader and now + pause_s < self._ends_at
+        is_wait = isinstance(error, AllCircuitsOpen) and self.has_responded
+        is_wait = is_wait or (error.is_wait and may_wait)
+        if not is_wait:
             self.failed_in_a_row += 1
             if not self.has_progressed:
-                endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
-                endpoint = endpoint or self.endpoint
+                endpoint = error.endpoint or self.endpoint
                 self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
         self._judge_range(error, is_ranged=is_ranged)
         self.has_just_dropped_range = is_ranged and not self.may_use_range
-        may_ask_others = not error.is_wait and self.failed_in_a_row <= _MAX_FAILED_IN_A_ROW
-        has_to_wait = not (may_ask_others or self.has_just_dropped_range)
-        self.wait_s = error.next_request_in if has_to_wait else None
+        self.wait_s = None
+        if is_wait and not self.is_range_doubted:
+            self.wait_s = pause_s
+        elif may_wait and self.failed_in_a_row > _MAX_FAILED_IN_A_ROW:
+            self.wait_s = pause_s or None  # Others have failed too often.
+        if self.wait_s:
+            self.refused_whole.clear()  # An endpoint may work again after a pause.
 
     def _judge_range(self, error: MirrorError, *, is_ranged: bool) -> None:
         """Decide whether the next request has ``Range``.
 
-        An error that says to wait tells nothing about ``Range``. What other endpoints sent does.
+        A 429 tells nothing about ``Range``, but the responses of other endpoints do.
         """
+        self.is_range_doubted = False
         if isinstance(error, _RANGE_REFUSALS):
             self.is_range_suspected, self.may_use_range, self.validator = False, False, None
             return
         has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
-        causes = error.others if has_to_wait else (error,)
-        refusals = [cause for cause in causes if isinstance(cause, _RANGE_REFUSALS)]
-        if refusals and is_ranged and not self.has_refused_whole:
-            self.is_range_suspected, self.may_use_range, self.validator = True, False, None
-        elif refusals and self.is_range_suspected:
-            self.is_range_suspected, self.may_use_range = False, True
-            self.has_refused_whole = True
-        failures = [cause for cause in causes if cause not in refusals]
-        self.ranged_failures += any(map(self._may_depend_on_range, failures))
-        is_first_failed = not self.has_responded and any(map(_is_response, failures))
-        if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed:
-            self.is_range_suspected, self.may_use_range = False, False
+        causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
+        refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
+        failures = [one for one in causes if one not in refusals] if has_to_wait else [error]
+        has_failure = any(map(self._may_depend_on_range, failures))
+        if not is_ranged:
+            whole = {one.endpoint for one in refusals if isinstance(one, REFUSALS)}
+            self.refused_whole |= whole
+            if self.is_range_suspected and whole and len(refusals) == len(whole):
+                self.is_range_suspected, self.may_use_range, self.ranged_failures = False, True, 0
+            self.ranged_failures += has_failure
+            return
+        if failures and not (has_failure or refusals):
+            return  # ``Range`` was not the cause.
+        is_known = all(one.endpoint in self.refused_whole for one in refusals)
+        if not has_failure and is_known and self.failed_in_a_row < _MAX_FAILED_IN_A_ROW:
+            return
+        self.is_range_doubted = True
+        self.ranged_failures += 1
+        is_first_failed = not self.has_responded and any(map(_is_response, (error, *causes)))
+        is_last_try = self.failed_in_a_row >= _MAX_FAILED_IN_A_ROW
+        if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed or is_last_try:
+            self.is_range_suspected, self.may_use_range = not has_failure, False
 
     def _may_depend_on_range(self, error: MirrorError) -> bool:
         """Return whether ``Range`` may be the cause of a failure.
 
-        Not of a 429, not if no request with a token reached the endpoint, and not if a gateway
-        fails whose endpoint has sent ranges of this content before.
+        Not if no request with a token reached the endpoint, and not if a gateway fails whose
+        endpoint has sent ranges of this content before.
         """
-        if isinstance(error, UpstreamRateLimited | AllCircuitsOpen) or error.is_without_token:
-            return False
         if not isinstance(error, UpstreamUnavailable):
             return True
-        has_sent_range = not self.is_reading and error.endpoint == self.ranged_endpoint != ""
-        is_gateway = has_sent_range and error.scope is FailureScope.SUBJECT
-        return not is_gateway and error.scope is not FailureScope.ENDPOINT
+        has_sent_range = self.has_responded and error.endpoint == self.ranged_endpoint != ""
+        is_gateway = error.scope is FailureScope.SUBJECT and not self.is_reading
+        is_unreachable = error.is_without_token or error.scope is FailureScope.ENDPOINT
+        return not is_unreachable and not (has_sent_range and is_gateway)
 
-    def is_over(self, now: float, *, has_reader: bool = False) -> bool:
+    def is_over(self, now: float, *, may_repeat: bool = False) -> bool:
         """Return whether the source is given up.
 
         The registry has repeated a request that had no response. It is sent once more without
@@ -239,17 +271,19 @@ class SourceAttempts:
 
         Args:
             now: The time.
-            has_reader: Whether a client may have received a byte. It would be cut off, so requests
-                are repeated also before the first response, and pauses are waited for. Any other
-                client may use its next mirror meanwhile.
+            may_repeat: Whether it is repeated nevertheless: a client would be cut off, and there is
+                no other source.
         """
-        if self.is_refused:
+        if self.is_refused or now >= self._ends_at:
             return True
-        ends_at = self.last_progress_at + self.stall_limit_s
-        if self.wait_s is not None:
-            return not (has_reader or self.is_crowded) or now + self.wait_s >= ends_at
-        may_begin = self.has_responded or has_reader or self.has_just_dropped_range
-        return not may_begin or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW or now >= ends_at
+        may_begin = self.has_responded or self.has_just_dropped_range or may_repeat
+        has_failed_often = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
+        return self.wait_s is None and (has_failed_often or not may_begin)
+
+    @property
+    def _ends_at(self) -> float:
+        """Time at which the source is given up without progress."""
+        return self.last_progress_at + self.stall_limit_s
 
     def resumed(self, position: int, error: MirrorError) -> Resumed:
         """Return the event of a transfer that ended with ``error`` and is resumed."""
@@ -261,13 +295,14 @@ class SourceAttempts:
 
         They are random, so that fetches which broke together do not resume together.
         """
+        most = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
         if self.wait_s is not None:
-            # Only a circuit may close early. A range was refused with the whole pause.
-            least = self.wait_s if self.is_reading else min(self.wait_s, _MAX_WAIT_S)
             most = _MAX_PAUSE_S
-        else:
-            least, most = 0.0, min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
-        return least + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
+        return (self.wait_s or 0.0) + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
+
+
+class Preempted(UpstreamTimeout):
+    """Another source is tried, because this one is slow, or has to wait after a 429."""
 
 
 def _is_response(error: MirrorError) -> bool:

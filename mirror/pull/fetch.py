@@ -1,8 +1,8 @@
 """Fetch content from upstreams: once for each digest, for all clients that want it.
 
-Lives here: joining or starting a fetch, which of its sources is tried next, resuming after a broken
-transfer, taking over from another process, giving up. Must not know: content that is complete,
-which repository may read which content, tags, HTTP, how requests are sent.
+Lives here: which source of a fetch is tried next, resuming after a broken transfer, taking over
+from another process, giving up. Must not know: other fetches, content that is complete, which
+repository may read which content, tags, HTTP, how requests are sent.
 
 Each client that joins a fetch adds its own repository as a source. The fetch fails only after every
 source has failed or refused. Each client gets the error of its own upstream.
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -26,32 +25,25 @@ from mirror.oci.errors import (
     MirrorError,
     UpstreamError,
     UpstreamProtocolError,
-    UpstreamTimeout,
+    UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest
-from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
+from mirror.pull.attempts import STALL_GRACE_S, Preempted, SourceAttempts
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
 from mirror.pull.ramp import MIN_REMAINING_PIECES
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource, ProofKey
-from mirror.pull.suspects import Suspects
-from mirror.single_flight import SharedTask, SingleFlight
+from mirror.single_flight import SharedTask
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
-from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-
-
-class _Preempted(UpstreamTimeout):
-    """Another source is tried, because this one was slow, or has to wait after a 429."""
 
 
 class Fetch:
@@ -107,12 +99,23 @@ class Fetch:
         """Queue a source, unless one with the same proof key was offered before."""
         if source.request.proof_key in self._offered:
             return
-        had_alternative = self.has_alternative
         self._offered.add(source.request.proof_key)
         self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
         self._has_offer.set()
-        if self._shorten_timeout and self.has_alternative and not had_alternative:
+        if self._shorten_timeout:
             self._shorten_timeout()
+
+    def follow(self, request: ContentRequest) -> Follower | None:
+        """Return a new follower of the ingest. None if that has ended.
+
+        Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
+        has no byte yet, so it may use its next mirror.
+        """
+        now, error = asyncio.get_running_loop().time(), self._current.error
+        is_same = self._current.source.request.proof_key == request.proof_key
+        if self._current.resume_at > now and is_same and isinstance(error, UpstreamRateLimited):
+            raise error
+        return self.ingest.follow(request.first_byte(self.ingest.size))
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
         """Wait until ``follower`` can read a byte. A refusal by its own upstream ends the wait.
@@ -124,12 +127,15 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        proof_key, loop = request.proof_key, asyncio.get_running_loop()
+        callbacks = self._refusal_callbacks.setdefault(proof_key := request.proof_key, [])
         try:
             async with asyncio.timeout(None) as limit:
-                with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
+                callbacks.append(end_wait := partial(limit.reschedule, 0.0))
+                try:
                     if not follower.arrived:
                         await follower.wait(0, 1)
+                finally:
+                    callbacks.remove(end_wait)
         except (MirrorError, TimeoutError) as error:
             raise self.failures.get(proof_key, error) from None
         failure = self.failures.get(proof_key)
@@ -137,40 +143,32 @@ class Fetch:
             raise failure
         return proof_key in self.proven
 
-    @contextmanager
-    def _on_refusal(self, proof_key: ProofKey, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the source of ``proof_key`` refuses while the block runs."""
-        callbacks = self._refusal_callbacks.setdefault(proof_key, [])
-        callbacks.append(callback)
-        try:
-            yield
-        finally:
-            callbacks.remove(callback)
-
     # --- sources --------------------------------------------------------------------------------
 
     def next_source(self) -> SourceAttempts | None:
         """Take the next source from the queue, preempted ones last. None if none is left."""
-        if not self._queue:
+        if not (queue := self._queue):
             return None
-        self._current = min(self._queue, key=lambda one: (one.is_preempted, one.source.is_suspect))
-        self._queue.remove(self._current)
+        now = asyncio.get_running_loop().time()
+        ranks = [(one.resume_at > now, one.is_preempted, one.source.is_suspect) for one in queue]
+        self._current = queue[ranks.index(min(ranks))]
+        queue.remove(self._current)
         if self._current.is_preempted:
-            self._current.try_again(asyncio.get_running_loop().time(), self.ingest.position)
+            self._current.try_again(now, self.ingest.position)
         return self._current
 
-    @property
-    def has_alternative(self) -> bool:
-        """Whether a queued source may take the place of the current one if that is slow.
+    def alternative_at(self, now: float) -> float | None:
+        """Return the time from which a queued source may take the place of a slow one, or None.
 
-        It is on another upstream, or had to wait, and may be asked again by now. A source that was
-        preempted once keeps its place.
+        It is on another upstream, or its pause is over. A source loses its place only once.
         """
         upstream = self._current.source.request.repository.upstream
-        return not self._current.is_preempted and any(
-            one.source.request.repository.upstream != upstream or one.wait_s is not None
+        times = (
+            max(now, one.resume_at)
             for one in self._queue
+            if one.resume_at or one.source.request.repository.upstream != upstream
         )
+        return None if self._current.is_preempted else min(times, default=None)
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
@@ -181,30 +179,27 @@ class Fetch:
             for callback in self._refusal_callbacks.get(source.request.proof_key, ()):
                 callback()
 
-    @contextmanager
-    def on_alternative(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
-        """Call ``shorten_timeout`` once :attr:`has_alternative` is true, within the block."""
-        if self.has_alternative:
-            shorten_timeout()
-        self._shorten_timeout = shorten_timeout
-        try:
-            yield
-        finally:
-            self._shorten_timeout = None
-
     @asynccontextmanager
     async def _preemptible(self) -> AsyncIterator[None]:
-        """Limit the block to :data:`PREEMPT_AFTER_S` while there is an alternative.
-
-        Raises :class:`_Preempted` when that time is over.
-        """
+        """Raise :class:`Preempted` in the block once another source may be tried instead."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                with self.on_alternative(lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)):
+
+                def shorten_timeout() -> None:
+                    at, end = self.alternative_at(loop.time()), limit.when()
+                    if at is not None:
+                        at = max(at, loop.time() + PREEMPT_AFTER_S)
+                        limit.reschedule(at if end is None else min(at, end))
+
+                shorten_timeout()
+                self._shorten_timeout = shorten_timeout
+                try:
                     yield
+                finally:
+                    self._shorten_timeout = None
         except TimeoutError:
-            raise _Preempted("no response yet, and another source is tried") from None
+            raise Preempted("no response yet, and another source is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -241,7 +236,7 @@ class Fetch:
                 if self._reader is not None:
                     self._connections.on_wrong_bytes(self.endpoints_used)
                 raise
-            except _Preempted as error:
+            except Preempted as error:
                 failure = error
                 attempts.preempt(asyncio.get_running_loop().time(), self.ingest.position)
                 self._queue.append(attempts)
@@ -261,7 +256,7 @@ class Fetch:
         while not await self._is_complete():
             try:
                 await self._transfer(attempts)
-            except (DigestMismatch, ManifestInvalid, _Preempted):
+            except (DigestMismatch, ManifestInvalid, Preempted):
                 raise
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
@@ -277,18 +272,15 @@ class Fetch:
         """
         has_failed = False
         while True:
-            match await self.ingest.try_lead():
-                case Role.DONE:
-                    return True
-                case Role.LEADER:
-                    return False
-                case Role.FOLLOWER:
-                    try:
-                        await follow_other_process(self.ingest)
-                    except UpstreamError:
-                        if has_failed:
-                            raise
-                        has_failed = True
+            role = await self.ingest.try_lead()
+            if role is not Role.FOLLOWER:
+                return role is Role.DONE
+            try:
+                await follow_other_process(self.ingest)
+            except UpstreamError:
+                if has_failed:
+                    raise
+                has_failed = True
 
     async def _transfer(self, attempts: SourceAttempts) -> None:
         """Transfer the missing bytes from one source, in one response."""
@@ -360,141 +352,42 @@ class Fetch:
     async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
-        Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
-
-        The registry retries and fails over until response headers have arrived. Only bodies that
-        broke are resumed here.
+        Raises ``error`` if the source is given up, ``Preempted`` if another one is tried first.
+        The registry retries before response headers.
         """
-        now = asyncio.get_running_loop().time()
-        upstream = attempts.source.request.repository.upstream
+        ingest, now = self.ingest, asyncio.get_running_loop().time()
+        request = attempts.source.request
+        # A client gets a manifest in one piece, when it is complete.
+        is_blob = request.kind is Kind.BLOB
+        has_reader = is_blob and ingest.is_confirmed and ingest.position > 0
+        upstream = request.repository.upstream
         is_crowded = not attempts.is_reading and self._connections.may_be_crowded(upstream, error)
         if self._reader is not None:
             attempts.ranged_endpoint = self._reader.ranged_endpoint or attempts.ranged_endpoint
-        attempts.count_failure(error, is_crowded=is_crowded)
-        has_reader = self.ingest.is_confirmed and self.ingest.position > 0
-        if self.ingest.is_closed or attempts.is_over(now, has_reader=has_reader):
+        attempts.count_failure(error, now, has_reader=has_reader, is_crowded=is_crowded)
+        if ingest.is_closed or attempts.is_over(now, may_repeat=has_reader and not self._queue):
             raise error
-        if self.has_alternative and now - attempts.last_progress_at > PREEMPT_AFTER_S:
-            raise _Preempted(error.message) from error
+        if now - attempts.last_progress_at > PREEMPT_AFTER_S and self.alternative_at(now) == now:
+            raise Preempted(error.message) from error
         if attempts.wait_s is not None:
-            await self._wait_unless_offered(attempts.pause(), error)
+            await self._wait(attempts, error)
             return
-        self._emit(attempts.resumed(self.ingest.position, error))
+        self._emit(attempts.resumed(ingest.position, error))
         await asyncio.sleep(attempts.pause())
 
-    async def _wait_unless_offered(self, seconds: float, error: MirrorError) -> None:
+    async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-        Raises :class:`_Preempted` as soon as a source is queued that was not tried: the pause of
-        one repository need not be that of another.
+        Raises :class:`Preempted` as soon as a queued source need not wait: the pause of one
+        repository need not be that of another.
         """
-        try:
-            async with asyncio.timeout(seconds):
-                while all(one.is_preempted for one in self._queue):
-                    self._has_offer.clear()
+        loop = asyncio.get_running_loop()
+        attempts.resume_at = loop.time() + attempts.pause()
+        while (now := loop.time()) < attempts.resume_at:
+            next_at = min((one.resume_at for one in self._queue), default=attempts.resume_at)
+            if next_at <= now:
+                raise Preempted(error.message) from error
+            self._has_offer.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(next_at, attempts.resume_at)):
                     await self._has_offer.wait()
-        except TimeoutError:
-            return
-        raise _Preempted(error.message) from error
-
-
-class RunningFetches:
-    """The running fetches of this process, by digest."""
-
-    def __init__(
-        self,
-        store: Store,
-        single_flight: SingleFlight,
-        emit: Observer,
-        callbacks: AccessCallbacks,
-        *,
-        may_finish_abandoned: bool,
-    ) -> None:
-        """Start empty. ``may_finish_abandoned``: a fetch continues when its last client leaves."""
-        self._store = store
-        self._single_flight = single_flight
-        self._emit = emit
-        self._callbacks = callbacks
-        self._may_finish_abandoned = may_finish_abandoned
-        self.connections = ConnectionBudget(self._count_at)
-        self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
-        self._active: dict[Digest, Fetch] = {}
-        self.suspects = Suspects()
-
-    def find_proven(self, request: ContentRequest) -> Ingest | None:
-        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
-        fetch = self.find_active(request.digest)
-        return fetch.ingest if fetch and request.proof_key in fetch.proven else None
-
-    def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
-        """Join the fetch of this content, or start it.
-
-        Returns:
-            The fetch, a follower that the caller closes, and True if the fetch was running already.
-
-        Raises:
-            Draining: The process shuts down, so no fetch is started.
-        """
-        suspects = self.suspects.get(source.request.digest) or {}
-        is_suspect = source.request.repository.upstream in suspects.values()
-        source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
-        fetch = self.find_active(source.request.digest)
-        start = source.request.first_byte(fetch.ingest.size) if fetch is not None else 0
-        follower = fetch.ingest.follow(start) if fetch is not None else None
-        if fetch is None or follower is None:
-            return *self._start(source), False
-        fetch.offer(source)
-        return fetch, follower, True
-
-    def find_active(self, digest: Digest) -> Fetch | None:
-        """Find the fetch of this content, unless it has failed or ended."""
-        fetch = self._active.get(digest)
-        if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
-            return None
-        return fetch
-
-    def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
-        digest = source.request.digest
-        ingest = self._store.start_ingest(digest)
-        add_suspects = partial(self.suspects.add, digest)
-        fetch = Fetch(
-            ingest,
-            source,
-            self._emit,
-            self._callbacks,
-            self._make_reader,
-            add_suspects,
-            self.connections,
-        )
-        follower = ingest.follow()
-        assert follower is not None
-        self._active[digest] = fetch
-        try:
-            key = ("fetch", digest, id(ingest))
-            fetch.task = self._single_flight.run(key, fetch.run)
-        except BaseException:
-            follower.close()
-            ingest.release()
-            self._remove(fetch)
-            raise
-        assert fetch.task.task is not None
-        # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
-        fetch.task.task.add_done_callback(lambda task: ingest.release())
-        fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
-        ingest.when_abandoned(lambda: self._cancel(fetch), may_finish=self._may_finish_abandoned)
-        return fetch, follower
-
-    def _cancel(self, fetch: Fetch) -> None:
-        """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""
-        assert fetch.task is not None
-        self._remove(fetch)
-        fetch.task.cancel()
-
-    def _remove(self, fetch: Fetch) -> None:
-        self._store.end_ingest(fetch.ingest)
-        if self._active.get(fetch.ingest.digest) is fetch:
-            del self._active[fetch.ingest.digest]
-
-    def _count_at(self, endpoint: str) -> int:
-        """Return the number of fetches that have got bytes from an endpoint last."""
-        return sum(1 for fetch in self._active.values() if fetch.endpoint == endpoint)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -33,9 +33,10 @@ from mirror.oci.errors import (
 )
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.connection_budget import ConnectionBudget
-from mirror.pull.fetch import Fetch, RunningFetches
+from mirror.pull.fetch import Fetch
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.requests import ContentRequest, ContentSource
+from mirror.pull.running_fetches import RunningFetches
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
@@ -268,10 +269,10 @@ async def test_waits_for_an_endpoint_do_not_count_as_failed_transfers(
 
 @pytest.mark.row("U9-rate-limits")
 async def test_pause_that_ends_after_the_stall_limit_is_not_waited_for(fetch_env: FetchEnv) -> None:
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(299.0))]
+    fetch_env.registry.breaks = [(1000, BROKEN), *[(1000, paused(299.0))] * 9]
     with pytest.raises(UpstreamRateLimited):
         await fetch_env.body()
-    assert len(fetch_env.registry.asked) == 2
+    assert len(fetch_env.registry.asked) == 6
 
 
 def paused(seconds: float) -> UpstreamRateLimited:
@@ -310,29 +311,97 @@ async def test_source_that_had_to_wait_goes_on_where_it_was_after_another_one_fa
     assert fetch_env.registry.asked[-1]["validator"] == '"tag"'
 
 
+@asynccontextmanager
+async def open_never(*arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
+    """Send no response headers."""
+    await asyncio.Event().wait()
+    raise AssertionError
+    yield
+
+
 @pytest.mark.row("U9-rate-limits")
-async def test_source_that_had_to_wait_takes_its_place_back_from_a_slow_one(
-    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+@pytest.mark.parametrize("repository", [OTHER, Repository("other.io", "app")])
+async def test_source_takes_its_place_back_from_a_slow_one_after_its_pause(
+    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch, seconds: float, repository: Repository
 ) -> None:
     monkeypatch.setattr("mirror.pull.fetch.PREEMPT_AFTER_S", 0.05)
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
-
-    @asynccontextmanager
-    async def open_never(*arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
-        await asyncio.Event().wait()
-        yield fetch_env.granted[0]
-
-    theirs = MemoryRegistry()
-    other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.01))
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(seconds))]
+    theirs, begun = MemoryRegistry(), asyncio.get_running_loop().time()
+    other = ContentSource(theirs, a_request(DIGEST, repository=repository))
     with patch.object(theirs, "open", open_never):
         async with asyncio.timeout(10):
             assert await fetch_env.body(other) == DATA
     assert fetch_env.registry.offsets == [0, 1000, 1000]
+    assert asyncio.get_running_loop().time() - begun >= seconds
 
 
 @pytest.mark.row("U9-rate-limits")
-async def test_client_without_a_byte_gets_its_429_at_once(fetch_env: FetchEnv) -> None:
-    fetch_env.registry.breaks = [(0, BROKEN), (0, paused(20.0))]
+async def test_slow_source_keeps_its_place_while_the_other_one_pauses(
+    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mirror.pull.fetch.PREEMPT_AFTER_S", 0.05)
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
+    theirs = Recording()
+    repository = Repository("other.io", "app")
+    theirs.add_blob(repository.path, DATA)
+    before = asyncio.Event()
+    theirs.streams = [lambda stream: setattr(stream, "before", before)]
+    asyncio.get_running_loop().call_later(0.3, before.set)
+    async with asyncio.timeout(10):
+        other = ContentSource(theirs, a_request(DIGEST, repository=repository))
+        assert await fetch_env.body(other) == DATA
+    assert theirs.offsets == [1000], "it was not asked a second time"
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_two_sources_that_wait_take_turns(
+    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one whose pause ends first is asked first. Nobody is asked during a pause."""
+    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.01))
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
+    theirs = Recording()
+    theirs.add_blob(OTHER.path, DATA)
+    theirs.breaks = [(1000, BROKEN), *[(1000, paused(0.05))] * 3]
+    async with asyncio.timeout(10):
+        assert await fetch_env.body(ContentSource(theirs, a_request(DIGEST, repository=OTHER)))
+    assert (len(fetch_env.registry.asked), len(theirs.asked)) == (2, 5)
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEnv) -> None:
+    """It may use its next mirror. A client of another repository joins, and its source is tried."""
+    limit = paused(20.0)
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, limit)]
+    connections = ConnectionBudget(lambda endpoint: 1)
+    fetch = Fetch(
+        fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock(), connections
+    )
+    follower = fetch_env.ingest.follow()
+    assert follower is not None
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(fetch.run())
+        await follower.wait(0, 1)
+        async with asyncio.timeout(10):
+            while not (fetch_env.registry.asked[1:] and fetch._current.resume_at):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+        other = a_request(DIGEST, repository=OTHER)
+        joined = fetch.follow(other)
+        assert joined is not None
+        joined.close()
+        with pytest.raises(UpstreamRateLimited) as caught:
+            fetch.follow(fetch_env.source.request)
+        assert caught.value is limit
+        fetch.offer(ContentSource(Recording(failure=Denied("403")), other))
+        running.cancel()
+    follower.close()
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_client_without_a_byte_does_not_wait_for_a_pause(fetch_env: FetchEnv) -> None:
+    fetch_env.registry.breaks = [(0, BROKEN), *[(0, paused(20.0))] * 9]
     async with asyncio.timeout(10):
         with pytest.raises(UpstreamRateLimited):
             await fetch_env.body()
@@ -359,7 +428,8 @@ async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_resp
 
     with patch.object(fetch_env.registry, "open", open_or_refuse):
         assert await again.body() == DATA
-    assert fetch_env.registry.offsets[-1] == 100_000
+    # What a fetch that fails has not written yet is discarded.
+    assert fetch_env.registry.offsets[-1] in (65_536, 100_000)
 
 
 async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:

@@ -261,25 +261,36 @@ def take(sources: Fetch) -> ContentSource | None:
     return attempts.source if attempts is not None else None
 
 
-def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
-    registry, shortened = MemoryRegistry(), []
+async def test_only_a_source_on_another_upstream_takes_the_place_of_a_slow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
+    registry, loop = MemoryRegistry(), asyncio.get_running_loop()
     ours, same, theirs, more = (
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
     sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock(), Mock())
     assert take(sources) is ours
-    with sources.on_alternative(lambda: shortened.append(1)):
+    async with sources._preemptible():
         for source in (ours, same, same):
             sources.offer(source)
-        assert not shortened
-        assert not sources.has_alternative
-        for source in (theirs, more, theirs):
-            sources.offer(source)
-        assert sources.has_alternative
-    assert shortened == [1]
-    with sources.on_alternative(lambda: shortened.append(2)):
-        assert shortened == [1, 2], "it was queued before"
+        await asyncio.sleep(0.1)
+    assert sources.alternative_at(1.0) is None
+
+    async def is_slow(*offered: ContentSource) -> None:
+        async with sources._preemptible():
+            for source in offered:
+                sources.offer(source)
+            await asyncio.Event().wait()
+
+    begun = loop.time()
+    with pytest.raises(fetch.Preempted):
+        await is_slow(theirs, more)
+    assert loop.time() - begun >= 0.04
+    assert sources.alternative_at(1.0) == 1.0
+    with pytest.raises(fetch.Preempted):
+        await is_slow()  # They were queued before.
     assert [take(sources) for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
     assert take(sources) is None, "it was asked before"
