@@ -11,10 +11,9 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Final, TypeAlias
@@ -24,17 +23,17 @@ from cachetools import TTLCache
 from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     UpstreamError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest, Repository
-from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
+from mirror.pull.attempts import STALL_GRACE_S, Preempted, SourceAttempts
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.store.follower import Follower
@@ -51,10 +50,6 @@ registry checks the references of a pushed manifest, not of a blob that looks li
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while a source on another
 upstream is queued. Short, because the clients of the queued source are waiting."""
-_PAUSE_UNIT_S: Final = 0.05
-"""Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
-_MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
 _SUSPECT_TTL_S: Final = 600.0
 """Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
@@ -64,10 +59,6 @@ _MAX_SUSPECTED_DIGESTS: Final = 1000
 
 def _proof_key(request: ContentRequest) -> ProofKey:
     return request.repository, request.kind
-
-
-class _Preempted(UpstreamTimeout):
-    """The source was too slow while a source on another upstream was queued."""
 
 
 class Fetch:
@@ -96,10 +87,11 @@ class Fetch:
         self._emit = emit
         self._callbacks = callbacks
         self._on_wrong_bytes = on_wrong_bytes
-        self._queue = deque([first])
+        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
+        self._queue = deque([self._current])
         self._offered = {_proof_key(first.request)}
-        self._requeued: set[ProofKey] = set()
-        self._current = first
+        self._has_offer = asyncio.Event()
+        """Set whenever a source is queued."""
         self._endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -111,11 +103,23 @@ class Fetch:
         """Queue a source, unless one with the same proof key was offered before."""
         if _proof_key(source.request) in self._offered:
             return
-        had_other_upstream = self.has_other_upstream
         self._offered.add(_proof_key(source.request))
-        self._queue.append(source)
-        if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
+        self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
+        self._has_offer.set()
+        if self._shorten_timeout:
             self._shorten_timeout()
+
+    def follow(self, request: ContentRequest) -> Follower | None:
+        """Return a new follower of the ingest. None if that has ended.
+
+        Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
+        has no byte yet, so it may use its next mirror.
+        """
+        now, error = asyncio.get_running_loop().time(), self._current.error
+        is_same = _proof_key(self._current.source.request) == _proof_key(request)
+        if self._current.resume_at > now and is_same and isinstance(error, UpstreamRateLimited):
+            raise error
+        return self.ingest.follow()
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
         """Wait until ``follower`` can read a byte. A refusal by its own upstream ends the wait.
@@ -127,11 +131,14 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        proof_key, loop = _proof_key(request), asyncio.get_running_loop()
+        callbacks = self._refusal_callbacks.setdefault(proof_key := _proof_key(request), [])
         try:
             async with asyncio.timeout(None) as limit:
-                with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
+                callbacks.append(end_wait := partial(limit.reschedule, 0.0))
+                try:
                     await follower.wait(0, 1)
+                finally:
+                    callbacks.remove(end_wait)
         except (MirrorError, TimeoutError) as error:
             raise self.failures.get(proof_key, error) from None
         failure = self.failures.get(proof_key)
@@ -139,38 +146,32 @@ class Fetch:
             raise failure
         return proof_key in self.proven
 
-    @contextmanager
-    def _on_refusal(self, proof_key: ProofKey, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the source of ``proof_key`` refuses while the block runs."""
-        callbacks = self._refusal_callbacks.setdefault(proof_key, [])
-        callbacks.append(callback)
-        try:
-            yield
-        finally:
-            callbacks.remove(callback)
-
     # --- sources --------------------------------------------------------------------------------
 
-    def next_source(self) -> ContentSource | None:
-        """Take the next source from the queue, suspected ones last. None if none is left."""
-        if not self._queue:
+    def next_source(self) -> SourceAttempts | None:
+        """Take the next source from the queue, preempted ones last. None if none is left."""
+        if not (queue := self._queue):
             return None
-        self._current = min(self._queue, key=lambda source: source.is_suspect)
-        self._queue.remove(self._current)
+        now = asyncio.get_running_loop().time()
+        ranks = [(one.resume_at > now, one.is_preempted, one.source.is_suspect) for one in queue]
+        self._current = queue[ranks.index(min(ranks))]
+        queue.remove(self._current)
+        if self._current.is_preempted:
+            self._current.try_again(now, self.ingest.position)
         return self._current
 
-    @property
-    def has_other_upstream(self) -> bool:
-        """True if a source on another upstream is queued, and may preempt the current one."""
-        if _proof_key(self._current.request) in self._requeued:
-            return False
-        upstream = self._current.request.repository.upstream
-        return any(source.request.repository.upstream != upstream for source in self._queue)
+    def alternative_at(self, now: float) -> float | None:
+        """Return the time from which a queued source may take the place of a slow one, or None.
 
-    def _requeue(self, source: ContentSource) -> None:
-        """Put a preempted source at the end of the queue. It is not preempted a second time."""
-        self._requeued.add(_proof_key(source.request))
-        self._queue.append(source)
+        It is on another upstream, or its pause is over. A source loses its place only once.
+        """
+        upstream = self._current.source.request.repository.upstream
+        times = (
+            max(now, one.resume_at)
+            for one in self._queue
+            if one.resume_at or one.source.request.repository.upstream != upstream
+        )
+        return None if self._current.is_preempted else min(times, default=None)
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
@@ -181,32 +182,27 @@ class Fetch:
             for callback in self._refusal_callbacks.get(_proof_key(source.request), ()):
                 callback()
 
-    @contextmanager
-    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
-        """Call ``shorten_timeout`` once :attr:`has_other_upstream` is true, within the block."""
-        if self.has_other_upstream:
-            shorten_timeout()
-        self._shorten_timeout = shorten_timeout
-        try:
-            yield
-        finally:
-            self._shorten_timeout = None
-
     @asynccontextmanager
     async def _preemptible(self) -> AsyncIterator[None]:
-        """Limit the block to :data:`PREEMPT_AFTER_S` while a source on another upstream is queued.
-
-        Raises :class:`_Preempted` when that time is over.
-        """
+        """Raise :class:`Preempted` in the block once another source may be tried instead."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                with self.on_other_upstream(
-                    lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)
-                ):
+
+                def shorten_timeout() -> None:
+                    at, end = self.alternative_at(loop.time()), limit.when()
+                    if at is not None:
+                        at = max(at, loop.time() + PREEMPT_AFTER_S)
+                        limit.reschedule(at if end is None else min(at, end))
+
+                shorten_timeout()
+                self._shorten_timeout = shorten_timeout
+                try:
                     yield
+                finally:
+                    self._shorten_timeout = None
         except TimeoutError:
-            raise _Preempted("no response yet, and another upstream is tried") from None
+            raise Preempted("no response yet, and another source is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -228,8 +224,8 @@ class Fetch:
     async def _fetch_from_sources(self) -> None:
         """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
-        while (source := self.next_source()) is not None:
-            attempts = SourceAttempts(source, source.registry.idle + STALL_GRACE_S)
+        while (attempts := self.next_source()) is not None:
+            source = attempts.source
             try:
                 await self._fetch_from(attempts)
                 return
@@ -239,9 +235,10 @@ class Fetch:
                 self._emit(DigestMismatched(upstream, digest, where))
                 self._on_wrong_bytes(self._endpoints_used)
                 raise
-            except _Preempted as error:
+            except Preempted as error:
                 failure = error
-                self._requeue(source)
+                attempts.preempt(asyncio.get_running_loop().time(), self.ingest.position)
+                self._queue.append(attempts)
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, ManifestInvalid) and self.ingest.position:
                     raise  # Another source would send the same bytes.
@@ -258,7 +255,7 @@ class Fetch:
         while not await self._is_complete():
             try:
                 await self._transfer(attempts)
-            except (DigestMismatch, ManifestInvalid, _Preempted):
+            except (DigestMismatch, ManifestInvalid, Preempted):
                 raise
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
@@ -274,18 +271,15 @@ class Fetch:
         """
         has_failed = False
         while True:
-            match await self.ingest.try_lead():
-                case Role.DONE:
-                    return True
-                case Role.LEADER:
-                    return False
-                case Role.FOLLOWER:
-                    try:
-                        await follow_other_process(self.ingest)
-                    except UpstreamError:
-                        if has_failed:
-                            raise
-                        has_failed = True
+            role = await self.ingest.try_lead()
+            if role is not Role.FOLLOWER:
+                return role is Role.DONE
+            try:
+                await follow_other_process(self.ingest)
+            except UpstreamError:
+                if has_failed:
+                    raise
+                has_failed = True
 
     @asynccontextmanager
     async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
@@ -309,8 +303,7 @@ class Fetch:
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
         attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        if not attempts.has_responded:
-            attempts.last_progress_at = loop.time()
+        attempts.last_progress_at = attempts.last_progress_at or loop.time()
         async with AsyncExitStack() as stack:
             limit = await stack.enter_async_context(self._stall_limit(attempts))
             async with self._preemptible():
@@ -360,7 +353,9 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed, attempts.failed_in_a_row = True, 0
+                    attempts.has_progressed = True
+                    attempts.failed_in_a_row = attempts.ranged_failures = 0
+                    attempts.refused_whole.clear()
                     attempts.highest_position = ingest.position
                     attempts.last_progress_at = loop.time()
             limit.reschedule(None)
@@ -371,31 +366,42 @@ class Fetch:
     async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
-        Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
-
-        The registry retries and fails over until response headers have arrived. Only bodies that
-        broke are resumed here.
+        Raises ``error`` if the source is given up, ``Preempted`` if another one is tried first.
+        The registry retries before response headers.
         """
-        now = asyncio.get_running_loop().time()
-        attempts.count_failure(error)
-        if self.ingest.is_closed or attempts.is_over(now):
+        ingest, now = self.ingest, asyncio.get_running_loop().time()
+        # A client gets a manifest in one piece, when it is complete.
+        is_blob = attempts.source.request.kind is Kind.BLOB
+        has_reader = is_blob and ingest.is_confirmed and ingest.position > 0
+        attempts.count_failure(error, now, has_reader=has_reader)
+        if ingest.is_closed or attempts.is_over(now, may_repeat=has_reader and not self._queue):
             raise error
-        if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
-            raise _Preempted(error.message) from error
-        if isinstance(error, AllCircuitsOpen):
-            # No request was sent: wait until an endpoint may be tried again.
-            await asyncio.sleep(_jittered(_MAX_PAUSE_S))
+        if now - attempts.last_progress_at > PREEMPT_AFTER_S and self.alternative_at(now) == now:
+            raise Preempted(error.message) from error
+        if attempts.wait_s is not None:
+            await self._wait(attempts, error)
             return
         upstream = attempts.source.request.repository.upstream
         is_restart = isinstance(error, UpstreamProtocolError)
-        self._emit(Resumed(upstream, self.ingest.position, is_restart, error.message))
-        pause = _PAUSE_UNIT_S * 2**attempts.failed_in_a_row
-        await asyncio.sleep(_jittered(min(_MAX_PAUSE_S, pause)))
+        self._emit(Resumed(upstream, ingest.position, is_restart, error.message))
+        await asyncio.sleep(attempts.pause())
 
+    async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
+        """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-def _jittered(max_seconds: float) -> float:
-    """Return a random time, so that fetches which broke together do not resume together."""
-    return random.uniform(0, max_seconds)  # noqa: S311 - jitter, not a secret
+        Raises :class:`Preempted` as soon as a queued source need not wait: the pause of one
+        repository need not be that of another.
+        """
+        loop = asyncio.get_running_loop()
+        attempts.resume_at = loop.time() + attempts.pause()
+        while (now := loop.time()) < attempts.resume_at:
+            next_at = min((one.resume_at for one in self._queue), default=attempts.resume_at)
+            if next_at <= now:
+                raise Preempted(error.message) from error
+            self._has_offer.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(next_at, attempts.resume_at)):
+                    await self._has_offer.wait()
 
 
 class RunningFetches:
@@ -435,12 +441,13 @@ class RunningFetches:
 
         Raises:
             Draining: The process shuts down, so no fetch is started.
+            UpstreamRateLimited: The fetch waits for the pause of this repository's endpoints.
         """
         suspects = self._suspects.get(source.request.digest) or {}
         is_suspect = source.request.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self._find_active(source.request.digest)
-        follower = fetch.ingest.follow() if fetch is not None else None
+        follower = fetch.follow(source.request) if fetch is not None else None
         if fetch is None or follower is None:
             return *self._start(source), False
         fetch.offer(source)

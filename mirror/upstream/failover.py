@@ -35,7 +35,6 @@ from mirror.oci.errors import (
     FailureScope,
     MirrorError,
     OutboundRefused,
-    UpstreamError,
     UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -327,7 +326,7 @@ class FailoverClient:
                 attempt.is_accepted = True
                 yield await read(accepted)
             except BaseException as error:
-                if isinstance(error, UpstreamError):
+                if isinstance(error, MirrorError):
                     error.endpoint = str(attempt.policy.endpoint)
                 self._record_outcome(attempt, error)
                 raise

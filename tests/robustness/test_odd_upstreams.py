@@ -349,7 +349,7 @@ async def test_skipping_the_same_bytes_again_and_again_does_not_extend_the_limit
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.pull.fetch.STALL_GRACE_S", 0.9)
-    monkeypatch.setattr("mirror.pull.fetch._PAUSE_UNIT_S", 0.001)
+    monkeypatch.setattr("mirror.pull.attempts._PAUSE_UNIT_S", 0.001)
     limits = QUICK.model_copy(update={"idle": 0.6})
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         digest = fake.add_blob(DATA)
