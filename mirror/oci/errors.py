@@ -28,6 +28,16 @@ class MirrorError(Exception):
     is_without_token = False
     """Whether an endpoint got no request with credentials, since none could be had, for example
     from its token service. No kind of request would get through."""
+    endpoint = ""
+    """URL of the endpoint that failed or refused; empty if it is not that of one endpoint."""
+    next_request_in: float | None = None
+    """Seconds for which endpoints that were not asked pause after a 429: the shortest time. 0.0 if
+    the circuit of one is open, since that may close at any time. None: all were asked."""
+    is_wait = False
+    """Whether no endpoint has failed: some were not asked, and all others refused."""
+    others: tuple[MirrorError, ...] = ()
+    """The other failures and refusals of the same request, of other endpoints or earlier attempts.
+    This error takes precedence over them."""
 
     def __init__(self, message: str, *, detail: str | None = None) -> None:
         super().__init__(message)
@@ -169,8 +179,6 @@ class UpstreamError(MirrorError):
     """
 
     code = "UNAVAILABLE"
-    endpoint = ""
-    """URL of the endpoint that failed; empty if the failure is not that of one endpoint."""
 
 
 class FailureScope(Enum):

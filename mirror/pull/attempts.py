@@ -7,17 +7,16 @@ followers, other sources.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from mirror.observability.events import Resumed
 from mirror.oci.errors import (
     AllCircuitsOpen,
-    FailureScope,
     MirrorError,
     OutboundRefused,
     StorageRefused,
-    UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
@@ -33,12 +32,18 @@ _MAX_FAILED_IN_A_ROW: Final = 5
 _RANGED_ATTEMPTS: Final = 2
 """Transfers in a row that may break without progress before ``Range`` is left out: a server may
 answer a ``Range`` with an error that does not mention it."""
-
-
 _PAUSE_UNIT_S: Final = 0.05
 """Seconds. After n broken transfers in a row the pause is this times 2^n at most (n=1: 0.1 s)."""
 _MAX_PAUSE_S: Final = 2.0
-"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage."""
+"""Seconds at most between two transfers, so that a fetch resumes soon after a short outage. The
+seconds of ``wait_s`` are added."""
+REPEAT_AFTER_S: Final = 1.0, 2.0
+"""Least and most seconds before a request is sent again that has failed beside further connections:
+these end at once, but an upstream may count them for a moment."""
+_MAX_CROWDED: Final = 3
+"""Times that a request is sent again for this reason."""
+_RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
+"""Errors that a server may respond with because of ``Range``."""
 
 
 @dataclass(slots=True)
@@ -53,11 +58,19 @@ class SourceAttempts:
     """Seconds without progress after which the source is given up."""
     last_progress_at: float = 0.0
     """Time of the latest progress. Before any: of the first response, else of the first request. It
-    is moved by the time that skipped bytes take (see ``may_use_range``)."""
+    is moved by the time that skipped bytes take (see ``may_use_range``), and by that of other
+    sources (see ``is_preempted``)."""
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
     ranged_failures: int = 0
-    """How many of these transfers may have broken because of ``Range``."""
+    """Failures in a row, also of requests without ``Range``, but not those by a 429 alone."""
+    wait_s: float | None = None
+    """Seconds to wait for endpoints that pause after a 429, or whose circuits are open (0.0). None:
+    another endpoint may be asked."""
+    resume_at: float = 0.0
+    """Time until which the source has to wait."""
+    error: MirrorError | None = None
+    """The latest error."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -70,6 +83,13 @@ class SourceAttempts:
     the bytes before the offset are skipped."""
     has_just_dropped_range: bool = False
     """Whether the latest failure is the one after which ``Range`` is left out."""
+    is_range_doubted: bool = False
+    """Whether ``Range`` may be the cause of the latest error, so that the next try comes soon."""
+    is_range_suspected: bool = False
+    """Whether ``Range`` is left out only because endpoints have refused requests with it, while
+    another endpoint has to be waited for."""
+    refused_whole: set[str] = field(default_factory=set)
+    """Endpoints that have refused a request without ``Range``: it is not the cause."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -80,68 +100,163 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
+    has_sent_range: bool = False
+    """Whether a range of this content has brought bytes. Failures have other causes then."""
+    is_crowded: bool = False
+    """Whether the latest request met connections of ours that help other fetches, and end now."""
+    crowded: int = 0
+    """How often that was so."""
+    is_preempted: bool = False
+    """Whether another source has taken its place. It is tried again after those that were not."""
+    preempted_at: tuple[float, int] = 0.0, 0
+    """Time, and offset in the content in bytes, at which it has."""
 
-    def count_failure(self, error: MirrorError) -> None:
-        """Count a transfer that broke, and choose how the next one is requested."""
-        self.has_just_dropped_range = False
-        if isinstance(error, AllCircuitsOpen):
-            return  # No request was sent.
-        self.failed_in_a_row += 1
-        if not self.has_progressed:
-            endpoint = error.endpoint if isinstance(error, UpstreamError) else ""
-            endpoint = endpoint or self.endpoint
-            self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
-        had_range = self.may_use_range and self.resumed_from > 0
-        self.is_refused = isinstance(error, REFUSALS) and not had_range
-        if isinstance(error, (UpstreamProtocolError, StorageRefused, *REFUSALS)):
-            self.validator = None
-            self.may_use_range = False
-        else:
-            self.ranged_failures += _may_depend_on_range(error)
-            is_first = not self.has_responded and _is_response(error)
-            self.may_use_range &= self.ranged_failures <= _RANGED_ATTEMPTS and not is_first
-        self.has_just_dropped_range = had_range and not self.may_use_range
+    def note_progress(self, now: float, position: int, *, has_range: bool) -> None:
+        """Note that all bytes before ``position`` are there.
 
-    def is_over(self, now: float) -> bool:
+        ``has_range``: whether some of them came by a request with ``Range``.
+        """
+        self.has_progressed = True
+        self.failed_in_a_row = self.ranged_failures = 0
+        self.refused_whole.clear()
+        self.highest_position, self.last_progress_at = position, now
+        self.has_sent_range |= has_range
+
+    def take_back(self, take_back: Callable[[str], int], endpoint: str) -> int:
+        """Call ``take_back``, and note its result (:meth:`mirror.upstream.api.Registry.open`)."""
+        count = take_back(endpoint) if self.crowded < _MAX_CROWDED else 0
+        self.is_crowded |= count > 0
+        return count
+
+    def may_repeat_soon(self) -> bool:
+        """Return whether the latest request is sent again after :data:`REPEAT_AFTER_S`.
+
+        It may have failed because of connections of ours, which have ended by then.
+        """
+        is_crowded, self.is_crowded = self.is_crowded, False
+        self.crowded += is_crowded
+        return is_crowded
+
+    def preempt(self, now: float, position: int) -> None:
+        """Note that another source takes the place of this one."""
+        self.is_preempted, self.preempted_at = True, (now, position)
+
+    def try_again(self, now: float, position: int) -> None:
+        """Note that this source has its place again.
+
+        The time of the others does not count, unless they brought nothing while this one had to
+        wait: clients must not stand still for the time limit of each source.
+        """
+        at, reached = self.preempted_at
+        if self.wait_s is None or position > reached:
+            self.last_progress_at += now - at
+
+    def count_failure(self, error: MirrorError, now: float, *, has_reader: bool = False) -> None:
+        """Count a transfer that broke, and choose how the next one is requested.
+
+        It is not counted if endpoints have to be waited for, and no other one has failed. A pause
+        that ends after the stall limit is not waited for: there are the tries of any failure.
+
+        Args:
+            error: Why it broke.
+            now: The time.
+            has_reader: Whether a client may have received a byte. It would be cut off, so pauses
+                after a 429 are waited for. Any other client may use its next mirror.
+        """
+        self.error = error
+        is_ranged = self.may_use_range and self.resumed_from > 0
+        self.is_refused = isinstance(error, REFUSALS) and not is_ranged
+        pause_s = error.next_request_in or 0.0
+        may_wait = has_reader and now + pause_s < self._ends_at
+        is_wait = isinstance(error, AllCircuitsOpen) and self.has_responded
+        is_wait = is_wait or (error.is_wait and may_wait)
+        if not is_wait:
+            self.failed_in_a_row += 1
+            if not self.has_progressed:
+                endpoint = error.endpoint or self.endpoint
+                self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
+        self._judge_range(error, is_ranged=is_ranged)
+        self.has_just_dropped_range = is_ranged and not self.may_use_range
+        self.wait_s = None
+        if is_wait and not self.is_range_doubted:
+            self.wait_s = pause_s
+        elif may_wait and self.failed_in_a_row > _MAX_FAILED_IN_A_ROW:
+            self.wait_s = pause_s or None  # Others have failed too often.
+        if self.wait_s:
+            self.refused_whole.clear()  # An endpoint may work again after a pause.
+
+    def _judge_range(self, error: MirrorError, *, is_ranged: bool) -> None:
+        """Decide whether the next request has ``Range``.
+
+        A 429 tells nothing about ``Range``, but the responses of other endpoints do.
+        """
+        self.is_range_doubted = False
+        if isinstance(error, _RANGE_REFUSALS):
+            self.is_range_suspected, self.may_use_range, self.validator = False, False, None
+            return
+        has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
+        causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
+        refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
+        has_failure = not has_to_wait or len(causes) > len(refusals)
+        if not is_ranged:
+            whole = {one.endpoint for one in refusals if isinstance(one, REFUSALS)}
+            self.refused_whole |= whole
+            if self.is_range_suspected and whole and len(refusals) == len(whole):
+                self.is_range_suspected, self.may_use_range, self.ranged_failures = False, True, 0
+            self.ranged_failures += has_failure
+            return
+        if self.has_sent_range and not refusals:
+            return
+        is_known = all(one.endpoint in self.refused_whole for one in refusals)
+        if not has_failure and is_known and self.failed_in_a_row < _MAX_FAILED_IN_A_ROW:
+            return
+        self.is_range_doubted = True
+        self.ranged_failures += 1
+        is_first_failed = not self.has_responded and any(map(_is_response, (error, *causes)))
+        is_last_try = self.failed_in_a_row >= _MAX_FAILED_IN_A_ROW
+        if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed or is_last_try:
+            self.is_range_suspected, self.may_use_range = not has_failure, False
+
+    def is_over(self, now: float, *, may_repeat: bool = False) -> bool:
         """Return whether the source is given up.
 
         The registry has repeated a request that had no response. It is sent once more without
         ``Range`` if it had one.
+
+        Args:
+            now: The time.
+            may_repeat: Whether it is repeated nevertheless: a client would be cut off, and there is
+                no other source.
         """
-        return (
-            not (self.has_responded or self.has_just_dropped_range)
-            or self.is_refused
-            or self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
-            or now - self.last_progress_at >= self.stall_limit_s
-        )
+        if self.is_refused or now >= self._ends_at:
+            return True
+        may_begin = self.has_responded or self.has_just_dropped_range or may_repeat
+        has_failed_often = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
+        return self.wait_s is None and (has_failed_often or not may_begin)
+
+    @property
+    def _ends_at(self) -> float:
+        """Time at which the source is given up without progress."""
+        return self.last_progress_at + self.stall_limit_s
+
+    def pause(self) -> float:
+        """Return the seconds before the next transfer.
+
+        They are random, so that fetches which broke together do not resume together.
+        """
+        most = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        if self.wait_s is not None:
+            most = _MAX_PAUSE_S
+        return (self.wait_s or 0.0) + random.uniform(0, most)  # noqa: S311 - jitter, not a secret
 
     def resumed(self, position: int, error: MirrorError) -> Resumed:
         """Return the event of a transfer that ended with ``error`` and is resumed."""
         upstream = self.source.request.repository.upstream
         return Resumed(upstream, position, isinstance(error, UpstreamProtocolError), error.message)
 
-    def pause(self, error: MirrorError) -> float:
-        """Return the seconds before the next transfer, after one that ended with ``error``.
 
-        The time is random, so that fetches which broke together do not resume together. After a 429
-        it follows the pause that the upstream has asked for, or a usual one.
-        """
-        longest = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
-        least = 0.0
-        if isinstance(error, AllCircuitsOpen):
-            longest = _MAX_PAUSE_S
-        if isinstance(error, UpstreamRateLimited):
-            least = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
-        return least + random.uniform(0, longest)  # noqa: S311 - jitter, not a secret
-
-
-def _may_depend_on_range(error: MirrorError) -> bool:
-    """Return whether ``Range`` may be the cause of a failure.
-
-    It is not for an endpoint without a token, or without a connection.
-    """
-    is_unreachable = getattr(error, "scope", None) is FailureScope.ENDPOINT
-    return not (error.is_without_token or is_unreachable)
+class Preempted(UpstreamTimeout):
+    """Another source is tried, because this one is slow, or has to wait after a 429."""
 
 
 def _is_response(error: MirrorError) -> bool:

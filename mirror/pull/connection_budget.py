@@ -44,6 +44,8 @@ class ConnectionBudget:
         The configuration has a few endpoints."""
         self._paused_until: dict[str, float] = {}
         """URL of an endpoint -> time until which it gets no further connection."""
+        self._taken_back_until: dict[str, float] = {}
+        """The same after a first request has failed beside further connections."""
 
     def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
         """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
@@ -63,12 +65,16 @@ class ConnectionBudget:
 
     def count(self, endpoint: str) -> int:
         """Return the number of all connections to an endpoint."""
-        further = sum(count for url, count in self._further.values() if url == endpoint)
-        return self._count_first(endpoint) + further
+        return self._count_first(endpoint) + self._count_further(endpoint)
+
+    def _count_further(self, endpoint: str) -> int:
+        return sum(count for url, count in self._further.values() if url == endpoint)
 
     def may_add(self, endpoint: str) -> bool:
         """Return whether a further connection may be opened."""
-        return not self.is_paused(endpoint) and self.count(endpoint) < self._limit(endpoint)
+        if self.is_paused(endpoint) or self.is_taken_back(endpoint):
+            return False
+        return self.count(endpoint) < self._limit(endpoint)
 
     def is_paused(self, endpoint: str) -> bool:
         """Return whether the endpoint has asked for a pause that has not ended."""
@@ -78,6 +84,24 @@ class ConnectionBudget:
         accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
         return accepted if self._clock() < until else MAX_PER_ENDPOINT
 
+    def take_back(self, endpoint: str) -> int:
+        """Let all further connections to an endpoint end. It gets none for a while.
+
+        A first request has failed there, which may be because of them: upstreams and firewalls
+        limit the connections of one address.
+
+        Returns:
+            The number of further connections that end.
+        """
+        further = self._count_further(endpoint)
+        if further:
+            self._taken_back_until[endpoint] = self._clock() + _REMEMBERED_S
+        return further
+
+    def is_taken_back(self, endpoint: str) -> bool:
+        """Return whether the further connections to an endpoint have to end."""
+        return self._clock() < self._taken_back_until.get(endpoint, 0.0)
+
     def on_refused(self, endpoint: str, retry_after: float) -> None:
         """Remember that the endpoint refused one of the connections that are counted now.
 
@@ -85,7 +109,7 @@ class ConnectionBudget:
         """
         accepted = min(max(1, self.count(endpoint) - 1), self._limit(endpoint))
         self._accepted[endpoint] = accepted, self._clock() + _REMEMBERED_S
-        until = self._clock() + retry_after
+        until = self._clock() + min(retry_after, _REMEMBERED_S)
         self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
 
     def on_no_ranges(self, endpoint: str) -> None:

@@ -31,8 +31,8 @@ from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
 from mirror.pull.aside import AsideRequests
-from mirror.pull.fetch import RunningFetches
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
+from mirror.pull.running_fetches import RunningFetches
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader

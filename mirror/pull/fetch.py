@@ -11,39 +11,36 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Final, TypeAlias
 
 from mirror.observability.events import DigestMismatched, Kind, Observer, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     UpstreamError,
     UpstreamProtocolError,
+    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Repository
-from mirror.pull.attempts import STALL_GRACE_S, SourceAttempts
-from mirror.pull.connection_budget import ConnectionBudget
+from mirror.oci.reference import Repository
+from mirror.pull.attempts import REPEAT_AFTER_S, STALL_GRACE_S, Preempted, SourceAttempts
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
 from mirror.pull.ramp import MIN_REMAINING_PIECES
 from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
-from mirror.pull.suspects import Suspects
-from mirror.single_flight import SharedTask, SingleFlight
+from mirror.single_flight import SharedTask
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
-from mirror.store.store import Store
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 ProofKey: TypeAlias = tuple[Repository, Kind]
@@ -55,12 +52,8 @@ PREEMPT_AFTER_S: Final = 5.0
 upstream is queued. Short, because the clients of the queued source are waiting."""
 
 
-def _proof_key(request: ContentRequest) -> ProofKey:
+def proof_key(request: ContentRequest) -> ProofKey:
     return request.repository, request.kind
-
-
-class _Preempted(UpstreamTimeout):
-    """The source was too slow while a source on another upstream was queued."""
 
 
 class Fetch:
@@ -74,12 +67,13 @@ class Fetch:
         callbacks: AccessCallbacks,
         make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
+        take_back: Callable[[str], int] = lambda endpoint: 0,
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
         ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
         mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
-        the latest one last.
+        the latest one last. ``take_back``: see :class:`ConnectionBudget`.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -93,10 +87,12 @@ class Fetch:
         self._make_reader = make_reader
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
-        self._queue = deque([first])
-        self._offered = {_proof_key(first.request)}
-        self._requeued: set[ProofKey] = set()
-        self._current = first
+        self._take_back = take_back
+        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
+        self._queue = deque([self._current])
+        self._offered = {proof_key(first.request)}
+        self._has_offer = asyncio.Event()
+        """Set whenever a source is queued."""
         self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
@@ -111,13 +107,25 @@ class Fetch:
 
     def offer(self, source: ContentSource) -> None:
         """Queue a source, unless one with the same proof key was offered before."""
-        if _proof_key(source.request) in self._offered:
+        if proof_key(source.request) in self._offered:
             return
-        had_other_upstream = self.has_other_upstream
-        self._offered.add(_proof_key(source.request))
-        self._queue.append(source)
-        if self._shorten_timeout and self.has_other_upstream and not had_other_upstream:
+        self._offered.add(proof_key(source.request))
+        self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
+        self._has_offer.set()
+        if self._shorten_timeout:
             self._shorten_timeout()
+
+    def follow(self, request: ContentRequest) -> Follower | None:
+        """Return a new follower of the ingest, for ``request``. None if that has ended.
+
+        Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
+        has no byte yet, so it may use its next mirror.
+        """
+        now, error = asyncio.get_running_loop().time(), self._current.error
+        is_same = proof_key(self._current.source.request) == proof_key(request)
+        if self._current.resume_at > now and is_same and isinstance(error, UpstreamRateLimited):
+            raise error
+        return self.ingest.follow(request.first_byte(self.ingest.size))
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
         """Wait until ``follower`` can read a byte. A refusal by its own upstream ends the wait.
@@ -129,87 +137,79 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        proof_key, loop = _proof_key(request), asyncio.get_running_loop()
+        callbacks = self._refusal_callbacks.setdefault(key := proof_key(request), [])
         try:
             async with asyncio.timeout(None) as limit:
-                with self._on_refusal(proof_key, lambda: limit.reschedule(loop.time())):
+                callbacks.append(end_wait := partial(limit.reschedule, 0.0))
+                try:
                     if not follower.arrived:
                         await follower.wait(0, 1)
+                finally:
+                    callbacks.remove(end_wait)
         except (MirrorError, TimeoutError) as error:
-            raise self.failures.get(proof_key, error) from None
-        failure = self.failures.get(proof_key)
+            raise self.failures.get(key, error) from None
+        failure = self.failures.get(key)
         if isinstance(failure, REFUSALS):
             raise failure
-        return proof_key in self.proven
-
-    @contextmanager
-    def _on_refusal(self, proof_key: ProofKey, callback: Callable[[], None]) -> Iterator[None]:
-        """Call ``callback`` if the source of ``proof_key`` refuses while the block runs."""
-        callbacks = self._refusal_callbacks.setdefault(proof_key, [])
-        callbacks.append(callback)
-        try:
-            yield
-        finally:
-            callbacks.remove(callback)
+        return key in self.proven
 
     # --- sources --------------------------------------------------------------------------------
 
-    def next_source(self) -> ContentSource | None:
-        """Take the next source from the queue, suspected ones last. None if none is left."""
-        if not self._queue:
+    def next_source(self) -> SourceAttempts | None:
+        """Take the next source from the queue, preempted ones last. None if none is left."""
+        if not (queue := self._queue):
             return None
-        self._current = min(self._queue, key=lambda source: source.is_suspect)
-        self._queue.remove(self._current)
+        now = asyncio.get_running_loop().time()
+        ranks = [(one.resume_at > now, one.is_preempted, one.source.is_suspect) for one in queue]
+        self._current = queue[ranks.index(min(ranks))]
+        queue.remove(self._current)
+        if self._current.is_preempted:
+            self._current.try_again(now, self.ingest.position)
         return self._current
 
-    @property
-    def has_other_upstream(self) -> bool:
-        """True if a source on another upstream is queued, and may preempt the current one."""
-        if _proof_key(self._current.request) in self._requeued:
-            return False
-        upstream = self._current.request.repository.upstream
-        return any(source.request.repository.upstream != upstream for source in self._queue)
+    def alternative_at(self, now: float) -> float | None:
+        """Return the time from which a queued source may take the place of a slow one, or None.
 
-    def _requeue(self, source: ContentSource) -> None:
-        """Put a preempted source at the end of the queue. It is not preempted a second time."""
-        self._requeued.add(_proof_key(source.request))
-        self._queue.append(source)
+        It is on another upstream, or its pause is over. A source loses its place only once.
+        """
+        upstream = self._current.source.request.repository.upstream
+        times = (
+            max(now, one.resume_at)
+            for one in self._queue
+            if one.resume_at or one.source.request.repository.upstream != upstream
+        )
+        return None if self._current.is_preempted else min(times, default=None)
 
     async def _record_failure(self, source: ContentSource, error: MirrorError) -> None:
         """Keep the error of a source. Its followers learn of a refusal at once."""
         if isinstance(error, REFUSALS):
             await self._callbacks.on_refused(source, error)
-        self.failures[_proof_key(source.request)] = error
+        self.failures[proof_key(source.request)] = error
         if isinstance(error, REFUSALS):
-            for callback in self._refusal_callbacks.get(_proof_key(source.request), ()):
+            for callback in self._refusal_callbacks.get(proof_key(source.request), ()):
                 callback()
-
-    @contextmanager
-    def on_other_upstream(self, shorten_timeout: Callable[[], None]) -> Iterator[None]:
-        """Call ``shorten_timeout`` once :attr:`has_other_upstream` is true, within the block."""
-        if self.has_other_upstream:
-            shorten_timeout()
-        self._shorten_timeout = shorten_timeout
-        try:
-            yield
-        finally:
-            self._shorten_timeout = None
 
     @asynccontextmanager
     async def _preemptible(self) -> AsyncIterator[None]:
-        """Limit the block to :data:`PREEMPT_AFTER_S` while a source on another upstream is queued.
-
-        Raises :class:`_Preempted` when that time is over.
-        """
+        """Raise :class:`Preempted` in the block once another source may be tried instead."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(None) as limit:
-                with self.on_other_upstream(
-                    lambda: limit.reschedule(loop.time() + PREEMPT_AFTER_S)
-                ):
+
+                def shorten_timeout() -> None:
+                    at, end = self.alternative_at(loop.time()), limit.when()
+                    if at is not None:
+                        at = max(at, loop.time() + PREEMPT_AFTER_S)
+                        limit.reschedule(at if end is None else min(at, end))
+
+                shorten_timeout()
+                self._shorten_timeout = shorten_timeout
+                try:
                     yield
+                finally:
+                    self._shorten_timeout = None
         except TimeoutError:
-            raise _Preempted("no response yet, and another upstream is tried") from None
+            raise Preempted("no response yet, and another source is tried") from None
 
     # --- the fetch loop -------------------------------------------------------------------------
 
@@ -233,8 +233,8 @@ class Fetch:
     async def _fetch_from_sources(self) -> None:
         """Try one source after the other. Raises the error of the last one."""
         failure: MirrorError | None = None
-        while (source := self.next_source()) is not None:
-            attempts = SourceAttempts(source, source.registry.idle + STALL_GRACE_S)
+        while (attempts := self.next_source()) is not None:
+            source = attempts.source
             try:
                 await self._fetch_from(attempts)
                 return
@@ -242,11 +242,14 @@ class Fetch:
                 upstream, digest = source.request.repository.upstream, str(self.ingest.digest)
                 where = "resume" if attempts.resumed_from else "upstream"
                 self._emit(DigestMismatched(upstream, digest, where))
+                if self._reader is not None:
+                    self._reader.distrust_ranges()
                 self._on_wrong_bytes(self.endpoints_used)
                 raise
-            except _Preempted as error:
+            except Preempted as error:
                 failure = error
-                self._requeue(source)
+                attempts.preempt(asyncio.get_running_loop().time(), self.ingest.position)
+                self._queue.append(attempts)
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, ManifestInvalid) and self.ingest.position:
                     raise  # Another source would send the same bytes.
@@ -263,12 +266,15 @@ class Fetch:
         while not await self._is_complete():
             try:
                 await self._transfer(attempts)
-            except (DigestMismatch, ManifestInvalid, _Preempted):
+            except (DigestMismatch, ManifestInvalid, Preempted):
                 raise
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
-                await self._pause_before_resuming(attempts, error)
+                if attempts.may_repeat_soon():
+                    await asyncio.sleep(random.uniform(*REPEAT_AFTER_S))  # noqa: S311 - jitter
+                else:
+                    await self._pause_before_resuming(attempts, error)
             else:
                 return
 
@@ -279,18 +285,15 @@ class Fetch:
         """
         has_failed = False
         while True:
-            match await self.ingest.try_lead():
-                case Role.DONE:
-                    return True
-                case Role.LEADER:
-                    return False
-                case Role.FOLLOWER:
-                    try:
-                        await follow_other_process(self.ingest)
-                    except UpstreamError:
-                        if has_failed:
-                            raise
-                        has_failed = True
+            role = await self.ingest.try_lead()
+            if role is not Role.FOLLOWER:
+                return role is Role.DONE
+            try:
+                await follow_other_process(self.ingest)
+            except UpstreamError:
+                if has_failed:
+                    raise
+                has_failed = True
 
     @asynccontextmanager
     async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
@@ -314,8 +317,7 @@ class Fetch:
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
         attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        if not attempts.has_responded:
-            attempts.last_progress_at = loop.time()
+        attempts.last_progress_at = attempts.last_progress_at or loop.time()
         async with AsyncExitStack() as stack:
             limit = await stack.enter_async_context(self._stall_limit(attempts))
             async with self._preemptible():
@@ -329,6 +331,7 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
+                        take_back=partial(attempts.take_back, self._take_back),
                     )
                 )
             attempts.validator = stream.validator
@@ -342,7 +345,7 @@ class Fetch:
                 raise UpstreamProtocolError("the response starts after the requested offset")
             # Must come before `declare`, which wakes the followers: `wait_for_first_byte` reads
             # `proven`.
-            self.proven.add(_proof_key(request))
+            self.proven.add(proof_key(request))
             if not attempts.has_responded:
                 attempts.has_responded = True
                 attempts.last_progress_at = loop.time()
@@ -373,10 +376,8 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed = True
-                    attempts.failed_in_a_row = attempts.ranged_failures = 0
-                    attempts.highest_position = ingest.position
-                    attempts.last_progress_at = loop.time()
+                    has_ranges = stream.start > 0 or bool(self._reader and self._reader.endpoints)
+                    attempts.note_progress(loop.time(), ingest.position, has_range=has_ranges)
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
@@ -385,113 +386,37 @@ class Fetch:
     async def _pause_before_resuming(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Pause before the next transfer from this source.
 
-        Raises ``error`` if the source is given up, ``_Preempted`` if another one is tried first.
-
-        The registry retries and fails over until response headers have arrived. Only bodies that
-        broke are resumed here.
+        Raises ``error`` if the source is given up, ``Preempted`` if another one is tried first.
+        The registry retries before response headers.
         """
-        now = asyncio.get_running_loop().time()
-        attempts.count_failure(error)
-        pause = attempts.pause(error)
-        if self.ingest.is_closed or attempts.is_over(now + pause):
+        ingest, now = self.ingest, asyncio.get_running_loop().time()
+        # A client gets a manifest in one piece, when it is complete.
+        is_blob = attempts.source.request.kind is Kind.BLOB
+        has_reader = is_blob and ingest.is_confirmed and ingest.position > 0
+        attempts.count_failure(error, now, has_reader=has_reader)
+        if ingest.is_closed or attempts.is_over(now, may_repeat=has_reader and not self._queue):
             raise error
-        if self.has_other_upstream and now - attempts.last_progress_at > PREEMPT_AFTER_S:
-            raise _Preempted(error.message) from error
-        if not isinstance(error, AllCircuitsOpen):  # Otherwise no request was sent.
-            self._emit(attempts.resumed(self.ingest.position, error))
-        async with self._preemptible():  # A 429 may have asked for a long pause.
-            await asyncio.sleep(pause)
+        if now - attempts.last_progress_at > PREEMPT_AFTER_S and self.alternative_at(now) == now:
+            raise Preempted(error.message) from error
+        if attempts.wait_s is not None:
+            await self._wait(attempts, error)
+            return
+        self._emit(attempts.resumed(self.ingest.position, error))
+        await asyncio.sleep(attempts.pause())
 
+    async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
+        """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-class RunningFetches:
-    """The running fetches of this process, by digest."""
-
-    def __init__(
-        self,
-        store: Store,
-        single_flight: SingleFlight,
-        emit: Observer,
-        callbacks: AccessCallbacks,
-        *,
-        may_finish_abandoned: bool,
-    ) -> None:
-        """Start empty. ``may_finish_abandoned``: a fetch continues when its last client leaves."""
-        self._store = store
-        self._single_flight = single_flight
-        self._emit = emit
-        self._callbacks = callbacks
-        self._may_finish_abandoned = may_finish_abandoned
-        self.connections = ConnectionBudget(self._count_at)
-        self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
-        self._active: dict[Digest, Fetch] = {}
-        self.suspects = Suspects()
-
-    def find_proven(self, request: ContentRequest) -> Ingest | None:
-        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
-        fetch = self._find_active(request.digest)
-        return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
-
-    def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
-        """Join the fetch of this content, or start it.
-
-        Returns:
-            The fetch, a follower that the caller closes, and True if the fetch was running already.
-
-        Raises:
-            Draining: The process shuts down, so no fetch is started.
+        Raises :class:`Preempted` as soon as a queued source need not wait: the pause of one
+        repository need not be that of another.
         """
-        suspects = self.suspects.get(source.request.digest) or {}
-        is_suspect = source.request.repository.upstream in suspects.values()
-        source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
-        fetch = self._find_active(source.request.digest)
-        start = source.request.first_byte(fetch.ingest.size) if fetch is not None else 0
-        follower = fetch.ingest.follow(start) if fetch is not None else None
-        if fetch is None or follower is None:
-            return *self._start(source), False
-        fetch.offer(source)
-        return fetch, follower, True
-
-    def _find_active(self, digest: Digest) -> Fetch | None:
-        """Find the fetch of this content, unless it has failed or ended."""
-        fetch = self._active.get(digest)
-        if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
-            return None
-        return fetch
-
-    def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
-        digest = source.request.digest
-        ingest = self._store.start_ingest(digest)
-        add_suspects = partial(self.suspects.add, digest)
-        fetch = Fetch(ingest, source, self._emit, self._callbacks, self._make_reader, add_suspects)
-        follower = ingest.follow()
-        assert follower is not None
-        self._active[digest] = fetch
-        try:
-            key = ("fetch", digest, id(ingest))
-            fetch.task = self._single_flight.run(key, fetch.run)
-        except BaseException:
-            follower.close()
-            ingest.release()
-            self._remove(fetch)
-            raise
-        assert fetch.task.task is not None
-        # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
-        fetch.task.task.add_done_callback(lambda task: ingest.release())
-        fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
-        ingest.when_abandoned(lambda: self._cancel(fetch), may_finish=self._may_finish_abandoned)
-        return fetch, follower
-
-    def _cancel(self, fetch: Fetch) -> None:
-        """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""
-        assert fetch.task is not None
-        self._remove(fetch)
-        fetch.task.cancel()
-
-    def _remove(self, fetch: Fetch) -> None:
-        self._store.end_ingest(fetch.ingest)
-        if self._active.get(fetch.ingest.digest) is fetch:
-            del self._active[fetch.ingest.digest]
-
-    def _count_at(self, endpoint: str) -> int:
-        """Return the number of fetches that have got bytes from an endpoint last."""
-        return sum(1 for fetch in self._active.values() if fetch.endpoint == endpoint)
+        loop = asyncio.get_running_loop()
+        attempts.resume_at = loop.time() + attempts.pause()
+        while (now := loop.time()) < attempts.resume_at:
+            next_at = min((one.resume_at for one in self._queue), default=attempts.resume_at)
+            if next_at <= now:
+                raise Preempted(error.message) from error
+            self._has_offer.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(min(next_at, attempts.resume_at)):
+                    await self._has_offer.wait()

@@ -44,7 +44,6 @@ from mirror.store.records import (
     TagRecord,
     confirm,
     manifest_record,
-    parse_as_recorded,
     parse_with_records,
 )
 from mirror.threads import parse_in_thread_if_large
@@ -138,14 +137,12 @@ class ManifestService:
             body = await self._content.read_small(digest, MANIFEST_LIMIT)
         if body is None:
             return None
-        parsed = await parse_in_thread_if_large(parse_as_recorded, body, access_record)
+        parsed, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
         if not access_record.has_parts:
             # It was fetched through another repository.
-            _, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
             await self._put_records(repository, records)
         elif access_record.media_type not in ("", parsed.media_type):
-            corrected = replace(access_record, media_type=parsed.media_type)
-            await self._put_records(repository, [corrected])
+            await self._put_records(repository, records[-1:])  # The manifest's own record.
         return self._remember(repository, ManifestResult.of_body(digest, body, parsed))
 
     async def _put_records(self, repository: Repository, records: list[AccessRecord]) -> None:

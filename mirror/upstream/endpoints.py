@@ -263,6 +263,26 @@ class Endpoints:
         A 429 takes precedence over failures of other endpoints, then the last failure. Without any
         failure, an endpoint gets no request now.
         """
+        error = self._most_telling(state, now, subject)
+        error.others = tuple(other for other in state.errors if other is not error)
+        error.next_request_in = self._seconds_until_request(state, now, subject)
+        error.is_wait = not state.failures and error.next_request_in is not None
+        return error
+
+    def _seconds_until_request(
+        self, state: SendState, now: float, subject: Subject
+    ) -> float | None:
+        """Return ``next_request_in`` of the error (:class:`mirror.oci.errors.MirrorError`)."""
+        pauses = (
+            self.pauses[url].find(now, subject)
+            for url in self.urls
+            if not (url in state.tried or url in state.finished)
+            and not self.may_request(url, now, subject)
+        )
+        seconds = (0.0 if pause is None else pause.until - now for pause in pauses)
+        return min(seconds, default=None)
+
+    def _most_telling(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
         errors = (state.failure, *state.finished.values())
         failures = [error for error in errors if isinstance(error, UpstreamError)]
         limited = (error for error in failures if isinstance(error, UpstreamRateLimited))
@@ -290,6 +310,8 @@ class SendState:
     failures: int = 0
     failure: UpstreamError | None = None
     """The last failure."""
+    errors: list[MirrorError] = field(default_factory=list)
+    """All failures and refusals, in their order."""
     tried: set[URL] = field(default_factory=set)
     finished: dict[URL, MirrorError] = field(default_factory=dict)
     """Endpoint that is not asked again -> its refusal, or why its response cannot be used."""
@@ -309,6 +331,7 @@ class SendState:
 
         ``is_final``: the endpoint is not asked again. It is not asked again after a refusal either.
         """
+        self.errors.append(error)
         if isinstance(error, UpstreamError):
             self.failure, self.failures = error, self.failures + 1
         if is_final or not isinstance(error, UpstreamError):

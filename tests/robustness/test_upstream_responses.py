@@ -118,6 +118,22 @@ async def test_retry_after_date_is_passed_on_in_seconds(tmp_path: Path) -> None:
         assert 500 < int(got["Retry-After"]) <= 600
 
 
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize("header", [{}, {"Retry-After": "0"}, {"Retry-After": "1"}])
+@pytest.mark.parametrize("times", [1, 3])
+async def test_429_for_a_fetch_that_resumes_is_waited_for(
+    tmp_path: Path, header: dict[str, str], times: int
+) -> None:
+    async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
+        digest = fake.add_blob(DATA)
+        limit = Fault(status=429, headers=header, times=times)
+        fake.fault(f"blobs/{digest}", Fault(reset_at=len(DATA) // 2), limit)
+        assert await fetch(server, digest) == DATA
+        asked = [seen for seen in fake.requests if "blobs/" in seen.path]
+        assert len(asked) == 2 + times
+        assert all("range" in seen.headers for seen in asked[1:]), "a 429 does not concern ranges"
+
+
 @pytest.mark.row("U10-failing-token-services")
 async def test_50_clients_cost_one_token_request(
     tmp_path: Path, tried: Callable[[int], None]

@@ -25,6 +25,19 @@ from tests.unit.pull.kit import MemoryRegistry, a_request
 BROKEN = UpstreamUnavailable("broken")
 
 
+def waiting(error: MirrorError, seconds: float = 0.0) -> MirrorError:
+    """Return the error of a source whose endpoints may get no request."""
+    error.next_request_in, error.is_wait = seconds, True
+    return error
+
+
+def limited(other: MirrorError) -> UpstreamRateLimited:
+    """Return the error of two endpoints: one responded with 429, the other in another way."""
+    error = UpstreamRateLimited("429")
+    error.others = (other,)
+    return error
+
+
 def attempts(**changes: object) -> SourceAttempts:
     """Make the state of a source that has responded at the time 100."""
     source = ContentSource(MemoryRegistry(), a_request(Digest.of(b"a")))
@@ -52,6 +65,139 @@ def test_source_is_given_up_after_5_failures_or_its_stall_limit(
     assert attempts(**changes).is_over(now) is is_over
 
 
+@pytest.mark.row("U9-rate-limits")
+def test_pause_is_waited_for_if_a_client_reads() -> None:
+    paused = waiting(UpstreamRateLimited("a pause"), seconds=9.0)
+    for has_responded in (True, False):
+        state = attempts(has_responded=has_responded)
+        for _ in range(9):
+            state.count_failure(paused, 135.9, has_reader=True)
+            assert (state.wait_s, state.failed_in_a_row) == (9.0, 0)
+            assert not state.is_over(135.9)
+        state.count_failure(paused, 136.0, has_reader=True)
+        assert (state.wait_s, state.failed_in_a_row) == (None, 1), "it would end too late"
+    state.count_failure(paused, 100.0)
+    assert (state.wait_s, state.is_over(100.0)) == (None, True), "the client can go elsewhere"
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_open_circuits_are_waited_for_after_the_first_response() -> None:
+    state, error = attempts(), waiting(AllCircuitsOpen("not asked"))
+    for _ in range(9):
+        state.count_failure(error, 100.0)
+        assert (state.wait_s, state.is_over(100.0)) == (0.0, False)
+    assert state.is_over(145.0)
+
+
+def test_source_without_a_response_is_repeated_only_if_it_is_the_last_one_of_a_client() -> None:
+    state = attempts(has_responded=False)
+    for count in range(6):
+        state.count_failure(BROKEN, 100.0, has_reader=True)
+        assert state.is_over(100.0)
+        assert state.is_over(100.0, may_repeat=True) is (count == 5)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize("refusal", [Denied("403"), BlobUnknown("404")])
+def test_refusals_beside_a_pause_lead_to_one_request_without_a_range(refusal: MirrorError) -> None:
+    refusal.endpoint = "http://refuses"
+    error = waiting(limited(refusal), seconds=20.0)
+    state = attempts(resumed_from=1)
+    for _ in range(2):
+        for may_use_range in (True, True, False):
+            state.count_failure(error, 100.0, has_reader=True)
+            assert (state.may_use_range, state.wait_s) == (may_use_range, None), "asked at once"
+        state.count_failure(error, 100.0, has_reader=True)
+        assert (state.may_use_range, state.wait_s) == (True, 20.0), "`Range` was not the cause"
+    assert state.failed_in_a_row == 0
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_endpoint_that_has_refused_the_whole_content_does_not_delay_the_wait_for_a_circuit() -> (
+    None
+):
+    refusal = BlobUnknown("404")
+    refusal.endpoint = "http://refuses"
+    error = waiting(AllCircuitsOpen("not asked"))
+    error.others = (refusal,)
+    state = attempts(resumed_from=1)
+    for _ in range(4):
+        state.count_failure(error, 100.0)
+    for _ in range(9):
+        state.count_failure(error, 100.0)
+        assert (state.may_use_range, state.wait_s) == (True, 0.0)
+    refusal.endpoint = "http://another"
+    state.count_failure(error, 100.0)
+    assert state.wait_s is None, "it may be the cause of this one"
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_wrong_range_beside_a_pause_leads_to_requests_without_a_range() -> None:
+    wrong = UpstreamProtocolError("another range")
+    error = waiting(limited(wrong), seconds=20.0)
+    state = attempts(resumed_from=1)
+    for may_use_range in (True, True, False, False, False):
+        state.count_failure(error, 100.0, has_reader=True)
+        assert state.may_use_range is may_use_range
+
+
+def test_range_that_was_wrong_is_not_used_again_after_a_refusal_beside_a_pause() -> None:
+    state = attempts(resumed_from=1)
+    for error in (UpstreamProtocolError("another range"), *[limited(Denied("403"))] * 4):
+        state.count_failure(error, 100.0)
+        assert not state.may_use_range
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_endpoint_that_pauses_is_waited_for_after_the_other_one_has_failed_often() -> None:
+    state, error = attempts(), UpstreamUnavailable("500")
+    error.next_request_in = 20.0
+    for _ in range(5):
+        state.count_failure(error, 100.0, has_reader=True)
+        assert (state.wait_s, state.is_over(100.0)) == (None, False)
+    for _ in range(5):
+        state.count_failure(error, 100.0, has_reader=True)
+        assert (state.wait_s, state.is_over(100.0)) == (20.0, False)
+    state.count_failure(error, 125.0, has_reader=True)
+    assert state.is_over(125.0), "the pause ends too late"
+    error.next_request_in = 0.0
+    state.count_failure(error, 100.0, has_reader=True)
+    assert state.is_over(100.0), "an open circuit may stay open"
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("wait_s", "position", "ends_at"),
+    [(None, 1000, 185.0), (20.0, 1001, 185.0), (20.0, 1000, 145.0)],
+)
+def test_time_of_other_sources_counts_only_while_nothing_comes_and_this_one_had_to_wait(
+    wait_s: float | None, position: int, ends_at: float
+) -> None:
+    state = attempts(wait_s=wait_s)
+    state.preempt(110.0, 1000)
+    state.try_again(150.0, position)
+    state.wait_s = None
+    assert (state.is_over(ends_at - 0.1), state.is_over(ends_at)) == (False, True)
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(
+    ("error", "least", "most"),
+    [
+        (BROKEN, 0.0, 0.1),
+        (waiting(UpstreamRateLimited("a pause"), seconds=1.5), 1.5, 3.5),
+        (waiting(AllCircuitsOpen("not asked")), 0.0, 2.0),
+    ],
+)
+def test_pause_is_as_long_as_the_wait_and_a_random_time(
+    error: MirrorError, least: float, most: float
+) -> None:
+    state = attempts()
+    state.count_failure(error, 100.0, has_reader=True)
+    pauses = [state.pause() for _ in range(300)]
+    assert least <= min(pauses) < (least + most) / 2 < max(pauses) <= most
+
+
 @pytest.mark.row("FB9-wrong-content-range-then-whole")
 @pytest.mark.parametrize(
     ("errors", "may_use_range"),
@@ -60,51 +206,36 @@ def test_source_is_given_up_after_5_failures_or_its_stall_limit(
         ([BROKEN, UpstreamTimeout("late")], True),
         ([BROKEN] * 3, False),
         ([UpstreamProtocolError("another range")], False),
-        ([AllCircuitsOpen("not asked")] * 9, True),
+        ([waiting(AllCircuitsOpen("not asked"))] * 9, True),
+        ([waiting(UpstreamRateLimited("a pause"))] * 9, True),
+        ([UpstreamRateLimited("429")] * 4, True),
+        ([UpstreamRateLimited("429")] * 5, False),  # The last try.
+        ([BROKEN, BROKEN, UpstreamRateLimited("429")], True),
+        ([limited(BROKEN)] * 3, False),
+        ([limited(UpstreamRateLimited("429"))] * 4, True),
+        ([limited(BlobUnknown("404"))] * 2, True),
+        ([limited(BlobUnknown("404"))] * 3, False),
     ],
 )
 def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     errors: list[MirrorError], may_use_range: bool
 ) -> None:
-    state = attempts()
+    state = attempts(resumed_from=1)
     for error in errors:
-        state.count_failure(error)
+        state.count_failure(error, 100.0, has_reader=True)
     assert state.may_use_range is may_use_range
-
-
-def test_range_is_kept_after_failures_that_have_another_cause() -> None:
-    """Otherwise a token service that fails for a moment costs all bytes a second time."""
-    state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
-    without_token.is_without_token = True
-    unreachable = UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)
-    for error in (without_token, unreachable, BROKEN, BROKEN):
-        state.count_failure(error)
-    assert state.may_use_range
-    state.count_failure(BROKEN)
-    assert not state.may_use_range
-
-
-@pytest.mark.parametrize(("retry_after", "least"), [(None, 2.0), (0.0, 0.0), (30.0, 30.0)])
-def test_pause_after_a_429_is_as_long_as_the_upstream_asks_for(
-    retry_after: float | None, least: float
-) -> None:
-    state = attempts()
-    state.count_failure(UpstreamRateLimited("429", retry_after=retry_after))
-    pause = state.pause(UpstreamRateLimited("429", retry_after=retry_after))
-    assert least <= pause <= least + 0.1
-    assert state.is_over(100.0 + pause) is False
 
 
 def test_endpoint_without_progress_is_asked_last() -> None:
     state = attempts(endpoint="http://one")
-    state.count_failure(BROKEN)
+    state.count_failure(BROKEN, 100.0)
     state.endpoint = "http://two"
-    state.count_failure(BROKEN)
+    state.count_failure(BROKEN, 100.0)
     state.endpoint = "http://one"
-    state.count_failure(BROKEN)
+    state.count_failure(BROKEN, 100.0)
     assert state.avoid == ["http://two", "http://one"]
     state.has_progressed, state.endpoint = True, "http://three"
-    state.count_failure(BROKEN)
+    state.count_failure(BROKEN, 100.0)
     assert state.avoid == ["http://two", "http://one"]
 
 
@@ -115,9 +246,9 @@ def test_refused_transfer_is_followed_by_one_request_without_a_range(
     error: MirrorError, *, has_responded: bool
 ) -> None:
     state = attempts(validator="x", resumed_from=1, has_responded=has_responded)
-    state.count_failure(error)
+    state.count_failure(error, 100.0)
     assert (state.may_use_range, state.validator, state.is_over(100.0)) == (False, None, False)
-    state.count_failure(error)
+    state.count_failure(error, 100.0)
     assert state.is_over(100.0)
 
 
@@ -125,7 +256,7 @@ def test_refused_transfer_is_followed_by_one_request_without_a_range(
 def test_transfer_that_the_storage_refuses_is_repeated_without_a_range() -> None:
     state = attempts()
     for _ in range(2):
-        state.count_failure(StorageRefused("403"))
+        state.count_failure(StorageRefused("403"), 100.0)
         assert (state.may_use_range, state.is_over(100.0)) == (False, False)
 
 
@@ -133,7 +264,7 @@ def test_transfer_that_the_storage_refuses_is_repeated_without_a_range() -> None
 @pytest.mark.parametrize("error", [Denied("403"), BlobUnknown("404"), BROKEN])
 def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorError) -> None:
     state = attempts(has_responded=False)
-    state.count_failure(error)
+    state.count_failure(error, 100.0)
     assert state.is_over(100.0)
 
 
@@ -148,14 +279,38 @@ def test_request_from_the_start_that_is_refused_is_not_repeated(error: MirrorErr
         (UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT), False),
         (UpstreamTimeout("late", scope=FailureScope.SUBJECT), False),
         (UpstreamRateLimited("429"), False),
-        (AllCircuitsOpen("not asked"), False),
+        (waiting(AllCircuitsOpen("not asked")), False),
+        (waiting(UpstreamRateLimited("a pause")), False),
     ],
 )
 def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_failed_it(
     error: MirrorError, *, is_repeated: bool
 ) -> None:
     state = attempts(resumed_from=1, has_responded=False)
-    state.count_failure(error)
+    state.count_failure(error, 100.0)
     assert (state.may_use_range, state.is_over(100.0)) == (not is_repeated, not is_repeated)
-    state.count_failure(error)
+    state.count_failure(error, 100.0)
     assert state.is_over(100.0)
+
+
+@pytest.mark.parametrize("error", [BROKEN, UpstreamTimeout("none"), UpstreamUnavailable("502")])
+def test_range_that_has_brought_bytes_before_is_never_left_out_after_failures(
+    error: MirrorError,
+) -> None:
+    state = attempts(resumed_from=1000)
+    state.note_progress(100.0, 2000, has_range=True)
+    for _ in range(5):
+        state.has_progressed = False
+        state.count_failure(error, 100.0)
+    assert state.may_use_range
+    state.count_failure(UpstreamProtocolError("200"), 100.0)
+    assert not state.may_use_range, "a wrong response tells about Range"
+
+
+def test_request_that_met_our_own_connections_is_repeated_soon_three_times() -> None:
+    state, repeated = attempts(), 0
+    while state.take_back(lambda endpoint: 3, "https://one.example"):
+        repeated += state.may_repeat_soon()
+        assert not state.may_repeat_soon()
+    assert repeated == 3
+    assert not attempts().take_back(lambda endpoint: 0, "https://one.example")

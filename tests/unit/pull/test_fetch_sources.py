@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -121,6 +121,37 @@ async def test_fetch_whose_source_is_given_up_resumes_from_the_followers_source(
         assert await blob(kit, DIGEST) == (DATA, Outcome.HIT)
 
 
+@pytest.mark.row("U9-rate-limits")
+async def test_repository_of_the_same_upstream_takes_over_while_another_one_pauses(
+    tmp_path: Path,
+) -> None:
+    ours = MemoryRegistry()
+    paused = UpstreamRateLimited("a pause", retry_after=20.0)
+    paused.next_request_in, paused.is_wait = 20.0, True
+    ours.breaks = [(150_000, DOWN), *[(150_000, paused)] * 20]
+    for path in (REPO.path, OTHER.path):
+        ours.add_blob(path, DATA)
+    open_ = ours.open
+    asked, is_paused = [], asyncio.Event()
+
+    def open_and_record(repository: Repository, *arguments: Any, **named: Any) -> Any:
+        asked.append((repository, named["offset"]))
+        if len(asked) == 2:
+            is_paused.set()
+        if repository == OTHER:
+            ours.breaks.clear()
+        return open_(repository, *arguments, **named)
+
+    async with pull_kit(tmp_path, registry=ours) as kit, asyncio.timeout(10):
+        with patch.object(ours, "open", open_and_record):
+            async with asyncio.TaskGroup() as group:
+                first = group.create_task(outcome(kit, REPO))
+                await is_paused.wait()
+                assert await outcome(kit, OTHER) == (DATA, Outcome.JOIN)
+        assert first.result() == (DATA, Outcome.MISS)
+    assert asked == [(REPO, 0), (REPO, 150_000), (OTHER, 150_000)]
+
+
 @pytest.mark.row("U11-connect-faults")
 @pytest.mark.parametrize("failure", [DOWN, UpstreamRateLimited("later", retry_after=9.0)])
 async def test_upstream_that_is_down_fails_only_its_own_clients(
@@ -225,28 +256,44 @@ async def test_failure_of_another_process_leads_to_a_request_to_our_upstream(
         assert ours.calls["get_blob"] == 1
 
 
-def test_only_a_new_source_on_another_upstream_shortens_the_timeout_once() -> None:
-    registry, shortened = MemoryRegistry(), []
+def take(sources: Fetch) -> ContentSource | None:
+    attempts = sources.next_source()
+    return attempts.source if attempts is not None else None
+
+
+async def test_only_a_source_on_another_upstream_takes_the_place_of_a_slow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fetch, "PREEMPT_AFTER_S", 0.05)
+    registry, loop = MemoryRegistry(), asyncio.get_running_loop()
     ours, same, theirs, more = (
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
     sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock())
-    assert sources.next_source() is ours
-    with sources.on_other_upstream(lambda: shortened.append(1)):
+    assert take(sources) is ours
+    async with sources._preemptible():
         for source in (ours, same, same):
             sources.offer(source)
-        assert not shortened
-        assert not sources.has_other_upstream
-        for source in (theirs, more, theirs):
-            sources.offer(source)
-        assert sources.has_other_upstream
-    assert shortened == [1]
-    with sources.on_other_upstream(lambda: shortened.append(2)):
-        assert shortened == [1, 2], "it was queued before"
-    assert [sources.next_source() for _ in range(4)] == [same, theirs, more, None]
+        await asyncio.sleep(0.1)
+    assert sources.alternative_at(1.0) is None
+
+    async def is_slow(*offered: ContentSource) -> None:
+        async with sources._preemptible():
+            for source in offered:
+                sources.offer(source)
+            await asyncio.Event().wait()
+
+    begun = loop.time()
+    with pytest.raises(fetch.Preempted):
+        await is_slow(theirs, more)
+    assert loop.time() - begun >= 0.04
+    assert sources.alternative_at(1.0) == 1.0
+    with pytest.raises(fetch.Preempted):
+        await is_slow()  # They were queued before.
+    assert [take(sources) for _ in range(4)] == [same, theirs, more, None]
     sources.offer(same)
-    assert sources.next_source() is None, "it was asked before"
+    assert take(sources) is None, "it was asked before"
 
 
 # --- proofs of access ---------------------------------------------------------------------------

@@ -7,6 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from yarl import URL
 
+from mirror.oci.errors import (
+    AllCircuitsOpen,
+    BlobUnknown,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
 from mirror.upstream.endpoints import (
     DEFAULT_BACK_OFF_S,
     FAILURE_THRESHOLD,
@@ -18,6 +24,7 @@ from mirror.upstream.endpoints import (
     Endpoints,
     Pause,
     Pauses,
+    SendState,
     Subject,
 )
 
@@ -351,3 +358,60 @@ def test_any_sequence_has_one_probe_at_a_time_and_ends_permitted(
     for _, probe in under_way:
         circuit.record_cancellation(is_probe=probe)
     assert circuit.may_request(now + MAX_OPEN_S, subject())
+
+
+# --- the error of a request ---------------------------------------------------------------------
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_error_without_a_failed_endpoint_has_the_time_of_the_next_request() -> None:
+    endpoints = Endpoints((A, B, C))
+    for url, seconds in ((A, 20.0), (B, 30.0)):
+        endpoints.pauses[url].add(0.0, subject(), seconds)
+    refusal = BlobUnknown("404")
+    refused = SendState(99.0, tried={C})
+    refused.add(C, refusal, is_final=False)
+    error = endpoints.final_error(refused, 5.0, subject())
+    assert isinstance(error, UpstreamRateLimited)
+    assert (error.retry_after, error.next_request_in, error.is_wait) == (15.0, 15.0, True)
+    assert error.others == (refusal,)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_circuit_that_is_open_may_close_at_any_time() -> None:
+    endpoints = Endpoints((A, B))
+    endpoints.pauses[A].add(0.0, subject(), 20.0)
+    endpoints.circuits[B] = opened(4.0)
+    error = endpoints.final_error(SendState(99.0), 5.0, subject())
+    assert (error.next_request_in, error.is_wait) == (0.0, True)
+    endpoints.pauses[A] = Pauses()
+    error = endpoints.final_error(SendState(99.0, finished={A: BlobUnknown("404")}), 5.0, subject())
+    assert isinstance(error, AllCircuitsOpen)
+    assert (error.next_request_in, error.is_wait) == (0.0, True)
+
+
+def test_endpoint_beyond_the_limit_of_attempts_is_not_waited_for() -> None:
+    endpoints, broken = Endpoints((A, B)), UpstreamUnavailable("500")
+    state = SendState(99.0, tried={A})
+    state.add(A, broken, is_final=False)
+    error = endpoints.final_error(state, 5.0, subject())
+    assert (error, error.next_request_in, error.is_wait) == (broken, None, False)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_429_names_the_failures_that_it_hides() -> None:
+    endpoints = Endpoints((A, B))
+    state = SendState(99.0, tried={A, B})
+    broken, limited = UpstreamUnavailable("500"), UpstreamRateLimited("429")
+    for endpoint, error in ((B, broken), (A, limited)):
+        state.add(endpoint, error, is_final=False)
+    assert endpoints.final_error(state, 1.0, subject()) is limited
+    assert (limited.others, limited.next_request_in) == ((broken,), None)
+    endpoints.pauses[A].add(1.0, subject(), 20.0)
+    state = SendState(99.0)
+    state.tried.add(B)
+    state.add(B, broken, is_final=False)
+    paused = endpoints.final_error(state, 2.0, subject())
+    assert isinstance(paused, UpstreamRateLimited)
+    assert (paused.others, paused.next_request_in) == ((broken,), 19.0)
+    assert not paused.is_wait

@@ -1,0 +1,124 @@
+"""The running fetches of one process.
+
+Lives here: one fetch for each digest, who joins it, when it ends, which endpoints are suspected.
+Must not know: how content is fetched (:mod:`mirror.pull.fetch`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from mirror.observability.events import Observer
+from mirror.oci.reference import Digest
+from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.fetch import Fetch, proof_key
+from mirror.pull.parallel import ParallelReader
+from mirror.pull.requests import AccessCallbacks, ContentRequest, ContentSource
+from mirror.pull.suspects import Suspects
+from mirror.single_flight import SingleFlight
+from mirror.store.follower import Follower
+from mirror.store.ingest import Ingest
+from mirror.store.store import Store
+
+
+class RunningFetches:
+    """The running fetches of this process, by digest."""
+
+    def __init__(
+        self,
+        store: Store,
+        single_flight: SingleFlight,
+        emit: Observer,
+        callbacks: AccessCallbacks,
+        *,
+        may_finish_abandoned: bool,
+    ) -> None:
+        """Start empty. ``may_finish_abandoned``: a fetch continues when its last client leaves."""
+        self._store = store
+        self._single_flight = single_flight
+        self._emit = emit
+        self._callbacks = callbacks
+        self._may_finish_abandoned = may_finish_abandoned
+        self.connections = ConnectionBudget(self._count_at)
+        self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
+        self._active: dict[Digest, Fetch] = {}
+        self.suspects = Suspects()
+
+    def find_proven(self, request: ContentRequest) -> Ingest | None:
+        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
+        fetch = self._find_active(request.digest)
+        return fetch.ingest if fetch and proof_key(request) in fetch.proven else None
+
+    def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
+        """Join the fetch of this content, or start it.
+
+        Returns:
+            The fetch, a follower that the caller closes, and True if the fetch was running already.
+
+        Raises:
+            Draining: The process shuts down, so no fetch is started.
+            UpstreamRateLimited: The fetch waits for the pause of this repository's endpoints.
+        """
+        suspects = self.suspects.get(source.request.digest) or {}
+        is_suspect = source.request.repository.upstream in suspects.values()
+        source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
+        fetch = self._find_active(source.request.digest)
+        follower = fetch.follow(source.request) if fetch is not None else None
+        if fetch is None or follower is None:
+            return *self._start(source), False
+        fetch.offer(source)
+        return fetch, follower, True
+
+    def _find_active(self, digest: Digest) -> Fetch | None:
+        """Find the fetch of this content, unless it has failed or ended."""
+        fetch = self._active.get(digest)
+        if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
+            return None
+        return fetch
+
+    def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
+        digest = source.request.digest
+        ingest = self._store.start_ingest(digest)
+        add_suspects = partial(self.suspects.add, digest)
+        fetch = Fetch(
+            ingest,
+            source,
+            self._emit,
+            self._callbacks,
+            self._make_reader,
+            add_suspects,
+            self.connections.take_back,
+        )
+        follower = ingest.follow()
+        assert follower is not None
+        self._active[digest] = fetch
+        try:
+            key = ("fetch", digest, id(ingest))
+            fetch.task = self._single_flight.run(key, fetch.run)
+        except BaseException:
+            follower.close()
+            ingest.release()
+            self._remove(fetch)
+            raise
+        assert fetch.task.task is not None
+        # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
+        fetch.task.task.add_done_callback(lambda task: ingest.release())
+        fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
+        ingest.when_abandoned(lambda: self._cancel(fetch), may_finish=self._may_finish_abandoned)
+        return fetch, follower
+
+    def _cancel(self, fetch: Fetch) -> None:
+        """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""
+        assert fetch.task is not None
+        self._remove(fetch)
+        fetch.task.cancel()
+
+    def _remove(self, fetch: Fetch) -> None:
+        self._store.end_ingest(fetch.ingest)
+        if self._active.get(fetch.ingest.digest) is fetch:
+            del self._active[fetch.ingest.digest]
+
+    def _count_at(self, endpoint: str) -> int:
+        """Return the number of fetches that have got bytes from an endpoint last."""
+        return sum(1 for fetch in self._active.values() if fetch.endpoint == endpoint)
