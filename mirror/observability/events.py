@@ -247,8 +247,9 @@ class PartCut:
     offset: int
 
 
-BackOffReason: TypeAlias = Literal["no_gain", "refused", "no_ranges", "failed"]
-"""One more connection brought no more bytes, got a 429 or a 503, got no range, or got no data."""
+BackOffReason: TypeAlias = Literal["no_gain", "slow_ranges", "refused", "no_ranges", "failed"]
+"""One more connection brought no more bytes, was slower than the plain response, got a 429 or a
+503, got no range, or got no data."""
 
 
 @dataclass(frozen=True, slots=True)

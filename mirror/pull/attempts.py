@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -41,9 +41,11 @@ _PAUSE_UNIT_S: Final = 0.05
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage. The
 seconds of ``wait_s`` are added."""
-_MAX_CROWDED: Final = 5
-"""Requests that may fail while our own further connections are a possible cause: they end their
-parts meanwhile, which takes a few seconds."""
+REPEAT_AFTER_S: Final = 1.0, 2.0
+"""Least and most seconds before a request is sent again that has failed beside further connections:
+these end at once, but an upstream may count them for a moment."""
+_MAX_CROWDED: Final = 3
+"""Times that a request is sent again for this reason."""
 _RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
 """Errors that a server may respond with because of ``Range``."""
 
@@ -72,7 +74,7 @@ class SourceAttempts:
     resume_at: float = 0.0
     """Time until which the source has to wait."""
     error: MirrorError | None = None
-    """The latest error. None if clients that come while the source waits are to wait, too."""
+    """The latest error."""
     highest_position: int = 0
     """Offset in the content, in bytes, at the latest progress."""
     resumed_from: int = 0
@@ -102,10 +104,12 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
+    has_sent_range: bool = False
+    """Whether a range of this content has brought bytes. Failures have other causes then."""
+    is_crowded: bool = False
+    """Whether the latest request met connections of ours that help other fetches, and end now."""
     crowded: int = 0
-    """Requests that have failed while our own further connections were a possible cause."""
-    ranged_endpoint: str = ""
-    """URL of the endpoint that has sent a range of the content last. Empty: none has."""
+    """How often that was so."""
     is_reading: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
     is_preempted: bool = False
@@ -122,15 +126,17 @@ class SourceAttempts:
         """Note that the transfer has got a response."""
         self.is_reading = True
         self.validator, self.endpoint = stream.validator, stream.endpoint
-        if stream.start:
-            self.ranged_endpoint = stream.endpoint
 
-    def on_progress(self, position: int, now: float) -> None:
-        """Note that the transfer has brought new bytes, up to ``position``."""
+    def note_progress(self, now: float, position: int, *, has_range: bool) -> None:
+        """Note that all bytes before ``position`` are there.
+
+        ``has_range``: whether some of them came by a request with ``Range``.
+        """
         self.has_progressed = True
         self.failed_in_a_row = self.ranged_failures = 0
         self.refused_whole.clear()
         self.highest_position, self.last_progress_at = position, now
+        self.has_sent_range |= has_range
 
     @asynccontextmanager
     async def limit_stall(self, has_reader: bool) -> AsyncIterator[asyncio.Timeout]:
@@ -149,6 +155,21 @@ class SourceAttempts:
                 f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
             ) from None
 
+    def take_back(self, take_back: Callable[[str], int], endpoint: str) -> int:
+        """Call ``take_back``, and note its result (:meth:`mirror.upstream.api.Registry.open`)."""
+        count = take_back(endpoint) if self.crowded < _MAX_CROWDED else 0
+        self.is_crowded |= count > 0
+        return count
+
+    def may_repeat_soon(self) -> bool:
+        """Return whether the latest request is sent again after :data:`REPEAT_AFTER_S`.
+
+        It may have failed because of connections of ours, which have ended by then.
+        """
+        is_crowded, self.is_crowded = self.is_crowded, False
+        self.crowded += is_crowded
+        return is_crowded
+
     def preempt(self, now: float, position: int) -> None:
         """Note that another source takes the place of this one."""
         self.is_preempted, self.preempted_at = True, (now, position)
@@ -163,14 +184,7 @@ class SourceAttempts:
         if self.wait_s is None or position > reached:
             self.last_progress_at += now - at
 
-    def count_failure(
-        self,
-        error: MirrorError,
-        now: float,
-        *,
-        has_reader: bool = False,
-        is_crowded: bool = False,
-    ) -> None:
+    def count_failure(self, error: MirrorError, now: float, *, has_reader: bool = False) -> None:
         """Count a transfer that broke, and choose how the next one is requested.
 
         It is not counted if endpoints have to be waited for, and no other one has failed. A pause
@@ -181,20 +195,13 @@ class SourceAttempts:
             now: The time.
             has_reader: Whether a client may have received a byte. It would be cut off, so pauses
                 after a 429 are waited for. Any other client may use its next mirror.
-            is_crowded: Whether our further connections may be the cause. A few of such failures are
-                waited out, also before the first response.
         """
         self.error = error
-        is_crowded = is_crowded and self.crowded < _MAX_CROWDED
-        is_limited = isinstance(error, UpstreamRateLimited)
-        if is_crowded or (is_limited and self.is_reading and has_reader):
-            # Nothing but the number of connections is the cause, ours or those of one transfer.
-            retry_after = error.retry_after if isinstance(error, UpstreamRateLimited) else None
-            wait_s = error.next_request_in if retry_after is None else retry_after
+        if isinstance(error, UpstreamRateLimited) and self.is_reading and has_reader:
+            # Nothing but the number of connections of this transfer is the cause.
+            wait_s = error.next_request_in if error.retry_after is None else error.retry_after
             self.wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
             if now + self.wait_s < self._ends_at:
-                self.crowded += is_crowded
-                self.error = None if is_crowded else error
                 return
         is_ranged = self.may_use_range and self.resumed_from > 0
         self.is_refused = isinstance(error, REFUSALS) and not is_ranged
@@ -230,7 +237,7 @@ class SourceAttempts:
         causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
         refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
         failures = [one for one in causes if one not in refusals] if has_to_wait else [error]
-        has_failure = any(map(self._may_depend_on_range, failures))
+        has_failure = any(map(_may_depend_on_range, failures))
         if not is_ranged:
             whole = {one.endpoint for one in refusals if isinstance(one, REFUSALS)}
             self.refused_whole |= whole
@@ -238,8 +245,10 @@ class SourceAttempts:
                 self.is_range_suspected, self.may_use_range, self.ranged_failures = False, True, 0
             self.ranged_failures += has_failure
             return
+        if self.has_sent_range and not refusals:
+            return
         if failures and not (has_failure or refusals):
-            return  # ``Range`` was not the cause.
+            return  # No request with a token reached an endpoint.
         is_known = all(one.endpoint in self.refused_whole for one in refusals)
         if not has_failure and is_known and self.failed_in_a_row < _MAX_FAILED_IN_A_ROW:
             return
@@ -249,19 +258,6 @@ class SourceAttempts:
         is_last_try = self.failed_in_a_row >= _MAX_FAILED_IN_A_ROW
         if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed or is_last_try:
             self.is_range_suspected, self.may_use_range = not has_failure, False
-
-    def _may_depend_on_range(self, error: MirrorError) -> bool:
-        """Return whether ``Range`` may be the cause of a failure.
-
-        Not if no request with a token reached the endpoint, and not if a gateway fails whose
-        endpoint has sent ranges of this content before.
-        """
-        if not isinstance(error, UpstreamUnavailable):
-            return True
-        has_sent_range = self.has_responded and error.endpoint == self.ranged_endpoint != ""
-        is_gateway = error.scope is FailureScope.SUBJECT and not self.is_reading
-        is_unreachable = error.is_without_token or error.scope is FailureScope.ENDPOINT
-        return not is_unreachable and not (has_sent_range and is_gateway)
 
     def is_over(self, now: float, *, may_repeat: bool = False) -> bool:
         """Return whether the source is given up.
@@ -303,6 +299,17 @@ class SourceAttempts:
 
 class Preempted(UpstreamTimeout):
     """Another source is tried, because this one is slow, or has to wait after a 429."""
+
+
+def _may_depend_on_range(error: MirrorError) -> bool:
+    """Return whether ``Range`` may be the cause of a failure.
+
+    Not if no request with a token reached the endpoint.
+    """
+    is_reached = not isinstance(error, UpstreamUnavailable) or (
+        error.scope is not FailureScope.ENDPOINT
+    )
+    return is_reached and not error.is_without_token
 
 
 def _is_response(error: MirrorError) -> bool:

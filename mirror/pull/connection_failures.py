@@ -9,7 +9,11 @@ were sent later reset the count, so those of the first response do not. After ea
 a pause, twice as long as the one before, and then one request has to be answered before the next.
 After two, the transfer goes on with one connection, or with those before the last addition, and a
 refusal is remembered for the endpoint. If nobody fetches the front then, the transfer ends. Only
-after a 429 it waits, within ``limits.idle``.
+after a 429 it waits: as long as that asks for, and else within ``limits.idle``.
+
+Ranges that fail again and again, although they bring bytes, are of no use. After three failures
+within 16 whole ranges, one request asks for all that is missing, and the endpoint gets no further
+connection for a while. While ranges are on trial, one that breaks is enough.
 
 The front may stand still for ``limits.idle`` at most: the limits of a body hold for all connections
 of a transfer together.
@@ -17,6 +21,7 @@ of a transfer together.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +38,9 @@ from mirror.upstream.api import MIN_PROGRESS_BYTES
 _MAX_FAILURES: Final = 2
 """Failures in a row after which the transfer goes on with the connections that it has: one may have
 met a node that restarts."""
+_OFTEN: Final = 16
+"""Ranges that have to arrive whole between the first and the last of three failures. Otherwise, the
+transfer goes on with one request for all that is missing, which it would have needed anyway."""
 _MAX_WRONG_RANGES: Final = 4
 """The same for responses that are not the range. The next request after the transfer has none if
 one more is wrong, so that all bytes are sent again. But it may be one node of several."""
@@ -46,6 +54,10 @@ _RETRY_AFTER_S: Final = 1.0
 """Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
 after each further one. The number of connections was accepted before, so the server may count one
 that has just ended."""
+_MAX_LIMITED_S: Final = 120.0
+"""Seconds at most for which a transfer waits if a 429 asks for it, and nobody fetches the front.
+Our further requests have caused it, so clients are not cut off. Limits of requests are often for
+one minute."""
 _SHORT_WAIT_S: Final = 2.0
 """Seconds for which a transfer rather has no connection than one request too many."""
 
@@ -62,6 +74,8 @@ class Failure:
     has_response: bool
     is_first: bool
     """Whether it was the response that the transfer began with."""
+    is_trial: bool
+    """Whether ranges were on trial (:mod:`mirror.pull.trial`), and are not known to be good."""
     is_last: bool
     """Whether it was the only connection, and brought all that was missing."""
     sent_at: float
@@ -75,6 +89,8 @@ class Consequence:
     reason: BackOffReason
     connections: int
     """The number of connections from now on."""
+    is_useless: bool = False
+    """Whether it is remembered that the endpoint has no useful ranges."""
     refused_s: float | None = None
     """Seconds for which the endpoint gets no further connection. It is remembered that it has
     refused one. None: it has not."""
@@ -105,10 +121,18 @@ class ConnectionFailures:
         """The latest of these failures. It is never a refusal of the content."""
         self._failed_at = 0.0
         """Time of the latest one that was counted. Requests before it had the same cause."""
+        self._completed = 0
+        """Ranges that have arrived whole."""
+        self._failed_after: deque[int] = deque(maxlen=_MAX_FAILURES + 1)
+        """How many of them had, at each of the latest failures of ranges."""
         self._brought = 0
         """Bytes handed out of further connections that were requested after it."""
         self.not_before = 0.0
         """Time before which no request is sent."""
+        self._limited_at: float | None = None
+        """Time of the first 429 since the latest progress. None: there was none."""
+        self._paused_until = 0.0
+        """Time until which a 429 has asked to wait, but not later than it is waited for."""
 
     @property
     def is_retrying(self) -> bool:
@@ -123,7 +147,7 @@ class ConnectionFailures:
             is_fetched: Whether the next byte to hand out has arrived, or a connection fetches it.
             has_bytes: Whether it has arrived.
         """
-        end_at = self._front_at + self._idle
+        end_at = max(self._front_at, self._paused_until) + self._idle
         if isinstance(self.latest, UpstreamRateLimited):
             is_given_up = self.not_before > end_at
         else:
@@ -145,7 +169,17 @@ class ConnectionFailures:
         if self._count and asked_at is not None and asked_at >= self._failed_at:
             self._brought += count
             if self._brought >= MIN_PROGRESS_BYTES:
-                self._count, self.latest = 0, None
+                self._count, self.latest, self._limited_at = 0, None, None
+
+    def on_complete(self) -> None:
+        """Note that a range has arrived whole."""
+        self._completed += 1
+
+    @property
+    def _is_often(self) -> bool:
+        """Whether ranges fail too often, although they bring bytes."""
+        is_full = len(self._failed_after) > _MAX_FAILURES
+        return is_full and self._completed - self._failed_after[0] <= _OFTEN
 
     def on_failure(
         self, now: float, failure: Failure, connections: int, *, is_adding: bool
@@ -159,33 +193,45 @@ class ConnectionFailures:
             is_adding: Whether the last one of these was added a moment ago.
         """
         error = self.latest = failure.error
+        is_limited = isinstance(error, UpstreamRateLimited)
         if not failure.is_first and not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
             self.latest = UpstreamUnavailable(f"a further connection failed: {error.message}")
         if failure.asked_at >= self._failed_at:  # Otherwise the failure before had the same cause.
+            if not failure.is_first and not is_limited:
+                self._failed_after.append(self._completed)
             has_progressed = failure.received >= MIN_PROGRESS_BYTES
             self._count = max(1, self._count + (not has_progressed))
             self._failed_at, self._brought = now, 0
         pause = _FIRST_PAUSE_S * 2 ** (self._count - 1)
         is_repeated = self._count >= _MAX_FAILURES
+        is_useless = self._is_often or (failure.is_trial and failure.has_response)
         # The number before an addition was accepted. If it fails, too, the rest needs one request.
-        accepted = connections - 1 if is_adding else 1
+        accepted = max(1, connections - 1) if is_adding else 1
         consequence = Consequence("failed", connections)
         self._max_count = _MAX_FAILURES
         match error:
             case UpstreamRateLimited():
                 least = 0.0 if is_adding else _RETRY_AFTER_S * 2 ** (self._count - 1)
                 wait = max(least, error.retry_after or 0.0)
-                left = accepted if is_adding or is_repeated else connections
-                consequence = Consequence("refused", max(1, left), max(pause, wait))
-                if is_repeated or wait <= _SHORT_WAIT_S:
+                is_long = wait > _SHORT_WAIT_S
+                left = accepted if is_adding or is_repeated or is_long else connections
+                consequence = Consequence("refused", left, refused_s=max(pause, wait))
+                if is_repeated or not is_long:
                     pause = max(pause, wait)
+                self._limited_at = self._limited_at or now
+                if error.retry_after:
+                    latest = self._limited_at + _MAX_LIMITED_S
+                    self._paused_until = min(now + error.retry_after, latest)
             case UpstreamProtocolError() if not failure.has_response:
                 self._max_count = _MAX_WRONG_RANGES
-                consequence = Consequence("no_ranges", 1)
+                consequence = Consequence("no_ranges", 1, is_useless=True)
             case _ if failure.is_last:
                 self._count = max(self._count, _MAX_FAILURES)  # The fetch loop decides.
+            case _ if is_useless:
+                consequence = Consequence("failed", 1, is_useless=True)
             case _ if is_repeated:
                 is_refusal = not failure.has_response and now - failure.sent_at <= _IS_SENDING_S
-                consequence = Consequence("failed", max(1, accepted), pause if is_refusal else None)
+                refused_s = pause if is_refusal else None
+                consequence = Consequence("failed", accepted, refused_s=refused_s)
         self.not_before = max(self.not_before, now + pause)
         return consequence

@@ -11,6 +11,7 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -28,8 +29,7 @@ from mirror.oci.errors import (
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
-from mirror.pull.attempts import STALL_GRACE_S, Preempted, SourceAttempts
-from mirror.pull.connection_budget import ConnectionBudget
+from mirror.pull.attempts import REPEAT_AFTER_S, STALL_GRACE_S, Preempted, SourceAttempts
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
 from mirror.pull.ramp import MIN_REMAINING_PIECES
@@ -57,13 +57,13 @@ class Fetch:
         callbacks: AccessCallbacks,
         make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
-        connections: ConnectionBudget,
+        take_back: Callable[[str], int] = lambda endpoint: 0,
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
         ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
         mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
-        the latest one last. ``connections``: those of this process.
+        the latest one last. ``take_back``: see :class:`ConnectionBudget`.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -77,7 +77,7 @@ class Fetch:
         self._make_reader = make_reader
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
-        self._connections = connections
+        self._take_back = take_back
         self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
         self._queue = deque([self._current])
         self._offered = {first.request.proof_key}
@@ -106,7 +106,7 @@ class Fetch:
             self._shorten_timeout()
 
     def follow(self, request: ContentRequest) -> Follower | None:
-        """Return a new follower of the ingest. None if that has ended.
+        """Return a new follower of the ingest, for ``request``. None if that has ended.
 
         Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
         has no byte yet, so it may use its next mirror.
@@ -127,7 +127,7 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        callbacks = self._refusal_callbacks.setdefault(proof_key := request.proof_key, [])
+        callbacks = self._refusal_callbacks.setdefault(key := request.proof_key, [])
         try:
             async with asyncio.timeout(None) as limit:
                 callbacks.append(end_wait := partial(limit.reschedule, 0.0))
@@ -137,11 +137,11 @@ class Fetch:
                 finally:
                     callbacks.remove(end_wait)
         except (MirrorError, TimeoutError) as error:
-            raise self.failures.get(proof_key, error) from None
-        failure = self.failures.get(proof_key)
+            raise self.failures.get(key, error) from None
+        failure = self.failures.get(key)
         if isinstance(failure, REFUSALS):
             raise failure
-        return proof_key in self.proven
+        return key in self.proven
 
     # --- sources --------------------------------------------------------------------------------
 
@@ -232,9 +232,9 @@ class Fetch:
                 upstream, digest = source.request.repository.upstream, str(self.ingest.digest)
                 where = "resume" if attempts.resumed_from else "upstream"
                 self._emit(DigestMismatched(upstream, digest, where))
-                self._on_wrong_bytes(self.endpoints_used)
                 if self._reader is not None:
-                    self._connections.on_wrong_bytes(self.endpoints_used)
+                    self._reader.distrust_ranges()
+                self._on_wrong_bytes(self.endpoints_used)
                 raise
             except Preempted as error:
                 failure = error
@@ -261,7 +261,10 @@ class Fetch:
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
-                await self._pause_before_resuming(attempts, error)
+                if attempts.may_repeat_soon():
+                    await asyncio.sleep(random.uniform(*REPEAT_AFTER_S))  # noqa: S311 - jitter
+                else:
+                    await self._pause_before_resuming(attempts, error)
             else:
                 return
 
@@ -300,6 +303,7 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
+                        take_back=partial(attempts.take_back, self._take_back),
                     )
                 )
             attempts.on_response(stream)
@@ -343,7 +347,8 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.on_progress(ingest.position, loop.time())
+                    has_ranges = stream.start > 0 or bool(self._reader and self._reader.endpoints)
+                    attempts.note_progress(loop.time(), ingest.position, has_range=has_ranges)
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
@@ -356,15 +361,10 @@ class Fetch:
         The registry retries before response headers.
         """
         ingest, now = self.ingest, asyncio.get_running_loop().time()
-        request = attempts.source.request
         # A client gets a manifest in one piece, when it is complete.
-        is_blob = request.kind is Kind.BLOB
+        is_blob = attempts.source.request.kind is Kind.BLOB
         has_reader = is_blob and ingest.is_confirmed and ingest.position > 0
-        upstream = request.repository.upstream
-        is_crowded = not attempts.is_reading and self._connections.may_be_crowded(upstream, error)
-        if self._reader is not None:
-            attempts.ranged_endpoint = self._reader.ranged_endpoint or attempts.ranged_endpoint
-        attempts.count_failure(error, now, has_reader=has_reader, is_crowded=is_crowded)
+        attempts.count_failure(error, now, has_reader=has_reader)
         if ingest.is_closed or attempts.is_over(now, may_repeat=has_reader and not self._queue):
             raise error
         if now - attempts.last_progress_at > PREEMPT_AFTER_S and self.alternative_at(now) == now:

@@ -1,14 +1,18 @@
 """Read one blob by several connections, in order.
 
 Lives here: the tasks that fetch pieces, and the requests. The policy is elsewhere: which bytes
-(:mod:`mirror.pull.pieces`), how many connections (:mod:`mirror.pull.ramp`), how many in all
-(:mod:`mirror.pull.connection_budget`), what a failure means
-(:mod:`mirror.pull.connection_failures`). Must not know: the ingest, other sources, HTTP.
+(:mod:`mirror.pull.pieces`), whether ranges are good (:mod:`mirror.pull.trial`), how many
+connections (:mod:`mirror.pull.ramp`), how many in all (:mod:`mirror.pull.connection_budget`), what
+failures mean (:mod:`mirror.pull.connection_failures`). Must not know: the ingest, HTTP.
 
 Theory of operation. The fetch loop gets one iterator of chunks in order, as from one connection, so
 the ingest file grows only at its front. As long as one connection is enough, its chunks are passed
 on as they come. Otherwise each connection has a task that puts its chunks into a piece, and the
 front of the pieces is passed on. The tasks belong to a group that ends with the transfer.
+
+A transfer gives up what works only for what has been seen to work better. The first further
+connection is on trial: it fetches far ahead, and the plain response goes on. If the trial is bad,
+its bytes are dropped, and the plain response runs to the end of the blob.
 
 The invariant. The *front* is the next byte to hand out. While bytes are missing, one of these holds
 after each event:
@@ -19,16 +23,13 @@ after each event:
 - The transfer has ended with an error, and the fetch loop decides what is next.
 
 Whatever happens, the front moves by ``limits.min_rate`` within ``limits.idle``, or the transfer
-ends: the limits of a body hold for all connections together. :meth:`_Transfer._restore` restores
+ends: the limits of a body hold for all connections together. Only a pause that a 429 asks for is
+added. :meth:`_Transfer._restore` restores
 the invariant. It is called after each event, and nothing else sends requests or ends the transfer.
 Pieces ahead of the front decide nothing, for they may wait for it.
 
-What fails. A connection that fails gives its piece back. :mod:`mirror.pull.connection_failures`
-says when the next request may be sent, by how many connections the transfer goes on, and when it
-ends.
-
-A refusal of a further connection says nothing about the content, so the error is never a refusal.
-What has arrived ahead is kept for the next transfer.
+A connection that fails gives its piece back. A refusal of a further one says nothing about the
+content, so the error is never a refusal. What has arrived ahead is kept for the next transfer.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from mirror.pull.connection_failures import ConnectionFailures, Failure
 from mirror.pull.pieces import Piece, Pieces, piece_size
 from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
+from mirror.pull.trial import Trial, TrialResult
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.upstream.api import ContentStream, Registry
 
@@ -89,8 +91,8 @@ class ParallelReader:
         self.memory = memory
         self.pull = pull
         self.emit = emit
-        self.ranged_endpoint = ""
-        """URL of the endpoint that has sent a whole piece. Empty: none has."""
+        self.endpoints: set[str] = set()
+        """URLs of the endpoints that have sent whole ranges."""
         self._pieces: Pieces | None = None
 
     @asynccontextmanager
@@ -141,6 +143,11 @@ class ParallelReader:
         """Bytes that may be requested ahead now, beside what was requested."""
         return self.memory.free_ahead(_MEMORY_SHARE)
 
+    def distrust_ranges(self) -> None:
+        """Let the endpoints that sent ranges get no further connection: some bytes are wrong."""
+        for endpoint in self.endpoints:
+            self.connections.on_no_ranges(endpoint)
+
     def close(self) -> None:
         """Drop what has arrived ahead."""
         if self._pieces is not None:
@@ -184,13 +191,15 @@ class _Transfer:
         """Set when bytes were handed out."""
         self._error: MirrorError | None = None
         """Why the transfer has ended. None: it has not."""
-        self._may_overlap = False
-        """Whether the last connection may be opened while the one before it has not ended."""
+        self._trial: Trial | None = None
+        """The trial of the first further connection. None: there was none, or it has ended."""
         self._is_closed = False
 
     def end(self) -> None:
         """End all tasks. Their group waits for them."""
         self._is_closed = True
+        if self._trial is not None:
+            self._pieces.drop_trial()
         for task in (*self._tasks.values(), *([self._ticker] if self._ticker else ())):
             task.cancel()
 
@@ -245,6 +254,8 @@ class _Transfer:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
+            self._trial = Trial(self._ramp.rate, self._pieces.missing, self._pieces.size)
+        self._pieces.is_trial = self._trial is not None
         now, registry = self._loop.time(), self._registry
         self._failures = ConnectionFailures(now, registry.idle, registry.min_rate)
         self._first = self._pieces.begin_plain(now)
@@ -280,31 +291,28 @@ class _Transfer:
         active = sum(1 for piece in self._tasks if not pieces.is_stuck(piece))
         is_asking = not all(piece.has_response for piece in self._tasks)
         has_to_wait = is_asking and self._failures.is_retrying
-        is_wanted = active < self._allowed or pieces.front is None
+        is_wanted = active < self._ramp.wanted or pieces.front is None
         may_add = reader.connections.may_add(self._stream.endpoint)
         if has_to_wait or not is_wanted or (active and not may_add):
             return None
-        room, connections = reader.room, self._ramp.wanted
-        is_last = connections == 1 and not self._ramp.may_grow
-        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
-        rooms = (room + pieces.ahead) // max(1, connections - 1)
-        rate = self._ramp.rate_of_one
-        piece = pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
-        if piece is None:
+        if (piece := self._claim(now, active, may_add=may_add)) is None:
             return None
-        if not pieces.may_pause(piece) and piece.stop - piece.start > room:
+        if not pieces.may_pause(piece) and piece.stop - piece.start > reader.room:
             pieces.give_back(piece)
             return None
         self._start(piece, self._fetch(piece))
         self._hold_memory()
         return piece
 
-    @property
-    def _allowed(self) -> int:
-        """Connections that there may be now. The last one may be begun before the others end."""
-        is_last = self._may_overlap and self._ramp.wanted == 1
-        may_overlap = is_last and not any(piece.is_paced for piece in self._tasks)
-        return self._ramp.wanted + may_overlap
+    def _claim(self, now: float, active: int, *, may_add: bool) -> Piece | None:
+        """Claim the piece of the next request. None: there is no gap."""
+        pieces, room, connections = self._pieces, self._reader.room, self._ramp.wanted
+        rate, rooms = self._ramp.rate_of_one, (room + pieces.ahead) // max(1, connections - 1)
+        if self._trial is not None:
+            return pieces.claim_ahead(now, self._trial.lead, self._trial.request_bytes)
+        is_last = connections == 1 and not self._ramp.may_grow
+        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
+        return pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
         """Start the task of a piece."""
@@ -326,8 +334,14 @@ class _Transfer:
         self._count_connections()
         if piece.is_plain:
             self._stream.close()
+        elif self._trial is not None:
+            self._trial.on_end(self._loop.time())
+            self._judge()
         self._pieces.give_back(piece)
         self._restore()
+        is_waiting = self._failures.is_retrying or len(self._tasks) > 1
+        if self._trial is not None and not is_waiting:
+            self._judge(is_last=True)  # There is no memory for another request.
         self._hold_memory()
         self._changed.set()
 
@@ -339,10 +353,12 @@ class _Transfer:
                 if not self._pieces.accept_response(piece, now):
                     return  # The plain piece has been faster.
                 count = sum(1 for other in self._tasks if other.has_response)
-                self._ramp.on_connections(now, count)
+                if self._trial is not None:
+                    self._trial.on_response(now, now - piece.asked_at)
+                else:
+                    self._ramp.on_connections(now, count)
                 self._reader.pull.connections = max(self._reader.pull.connections, count)
                 await self._read(piece, stream, aiter(stream))
-                self._reader.ranged_endpoint = self._stream.endpoint
         except MirrorError as error:
             self._on_failure(piece, error)
 
@@ -361,11 +377,18 @@ class _Transfer:
         async for chunk in chunks:
             now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk), stream.unread)
+            if piece.is_plain:
+                self._judge(is_last=pieces.has_met_trial(piece, len(chunk)))
+            if self._trial is not None:
+                self._trial.receive(now, len(chunk), is_plain=piece.is_plain)
             is_complete = pieces.receive(piece, chunk, now)
             if piece.handed_out_until == pieces.position:
                 self._changed.set()
             if is_complete and piece.is_plain:
                 return
+            if is_complete:
+                self._failures.on_complete()
+                self._reader.endpoints.add(self._stream.endpoint)
             if not is_complete and pieces.may_pause(piece) and piece.waiting > _BUFFER_BYTES:
                 await self._wait_until_drained(piece)
 
@@ -379,12 +402,17 @@ class _Transfer:
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
         """Do what the failure of a connection demands."""
         now, connections, ramp = self._loop.time(), self._reader.connections, self._ramp
+        is_trial = self._trial is not None
+        if piece is self._first:
+            self._judge(is_last=True)  # Ranges may be known to be good.
+            is_trial = is_trial and ramp.wanted == 1
         failure = Failure(
             error=error,
             asked_at=piece.asked_at,
             received=piece.received_until - piece.start,
             has_response=piece.has_response,
             is_first=piece is self._first,
+            is_trial=is_trial,
             is_last=piece.is_paced and len(self._tasks) == 1,
             sent_at=self._received_at,
         )
@@ -392,13 +420,37 @@ class _Transfer:
         then = self._failures.on_failure(now, failure, ramp.wanted, is_adding=ramp.is_adding)
         if then.refused_s is not None:
             connections.on_refused(self._stream.endpoint, then.refused_s)
-        elif then.reason == "no_ranges":
+        elif then.is_useless:
             connections.on_no_ranges(self._stream.endpoint)
         if then.reason != "failed" or then.connections != ramp.wanted:
             self._back_off(then.reason, then.connections)
 
+    def _judge(self, *, is_last: bool = False) -> None:
+        """End the trial if there is a verdict. ``is_last``: there has to be one."""
+        if (trial := self._trial) is None:
+            return
+        missing = self._pieces.total - self._first.received_until
+        match trial.judge(self._loop.time(), missing, is_last=is_last):
+            case TrialResult.GOOD:
+                self._trial, self._pieces.is_trial = None, False
+                step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)
+                if step is Step.ADD and self._may_add():
+                    self._ramp.add()
+            case TrialResult.NO_GAIN:
+                self._back_off("no_gain", 1)
+            case TrialResult.SLOW:
+                self._reader.connections.on_no_ranges(self._stream.endpoint)
+                self._back_off("slow_ranges", 1)
+
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
-        self._may_overlap = False
+        """Have fewer connections. Without any further one, a trial is over."""
+        if self._trial is not None:
+            self._trial = None
+            for piece, task in self._tasks.items():
+                if not piece.is_plain:
+                    task.cancel()
+            self._pieces.drop_trial()
+            self._hold_memory()
         self._ramp.back_off(wanted)
         self._reader.emit(BackedOff(self._upstream, self._stream.endpoint, reason, wanted))
 
@@ -409,6 +461,7 @@ class _Transfer:
         while True:
             await asyncio.sleep(_TICK_S)
             now, pieces = self._loop.time(), self._pieces
+            self._give_back_connections()
             for piece, task in self._tasks.items():
                 if pieces.is_passed(piece):
                     task.cancel()
@@ -417,19 +470,30 @@ class _Transfer:
                     self._ramp.add()
                 case Step.NO_GAIN:
                     self._back_off("no_gain", self._ramp.wanted)
-                    self._may_overlap = self._ramp.wanted == 1
-            late = pieces.find_late(now)
+            self._judge()
+            may_cut = self._trial is None and self._ramp.wanted > 1  # Others bring bytes.
+            late = pieces.find_late(now) if may_cut else None
             if late is not None and late in self._tasks:
                 self._reader.emit(
                     PartCut(self._upstream, self._stream.endpoint, late.received_until)
                 )
                 self._reader.pull.late_parts += 1
                 self._ramp.on_cut(now)
-                if not late.has_response:
+                if not late.has_response or pieces.has_stood_still(late, now):
                     self._on_failure(late, UpstreamTimeout("a range was not sent in time"))
                 self._tasks[late].cancel()
             self._restore()
             self._changed.set()
+
+    def _give_back_connections(self) -> None:
+        """End all connections but that of the front if a first request needs them."""
+        is_taken_back = self._reader.connections.is_taken_back(self._stream.endpoint)
+        if not is_taken_back or self._ramp.wanted == 1:
+            return
+        self._back_off("refused", 1)
+        for piece, task in self._tasks.items():
+            if piece is not self._pieces.front:
+                task.cancel()
 
     def _hold_memory(self) -> None:
         self._reader.memory.hold_ahead(self._pieces, self._pieces.ahead)

@@ -7,8 +7,9 @@ Theory of operation. Bytes are handed out in order, from ``position`` on. In fro
 reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
 The *plain* piece is that of the first response. It has no end of its own, and runs on until it
 meets a piece of another connection. Until that one has a response, the plain piece runs over it, so
-that a refusal costs nothing. All other pieces end where their requests do: what a connection that
-is closed early has in its sockets is fetched twice.
+that a refusal costs nothing. It runs over all of them during a trial (:mod:`mirror.pull.trial`).
+All other pieces end where their requests do: what a connection that is closed early has in its
+sockets is fetched twice.
 
 The connection of the piece at the front pauses while its bytes are not handed out. A piece ahead of
 it needs memory for all of its bytes. A *paced* piece needs none: it pauses ahead of the front, too.
@@ -36,6 +37,9 @@ piece that was cut, so that bytes which are slow everywhere arrive at last. Less
 measurements of the rate take."""
 _LATE_FACTOR: Final = 4
 """A piece is late if its rate is less than the median of the others, divided by this."""
+_FASTER: Final = 2
+"""Factor by which the rest of a piece must be faster than the piece that was cut. The piece was
+slower than others by twice as much."""
 _STARVED_FACTOR: Final = 32
 """A piece is late, too, if its rate is less than the median of earlier pieces, divided by this.
 With less, a storage or a machine that gets slow as a whole would have all its pieces cut, and a cut
@@ -84,6 +88,10 @@ class Piece:
     has_connection: bool = True
     """Whether a connection fetches it. False: it is complete, or was given back."""
     has_response: bool = False
+    is_doubted: bool = False
+    """Whether it was slow at a time at which other pieces are late."""
+    cut_rate: float | None = None
+    """Rate of the piece that was cut, and of which this is the rest. None: it is no such rest."""
     received_until: int = field(init=False)
     """Offset after the last byte that has arrived."""
     handed_out_until: int = field(init=False)
@@ -142,8 +150,14 @@ class Pieces:
         there was none."""
         self._rates: deque[tuple[float, float]] = deque(maxlen=_KEPT_RATES)
         """(time, rate) of each of the latest complete pieces."""
-        self._late_after: dict[int, float] = {}
-        """Offset of the rest of a piece that was cut -> seconds for which that is not late."""
+        self.is_trial = False
+        """Whether all pieces but the plain one are a trial (:mod:`mirror.pull.trial`). The plain
+        one does not end where it meets them."""
+        self._late_after_s = _LATE_AFTER_S
+        """Seconds for which no piece is late. Cuts that were of no use have raised them."""
+        self._cut: dict[int, tuple[float, float]] = {}
+        """Offset of the rest of a piece that was cut -> (seconds for which the rest is not late,
+        rate of the piece)."""
 
     # --- what is there --------------------------------------------------------------------------
 
@@ -234,14 +248,28 @@ class Pieces:
             size = max(smallest, self.missing // (2 * connections))
         if not is_last and stop - start - size >= smallest:
             stop = start + size
+        late_after, cut_rate = self._cut.get(start, (0.0, None))
         piece = Piece(
             start,
             stop,
             now,
-            max(self._late_after.get(start, _LATE_AFTER_S), _TIMES_LATENCY * (self.latency or 0.0)),
+            max(late_after, self._late_after_s, _TIMES_LATENCY * (self.latency or 0.0)),
             alone_until=stop - connections * self.size if is_alone else 0,
             is_paced=is_alone or is_last,
+            cut_rate=cut_rate,
         )
+        self._insert(piece)
+        return piece
+
+    def claim_ahead(self, now: float, lead: int, size: int) -> Piece | None:
+        """Add a piece of ``size`` bytes of the first gap. None: there is no gap.
+
+        The plain piece does not meet it before it has brought ``lead`` bytes.
+        """
+        start, stop = self._first_gap(lead)
+        if start >= stop:
+            return None
+        piece = Piece(start, min(stop, start + size), now)
         self._insert(piece)
         return piece
 
@@ -300,9 +328,22 @@ class Pieces:
             piece.received_until += len(chunk)
         if piece.received_until == piece.stop and piece.has_connection:
             self._rates.append((now, piece.rate(now)))
+            self._judge_cut(piece, now)
             piece.has_connection = False
             self._tidy(piece)
         return not piece.has_connection
+
+    def has_met_trial(self, plain: Piece, count: int) -> bool:
+        """Return whether a plain piece meets a trial with its next ``count`` bytes."""
+        return self.is_trial and any(
+            piece is not plain and piece.start <= plain.received_until + count
+            for piece in self._pieces
+        )
+
+    def drop_trial(self) -> None:
+        """Drop all pieces but the plain one, and what they have brought."""
+        self.is_trial = False
+        self._pieces = [piece for piece in self._pieces if piece.is_plain]
 
     def _stop_of_plain(self, plain: Piece) -> int:
         """Return where a plain piece ends: where the next piece that has a response begins.
@@ -360,14 +401,32 @@ class Pieces:
         no response, later requests get more time for theirs.
         """
         for piece in self._pieces:
-            if not piece.has_connection or piece.elapsed(now) < piece.late_after:
+            is_due = piece.elapsed(now) >= min(piece.late_after, self._late_after_s)
+            if not (piece.has_connection and is_due and self._is_slow(piece, now)):
                 continue
-            if self._is_slow(piece, now):
-                self._late_after[piece.received_until] = 2 * piece.late_after
+            piece.is_doubted = True
+            if piece.elapsed(now) >= piece.late_after:
+                self._judge_cut(piece, now)
+                self._cut[piece.received_until] = 2 * piece.late_after, piece.rate(now)
                 if not piece.has_response:
                     self.latency = max(self.latency or 0.0, piece.elapsed(now))
                 return piece
         return None
+
+    def has_stood_still(self, piece: Piece, now: float) -> bool:
+        """Return whether nearly nothing has come of the rest of a piece that was cut, either."""
+        earlier = [rate for _, rate in self._rates]
+        is_still = not earlier or piece.rate(now) * _STARVED_FACTOR < median_low(earlier)
+        return piece.cut_rate is not None and is_still
+
+    def _judge_cut(self, piece: Piece, now: float) -> None:
+        """Give all pieces more time if a cut was of no use, or would have been.
+
+        A piece that was slow and is complete now has begun slowly. Others may, too.
+        """
+        is_useless = piece.cut_rate is not None and piece.rate(now) <= _FASTER * piece.cut_rate
+        if is_useless or (piece.is_doubted and piece.received_until == piece.stop):
+            self._late_after_s *= 2
 
     def _is_slow(self, piece: Piece, now: float) -> bool:
         """Compare the rate of a piece with those of the others in the time since its request."""

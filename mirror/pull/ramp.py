@@ -3,10 +3,11 @@
 Lives here: the measurement of the rate, and the decision about one more or one fewer connection.
 Must not know: asyncio, pieces, other fetches.
 
-One connection is added while the last addition raised the whole rate by a quarter or more. An
-addition that does not is taken back, and none follows. So a rate that is shared, or limited in all,
-is fetched by as few connections as reach it. None is added while we are slower than those that are
-there: while the reader takes nothing, or bytes wait in their sockets.
+The first addition is judged by :mod:`mirror.pull.trial`. One more is added while the last addition
+raised the whole rate by a quarter or more. An addition that does not is taken back, and none
+follows. So a rate that is shared, or limited in all, is fetched by as few connections as reach it.
+None is added while we are slower than those that are there: while the reader takes nothing, or
+bytes wait in their sockets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 
 MEASURE_S: Final = 0.4
 """Seconds over which a rate is measured: several bursts of a server that limits it."""
-_GAIN: Final = 1.25
+GAIN: Final = 1.25
 """Factor by which one more connection must raise the whole rate. From three to four, all of it that
 could be had is 1.33."""
 _MIN_REMAINING_S: Final = 1.0
@@ -57,6 +58,9 @@ class Ramp:
         """The number of connections to have."""
         self.rate = 0.0
         """Bytes per second of all connections, as it was last measured."""
+        self._plain_rate = 0.0
+        """Bytes per second of the plain response, which was given up. While all connections bring
+        little more, none is taken back: they are of nodes with different rates."""
         self.is_adding = False
         """Whether the last addition has not been judged."""
         self._limit = limit
@@ -83,9 +87,9 @@ class Ramp:
     def receive(self, now: float, count: int, unread: int = 0) -> None:
         """Count bytes of any connection. ``unread``: bytes that wait in its socket behind them."""
         if self._since is None:
-            if self.is_adding:
-                return  # The measurement begins when the new connection sends, too.
-            self._begin(now)
+            if not self.is_adding:  # Otherwise it begins when the new connection sends, too.
+                self._begin(now)
+            return  # The time in which these bytes arrived is not known.
         self._bytes += count
         if unread >= _UNREAD_BYTES:
             self._bytes_behind += count
@@ -117,7 +121,8 @@ class Ramp:
             return Step.KEEP
         seconds = now - self._since
         rate = self._bytes / seconds
-        if self.is_adding and rate < _GAIN * self.rate:
+        has_gain = rate >= GAIN * self.rate or rate < GAIN * self._plain_rate
+        if self.is_adding and not has_gain:
             if seconds < max(2 * MEASURE_S, _MIN_LATENCIES * latency):
                 return Step.KEEP  # A connection that was replaced meanwhile may have cost some.
             self.back_off(self.wanted - 1)
@@ -126,15 +131,27 @@ class Ramp:
         is_reader_slow = self._paused_s > _MAX_PAUSED * seconds
         is_reader_slow |= self._bytes_behind > _MAX_BEHIND * self._bytes
         self._begin(now)
-        is_worth = missing > rate * _MIN_REMAINING_S and missing > MIN_REMAINING_PIECES * size
-        may_add = self.may_grow and not is_reader_slow
-        return Step.ADD if is_worth and may_add else Step.KEEP
+        may_add = self._is_worth(missing, size) and not is_reader_slow
+        return Step.ADD if may_add else Step.KEEP
+
+    def _is_worth(self, missing: int, size: int) -> bool:
+        """Return whether one more connection may bring the rest sooner."""
+        is_long = missing > self.rate * _MIN_REMAINING_S
+        return self.may_grow and is_long and missing > MIN_REMAINING_PIECES * size
 
     def add(self) -> None:
         """Note that one more connection is opened."""
         self.wanted += 1
         self.is_adding = True
         self._begin(None)
+
+    def accept_trial(self, rate: float, missing: int, size: int) -> Step:
+        """Note that the second connection is worth it (:mod:`mirror.pull.trial`), and decide.
+
+        ``rate``: of both, in bytes per second. For the others see :meth:`evaluate`.
+        """
+        self._plain_rate, self.rate, self.is_adding = self.rate, rate, False
+        return Step.ADD if self._is_worth(missing, size) else Step.KEEP
 
     def back_off(self, wanted: int) -> None:
         """Have ``wanted`` connections from now on, and never more."""

@@ -88,7 +88,7 @@ class RunningFetches:
             self._callbacks,
             self._make_reader,
             add_suspects,
-            self.connections,
+            self.connections.take_back,
         )
         follower = ingest.follow()
         assert follower is not None

@@ -25,7 +25,7 @@ resume the broken body of :meth:`Registry.open` is the caller's decision.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -219,6 +219,7 @@ class Registry(Protocol):
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        take_back: Callable[[str], int] = lambda endpoint: 0,
     ) -> AbstractAsyncContextManager[ContentStream]:
         """Get a blob or a manifest by digest. See "Pulling blobs" and "Pulling manifests".
 
@@ -240,6 +241,9 @@ class Registry(Protocol):
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
                 but sent wrong bytes or broke off.
+            take_back: Called with the URL of an endpoint that sends a 429 or fails. Returns the
+                number of connections of ours that end now, since they may be the cause. If there
+                are any, no circuit breaker hears of the failure, and a 429 begins no pause.
 
         Returns:
             A context manager that yields the body once the response headers are in, and that ends

@@ -424,6 +424,10 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
+        is_unanswered = isinstance(error, UpstreamRateLimited | UpstreamUnavailable)
+        if is_unanswered and not attempt.is_accepted and attempt.request.take_back(str(endpoint)):
+            circuit.record_cancellation(is_probe=is_probe)
+            return
         match error:
             case UpstreamRateLimited():
                 circuit.record_success()

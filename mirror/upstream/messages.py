@@ -47,6 +47,10 @@ class RegistryRequest:
     """URL of an endpoint that does not get the request -> the error that counts as its response."""
     note_failure: Callable[[str, MirrorError], None] = lambda endpoint, error: None
     """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
+    take_back: Callable[[str], int] = lambda endpoint: 0
+    """Called with the URL of an endpoint that limits us, or sends no response. Returns the number
+    of connections of ours that end now, since they may be the cause. If there are any, the failure
+    counts for nothing else."""
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     may_follow_redirects: bool = True

@@ -171,6 +171,7 @@ class HttpRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        take_back: Callable[[str], int] = lambda endpoint: 0,
     ) -> AsyncIterator[ContentStream]:
         """See :meth:`mirror.upstream.api.Registry.open`."""
         headers: dict[str, str] = {}
@@ -191,6 +192,7 @@ class HttpRegistry:
             kind,
             headers,
             endpoint_headers=endpoint_headers,
+            take_back=take_back,
             is_accepted=_is_range_response,
             may_retry=is_transient if stop is None else lambda failure: False,
             is_part=stop is not None,

@@ -231,6 +231,7 @@ class MemoryRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        take_back: Callable[[str], int] = lambda endpoint: 0,
     ) -> AsyncIterator[ContentStream]:
         await asyncio.sleep(0)
         self._call(f"get_{kind.value}")

@@ -17,6 +17,7 @@ from mirror.oci.errors import (
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamTimeout,
+    UpstreamUnavailable,
 )
 from mirror.oci.reference import Digest
 from mirror.pull.connection_budget import ConnectionBudget
@@ -88,6 +89,12 @@ class Upstream:
     """Returns the factor of the rate of the n-th connection."""
     breaks: Callable[[int], int | None] = lambda number: None
     """Returns the bytes after which the n-th connection breaks."""
+    stalls: Callable[[int], int | None] = lambda number: None
+    """Returns the bytes after which the n-th connection brings nothing for ``idle`` seconds."""
+    begins_late: Callable[[int], float] = lambda number: 0.0
+    """Returns the seconds for which the n-th connection brings nothing after its headers."""
+    keeps_newest: bool = False
+    """Whether a new connection breaks all others."""
     error: MirrorError | None = None
     fails: Callable[[int], MirrorError | None] = lambda number: None
     """Returns the error that the n-th further request gets in place of a response."""
@@ -176,6 +183,8 @@ class Stream:
         upstream, position, loop = self._upstream, self.start, asyncio.get_running_loop()
         broken_at = upstream.breaks(self._number)
         stop = self._stop if broken_at is None else min(self._stop, self.start + broken_at)
+        stalled_at = upstream.stalls(self._number)
+        await asyncio.sleep(upstream.begins_late(self._number))
         while position < stop:
             chunk = upstream.data[position : min(position + CHUNK_BYTES, stop)]
             rate = upstream.rate * upstream.slow(self._number)
@@ -189,6 +198,11 @@ class Stream:
                 ready_at = max(ready_at, upstream._free_at)
             await asyncio.sleep(ready_at - loop.time())
             await upstream.wait_if_silent(self._number)
+            if stalled_at is not None and position + len(chunk) > self.start + stalled_at:
+                await asyncio.sleep(upstream.idle)
+                raise UpstreamTimeout("silent")
+            if upstream.keeps_newest and self._number < upstream.opened - 1:
+                raise UpstreamUnavailable("a newer connection is kept")
             if self._is_closed:
                 return
             position += len(chunk)

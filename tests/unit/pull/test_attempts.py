@@ -226,30 +226,6 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     assert state.may_use_range is may_use_range
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "is_reading", "scope", "may_use_range"),
-    [
-        ("http://one", False, FailureScope.SUBJECT, True),
-        ("http://one", False, FailureScope.REQUEST, False),
-        ("http://one", True, FailureScope.SUBJECT, False),
-        ("http://two", False, FailureScope.SUBJECT, False),
-    ],
-    ids=["502", "500", "body", "other-endpoint"],
-)
-def test_range_is_kept_while_the_gateway_fails_of_an_endpoint_that_has_sent_ranges(
-    endpoint: str, is_reading: bool, scope: FailureScope, may_use_range: bool
-) -> None:
-    """Otherwise an outage of three seconds costs all bytes a second time."""
-    state = attempts(resumed_from=1, ranged_endpoint="http://one", is_reading=is_reading)
-    error = UpstreamUnavailable("failed", scope=scope)
-    error.endpoint = endpoint
-    beside_a_pause = limited(error)
-    for _ in range(3):
-        state.count_failure(error, 100.0, has_reader=True)
-        state.count_failure(beside_a_pause, 100.0, has_reader=True)
-    assert state.may_use_range is may_use_range
-
-
 def test_range_is_kept_after_failures_that_have_another_cause() -> None:
     """Otherwise a token service that fails for a moment costs all bytes a second time."""
     state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
@@ -271,21 +247,6 @@ def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
     assert state.is_over(145.0), "the source is given up after the stall limit"
     assert least <= state.pause() <= least + 2.0
-
-
-@pytest.mark.parametrize("error", [UpstreamRateLimited("429", retry_after=5.0), BROKEN])
-def test_first_request_that_our_own_connections_may_have_failed_is_sent_a_few_times_more(
-    error: MirrorError,
-) -> None:
-    state = attempts(has_responded=False)
-    for _ in range(5):
-        state.count_failure(error, 100.0, is_crowded=True)
-        assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
-        assert state.error is None, "clients that come now wait, too"
-        assert state.pause() >= 2.0
-    assert state.is_over(145.0), "the source is given up after the stall limit"
-    state.count_failure(error, 100.0, is_crowded=True)
-    assert (state.error, state.is_over(100.0)) == (error, True)
 
 
 def test_endpoint_without_progress_is_asked_last() -> None:
@@ -353,3 +314,26 @@ def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_f
     assert (state.may_use_range, state.is_over(100.0)) == (not is_repeated, not is_repeated)
     state.count_failure(error, 100.0)
     assert state.is_over(100.0)
+
+
+@pytest.mark.parametrize("error", [BROKEN, UpstreamTimeout("none"), UpstreamUnavailable("502")])
+def test_range_that_has_brought_bytes_before_is_never_left_out_after_failures(
+    error: MirrorError,
+) -> None:
+    state = attempts(resumed_from=1000)
+    state.note_progress(100.0, 2000, has_range=True)
+    for _ in range(5):
+        state.has_progressed = False
+        state.count_failure(error, 100.0)
+    assert state.may_use_range
+    state.count_failure(UpstreamProtocolError("200"), 100.0)
+    assert not state.may_use_range, "a wrong response tells about Range"
+
+
+def test_request_that_met_our_own_connections_is_repeated_soon_three_times() -> None:
+    state, repeated = attempts(), 0
+    while state.take_back(lambda endpoint: 3, "https://one.example"):
+        repeated += state.may_repeat_soon()
+        assert not state.may_repeat_soon()
+    assert repeated == 3
+    assert not attempts().take_back(lambda endpoint: 0, "https://one.example")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mirror.oci.errors import (
@@ -29,6 +31,7 @@ def a_failure(
         received=received,
         has_response=received > 0,
         is_first=False,
+        is_trial=False,
         is_last=is_last,
         sent_at=at,
     )
@@ -58,7 +61,7 @@ def test_pause_after_each_further_failure_is_twice_as_long() -> None:
 def test_second_failure_in_a_row_leaves_one_connection_and_is_remembered() -> None:
     policy = failures()
     assert fail(policy, NOW) == Consequence("failed", 4)
-    assert fail(policy, NOW + 1) == Consequence("failed", 1, 0.2)
+    assert fail(policy, NOW + 1) == Consequence("failed", 1, refused_s=0.2)
 
 
 def test_second_failure_after_an_addition_leaves_the_number_before() -> None:
@@ -105,18 +108,50 @@ def test_429_is_a_refusal_for_the_time_that_it_asks_for(
 ) -> None:
     policy = failures()
     then = fail(policy, NOW, UpstreamRateLimited("429", retry_after=retry_after))
-    assert then == Consequence("refused", 4, wait)
+    assert then == Consequence("refused", 1 if wait > 2 else 4, refused_s=wait), (
+        "a long pause is for all"
+    )
     assert not is_over(policy, NOW + 1)
 
 
-def test_transfer_without_a_connection_waits_after_a_429_within_the_time_of_a_silent_body() -> None:
+def test_transfer_without_a_connection_waits_after_a_429_as_long_as_it_asks() -> None:
+    """Up to two minutes from the first one on: one connection would have needed no request."""
     policy = failures()
-    for at, retry_after in ((NOW, 0.0), (NOW + 2, 20.0)):
+    for at, retry_after in ((NOW, 0.0), (NOW + 2, 60.0)):
         fail(policy, at, UpstreamRateLimited("429", retry_after=retry_after))
-    assert policy.not_before == NOW + 22
-    assert not is_over(policy, NOW + 3)
-    fail(policy, NOW + 22, UpstreamRateLimited("429", retry_after=20.0))
-    assert is_over(policy, NOW + 22)
+    assert policy.not_before == NOW + 62
+    assert not is_over(policy, NOW + 40)
+    fail(policy, NOW + 62, UpstreamRateLimited("429", retry_after=60.0))
+    assert not is_over(policy, NOW + 100)
+    fail(policy, NOW + 122, UpstreamRateLimited("429", retry_after=60.0))
+    assert is_over(policy, NOW + 122)
+
+
+def test_pause_of_an_hour_after_a_429_ends_a_transfer_without_a_connection() -> None:
+    policy = failures()
+    for at in (NOW, NOW + 2):
+        fail(policy, at, UpstreamRateLimited("429", retry_after=3600.0))
+    assert is_over(policy, NOW + 3)
+
+
+@pytest.mark.parametrize(("whole", "is_too_often"), [(7, True), (9, False)])
+def test_three_failures_within_16_whole_ranges_leave_one_connection_whatever_they_brought(
+    whole: int, is_too_often: bool
+) -> None:
+    policy, then = failures(), Consequence("failed", 4)
+    for at in (NOW, NOW + 10, NOW + 20):
+        then = policy.on_failure(at, a_failure(at=at, received=10**6), 4, is_adding=False)
+        for _ in range(whole):
+            policy.on_complete()
+        policy.on_progress(at + 1, 10**6, at + 1)
+    assert then.connections == (1 if is_too_often else 4)
+    assert then.is_useless is is_too_often, "remembered for the endpoint"
+
+
+def test_range_that_breaks_while_ranges_are_on_trial_is_the_last_one() -> None:
+    failure = replace(a_failure(received=10**6), is_trial=True)
+    then = failures().on_failure(NOW, failure, 2, is_adding=True)
+    assert (then.connections, then.is_useless) == (1, True)
 
 
 def test_wrong_range_leaves_one_connection_at_once() -> None:

@@ -86,7 +86,7 @@ class FetchEnv:
         emit = self.kit.events.append
         connections = ConnectionBudget(lambda endpoint: 1)
         make_reader = partial(ParallelReader, connections, self.kit.memory, emit)
-        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect, connections)
+        fetch = Fetch(self.ingest, self.source, emit, self, make_reader, suspect)
         for other in others:
             fetch.offer(other)
         await fetch.run()
@@ -375,10 +375,7 @@ async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEn
     """It may use its next mirror. A client of another repository joins, and its source is tried."""
     limit = paused(20.0)
     fetch_env.registry.breaks = [(1000, BROKEN), (1000, limit)]
-    connections = ConnectionBudget(lambda endpoint: 1)
-    fetch = Fetch(
-        fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock(), connections
-    )
+    fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock())
     follower = fetch_env.ingest.follow()
     assert follower is not None
     async with asyncio.TaskGroup() as group:

@@ -44,7 +44,7 @@ def new_fetch(parts: Kit, connections: ConnectionBudget) -> tuple[Fetch, Ingest,
     make_reader = partial(ParallelReader, connections, parts.memory, emit)
     ingest = Ingest(parts.ingest_context, DIGEST, None)
     source, wrong = ContentSource(registry, request), list[object]()
-    fetch = Fetch(ingest, source, emit, Callbacks(), make_reader, wrong.append, connections)
+    fetch = Fetch(ingest, source, emit, Callbacks(), make_reader, wrong.append)
     return fetch, ingest, request.pull
 
 

@@ -256,3 +256,44 @@ def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -
     assert sizes[:2] == [100, 100]
     assert max(sizes[-4:]) < 50
     assert min(sizes) >= 25
+
+
+def test_plain_piece_runs_over_a_trial_that_is_dropped() -> None:
+    window = Window(Pieces(0, 400, 50))
+    plain, pieces = window.pieces.begin_plain(0.0), window.pieces
+    pieces.is_trial = True
+    ahead = pieces.claim_ahead(0.0, 100, 20)
+    assert ahead is not None
+    assert (ahead.start, ahead.stop) == (100, 120)
+    pieces.accept_response(ahead, 0.1)
+    pieces.receive(ahead, DATA[100:120], 0.2)
+    pieces.receive(plain, DATA[:90], 0.3)
+    assert not pieces.has_met_trial(plain, 9)
+    assert pieces.has_met_trial(plain, 10)
+    pieces.drop_trial()
+    pieces.receive(plain, DATA[90:400], 0.4)
+    window.pop()
+    assert bytes(window.out) == DATA[:400]
+
+
+def test_plain_piece_ends_where_an_accepted_trial_begins() -> None:
+    pieces = Pieces(0, 400, 50)
+    plain = pieces.begin_plain(0.0)
+    ahead = pieces.claim_ahead(0.0, 100, 20)
+    assert ahead is not None
+    pieces.accept_response(ahead, 0.1)
+    assert pieces.receive(plain, DATA[:150], 0.3)
+    assert plain.received_until == 100
+
+
+def test_cut_that_was_of_no_use_gives_all_pieces_twice_the_time() -> None:
+    window = Window(Pieces(0, 400, 100))
+    late = rates(window, 1, 60, 60, 60, seconds=1.0)
+    assert late is window.open[0]
+    window.cut(late)
+    window.claim(0)
+    assert window.pieces.find_late(2.5) is window.open[-1], "its rest brings no more"
+    window.cut(window.open[-1])
+    window.pieces.give_back(window.open[-1])
+    window.claim(0)
+    assert min(piece.late_after for piece in window.open[-1:]) >= 1.5
