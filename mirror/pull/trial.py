@@ -20,7 +20,8 @@ from __future__ import annotations
 from enum import Enum, auto
 from typing import Final
 
-from mirror.pull.ramp import GAIN, MEASURE_S
+from mirror.pull import ramp
+from mirror.pull.ramp import GAIN
 
 _COST: Final = 100
 """The first request of the trial asks for one part of so many of the blob."""
@@ -134,7 +135,7 @@ class Trial:
                 sent. The verdict is not open then.
         """
         seconds = self._body_s + (now - self._body_since if self._body_since is not None else 0.0)
-        is_long = is_last or seconds >= MEASURE_S
+        is_long = is_last or seconds >= ramp.MEASURE_S
         is_first = not self._is_passed and self._received >= self._first_bytes
         if not (is_long or is_first or seconds >= _CLEAR_AFTER_S):
             return TrialResult.OPEN
@@ -151,7 +152,7 @@ class Trial:
             return verdict
         if is_first:
             self._is_passed = True
-            self._lead_s = min(self._lead_s, self.latency + MEASURE_S)
+            self._lead_s = min(self._lead_s, self.latency + ramp.MEASURE_S)
         return TrialResult.OPEN
 
     def _compare(self, rate: float, plain: float, missing: int, gain: float) -> TrialResult:

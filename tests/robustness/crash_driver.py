@@ -16,7 +16,7 @@ from pathlib import Path
 from mirror.config.settings import Parallel, Storage
 from mirror.observability.events import Published
 from mirror.oci.reference import Digest, Repository, Tag, Verifier
-from mirror.pull import pieces, ramp
+from mirror.pull import pieces, ramp, trial
 from mirror.store import disk
 from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit, read_source
 from tests.unit.store.kit import random_bytes
@@ -79,6 +79,7 @@ def say(line: str) -> None:
 def go_parallel(source: MemoryRegistry) -> None:
     """Let a layer be fetched by several connections: slowly, and after a short measurement."""
     ramp.MEASURE_S, ramp._MIN_REMAINING_S = 0.005, 0.01  # type: ignore[misc] # constants
+    trial._MIN_BYTES, trial._MIN_LEFT_S = 8192, 0.0  # type: ignore[misc] # constants
     ramp._MAX_PAUSED = 1.0  # type: ignore[misc] # in so short a time, the reader takes most of it
     pieces._FIRST_LATENCY_S = 0.01  # type: ignore[misc] # a constant
     source.parallel = Parallel(part=65_536)

@@ -16,7 +16,7 @@ import pytest
 from mirror.config.settings import Limits, Parallel, Storage
 from mirror.observability.events import BackedOff, DigestMismatched, Uncached
 from mirror.oci.reference import Digest
-from mirror.pull import ramp
+from mirror.pull import ramp, trial
 from mirror.store import ingest_writer
 from mirror.threads import run_in_thread
 from tests.fakes.registry import Answer, FakeRegistry, Fault, ReceivedRequest
@@ -42,6 +42,8 @@ def quick_ramp(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a connection be added after a moment, so that blobs may be small."""
     monkeypatch.setattr(ramp, "MEASURE_S", 0.05)
     monkeypatch.setattr(ramp, "_MIN_REMAINING_S", 0.1)
+    monkeypatch.setattr(trial, "_MIN_BYTES", 32_768)
+    monkeypatch.setattr(trial, "_MIN_LEFT_S", 0.05)
     monkeypatch.setattr(ramp, "_MAX_PAUSED", 1.0)  # On a busy machine, the reader takes most of it.
 
 
@@ -75,7 +77,7 @@ async def test_blob_is_fetched_by_several_connections_and_each_byte_once(tmp_pat
         assert fake.bytes_sent <= len(DATA) + LOST
         assert server.store.memory.total == 0
         first = next(record for record in await server.records() if record.outcome == "miss")
-        assert first.connections == fake.most_transfers
+        assert 2 <= first.connections <= fake.most_transfers
         every_file_hashes_to_its_name(tmp_path)
         assert await pull(server, digest)
         assert fake.transfers == 0

@@ -11,7 +11,7 @@ import pytest
 from mirror.config.settings import Parallel
 from mirror.observability.events import RequestRecord
 from mirror.oci.reference import Digest
-from mirror.pull import pieces, ramp
+from mirror.pull import pieces, ramp, trial
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch
 from mirror.pull.parallel import ParallelReader
@@ -54,6 +54,8 @@ async def test_fetch_that_is_cancelled_at_any_wait_is_resumed_with_the_right_byt
 ) -> None:
     monkeypatch.setattr(ramp, "MEASURE_S", 0.003)
     monkeypatch.setattr(ramp, "_MIN_REMAINING_S", 0.001)
+    monkeypatch.setattr(trial, "_MIN_BYTES", 8192)
+    monkeypatch.setattr(trial, "_MIN_LEFT_S", 0.0)
     monkeypatch.setattr(ramp, "_MAX_PAUSED", 1.0)  # The reader takes most of so short a time.
     monkeypatch.setattr(pieces, "_FIRST_LATENCY_S", 0.01)
     most, number, is_over = 0, 0, False
