@@ -44,6 +44,8 @@ from tests.unit.store.kit import Kit, kit, opened, random_bytes, read
 DATA = random_bytes(400_000, 51)
 DIGEST = Digest.of(DATA)
 BROKEN = UpstreamUnavailable("connection reset")
+WRITTEN = (65_536, 100_000)
+"""Bytes that a fetch may leave which broke after 100,000: it drops a chunk that is not written."""
 
 
 @dataclass
@@ -418,7 +420,7 @@ async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_resp
 
     with patch.object(fetch_env.registry, "open", open_or_refuse):
         assert await again.body() == DATA
-    assert fetch_env.registry.offsets[-1] == 100_000
+    assert fetch_env.registry.offsets[-1] in WRITTEN
 
 
 async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:
@@ -433,7 +435,7 @@ async def test_next_fetch_resumes_after_the_bytes_of_a_failed_one(fetch_env: Fet
         await fetch_env.body()
     again = another(fetch_env)
     assert await again.body() == DATA
-    assert fetch_env.registry.offsets[-1] == 100_000
+    assert fetch_env.registry.offsets[-1] in WRITTEN
 
 
 @pytest.mark.parametrize("error", [BROKEN, BlobUnknown("404"), Denied("403")])
