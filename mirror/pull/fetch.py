@@ -48,8 +48,8 @@ ProofKey: TypeAlias = tuple[Repository, Kind]
 registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
 
 PREEMPT_AFTER_S: Final = 5.0
-"""Seconds that a source may take to send response headers, or to resume, while a source on another
-upstream is queued. Short, because the clients of the queued source are waiting."""
+"""Seconds that a source may take to send response headers, or to resume, while another one may be
+tried (``Fetch.alternative_at``). Short, because clients of the other one are waiting."""
 _SUSPECT_TTL_S: Final = 600.0
 """Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
 short enough for a repaired endpoint to come back into use."""
@@ -87,15 +87,16 @@ class Fetch:
         self._emit = emit
         self._callbacks = callbacks
         self._on_wrong_bytes = on_wrong_bytes
-        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
-        self._queue = deque([self._current])
-        self._offered = {_proof_key(first.request)}
+        self._queue: deque[SourceAttempts] = deque()
+        self._offered: set[ProofKey] = set()
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
         self._endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
+        self.offer(first)
+        self._current = self._queue[0]
 
     # --- for followers --------------------------------------------------------------------------
 
@@ -161,9 +162,9 @@ class Fetch:
         return self._current
 
     def alternative_at(self, now: float) -> float | None:
-        """Return the time from which a queued source may take the place of a slow one, or None.
+        """Return the time from which the current source, if it is slow, gives its place to another.
 
-        It is on another upstream, or its pause is over. A source loses its place only once.
+        None: no queued source is on another upstream or had to wait, or it lost its place before.
         """
         upstream = self._current.source.request.repository.upstream
         times = (
@@ -389,8 +390,7 @@ class Fetch:
     async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-        Raises :class:`Preempted` as soon as a queued source need not wait: the pause of one
-        repository need not be that of another.
+        Raises :class:`Preempted` once a queued source, such as another repository, need not wait.
         """
         loop = asyncio.get_running_loop()
         attempts.resume_at = loop.time() + attempts.pause()
