@@ -31,10 +31,10 @@ class MirrorError(Exception):
     endpoint = ""
     """URL of the endpoint that failed or refused; empty if it is not that of one endpoint."""
     next_request_in: float | None = None
-    """Seconds for which endpoints that were not asked pause after a 429: the shortest time. 0.0 if
-    the circuit of one is open, since that may close at any time. None: all were asked."""
+    """Seconds until an endpoint that got no request may be asked. It pauses after a 429, or its
+    circuit is open: then 0.0, since that may close at any time. None: no endpoint has to wait."""
     is_wait = False
-    """Whether no endpoint has failed: some were not asked, and all others refused."""
+    """Whether no endpoint has failed: some have to wait, and all others refused."""
     others: tuple[MirrorError, ...] = ()
     """The other failures and refusals of the same request, of other endpoints or earlier attempts.
     This error takes precedence over them."""

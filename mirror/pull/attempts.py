@@ -67,10 +67,10 @@ class SourceAttempts:
     failed_in_a_row: int = 0
     """Transfers that broke since the latest progress."""
     ranged_failures: int = 0
-    """Failures in a row, also of requests without ``Range``, but not those by a 429 alone."""
+    """Failures in a row after which ``Range`` may be left out: all but those by a 429 alone."""
     wait_s: float | None = None
     """Seconds to wait for endpoints that pause after a 429, or whose circuits are open (0.0). None:
-    another endpoint may be asked."""
+    nothing is waited for."""
     resume_at: float = 0.0
     """Time until which the source has to wait."""
     error: MirrorError | None = None
@@ -87,13 +87,12 @@ class SourceAttempts:
     the bytes before the offset are skipped."""
     has_just_dropped_range: bool = False
     """Whether the latest failure is the one after which ``Range`` is left out."""
-    is_range_doubted: bool = False
-    """Whether ``Range`` may be the cause of the latest error, so that the next try comes soon."""
     is_range_suspected: bool = False
-    """Whether ``Range`` is left out only because endpoints have refused requests with it, while
-    another endpoint has to be waited for."""
+    """Whether ``Range`` is left out only because some endpoints refused it while others had to be
+    waited for. It is used again if the former refuse the whole content, too."""
     refused_whole: set[str] = field(default_factory=set)
-    """Endpoints that have refused a request without ``Range``: it is not the cause."""
+    """URLs of endpoints that have refused a request without ``Range``: when they refuse one with
+    it, ``Range`` is not the cause."""
     is_refused: bool = False
     """Whether the upstream has refused a request without ``Range``. Then the refusal is final."""
     validator: str | None = None
@@ -113,9 +112,9 @@ class SourceAttempts:
     is_reading: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
     is_preempted: bool = False
-    """Whether another source has taken its place. It is tried again after those that were not."""
+    """Whether another source has taken its place. It is tried again after all new sources."""
     preempted_at: tuple[float, int] = 0.0, 0
-    """Time, and offset in the content in bytes, at which it has."""
+    """When it lost its place: the time, and the offset in the content in bytes."""
 
     def begin(self, position: int, now: float) -> None:
         """Note that a transfer begins, with the byte at ``position``."""
@@ -177,8 +176,8 @@ class SourceAttempts:
     def try_again(self, now: float, position: int) -> None:
         """Note that this source has its place again.
 
-        The time of the others does not count, unless they brought nothing while this one had to
-        wait: clients must not stand still for the time limit of each source.
+        The time of the others does not count. But it counts if this one had to wait, and the others
+        brought nothing: clients must not stand still for the time limits of several sources.
         """
         at, reached = self.preempted_at
         if self.wait_s is None or position > reached:
@@ -188,7 +187,7 @@ class SourceAttempts:
         """Count a transfer that broke, and choose how the next one is requested.
 
         It is not counted if endpoints have to be waited for, and no other one has failed. A pause
-        that ends after the stall limit is not waited for: there are the tries of any failure.
+        that ends after the stall limit is not waited for, and counts like any failure.
 
         Args:
             error: Why it broke.
@@ -214,10 +213,13 @@ class SourceAttempts:
             if not self.has_progressed:
                 endpoint = error.endpoint or self.endpoint
                 self.avoid = [*(e for e in self.avoid if e != endpoint), endpoint]
+        failures_before = self.ranged_failures
         self._judge_range(error, is_ranged=is_ranged)
+        # Then `Range` may be the cause, so there is a try before the wait.
+        is_range_doubted = self.ranged_failures > failures_before
         self.has_just_dropped_range = is_ranged and not self.may_use_range
         self.wait_s = None
-        if is_wait and not self.is_range_doubted:
+        if is_wait and not is_range_doubted:
             self.wait_s = pause_s
         elif may_wait and self.failed_in_a_row > _MAX_FAILED_IN_A_ROW:
             self.wait_s = pause_s or None  # Others have failed too often.
@@ -229,7 +231,6 @@ class SourceAttempts:
 
         A 429 tells nothing about ``Range``, but the responses of other endpoints do.
         """
-        self.is_range_doubted = False
         if isinstance(error, _RANGE_REFUSALS):
             self.is_range_suspected, self.may_use_range, self.validator = False, False, None
             return
@@ -252,7 +253,6 @@ class SourceAttempts:
         is_known = all(one.endpoint in self.refused_whole for one in refusals)
         if not has_failure and is_known and self.failed_in_a_row < _MAX_FAILED_IN_A_ROW:
             return
-        self.is_range_doubted = True
         self.ranged_failures += 1
         is_first_failed = not self.has_responded and any(map(_is_response, (error, *causes)))
         is_last_try = self.failed_in_a_row >= _MAX_FAILED_IN_A_ROW

@@ -42,8 +42,8 @@ from mirror.store.other_process import follow_other_process
 from mirror.upstream.api import MIN_PROGRESS_BYTES
 
 PREEMPT_AFTER_S: Final = 5.0
-"""Seconds that a source may take to send response headers, or to resume, while a source on another
-upstream is queued. Short, because the clients of the queued source are waiting."""
+"""Seconds that a source may take to send response headers, or to resume, while another one may be
+tried (``Fetch.alternative_at``). Short, because clients of the other one are waiting."""
 
 
 class Fetch:
@@ -78,15 +78,16 @@ class Fetch:
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
         self._take_back = take_back
-        self._current = SourceAttempts(first, first.registry.idle + STALL_GRACE_S)
-        self._queue = deque([self._current])
-        self._offered = {first.request.proof_key}
+        self._queue: deque[SourceAttempts] = deque()
+        self._offered: set[ProofKey] = set()
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
         self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
+        self.offer(first)
+        self._current = self._queue[0]
 
     @property
     def endpoint(self) -> str:
@@ -158,9 +159,9 @@ class Fetch:
         return self._current
 
     def alternative_at(self, now: float) -> float | None:
-        """Return the time from which a queued source may take the place of a slow one, or None.
+        """Return the time from which the current source, if it is slow, gives its place to another.
 
-        It is on another upstream, or its pause is over. A source loses its place only once.
+        None: no queued source is on another upstream or had to wait, or it lost its place before.
         """
         upstream = self._current.source.request.repository.upstream
         times = (
@@ -378,8 +379,7 @@ class Fetch:
     async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
         """Wait until an endpoint of the source may be asked. ``error`` says why it may not.
 
-        Raises :class:`Preempted` as soon as a queued source need not wait: the pause of one
-        repository need not be that of another.
+        Raises :class:`Preempted` once a queued source, such as another repository, need not wait.
         """
         loop = asyncio.get_running_loop()
         attempts.resume_at = loop.time() + attempts.pause()

@@ -258,12 +258,8 @@ class Endpoints:
         }
 
     def final_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
-        """Choose the error to raise if not all endpoints refused.
-
-        A 429 takes precedence over failures of other endpoints, then the last failure. Without any
-        failure, an endpoint gets no request now.
-        """
-        error = self._most_telling(state, now, subject)
+        """Return the error to raise if not all endpoints refused, with what it hides."""
+        error = self._choose_error(state, now, subject)
         error.others = tuple(other for other in state.errors if other is not error)
         error.next_request_in = self._seconds_until_request(state, now, subject)
         error.is_wait = not state.failures and error.next_request_in is not None
@@ -282,8 +278,13 @@ class Endpoints:
         seconds = (0.0 if pause is None else pause.until - now for pause in pauses)
         return min(seconds, default=None)
 
-    def _most_telling(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
-        errors = (state.failure, *state.finished.values())
+    def _choose_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:
+        """Choose the error of a request that not all endpoints refused.
+
+        A 429 takes precedence over failures of other endpoints, then the last failure. Without any
+        failure, an endpoint gets no request now.
+        """
+        errors = (*state.failures[-1:], *state.finished.values())
         failures = [error for error in errors if isinstance(error, UpstreamError)]
         limited = (error for error in failures if isinstance(error, UpstreamRateLimited))
         if (error := next(limited, None)) is not None:
@@ -307,24 +308,26 @@ class SendState:
     retry_deadline: float
     """Time after which neither a round nor a third attempt begins."""
     attempts: int = 0
-    failures: int = 0
-    failure: UpstreamError | None = None
-    """The last failure."""
     errors: list[MirrorError] = field(default_factory=list)
     """All failures and refusals, in their order."""
     tried: set[URL] = field(default_factory=set)
     finished: dict[URL, MirrorError] = field(default_factory=dict)
     """Endpoint that is not asked again -> its refusal, or why its response cannot be used."""
 
+    @property
+    def failures(self) -> list[UpstreamError]:
+        """The failures, in their order."""
+        return [error for error in self.errors if isinstance(error, UpstreamError)]
+
     def may_attempt(self, now: float) -> bool:
         """Return whether a further endpoint may be asked in this round."""
-        return self.failures < MAX_ATTEMPTS_PER_REQUEST and (
+        return len(self.failures) < MAX_ATTEMPTS_PER_REQUEST and (
             self.attempts < 2 or now < self.retry_deadline
         )
 
     def may_begin_round(self, now: float) -> bool:
         """Return whether another round is within the limits."""
-        return self.failures < MAX_ATTEMPTS_PER_REQUEST and now < self.retry_deadline
+        return len(self.failures) < MAX_ATTEMPTS_PER_REQUEST and now < self.retry_deadline
 
     def add(self, endpoint: URL, error: MirrorError, *, is_final: bool) -> None:
         """Count an attempt that has failed, or that was refused.
@@ -332,8 +335,6 @@ class SendState:
         ``is_final``: the endpoint is not asked again. It is not asked again after a refusal either.
         """
         self.errors.append(error)
-        if isinstance(error, UpstreamError):
-            self.failure, self.failures = error, self.failures + 1
         if is_final or not isinstance(error, UpstreamError):
             self.finished[endpoint] = error
 

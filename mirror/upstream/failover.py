@@ -230,7 +230,8 @@ class FailoverClient:
                 or len(state.finished) == len(urls)
                 or not state.may_begin_round(self._clock())
             )
-            if is_last_round or not request.may_retry(state.failure):
+            latest = state.failures[-1] if state.failures else None
+            if is_last_round or not request.may_retry(latest):
                 raise self._endpoints.final_error(state, self._clock(), subject)
             await asyncio.sleep(backoff_delay(state.attempts, self._jitter()))
 

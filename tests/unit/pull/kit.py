@@ -58,6 +58,8 @@ class Stream:
     gate: asyncio.Event | None = None
     before: asyncio.Event | None = None
     """The first byte waits for this event."""
+    may_break: Callable[[], bool] = lambda: True
+    """The error waits until this is true."""
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
@@ -74,6 +76,8 @@ class Stream:
             if self.break_at is not None and stop >= self.break_at:
                 yield self.data[position : self.break_at]
                 assert self.error is not None
+                while not self.may_break():  # noqa: ASYNC110 - no event
+                    await asyncio.sleep(0.001)
                 raise self.error
             yield self.data[position:stop]
             position = stop

@@ -411,6 +411,8 @@ async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_resp
 ) -> None:
     """Another process was killed, and this one goes on. It may not know of the pause."""
     fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
+    # A failure drops what is not written.
+    change(fetch_env, {"may_break": lambda: fetch_env.ingest.on_disk == 100_000})
     with pytest.raises(UpstreamUnavailable):
         await fetch_env.body()
     again = another(fetch_env)
@@ -437,6 +439,8 @@ async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv
 
 async def test_next_fetch_resumes_after_the_bytes_of_a_failed_one(fetch_env: FetchEnv) -> None:
     fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
+    # A failure drops what is not written.
+    change(fetch_env, {"may_break": lambda: fetch_env.ingest.on_disk == 100_000})
     with pytest.raises(UpstreamUnavailable):
         await fetch_env.body()
     again = another(fetch_env)
