@@ -34,7 +34,7 @@ _MAX_READ_BYTES: Final = 1024 * 1024
 """Bytes of one read at most. With 256 KiB, a fetch takes a quarter more time of the processor."""
 _MIN_READ_BYTES: Final = 128 * 1024
 """Bytes of one read, however many bodies arrive at the same time."""
-_ALL_READS_BYTES: Final = 16 * 1024 * 1024
+_ALL_READS_BYTES: Final = 4 * 1024 * 1024
 """Bytes that one read of each body may have together: these wait in memory if a disk is slow."""
 _TLS_RECORD_BYTES: Final = 16 * 1024
 """Bytes of a TLS record (RFC 8446, section 5.1): as much may be decrypted and not handed over."""
