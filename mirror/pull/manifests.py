@@ -321,7 +321,7 @@ class ManifestService:
         if cached is None:
             return record, None
 
-        # Whoever keeps `is_current` must not keep the manifest and the history of the tag with it.
+        # `web` stores this function. It must not keep the manifest and the previous digests alive.
         digest, is_cached_current = cached.digest, cached.is_current
         latest = replace(record, previous_digests=())
 

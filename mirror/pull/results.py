@@ -18,7 +18,8 @@ from mirror.store.reader import Reader
 MEMORY_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
 IsCurrent: TypeAlias = Callable[[], bool]
-"""Returns whether the same request would have the same result now. Cheap, and asks nobody."""
+"""Returns whether the same request would have the same result now: whether the result is still
+fresh (RFC 9111, section 4.2). Asks neither the upstream nor the disk."""
 
 
 def make_is_current(seconds: float) -> IsCurrent:

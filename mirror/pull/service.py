@@ -33,7 +33,8 @@ from mirror.pull.results import (
 )
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
-"""Largest blob, in bytes, that is kept in memory: config blobs, and what is sent in one write."""
+"""Largest blob, in bytes, that is kept in memory: config blobs are smaller, and ``web`` sends so
+much in one write."""
 _BLOBS_BYTES: Final = 16 * 1024 * 1024
 """Bytes for small blobs in memory: a thousand config blobs of common images."""
 _BLOB_EXTRA_BYTES: Final = 1024

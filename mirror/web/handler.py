@@ -67,8 +67,9 @@ _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
 """``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
 _ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
-_UNVERIFIED: Final = '299 - "this part was requested by itself: it is not verified, and not stored"'
-"""``Warning`` (RFC 7234, section 5.5) of a part that no digest verifies."""
+_UNVERIFIED: Final = '299 - "this range was fetched by itself: it is not verified and not stored"'
+"""``Warning`` of a range that no digest verifies (RFC 7234, section 5.5; RFC 9111 no longer defines
+it, but clients show it)."""
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 

@@ -77,7 +77,7 @@ def test_only_a_failed_aside_request_has_a_line() -> None:
     ]
     (line,) = written(*(events.AsideEnded("docker.io", result, 0, why) for result, why in ended))
     fields = json.loads(line)
-    assert fields["message"].startswith("part not fetched ahead")
+    assert fields["message"].startswith("request for a range failed")
     assert (fields["result"], fields["reason"]) == ("refused", "the upstream ignores Range")
 
 
