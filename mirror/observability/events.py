@@ -252,9 +252,16 @@ class PartCut:
     offset: int
 
 
-BackOffReason: TypeAlias = Literal["no_gain", "slow_ranges", "refused", "no_ranges", "failed"]
-"""One more connection brought no more bytes, was slower than the plain response, got a 429 or a
-503, got no range, or got no data."""
+BackOffReason: TypeAlias = Literal[
+    "no_gain", "slow_ranges", "rate_limited", "reclaimed", "no_ranges", "failed"
+]
+"""- ``no_gain``: one more connection brought no more bytes.
+- ``slow_ranges``: a range had less than 0.8 of the rate of the plain response, or brought nothing
+  in time.
+- ``rate_limited``: 429 or 503.
+- ``reclaimed``: the initial request of another blob failed at this endpoint.
+- ``no_ranges``: the response was not the range.
+- ``failed``: ranges failed twice in a row, three times within 16, or during the trial."""
 
 
 @dataclass(frozen=True, slots=True)
