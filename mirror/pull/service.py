@@ -29,7 +29,7 @@ from mirror.pull.results import (
     ManifestResult,
     RepositoriesResult,
     TagsResult,
-    make_is_current,
+    fresh_for,
 )
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
@@ -165,8 +165,8 @@ class PullService:
         if body is None:
             return None
         self._content.store.blobs.mark_used((digest,))
-        is_current = make_is_current(MEMORY_TTL_S)
-        small = BlobResult(digest, size=len(body), source=body, is_current=is_current)
+        is_fresh = fresh_for(MEMORY_TTL_S)
+        small = BlobResult(digest, size=len(body), source=body, is_fresh=is_fresh)
         self._small_blobs[repository, digest] = small
         return small
 
