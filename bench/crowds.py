@@ -11,9 +11,9 @@ from typing import Final
 
 import pytest
 
-from bench.measure import MIB, Rate, costs, crowd, download, requests
-from bench.peers import ONE_WORKER_PEERS, PEERS, Peer
-from bench.table import REPOSITORY, Run, url_of
+from bench.measure import MIB, REPOSITORY, Rate, costs, crowd, download, requests
+from bench.peers import ONE_WORKER_MIRRORS, PEERS, Peer
+from bench.table import Run, url_of
 from tests.real.process import Program
 
 SLOW_CLIENTS: Final = 200
@@ -68,7 +68,7 @@ def beside_cold_pull(run: Run) -> Iterator[str]:
     blobs = [run.limited.add_large(run.large_size, seed) for seed in (11, 12)]
     yield f"{BUSY_CONNECTIONS} clients ask for a manifest while cold blobs are pulled"
     yield f"  {'':24}      alone: 1/s   median      99 %      beside: 1/s   median      99 %"
-    for peer in ONE_WORKER_PEERS:
+    for peer in ONE_WORKER_MIRRORS:
         try:
             alone, beside = _small_requests(run, peer, blobs)
             yield f"  {peer.name:24} {_latency(alone)}  {_latency(beside)}"

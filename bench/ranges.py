@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from bench.measure import MIB, back_memory, start_curl, timed
-from bench.table import REPOSITORY, Run
+import pytest
+
+from bench.measure import MIB, REPOSITORY, back_memory, start_curl, timed
+from bench.peers import ONE_OF_EACH, OURS
+from bench.table import DIRECT, Run, url_of
 from tests.real.process import Program
-from tests.real.server import Mirror
 
 TAIL_BYTES: Final = 51
 """Bytes of the footer of an eStargz layer, which a client asks first."""
@@ -28,13 +30,25 @@ def tail_range(run: Run) -> Iterator[str]:
     path, size = f"/v2/{REPOSITORY}/blobs/{run.limited_blob}", run.large_size
     yield f"last {TAIL_BYTES} bytes of a cold blob of {size // MIB} MiB, 100 MB/s a connection"
     for requested in (f"-{TAIL_BYTES}", f"{size - TAIL_BYTES}-{size - 1}"):
-        direct = timed(start_curl(run.limited.url + path, "/dev/null", "-r", requested)).total
-        back_memory(size)
-        with Mirror({"docker.io": run.limited.url}) as mirror:
-            done = timed(start_curl(mirror.url + path, "/dev/null", "-r", requested))
-        assert (done.status, done.size) == (206, TAIL_BYTES), done
-        missed = f"  MISSED: above {TAIL_BOUND} s" if done.total > TAIL_BOUND else ""
-        yield f"  bytes={requested:22} direct {direct:6.3f} s  ours {done.total:6.3f} s{missed}"
+        yield f"bytes={requested}  (ours <= {TAIL_BOUND} s)"
+        yield f"  {DIRECT:24} {_tail(run.limited.url + path, requested):6.3f} s"
+        for peer in ONE_OF_EACH:
+            back_memory(size)
+            try:
+                with peer.start(run.limited.url, None) as program:
+                    seconds = _tail(url_of(program) + path + peer.query, requested)
+            except (Exception, pytest.fail.Exception) as error:
+                yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+                continue
+            missed = "  MISSED" if peer is OURS and seconds > TAIL_BOUND else ""
+            yield f"  {peer.name:24} {seconds:6.3f} s{missed}"
+
+
+def _tail(url: str, requested: str) -> float:
+    """Return the seconds of one request for the last bytes."""
+    done = timed(start_curl(url, "/dev/null", "-r", requested))
+    assert (done.status, done.size) == (206, TAIL_BYTES), done
+    return done.total
 
 
 def lazy_pull(run: Run) -> Iterator[str]:
@@ -44,33 +58,41 @@ def lazy_pull(run: Run) -> Iterator[str]:
         f"{RANGES} ranges of {RANGE_BYTES:,} bytes of a cold blob of {run.large_size // MIB} MiB"
         ", beside a whole pull of it"
     )
-    whole = timed(start_curl(run.limited.url + path)).total
-    yield f"  {'direct':8} {_ranges(run, run.limited, path)}  whole {whole:5.2f} s alone"
-    back_memory(run.large_size)
-    with Mirror({"docker.io": run.limited.url}) as mirror:
-        pulling = start_curl(mirror.url + path)
-        ranges = _ranges(run, mirror, path)
-        yield f"  {'ours':8} {ranges}  whole {timed(pulling).total:5.2f} s beside them"
+    yield f"  {DIRECT:24} {_beside_whole_pull(run, run.limited, path)}"
+    for peer in ONE_OF_EACH:
+        back_memory(run.large_size)
+        try:
+            with peer.start(run.limited.url, None) as program:
+                yield f"  {peer.name:24} {_beside_whole_pull(run, program, path + peer.query)}"
+        except (Exception, pytest.fail.Exception) as error:
+            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
 
 
-def _ranges(run: Run, server: Program, path: str) -> str:
+def _beside_whole_pull(run: Run, server: Program, path: str) -> str:
     """Ask for the tail and then for ranges at random places, one after the other."""
+    whole = start_curl(url_of(server) + path)
     places = random.Random(3)
     starts = [run.large_size - RANGE_BYTES]
     starts += [places.randrange(run.large_size - RANGE_BYTES) for _ in range(RANGES - 1)]
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     times = []
-    for start in starts:
-        begun = time.monotonic()
-        connection.request(
-            "GET", path, headers={"Range": f"bytes={start}-{start + RANGE_BYTES - 1}"}
-        )
-        response = connection.getresponse()
-        body = response.read()
-        times.append(time.monotonic() - begun)
-        assert (response.status, len(body)) == (206, RANGE_BYTES), response.status
-    connection.close()
-    return f"first {times[0]:6.3f} s  longest {max(times):6.3f} s  all {sum(times):6.2f} s"
+    try:
+        for start in starts:
+            begun = time.monotonic()
+            connection.request(
+                "GET", path, headers={"Range": f"bytes={start}-{start + RANGE_BYTES - 1}"}
+            )
+            response = connection.getresponse()
+            if response.status != 206:
+                raise RuntimeError(f"status {response.status} for a range")
+            body = response.read()
+            times.append(time.monotonic() - begun)
+            assert len(body) == RANGE_BYTES
+    finally:
+        connection.close()
+        pulled = timed(whole).total
+    ranges = f"first {times[0]:6.3f} s  longest {max(times):6.3f} s  all {sum(times):6.2f} s"
+    return f"{ranges}  whole {pulled:5.2f} s"
 
 
 ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {

@@ -15,7 +15,17 @@ from typing import Final, Protocol
 
 import pytest
 
-from bench.measure import MIB, Cost, back_memory, costs, download, requests, start_curl, timed
+from bench.measure import (
+    MIB,
+    REPOSITORY,
+    Cost,
+    back_memory,
+    costs,
+    download,
+    requests,
+    start_curl,
+    timed,
+)
 from bench.peers import ONE_WORKER_PEERS, PEERS, TLS_PEERS, Peer
 from bench.upstreams import StaticRegistry
 from tests.real import images
@@ -23,7 +33,6 @@ from tests.real.process import Directory, Program
 from tests.real.registry import DockerRegistry
 from tests.real.tokens import Certificate
 
-REPOSITORY: Final = "library/bench"
 LIMIT: Final = 100_000_000
 """Bytes per second of one connection to an upstream that is limited, as public registries are."""
 DIRECT: Final = "direct"

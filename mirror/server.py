@@ -37,7 +37,7 @@ from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.limited_server import LimitedServer
-from mirror.web.repeated_requests import RepeatingServer, SendingConnections
+from mirror.web.stored_responses import ReusingServer, UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -222,7 +222,7 @@ class RunningServer:
     registries: Registries
     health: Health
     handler: Handler
-    sending: SendingConnections
+    unsent: UnsentConnections
     content: ContentService
     service: PullService
     stop_listening: Callable[[], None]
@@ -277,7 +277,7 @@ async def start_server(
             server = (
                 LimitedServer(handler, emit, **options)
                 if is_limited
-                else RepeatingServer(handler, handler.answers, **options)
+                else ReusingServer(handler, handler.stored_responses, **options)
             )
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
@@ -297,7 +297,7 @@ async def start_server(
                     registries=registries,
                     health=health,
                     handler=handler,
-                    sending=server.sending,
+                    unsent=server.unsent,
                     content=content,
                     service=service,
                     stop_listening=listening.close,
@@ -357,7 +357,7 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
         async with asyncio.timeout(running.settings.drain_timeout):
             await running.handler.wait_until_idle()
             # A request has ended once its response is written, if it is a small one.
-            await running.sending.wait_until_sent()
+            await running.unsent.wait_until_sent()
             await running.store.wait_until_published()
     except TimeoutError:
         cut = running.handler.abort_all()

@@ -120,8 +120,9 @@ class Storage(Section):
     """
     Most bytes that running fetches hold in memory together, in each worker process: bytes that wait
     for the disk or, if the disk refuses, for clients. Each fetch may hold 256 KiB anyway.
-    When it is used up, upstreams are read more slowly. Bytes that several connections bring before
-    earlier ones have the same limit, and both together a third more.
+    When it is used up, upstreams are read more slowly. Bytes that arrive before earlier ones
+    (several connections, single ranges) have a limit of their own of the same size. Both together
+    may use a third more.
     """
     reverify: Duration = 86400.0
     """
@@ -161,7 +162,7 @@ class Limits(Section):
 
 
 class Parallel(Section):
-    """The connections that fetch one blob together, each of them a part."""
+    """Several connections for one blob, each of which fetches a part."""
 
     connections: Annotated[int, Field(ge=1, le=4)] = 4
     """
@@ -171,8 +172,10 @@ class Parallel(Section):
     """
     part: Annotated[Size, AfterValidator(values.check_part)] = 8 * 2**20
     """
-    Bytes that one connection asks for at a time, from 64KiB to 8MiB. Blobs of less than 128MiB are
-    fetched in smaller parts, and those of less than four parts by one connection.
+    Usual bytes of one range request, from 64KiB to 8MiB. Requests are larger if responses take long
+    or no other connection is possible, and smaller near the end of a blob. A blob that has fewer
+    than 16 such parts gets smaller ones, of at least 4MiB. A blob of at most four parts is fetched
+    by one connection.
     """
 
 
@@ -285,7 +288,7 @@ class Upstream(Section):
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
     parallel: Parallel = Parallel()
-    """The connections that fetch one blob together."""
+    """Several connections for one blob."""
 
     def alias_of(self, name: str) -> str:
         """Return the alias, or its default for an upstream of this name."""

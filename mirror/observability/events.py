@@ -84,10 +84,10 @@ class RequestRecord:
     aside_bytes: int = 0
     """Bytes that came from aside requests, in place of the running fetch."""
     connections: int = 0
-    """Most connections that fetched a blob together, for the request that started the fetch. 0: one
-    was enough, or nothing was fetched."""
+    """Most connections that fetched a blob together, for the request that started the fetch, as far
+    as known when that request ended. 0: only one was used, or nothing was fetched."""
     late_parts: int = 0
-    """Parts of that blob that arrived too slowly, and whose rest was fetched again."""
+    """Number of parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -212,13 +212,18 @@ class Resumed:
 
 
 AsideResult: TypeAlias = Literal["ok", "refused", "failed", "dropped"]
-"""The bytes; a response that is not the requested part, or a 429; any other failure; no bytes,
-because no client waits for them any more."""
+"""- ``ok``: the bytes have arrived.
+- ``refused``: the response was not the requested range, or a 429.
+- ``failed``: any other failure.
+- ``dropped``: the request was ended, because no client waits for its bytes any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class AsideEnded:
-    """A request for a part far ahead of the running fetch ended, with ``bytes`` received."""
+    """A request for a range beside the fetch of its blob, or without one, has ended.
+
+    ``bytes``: how many were received.
+    """
 
     upstream: str
     result: AsideResult
@@ -239,7 +244,7 @@ class ConnectionsChanged:
 class PartCut:
     """A part of a blob arrived far slower than other parts. Its rest is fetched again.
 
-    ``offset``: the first byte that has not arrived.
+    ``offset``: offset in bytes of the first byte that has not arrived.
     """
 
     upstream: str
@@ -247,9 +252,16 @@ class PartCut:
     offset: int
 
 
-BackOffReason: TypeAlias = Literal["no_gain", "slow_ranges", "refused", "no_ranges", "failed"]
-"""One more connection brought no more bytes, was slower than the plain response, got a 429 or a
-503, got no range, or got no data."""
+BackOffReason: TypeAlias = Literal[
+    "no_gain", "slow_ranges", "rate_limited", "reclaimed", "no_ranges", "failed"
+]
+"""- ``no_gain``: one more connection brought no more bytes.
+- ``slow_ranges``: a range had less than 0.8 of the rate of the plain response, or brought nothing
+  in time.
+- ``rate_limited``: 429 or 503.
+- ``reclaimed``: the initial request of another blob failed at this endpoint.
+- ``no_ranges``: the response was not the range.
+- ``failed``: ranges failed twice in a row, three times within 16, or during the trial."""
 
 
 @dataclass(frozen=True, slots=True)

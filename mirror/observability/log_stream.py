@@ -113,8 +113,8 @@ class LogStream:
     def _write_all(self, data: bytes) -> None:
         start = 0
         while start < len(data):
-            # A pipe takes so much as a whole: the lines of several workers are kept apart, and a
-            # process that ends while the pipe is full has written whole lines.
+            # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
+            # mix, and a process that ends while the pipe is full has written whole lines.
             is_atomic = self._is_shared or self._is_closing.is_set()
             limit = start + (select.PIPE_BUF if is_atomic else _MAX_WRITE_BYTES)
             end = data.rfind(b"\n", start, limit) + 1

@@ -143,7 +143,8 @@ class LogWriter:
         self._add(level, pull, [])
 
     def _add(self, level: int, subject: str | RequestRecord, fields: list[str]) -> None:
-        # In this order, no line waits for ever, whatever other threads do between two steps.
+        # Append first: a flush in another thread may run between two of these steps. In another
+        # order, a line could stay without a scheduled flush.
         self._pending.append((time.time(), level, subject, fields))
         if self._schedule is None:
             self.flush()
@@ -312,15 +313,17 @@ class LogObserver:
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
             case events.AsideEnded(upstream, result, _, reason) if reason:
-                message = "part not fetched ahead of the running fetch, which brings it later"
-                fields_ = {"upstream": upstream, "result": result, "reason": reason}
-                self._write_limited(logging.INFO, message, fields_)
+                message = "request for a range failed: its client waits for the fetch of the blob"
+                failed = {"upstream": upstream, "result": result, "reason": reason}
+                self._write_limited(logging.INFO, message, failed)
             case events.PartCut(upstream, endpoint, offset):
+                message = "part of a blob was cut: it arrived far slower than others"
                 late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
-                self._write_limited(logging.INFO, "part of a blob is late", late)
+                self._write_limited(logging.INFO, message, late)
             case events.BackedOff(upstream, endpoint, reason, count) if reason != "no_gain":
+                message = "blob is fetched by fewer connections"
                 fewer = {"upstream": upstream, "endpoint": endpoint, "reason": reason}
-                self._write_limited(logging.INFO, "fewer connections", {**fewer, "count": count})
+                self._write_limited(logging.INFO, message, {**fewer, "count": count})
             case events.ConnectionRefused(client):
                 message = "connection refused: the client has max_client_connections"
                 self._write_limited(logging.WARNING, message, {"client": client})

@@ -162,12 +162,12 @@ class MetricsObserver:
         )
         self._asides = counter(
             "aside_requests",
-            "Requests to upstreams for parts far ahead of a running fetch.",
+            "Requests to upstreams for ranges of a blob, beside its fetch or without one.",
             "upstream result",
         )
         self._aside_bytes = counter(
             "aside_bytes",
-            "Bytes of parts far ahead of a running fetch, which are not stored.",
+            "Bytes of ranges of blobs that were fetched by themselves, and are not stored.",
             "upstream",
         )
         self._connections = gauge(
@@ -183,7 +183,7 @@ class MetricsObserver:
         )
         self._backed_off = counter(
             "connection_back_offs",
-            "Fetches that went on with fewer connections.",
+            "Decisions to fetch a blob by fewer connections.",
             "upstream reason",
         )
         self._mismatches = counter(

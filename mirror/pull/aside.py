@@ -13,10 +13,11 @@ A client never depends on such a request. It waits for the request and for the f
 time, and takes the bytes that come first. If the request fails, the client waits for the fetch.
 
 The same part is requested once for all clients of a repository that wait for it at the same time.
-Other repositories are not served with it: until it is verified, it is the word of one upstream.
+Other repositories are not served with it: unverified bytes are what one upstream has sent to one
+repository.
 
 While the disk does not take the content, a fetch ends with its last client, and its bytes are lost.
-Then the parts are requested alone: a fetch that only parts are wanted of is not started.
+So no fetch is started then for a client that wants only parts, and the parts are requested alone.
 
 Lives here: which parts are requested, and how many at the same time. Must not know: HTTP, files,
 which repository may read which content, how parts are read (:mod:`mirror.pull.part_readers`).
@@ -68,8 +69,9 @@ request, which a registry may answer with a redirect first."""
 MAX_REQUESTS: Final = 8
 """Requests for one client request at most. A client that wants more parts waits for the fetch."""
 MAX_AT_ONCE: Final = 2
-"""Requests for one content at the same time, so that they take little from its fetch. As many run
-at an endpoint that has all connections that it may have: they are short, and clients wait."""
+"""Requests for one content at the same time, so that they take little from its fetch. If the
+endpoint may have no further connection (all are in use, or it refused some), as many are allowed
+nevertheless: they are short, and clients wait for them. None is sent while a 429 pauses them."""
 _SAMPLE_S: Final = 0.1
 """Seconds for which the rate of a fetch is measured: about a third of the time in which a lazy
 snapshotter expects its first bytes."""
@@ -101,10 +103,17 @@ def choose_spans(spans: Sequence[Span], front: int, rate: float) -> tuple[Span, 
         front: Bytes at the start of the content that have arrived.
         rate: Bytes per second that the fetch brings.
     """
+    return join_spans([span for span in spans if span.start - front > rate * MIN_LEAD_S])
+
+
+def join_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Join spans that are near to each other. Empty if they are too many or too large to request.
+
+    Args:
+        spans: In order.
+    """
     joined: list[Span] = []
     for span in spans:
-        if span.start - front <= rate * MIN_LEAD_S:
-            continue
         if joined and span.start - joined[-1].stop <= MAX_GAP_BYTES:
             joined[-1] = Span(joined[-1].start, span.stop)
         else:
@@ -123,17 +132,20 @@ def pause_after(error: MirrorError) -> float:
 class FrontRate:
     """The rate of one fetch, from two positions of its front. Times in seconds."""
 
-    at: float = -math.inf
-    front: int = 0
+    sampled_at: float = -math.inf
+    sampled_front: int = 0
     rate: float | None = None
 
     def measure(self, now: float, front: int) -> float | None:
-        """Return the current rate in bytes per second. None: ask again after ``_SAMPLE_S``."""
-        age = now - self.at
+        """Return the current rate in bytes per second. None: ask again after ``_SAMPLE_S``.
+
+        Timers may be early, so half of that time is enough.
+        """
+        age = now - self.sampled_at
         if age >= _SAMPLE_S / 2:
             is_recent = age <= _MAX_SAMPLE_AGE_S
-            self.rate = (front - self.front) / age if is_recent else None
-            self.at, self.front = now, front
+            self.rate = (front - self.sampled_front) / age if is_recent else None
+            self.sampled_at, self.sampled_front = now, front
         return self.rate
 
 
@@ -149,7 +161,7 @@ class _Origin:
     endpoints: dict[str, str]
     """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
     slots: asyncio.Semaphore
-    speed: FrontRate = field(default_factory=FrontRate)
+    front_rate: FrontRate = field(default_factory=FrontRate)
 
     @property
     def endpoint(self) -> str:
@@ -191,10 +203,10 @@ class AsideRequests:
         """Bytes of all requests that have a reader."""
 
     async def open_unstored(self, running: Fetch | None, source: ContentSource) -> Reader | None:
-        """Request the wanted parts alone if no fetch may keep the content.
+        """Request the wanted parts without a fetch.
 
-        That is so if the disk did not take it a minute ago, or if the running fetch keeps it in
-        memory, and its first wanted byte was there earlier.
+        This is done in two cases: less than a minute ago the disk refused this content, or a
+        running fetch holds it in memory only and has dropped the first byte that the client wants.
 
         Args:
             running: The running fetch of the content. None: there is none.
@@ -213,15 +225,14 @@ class AsideRequests:
         origin = self._unstored.get(request.digest)
         if origin is None or request.select_spans is None:
             return None
-        # There is no fetch that any part could be near to.
-        chosen = choose_spans(request.select_spans(origin.size), -1, 0.0)
+        chosen = join_spans(request.select_spans(origin.size))
         # All bytes of a content are never sent unverified.
         is_whole = sum(span.length for span in chosen) == origin.size
         if is_whole or not self._may_request(origin, source) or not self._has_memory(chosen):
             return None
         request.pull.outcome = Outcome.MISS
         reader = PartsReader(
-            origin.size, self._join(origin, source, chosen), request.pull, self._leave
+            origin.size, self._join(origin, source, chosen), request.pull, self._release
         )
         try:
             with request.pull.stage("wait"):
@@ -274,15 +285,15 @@ class AsideRequests:
         if is_near or not self._may_request(origin, source):
             return follower
         with request.pull.stage("wait"):
-            chosen = await self._choose(origin.speed, follower, spans)
+            chosen = await self._choose(origin.front_rate, follower, spans)
         if not self._has_memory(chosen) or self._single_flight.is_draining:
             return follower
         request.pull.is_unverified = True
         asides = self._join(origin, source, chosen)
-        return AsideReader(follower, asides, request.pull, self._leave)
+        return AsideReader(follower, asides, request.pull, self._release)
 
     def _may_request(self, origin: _Origin, source: ContentSource) -> bool:
-        """Return whether requests are allowed: none has failed, and no pause was asked for."""
+        """Return whether settings, earlier failures and pauses allow such requests now."""
         until = self._paused_until.get(source.request.repository, 0.0)
         is_failed = asyncio.get_running_loop().time() < until
         is_off = source.registry.parallel.connections == 1 or self._single_flight.is_draining
@@ -295,7 +306,7 @@ class AsideRequests:
         return bool(spans) and has_memory
 
     async def _choose(
-        self, speed: FrontRate, follower: Follower, spans: Sequence[Span]
+        self, front_rate: FrontRate, follower: Follower, spans: Sequence[Span]
     ) -> tuple[Span, ...]:
         """Choose the spans to request, once the rate of the fetch is known.
 
@@ -306,10 +317,11 @@ class AsideRequests:
         deadline = loop.time() + MIN_LEAD_S
         while True:
             arrived = follower.arrived
-            rate = speed.measure(loop.time(), arrived)
+            rate = front_rate.measure(loop.time(), arrived)
             chosen = choose_spans(spans, arrived, rate) if rate is not None else ()
-            is_near = arrived > spans[-1 if rate is None else 0].start
-            if chosen or is_near or loop.time() >= deadline:
+            # While the rate is not known, a later span may still turn out to be far ahead.
+            awaited = spans[0] if rate is not None else spans[-1]
+            if chosen or arrived > awaited.start or loop.time() >= deadline:
                 return chosen
             if arrived > spans[0].start:
                 await asyncio.sleep(_SAMPLE_S)
@@ -338,7 +350,7 @@ class AsideRequests:
         aside.readers += 1
         return aside
 
-    def _leave(self, aside: AsideRequest) -> None:
+    def _release(self, aside: AsideRequest) -> None:
         """End the use of a request by one reader. The last one ends the request."""
         aside.readers -= 1
         if not aside.readers:

@@ -215,7 +215,7 @@ class ConnectionFailures:
                 wait = max(least, error.retry_after or 0.0)
                 is_long = wait > _SHORT_WAIT_S
                 left = accepted if is_adding or is_repeated or is_long else connections
-                consequence = Consequence("refused", left, refused_s=max(pause, wait))
+                consequence = Consequence("rate_limited", left, refused_s=max(pause, wait))
                 if is_repeated or not is_long:
                     pause = max(pause, wait)
                 self._limited_at = self._limited_at or now

@@ -133,7 +133,7 @@ class ContentService:
         return isinstance(decision, freshness.Fresh)
 
     async def read_small(self, digest: Digest, limit: int) -> bytes | None:
-        """Read content from disk, once for all who want it at the same time.
+        """Read content of at most ``limit`` bytes, once for all callers at the same time.
 
         See :meth:`mirror.store.blobs.BlobStore.read`. Also raises ``Draining``.
         """

@@ -37,7 +37,7 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import MEMORY_TTL_S, IsCurrent, ManifestResult, make_is_current
+from mirror.pull.results import MEMORY_TTL_S, IsFresh, ManifestResult, fresh_for
 from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
@@ -74,7 +74,7 @@ class ManifestService:
         self._results: TTLCache[tuple[Repository, Digest], ManifestResult] = TTLCache(
             _RESULT_CACHE_BYTES, MEMORY_TTL_S, getsizeof=_weight
         )
-        self._records: TTLCache[_TagKey, tuple[TagRecord, IsCurrent]] = TTLCache(
+        self._records: TTLCache[_TagKey, tuple[TagRecord, IsFresh]] = TTLCache(
             _TAG_CACHE_SIZE, MEMORY_TTL_S
         )
 
@@ -230,7 +230,7 @@ class ManifestService:
         A node that has a base layer never requests it again. If recency were kept by layer, the
         layers that most images share would be evicted first.
         """
-        result = replace(result, is_current=make_is_current(MEMORY_TTL_S))
+        result = replace(result, is_fresh=fresh_for(MEMORY_TTL_S))
         self._results[repository, result.digest] = result
         if result.parsed is not None:
             parts = (*result.parsed.children, *result.parsed.blobs)
@@ -316,26 +316,26 @@ class ManifestService:
             if found is None:
                 return None, None
             known = self._remember_tag(key, found)
-        record, is_record_current = known
+        record, is_record_fresh = known
         cached = await self._find_newest(repository, record)
         if cached is None:
             return record, None
 
-        # Whoever keeps `is_current` must not keep the manifest and the history of the tag with it.
-        digest, is_cached_current = cached.digest, cached.is_current
+        # `web` stores this function. It must not keep the manifest and the previous digests alive.
+        digest, is_cached_fresh = cached.digest, cached.is_fresh
         latest = replace(record, previous_digests=())
 
-        def is_current() -> bool:
-            if not (is_record_current() and is_cached_current()):
+        def is_fresh() -> bool:
+            if not (is_record_fresh() and is_cached_fresh()):
                 return False
             upstream = self._content.upstream(repository)
             decision = freshness.decide_tag(latest, digest, upstream, self._content.now())
             return isinstance(decision, freshness.Fresh)
 
-        return record, replace(cached, is_current=is_current)
+        return record, replace(cached, is_fresh=is_fresh)
 
-    def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsCurrent]:
-        self._records[key] = known = record, make_is_current(MEMORY_TTL_S)
+    def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsFresh]:
+        self._records[key] = known = record, fresh_for(MEMORY_TTL_S)
         return known
 
     async def _find_newest(

@@ -490,7 +490,7 @@ class _Transfer:
         is_taken_back = self._reader.connections.is_taken_back(self._stream.endpoint)
         if not is_taken_back or self._ramp.wanted == 1:
             return
-        self._back_off("refused", 1)
+        self._back_off("reclaimed", 1)
         for piece, task in self._tasks.items():
             if piece is not self._pieces.front:
                 task.cancel()

@@ -54,7 +54,7 @@ class AsideRequest:
         try:
             yield
         finally:
-            has_left = True
+            has_left = True  # A callback that is scheduled already is not removed.
             task.remove_done_callback(on_done)
 
 
@@ -66,7 +66,7 @@ class PartsReader:
         size: int,
         asides: Sequence[AsideRequest],
         pull: RequestRecord,
-        leave: Callable[[AsideRequest], None],
+        release: Callable[[AsideRequest], None],
     ) -> None:
         """Create a reader.
 
@@ -74,12 +74,12 @@ class PartsReader:
             size: Bytes of the whole content.
             asides: The requests, one reader of each being this one.
             pull: Record of the client's request. The bytes of the requests are counted there.
-            leave: Called for each of ``asides`` at the end.
+            release: Called for each of ``asides`` at the end.
         """
         self._size = size
         self._asides = asides
         self._pull = pull
-        self._leave = leave
+        self._release = release
         self._is_open = True
         self._counted_to = 0
         """Offset up to which bytes of the requests were counted."""
@@ -133,7 +133,7 @@ class PartsReader:
         if self._is_open:
             self._is_open = False
             for aside in self._asides:
-                self._leave(aside)
+                self._release(aside)
 
 
 class AsideReader(PartsReader):
@@ -144,7 +144,7 @@ class AsideReader(PartsReader):
         follower: Follower,
         asides: Sequence[AsideRequest],
         pull: RequestRecord,
-        leave: Callable[[AsideRequest], None],
+        release: Callable[[AsideRequest], None],
     ) -> None:
         """Create a reader.
 
@@ -152,10 +152,10 @@ class AsideReader(PartsReader):
             follower: Reads the running fetch, whose size is known. Closed with this reader.
             asides: See :class:`PartsReader`.
             pull: See :class:`PartsReader`.
-            leave: See :class:`PartsReader`.
+            release: See :class:`PartsReader`.
         """
         assert follower.size is not None
-        super().__init__(follower.size, asides, pull, leave)
+        super().__init__(follower.size, asides, pull, release)
         self._follower = follower
 
     @property
@@ -174,9 +174,9 @@ class AsideReader(PartsReader):
                 with aside.when_done(lambda: limit.reschedule(loop.time())):
                     return await self._follower.wait(start, stop)
         except DigestMismatch:
-            raise
+            raise  # The content is wrong, so the part may be wrong, too.
         except (TimeoutError, MirrorError):
-            pass  # The request has ended before the fetch has reached `start`, or the fetch failed.
+            pass  # The part has arrived first, or the fetch has failed. The request decides.
         try:
             return await super().wait(start, stop)
         except MirrorError:

@@ -17,17 +17,18 @@ from mirror.store.reader import Reader
 
 MEMORY_TTL_S: Final = 1.0
 """Seconds for which one worker process may serve from memory what another one has changed."""
-IsCurrent: TypeAlias = Callable[[], bool]
-"""Returns whether the same request would have the same result now. Cheap, and asks nobody."""
+IsFresh: TypeAlias = Callable[[], bool]
+"""Returns whether the same request would have the same result now: whether the result is still
+fresh (RFC 9111, section 4.2). Asks neither the upstream nor the disk."""
 
 
-def make_is_current(seconds: float) -> IsCurrent:
+def fresh_for(seconds: float) -> IsFresh:
     """Make a function that returns True for ``seconds`` from now on, and False after that."""
     until = time.monotonic() + seconds
     return lambda: time.monotonic() < until
 
 
-def is_never_current() -> bool:
+def is_never_fresh() -> bool:
     """Return False: the service has to be asked again."""
     return False
 
@@ -43,7 +44,7 @@ class ManifestResult:
     body: bytes | None
     """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
-    is_current: IsCurrent = field(default=is_never_current, compare=False)
+    is_fresh: IsFresh = field(default=is_never_fresh, compare=False)
 
     @classmethod
     def of_body(cls, digest: Digest, body: bytes, parsed: Manifest) -> Self:
@@ -66,7 +67,7 @@ class BlobResult:
     """None while an upstream that does not state the size is still sending."""
     source: Reader | bytes | None
     """The content. None for a ``HEAD`` of a blob that is not in memory."""
-    is_current: IsCurrent = field(default=is_never_current, compare=False)
+    is_fresh: IsFresh = field(default=is_never_fresh, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,12 @@ from mirror.pull.results import (
     ManifestResult,
     RepositoriesResult,
     TagsResult,
-    make_is_current,
+    fresh_for,
 )
 
 _MAX_BLOB_BYTES: Final = 64 * 1024
-"""Largest blob, in bytes, that is kept in memory: config blobs, and what is sent in one write."""
+"""Largest blob, in bytes, that is kept in memory: config blobs are smaller, and ``web`` sends so
+much in one write."""
 _BLOBS_BYTES: Final = 16 * 1024 * 1024
 """Bytes for small blobs in memory: a thousand config blobs of common images."""
 _BLOB_EXTRA_BYTES: Final = 1024
@@ -164,8 +165,8 @@ class PullService:
         if body is None:
             return None
         self._content.store.blobs.mark_used((digest,))
-        is_current = make_is_current(MEMORY_TTL_S)
-        small = BlobResult(digest, size=len(body), source=body, is_current=is_current)
+        is_fresh = fresh_for(MEMORY_TTL_S)
+        small = BlobResult(digest, size=len(body), source=body, is_fresh=is_fresh)
         self._small_blobs[repository, digest] = small
         return small
 

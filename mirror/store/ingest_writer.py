@@ -43,8 +43,8 @@ class MemoryBudget:
     """The memory for bytes that wait, of all fetches of a process.
 
     They wait for the disk or for followers, and an ingest holds them. Or they have arrived *ahead*
-    of earlier bytes, by another connection, and a fetch holds them. Each use has the same limit.
-    Both together have a third more, so that neither can stop the other one.
+    of earlier bytes, by another connection, and a fetch holds them. Each use may take the
+    limit. Both together may take 4/3 of it: if one uses all, the other one still has a third.
 
     An ingest never waits for memory that another one holds. It waits for its own disk thread or for
     its own followers, and may always hold :data:`MIN_SHARE_BYTES`. So no client that reads nothing
@@ -53,7 +53,7 @@ class MemoryBudget:
     """
 
     def __init__(self, limit: int) -> None:
-        """Start with no ingest. ``limit``: bytes that all ingests may hold together."""
+        """Start with no ingest. ``limit``: bytes for each of the two uses."""
         self._limit = limit
         self._limit_of_both = limit * 4 // 3
         self._held: dict[Hashable, int] = {}
@@ -92,9 +92,9 @@ class MemoryBudget:
             self._ahead[owner] = count
 
     def free_ahead(self, share: float = 1.0) -> int:
-        """Return the bytes that may be requested ahead now.
+        """Return the bytes that may be requested ahead now. Negative if too many are held.
 
-        ``share``: the part of the limit above which this use leaves the memory to others.
+        ``share``: the part of the limit up to which the caller may fill the memory ahead.
         """
         most = int(self._limit * share)
         return min(most - self._total_ahead, self._limit_of_both - self.total)

@@ -111,8 +111,8 @@ class ContentStream(Protocol):
 
         May be called until the context manager of this stream exits, also after :meth:`close`. A
         redirect is not resolved again, unless the URL that it led to has expired. The request is
-        sent once. No circuit breaker and no pause after a 429 hears of a failure: the caller must
-        be able to do without the answer.
+        sent once. A failure is not reported to the circuit breaker, and a 429 starts no pause for
+        other requests. So the caller must be able to fetch the part in another way.
 
         Args:
             start: Offset of the first byte.
@@ -234,16 +234,18 @@ class Registry(Protocol):
             offset: First byte to get, with ``Range`` (RFC 9110, section 14.2). A server that cannot
                 do this sends everything: see ``ContentStream.start``.
             stop: Offset after the last byte of a part of the content. Then the response has exactly
-                this part, or ``UpstreamProtocolError`` is raised. A failure of such a request
-                counts for such requests only. None: all bytes from ``offset`` on.
+                this part, or ``UpstreamProtocolError`` is raised. The circuit breaker
+                counts the failures of such requests apart (as ``GET blob part``). None: all bytes
+                from ``offset`` on.
             validator: ``ContentStream.validator`` of the broken transfer. Sent to the endpoint that
                 it belongs to, and to no other.
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
                 but sent wrong bytes or broke off.
-            take_back: Called with the URL of an endpoint that sends a 429 or fails. Returns the
-                number of connections of ours that end now, since they may be the cause. If there
-                are any, no circuit breaker hears of the failure, and a 429 begins no pause.
+            take_back: Called with the URL of an endpoint that fails before an accepted response: a
+                429, a 5xx, a timeout or a broken connection. Returns the number of further
+                connections to it that we close, since they may be the cause. If there are any, the
+                failure is not reported to the circuit breaker, and a 429 starts no pause.
 
         Returns:
             A context manager that yields the body once the response headers are in, and that ends

@@ -89,13 +89,13 @@ class UpstreamConnector(aiohttp.TCPConnector):
 class BodyReceiver(asyncio.BufferedProtocol):
     """Receives the rest of one body.
 
-    All of them read into one buffer. That is safe, because the event loop hands over the bytes in
-    the same callback in which it has read them.
+    All connections of the process read into one buffer. That is safe, because the event loop hands
+    over the bytes in the same callback in which it has read them.
     """
 
     _buffer: Final = memoryview(bytearray(_MAX_READ_BYTES))
     _receivers: Final = weakref.WeakSet["BodyReceiver"]()
-    """Those whose body has not been taken as a whole."""
+    """All of the process whose body has not been taken as a whole."""
 
     def __init__(self, response: aiohttp.ClientResponse, missing: int) -> None:
         """Take over the connection of a response. ``missing``: bytes that have not arrived."""
@@ -154,12 +154,12 @@ class BodyReceiver(asyncio.BufferedProtocol):
         self._missing -= count
         self._waiting += count
         if not self._missing:
-            self._give_back(bytes(self._buffer[count:nbytes]))
+            self._return_connection(bytes(self._buffer[count:nbytes]))
         elif self._waiting >= _MAX_WAITING_BYTES:
             self._transport.pause_reading()
         self._wake()
 
-    def _give_back(self, surplus: bytes) -> None:
+    def _return_connection(self, surplus: bytes) -> None:
         """Let aiohttp keep the connection for its next request. ``surplus`` came after the body."""
         self._transport.set_protocol(self._aiohttp_protocol)
         self._content.feed_eof()

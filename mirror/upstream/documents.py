@@ -1,4 +1,4 @@
-"""Documents that a registry sends: what they are, and whether they are what was requested.
+"""Checks of manifests and lists of referrers that a registry has sent.
 
 Lives here: checks of whole bodies, as pure functions. Must not know: requests, endpoints.
 """
@@ -25,7 +25,7 @@ from mirror.upstream.api import ManifestBody
 _NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
 
 
-def refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:
+def require_manifest(body: bytes, media_type: str) -> None:
     """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
 
     A response without a digest has no other proof: a log-in page comes with status 200, too.

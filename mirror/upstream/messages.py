@@ -48,9 +48,9 @@ class RegistryRequest:
     note_failure: Callable[[str, MirrorError], None] = lambda endpoint, error: None
     """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
     take_back: Callable[[str], int] = lambda endpoint: 0
-    """Called with the URL of an endpoint that limits us, or sends no response. Returns the number
-    of connections of ours that end now, since they may be the cause. If there are any, the failure
-    counts for nothing else."""
+    """Called with the URL of an endpoint that fails before an accepted response (a 429, a 5xx, a
+    timeout, a broken connection). Returns the number of further connections to it that we close,
+    since they may be the cause. If there are any, the failure counts for nothing else."""
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     may_follow_redirects: bool = True
@@ -76,8 +76,8 @@ class AcceptedResponse(Response):
 class Repeat(Protocol):
     """Sends a request again, once, with other headers. Any status is accepted.
 
-    The outcome is not reported to the circuit breaker, and a 429 begins no pause: further
-    connections are our own wish, and say nothing about requests that clients wait for.
+    The outcome is not reported to the circuit breaker, and a 429 starts no pause: no client waits
+    for such a request alone, so its failure must not stop other requests.
     """
 
     def __call__(

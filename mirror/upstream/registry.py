@@ -42,7 +42,7 @@ from mirror.upstream.body_receiver import count_unread
 from mirror.upstream.documents import (
     identify_manifest,
     merge_referrers,
-    refuse_what_is_no_manifest,
+    require_manifest,
 )
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.heads import Heads
@@ -146,7 +146,7 @@ class HttpRegistry:
             expected: Digest | None = reference
         else:
             expected = digest_of(received)
-            await parse_in_thread_if_large(refuse_what_is_no_manifest, body, media_type)
+            await parse_in_thread_if_large(require_manifest, body, media_type)
         return await parse_in_thread_if_large(identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
@@ -347,10 +347,10 @@ def _range_of(response: Response, offset: int, stop: int | None) -> tuple[int, i
     """
     if response.http.status == 416:
         raise UpstreamProtocolError("the upstream has fewer bytes than have been received")
-    if response.http.status != 206 and stop is None:
-        return 0, length_of(response.http.headers)
     if response.http.status != 206:
-        raise UpstreamProtocolError("the upstream ignores Range")
+        if stop is not None:
+            raise UpstreamProtocolError("the upstream ignores Range")
+        return 0, length_of(response.http.headers)
     content_range = parse_content_range(response.http.headers.get(hdrs.CONTENT_RANGE))
     if content_range is None or content_range.start != offset:
         raise UpstreamProtocolError("the response has another range than the requested one")

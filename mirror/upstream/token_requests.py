@@ -20,7 +20,7 @@ class TokenTransport:
     """Sends the requests to the token services of one upstream."""
 
     def __init__(self, name: str, transport: Transport, endpoints: Collection[URL]) -> None:
-        """Create it. ``name``: that of the upstream. ``endpoints``: their URLs."""
+        """Create the transport of one upstream: its ``name``, and the URLs of its ``endpoints``."""
         self._name = name
         self._transport = transport
         self._endpoints = endpoints
@@ -31,7 +31,8 @@ class TokenTransport:
         """Send a request to a realm that the guard has allowed. Redirects are not followed.
 
         It runs in a task of its own, so it has a deadline of its own, for its body as well. A
-        failure is not one of the endpoint: other repositories may need no token.
+        failure does not count for the endpoint's circuit breaker: other repositories may need no
+        token.
 
         Args:
             method: ``GET`` or ``POST``.

@@ -60,7 +60,10 @@ class StallWatch:
         self._timer.cancel()
 
     def _check(self, previous: int | None) -> None:
-        """Compare the acknowledged bytes with those of the last call. None: it was no stall."""
+        """Compare the acknowledged bytes with those of the last call.
+
+        ``previous``: their number then. None: nothing was queued, or the kernel did not tell.
+        """
         acknowledged = _acknowledged_bytes(self._socket) if self._socket is not None else None
         if acknowledged is not None and acknowledged == previous:
             self._on_stall()

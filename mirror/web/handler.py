@@ -52,14 +52,14 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
-from mirror.pull.results import is_never_current
+from mirror.pull.results import is_never_fresh
 from mirror.pull.service import PullService
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
-from mirror.web.repeated_requests import RememberedAnswers, make_request_id
+from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -67,8 +67,9 @@ _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
 """``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
 _ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
-_UNVERIFIED: Final = '299 - "this part was requested by itself: it is not verified, and not stored"'
-"""``Warning`` (RFC 7234, section 5.5) of a part that no digest verifies."""
+_UNVERIFIED: Final = '299 - "this range was fetched by itself: it is not verified and not stored"'
+"""``Warning`` of a range that no digest verifies (RFC 7234, section 5.5; RFC 9111 no longer defines
+it, but clients show it)."""
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 
@@ -101,8 +102,8 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
-        self.answers = RememberedAnswers(health, emit)
-        """Answers requests that were answered a moment ago, so that they do not come here."""
+        self.stored_responses = StoredResponses(health, emit)
+        """Responses that are reused, so that their requests do not come here."""
         self.configure(settings)
         self._service = service
         self._health = health
@@ -118,7 +119,7 @@ class Handler:
         networks = settings.trusted_proxies
         self.proxies = TrustedProxies(networks) if networks else None
         self._has_catalog = settings.catalog
-        self.answers.forget_all()
+        self.stored_responses.clear()
 
     @property
     def in_flight(self) -> int:
@@ -167,7 +168,7 @@ class Handler:
                 # The client has to open a new connection, which another server will accept.
                 response.force_close()
             elif isinstance(response, SingleWriteResponse) and self.proxies is None:
-                self.answers.remember(request, response, pull)
+                self.stored_responses.store(request, response, pull)
             return response
         finally:
             del self._requests[id(request)]
@@ -279,7 +280,7 @@ class Handler:
             result.media_type,
             size=result.size,
             source=result.body,
-            is_current=result.is_current,
+            is_fresh=result.is_fresh,
         )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
@@ -308,7 +309,7 @@ class Handler:
                 OCTET_STREAM,
                 size=result.size,
                 source=result.source,
-                is_current=result.is_current,
+                is_fresh=result.is_fresh,
             )
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
             if pull.is_unverified:
@@ -373,7 +374,7 @@ class Handler:
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
         body = Body(
-            Digest.of(data), OCI_INDEX, size=len(data), source=data, is_current=is_never_current
+            Digest.of(data), OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh
         )
         return await Sender(request, pull, self._emit).send(body, extra)
 

@@ -14,7 +14,7 @@ from mirror.observability.events import ConnectionRefused, Observer
 from mirror.oci.errors import TooManyRequests
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.handler import Handler
-from mirror.web.repeated_requests import RepeatingServer
+from mirror.web.stored_responses import ReusingServer
 
 
 def _build_refusal() -> bytes:
@@ -30,7 +30,7 @@ def _build_refusal() -> bytes:
 _REFUSAL: Final = _build_refusal()
 
 
-class LimitedServer(RepeatingServer):
+class LimitedServer(ReusingServer):
     """Refuses a connection at once if its address has too many.
 
     Connections of trusted proxies are not counted, because they belong to many clients.
@@ -44,7 +44,7 @@ class LimitedServer(RepeatingServer):
             emit: Receives ``ConnectionRefused``.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
-        super().__init__(handler, handler.answers, **options)
+        super().__init__(handler, handler.stored_responses, **options)
         self._emit = emit
         self._addresses = handler.addresses
         self._handler = handler

@@ -42,7 +42,7 @@ from mirror.oci.headers import (
     parse_range_unsized,
 )
 from mirror.oci.reference import Digest
-from mirror.pull.results import IsCurrent
+from mirror.pull.results import IsFresh
 from mirror.store.reader import FileExtent, MemoryExtent, Reader
 from mirror.threads import DISK_READS
 from mirror.web import client_socket
@@ -54,7 +54,7 @@ _FIRST_SEND_BYTES: Final = 64 * 1024
 """Bytes in the first send. Its end is recorded as the time to the first byte, so it is small."""
 _SINGLE_WRITE_BYTES: Final = 64 * 1024
 """Bytes of a body in memory that is written at once. So many wait in memory for a client that does
-not read, and twice as many with TLS (see ``RepeatingConnection.connection_made``)."""
+not read, and twice as many with TLS (see ``ReusingConnection.connection_made``)."""
 _COPY_BYTES: Final = 256 * 1024
 """Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
 makes more hops, a larger one needs more memory for each client."""
@@ -75,8 +75,8 @@ class Body:
     """Bytes. None while it is not known: the upstream sends no length, and is still sending."""
     source: Reader | bytes | None
     """The content, or None for header fields only (``HEAD``)."""
-    is_current: IsCurrent
-    """Returns whether the same request would be answered with the same content now."""
+    is_fresh: IsFresh
+    """Returns whether the same request would have the same content now."""
 
 
 def content_headers(body: Body) -> dict[str, str]:
@@ -114,18 +114,18 @@ class SingleWriteResponse(web.StreamResponse):
     does not, which saves a third of the CPU time (decision 0021).
     """
 
-    def __init__(self, fields: dict[str, str], content: bytes, is_current: IsCurrent) -> None:
+    def __init__(self, fields: dict[str, str], content: bytes, is_fresh: IsFresh) -> None:
         """Create a response.
 
         Args:
             fields: All header fields but ``Date``. The length and the type must be among them.
             content: The body. Empty for a ``HEAD``.
-            is_current: Whether the response may be given again.
+            is_fresh: Returns whether the response may be reused.
         """
         super().__init__()
         self.fields = fields
         self.content = content
-        self.is_current = is_current
+        self.is_fresh = is_fresh
         self.is_sent = False
         self._keep_alive = True  # The caller checked it. ``force_close`` changes it.
 
@@ -200,21 +200,21 @@ class Sender:
             parts = _divide(body.media_type, body.size, selected.spans, headers)
             return await self._stream(body, 206, headers, parts)
         if request.method == "HEAD" or body.source is None:
-            return self._build_small_response(b"", headers, body.is_current)
+            return self._build_small_response(b"", headers, body.is_fresh)
         if isinstance(body.source, bytes) and len(body.source) <= _SINGLE_WRITE_BYTES:
             self._pull.is_complete = self._pull.is_sent_in_one_write = True
             self._pull.bytes_sent = len(body.source)
             self._pull.first_byte = self._loop.time() - self._pull.started
-            return self._build_small_response(body.source, headers, body.is_current)
+            return self._build_small_response(body.source, headers, body.is_fresh)
         return await self._stream(body, 200, headers, [(b"", 0, body.size)])
 
     def _build_small_response(
-        self, content: bytes, headers: dict[str, str], is_current: IsCurrent
+        self, content: bytes, headers: dict[str, str], is_fresh: IsFresh
     ) -> web.StreamResponse:
         request = self._request
         is_kept_open = request.version == HttpVersion11 and request.keep_alive
         if is_kept_open and "Content-Length" in headers:
-            return SingleWriteResponse(headers, content, is_current)
+            return SingleWriteResponse(headers, content, is_fresh)
         return web.Response(headers=headers, body=content or None)
 
     async def _stream(

@@ -206,8 +206,17 @@ class FakeRegistry:
 
     def count_to_end(self) -> int:
         """Return the number of ``GET`` of blobs up to their end, and not of parts of them."""
+        return sum(1 for wanted in self._ranges() if wanted.endswith("-"))
+
+    def parts(self) -> list[str]:
+        """Return ``Range`` of each ``GET`` of a part of a blob. Each part must be there once."""
+        parts = [wanted for wanted in self._ranges() if not wanted.endswith("-")]
+        assert len(parts) == len(set(parts)), parts
+        return parts
+
+    def _ranges(self) -> Iterator[str]:
         blobs = (seen for seen in self.requests if seen.method == "GET" and "blobs/" in seen.path)
-        return sum(1 for seen in blobs if seen.headers.get("range", "-").endswith("-"))
+        return (seen.headers.get("range", "-") for seen in blobs)
 
     # --- serving --------------------------------------------------------------------------------
 

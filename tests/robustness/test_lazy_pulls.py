@@ -28,7 +28,7 @@ CHUNK = 50_000
 """Bytes of a chunk of stargz."""
 SIZE = 80 * CHUNK + 1_234
 DATA = random_bytes(SIZE, 91)
-WARNING = '299 - "this part was requested by itself: it is not verified, and not stored"'
+WARNING = '299 - "this range was fetched by itself: it is not verified and not stored"'
 
 
 @pytest.fixture(autouse=True)
@@ -321,7 +321,7 @@ async def test_part_is_requested_where_the_fetch_has_gone_to(tmp_path: Path) -> 
 
 
 @pytest.mark.row("L6-conditional-requests")
-async def test_304_says_nothing_of_parts_and_requests_none(tmp_path: Path) -> None:
+async def test_304_has_no_warning_and_starts_no_aside_request(tmp_path: Path) -> None:
     async with cold_layer(tmp_path) as layer:
         condition = {"If-None-Match": f'"{layer.digest}"', "Range": "bytes=-51"}
         status, headers, _ = await layer.server.get(layer.url, condition)

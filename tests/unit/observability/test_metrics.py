@@ -79,9 +79,9 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.ConnectionsChanged("docker.io", 3), "further_connections", {}, 3),
     (events.PartCut("docker.io", "https://x", 9), "late_parts_total", {}, 1),
     (
-        events.BackedOff("docker.io", "https://x", "refused", 2),
+        events.BackedOff("docker.io", "https://x", "rate_limited", 2),
         "connection_back_offs_total",
-        {"reason": "refused", "upstream": "docker.io"},
+        {"reason": "rate_limited", "upstream": "docker.io"},
         1,
     ),
     (

@@ -108,7 +108,7 @@ def test_429_is_a_refusal_for_the_time_that_it_asks_for(
 ) -> None:
     policy = failures()
     then = fail(policy, NOW, UpstreamRateLimited("429", retry_after=retry_after))
-    assert then == Consequence("refused", 1 if wait > 2 else 4, refused_s=wait), (
+    assert then == Consequence("rate_limited", 1 if wait > 2 else 4, refused_s=wait), (
         "a long pause is for all"
     )
     assert not is_over(policy, NOW + 1)

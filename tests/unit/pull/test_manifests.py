@@ -62,17 +62,17 @@ async def by_tag(
     return result.digest, pull.outcome
 
 
-async def test_answer_to_whether_a_tag_is_current_keeps_no_manifest_in_memory(
+async def test_freshness_check_of_a_tag_keeps_no_manifest_in_memory(
     tmp_path: Path,
 ) -> None:
-    """Remembered responses keep it much longer than a second."""
+    """Stored responses keep it much longer than a second."""
     async with pull_kit(tmp_path) as kit:
         kit.registry.add_image(REPO.path, TAG.name, b"layer")
         await manifest(kit)
         result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=True)
-        body, is_current = result.body, result.is_current
+        body, is_fresh = result.body, result.is_fresh
         del result
-        assert is_current()
+        assert is_fresh()
         kit.service._manifests._results.clear()
         assert sys.getrefcount(body) == 2, "this function, and the call"
 

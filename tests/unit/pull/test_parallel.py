@@ -80,14 +80,14 @@ def test_429_above_two_connections_goes_on_with_two() -> None:
     upstream = Upstream(DATA, max_connections=2)
     result = pull(upstream)
     assert result.seconds < 5.6
-    assert reasons(result) == ["refused"]
+    assert reasons(result) == ["rate_limited"]
 
 
 def test_429_of_the_second_connection_leaves_the_first_response_alone() -> None:
     upstream = Upstream(DATA, max_connections=1)
     result = pull(upstream)
     assert result.seconds < 1.03 * 9.6
-    assert (reasons(result), upstream.opened) == (["refused"], 1)
+    assert (reasons(result), upstream.opened) == (["rate_limited"], 1)
 
 
 def test_ignored_range_goes_on_with_the_first_response_and_is_remembered() -> None:
@@ -236,7 +236,7 @@ def test_pause_that_a_refusal_asks_for_is_kept_while_a_connection_is_open(
     """Without any, one request for the rest is sent at once, or after a short pause."""
     upstream = Upstream(DATA, max_connections=2, retry_after=retry_after)
     result = pull(upstream)
-    assert reasons(result) == ["refused"]
+    assert reasons(result) == ["rate_limited"]
     assert result.seconds < (6.5 if retry_after <= 1.0 else 1.03 * 9.6)
     refused_at = upstream.refused[0]
     asked = [at for at in upstream.asked if refused_at < at < refused_at + retry_after]

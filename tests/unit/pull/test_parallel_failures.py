@@ -253,7 +253,7 @@ def test_random_upstream_readers_and_budgets_end_each_transfer_in_time(seed: int
     assert sum(event.change for event in result.happened(ConnectionsChanged)) == 0
     assert upstream.connections == 0
     # A slow connection may take 1.3 s for a chunk, before it falls silent. A 429 may ask to wait.
-    limited_s = 120.0 if "refused" in reasons(result) else 0.0
+    limited_s = 120.0 if "rate_limited" in reasons(result) else 0.0
     assert result.longest_wait <= upstream.idle + 2.0 + limited_s
     # Each piece may become four at the end, and each may be cut twice or break.
     assert len(upstream.asked) <= 3 * PIECES + 10 * sources

@@ -174,7 +174,7 @@ def test_connections_that_are_taken_back_end_at_once_and_one_request_brings_the_
             group.create_task(need_one())
             result = await transfer(upstream, connections=connections)
         assert result.is_right
-        assert reasons(result) == ["refused"]
+        assert reasons(result) == ["reclaimed"]
         assert upstream.sent <= 1.01 * len(DATA)
 
     run_virtually(read())
@@ -212,5 +212,5 @@ def test_random_upstream_whose_ranges_are_never_faster_is_not_slower_than_by_one
 def test_429_to_the_trial_leaves_the_plain_response_alone() -> None:
     upstream = Upstream(DATA, fails=lambda n: UpstreamRateLimited("429", retry_after=5.0))
     result = pull(upstream)
-    assert (len(upstream.asked), reasons(result)) == (1, ["refused"])
+    assert (len(upstream.asked), reasons(result)) == (1, ["rate_limited"])
     assert result.seconds <= 1.03 * ONE_S

@@ -58,7 +58,7 @@ async def test_blob_of_up_to_64_kib_is_served_from_memory_and_a_larger_one_from_
             assert await blob(kit, Digest.of(data)) == (data, Outcome.HIT)
             result = await kit.service.blob(REPO, Digest.of(data), a_pull(), is_head=False)
             assert isinstance(result.source, bytes) is is_in_memory
-            assert result.is_current() is is_in_memory
+            assert result.is_fresh() is is_in_memory
             assert result.size == len(data)
             if result.source is not None and not isinstance(result.source, bytes):
                 result.source.close()

@@ -1,31 +1,33 @@
-"""Answer a request whose bytes were answered a moment ago, without parsing it again.
+"""Reuse the response to a request with the same bytes, without parsing the request again.
 
-Lives here: the answers that may be given again, and the connection that gives them. Must not know:
-how content is obtained, how a request is parsed.
+Lives here: the stored responses, and the connection that reuses them. Must not know: how content is
+obtained, how a request is parsed.
 
 Theory of operation: many nodes pull the same image, and send the same few requests, byte for byte.
 aiohttp's parser, its task for each request, and our way through ``handler.py`` take three quarters
-of the time of a small response. So it is remembered as the *answer* to the bytes of its request.
+of the time of a small response. So a response is stored, as in a cache by RFC 9111. Its key is all
+bytes of its request.
 
-- **Framing cannot differ.** Only a connection that has sent nothing but whole requests without a
-  body is answered here, and only while aiohttp waits for the next one. :func:`is_whole_request` is
-  stricter than any parser: what it does not know is left to aiohttp, and so is everything that
-  follows on this connection. aiohttp has parsed the same bytes once before, in the same state.
-- **Nothing is given longer than its origin is kept.** The request of an answer was a hit, and the
-  pull service keeps its result in memory for a second. The answer asks
-  :data:`~mirror.pull.results.IsCurrent` of this result, which also decides again whether a tag is
-  fresh. A new configuration forgets all answers: admission and the
-  choice of the upstream depend on nothing else but the request. A server that drains gives none.
+- **Framing cannot differ.** A response is reused only on a connection that has sent nothing but
+  whole requests without a body, and only while aiohttp waits for the next one.
+  :func:`is_whole_request` is stricter than any parser: what it does not know is left to aiohttp,
+  and so is everything that follows on this connection. aiohttp has parsed the same bytes once
+  before, in the same state.
+- **A response is not reused after its content has left memory.** The pull service keeps the result
+  of a hit in memory for a second, and says whether it is fresh
+  (:data:`~mirror.pull.results.IsFresh`). This also decides again whether a tag is fresh. A new
+  configuration discards all responses: admission and the choice of the upstream depend on nothing
+  else but the request. A server that drains reuses none.
 - **A request is a request.** Each has its own record, id and events. The client is the peer of the
-  connection. Behind a trusted proxy, it is not, so nothing is answered here if one is configured.
-- **Memory is bounded.** An answer has its bytes, and refers to nothing else that is large. All are
-  forgotten if they exceed a limit.
-- **Slow clients.** An answer is written only if nothing else waits to be written. A client that
+  connection. Behind a trusted proxy, it is not, so nothing is stored if one is configured.
+- **Memory is bounded.** A stored response has its bytes, and refers to nothing else that is large.
+  All are discarded before a new one would exceed the limit.
+- **Slow clients.** A response is reused only if nothing else waits to be written. A client that
   reads nothing for a minute is cut off, whatever it was sent. A stop waits for those that read.
 
 Of aiohttp's ``RequestHandler`` this uses ``_waiter``, which is pending while a connection is idle,
 ``_request_count``, the requests that were parsed, and the time at which an idle connection is
-closed. ``test_repeated_requests.py`` fails if a version of aiohttp does without them.
+closed. ``test_stored_responses.py`` fails if a version of aiohttp does without them.
 """
 
 from __future__ import annotations
@@ -64,12 +66,12 @@ _EXCLUDED: Final = re.compile(
     re.IGNORECASE,
 )
 _MAX_REQUEST_BYTES: Final = 4096
-"""Bytes of a request that is remembered: those of container clients have a few hundred."""
+"""Bytes of a request whose response is stored: those of container clients have a few hundred."""
 _MAX_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of all answers in memory, with their requests. Clients that send a new id in each request
+"""Bytes of all stored responses, with their requests. Clients that send a new id in each request
 fill it without any use."""
 _EXTRA_BYTES: Final = 2048
-"""Bytes that an answer takes in memory beside its request and its body."""
+"""Bytes that a stored response takes in memory beside its request and its body."""
 _MILLISECONDS: Final = re.compile(r"(?<=;dur=)[0-9.]+")
 
 
@@ -87,10 +89,10 @@ def make_request_id() -> str:
     return f"{random.getrandbits(64):016x}"
 
 
-class Answer:
-    """A response that may be given again, and the record of the request that had it first.
+class StoredResponse:
+    """A response that may be reused, and the record of the request that had it first.
 
-    Nothing is computed until it is given again: most requests are never repeated.
+    Nothing is computed until it is reused: most requests are never repeated.
     """
 
     __slots__ = ("_record", "_request_id", "_stages", "_template", "response")
@@ -98,7 +100,7 @@ class Answer:
     def __init__(
         self, response: SingleWriteResponse, record: RequestRecord, request_id: str
     ) -> None:
-        """Keep a response.
+        """Store a response.
 
         Args:
             response: It is about to be sent.
@@ -113,13 +115,19 @@ class Answer:
         """The header, to be filled in (see :func:`_build_template`). Empty until it is needed."""
         self._stages: tuple[str, ...] = ()
 
-    def new_record(self, client: str, started: float, seconds: float) -> RequestRecord:
-        """Return the record of a further request. ``seconds`` have passed since ``started``."""
+    def reuse(self, client: str, started: float, seconds: float) -> tuple[RequestRecord, bytes]:
+        """Return the record of a further request, and the bytes of its response.
+
+        Args:
+            client: Address of the client.
+            started: Time (monotonic, in seconds) at which the request has begun.
+            seconds: Seconds that have passed since then.
+        """
         if not self._template:
             self._template = _build_template(self.response)
             self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
         first = self._record
-        return RequestRecord(
+        record = RequestRecord(
             self._request_id or make_request_id(),
             first.method,
             first.path,
@@ -138,15 +146,12 @@ class Answer:
             is_complete=first.is_complete,
             started=started,
             first_byte=seconds,
-            # All that is measured again is whether the result is current.
+            # All that is measured again is whether the result is fresh.
             stages=[(name, seconds) for name in self._stages],
         )
-
-    def render(self, request_id: str, seconds: float) -> bytes:
-        """Return the bytes of the response. ``seconds``: the duration of the request so far."""
         durations = (seconds * 1000,) * (len(self._stages) + 1)
-        header = self._template % (request_id, *durations, format_date(int(time.time())))
-        return header.encode() + self.response.content
+        header = self._template % (record.request_id, *durations, format_date(int(time.time())))
+        return record, header.encode() + self.response.content
 
 
 def _build_template(response: SingleWriteResponse) -> str:
@@ -162,64 +167,64 @@ def _build_template(response: SingleWriteResponse) -> str:
     return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
 
 
-class RememberedAnswers:
-    """The answers of one process, by the bytes of their requests."""
+class StoredResponses:
+    """The stored responses of one process, by the bytes of their requests."""
 
     def __init__(self, health: Health, emit: Observer) -> None:
-        """Start without answers.
+        """Start without responses.
 
         Args:
-            health: While it drains, no answer is given.
+            health: While it drains, no response is reused.
             emit: Receives the events of each request.
         """
         self._health = health
         self.emit = emit
-        self._answers: dict[bytes, Answer] = {}
+        self._responses: dict[bytes, StoredResponse] = {}
         self._bytes = 0
-        self._forgotten_at = 0.0
-        """Time (monotonic, in seconds) at which all answers were forgotten last."""
+        self._cleared_at = 0.0
+        """Time (monotonic, in seconds) at which all responses were discarded last."""
 
-    def find(self, data: bytes) -> Answer | None:
-        """Return the answer to the bytes of a request. It need not be current any more."""
-        return None if self._health.is_draining else self._answers.get(data)
+    def find(self, data: bytes) -> StoredResponse | None:
+        """Return the stored response to the bytes of a request. It may be stale."""
+        return None if self._health.is_draining else self._responses.get(data)
 
-    def forget(self, data: bytes) -> None:
-        """Forget the answer to these bytes, if there is one."""
-        answer = self._answers.pop(data, None)
-        if answer is not None:
-            self._bytes -= _size(data, answer.response)
+    def discard(self, data: bytes) -> None:
+        """Discard the response to these bytes, if there is one."""
+        stored = self._responses.pop(data, None)
+        if stored is not None:
+            self._bytes -= _size(data, stored.response)
 
-    def forget_all(self) -> None:
-        """Forget all answers, also those of requests that are being handled.
+    def clear(self) -> None:
+        """Discard all responses, also those of requests that are being handled.
 
         The configuration has changed, or there are too many.
         """
-        self._answers.clear()
+        self._responses.clear()
         self._bytes = 0
-        self._forgotten_at = time.monotonic()
+        self._cleared_at = time.monotonic()
 
-    def remember(
+    def store(
         self, request: web.BaseRequest, response: SingleWriteResponse, pull: RequestRecord
     ) -> None:
-        """Remember a response if it may be given again.
+        """Store a response if it may be reused.
 
         Args:
             request: The request, as aiohttp has parsed it.
             response: It is about to be sent.
-            pull: The record of the request. Only a hit is remembered.
+            pull: The record of the request. Only a hit is stored.
         """
         connection = request.protocol
-        data = connection.request_bytes if isinstance(connection, RepeatingConnection) else b""
-        if not data or pull.outcome is not Outcome.HIT or not response.is_current():
+        data = connection.request_bytes if isinstance(connection, ReusingConnection) else b""
+        if not data or pull.outcome is not Outcome.HIT or not response.is_fresh():
             return
-        if pull.started <= self._forgotten_at:
+        if pull.started <= self._cleared_at:
             return
         is_given = request.headers.get("X-Request-Id") == pull.request_id
-        self.forget(data)
+        self.discard(data)
         if self._bytes + _size(data, response) > _MAX_BYTES:
-            self.forget_all()
+            self.clear()
         self._bytes += _size(data, response)
-        self._answers[data] = Answer(response, pull, pull.request_id if is_given else "")
+        self._responses[data] = StoredResponse(response, pull, pull.request_id if is_given else "")
 
 
 def _size(data: bytes, response: SingleWriteResponse) -> int:
@@ -227,21 +232,21 @@ def _size(data: bytes, response: SingleWriteResponse) -> int:
     return _EXTRA_BYTES + 2 * len(data) + len(response.content)
 
 
-class SendingConnections:
-    """The connections whose clients have not got all bytes that were written."""
+class UnsentConnections:
+    """The connections with bytes that the kernel has not taken."""
 
     def __init__(self) -> None:
-        self._connections: set[RepeatingConnection] = set()
+        self._connections: set[ReusingConnection] = set()
         self._none_left = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._connections)
 
-    def add(self, connection: RepeatingConnection) -> None:
+    def add(self, connection: ReusingConnection) -> None:
         """Add a connection: the kernel has not taken all bytes."""
         self._connections.add(connection)
 
-    def discard(self, connection: RepeatingConnection) -> None:
+    def discard(self, connection: ReusingConnection) -> None:
         """Remove a connection: the kernel has all bytes, or the connection is lost."""
         self._connections.discard(connection)
         if not self._connections:
@@ -254,32 +259,32 @@ class SendingConnections:
             await self._none_left.wait()
 
 
-class RepeatingConnection(web.RequestHandler):
-    """aiohttp's connection, which answers repeated requests itself."""
+class ReusingConnection(web.RequestHandler):
+    """aiohttp's connection, which reuses stored responses."""
 
     __slots__ = (
-        *("_client", "_is_framed", "_is_new", "_remembered", "_sending", "_stall_watch"),
+        *("_client", "_is_framed", "_is_new", "_stall_watch", "_stored", "_unsent"),
         "request_bytes",
     )
 
     def __init__(
         self,
-        server: RepeatingServer,
-        answers: RememberedAnswers,
-        sending: SendingConnections,
+        server: ReusingServer,
+        stored: StoredResponses,
+        unsent: UnsentConnections,
         **options: Any,
     ) -> None:
         """Create a connection.
 
         Args:
             server: The server that it belongs to.
-            answers: The answers.
-            sending: It is one of them while bytes wait for its client.
+            stored: The responses that may be reused.
+            unsent: It is one of them while bytes wait for its client.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
         super().__init__(server, **options)
-        self._remembered = answers
-        self._sending = sending
+        self._stored = stored
+        self._unsent = unsent
         self._client = ""
         self._stall_watch: StallWatch | None = None
         """Watches the client while bytes wait for it in the transport."""
@@ -288,8 +293,8 @@ class RepeatingConnection(web.RequestHandler):
         self._is_framed = True
         """Whether all bytes before the latest ones were whole requests, for us and for aiohttp."""
         self.request_bytes = b""
-        """The bytes of the request that is being answered. Empty if it may not be remembered.
-        :meth:`RememberedAnswers.remember` reads them."""
+        """The bytes of the request that is being handled. Empty if its response must not be stored.
+        :meth:`StoredResponses.store` reads them."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the address of the client."""
@@ -313,7 +318,7 @@ class RepeatingConnection(web.RequestHandler):
             abort = partial(abort_connection, self.transport, is_reset=True)
             seconds = client_socket.CLIENT_STALL_TIMEOUT_S
             self._stall_watch = StallWatch(self.transport, seconds, abort)
-            self._sending.add(self)
+            self._unsent.add(self)
 
     def resume_writing(self) -> None:
         """Watch the client no more: the kernel has all bytes."""
@@ -324,7 +329,7 @@ class RepeatingConnection(web.RequestHandler):
         if self._stall_watch is not None:
             self._stall_watch.stop()
             self._stall_watch = None
-            self._sending.discard(self)
+            self._unsent.discard(self)
 
     def _process_keepalive(self) -> None:
         """Close the connection if it is idle. It is not, while bytes wait for the client."""
@@ -333,39 +338,39 @@ class RepeatingConnection(web.RequestHandler):
         super()._process_keepalive()
 
     def data_received(self, data: bytes) -> None:
-        """Answer a repeated request. Everything else is for aiohttp."""
+        """Reuse a response if there is one for these bytes. Everything else is for aiohttp."""
         waiter = self._waiter
         is_waiting = waiter is not None and not waiter.done()
-        if is_waiting and self._is_framed and self._repeat(data):
+        if is_waiting and self._is_framed and self._reuse(data):
             return
         is_whole = self._is_framed and is_whole_request(data)
-        # A request that comes while another one is being answered is not remembered, nor is that.
+        # If a request comes while another one is being handled, the response to neither is stored:
+        # which response belongs to which bytes would not be certain.
         self.request_bytes = data if is_whole and (is_waiting or self._is_new) else b""
         self._is_new = False
         count = self._request_count
         super().data_received(data)
         self._is_framed = is_whole and self._request_count == count + 1
 
-    def _repeat(self, data: bytes) -> bool:
-        """Answer a request if its answer is known. Returns False if it is not."""
-        answer, transport = self._remembered.find(data), self.transport
+    def _reuse(self, data: bytes) -> bool:
+        """Send the stored response to a request. Returns False if there is none."""
+        stored, transport = self._stored.find(data), self.transport
         if (
-            answer is None
-            or not answer.response.is_sent
+            stored is None
+            or not stored.response.is_sent
             or transport is None
             or transport.is_closing()
             or transport.get_write_buffer_size()
         ):
             return False
         started = time.monotonic()
-        if not answer.response.is_current():
-            self._remembered.forget(data)
+        if not stored.response.is_fresh():
+            self._stored.discard(data)
             return False
-        emit = self._remembered.emit
-        seconds = time.monotonic() - started
-        pull = answer.new_record(self._client, started, seconds)
+        emit = self._stored.emit
+        pull, response = stored.reuse(self._client, started, time.monotonic() - started)
         emit(RequestStarted(pull))
-        transport.write(answer.render(pull.request_id, seconds))
+        transport.write(response)
         now = time.monotonic()
         pull.duration = now - started
         self._next_keepalive_close_time = now + self._keepalive_timeout
@@ -373,28 +378,28 @@ class RepeatingConnection(web.RequestHandler):
         return True
 
 
-class RepeatingServer(web.Server):
-    """aiohttp's server, with connections that answer repeated requests themselves."""
+class ReusingServer(web.Server):
+    """aiohttp's server, with connections that reuse stored responses."""
 
     def __init__(
         self,
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
-        answers: RememberedAnswers,
+        stored: StoredResponses,
         **options: Any,
     ) -> None:
         """Create the server.
 
         Args:
             handler: Handles all other requests.
-            answers: The answers. ``handler`` remembers them there.
+            stored: The responses that may be reused. ``handler`` stores them there.
             options: Those of ``aiohttp.web.RequestHandler``.
         """
         super().__init__(handler, handler_cancellation=True)
-        self.sending = SendingConnections()
-        self._remembered = answers
+        self.unsent = UnsentConnections()
+        self._stored = stored
         self._options = options
 
     def __call__(self) -> web.RequestHandler:
         """Return a new connection. The event loop calls this."""
         loop = asyncio.get_running_loop()
-        return RepeatingConnection(self, self._remembered, self.sending, loop=loop, **self._options)
+        return ReusingConnection(self, self._stored, self.unsent, loop=loop, **self._options)

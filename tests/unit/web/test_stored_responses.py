@@ -1,4 +1,4 @@
-"""Repeated requests: the bytes of their answers, their records, and when none is given."""
+"""Stored responses: their bytes and records when they are reused, and when they are not reused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.server import _drain
 from mirror.threads import run_in_thread
-from mirror.web import client_socket, repeated_requests
-from mirror.web.repeated_requests import RepeatingConnection, RepeatingServer, is_whole_request
+from mirror.web import client_socket, stored_responses
+from mirror.web.stored_responses import ReusingConnection, ReusingServer, is_whole_request
 from mirror.web.streaming import SingleWriteResponse
 from tests.fakes.registry import FakeRegistry
 from tests.real.tokens import Certificate
@@ -92,9 +92,9 @@ class Client:
         handler = server.running_server.handler
         # Without lingering, no request waits for the rest of its body.
         options = {"keepalive_timeout": 15.0, "access_log": None, "lingering_time": 0.0}
-        manager = RepeatingServer(handler, handler.answers, **options)
+        manager = ReusingServer(handler, handler.stored_responses, **options)
         connection = manager()
-        assert isinstance(connection, RepeatingConnection)
+        assert isinstance(connection, ReusingConnection)
         self.connection = connection
         self.wire = Wire(client)
         connection.connection_made(self.wire)
@@ -117,7 +117,7 @@ class Client:
         return self.wire.written[start:]
 
     def send_at_once(self, data: bytes) -> bytes:
-        """Return what the server writes before anything else runs: the answer of a repetition."""
+        """Return what the server writes before anything else runs: such as a stored response."""
         start = len(self.wire.written)
         self.connection.data_received(data)
         return self.wire.written[start:]
@@ -214,12 +214,12 @@ async def test_any_conversation_has_the_same_bytes_and_records_with_and_without_
     loop = asyncio.get_running_loop()
     repeated = 0
     async with serving(tmp_path, negative_ttl=3600.0) as (_, server):
-        find = server.running_server.handler.answers.find
+        find = server.running_server.handler.stored_responses.find
 
         async def converse(pieces: Sequence[bytes], *, is_on: bool) -> tuple[object, ...]:
             nonlocal repeated
-            answers = server.running_server.handler.answers
-            monkeypatch.setattr(answers, "find", find if is_on else lambda data: None)
+            stored = server.running_server.handler.stored_responses
+            monkeypatch.setattr(stored, "find", find if is_on else lambda data: None)
             server.events.clear()
             client = Client(server)
             for piece in pieces:
@@ -250,7 +250,7 @@ async def test_any_conversation_has_the_same_bytes_and_records_with_and_without_
         for path in TARGETS:  # What the upstream says once, it is not asked again.
             await converse([a_request(path), a_request(path, method="HEAD")], is_on=False)
         await run_in_thread(check)
-    assert repeated > 50, "the answers that this is about were not given"
+    assert repeated > 50, "no stored response was reused"
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -300,9 +300,9 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     first = RequestRecord(**values)
     timing = {"Server-Timing": "index;dur=1.00, total;dur=2.00"}
     response = SingleWriteResponse(timing, b"", lambda: True)
-    answer = repeated_requests.Answer(response, first, "<request_id>")
+    stored = stored_responses.StoredResponse(response, first, "<request_id>")
     measured = {"client": "<client>", "started": 2.0, "first_byte": 3.0, "duration": 0.0}
-    record = answer.new_record("<client>", 2.0, 3.0)
+    record, _ = stored.reuse("<client>", 2.0, 3.0)
     assert record == replace(first, **measured, stages=[("index", 3.0)])
 
 
@@ -382,7 +382,7 @@ async def test_repetitions_are_counted_and_measured_as_other_requests_are(tmp_pa
         (a_request(TAG, "X: " + "a" * 5000), False),
     ],
 )
-def test_only_a_whole_request_without_a_body_may_be_remembered(data: bytes, is_whole: bool) -> None:
+def test_only_the_response_to_a_whole_request_without_a_body_may_be_stored(data: bytes, is_whole: bool) -> None:
     assert is_whole_request(data) is is_whole
 
 
@@ -419,21 +419,21 @@ async def test_pipelined_requests_are_answered_in_order(tmp_path: Path) -> None:
         await client.send(request)
         first = a_request("/v2/library/app/manifests/none")
         client.connection.data_received(first)
-        assert client.send_at_once(request) == b"", "the first one is still being answered"
+        assert client.send_at_once(request) == b"", "the first one is still being handled"
         await client.wait()
         statuses = re.findall(rb"HTTP/1.1 (\d+)", client.wire.written)
         assert statuses == [b"200", b"404", b"200"]
         # The connection was never anything but whole requests, so it goes on.
         assert client.send_at_once(request)
-        assert server.running_server.handler.answers.find(first) is None
+        assert server.running_server.handler.stored_responses.find(first) is None
         await client.close()
 
 
-async def test_response_is_not_remembered_for_a_request_that_came_while_it_was_made(
+async def test_response_is_not_stored_for_a_request_that_came_while_it_was_made(
     tmp_path: Path,
 ) -> None:
     async with serving(tmp_path) as (_, server):
-        client, repeated = Client(server), server.running_server.handler.answers
+        client, repeated = Client(server), server.running_server.handler.stored_responses
         requests = [a_request(TAG, f"X-Number: {number}") for number in range(3)]
         for request in requests:
             client.connection.data_received(request)
@@ -455,7 +455,7 @@ async def answered(server: Server, request: bytes) -> tuple[Client, int]:
     return client, 0
 
 
-async def test_answer_is_forgotten_when_the_memory_of_its_content_ends(tmp_path: Path) -> None:
+async def test_stored_response_is_discarded_when_its_content_leaves_memory(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, server):
         client, _ = await answered(server, a_request(BLOB))
         server.store.layout.blob(Digest.of(LAYER)).unlink()
@@ -467,7 +467,7 @@ async def test_answer_is_forgotten_when_the_memory_of_its_content_ends(tmp_path:
         await client.close()
 
 
-async def test_tag_that_is_due_for_a_check_is_not_answered_from_memory(tmp_path: Path) -> None:
+async def test_response_to_a_tag_that_is_due_for_a_check_is_not_reused(tmp_path: Path) -> None:
     clock = [1_800_000_000.0]
     async with serving(tmp_path, clock=lambda: clock[0], tag_ttl=300.0) as (fake, server):
         for jump in (300.0, -3600.0):
@@ -489,7 +489,7 @@ def deny_all(server: Server) -> None:
     one.apply(one.settings.model_copy(update={"upstreams": upstreams}))
 
 
-async def test_new_configuration_forgets_all_answers(tmp_path: Path) -> None:
+async def test_new_configuration_discards_all_stored_responses(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, server):
         client, _ = await answered(server, a_request())
         deny_all(server)
@@ -500,7 +500,7 @@ async def test_new_configuration_forgets_all_answers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [BLOB, TAG], ids=["blob", "tag"])
-async def test_answer_to_a_request_that_began_before_a_new_configuration_is_not_remembered(
+async def test_response_to_a_request_that_began_before_a_new_configuration_is_not_stored(
     tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(tmp_path) as (_, server):
@@ -527,7 +527,7 @@ async def test_answer_to_a_request_that_began_before_a_new_configuration_is_not_
             await each.close()
 
 
-async def test_draining_server_gives_no_answer_from_memory(tmp_path: Path) -> None:
+async def test_draining_server_reuses_no_response(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, server):
         client, _ = await answered(server, a_request())
         server.running_server.health.is_draining = True
@@ -548,30 +548,30 @@ async def test_draining_server_gives_no_answer_from_memory(tmp_path: Path) -> No
         a_request("/v2/"),
     ],
 )
-async def test_other_responses_are_not_remembered(tmp_path: Path, request_bytes: bytes) -> None:
+async def test_other_responses_are_not_stored(tmp_path: Path, request_bytes: bytes) -> None:
     async with serving(tmp_path) as (_, server):
         for _ in range(2):
             client = Client(server)
             assert await client.send(request_bytes)
-            assert server.running_server.handler.answers.find(request_bytes) is None
+            assert server.running_server.handler.stored_responses.find(request_bytes) is None
             await client.close()
 
 
-async def test_nothing_is_remembered_behind_a_trusted_proxy(tmp_path: Path) -> None:
+async def test_nothing_is_stored_behind_a_trusted_proxy(tmp_path: Path) -> None:
     more = {"trusted_proxies": ["192.0.2.0/24"]}
     async with serving(tmp_path, more=more) as (_, server):
         client, request = Client(server), a_request(TAG, "X-Forwarded-For: 198.51.100.9")
         for _ in range(3):
             await client.send(request)
         assert server.pulls[-1].client == "198.51.100.9"
-        assert server.running_server.handler.answers.find(request) is None
+        assert server.running_server.handler.stored_responses.find(request) is None
         await client.close()
 
 
 # --- memory, time limits, TLS -------------------------------------------------------------------
 
 
-async def test_client_that_does_not_read_gets_no_second_answer_from_memory(tmp_path: Path) -> None:
+async def test_client_that_does_not_read_gets_no_second_stored_response(tmp_path: Path) -> None:
     async with serving(tmp_path) as (_, server):
         client, _ = await answered(server, a_request())
         client.wire.queued = 1
@@ -580,27 +580,27 @@ async def test_client_that_does_not_read_gets_no_second_answer_from_memory(tmp_p
         await client.close()
 
 
-async def test_answers_in_memory_are_bounded(
+async def test_memory_of_stored_responses_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repeated_requests, "_MAX_BYTES", 10_000)
+    monkeypatch.setattr(stored_responses, "_MAX_BYTES", 10_000)
     async with serving(tmp_path) as (_, server):
-        answers, client = server.running_server.handler.answers, Client(server)
+        stored, client = server.running_server.handler.stored_responses, Client(server)
         for number in [*range(25), *range(25)]:
             await client.send(a_request(TAG, f"X-Number: {number % 7}"))
             sizes = [
-                repeated_requests._size(data, answer.response)
-                for data, answer in answers._answers.items()
+                stored_responses._size(data, one.response)
+                for data, one in stored._responses.items()
             ]
-            assert answers._bytes == sum(sizes) <= 10_000
+            assert stored._bytes == sum(sizes) <= 10_000
         assert 0 < len(sizes) < 7
         await client.close()
 
 
-async def test_answers_take_no_more_memory_than_is_counted(tmp_path: Path) -> None:
+async def test_stored_responses_take_no_more_memory_than_is_counted(tmp_path: Path) -> None:
     count = 100
     async with serving(tmp_path) as (_, server):
-        answers, client = server.running_server.handler.answers, Client(server)
+        stored, client = server.running_server.handler.stored_responses, Client(server)
         await client.send(a_request())
         tracemalloc.start()
         try:
@@ -612,9 +612,9 @@ async def test_answers_take_no_more_memory_than_is_counted(tmp_path: Path) -> No
             taken = tracemalloc.get_traced_memory()[0]
         finally:
             tracemalloc.stop()
-        assert len(answers._answers) == count + 1
+        assert len(stored._responses) == count + 1
         # Some of it belongs to the test, and to caches.
-        assert taken < 1.1 * answers._bytes
+        assert taken < 1.1 * stored._bytes
         await client.close()
 
 
@@ -629,14 +629,14 @@ async def unread(
     """Connect a client that reads nothing. Yields it, and the server's ends of connections."""
     monkeypatch.setattr(client_socket, "CLIENT_STALL_TIMEOUT_S", 0.2)
     transports: list[asyncio.Transport] = []
-    connection_made = RepeatingConnection.connection_made
+    connection_made = ReusingConnection.connection_made
 
-    def note(self: RepeatingConnection, transport: asyncio.BaseTransport) -> None:
+    def note(self: ReusingConnection, transport: asyncio.BaseTransport) -> None:
         connection_made(self, transport)
         assert isinstance(transport, asyncio.Transport)
         transports.append(transport)
 
-    monkeypatch.setattr(RepeatingConnection, "connection_made", note)
+    monkeypatch.setattr(ReusingConnection, "connection_made", note)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
     connection.setblocking(False)
@@ -719,7 +719,7 @@ async def receiving_slowly(server: Server, path: str) -> AsyncIterator[asyncio.S
     reader, writer = await asyncio.open_connection(sock=connection, limit=1024)
     try:
         writer.write(a_request(path))
-        await until(lambda: len(server.running_server.sending) == 1)
+        await until(lambda: len(server.running_server.unsent) == 1)
         yield reader
     finally:
         writer.transport.abort()
@@ -729,9 +729,9 @@ async def receiving_slowly(server: Server, path: str) -> AsyncIterator[asyncio.S
 async def test_drain_waits_for_clients_that_receive_small_responses(
     tmp_path: Path, is_repeated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connection_made = RepeatingConnection.connection_made
+    connection_made = ReusingConnection.connection_made
 
-    def note(self: RepeatingConnection, transport: asyncio.BaseTransport) -> None:
+    def note(self: ReusingConnection, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         small_buffer(transport)
         connection_made(self, transport)
@@ -742,8 +742,8 @@ async def test_drain_waits_for_clients_that_receive_small_responses(
             await server.get(f"{server.url}{path}")
             await server.store.idle()
         if not is_repeated:
-            server.running_server.handler.answers.forget_all()
-        monkeypatch.setattr(RepeatingConnection, "connection_made", note)
+            server.running_server.handler.stored_responses.clear()
+        monkeypatch.setattr(ReusingConnection, "connection_made", note)
         async with receiving_slowly(server, path) as reader, asyncio.TaskGroup() as group:
             draining = group.create_task(_drain(server.running_server, server.events.append))
             await asyncio.sleep(0.1)
@@ -783,7 +783,7 @@ async def test_response_that_could_not_be_sent_is_not_given_again(tmp_path: Path
             await each.close()
 
 
-async def test_connection_with_repeated_requests_is_kept_alive_and_an_idle_one_is_closed(
+async def test_connection_with_stored_responses_is_kept_alive_and_an_idle_one_is_closed(
     tmp_path: Path,
 ) -> None:
     async with serving(tmp_path) as (_, server):
@@ -814,7 +814,7 @@ async def test_repeated_request_is_answered_at_once_over_tls(tmp_path: Path) -> 
         writer.close()
         assert len(set(heads)) == len(set(bodies)) == 1
         assert json.loads(bodies[0])["schemaVersion"] == 2
-        assert len(server.running_server.handler.answers._answers) == 1
+        assert len(server.running_server.handler.stored_responses._responses) == 1
         assert [pull.client for pull in await server.records()] == ["127.0.0.1"] * 4
 
 
