@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import pytest
@@ -87,14 +88,11 @@ def _small_requests(run: Run, peer: Peer, blobs: list[str]) -> tuple[Rate, Rate]
         requests(manifest, 1)
         alone = requests(manifest, run.seconds, BUSY_CONNECTIONS)
         # Two blobs, one after the other: with several connections, one is there before the end.
-        pulls = threading.Thread(
-            target=lambda: [
-                download(f"{base}/blobs/{blob}{peer.query}", 1, run.large_size) for blob in blobs
-            ]
-        )
-        pulls.start()
-        beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
-        pulls.join()
+        urls = [f"{base}/blobs/{blob}{peer.query}" for blob in blobs]
+        with ThreadPoolExecutor(1) as pool:
+            pulls = pool.map(lambda url: download(url, 1, run.large_size), urls)
+            beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
+            list(pulls)  # Raises the failure of a pull.
     return alone, beside
 
 

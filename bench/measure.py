@@ -120,6 +120,10 @@ def back_memory(size: int) -> None:
             file.write(piece)
 
 
+DOWNLOAD_LIMIT_S: Final = 180
+"""Seconds for one download: three times as long as the slowest peer needs. Some stop half-way."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timed:
     """Result of one curl. Times are seconds from its start."""
@@ -135,7 +139,17 @@ def start_curl(url: str, sink: str = os.devnull, *options: str) -> subprocess.Po
     seen = '{"status":%{http_code},"size":%{size_download},"first_byte":%{time_starttransfer},'
     return subprocess.Popen(
         # The certificates of upstreams are their own authorities.
-        [need("curl"), "-sk", "-o", sink, "-w", seen + '"total":%{time_total}}', *options, url],
+        [
+            need("curl"),
+            "-skm",
+            str(DOWNLOAD_LIMIT_S),
+            "-o",
+            sink,
+            "-w",
+            seen + '"total":%{time_total}}',
+            *options,
+            url,
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )
@@ -143,7 +157,7 @@ def start_curl(url: str, sink: str = os.devnull, *options: str) -> subprocess.Po
 
 def timed(process: subprocess.Popen[bytes]) -> Timed:
     """Wait for a process of :func:`start_curl`."""
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate()
     return Timed(**json.loads(output))
 
 
