@@ -90,9 +90,9 @@ def _small_requests(run: Run, peer: Peer, blobs: list[str]) -> tuple[Rate, Rate]
         # Two blobs, one after the other: with several connections, one is there before the end.
         urls = [f"{base}/blobs/{blob}{peer.query}" for blob in blobs]
         with ThreadPoolExecutor(1) as pool:
-            pulls = pool.map(lambda url: download(url, 1, run.large_size), urls)
+            pulls = pool.submit(lambda: [download(url, 1, run.large_size) for url in urls])
             beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
-            list(pulls)  # Raises the failure of a pull.
+            pulls.result()
     return alone, beside
 
 

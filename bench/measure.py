@@ -120,8 +120,8 @@ def back_memory(size: int) -> None:
             file.write(piece)
 
 
-DOWNLOAD_LIMIT_S: Final = 180
-"""Seconds for one download: three times as long as the slowest peer needs. Some stop half-way."""
+DOWNLOAD_LIMIT_S: Final = 90
+"""Seconds for one download: three times as long as the slowest peer needs. Some never respond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +136,11 @@ class Timed:
 
 def start_curl(url: str, sink: str = os.devnull, *options: str) -> subprocess.Popen[bytes]:
     """Start a download to the file ``sink``. :func:`timed` waits for its end."""
-    seen = '{"status":%{http_code},"size":%{size_download},"first_byte":%{time_starttransfer},'
+    seen = '{"status":"%{http_code}","size":%{size_download},"first_byte":%{time_starttransfer},'
+    # The certificates of upstreams are their own authorities.
+    command = [need("curl"), "-skm", str(DOWNLOAD_LIMIT_S), "-o", sink]
     return subprocess.Popen(
-        # The certificates of upstreams are their own authorities.
-        [
-            need("curl"),
-            "-skm",
-            str(DOWNLOAD_LIMIT_S),
-            "-o",
-            sink,
-            "-w",
-            seen + '"total":%{time_total}}',
-            *options,
-            url,
-        ],
+        [*command, "-w", seen + '"total":%{time_total}}', *options, url],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
     )
@@ -158,7 +149,8 @@ def start_curl(url: str, sink: str = os.devnull, *options: str) -> subprocess.Po
 def timed(process: subprocess.Popen[bytes]) -> Timed:
     """Wait for a process of :func:`start_curl`."""
     output, _ = process.communicate()
-    return Timed(**json.loads(output))
+    seen = json.loads(output)
+    return Timed(**seen | {"status": int(seen["status"])})  # "000" without a response.
 
 
 def download(url: str, streams: int, size: int) -> float:
