@@ -382,7 +382,9 @@ async def test_repetitions_are_counted_and_measured_as_other_requests_are(tmp_pa
         (a_request(TAG, "X: " + "a" * 5000), False),
     ],
 )
-def test_only_the_response_to_a_whole_request_without_a_body_may_be_stored(data: bytes, is_whole: bool) -> None:
+def test_only_the_response_to_a_whole_request_without_a_body_may_be_stored(
+    data: bytes, is_whole: bool
+) -> None:
     assert is_whole_request(data) is is_whole
 
 
