@@ -21,8 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 
-from bench.measure import MIB, costs, cpu_seconds, memory, requests
-from bench.table import REPOSITORY, Run
+from bench.measure import MIB, REPOSITORY, costs, cpu_seconds, memory, requests
+from bench.table import Run
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror

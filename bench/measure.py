@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tests.real.process import need
 
@@ -27,6 +28,8 @@ _ACCEPT = (
 _TICKS = os.sysconf("SC_CLK_TCK")
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 MIB = 1024 * 1024
+REPOSITORY: Final = "library/bench"
+"""The repository of all that is measured."""
 
 
 def tree(pid: int) -> list[int]:

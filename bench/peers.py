@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from tests.real.process import Program
+from bench.measure import REPOSITORY
+from tests.real import images
+from tests.real.process import Program, find_go_program
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
 from tests.real.wire import ask
@@ -55,6 +58,46 @@ class Drayage(Program):
             return False
 
 
+class Zot(Program):
+    """zot, which holds the image as its own: as a mirror it asks the upstream for each tag.
+
+    ``go install`` builds it, or ``go build`` in its sources. It has one worker: ``GOMAXPROCS=1``.
+    """
+
+    name = "zot"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        return {"GOMAXPROCS": "1"}
+
+    def command(self) -> Sequence[str | Path]:
+        program = find_go_program("zot")
+        if program is None:
+            raise FileNotFoundError("zot is not installed")
+        config = self.dir / "config.json"
+        settings = {
+            "storage": {"rootDirectory": str(self.dir / "storage"), "gc": False, "dedupe": False},
+            "http": {"address": "127.0.0.1", "port": str(self.port)},
+            "log": {"level": "error"},
+        }
+        config.write_text(json.dumps(settings))
+        return [program, "serve", config]
+
+    def ready(self) -> bool:
+        try:
+            return ask(f"{self.url}/v2/", timeout=2).status == 200
+        except OSError:
+            return False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        images.push(self.url, REPOSITORY, images.image(), "1.0")
+        return self
+
+
 def upstream(url: str, *, ca: str | None = None, connections: int = 0) -> Mapping[str, Any]:
     """Return the settings of an upstream of ours.
 
@@ -92,12 +135,15 @@ OURS = Peer("oci-mirror, 1 worker", _ours(1))
 NGINX = Peer("nginx proxy_cache", lambda url, ca: NginxFront(url, cache=True))
 REGISTRY = Peer("docker-registry", lambda url, ca: DockerRegistry(proxy_of=url))
 DRAYAGE = Peer("drayage", lambda url, ca: Drayage(url), "?ns=docker.io")
-PEERS = (OURS, Peer("oci-mirror, 2 workers", _ours(2)), REGISTRY, NGINX, DRAYAGE)
+ONE_OF_EACH = (OURS, REGISTRY, NGINX, DRAYAGE)
+PEERS = (OURS, Peer("oci-mirror, 2 workers", _ours(2)), *ONE_OF_EACH[1:])
 TLS_PEERS = (*PEERS[:2], NGINX)
 """Those that accept a certificate of the tests by their configuration."""
-ONE_WORKER_PEERS = (
+ONE_WORKER_MIRRORS = (
     OURS,
     REGISTRY,
     Peer("nginx, 1 worker", lambda url, ca: NginxFront(url, cache=True, workers=1)),
     Peer("drayage, 1 thread", lambda url, ca: Drayage(url, threads=1), "?ns=docker.io"),
 )
+ONE_WORKER_PEERS = (*ONE_WORKER_MIRRORS, Peer("zot, 1 thread", lambda url, ca: Zot()))
+"""Those for small responses."""

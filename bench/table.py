@@ -15,7 +15,17 @@ from typing import Final, Protocol
 
 import pytest
 
-from bench.measure import MIB, Cost, back_memory, costs, download, requests, start_curl, timed
+from bench.measure import (
+    MIB,
+    REPOSITORY,
+    Cost,
+    back_memory,
+    costs,
+    download,
+    requests,
+    start_curl,
+    timed,
+)
 from bench.peers import ONE_WORKER_PEERS, PEERS, TLS_PEERS, Peer
 from bench.upstreams import StaticRegistry
 from tests.real import images
@@ -23,7 +33,6 @@ from tests.real.process import Directory, Program
 from tests.real.registry import DockerRegistry
 from tests.real.tokens import Certificate
 
-REPOSITORY: Final = "library/bench"
 LIMIT: Final = 100_000_000
 """Bytes per second of one connection to an upstream that is limited, as public registries are."""
 DIRECT: Final = "direct"
@@ -189,6 +198,25 @@ class Row:
         with costs(program.pid) as cost:
             value = self.measure(url)
         cell.add(value, cost)
+
+
+def measure_each(
+    peers: Sequence[Peer], upstream: str, measure: Callable[[Peer, Program], str]
+) -> Iterator[str]:
+    """Measure each peer once. Returns a line for each.
+
+    Args:
+        peers: The servers.
+        upstream: URL of their upstream.
+        measure: Measures a peer that runs. Returns the text of its line.
+    """
+    for peer in peers:
+        try:
+            with peer.start(upstream, None) as program:
+                text = measure(peer, program)
+        except (Exception, pytest.fail.Exception) as error:
+            text = f"failed: {type(error).__name__}: {error}"[:80]
+        yield f"  {peer.name:24} {text}"
 
 
 def url_of(program: Program) -> str:

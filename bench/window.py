@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 
-from bench.measure import MIB, Timed, back_memory, start_curl, timed
+from bench.measure import MIB, REPOSITORY, Timed, back_memory, start_curl, timed
 from bench.peers import upstream
-from bench.table import REPOSITORY, Run
+from bench.table import Run
 from bench.upstreams import SharedRate, StaticRegistry
 from tests.real.process import wait_until
 from tests.real.registry import LoggedRequest
@@ -172,9 +172,10 @@ KINDS: Final = (
 
 
 def kinds(run: Run) -> Iterator[str]:
-    """Measure one client with the default number of connections, and with one."""
+    """Measure one client with the default number of connections, with one, and without a mirror."""
     size = run.size * 3 // 8
     yield f"cold blob of {size // MIB} MiB  (several connections, at most 1.03 x the time of one)"
+    yield f"  {'':42} direct       one    several"
     for kind in KINDS:
         with ExitStack() as stack:
             registry = StaticRegistry(rate=kind.rate, directives=kind.directives)
@@ -183,10 +184,12 @@ def kinds(run: Run) -> Iterator[str]:
                 relay = SharedRate(("127.0.0.1", registry.port), kind.shared)
                 url = stack.enter_context(relay).url
             path = f"/v2/{REPOSITORY}/blobs/{registry.add_large(size)}"
+            direct = timed(start_curl(url + path)).total
             one, several = (_pull(url, path, size, count) for count in (1, 0))
         ratio = several / one
         missed = "  MISSED" if ratio > SLOWER_BOUND else ""
-        yield f"  {kind.title:42} {one:6.2f} s  {several:6.2f} s  {ratio:5.2f} x{missed}"
+        times = f"{direct:6.2f} s  {one:6.2f} s  {several:6.2f} s"
+        yield f"  {kind.title:42} {times}  {ratio:5.2f} x{missed}"
 
 
 def _pull(url: str, path: str, size: int, connections: int) -> float:
