@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-import pytest
-
 from bench.measure import MIB, REPOSITORY, Rate, costs, crowd, download, requests
-from bench.peers import ONE_WORKER_MIRRORS, PEERS, Peer
-from bench.table import Run, url_of
+from bench.peers import ONE_WORKER_MIRRORS, PEERS
+from bench.table import Run, measure_each, url_of
 from tests.real.process import Program
 
 SLOW_CLIENTS: Final = 200
@@ -32,13 +30,12 @@ def slow_clients(run: Run) -> Iterator[str]:
         f"{SLOW_CLIENTS} slow clients on {size // MIB} MiB"
         "  (ours: peak < 150 MiB, fast client >= 0.8 x its idle speed)"
     )
-    for peer in PEERS:
-        path = f"/v2/{REPOSITORY}/blobs/{blob}{peer.query}"
-        try:
-            with peer.start(run.registry.url, None) as program:
-                yield f"  {peer.name:24} {_beside_slow_clients(program, path, size)}"
-        except (Exception, pytest.fail.Exception) as error:
-            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+    path = f"/v2/{REPOSITORY}/blobs/{blob}"
+    yield from measure_each(
+        PEERS,
+        run.registry.url,
+        lambda peer, program: _beside_slow_clients(program, path + peer.query, size),
+    )
 
 
 def _beside_slow_clients(program: Program, path: str, size: int) -> str:
@@ -69,31 +66,29 @@ def beside_cold_pull(run: Run) -> Iterator[str]:
     blobs = [run.limited.add_large(run.large_size, seed) for seed in (11, 12)]
     yield f"{BUSY_CONNECTIONS} clients ask for a manifest while cold blobs are pulled"
     yield f"  {'':24}      alone: 1/s   median      99 %      beside: 1/s   median      99 %"
-    for peer in ONE_WORKER_MIRRORS:
-        try:
-            alone, beside = _small_requests(run, peer, blobs)
-            yield f"  {peer.name:24} {_latency(alone)}  {_latency(beside)}"
-        except (Exception, pytest.fail.Exception) as error:
-            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+    yield from measure_each(
+        ONE_WORKER_MIRRORS,
+        run.limited.url,
+        lambda peer, program: _small_requests(run, url_of(program), peer.query, blobs),
+    )
 
 
 def _latency(rate: Rate) -> str:
     return f"{rate.requests:15,.0f} {rate.median * 1e3:6.1f} ms {rate.slow * 1e3:6.1f} ms"
 
 
-def _small_requests(run: Run, peer: Peer, blobs: list[str]) -> tuple[Rate, Rate]:
-    with peer.start(run.limited.url, None) as program:
-        base = f"{url_of(program)}/v2/{REPOSITORY}"
-        manifest = f"{base}/manifests/{run.image.digest}{peer.query}"
-        requests(manifest, 1)
-        alone = requests(manifest, run.seconds, BUSY_CONNECTIONS)
-        # Two blobs, one after the other: with several connections, one is there before the end.
-        urls = [f"{base}/blobs/{blob}{peer.query}" for blob in blobs]
-        with ThreadPoolExecutor(1) as pool:
-            pulls = pool.submit(lambda: [download(url, 1, run.large_size) for url in urls])
-            beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
-            pulls.result()
-    return alone, beside
+def _small_requests(run: Run, url: str, query: str, blobs: list[str]) -> str:
+    base = f"{url}/v2/{REPOSITORY}"
+    manifest = f"{base}/manifests/{run.image.digest}{query}"
+    requests(manifest, 1)
+    alone = requests(manifest, run.seconds, BUSY_CONNECTIONS)
+    # Two blobs, one after the other: with several connections, one is there before the end.
+    urls = [f"{base}/blobs/{blob}{query}" for blob in blobs]
+    with ThreadPoolExecutor(1) as pool:
+        pulls = pool.submit(lambda: [download(blob, 1, run.large_size) for blob in urls])
+        beside = requests(manifest, run.seconds, BUSY_CONNECTIONS)
+        pulls.result()
+    return f"{_latency(alone)}  {_latency(beside)}"
 
 
 ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {

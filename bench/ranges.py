@@ -6,13 +6,12 @@ import http.client
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
-import pytest
-
 from bench.measure import MIB, REPOSITORY, back_memory, start_curl, timed
-from bench.peers import ONE_OF_EACH, OURS
-from bench.table import DIRECT, Run, url_of
+from bench.peers import ONE_OF_EACH, OURS, Peer
+from bench.table import DIRECT, Run, measure_each, url_of
 from tests.real.process import Program
 
 TAIL_BYTES: Final = 51
@@ -32,23 +31,28 @@ def tail_range(run: Run) -> Iterator[str]:
     for requested in (f"-{TAIL_BYTES}", f"{size - TAIL_BYTES}-{size - 1}"):
         yield f"bytes={requested}  (ours <= {TAIL_BOUND} s)"
         yield f"  {DIRECT:24} {_tail(run.limited.url + path, requested):6.3f} s"
-        for peer in ONE_OF_EACH:
-            back_memory(size)
-            try:
-                with peer.start(run.limited.url, None) as program:
-                    seconds = _tail(url_of(program) + path + peer.query, requested)
-            except (Exception, pytest.fail.Exception) as error:
-                yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
-                continue
-            missed = "  MISSED" if peer is OURS and seconds > TAIL_BOUND else ""
-            yield f"  {peer.name:24} {seconds:6.3f} s{missed}"
+        yield from measure_each(ONE_OF_EACH, run.limited.url, partial(_tail_of, run, requested))
+
+
+def _tail_of(run: Run, requested: str, peer: Peer, program: Program) -> str:
+    back_memory(run.large_size)
+    url = f"{url_of(program)}/v2/{REPOSITORY}/blobs/{run.limited_blob}{peer.query}"
+    seconds = _tail(url, requested)
+    return f"{seconds:6.3f} s{'  MISSED' if peer is OURS and seconds > TAIL_BOUND else ''}"
 
 
 def _tail(url: str, requested: str) -> float:
     """Return the seconds of one request for the last bytes."""
     done = timed(start_curl(url, "/dev/null", "-r", requested))
-    assert (done.status, done.size) == (206, TAIL_BYTES), done
+    _check_range(done.status)
+    assert done.size == TAIL_BYTES
     return done.total
+
+
+def _check_range(status: int) -> None:
+    """Raise if a server has sent the whole blob, or an error."""
+    if status != 206:
+        raise RuntimeError(f"status {status} for a range")
 
 
 def lazy_pull(run: Run) -> Iterator[str]:
@@ -59,17 +63,16 @@ def lazy_pull(run: Run) -> Iterator[str]:
         ", beside a whole pull of it"
     )
     yield f"  {DIRECT:24} {_beside_whole_pull(run, run.limited, path)}"
-    for peer in ONE_OF_EACH:
-        back_memory(run.large_size)
-        try:
-            with peer.start(run.limited.url, None) as program:
-                yield f"  {peer.name:24} {_beside_whole_pull(run, program, path + peer.query)}"
-        except (Exception, pytest.fail.Exception) as error:
-            yield f"  {peer.name:24} failed: {type(error).__name__}: {error}"[:110]
+    yield from measure_each(
+        ONE_OF_EACH,
+        run.limited.url,
+        lambda peer, program: _beside_whole_pull(run, program, path + peer.query),
+    )
 
 
 def _beside_whole_pull(run: Run, server: Program, path: str) -> str:
     """Ask for the tail and then for ranges at random places, one after the other."""
+    back_memory(run.large_size)
     whole = start_curl(url_of(server) + path)
     places = random.Random(3)
     starts = [run.large_size - RANGE_BYTES]
@@ -83,8 +86,7 @@ def _beside_whole_pull(run: Run, server: Program, path: str) -> str:
                 "GET", path, headers={"Range": f"bytes={start}-{start + RANGE_BYTES - 1}"}
             )
             response = connection.getresponse()
-            if response.status != 206:
-                raise RuntimeError(f"status {response.status} for a range")
+            _check_range(response.status)
             body = response.read()
             times.append(time.monotonic() - begun)
             assert len(body) == RANGE_BYTES

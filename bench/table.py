@@ -200,6 +200,25 @@ class Row:
         cell.add(value, cost)
 
 
+def measure_each(
+    peers: Sequence[Peer], upstream: str, measure: Callable[[Peer, Program], str]
+) -> Iterator[str]:
+    """Measure each peer once. Returns a line for each.
+
+    Args:
+        peers: The servers.
+        upstream: URL of their upstream.
+        measure: Measures a peer that runs. Returns the text of its line.
+    """
+    for peer in peers:
+        try:
+            with peer.start(upstream, None) as program:
+                text = measure(peer, program)
+        except (Exception, pytest.fail.Exception) as error:
+            text = f"failed: {type(error).__name__}: {error}"[:80]
+        yield f"  {peer.name:24} {text}"
+
+
 def url_of(program: Program) -> str:
     """Return the URL of a server that is measured: all of them have one."""
     return str(program.url)  # type: ignore[attr-defined] # of `Program` only some have one

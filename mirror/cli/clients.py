@@ -22,10 +22,10 @@ from mirror.cli.client_files import (
 )
 from mirror.cli.distributions import DISTRIBUTIONS
 
-FALLBACK_NOTE: Final = (
-    "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself: "
-    "use --enforce if the lists must hold"
+_FALLBACK_FACT: Final = (
+    "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself"
 )
+FALLBACK_NOTE: Final = f"{_FALLBACK_FACT}: use --enforce if the lists must hold"
 """containerd and skopeo ask the upstream after a 403, 404, 429, 451 or 500 of a mirror (tried)."""
 
 
@@ -153,7 +153,7 @@ def _docker(options: SetupOptions) -> ClientSetup:
             f"{mirror.host}/docker.io/<repository>",
         )
     else:
-        notes.append(FALLBACK_NOTE.partition(":")[0] + "; Docker has no setting against it")
+        notes.append(f"{_FALLBACK_FACT}; Docker has no setting against it")
     if not mirror.is_https:
         notes.append(
             f'references that begin with {mirror.host} need "insecure-registries": '
@@ -267,7 +267,7 @@ def _kaniko(options: SetupOptions) -> ClientSetup:
 
 
 def _stargz(options: SetupOptions) -> ClientSetup:
-    return _snapshotter(options, "containerd-stargz-grpc", "2026-08")
+    return _snapshotter(options, "containerd-stargz-grpc", "0.19.0")
 
 
 def _soci(options: SetupOptions) -> ClientSetup:
@@ -283,7 +283,8 @@ def _snapshotter(options: SetupOptions, daemon: str, ns_since: str | None) -> Cl
     Args:
         options: The mirror and the upstreams.
         daemon: The program that reads the file.
-        ns_since: Year and month of its first release that sends ``ns``. None: it sends none.
+        ns_since: Its first release that sends ``ns`` (see ``fs/remote/resolver.go`` of
+            stargz-snapshotter). None: none does.
     """
     mirror, blocks, unnamed = options.mirror, [], []
     for name, upstream in options.upstreams.items():
@@ -298,34 +299,33 @@ def _snapshotter(options: SetupOptions, daemon: str, ns_since: str | None) -> Cl
         if not mirror.is_https:
             lines.append("  insecure = true")
         blocks.append("\n".join(lines) + "\n")
-    notes = [
+    notes = []
+    if options.is_enforced:
+        notes.append(
+            f"--enforce has no effect: {daemon} always asks the registry itself last. Block the "
+            "way to the registries"
+        )
+    if unnamed:
+        since = f" before {ns_since}" if ns_since else ""
+        notes.append(
+            f"{daemon}{since} does not tell the mirror the registry: for {', '.join(unnamed)}, set "
+            "upstreams.<registry>.hosts to a name of the mirror that is for this registry only, "
+            "and write this file again"
+        )
+    notes += [
         f"add the sections to an existing config.toml, and restart {daemon}",
         (
             "containerd itself pulls manifests, and layers that are not lazy: write its files too "
             "(--for containerd)"
         ),
     ]
-    if unnamed:
-        since = f" before {ns_since}" if ns_since else ""
-        notes.insert(
-            0,
-            f"{daemon}{since} does not tell the mirror the registry: for {', '.join(unnamed)}, set "
-            "upstreams.<registry>.hosts to a name of the mirror that is for this registry only, "
-            "and write this file again",
-        )
     if mirror.ca is not None:
         notes.append(
             f"{daemon} has no setting for a certificate authority: add {mirror.ca} to those of the "
             "system"
         )
-    if options.is_enforced:
-        notes.insert(
-            0,
-            f"--enforce has no effect: {daemon} always asks the registry itself last. Block the "
-            "way to the registries",
-        )
-    else:
-        notes.append(FALLBACK_NOTE.partition(":")[0] + f"; {daemon} has no setting against it")
+    if not options.is_enforced:
+        notes.append(f"{_FALLBACK_FACT}; {daemon} has no setting against it")
     return ClientSetup([ClientFile(f"{daemon}/config.toml", "\n".join(blocks))], notes)
 
 

@@ -10,8 +10,13 @@ further lines are dropped and counted.
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import select
+import struct
+import sys
+import termios
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -23,8 +28,7 @@ _GATHER_S: Final = 0.01
 than a response from the cache."""
 _MAX_WRITE_BYTES: Final = 32 * 1024
 """Bytes in one write of the only process that writes. After each write, the thread has to wait for
-the interpreter lock, so larger ones are faster. But a pipe takes them in parts: if the process is
-killed in between, its last line is not whole."""
+the interpreter lock, so larger ones are faster."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
 """Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
@@ -115,8 +119,8 @@ class LogStream:
         while start < len(data):
             # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
             # mix, and a process that ends while the pipe is full has written whole lines.
-            is_atomic = self._is_shared or self._is_closing.is_set()
-            limit = start + (select.PIPE_BUF if is_atomic else _MAX_WRITE_BYTES)
+            room = select.PIPE_BUF if self._is_shared else free_bytes(self._fd)
+            limit = start + min(max(select.PIPE_BUF, room), _MAX_WRITE_BYTES)
             end = data.rfind(b"\n", start, limit) + 1
             try:
                 start += os.write(self._fd, data[start : end or limit])
@@ -124,3 +128,18 @@ class LogStream:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll(_WRITABLE_TIMEOUT_MS)
+
+
+def free_bytes(fd: int) -> int:
+    """Return how many bytes a pipe takes at once, if nobody else writes to it. It may be negative.
+
+    A pipe has pages. A write goes on in the last page only if its rest fits there. So two pages
+    that follow each other have more than one page of bytes, and the first page may have been read
+    in part. What is no pipe takes a write as a whole, and the result is :data:`sys.maxsize`.
+    """
+    try:
+        size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return sys.maxsize
+    (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return size - 2 * int(unread) - 2 * mmap.PAGESIZE

@@ -424,10 +424,11 @@ class ContentService:
             source_request = replace(request, accept=accept)
         registry = self.registries[request.repository.upstream]
         source = ContentSource(registry, source_request, access_record)
-        are_parts_wanted = (
-            request.select_spans is not None and request.digest not in self._fetches.suspects
+        # After wrong bytes of a content were found, none of it is sent unverified.
+        may_request_aside = request.select_spans is not None and not self._fetches.suspects.of(
+            request.digest
         )
-        if are_parts_wanted:
+        if may_request_aside:
             running = self._fetches.find_active(request.digest)
             reader = await self._asides.open_unstored(running, source)
             if reader is not None:
@@ -445,7 +446,7 @@ class ContentService:
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)
-            if not are_parts_wanted:
+            if not may_request_aside:
                 return follower
             return await self._asides.attach(fetch, follower, source)
         except BaseException:

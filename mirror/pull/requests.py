@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Final, Protocol, TypeAlias
 
 from mirror.observability.events import Kind, RequestRecord
@@ -43,9 +42,12 @@ class ContentRequest:
     accept: tuple[str, ...] = ()
     """Media types of the client's ``Accept`` header, for a manifest."""
     select_spans: SpanSelector | None = None
-    """None: no part of the content is wanted by itself."""
+    """None: the client wants the whole content, or all from some byte on."""
 
-    proof_key = property(attrgetter("repository", "kind"), doc="The access that is proven.")
+    @property
+    def proof_key(self) -> ProofKey:
+        """The access that a response with the content proves."""
+        return self.repository, self.kind
 
     def first_byte(self, size: int | None) -> int:
         """Return the offset of the first wanted byte of content of this size. None: not known."""

@@ -44,6 +44,7 @@ class RunningFetches:
         self._make_reader = partial(ParallelReader, self.connections, store.memory, emit)
         self._active: dict[Digest, Fetch] = {}
         self.suspects = Suspects()
+        """Endpoints that sent wrong bytes."""
 
     def find_proven(self, request: ContentRequest) -> Ingest | None:
         """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
@@ -58,9 +59,10 @@ class RunningFetches:
 
         Raises:
             Draining: The process shuts down, so no fetch is started.
-            UpstreamRateLimited: The fetch waits for the pause of this repository's endpoints.
+            UpstreamRateLimited: This repository's endpoints asked for a pause, and the fetch waits
+                for it.
         """
-        suspects = self.suspects.get(source.request.digest) or {}
+        suspects = self.suspects.of(source.request.digest)
         is_suspect = source.request.repository.upstream in suspects.values()
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self.find_active(source.request.digest)
@@ -120,5 +122,5 @@ class RunningFetches:
             del self._active[fetch.ingest.digest]
 
     def _count_at(self, endpoint: str) -> int:
-        """Return the number of fetches that have got bytes from an endpoint last."""
+        """Return the number of fetches whose latest response came from an endpoint."""
         return sum(1 for fetch in self._active.values() if fetch.endpoint == endpoint)

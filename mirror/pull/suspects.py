@@ -18,14 +18,20 @@ _MAX_SUSPECTED_DIGESTS: Final = 1000
 """Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
 
 
-class Suspects(TTLCache[Digest, dict[str, str]]):
-    """{URL of the endpoint: its upstream} of all that sent wrong bytes, the latest one last."""
+class Suspects:
+    """The suspected endpoints, by the content of which they sent wrong bytes."""
 
     def __init__(self) -> None:
-        super().__init__(_MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S)
+        self._by_digest: TTLCache[Digest, dict[str, str]] = TTLCache(
+            _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
+        )
+
+    def of(self, digest: Digest) -> dict[str, str]:
+        """Return {URL of the endpoint: its upstream} of one content, the latest one last."""
+        return self._by_digest.get(digest) or {}
 
     def add(self, digest: Digest, endpoints: dict[str, str]) -> None:
         """Add endpoints of one content."""
-        earlier = self.get(digest) or {}
-        kept = {name: earlier[name] for name in earlier if name not in endpoints}
-        self[digest] = {**kept, **endpoints}
+        earlier = self.of(digest)
+        others = {url: earlier[url] for url in earlier if url not in endpoints}
+        self._by_digest[digest] = {**others, **endpoints}

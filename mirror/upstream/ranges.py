@@ -1,4 +1,4 @@
-"""Further ranges of content that is arriving.
+"""Requests for ranges of content over further connections.
 
 Lives here: where they are requested, and the checks of their responses. Must not know: which
 endpoint is asked, how many connections a fetch has, how a body is read.
@@ -27,8 +27,8 @@ from mirror.upstream.messages import AcceptedResponse
 from mirror.upstream.statuses import error_of
 from mirror.upstream.transport import retry_after_of
 
-_SAME_AGAIN: Final = (416, 429)
-"""Statuses of a client's error that another URL would not change."""
+_NOT_EXPIRED_STATUSES: Final = (416, 429)
+"""Statuses from 400 to 499 that another URL would not change."""
 
 
 class FurtherRanges:
@@ -64,11 +64,12 @@ class FurtherRanges:
     async def _send(self, stack: AsyncExitStack, headers: dict[str, str]) -> AcceptedResponse:
         """Send a request to where the first response came from. Renews an expired signed URL.
 
-        Storages respond with 400, 401, 403 or 410 to one that has expired.
+        Storages respond to an expired URL with different statuses (400, 401, 403, 404, 410). So each
+        status from 400 to 499 leads to a renewal, except those that another URL would not change.
         """
         destination = self._destination
         response = await stack.enter_async_context(self._first.repeat(headers, destination))
-        if not 400 <= response.http.status < 500 or response.http.status in _SAME_AGAIN:
+        if not 400 <= response.http.status < 500 or response.http.status in _NOT_EXPIRED_STATUSES:
             return response
         await stack.aclose()
         async with self._renewal:

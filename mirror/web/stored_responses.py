@@ -158,7 +158,8 @@ def _build_template(response: SingleWriteResponse) -> str:
     """Return the header of a response that was sent, to be filled in for each request.
 
     ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
-    milliseconds. aiohttp has sent these fields, so it has found no line break in them.
+    milliseconds. The id is before the durations, and the date after them, as in all responses.
+    aiohttp has sent these fields, so it has found no line break in them.
     """
     fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
     fields |= {"X-Request-Id": "%s", "Date": "%s"}

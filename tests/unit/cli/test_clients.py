@@ -256,6 +256,7 @@ def test_snapshotter_gets_the_host_of_each_upstream_as_its_mirror(name: str, pat
 @pytest.mark.parametrize("name", ["stargz", "soci"])
 def test_snapshotter_note_asks_for_a_host_of_each_other_upstream(name: str) -> None:
     note = setup(name).notes[0]
+    assert ("containerd-stargz-grpc before 0.19.0" in note) == (name == "stargz")
     assert "for ghcr.io, reg.example:5000, set upstreams.<registry>.hosts" in note
     hub = {"docker.io": UPSTREAMS["docker.io"]}
     notes = clients.client_setup(name, client_files.SetupOptions(PLAIN, hub)).notes

@@ -6,8 +6,11 @@ import fcntl
 import io
 import json
 import os
+import random
 import select
 import socket
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +20,7 @@ import pytest
 from mirror.config.settings import Log
 from mirror.observability import events
 from mirror.observability.library_logs import configure_logging
-from mirror.observability.log_stream import LogStream
+from mirror.observability.log_stream import LogStream, free_bytes
 from mirror.observability.logs import LogObserver
 from tests.real.process import wait_until
 
@@ -171,19 +174,44 @@ def test_only_writer_writes_many_lines_at_once_and_one_of_several_at_most_4_kib(
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")
-def test_stop_while_the_pipe_is_full_ends_with_a_whole_line() -> None:
-    """A process that ends meanwhile has written whole lines."""
-    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with reader, writer:
-        stream = LogStream(writer.fileno(), lambda count, error: None, is_shared=False)
-        stream.write(LINE * 5000)
-        sizes = [len(reader.recv(100_000))]
-        assert sizes[0] > select.PIPE_BUF
-        stream.close(0.01)
-        while sum(sizes) < 5000 * len(LINE):
-            sizes.append(len(reader.recv(100_000)))
-        stream.close(10)
-    assert max(sizes[len(sizes) // 2 :]) <= select.PIPE_BUF
+@pytest.mark.parametrize("before", [0, 1, 30])
+def test_stop_while_nobody_reads_the_pipe_ends_with_a_whole_line(before: int) -> None:
+    """A process that ends meanwhile has written what is in the pipe, and no more."""
+    pipe = Pipe()
+    stream = LogStream(pipe.write_end, lambda count, error: None, is_shared=False)
+    stream.write(LINE * before)
+    wait_until(lambda: unread(pipe) == before * len(LINE), "they are in the pipe", 10)
+    stream.write(LINE * 5000)
+    wait_until(lambda: unread(pipe) > 50_000, "it is nearly full", 10)
+    stream.close(0.05)
+    assert unread(pipe) % len(LINE) == 0
+    reader = pipe.read_all()
+    stream.close(10)
+    os.close(pipe.write_end)
+    reader.join(10)
+    assert pipe.received.decode() == LINE * (before + 5000)
+
+
+def unread(pipe: Pipe) -> int:
+    """Return the bytes that wait in a pipe."""
+    (count,) = struct.unpack("i", fcntl.ioctl(pipe.write_end, termios.FIONREAD, bytes(4)))
+    return int(count)
+
+
+def test_pipe_takes_at_once_what_is_said_to_be_free() -> None:
+    rng, pipe, tried = random.Random(3), Pipe(), 0
+    fcntl.fcntl(pipe.write_end, fcntl.F_SETFL, os.O_NONBLOCK)
+    for _ in range(5000):
+        if rng.random() < 0.3 and unread(pipe):
+            os.read(pipe.read_end, rng.choice([1, 100, 4096, 5000, 100_000]))
+            continue
+        free = free_bytes(pipe.write_end)
+        if free > 0:
+            count = min(free, rng.choice([1, 400, 2049, 4095, 4096, 4097, 9000, 100_000]))
+            assert os.write(pipe.write_end, bytes(count)) == count
+            tried += 1
+    assert tried > 1000
+    os.close(pipe.write_end)
 
 
 @pytest.mark.row("FE1-full-stdout-pipe")

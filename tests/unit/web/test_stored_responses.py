@@ -298,12 +298,15 @@ async def test_record_of_a_repetition_has_every_field_of_the_first_record() -> N
     values |= {"stages": [("index", 1.0)], "error": "", "warning": "", "joined_at_byte": None}
     values |= {"is_unverified": False, "aside_bytes": 0, "connections": 0, "late_parts": 0}
     first = RequestRecord(**values)
-    timing = {"Server-Timing": "index;dur=1.00, total;dur=2.00"}
-    response = SingleWriteResponse(timing, b"", lambda: True)
+    measured_fields = {"Server-Timing": "index;dur=1.00, total;dur=2.00", "Date": "<date>"}
+    header_fields = {"X-Request-Id": "<request_id>", **measured_fields}
+    response = SingleWriteResponse(header_fields, b"", lambda: True)
     stored = stored_responses.StoredResponse(response, first, "<request_id>")
     measured = {"client": "<client>", "started": 2.0, "first_byte": 3.0, "duration": 0.0}
-    record, _ = stored.reuse("<client>", 2.0, 3.0)
+    record, data = stored.reuse("<client>", 2.0, 3.0)
     assert record == replace(first, **measured, stages=[("index", 3.0)])
+    assert b"\r\nX-Request-Id: <request_id>\r\n" in data
+    assert b"\r\nServer-Timing: index;dur=3000.00, total;dur=3000.00\r\n" in data
 
 
 async def test_each_client_has_its_own_address_and_a_given_request_id_is_kept(
@@ -382,7 +385,9 @@ async def test_repetitions_are_counted_and_measured_as_other_requests_are(tmp_pa
         (a_request(TAG, "X: " + "a" * 5000), False),
     ],
 )
-def test_only_the_response_to_a_whole_request_without_a_body_may_be_stored(data: bytes, is_whole: bool) -> None:
+def test_only_the_response_to_a_whole_request_without_a_body_may_be_stored(
+    data: bytes, is_whole: bool
+) -> None:
     assert is_whole_request(data) is is_whole
 
 
