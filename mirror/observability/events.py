@@ -247,9 +247,11 @@ class PartCut:
     offset: int
 
 
-BackOffReason: TypeAlias = Literal["no_gain", "slow_ranges", "refused", "no_ranges", "failed"]
+BackOffReason: TypeAlias = Literal[
+    "no_gain", "slow_ranges", "refused", "reclaimed", "no_ranges", "failed"
+]
 """One more connection brought no more bytes, was slower than the plain response, got a 429 or a
-503, got no range, or got no data."""
+503, was needed by the first request for another blob, got no range, or failed."""
 
 
 @dataclass(frozen=True, slots=True)
