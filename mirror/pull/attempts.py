@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -103,8 +103,9 @@ class SourceAttempts:
     """Endpoints whose transfers broke without progress, the latest one last."""
     has_responded: bool = False
     """Whether the source has sent response headers at least once."""
-    has_sent_range: bool = False
-    """Whether a range of this content has brought bytes. Failures have other causes then."""
+    ranged_endpoints: set[str] = field(default_factory=set)
+    """URLs of endpoints whose ranges of this content have brought bytes: when they fail, ``Range``
+    is not the cause."""
     is_crowded: bool = False
     """Whether the latest request met connections of ours that help other fetches, and end now."""
     crowded: int = 0
@@ -119,6 +120,7 @@ class SourceAttempts:
     def begin(self, position: int, now: float) -> None:
         """Note that a transfer begins, with the byte at ``position``."""
         self.resumed_from, self.has_progressed, self.is_reading = position, False, False
+        self.is_crowded = False
         self.last_progress_at = self.last_progress_at or now
 
     def on_response(self, stream: ContentStream) -> None:
@@ -126,16 +128,16 @@ class SourceAttempts:
         self.is_reading = True
         self.validator, self.endpoint = stream.validator, stream.endpoint
 
-    def note_progress(self, now: float, position: int, *, has_range: bool) -> None:
+    def note_progress(self, now: float, position: int, ranged: Collection[str]) -> None:
         """Note that all bytes before ``position`` are there.
 
-        ``has_range``: whether some of them came by a request with ``Range``.
+        ``ranged``: URLs of the endpoints that have sent some of them in response to a ``Range``.
         """
         self.has_progressed = True
         self.failed_in_a_row = self.ranged_failures = 0
         self.refused_whole.clear()
         self.highest_position, self.last_progress_at = position, now
-        self.has_sent_range |= has_range
+        self.ranged_endpoints.update(ranged)
 
     @asynccontextmanager
     async def limit_stall(self, has_reader: bool) -> AsyncIterator[asyncio.Timeout]:
@@ -238,7 +240,7 @@ class SourceAttempts:
         causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
         refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
         failures = [one for one in causes if one not in refusals] if has_to_wait else [error]
-        has_failure = any(map(_may_depend_on_range, failures))
+        has_failure = any(map(self._may_depend_on_range, failures))
         if not is_ranged:
             whole = {one.endpoint for one in refusals if isinstance(one, REFUSALS)}
             self.refused_whole |= whole
@@ -246,10 +248,8 @@ class SourceAttempts:
                 self.is_range_suspected, self.may_use_range, self.ranged_failures = False, True, 0
             self.ranged_failures += has_failure
             return
-        if self.has_sent_range and not refusals:
-            return
         if failures and not (has_failure or refusals):
-            return  # No request with a token reached an endpoint.
+            return  # ``Range`` was not the cause.
         is_known = all(one.endpoint in self.refused_whole for one in refusals)
         if not has_failure and is_known and self.failed_in_a_row < _MAX_FAILED_IN_A_ROW:
             return
@@ -258,6 +258,16 @@ class SourceAttempts:
         is_last_try = self.failed_in_a_row >= _MAX_FAILED_IN_A_ROW
         if self.ranged_failures > _RANGED_ATTEMPTS or is_first_failed or is_last_try:
             self.is_range_suspected, self.may_use_range = not has_failure, False
+
+    def _may_depend_on_range(self, error: MirrorError) -> bool:
+        """Return whether ``Range`` may be the cause of a failure.
+
+        Not if no request with a token reached the endpoint, and not if that has sent right ranges.
+        """
+        if not isinstance(error, UpstreamUnavailable):
+            return True
+        is_reached = error.scope is not FailureScope.ENDPOINT and not error.is_without_token
+        return is_reached and error.endpoint not in self.ranged_endpoints
 
     def is_over(self, now: float, *, may_repeat: bool = False) -> bool:
         """Return whether the source is given up.
@@ -299,17 +309,6 @@ class SourceAttempts:
 
 class Preempted(UpstreamTimeout):
     """Another source is tried, because this one is slow, or has to wait after a 429."""
-
-
-def _may_depend_on_range(error: MirrorError) -> bool:
-    """Return whether ``Range`` may be the cause of a failure.
-
-    Not if no request with a token reached the endpoint.
-    """
-    is_reached = not isinstance(error, UpstreamUnavailable) or (
-        error.scope is not FailureScope.ENDPOINT
-    )
-    return is_reached and not error.is_without_token
 
 
 def _is_response(error: MirrorError) -> bool:

@@ -85,10 +85,11 @@ class ConnectionBudget:
         return accepted if self._clock() < until else MAX_PER_ENDPOINT
 
     def take_back(self, endpoint: str) -> int:
-        """Let all further connections to an endpoint end. It gets none for a while.
+        """Ask all transfers to close their further connections to an endpoint. They do in 0.1 s.
 
-        A first request has failed there, which may be because of them: upstreams and firewalls
-        limit the connections of one address.
+        It gets none for ten minutes. The request for another blob got a 429, a 5xx or no response
+        there, which may be because of them: upstreams and firewalls limit the connections of one
+        address.
 
         Returns:
             The number of further connections that end.
@@ -113,5 +114,8 @@ class ConnectionBudget:
         self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
 
     def on_no_ranges(self, endpoint: str) -> None:
-        """Remember that the endpoint sends no ranges, so that a further connection is useless."""
+        """Remember for ten minutes that ranges of this endpoint are of no use.
+
+        It ignores ``Range``, or its ranges are slow, fail, or have wrong bytes.
+        """
         self._accepted[endpoint] = 0, self._clock() + _REMEMBERED_S

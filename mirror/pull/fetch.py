@@ -348,8 +348,9 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    has_ranges = stream.start > 0 or bool(self._reader and self._reader.endpoints)
-                    attempts.note_progress(loop.time(), ingest.position, has_range=has_ranges)
+                    ranged = [stream.endpoint] if stream.start else []
+                    ranged += self._reader.endpoints if self._reader else ()
+                    attempts.note_progress(loop.time(), ingest.position, ranged)
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")

@@ -52,7 +52,7 @@ from mirror.observability.events import (
 from mirror.oci.errors import FailureScope, MirrorError, UpstreamTimeout
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.connection_failures import ConnectionFailures, Failure
-from mirror.pull.pieces import Piece, Pieces, piece_size
+from mirror.pull.pieces import Piece, Pieces, RequestSize, piece_size
 from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
 from mirror.pull.trial import Trial, TrialResult
@@ -139,7 +139,7 @@ class ParallelReader:
         return pieces
 
     @property
-    def room(self) -> int:
+    def free_memory(self) -> int:
         """Bytes that may be requested ahead now, beside what was requested."""
         return self.memory.free_ahead(_MEMORY_SHARE)
 
@@ -179,7 +179,7 @@ class _Transfer:
         self._failures: ConnectionFailures
         self._received_at = 0.0
         """Time of the latest chunk of any connection."""
-        self._first: Piece
+        self._plain: Piece
         """The piece of the response that the transfer began with."""
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._further = 0
@@ -196,10 +196,11 @@ class _Transfer:
         self._is_closed = False
 
     def end(self) -> None:
-        """End all tasks. Their group waits for them."""
+        """Cancel all tasks. Their group waits for them."""
         self._is_closed = True
         if self._trial is not None:
-            self._pieces.drop_trial()
+            self._trial = None  # That it is cancelled says nothing about ranges.
+            self._pieces.drop_ranges()
         for task in (*self._tasks.values(), *([self._ticker] if self._ticker else ())):
             task.cancel()
 
@@ -221,7 +222,7 @@ class _Transfer:
             count, front, data = len(pieces), pieces.front, pieces.pop()
             if front is not None and data is not None:
                 yielded_at = self._loop.time()
-                asked_at = None if front is self._first else front.asked_at
+                asked_at = None if front is self._plain else front.asked_at
                 self._failures.on_progress(yielded_at, len(data), asked_at)
                 if len(pieces) < count:
                     self._restore()  # There may be memory now.
@@ -248,18 +249,17 @@ class _Transfer:
     def _may_add(self) -> bool:
         reader = self._reader
         may_add = reader.connections.may_add(self._stream.endpoint)
-        return may_add and reader.room >= self._pieces.size
+        return may_add and reader.free_memory >= self._pieces.size
 
     def _begin(self, plain: AsyncIterator[bytes]) -> None:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
             self._trial = Trial(self._ramp.rate, self._pieces.missing, self._pieces.size)
-        self._pieces.is_trial = self._trial is not None
         now, registry = self._loop.time(), self._registry
         self._failures = ConnectionFailures(now, registry.idle, registry.min_rate)
-        self._first = self._pieces.begin_plain(now)
-        self._start(self._first, self._read_first(plain))
+        self._plain = self._pieces.begin_plain(now)
+        self._start(self._plain, self._read_first(plain))
         self._ticker = self._group.create_task(self._tick())
         self._restore()
 
@@ -295,24 +295,28 @@ class _Transfer:
         may_add = reader.connections.may_add(self._stream.endpoint)
         if has_to_wait or not is_wanted or (active and not may_add):
             return None
-        if (piece := self._claim(now, active, may_add=may_add)) is None:
+        if (piece := self._next_piece(now, active, may_add=may_add)) is None:
             return None
-        if not pieces.may_pause(piece) and piece.stop - piece.start > reader.room:
+        if not pieces.may_pause(piece) and piece.stop - piece.start > reader.free_memory:
             pieces.give_back(piece)
             return None
         self._start(piece, self._fetch(piece))
         self._hold_memory()
         return piece
 
-    def _claim(self, now: float, active: int, *, may_add: bool) -> Piece | None:
-        """Claim the piece of the next request. None: there is no gap."""
-        pieces, room, connections = self._pieces, self._reader.room, self._ramp.wanted
-        rate, rooms = self._ramp.rate_of_one, (room + pieces.ahead) // max(1, connections - 1)
+    def _next_piece(self, now: float, active: int, *, may_add: bool) -> Piece | None:
+        """Add the piece of the next request. None: there is no gap."""
+        pieces, memory, connections = self._pieces, self._reader.free_memory, self._ramp.wanted
         if self._trial is not None:
-            return pieces.claim_ahead(now, self._trial.lead, self._trial.request_bytes)
-        is_last = connections == 1 and not self._ramp.may_grow
-        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
-        return pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
+            return pieces.add_piece_ahead(now, self._trial.lead, self._trial.request_bytes)
+        size = RequestSize.USUAL
+        if connections == 1:
+            size = RequestSize.SIXTEEN if self._ramp.may_grow else RequestSize.REST
+        elif not active and not (may_add and memory >= pieces.size):
+            size = RequestSize.SIXTEEN
+        # Further connections share the memory, so that a large request does not stop the others.
+        memory_each = (memory + pieces.ahead) // max(1, connections - 1)
+        return pieces.add_piece(now, self._ramp.rate_of_one, connections, memory_each, size)
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
         """Start the task of a piece."""
@@ -341,7 +345,7 @@ class _Transfer:
         self._restore()
         is_waiting = self._failures.is_retrying or len(self._tasks) > 1
         if self._trial is not None and not is_waiting:
-            self._judge(is_last=True)  # There is no memory for another request.
+            self._judge(must_decide=True)  # No request follows: no memory, no connection, no gap.
         self._hold_memory()
         self._changed.set()
 
@@ -365,9 +369,9 @@ class _Transfer:
     async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
-            await self._read(self._first, self._stream, chunks)
+            await self._read(self._plain, self._stream, chunks)
         except MirrorError as error:
-            self._on_failure(self._first, error)
+            self._on_failure(self._plain, error)
 
     async def _read(
         self, piece: Piece, stream: ContentStream, chunks: AsyncIterator[bytes]
@@ -377,8 +381,8 @@ class _Transfer:
         async for chunk in chunks:
             now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk), stream.unread)
-            if piece.is_plain:
-                self._judge(is_last=pieces.has_met_trial(piece, len(chunk)))
+            if self._trial is not None and piece.is_plain:
+                self._judge(must_decide=pieces.meets_next(piece, len(chunk)))
             if self._trial is not None:
                 self._trial.receive(now, len(chunk), is_plain=piece.is_plain)
             is_complete = pieces.receive(piece, chunk, now)
@@ -401,58 +405,73 @@ class _Transfer:
 
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
         """Do what the failure of a connection demands."""
-        now, connections, ramp = self._loop.time(), self._reader.connections, self._ramp
+        now, budget, ramp = self._loop.time(), self._reader.connections, self._ramp
+        if piece.is_plain:
+            self._judge(must_decide=True, is_plain_broken=True)
         is_trial = self._trial is not None
-        if piece is self._first:
-            self._judge(is_last=True)  # Ranges may be known to be good.
-            is_trial = is_trial and ramp.wanted == 1
+        has_range = any(one.has_response and not one.is_plain for one in self._tasks)
         failure = Failure(
             error=error,
             asked_at=piece.asked_at,
             received=piece.received_until - piece.start,
             has_response=piece.has_response,
-            is_first=piece is self._first,
-            is_trial=is_trial,
-            is_last=piece.is_paced and len(self._tasks) == 1,
-            sent_at=self._received_at,
+            is_plain=piece.is_plain,
+            is_bad_trial=is_trial and (has_range if piece.is_plain else piece.has_response),
+            is_only_request=piece.is_paced and len(self._tasks) == 1,
+            received_at=self._received_at,
         )
         ramp.on_cut(now)
-        then = self._failures.on_failure(now, failure, ramp.wanted, is_adding=ramp.is_adding)
+        wanted = 1 if is_trial and piece.is_plain else ramp.wanted
+        then = self._failures.on_failure(now, failure, wanted, is_adding=ramp.is_adding)
         if then.refused_s is not None:
-            connections.on_refused(self._stream.endpoint, then.refused_s)
+            budget.on_refused(self._stream.endpoint, then.refused_s)
         elif then.is_useless:
-            connections.on_no_ranges(self._stream.endpoint)
-        if then.reason != "failed" or then.connections != ramp.wanted:
+            budget.on_no_ranges(self._stream.endpoint)
+        if then.connections < ramp.wanted:  # So it is if this failure ends a trial.
             self._back_off(then.reason, then.connections)
+        elif then.reason != "failed":
+            ramp.back_off(ramp.wanted)  # No addition follows.
+        if then.has_pause and self._plain.has_connection and self._pieces.front is self._plain:
+            self._drop_ranges()
 
-    def _judge(self, *, is_last: bool = False) -> None:
-        """End the trial if there is a verdict. ``is_last``: there has to be one."""
+    def _judge(self, *, must_decide: bool = False, is_plain_broken: bool = False) -> None:
+        """End the trial if there is a verdict.
+
+        Args:
+            must_decide: Whether there has to be one.
+            is_plain_broken: Whether the plain response has failed. Then only a good verdict counts:
+                otherwise :meth:`_on_failure` ends the trial.
+        """
         if (trial := self._trial) is None:
             return
-        missing = self._pieces.total - self._first.received_until
-        match trial.judge(self._loop.time(), missing, is_last=is_last):
-            case TrialResult.GOOD:
-                self._trial, self._pieces.is_trial = None, False
-                step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)
-                if step is Step.ADD and self._may_add():
-                    self._ramp.add()
-            case TrialResult.NO_GAIN:
-                self._back_off("no_gain", 1)
-            case TrialResult.SLOW:
-                self._reader.connections.on_no_ranges(self._stream.endpoint)
-                self._back_off("slow_ranges", 1)
+        missing = self._pieces.total - self._plain.received_until
+        verdict = trial.judge(self._loop.time(), missing, must_decide=must_decide)
+        if verdict is TrialResult.GOOD:
+            self._trial = None
+            step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)
+            if step is Step.ADD and self._may_add():
+                self._ramp.add()
+        elif verdict is TrialResult.NO_GAIN and not is_plain_broken:
+            self._back_off("no_gain", 1)
+        elif verdict is TrialResult.SLOW and not is_plain_broken:
+            self._reader.connections.on_no_ranges(self._stream.endpoint)
+            self._back_off("slow_ranges", 1)
 
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
         """Have fewer connections. Without any further one, a trial is over."""
         if self._trial is not None:
-            self._trial = None
-            for piece, task in self._tasks.items():
-                if not piece.is_plain:
-                    task.cancel()
-            self._pieces.drop_trial()
-            self._hold_memory()
+            self._drop_ranges()
         self._ramp.back_off(wanted)
         self._reader.emit(BackedOff(self._upstream, self._stream.endpoint, reason, wanted))
+
+    def _drop_ranges(self) -> None:
+        """Let the plain response bring the rest. Drop what others fetch, and have brought."""
+        self._trial = None
+        for piece, task in self._tasks.items():
+            if not piece.is_plain:
+                task.cancel()
+        self._pieces.drop_ranges()
+        self._hold_memory()
 
     # --- the clock ------------------------------------------------------------------------------
 
@@ -463,13 +482,13 @@ class _Transfer:
             now, pieces = self._loop.time(), self._pieces
             self._give_back_connections()
             for piece, task in self._tasks.items():
-                if pieces.is_passed(piece):
+                if pieces.is_overtaken(piece):
                     task.cancel()
             match self._ramp.evaluate(now, pieces.missing, pieces.size, pieces.latency or 0.0):
                 case Step.ADD if self._may_add():
                     self._ramp.add()
                 case Step.NO_GAIN:
-                    self._back_off("no_gain", self._ramp.wanted)
+                    self._back_off("no_gain", self._ramp.wanted - 1)
             self._judge()
             may_cut = self._trial is None and self._ramp.wanted > 1  # Others bring bytes.
             late = pieces.find_late(now) if may_cut else None
@@ -486,7 +505,7 @@ class _Transfer:
             self._changed.set()
 
     def _give_back_connections(self) -> None:
-        """End all connections but that of the front if a first request needs them."""
+        """End all connections but that of the front if the request for another blob needs them."""
         is_taken_back = self._reader.connections.is_taken_back(self._stream.endpoint)
         if not is_taken_back or self._ramp.wanted == 1:
             return

@@ -35,6 +35,7 @@ from mirror.oci.errors import (
     FailureScope,
     MirrorError,
     OutboundRefused,
+    StorageRefused,
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
@@ -425,8 +426,8 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
-        is_unanswered = isinstance(error, UpstreamRateLimited | UpstreamUnavailable)
-        if is_unanswered and not attempt.is_accepted and attempt.request.take_back(str(endpoint)):
+        may_be_crowded = not attempt.is_accepted and _may_depend_on_connections(error)
+        if may_be_crowded and attempt.request.take_back(str(endpoint)):
             circuit.record_cancellation(is_probe=is_probe)
             return
         match error:
@@ -450,6 +451,13 @@ class FailoverClient:
                 circuit.record_cancellation(is_probe=is_probe)
         if circuit.is_open != was_open:
             self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
+
+
+def _may_depend_on_connections(error: BaseException | None) -> bool:
+    """Return whether other connections of ours may have made a request to an endpoint fail."""
+    if not isinstance(error, UpstreamUnavailable) or isinstance(error, StorageRefused):
+        return False
+    return not error.is_without_token
 
 
 def _subject_of(request: RegistryRequest) -> Subject:

@@ -84,5 +84,7 @@ def test_pause_after_a_refusal_is_ten_minutes_at_most() -> None:
     clock = [0.0]
     budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
     budget.on_refused(ONE, 86_400.0)
+    clock[0] = 599.0
+    assert budget.is_paused(ONE)
     clock[0] = 600.0
     assert not budget.is_paused(ONE)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, PartCut
+from mirror.observability.events import BackedOff, Event, PartCut
 from mirror.oci.errors import UpstreamRateLimited, UpstreamUnavailable
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.store.ingest_writer import MemoryBudget
@@ -147,6 +147,39 @@ def test_limit_of_the_number_of_requests_is_waited_for(retry_after: float) -> No
     assert result.longest_wait < 2 * retry_after
     assert len(upstream.refused) <= 3
     assert result.happened(BackedOff)[-1].connections == 1
+
+
+@pytest.mark.parametrize("seconds", [0.5, 0.65, 0.82], ids=["asked", "response", "bytes"])
+def test_transfer_that_is_cancelled_during_the_trial_is_not_remembered_for_the_endpoint(
+    seconds: float,
+) -> None:
+    """A client that leaves, a full disk, or a shutdown says nothing about ranges."""
+
+    async def read() -> None:
+        loop, events = asyncio.get_running_loop(), list[Event]()
+        connections = ConnectionBudget(lambda endpoint: 1, loop.time)
+        upstream = Upstream(DATA, latency=0.15, begins_late=lambda n: 0.2 if n else 0.0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await transfer(upstream, connections=connections, events=events)
+        assert (len(upstream.asked), upstream.connections) == (1, 0)
+        assert [event for event in events if isinstance(event, BackedOff)] == []
+        assert connections.may_add(Stream.endpoint)
+
+    run_virtually(read())
+
+
+@pytest.mark.parametrize("has_response", [False, True])
+def test_plain_response_that_breaks_during_the_trial_tells_about_ranges_only_after_one_came(
+    has_response: bool,
+) -> None:
+    """Some upstreams close the older one of two connections."""
+    upstream = Upstream(DATA, error=BROKEN, latency=0.02 if has_response else 0.4)
+    upstream.breaks = lambda n: None if n else 5 * MIB
+    result = pull(upstream)
+    assert (len(upstream.asked), reasons(result)) == (2, ["failed"])
+    assert result.seconds <= 1.06 * ONE_S
+    assert result.reader.connections.may_add(Stream.endpoint) is not has_response
 
 
 def test_nothing_is_cut_while_one_connection_is_wanted() -> None:

@@ -53,6 +53,7 @@ def test_smaller_gain_is_measured_for_longer_and_then_taken_back_for_good() -> N
     ramp = added(1000)
     assert measure(ramp, 1.0, 1200) is Step.KEEP
     assert ramp.evaluate(1.0 + 2 * MEASURE_S, PLENTY, SIZE) is Step.NO_GAIN
+    ramp.back_off(ramp.wanted - 1)
     assert ramp.wanted == 1
     assert measure(ramp, 3.0, 5000) is Step.KEEP, "no more"
 

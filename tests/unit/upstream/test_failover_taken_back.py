@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 
-from mirror.oci.errors import BlobUnknown, UpstreamRateLimited
+from mirror.oci.errors import (
+    BlobUnknown,
+    MirrorError,
+    OutboundRefused,
+    StorageRefused,
+    UpstreamProtocolError,
+    UpstreamRateLimited,
+    UpstreamUnavailable,
+)
 from mirror.oci.reference import Digest
 from mirror.upstream.endpoints import FAILURE_THRESHOLD
 from tests.fakes.registry import FakeRegistry, Fault
@@ -40,9 +50,35 @@ async def test_failures_beside_further_connections_open_no_circuit() -> None:
             assert await kit.read(digest, take_back=lambda endpoint: 1) == DATA
 
 
-async def test_404_is_no_sign_of_too_many_connections() -> None:
+def without_token() -> MirrorError:
+    error = UpstreamUnavailable("500")
+    error.is_without_token = True
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_possible"),
+    [
+        (UpstreamUnavailable("reset"), True),
+        (UpstreamRateLimited("429"), True),
+        (without_token(), False),
+        (StorageRefused("403"), False),
+        (BlobUnknown("404"), False),
+        (UpstreamProtocolError("another size"), False),
+        (OutboundRefused("a private address"), False),
+    ],
+    ids=repr,
+)
+async def test_connections_are_taken_back_unless_the_failure_has_another_cause(
+    monkeypatch: pytest.MonkeyPatch, error: MirrorError, is_possible: bool
+) -> None:
+    asked = list[str]()
+
+    async def fail(*arguments: object) -> NoReturn:
+        raise error
+
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
-        asked = list[str]()
-        with pytest.raises(BlobUnknown):
-            await kit.read(Digest.of(b"other"), take_back=lambda url: asked.append(url) or 0)
-        assert asked == []
+        monkeypatch.setattr(kit.client, "_send_authorized", fail)
+        with pytest.raises(type(error)):
+            await kit.read(Digest.of(DATA), take_back=lambda url: asked.append(url) or 0)
+        assert bool(asked) is is_possible
