@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +26,7 @@ from mirror.oci.errors import (
     UpstreamUnavailable,
 )
 from mirror.pull.requests import REFUSALS, ContentSource
-from mirror.upstream.api import ContentStream
+from mirror.upstream.api import ContentStream, ReclaimConnections
 
 STALL_GRACE_S: Final = 15.0
 """Seconds without progress, beside ``limits.idle``, after which a source is given up. They are for
@@ -42,10 +42,11 @@ _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage. The
 seconds of ``wait_s`` are added."""
 REPEAT_AFTER_S: Final = 1.0, 2.0
-"""Least and most seconds before a request is sent again that has failed beside further connections:
-these end at once, but an upstream may count them for a moment."""
-_MAX_CROWDED: Final = 3
-"""Times that a request is sent again for this reason."""
+"""Bounds, in seconds, of the random wait before a request is sent again that failed while we had
+further connections to the endpoint. These are closed at once, but an upstream may count them for a
+moment."""
+_MAX_REPEATS: Final = 3
+"""Times that a request of one source is sent again because of our own further connections."""
 _RANGE_REFUSALS: Final = (UpstreamProtocolError, StorageRefused, *REFUSALS)
 """Errors that a server may respond with because of ``Range``."""
 
@@ -106,11 +107,12 @@ class SourceAttempts:
     ranged_endpoints: set[str] = field(default_factory=set)
     """URLs of endpoints whose ranges of this content have brought bytes: when they fail, ``Range``
     is not the cause."""
-    is_crowded: bool = False
-    """Whether the latest request met connections of ours that help other fetches, and end now."""
-    crowded: int = 0
-    """How often that was so."""
-    is_reading: bool = False
+    has_reclaimed: bool = False
+    """Whether the latest request has failed beside further connections of other fetches, which are
+    closed now."""
+    repeats: int = 0
+    """How often a request was sent again for that."""
+    transfer_has_response: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
     is_preempted: bool = False
     """Whether another source has taken its place. It is tried again after all new sources."""
@@ -119,13 +121,13 @@ class SourceAttempts:
 
     def begin(self, position: int, now: float) -> None:
         """Note that a transfer begins, with the byte at ``position``."""
-        self.resumed_from, self.has_progressed, self.is_reading = position, False, False
-        self.is_crowded = False
+        self.resumed_from, self.has_progressed = position, False
+        self.transfer_has_response = self.has_reclaimed = False
         self.last_progress_at = self.last_progress_at or now
 
     def on_response(self, stream: ContentStream) -> None:
         """Note that the transfer has got a response."""
-        self.is_reading = True
+        self.transfer_has_response = True
         self.validator, self.endpoint = stream.validator, stream.endpoint
 
     def note_progress(self, now: float, position: int, ranged: Collection[str]) -> None:
@@ -156,20 +158,22 @@ class SourceAttempts:
                 f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
             ) from None
 
-    def take_back(self, take_back: Callable[[str], int], endpoint: str) -> int:
-        """Call ``take_back``, and note its result (:meth:`mirror.upstream.api.Registry.open`)."""
-        count = take_back(endpoint) if self.crowded < _MAX_CROWDED else 0
-        self.is_crowded |= count > 0
-        return count
+    def reclaim(self, from_others: ReclaimConnections, endpoint: str) -> bool:
+        """Call ``from_others``, and note its result. Not after :data:`_MAX_REPEATS` repeats."""
+        if self.repeats >= _MAX_REPEATS or not from_others(endpoint):
+            return False
+        self.has_reclaimed = True
+        return True
 
-    def may_repeat_soon(self) -> bool:
-        """Return whether the latest request is sent again after :data:`REPEAT_AFTER_S`.
+    def begin_repeat(self) -> bool:
+        """Use up one repeat. Returns True if the latest request is sent again.
 
-        It may have failed because of connections of ours, which have ended by then.
+        It may have failed because of connections of ours, which are closed by then. The caller
+        waits for a time within :data:`REPEAT_AFTER_S`.
         """
-        is_crowded, self.is_crowded = self.is_crowded, False
-        self.crowded += is_crowded
-        return is_crowded
+        is_repeated, self.has_reclaimed = self.has_reclaimed, False
+        self.repeats += is_repeated
+        return is_repeated
 
     def preempt(self, now: float, position: int) -> None:
         """Note that another source takes the place of this one."""
@@ -198,11 +202,12 @@ class SourceAttempts:
                 after a 429 are waited for. Any other client may use its next mirror.
         """
         self.error = error
-        if isinstance(error, UpstreamRateLimited) and self.is_reading and has_reader:
+        if isinstance(error, UpstreamRateLimited) and self.transfer_has_response and has_reader:
             # Nothing but the number of connections of this transfer is the cause.
             wait_s = error.next_request_in if error.retry_after is None else error.retry_after
-            self.wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
-            if now + self.wait_s < self._ends_at:
+            wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
+            if now + wait_s < self._ends_at:
+                self.wait_s = wait_s
                 return
         is_ranged = self.may_use_range and self.resumed_from > 0
         self.is_refused = isinstance(error, REFUSALS) and not is_ranged
@@ -291,7 +296,7 @@ class SourceAttempts:
         """Time at which the source is given up without progress."""
         return self.last_progress_at + self.stall_limit_s
 
-    def resumed(self, position: int, error: MirrorError) -> Resumed:
+    def resumed_event(self, position: int, error: MirrorError) -> Resumed:
         """Return the event of a transfer that ended with ``error`` and is resumed."""
         upstream = self.source.request.repository.upstream
         return Resumed(upstream, position, isinstance(error, UpstreamProtocolError), error.message)

@@ -46,7 +46,7 @@ from mirror.observability.events import (
     ConnectionsChanged,
     Kind,
     Observer,
-    PartCut,
+    PieceCut,
     RequestRecord,
 )
 from mirror.oci.errors import FailureScope, MirrorError, UpstreamTimeout
@@ -494,7 +494,7 @@ class _Transfer:
             late = pieces.find_late(now) if may_cut else None
             if late is not None and late in self._tasks:
                 self._reader.emit(
-                    PartCut(self._upstream, self._stream.endpoint, late.received_until)
+                    PieceCut(self._upstream, self._stream.endpoint, late.received_until)
                 )
                 self._reader.pull.late_parts += 1
                 self._ramp.on_cut(now)
@@ -506,8 +506,8 @@ class _Transfer:
 
     def _give_back_connections(self) -> None:
         """End all connections but that of the front if the request for another blob needs them."""
-        is_taken_back = self._reader.connections.is_taken_back(self._stream.endpoint)
-        if not is_taken_back or self._ramp.wanted == 1:
+        is_reclaimed = self._reader.connections.is_reclaimed(self._stream.endpoint)
+        if not is_reclaimed or self._ramp.wanted == 1:
             return
         self._back_off("reclaimed", 1)
         for piece, task in self._tasks.items():

@@ -426,8 +426,8 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
-        may_be_crowded = not attempt.is_accepted and _may_depend_on_connections(error)
-        if may_be_crowded and attempt.request.take_back(str(endpoint)):
+        may_be_our_limit = not attempt.is_accepted and _may_depend_on_connections(error)
+        if may_be_our_limit and attempt.request.reclaim(str(endpoint)):
             circuit.record_cancellation(is_probe=is_probe)
             return
         match error:
@@ -462,7 +462,7 @@ def _may_depend_on_connections(error: BaseException | None) -> bool:
 
 def _subject_of(request: RegistryRequest) -> Subject:
     """Return the requests that a failure of this one counts for."""
-    kind = f"{request.kind.value} part" if request.is_part else request.kind.value
+    kind = f"{request.kind.value} range" if request.is_range else request.kind.value
     return Subject(f"{request.method} {kind}", request.repository.path)
 
 

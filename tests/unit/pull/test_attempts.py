@@ -247,7 +247,7 @@ def test_range_is_kept_while_an_endpoint_fails_whose_ranges_have_brought_bytes(
     state = attempts(resumed_from=1)
     state.note_progress(100.0, 2000, ["http://one"] if is_ranged else ["http://two"])
     state.begin(2000, 100.0)
-    state.is_reading, error.endpoint = is_reading, "http://one"
+    state.transfer_has_response, error.endpoint = is_reading, "http://one"
     for beside_a_pause in (False, True) * 3:
         state.count_failure(limited(error) if beside_a_pause else error, 100.0, has_reader=True)
     assert state.may_use_range is is_ranged
@@ -271,7 +271,7 @@ def test_range_is_kept_after_failures_that_have_another_cause() -> None:
 def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     retry_after: float | None, least: float
 ) -> None:
-    state = attempts(is_reading=True)
+    state = attempts(transfer_has_response=True)
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after), 100.0, has_reader=True)
     assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
     assert state.is_over(145.0), "the source is given up after the stall limit"
@@ -345,18 +345,18 @@ def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_f
     assert state.is_over(100.0)
 
 
-def test_request_that_met_our_own_connections_is_repeated_soon_three_times() -> None:
+def test_request_that_fails_beside_our_own_connections_is_repeated_3_times() -> None:
     state, repeated = attempts(), 0
-    while state.take_back(lambda endpoint: 3, "https://one.example"):
-        repeated += state.may_repeat_soon()
-        assert not state.may_repeat_soon()
+    while state.reclaim(lambda endpoint: True, "https://one.example"):
+        repeated += state.begin_repeat()
+        assert not state.begin_repeat()
         assert (state.error, state.failed_in_a_row) == (None, 0), "clients that come now wait, too"
     assert repeated == 3
-    assert not attempts().take_back(lambda endpoint: 0, "https://one.example")
+    assert not attempts().reclaim(lambda endpoint: False, "https://one.example")
 
 
-def test_failure_after_a_request_that_met_our_own_connections_at_another_endpoint_counts() -> None:
+def test_failure_after_one_beside_our_own_connections_at_another_endpoint_counts() -> None:
     state = attempts()
-    assert state.take_back(lambda endpoint: 3, "https://one.example")
+    assert state.reclaim(lambda endpoint: True, "https://one.example")
     state.begin(0, 100.0)
-    assert not state.may_repeat_soon()
+    assert not state.begin_repeat()

@@ -49,7 +49,7 @@ def test_gain_of_a_quarter_permits_the_next_connection() -> None:
     assert ramp.wanted == 2
 
 
-def test_smaller_gain_is_measured_for_longer_and_then_taken_back_for_good() -> None:
+def test_smaller_gain_is_measured_for_longer_and_then_undone_for_good() -> None:
     ramp = added(1000)
     assert measure(ramp, 1.0, 1200) is Step.KEEP
     assert ramp.evaluate(1.0 + 2 * MEASURE_S, PLENTY, SIZE) is Step.NO_GAIN

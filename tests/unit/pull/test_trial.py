@@ -75,7 +75,9 @@ def test_good_first_request_is_followed_by_usual_ones() -> None:
         "plain-one-starves",
     ],
 )
-def test_verdict(share: float, plain: float, latency: float, verdict: TrialResult) -> None:
+def test_trial_is_decided_by_both_rates_and_the_latency(
+    share: float, plain: float, latency: float, verdict: TrialResult
+) -> None:
     assert arrive(a_trial(), share=share, plain=plain, latency=latency) is verdict
 
 

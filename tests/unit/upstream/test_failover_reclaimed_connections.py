@@ -1,4 +1,4 @@
-"""First requests that fail beside further connections of ours, which are taken back then."""
+"""Initial requests that fail beside further connections of ours, which are reclaimed then."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ async def test_429_beside_further_connections_begins_no_pause(has_further: bool)
         digest, asked = fake.add_blob(DATA), list[str]()
         fake.fault(f"blobs/{digest}", Fault(status=429, headers={"Retry-After": "30"}))
 
-        def take_back(endpoint: str) -> int:
+        def reclaim(endpoint: str) -> bool:
             asked.append(endpoint)
             return has_further
 
         with pytest.raises(UpstreamRateLimited):
-            await kit.read(digest, take_back=take_back)
+            await kit.read(digest, reclaim=reclaim)
         assert asked == [fake.url]
         if has_further:
             assert await kit.read(digest) == DATA
@@ -47,7 +47,7 @@ async def test_failures_beside_further_connections_open_no_circuit() -> None:
         digest = fake.add_blob(DATA)
         for _ in range(2 * FAILURE_THRESHOLD):
             fake.fault(f"blobs/{digest}", Fault(status=503))
-            assert await kit.read(digest, take_back=lambda endpoint: 1) == DATA
+            assert await kit.read(digest, reclaim=lambda endpoint: True) == DATA
 
 
 def without_token() -> MirrorError:
@@ -69,10 +69,14 @@ def without_token() -> MirrorError:
     ],
     ids=repr,
 )
-async def test_connections_are_taken_back_unless_the_failure_has_another_cause(
+async def test_connections_are_reclaimed_unless_the_failure_has_another_cause(
     monkeypatch: pytest.MonkeyPatch, error: MirrorError, is_possible: bool
 ) -> None:
     asked = list[str]()
+
+    def reclaim(endpoint: str) -> bool:
+        asked.append(endpoint)
+        return False
 
     async def fail(*arguments: object) -> NoReturn:
         raise error
@@ -80,5 +84,5 @@ async def test_connections_are_taken_back_unless_the_failure_has_another_cause(
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         monkeypatch.setattr(kit.client, "_send_authorized", fail)
         with pytest.raises(type(error)):
-            await kit.read(Digest.of(DATA), take_back=lambda url: asked.append(url) or 0)
+            await kit.read(Digest.of(DATA), reclaim=reclaim)
         assert bool(asked) is is_possible
