@@ -41,6 +41,7 @@ from mirror.pull.aside import (
     pause_after,
 )
 from mirror.pull.part_readers import AsideReader, PartsReader
+from mirror.store.follower import Follower
 from mirror.store.reader import Reader
 from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, PullKit, a_pull, blob, pull_kit
 from tests.unit.store.kit import random_bytes, read
@@ -531,8 +532,7 @@ async def test_part_that_has_left_the_memory_of_a_fetch_starts_no_second_one(
     async with lazy_pull(tmp_path, FULL) as lazy:
         async with asyncio.TaskGroup() as group:
             whole = await lazy.kit.service.blob(REPO, lazy.digest, a_pull(), is_head=False)
-            assert whole.source is not None
-            assert not isinstance(whole.source, bytes)
+            assert isinstance(whole.source, Follower)
             await whole.source.wait(0, 1)
             position = whole.source.arrived
             reading = group.create_task(read(whole.source, position, SIZE))
@@ -606,7 +606,7 @@ async def test_read_outside_of_the_parts_of_content_that_is_not_stored_is_an_err
     async with unstored_pull(tmp_path) as lazy:
         reader, _ = await lazy.open(range_of(TAIL))
         assert isinstance(reader, PartsReader)
-        assert (reader.digest, reader.size, reader.arrived) == (lazy.digest, SIZE, 0)
+        assert (reader.digest, await reader.wait_for_size()) == (lazy.digest, SIZE)
         with pytest.raises(ContentLost):
             await reader.wait(0, 1)
         assert await reader.wait(SIZE, SIZE) is None
