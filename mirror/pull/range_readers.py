@@ -94,10 +94,9 @@ class RangesReader:
         """Bytes of the whole content."""
         return self._size
 
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting, at the start of the content."""
-        return 0
+    async def wait_for_size(self) -> int | None:
+        """Return the size."""
+        return self._size
 
     async def wait_for_all(self) -> None:
         """Wait until all spans have arrived. Raises the error of a request that failed."""
@@ -157,11 +156,6 @@ class AsideReader(RangesReader):
         assert follower.size is not None
         super().__init__(follower.size, asides, pull, release)
         self._follower = follower
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting, at the start of the content."""
-        return self._follower.arrived
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`)."""

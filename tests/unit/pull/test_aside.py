@@ -42,6 +42,7 @@ from mirror.pull.aside import (
     result_of,
 )
 from mirror.pull.range_readers import AsideReader, RangesReader
+from mirror.store.follower import Follower
 from mirror.store.reader import Reader
 from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, PullKit, a_pull, blob, pull_kit
 from tests.unit.store.kit import random_bytes, read
@@ -534,8 +535,7 @@ async def test_range_that_has_left_the_memory_of_a_fetch_starts_no_second_one(
     async with lazy_pull(tmp_path, FULL) as lazy:
         async with asyncio.TaskGroup() as group:
             whole = await lazy.kit.service.blob(REPO, lazy.digest, a_pull(), is_head=False)
-            assert whole.content is not None
-            assert not isinstance(whole.content, bytes)
+            assert isinstance(whole.content, Follower)
             await whole.content.wait(0, 1)
             position = whole.content.arrived
             reading = group.create_task(read(whole.content, position, SIZE))
@@ -609,7 +609,7 @@ async def test_read_outside_of_the_ranges_of_content_that_is_not_stored_is_an_er
     async with unstored_pull(tmp_path) as lazy:
         reader, _ = await lazy.open(range_of(TAIL))
         assert isinstance(reader, RangesReader)
-        assert (reader.digest, reader.size, reader.arrived) == (lazy.digest, SIZE, 0)
+        assert (reader.digest, await reader.wait_for_size()) == (lazy.digest, SIZE)
         with pytest.raises(ContentLost):
             await reader.wait(0, 1)
         assert await reader.wait(SIZE, SIZE) is None
