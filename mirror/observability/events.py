@@ -260,7 +260,7 @@ BackOffReason: TypeAlias = Literal[
 - ``slow_ranges``: a range had less than 0.8 of the rate of the plain response, or brought nothing
   in time.
 - ``rate_limited``: 429 or 503.
-- ``reclaimed``: the initial request of another blob failed at this endpoint.
+- ``reclaimed``: the initial request of another blob got a 429, a 503 or no response here.
 - ``no_ranges``: the response was not the range.
 - ``failed``: ranges failed twice in a row, three times within 16, or during the trial."""
 

@@ -41,6 +41,8 @@ _PAUSE_UNIT_S: Final = 0.05
 _MAX_PAUSE_S: Final = 2.0
 """Seconds at most between two transfers, so that a fetch resumes soon after a short outage. The
 seconds of ``wait_s`` are added."""
+_MAX_LATE_PAUSE_S: Final = 5.0
+"""The same after so many failures that only a client with bytes is a reason to go on."""
 REPEAT_AFTER_S: Final = 1.0, 2.0
 """Bounds, in seconds, of the random wait before a request is sent again that failed while we had
 further connections to the endpoint. These are closed at once, but an upstream may count them for a
@@ -107,6 +109,10 @@ class SourceAttempts:
     ranged_endpoints: set[str] = field(default_factory=set)
     """URLs of endpoints whose ranges of this content have brought bytes: when they fail, ``Range``
     is not the cause."""
+    has_split: bool = False
+    """Whether further connections have brought bytes. The plain response was given up for them, and
+    would have needed no further request. So as long as a client would be cut off, nothing is final
+    but the stall limit."""
     has_reclaimed: bool = False
     """Whether the latest request has failed beside further connections of other fetches, which are
     closed now."""
@@ -130,11 +136,18 @@ class SourceAttempts:
         self.transfer_has_response = True
         self.validator, self.endpoint = stream.validator, stream.endpoint
 
-    def note_progress(self, now: float, position: int, ranged: Collection[str]) -> None:
+    def note_progress(
+        self, now: float, position: int, ranged: Collection[str], *, has_split: bool = False
+    ) -> None:
         """Note that all bytes before ``position`` are there.
 
-        ``ranged``: URLs of the endpoints that have sent some of them in response to a ``Range``.
+        Args:
+            now: The time.
+            position: Offset in the content, in bytes.
+            ranged: URLs of the endpoints that have sent some of them in response to a ``Range``.
+            has_split: Whether further connections have.
         """
+        self.has_split |= has_split
         self.has_progressed = True
         self.failed_in_a_row = self.ranged_failures = 0
         self.refused_whole.clear()
@@ -210,7 +223,8 @@ class SourceAttempts:
                 self.wait_s = wait_s
                 return
         is_ranged = self.may_use_range and self.resumed_from > 0
-        self.is_refused = isinstance(error, REFUSALS) and not is_ranged
+        is_known = error.endpoint in self.ranged_endpoints
+        self.is_refused = isinstance(error, REFUSALS) and (is_known or not is_ranged)
         pause_s = error.next_request_in or 0.0
         may_wait = has_reader and now + pause_s < self._ends_at
         is_wait = isinstance(error, AllCircuitsOpen) and self.has_responded
@@ -238,6 +252,9 @@ class SourceAttempts:
 
         A 429 tells nothing about ``Range``, but the responses of other endpoints do.
         """
+        is_ranged_endpoint = error.endpoint in self.ranged_endpoints
+        if isinstance(error, (StorageRefused, *REFUSALS)) and is_ranged_endpoint:
+            return  # ``Range`` was not the cause.
         if isinstance(error, _RANGE_REFUSALS):
             self.is_range_suspected, self.may_use_range, self.validator = False, False, None
             return
@@ -285,10 +302,11 @@ class SourceAttempts:
             may_repeat: Whether it is repeated nevertheless: a client would be cut off, and there is
                 no other source.
         """
-        if self.is_refused or now >= self._ends_at:
+        is_patient = self.has_split and may_repeat
+        if now >= self._ends_at or (self.is_refused and not is_patient):
             return True
         may_begin = self.has_responded or self.has_just_dropped_range or may_repeat
-        has_failed_often = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
+        has_failed_often = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW and not is_patient
         return self.wait_s is None and (has_failed_often or not may_begin)
 
     @property
@@ -306,7 +324,9 @@ class SourceAttempts:
 
         They are random, so that fetches which broke together do not resume together.
         """
-        most = min(_MAX_PAUSE_S, _PAUSE_UNIT_S * 2**self.failed_in_a_row)
+        is_long_outage = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW
+        most = _MAX_LATE_PAUSE_S if is_long_outage else _MAX_PAUSE_S
+        most = min(most, _PAUSE_UNIT_S * 2 ** min(self.failed_in_a_row, 10))
         if self.wait_s is not None:
             most = _MAX_PAUSE_S
         return (self.wait_s or 0.0) + random.uniform(0, most)  # noqa: S311 - jitter, not a secret

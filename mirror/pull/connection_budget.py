@@ -87,7 +87,7 @@ class ConnectionBudget:
     def reclaim(self, endpoint: str) -> bool:
         """Ask all transfers to close their further connections to an endpoint. They do in 0.1 s.
 
-        It gets none for ten minutes. The request for another blob got a 429, a 5xx or no response
+        It gets none for ten minutes. The request for another blob got a 429, a 503 or no response
         there, which may be because of them: upstreams and firewalls limit the connections of one
         address.
 

@@ -348,9 +348,11 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    ranged = [stream.endpoint] if stream.start else []
-                    ranged += self._reader.endpoints if self._reader else ()
-                    attempts.note_progress(loop.time(), ingest.position, ranged)
+                    split = self._reader.endpoints if self._reader else set()
+                    ranged = {stream.endpoint, *split} if stream.start else split
+                    attempts.note_progress(
+                        loop.time(), ingest.position, ranged, has_split=bool(split)
+                    )
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")

@@ -20,6 +20,9 @@ MEASURE_S: Final = 0.4
 GAIN: Final = 1.25
 """Factor by which one more connection must raise the whole rate. The fourth one can raise it by a
 third at most."""
+_MAX_FALL: Final = 0.9
+"""Part of the rate before an addition below which the addition has made it fall: a disk that seeks,
+or a server that slows down an address with many connections."""
 _MIN_REMAINING_S: Final = 1.0
 """Seconds that the rest must take, at the current rate, to be worth a further connection."""
 _MAX_PAUSED: Final = 0.5
@@ -61,8 +64,8 @@ class Ramp:
         """Bytes per second of all connections, as it was last measured."""
         self._plain_rate = 0.0
         """Bytes per second of the plain response before it was closed. While all connections
-        together bring less than a quarter more, none is closed: they may have reached slow nodes,
-        and with fewer the fetch would be slower than at the start."""
+        together bring less than a quarter more, none is closed unless it made the rate fall: they
+        may have reached slow nodes, and with fewer the fetch would be slower than at the start."""
         self.is_adding = False
         """Whether the last addition has not been judged."""
         self._limit = limit
@@ -123,7 +126,8 @@ class Ramp:
             return Step.KEEP
         seconds = now - self._since
         rate = self._bytes / seconds
-        has_gain = rate >= GAIN * self.rate or rate < GAIN * self._plain_rate
+        is_slow_anyway = _MAX_FALL * self.rate <= rate < GAIN * self._plain_rate
+        has_gain = rate >= GAIN * self.rate or is_slow_anyway
         if self.is_adding and not has_gain:
             if seconds < max(2 * MEASURE_S, _MIN_LATENCIES * latency):
                 return Step.KEEP  # A connection that was replaced meanwhile may have cost some.

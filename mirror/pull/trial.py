@@ -73,7 +73,7 @@ class Trial:
             size: Bytes of a usual request.
         """
         self._size = size
-        self._first_bytes = max(_MIN_BYTES, missing // _COST)
+        self._first_bytes = max(_MIN_BYTES, min(size, missing // _COST))
         """Bytes of the first request."""
         self.latency = 0.0
         """Seconds that its response took."""

@@ -41,9 +41,9 @@ sends one byte for each connection would be retried for ever."""
 
 ReclaimConnections: TypeAlias = Callable[[str], bool]
 """Called with the URL of an endpoint to which a request has failed before an accepted response: by
-a 429, a 5xx, a timeout or a broken connection. Not if a token service has failed, or a storage has
-refused. Returns True if we close further connections to the endpoint, since they may be the cause.
-Then the failure is not reported to the circuit breaker, and a 429 starts no pause."""
+a 429, a 503, or no response. Returns True if we close further connections to the endpoint, since
+they may be the cause. Then the failure is not reported to the circuit breaker, and a 429 starts no
+pause."""
 
 
 def keep_connections(endpoint: str) -> bool:

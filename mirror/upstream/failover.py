@@ -35,7 +35,6 @@ from mirror.oci.errors import (
     FailureScope,
     MirrorError,
     OutboundRefused,
-    StorageRefused,
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
@@ -67,6 +66,9 @@ from mirror.upstream.transport import (
 
 T = TypeVar("T")
 
+_TOO_MANY_CONNECTIONS: Final = (0, 429, 503)
+"""Statuses of an endpoint, or of a firewall before it, that limits the connections of one address.
+0: no response."""
 _ACCESS_REFUSED: Final = (401, 403)
 """Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
 
@@ -82,6 +84,8 @@ class _Attempt:
     is_repeat: bool
     """Whether the same request was sent to this endpoint before."""
     limit: ResponseLimit
+    status: int = 0
+    """Status of its response. 0: it had none."""
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
     is_accepted: bool = False
@@ -308,6 +312,7 @@ class FailoverClient:
         async with AsyncExitStack() as stack:
             try:
                 response = await self._send_authorized(stack, attempt)
+                attempt.status = response.http.status
                 accepted = AcceptedResponse(
                     response.http,
                     response.destination,
@@ -426,8 +431,7 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
-        may_be_our_limit = not attempt.is_accepted and _may_depend_on_connections(error)
-        if may_be_our_limit and attempt.request.reclaim(str(endpoint)):
+        if _may_depend_on_connections(attempt, error) and attempt.request.reclaim(str(endpoint)):
             circuit.record_cancellation(is_probe=is_probe)
             return
         match error:
@@ -453,11 +457,10 @@ class FailoverClient:
             self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
 
 
-def _may_depend_on_connections(error: BaseException | None) -> bool:
+def _may_depend_on_connections(attempt: _Attempt, error: BaseException | None) -> bool:
     """Return whether other connections of ours may have made a request to an endpoint fail."""
-    if not isinstance(error, UpstreamUnavailable) or isinstance(error, StorageRefused):
-        return False
-    return not error.is_without_token
+    is_failure = isinstance(error, UpstreamUnavailable) and not error.is_without_token
+    return is_failure and attempt.status in _TOO_MANY_CONNECTIONS
 
 
 def _subject_of(request: RegistryRequest) -> Subject:

@@ -355,6 +355,34 @@ def test_request_that_fails_beside_our_own_connections_is_repeated_3_times() -> 
     assert not attempts().reclaim(lambda endpoint: False, "https://one.example")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        Denied("403"),
+        Unauthorized("401"),
+        BlobUnknown("404"),
+        StorageRefused("403"),
+        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+    ],
+    ids=repr,
+)
+def test_source_that_was_read_by_several_connections_has_until_the_stall_limit_for_a_request(
+    error: MirrorError,
+) -> None:
+    """Its plain response, which would have needed no further request, was given up for ranges."""
+    state = attempts(resumed_from=1)
+    error.endpoint = "http://one"
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(20):
+        state.begin(2000, 100.0)
+        state.count_failure(error, 100.0, has_reader=True)
+        assert not state.is_over(144.0, may_repeat=True)
+        assert state.may_use_range
+        assert state.pause() <= 5.0
+    assert state.is_over(145.0, may_repeat=True)
+    assert state.is_over(100.0), "another source can be tried, or no client has a byte"
+
+
 def test_failure_after_one_beside_our_own_connections_at_another_endpoint_counts() -> None:
     state = attempts()
     assert state.reclaim(lambda endpoint: True, "https://one.example")

@@ -80,6 +80,12 @@ def test_bad_ranges_cost_at_most_3_percent_with_little_memory_too(kind: str, mem
     assert result.memory <= memory
 
 
+def test_blob_of_more_than_a_hundred_times_the_memory_is_read_by_several_connections() -> None:
+    upstream = Upstream(DATA)
+    pull(upstream, parallel=Parallel(part=65_536), memory=MemoryBudget(700_000))
+    assert upstream.most > 1
+
+
 def test_bad_ranges_are_remembered_for_the_other_blobs_of_the_endpoint_for_ten_minutes() -> None:
     async def read() -> list[int]:
         loop, asked = asyncio.get_running_loop(), []

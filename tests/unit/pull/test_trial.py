@@ -41,6 +41,7 @@ def test_first_request_costs_a_hundredth_of_the_blob_and_is_far_ahead() -> None:
     trial = a_trial()
     assert (trial.request_bytes, trial.lead) == (MISSING // 100, int(1.5 * RATE))
     assert a_trial(missing=20_000_000).request_bytes == 256 * 1024
+    assert a_trial(missing=10_000_000_000).request_bytes == SIZE, "more needs too much memory"
     assert a_trial(missing=20_000_000).lead == 10_000_000
 
 

@@ -10,7 +10,6 @@ from mirror.oci.errors import (
     BlobUnknown,
     MirrorError,
     OutboundRefused,
-    StorageRefused,
     UpstreamProtocolError,
     UpstreamRateLimited,
     UpstreamUnavailable,
@@ -42,6 +41,27 @@ async def test_429_beside_further_connections_begins_no_pause(has_further: bool)
                 await kit.read(digest)
 
 
+@pytest.mark.parametrize(
+    ("status", "is_possible"),
+    [(429, True), (503, True), (500, False), (502, False), (504, False), (401, False)],
+)
+async def test_connections_are_reclaimed_only_for_statuses_that_limit_connections(
+    status: int, is_possible: bool
+) -> None:
+    """Otherwise one blob that an upstream cannot send takes those of all others."""
+    async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
+        digest, asked = fake.add_blob(DATA), list[str]()
+        fake.fault(f"blobs/{digest}", Fault(status=status, times=None))
+
+        def reclaim(endpoint: str) -> bool:
+            asked.append(endpoint)
+            return False
+
+        with pytest.raises(MirrorError):
+            await kit.read(digest, reclaim=reclaim)
+        assert bool(asked) is is_possible
+
+
 async def test_failures_beside_further_connections_open_no_circuit() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
@@ -62,7 +82,6 @@ def without_token() -> MirrorError:
         (UpstreamUnavailable("reset"), True),
         (UpstreamRateLimited("429"), True),
         (without_token(), False),
-        (StorageRefused("403"), False),
         (BlobUnknown("404"), False),
         (UpstreamProtocolError("another size"), False),
         (OutboundRefused("a private address"), False),
