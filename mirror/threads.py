@@ -13,10 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from threading import Thread, get_ident
-from typing import Any, Final, TypeVar, TypeVarTuple, cast
+from typing import Any, Final, TypeAlias, TypeVar, TypeVarTuple, cast
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
+Schedule: TypeAlias = Callable[[Callable[[], None]], object]
+"""Calls a function soon, such as an event loop's ``call_soon``. An observer that has one handles
+all requests of one turn of the event loop together, which is cheaper."""
 
 _MAX_INLINE_BYTES: Final = 64 * 1024
 """Largest body, in bytes, that is parsed on the event loop: it takes 1 to 2 ms. A manifest

@@ -211,9 +211,10 @@ class Resumed:
     reason: str
 
 
-AsideResult: TypeAlias = Literal["ok", "refused", "failed", "dropped"]
+AsideResult: TypeAlias = Literal["ok", "no_range", "rate_limited", "failed", "dropped"]
 """- ``ok``: the bytes have arrived.
-- ``refused``: the response was not the requested range, or a 429.
+- ``no_range``: the response was not the requested range.
+- ``rate_limited``: 429.
 - ``failed``: any other failure.
 - ``dropped``: the request was ended, because no client waits for its bytes any more."""
 
@@ -241,7 +242,7 @@ class ConnectionsChanged:
 
 
 @dataclass(frozen=True, slots=True)
-class PartCut:
+class PieceCut:
     """A part of a blob arrived far slower than other parts. Its rest is fetched again.
 
     ``offset``: offset in bytes of the first byte that has not arrived.
@@ -259,7 +260,7 @@ BackOffReason: TypeAlias = Literal[
 - ``slow_ranges``: a range had less than 0.8 of the rate of the plain response, or brought nothing
   in time.
 - ``rate_limited``: 429 or 503.
-- ``reclaimed``: the initial request of another blob failed at this endpoint.
+- ``reclaimed``: the initial request of another blob got a 429, a 503 or no response here.
 - ``no_ranges``: the response was not the range.
 - ``failed``: ranges failed twice in a row, three times within 16, or during the trial."""
 
@@ -395,7 +396,7 @@ Event: TypeAlias = (
     | Resumed
     | AsideEnded
     | ConnectionsChanged
-    | PartCut
+    | PieceCut
     | BackedOff
     | DigestMismatched
     | Reverified
@@ -411,6 +412,3 @@ Event: TypeAlias = (
     | LogMessage
 )
 Observer: TypeAlias = Callable[[Event], None]
-Schedule: TypeAlias = Callable[[Callable[[], None]], object]
-"""Calls a function soon, such as an event loop's ``call_soon``. An observer that has one handles
-all requests of one turn of the event loop together, which is cheaper."""

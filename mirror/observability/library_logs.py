@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from mirror.config.settings import Log
-from mirror.observability.events import Schedule
 from mirror.observability.logs import BurstLimit, LineStream, LogWriter
+from mirror.threads import Schedule
 
 _MALFORMED_HTTP: Final = "aiohttp.http_exceptions"
 """Module of the exceptions that aiohttp's parser raises for bytes that are no HTTP request."""

@@ -22,8 +22,9 @@ from typing import Any, Final, Protocol, TypeAlias
 from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome, RequestRecord, Schedule
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.text import printable
+from mirror.threads import Schedule
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _MAX_FIELD_CHARS: Final = 512
@@ -316,7 +317,7 @@ class LogObserver:
                 message = "request for a range failed: its client waits for the fetch of the blob"
                 failed = {"upstream": upstream, "result": result, "reason": reason}
                 self._write_limited(logging.INFO, message, failed)
-            case events.PartCut(upstream, endpoint, offset):
+            case events.PieceCut(upstream, endpoint, offset):
                 message = "part of a blob was cut: it arrived far slower than others"
                 late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
                 self._write_limited(logging.INFO, message, late)

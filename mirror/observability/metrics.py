@@ -30,8 +30,8 @@ from prometheus_client import (
 
 from mirror import __version__
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome, RequestRecord, Schedule
-from mirror.threads import run_in_thread
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.threads import Schedule, run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
@@ -176,7 +176,7 @@ class MetricsObserver:
             "upstream",
             mode="livesum",
         )
-        self._cut_pieces = counter(
+        self._late_parts = counter(
             "late_parts",
             "Parts of blobs that arrived far slower than others, and whose rest was fetched again.",
             "upstream",
@@ -274,7 +274,7 @@ class MetricsObserver:
         for aside_result in get_args(events.AsideResult):
             self._asides.labels(upstream, aside_result)
         self._connections.labels(upstream)
-        self._cut_pieces.labels(upstream)
+        self._late_parts.labels(upstream)
         for reason in get_args(events.BackOffReason):
             self._backed_off.labels(upstream, reason)
         self._latency.labels(upstream)
@@ -333,8 +333,8 @@ class MetricsObserver:
                 self._aside_bytes.labels(self._upstream(upstream)).inc(count)
             case events.ConnectionsChanged(upstream, change):
                 self._connections.labels(self._upstream(upstream)).inc(change)
-            case events.PartCut(upstream):
-                self._cut_pieces.labels(self._upstream(upstream)).inc()
+            case events.PieceCut(upstream):
+                self._late_parts.labels(self._upstream(upstream)).inc()
             case events.BackedOff(upstream, _, reason):
                 self._backed_off.labels(self._upstream(upstream), reason).inc()
             case events.DigestMismatched(upstream, _, where):

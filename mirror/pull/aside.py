@@ -1,26 +1,26 @@
-"""Request parts of content that are far ahead of its running fetch, aside from that fetch.
+"""Request ranges of content that are far ahead of its running fetch, aside from that fetch.
 
 Theory of operation. Lazy snapshotters (stargz, SOCI) ask for the end of a layer first, and for
-small parts of it in any order. The growing file brings its last byte last. So a part that begins
-more than a second ahead of the fetch is requested from the upstream by itself, with ``Range``. The
-fetch continues meanwhile, and the content is stored as always.
+small ranges of it in any order. The growing file brings its last byte last. So a range that begins
+more than a second ahead of the fetch is requested from the upstream by itself (an *aside request*).
+The fetch continues meanwhile, and the content is stored as always.
 
 The bytes of such a request are the one exception to the rule that every client is served from the
 content file. They cannot be verified without the bytes before them, so they are not stored, and the
-response says so. Clients that read parts check them by digests of their own.
+response says so. Clients that read ranges check them by digests of their own.
 
 A client never depends on such a request. It waits for the request and for the fetch at the same
 time, and takes the bytes that come first. If the request fails, the client waits for the fetch.
 
-The same part is requested once for all clients of a repository that wait for it at the same time.
+The same range is requested once for all clients of a repository that wait for it at the same time.
 Other repositories are not served with it: unverified bytes are what one upstream has sent to one
 repository.
 
 While the disk does not take the content, a fetch ends with its last client, and its bytes are lost.
-So no fetch is started then for a client that wants only parts, and the parts are requested alone.
+So no fetch is started then for a client that wants only ranges, and the ranges are requested alone.
 
-Lives here: which parts are requested, and how many at the same time. Must not know: HTTP, files,
-which repository may read which content, how parts are read (:mod:`mirror.pull.part_readers`).
+Lives here: which ranges are requested, and how many at the same time. Must not know: HTTP, files,
+which repository may read which content, how ranges are read (:mod:`mirror.pull.range_readers`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from mirror.oci.headers import Span
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch
-from mirror.pull.part_readers import AsideReader, AsideRequest, PartsReader, SpanKey
+from mirror.pull.range_readers import AsideReader, AsideRequest, RangesReader, SpanKey
 from mirror.pull.requests import ContentSource
 from mirror.single_flight import SingleFlight
 from mirror.store.follower import Follower
@@ -58,16 +58,16 @@ MAX_ASIDE_BYTES: Final = 4 * 1024 * 1024
 """Bytes that are requested aside for one client request at most: a span of SOCI, and 80 chunks of
 stargz. They are fetched a second time with the content."""
 MAX_HELD_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of all parts together: a client that reads slowly holds its parts, and must not take the
+"""Bytes of all ranges together: a client that reads slowly holds its ranges, and must not take the
 memory from the fetches."""
 MIN_LEAD_S: Final = 1.0
-"""Seconds that the fetch must need to reach a part. A request of its own takes about as long with a
-slow registry."""
+"""Seconds that the fetch must need to reach a range. An aside request takes about as long if the
+registry is slow."""
 MAX_GAP_BYTES: Final = 256 * 1024
-"""Bytes between two wanted parts that are requested with them: they cost less time than a second
+"""Bytes between two wanted ranges that are requested with them: they cost less time than a second
 request, which a registry may answer with a redirect first."""
 MAX_REQUESTS: Final = 8
-"""Requests for one client request at most. A client that wants more parts waits for the fetch."""
+"""Requests for one client request at most. A client that wants more ranges waits for the fetch."""
 MAX_AT_ONCE: Final = 2
 """Requests for one content at the same time, so that they take little from its fetch. If the
 endpoint may have no further connection (all are in use, or it refused some), as many are allowed
@@ -77,13 +77,13 @@ _SAMPLE_S: Final = 0.1
 snapshotter expects its first bytes."""
 _MAX_SAMPLE_AGE_S: Final = 2.0
 """Seconds after which the rate is measured anew."""
-_REFUSED_TTL_S: Final = 600.0
+_REJECTED_TTL_S: Final = 600.0
 """Seconds without such requests for a repository whose upstream ignored ``Range`` or responded 429:
 as long as a whole image pull takes."""
 _FAILED_TTL_S: Final = 30.0
 """Seconds without such requests for a repository after a failure: longer than a restart takes."""
 _UNSTORED_TTL_S: Final = 60.0
-"""Seconds without a fetch for parts of content that the disk did not take. The fetch after them
+"""Seconds without a fetch for ranges of content that the disk did not take. The fetch after them
 shows whether the disk has room again."""
 _MAX_UNSTORED: Final = 1000
 """Contents that the disk did not take, and that are kept in memory: the layers of about a hundred
@@ -122,10 +122,20 @@ def join_spans(spans: Sequence[Span]) -> tuple[Span, ...]:
     return tuple(joined) if is_small and len(joined) <= MAX_REQUESTS else ()
 
 
-def pause_after(error: MirrorError) -> float:
-    """Return the seconds for which a repository gets no such requests after this failure."""
-    is_refused = isinstance(error, UpstreamProtocolError | UpstreamRateLimited)
-    return _REFUSED_TTL_S if is_refused else _FAILED_TTL_S
+def result_of(error: MirrorError) -> AsideResult:
+    """Return the result of an aside request that has failed."""
+    match error:
+        case UpstreamProtocolError():
+            return "no_range"
+        case UpstreamRateLimited():
+            return "rate_limited"
+        case _:
+            return "failed"
+
+
+def pause_after(result: AsideResult) -> float:
+    """Return the seconds for which a repository gets no aside requests after one that failed."""
+    return _FAILED_TTL_S if result == "failed" else _REJECTED_TTL_S
 
 
 @dataclass(slots=True)
@@ -154,7 +164,7 @@ class FrontRate:
 
 @dataclass(slots=True)
 class _Origin:
-    """Where the parts of one content are requested, and how many of them at the same time."""
+    """Where the ranges of one content are requested, and how many of them at the same time."""
 
     size: int
     """Bytes of the whole content."""
@@ -195,15 +205,15 @@ class AsideRequests:
         """URL of an endpoint -> the requests that it gets beyond its connections."""
         self._origins: WeakKeyDictionary[Fetch, _Origin] = WeakKeyDictionary()
         self._unstored: TTLCache[Digest, _Origin] = TTLCache(_MAX_UNSTORED, _UNSTORED_TTL_S)
-        """Contents that the disk did not take, and whose parts were wanted."""
+        """Contents that the disk did not take, and whose ranges were wanted."""
         self._requests: dict[SpanKey, AsideRequest] = {}
-        self._paused_until: TTLCache[Repository, float] = TTLCache(_MAX_PAUSES, _REFUSED_TTL_S)
+        self._paused_until: TTLCache[Repository, float] = TTLCache(_MAX_PAUSES, _REJECTED_TTL_S)
         """Repository -> time of the event loop until which it gets no such request."""
         self._held = 0
         """Bytes of all requests that have a reader."""
 
     async def open_unstored(self, running: Fetch | None, source: ContentSource) -> Reader | None:
-        """Request the wanted parts without a fetch.
+        """Request the wanted ranges without a fetch.
 
         This is done in two cases: less than a minute ago the disk refused this content, or a
         running fetch holds it in memory only and has dropped the first byte that the client wants.
@@ -213,7 +223,7 @@ class AsideRequests:
             source: The client's request, and the registry to ask.
 
         Returns:
-            A reader of the parts, which have arrived. None: join ``running``, or start a fetch.
+            A reader of the ranges, which have arrived. None: join ``running``, or start a fetch.
         """
         request = source.request
         if running is not None and running.ingest.has_all_from(
@@ -231,7 +241,7 @@ class AsideRequests:
         if is_whole or not self._may_request(origin, source) or not self._has_memory(chosen):
             return None
         request.pull.outcome = Outcome.MISS
-        reader = PartsReader(
+        reader = RangesReader(
             origin.size, self._join(origin, source, chosen), request.pull, self._release
         )
         try:
@@ -256,9 +266,9 @@ class AsideRequests:
         self._unstored[digest] = _Origin(size, fetch.endpoints_used, slots)
 
     async def attach(self, fetch: Fetch, follower: Follower, source: ContentSource) -> Reader:
-        """Request the wanted parts that are far ahead of ``fetch``.
+        """Request the wanted ranges that are far ahead of ``fetch``.
 
-        Waits 0.1 s for the rate of the fetch, and at most a second for a part that seems near.
+        Waits 0.1 s for the rate of the fetch, and at most a second for a range that seems near.
         Raises the error of the fetch.
 
         Args:
@@ -374,7 +384,7 @@ class AsideRequests:
         # The fetch of another process does not say which endpoint it uses.
         async with self._connection(origin, origin.endpoint or repository.upstream):
             if not self._may_request(origin, source):
-                raise UpstreamUnavailable("requests for parts pause after a failure")
+                raise UpstreamUnavailable("requests for ranges pause after a failure")
             result: AsideResult = "dropped"
             reason = ""
             try:
@@ -393,9 +403,9 @@ class AsideRequests:
                 result = "ok"
                 return received
             except MirrorError as error:
-                seconds = pause_after(error)
-                self._paused_until[repository] = asyncio.get_running_loop().time() + seconds
-                result, reason = "refused" if seconds >= _REFUSED_TTL_S else "failed", error.message
+                result, reason = result_of(error), error.message
+                pause_s = pause_after(result)
+                self._paused_until[repository] = asyncio.get_running_loop().time() + pause_s
                 raise
             finally:
                 self._emit(AsideEnded(repository.upstream, result, len(received), reason))

@@ -44,8 +44,8 @@ class ConnectionBudget:
         The configuration has a few endpoints."""
         self._paused_until: dict[str, float] = {}
         """URL of an endpoint -> time until which it gets no further connection."""
-        self._taken_back_until: dict[str, float] = {}
-        """The same after a first request has failed beside further connections."""
+        self._reclaimed_until: dict[str, float] = {}
+        """The same after the initial request of another blob has failed beside them."""
 
     def hold(self, owner: Hashable, endpoint: str, count: int) -> None:
         """Record that ``owner`` has ``count`` further connections to ``endpoint``."""
@@ -72,7 +72,7 @@ class ConnectionBudget:
 
     def may_add(self, endpoint: str) -> bool:
         """Return whether a further connection may be opened."""
-        if self.is_paused(endpoint) or self.is_taken_back(endpoint):
+        if self.is_paused(endpoint) or self.is_reclaimed(endpoint):
             return False
         return self.count(endpoint) < self._limit(endpoint)
 
@@ -84,23 +84,24 @@ class ConnectionBudget:
         accepted, until = self._accepted.get(endpoint, (MAX_PER_ENDPOINT, 0.0))
         return accepted if self._clock() < until else MAX_PER_ENDPOINT
 
-    def take_back(self, endpoint: str) -> int:
-        """Let all further connections to an endpoint end. It gets none for a while.
+    def reclaim(self, endpoint: str) -> bool:
+        """Ask all transfers to close their further connections to an endpoint. They do in 0.1 s.
 
-        A first request has failed there, which may be because of them: upstreams and firewalls
-        limit the connections of one address.
+        It gets none for ten minutes. The request for another blob got a 429, a 503 or no response
+        there, which may be because of them: upstreams and firewalls limit the connections of one
+        address.
 
         Returns:
-            The number of further connections that end.
+            True if there are any. See :data:`mirror.upstream.api.ReclaimConnections`.
         """
-        further = self._count_further(endpoint)
-        if further:
-            self._taken_back_until[endpoint] = self._clock() + _REMEMBERED_S
-        return further
+        has_further = self._count_further(endpoint) > 0
+        if has_further:
+            self._reclaimed_until[endpoint] = self._clock() + _REMEMBERED_S
+        return has_further
 
-    def is_taken_back(self, endpoint: str) -> bool:
+    def is_reclaimed(self, endpoint: str) -> bool:
         """Return whether the further connections to an endpoint have to end."""
-        return self._clock() < self._taken_back_until.get(endpoint, 0.0)
+        return self._clock() < self._reclaimed_until.get(endpoint, 0.0)
 
     def on_refused(self, endpoint: str, retry_after: float) -> None:
         """Remember that the endpoint refused one of the connections that are counted now.
@@ -113,5 +114,8 @@ class ConnectionBudget:
         self._paused_until[endpoint] = max(until, self._paused_until.get(endpoint, 0.0))
 
     def on_no_ranges(self, endpoint: str) -> None:
-        """Remember that the endpoint sends no ranges, so that a further connection is useless."""
+        """Remember for ten minutes that ranges of this endpoint are of no use.
+
+        It ignores ``Range``, or its ranges are slow, fail, or have wrong bytes.
+        """
         self._accepted[endpoint] = 0, self._clock() + _REMEMBERED_S

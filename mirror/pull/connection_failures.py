@@ -4,12 +4,13 @@ Lives here: the count of failures in a row, the pauses after them, how many conn
 what is remembered for the endpoint, when the transfer ends. The caller passes the time. Must not
 know: asyncio, pieces, which requests are sent (:mod:`mirror.pull.parallel`).
 
-Failures in a row are counted together, whatever their kind. Only bytes handed out of requests that
-were sent later reset the count, so those of the first response do not. After each failure there is
-a pause, twice as long as the one before, and then one request has to be answered before the next.
-After two, the transfer goes on with one connection, or with those before the last addition, and a
-refusal is remembered for the endpoint. If nobody fetches the front then, the transfer ends. Only
-after a 429 it waits: as long as that asks for, and else within ``limits.idle``.
+Failures in a row are counted together, whatever their kind. The count is reset by bytes from
+requests that were sent after the latest failure. Bytes of the plain response do not reset it. After
+each failure there is a pause, twice as long as the one before, and then one request has to be
+answered before the next. After two, the transfer goes on with one connection, or with those before
+the last addition, and a refusal is remembered for the endpoint. If nobody fetches the front then,
+the transfer ends. After a 429 it waits instead: as long as ``Retry-After`` says (at most 120 s), or
+up to ``limits.idle`` without that field.
 
 Ranges that fail again and again, although they bring bytes, are of no use. After three failures
 within 16 whole ranges, one request asks for all that is missing, and the endpoint gets no further
@@ -38,28 +39,30 @@ from mirror.upstream.api import MIN_PROGRESS_BYTES
 _MAX_FAILURES: Final = 2
 """Failures in a row after which the transfer goes on with the connections that it has: one may have
 met a node that restarts."""
-_OFTEN: Final = 16
-"""Ranges that have to arrive whole between the first and the last of three failures. Otherwise, the
+_FAILURE_WINDOW_RANGES: Final = 16
+"""If the latest three failures fall within so many complete ranges, ranges are given up: the
 transfer goes on with one request for all that is missing, which it would have needed anyway."""
 _MAX_WRONG_RANGES: Final = 4
-"""The same for responses that are not the range. The next request after the transfer has none if
-one more is wrong, so that all bytes are sent again. But it may be one node of several."""
+"""Wrong ranges in a row after which the transfer ends. More than for other failures: one of several
+nodes may be wrong, and after the end the fetch loop may drop ``Range`` and receive all bytes
+again."""
 _FIRST_PAUSE_S: Final = 0.1
 """Seconds for which no request is sent after a failure, and twice as many after each further one:
 about the time of a request, so that a refusal costs little."""
-_IS_SENDING_S: Final = 1.0
+_RECENT_BYTES_S: Final = 1.0
 """Seconds since the latest bytes of an endpoint in which a failure is a refusal of one connection
 more. Later, the endpoint itself may stand still."""
 _RETRY_AFTER_S: Final = 1.0
 """Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
 after each further one. The number of connections was accepted before, so the server may count one
-that has just ended."""
+that has just ended. Not after the 429 of an added connection: the number before it works."""
 _MAX_LIMITED_S: Final = 120.0
 """Seconds at most for which a transfer waits if a 429 asks for it, and nobody fetches the front.
-Our further requests have caused it, so clients are not cut off. Limits of requests are often for
-one minute."""
+Longer than ``limits.idle``: our further requests have caused the 429, so clients are not cut off.
+Limits of requests are often for one minute. If it asks for more, one request is sent at once."""
 _SHORT_WAIT_S: Final = 2.0
-"""Seconds for which a transfer rather has no connection than one request too many."""
+"""Seconds of a pause in which a transfer keeps its connections. If a 429 asks for more, it goes on
+with fewer at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +75,15 @@ class Failure:
     received: int
     """Bytes that it has brought."""
     has_response: bool
-    is_first: bool
+    is_plain: bool
     """Whether it was the response that the transfer began with."""
-    is_trial: bool
-    """Whether ranges were on trial (:mod:`mirror.pull.trial`), and are not known to be good."""
-    is_last: bool
-    """Whether it was the only connection, and brought all that was missing."""
-    sent_at: float
+    is_bad_trial: bool
+    """Whether ranges were on trial (:mod:`mirror.pull.trial`), and one had a response. It has
+    failed, or the plain response has: some upstreams close the older one of two connections."""
+    is_only_request: bool
+    """Whether it was the only connection, and its request was a large one: the plain response, all
+    that is missing, or 16 pieces. Then the transfer ends."""
+    received_at: float
     """Time of the latest bytes of any connection."""
 
 
@@ -94,6 +99,9 @@ class Consequence:
     refused_s: float | None = None
     """Seconds for which the endpoint gets no further connection. It is remembered that it has
     refused one. None: it has not."""
+    has_pause: bool = False
+    """Whether a 429 asks for a pause. If the plain response still runs, it needs no request, so it
+    brings the rest meanwhile."""
 
 
 class ConnectionFailures:
@@ -124,9 +132,9 @@ class ConnectionFailures:
         self._completed = 0
         """Ranges that have arrived whole."""
         self._failed_after: deque[int] = deque(maxlen=_MAX_FAILURES + 1)
-        """How many of them had, at each of the latest failures of ranges."""
+        """Value of ``_completed`` at each of the latest three failures of ranges."""
         self._brought = 0
-        """Bytes handed out of further connections that were requested after it."""
+        """Bytes handed out since the latest failure, from requests that were sent after it."""
         self.not_before = 0.0
         """Time before which no request is sent."""
         self._limited_at: float | None = None
@@ -179,7 +187,7 @@ class ConnectionFailures:
     def _is_often(self) -> bool:
         """Whether ranges fail too often, although they bring bytes."""
         is_full = len(self._failed_after) > _MAX_FAILURES
-        return is_full and self._completed - self._failed_after[0] <= _OFTEN
+        return is_full and self._completed - self._failed_after[0] <= _FAILURE_WINDOW_RANGES
 
     def on_failure(
         self, now: float, failure: Failure, connections: int, *, is_adding: bool
@@ -194,17 +202,17 @@ class ConnectionFailures:
         """
         error = self.latest = failure.error
         is_limited = isinstance(error, UpstreamRateLimited)
-        if not failure.is_first and not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
+        if not failure.is_plain and not isinstance(error, UpstreamTimeout | UpstreamRateLimited):
             self.latest = UpstreamUnavailable(f"a further connection failed: {error.message}")
         if failure.asked_at >= self._failed_at:  # Otherwise the failure before had the same cause.
-            if not failure.is_first and not is_limited:
+            if not failure.is_plain and not is_limited:
                 self._failed_after.append(self._completed)
             has_progressed = failure.received >= MIN_PROGRESS_BYTES
             self._count = max(1, self._count + (not has_progressed))
             self._failed_at, self._brought = now, 0
         pause = _FIRST_PAUSE_S * 2 ** (self._count - 1)
         is_repeated = self._count >= _MAX_FAILURES
-        is_useless = self._is_often or (failure.is_trial and failure.has_response)
+        is_useless = self._is_often or failure.is_bad_trial
         # The number before an addition was accepted. If it fails, too, the rest needs one request.
         accepted = max(1, connections - 1) if is_adding else 1
         consequence = Consequence("failed", connections)
@@ -215,23 +223,26 @@ class ConnectionFailures:
                 wait = max(least, error.retry_after or 0.0)
                 is_long = wait > _SHORT_WAIT_S
                 left = accepted if is_adding or is_repeated or is_long else connections
-                consequence = Consequence("rate_limited", left, refused_s=max(pause, wait))
-                if is_repeated or not is_long:
-                    pause = max(pause, wait)
+                refused_s = max(pause, wait)
+                consequence = Consequence(
+                    "rate_limited", left, refused_s=refused_s, has_pause=is_long
+                )
                 self._limited_at = self._limited_at or now
+                latest = self._limited_at + _MAX_LIMITED_S
                 if error.retry_after:
-                    latest = self._limited_at + _MAX_LIMITED_S
                     self._paused_until = min(now + error.retry_after, latest)
+                if is_repeated or now + wait <= latest:
+                    pause = refused_s
             case UpstreamProtocolError() if not failure.has_response:
                 self._max_count = _MAX_WRONG_RANGES
                 consequence = Consequence("no_ranges", 1, is_useless=True)
-            case _ if failure.is_last:
+            case _ if failure.is_only_request:
                 self._count = max(self._count, _MAX_FAILURES)  # The fetch loop decides.
             case _ if is_useless:
                 consequence = Consequence("failed", 1, is_useless=True)
             case _ if is_repeated:
-                is_refusal = not failure.has_response and now - failure.sent_at <= _IS_SENDING_S
-                refused_s = pause if is_refusal else None
+                is_sending = now - failure.received_at <= _RECENT_BYTES_S
+                refused_s = pause if is_sending and not failure.has_response else None
                 consequence = Consequence("failed", accepted, refused_s=refused_s)
         self.not_before = max(self.not_before, now + pause)
         return consequence

@@ -39,7 +39,7 @@ from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
-from mirror.upstream.api import MIN_PROGRESS_BYTES
+from mirror.upstream.api import MIN_PROGRESS_BYTES, ReclaimConnections, keep_connections
 
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while another one may be
@@ -57,13 +57,13 @@ class Fetch:
         callbacks: AccessCallbacks,
         make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
-        take_back: Callable[[str], int] = lambda endpoint: 0,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
         ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
         mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
-        the latest one last. ``take_back``: see :class:`ConnectionBudget`.
+        the latest one last. ``reclaim``: see :meth:`ConnectionBudget.reclaim`.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -77,7 +77,7 @@ class Fetch:
         self._make_reader = make_reader
         self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
-        self._take_back = take_back
+        self._reclaim = reclaim
         self._queue: deque[SourceAttempts] = deque()
         self._offered: set[ProofKey] = set()
         self._has_offer = asyncio.Event()
@@ -262,7 +262,7 @@ class Fetch:
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
-                if attempts.may_repeat_soon():
+                if attempts.begin_repeat():
                     await asyncio.sleep(random.uniform(*REPEAT_AFTER_S))  # noqa: S311 - jitter
                 else:
                     await self._pause_before_resuming(attempts, error)
@@ -304,7 +304,7 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
-                        take_back=partial(attempts.take_back, self._take_back),
+                        reclaim=partial(attempts.reclaim, self._reclaim),
                     )
                 )
             attempts.on_response(stream)
@@ -348,8 +348,11 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    has_ranges = stream.start > 0 or bool(self._reader and self._reader.endpoints)
-                    attempts.note_progress(loop.time(), ingest.position, has_range=has_ranges)
+                    split = self._reader.endpoints if self._reader else set()
+                    ranged = {stream.endpoint, *split} if stream.start else split
+                    attempts.note_progress(
+                        loop.time(), ingest.position, ranged, has_split=bool(split)
+                    )
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
@@ -373,7 +376,7 @@ class Fetch:
         if attempts.wait_s is not None:
             await self._wait(attempts, error)
             return
-        self._emit(attempts.resumed(ingest.position, error))
+        self._emit(attempts.resumed_event(ingest.position, error))
         await asyncio.sleep(attempts.pause())
 
     async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:

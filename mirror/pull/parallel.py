@@ -9,10 +9,7 @@ Theory of operation. The fetch loop gets one iterator of chunks in order, as fro
 the ingest file grows only at its front. As long as one connection is enough, its chunks are passed
 on as they come. Otherwise each connection has a task that puts its chunks into a piece, and the
 front of the pieces is passed on. The tasks belong to a group that ends with the transfer.
-
-A transfer gives up what works only for what has been seen to work better. The first further
-connection is on trial: it fetches far ahead, and the plain response goes on. If the trial is bad,
-its bytes are dropped, and the plain response runs to the end of the blob.
+The plain response is closed only after ranges have been measured to be better.
 
 The invariant. The *front* is the next byte to hand out. While bytes are missing, one of these holds
 after each event:
@@ -22,11 +19,10 @@ after each event:
 - Nobody fetches it. The next request has a known time, or waits for a connection ahead to end.
 - The transfer has ended with an error, and the fetch loop decides what is next.
 
-Whatever happens, the front moves by ``limits.min_rate`` within ``limits.idle``, or the transfer
-ends: the limits of a body hold for all connections together. Only a pause that a 429 asks for is
-added. :meth:`_Transfer._restore` restores
-the invariant. It is called after each event, and nothing else sends requests or ends the transfer.
-Pieces ahead of the front decide nothing, for they may wait for it.
+The front moves by ``limits.min_rate`` within ``limits.idle``, beside the pause of a 429, or the
+transfer ends: the limits of a body hold for all connections together. :meth:`_Transfer._restore`
+restores the invariant after each event. Nothing else sends requests or sets the error. A failure
+ahead of the front never ends the transfer: that piece may wait for the front.
 
 A connection that fails gives its piece back. A refusal of a further one says nothing about the
 content, so the error is never a refusal. What has arrived ahead is kept for the next transfer.
@@ -46,27 +42,27 @@ from mirror.observability.events import (
     ConnectionsChanged,
     Kind,
     Observer,
-    PartCut,
+    PieceCut,
     RequestRecord,
 )
 from mirror.oci.errors import FailureScope, MirrorError, UpstreamTimeout
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.connection_failures import ConnectionFailures, Failure
-from mirror.pull.pieces import Piece, Pieces, piece_size
+from mirror.pull.pieces import Piece, Pieces, RequestSize, piece_size
 from mirror.pull.ramp import Ramp, Step
 from mirror.pull.requests import ContentSource
 from mirror.pull.trial import Trial, TrialResult
 from mirror.store.ingest_writer import MemoryBudget
-from mirror.upstream.api import ContentStream, Registry
+from mirror.upstream.api import ContentStream
 
 _TICK_S: Final = 0.1
-"""Seconds between two looks at the rates: a fourth of a measurement."""
+"""Seconds between two evaluations of the rates. A measurement takes four."""
 _BUFFER_BYTES: Final = 512 * 1024
 """Bytes of the front piece that wait to be handed out before its connection pauses: two reads of a
-socket, so that it does not wait for the loop."""
+socket. With one, it would pause after each read."""
 _MEMORY_SHARE: Final = 11 / 12
-"""Part of the memory ahead that pieces may fill: 44 of 48 MiB. The rest is for requests of single
-parts (:mod:`mirror.pull.aside`), so that lazy clients need not wait for a large fetch."""
+"""Part of the memory ahead that pieces may fill: 44 of 48 MiB. Lazy clients need not wait for a
+large fetch, since the rest is for them (:mod:`mirror.pull.aside`)."""
 
 
 class ParallelReader:
@@ -103,12 +99,12 @@ class ParallelReader:
 
         Args:
             stream: The response to a request without an end.
-            source: Its source. One that has sent wrong bytes gets no further connection.
+            source: Its source. If wrong bytes of this content were found, one connection reads it.
             position: Offset of the first byte that is missing.
 
         Raises:
-            MirrorError: While the iterator is read: see :meth:`ContentStream.__aiter__`. It is the
-                error of the last connection.
+            MirrorError: While the iterator is read: the latest error of a connection, or
+                ``UpstreamTimeout`` if all together sent too little.
         """
         parallel = source.registry.parallel
         is_alone = parallel.connections == 1 or source.request.kind is Kind.MANIFEST
@@ -117,10 +113,9 @@ class ParallelReader:
             yield aiter(stream)
             return
         pieces = self._pieces_for(position, stream.total, parallel.part)
-        upstream = source.request.repository.upstream
         error: Exception | None = None
         async with asyncio.TaskGroup() as group:
-            transfer = _Transfer(self, stream, upstream, pieces, source.registry, group)
+            transfer = _Transfer(self, stream, source, pieces, group)
             try:
                 yield transfer.chunks()
             except Exception as raised:
@@ -139,7 +134,7 @@ class ParallelReader:
         return pieces
 
     @property
-    def room(self) -> int:
+    def free_memory(self) -> int:
         """Bytes that may be requested ahead now, beside what was requested."""
         return self.memory.free_ahead(_MEMORY_SHARE)
 
@@ -162,28 +157,27 @@ class _Transfer:
         self,
         reader: ParallelReader,
         stream: ContentStream,
-        upstream: str,
+        source: ContentSource,
         pieces: Pieces,
-        registry: Registry,
         group: asyncio.TaskGroup,
     ) -> None:
-        """Start with the response ``stream`` of ``registry`` alone. ``group`` gets the tasks."""
+        """Start with the response ``stream`` of ``source`` alone. ``group`` gets the tasks."""
         self._reader = reader
         self._stream = stream
-        self._upstream = upstream
+        self._upstream = source.request.repository.upstream
         self._pieces = pieces
         self._group = group
         self._loop = asyncio.get_running_loop()
-        self._ramp = Ramp(registry.parallel.connections)
-        self._registry = registry
+        self._registry = source.registry
+        self._ramp = Ramp(self._registry.parallel.connections)
         self._failures: ConnectionFailures
         self._received_at = 0.0
         """Time of the latest chunk of any connection."""
-        self._first: Piece
+        self._plain: Piece
         """The piece of the response that the transfer began with."""
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._further = 0
-        """Connections beside the first one, as they are counted."""
+        """Further connections, as last reported to the budget and the metrics."""
         self._ticker: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         """Set when the front may have bytes, or when the transfer has ended."""
@@ -196,10 +190,11 @@ class _Transfer:
         self._is_closed = False
 
     def end(self) -> None:
-        """End all tasks. Their group waits for them."""
+        """Cancel all tasks. Their group waits for them."""
         self._is_closed = True
         if self._trial is not None:
-            self._pieces.drop_trial()
+            self._trial = None  # That it is cancelled says nothing about ranges.
+            self._pieces.drop_ranges()
         for task in (*self._tasks.values(), *([self._ticker] if self._ticker else ())):
             task.cancel()
 
@@ -211,8 +206,11 @@ class _Transfer:
                 pieces.skip(len(chunk))
                 yielded_at = self._loop.time()
                 yield chunk
-                self._ramp.pause(self._loop.time() - yielded_at)
-                if self._receive_alone(len(chunk)):
+                now = self._loop.time()
+                self._ramp.pause(now - yielded_at)
+                self._ramp.receive(now, len(chunk), self._stream.unread)
+                step = self._ramp.evaluate(now, pieces.missing, pieces.size)
+                if step is Step.ADD and self._may_add():
                     break
             else:
                 return
@@ -221,7 +219,7 @@ class _Transfer:
             count, front, data = len(pieces), pieces.front, pieces.pop()
             if front is not None and data is not None:
                 yielded_at = self._loop.time()
-                asked_at = None if front is self._first else front.asked_at
+                asked_at = None if front is self._plain else front.asked_at
                 self._failures.on_progress(yielded_at, len(data), asked_at)
                 if len(pieces) < count:
                     self._restore()  # There may be memory now.
@@ -238,32 +236,22 @@ class _Transfer:
             else:
                 raise self._error
 
-    def _receive_alone(self, count: int) -> bool:
-        """Count bytes of the only connection. Returns whether to open a second one."""
-        now = self._loop.time()
-        self._ramp.receive(now, count, self._stream.unread)
-        step = self._ramp.evaluate(now, self._pieces.missing, self._pieces.size)
-        return step is Step.ADD and self._may_add()
-
     def _may_add(self) -> bool:
         reader = self._reader
-        may_add = reader.connections.may_add(self._stream.endpoint)
-        return may_add and reader.room >= self._pieces.size
+        has_memory = reader.free_memory >= self._pieces.size
+        return has_memory and reader.connections.may_add(self._stream.endpoint)
 
     def _begin(self, plain: AsyncIterator[bytes]) -> None:
         """Go on with one task for each connection."""
         if not len(self._pieces):
             self._ramp.add()
             self._trial = Trial(self._ramp.rate, self._pieces.missing, self._pieces.size)
-        self._pieces.is_trial = self._trial is not None
         now, registry = self._loop.time(), self._registry
         self._failures = ConnectionFailures(now, registry.idle, registry.min_rate)
-        self._first = self._pieces.begin_plain(now)
-        self._start(self._first, self._read_first(plain))
+        self._plain = self._pieces.begin_plain(now)
+        self._start(self._plain, self._read_first(plain))
         self._ticker = self._group.create_task(self._tick())
         self._restore()
-
-    # --- connections ----------------------------------------------------------------------------
 
     def _restore(self) -> None:
         """Restore the invariant after an event: send the requests that are due, or end."""
@@ -273,16 +261,17 @@ class _Transfer:
         has_bytes = front is not None and bool(front.chunks)
         if self._failures.is_over(now, is_fetched=front is not None, has_bytes=has_bytes):
             self._error = self._failures.latest or UpstreamTimeout(
-                f"{self._stream.endpoint} sends less than {self._registry.min_rate} bytes/s by"
-                f" {len(self._tasks)} connections (limits.idle, limits.min_rate)",
+                f"{self._stream.endpoint} sent less than {self._registry.min_rate} bytes/s for"
+                f" {self._registry.idle:g} s (limits.idle, limits.min_rate)",
                 scope=FailureScope.SUBJECT,
             )
             self._changed.set()
-        while self._error is None and now >= self._failures.not_before and self._request(now):
-            pass
+        while self._error is None and now >= self._failures.not_before:
+            if not self._send_request(now):
+                break
 
-    def _request(self, now: float) -> Piece | None:
-        """Send a request for one piece, and return that. None: no request may be sent.
+    def _send_request(self, now: float) -> bool:
+        """Send a request for one piece. Returns False if none may be sent.
 
         A request needs no budget if no other connection brings bytes. The front is requested also
         if there are as many connections as wanted, for these bring what is behind it.
@@ -294,34 +283,38 @@ class _Transfer:
         is_wanted = active < self._ramp.wanted or pieces.front is None
         may_add = reader.connections.may_add(self._stream.endpoint)
         if has_to_wait or not is_wanted or (active and not may_add):
-            return None
-        if (piece := self._claim(now, active, may_add=may_add)) is None:
-            return None
-        if not pieces.may_pause(piece) and piece.stop - piece.start > reader.room:
+            return False
+        if (piece := self._next_piece(now, active, may_add=may_add)) is None:
+            return False
+        if not pieces.may_pause(piece) and piece.stop - piece.start > reader.free_memory:
             pieces.give_back(piece)
-            return None
+            return False
         self._start(piece, self._fetch(piece))
         self._hold_memory()
-        return piece
+        return True
 
-    def _claim(self, now: float, active: int, *, may_add: bool) -> Piece | None:
-        """Claim the piece of the next request. None: there is no gap."""
-        pieces, room, connections = self._pieces, self._reader.room, self._ramp.wanted
-        rate, rooms = self._ramp.rate_of_one, (room + pieces.ahead) // max(1, connections - 1)
+    def _next_piece(self, now: float, active: int, *, may_add: bool) -> Piece | None:
+        """Add the piece of the next request. None: there is no gap."""
+        pieces, memory, connections = self._pieces, self._reader.free_memory, self._ramp.wanted
         if self._trial is not None:
-            return pieces.claim_ahead(now, self._trial.lead, self._trial.request_bytes)
-        is_last = connections == 1 and not self._ramp.may_grow
-        is_alone = connections == 1 or (not active and not (may_add and room >= pieces.size))
-        return pieces.claim(now, rate, connections, rooms, is_alone=is_alone, is_last=is_last)
+            return pieces.add_piece_ahead(now, self._trial.lead, self._trial.request_bytes)
+        size = RequestSize.USUAL
+        if connections == 1:
+            size = RequestSize.SIXTEEN if self._ramp.may_grow else RequestSize.REST
+        elif not active and not (may_add and memory >= pieces.size):
+            size = RequestSize.SIXTEEN
+        # Further connections share the memory, so that a large request does not stop the others.
+        memory_each = (memory + pieces.ahead) // max(1, connections - 1)
+        return pieces.add_piece(now, self._ramp.rate_of_one, connections, memory_each, size)
 
     def _start(self, piece: Piece, work: Coroutine[None, None, None]) -> None:
         """Start the task of a piece."""
         task = self._tasks[piece] = self._group.create_task(work)
-        self._count_connections()
+        self._report_connections()
         # A task that is cancelled before its first step runs no line of its coroutine.
         task.add_done_callback(partial(self._on_task_done, piece))
 
-    def _count_connections(self) -> None:
+    def _report_connections(self) -> None:
         """Tell the budget and the metrics how many connections there are beside the first one."""
         count = max(0, len(self._tasks) - 1)
         if count != self._further:
@@ -330,8 +323,9 @@ class _Transfer:
             self._further = count
 
     def _on_task_done(self, piece: Piece, task: asyncio.Task[None]) -> None:
+        """Note that a connection has ended. Another one may fetch the rest of its piece."""
         del self._tasks[piece]
-        self._count_connections()
+        self._report_connections()
         if piece.is_plain:
             self._stream.close()
         elif self._trial is not None:
@@ -341,7 +335,7 @@ class _Transfer:
         self._restore()
         is_waiting = self._failures.is_retrying or len(self._tasks) > 1
         if self._trial is not None and not is_waiting:
-            self._judge(is_last=True)  # There is no memory for another request.
+            self._judge(must_decide=True)  # No request follows: no memory, no connection, no gap.
         self._hold_memory()
         self._changed.set()
 
@@ -365,9 +359,9 @@ class _Transfer:
     async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
-            await self._read(self._first, self._stream, chunks)
+            await self._read(self._plain, self._stream, chunks)
         except MirrorError as error:
-            self._on_failure(self._first, error)
+            self._on_failure(self._plain, error)
 
     async def _read(
         self, piece: Piece, stream: ContentStream, chunks: AsyncIterator[bytes]
@@ -377,8 +371,8 @@ class _Transfer:
         async for chunk in chunks:
             now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk), stream.unread)
-            if piece.is_plain:
-                self._judge(is_last=pieces.has_met_trial(piece, len(chunk)))
+            if self._trial is not None and piece.is_plain:
+                self._judge(must_decide=pieces.meets_next(piece, len(chunk)))
             if self._trial is not None:
                 self._trial.receive(now, len(chunk), is_plain=piece.is_plain)
             is_complete = pieces.receive(piece, chunk, now)
@@ -390,71 +384,78 @@ class _Transfer:
                 self._failures.on_complete()
                 self._reader.endpoints.add(self._stream.endpoint)
             if not is_complete and pieces.may_pause(piece) and piece.waiting > _BUFFER_BYTES:
-                await self._wait_until_drained(piece)
-
-    async def _wait_until_drained(self, piece: Piece) -> None:
-        piece.pause(self._loop.time())
-        while piece.waiting > _BUFFER_BYTES // 2:
-            self._drained.clear()
-            await self._drained.wait()
-        piece.resume(self._loop.time())
+                piece.pause(self._loop.time())
+                while piece.waiting > _BUFFER_BYTES // 2:
+                    self._drained.clear()
+                    await self._drained.wait()
+                piece.resume(self._loop.time())
 
     def _on_failure(self, piece: Piece, error: MirrorError) -> None:
         """Do what the failure of a connection demands."""
         now, connections, ramp = self._loop.time(), self._reader.connections, self._ramp
+        if piece.is_plain:
+            self._judge(must_decide=True, is_plain_broken=True)
         is_trial = self._trial is not None
-        if piece is self._first:
-            self._judge(is_last=True)  # Ranges may be known to be good.
-            is_trial = is_trial and ramp.wanted == 1
+        has_range = any(one.has_response and not one.is_plain for one in self._tasks)
         failure = Failure(
             error=error,
             asked_at=piece.asked_at,
             received=piece.received_until - piece.start,
             has_response=piece.has_response,
-            is_first=piece is self._first,
-            is_trial=is_trial,
-            is_last=piece.is_paced and len(self._tasks) == 1,
-            sent_at=self._received_at,
+            is_plain=piece.is_plain,
+            is_bad_trial=is_trial and (has_range if piece.is_plain else piece.has_response),
+            is_only_request=piece.is_paced and len(self._tasks) == 1,
+            received_at=self._received_at,
         )
         ramp.on_cut(now)
-        then = self._failures.on_failure(now, failure, ramp.wanted, is_adding=ramp.is_adding)
+        wanted = 1 if is_trial and piece.is_plain else ramp.wanted
+        then = self._failures.on_failure(now, failure, wanted, is_adding=ramp.is_adding)
         if then.refused_s is not None:
             connections.on_refused(self._stream.endpoint, then.refused_s)
         elif then.is_useless:
             connections.on_no_ranges(self._stream.endpoint)
-        if then.reason != "failed" or then.connections != ramp.wanted:
+        if then.connections < ramp.wanted:  # So it is if this failure ends a trial.
             self._back_off(then.reason, then.connections)
+        elif then.reason != "failed":
+            ramp.back_off(ramp.wanted)  # No addition follows.
+        if then.has_pause and self._plain.has_connection and self._pieces.front is self._plain:
+            self._drop_ranges()
 
-    def _judge(self, *, is_last: bool = False) -> None:
-        """End the trial if there is a verdict. ``is_last``: there has to be one."""
+    def _judge(self, *, must_decide: bool = False, is_plain_broken: bool = False) -> None:
+        """End the trial if there is a verdict. ``must_decide``: there has to be one.
+
+        If the plain response is broken, only a good verdict counts: a failure ends the trial.
+        """
         if (trial := self._trial) is None:
             return
-        missing = self._pieces.total - self._first.received_until
-        match trial.judge(self._loop.time(), missing, is_last=is_last):
-            case TrialResult.GOOD:
-                self._trial, self._pieces.is_trial = None, False
-                step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)
-                if step is Step.ADD and self._may_add():
-                    self._ramp.add()
-            case TrialResult.NO_GAIN:
-                self._back_off("no_gain", 1)
-            case TrialResult.SLOW:
-                self._reader.connections.on_no_ranges(self._stream.endpoint)
-                self._back_off("slow_ranges", 1)
+        missing = self._pieces.total - self._plain.received_until
+        verdict = trial.judge(self._loop.time(), missing, must_decide=must_decide)
+        if verdict is TrialResult.GOOD:
+            self._trial = None
+            step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)
+            if step is Step.ADD and self._may_add():
+                self._ramp.add()
+        elif verdict is TrialResult.SLOW and not is_plain_broken:
+            self._reader.connections.on_no_ranges(self._stream.endpoint)
+            self._back_off("slow_ranges", 1)
+        elif verdict is TrialResult.NO_GAIN and not is_plain_broken:
+            self._back_off("no_gain", 1)
 
     def _back_off(self, reason: BackOffReason, wanted: int) -> None:
         """Have fewer connections. Without any further one, a trial is over."""
         if self._trial is not None:
-            self._trial = None
-            for piece, task in self._tasks.items():
-                if not piece.is_plain:
-                    task.cancel()
-            self._pieces.drop_trial()
-            self._hold_memory()
+            self._drop_ranges()
         self._ramp.back_off(wanted)
         self._reader.emit(BackedOff(self._upstream, self._stream.endpoint, reason, wanted))
 
-    # --- the clock ------------------------------------------------------------------------------
+    def _drop_ranges(self) -> None:
+        """Let the plain response bring the rest. Drop what others fetch, and have brought."""
+        self._trial = None
+        for piece, task in self._tasks.items():
+            if not piece.is_plain:
+                task.cancel()
+        self._pieces.drop_ranges()
+        self._hold_memory()
 
     async def _tick(self) -> None:
         """Judge the rates, and cut late pieces, until the transfer ends."""
@@ -463,22 +464,22 @@ class _Transfer:
             now, pieces = self._loop.time(), self._pieces
             self._give_back_connections()
             for piece, task in self._tasks.items():
-                if pieces.is_passed(piece):
+                if pieces.is_overtaken(piece):
                     task.cancel()
             match self._ramp.evaluate(now, pieces.missing, pieces.size, pieces.latency or 0.0):
                 case Step.ADD if self._may_add():
                     self._ramp.add()
                 case Step.NO_GAIN:
-                    self._back_off("no_gain", self._ramp.wanted)
+                    self._back_off("no_gain", self._ramp.wanted - 1)
             self._judge()
             may_cut = self._trial is None and self._ramp.wanted > 1  # Others bring bytes.
             late = pieces.find_late(now) if may_cut else None
             if late is not None and late in self._tasks:
-                self._reader.emit(
-                    PartCut(self._upstream, self._stream.endpoint, late.received_until)
-                )
+                cut = PieceCut(self._upstream, self._stream.endpoint, late.received_until)
+                self._reader.emit(cut)
                 self._reader.pull.late_parts += 1
                 self._ramp.on_cut(now)
+                # Otherwise, an upstream that sends nothing would be asked again and again.
                 if not late.has_response or pieces.has_stood_still(late, now):
                     self._on_failure(late, UpstreamTimeout("a range was not sent in time"))
                 self._tasks[late].cancel()
@@ -486,9 +487,9 @@ class _Transfer:
             self._changed.set()
 
     def _give_back_connections(self) -> None:
-        """End all connections but that of the front if a first request needs them."""
-        is_taken_back = self._reader.connections.is_taken_back(self._stream.endpoint)
-        if not is_taken_back or self._ramp.wanted == 1:
+        """End all connections but that of the front if the request for another blob needs them."""
+        is_reclaimed = self._reader.connections.is_reclaimed(self._stream.endpoint)
+        if not is_reclaimed or self._ramp.wanted == 1:
             return
         self._back_off("reclaimed", 1)
         for piece, task in self._tasks.items():

@@ -3,13 +3,14 @@
 Lives here: which bytes are requested by which connection, what has arrived ahead, which piece is
 late. Must not know: asyncio, connections, how many there may be (:mod:`mirror.pull.ramp`).
 
-Theory of operation. Bytes are handed out in order, from ``position`` on. In front of it is what the
-reader has; behind it are pieces, sorted and without overlap, and gaps that nobody has requested.
-The *plain* piece is that of the first response. It has no end of its own, and runs on until it
-meets a piece of another connection. Until that one has a response, the plain piece runs over it, so
-that a refusal costs nothing. It runs over all of them during a trial (:mod:`mirror.pull.trial`).
-All other pieces end where their requests do: what a connection that is closed early has in its
-sockets is fetched twice.
+Theory of operation. Bytes are handed out in order. Those before ``position`` were handed out. After
+it there are pieces, sorted and without overlap, and gaps that nobody has requested. The *plain*
+piece is that of the response that a transfer begins with. It has no end of its own, and runs on
+until it meets a piece of another connection. Until that one has a response, the plain piece runs
+over it, so that a refusal costs nothing. During a trial (:mod:`mirror.pull.trial`), the caller
+accepts the other pieces, or drops them, before the plain one meets them. All other pieces end where
+their requests do: closing a connection early loses the bytes in its sockets, which are then fetched
+twice.
 
 The connection of the piece at the front pauses while its bytes are not handed out. A piece ahead of
 it needs memory for all of its bytes. A *paced* piece needs none: it pauses ahead of the front, too.
@@ -20,40 +21,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from math import ceil
 from statistics import median_low
 from typing import Final
 
 MIN_PIECE_BYTES: Final = 4 * 1024 * 1024
-"""Bytes of a piece of a small blob. Each piece costs a round trip without data."""
+"""Bytes of a piece of a blob of less than 16 usual pieces, unless ``parallel.part`` is smaller.
+Each piece costs a round trip without data."""
 _PIECES_OF_A_BLOB: Final = 16
 """Pieces that a blob has at least, if they are not smaller than the minimum: with fewer, the last
 one would be fetched alone for too long."""
 _LAST_PIECES: Final = 4
 """Pieces that one of the usual size becomes at the end of a blob."""
 _LATE_AFTER_S: Final = 0.75
-"""Seconds for which no piece is late: a request may take as long. Twice as many for the rest of a
-piece that was cut, so that bytes which are slow everywhere arrive at last. Less than two
-measurements of the rate take."""
+"""Seconds after a request in which its piece is never late. The rest of a cut piece has twice as
+many, so a range that is slow at every node is completed in the end. Shorter than two measurements
+of the rate (0.8 s), so that a starved piece does not spoil both."""
 _LATE_FACTOR: Final = 4
 """A piece is late if its rate is less than the median of the others, divided by this."""
 _FASTER: Final = 2
-"""Factor by which the rest of a piece must be faster than the piece that was cut. The piece was
-slower than others by twice as much."""
+"""A cut was useful if the rest arrives more than so many times as fast. A late piece is four times
+slower than others, so a useful cut gains more than this."""
 _STARVED_FACTOR: Final = 32
-"""A piece is late, too, if its rate is less than the median of earlier pieces, divided by this.
-With less, a storage or a machine that gets slow as a whole would have all its pieces cut, and a cut
-loses what is in the sockets."""
+"""A piece is late, too, if its rate is less than the median of earlier pieces, divided by this. The
+factor is large: when a storage or this machine becomes slow as a whole, all pieces are slow, and
+cutting them would only lose the bytes in their sockets."""
 _JUDGED_AFTER_S: Final = 0.25
 """Seconds after which the rate of a piece counts for others: before, it is that of a start."""
 _KEPT_RATES: Final = 8
-"""Rates of the latest complete pieces that are kept, for others to be compared with."""
+"""Number of complete pieces whose rates are kept for comparison."""
 _FIRST_LATENCY_S: Final = 0.07
 """Seconds that a response is expected to take before one was measured: as on one continent."""
-_LEAD: Final = 1.5
+_LEAD_LATENCIES: Final = 1.5
 """Times of a response for which a plain piece runs on before it meets the next one. With less, the
 plain one might be faster, and the response would be of no use."""
-_TIMES_LATENCY: Final = 3
+_REQUEST_LATENCIES: Final = 3
 """A request asks for as many bytes as arrive in the time of a response, times this, so that at most
 a quarter of the time is spent without data."""
 _PIECES_ALONE: Final = 16
@@ -83,13 +86,14 @@ class Piece:
     """Seconds for which it is not late."""
     is_plain: bool = False
     alone_until: int = 0
-    """While less than up to this offset has arrived, no piece behind it is requested."""
+    """Offset up to which this piece is fetched by the only connection. Nothing behind the piece is
+    requested before it has arrived up to there. 0: no such limit."""
     is_paced: bool = False
     has_connection: bool = True
     """Whether a connection fetches it. False: it is complete, or was given back."""
     has_response: bool = False
-    is_doubted: bool = False
-    """Whether it was slow at a time at which other pieces are late."""
+    has_been_slow: bool = False
+    """Whether it was slow once, but had a right to more time (``late_after``)."""
     cut_rate: float | None = None
     """Rate of the piece that was cut, and of which this is the rest. None: it is no such rest."""
     received_until: int = field(init=False)
@@ -130,6 +134,17 @@ class Piece:
         return (self.received_until - self.start) / max(self.elapsed(now), 1e-3)
 
 
+class RequestSize(Enum):
+    """How much a request asks for."""
+
+    USUAL = auto()
+    """One piece, or several if responses take long. There has to be memory for it."""
+    SIXTEEN = auto()
+    """Sixteen pieces: there may be no other connection now. It needs no memory: it is paced."""
+    REST = auto()
+    """All of the gap: there will be no other connection. It is paced, too."""
+
+
 class Pieces:
     """The pieces of one blob. The caller passes the time."""
 
@@ -146,13 +161,10 @@ class Pieces:
         self.size = size
         self._pieces: list[Piece] = []
         self.latency: float | None = None
-        """Seconds that the latest response took, or that a request without one has waited. None:
-        there was none."""
+        """Seconds from a request to its response headers: of the latest response, or longer if a
+        request was cut before its response. None: there was no request."""
         self._rates: deque[tuple[float, float]] = deque(maxlen=_KEPT_RATES)
         """(time, rate) of each of the latest complete pieces."""
-        self.is_trial = False
-        """Whether all pieces but the plain one are a trial (:mod:`mirror.pull.trial`). The plain
-        one does not end where it meets them."""
         self._late_after_s = _LATE_AFTER_S
         """Seconds for which no piece is late. Cuts that were of no use have raised them."""
         self._cut: dict[int, tuple[float, float]] = {}
@@ -188,8 +200,8 @@ class Pieces:
         """Return whether a paced piece is ahead of the front, and waits for others."""
         return piece.is_paced and piece.handed_out_until > self.position
 
-    def is_passed(self, piece: Piece) -> bool:
-        """Return whether a plain piece has met another one, so that it brings nothing more."""
+    def is_overtaken(self, piece: Piece) -> bool:
+        """Return whether another piece has handed out what this connection would bring next."""
         return piece.has_response and piece.received_until < self.position
 
     @property
@@ -200,7 +212,7 @@ class Pieces:
             for piece in self._pieces
             if piece.handed_out_until == self.position and (piece.chunks or piece.has_connection)
         )
-        # A plain piece that has just met the next one is at the front, too, until it is ended.
+        # The plain piece and the one that it has met may both be at the front. Bytes count.
         return max(at_front, key=lambda piece: piece.waiting, default=None)
 
     # --- requests -------------------------------------------------------------------------------
@@ -213,58 +225,56 @@ class Pieces:
         self._insert(plain)
         return plain
 
-    def claim(
+    def add_piece(
         self,
         now: float,
         rate: float,
         connections: int,
-        room: int = 0,
-        *,
-        is_alone: bool = False,
-        is_last: bool = False,
+        memory: int = 0,
+        size: RequestSize = RequestSize.USUAL,
     ) -> Piece | None:
         """Add a piece of the first gap, for a request that is sent now. None: there is no gap.
 
-        If responses take long, a request asks for several pieces at once, as one. Near the end of
-        the blob they become smaller, so that all connections end together.
+        Near the end of the blob, usual pieces become smaller, so that all connections end together.
 
         Args:
             now: The time.
             rate: Bytes per second of one connection.
             connections: How many there are to be.
-            room: Bytes of memory for it. It is larger than usual only if there is room.
-            is_alone: Whether there may be no other connection now. The piece is larger then.
-            is_last: Whether there will be no other one. The piece has all of the gap then.
+            memory: Bytes that it may have. It is larger than one piece only if there are so many.
+            size: How much is asked for.
         """
         latency = self.latency or _FIRST_LATENCY_S
-        start, stop = self._first_gap(lead=max(self.size // 2, int(_LEAD * rate * latency)))
+        lead = max(self.size // 2, int(_LEAD_LATENCIES * rate * latency))
+        start, stop = self._first_gap(lead)
         if start >= stop:
             return None
-        size = self._request_bytes(rate, room)
-        smallest = size // _LAST_PIECES
-        if is_alone:
-            size = self.size * _PIECES_ALONE
-        elif self.missing < 2 * connections * size:  # The end is near.
-            size = max(smallest, self.missing // (2 * connections))
-        if not is_last and stop - start - size >= smallest:
-            stop = start + size
+        count = self._usual_bytes(rate, memory)
+        smallest = count // _LAST_PIECES
+        if size is RequestSize.SIXTEEN:
+            count = self.size * _PIECES_ALONE
+        elif self.missing < 2 * connections * count:  # The end is near.
+            count = max(smallest, self.missing // (2 * connections))
+        if size is not RequestSize.REST and stop - start - count >= smallest:
+            stop = start + count
         late_after, cut_rate = self._cut.get(start, (0.0, None))
+        is_paced = size is not RequestSize.USUAL
         piece = Piece(
             start,
             stop,
             now,
-            max(late_after, self._late_after_s, _TIMES_LATENCY * (self.latency or 0.0)),
-            alone_until=stop - connections * self.size if is_alone else 0,
-            is_paced=is_alone or is_last,
+            max(late_after, self._late_after_s, _REQUEST_LATENCIES * (self.latency or 0.0)),
+            alone_until=stop - connections * self.size if is_paced else 0,
+            is_paced=is_paced,
             cut_rate=cut_rate,
         )
         self._insert(piece)
         return piece
 
-    def claim_ahead(self, now: float, lead: int, size: int) -> Piece | None:
+    def add_piece_ahead(self, now: float, lead: int, size: int) -> Piece | None:
         """Add a piece of ``size`` bytes of the first gap. None: there is no gap.
 
-        The plain piece does not meet it before it has brought ``lead`` bytes.
+        ``lead``: bytes that the plain piece brings before it reaches the new one.
         """
         start, stop = self._first_gap(lead)
         if start >= stop:
@@ -273,10 +283,10 @@ class Pieces:
         self._insert(piece)
         return piece
 
-    def _request_bytes(self, rate: float, room: int) -> int:
-        """Return the bytes of a request: one piece, or several if responses take long."""
-        wanted = _TIMES_LATENCY * rate * (self.latency or 0.0)
-        return self.size * max(1, min(ceil(wanted / self.size), room // self.size))
+    def _usual_bytes(self, rate: float, memory: int) -> int:
+        """Return the bytes of a usual request: one piece, or several if responses take long."""
+        wanted = _REQUEST_LATENCIES * rate * (self.latency or 0.0)
+        return self.size * max(1, min(ceil(wanted / self.size), memory // self.size))
 
     def _first_gap(self, lead: int) -> tuple[int, int]:
         """Return (start, stop) of the first gap. Both are ``total`` without one."""
@@ -288,7 +298,8 @@ class Pieces:
                 return cursor, piece.start
             if piece.has_connection and piece.received_until < piece.alone_until:
                 break
-            is_behind_plain = piece.is_plain and piece.has_connection and not self.is_passed(piece)
+            is_running = piece.has_connection and not self.is_overtaken(piece)
+            is_behind_plain = piece.is_plain and is_running
             cursor = max(cursor, piece.received_until + lead if is_behind_plain else piece.stop)
         else:
             return min(cursor, self.total), self.total
@@ -305,11 +316,11 @@ class Pieces:
             False if the plain piece has been faster. The piece is dropped then.
         """
         self.latency = now - piece.asked_at
-        piece.has_response = not any(
+        is_taken = any(
             other is not piece and other.start <= piece.start < other.received_until
             for other in self._pieces
         )
-        piece.has_response = piece.has_response and piece.start >= self.position
+        piece.has_response = not is_taken and piece.start >= self.position
         if not piece.has_response:
             self._pieces.remove(piece)
         return piece.has_response
@@ -333,16 +344,15 @@ class Pieces:
             self._tidy(piece)
         return not piece.has_connection
 
-    def has_met_trial(self, plain: Piece, count: int) -> bool:
-        """Return whether a plain piece meets a trial with its next ``count`` bytes."""
-        return self.is_trial and any(
+    def meets_next(self, plain: Piece, count: int) -> bool:
+        """Return whether a plain piece reaches another one with its next ``count`` bytes."""
+        return any(
             piece is not plain and piece.start <= plain.received_until + count
             for piece in self._pieces
         )
 
-    def drop_trial(self) -> None:
+    def drop_ranges(self) -> None:
         """Drop all pieces but the plain one, and what they have brought."""
-        self.is_trial = False
         self._pieces = [piece for piece in self._pieces if piece.is_plain]
 
     def _stop_of_plain(self, plain: Piece) -> int:
@@ -404,7 +414,7 @@ class Pieces:
             is_due = piece.elapsed(now) >= min(piece.late_after, self._late_after_s)
             if not (piece.has_connection and is_due and self._is_slow(piece, now)):
                 continue
-            piece.is_doubted = True
+            piece.has_been_slow = True
             if piece.elapsed(now) >= piece.late_after:
                 self._judge_cut(piece, now)
                 self._cut[piece.received_until] = 2 * piece.late_after, piece.rate(now)
@@ -414,7 +424,7 @@ class Pieces:
         return None
 
     def has_stood_still(self, piece: Piece, now: float) -> bool:
-        """Return whether nearly nothing has come of the rest of a piece that was cut, either."""
+        """Return whether this piece is the rest of a cut one, and starves, too."""
         earlier = [rate for _, rate in self._rates]
         is_still = not earlier or piece.rate(now) * _STARVED_FACTOR < median_low(earlier)
         return piece.cut_rate is not None and is_still
@@ -425,7 +435,7 @@ class Pieces:
         A piece that was slow and is complete now has begun slowly. Others may, too.
         """
         is_useless = piece.cut_rate is not None and piece.rate(now) <= _FASTER * piece.cut_rate
-        if is_useless or (piece.is_doubted and piece.received_until == piece.stop):
+        if is_useless or (piece.has_been_slow and piece.received_until == piece.stop):
             self._late_after_s *= 2
 
     def _is_slow(self, piece: Piece, now: float) -> bool:

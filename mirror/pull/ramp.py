@@ -6,8 +6,8 @@ Must not know: asyncio, pieces, other fetches.
 The first addition is judged by :mod:`mirror.pull.trial`. One more is added while the last addition
 raised the whole rate by a quarter or more. An addition that does not is taken back, and none
 follows. So a rate that is shared, or limited in all, is fetched by as few connections as reach it.
-None is added while we are slower than those that are there: while the reader takes nothing, or
-bytes wait in their sockets.
+No connection is added while this process is the limit: the reader is paused for half of the time,
+or received bytes wait in the sockets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Final
 MEASURE_S: Final = 0.4
 """Seconds over which a rate is measured: several bursts of a server that limits it."""
 GAIN: Final = 1.25
-"""Factor by which one more connection must raise the whole rate. From three to four, all of it that
-could be had is 1.33."""
+"""Factor by which one more connection must raise the whole rate. The fourth one can raise it by a
+third at most."""
+_MAX_FALL: Final = 0.9
+"""Part of the rate before an addition below which the addition has made it fall: a disk that seeks,
+or a server that slows down an address with many connections."""
 _MIN_REMAINING_S: Final = 1.0
 """Seconds that the rest must take, at the current rate, to be worth a further connection."""
 _MAX_PAUSED: Final = 0.5
@@ -29,9 +32,10 @@ _UNREAD_BYTES: Final = 512 * 1024
 """Bytes that wait in a socket when we are slower than its connection: more than arrive between two
 reads, 5 ms at 100 MB/s. They would be lost if it was closed."""
 _MAX_BEHIND: Final = 0.5
-"""Part of the bytes of a measurement behind which so many may wait. Measured on 2 cores: up to 0.2
-with connections of 100 MB/s, up to 0.5 when three of them reach the limit of the machine, and 0.9
-in one run without a limit beside 20 busy processes."""
+"""Part of the bytes of a measurement that may be received while :data:`_UNREAD_BYTES` or more wait
+in the same socket. Measured on 2 cores: up to 0.2 with connections of 100 MB/s, up to 0.5 when
+three of them reach the limit of the machine, and 0.9 in one run without a limit beside 20 busy
+processes."""
 _MIN_LATENCIES: Final = 5
 """Times of a response over which an addition is measured at least: a connection brings bytes for
 three of them, and then waits for one."""
@@ -46,7 +50,7 @@ class Step(Enum):
     ADD = auto()
     """Open one more connection if the budgets allow it, and call :meth:`Ramp.add`."""
     NO_GAIN = auto()
-    """The last addition was useless, and is taken back: one connection ends after its piece."""
+    """The last addition was useless. Call :meth:`Ramp.back_off` with one connection fewer."""
 
 
 class Ramp:
@@ -59,8 +63,9 @@ class Ramp:
         self.rate = 0.0
         """Bytes per second of all connections, as it was last measured."""
         self._plain_rate = 0.0
-        """Bytes per second of the plain response, which was given up. While all connections bring
-        little more, none is taken back: they are of nodes with different rates."""
+        """Bytes per second of the plain response before it was closed. While all connections
+        together bring less than a quarter more, none is closed unless it made the rate fall: they
+        may have reached slow nodes, and with fewer the fetch would be slower than at the start."""
         self.is_adding = False
         """Whether the last addition has not been judged."""
         self._limit = limit
@@ -121,11 +126,11 @@ class Ramp:
             return Step.KEEP
         seconds = now - self._since
         rate = self._bytes / seconds
-        has_gain = rate >= GAIN * self.rate or rate < GAIN * self._plain_rate
+        is_slow_anyway = _MAX_FALL * self.rate <= rate < GAIN * self._plain_rate
+        has_gain = rate >= GAIN * self.rate or is_slow_anyway
         if self.is_adding and not has_gain:
             if seconds < max(2 * MEASURE_S, _MIN_LATENCIES * latency):
                 return Step.KEEP  # A connection that was replaced meanwhile may have cost some.
-            self.back_off(self.wanted - 1)
             return Step.NO_GAIN
         self.rate, self.is_adding = rate, False
         is_reader_slow = self._paused_s > _MAX_PAUSED * seconds
@@ -146,15 +151,21 @@ class Ramp:
         self._begin(None)
 
     def accept_trial(self, rate: float, missing: int, size: int) -> Step:
-        """Note that the second connection is worth it (:mod:`mirror.pull.trial`), and decide.
+        """Begin to count from a good trial (:mod:`mirror.pull.trial`).
 
-        ``rate``: of both, in bytes per second. For the others see :meth:`evaluate`.
+        Args:
+            rate: Bytes per second of both connections.
+            missing: Bytes that have not arrived.
+            size: Bytes of a piece.
+
+        Returns:
+            ADD if a third connection is worth it, else KEEP.
         """
         self._plain_rate, self.rate, self.is_adding = self.rate, rate, False
         return Step.ADD if self._is_worth(missing, size) else Step.KEEP
 
     def back_off(self, wanted: int) -> None:
-        """Have ``wanted`` connections from now on, and never more."""
+        """Have ``wanted`` connections, and no more until the end of this transfer."""
         self.wanted = self._limit = wanted
         self.is_adding = False
         self._begin(None)

@@ -65,8 +65,8 @@ class BlobResult:
     digest: Digest
     size: int | None
     """None while an upstream that does not state the size is still sending."""
-    source: Reader | bytes | None
-    """The content. None for a ``HEAD`` of a blob that is not in memory."""
+    content: Reader | bytes | None
+    """None for a ``HEAD`` of a blob that is not in memory."""
     is_fresh: IsFresh = field(default=is_never_fresh, compare=False)
 
 

@@ -90,7 +90,7 @@ class RunningFetches:
             self._callbacks,
             self._make_reader,
             add_suspects,
-            self.connections.take_back,
+            self.connections.reclaim,
         )
         follower = ingest.follow()
         assert follower is not None

@@ -145,10 +145,10 @@ class PullService:
         request = ContentRequest(repository, digest, Kind.BLOB, pull, select_spans=select_spans)
         if is_head:
             size = await self._content.size_of_blob(request)
-            return BlobResult(digest, size=size, source=None)
+            return BlobResult(digest, size=size, content=None)
         reader = await self._content.open(request)
         self._content.store.blobs.mark_used((digest,))
-        return BlobResult(digest, size=reader.size, source=reader)
+        return BlobResult(digest, size=reader.size, content=reader)
 
     async def _read_small_blob(self, repository: Repository, digest: Digest) -> BlobResult | None:
         """Read a small blob that may be served without the upstream, and keep it in memory.
@@ -166,7 +166,7 @@ class PullService:
             return None
         self._content.store.blobs.mark_used((digest,))
         is_fresh = fresh_for(MEMORY_TTL_S)
-        small = BlobResult(digest, size=len(body), source=body, is_fresh=is_fresh)
+        small = BlobResult(digest, size=len(body), content=body, is_fresh=is_fresh)
         self._small_blobs[repository, digest] = small
         return small
 

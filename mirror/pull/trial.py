@@ -73,7 +73,7 @@ class Trial:
             size: Bytes of a usual request.
         """
         self._size = size
-        self._first_bytes = max(_MIN_BYTES, missing // _COST)
+        self._first_bytes = max(_MIN_BYTES, min(size, missing // _COST))
         """Bytes of the first request."""
         self.latency = 0.0
         """Seconds that its response took."""
@@ -125,17 +125,17 @@ class Trial:
         if self._half is None and self._received >= self._first_bytes // 2:
             self._half = now, self._received
 
-    def judge(self, now: float, missing: int, *, is_last: bool = False) -> TrialResult:
+    def judge(self, now: float, missing: int, *, must_decide: bool = False) -> TrialResult:
         """Return the verdict.
 
         Args:
             now: The time.
             missing: Bytes that have not arrived, or those of the trial alone.
-            is_last: Whether the plain response meets the trial now, or no other request can be
+            must_decide: Whether the plain response meets the trial now, or no other request can be
                 sent. The verdict is not open then.
         """
         seconds = self._body_s + (now - self._body_since if self._body_since is not None else 0.0)
-        is_long = is_last or seconds >= ramp.MEASURE_S
+        is_long = must_decide or seconds >= ramp.MEASURE_S
         is_first = not self._is_passed and self._received >= self._first_bytes
         if not (is_long or is_first or seconds >= _CLEAR_AFTER_S):
             return TrialResult.OPEN

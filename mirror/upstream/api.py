@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from mirror.config.settings import Parallel
 from mirror.observability.events import Kind
@@ -38,6 +38,17 @@ from mirror.oci.reference import Digest, Reference, Repository
 MIN_PROGRESS_BYTES: Final = 64 * 1024
 """Bytes that a transfer must bring to count as progress. Fewer do not: otherwise a server that
 sends one byte for each connection would be retried for ever."""
+
+ReclaimConnections: TypeAlias = Callable[[str], bool]
+"""Called with the URL of an endpoint to which a request has failed before an accepted response: by
+a 429, a 503, or no response. Returns True if we close further connections to the endpoint, since
+they may be the cause. Then the failure is not reported to the circuit breaker, and a 429 starts no
+pause."""
+
+
+def keep_connections(endpoint: str) -> bool:
+    """Close no connection. A :data:`ReclaimConnections`."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +118,12 @@ class ContentStream(Protocol):
         """End the transfer at once, although bytes are missing. Safe to call twice."""
 
     def open_range(self, start: int, stop: int) -> AbstractAsyncContextManager[ContentStream]:
-        """Get a part of the same content at the same endpoint, over a further connection.
+        """Get a range of the same content at the same endpoint, over a further connection.
 
         May be called until the context manager of this stream exits, also after :meth:`close`. A
         redirect is not resolved again, unless the URL that it led to has expired. The request is
         sent once. A failure is not reported to the circuit breaker, and a 429 starts no pause for
-        other requests. So the caller must be able to fetch the part in another way.
+        other requests. So the caller must be able to fetch the range in another way.
 
         Args:
             start: Offset of the first byte.
@@ -219,7 +230,7 @@ class Registry(Protocol):
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
-        take_back: Callable[[str], int] = lambda endpoint: 0,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AbstractAsyncContextManager[ContentStream]:
         """Get a blob or a manifest by digest. See "Pulling blobs" and "Pulling manifests".
 
@@ -233,19 +244,15 @@ class Registry(Protocol):
                 manifests only.
             offset: First byte to get, with ``Range`` (RFC 9110, section 14.2). A server that cannot
                 do this sends everything: see ``ContentStream.start``.
-            stop: Offset after the last byte of a part of the content. Then the response has exactly
-                this part, or ``UpstreamProtocolError`` is raised. The circuit breaker
-                counts the failures of such requests apart (as ``GET blob part``). None: all bytes
-                from ``offset`` on.
+            stop: Offset after the last byte of a range. Then the response has exactly these bytes,
+                or ``UpstreamProtocolError`` is raised. The circuit breaker counts the failures of
+                such requests apart (as ``GET blob range``). None: all bytes from ``offset`` on.
             validator: ``ContentStream.validator`` of the broken transfer. Sent to the endpoint that
                 it belongs to, and to no other.
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
                 but sent wrong bytes or broke off.
-            take_back: Called with the URL of an endpoint that fails before an accepted response: a
-                429, a 5xx, a timeout or a broken connection. Returns the number of further
-                connections to it that we close, since they may be the cause. If there are any, the
-                failure is not reported to the circuit breaker, and a 429 starts no pause.
+            reclaim: See :data:`ReclaimConnections`.
 
         Returns:
             A context manager that yields the body once the response headers are in, and that ends

@@ -66,6 +66,9 @@ from mirror.upstream.transport import (
 
 T = TypeVar("T")
 
+_TOO_MANY_CONNECTIONS: Final = (0, 429, 503)
+"""Statuses of an endpoint, or of a firewall before it, that limits the connections of one address.
+0: no response."""
 _ACCESS_REFUSED: Final = (401, 403)
 """Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
 
@@ -81,6 +84,8 @@ class _Attempt:
     is_repeat: bool
     """Whether the same request was sent to this endpoint before."""
     limit: ResponseLimit
+    status: int = 0
+    """Status of its response. 0: it had none."""
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
     is_accepted: bool = False
@@ -307,6 +312,7 @@ class FailoverClient:
         async with AsyncExitStack() as stack:
             try:
                 response = await self._send_authorized(stack, attempt)
+                attempt.status = response.http.status
                 accepted = AcceptedResponse(
                     response.http,
                     response.destination,
@@ -425,8 +431,7 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
-        is_unanswered = isinstance(error, UpstreamRateLimited | UpstreamUnavailable)
-        if is_unanswered and not attempt.is_accepted and attempt.request.take_back(str(endpoint)):
+        if _may_depend_on_connections(attempt, error) and attempt.request.reclaim(str(endpoint)):
             circuit.record_cancellation(is_probe=is_probe)
             return
         match error:
@@ -452,9 +457,15 @@ class FailoverClient:
             self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
 
 
+def _may_depend_on_connections(attempt: _Attempt, error: BaseException | None) -> bool:
+    """Return whether other connections of ours may have made a request to an endpoint fail."""
+    is_failure = isinstance(error, UpstreamUnavailable) and not error.is_without_token
+    return is_failure and attempt.status in _TOO_MANY_CONNECTIONS
+
+
 def _subject_of(request: RegistryRequest) -> Subject:
     """Return the requests that a failure of this one counts for."""
-    kind = f"{request.kind.value} part" if request.is_part else request.kind.value
+    kind = f"{request.kind.value} range" if request.is_range else request.kind.value
     return Subject(f"{request.method} {kind}", request.repository.path)
 
 

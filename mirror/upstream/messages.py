@@ -13,6 +13,7 @@ from typing import Protocol
 from mirror.observability.events import Kind
 from mirror.oci.errors import MirrorError, UpstreamError
 from mirror.oci.reference import Repository
+from mirror.upstream.api import ReclaimConnections, keep_connections
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Destination, Response
 
@@ -47,15 +48,12 @@ class RegistryRequest:
     """URL of an endpoint that does not get the request -> the error that counts as its response."""
     note_failure: Callable[[str, MirrorError], None] = lambda endpoint, error: None
     """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
-    take_back: Callable[[str], int] = lambda endpoint: 0
-    """Called with the URL of an endpoint that fails before an accepted response (a 429, a 5xx, a
-    timeout, a broken connection). Returns the number of further connections to it that we close,
-    since they may be the cause. If there are any, the failure counts for nothing else."""
+    reclaim: ReclaimConnections = keep_connections
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     may_follow_redirects: bool = True
-    is_part: bool = False
-    """True for a part of a blob: an endpoint may refuse parts and yet send whole blobs."""
+    is_range: bool = False
+    """True for a range of a blob: an endpoint may refuse ranges and yet send whole blobs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,8 +64,8 @@ class FurtherRanges:
     async def _send(self, stack: AsyncExitStack, headers: dict[str, str]) -> AcceptedResponse:
         """Send a request to where the first response came from. Renews an expired signed URL.
 
-        Storages respond to an expired URL with different statuses (400, 401, 403, 404, 410). So each
-        status from 400 to 499 leads to a renewal, except those that another URL would not change.
+        Storages respond to an expired URL with different statuses (400, 401, 403, 410). So each one
+        from 400 to 499 leads to a renewal, if another URL may change it.
         """
         destination = self._destination
         response = await stack.enter_async_context(self._first.repeat(headers, destination))

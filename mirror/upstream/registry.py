@@ -37,6 +37,8 @@ from mirror.upstream.api import (
     ContentStream,
     ManifestBody,
     ManifestHead,
+    ReclaimConnections,
+    keep_connections,
 )
 from mirror.upstream.body_receiver import count_unread
 from mirror.upstream.documents import (
@@ -171,7 +173,7 @@ class HttpRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
-        take_back: Callable[[str], int] = lambda endpoint: 0,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         """See :meth:`mirror.upstream.api.Registry.open`."""
         headers: dict[str, str] = {}
@@ -192,10 +194,10 @@ class HttpRegistry:
             kind,
             headers,
             endpoint_headers=endpoint_headers,
-            take_back=take_back,
+            reclaim=reclaim,
             is_accepted=_is_range_response,
             may_retry=is_transient if stop is None else lambda failure: False,
-            is_part=stop is not None,
+            is_range=stop is not None,
         )
 
         async def read(response: AcceptedResponse) -> BodyStream:

@@ -308,7 +308,7 @@ class Handler:
                 result.digest,
                 OCTET_STREAM,
                 size=result.size,
-                source=result.source,
+                source=result.content,
                 is_fresh=result.is_fresh,
             )
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
@@ -317,8 +317,8 @@ class Handler:
                 extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
-            if result.source is not None and not isinstance(result.source, bytes):
-                result.source.close()
+            if result.content is not None and not isinstance(result.content, bytes):
+                result.content.close()
 
     async def _send_repositories(
         self, parsed: paths.RepositoriesRequest, request: web.BaseRequest, pull: RequestRecord

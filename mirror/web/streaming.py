@@ -192,8 +192,11 @@ class Sender:
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
         wanted = applicable_range(request, body.digest)
-        if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
-            body = replace(body, size=await _wait_for_size(body.source))
+        reader = None if isinstance(body.source, bytes) else body.source
+        needs_size = body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize)
+        if reader is not None and needs_size:
+            body = replace(body, size=await reader.wait_for_size())
+        # A server may ignore Range (RFC 9110, section 14.2).
         selected = Whole() if body.size is None else parse_range(wanted, body.size)
         headers = {**content_headers(body), **extra}
         if isinstance(selected, Ranges) and body.size is not None:
@@ -376,12 +379,3 @@ def _divide(
     headers["Content-Length"] = str(multipart.length)
     parts = [(multipart.head(index), span.start, span.stop) for index, span in enumerate(spans)]
     return [*parts, (multipart.tail, 0, 0)]
-
-
-async def _wait_for_size(source: Reader | bytes | None) -> int | None:
-    """Wait until all content has arrived if its size is not known. A range needs the size."""
-    if source is None or isinstance(source, bytes):
-        return None
-    while source.size is None and await source.wait(source.arrived) is not None:
-        pass
-    return source.size

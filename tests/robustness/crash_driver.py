@@ -53,7 +53,7 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> in
             nonlocal most
             record = a_pull()
             result = await kit.service.blob(REPOSITORY, Digest.of(data), record, is_head=False)
-            got = await read_source(result.source)
+            got = await read_source(result.content)
             most = max(most, record.connections)
             assert got == data or "no-digest-check" in sys.argv
 

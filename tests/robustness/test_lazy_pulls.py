@@ -56,7 +56,7 @@ class Layer:
 
     @property
     def asides(self) -> list[tuple[str, int]]:
-        """(result, bytes) of the requests for parts."""
+        """(result, bytes) of the aside requests."""
         events = [event for event in self.server.events if isinstance(event, AsideEnded)]
         return [(event.result, event.bytes) for event in events]
 
@@ -181,7 +181,7 @@ async def test_50_ranges_beside_a_whole_pull_are_exact(tmp_path: Path) -> None:
     ],
     ids=lambda fault: str(fault).partition("(")[2][:40],
 )
-async def test_failed_request_for_a_part_fails_no_client(tmp_path: Path, fault: Fault) -> None:
+async def test_failed_request_for_a_range_fails_no_client(tmp_path: Path, fault: Fault) -> None:
     async with cold_layer(tmp_path) as layer:
         layer.fault(fault)
         async with asyncio.TaskGroup() as group:
@@ -191,15 +191,17 @@ async def test_failed_request_for_a_part_fails_no_client(tmp_path: Path, fault: 
         status, headers, body = reading.result()
         assert (status, body) == (206, DATA[-51:])
         assert headers["Content-Range"] == f"bytes {SIZE - 51}-{SIZE - 1}/{SIZE}"
-        assert layer.asides[0][0] in ("refused", "failed")
-        # The refusal of a part says nothing about whole blobs.
+        assert layer.asides[0][0] in ("no_range", "rate_limited", "failed")
+        # The failure of a range says nothing about whole blobs.
         other = layer.fake.add_blob(b"another layer")
         assert (await layer.server.get(layer.server.blob(other)))[2] == b"another layer"
         assert (await layer.server.get(layer.url))[2] == DATA
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_refused_part_ends_the_requests_that_wait_for_their_turn(tmp_path: Path) -> None:
+async def test_upstream_that_ignores_range_ends_the_requests_that_wait_for_their_turn(
+    tmp_path: Path,
+) -> None:
     async with cold_layer(tmp_path) as layer:
         assert (await layer.get("0-1"))[0] == 206
         layer.fault(Fault(ignore_range=True, delay=0.2, times=None))
@@ -210,7 +212,7 @@ async def test_refused_part_ends_the_requests_that_wait_for_their_turn(tmp_path:
             layer.gate.set()
         for first, task in zip(firsts, reading, strict=True):
             assert task.result()[2] == DATA[first : first + 10]
-        assert layer.asides == [("refused", 0)] * 2
+        assert layer.asides == [("no_range", 0)] * 2
         assert layer.fake.count("GET", "blobs/") == 3
 
 
@@ -226,7 +228,7 @@ async def test_client_that_hangs_up_ends_its_request_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_parts_of_a_layer_that_is_not_stored_start_no_second_fetch(tmp_path: Path) -> None:
+async def test_ranges_of_a_layer_that_is_not_stored_start_no_second_fetch(tmp_path: Path) -> None:
     """Its first bytes have left the memory when the parts are requested."""
     async with cold_layer(tmp_path, storage=Storage(max_size=100_000)) as layer:
         async with layer.server.client.get(layer.url) as whole:
@@ -262,7 +264,7 @@ async def test_lazy_pull_of_a_layer_that_the_disk_does_not_take_starts_one_fetch
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_response_for_a_part_that_does_not_end_is_closed(tmp_path: Path) -> None:
+async def test_response_for_a_range_that_does_not_end_is_closed(tmp_path: Path) -> None:
     async with cold_layer(tmp_path) as layer:
         layer.fault(Fault(chunked=True, endless=True))
         sent = layer.fake.bytes_sent
@@ -276,7 +278,7 @@ async def test_response_for_a_part_that_does_not_end_is_closed(tmp_path: Path) -
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_part_comes_although_the_fetch_fails_meanwhile(tmp_path: Path) -> None:
+async def test_range_comes_although_the_fetch_fails_meanwhile(tmp_path: Path) -> None:
     limits = Limits(idle=0.5)
     async with FakeRegistry() as fake, running(tmp_path, fake.url, limits=limits) as server:
         digest = fake.add_blob(DATA)
@@ -299,7 +301,7 @@ async def cut_off(server: Server, url: str) -> bool:
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_part_is_requested_where_the_fetch_has_gone_to(tmp_path: Path) -> None:
+async def test_range_is_requested_where_the_fetch_has_gone_to(tmp_path: Path) -> None:
     """The first endpoint has other content of the same length under this digest."""
     patient = Limits(idle=60.0)
     async with FakeRegistry() as wrong, FakeRegistry() as right:
@@ -346,7 +348,7 @@ async def test_aside_bytes_are_in_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.row("L12-lazy-pull")
-async def test_denied_repository_gets_no_part(tmp_path: Path) -> None:
+async def test_denied_repository_gets_no_range(tmp_path: Path) -> None:
     async with cold_layer(tmp_path) as layer:
         assert (await layer.get("-51"))[0] == 206
         url = layer.server.blob(layer.digest, "library/stranger")

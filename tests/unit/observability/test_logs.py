@@ -74,12 +74,12 @@ def test_only_a_failed_aside_request_has_a_line() -> None:
     ended: list[tuple[events.AsideResult, str]] = [
         ("ok", ""),
         ("dropped", ""),
-        ("refused", "the upstream ignores Range"),
+        ("no_range", "the upstream ignores Range"),
     ]
     (line,) = written(*(events.AsideEnded("docker.io", result, 0, why) for result, why in ended))
     fields = json.loads(line)
     assert fields["message"].startswith("request for a range failed")
-    assert (fields["result"], fields["reason"]) == ("refused", "the upstream ignores Range")
+    assert (fields["result"], fields["reason"]) == ("no_range", "the upstream ignores Range")
 
 
 HUMAN = Log(format="human")

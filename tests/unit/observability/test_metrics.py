@@ -77,7 +77,7 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
         1,
     ),
     (events.ConnectionsChanged("docker.io", 3), "further_connections", {}, 3),
-    (events.PartCut("docker.io", "https://x", 9), "late_parts_total", {}, 1),
+    (events.PieceCut("docker.io", "https://x", 9), "late_parts_total", {}, 1),
     (
         events.BackedOff("docker.io", "https://x", "rate_limited", 2),
         "connection_back_offs_total",

@@ -37,7 +37,13 @@ from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.reader import Reader
 from mirror.store.store import Store
-from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead
+from mirror.upstream.api import (
+    ContentStream,
+    ManifestBody,
+    ManifestHead,
+    ReclaimConnections,
+    keep_connections,
+)
 from tests.unit.store.kit import read
 
 REPO = Repository("docker.io", "library/app")
@@ -235,7 +241,7 @@ class MemoryRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
-        take_back: Callable[[str], int] = lambda endpoint: 0,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         await asyncio.sleep(0)
         self._call(f"get_{kind.value}")
@@ -370,7 +376,7 @@ async def blob(
     """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
     result = await kit.service.blob(repository, digest, pull, is_head=False)
-    return await read_source(result.source), pull.outcome
+    return await read_source(result.content), pull.outcome
 
 
 async def read_source(source: Reader | bytes | None) -> bytes:

@@ -270,6 +270,7 @@ async def transfer(
     sources: int = 1,
     pause: Callable[[int], float] = lambda position: 0.0,
     may_fail: bool = False,
+    events: list[Event] | None = None,
 ) -> Result:
     """Read the data of ``upstream``. Raises the error of the last transfer.
 
@@ -281,8 +282,9 @@ async def transfer(
         sources: Transfers that may be begun, each one after an error.
         pause: Returns the seconds that the reader pauses at a position.
         may_fail: Return a result that is not right, in place of raising the error.
+        events: Gets the events. None: only the result has them.
     """
-    loop, events = asyncio.get_running_loop(), list[Event]()
+    loop, events = asyncio.get_running_loop(), [] if events is None else events
     registry = MemoryRegistry(parallel=parallel or Parallel(), idle=upstream.idle)
     memory = memory or MemoryBudget(48 * MIB)
     request = a_request(Digest.of(b"any"))

@@ -39,8 +39,10 @@ from mirror.pull.aside import (
     FrontRate,
     choose_spans,
     pause_after,
+    result_of,
 )
-from mirror.pull.part_readers import AsideReader, PartsReader
+from mirror.pull.range_readers import AsideReader, RangesReader
+from mirror.store.follower import Follower
 from mirror.store.reader import Reader
 from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, PullKit, a_pull, blob, pull_kit
 from tests.unit.store.kit import random_bytes, read
@@ -92,7 +94,7 @@ MIB = 1 << 20
         ),
     ],
 )
-def test_parts_more_than_a_second_ahead_are_requested_aside(
+def test_ranges_more_than_a_second_ahead_are_requested_aside(
     spans: Sequence[Span], rate: float, chosen: tuple[Span, ...]
 ) -> None:
     assert choose_spans(spans, 100, rate) == chosen
@@ -167,10 +169,10 @@ def test_rate_is_known_a_moment_after_the_first_look_at_the_front() -> None:
         (BlobUnknown("404"), 30.0),
     ],
 )
-def test_refused_part_pauses_such_requests_longer_than_a_failed_one(
+def test_429_and_wrong_range_pause_aside_requests_longer_than_a_failure(
     error: MirrorError, seconds: float
 ) -> None:
-    assert pause_after(error) == seconds
+    assert pause_after(result_of(error)) == seconds
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -203,9 +205,9 @@ class LazyPull:
             is_head=False,
             select_spans=partial(bounded_spans, header),
         )
-        assert result.source is not None
-        assert not isinstance(result.source, bytes)
-        return result.source, pull
+        assert result.content is not None
+        assert not isinstance(result.content, bytes)
+        return result.content, pull
 
     async def read(self, header: str, repository: Repository = REPO) -> tuple[bytes, RequestRecord]:
         """Return the bytes of all spans of ``header``."""
@@ -257,7 +259,7 @@ def range_of(span: Span) -> str:
         ),
     ],
 )
-async def test_part_far_ahead_is_served_while_the_fetch_stands_still(
+async def test_range_far_ahead_is_served_while_the_fetch_stands_still(
     tmp_path: Path, header: str, expected: bytes
 ) -> None:
     async with lazy_pull(tmp_path) as lazy:
@@ -300,7 +302,7 @@ async def test_probe_and_open_ended_range_are_not_requested_aside(
         Denied("403"),
     ],
 )
-async def test_failed_part_is_served_from_the_fetch_and_not_tried_again_at_once(
+async def test_failed_range_is_served_from_the_fetch_and_not_tried_again_at_once(
     tmp_path: Path, error: MirrorError
 ) -> None:
     async with lazy_pull(tmp_path) as lazy:
@@ -312,15 +314,17 @@ async def test_failed_part_is_served_from_the_fetch_and_not_tried_again_at_once(
         data, pull = reading.result()
         assert data == DATA[-51:]
         assert (pull.outcome, pull.aside_bytes) == (Outcome.MISS, 0)
-        assert lazy.ended[0][0] in ("refused", "failed")
+        assert lazy.ended[0][0] in ("no_range", "rate_limited", "failed")
         lazy.gate.clear()
 
 
-async def test_repository_whose_part_was_refused_gets_none_for_a_while(tmp_path: Path) -> None:
+async def test_repository_whose_upstream_ignores_range_gets_no_aside_request_for_a_while(
+    tmp_path: Path,
+) -> None:
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.part_failure = UpstreamProtocolError("the upstream ignores Range")
         first, _ = await lazy.open(range_of(TAIL))
-        await until(lambda: lazy.ended == [("refused", 0)])
+        await until(lambda: lazy.ended == [("no_range", 0)])
         second, pull = await lazy.open(range_of(TAIL))
         assert not isinstance(second, AsideReader)
         assert not pull.is_unverified
@@ -332,7 +336,7 @@ async def test_repository_whose_part_was_refused_gets_none_for_a_while(tmp_path:
             reader.close()
 
 
-async def test_part_that_arrives_while_the_rate_is_measured_is_not_requested(
+async def test_range_that_arrives_while_the_rate_is_measured_is_not_requested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.pull.aside._SAMPLE_S", 60.0)
@@ -347,7 +351,7 @@ async def test_part_that_arrives_while_the_rate_is_measured_is_not_requested(
         assert (pull.is_unverified, lazy.registry.calls["get_part"]) == (False, 0)
 
 
-async def test_part_behind_a_burst_of_the_upstream_is_requested(tmp_path: Path) -> None:
+async def test_range_behind_a_burst_of_the_upstream_is_requested(tmp_path: Path) -> None:
     """The burst looks like a fast fetch while the rate is measured."""
     async with lazy_pull(tmp_path) as lazy:
         async with asyncio.TaskGroup() as group:
@@ -416,7 +420,7 @@ async def test_few_requests_run_at_once_for_one_content(tmp_path: Path) -> None:
             assert task.result()[0] == DATA[span.start : span.stop]
 
 
-async def test_memory_of_parts_is_bounded_and_given_back(
+async def test_memory_of_ranges_is_bounded_and_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mirror.pull.aside.MAX_HELD_BYTES", 100)
@@ -456,7 +460,7 @@ async def test_endpoint_without_a_free_connection_still_gets_a_few_requests(
         assert lazy.ended == [("ok", 51)] * len(digests)
 
 
-async def test_upstream_with_one_connection_gets_no_request_for_a_part(tmp_path: Path) -> None:
+async def test_upstream_with_one_connection_gets_no_request_for_a_range(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.parallel = Parallel(connections=1)
         reader, pull = await lazy.open(range_of(TAIL))
@@ -464,7 +468,7 @@ async def test_upstream_with_one_connection_gets_no_request_for_a_part(tmp_path:
         assert not pull.is_unverified
 
 
-async def test_no_part_is_requested_after_wrong_bytes_of_the_content(tmp_path: Path) -> None:
+async def test_no_range_is_requested_after_wrong_bytes_of_the_content(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
         lazy.kit.content._fetches.suspects.add(lazy.digest, {"memory": "docker.io"})
         reader, pull = await lazy.open(range_of(TAIL))
@@ -472,7 +476,7 @@ async def test_no_part_is_requested_after_wrong_bytes_of_the_content(tmp_path: P
         assert not pull.is_unverified
 
 
-async def test_repository_without_the_content_gets_no_part(tmp_path: Path) -> None:
+async def test_repository_without_the_content_gets_no_range(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
         first, _ = await lazy.open(range_of(TAIL))
         with pytest.raises(BlobUnknown):
@@ -509,7 +513,7 @@ async def unstored_pull(root: Path) -> AsyncIterator[LazyPull]:
         yield lazy
 
 
-async def test_parts_of_content_that_is_not_stored_are_requested_without_a_fetch(
+async def test_ranges_of_content_that_is_not_stored_are_requested_without_a_fetch(
     tmp_path: Path,
 ) -> None:
     async with unstored_pull(tmp_path) as lazy:
@@ -525,30 +529,29 @@ async def test_parts_of_content_that_is_not_stored_are_requested_without_a_fetch
         assert lazy.kit.store.memory.total == 0
 
 
-async def test_part_that_has_left_the_memory_of_a_fetch_starts_no_second_one(
+async def test_range_that_has_left_the_memory_of_a_fetch_starts_no_second_one(
     tmp_path: Path,
 ) -> None:
     async with lazy_pull(tmp_path, FULL) as lazy:
         async with asyncio.TaskGroup() as group:
             whole = await lazy.kit.service.blob(REPO, lazy.digest, a_pull(), is_head=False)
-            assert whole.source is not None
-            assert not isinstance(whole.source, bytes)
-            await whole.source.wait(0, 1)
-            position = whole.source.arrived
-            reading = group.create_task(read(whole.source, position, SIZE))
+            assert isinstance(whole.content, Follower)
+            await whole.content.wait(0, 1)
+            position = whole.content.arrived
+            reading = group.create_task(read(whole.content, position, SIZE))
             await asyncio.sleep(0)
             data, pull = await lazy.read("bytes=10-19")
             assert (data, pull.outcome) == (DATA[10:20], Outcome.ASIDE)
             lazy.gate.set()
         assert reading.result() == DATA[position:]
-        whole.source.close()
+        whole.content.close()
         assert lazy.registry.calls["get_blob"] - lazy.registry.calls["get_part"] == 1
 
 
 @pytest.mark.parametrize(
     "error", [UpstreamProtocolError("the upstream ignores Range"), UpstreamUnavailable("503")]
 )
-async def test_failed_part_of_content_that_is_not_stored_comes_from_a_fetch(
+async def test_failed_range_of_content_that_is_not_stored_comes_from_a_fetch(
     tmp_path: Path, error: MirrorError
 ) -> None:
     async with unstored_pull(tmp_path) as lazy:
@@ -566,7 +569,7 @@ async def test_whole_content_that_is_not_stored_is_never_sent_unverified(tmp_pat
         assert (data, pull.outcome, pull.is_unverified) == (DATA, Outcome.MISS, False)
 
 
-async def test_repository_without_the_content_gets_no_part_of_it_without_a_fetch(
+async def test_repository_without_the_content_gets_no_range_of_it_without_a_fetch(
     tmp_path: Path,
 ) -> None:
     async with unstored_pull(tmp_path) as lazy:
@@ -586,7 +589,7 @@ async def test_content_is_fetched_again_once_the_disk_may_have_room(
             assert lazy.registry.calls["get_blob"] == number
 
 
-async def test_client_that_leaves_before_a_part_without_a_fetch_gives_its_memory_back(
+async def test_client_that_leaves_before_a_range_without_a_fetch_gives_its_memory_back(
     tmp_path: Path,
 ) -> None:
     async with unstored_pull(tmp_path) as lazy:
@@ -600,13 +603,13 @@ async def test_client_that_leaves_before_a_part_without_a_fetch_gives_its_memory
         assert lazy.kit.store.memory.total == 0
 
 
-async def test_read_outside_of_the_parts_of_content_that_is_not_stored_is_an_error(
+async def test_read_outside_of_the_ranges_of_content_that_is_not_stored_is_an_error(
     tmp_path: Path,
 ) -> None:
     async with unstored_pull(tmp_path) as lazy:
         reader, _ = await lazy.open(range_of(TAIL))
-        assert isinstance(reader, PartsReader)
-        assert (reader.digest, reader.size, reader.arrived) == (lazy.digest, SIZE, 0)
+        assert isinstance(reader, RangesReader)
+        assert (reader.digest, await reader.wait_for_size()) == (lazy.digest, SIZE)
         with pytest.raises(ContentLost):
             await reader.wait(0, 1)
         assert await reader.wait(SIZE, SIZE) is None

@@ -9,7 +9,7 @@ from mirror.pull.aside import AsideReader
 from tests.unit.pull.test_aside import DATA, TAIL, lazy_pull, range_of
 
 
-async def test_part_is_requested_without_the_tag_of_the_fetch(tmp_path: Path) -> None:
+async def test_range_is_requested_without_the_tag_of_the_fetch(tmp_path: Path) -> None:
     """Nodes of a storage have different tags. The digest names the content."""
     async with lazy_pull(tmp_path) as lazy:
         lazy.registry.refused_validator = UpstreamProtocolError("ignores Range")
@@ -18,7 +18,7 @@ async def test_part_is_requested_without_the_tag_of_the_fetch(tmp_path: Path) ->
         assert lazy.ended == [("ok", 51)]
 
 
-async def test_endpoint_that_has_asked_for_a_pause_gets_no_request_for_a_part(
+async def test_endpoint_that_has_asked_for_a_pause_gets_no_request_for_a_range(
     tmp_path: Path,
 ) -> None:
     async with lazy_pull(tmp_path) as lazy:

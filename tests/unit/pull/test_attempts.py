@@ -226,6 +226,35 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     assert state.may_use_range is may_use_range
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+        UpstreamUnavailable("500", scope=FailureScope.REQUEST),
+        UpstreamTimeout("silent", scope=FailureScope.SUBJECT),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("is_reading", [False, True], ids=["response", "body"])
+@pytest.mark.parametrize("is_ranged", [True, False], ids=["ranged", "other-endpoint"])
+def test_range_is_kept_while_an_endpoint_fails_whose_ranges_have_brought_bytes(
+    error: MirrorError, is_reading: bool, is_ranged: bool
+) -> None:
+    """Otherwise an outage of three seconds costs all bytes a second time.
+
+    The endpoint may not be the one that was asked last, and that one may fail because of Range.
+    """
+    state = attempts(resumed_from=1)
+    state.note_progress(100.0, 2000, ["http://one"] if is_ranged else ["http://two"])
+    state.begin(2000, 100.0)
+    state.transfer_has_response, error.endpoint = is_reading, "http://one"
+    for beside_a_pause in (False, True) * 3:
+        state.count_failure(limited(error) if beside_a_pause else error, 100.0, has_reader=True)
+    assert state.may_use_range is is_ranged
+    state.count_failure(UpstreamProtocolError("200"), 100.0)
+    assert not state.may_use_range, "a wrong response tells about Range"
+
+
 def test_range_is_kept_after_failures_that_have_another_cause() -> None:
     """Otherwise a token service that fails for a moment costs all bytes a second time."""
     state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
@@ -242,7 +271,7 @@ def test_range_is_kept_after_failures_that_have_another_cause() -> None:
 def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     retry_after: float | None, least: float
 ) -> None:
-    state = attempts(is_reading=True)
+    state = attempts(transfer_has_response=True)
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after), 100.0, has_reader=True)
     assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
     assert state.is_over(145.0), "the source is given up after the stall limit"
@@ -316,24 +345,46 @@ def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_f
     assert state.is_over(100.0)
 
 
-@pytest.mark.parametrize("error", [BROKEN, UpstreamTimeout("none"), UpstreamUnavailable("502")])
-def test_range_that_has_brought_bytes_before_is_never_left_out_after_failures(
+def test_request_that_fails_beside_our_own_connections_is_repeated_3_times() -> None:
+    state, repeated = attempts(), 0
+    while state.reclaim(lambda endpoint: True, "https://one.example"):
+        repeated += state.begin_repeat()
+        assert not state.begin_repeat()
+        assert (state.error, state.failed_in_a_row) == (None, 0), "clients that come now wait, too"
+    assert repeated == 3
+    assert not attempts().reclaim(lambda endpoint: False, "https://one.example")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Denied("403"),
+        Unauthorized("401"),
+        BlobUnknown("404"),
+        StorageRefused("403"),
+        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+    ],
+    ids=repr,
+)
+def test_source_that_was_read_by_several_connections_has_until_the_stall_limit_for_a_request(
     error: MirrorError,
 ) -> None:
-    state = attempts(resumed_from=1000)
-    state.note_progress(100.0, 2000, has_range=True)
-    for _ in range(5):
-        state.has_progressed = False
-        state.count_failure(error, 100.0)
-    assert state.may_use_range
-    state.count_failure(UpstreamProtocolError("200"), 100.0)
-    assert not state.may_use_range, "a wrong response tells about Range"
+    """Its plain response, which would have needed no further request, was given up for ranges."""
+    state = attempts(resumed_from=1)
+    error.endpoint = "http://one"
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(20):
+        state.begin(2000, 100.0)
+        state.count_failure(error, 100.0, has_reader=True)
+        assert not state.is_over(144.0, may_repeat=True)
+        assert state.may_use_range
+        assert state.pause() <= 5.0
+    assert state.is_over(145.0, may_repeat=True)
+    assert state.is_over(100.0), "another source can be tried, or no client has a byte"
 
 
-def test_request_that_met_our_own_connections_is_repeated_soon_three_times() -> None:
-    state, repeated = attempts(), 0
-    while state.take_back(lambda endpoint: 3, "https://one.example"):
-        repeated += state.may_repeat_soon()
-        assert not state.may_repeat_soon()
-    assert repeated == 3
-    assert not attempts().take_back(lambda endpoint: 0, "https://one.example")
+def test_failure_after_one_beside_our_own_connections_at_another_endpoint_counts() -> None:
+    state = attempts()
+    assert state.reclaim(lambda endpoint: True, "https://one.example")
+    state.begin(0, 100.0)
+    assert not state.begin_repeat()

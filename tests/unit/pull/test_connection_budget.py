@@ -65,15 +65,15 @@ def test_endpoint_without_ranges_gets_no_second_connection_for_ten_minutes() -> 
     assert budget.may_add(ONE)
 
 
-def test_further_connections_are_taken_back_for_ten_minutes_if_there_are_any() -> None:
+def test_further_connections_are_reclaimed_for_ten_minutes_if_there_are_any() -> None:
     clock = [0.0]
     budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
-    assert budget.take_back(ONE) == 0
+    assert not budget.reclaim(ONE)
     budget.hold("fetch", ONE, 2)
-    assert budget.take_back(OTHER) == 0
-    assert not budget.is_taken_back(ONE)
-    assert budget.take_back(ONE) == 2
-    assert budget.is_taken_back(ONE)
+    assert not budget.reclaim(OTHER)
+    assert not budget.is_reclaimed(ONE)
+    assert budget.reclaim(ONE)
+    assert budget.is_reclaimed(ONE)
     budget.hold("fetch", ONE, 0)
     assert not budget.may_add(ONE)
     clock[0] = 600.0
@@ -84,5 +84,7 @@ def test_pause_after_a_refusal_is_ten_minutes_at_most() -> None:
     clock = [0.0]
     budget = ConnectionBudget(lambda endpoint: 1, lambda: clock[0])
     budget.on_refused(ONE, 86_400.0)
+    clock[0] = 599.0
+    assert budget.is_paused(ONE)
     clock[0] = 600.0
     assert not budget.is_paused(ONE)

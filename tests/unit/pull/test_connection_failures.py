@@ -22,7 +22,7 @@ NOW = 1000.0
 
 
 def a_failure(
-    error: MirrorError = RESET, at: float = NOW, *, received: int = 0, is_last: bool = False
+    error: MirrorError = RESET, at: float = NOW, *, received: int = 0, is_only_request: bool = False
 ) -> Failure:
     """Return a failure of a request that was sent at the time ``at``, beside one that sends."""
     return Failure(
@@ -30,10 +30,10 @@ def a_failure(
         asked_at=at,
         received=received,
         has_response=received > 0,
-        is_first=False,
-        is_trial=False,
-        is_last=is_last,
-        sent_at=at,
+        is_plain=False,
+        is_bad_trial=False,
+        is_only_request=is_only_request,
+        received_at=at,
     )
 
 
@@ -108,9 +108,10 @@ def test_429_is_a_refusal_for_the_time_that_it_asks_for(
 ) -> None:
     policy = failures()
     then = fail(policy, NOW, UpstreamRateLimited("429", retry_after=retry_after))
-    assert then == Consequence("rate_limited", 1 if wait > 2 else 4, refused_s=wait), (
-        "a long pause is for all"
-    )
+    is_long = wait > 2.0
+    left = 1 if is_long else 4
+    assert then == Consequence("rate_limited", left, refused_s=wait, has_pause=is_long)
+    assert policy.not_before == NOW + wait, "no request is sent meanwhile"
     assert not is_over(policy, NOW + 1)
 
 
@@ -149,7 +150,7 @@ def test_three_failures_within_16_whole_ranges_leave_one_connection_whatever_the
 
 
 def test_range_that_breaks_while_ranges_are_on_trial_is_the_last_one() -> None:
-    failure = replace(a_failure(received=10**6), is_trial=True)
+    failure = replace(a_failure(received=10**6), is_bad_trial=True)
     then = failures().on_failure(NOW, failure, 2, is_adding=True)
     assert (then.connections, then.is_useless) == (1, True)
 
@@ -177,7 +178,8 @@ def test_refusal_of_a_further_connection_is_no_refusal_of_the_content() -> None:
 @pytest.mark.parametrize("error", [RESET, UpstreamTimeout("none")])
 def test_last_connection_that_breaks_ends_the_transfer(error: MirrorError) -> None:
     policy = failures()
-    policy.on_failure(NOW, a_failure(error, received=10**6, is_last=True), 4, is_adding=False)
+    failure = a_failure(error, received=10**6, is_only_request=True)
+    policy.on_failure(NOW, failure, 4, is_adding=False)
     assert is_over(policy, NOW)
 
 

@@ -156,7 +156,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
         result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), is_head=True)
-        assert (result.size, result.source) == (5, None)
+        assert (result.size, result.content) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, ConnectionsChanged, PartCut
+from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -68,7 +68,7 @@ def test_upstream_that_limits_all_connections_together_is_read_by_as_many_as_rea
     assert "no_gain" in reasons(result)
 
 
-def test_connection_that_brings_no_gain_is_taken_back_and_none_follows() -> None:
+def test_connection_that_brings_no_gain_is_closed_and_none_follows() -> None:
     upstream = Upstream(DATA, rate=20 * MIB, total_rate=20 * MIB)
     result = pull(upstream)
     assert result.seconds <= 1.03 * 4.8
@@ -127,7 +127,7 @@ def test_blob_without_a_size_is_read_by_one_connection() -> None:
 def test_late_part_is_cut_and_fetched_by_another_connection() -> None:
     upstream = Upstream(DATA, slow=lambda number: 0.001 if number == 4 else 1.0)
     result = pull(upstream)
-    assert len(result.happened(PartCut)) >= 1
+    assert len(result.happened(PieceCut)) >= 1
     assert result.seconds < 6.5
     assert upstream.sent <= 1.01 * len(DATA)
 
@@ -139,7 +139,7 @@ def test_first_response_that_starves_is_cut_too() -> None:
     upstream = Upstream(DATA)
     upstream.slow = lambda number: 1.0 if number or upstream.sent < 5 * MIB else 0.001
     result = pull(upstream)
-    assert result.happened(PartCut)
+    assert result.happened(PieceCut)
     assert result.seconds < 7
 
 
@@ -162,7 +162,7 @@ def test_connections_that_all_break_at_once_keep_what_arrived_ahead() -> None:
     assert result.seconds < 9.6
 
 
-def test_only_the_last_error_ends_a_transfer() -> None:
+def test_transfer_ends_with_the_error_of_its_last_connection() -> None:
     upstream = Upstream(DATA, error=BROKEN, breaks=lambda n: 0 if n else 10 * MIB)
     with pytest.raises(UpstreamUnavailable, match="connection reset"):
         pull(upstream)
@@ -289,7 +289,7 @@ def test_refusals_that_ask_for_no_pause_are_paused_after(retry_after: float) -> 
     assert len(upstream.refused) <= 8
 
 
-def test_further_connections_that_all_fail_are_two() -> None:
+def test_no_third_range_is_requested_after_the_first_two_failed() -> None:
     """However much the first response brings meanwhile."""
     upstream = Upstream(DATA, error=BROKEN, fails=lambda n: BROKEN, latency=0.3)
     result = pull(upstream)
@@ -332,7 +332,7 @@ def test_single_failures_take_no_connection_away(every: int) -> None:
 def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most: float) -> None:
     upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
     result = pull(upstream)
-    assert result.happened(PartCut)
+    assert result.happened(PieceCut)
     assert result.seconds < most * 9.6
 
 
@@ -442,7 +442,7 @@ def test_upstream_sends_less_than_1_percent_twice_of_512_mib_at_100_mb_per_secon
     assert upstream.most == 4
 
 
-def test_429_of_each_later_request_ends_with_the_error_of_the_last() -> None:
+def test_transfer_whose_later_requests_all_get_a_429_ends_with_one() -> None:
     upstream = Upstream(DATA, retry_after=60.0)
     upstream.breaks = lambda n: None
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, ConnectionsChanged, PartCut
+from mirror.observability.events import BackedOff, ConnectionsChanged, PieceCut
 from mirror.oci.errors import (
     BlobUnknown,
     Denied,
@@ -144,7 +144,7 @@ def test_upstream_with_slow_headers_is_learned_by_a_few_requests(
 ) -> None:
     upstream = Upstream(DATA, latency=latency)
     result = pull(upstream)
-    assert len(result.happened(PartCut)) <= 3
+    assert len(result.happened(PieceCut)) <= 3
     assert result.seconds < most * 9.6
     assert len(upstream.asked) <= 16
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from mirror.config.settings import Parallel
-from mirror.observability.events import BackedOff, PartCut
+from mirror.observability.events import BackedOff, Event, PieceCut
 from mirror.oci.errors import UpstreamRateLimited, UpstreamUnavailable
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.store.ingest_writer import MemoryBudget
@@ -60,7 +60,9 @@ def reasons(result: Result) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", BAD_RANGES)
-def test_ranges_that_are_worse_than_the_plain_response_cost_nearly_nothing(kind: str) -> None:
+def test_ranges_worse_than_the_plain_response_cost_at_most_3_percent_and_2_requests(
+    kind: str,
+) -> None:
     upstream = BAD_RANGES[kind]()
     result = pull(upstream)
     assert result.seconds <= 1.03 * ONE_S
@@ -71,11 +73,17 @@ def test_ranges_that_are_worse_than_the_plain_response_cost_nearly_nothing(kind:
 
 @pytest.mark.parametrize("memory", [2 * MIB, 7 * MIB], ids=["for-the-trial", "for-one-piece"])
 @pytest.mark.parametrize("kind", ["half-as-fast", "stop-after-256-KiB", "shared-rate"])
-def test_bad_ranges_cost_nearly_nothing_with_little_memory_too(kind: str, memory: int) -> None:
+def test_bad_ranges_cost_at_most_3_percent_with_little_memory_too(kind: str, memory: int) -> None:
     upstream = BAD_RANGES[kind]()
     result = pull(upstream, memory=MemoryBudget(memory))
     assert result.seconds <= 1.03 * ONE_S
     assert result.memory <= memory
+
+
+def test_blob_of_more_than_a_hundred_times_the_memory_is_read_by_several_connections() -> None:
+    upstream = Upstream(DATA)
+    pull(upstream, parallel=Parallel(part=65_536), memory=MemoryBudget(700_000))
+    assert upstream.most > 1
 
 
 def test_bad_ranges_are_remembered_for_the_other_blobs_of_the_endpoint_for_ten_minutes() -> None:
@@ -149,14 +157,47 @@ def test_limit_of_the_number_of_requests_is_waited_for(retry_after: float) -> No
     assert result.happened(BackedOff)[-1].connections == 1
 
 
+@pytest.mark.parametrize("seconds", [0.5, 0.65, 0.82], ids=["asked", "response", "bytes"])
+def test_transfer_that_is_cancelled_during_the_trial_is_not_remembered_for_the_endpoint(
+    seconds: float,
+) -> None:
+    """A client that leaves, a full disk, or a shutdown says nothing about ranges."""
+
+    async def read() -> None:
+        loop, events = asyncio.get_running_loop(), list[Event]()
+        connections = ConnectionBudget(lambda endpoint: 1, loop.time)
+        upstream = Upstream(DATA, latency=0.15, begins_late=lambda n: 0.2 if n else 0.0)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await transfer(upstream, connections=connections, events=events)
+        assert (len(upstream.asked), upstream.connections) == (1, 0)
+        assert [event for event in events if isinstance(event, BackedOff)] == []
+        assert connections.may_add(Stream.endpoint)
+
+    run_virtually(read())
+
+
+@pytest.mark.parametrize("has_response", [False, True])
+def test_plain_response_that_breaks_during_the_trial_tells_about_ranges_only_after_one_came(
+    has_response: bool,
+) -> None:
+    """Some upstreams close the older one of two connections."""
+    upstream = Upstream(DATA, error=BROKEN, latency=0.02 if has_response else 0.4)
+    upstream.breaks = lambda n: None if n else 5 * MIB
+    result = pull(upstream)
+    assert (len(upstream.asked), reasons(result)) == (2, ["failed"])
+    assert result.seconds <= 1.06 * ONE_S
+    assert result.reader.connections.may_add(Stream.endpoint) is not has_response
+
+
 def test_nothing_is_cut_while_one_connection_is_wanted() -> None:
     """A rate that comes in bursts looks late each time."""
     upstream = Upstream(DATA, max_connections=1)
     upstream.slow = lambda n: 1.0 if asyncio.get_running_loop().time() % 4 < 3 else 0.01
-    assert pull(upstream).happened(PartCut) == []
+    assert pull(upstream).happened(PieceCut) == []
 
 
-def test_connections_that_are_taken_back_end_at_once_and_one_request_brings_the_rest() -> None:
+def test_connections_that_are_reclaimed_end_at_once_and_one_request_brings_the_rest() -> None:
     async def read() -> None:
         connections = ConnectionBudget(lambda url: 1, asyncio.get_running_loop().time)
         upstream = Upstream(DATA)
@@ -164,7 +205,7 @@ def test_connections_that_are_taken_back_end_at_once_and_one_request_brings_the_
         async def need_one() -> None:
             await asyncio.sleep(2.0)
             assert upstream.connections == 4
-            assert connections.take_back(Stream.endpoint)
+            assert connections.reclaim(Stream.endpoint)
             await asyncio.sleep(0.15)
             assert upstream.connections == 1
             await asyncio.sleep(2.0)

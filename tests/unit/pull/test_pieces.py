@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mirror.pull.pieces import _FIRST_LATENCY_S, _LEAD, MIN_PIECE_BYTES, Piece, Pieces, piece_size
+from mirror.pull.pieces import (
+    _FIRST_LATENCY_S,
+    _LEAD_LATENCIES,
+    MIN_PIECE_BYTES,
+    Piece,
+    Pieces,
+    RequestSize,
+    piece_size,
+)
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(4000, 17)
@@ -27,9 +35,10 @@ class Window:
     now: float = 0.0
 
     def claim(self, lead: int, connections: int = 2, *, is_alone: bool = False) -> bool:
-        rate = lead / (_LEAD * (self.pieces.latency or _FIRST_LATENCY_S))
-        is_last = connections == 1
-        piece = self.pieces.claim(self.now, rate, connections, is_alone=is_alone, is_last=is_last)
+        rate = lead / (_LEAD_LATENCIES * (self.pieces.latency or _FIRST_LATENCY_S))
+        size = RequestSize.SIXTEEN if is_alone else RequestSize.USUAL
+        size = RequestSize.REST if connections == 1 else size
+        piece = self.pieces.add_piece(self.now, rate, connections, size=size)
         if piece is not None:
             self.open.append(piece)
         return piece is not None
@@ -226,13 +235,13 @@ def test_storage_that_gets_slow_as_a_whole_has_no_late_piece() -> None:
     """Neither compared with what it brought before, nor with what it brings now."""
     pieces, now = Pieces(0, 10_000, 100), 0.0
     for _ in range(8):
-        piece = pieces.claim(now, 0, 2)
+        piece = pieces.add_piece(now, 0, 2)
         assert piece is not None
         pieces.accept_response(piece, now)
         now += 0.1
         pieces.receive(piece, bytes(100), now)  # 1,000 bytes a second
     while len([piece for piece in pieces if piece.has_connection]) < 4:
-        piece = pieces.claim(now, 0, 4)
+        piece = pieces.add_piece(now, 0, 4)
         assert piece is not None
         pieces.accept_response(piece, now)
         pieces.receive(piece, bytes(60), now)
@@ -248,7 +257,7 @@ def test_pieces_that_all_starve_are_late() -> None:
 
 def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -> None:
     pieces, sizes = Pieces(0, 1000, 100), []
-    while (piece := pieces.claim(0.0, 0, 4)) is not None:
+    while (piece := pieces.add_piece(0.0, 0, 4)) is not None:
         sizes.append(piece.stop - piece.start)
         pieces.accept_response(piece, 0.0)
         pieces.receive(piece, bytes(sizes[-1]), 1.0)
@@ -261,16 +270,15 @@ def test_pieces_become_smaller_near_the_end_so_that_connections_end_together() -
 def test_plain_piece_runs_over_a_trial_that_is_dropped() -> None:
     window = Window(Pieces(0, 400, 50))
     plain, pieces = window.pieces.begin_plain(0.0), window.pieces
-    pieces.is_trial = True
-    ahead = pieces.claim_ahead(0.0, 100, 20)
+    ahead = pieces.add_piece_ahead(0.0, 100, 20)
     assert ahead is not None
     assert (ahead.start, ahead.stop) == (100, 120)
     pieces.accept_response(ahead, 0.1)
     pieces.receive(ahead, DATA[100:120], 0.2)
     pieces.receive(plain, DATA[:90], 0.3)
-    assert not pieces.has_met_trial(plain, 9)
-    assert pieces.has_met_trial(plain, 10)
-    pieces.drop_trial()
+    assert not pieces.meets_next(plain, 9)
+    assert pieces.meets_next(plain, 10)
+    pieces.drop_ranges()
     pieces.receive(plain, DATA[90:400], 0.4)
     window.pop()
     assert bytes(window.out) == DATA[:400]
@@ -279,7 +287,7 @@ def test_plain_piece_runs_over_a_trial_that_is_dropped() -> None:
 def test_plain_piece_ends_where_an_accepted_trial_begins() -> None:
     pieces = Pieces(0, 400, 50)
     plain = pieces.begin_plain(0.0)
-    ahead = pieces.claim_ahead(0.0, 100, 20)
+    ahead = pieces.add_piece_ahead(0.0, 100, 20)
     assert ahead is not None
     pieces.accept_response(ahead, 0.1)
     assert pieces.receive(plain, DATA[:150], 0.3)

@@ -49,12 +49,34 @@ def test_gain_of_a_quarter_permits_the_next_connection() -> None:
     assert ramp.wanted == 2
 
 
-def test_smaller_gain_is_measured_for_longer_and_then_taken_back_for_good() -> None:
+def test_smaller_gain_is_measured_for_longer_and_then_undone_for_good() -> None:
     ramp = added(1000)
     assert measure(ramp, 1.0, 1200) is Step.KEEP
     assert ramp.evaluate(1.0 + 2 * MEASURE_S, PLENTY, SIZE) is Step.NO_GAIN
+    ramp.back_off(ramp.wanted - 1)
     assert ramp.wanted == 1
     assert measure(ramp, 3.0, 5000) is Step.KEEP, "no more"
+
+
+@pytest.mark.parametrize(("rate", "step"), [(300, Step.NO_GAIN), (1150, Step.NO_GAIN)])
+def test_addition_after_which_the_rate_fell_is_undone_however_slow_all_are(
+    rate: float, step: Step
+) -> None:
+    """A disk that seeks, or a server that slows down an address with many connections."""
+    ramp = added(1000)
+    assert ramp.accept_trial(2000, PLENTY, SIZE) is Step.ADD
+    ramp.add()
+    ramp.on_connections(2.0, 3)
+    assert measure(ramp, 2.0, rate) is Step.KEEP
+    assert ramp.evaluate(2.0 + 2 * MEASURE_S + 0.1, PLENTY, SIZE) is step
+
+
+def test_connections_of_slow_nodes_are_not_closed() -> None:
+    ramp = added(1000)
+    assert ramp.accept_trial(1200, PLENTY, SIZE) is Step.ADD
+    ramp.add()
+    ramp.on_connections(2.0, 3)
+    assert measure(ramp, 2.0, 1150) is Step.ADD
 
 
 def test_addition_is_measured_once_it_has_a_response() -> None:

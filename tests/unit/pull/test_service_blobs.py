@@ -57,11 +57,11 @@ async def test_blob_of_up_to_64_kib_is_served_from_memory_and_a_larger_one_from_
         for data, is_in_memory in ((SMALL, True), (LARGE, False)):
             assert await blob(kit, Digest.of(data)) == (data, Outcome.HIT)
             result = await kit.service.blob(REPO, Digest.of(data), a_pull(), is_head=False)
-            assert isinstance(result.source, bytes) is is_in_memory
+            assert isinstance(result.content, bytes) is is_in_memory
             assert result.is_fresh() is is_in_memory
             assert result.size == len(data)
-            if result.source is not None and not isinstance(result.source, bytes):
-                result.source.close()
+            if result.content is not None and not isinstance(result.content, bytes):
+                result.content.close()
         head = await kit.service.blob(REPO, Digest.of(SMALL), a_pull(), is_head=True)
         assert head.size == len(SMALL)
         assert kit.registry.calls["get_blob"] == 2

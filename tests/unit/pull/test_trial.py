@@ -41,6 +41,7 @@ def test_first_request_costs_a_hundredth_of_the_blob_and_is_far_ahead() -> None:
     trial = a_trial()
     assert (trial.request_bytes, trial.lead) == (MISSING // 100, int(1.5 * RATE))
     assert a_trial(missing=20_000_000).request_bytes == 256 * 1024
+    assert a_trial(missing=10_000_000_000).request_bytes == SIZE, "more needs too much memory"
     assert a_trial(missing=20_000_000).lead == 10_000_000
 
 
@@ -75,7 +76,9 @@ def test_good_first_request_is_followed_by_usual_ones() -> None:
         "plain-one-starves",
     ],
 )
-def test_verdict(share: float, plain: float, latency: float, verdict: TrialResult) -> None:
+def test_trial_is_decided_by_both_rates_and_the_latency(
+    share: float, plain: float, latency: float, verdict: TrialResult
+) -> None:
     assert arrive(a_trial(), share=share, plain=plain, latency=latency) is verdict
 
 
@@ -98,7 +101,7 @@ def test_begin_of_a_connection_is_not_held_against_the_first_request() -> None:
 
 def test_response_that_did_not_come_before_the_plain_one_met_it_is_slow() -> None:
     assert a_trial().judge(5.0, MISSING) is TrialResult.OPEN
-    assert a_trial().judge(5.0, MISSING, is_last=True) is TrialResult.SLOW
+    assert a_trial().judge(5.0, MISSING, must_decide=True) is TrialResult.SLOW
 
 
 def test_time_between_two_responses_does_not_count() -> None:

@@ -1,4 +1,4 @@
-"""A first request that fails because of further connections of another fetch, and wrong ranges."""
+"""Initial requests that fail because of further connections of another fetch, and wrong ranges."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ ENDPOINT = "memory"
 
 
 @dataclass
-class Crowded(MemoryRegistry):
-    """An upstream that refuses first requests while there are further connections to it."""
+class LimitedRegistry(MemoryRegistry):
+    """An upstream that refuses initial requests while there are further connections to it."""
 
     error: MirrorError = field(default_factory=lambda: UpstreamRateLimited("429", retry_after=60.0))
     connections: ConnectionBudget = field(
         default_factory=lambda: ConnectionBudget(lambda endpoint: 1)
     )
     refused: int = 0
-    is_crowded: bool = True
+    is_limited: bool = True
 
     @asynccontextmanager
     async def open(self, *arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
-        if self.is_crowded:
+        if self.is_limited:
             self.refused += 1
-            named["take_back"](ENDPOINT)
+            named["reclaim"](ENDPOINT)
             raise self.error
         async with super().open(*arguments, **named) as stream:
             yield stream
 
 
-async def run(registry: Crowded, path: Path) -> bytes:
+async def run(registry: LimitedRegistry, path: Path) -> bytes:
     """Fetch, and return what a follower reads. Raises the error of the fetch."""
     registry.add_blob(REPO.path, DATA)
     with kit(path) as parts:
@@ -66,7 +66,7 @@ async def run(registry: Crowded, path: Path) -> bytes:
             Callbacks(),
             make_reader,
             lambda endpoints: None,
-            registry.connections.take_back,
+            registry.connections.reclaim,
         )
         follower = ingest.follow()
         assert follower
@@ -84,16 +84,16 @@ async def run(registry: Crowded, path: Path) -> bytes:
     [UpstreamRateLimited("429", retry_after=60.0), UpstreamUnavailable("connection reset")],
     ids=["429", "reset"],
 )
-async def test_first_request_that_meets_further_connections_is_sent_again_after_a_second(
+async def test_initial_request_that_fails_beside_further_connections_is_sent_again_after_a_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: MirrorError
 ) -> None:
-    registry, pauses = Crowded(error=error), list[tuple[float, float]]()
+    registry, pauses = LimitedRegistry(error=error), list[tuple[float, float]]()
     registry.connections.hold("another fetch", ENDPOINT, 3)
 
     def end_them(least: float, most: float) -> float:
         pauses.append((least, most))
-        assert registry.connections.is_taken_back(ENDPOINT)
-        registry.is_crowded = False
+        assert registry.connections.is_reclaimed(ENDPOINT)
+        registry.is_limited = False
         return 0.0
 
     monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=end_them))
@@ -101,19 +101,19 @@ async def test_first_request_that_meets_further_connections_is_sent_again_after_
     assert (registry.refused, pauses) == (1, [(1.0, 2.0)])
 
 
-async def test_first_request_that_is_refused_without_further_connections_is_not_sent_again(
+async def test_initial_request_that_fails_without_further_connections_is_not_sent_again(
     tmp_path: Path,
 ) -> None:
-    registry = Crowded()
+    registry = LimitedRegistry()
     with pytest.raises(UpstreamRateLimited):
         await run(registry, tmp_path)
     assert registry.refused == 1
 
 
-async def test_request_that_is_always_refused_is_sent_four_times(
+async def test_initial_request_that_always_fails_beside_further_connections_is_sent_4_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry = Crowded()
+    registry = LimitedRegistry()
     registry.connections.hold("another fetch", ENDPOINT, 3)
     monkeypatch.setattr("mirror.pull.fetch.random", SimpleNamespace(uniform=lambda *_: 0.0))
     with pytest.raises(UpstreamRateLimited):
@@ -125,7 +125,7 @@ async def test_endpoint_whose_ranges_may_have_been_wrong_gets_no_further_connect
     tmp_path: Path,
 ) -> None:
     """For other blobs, too: otherwise each one of the image would be cut off once."""
-    registry = Crowded(is_crowded=False)
+    registry = LimitedRegistry(is_limited=False)
     with kit(tmp_path) as parts:
         reader = ParallelReader(
             registry.connections, parts.memory, parts.events.append, a_request(DIGEST).pull

@@ -1,4 +1,4 @@
-"""Requests of :class:`mirror.upstream.registry.HttpRegistry` for a part of a blob."""
+"""Requests of :class:`mirror.upstream.registry.HttpRegistry` for a range of a blob."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDE = {"offset": 1000, "stop": 2000, "total": SIZE}
 
 
 @pytest.mark.parametrize("offset", [0, 1, 1000, SIZE - 1])
-async def test_part_is_requested_by_a_range_with_an_end(offset: int) -> None:
+async def test_range_is_requested_with_its_end(offset: int) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         stop = min(SIZE, offset + 1000)
@@ -38,7 +38,7 @@ async def test_part_is_requested_by_a_range_with_an_end(offset: int) -> None:
     ],
     ids=range(9),
 )
-async def test_response_that_is_not_the_part_is_refused(fault: Fault) -> None:
+async def test_response_that_is_not_the_range_is_refused(fault: Fault) -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", fault)
@@ -46,8 +46,8 @@ async def test_response_that_is_not_the_part_is_refused(fault: Fault) -> None:
             await kit.read(digest, **WIDE)
 
 
-async def test_failures_of_parts_do_not_stop_requests_for_whole_blobs() -> None:
-    """One endpoint may refuse each part of three repositories, and yet send whole blobs."""
+async def test_failures_of_ranges_do_not_stop_requests_for_whole_blobs() -> None:
+    """One endpoint may refuse each range of three repositories, and yet send whole blobs."""
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         repositories = [Repository("docker.io", f"library/app{n}") for n in range(4)]
         digests = [fake.add_blob(DATA, repository.path) for repository in repositories]
@@ -60,7 +60,7 @@ async def test_failures_of_parts_do_not_stop_requests_for_whole_blobs() -> None:
         assert await kit.read(digests[0], repositories[0]) == DATA
 
 
-async def test_429_of_a_part_pauses_no_request_for_a_whole_blob() -> None:
+async def test_429_of_a_range_pauses_no_request_for_a_whole_blob() -> None:
     async with FakeRegistry() as fake, upstream_kit(fake.url) as kit:
         digest = fake.add_blob(DATA)
         fake.fault(f"blobs/{digest}", Fault(status=429, headers={"Retry-After": "60"}, times=None))
@@ -69,6 +69,6 @@ async def test_429_of_a_part_pauses_no_request_for_a_whole_blob() -> None:
         seen = len(fake.requests)
         with pytest.raises(UpstreamRateLimited):
             await kit.read(digest, REPO, **WIDE)
-        assert len(fake.requests) == seen, "parts pause"
+        assert len(fake.requests) == seen, "ranges pause"
         fake.faults.clear()
         assert await kit.read(digest) == DATA

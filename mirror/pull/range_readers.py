@@ -1,6 +1,6 @@
-"""Readers of parts that are requested by themselves, for one client each.
+"""Readers of ranges that are requested by themselves, for one client each.
 
-Lives here: the wait for a part, beside a running fetch or without one. Must not know: which parts
+Lives here: the wait for a range, beside a running fetch or without one. Must not know: which ranges
 are requested, how a request is sent (:mod:`mirror.pull.aside`).
 """
 
@@ -58,7 +58,7 @@ class AsideRequest:
             task.remove_done_callback(on_done)
 
 
-class PartsReader:
+class RangesReader:
     """A reader of the spans of some requests (see ``mirror.store.reader.Reader``)."""
 
     def __init__(
@@ -94,10 +94,9 @@ class PartsReader:
         """Bytes of the whole content."""
         return self._size
 
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting, at the start of the content."""
-        return 0
+    async def wait_for_size(self) -> int | None:
+        """Return the size."""
+        return self._size
 
     async def wait_for_all(self) -> None:
         """Wait until all spans have arrived. Raises the error of a request that failed."""
@@ -115,7 +114,7 @@ class PartsReader:
             return None
         aside = self.find(start)
         if aside is None:
-            raise ContentLost("this part was not requested, or its reader is closed")
+            raise ContentLost("this range was not requested, or its reader is closed")
         data = await aside.task.wait()
         first = start - aside.span.start
         last = min(len(data), first + _EXTENT_BYTES)
@@ -136,7 +135,7 @@ class PartsReader:
                 self._release(aside)
 
 
-class AsideReader(PartsReader):
+class AsideReader(RangesReader):
     """A follower that takes some spans from aside requests, if they arrive there first."""
 
     def __init__(
@@ -150,18 +149,13 @@ class AsideReader(PartsReader):
 
         Args:
             follower: Reads the running fetch, whose size is known. Closed with this reader.
-            asides: See :class:`PartsReader`.
-            pull: See :class:`PartsReader`.
-            release: See :class:`PartsReader`.
+            asides: See :class:`RangesReader`.
+            pull: See :class:`RangesReader`.
+            release: See :class:`RangesReader`.
         """
         assert follower.size is not None
         super().__init__(follower.size, asides, pull, release)
         self._follower = follower
-
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting, at the start of the content."""
-        return self._follower.arrived
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """Wait for the byte at ``start`` (see :meth:`mirror.store.reader.Reader.wait`)."""
@@ -174,9 +168,9 @@ class AsideReader(PartsReader):
                 with aside.when_done(lambda: limit.reschedule(loop.time())):
                     return await self._follower.wait(start, stop)
         except DigestMismatch:
-            raise  # The content is wrong, so the part may be wrong, too.
+            raise  # The content is wrong, so the range may be wrong, too.
         except (TimeoutError, MirrorError):
-            pass  # The part has arrived first, or the fetch has failed. The request decides.
+            pass  # The range has arrived first, or the fetch has failed. The request decides.
         try:
             return await super().wait(start, stop)
         except MirrorError:
