@@ -277,7 +277,7 @@ class _Transfer:
         if there are as many connections as wanted, for these bring what is behind it.
         """
         pieces, reader = self._pieces, self._reader
-        active = sum(1 for piece in self._tasks if not pieces.is_stuck(piece))
+        active = sum(1 for one in self._tasks if one.has_connection and not pieces.is_stuck(one))
         is_asking = not all(piece.has_response for piece in self._tasks)
         has_to_wait = is_asking and self._failures.is_retrying
         is_wanted = active < self._ramp.wanted or pieces.front is None
