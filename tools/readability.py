@@ -87,7 +87,19 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
 
 COMMANDS: Final = {
     *("accept", "begin", "evict", "keep", "make", "mark", "pin", "put", "quarantine", "read"),
-    *("receive", "reclaim", "refresh", "restore", "send", "set", "start", "try", "unlink", "wait"),
+    *(
+        "receive",
+        "reclaim",
+        "refresh",
+        "restore",
+        "reuse",
+        "send",
+        "set",
+        "start",
+        "try",
+        "unlink",
+        "wait",
+    ),
     "write",
 }
 """First words of functions that do something, and return whether they did."""
