@@ -118,6 +118,8 @@ class Upstream:
     """Times of further requests."""
     refused: list[float] = field(default_factory=list)
     """Times of refusals."""
+    asked_to_wait: float = 0.0
+    """Seconds that its 429s have asked for, together."""
     connections: int = 0
     most: int = 0
     opened: int = 0
@@ -232,8 +234,11 @@ class Stream:
         await upstream.wait_if_silent(upstream.opened)
         if (error := upstream.fails(number)) is not None:
             upstream.failed += 1
+            if isinstance(error, UpstreamRateLimited):
+                upstream.asked_to_wait += error.retry_after or 0.0
             raise error
         if not upstream.may_request():
+            upstream.asked_to_wait += upstream.retry_after or 0.0
             raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
         if not upstream.has_ranges:
             raise UpstreamProtocolError("no ranges")

@@ -124,8 +124,10 @@ def test_blob_without_a_size_is_read_by_one_connection() -> None:
     assert run_virtually(read()) == 1
 
 
-def test_late_part_is_cut_and_fetched_by_another_connection() -> None:
-    upstream = Upstream(DATA, slow=lambda number: 0.001 if number == 4 else 1.0)
+@pytest.mark.parametrize("late", [3, 4])
+def test_late_part_is_cut_and_fetched_by_another_connection(late: int) -> None:
+    """The first two are the trial: a late one leaves the plain response alone."""
+    upstream = Upstream(DATA, slow=lambda number: 0.001 if number == late else 1.0)
     result = pull(upstream)
     assert len(result.happened(PieceCut)) >= 1
     assert result.seconds < 6.5
@@ -233,14 +235,14 @@ def test_bytes_ahead_stay_within_the_budget(limit: int) -> None:
 def test_pause_that_a_refusal_asks_for_is_kept_while_a_connection_is_open(
     retry_after: float,
 ) -> None:
-    """Without any, one request for the rest is sent at once, or after a short pause."""
+    """The plain response still runs, and brings the rest meanwhile."""
     upstream = Upstream(DATA, max_connections=2, retry_after=retry_after)
     result = pull(upstream)
     assert reasons(result) == ["rate_limited"]
     assert result.seconds < (6.5 if retry_after <= 1.0 else 1.03 * 9.6)
     refused_at = upstream.refused[0]
-    asked = [at for at in upstream.asked if refused_at < at < refused_at + retry_after]
-    assert len(asked) <= 2, "for the rest, and for the gap before the bytes of the trial"
+    assert [at for at in upstream.asked if refused_at < at < refused_at + retry_after] == []
+    assert upstream.sent <= 1.03 * len(DATA), "the plain response runs on over what was ahead"
 
 
 @pytest.mark.parametrize("retry_after", [None, 10.0, 25.0])
@@ -259,9 +261,10 @@ def test_refusals_of_every_request_end_with_the_last_error_in_the_time_of_a_sile
     upstream = Upstream(DATA, burst=4, retry_after=retry_after)
     with pytest.raises(UpstreamRateLimited):
         pull(upstream)
-    assert len(upstream.refused) <= 8
-    most = 120 + 60 if retry_after else MemoryRegistry().idle
-    assert upstream.refused[-1] - upstream.refused[0] <= most, "ranges have caused the pause"
+    assert len(upstream.refused) <= 7
+    # Ranges have caused the pauses, so these are waited for: two minutes at most.
+    most = {None: MemoryRegistry().idle, 5.0: 75.0, 60.0: 121.0}[retry_after]
+    assert upstream.refused[-1] - upstream.refused[0] <= most
 
 
 @pytest.mark.parametrize("error", [BlobUnknown("404"), Denied("403"), UpstreamProtocolError("400")])
@@ -318,17 +321,18 @@ def test_time_in_which_the_reader_takes_nothing_is_no_silence_of_the_upstream() 
     assert result.seconds < 110
 
 
-@pytest.mark.parametrize("every", [10, 12])
-def test_single_failures_take_no_connection_away(every: int) -> None:
+@pytest.mark.parametrize(("every", "expected"), [(8, ["failed"]), (9, []), (10, []), (12, [])])
+def test_single_failures_take_no_connection_away(every: int, expected: list[str]) -> None:
+    """Unless three are within 16 whole ranges: then one request brings the rest."""
     upstream = Upstream(
         DATA, error=BROKEN, breaks=lambda n: 0 if n and n % every == 0 else None, buffer=1
     )
     result = pull(upstream)
     assert result.seconds < 0.45 * 9.6
-    assert reasons(result) == []
+    assert reasons(result) == expected
 
 
-@pytest.mark.parametrize(("every", "most"), [(4, 1.2), (6, 1.0), (10, 0.8)])
+@pytest.mark.parametrize(("every", "most"), [(4, 0.6), (6, 0.6), (10, 0.5)])
 def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most: float) -> None:
     upstream = Upstream(DATA, slow=lambda n: 0.001 if n and n % every == 0 else 1.0)
     result = pull(upstream)
@@ -338,14 +342,23 @@ def test_starved_connections_hold_up_a_fetch_for_a_moment_each(every: int, most:
 
 @pytest.mark.parametrize(
     ("rate", "latency", "most"),
-    [(10, 0.3, 0.6), (10, 0.5, 0.65), (20, 0.15, 0.65), (20, 0.2, 0.65), (20, 0.3, 0.8)],
+    [
+        (10, 0.2, 0.5),
+        (10, 0.3, 0.55),
+        (10, 0.5, 0.65),
+        (20, 0.1, 0.52),
+        (20, 0.15, 0.62),
+        (20, 0.2, 0.65),
+        (20, 0.3, 0.75),
+    ],
 )
 def test_storage_that_takes_long_to_respond_is_read_by_larger_requests(
     rate: int, latency: float, most: float
 ) -> None:
     upstream = Upstream(DATA, rate=rate * MIB, latency=latency)
     assert pull(upstream).seconds < most * len(DATA) / upstream.rate
-    assert max(stop - start for start, stop in upstream.requested) > 6 * MIB
+    is_larger = max(stop - start for start, stop in upstream.requested) > 6 * MIB
+    assert is_larger is (rate * latency > 2.0), "more than one piece in three times the latency"
 
 
 @pytest.mark.parametrize("latency", [0.1, 0.3, 1.0])

@@ -87,7 +87,7 @@ def test_three_wrong_ranges_in_a_row_of_an_upstream_that_sends_right_ones_cost_a
 
 
 @pytest.mark.parametrize("retry_after", [0.0, 0.001, None])
-@pytest.mark.parametrize("accepted", [3, 5, 8])
+@pytest.mark.parametrize("accepted", [2, 3, 8])
 def test_429_without_a_time_to_wait_is_followed_by_longer_and_longer_pauses(
     retry_after: float | None, accepted: int
 ) -> None:
@@ -138,7 +138,7 @@ def test_connections_that_break_together_are_one_failure() -> None:
     assert result.seconds < 0.45 * 9.6
 
 
-@pytest.mark.parametrize(("latency", "most"), [(0.9, 0.9), (1.5, 1.03), (3.0, 1.03)])
+@pytest.mark.parametrize(("latency", "most"), [(0.9, 0.89), (1.5, 1.01), (3.0, 1.01)])
 def test_upstream_with_slow_headers_is_learned_by_a_few_requests(
     latency: float, most: float
 ) -> None:
@@ -252,8 +252,7 @@ def test_random_upstream_readers_and_budgets_end_each_transfer_in_time(seed: int
     assert result.reader.memory.total == 0
     assert sum(event.change for event in result.happened(ConnectionsChanged)) == 0
     assert upstream.connections == 0
-    # A slow connection may take 1.3 s for a chunk, before it falls silent. A 429 may ask to wait.
-    limited_s = 120.0 if "rate_limited" in reasons(result) else 0.0
-    assert result.longest_wait <= upstream.idle + 2.0 + limited_s
+    # A slow connection may take 1.3 s for a chunk, before it falls silent. 429s may ask to wait.
+    assert result.longest_wait <= upstream.idle + 2.0 + min(120.0, upstream.asked_to_wait)
     # Each piece may become four at the end, and each may be cut twice or break.
     assert len(upstream.asked) <= 3 * PIECES + 10 * sources

@@ -80,6 +80,15 @@ def test_bad_ranges_cost_at_most_3_percent_with_little_memory_too(kind: str, mem
     assert result.memory <= memory
 
 
+@pytest.mark.parametrize("late", [1, 2])
+def test_late_part_of_the_trial_leaves_the_plain_response(late: int) -> None:
+    upstream = Upstream(DATA, slow=lambda number: 0.001 if number == late else 1.0)
+    result = pull(upstream)
+    assert (reasons(result), len(upstream.asked)) == (["slow_ranges"], late)
+    assert result.seconds <= 1.01 * ONE_S
+    assert upstream.sent <= 1.01 * len(DATA)
+
+
 def test_blob_of_more_than_a_hundred_times_the_memory_is_read_by_several_connections() -> None:
     upstream = Upstream(DATA)
     pull(upstream, parallel=Parallel(part=65_536), memory=MemoryBudget(700_000))
@@ -188,6 +197,18 @@ def test_plain_response_that_breaks_during_the_trial_tells_about_ranges_only_aft
     assert (len(upstream.asked), reasons(result)) == (2, ["failed"])
     assert result.seconds <= 1.06 * ONE_S
     assert result.reader.connections.may_add(Stream.endpoint) is not has_response
+
+
+@pytest.mark.parametrize(
+    "factors", [(1.0, 0.95, 0.9, 0.1), (1.0, 1.0, 1.0, 0.05), (1.0, 1.0, 0.1, 0.1)], ids=str
+)
+def test_connections_that_slow_each_other_down_are_taken_back(factors: tuple[float, ...]) -> None:
+    """A disk that seeks, or a server that slows down an address with many connections."""
+    upstream = Upstream(DATA)
+    upstream.slow = lambda number: factors[upstream.connections - 1]
+    result = pull(upstream)
+    assert "no_gain" in reasons(result)
+    assert result.seconds < ONE_S
 
 
 def test_nothing_is_cut_while_one_connection_is_wanted() -> None:
