@@ -119,7 +119,7 @@ class LogStream:
         while start < len(data):
             # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
             # mix, and a process that ends while the pipe is full has written whole lines.
-            room = select.PIPE_BUF if self._is_shared else free_bytes(self._fd)
+            room = select.PIPE_BUF if self._is_shared else pipe_room(self._fd)
             limit = start + min(max(select.PIPE_BUF, room), _MAX_WRITE_BYTES)
             end = data.rfind(b"\n", start, limit) + 1
             try:
@@ -130,7 +130,7 @@ class LogStream:
                 poll.poll(_WRITABLE_TIMEOUT_MS)
 
 
-def free_bytes(fd: int) -> int:
+def pipe_room(fd: int) -> int:
     """Return how many bytes a pipe takes at once, if nobody else writes to it. It may be negative.
 
     A pipe has pages. A write goes on in the last page only if its rest fits there. So two pages
