@@ -119,7 +119,7 @@ class LogStream:
         while start < len(data):
             # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
             # mix, and a process that ends while the pipe is full has written whole lines.
-            room = free_bytes(self._fd, self._pipe_bytes) if self._pipe_bytes else 0
+            room = free_pipe_bytes(self._fd, self._pipe_bytes) if self._pipe_bytes else 0
             limit = start + min(max(select.PIPE_BUF, room), _MAX_WRITE_BYTES)
             end = data.rfind(b"\n", start, limit) + 1
             try:
@@ -138,7 +138,7 @@ def pipe_bytes(fd: int) -> int:
         return sys.maxsize
 
 
-def free_bytes(fd: int, size: int) -> int:
+def free_pipe_bytes(fd: int, size: int) -> int:
     """Return how many bytes a pipe takes at once, if nobody else writes to it. It may be negative.
 
     A pipe has pages. A write goes on in the last page only if its rest fits there. So two pages
