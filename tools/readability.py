@@ -87,8 +87,8 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
 
 COMMANDS: Final = {
     *("accept", "begin", "evict", "keep", "make", "mark", "pin", "put", "quarantine", "read"),
-    *("receive", "reclaim", "refresh", "restore", "send", "set", "start", "try", "unlink", "wait"),
-    "write",
+    *("receive", "reclaim", "refresh", "restore", "reuse", "send", "set", "start", "try"),
+    *("unlink", "wait", "write"),
 }
 """First words of functions that do something, and return whether they did."""
 

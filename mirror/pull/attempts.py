@@ -118,7 +118,7 @@ class SourceAttempts:
     closed now."""
     repeats: int = 0
     """How often a request was sent again for that."""
-    transfer_has_response: bool = False
+    has_transfer_response: bool = False
     """Whether the latest transfer has got its response. A 429 after that is one of a range."""
     is_preempted: bool = False
     """Whether another source has taken its place. It is tried again after all new sources."""
@@ -128,12 +128,12 @@ class SourceAttempts:
     def begin(self, position: int, now: float) -> None:
         """Note that a transfer begins, with the byte at ``position``."""
         self.resumed_from, self.has_progressed = position, False
-        self.transfer_has_response = self.has_reclaimed = False
+        self.has_transfer_response = self.has_reclaimed = False
         self.last_progress_at = self.last_progress_at or now
 
     def on_response(self, stream: ContentStream) -> None:
         """Note that the transfer has got a response."""
-        self.transfer_has_response = True
+        self.has_transfer_response = True
         self.validator, self.endpoint = stream.validator, stream.endpoint
 
     def note_progress(
@@ -215,7 +215,7 @@ class SourceAttempts:
                 after a 429 are waited for. Any other client may use its next mirror.
         """
         self.error = error
-        if isinstance(error, UpstreamRateLimited) and self.transfer_has_response and has_reader:
+        if isinstance(error, UpstreamRateLimited) and self.has_transfer_response and has_reader:
             # Nothing but the number of connections of this transfer is the cause.
             wait_s = error.next_request_in if error.retry_after is None else error.retry_after
             wait_s = _MAX_PAUSE_S if wait_s is None else wait_s

@@ -335,7 +335,7 @@ class _Transfer:
         self._restore()
         is_waiting = self._failures.is_retrying or len(self._tasks) > 1
         if self._trial is not None and not is_waiting:
-            self._judge(must_decide=True)  # No request follows: no memory, no connection, no gap.
+            self._judge(is_due=True)  # No request follows: no memory, no connection, no gap.
         self._hold_memory()
         self._changed.set()
 
@@ -372,7 +372,7 @@ class _Transfer:
             now = self._received_at = self._loop.time()
             self._ramp.receive(now, len(chunk), stream.unread)
             if self._trial is not None and piece.is_plain:
-                self._judge(must_decide=pieces.meets_next(piece, len(chunk)))
+                self._judge(is_due=pieces.is_meeting_next(piece, len(chunk)))
             if self._trial is not None:
                 self._trial.receive(now, len(chunk), is_plain=piece.is_plain)
             is_complete = pieces.receive(piece, chunk, now)
@@ -394,7 +394,7 @@ class _Transfer:
         """Do what the failure of a connection demands."""
         now, connections, ramp = self._loop.time(), self._reader.connections, self._ramp
         if piece.is_plain:
-            self._judge(must_decide=True, is_plain_broken=True)
+            self._judge(is_due=True, is_plain_broken=True)
         is_trial = self._trial is not None
         has_range = any(one.has_response and not one.is_plain for one in self._tasks)
         failure = Failure(
@@ -421,15 +421,15 @@ class _Transfer:
         if then.has_pause and self._plain.has_connection and self._pieces.front is self._plain:
             self._drop_ranges()
 
-    def _judge(self, *, must_decide: bool = False, is_plain_broken: bool = False) -> None:
-        """End the trial if there is a verdict. ``must_decide``: there has to be one.
+    def _judge(self, *, is_due: bool = False, is_plain_broken: bool = False) -> None:
+        """End the trial if there is a verdict. ``is_due``: there has to be one.
 
         If the plain response is broken, only a good verdict counts: a failure ends the trial.
         """
         if (trial := self._trial) is None:
             return
         missing = self._pieces.total - self._plain.received_until
-        verdict = trial.judge(self._loop.time(), missing, must_decide=must_decide)
+        verdict = trial.judge(self._loop.time(), missing, is_due=is_due)
         if verdict is TrialResult.GOOD:
             self._trial = None
             step = self._ramp.accept_trial(trial.rate, missing, self._pieces.size)

@@ -344,7 +344,7 @@ class Pieces:
             self._tidy(piece)
         return not piece.has_connection
 
-    def meets_next(self, plain: Piece, count: int) -> bool:
+    def is_meeting_next(self, plain: Piece, count: int) -> bool:
         """Return whether a plain piece reaches another one with its next ``count`` bytes."""
         return any(
             piece is not plain and piece.start <= plain.received_until + count

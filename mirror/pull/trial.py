@@ -125,17 +125,17 @@ class Trial:
         if self._half is None and self._received >= self._first_bytes // 2:
             self._half = now, self._received
 
-    def judge(self, now: float, missing: int, *, must_decide: bool = False) -> TrialResult:
+    def judge(self, now: float, missing: int, *, is_due: bool = False) -> TrialResult:
         """Return the verdict.
 
         Args:
             now: The time.
             missing: Bytes that have not arrived, or those of the trial alone.
-            must_decide: Whether the plain response meets the trial now, or no other request can be
+            is_due: Whether the plain response meets the trial now, or no other request can be
                 sent. The verdict is not open then.
         """
         seconds = self._body_s + (now - self._body_since if self._body_since is not None else 0.0)
-        is_long = must_decide or seconds >= ramp.MEASURE_S
+        is_long = is_due or seconds >= ramp.MEASURE_S
         is_first = not self._is_passed and self._received >= self._first_bytes
         if not (is_long or is_first or seconds >= _CLEAR_AFTER_S):
             return TrialResult.OPEN

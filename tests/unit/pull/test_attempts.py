@@ -247,7 +247,7 @@ def test_range_is_kept_while_an_endpoint_fails_whose_ranges_have_brought_bytes(
     state = attempts(resumed_from=1)
     state.note_progress(100.0, 2000, ["http://one"] if is_ranged else ["http://two"])
     state.begin(2000, 100.0)
-    state.transfer_has_response, error.endpoint = is_reading, "http://one"
+    state.has_transfer_response, error.endpoint = is_reading, "http://one"
     for beside_a_pause in (False, True) * 3:
         state.count_failure(limited(error) if beside_a_pause else error, 100.0, has_reader=True)
     assert state.may_use_range is is_ranged
@@ -271,7 +271,7 @@ def test_range_is_kept_after_failures_that_have_another_cause() -> None:
 def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
     retry_after: float | None, least: float
 ) -> None:
-    state = attempts(transfer_has_response=True)
+    state = attempts(has_transfer_response=True)
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after), 100.0, has_reader=True)
     assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
     assert state.is_over(145.0), "the source is given up after the stall limit"

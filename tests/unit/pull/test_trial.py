@@ -101,7 +101,7 @@ def test_begin_of_a_connection_is_not_held_against_the_first_request() -> None:
 
 def test_response_that_did_not_come_before_the_plain_one_met_it_is_slow() -> None:
     assert a_trial().judge(5.0, MISSING) is TrialResult.OPEN
-    assert a_trial().judge(5.0, MISSING, must_decide=True) is TrialResult.SLOW
+    assert a_trial().judge(5.0, MISSING, is_due=True) is TrialResult.SLOW
 
 
 def test_time_between_two_responses_does_not_count() -> None:
