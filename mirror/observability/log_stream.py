@@ -26,9 +26,9 @@ _MAX_QUEUED_CHARS: Final = 2 * 1024 * 1024
 _GATHER_S: Final = 0.01
 """Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
 than a response from the cache."""
-_MAX_WRITE_BYTES: Final = 32 * 1024
-"""Bytes in one write of the only process that writes. After each write, the thread has to wait for
-the interpreter lock, so larger ones are faster."""
+_MAX_WRITE_BYTES: Final = 64 * 1024
+"""Bytes in one write of the only process that writes. After each system call, the thread has to
+wait for the interpreter lock, so few and large ones are faster."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
 """Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
@@ -56,7 +56,7 @@ class LogStream:
             is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
-        self._is_shared = is_shared
+        self._pipe_bytes = 0 if is_shared else pipe_bytes(fd)
         self._on_dropped = on_dropped
         self._lock = threading.Lock()
         self._queue: list[str] = []
@@ -119,7 +119,7 @@ class LogStream:
         while start < len(data):
             # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
             # mix, and a process that ends while the pipe is full has written whole lines.
-            room = select.PIPE_BUF if self._is_shared else pipe_room(self._fd)
+            room = free_pipe_bytes(self._fd, self._pipe_bytes) if self._pipe_bytes else 0
             limit = start + min(max(select.PIPE_BUF, room), _MAX_WRITE_BYTES)
             end = data.rfind(b"\n", start, limit) + 1
             try:
@@ -130,16 +130,26 @@ class LogStream:
                 poll.poll(_WRITABLE_TIMEOUT_MS)
 
 
-def pipe_room(fd: int) -> int:
+def pipe_bytes(fd: int) -> int:
+    """Return the size of a pipe. What is no pipe takes a write as a whole: :data:`sys.maxsize`."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return sys.maxsize
+
+
+def free_pipe_bytes(fd: int, size: int) -> int:
     """Return how many bytes a pipe takes at once, if nobody else writes to it. It may be negative.
 
     A pipe has pages. A write goes on in the last page only if its rest fits there. So two pages
     that follow each other have more than one page of bytes, and the first page may have been read
-    in part. What is no pipe takes a write as a whole, and the result is :data:`sys.maxsize`.
+    in part.
+
+    Args:
+        fd: One end of it.
+        size: Its :func:`pipe_bytes`.
     """
-    try:
-        size = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-    except OSError:
-        return sys.maxsize
+    if size == sys.maxsize:
+        return size
     (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
     return size - 2 * int(unread) - 2 * mmap.PAGESIZE

@@ -342,7 +342,7 @@ class ReusingConnection(web.RequestHandler):
         """Reuse a response if there is one for these bytes. Everything else is for aiohttp."""
         waiter = self._waiter
         is_waiting = waiter is not None and not waiter.done()
-        if is_waiting and self._is_framed and self._reuse(data):
+        if is_waiting and self._is_framed and self._send_stored(data):
             return
         is_whole = self._is_framed and is_whole_request(data)
         # If a request comes while another one is being handled, the response to neither is stored:
@@ -353,7 +353,7 @@ class ReusingConnection(web.RequestHandler):
         super().data_received(data)
         self._is_framed = is_whole and self._request_count == count + 1
 
-    def _reuse(self, data: bytes) -> bool:
+    def _send_stored(self, data: bytes) -> bool:
         """Send the stored response to a request. Returns False if there is none."""
         stored, transport = self._stored.find(data), self.transport
         if (
