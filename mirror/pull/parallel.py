@@ -25,7 +25,8 @@ restores the invariant after each event. Nothing else sends requests or sets the
 ahead of the front never ends the transfer: that piece may wait for the front.
 
 A connection that fails gives its piece back. A refusal of a further one says nothing about the
-content, so the error is never a refusal. What has arrived ahead is kept for the next transfer.
+content, so the error is never a refusal. What has arrived ahead is kept for the next transfer if
+that one's endpoint has sent ranges. Otherwise its plain response is not given up without a trial.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class ParallelReader:
             self.close()
             yield aiter(stream)
             return
-        pieces = self._pieces_for(position, stream.total, parallel.part)
+        pieces = self._pieces_for(stream, stream.total, parallel.part)
         error: Exception | None = None
         async with asyncio.TaskGroup() as group:
             transfer = _Transfer(self, stream, source, pieces, group)
@@ -125,12 +126,13 @@ class ParallelReader:
         if error is not None:
             raise error
 
-    def _pieces_for(self, position: int, total: int, part: int) -> Pieces:
-        """Return what the transfer before has left. Otherwise no pieces."""
-        pieces = self._pieces
-        if pieces is None or (pieces.position, pieces.total) != (position, total):
+    def _pieces_for(self, stream: ContentStream, total: int, part: int) -> Pieces:
+        """Return what the transfer before has left if it may be kept. Otherwise no pieces."""
+        pieces, place = self._pieces, (stream.start, total)
+        is_known = stream.endpoint in self.endpoints
+        if pieces is None or not is_known or (pieces.position, pieces.total) != place:
             self.close()
-            pieces = self._pieces = Pieces(position, total, piece_size(total, part))
+            pieces = self._pieces = Pieces(*place, piece_size(total, part))
         return pieces
 
     @property
@@ -237,9 +239,8 @@ class _Transfer:
                 raise self._error
 
     def _may_add(self) -> bool:
-        reader = self._reader
-        has_memory = reader.free_memory >= self._pieces.size
-        return has_memory and reader.connections.may_add(self._stream.endpoint)
+        has_memory = self._reader.free_memory >= self._pieces.size
+        return has_memory and self._reader.connections.may_add(self._stream.endpoint)
 
     def _begin(self, plain: AsyncIterator[bytes]) -> None:
         """Go on with one task for each connection."""
@@ -451,9 +452,8 @@ class _Transfer:
     def _drop_ranges(self) -> None:
         """Let the plain response bring the rest. Drop what others fetch, and have brought."""
         self._trial = None
-        for piece, task in self._tasks.items():
-            if not piece.is_plain:
-                task.cancel()
+        for task in (task for piece, task in self._tasks.items() if not piece.is_plain):
+            task.cancel()
         self._pieces.drop_ranges()
         self._hold_memory()
 

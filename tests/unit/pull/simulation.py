@@ -71,6 +71,7 @@ class Upstream:
     """A storage with limits. Rates in bytes per second."""
 
     data: bytes = field(repr=False)
+    endpoint: str = "https://storage.example"
     rate: float = 10.0 * MIB
     """Of each connection."""
     total_rate: float | None = None
@@ -164,11 +165,12 @@ class Upstream:
 class Stream:
     """A response of an :class:`Upstream` (see :class:`mirror.upstream.api.ContentStream`)."""
 
-    endpoint = "https://storage.example"
+    endpoint = Upstream.endpoint
     media_type = "application/octet-stream"
     validator = None
 
     def __init__(self, upstream: Upstream, start: int, stop: int) -> None:
+        self.endpoint = upstream.endpoint
         self.start = start
         self.total: int | None = len(upstream.data)
         self._upstream = upstream
@@ -273,6 +275,7 @@ async def transfer(
     connections: ConnectionBudget | None = None,
     memory: MemoryBudget | None = None,
     sources: int = 1,
+    second: Upstream | None = None,
     pause: Callable[[int], float] = lambda position: 0.0,
     may_fail: bool = False,
     events: list[Event] | None = None,
@@ -285,6 +288,7 @@ async def transfer(
         connections: Shared with other transfers. None: one of its own.
         memory: Shared with other transfers. None: one of its own.
         sources: Transfers that may be begun, each one after an error.
+        second: Where the bytes come from after the first error. None: from ``upstream``.
         pause: Returns the seconds that the reader pauses at a position.
         may_fail: Return a result that is not right, in place of raising the error.
         events: Gets the events. None: only the result has them.
@@ -317,7 +321,7 @@ async def transfer(
                 break
             except MirrorError:
                 longest_wait = max(longest_wait, loop.time() - waits_since)
-                sources -= 1
+                upstream, sources = second or upstream, sources - 1
                 if not sources and may_fail:
                     break
                 if not sources:

@@ -276,3 +276,18 @@ def test_429_to_the_trial_leaves_the_plain_response_alone() -> None:
     result = pull(upstream)
     assert (len(upstream.asked), reasons(result)) == (1, ["rate_limited"])
     assert result.seconds <= 1.03 * ONE_S
+
+
+@pytest.mark.parametrize("kind", ["refused", "headers-after-2-s", "begin-2-s-late", "wrong"])
+def test_plain_response_of_another_endpoint_is_not_given_up_for_ranges_without_a_trial(
+    kind: str,
+) -> None:
+    """The first one fails in the middle of the blob, when some bytes have arrived ahead."""
+    first, second = Upstream(DATA, error=BROKEN), BAD_RANGES[kind]()
+    first.breaks = lambda n: MIB if n == 6 else None
+    first.fails = lambda n: BROKEN if first.broken else None
+    second.endpoint = "https://another.example"
+    result = pull(first, sources=2, second=second)
+    assert result.longest_wait < 1
+    assert result.seconds < ONE_S
+    assert len(second.asked) <= 2
