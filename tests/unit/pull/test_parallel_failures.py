@@ -21,7 +21,15 @@ from mirror.oci.errors import (
 )
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.store.ingest_writer import MemoryBudget
-from tests.unit.pull.simulation import MIB, Result, Stream, Upstream, run_virtually, transfer
+from tests.unit.pull.simulation import (
+    CHUNK_BYTES,
+    MIB,
+    Result,
+    Stream,
+    Upstream,
+    run_virtually,
+    transfer,
+)
 from tests.unit.store.kit import random_bytes
 
 DATA = random_bytes(96 * MIB, 11)
@@ -118,6 +126,41 @@ def test_ranges_that_are_always_refused_are_asked_for_twice_and_then_remembered(
         assert len(upstream.asked) == 2, "remembered for other blobs"
 
     run_virtually(read())
+
+
+def test_gap_at_the_front_is_requested_while_a_large_request_ahead_waits_for_the_front() -> None:
+    """When the reader pauses, other fetches have the connections, and a piece breaks off.
+
+    Then two requests without a limit of memory follow, and both wait for the front: the first for
+    the rest of that piece, the second for the end of the blob. The first one breaks at the front.
+    """
+
+    async def read() -> tuple[Result, Upstream, float]:
+        loop, resumed_at = asyncio.get_running_loop(), 0.0
+        upstream = Upstream(DATA, error=BROKEN)
+        upstream.breaks = {7: 19 * CHUNK_BYTES, 9: MIB}.get
+        begun = loop.time()
+
+        def pause(position: int) -> float:
+            nonlocal resumed_at
+            if resumed_at or position < 38 * MIB:
+                return 0.0
+            resumed_at = loop.time() + 4
+            return 4.0
+
+        connections = ConnectionBudget(
+            lambda url: 8 if loop.time() > begun + 1.62 else 1, loop.time
+        )
+        result = await transfer(upstream, connections=connections, pause=pause)
+        return result, upstream, resumed_at
+
+    result, upstream, resumed_at = run_virtually(read())
+    assert upstream.broken == 2
+    (rest, end, gap), asked = upstream.requested[-3:], upstream.asked[-3:]
+    assert rest[1] == gap[1] < end[0] < end[1] == len(DATA)
+    assert asked[1] < resumed_at < asked[2], "two requests wait for the front"
+    assert result.is_right
+    assert result.longest_wait < 1
 
 
 def test_connections_that_break_together_are_one_failure() -> None:

@@ -174,6 +174,24 @@ def test_connection_that_is_alone_for_now_requests_sixteen_pieces_and_is_joined_
     assert (window.open[-1].start, window.open[-1].stop) == (800, 850)
 
 
+def test_large_request_ahead_of_the_front_waits_for_it_and_needs_no_memory() -> None:
+    window = Window(Pieces(0, 4000, 50))
+    window.claim(0)
+    window.claim(0, is_alone=True)
+    front, ahead = window.open
+    window.respond(ahead)
+    window.receive(ahead, 10)
+    pieces = window.pieces
+    assert pieces.may_pause(ahead)
+    assert [pieces.is_stuck(piece) for piece in (front, ahead)] == [False, True]
+    assert pieces.ahead == 10, "beside the front one, which pauses, too"
+    window.respond(front)
+    window.receive(front, 50)
+    window.pop()
+    assert not pieces.is_stuck(ahead)
+    assert bytes(window.out) == DATA[:60]
+
+
 @pytest.mark.parametrize(
     ("total", "configured", "size"),
     [
