@@ -3,9 +3,10 @@
 Lives here: where they are requested, and the checks of their responses. Must not know: which
 endpoint is asked, how many connections a fetch has, how a body is read.
 
-A further range is requested where the first response came from. So redirects are resolved once, and
-a signed URL that expired is renewed once for all connections. The outbound guard has checked it,
-and the rule for addresses applies to each socket.
+A further range is requested where the first response came from. So redirects are resolved once. A
+signed URL that expired is renewed once for all connections, and so is one of a storage that fails:
+the registry may name another node by now. The outbound guard has checked it, and the rule for
+addresses applies to each socket.
 
 Nodes of a storage may have different tags for the same content. So a range that was not sent
 because of ``If-Range`` is an error, and the next request has no such field: the digest is enough.
@@ -21,7 +22,7 @@ from typing import Final
 from aiohttp import hdrs
 
 from mirror.observability.events import Kind
-from mirror.oci.errors import UpstreamProtocolError, UpstreamRateLimited
+from mirror.oci.errors import UpstreamProtocolError, UpstreamRateLimited, UpstreamUnavailable
 from mirror.oci.headers import parse_content_range
 from mirror.upstream.messages import AcceptedResponse
 from mirror.upstream.statuses import error_of
@@ -29,6 +30,14 @@ from mirror.upstream.transport import retry_after_of
 
 _NOT_EXPIRED_STATUSES: Final = (416, 429)
 """Statuses from 400 to 499 that another URL would not change."""
+
+
+def _may_be_renewed(response: AcceptedResponse) -> bool:
+    """Return whether another URL may bring the range. A storage that asks to wait is not asked."""
+    status = response.http.status
+    if status < 500:
+        return status >= 400 and status not in _NOT_EXPIRED_STATUSES
+    return response.is_cross_origin and retry_after_of(response.http) is None
 
 
 class FurtherRanges:
@@ -62,15 +71,19 @@ class FurtherRanges:
             yield response
 
     async def _send(self, stack: AsyncExitStack, headers: dict[str, str]) -> AcceptedResponse:
-        """Send a request to where the first response came from. Renews an expired signed URL.
+        """Send a request to where the first response came from. Renews a signed URL that fails.
 
         Storages respond to an expired URL with different statuses (400, 401, 403, 410). So each one
         from 400 to 499 leads to a renewal, if another URL may change it.
         """
         destination = self._destination
-        response = await stack.enter_async_context(self._first.repeat(headers, destination))
-        if not 400 <= response.http.status < 500 or response.http.status in _NOT_EXPIRED_STATUSES:
-            return response
+        try:
+            response = await stack.enter_async_context(self._first.repeat(headers, destination))
+            if not _may_be_renewed(response):
+                return response
+        except UpstreamUnavailable:
+            if not destination.is_cross_origin:
+                raise
         await stack.aclose()
         async with self._renewal:
             if self._destination is not destination:  # Another connection has renewed it.

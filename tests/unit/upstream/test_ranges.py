@@ -150,6 +150,38 @@ async def test_signed_url_that_expired_is_renewed_once_for_all_connections(
         assert made.redirected == 2
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [Fault(status=503, times=None), Fault(status=502, times=None), Fault(close=True, times=None)],
+    ids=["503", "502", "closes"],
+)
+async def test_storage_that_goes_down_is_left_for_the_one_that_the_registry_names_now(
+    fault: Fault,
+) -> None:
+    async with opened() as made, FakeRegistry() as other:
+        other.add_blob(DATA)
+        made.storage.fault(f"blobs/{made.digest}", fault)
+        made.registry.guard = lambda seen: (
+            (307, {"Location": f"{other.url}{seen.path}"}, b"") if "/blobs/" in seen.path else None
+        )
+        spans = [(n * 1000, n * 1000 + 1000) for n in range(4)]
+        got = await asyncio.gather(*(made.read(*span) for span in spans))
+        assert got == [DATA[start:stop] for start, stop in spans]
+        assert made.registry.count("GET", "blobs/") == 2
+        failed = made.storage.count("GET")
+        await made.read(0, 10)
+        assert made.storage.count("GET") == failed
+
+
+async def test_registry_that_fails_itself_is_asked_once_a_range() -> None:
+    async with opened(redirects=False) as made:
+        made.registry.fault(f"blobs/{made.digest}", Fault(status=503, times=None))
+        before = made.registry.count("GET", "blobs/")
+        with pytest.raises(UpstreamRateLimited):
+            await made.read(0, 10)
+        assert made.registry.count("GET", "blobs/") == before + 1
+
+
 async def test_renewal_that_is_refused_too_is_an_error_of_each_range() -> None:
     async with opened() as made:
         made.storage.guard = lambda seen: (403, {}, b"")
@@ -179,8 +211,8 @@ async def test_registry_without_a_redirect_gets_a_token_that_is_renewed() -> Non
         (Fault(status=416), UpstreamProtocolError),
         (Fault(status=404, times=2), UpstreamUnavailable),
         (Fault(status=404, body=b'{"errors":[{"code":"BLOB_UNKNOWN"}]}', times=2), BlobUnknown),
-        (Fault(status=500), UpstreamUnavailable),
-        (Fault(close=True, times=2), UpstreamUnavailable),  # aiohttp tries a used connection again
+        (Fault(status=500, times=2), UpstreamUnavailable),
+        (Fault(close=True, times=4), UpstreamUnavailable),  # aiohttp tries a used connection again
         (Fault(end_at=10), UpstreamUnavailable),
         (Fault(reset_at=10), UpstreamUnavailable),
         (Fault(status=307, headers={"Location": "http://169.254.1.1/"}), OutboundRefused),
@@ -205,7 +237,7 @@ async def test_429_and_503_have_their_retry_after(status: int) -> None:
         error = await made.error(Fault(status=status, headers={"Retry-After": "7"}))
         assert isinstance(error, UpstreamRateLimited)
         assert error.retry_after == 7
-        error = await made.error(Fault(status=status))
+        error = await made.error(Fault(status=status, times=2))
         assert isinstance(error, UpstreamRateLimited)
         assert error.retry_after is None
 
@@ -214,7 +246,7 @@ async def test_429_and_503_have_their_retry_after(status: int) -> None:
 async def test_failed_ranges_open_no_circuit_and_begin_no_pause(status: int) -> None:
     async with opened() as made:
         for _ in range(5):
-            await made.error(Fault(status=status))
+            await made.error(Fault(status=status, times=1 if status == 429 else 2))
         assert made.kit.seen(CircuitChanged) == []
         assert await made.kit.read(made.digest) == DATA
 
