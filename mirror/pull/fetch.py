@@ -304,6 +304,7 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
+                        ruled_out=attempts.ruled_out(loop.time()),
                         reclaim=partial(attempts.reclaim, self._reclaim),
                     )
                 )
@@ -339,7 +340,7 @@ class Fetch:
                     # Only the time that skipped bytes take is added to the limit.
                     attempts.last_progress_at += loop.time() - received_at
                     received_at = loop.time()
-                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
+                    limit.reschedule(attempts.ends_at)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)

@@ -64,6 +64,22 @@ async def test_suspected_source_takes_the_place_of_one_that_has_to_wait(
 
 
 @pytest.mark.row("U9-rate-limits")
+async def test_other_source_takes_the_place_of_one_whose_ranges_get_a_429(
+    fetch_env: FetchEnv,
+) -> None:
+    limit = UpstreamRateLimited("429", retry_after=60.0)
+    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+    theirs = Recording()
+    theirs.add_blob(OTHER.path, DATA)
+    async with asyncio.timeout(10):
+        other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
+        assert await fetch_env.body(other) == DATA
+    ruled_out = [set(named["ruled_out"]) for named in fetch_env.registry.asked]
+    assert ruled_out == [set(), {"memory"}], "it has no other endpoint"
+    assert theirs.offsets == [1000]
+
+
+@pytest.mark.row("U9-rate-limits")
 async def test_source_that_had_to_wait_goes_on_where_it_was_after_another_one_failed(
     fetch_env: FetchEnv,
 ) -> None:
