@@ -266,6 +266,8 @@ class SourceAttempts:
             return
         has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
         causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
+        if has_to_wait and not causes and self.ranged_endpoints:
+            return  # Ranges of this content were accepted before.
         refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
         failures = [one for one in causes if one not in refusals] if has_to_wait else [error]
         has_failure = any(map(self._may_depend_on_range, failures))

@@ -302,6 +302,16 @@ def test_stall_limit_is_the_usual_one_again_after_progress_behind_a_429_of_a_ran
     assert state.ends_at == 148.0
 
 
+@pytest.mark.row("U9-rate-limits")
+def test_429s_of_an_endpoint_that_has_sent_ranges_never_leave_out_the_range() -> None:
+    """All bytes would be sent again."""
+    state = attempts(resumed_from=1, has_transfer_response=True, endpoint="http://one")
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(30):
+        state.count_failure(UpstreamRateLimited("429"), 100.0, has_reader=True)
+        assert (state.may_use_range, state.is_over(219.0, may_repeat=True)) == (True, False)
+
+
 def test_endpoint_without_progress_is_asked_last() -> None:
     state = attempts(endpoint="http://one")
     state.count_failure(BROKEN, 100.0)
