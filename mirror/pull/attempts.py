@@ -223,7 +223,8 @@ class SourceAttempts:
                 after a 429 are waited for. Any other client may use its next mirror.
         """
         self.error = error
-        if isinstance(error, UpstreamRateLimited) and self.has_transfer_response and has_reader:
+        is_of_range = self.has_transfer_response and not error.is_wait
+        if isinstance(error, UpstreamRateLimited) and is_of_range and has_reader:
             # Nothing but the number of requests of this transfer is the cause.
             paused_s = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
             if now + paused_s < self.last_progress_at + _MAX_LIMITED_S:
@@ -320,9 +321,13 @@ class SourceAttempts:
     @property
     def ends_at(self) -> float:
         """Time at which the source is given up without progress."""
-        is_limited = any(until >= self.last_progress_at for until in self.paused.values())
-        least = _MAX_LIMITED_S if is_limited else 0.0
+        least = _MAX_LIMITED_S if self.is_limited else 0.0
         return self.last_progress_at + max(self.stall_limit_s, least)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether our ranges have got a 429 since the latest progress."""
+        return any(until >= self.last_progress_at for until in self.paused.values())
 
     def ruled_out(self, now: float) -> dict[str, MirrorError]:
         """Return ``ruled_out`` of the next request: the endpoints that pause for our ranges."""

@@ -181,6 +181,28 @@ async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEn
 
 
 @pytest.mark.row("U9-rate-limits")
+async def test_new_client_joins_a_fetch_that_waits_because_of_our_ranges(
+    fetch_env: FetchEnv,
+) -> None:
+    limit = UpstreamRateLimited("429", retry_after=60.0)
+    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+    fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock())
+    follower = fetch_env.ingest.follow()
+    assert follower is not None
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(fetch.run())
+        await follower.wait(0, 1)
+        async with asyncio.timeout(10):
+            while not fetch._current.resume_at:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+        joined = fetch.follow(fetch_env.source.request)
+        assert joined is not None
+        joined.close()
+        running.cancel()
+    follower.close()
+
+
+@pytest.mark.row("U9-rate-limits")
 async def test_client_without_a_byte_does_not_wait_for_a_pause(fetch_env: FetchEnv) -> None:
     fetch_env.registry.breaks = [(0, BROKEN), *[(0, paused(20.0))] * 9]
     async with asyncio.timeout(10):
