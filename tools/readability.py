@@ -31,15 +31,15 @@ LIMITS: Final[dict[str, int]] = {
     "parameters": 0,
     "booleans": 0,
     "records": 0,
-    "lines": 15460,
+    "lines": 15750,
     # Beside the 30 and 16 of a mirror that asks for a blob once and parses each request: the
     # protocol that receives large bodies (cold), and the one that reuses stored responses (both).
     # Each is the first to see all bytes of a connection, so every request passes it. And the retry
     # state of a source, which learns that a transfer has begun, has a response and brought bytes
-    # (cold). And the table of the running fetches, which was split from `fetch.py`, because a
-    # module has at most 500 lines (cold).
-    "cold-modules": 34,
-    "cold-functions": 296,
+    # (cold). And what a source proves (`ContentRequest.proof_key`, cold). And the table of the
+    # running fetches, which was split from `fetch.py`: a module has at most 500 lines (cold).
+    "cold-modules": 35,
+    "cold-functions": 303,
     "warm-modules": 17,
     "warm-functions": 86,
 }

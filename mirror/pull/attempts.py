@@ -43,6 +43,10 @@ _MAX_PAUSE_S: Final = 2.0
 seconds of ``wait_s`` are added."""
 _MAX_LATE_PAUSE_S: Final = 5.0
 """The same after so many failures that only a client with bytes is a reason to go on."""
+_MAX_LIMITED_S: Final = 120.0
+"""Seconds without progress after which a source is given up whose upstream has limited our ranges
+with a 429. Longer than for others: one connection would have needed no further request, so clients
+are not cut off. Limits of requests are often for one minute. A longer pause is not waited for."""
 REPEAT_AFTER_S: Final = 1.0, 2.0
 """Bounds, in seconds, of the random wait before a request is sent again that failed while we had
 further connections to the endpoint. These are closed at once, but an upstream may count them for a
@@ -113,6 +117,9 @@ class SourceAttempts:
     """Whether further connections have brought bytes. The plain response was given up for them, and
     would have needed no further request. So as long as a client would be cut off, nothing is final
     but the stall limit."""
+    paused: dict[str, float] = field(default_factory=dict)
+    """URL of an endpoint that has limited our ranges with a 429 -> time until which it gets no
+    request for this content. The others are asked meanwhile."""
     has_reclaimed: bool = False
     """Whether the latest request has failed beside further connections of other fetches, which are
     closed now."""
@@ -163,12 +170,13 @@ class SourceAttempts:
         """
         is_limited = self.has_responded or has_reader
         try:
-            deadline = self.last_progress_at + self.stall_limit_s if is_limited else None
+            deadline = self.ends_at if is_limited else None
             async with asyncio.timeout_at(deadline) as limit:
                 yield limit
         except TimeoutError:
             raise UpstreamTimeout(
-                f"the upstream sent no data for {self.stall_limit_s:g} s, in several attempts"
+                f"the upstream sent no data for {self.ends_at - self.last_progress_at:g} s, in"
+                " several attempts"
             ) from None
 
     def reclaim(self, from_others: ReclaimConnections, endpoint: str) -> bool:
@@ -215,18 +223,17 @@ class SourceAttempts:
                 after a 429 are waited for. Any other client may use its next mirror.
         """
         self.error = error
-        if isinstance(error, UpstreamRateLimited) and self.has_transfer_response and has_reader:
-            # Nothing but the number of connections of this transfer is the cause.
-            wait_s = error.next_request_in if error.retry_after is None else error.retry_after
-            wait_s = _MAX_PAUSE_S if wait_s is None else wait_s
-            if now + wait_s < self._ends_at:
-                self.wait_s = wait_s
-                return
+        is_of_range = self.has_transfer_response and not error.is_wait
+        if isinstance(error, UpstreamRateLimited) and is_of_range and has_reader:
+            # Nothing but the number of requests of this transfer is the cause.
+            paused_s = _MAX_PAUSE_S if error.retry_after is None else error.retry_after
+            if now + paused_s < self.last_progress_at + _MAX_LIMITED_S:
+                self.paused[self.endpoint] = now + paused_s
         is_ranged = self.may_use_range and self.resumed_from > 0
         is_known = error.endpoint in self.ranged_endpoints
         self.is_refused = isinstance(error, REFUSALS) and (is_known or not is_ranged)
         pause_s = error.next_request_in or 0.0
-        may_wait = has_reader and now + pause_s < self._ends_at
+        may_wait = has_reader and now + pause_s < self.ends_at
         is_wait = isinstance(error, AllCircuitsOpen) and self.has_responded
         is_wait = is_wait or (error.is_wait and may_wait)
         if not is_wait:
@@ -260,6 +267,8 @@ class SourceAttempts:
             return
         has_to_wait = isinstance(error, UpstreamRateLimited | AllCircuitsOpen)
         causes = [one for one in error.others if not isinstance(one, UpstreamRateLimited)]
+        if has_to_wait and not causes and self.ranged_endpoints:
+            return  # Ranges of this content were accepted before.
         refusals = [one for one in causes if isinstance(one, _RANGE_REFUSALS)]
         failures = [one for one in causes if one not in refusals] if has_to_wait else [error]
         has_failure = any(map(self._may_depend_on_range, failures))
@@ -303,16 +312,33 @@ class SourceAttempts:
                 no other source.
         """
         is_patient = self.has_split and may_repeat
-        if now >= self._ends_at or (self.is_refused and not is_patient):
+        if now >= self.ends_at or (self.is_refused and not is_patient):
             return True
         may_begin = self.has_responded or self.has_just_dropped_range or may_repeat
         has_failed_often = self.failed_in_a_row > _MAX_FAILED_IN_A_ROW and not is_patient
         return self.wait_s is None and (has_failed_often or not may_begin)
 
     @property
-    def _ends_at(self) -> float:
+    def ends_at(self) -> float:
         """Time at which the source is given up without progress."""
-        return self.last_progress_at + self.stall_limit_s
+        least = _MAX_LIMITED_S if self.is_limited else 0.0
+        return self.last_progress_at + max(self.stall_limit_s, least)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether our ranges have got a 429 since the latest progress."""
+        return any(until >= self.last_progress_at for until in self.paused.values())
+
+    def ruled_out(self, now: float) -> dict[str, MirrorError]:
+        """Return ``ruled_out`` of the next request: the endpoints that pause for our ranges."""
+        errors: dict[str, MirrorError] = {}
+        for endpoint, until in self.paused.items():
+            if until > now:
+                errors[endpoint] = UpstreamRateLimited(
+                    "the upstream accepts no further connection", retry_after=until - now
+                )
+                errors[endpoint].next_request_in = until - now
+        return errors
 
     def resumed_event(self, position: int, error: MirrorError) -> Resumed:
         """Return the event of a transfer that ended with ``error`` and is resumed."""

@@ -9,8 +9,8 @@ requests that were sent after the latest failure. Bytes of the plain response do
 each failure there is a pause, twice as long as the one before, and then one request has to be
 answered before the next. After two, the transfer goes on with one connection, or with those before
 the last addition, and a refusal is remembered for the endpoint. If nobody fetches the front then,
-the transfer ends. After a 429 it waits instead: as long as ``Retry-After`` says (at most 120 s), or
-up to ``limits.idle`` without that field.
+the transfer ends. So it does at once if a 429 asks for a pause of more than two seconds: the fetch
+loop can ask other endpoints meanwhile.
 
 Ranges that fail again and again, although they bring bytes, are of no use. After three failures
 within 16 whole ranges, one request asks for all that is missing, and the endpoint gets no further
@@ -56,13 +56,9 @@ _RETRY_AFTER_S: Final = 1.0
 """Seconds to wait after a 429 at least, even if it permits a request at once, and twice as many
 after each further one. The number of connections was accepted before, so the server may count one
 that has just ended. Not after the 429 of an added connection: the number before it works."""
-_MAX_LIMITED_S: Final = 120.0
-"""Seconds at most for which a transfer waits if a 429 asks for it, and nobody fetches the front.
-Longer than ``limits.idle``: our further requests have caused the 429, so clients are not cut off.
-Limits of requests are often for one minute. If it asks for more, one request is sent at once."""
 _SHORT_WAIT_S: Final = 2.0
 """Seconds of a pause in which a transfer keeps its connections. If a 429 asks for more, it goes on
-with fewer at once."""
+with fewer at once, and ends if nobody fetches the front."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,10 +133,6 @@ class ConnectionFailures:
         """Bytes handed out since the latest failure, from requests that were sent after it."""
         self.not_before = 0.0
         """Time before which no request is sent."""
-        self._limited_at: float | None = None
-        """Time of the first 429 since the latest progress. None: there was none."""
-        self._paused_until = 0.0
-        """Time until which a 429 has asked to wait, but not later than it is waited for."""
 
     @property
     def is_retrying(self) -> bool:
@@ -155,12 +147,10 @@ class ConnectionFailures:
             is_fetched: Whether the next byte to hand out has arrived, or a connection fetches it.
             has_bytes: Whether it has arrived.
         """
-        end_at = max(self._front_at, self._paused_until) + self._idle
-        if isinstance(self.latest, UpstreamRateLimited):
-            is_given_up = self.not_before > end_at
-        else:
-            is_given_up = self._count >= self._max_count
-        return (is_given_up and not is_fetched) or (now >= end_at and not has_bytes)
+        has_long_pause = self.not_before > now + _SHORT_WAIT_S
+        is_given_up = has_long_pause or self._count >= self._max_count
+        has_stood_still = now >= self._front_at + self._idle
+        return (is_given_up and not is_fetched) or (has_stood_still and not has_bytes)
 
     def pause(self, seconds: float) -> None:
         """Note that the reader took no bytes for so long. That is no silence of the upstream."""
@@ -177,7 +167,7 @@ class ConnectionFailures:
         if self._count and asked_at is not None and asked_at >= self._failed_at:
             self._brought += count
             if self._brought >= MIN_PROGRESS_BYTES:
-                self._count, self.latest, self._limited_at = 0, None, None
+                self._count, self.latest = 0, None
 
     def on_complete(self) -> None:
         """Note that a range has arrived whole."""
@@ -223,16 +213,8 @@ class ConnectionFailures:
                 wait = max(least, error.retry_after or 0.0)
                 is_long = wait > _SHORT_WAIT_S
                 left = accepted if is_adding or is_repeated or is_long else connections
-                refused_s = max(pause, wait)
-                consequence = Consequence(
-                    "rate_limited", left, refused_s=refused_s, has_pause=is_long
-                )
-                self._limited_at = self._limited_at or now
-                latest = self._limited_at + _MAX_LIMITED_S
-                if error.retry_after:
-                    self._paused_until = min(now + error.retry_after, latest)
-                if is_repeated or now + wait <= latest:
-                    pause = refused_s
+                pause = max(pause, wait)
+                consequence = Consequence("rate_limited", left, refused_s=pause, has_pause=is_long)
             case UpstreamProtocolError() if not failure.has_response:
                 self._max_count = _MAX_WRONG_RANGES
                 consequence = Consequence("no_ranges", 1, is_useless=True)

@@ -110,11 +110,13 @@ class Fetch:
         """Return a new follower of the ingest, for ``request``. None if that has ended.
 
         Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
-        has no byte yet, so it may use its next mirror.
+        has no byte yet, so it may use its next mirror. Not if our ranges are the cause: without
+        them, the client would have got all bytes.
         """
         now, error = asyncio.get_running_loop().time(), self._current.error
         is_same = self._current.source.request.proof_key == request.proof_key
-        if self._current.resume_at > now and is_same and isinstance(error, UpstreamRateLimited):
+        is_waiting = self._current.resume_at > now and not self._current.is_limited
+        if is_waiting and is_same and isinstance(error, UpstreamRateLimited):
             raise error
         return self.ingest.follow(request.first_byte(self.ingest.size))
 
@@ -304,6 +306,7 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
+                        ruled_out=attempts.ruled_out(loop.time()),
                         reclaim=partial(attempts.reclaim, self._reclaim),
                     )
                 )
@@ -339,7 +342,7 @@ class Fetch:
                     # Only the time that skipped bytes take is added to the limit.
                     attempts.last_progress_at += loop.time() - received_at
                     received_at = loop.time()
-                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
+                    limit.reschedule(attempts.ends_at)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)

@@ -19,10 +19,10 @@ after each event:
 - Nobody fetches it. The next request has a known time, or waits for a connection ahead to end.
 - The transfer has ended with an error, and the fetch loop decides what is next.
 
-The front moves by ``limits.min_rate`` within ``limits.idle``, beside the pause of a 429, or the
-transfer ends: the limits of a body hold for all connections together. :meth:`_Transfer._restore`
-restores the invariant after each event. Nothing else sends requests or sets the error. A failure
-ahead of the front never ends the transfer: that piece may wait for the front.
+The front moves by ``limits.min_rate`` within ``limits.idle``, or the transfer ends: the limits of a
+body hold for all connections together. :meth:`_Transfer._restore` restores the invariant after each
+event. Nothing else sends requests or sets the error. A failure ahead of the front never ends the
+transfer: that piece may wait for the front.
 
 A connection that fails gives its piece back. A refusal of a further one says nothing about the
 content, so the error is never a refusal. What has arrived ahead is kept for the next transfer if

@@ -230,6 +230,7 @@ class Registry(Protocol):
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
         reclaim: ReclaimConnections = keep_connections,
     ) -> AbstractAsyncContextManager[ContentStream]:
         """Get a blob or a manifest by digest. See "Pulling blobs" and "Pulling manifests".
@@ -252,6 +253,8 @@ class Registry(Protocol):
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
                 but sent wrong bytes or broke off.
+            ruled_out: URL of an endpoint that gets no request -> the error that counts as its
+                response. ``next_request_in`` of the error says when it may be asked.
             reclaim: See :data:`ReclaimConnections`.
 
         Returns:

@@ -173,6 +173,7 @@ class HttpRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
         reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         """See :meth:`mirror.upstream.api.Registry.open`."""
@@ -194,6 +195,7 @@ class HttpRegistry:
             kind,
             headers,
             endpoint_headers=endpoint_headers,
+            ruled_out=ruled_out or {},
             reclaim=reclaim,
             is_accepted=_is_range_response,
             may_retry=is_transient if stop is None else lambda failure: False,

@@ -241,6 +241,7 @@ class MemoryRegistry:
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
         reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         await asyncio.sleep(0)

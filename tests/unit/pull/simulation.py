@@ -119,8 +119,6 @@ class Upstream:
     """Times of further requests."""
     refused: list[float] = field(default_factory=list)
     """Times of refusals."""
-    asked_to_wait: float = 0.0
-    """Seconds that its 429s have asked for, together."""
     connections: int = 0
     most: int = 0
     opened: int = 0
@@ -236,11 +234,8 @@ class Stream:
         await upstream.wait_if_silent(upstream.opened)
         if (error := upstream.fails(number)) is not None:
             upstream.failed += 1
-            if isinstance(error, UpstreamRateLimited):
-                upstream.asked_to_wait += error.retry_after or 0.0
             raise error
         if not upstream.may_request():
-            upstream.asked_to_wait += upstream.retry_after or 0.0
             raise UpstreamRateLimited("too many", retry_after=upstream.retry_after)
         if not upstream.has_ranges:
             raise UpstreamProtocolError("no ranges")
@@ -287,7 +282,8 @@ async def transfer(
         parallel: The settings. None: the defaults.
         connections: Shared with other transfers. None: one of its own.
         memory: Shared with other transfers. None: one of its own.
-        sources: Transfers that may be begun, each one after an error.
+        sources: Transfers that may be begun, each one after an error, and after a pause that a 429
+            asks for (2 s without ``Retry-After``). This is what the fetch loop does.
         second: Where the bytes come from after the first error. None: from ``upstream``.
         pause: Returns the seconds that the reader pauses at a position.
         may_fail: Return a result that is not right, in place of raising the error.
@@ -319,13 +315,15 @@ async def transfer(
                 finally:
                     stream.close()
                 break
-            except MirrorError:
+            except MirrorError as error:
                 longest_wait = max(longest_wait, loop.time() - waits_since)
                 upstream, sources = second or upstream, sources - 1
                 if not sources and may_fail:
                     break
                 if not sources:
                     raise
+                if isinstance(error, UpstreamRateLimited):
+                    await asyncio.sleep(2.0 if error.retry_after is None else error.retry_after)
     finally:
         reader.close()
     is_right &= position == len(upstream.data)

@@ -267,15 +267,49 @@ def test_range_is_kept_after_failures_that_have_another_cause() -> None:
     assert not state.may_use_range
 
 
-@pytest.mark.parametrize(("retry_after", "least"), [(None, 2.0), (0.0, 0.0), (30.0, 30.0)])
-def test_pause_after_the_429_of_a_range_is_as_long_as_the_upstream_asks_for(
-    retry_after: float | None, least: float
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(("retry_after", "paused_s"), [(None, 2.0), (0.0, 0.0), (110.0, 110.0)])
+def test_endpoint_that_limits_ranges_gets_no_request_as_long_as_it_asks_for(
+    retry_after: float | None, paused_s: float
 ) -> None:
-    state = attempts(has_transfer_response=True)
+    """Others are asked at once. If there is none, the source has two minutes."""
+    state = attempts(has_transfer_response=True, endpoint="http://one")
     state.count_failure(UpstreamRateLimited("429", retry_after=retry_after), 100.0, has_reader=True)
-    assert (state.failed_in_a_row, state.is_over(100.0)) == (0, False)
-    assert state.is_over(145.0), "the source is given up after the stall limit"
-    assert least <= state.pause() <= least + 2.0
+    assert (state.wait_s, state.pause() <= 0.1) == (None, True)
+    waits = {url: error.next_request_in for url, error in state.ruled_out(100.0).items()}
+    assert waits == ({"http://one": paused_s} if paused_s else {})
+    assert state.ruled_out(100.0 + paused_s) == {}
+    state.begin(2000, 101.0)
+    state.count_failure(waiting(UpstreamRateLimited("429"), paused_s), 101.0, has_reader=True)
+    assert state.wait_s == paused_s, "no other endpoint answers"
+    assert not state.is_over(219.9, may_repeat=True)
+    assert state.is_over(220.0, may_repeat=True)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_pause_of_more_than_two_minutes_after_the_429_of_a_range_is_not_waited_for() -> None:
+    state = attempts(has_transfer_response=True, endpoint="http://one")
+    state.count_failure(UpstreamRateLimited("429", retry_after=121.0), 100.0, has_reader=True)
+    assert state.ruled_out(100.0) == {}
+    assert state.is_over(145.0, may_repeat=True)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_stall_limit_is_the_usual_one_again_after_progress_behind_a_429_of_a_range() -> None:
+    state = attempts(has_transfer_response=True, endpoint="http://one")
+    state.count_failure(UpstreamRateLimited("429"), 100.0, has_reader=True)
+    state.note_progress(103.0, 2000, ())
+    assert state.ends_at == 148.0
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_429s_of_an_endpoint_that_has_sent_ranges_never_leave_out_the_range() -> None:
+    """All bytes would be sent again."""
+    state = attempts(resumed_from=1, has_transfer_response=True, endpoint="http://one")
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(30):
+        state.count_failure(UpstreamRateLimited("429"), 100.0, has_reader=True)
+        assert (state.may_use_range, state.is_over(219.0, may_repeat=True)) == (True, False)
 
 
 def test_endpoint_without_progress_is_asked_last() -> None:

@@ -112,27 +112,17 @@ def test_429_is_a_refusal_for_the_time_that_it_asks_for(
     left = 1 if is_long else 4
     assert then == Consequence("rate_limited", left, refused_s=wait, has_pause=is_long)
     assert policy.not_before == NOW + wait, "no request is sent meanwhile"
-    assert not is_over(policy, NOW + 1)
+    assert is_over(policy, NOW) is is_long, "other endpoints can be asked meanwhile"
+    assert not policy.is_over(NOW, is_fetched=True, has_bytes=False)
+    assert not is_over(policy, NOW + wait - 2.0), "the pause is over in a moment"
 
 
-def test_transfer_without_a_connection_waits_after_a_429_as_long_as_it_asks() -> None:
-    """Up to two minutes from the first one on: one connection would have needed no request."""
-    policy = failures()
-    for at, retry_after in ((NOW, 0.0), (NOW + 2, 60.0)):
-        fail(policy, at, UpstreamRateLimited("429", retry_after=retry_after))
-    assert policy.not_before == NOW + 62
-    assert not is_over(policy, NOW + 40)
-    fail(policy, NOW + 62, UpstreamRateLimited("429", retry_after=60.0))
-    assert not is_over(policy, NOW + 100)
-    fail(policy, NOW + 122, UpstreamRateLimited("429", retry_after=60.0))
-    assert is_over(policy, NOW + 122)
-
-
-def test_pause_of_an_hour_after_a_429_ends_a_transfer_without_a_connection() -> None:
+def test_second_429_in_a_row_ends_a_transfer_without_a_connection() -> None:
     policy = failures()
     for at in (NOW, NOW + 2):
-        fail(policy, at, UpstreamRateLimited("429", retry_after=3600.0))
-    assert is_over(policy, NOW + 3)
+        fail(policy, at, UpstreamRateLimited("429", retry_after=0.0))
+    assert is_over(policy, NOW + 2)
+    assert isinstance(policy.latest, UpstreamRateLimited)
 
 
 @pytest.mark.parametrize(("whole", "is_too_often"), [(7, True), (9, False)])

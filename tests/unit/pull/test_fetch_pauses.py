@@ -64,6 +64,22 @@ async def test_suspected_source_takes_the_place_of_one_that_has_to_wait(
 
 
 @pytest.mark.row("U9-rate-limits")
+async def test_other_source_takes_the_place_of_one_whose_ranges_get_a_429(
+    fetch_env: FetchEnv,
+) -> None:
+    limit = UpstreamRateLimited("429", retry_after=60.0)
+    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+    theirs = Recording()
+    theirs.add_blob(OTHER.path, DATA)
+    async with asyncio.timeout(10):
+        other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
+        assert await fetch_env.body(other) == DATA
+    ruled_out = [set(named["ruled_out"]) for named in fetch_env.registry.asked]
+    assert ruled_out == [set(), {"memory"}], "it has no other endpoint"
+    assert theirs.offsets == [1000]
+
+
+@pytest.mark.row("U9-rate-limits")
 async def test_source_that_had_to_wait_goes_on_where_it_was_after_another_one_failed(
     fetch_env: FetchEnv,
 ) -> None:
@@ -160,6 +176,28 @@ async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEn
             fetch.follow(fetch_env.source.request)
         assert caught.value is limit
         fetch.offer(ContentSource(Recording(failure=Denied("403")), other))
+        running.cancel()
+    follower.close()
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_new_client_joins_a_fetch_that_waits_because_of_our_ranges(
+    fetch_env: FetchEnv,
+) -> None:
+    limit = UpstreamRateLimited("429", retry_after=60.0)
+    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+    fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock())
+    follower = fetch_env.ingest.follow()
+    assert follower is not None
+    async with asyncio.TaskGroup() as group:
+        running = group.create_task(fetch.run())
+        await follower.wait(0, 1)
+        async with asyncio.timeout(10):
+            while not fetch._current.resume_at:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.001)
+        joined = fetch.follow(fetch_env.source.request)
+        assert joined is not None
+        joined.close()
         running.cancel()
     follower.close()
 

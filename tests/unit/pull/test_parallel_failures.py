@@ -103,7 +103,7 @@ def test_429_without_a_time_to_wait_is_followed_by_longer_and_longer_pauses(
     upstream = Upstream(DATA, fails=lambda number: error if number > accepted else None)
     with pytest.raises(UpstreamRateLimited):
         pull(upstream)
-    assert upstream.failed <= 10
+    assert upstream.failed <= 4
 
 
 @pytest.mark.parametrize("error", STATUSES, ids=repr)
@@ -278,7 +278,7 @@ def test_random_upstream_readers_and_budgets_end_each_transfer_in_time(seed: int
             return 8 if any(a < loop.time() - begun < b for a, b in busy) else 1
 
         connections = ConnectionBudget(count_first, loop.time)
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(900):
             result = await transfer(
                 upstream,
                 Parallel(part=MIB),
@@ -295,7 +295,7 @@ def test_random_upstream_readers_and_budgets_end_each_transfer_in_time(seed: int
     assert result.reader.memory.total == 0
     assert sum(event.change for event in result.happened(ConnectionsChanged)) == 0
     assert upstream.connections == 0
-    # A slow connection may take 1.3 s for a chunk, before it falls silent. 429s may ask to wait.
-    assert result.longest_wait <= upstream.idle + 2.0 + min(120.0, upstream.asked_to_wait)
+    # A slow connection may take 1.3 s for a chunk, before it falls silent.
+    assert result.longest_wait <= upstream.idle + 2.0
     # Each piece may become four at the end, and each may be cut twice or break.
     assert len(upstream.asked) <= 3 * PIECES + 10 * sources
