@@ -42,7 +42,7 @@ robustness: packages $(VENV)/.installed-dev
 	$(PYTEST) -m row --robustness-table=docs/robustness.md
 
 bench: packages $(VENV)/.installed-dev
-	@exec bench/run
+	@$(PYTHON) -m bench $(ROWS)
 
 packages:
 	@tools/packages

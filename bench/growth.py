@@ -1,37 +1,33 @@
 """What a pull, a hit and a start cost beside few and many contents.
 
-``python -m bench.growth [--contents N …] [--rounds N] [--eviction-only]``. Each value is a ratio to
-that beside the first number of contents, measured in the same run. Values of pulls and hits are
-medians of the rounds: the 99th percentile of one round depends on what else the machine did.
-Contents are sparse files of 1 MiB: they have a length, and take up no space. Exit code 1 if a bound
-was missed.
+Each value is a ratio to that beside the first number of contents, measured in the same run. Values
+of pulls and hits are medians of the rounds: the 99th percentile of one round depends on what else
+the machine did. Contents are sparse files of 1 MiB: they have a length, and take up no space.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
-import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Final
 
-from bench.measure import costs, cpu_seconds, memory
+from bench.measure import MIB, REPOSITORY, costs, cpu_seconds, memory, requests
+from bench.table import Run
 from tests.real.process import need, wait_until
 from tests.real.registry import DockerRegistry
 from tests.real.server import Mirror
 
-MIB = 1024 * 1024
-REPOSITORY = "library/bench"
+CONTENTS = (100, 10_000, 100_000)
 CHUNKED = "chunked.example"
 COLD_BLOBS = 40
 COLD_BYTES = 20_000
@@ -40,7 +36,6 @@ BOUND = 2.0
 """Most that a cold pull or a hit may cost, as a multiple of the cost beside the first number."""
 HIT_SECONDS = 3
 HIGH_WATER = 0.95
-_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 @dataclass(slots=True)
@@ -113,13 +108,12 @@ class Growth:
         self.blobs = blobs
         self.chunked = chunked
 
-    def measure(self, contents: int, rounds: int, *, with_pulls: bool) -> Costs:
+    def measure(self, contents: int, rounds: int) -> Costs:
         found = Costs(contents)
         with tempfile.TemporaryDirectory(prefix="growth-") as directory:
             data_dir = Path(directory)
             fill(data_dir, contents)
-            if with_pulls:
-                self._pulls(data_dir, found, rounds)
+            self._pulls(data_dir, found, rounds)
             evictions: list[dict[str, float]] = []
             for _ in range(rounds):
                 fill(data_dir, contents)
@@ -215,18 +209,13 @@ class Growth:
         return time.monotonic() - begun
 
     def _hits(self, mirror: Mirror, beside: str) -> dict[str, float]:
-        found: dict[str, float] = {}
         url = f"{mirror.url}/v2/{REPOSITORY}/blobs/{self.blobs[0]}?ns=docker.io"
         self._get(mirror, self.blobs[:1])
-        command = [need("wrk"), "-t1", "-c1", f"-d{HIT_SECONDS}s", "--latency", url]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "Non-2xx" not in said, said
-        for percent in ("50", "99"):
-            seen = re.search(rf"^\s+{percent}%\s+([\d.]+)(us|ms|s)$", said, re.MULTILINE)
-            assert seen is not None, said
-            name = f"hit {beside}, {'median' if percent == '50' else '99th percentile'}, ms"
-            found[name] = float(seen[1]) * _UNITS[seen[2]] * 1000
-        return found
+        rate = requests(url, HIT_SECONDS, 1)
+        return {
+            f"hit {beside}, median, ms": rate.median * 1000,
+            f"hit {beside}, 99th percentile, ms": rate.slow * 1000,
+        }
 
 
 def medians(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -249,37 +238,30 @@ def misses(found: list[Costs]) -> list[str]:
     ]
     beside, alone = (f"hit {state}, median, ms" for state in ("beside an eviction", "alone"))
     compared += [
-        (f"{beside}, against alone, beside {cost.contents:,}", cost.values[beside], base)
+        (
+            f"{beside}, against alone, beside {cost.contents:,}",
+            cost.values[beside],
+            cost.values[alone],
+        )
         for cost in found
-        if (base := cost.values.get(alone)) is not None
     ]
     return [
         f"{name}: {value / base:.2f} x" for name, value, base in compared if value > BOUND * base
     ]
 
 
-def main() -> int:
-    """Measure, and print one row for each cost."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--contents", type=int, nargs="+", default=[100, 10_000, 100_000])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eviction-only", action="store_true", help="leave out all other rows")
-    options = parser.parse_args()
+def growth(run: Run) -> Iterator[str]:
+    """Measure, and return one row for each cost."""
     with DockerRegistry() as registry:
         blobs = [registry.push_large(REPOSITORY, COLD_BYTES, seed=n) for n in range(COLD_BLOBS + 1)]
-        growth = Growth(registry, blobs, ChunkedUpstream())
-        found = [
-            growth.measure(count, options.rounds, with_pulls=not options.eviction_only)
-            for count in options.contents
-        ]
-    print(f"{'contents':42}" + "".join(f"{cost.contents:>20,}" for cost in found))
+        beside = Growth(registry, blobs, ChunkedUpstream())
+        found = [beside.measure(count, run.rounds) for count in CONTENTS]
+    yield f"{'contents':42}" + "".join(f"{cost.contents:>20,}" for cost in found)
     for name, base in found[0].values.items():
         values = [(cost.values[name], cost.values[name] / base) for cost in found]
-        print(f"{name:42}" + "".join(f"{value:10,.2f} {ratio:7.2f} x" for value, ratio in values))
-    missed = misses(found)
-    print("\n".join(f"  MISSED: {miss}" for miss in missed), end="\n" if missed else "")
-    return int(bool(missed))
+        yield f"{name:42}" + "".join(f"{value:10,.2f} {ratio:7.2f} x" for value, ratio in values)
+    yield from (f"  MISSED: {miss}" for miss in misses(found))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {"growth": growth}
+"""Measurements by name."""

@@ -1,4 +1,4 @@
-"""``python -m bench.index_costs [COUNT ...]``: what the index costs beside few and many contents.
+"""What the index costs beside few and many contents.
 
 A content is a manifest with a tag. Beside each operation, a tag is read again and again, and
 another connection, as a worker has it, begins one transaction after another.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sqlite3
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from bench.table import Run
 from mirror.config.settings import Storage
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Repository, Tag
@@ -140,16 +140,16 @@ async def _check(index: Index, count: int) -> None:
     await index.orphans.drop(lambda digest: True, count)
 
 
-def main() -> None:
-    """Print a table for each number of contents."""
-    for count in map(int, sys.argv[1:] or _COUNTS):
+def index_costs(run: Run) -> Iterator[str]:
+    """Measure, and return a table for each number of contents."""
+    for count in _COUNTS:
         with tempfile.TemporaryDirectory() as root:
             lines = asyncio.run(measure(Path(root), count))
-        print(f"\n{count:,} contents\n")
-        print("| | wall, ms | processor, ms | slowest read, ms | slowest write of another, ms |")
-        print("|---|--:|--:|--:|--:|")
-        print("\n".join(lines))
+        yield f"{count:,} contents"
+        yield "| | wall, ms | processor, ms | slowest read, ms | slowest write of another, ms |"
+        yield "|---|--:|--:|--:|--:|"
+        yield from lines
 
 
-if __name__ == "__main__":
-    main()
+ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {"index-costs": index_costs}
+"""Measurements by name."""

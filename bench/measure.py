@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from tests.real.process import need
 
@@ -23,6 +26,10 @@ _ACCEPT = (
     " application/vnd.oci.image.manifest.v1+json, application/vnd.oci.image.index.v1+json, */*"
 )
 _TICKS = os.sysconf("SC_CLK_TCK")
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+MIB = 1024 * 1024
+REPOSITORY: Final = "library/bench"
+"""The repository of all that is measured."""
 
 
 def tree(pid: int) -> list[int]:
@@ -62,6 +69,16 @@ def memory(pid: int) -> int:
     return total
 
 
+def connections_of(port: int) -> int:
+    """Return how many connections a server at this port of IPv4 has."""
+    found = re.findall(
+        rf"^\s*\d+: [0-9A-F]{{8}}:{port:04X} \S+ 01 ",
+        Path("/proc/net/tcp").read_text(),
+        re.MULTILINE,
+    )
+    return len(found)
+
+
 @dataclass(slots=True)
 class Cost:
     """Seconds of CPU, and bytes at the peak."""
@@ -91,28 +108,89 @@ def costs(pid: int) -> Iterator[Cost]:
         cost.cpu = cpu_seconds(pid) - before
 
 
+def back_memory(size: int) -> None:
+    """Write a file of ``size`` bytes, and delete it.
+
+    A virtual machine gets memory from its host when a page is used for the first time, which takes
+    longer than all that is measured here. Afterwards the pages are free, and the machine has them.
+    """
+    piece = os.urandom(MIB)
+    with tempfile.NamedTemporaryFile(prefix="om-back-", dir="/tmp") as file:
+        for _ in range(-(-size // MIB)):
+            file.write(piece)
+
+
+DOWNLOAD_LIMIT_S: Final = 90
+"""Seconds for one download: three times as long as the slowest peer needs. Some never respond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Result of one curl. Times are seconds from its start."""
+
+    status: int
+    size: int
+    first_byte: float
+    total: float
+
+
+def start_curl(url: str, sink: str = os.devnull, *options: str) -> subprocess.Popen[bytes]:
+    """Start a download to the file ``sink``. :func:`timed` waits for its end."""
+    seen = '{"status":"%{http_code}","size":%{size_download},"first_byte":%{time_starttransfer},'
+    # The certificates of upstreams are their own authorities.
+    command = [need("curl"), "-skm", str(DOWNLOAD_LIMIT_S), "-o", sink]
+    return subprocess.Popen(
+        [*command, "-w", seen + '"total":%{time_total}}', *options, url],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+    )
+
+
+def timed(process: subprocess.Popen[bytes]) -> Timed:
+    """Wait for a process of :func:`start_curl`."""
+    output, _ = process.communicate()
+    seen = json.loads(output)
+    return Timed(**seen | {"status": int(seen["status"])})  # "000" without a response.
+
+
 def download(url: str, streams: int, size: int) -> float:
     """Return bytes per second of ``streams`` parallel curls. Raises if one got less than all."""
-    command = [need("curl"), "-sS", "-o", os.devnull, "-w", "%{http_code} %{size_download}", url]
     begun = time.monotonic()
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(streams)]
-    said = [process.communicate()[0] for process in running]
+    running = [start_curl(url) for _ in range(streams)]
+    done = [timed(process) for process in running]
     seconds = time.monotonic() - begun
-    if said != [f"200 {size}"] * streams:
-        raise RuntimeError(f"incomplete: {sorted(set(said))}")
+    if short := [one for one in done if (one.status, one.size) != (200, size)]:
+        raise RuntimeError(f"incomplete: {short[0].status}, {short[0].size} bytes")
     return streams * size / seconds
 
 
-def requests(url: str, seconds: int) -> float:
-    """Return responses per second of wrk with 16 connections."""
-    command = [need("wrk"), "-t1", "-c16", f"-d{seconds}s", "-H", f"Accept: {_ACCEPT}", url]
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Result of one wrk: responses per second, and seconds until half and 99 % of them came."""
+
+    requests: float
+    median: float
+    slow: float
+
+
+def requests(url: str, seconds: int, connections: int = 16) -> Rate:
+    """Ask for ``url`` again and again with wrk, on ``connections`` connections."""
+    command = [need("wrk"), "-t1", f"-c{connections}", f"-d{seconds}s", "--latency"]
+    command += ["-H", f"Accept: {_ACCEPT}", url]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in said:
         raise RuntimeError("responses with an error status")
     found = re.search(r"Requests/sec:\s+([\d.]+)", said)
-    if found is None:
+    percents = dict(re.findall(r"^\s+(\d+)%\s+([\d.]+(?:us|ms|s))$", said, re.MULTILINE))
+    if found is None or "99" not in percents:
         raise RuntimeError(said)
-    return float(found[1])
+    return Rate(float(found[1]), _seconds(percents["50"]), _seconds(percents["99"]))
+
+
+def _seconds(text: str) -> float:
+    """Return the seconds of a duration as wrk prints it, such as ``1.25ms``."""
+    number = text.rstrip("mus")
+    return float(number) * _UNITS[text.removeprefix(number)]
 
 
 async def crowd(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests.real.process import Program
+from bench.measure import REPOSITORY
+from tests.real import images
+from tests.real.process import Program, find_go_program
 from tests.real.registry import DockerRegistry, NginxFront
 from tests.real.server import Mirror
 from tests.real.wire import ask
@@ -21,24 +22,27 @@ _VENV = Path(__file__).resolve().parents[1] / ".cache" / "drayage"
 
 
 class Drayage(Program):
-    """drayage, from the package index."""
+    """drayage, from the package index. ``threads``: those that serve. 0: its own choice."""
 
     name = "drayage"
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, threads: int = 0) -> None:
         super().__init__()
-        self.upstream = upstream
+        self.upstream, self.threads = upstream, threads
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def environment(self) -> dict[str, str]:
+        return {"TOKIO_WORKER_THREADS": str(self.threads)} if self.threads else {}
+
     def command(self) -> Sequence[str | Path]:
         program = _VENV / "bin" / "drayage"
         if not program.exists():
             subprocess.run([sys.executable, "-m", "venv", _VENV], check=True)
-            pip = [_VENV / "bin" / "pip", "install", "-q", f"drayage=={DRAYAGE_VERSION}"]
-            subprocess.run(pip, check=True)
+            pip = _VENV / "bin" / "pip"
+            subprocess.run([pip, "install", "-q", f"drayage=={DRAYAGE_VERSION}"], check=True)
         (self.dir / "cache").mkdir(exist_ok=True)
         config = self.dir / "config.toml"
         config.write_text(
@@ -54,27 +58,92 @@ class Drayage(Program):
             return False
 
 
+class Zot(Program):
+    """zot, which holds the image as its own: as a mirror it asks the upstream for each tag.
+
+    ``go install`` builds it, or ``go build`` in its sources. It has one worker: ``GOMAXPROCS=1``.
+    """
+
+    name = "zot"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def environment(self) -> dict[str, str]:
+        return {"GOMAXPROCS": "1"}
+
+    def command(self) -> Sequence[str | Path]:
+        program = find_go_program("zot")
+        if program is None:
+            raise FileNotFoundError("zot is not installed")
+        config = self.dir / "config.json"
+        settings = {
+            "storage": {"rootDirectory": str(self.dir / "storage"), "gc": False, "dedupe": False},
+            "http": {"address": "127.0.0.1", "port": str(self.port)},
+            "log": {"level": "error"},
+        }
+        config.write_text(json.dumps(settings))
+        return [program, "serve", config]
+
+    def ready(self) -> bool:
+        try:
+            return ask(f"{self.url}/v2/", timeout=2).status == 200
+        except OSError:
+            return False
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        images.push(self.url, REPOSITORY, images.image(), "1.0")
+        return self
+
+
+def upstream(url: str, *, ca: str | None = None, connections: int = 0) -> Mapping[str, Any]:
+    """Return the settings of an upstream of ours.
+
+    Args:
+        url: Its endpoint.
+        ca: File of its authority.
+        connections: Connections for one blob at most. 0: the default of the mirror.
+    """
+    settings: dict[str, Any] = {"endpoints": [url]}
+    if ca is not None:
+        settings["ca"] = ca
+    if connections:
+        settings["parallel"] = {"connections": connections}
+    return settings
+
+
+Start = Callable[[str, str | None], Program]
+"""Makes a peer for the URL of an upstream, and the file of its authority if it has TLS."""
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One column of the table. ``query``: names the upstream in a request."""
+    """One server of a table. ``query``: names the upstream in a request."""
 
     name: str
-    start: Callable[[str], Program]
+    start: Start
     query: str = ""
 
 
-def ours(workers: int) -> Callable[[str], Program]:
-    return lambda upstream: Mirror({"docker.io": upstream}, workers=workers)
+def _ours(workers: int) -> Start:
+    return lambda url, ca: Mirror({"docker.io": upstream(url, ca=ca)}, workers=workers)
 
 
-PEERS = (
-    Peer("oci-mirror, 1 worker", ours(1)),
-    Peer("oci-mirror, 2 workers", ours(2)),
-    Peer("docker-registry", lambda upstream: DockerRegistry(proxy_of=upstream)),
-    Peer("nginx proxy_cache", lambda upstream: NginxFront(upstream, cache=True)),
-    Peer("drayage", Drayage, "?ns=docker.io"),
+OURS = Peer("oci-mirror, 1 worker", _ours(1))
+NGINX = Peer("nginx proxy_cache", lambda url, ca: NginxFront(url, cache=True))
+REGISTRY = Peer("docker-registry", lambda url, ca: DockerRegistry(proxy_of=url))
+DRAYAGE = Peer("drayage", lambda url, ca: Drayage(url), "?ns=docker.io")
+ONE_OF_EACH = (OURS, REGISTRY, NGINX, DRAYAGE)
+PEERS = (OURS, Peer("oci-mirror, 2 workers", _ours(2)), *ONE_OF_EACH[1:])
+TLS_PEERS = (*PEERS[:2], NGINX)
+"""Those that accept a certificate of the tests by their configuration."""
+ONE_WORKER_MIRRORS = (
+    OURS,
+    REGISTRY,
+    Peer("nginx, 1 worker", lambda url, ca: NginxFront(url, cache=True, workers=1)),
+    Peer("drayage, 1 thread", lambda url, ca: Drayage(url, threads=1), "?ns=docker.io"),
 )
-
-
-def cores() -> int:
-    return os.cpu_count() or 1
+ONE_WORKER_PEERS = (*ONE_WORKER_MIRRORS, Peer("zot, 1 thread", lambda url, ca: Zot()))
+"""Those for small responses."""

@@ -1,4 +1,4 @@
-"""``python -m bench.store_costs [COUNT ...]``: what the store costs, in one process without HTTP.
+"""What the store costs, in one process and without HTTP.
 
 First beside empty contents, a million at most: the first scan, a cold pull, a hit, and a *question*
 whether there is room for a fetch. Then a range of content whose verification is old, and for
@@ -11,13 +11,14 @@ import asyncio
 import hashlib
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+from bench.measure import MIB
+from bench.table import Run
 from mirror.config.settings import Storage
 from mirror.oci.reference import Digest
 from mirror.store.store import Store
@@ -26,8 +27,7 @@ from tests.unit.store.kit import keep, random_bytes
 _COUNTS: Final = (100, 10_000, 100_000, 1_000_000)
 _PULLS: Final = 60
 _COLD_BYTES: Final = 20_000
-_MIB: Final = 1024 * 1024
-_AGED_BYTES: Final = 1024 * _MIB
+_AGED_BYTES: Final = 1024 * MIB
 _RANGES: Final = 7
 
 
@@ -95,8 +95,8 @@ async def aged_range(root: Path, size: int = _AGED_BYTES) -> str:
     """Return the line of ranges of aged content. ``size``: its bytes, all zero."""
     store = await _open(root, "0s")
     whole = hashlib.sha256()
-    for _ in range(size // _MIB):
-        whole.update(bytes(_MIB))
+    for _ in range(size // MIB):
+        whole.update(bytes(MIB))
     digest = Digest.parse(f"sha256:{whole.hexdigest()}")
     path = store.layout.blob(digest)
     path.touch()
@@ -109,27 +109,27 @@ async def aged_range(root: Path, size: int = _AGED_BYTES) -> str:
 
     taken = []
     for number in range(_RANGES):
-        start = (number + 1) * size // (_RANGES + 2) // _MIB * _MIB
+        start = (number + 1) * size // (_RANGES + 2) // MIB * MIB
         begun = time.perf_counter()
-        assert await _read(store, digest, start, start + _MIB) == _MIB
+        assert await _read(store, digest, start, start + MIB) == MIB
         taken.append(1000 * (time.perf_counter() - begun))
         await verified()
-    last = await _median_ms(3, lambda number: _read(store, digest, size - _MIB, size))
+    last = await _median_ms(3, lambda number: _read(store, digest, size - MIB, size))
     await store.close()
     return (
-        f"1 MiB of {size // _MIB:,} MiB, aged: {min(taken):.1f} to {max(taken):.1f} ms"
+        f"1 MiB of {size // MIB:,} MiB, aged: {min(taken):.1f} to {max(taken):.1f} ms"
         f" (the last MiB: {last:.0f} ms)"
     )
 
 
-def main() -> None:
-    """Print a line for each measurement."""
-    for count in map(int, sys.argv[1:] or _COUNTS):
+def store_costs(run: Run) -> Iterator[str]:
+    """Measure, and return a line for each measurement."""
+    for count in _COUNTS:
         with tempfile.TemporaryDirectory(prefix="store-") as root:
-            print(asyncio.run(many_contents(Path(root), count)), flush=True)
+            yield asyncio.run(many_contents(Path(root), count))
     with tempfile.TemporaryDirectory(prefix="store-") as root:
-        print(asyncio.run(aged_range(Path(root))))
+        yield asyncio.run(aged_range(Path(root)))
 
 
-if __name__ == "__main__":
-    main()
+ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {"store-costs": store_costs}
+"""Measurements by name."""

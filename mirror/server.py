@@ -16,28 +16,28 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Final
-
-from aiohttp import web
 
 from mirror import __version__
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
+from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
-from mirror.observability.logs import LogObserver, LogWriter, configure_logging
+from mirror.observability.logs import LogObserver, LogWriter
 from mirror.pull.content import ContentService
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
-from mirror.threads import HangingCalls, on_running_loop
+from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.limited_server import LimitedServer
+from mirror.web.stored_responses import ReusingServer, UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -100,7 +100,8 @@ async def run_worker(
     from mirror.observability.metrics import MetricsObserver
 
     loop = asyncio.get_running_loop()
-    metrics = MetricsObserver(settings.upstreams, None if worker is None else worker.index)
+    index = None if worker is None else worker.index
+    metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
 
     def emit(event: Event) -> None:
         metrics.observe(event)
@@ -108,14 +109,16 @@ async def run_worker(
 
     emit_from_thread = on_running_loop(emit)
 
-    def on_lines_dropped(count: int, error: Exception | None) -> None:
+    def on_lines_dropped(count: int, error: Exception | None = None) -> None:
         metrics.observe(LogLinesDropped(count))
         if error is not None:
             why = (("why", f"{type(error).__name__}: {error}"),)
             emit_from_thread(LogMessage("error", "log lines could not be written", why))
 
-    stream = LogStream(_stdout(), on_lines_dropped)
-    lines = configure_logging(settings.log, stream, loop.call_soon)
+    stream = LogStream(_stdout(), on_lines_dropped, is_shared=worker is not None)
+    # The libraries also log in threads.
+    call_soon = call_soon_from_any_thread()
+    lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
 
     if worker is not None and worker.predecessor is not None:
@@ -125,7 +128,7 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with start_server(settings, listener, emit, metrics.render) as running:
+        async with start_server(settings, listener, emit, metrics.scrape) as running:
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -219,6 +222,7 @@ class RunningServer:
     registries: Registries
     health: Health
     handler: Handler
+    unsent: UnsentConnections
     content: ContentService
     service: PullService
     stop_listening: Callable[[], None]
@@ -241,7 +245,7 @@ async def start_server(
     settings: Settings,
     listener: socket.socket,
     emit: Observer,
-    render_metrics: Callable[[], tuple[bytes, str]],
+    render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.
@@ -265,7 +269,6 @@ async def start_server(
             handler = Handler(settings, service, health, render_metrics, emit)
             options: dict[str, Any] = {
                 "access_log": None,
-                "handler_cancellation": True,
                 "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
                 "max_field_size": _MAX_FIELD_BYTES,
                 "logger": logging.getLogger("aiohttp.server"),
@@ -274,7 +277,7 @@ async def start_server(
             server = (
                 LimitedServer(handler, emit, **options)
                 if is_limited
-                else web.Server(handler, **options)
+                else ReusingServer(handler, handler.stored_responses, **options)
             )
             certificate = Certificate(settings.tls) if settings.tls is not None else None
             _start_housekeeping(store, certificate, single_flight, emit)
@@ -294,6 +297,7 @@ async def start_server(
                     registries=registries,
                     health=health,
                     handler=handler,
+                    unsent=server.unsent,
                     content=content,
                     service=service,
                     stop_listening=listening.close,
@@ -352,6 +356,8 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     try:
         async with asyncio.timeout(running.settings.drain_timeout):
             await running.handler.wait_until_idle()
+            # A request has ended once its response is written, if it is a small one.
+            await running.unsent.wait_until_sent()
             await running.store.wait_until_published()
     except TimeoutError:
         cut = running.handler.abort_all()

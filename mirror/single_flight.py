@@ -1,11 +1,13 @@
 """Run one background task for each key, and give its outcome to every waiter.
 
-Lives here: all background tasks of the process. No other module creates tasks. Must not know: what
-a task does, except that a slow one is reported as a slow upstream.
+Lives here: all background tasks of the process. No other module creates tasks, but for groups that
+end with the task that opens them. Must not know: what a task does, except that a slow one is
+reported as a slow upstream.
 
 Theory of operation: an owner task holds one ``asyncio.TaskGroup``. The tasks in it store their
-outcome in a :class:`SharedTask` and never raise, so no failed task can take the server down. A
-waiter that is cancelled does not cancel the task.
+outcome in a :class:`SharedTask` and never raise, so no failed task can take the server down. An
+exception that is no ``MirrorError`` is a fault of the program, and is logged. A waiter that is
+cancelled does not cancel the task.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, Self, TypeAlias, TypeVar, cast
 
-from mirror.oci.errors import Draining, UpstreamTimeout
+from mirror.oci.errors import Draining, MirrorError, UpstreamTimeout
 
 T = TypeVar("T")
 Key: TypeAlias = tuple[str, *tuple[Hashable, ...]]
@@ -161,6 +163,10 @@ class SingleFlight:
             shared_task.set_result(await work())
         except Exception as error:
             shared_task.set_exception(error)
+            if not isinstance(error, MirrorError):
+                # It may have no waiter, or one that does not pass it on. asyncio logs it.
+                context = {"message": f"unexpected error in the task {key[0]}", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
         finally:
             del self._running[key]
 

@@ -133,7 +133,7 @@ async def running(
         events.append(event)
 
     extra = {} if clock is None else {"now": clock}
-    async with start_server(settings, listener, emit, metrics.render, **extra) as running_server:
+    async with start_server(settings, listener, emit, metrics.scrape, **extra) as running_server:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
         connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(

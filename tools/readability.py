@@ -31,11 +31,17 @@ LIMITS: Final[dict[str, int]] = {
     "parameters": 0,
     "booleans": 0,
     "records": 0,
-    "lines": 13280,
-    "cold-modules": 30,
-    "cold-functions": 280,
-    "warm-modules": 16,
-    "warm-functions": 76,
+    "lines": 15750,
+    # Beside the 30 and 16 of a mirror that asks for a blob once and parses each request: the
+    # protocol that receives large bodies (cold), and the one that reuses stored responses (both).
+    # Each is the first to see all bytes of a connection, so every request passes it. And the retry
+    # state of a source, which learns that a transfer has begun, has a response and brought bytes
+    # (cold). And what a source proves (`ContentRequest.proof_key`, cold). And the table of the
+    # running fetches, which was split from `fetch.py`: a module has at most 500 lines (cold).
+    "cold-modules": 35,
+    "cold-functions": 303,
+    "warm-modules": 17,
+    "warm-functions": 86,
 }
 """Count -> the largest number that passes. :data:`HELP` describes each count.
 
@@ -80,8 +86,9 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
 """Names that ``booleans`` does not count, each with its reason."""
 
 COMMANDS: Final = {
-    *("begin", "evict", "make", "mark", "pin", "put", "quarantine", "read", "refresh", "restore"),
-    *("send", "set", "start", "try", "unlink", "wait", "write"),
+    *("accept", "begin", "evict", "keep", "make", "mark", "pin", "put", "quarantine", "read"),
+    *("receive", "reclaim", "refresh", "restore", "reuse", "send", "set", "start", "try"),
+    *("unlink", "wait", "write"),
 }
 """First words of functions that do something, and return whether they did."""
 

@@ -22,10 +22,10 @@ from mirror.cli.client_files import (
 )
 from mirror.cli.distributions import DISTRIBUTIONS
 
-FALLBACK_NOTE: Final = (
-    "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself: "
-    "use --enforce if the lists must hold"
+_FALLBACK_FACT: Final = (
+    "if the mirror refuses a pull (allow, deny), the client pulls from the upstream itself"
 )
+FALLBACK_NOTE: Final = f"{_FALLBACK_FACT}: use --enforce if the lists must hold"
 """containerd and skopeo ask the upstream after a 403, 404, 429, 451 or 500 of a mirror (tried)."""
 
 
@@ -153,7 +153,7 @@ def _docker(options: SetupOptions) -> ClientSetup:
             f"{mirror.host}/docker.io/<repository>",
         )
     else:
-        notes.append(FALLBACK_NOTE.partition(":")[0] + "; Docker has no setting against it")
+        notes.append(f"{_FALLBACK_FACT}; Docker has no setting against it")
     if not mirror.is_https:
         notes.append(
             f'references that begin with {mirror.host} need "insecure-registries": '
@@ -263,6 +263,72 @@ def _kaniko(options: SetupOptions) -> ClientSetup:
     return ClientSetup([ClientFile("kaniko.args", text, is_on_node=False)], notes)
 
 
+# --- lazy snapshotters ----------------------------------------------------------------------------
+
+
+def _stargz(options: SetupOptions) -> ClientSetup:
+    return _snapshotter(options, "containerd-stargz-grpc", "0.19.0")
+
+
+def _soci(options: SetupOptions) -> ClientSetup:
+    return _snapshotter(options, "soci-snapshotter-grpc", None)
+
+
+def _snapshotter(options: SetupOptions, daemon: str, ns_since: str | None) -> ClientSetup:
+    """Return the sections for the mirror in the config.toml of a snapshotter.
+
+    See stargz-snapshotter, "Registry mirrors and insecure connection", and soci-snapshotter,
+    "Config file options". A host has no path there, so a path cannot name the upstream.
+
+    Args:
+        options: The mirror and the upstreams.
+        daemon: The program that reads the file.
+        ns_since: Its first release that sends ``ns`` (see ``fs/remote/resolver.go`` of
+            stargz-snapshotter). None: none does.
+    """
+    mirror, blocks, unnamed = options.mirror, [], []
+    for name, upstream in options.upstreams.items():
+        host = mirror.host
+        if upstream.hosts:
+            own = urlsplit(f"//{upstream.hosts[0]}")
+            port = own.port or urlsplit(mirror.url).port
+            host = own.netloc if own.port or port is None else f"{own.netloc}:{port}"
+        elif name != options.default_upstream:
+            unnamed.append(name)
+        lines = [f"[[resolver.host.{toml_string(name)}.mirrors]]", f"  host = {toml_string(host)}"]
+        if not mirror.is_https:
+            lines.append("  insecure = true")
+        blocks.append("\n".join(lines) + "\n")
+    notes = []
+    if options.is_enforced:
+        notes.append(
+            f"--enforce has no effect: {daemon} always asks the registry itself last. Block the "
+            "way to the registries"
+        )
+    if unnamed:
+        since = f" before {ns_since}" if ns_since else ""
+        notes.append(
+            f"{daemon}{since} does not tell the mirror the registry: for {', '.join(unnamed)}, set "
+            "upstreams.<registry>.hosts to a name of the mirror that is for this registry only, "
+            "and write this file again"
+        )
+    notes += [
+        f"add the sections to an existing config.toml, and restart {daemon}",
+        (
+            "containerd itself pulls manifests, and layers that are not lazy: write its files too "
+            "(--for containerd)"
+        ),
+    ]
+    if mirror.ca is not None:
+        notes.append(
+            f"{daemon} has no setting for a certificate authority: add {mirror.ca} to those of the "
+            "system"
+        )
+    if not options.is_enforced:
+        notes.append(f"{_FALLBACK_FACT}; {daemon} has no setting against it")
+    return ClientSetup([ClientFile(f"{daemon}/config.toml", "\n".join(blocks))], notes)
+
+
 CLIENTS: Final[Mapping[str, Callable[[SetupOptions], ClientSetup]]] = MappingProxyType(
     {
         "containerd": _containerd,
@@ -273,6 +339,8 @@ CLIENTS: Final[Mapping[str, Callable[[SetupOptions], ClientSetup]]] = MappingPro
         "containerd-default": _containerd_default,
         "crio": _crio,
         "kaniko": _kaniko,
+        "stargz": _stargz,
+        "soci": _soci,
         **DISTRIBUTIONS,
     }
 )

@@ -120,7 +120,9 @@ class Storage(Section):
     """
     Most bytes that running fetches hold in memory together, in each worker process: bytes that wait
     for the disk or, if the disk refuses, for clients. Each fetch may hold 256 KiB anyway.
-    When it is used up, upstreams are read more slowly.
+    When it is used up, upstreams are read more slowly. Bytes that arrive before earlier ones
+    (several connections, single ranges) have a limit of their own of the same size. Both together
+    may use a third more.
     """
     reverify: Duration = 86400.0
     """
@@ -156,6 +158,24 @@ class Limits(Section):
     """
     Minimum rate of a body, in bytes per second over the time of idle.
     A slower body is given up and resumed.
+    """
+
+
+class Parallel(Section):
+    """Several connections for one blob, each of which fetches a part."""
+
+    connections: Annotated[int, Field(ge=1, le=4)] = 4
+    """
+    Most connections for one blob. Further ones are opened only while they make the fetch faster,
+    and the upstream does not refuse them. 1: a blob is fetched by one connection, and a client that
+    wants a part of it waits until the fetch has reached that part.
+    """
+    part: Annotated[Size, AfterValidator(values.check_part)] = 8 * 2**20
+    """
+    Usual bytes of one range request, from 64KiB to 8MiB. Requests are larger if responses take long
+    or no other connection is possible, and smaller near the end of a blob. A blob that has fewer
+    than 16 such parts gets smaller ones, of at least 4MiB. A blob of at most four parts is fetched
+    by one connection.
     """
 
 
@@ -267,6 +287,8 @@ class Upstream(Section):
     """
     limits: Limits = Limits()
     """Limits of one exchange with the upstream."""
+    parallel: Parallel = Parallel()
+    """Several connections for one blob."""
 
     def alias_of(self, name: str) -> str:
         """Return the alias, or its default for an upstream of this name."""

@@ -23,6 +23,10 @@ NEVER: Final = math.inf
 """The duration ``inf``."""
 _MAX_SIZE_BYTES: Final = 2**63 - 1
 """Bytes; the largest signed 64-bit number, in which databases and file systems hold a size."""
+_MIN_PART_BYTES: Final = 64 * 1024
+"""Bytes; the overhead of a request would be larger than a smaller part."""
+_MAX_PART_BYTES: Final = 8 * 1024 * 1024
+"""Bytes; the parts of one blob that arrive early hold half of the memory for all blobs."""
 
 # size: number [K|M|G|T|P|E [i]] [B]   with i: powers of 1024, without: powers of 1000
 _SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*(?:([kmgtpe])(i?))?b?", re.ASCII | re.I)
@@ -219,6 +223,13 @@ def check_positive(seconds: float) -> float:
     if seconds <= 0:
         raise ValueError("must be more than 0")
     return check_finite(seconds)
+
+
+def check_part(size: int) -> int:
+    """Check the usual bytes of one range request."""
+    if not _MIN_PART_BYTES <= size <= _MAX_PART_BYTES:
+        raise ValueError("must be from 64KiB to 8MiB")
+    return size
 
 
 def split_host(text: str) -> tuple[str, int | None]:

@@ -20,6 +20,8 @@ from typing import Literal, TypeAlias
 class Kind(StrEnum):
     """The kind of object that a request names. A metric label, so its values are few."""
 
+    __hash__ = str.__hash__  # Enum's own is a Python function, and each request calls it often.
+
     PING = "ping"
     MANIFEST = "manifest"
     BLOB = "blob"
@@ -32,9 +34,12 @@ class Kind(StrEnum):
 class Outcome(StrEnum):
     """The result of a request. Each request has exactly one (``docs/metrics.md`` explains them)."""
 
+    __hash__ = str.__hash__
+
     HIT = "hit"
     JOIN = "join"
     MISS = "miss"
+    ASIDE = "aside"
     REVALIDATED = "revalidated"
     STALE = "stale"
     NEGATIVE = "negative"
@@ -74,6 +79,15 @@ class RequestRecord:
     """Whether the whole body was sent."""
     joined_at_byte: int | None = None
     """Offset in bytes that an ingest had reached when this request joined it. None: joined none."""
+    is_unverified: bool = False
+    """Whether bytes of the response may come from an aside request, which no digest verifies."""
+    aside_bytes: int = 0
+    """Bytes that came from aside requests, in place of the running fetch."""
+    connections: int = 0
+    """Most connections that fetched a blob together, for the request that started the fetch, as far
+    as known when that request ended. 0: only one was used, or nothing was fetched."""
+    late_parts: int = 0
+    """Number of parts of that blob that arrived too slowly, and whose rest was fetched again."""
     started: float = field(default_factory=time.monotonic)
     first_byte: float | None = None
     """Seconds from the start to the first byte of the response; None before it."""
@@ -197,6 +211,70 @@ class Resumed:
     reason: str
 
 
+AsideResult: TypeAlias = Literal["ok", "no_range", "rate_limited", "failed", "dropped"]
+"""- ``ok``: the bytes have arrived.
+- ``no_range``: the response was not the requested range.
+- ``rate_limited``: 429.
+- ``failed``: any other failure.
+- ``dropped``: the request was ended, because no client waits for its bytes any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class AsideEnded:
+    """A request for a range beside the fetch of its blob, or without one, has ended.
+
+    ``bytes``: how many were received.
+    """
+
+    upstream: str
+    result: AsideResult
+    bytes: int
+    reason: str
+    """Message of the failure. Empty without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionsChanged:
+    """The number of connections that fetch blobs beside the first one of each blob has changed."""
+
+    upstream: str
+    change: int
+
+
+@dataclass(frozen=True, slots=True)
+class PieceCut:
+    """A part of a blob arrived far slower than other parts. Its rest is fetched again.
+
+    ``offset``: offset in bytes of the first byte that has not arrived.
+    """
+
+    upstream: str
+    endpoint: str
+    offset: int
+
+
+BackOffReason: TypeAlias = Literal[
+    "no_gain", "slow_ranges", "rate_limited", "reclaimed", "no_ranges", "failed"
+]
+"""- ``no_gain``: one more connection brought no more bytes.
+- ``slow_ranges``: a range had less than 0.8 of the rate of the plain response, or brought nothing
+  in time.
+- ``rate_limited``: 429 or 503.
+- ``reclaimed``: the initial request of another blob got a 429, a 503 or no response here.
+- ``no_ranges``: the response was not the range.
+- ``failed``: ranges failed twice in a row, three times within 16, or during the trial."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackedOff:
+    """A blob is fetched by fewer connections from now on: ``connections`` of them."""
+
+    upstream: str
+    endpoint: str
+    reason: BackOffReason
+    connections: int
+
+
 @dataclass(frozen=True, slots=True)
 class DigestMismatched:
     """Bytes did not hash to their digest. ``where`` they came from: upstream, resume or disk."""
@@ -316,6 +394,10 @@ Event: TypeAlias = (
     | RateLimitSeen
     | CircuitChanged
     | Resumed
+    | AsideEnded
+    | ConnectionsChanged
+    | PieceCut
+    | BackedOff
     | DigestMismatched
     | Reverified
     | Evicted

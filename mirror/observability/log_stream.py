@@ -10,8 +10,13 @@ further lines are dropped and counted.
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import select
+import struct
+import sys
+import termios
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +26,9 @@ _MAX_QUEUED_CHARS: Final = 2 * 1024 * 1024
 _GATHER_S: Final = 0.01
 """Seconds in which the thread gathers lines after a write. Waking it for each line would cost more
 than a response from the cache."""
+_MAX_WRITE_BYTES: Final = 64 * 1024
+"""Bytes in one write of the only process that writes. After each system call, the thread has to
+wait for the interpreter lock, so few and large ones are faster."""
 _WRITABLE_TIMEOUT_MS: Final = 1000
 """Milliseconds to wait for a descriptor that another program has set to non-blocking."""
 
@@ -31,16 +39,24 @@ class LogStream:
     The thread is a daemon: a descriptor that blocks does not delay the end of the process.
     """
 
-    def __init__(self, fd: int, on_dropped: Callable[[int, Exception | None], None]) -> None:
+    def __init__(
+        self,
+        fd: int,
+        on_dropped: Callable[[int, Exception | None], None],
+        *,
+        is_shared: bool = True,
+    ) -> None:
         """Start the thread.
 
         Args:
             fd: An open descriptor, which stays open.
-            on_dropped: Receives the number of lines that were lost, and the unexpected error that
-                lost them. None: the queue is full, or the descriptor refuses them. Also called in
-                the thread. Must not raise.
+            on_dropped: Receives the number of lines that could not be written, and the unexpected
+                error that lost them. None: the descriptor refuses them. Called in the thread. Must
+                not raise.
+            is_shared: Whether other processes write to it, too.
         """
         self._fd = fd
+        self._pipe_bytes = 0 if is_shared else pipe_bytes(fd)
         self._on_dropped = on_dropped
         self._lock = threading.Lock()
         self._queue: list[str] = []
@@ -58,7 +74,6 @@ class LogStream:
                 self._queue.append(text)
                 self._queued_chars += len(text)
         if not has_room:
-            self._on_dropped(text.count("\n"), None)
             return 0
         if not self._has_work.is_set():
             self._has_work.set()
@@ -102,11 +117,39 @@ class LogStream:
     def _write_all(self, data: bytes) -> None:
         start = 0
         while start < len(data):
-            # Several workers write to one pipe. An atomic write of whole lines keeps them apart.
-            end = data.rfind(b"\n", start, start + select.PIPE_BUF) + 1
+            # A pipe takes up to PIPE_BUF bytes as a whole. So the lines of several workers do not
+            # mix, and a process that ends while the pipe is full has written whole lines.
+            room = free_pipe_bytes(self._fd, self._pipe_bytes) if self._pipe_bytes else 0
+            limit = start + min(max(select.PIPE_BUF, room), _MAX_WRITE_BYTES)
+            end = data.rfind(b"\n", start, limit) + 1
             try:
-                start += os.write(self._fd, data[start : end or start + select.PIPE_BUF])
+                start += os.write(self._fd, data[start : end or limit])
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._fd, select.POLLOUT)
                 poll.poll(_WRITABLE_TIMEOUT_MS)
+
+
+def pipe_bytes(fd: int) -> int:
+    """Return the size of a pipe. What is no pipe takes a write as a whole: :data:`sys.maxsize`."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return sys.maxsize
+
+
+def free_pipe_bytes(fd: int, size: int) -> int:
+    """Return how many bytes a pipe takes at once, if nobody else writes to it. It may be negative.
+
+    A pipe has pages. A write goes on in the last page only if its rest fits there. So two pages
+    that follow each other have more than one page of bytes, and the first page may have been read
+    in part.
+
+    Args:
+        fd: One end of it.
+        size: Its :func:`pipe_bytes`.
+    """
+    if size == sys.maxsize:
+        return size
+    (unread,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
+    return size - 2 * int(unread) - 2 * mmap.PAGESIZE

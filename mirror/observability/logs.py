@@ -1,7 +1,8 @@
 """Log lines: one for each request, and one for each event that an operator should know of.
 
 Lives here: the two formats, the escapes, the masking of secrets, and the limit on repeated lines.
-Must not know: how an event comes about, how lines reach the descriptor (``log_stream.py``).
+Must not know: how an event comes about, how lines reach the descriptor (``log_stream.py``), what
+libraries log (``library_logs.py``).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
+from itertools import islice
 from json.encoder import encode_basestring_ascii
 from typing import Any, Final, Protocol, TypeAlias
 
@@ -21,6 +24,7 @@ from mirror.config.values import format_size
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.text import printable
+from mirror.threads import Schedule
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 _MAX_FIELD_CHARS: Final = 512
@@ -37,7 +41,13 @@ _SECRETS: Final = re.compile(
     r"|(?P<query>https?://[^\s?]+)\?\S+",
     re.IGNORECASE,
 )
-_NUMBERS: Final = '"id":"%s","bytes":%d,"seconds":%.6f,"first_byte":%.6f'
+_SHARED: Final = (
+    *("outcome", "status", "method", "kind", "upstream"),
+    *("repository", "reference", "digest", "client", "user_agent"),
+)
+"""Fields of a request's line that are the same for many requests, in their order."""
+_LINES_AT_ONCE: Final = 100
+"""Lines that are written together: 40 KB. The stream drops them together if it has no room."""
 _SHOWN_STAGE_S: Final = 0.001
 """Seconds. On a terminal, a shorter stage is left out: it is not why a request took long."""
 _SHOWN_STAGES: Final = 2
@@ -47,8 +57,6 @@ _SHOWN_IN_MS_S: Final = 10.0
 _SHORT_DIGEST_CHARS: Final = 12
 """Hex digits of a digest on a terminal, as in the output of ``docker images``."""
 _SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
-_MALFORMED_HTTP: Final = "aiohttp.http_exceptions"
-"""Module of the exceptions that aiohttp's parser raises for bytes that are no HTTP request."""
 _NOT_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -59,10 +67,9 @@ _LEVELS: Final = {
 _LEVEL_NAMES: Final = {level: name for name, level in _LEVELS.items()}
 
 
-Schedule: TypeAlias = Callable[[Callable[[], None]], object]
-"""Calls a function soon, such as an event loop's ``call_soon``."""
-Fields: TypeAlias = tuple[tuple[str, str | int], ...]
-"""(key, value) of each field, in the order of the line."""
+_Line: TypeAlias = tuple[float, int, str | RequestRecord, list[str]]
+"""Time, level, message, and encoded fields. Or a request in place of the message: it has fields of
+its own."""
 
 
 class LineStream(Protocol):
@@ -81,15 +88,33 @@ class LineStream(Protocol):
 class LogWriter:
     """Writes log lines to a stream. Lines are lost if it is closed or full.
 
-    ``settings`` chooses level and format. ``schedule``: the lines of one turn of the event loop are
-    written together; None writes each line at once. Only libraries use ``logging``: a record of it
-    takes longer than a response from the cache.
+    Only libraries use ``logging``: a record of it takes longer than a response from the cache. They
+    may do so in any thread.
     """
 
-    def __init__(self, settings: Log, stream: LineStream, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        settings: Log,
+        stream: LineStream,
+        schedule: Schedule | None = None,
+        on_dropped: Callable[[int], None] | None = None,
+    ) -> None:
+        """Create a writer without lines.
+
+        Args:
+            settings: Level and format.
+            stream: Gets the lines.
+            schedule: The lines of one turn of the event loop are written together. None: each line
+                is written at once.
+            on_dropped: Receives the number of lines that ``stream`` has dropped.
+        """
         self._stream = stream
         self._schedule = schedule
-        self._pending: list[str] = []
+        self._on_dropped = on_dropped or (lambda count: None)
+        self._pending: deque[_Line] = deque()
+        """The lines that are not formatted yet."""
+        self._is_scheduled = False
+        """Whether a call of :meth:`flush` is to come that will see a line which is added now."""
         self._dropped = 0
         """Lines that the stream has dropped since it last accepted one."""
         self._second = (0, "")
@@ -98,6 +123,8 @@ class LogWriter:
 
     def configure(self, settings: Log) -> None:
         """Use this level and this format from now on."""
+        if self._pending:
+            self.flush()
         self._level = _LEVELS[settings.level]
         self._as_json = settings.format == "json" or (
             settings.format == "auto" and not self._stream.isatty()
@@ -109,29 +136,33 @@ class LogWriter:
 
     def write(self, level: int, message: str, fields: Mapping[str, object]) -> None:
         """Write one line of ``level`` with ``message``. ``fields`` may hold any values."""
-        self._add(
-            level, message, [_encode_field(*field, self._as_json) for field in fields.items()]
-        )
+        encoded = [_encode_field(*field, self._as_json) for field in fields.items()]
+        self._add(level, message, encoded)
 
     def write_request(self, level: int, pull: RequestRecord) -> None:
-        """Write the line of a request."""
-        if self._as_json:
-            self._add(level, "pull", encode_request(pull))
-        else:
-            self._add(level, *format_request(pull))
+        """Write the line of a request that has ended."""
+        self._add(level, pull, [])
 
-    def _add(self, level: int, message: str, fields: list[str]) -> None:
-        self._pending.append(self._format_line(time.time(), level, message, fields))
+    def _add(self, level: int, subject: str | RequestRecord, fields: list[str]) -> None:
+        # Append first: a flush in another thread may run between two of these steps. In another
+        # order, a line could stay without a scheduled flush.
+        self._pending.append((time.time(), level, subject, fields))
         if self._schedule is None:
             self.flush()
-        elif len(self._pending) == 1:
+        elif not self._is_scheduled:
+            self._is_scheduled = True
             self._schedule(self.flush)
 
     def flush(self) -> None:
         """Write the pending lines. After a loss of lines, say how many were lost."""
-        lines, self._pending = self._pending, []
+        self._is_scheduled = False
+        pending = self._take_pending()
+        while lines := [self._format_line(*line) for line in islice(pending, _LINES_AT_ONCE)]:
+            self._write_lines(lines)
+
+    def _write_lines(self, lines: list[str]) -> None:
         text = "".join(lines)
-        if self._dropped and lines:
+        if self._dropped:
             lost = [_encode_field("count", self._dropped, self._as_json)]
             line = self._format_line(time.time(), logging.WARNING, "log lines were dropped", lost)
             text = line + text
@@ -140,18 +171,36 @@ class LogWriter:
             self._stream.flush()
         except (OSError, ValueError):
             return
-        self._dropped = 0 if was_accepted else self._dropped + len(lines)
+        if was_accepted:
+            self._dropped = 0
+        else:
+            self._dropped += len(lines)
+            self._on_dropped(len(lines))
 
-    def _format_line(self, at: float, level: int, message: str, fields: list[str]) -> str:
+    def _take_pending(self) -> Iterator[_Line]:
+        # Another thread may take a line between a look at the length and this step.
+        with suppress(IndexError):
+            while True:
+                yield self._pending.popleft()
+
+    def _format_line(
+        self, at: float, level: int, subject: str | RequestRecord, fields: list[str]
+    ) -> str:
         """Return exactly one line, for humans or as JSON. ``at``: seconds since the epoch."""
         second = int(at)
         if second != self._second[0]:
             self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         stamp = f"{self._second[1]}.{int((at - second) * 1000):03d}Z"
         name = _LEVEL_NAMES.get(level, "info")
+        if isinstance(subject, str):
+            message = subject
+        elif self._as_json:
+            message, fields = "pull", [encode_request(subject)]
+        else:
+            message, fields = format_request(subject)
         if self._as_json:
-            head = f'{{"time":"{stamp}","level":"{name}","message":{_to_json(message)}'
-            return ",".join((head, *fields)) + "}\n"
+            rest = ",".join((_to_json(message), *fields))
+            return f'{{"time":"{stamp}","level":"{name}","message":{rest}}}\n'
         # On a terminal, the date would be a tenth of the line.
         time_of_day = stamp.partition("T")[2]
         return " ".join((f"{time_of_day} {name:7} {_sanitize(message)}", *fields)).rstrip() + "\n"
@@ -162,12 +211,6 @@ class LogWriter:
 
 def _encode_field(key: str, value: object, is_json: bool) -> str:
     return f'"{key}":{_to_json(value)}' if is_json else f"{key}={_quote(_sanitize(value))}"
-
-
-@lru_cache(4096)
-def _encode_fields(fields: Fields) -> str:
-    """Encode fields, as JSON, that are the same for many requests."""
-    return ",".join(_encode_field(key, value, is_json=True) for key, value in fields)
 
 
 def _to_json(value: object) -> str:
@@ -203,44 +246,7 @@ def _quote(value: object) -> str:
     return json.dumps(text) if not text or any(char in text for char in ' ="') else text
 
 
-# --- the log of libraries -------------------------------------------------------------------------
-
-
-class _LibraryLogHandler(logging.Handler):
-    """Writes the records of libraries as our lines. A traceback becomes its last line."""
-
-    def __init__(self, writer: LogWriter) -> None:
-        super().__init__()
-        self._writer = writer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
-        if not self._writer.is_enabled(record.levelno):
-            return
-        fields: dict[str, object] = {"logger": record.name, **getattr(record, "fields", {})}
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            fields["error"] = f"{type(error).__name__}: {error}"
-        self._writer.write(record.levelno, record.getMessage(), fields)
-
-
-class _RepeatFilter(logging.Filter):
-    """Limits repeated records: aiohttp's server logs several for each malformed request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._limit = BurstLimit()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is written."""
-        kind = record.exc_info[0] if record.exc_info else None
-        if kind is not None and kind.__module__ == _MALFORMED_HTTP:
-            record.levelno = logging.INFO  # The client's fault, and its response is a 400.
-        suppressed = self._limit.admit(record.msg if isinstance(record.msg, str) else "")
-        if suppressed is None:
-            return False
-        record.fields = {"suppressed": suppressed} if suppressed else {}
-        return True
+# --- repeated lines -------------------------------------------------------------------------------
 
 
 class BurstLimit:
@@ -261,22 +267,6 @@ class BurstLimit:
             self._bursts.clear()
         self._bursts[key] = (started, count + 1)
         return 0 if count < _BURST_LINES else None
-
-
-def configure_logging(
-    settings: Log, stream: LineStream | None = None, schedule: Schedule | None = None
-) -> LogWriter:
-    """Set up logging of this process as ``settings`` says, and return the writer of its lines.
-
-    ``stream``: None is standard output. ``schedule``: see :class:`LogWriter`.
-    """
-    writer = LogWriter(settings, stream or sys.stdout, schedule)
-    root = logging.getLogger()
-    root.handlers = [_LibraryLogHandler(writer)]
-    root.setLevel(logging.WARNING)
-    logging.raiseExceptions = False
-    logging.getLogger("aiohttp.server").filters = [_RepeatFilter()]
-    return writer
 
 
 # --- events ---------------------------------------------------------------------------------------
@@ -323,6 +313,18 @@ class LogObserver:
             case events.Resumed(upstream, offset, _, reason):
                 resumed = {"upstream": upstream, "offset": offset, "reason": reason}
                 self._write_limited(logging.INFO, "transfer resumed", resumed)
+            case events.AsideEnded(upstream, result, _, reason) if reason:
+                message = "request for a range failed: its client waits for the fetch of the blob"
+                failed = {"upstream": upstream, "result": result, "reason": reason}
+                self._write_limited(logging.INFO, message, failed)
+            case events.PieceCut(upstream, endpoint, offset):
+                message = "part of a blob was cut: it arrived far slower than others"
+                late = {"upstream": upstream, "endpoint": endpoint, "offset": offset}
+                self._write_limited(logging.INFO, message, late)
+            case events.BackedOff(upstream, endpoint, reason, count) if reason != "no_gain":
+                message = "blob is fetched by fewer connections"
+                fewer = {"upstream": upstream, "endpoint": endpoint, "reason": reason}
+                self._write_limited(logging.INFO, message, {**fewer, "count": count})
             case events.ConnectionRefused(client):
                 message = "connection refused: the client has max_client_connections"
                 self._write_limited(logging.WARNING, message, {"client": client})
@@ -353,21 +355,42 @@ def request_level(pull: RequestRecord) -> int:
     return logging.DEBUG if is_probe else logging.INFO
 
 
-def encode_request(pull: RequestRecord) -> list[str]:
+def encode_request(pull: RequestRecord) -> str:
     """Encode the fields as JSON: those that many requests share first, then the request's own."""
+    shared = _encode_shared(
+        pull.outcome,
+        pull.status,
+        pull.method,
+        pull.kind,
+        pull.upstream,
+        pull.repository,
+        pull.reference,
+        pull.digest,
+        pull.client,
+        pull.user_agent[: _MAX_FIELD_CHARS + 1],
+    )
     # A request id has only letters, digits and ``._-``, so it needs no escape.
-    first = pull.first_byte or 0.0
-    fields = [
-        _encode_fields(_shared_fields(pull)),
-        _NUMBERS % (pull.request_id, pull.bytes_sent, pull.duration, first),
-    ]
+    line = (
+        f'{shared},"id":"{pull.request_id}","bytes":{pull.bytes_sent},'
+        f'"seconds":{pull.duration:.6f},"first_byte":{pull.first_byte or 0.0:.6f}'
+    )
+    more = []
     if pull.joined_at_byte is not None:
-        fields.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
+        more.append(_encode_field("joined_at", pull.joined_at_byte, is_json=True))
+    if pull.aside_bytes:
+        more.append(_encode_field("aside", pull.aside_bytes, is_json=True))
+    if pull.connections:
+        more.append(_encode_field("connections", pull.connections, is_json=True))
+    if pull.late_parts:
+        more.append(_encode_field("late_parts", pull.late_parts, is_json=True))
     if pull.stages:
-        fields.append(_encode_field("stages", _stage_totals(pull), is_json=True))
+        stages = [f'"{name}":{seconds:.6f}' for name, seconds in _stage_totals(pull).items()]
+        more.append(f'"stages":{{{",".join(stages)}}}')
     if not pull.repository:
-        fields.append(_encode_field("path", pull.path.partition("?")[0], is_json=True))
-    return fields + _encode_reasons(pull, is_json=True)
+        more.append(_encode_field("path", pull.path.partition("?")[0], is_json=True))
+    if pull.warning or pull.error:
+        more += _encode_reasons(pull, is_json=True)
+    return ",".join((line, *more)) if more else line
 
 
 def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
@@ -421,23 +444,17 @@ def approximate_size(size: int) -> str:
     return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
-def _shared_fields(pull: RequestRecord) -> Fields:
-    """Return the fields that are the same for many requests, so that their encoding is cached."""
-    fields: Fields = (
-        ("outcome", pull.outcome.value),
-        ("status", pull.status),
-        ("method", pull.method),
-        ("kind", pull.kind.value),
-        ("upstream", pull.upstream),
-        ("repository", pull.repository),
-        ("reference", pull.reference),
-        ("digest", pull.digest),
-        ("client", pull.client),
-    )
-    if not pull.digest:
-        fields = tuple(field for field in fields if field[1] != "")
-    agent = pull.user_agent[: _MAX_FIELD_CHARS + 1]
-    return (*fields, ("user_agent", agent)) if agent else fields
+@lru_cache(4096)
+def _encode_shared(*values: str | int) -> str:
+    """Encode, as JSON, the fields that are the same for many requests.
+
+    ``values``: those of ``_SHARED``, in this order. Empty ones are left out. But a request that
+    names content has all of them except for the user agent.
+    """
+    fields = dict(zip(_SHARED, values, strict=True))
+    optional = _SHARED if fields["digest"] == "" else ("user_agent",)
+    shown = [(key, value) for key, value in fields.items() if value != "" or key not in optional]
+    return ",".join(_encode_field(key, value, is_json=True) for key, value in shown)
 
 
 # --- Server-Timing --------------------------------------------------------------------------------

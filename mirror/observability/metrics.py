@@ -13,6 +13,7 @@ count in its files, so their number is bounded.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Collection
 from typing import Final, Literal, TypeAlias, assert_never, get_args
 
@@ -29,7 +30,8 @@ from prometheus_client import (
 
 from mirror import __version__
 from mirror.observability import events
-from mirror.observability.events import Event, Kind, Outcome
+from mirror.observability.events import Event, Kind, Outcome, RequestRecord
+from mirror.threads import Schedule, run_in_thread
 
 _Mode: TypeAlias = Literal["mostrecent", "livesum", "livemax"]
 
@@ -55,14 +57,24 @@ class MetricsObserver:
     """The observer that counts.
 
     ``upstreams``: the names of the configured upstreams. ``worker``: the number of this worker
-    process; None for the only process.
+    process; None for the only process. ``schedule``: the requests of one turn of the event loop are
+    counted together; None counts each one at once.
     """
 
-    def __init__(self, upstreams: Collection[str], worker: int | None = None) -> None:
+    def __init__(
+        self,
+        upstreams: Collection[str],
+        worker: int | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
         if worker is not None:
             values.ValueClass = values.MultiProcessValue(lambda: worker)  # type: ignore[no-untyped-call] # theirs
         self._registry = registry = CollectorRegistry()
         self._known: set[str] = set()
+        self._schedule = schedule
+        self._is_scheduled = False
+        self._started = 0
+        self._ended: list[RequestRecord] = []
 
         def counter(name: str, text: str, labels: str = "") -> Counter:
             return Counter(f"oci_mirror_{name}", text, labels.split(), registry=registry)
@@ -148,6 +160,32 @@ class MetricsObserver:
         self._resumed = counter(
             "resumed_transfers", "Broken transfers from upstreams that were resumed.", "upstream"
         )
+        self._asides = counter(
+            "aside_requests",
+            "Requests to upstreams for ranges of a blob, beside its fetch or without one.",
+            "upstream result",
+        )
+        self._aside_bytes = counter(
+            "aside_bytes",
+            "Bytes of ranges of blobs that were fetched by themselves, and are not stored.",
+            "upstream",
+        )
+        self._connections = gauge(
+            "further_connections",
+            "Connections that fetch blobs now, beside the first connection of each blob.",
+            "upstream",
+            mode="livesum",
+        )
+        self._late_parts = counter(
+            "late_parts",
+            "Parts of blobs that arrived far slower than others, and whose rest was fetched again.",
+            "upstream",
+        )
+        self._backed_off = counter(
+            "connection_back_offs",
+            "Decisions to fetch a blob by fewer connections.",
+            "upstream reason",
+        )
         self._mismatches = counter(
             "digest_mismatches",
             "Contents whose bytes did not hash to their digest.",
@@ -232,6 +270,13 @@ class MetricsObserver:
         self._incomplete.labels(upstream)
         self._billed.labels(upstream)
         self._resumed.labels(upstream)
+        self._aside_bytes.labels(upstream)
+        for aside_result in get_args(events.AsideResult):
+            self._asides.labels(upstream, aside_result)
+        self._connections.labels(upstream)
+        self._late_parts.labels(upstream)
+        for reason in get_args(events.BackOffReason):
+            self._backed_off.labels(upstream, reason)
         self._latency.labels(upstream)
         self._token_latency.labels(upstream)
         for result in get_args(events.TokenResult):
@@ -259,9 +304,13 @@ class MetricsObserver:
         """Count ``event``."""
         match event:
             case events.RequestStarted():
-                self._in_flight.inc()
+                self._started += 1
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.RequestEnded(pull):
-                self._request_ended(pull)
+                self._ended.append(pull)
+                if not self._is_scheduled:
+                    self._flush_soon()
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
             case events.BytesFetched(upstream, count):
@@ -279,6 +328,15 @@ class MetricsObserver:
                 self._circuit.labels(self._upstream(upstream), endpoint).set(is_open)
             case events.Resumed(upstream):
                 self._resumed.labels(self._upstream(upstream)).inc()
+            case events.AsideEnded(upstream, result, count):
+                self._asides.labels(self._upstream(upstream), result).inc()
+                self._aside_bytes.labels(self._upstream(upstream)).inc(count)
+            case events.ConnectionsChanged(upstream, change):
+                self._connections.labels(self._upstream(upstream)).inc(change)
+            case events.PieceCut(upstream):
+                self._late_parts.labels(self._upstream(upstream)).inc()
+            case events.BackedOff(upstream, _, reason):
+                self._backed_off.labels(self._upstream(upstream), reason).inc()
             case events.DigestMismatched(upstream, _, where):
                 self._mismatches.labels(
                     self._upstream(upstream), _bounded(where, _MISMATCH_ORIGINS)
@@ -314,17 +372,37 @@ class MetricsObserver:
             case unknown:
                 assert_never(unknown)
 
-    def _request_ended(self, pull: events.RequestRecord) -> None:
-        self._in_flight.dec()
-        upstream = self._upstream(pull.upstream)
-        self._requests_by[upstream, pull.kind, pull.outcome].inc()
-        first_byte, duration = self._durations_by[pull.kind, pull.outcome]
-        first_byte.observe(pull.first_byte if pull.first_byte is not None else pull.duration)
-        duration.observe(pull.duration)
-        if pull.is_sent_in_one_write:
-            self._sent_by[upstream].inc(pull.bytes_sent)
-        if pull.bytes_sent and not pull.is_complete:
-            self._incomplete.labels(upstream).inc()
+    def _flush_soon(self) -> None:
+        if self._schedule is None:
+            self.flush()
+        else:
+            self._is_scheduled = True
+            self._schedule(self.flush)
+
+    def flush(self) -> None:
+        """Count the requests that have started or ended since the last call."""
+        self._is_scheduled = False
+        ended, self._ended = self._ended, []
+        if self._started != len(ended):
+            self._in_flight.inc(self._started - len(ended))
+        self._started = 0
+        batches: dict[tuple[str, Kind, Outcome], list[RequestRecord]] = {}
+        for pull in ended:
+            batches.setdefault((pull.upstream, pull.kind, pull.outcome), []).append(pull)
+        for (name, kind, outcome), pulls in batches.items():
+            upstream = self._upstream(name)
+            self._requests_by[upstream, kind, outcome].inc(len(pulls))
+            first_byte, duration = self._durations_by[kind, outcome]
+            _observe_all(
+                first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]
+            )
+            _observe_all(duration, [pull.duration for pull in pulls])
+            sent = sum(pull.bytes_sent for pull in pulls if pull.is_sent_in_one_write)
+            if sent:
+                self._sent_by[upstream].inc(sent)
+            incomplete = sum(pull.bytes_sent > 0 and not pull.is_complete for pull in pulls)
+            if incomplete:
+                self._incomplete.labels(upstream).inc(incomplete)
 
     def _exchange_ended(self, event: events.ExchangeEnded) -> None:
         name = self._upstream(event.upstream)
@@ -336,13 +414,33 @@ class MetricsObserver:
         if event.is_billed:
             self._billed.labels(name).inc()
 
+    async def scrape(self) -> tuple[bytes, str]:
+        """Count what has been observed until now, and return what :meth:`render` returns."""
+        self.flush()
+        # Thousands of lines: the event loop must not wait until all are formatted.
+        return await run_in_thread(self.render)
+
     def render(self) -> tuple[bytes, str]:
-        """Return all metrics in the Prometheus text format, and its content type."""
+        """Return the metrics in the Prometheus text format, and its content type.
+
+        The requests that :meth:`flush` has not counted yet are not among them.
+        """
         registry = self._registry
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # theirs
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def _observe_all(histogram: Histogram, seconds: list[float]) -> None:
+    """Count durations as ``Histogram.observe`` does, but add to each of its values only once."""
+    counts: dict[int, int] = {}
+    for second in seconds:
+        bucket = bisect_left(_BUCKETS_S, second)
+        counts[bucket] = counts.get(bucket, 0) + 1
+    histogram._sum.inc(sum(seconds))
+    for bucket, count in counts.items():
+        histogram._buckets[bucket].inc(count)
 
 
 def worker_died(worker: int) -> None:

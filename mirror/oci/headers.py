@@ -142,6 +142,22 @@ def parse_range(header: str | None, size: int) -> Whole | Ranges:
     return Ranges(tuple(merged))
 
 
+def bounded_spans(header: str | None, size: int) -> tuple[Span, ...]:
+    """Return the spans of a ``Range`` that states an end for each range: ``a-b`` or ``-n``.
+
+    They are those of :func:`parse_range`. Empty if the response has the whole content or no part of
+    it, or if a range has no end (``a-``): some clients hang up after the bytes that they want.
+    """
+    specs = _parse_specs(header)
+    if specs is None or any(first is not None and last is None for first, last in specs):
+        return ()
+    try:
+        selected = parse_range(header, size)
+    except RangeNotSatisfiable:
+        return ()
+    return selected.spans if isinstance(selected, Ranges) else ()
+
+
 def parse_range_unsized(header: str | None) -> Whole | NeedsSize:
     """Choose the response to ``Range`` for content whose size is not known yet.
 

@@ -30,8 +30,9 @@ from mirror.oci.errors import (
 from mirror.oci.headers import OCTET_STREAM
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import freshness
-from mirror.pull.fetch import RunningFetches
+from mirror.pull.aside import AsideRequests
 from mirror.pull.requests import REFUSALS, ContentRequest, ContentSource
+from mirror.pull.running_fetches import RunningFetches
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest_lock import Role
 from mirror.store.reader import Reader
@@ -87,6 +88,7 @@ class ContentService:
             callbacks=self,
             may_finish_abandoned=settings.abandoned == "finish",
         )
+        self._asides = AsideRequests(single_flight, store.memory, self._fetches.connections, emit)
 
     def configure(self, settings: Settings) -> None:
         """Use these settings from now on."""
@@ -110,24 +112,35 @@ class ContentService:
         Does not ask the upstream. A record by the upstream decides. If only a reference says so, it
         must state the type of a manifest, and a record of the digest as a blob takes precedence.
         """
-        access_record = await self._access_record(repository, digest, Kind.MANIFEST)
+        access_record = await self.access_record(repository, digest, Kind.MANIFEST)
         if access_record is None or access_record.referrer is None:
             return access_record is not None
         if access_record.media_type.lower() not in MANIFEST_TYPES:
             # An entry of an index that states no type may be a layer. The first release recorded
             # every entry of an index as a manifest.
             return False
-        return await self._access_record(repository, digest, Kind.BLOB) is None
+        return await self.access_record(repository, digest, Kind.BLOB) is None
 
-    async def _access_record(
+    async def access_record(
         self, repository: Repository, digest: Digest, kind: Kind
     ) -> AccessRecord | None:
+        """Return what is recorded of content (``digest``, ``kind``) in ``repository``, or None."""
         return await self.store.index.access_record(repository, digest, kind.value)
 
     def may_read_unasked(self, repository: Repository, access_record: AccessRecord | None) -> bool:
         """Return True if ``repository`` may read the recorded content without the upstream."""
         decision = freshness.decide_access(access_record, self.upstream(repository), self.now())
         return isinstance(decision, freshness.Fresh)
+
+    async def read_small(self, digest: Digest, limit: int) -> bytes | None:
+        """Read content of at most ``limit`` bytes, once for all callers at the same time.
+
+        See :meth:`mirror.store.blobs.BlobStore.read`. Also raises ``Draining``.
+        """
+        key = ("read", digest, limit)
+        return await self.single_flight.run(
+            key, lambda: self.store.blobs.read(digest, limit)
+        ).wait()
 
     async def check_access(
         self, request: ContentRequest, timeout: float | None = None
@@ -171,7 +184,7 @@ class ContentService:
 
         For example, no registry has the foreign layers of Windows images.
         """
-        access_record = await self._access_record(request.repository, request.digest, request.kind)
+        access_record = await self.access_record(request.repository, request.digest, request.kind)
         if access_record is not None and access_record.referrer is None:
             return None  # The upstream has it now: its 404 had deleted the access record.
         return await self.store.index.cached_list(f"missing {negative_key(request)}")
@@ -191,7 +204,7 @@ class ContentService:
             await self._revoke_access(request, error)
             raise
         # The length in a HEAD may be wrong. So the size stays as a manifest or a GET has stated it.
-        recorded = await self._access_record(request.repository, request.digest, request.kind)
+        recorded = await self.access_record(request.repository, request.digest, request.kind)
         await self.grant_access(request, media_type, recorded.size if recorded else None)
         return size
 
@@ -217,7 +230,7 @@ class ContentService:
         with digests that it makes up.
         """
         index, repository, key = self.store.index, request.repository, negative_key(request)
-        access_record = await self._access_record(repository, request.digest, request.kind)
+        access_record = await self.access_record(repository, request.digest, request.kind)
         await index.revoke_access(repository, request.digest, request.kind.value)
         if isinstance(error, NotFound):
             await self.put_negative(repository, key, error)
@@ -312,7 +325,7 @@ class ContentService:
         pull, repository, index = request.pull, request.repository, self.store.index
         openings, is_restoring = index.openings, index.unrestored_after is not None
         with pull.stage("index"):
-            access_record = await self._access_record(repository, request.digest, request.kind)
+            access_record = await self.access_record(repository, request.digest, request.kind)
             size = access_record.size if access_record is not None else None
             reader = await self.store.blobs.find(request.digest, size)
         if reader is not None:
@@ -322,7 +335,7 @@ class ContentService:
                     # among those that were restored since it was looked for.
                     with pull.stage("index"):
                         await self.single_flight.share(("restore parts",), self.store.restore_parts)
-                        access_record = await self._access_record(
+                        access_record = await self.access_record(
                             repository, request.digest, request.kind
                         )
                 may_read = self.may_read_unasked(repository, access_record)
@@ -392,7 +405,7 @@ class ContentService:
                 # A check by another client may have ended since the caller read its record, so it
                 # is read again. There must be no other await before `_request_access`, which joins
                 # a check that still runs: a check that ended during it would be sent again.
-                latest = await self._access_record(repository, request.digest, request.kind)
+                latest = await self.access_record(repository, request.digest, request.kind)
                 if not self.may_read_unasked(repository, latest):
                     await self._request_access(request, timeout)
         except MirrorError as error:
@@ -411,6 +424,15 @@ class ContentService:
             source_request = replace(request, accept=accept)
         registry = self.registries[request.repository.upstream]
         source = ContentSource(registry, source_request, access_record)
+        # After wrong bytes of a content were found, none of it is sent unverified.
+        may_request_aside = request.select_spans is not None and not self._fetches.suspects.of(
+            request.digest
+        )
+        if may_request_aside:
+            running = self._fetches.find_active(request.digest)
+            reader = await self._asides.open_unstored(running, source)
+            if reader is not None:
+                return reader
         fetch, follower, has_joined = self._fetches.join_or_start(source)
         pull.outcome = Outcome.MISS
         if has_joined:
@@ -420,14 +442,16 @@ class ContentService:
                 is_proven = await fetch.wait_for_first_byte(follower, request)
             if not is_proven:
                 # Another process that fetches the content may have recorded the access meanwhile.
-                access_record = await self._access_record(
+                access_record = await self.access_record(
                     request.repository, request.digest, request.kind
                 )
                 await self._authorize(request, access_record)
+            if not may_request_aside:
+                return follower
+            return await self._asides.attach(fetch, follower, source)
         except BaseException:
             follower.close()
             raise
-        return follower
 
     def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
         """Record that the upstream sends the content. See ``AccessCallbacks.on_granted``."""

@@ -1,8 +1,8 @@
 """Fetch content from upstreams: once for each digest, for all clients that want it.
 
-Lives here: joining or starting a fetch, which of its sources is tried next, resuming after a broken
-transfer, taking over from another process, giving up. Must not know: content that is complete,
-which repository may read which content, tags, HTTP, how requests are sent.
+Lives here: which source of a fetch is tried next, resuming after a broken transfer, taking over
+from another process, giving up. Must not know: other fetches, content that is complete, which
+repository may read which content, tags, HTTP, how requests are sent.
 
 Each client that joins a fetch adds its own repository as a source. The fetch fails only after every
 source has failed or refused. Each client gets the error of its own upstream.
@@ -11,16 +11,14 @@ source has failed or refused. Each client gets the error of its own upstream.
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from functools import partial
-from typing import Final, TypeAlias
+from typing import Final
 
-from cachetools import TTLCache
-
-from mirror.observability.events import DigestMismatched, Kind, Observer, Resumed
+from mirror.observability.events import DigestMismatched, Kind, Observer, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT, check_announced
 from mirror.oci.errors import (
     DigestMismatch,
@@ -29,36 +27,23 @@ from mirror.oci.errors import (
     UpstreamError,
     UpstreamProtocolError,
     UpstreamRateLimited,
-    UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Repository
-from mirror.pull.attempts import STALL_GRACE_S, Preempted, SourceAttempts
-from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource
-from mirror.single_flight import SharedTask, SingleFlight
+from mirror.pull.attempts import REPEAT_AFTER_S, STALL_GRACE_S, Preempted, SourceAttempts
+from mirror.pull.parallel import ParallelReader
+from mirror.pull.pieces import MIN_PIECE_BYTES
+from mirror.pull.ramp import MIN_REMAINING_PIECES
+from mirror.pull.requests import REFUSALS, AccessCallbacks, ContentRequest, ContentSource, ProofKey
+from mirror.single_flight import SharedTask
 from mirror.store.follower import Follower
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.other_process import follow_other_process
-from mirror.store.store import Store
-from mirror.upstream.api import MIN_PROGRESS_BYTES
-
-ProofKey: TypeAlias = tuple[Repository, Kind]
-"""(repository, kind): the access that a source proves by sending the content. The kind matters: a
-registry checks the references of a pushed manifest, not of a blob that looks like a manifest."""
+from mirror.upstream.api import MIN_PROGRESS_BYTES, ReclaimConnections, keep_connections
 
 PREEMPT_AFTER_S: Final = 5.0
 """Seconds that a source may take to send response headers, or to resume, while another one may be
 tried (``Fetch.alternative_at``). Short, because clients of the other one are waiting."""
-_SUSPECT_TTL_S: Final = 600.0
-"""Seconds for which an endpoint that sent wrong bytes is tried last: longer than clients retry, and
-short enough for a repaired endpoint to come back into use."""
-_MAX_SUSPECTED_DIGESTS: Final = 1000
-"""Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
-
-
-def _proof_key(request: ContentRequest) -> ProofKey:
-    return request.repository, request.kind
 
 
 class Fetch:
@@ -70,12 +55,15 @@ class Fetch:
         first: ContentSource,
         emit: Observer,
         callbacks: AccessCallbacks,
+        make_reader: Callable[[RequestRecord], ParallelReader],
         on_wrong_bytes: Callable[[dict[str, str]], None],
+        reclaim: ReclaimConnections = keep_connections,
     ) -> None:
         """Create the fetch. ``first`` is the source of the client that starts it.
 
-        ``on_wrong_bytes`` is called after a digest mismatch with {URL of the endpoint: name of its
-        upstream} of all endpoints that sent bytes, the latest one last.
+        ``make_reader`` is called for a large blob. ``on_wrong_bytes`` is called after a digest
+        mismatch with {URL of the endpoint: name of its upstream} of all endpoints that sent bytes,
+        the latest one last. ``reclaim``: see :meth:`ConnectionBudget.reclaim`.
         """
         self.ingest = ingest
         self.task: SharedTask[None] | None = None
@@ -86,41 +74,51 @@ class Fetch:
         """The error of each source that failed or refused."""
         self._emit = emit
         self._callbacks = callbacks
+        self._make_reader = make_reader
+        self._reader: ParallelReader | None = None
         self._on_wrong_bytes = on_wrong_bytes
+        self._reclaim = reclaim
         self._queue: deque[SourceAttempts] = deque()
         self._offered: set[ProofKey] = set()
         self._has_offer = asyncio.Event()
         """Set whenever a source is queued."""
-        self._endpoints_used: dict[str, str] = {}
+        self.endpoints_used: dict[str, str] = {}
         """{URL of the endpoint: its upstream} of all that sent bytes, the latest one last."""
         self._shorten_timeout: Callable[[], None] | None = None
         self._refusal_callbacks: dict[ProofKey, list[Callable[[], None]]] = {}
         self.offer(first)
         self._current = self._queue[0]
 
+    @property
+    def endpoint(self) -> str:
+        """URL of the endpoint that sent bytes last. Empty if none has."""
+        return next(reversed(self.endpoints_used), "")
+
     # --- for followers --------------------------------------------------------------------------
 
     def offer(self, source: ContentSource) -> None:
         """Queue a source, unless one with the same proof key was offered before."""
-        if _proof_key(source.request) in self._offered:
+        if source.request.proof_key in self._offered:
             return
-        self._offered.add(_proof_key(source.request))
+        self._offered.add(source.request.proof_key)
         self._queue.append(SourceAttempts(source, source.registry.idle + STALL_GRACE_S))
         self._has_offer.set()
         if self._shorten_timeout:
             self._shorten_timeout()
 
     def follow(self, request: ContentRequest) -> Follower | None:
-        """Return a new follower of the ingest. None if that has ended.
+        """Return a new follower of the ingest, for ``request``. None if that has ended.
 
         Raises the 429 that this fetch waits for, if ``request`` would wait for it, too: its client
-        has no byte yet, so it may use its next mirror.
+        has no byte yet, so it may use its next mirror. Not if our ranges are the cause: without
+        them, the client would have got all bytes.
         """
         now, error = asyncio.get_running_loop().time(), self._current.error
-        is_same = _proof_key(self._current.source.request) == _proof_key(request)
-        if self._current.resume_at > now and is_same and isinstance(error, UpstreamRateLimited):
+        is_same = self._current.source.request.proof_key == request.proof_key
+        is_waiting = self._current.resume_at > now and not self._current.is_limited
+        if is_waiting and is_same and isinstance(error, UpstreamRateLimited):
             raise error
-        return self.ingest.follow()
+        return self.ingest.follow(request.first_byte(self.ingest.size))
 
     async def wait_for_first_byte(self, follower: Follower, request: ContentRequest) -> bool:
         """Wait until ``follower`` can read a byte. A refusal by its own upstream ends the wait.
@@ -132,20 +130,21 @@ class Fetch:
             MirrorError: The error of the follower's own upstream if that was asked, else the error
                 that ended the fetch.
         """
-        callbacks = self._refusal_callbacks.setdefault(proof_key := _proof_key(request), [])
+        callbacks = self._refusal_callbacks.setdefault(key := request.proof_key, [])
         try:
             async with asyncio.timeout(None) as limit:
                 callbacks.append(end_wait := partial(limit.reschedule, 0.0))
                 try:
-                    await follower.wait(0, 1)
+                    if not follower.arrived:
+                        await follower.wait(0, 1)
                 finally:
                     callbacks.remove(end_wait)
         except (MirrorError, TimeoutError) as error:
-            raise self.failures.get(proof_key, error) from None
-        failure = self.failures.get(proof_key)
+            raise self.failures.get(key, error) from None
+        failure = self.failures.get(key)
         if isinstance(failure, REFUSALS):
             raise failure
-        return proof_key in self.proven
+        return key in self.proven
 
     # --- sources --------------------------------------------------------------------------------
 
@@ -178,9 +177,9 @@ class Fetch:
         """Keep the error of a source. Its followers learn of a refusal at once."""
         if isinstance(error, REFUSALS):
             await self._callbacks.on_refused(source, error)
-        self.failures[_proof_key(source.request)] = error
+        self.failures[source.request.proof_key] = error
         if isinstance(error, REFUSALS):
-            for callback in self._refusal_callbacks.get(_proof_key(source.request), ()):
+            for callback in self._refusal_callbacks.get(source.request.proof_key, ()):
                 callback()
 
     @asynccontextmanager
@@ -220,6 +219,8 @@ class Fetch:
         except OSError as error:
             await ingest.fail(UpstreamUnavailable(f"fetching failed: {error.strerror}"))
         finally:
+            if self._reader is not None:
+                self._reader.close()
             ingest.release()
 
     async def _fetch_from_sources(self) -> None:
@@ -234,7 +235,9 @@ class Fetch:
                 upstream, digest = source.request.repository.upstream, str(self.ingest.digest)
                 where = "resume" if attempts.resumed_from else "upstream"
                 self._emit(DigestMismatched(upstream, digest, where))
-                self._on_wrong_bytes(self._endpoints_used)
+                if self._reader is not None:
+                    self._reader.distrust_ranges()
+                self._on_wrong_bytes(self.endpoints_used)
                 raise
             except Preempted as error:
                 failure = error
@@ -261,7 +264,10 @@ class Fetch:
             except (UpstreamError, *REFUSALS) as error:
                 if isinstance(error, UpstreamProtocolError) and self.ingest.start_over():
                     continue
-                await self._pause_before_resuming(attempts, error)
+                if attempts.begin_repeat():
+                    await asyncio.sleep(random.uniform(*REPEAT_AFTER_S))  # noqa: S311 - jitter
+                else:
+                    await self._pause_before_resuming(attempts, error)
             else:
                 return
 
@@ -282,31 +288,13 @@ class Fetch:
                     raise
                 has_failed = True
 
-    @asynccontextmanager
-    async def _stall_limit(self, attempts: SourceAttempts) -> AsyncIterator[asyncio.Timeout]:
-        """Limit the block to the time that the source may still take without progress.
-
-        There is no limit before the first response, unless a client has already received a byte.
-        Yields the limit, which the block may move. Raises ``UpstreamTimeout`` when it is reached.
-        """
-        is_resumed = attempts.has_responded or self.ingest.is_confirmed
-        try:
-            deadline = attempts.last_progress_at + attempts.stall_limit_s if is_resumed else None
-            async with asyncio.timeout_at(deadline) as limit:
-                yield limit
-        except TimeoutError:
-            raise UpstreamTimeout(
-                f"the upstream sent no data for {attempts.stall_limit_s:g} s, in several attempts"
-            ) from None
-
     async def _transfer(self, attempts: SourceAttempts) -> None:
         """Transfer the missing bytes from one source, in one response."""
         ingest, source, request = self.ingest, attempts.source, attempts.source.request
         loop = asyncio.get_running_loop()
-        attempts.resumed_from, attempts.has_progressed = ingest.position, False
-        attempts.last_progress_at = attempts.last_progress_at or loop.time()
+        attempts.begin(ingest.position, loop.time())
         async with AsyncExitStack() as stack:
-            limit = await stack.enter_async_context(self._stall_limit(attempts))
+            limit = await stack.enter_async_context(attempts.limit_stall(ingest.is_confirmed))
             async with self._preemptible():
                 stream = await stack.enter_async_context(
                     source.registry.open(
@@ -318,11 +306,13 @@ class Fetch:
                         validator=attempts.validator,
                         total=ingest.size if ingest.position else None,
                         avoid=(*attempts.avoid, *source.avoid),
+                        ruled_out=attempts.ruled_out(loop.time()),
+                        reclaim=partial(attempts.reclaim, self._reclaim),
                     )
                 )
-            attempts.validator, attempts.endpoint = stream.validator, stream.endpoint
-            self._endpoints_used.pop(stream.endpoint, None)
-            self._endpoints_used[stream.endpoint] = source.request.repository.upstream
+            attempts.on_response(stream)
+            self.endpoints_used.pop(stream.endpoint, None)
+            self.endpoints_used[stream.endpoint] = source.request.repository.upstream
             if request.kind is Kind.MANIFEST:
                 check_announced(stream.media_type, stream.total or 0)
             skip = ingest.position - stream.start
@@ -330,22 +320,29 @@ class Fetch:
                 raise UpstreamProtocolError("the response starts after the requested offset")
             # Must come before `declare`, which wakes the followers: `wait_for_first_byte` reads
             # `proven`.
-            self.proven.add(_proof_key(request))
+            self.proven.add(request.proof_key)
             if not attempts.has_responded:
                 attempts.has_responded = True
                 attempts.last_progress_at = loop.time()
                 self._callbacks.on_granted(source, stream)
             # The size that a manifest states is not declared: anybody who may push can write it.
             await ingest.declare(stream.total)
+            chunks = aiter(stream)
+            least = MIN_REMAINING_PIECES * min(source.registry.parallel.part, MIN_PIECE_BYTES)
+            if self._reader is not None or (stream.total or 0) - ingest.position > least:
+                self._reader = self._reader or self._make_reader(request.pull)
+                chunks = await stack.enter_async_context(
+                    self._reader.read(stream, source, ingest.position)
+                )
             received_at = loop.time()
-            async for data in stream:
+            async for data in chunks:
                 # A server that cannot resume sends the content from its start.
                 chunk = data[skip:] if skip else data
                 if skip:
                     # Only the time that skipped bytes take is added to the limit.
                     attempts.last_progress_at += loop.time() - received_at
                     received_at = loop.time()
-                    limit.reschedule(attempts.last_progress_at + attempts.stall_limit_s)
+                    limit.reschedule(attempts.ends_at)
                 skip = max(0, skip - len(data))
                 if chunk:
                     await ingest.feed(chunk)
@@ -354,11 +351,11 @@ class Fetch:
                 if ingest.position >= attempts.highest_position + MIN_PROGRESS_BYTES:
                     # From here on the stream's own limit (`limits.idle`) is enough.
                     limit.reschedule(None)
-                    attempts.has_progressed = True
-                    attempts.failed_in_a_row = attempts.ranged_failures = 0
-                    attempts.refused_whole.clear()
-                    attempts.highest_position = ingest.position
-                    attempts.last_progress_at = loop.time()
+                    split = self._reader.endpoints if self._reader else set()
+                    ranged = {stream.endpoint, *split} if stream.start else split
+                    attempts.note_progress(
+                        loop.time(), ingest.position, ranged, has_split=bool(split)
+                    )
             limit.reschedule(None)
         if skip:
             raise UpstreamUnavailable("the response ended before the requested offset")
@@ -382,9 +379,7 @@ class Fetch:
         if attempts.wait_s is not None:
             await self._wait(attempts, error)
             return
-        upstream = attempts.source.request.repository.upstream
-        is_restart = isinstance(error, UpstreamProtocolError)
-        self._emit(Resumed(upstream, ingest.position, is_restart, error.message))
+        self._emit(attempts.resumed_event(ingest.position, error))
         await asyncio.sleep(attempts.pause())
 
     async def _wait(self, attempts: SourceAttempts, error: MirrorError) -> None:
@@ -402,99 +397,3 @@ class Fetch:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(min(next_at, attempts.resume_at)):
                     await self._has_offer.wait()
-
-
-class RunningFetches:
-    """The running fetches of this process, by digest."""
-
-    def __init__(
-        self,
-        store: Store,
-        single_flight: SingleFlight,
-        emit: Observer,
-        callbacks: AccessCallbacks,
-        *,
-        may_finish_abandoned: bool,
-    ) -> None:
-        """Start empty. ``may_finish_abandoned``: a fetch continues when its last client leaves."""
-        self._store = store
-        self._single_flight = single_flight
-        self._emit = emit
-        self._callbacks = callbacks
-        self._may_finish_abandoned = may_finish_abandoned
-        self._active: dict[Digest, Fetch] = {}
-        self._suspects: TTLCache[Digest, dict[str, str]] = TTLCache(
-            _MAX_SUSPECTED_DIGESTS, _SUSPECT_TTL_S
-        )
-        """{URL of the endpoint: its upstream} of all that sent wrong bytes, the latest one last."""
-
-    def find_proven(self, request: ContentRequest) -> Ingest | None:
-        """Return the ingest of the fetch if it has shown access for ``request``. Else None."""
-        fetch = self._find_active(request.digest)
-        return fetch.ingest if fetch and _proof_key(request) in fetch.proven else None
-
-    def join_or_start(self, source: ContentSource) -> tuple[Fetch, Follower, bool]:
-        """Join the fetch of this content, or start it.
-
-        Returns:
-            The fetch, a follower that the caller closes, and True if the fetch was running already.
-
-        Raises:
-            Draining: The process shuts down, so no fetch is started.
-            UpstreamRateLimited: The fetch waits for the pause of this repository's endpoints.
-        """
-        suspects = self._suspects.get(source.request.digest) or {}
-        is_suspect = source.request.repository.upstream in suspects.values()
-        source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
-        fetch = self._find_active(source.request.digest)
-        follower = fetch.follow(source.request) if fetch is not None else None
-        if fetch is None or follower is None:
-            return *self._start(source), False
-        fetch.offer(source)
-        return fetch, follower, True
-
-    def _find_active(self, digest: Digest) -> Fetch | None:
-        """Find the fetch of this content, unless it has failed or ended."""
-        fetch = self._active.get(digest)
-        if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
-            return None
-        return fetch
-
-    def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
-        digest = source.request.digest
-        ingest = self._store.start_ingest(digest)
-        add_suspects = partial(self._add_suspects, digest)
-        fetch = Fetch(ingest, source, self._emit, self._callbacks, add_suspects)
-        follower = ingest.follow()
-        assert follower is not None
-        self._active[digest] = fetch
-        try:
-            key = ("fetch", digest, id(ingest))
-            fetch.task = self._single_flight.run(key, fetch.run)
-        except BaseException:
-            follower.close()
-            ingest.release()
-            self._remove(fetch)
-            raise
-        assert fetch.task.task is not None
-        # A drain may cancel the task before its first step. Then no line of `fetch.run` runs.
-        fetch.task.task.add_done_callback(lambda task: ingest.release())
-        fetch.task.task.add_done_callback(lambda task: self._remove(fetch))
-        ingest.when_abandoned(lambda: self._cancel(fetch), may_finish=self._may_finish_abandoned)
-        return fetch, follower
-
-    def _cancel(self, fetch: Fetch) -> None:
-        """Cancel an abandoned fetch. A client that comes now starts a new one, which resumes it."""
-        assert fetch.task is not None
-        self._remove(fetch)
-        fetch.task.cancel()
-
-    def _remove(self, fetch: Fetch) -> None:
-        self._store.end_ingest(fetch.ingest)
-        if self._active.get(fetch.ingest.digest) is fetch:
-            del self._active[fetch.ingest.digest]
-
-    def _add_suspects(self, digest: Digest, endpoints: dict[str, str]) -> None:
-        earlier = self._suspects.get(digest) or {}
-        kept = {name: earlier[name] for name in earlier if name not in endpoints}
-        self._suspects[digest] = {**kept, **endpoints}

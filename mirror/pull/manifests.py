@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
-from typing import Final, assert_never
+from typing import Final, TypeAlias, assert_never
 
 from cachetools import TTLCache
 
@@ -21,7 +21,6 @@ from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
     MANIFEST_LIMIT,
     SCHEMA1_TYPES,
-    Manifest,
     sniff_media_type,
 )
 from mirror.oci.errors import (
@@ -38,12 +37,13 @@ from mirror.oci.reference import Digest, Repository, Tag
 from mirror.pull import freshness
 from mirror.pull.content import NOT_CACHED_MESSAGE, ContentService
 from mirror.pull.requests import ContentRequest, TagRequest
-from mirror.pull.results import ManifestResult
+from mirror.pull.results import MEMORY_TTL_S, IsFresh, ManifestResult, fresh_for
 from mirror.store.reader import read_all
 from mirror.store.records import (
     AccessRecord,
     TagRecord,
     confirm,
+    manifest_record,
     parse_with_records,
 )
 from mirror.threads import parse_in_thread_if_large
@@ -53,14 +53,15 @@ _RESULT_CACHE_BYTES: Final = 32 * 1024 * 1024
 """Bytes for manifests in memory. One takes 12 MiB at most (see ``_weight``), so every one fits."""
 _TAG_CACHE_SIZE: Final = 20_000
 """Tag records in memory: 15 MB, and up to 100 MB if every tag has moved 16 times."""
-_CACHE_TTL_S: Final = 1.0
-"""Seconds for which one worker process may serve from memory what another one has changed."""
 _SCHEMA1_TTL_S: Final = 30 * 86400.0
 """Seconds (30 days) for which a manifest of schema 1 is kept, so that its tag can be served while
 the upstream is down."""
 _MAX_ROWS_AT_ONCE: Final = 1000
 """Access records per write to the index. A manifest of 4 MiB has 20,000: written at once, they
 would delay other requests."""
+
+_TagKey: TypeAlias = tuple[Repository, Tag, str]
+"""A tag, and the variant of its record (see :meth:`mirror.store.index.Index.tag`)."""
 
 
 class ManifestService:
@@ -71,10 +72,10 @@ class ManifestService:
         self._index = content.store.index
         self._single_flight = content.single_flight
         self._results: TTLCache[tuple[Repository, Digest], ManifestResult] = TTLCache(
-            _RESULT_CACHE_BYTES, _CACHE_TTL_S, getsizeof=_weight
+            _RESULT_CACHE_BYTES, MEMORY_TTL_S, getsizeof=_weight
         )
-        self._records: TTLCache[tuple[Repository, Tag, str], TagRecord] = TTLCache(
-            _TAG_CACHE_SIZE, _CACHE_TTL_S
+        self._records: TTLCache[_TagKey, tuple[TagRecord, IsFresh]] = TTLCache(
+            _TAG_CACHE_SIZE, MEMORY_TTL_S
         )
 
     # --- by digest ------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class ManifestService:
         if access_record.media_type.lower() in SCHEMA1_TYPES:
             body = await self._read_schema1(repository, digest)
         else:
-            body = await self._content.store.blobs.read(digest, MANIFEST_LIMIT)
+            body = await self._content.read_small(digest, MANIFEST_LIMIT)
         if body is None:
             return None
         parsed, records = await parse_in_thread_if_large(parse_with_records, body, access_record)
@@ -142,7 +143,7 @@ class ManifestService:
             await self._put_records(repository, records)
         elif access_record.media_type not in ("", parsed.media_type):
             await self._put_records(repository, records[-1:])  # The manifest's own record.
-        return self._remember(repository, _result_of(digest, body, parsed))
+        return self._remember(repository, ManifestResult.of_body(digest, body, parsed))
 
     async def _put_records(self, repository: Repository, records: list[AccessRecord]) -> None:
         for start in range(0, len(records), _MAX_ROWS_AT_ONCE):
@@ -214,10 +215,10 @@ class ManifestService:
         repository, digest = request.repository, request.digest
         root = await self._index.access_record(repository, digest, Kind.MANIFEST.value)
         if root is None:
-            root = _manifest_record(digest, sniff_media_type(body), len(body))
+            root = manifest_record(digest, sniff_media_type(body), len(body))
         root = replace(root, expires_at=None)
         parsed, records = await parse_in_thread_if_large(parse_with_records, body, root)
-        result = _result_of(digest, body, parsed)
+        result = ManifestResult.of_body(digest, body, parsed)
         if request.pull.outcome is Outcome.STALE:
             return result  # The upstream has not confirmed it: the next request asks again.
         await self._put_records(repository, records)
@@ -229,6 +230,7 @@ class ManifestService:
         A node that has a base layer never requests it again. If recency were kept by layer, the
         layers that most images share would be evicted first.
         """
+        result = replace(result, is_fresh=fresh_for(MEMORY_TTL_S))
         self._results[repository, result.digest] = result
         if result.parsed is not None:
             parts = (*result.parsed.children, *result.parsed.blobs)
@@ -307,13 +309,34 @@ class ManifestService:
     async def _find_variant(
         self, repository: Repository, tag: Tag, variant: str
     ) -> tuple[TagRecord | None, ManifestResult | None]:
-        record = self._records.get((repository, tag, variant))
-        if record is None:
-            record = await self._index.tag(repository, tag, variant)
-            if record is None:
+        key = (repository, tag, variant)
+        known = self._records.get(key)
+        if known is None:
+            found = await self._index.tag(repository, tag, variant)
+            if found is None:
                 return None, None
-            self._records[repository, tag, variant] = record
-        return record, await self._find_newest(repository, record)
+            known = self._remember_tag(key, found)
+        record, is_record_fresh = known
+        cached = await self._find_newest(repository, record)
+        if cached is None:
+            return record, None
+
+        # `web` stores this function. It must not keep the manifest and the previous digests alive.
+        digest, is_cached_fresh = cached.digest, cached.is_fresh
+        latest = replace(record, previous_digests=())
+
+        def is_fresh() -> bool:
+            if not (is_record_fresh() and is_cached_fresh()):
+                return False
+            upstream = self._content.upstream(repository)
+            decision = freshness.decide_tag(latest, digest, upstream, self._content.now())
+            return isinstance(decision, freshness.Fresh)
+
+        return record, replace(cached, is_fresh=is_fresh)
+
+    def _remember_tag(self, key: _TagKey, record: TagRecord) -> tuple[TagRecord, IsFresh]:
+        self._records[key] = known = record, fresh_for(MEMORY_TTL_S)
+        return known
 
     async def _find_newest(
         self, repository: Repository, record: TagRecord
@@ -444,7 +467,7 @@ class ManifestService:
             await self._content.put_negative(repository, key, error)
             raise
         assert head.digest is not None
-        access_record = _manifest_record(head.digest, head.media_type, None)
+        access_record = manifest_record(head.digest, head.media_type, None)
         await self._index.put_access_records(repository, [access_record])
         variant = variant_of(accept)
         earlier, cached = await self._find_variant(repository, tag, variant)
@@ -452,29 +475,13 @@ class ManifestService:
         record = await self._index.confirm_tag(repository, tag, head.digest, variant, keep)
         if record is None:  # The index could not be written.
             record = confirm(earlier, repository, tag, head.digest, self._content.now(), keep)
-        self._records[repository, tag, variant] = record
+        self._remember_tag((repository, tag, variant), record)
         return head
 
 
 def _weight(result: ManifestResult) -> int:
     """Estimate the bytes of memory that a result takes: its body, and its parsed form."""
     return 1024 + 3 * (result.size or 0)
-
-
-def _result_of(digest: Digest, body: bytes, parsed: Manifest) -> ManifestResult:
-    return ManifestResult(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
-
-
-def _manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
-    """Create the record of a manifest that the upstream has named, which does not expire."""
-    return AccessRecord(
-        digest=digest,
-        kind=Kind.MANIFEST.value,
-        media_type=media_type,
-        size=size,
-        referrer=None,
-        expires_at=None,
-    )
 
 
 def _schema1_key(repository: Repository, digest: Digest) -> str:

@@ -1,15 +1,36 @@
 """The results of the pull service.
 
-Lives here: frozen values for manifests, blobs and tags. Must not know: HTTP.
+Lives here: frozen values for manifests, blobs and tags, and how long one may be used again. Must
+not know: HTTP.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Self, TypeAlias
 
 from mirror.oci.descriptor import Manifest
 from mirror.oci.reference import Digest
 from mirror.store.reader import Reader
+
+MEMORY_TTL_S: Final = 1.0
+"""Seconds for which one worker process may serve from memory what another one has changed."""
+IsFresh: TypeAlias = Callable[[], bool]
+"""Returns whether the same request would have the same result now: whether the result is still
+fresh (RFC 9111, section 4.2). Asks neither the upstream nor the disk."""
+
+
+def fresh_for(seconds: float) -> IsFresh:
+    """Make a function that returns True for ``seconds`` from now on, and False after that."""
+    until = time.monotonic() + seconds
+    return lambda: time.monotonic() < until
+
+
+def is_never_fresh() -> bool:
+    """Return False: the service has to be asked again."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +44,30 @@ class ManifestResult:
     body: bytes | None
     """None after a ``HEAD`` that was sent on to the upstream."""
     parsed: Manifest | None = None
+    is_fresh: IsFresh = field(default=is_never_fresh, compare=False)
+
+    @classmethod
+    def of_body(cls, digest: Digest, body: bytes, parsed: Manifest) -> Self:
+        """Return the result of a whole manifest.
+
+        Args:
+            digest: The digest of ``body``.
+            body: All bytes.
+            parsed: The manifest of these bytes.
+        """
+        return cls(digest, parsed.media_type, size=len(body), body=body, parsed=parsed)
 
 
 @dataclass(frozen=True, slots=True)
 class BlobResult:
-    """A blob. The caller closes the reader."""
+    """A blob. The caller closes its reader, if it has one."""
 
     digest: Digest
     size: int | None
     """None while an upstream that does not state the size is still sending."""
-    reader: Reader | None
-    """None for a ``HEAD``."""
+    content: Reader | bytes | None
+    """None for a ``HEAD`` of a blob that is not in memory."""
+    is_fresh: IsFresh = field(default=is_never_fresh, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

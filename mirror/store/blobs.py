@@ -386,9 +386,8 @@ class WholeReader:
         """Bytes of the content."""
         return self._lease.size
 
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read: all of them."""
+    async def wait_for_size(self) -> int:
+        """Return the size."""
         return self._lease.size
 
     async def wait(self, start: int, stop: int | None = None) -> FileExtent | None:

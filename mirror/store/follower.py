@@ -242,6 +242,16 @@ class Follower:
                 return None
             await ingest.waiters.wait(start)
 
+    async def wait_for_size(self) -> int | None:
+        """Wait until the size is known (see :meth:`mirror.store.reader.Reader.wait_for_size`)."""
+        ingest = self._ingest
+        # A window would be full before the end of the content: it slides with its followers.
+        while ingest.size is None and ingest.window is None and not ingest.is_closed:
+            await ingest.waiters.wait(ingest.head)
+        if ingest.failure is not None:
+            raise ingest.failure
+        return ingest.size
+
     def close(self) -> None:
         """Stop reading. The fetch continues. Safe to call twice."""
         if not self._is_open:

@@ -40,23 +40,35 @@ _MAX_BUFFERS: Final = 512
 
 
 class MemoryBudget:
-    """The memory for bytes that wait for the disk or for followers, of all ingests of a process.
+    """The memory for bytes that wait, of all fetches of a process.
+
+    They wait for the disk or for followers, and an ingest holds them. Or they have arrived *ahead*
+    of earlier bytes, by another connection, and a fetch holds them. Each use may take the
+    limit. Both together may take 4/3 of it: if one uses all, the other one still has a third.
 
     An ingest never waits for memory that another one holds. It waits for its own disk thread or for
     its own followers, and may always hold :data:`MIN_SHARE_BYTES`. So no client that reads nothing
-    can stop the fetch of another content.
+    can stop the fetch of another content. A fetch asks for memory ahead before it requests the
+    bytes, and does without if there is none.
     """
 
     def __init__(self, limit: int) -> None:
-        """Start with no ingest. ``limit``: bytes that all ingests may hold together."""
+        """Start with no ingest. ``limit``: bytes for each of the two uses."""
         self._limit = limit
+        self._limit_of_both = limit * 4 // 3
         self._held: dict[Hashable, int] = {}
-        self.total = 0
-        """Bytes that all ingests hold."""
+        self._ahead: dict[Hashable, int] = {}
+        self._total = 0
+        self._total_ahead = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes that all ingests and fetches hold."""
+        return self._total + self._total_ahead
 
     def hold(self, ingest: Hashable, count: int) -> None:
         """Record that ``ingest`` holds ``count`` bytes."""
-        self.total += count - self._held.pop(ingest, 0)
+        self._total += count - self._held.pop(ingest, 0)
         if count:
             self._held[ingest] = count
 
@@ -70,7 +82,22 @@ class MemoryBudget:
         if held < MIN_SHARE_BYTES:
             return True
         share = min(MAX_SHARE_BYTES, self._limit // len(self._held))
-        return held < share and self.total < self._limit
+        has_share = held < share and self._total < self._limit
+        return has_share and self._total + self._total_ahead < self._limit_of_both
+
+    def hold_ahead(self, owner: Hashable, count: int) -> None:
+        """Record that ``owner`` holds, or has requested, ``count`` bytes ahead in all."""
+        self._total_ahead += count - self._ahead.pop(owner, 0)
+        if count:
+            self._ahead[owner] = count
+
+    def free_ahead(self, share: float = 1.0) -> int:
+        """Return the bytes that may be requested ahead now. Negative if too many are held.
+
+        ``share``: the part of the limit up to which the caller may fill the memory ahead.
+        """
+        most = int(self._limit * share)
+        return min(most - self._total_ahead, self._limit_of_both - self.total)
 
 
 class IngestWriter:

@@ -58,9 +58,16 @@ class Reader(Protocol):
     def size(self) -> int | None:
         """Bytes of the whole content; None while an upstream sends it without stating its size."""
 
-    @property
-    def arrived(self) -> int:
-        """Bytes that can be read without waiting."""
+    async def wait_for_size(self) -> int | None:
+        """Wait until the size is known. Every byte can be read after that, too.
+
+        Returns:
+            The size. None if it is not known, and bytes would leave memory during the wait: the
+            disk does not take the content.
+
+        Raises:
+            MirrorError: The error that ended the fetch.
+        """
 
     async def wait(self, start: int, stop: int | None = None) -> Extent | None:
         """Wait for the byte at ``start``, and return an extent that begins with it.

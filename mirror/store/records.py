@@ -134,6 +134,24 @@ def confirm(
     )
 
 
+def manifest_record(digest: Digest, media_type: str, size: int | None) -> AccessRecord:
+    """Create the record of a manifest that the upstream has named, which does not expire.
+
+    Args:
+        digest: The digest of the manifest.
+        media_type: As the upstream states it.
+        size: In bytes. None: not known.
+    """
+    return AccessRecord(
+        digest=digest,
+        kind="manifest",
+        media_type=media_type,
+        size=size,
+        referrer=None,
+        expires_at=None,
+    )
+
+
 def access_records_of(root: AccessRecord, manifest: Manifest) -> list[AccessRecord]:
     """Return records of the content that a repository refers to as it has manifest ``root``.
 

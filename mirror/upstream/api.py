@@ -25,11 +25,12 @@ resume the broken body of :meth:`Registry.open` is the caller's decision.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
+from mirror.config.settings import Parallel
 from mirror.observability.events import Kind
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Digest, Reference, Repository
@@ -37,6 +38,17 @@ from mirror.oci.reference import Digest, Reference, Repository
 MIN_PROGRESS_BYTES: Final = 64 * 1024
 """Bytes that a transfer must bring to count as progress. Fewer do not: otherwise a server that
 sends one byte for each connection would be retried for ever."""
+
+ReclaimConnections: TypeAlias = Callable[[str], bool]
+"""Called with the URL of an endpoint to which a request has failed before an accepted response: by
+a 429, a 503, or no response. Returns True if we close further connections to the endpoint, since
+they may be the cause. Then the failure is not reported to the circuit breaker, and a 429 starts no
+pause."""
+
+
+def keep_connections(endpoint: str) -> bool:
+    """Close no connection. A :data:`ReclaimConnections`."""
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +100,10 @@ class ContentStream(Protocol):
     def endpoint(self) -> str:
         """URL of the endpoint that responded, not of the storage that it redirected to."""
 
+    @property
+    def unread(self) -> int:
+        """Bytes that have arrived at the socket, and wait to be read. TLS adds a few percent."""
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         """Yield chunks as they arrive.
 
@@ -98,12 +114,41 @@ class ContentStream(Protocol):
             UpstreamProtocolError: more bytes than ``total``.
         """
 
+    def close(self) -> None:
+        """End the transfer at once, although bytes are missing. Safe to call twice."""
+
+    def open_range(self, start: int, stop: int) -> AbstractAsyncContextManager[ContentStream]:
+        """Get a range of the same content at the same endpoint, over a further connection.
+
+        May be called until the context manager of this stream exits, also after :meth:`close`. A
+        redirect is not resolved again, unless the URL that it led to has expired. The request is
+        sent once. A failure is not reported to the circuit breaker, and a 429 starts no pause for
+        other requests. So the caller must be able to fetch the range in another way.
+
+        Args:
+            start: Offset of the first byte.
+            stop: Offset after the last byte. At most ``total``, which must be known.
+
+        Returns:
+            A context manager that yields the body once the response headers are in.
+
+        Raises:
+            UpstreamRateLimited: a 429 or a 503.
+            UpstreamProtocolError: the upstream ignores ``Range``, or its response is another range
+                or one of other content.
+            MirrorError: any other failure or refusal of this request.
+        """
+
 
 class Registry(Protocol):
     """One upstream. :func:`mirror.upstream.registries.open_registries` opens and closes it."""
 
     idle: float
     """Seconds without data after which a body is given up (``limits.idle``)."""
+    min_rate: int
+    """Bytes per second over ``idle`` below which it is given up, too (``limits.min_rate``)."""
+    parallel: Parallel
+    """How many connections may fetch one blob together."""
 
     async def head_manifest(
         self, repository: Repository, reference: Reference, accept: Sequence[str]
@@ -181,9 +226,12 @@ class Registry(Protocol):
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AbstractAsyncContextManager[ContentStream]:
         """Get a blob or a manifest by digest. See "Pulling blobs" and "Pulling manifests".
 
@@ -197,11 +245,17 @@ class Registry(Protocol):
                 manifests only.
             offset: First byte to get, with ``Range`` (RFC 9110, section 14.2). A server that cannot
                 do this sends everything: see ``ContentStream.start``.
+            stop: Offset after the last byte of a range. Then the response has exactly these bytes,
+                or ``UpstreamProtocolError`` is raised. The circuit breaker counts the failures of
+                such requests apart (as ``GET blob range``). None: all bytes from ``offset`` on.
             validator: ``ContentStream.validator`` of the broken transfer. Sent to the endpoint that
                 it belongs to, and to no other.
             total: Size of the content, if it is known.
             avoid: URLs of endpoints to try last, in this order. They are known to have the content,
                 but sent wrong bytes or broke off.
+            ruled_out: URL of an endpoint that gets no request -> the error that counts as its
+                response. ``next_request_in`` of the error says when it may be asked.
+            reclaim: See :data:`ReclaimConnections`.
 
         Returns:
             A context manager that yields the body once the response headers are in, and that ends

@@ -275,7 +275,10 @@ class Endpoints:
             if not (url in state.tried or url in state.finished)
             and not self.may_request(url, now, subject)
         )
-        seconds = (0.0 if pause is None else pause.until - now for pause in pauses)
+        seconds = [0.0 if pause is None else pause.until - now for pause in pauses]
+        for url, error in state.finished.items():
+            if url not in state.tried and error.next_request_in is not None:
+                seconds.append(error.next_request_in)
         return min(seconds, default=None)
 
     def _choose_error(self, state: SendState, now: float, subject: Subject) -> UpstreamError:

@@ -19,8 +19,8 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, TypeVar
 from urllib.parse import quote
@@ -36,18 +36,12 @@ from mirror.oci.errors import (
     MirrorError,
     OutboundRefused,
     UpstreamRateLimited,
-    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from mirror.oci.links import page_target
 from mirror.oci.reference import Repository
 from mirror.single_flight import SingleFlight
-from mirror.upstream.auth import (
-    MAX_TOKEN_RESPONSE_BYTES,
-    Authenticator,
-    Negotiation,
-    TokenResponse,
-)
+from mirror.upstream.auth import Authenticator, Negotiation
 from mirror.upstream.endpoints import Endpoints, SendState, Subject, rate_limited
 from mirror.upstream.failures import ResponseLimit
 from mirror.upstream.messages import AcceptedResponse, NextPage, RegistryRequest
@@ -58,20 +52,23 @@ from mirror.upstream.outbound import (
     UrlSource,
     as_url,
     check_url,
-    realm_rule,
 )
 from mirror.upstream.retry import RETRY_BUDGET_S, backoff_delay
 from mirror.upstream.statuses import error_of
+from mirror.upstream.token_requests import TokenTransport
 from mirror.upstream.transport import (
+    Destination,
     Response,
     Transport,
     parse_rate_limit,
-    read_body,
-    retry_after_of,
+    token_deadline,
 )
 
 T = TypeVar("T")
 
+_TOO_MANY_CONNECTIONS: Final = (0, 429, 503)
+"""Statuses of an endpoint, or of a firewall before it, that limits the connections of one address.
+0: no response."""
 _ACCESS_REFUSED: Final = (401, 403)
 """Statuses after which another authorization may be accepted (RFC 9110, section 11.6.1)."""
 
@@ -87,12 +84,16 @@ class _Attempt:
     is_repeat: bool
     """Whether the same request was sent to this endpoint before."""
     limit: ResponseLimit
+    status: int = 0
+    """Status of its response. 0: it had none."""
     is_recorded: bool = False
     """Whether the circuit breaker knows the outcome."""
     is_accepted: bool = False
     """Whether the endpoint sent a response that the request accepts. Its reader may still fail."""
     refusal: MirrorError | None = None
     """Reason of a 401: which credentials are missing, or were refused. None: no 401."""
+    destination: Destination | None = None
+    """Where the request is sent. None: to the endpoint."""
 
     @property
     def subject(self) -> Subject:
@@ -158,9 +159,8 @@ class FailoverClient:
             )
             for url in self._endpoints.urls
         }
-        self._auth = Authenticator(
-            name, settings, self._send_token_request, emit, single_flight, clock
-        )
+        tokens = TokenTransport(name, transport, self._endpoints.urls)
+        self._auth = Authenticator(name, settings, tokens.send, emit, single_flight, clock)
 
     @property
     def endpoint_urls(self) -> list[str]:
@@ -312,12 +312,14 @@ class FailoverClient:
         async with AsyncExitStack() as stack:
             try:
                 response = await self._send_authorized(stack, attempt)
+                attempt.status = response.http.status
                 accepted = AcceptedResponse(
                     response.http,
-                    response.is_cross_origin,
+                    response.destination,
                     response.limits,
                     str(attempt.policy.endpoint),
                     report_success=partial(self._record_outcome, attempt, None),
+                    repeat=partial(self._repeat, attempt),
                 )
                 if response.http.status != 200 and not attempt.request.is_accepted(accepted):
                     raise attempt.refusal or await error_of(response, attempt.request.kind)
@@ -333,6 +335,24 @@ class FailoverClient:
                 raise
             self._record_outcome(attempt, None)
 
+    def _repeat(
+        self, attempt: _Attempt, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send the request of ``attempt`` again. See :class:`Repeat`."""
+        request = replace(
+            attempt.request, headers=headers, endpoint_headers={}, is_accepted=lambda response: True
+        )
+        again = _Attempt(
+            attempt.policy,
+            request,
+            is_probe=False,
+            is_repeat=True,
+            limit=self._transport.response_limit(request.kind, is_urgent=True),
+            is_recorded=True,
+            destination=destination,
+        )
+        return self._run_attempt(again, _whole_response)
+
     async def _send_authorized(self, stack: AsyncExitStack, attempt: _Attempt) -> Response:
         """Send the request with credentials, as far as the endpoint requires them.
 
@@ -341,7 +361,7 @@ class FailoverClient:
         """
         url = attempt.url()
         negotiation = Negotiation(self._auth, attempt.policy, attempt.request.repository)
-        async with _token_deadline(attempt.limit.deadline):
+        async with token_deadline(attempt.limit):
             header: str | None = await negotiation.first()
         while True:
             response = await self._exchange(stack, attempt, url, header or "")
@@ -349,7 +369,7 @@ class FailoverClient:
                 negotiation.accept()
                 return response
             challenges = response.http.headers.getall(hdrs.WWW_AUTHENTICATE, ())
-            async with _token_deadline(attempt.limit.deadline):
+            async with token_deadline(attempt.limit):
                 header = await negotiation.next(response.http.status, challenges)
             if header is None:
                 if response.http.status == 401:
@@ -379,6 +399,7 @@ class FailoverClient:
             attempt.policy,
             may_follow_redirects=request.may_follow_redirects,
             limit=attempt.limit,
+            destination=attempt.destination,
         )
         started_at, status, message = self._clock(), 0, ""
         try:
@@ -410,6 +431,9 @@ class FailoverClient:
         endpoint, subject = attempt.policy.endpoint, attempt.subject
         circuit, is_probe = self._endpoints.circuits[endpoint], attempt.is_probe
         was_open = circuit.is_open
+        if _may_depend_on_connections(attempt, error) and attempt.request.reclaim(str(endpoint)):
+            circuit.record_cancellation(is_probe=is_probe)
+            return
         match error:
             case UpstreamRateLimited():
                 circuit.record_success()
@@ -432,55 +456,18 @@ class FailoverClient:
         if circuit.is_open != was_open:
             self._emit(CircuitChanged(self._name, str(endpoint), circuit.is_open))
 
-    async def _send_token_request(
-        self, method: str, url: URL, headers: Mapping[str, str], form: Mapping[str, str] | None
-    ) -> TokenResponse:
-        """Send a request to a realm that the guard has allowed. Redirects are not followed.
 
-        It runs in a task of its own, so it has a deadline of its own, which includes the body. A
-        token service that cannot be reached does not count as an unreachable endpoint, because
-        other repositories of the endpoint may need no token.
-        """
-        limit = self._transport.response_limit()
-        exchange = self._transport.exchange(
-            method,
-            url,
-            headers,
-            Policy(url.origin(), upstream=self._name),
-            may_follow_redirects=False,
-            form=form,
-            limit=limit,
-            addresses=realm_rule(url, self._endpoints.urls),
-        )
-        try:
-            async with _token_deadline(limit.deadline), exchange as response:
-                body = await read_body(response, MAX_TOKEN_RESPONSE_BYTES)
-                return TokenResponse(response.http.status, body, retry_after_of(response.http))
-        except UpstreamUnavailable as error:
-            if error.scope is FailureScope.ENDPOINT:
-                error.scope = FailureScope.SUBJECT
-            raise
-
-
-@asynccontextmanager
-async def _token_deadline(deadline: float) -> AsyncIterator[None]:
-    """Raise ``UpstreamTimeout`` in the block at ``deadline``, in event loop time.
-
-    It marks this error, and any other ``MirrorError`` of the block, with ``is_without_token``.
-    """
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError as timeout:
-        message = "no token within the time limit (limits.connect and limits.headers)"
-        error = UpstreamTimeout(message, scope=FailureScope.SUBJECT)
-        error.is_without_token = True
-        raise error from timeout
-    except MirrorError as error:
-        error.is_without_token = True
-        raise
+def _may_depend_on_connections(attempt: _Attempt, error: BaseException | None) -> bool:
+    """Return whether other connections of ours may have made a request to an endpoint fail."""
+    is_failure = isinstance(error, UpstreamUnavailable) and not error.is_without_token
+    return is_failure and attempt.status in _TOO_MANY_CONNECTIONS
 
 
 def _subject_of(request: RegistryRequest) -> Subject:
     """Return the requests that a failure of this one counts for."""
-    return Subject(f"{request.method} {request.kind.value}", request.repository.path)
+    kind = f"{request.kind.value} range" if request.is_range else request.kind.value
+    return Subject(f"{request.method} {kind}", request.repository.path)
+
+
+async def _whole_response(response: AcceptedResponse) -> AcceptedResponse:
+    return response

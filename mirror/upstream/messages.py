@@ -6,13 +6,16 @@ Lives here: values only. Must not know: which endpoint is next, circuit breakers
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mirror.observability.events import Kind
 from mirror.oci.errors import MirrorError, UpstreamError
 from mirror.oci.reference import Repository
+from mirror.upstream.api import ReclaimConnections, keep_connections
 from mirror.upstream.retry import is_transient
-from mirror.upstream.transport import Response
+from mirror.upstream.transport import Destination, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,12 @@ class RegistryRequest:
     """URL of an endpoint that does not get the request -> the error that counts as its response."""
     note_failure: Callable[[str, MirrorError], None] = lambda endpoint, error: None
     """Called with the URL of each endpoint that fails, refuses or pauses, and its error."""
+    reclaim: ReclaimConnections = keep_connections
     may_retry: Callable[[UpstreamError | None], bool] = is_transient
     """Returns True if another round may begin after one that ended with this failure."""
     may_follow_redirects: bool = True
+    is_range: bool = False
+    """True for a range of a blob: an endpoint may refuse ranges and yet send whole blobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +67,18 @@ class AcceptedResponse(Response):
 
     If it is not called, success is reported when the body has ended.
     """
+    repeat: Repeat
+    """Sends the same request to the same endpoint again, over a further connection."""
+
+
+class Repeat(Protocol):
+    """Sends a request again, once, with other headers. Any status is accepted.
+
+    The outcome is not reported to the circuit breaker, and a 429 starts no pause: no client waits
+    for such a request alone, so its failure must not stop other requests.
+    """
+
+    def __call__(
+        self, headers: Mapping[str, str], destination: Destination | None
+    ) -> AbstractAsyncContextManager[AcceptedResponse]:
+        """Send it to ``destination``, that of an earlier response. None: to the endpoint."""

@@ -60,7 +60,7 @@ class Registries(dict[str, Registry]):
             self._single_flight,
             own_addresses=self._listeners,
         )
-        return HttpRegistry(name, client, upstream.limits, self._emit)
+        return HttpRegistry(name, client, upstream.limits, upstream.parallel, self._emit)
 
 
 @asynccontextmanager

@@ -14,24 +14,16 @@ from typing import Final, TypeVar
 
 from aiohttp import hdrs
 
-from mirror.config.settings import Limits
+from mirror.config.settings import Limits, Parallel
 from mirror.observability.events import BytesFetched, Kind, Observer
 from mirror.oci import tag_list
 from mirror.oci.descriptor import (
     DEFAULT_ACCEPT,
-    DOCKER_SCHEMA1_SIGNED,
     MANIFEST_LIMIT,
     OCI_INDEX,
-    SCHEMA1_TYPES,
-    parse_manifest,
-    parse_referrers,
-    payload_of,
-    referrers_index,
-    sniff_media_type,
 )
 from mirror.oci.errors import (
     DigestInvalid,
-    ManifestInvalid,
     ManifestUnknown,
     MirrorError,
     NotFound,
@@ -45,11 +37,21 @@ from mirror.upstream.api import (
     ContentStream,
     ManifestBody,
     ManifestHead,
+    ReclaimConnections,
+    keep_connections,
+)
+from mirror.upstream.body_receiver import count_unread
+from mirror.upstream.documents import (
+    identify_manifest,
+    merge_referrers,
+    require_manifest,
 )
 from mirror.upstream.failover import FailoverClient
 from mirror.upstream.heads import Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
+from mirror.upstream.ranges import FurtherRanges
+from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
 T = TypeVar("T")
@@ -63,26 +65,34 @@ _MAX_LISTS_BYTES: Final = 2 * _MAX_TAG_LIST_BYTES
 """Bytes of all lists of one upstream that are collected at the same time."""
 _TAGS_PER_PAGE: Final = 1000
 """Value of ``n``. Private ECR refuses more."""
-_NO_MANIFEST: Final = "the upstream sent no manifest for the tag, but for example a log-in page"
 
 
 class HttpRegistry:
     """One upstream over HTTP. See :class:`mirror.upstream.api.Registry` for the methods."""
 
-    def __init__(self, name: str, client: FailoverClient, limits: Limits, emit: Observer) -> None:
+    def __init__(
+        self,
+        name: str,
+        client: FailoverClient,
+        limits: Limits,
+        parallel: Parallel,
+        emit: Observer,
+    ) -> None:
         """Create a registry.
 
         Args:
             name: Name of the upstream, for events.
             client: Sends the requests.
             limits: ``idle`` and ``min_rate`` of bodies.
+            parallel: How many connections a fetch may have.
             emit: Receives an event for the bytes that arrive.
         """
         self._name = name
         self._client = client
         self._limits = limits
         self._emit = emit
-        self.idle = limits.idle
+        self.idle, self.min_rate = limits.idle, limits.min_rate
+        self.parallel = parallel
         self._list_memory = ListMemory(_MAX_LISTS_BYTES)
         self._heads = Heads(client)
 
@@ -138,8 +148,8 @@ class HttpRegistry:
             expected: Digest | None = reference
         else:
             expected = digest_of(received)
-            await parse_in_thread_if_large(_refuse_what_is_no_manifest, body, media_type)
-        return await parse_in_thread_if_large(_identify_manifest, body, media_type, expected)
+            await parse_in_thread_if_large(require_manifest, body, media_type)
+        return await parse_in_thread_if_large(identify_manifest, body, media_type, expected)
 
     async def head_blob(self, repository: Repository, digest: Digest) -> int | None:
         """See :meth:`mirror.upstream.api.Registry.head_blob`."""
@@ -159,9 +169,12 @@ class HttpRegistry:
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         """See :meth:`mirror.upstream.api.Registry.open`."""
         headers: dict[str, str] = {}
@@ -170,8 +183,8 @@ class HttpRegistry:
             path = f"manifests/{digest}"
             headers["Accept"] = ", ".join(dict.fromkeys((*accept, *DEFAULT_ACCEPT)))
         endpoint_headers: dict[str, dict[str, str]] = {}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
+        if offset or stop is not None:
+            headers["Range"] = f"bytes={offset}-{'' if stop is None else stop - 1}"
             if validator is not None:
                 endpoint, _, entity_tag = validator.partition(" ")
                 endpoint_headers[endpoint] = {"If-Range": entity_tag}
@@ -182,14 +195,18 @@ class HttpRegistry:
             kind,
             headers,
             endpoint_headers=endpoint_headers,
+            ruled_out=ruled_out or {},
+            reclaim=reclaim,
             is_accepted=_is_range_response,
+            may_retry=is_transient if stop is None else lambda failure: False,
+            is_range=stop is not None,
         )
 
         async def read(response: AcceptedResponse) -> BodyStream:
-            start, size = _range_of(response, offset)
+            start, size = _range_of(response, offset, stop)
             if total is not None and size not in (None, total):
                 raise UpstreamProtocolError(f"the upstream has {size} bytes, not {total}")
-            return BodyStream(response, start, size, self._limits, self._report_bytes)
+            return BodyStream(response, start, size, self._limits, self._report_bytes, stop=stop)
 
         async with self._client.send(request, read, avoid) as stream:
             yield stream
@@ -245,7 +262,7 @@ class HttpRegistry:
         except NotFound:
             return None  # No endpoint has this API.
         assert pages is not None
-        body = pages[0] if len(pages) == 1 else await run_in_thread(_merge_referrers, pages)
+        body = pages[0] if len(pages) == 1 else await run_in_thread(merge_referrers, pages)
         return ManifestBody(Digest.of(body), OCI_INDEX, body)
 
 
@@ -262,6 +279,8 @@ class BodyStream:
         total: int | None,
         limits: Limits,
         report_bytes: Callable[[int], None],
+        *,
+        stop: int | None = None,
     ) -> None:
         """Create a stream. Raises ``UpstreamProtocolError`` for a compressed body.
 
@@ -271,6 +290,7 @@ class BodyStream:
             total: Size of the whole content. None: not known.
             limits: ``idle`` and ``min_rate`` of the body.
             report_bytes: Called with the length of each chunk.
+            stop: Offset after its last byte. None: the end of the content.
         """
         check_encoding(response.http)
         self.start = start
@@ -280,18 +300,25 @@ class BodyStream:
         # A weak ETag starts with W/ (RFC 9110, section 8.8.3) and must not be used for If-Range.
         is_strong = entity_tag is not None and entity_tag.startswith('"')
         self.validator = f"{self.endpoint} {entity_tag}" if is_strong else None
+        self._stop = stop if stop is not None else total
         self._response = response
         self._limits = limits
         self._report_bytes = report_bytes
+        self._ranges: FurtherRanges | None = None
 
     @property
     def media_type(self) -> str:
         """See :attr:`mirror.upstream.api.ContentStream.media_type`."""
         return manifest_type_of(self._response.http.headers.get(hdrs.CONTENT_TYPE))
 
+    @property
+    def unread(self) -> int:
+        """See :attr:`mirror.upstream.api.ContentStream.unread`."""
+        return count_unread(self._response.http)
+
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """See :meth:`mirror.upstream.api.ContentStream.__aiter__`."""
-        expected = self.total - self.start if self.total is not None else None
+        expected = self._stop - self.start if self._stop is not None else None
         received = 0
         async for chunk in read_chunks(self._response.http, self._limits, expected):
             if received < MIN_PROGRESS_BYTES <= received + len(chunk):
@@ -300,19 +327,41 @@ class BodyStream:
             self._report_bytes(len(chunk))
             yield chunk
 
+    def close(self) -> None:
+        """See :meth:`mirror.upstream.api.ContentStream.close`."""
+        self._response.http.close()
 
-def _range_of(response: Response, offset: int) -> tuple[int, int | None]:
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[ContentStream]:
+        """See :meth:`mirror.upstream.api.ContentStream.open_range`."""
+        if self._ranges is None:
+            entity_tag = self.validator.partition(" ")[2] if self.validator is not None else None
+            self._ranges = FurtherRanges(self._response, self.total, entity_tag)
+        async with self._ranges.open(start, stop) as response:
+            yield BodyStream(
+                response, start, self.total, self._limits, self._report_bytes, stop=stop
+            )
+
+
+def _range_of(response: Response, offset: int, stop: int | None) -> tuple[int, int | None]:
     """Return (offset of the first byte, size of the whole content or None).
 
     Raises ``UpstreamProtocolError`` unless the response has all bytes, or all from ``offset`` on.
+    With ``stop`` it must have those from ``offset`` up to ``stop``.
     """
     if response.http.status == 416:
         raise UpstreamProtocolError("the upstream has fewer bytes than have been received")
     if response.http.status != 206:
+        if stop is not None:
+            raise UpstreamProtocolError("the upstream ignores Range")
         return 0, length_of(response.http.headers)
     content_range = parse_content_range(response.http.headers.get(hdrs.CONTENT_RANGE))
     if content_range is None or content_range.start != offset:
         raise UpstreamProtocolError("the response has another range than the requested one")
+    if stop is not None:
+        if content_range.stop != stop:
+            raise UpstreamProtocolError("the range of the response has another end")
+        return offset, content_range.total
     if content_range.total is not None and content_range.stop != content_range.total:
         raise UpstreamProtocolError("the range of the response ends too early")
     return offset, content_range.total if content_range.total is not None else content_range.stop
@@ -366,37 +415,6 @@ def _head_of(headers: Mapping[str, str], reference: Reference) -> ManifestHead:
     return ManifestHead(digest=digest, media_type=media_type, size=length_of(headers) or None)
 
 
-def _refuse_what_is_no_manifest(body: bytes, media_type: str) -> None:
-    """Raise ``UpstreamProtocolError`` unless the response for a tag is recognized as a manifest.
-
-    A response without a digest has no other proof: a log-in page comes with status 200, too.
-    """
-    try:
-        parse_manifest(body, media_type)
-        is_manifest = {media_type, sniff_media_type(body)} != {OCTET_STREAM}
-    except ManifestInvalid as error:
-        raise UpstreamProtocolError(f"{_NO_MANIFEST}: {error.message}") from error
-    if not is_manifest:
-        raise UpstreamProtocolError(_NO_MANIFEST)
-
-
-def _identify_manifest(body: bytes, media_type: str, expected: Digest | None) -> ManifestBody:
-    """Return a manifest with its digest, also a signed one of schema 1.
-
-    Raises ``UpstreamProtocolError`` if it does not match ``expected``. None: any digest is right.
-    """
-    algorithm = expected.algorithm if expected is not None else "sha256"
-    digest = of_payload = Digest.of(body, algorithm)
-    if media_type == OCTET_STREAM or media_type.lower() in SCHEMA1_TYPES:
-        of_payload = Digest.of(payload_of(body), algorithm)
-    if expected not in (None, digest, of_payload):
-        raise UpstreamProtocolError("the manifest does not match its digest")
-    if digest in (of_payload, expected):
-        return ManifestBody(digest, media_type, body)
-    is_stated = media_type != OCTET_STREAM
-    return ManifestBody(of_payload, media_type if is_stated else DOCKER_SCHEMA1_SIGNED, body)
-
-
 def length_of(headers: Mapping[str, str]) -> int | None:
     """Return ``Content-Length`` in bytes. None if it is missing or malformed.
 
@@ -417,8 +435,3 @@ def _is_referrers_page(response: AcceptedResponse) -> bool:
     if media_type_of(response.http.headers.get(hdrs.CONTENT_TYPE)) != OCI_INDEX:
         raise ManifestUnknown("the upstream does not list referrers")
     return True
-
-
-def _merge_referrers(pages: Sequence[bytes]) -> bytes:
-    """Join referrers indexes to one. Raises ``ManifestInvalid``."""
-    return referrers_index([entry for body in pages for entry in parse_referrers(body)])

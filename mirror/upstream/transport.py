@@ -26,6 +26,7 @@ from yarl import URL
 from mirror.config.settings import Limits, Upstream
 from mirror.observability.events import Kind
 from mirror.oci import errors
+from mirror.upstream.body_receiver import BodyReceiver, UpstreamConnector, take_over
 from mirror.upstream.connections import Resolver, tls_context
 from mirror.upstream.failures import Hop, ResponseLimit, connection_error, has_wrong_time
 from mirror.upstream.outbound import (
@@ -65,16 +66,30 @@ _RATE_LIMIT: Final = re.compile(r"\s*([0-9]{1,9})\s*(?:;\s*w=([0-9]{1,9}))?\s*",
 
 
 @dataclass(frozen=True, slots=True)
-class Response:
-    """A response whose headers have arrived.
+class Destination:
+    """The origin of a response, after all redirects. Every hop has passed the guard.
 
-    ``is_cross_origin``: a redirect led to another origin than that of the request. ``limits``:
-    those of its body.
+    ``is_cross_origin``: a redirect led to another origin than that of the request. ``sender``: the
+    most private zone of the hosts that redirected.
     """
 
+    target: Allowed
+    is_cross_origin: bool = False
+    sender: Zone = Zone.LINK_LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response whose headers have arrived. ``limits``: those of its body."""
+
     http: aiohttp.ClientResponse
-    is_cross_origin: bool
+    destination: Destination
     limits: Limits
+
+    @property
+    def is_cross_origin(self) -> bool:
+        """Whether a redirect led to another origin than that of the request."""
+        return self.destination.is_cross_origin
 
 
 class _PeerResponse(aiohttp.ClientResponse):
@@ -144,15 +159,13 @@ class Transport:
         if is_own and settings.client_certificate is not None:
             certificate = settings.client_certificate, settings.client_key
         return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
+            connector=UpstreamConnector(
                 resolver=self._resolver,
                 socket_factory=partial(addresses.open_socket, own_addresses=self._own_addresses),
                 ssl=tls_context(settings.ca, certificate, settings.insecure),
                 limit=_MAX_CONNECTIONS,
                 ttl_dns_cache=_DNS_TTL_S,
-                # If a body ends while its socket is paused, aiohttp starts the timer of `sock_read`
-                # on the idle connection, and the next request on it would fail at once.
-                keepalive_timeout=min(_KEEPALIVE_S, self._limits.idle / 2),
+                keepalive_timeout=_KEEPALIVE_S,
             ),
             response_class=_PeerResponse,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -160,7 +173,7 @@ class Transport:
             requote_redirect_url=False,
             headers={"User-Agent": _USER_AGENT, "Accept-Encoding": "identity"},
             # `connect` limits names and the wait for a free connection, too. Until the headers are
-            # in, `ResponseLimit` applies, and then `limits.idle` (see `_send`).
+            # in, `ResponseLimit` applies, and then `limits.idle` (see `read_chunks`).
             timeout=aiohttp.ClientTimeout(
                 total=None,
                 connect=self._limits.connect + self._limits.headers,
@@ -206,6 +219,7 @@ class Transport:
         form: Mapping[str, str] | None = None,
         limit: ResponseLimit,
         addresses: AddressRule = CONFIGURED,
+        destination: Destination | None = None,
     ) -> AsyncIterator[Response]:
         """Send a request, follow its redirects, and yield the response once its headers are in.
 
@@ -221,6 +235,8 @@ class Transport:
             form: Fields of a form body. None: no body.
             limit: The time limit, see :meth:`response_limit`.
             addresses: The addresses that the host of ``url`` may have.
+            destination: That of an earlier response to a request for ``url``. The request is sent
+                there at once. None: it is sent to ``url``.
 
         Raises:
             UpstreamTimeout: the time limit has run out, or that of the connection.
@@ -229,36 +245,35 @@ class Transport:
             OutboundRefused: the guard refused a redirect, or the address of a host.
         """
         request_headers = dict(headers)
-        is_cross_origin, sender = False, Zone.LINK_LOCAL
-        target = Allowed(url, is_same_origin=True, addresses=addresses)
+        hop = destination or Destination(Allowed(url, is_same_origin=True, addresses=addresses))
         for _ in range(MAX_REDIRECTS + 1):
+            if hop.is_cross_origin:
+                request_headers.pop("Authorization", None)
             try:
                 response = await self._send(
-                    method, target, policy, limit, headers=request_headers, data=form
+                    method, hop.target, policy, limit, headers=request_headers, data=form
                 )
             except errors.UpstreamUnavailable as error:
-                if is_cross_origin:
+                if hop.is_cross_origin:
                     error.scope = errors.FailureScope.REQUEST
                 raise
             try:
                 location = response.headers.get(hdrs.LOCATION)
                 is_redirect = response.status in _REDIRECTS and may_follow_redirects
                 if location is None or not is_redirect:
-                    yield Response(response, is_cross_origin, self._limits)
+                    yield Response(response, hop, self._limits)
                     return
             finally:
                 # Keeps the connection for the next request if the body has been read to its end.
                 response.release()
             # No host may lead nearer to the mirror than each host before it may.
-            sender = min(sender, self._sender_zone(target.url, response))
-            verdict = check_url(location, UrlSource.REDIRECT, target.url, policy, sender)
+            sender = min(hop.sender, self._sender_zone(hop.target.url, response))
+            verdict = check_url(location, UrlSource.REDIRECT, hop.target.url, policy, sender)
             if not isinstance(verdict, Allowed):
-                origin = target.url.origin()
+                origin = hop.target.url.origin()
                 raise errors.OutboundRefused(f"{origin}: redirect refused: {verdict.why}")
-            if not verdict.is_same_origin:
-                request_headers.pop("Authorization", None)
-                is_cross_origin = True
-            target = verdict
+            is_cross_origin = hop.is_cross_origin or not verdict.is_same_origin
+            hop = Destination(verdict, is_cross_origin=is_cross_origin, sender=sender)
         raise errors.UpstreamProtocolError(f"{url.origin()}: more than {MAX_REDIRECTS} redirects")
 
     def _sender_zone(self, url: URL, response: _PeerResponse) -> Zone:
@@ -291,12 +306,7 @@ class Transport:
         session = self._session(addresses, is_own=target.is_same_origin)
         try:
             async with asyncio.timeout_at(limit.deadline):
-                response = await _request(session, method, url, proxy, headers=headers, data=data)
-            connection = response.connection
-            if connection is not None and connection.protocol is not None:
-                connection.protocol.read_timeout = self._limits.idle
-                connection.protocol.start_timeout()
-            return response
+                return await _request(session, method, url, proxy, headers=headers, data=data)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             os_error = getattr(error, "os_error", error)
             if isinstance(os_error, AddressRefused):
@@ -352,6 +362,25 @@ async def _request(
     return response
 
 
+@asynccontextmanager
+async def token_deadline(limit: ResponseLimit) -> AsyncIterator[None]:
+    """Raise ``UpstreamTimeout`` in the block at the end of ``limit``.
+
+    It marks this error, and any other ``MirrorError`` of the block, with ``is_without_token``.
+    """
+    try:
+        async with asyncio.timeout_at(limit.deadline):
+            yield
+    except TimeoutError as timeout:
+        message = "no token within the time limit (limits.connect and limits.headers)"
+        error = errors.UpstreamTimeout(message, scope=errors.FailureScope.SUBJECT)
+        error.is_without_token = True
+        raise error from timeout
+    except errors.MirrorError as error:
+        error.is_without_token = True
+        raise
+
+
 # --- bodies ---------------------------------------------------------------------------------------
 
 
@@ -402,14 +431,19 @@ async def read_chunks(
     received = 0
     waited_s, received_in_window = 0.0, 0
     content = response.content
+    receiver: BodyReceiver | None = None
     try:
-        while True:
+        while received != expected:
             waiting_since = time.monotonic()
-            chunk = await content.readany()
+            async with asyncio.timeout(limits.idle):
+                chunk = await (receiver or content).readany()
             waited_s += time.monotonic() - waiting_since
             if not chunk:
                 break
             received += len(chunk)
+            if expected is not None and received > expected:
+                raise errors.UpstreamProtocolError("the body is longer than announced")
+            receiver = receiver or take_over(response, received)
             received_in_window += len(chunk)
             yield chunk
             if waited_s >= limits.idle:
@@ -427,8 +461,6 @@ async def read_chunks(
     if expected is not None and received < expected:
         message = f"the body ended at {received} of {expected} bytes"
         raise errors.UpstreamUnavailable(message, scope=errors.FailureScope.SUBJECT)
-    if expected is not None and received > expected:
-        raise errors.UpstreamProtocolError("the body is longer than announced")
 
 
 def _body_error(error: Exception, response: aiohttp.ClientResponse) -> errors.UpstreamUnavailable:

@@ -9,6 +9,7 @@ Reading order:
 - ``handler``: one handler for all requests, read from top to bottom. Begin here.
 - ``paths``: parses the request line. Pure.
 - ``streaming``: sends content: ranges, conditions, content that is still being fetched.
+- ``stored_responses``: reuses the response to a request with the same bytes.
 - ``client_socket``: detects stalled clients, and sends files with ``sendfile``.
 - ``errors``: the table from domain errors to HTTP statuses. Pure.
 - ``health``: the readiness report.

@@ -3,10 +3,10 @@
 Lives here: all that is done below aiohttp's transport. Must not know: HTTP, or which content the
 bytes belong to.
 
-:func:`abort_stalled_client` is the only time limit on a client that is receiving a response. It
-reads from the kernel how many bytes the client has acknowledged. The number of bytes
-that the kernel has accepted would not show a stalled client: the kernel takes megabytes into its
-buffer at once, and then accepts no more for minutes, although the client reads 10 KB/s.
+:class:`StallWatch` is the only time limit on a client that is receiving a response. It reads from
+the kernel how many bytes the client has acknowledged. The number of bytes that the kernel has
+accepted would not show a stalled client: the kernel takes megabytes into its buffer at once, and
+then accepts no more for minutes, although the client reads 10 KB/s.
 
 ``loop.sendfile`` registers the socket again for each piece that the kernel takes, and does not read
 from the client until the file is sent. With several streams, registering costs as much CPU time as
@@ -23,10 +23,12 @@ import os
 import socket
 import struct
 import termios
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, Self
 
+CLIENT_STALL_TIMEOUT_S: Final = 60.0
+"""Seconds for which a client may acknowledge no byte. A client that reads slowly has no limit."""
 _BYTES_ACKED_OFFSET: Final = 120
 """Offset in bytes of ``tcpi_bytes_acked`` in ``struct tcp_info`` (linux/tcp.h)."""
 _TCP_INFO_BYTES: Final = 128
@@ -35,67 +37,76 @@ _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 """``struct linger``: on, with 0 seconds. Closing the socket then sends a reset (socket(7))."""
 
 
+class StallWatch:
+    """Calls back once a client has stopped reading.
+
+    A client has stopped if it acknowledges no byte for ``seconds`` although the kernel has bytes
+    for it all the while. That is detected after at most three times ``seconds``. It is never the
+    case for a client that reads slowly, or that waits for us.
+    """
+
+    def __init__(
+        self, transport: asyncio.Transport, seconds: float, on_stall: Callable[[], None]
+    ) -> None:
+        """Begin to watch. ``on_stall`` is called at most once."""
+        self._loop = asyncio.get_running_loop()
+        self._socket: socket.socket | None = transport.get_extra_info("socket")
+        self._seconds = seconds
+        self._on_stall = on_stall
+        self._timer = self._loop.call_later(seconds, self._check, None)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._timer.cancel()
+
+    def _check(self, previous: int | None) -> None:
+        """Compare the acknowledged bytes with those of the last call.
+
+        ``previous``: their number then. None: nothing was queued, or the kernel did not tell.
+        """
+        acknowledged = _acknowledged_bytes(self._socket) if self._socket is not None else None
+        if acknowledged is not None and acknowledged == previous:
+            self._on_stall()
+        else:
+            self._timer = self._loop.call_later(self._seconds, self._check, acknowledged)
+
+
 @asynccontextmanager
 async def abort_stalled_client(
     transport: asyncio.Transport | None, timeout: float
 ) -> AsyncIterator[None]:
-    """Raise ``TimeoutError`` in the block once the client has stopped to read.
-
-    A client has stopped if it acknowledges no byte for ``timeout`` seconds although data is queued
-    for it all the while. That is detected after at most three times ``timeout``. A client that
-    reads slowly, or that waits for us, is never aborted.
+    """Raise ``TimeoutError`` in the block once the client has stopped reading.
 
     Args:
         transport: The client's connection. None if it is closed: then there is no limit.
-        timeout: Seconds.
+        timeout: Seconds, see :class:`StallWatch`.
     """
-    connection = transport.get_extra_info("socket") if transport is not None else None
-    if transport is None or connection is None:
+    if transport is None:
         yield
         return
     loop = asyncio.get_running_loop()
-    timer: asyncio.TimerHandle
     async with asyncio.timeout(None) as limit:
-
-        def check_progress(previous: int | None) -> None:
-            """Compare with ``previous``. None: nothing was queued, so the client did not stall."""
-            nonlocal timer
-            is_queued = _has_queued_bytes(connection, transport)
-            acknowledged = _acknowledged_bytes(connection) if is_queued else None
-            if acknowledged is not None and acknowledged == previous:
-                limit.reschedule(loop.time())
-            else:
-                timer = loop.call_later(timeout, check_progress, acknowledged)
-
-        timer = loop.call_later(timeout, check_progress, None)
+        watch = StallWatch(transport, timeout, lambda: limit.reschedule(loop.time()))
         try:
             yield
         finally:
-            timer.cancel()
-
-
-def _has_queued_bytes(connection: socket.socket, transport: asyncio.Transport) -> bool:
-    """Return whether the client has yet to acknowledge bytes that were written to it."""
-    if transport.get_write_buffer_size():
-        return True
-    try:
-        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
-    except (OSError, ValueError):
-        return False  # The socket is closed. The next write to it raises.
-    return bool(queued.strip(b"\0"))
+            watch.stop()
 
 
 def _acknowledged_bytes(connection: socket.socket) -> int | None:
     """Return the number of bytes that the client has acknowledged since it connected.
 
-    None if the kernel does not report them. Then no client is aborted, because a slow client and a
-    stalled one would look the same.
+    None if it has acknowledged all. The kernel then has no bytes for it, and neither has the
+    transport, because the kernel takes as many as it can. Also None if the kernel does not report
+    the number: a slow client and a stalled one would look the same, so no client is cut off.
     """
     try:
+        queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(4))
         info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-        return int(struct.unpack_from("Q", info, _BYTES_ACKED_OFFSET)[0])
-    except (OSError, struct.error):
+        acknowledged = int(struct.unpack_from("Q", info, _BYTES_ACKED_OFFSET)[0])
+    except (OSError, ValueError, struct.error):  # ValueError: the socket is closed.
         return None
+    return acknowledged if any(queued) else None
 
 
 def abort_connection(transport: asyncio.Transport | None, *, is_reset: bool) -> None:

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -49,23 +49,27 @@ from mirror.oci.errors import (
     TooManyRequests,
     Unauthorized,
 )
-from mirror.oci.headers import OCTET_STREAM
+from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest
+from mirror.pull.results import is_never_fresh
 from mirror.pull.service import PullService
-from mirror.threads import run_in_thread
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
-from mirror.web.streaming import Body, Sender
+from mirror.web.stored_responses import StoredResponses, make_request_id
+from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VERSIONS: Final = frozenset({HttpVersion10, HttpVersion11})
 _IMMUTABLE: Final = "public, max-age=31536000, immutable"
 """``Cache-Control`` of content by its digest (RFC 8246): one year, in seconds."""
 _ROOT_TEXT: Final = b"oci-mirror: a pull-through mirror for container registries\n"
+_UNVERIFIED: Final = '299 - "this range was fetched by itself: it is not verified and not stored"'
+"""``Warning`` of a range that no digest verifies (RFC 7234, section 5.5; RFC 9111 no longer defines
+it, but clients show it)."""
 _MAX_WARNING_CHARS: Final = 1024
 """Characters of the ``Warning`` header field: clients limit the size of a response's header."""
 
@@ -78,7 +82,7 @@ class Handler:
         settings: Settings,
         service: PullService,
         health: Health,
-        render_metrics: Callable[[], tuple[bytes, str]],
+        render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
         emit: Observer,
     ) -> None:
         """Create the handler of a server.
@@ -87,7 +91,7 @@ class Handler:
             settings: The configuration.
             service: Provides content.
             health: Readiness of this process. While it drains, pulls are refused.
-            render_metrics: Returns (body, ``Content-Type``) for ``/metrics``. Called in a thread.
+            render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
         """
         self.addresses = AddressLimit(settings.max_client_connections)
@@ -98,6 +102,8 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
+        self.stored_responses = StoredResponses(health, emit)
+        """Responses that are reused, so that their requests do not come here."""
         self.configure(settings)
         self._service = service
         self._health = health
@@ -113,6 +119,7 @@ class Handler:
         networks = settings.trusted_proxies
         self.proxies = TrustedProxies(networks) if networks else None
         self._has_catalog = settings.catalog
+        self.stored_responses.clear()
 
     @property
     def in_flight(self) -> int:
@@ -138,7 +145,7 @@ class Handler:
         headers = request.headers
         request_id = headers.get("X-Request-Id")
         if not request_id or not _REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(64):016x}"
+            request_id = make_request_id()
         target = request.raw_path
         client = request.remote or ""
         if self.proxies is not None:
@@ -160,6 +167,8 @@ class Handler:
             if self._health.is_draining:
                 # The client has to open a new connection, which another server will accept.
                 response.force_close()
+            elif isinstance(response, SingleWriteResponse) and self.proxies is None:
+                self.stored_responses.store(request, response, pull)
             return response
         finally:
             del self._requests[id(request)]
@@ -184,7 +193,7 @@ class Handler:
         except MirrorError as error:
             return _build_error_response(error, pull)
         except (ConnectionError, TimeoutError):
-            # The client has left, or has stopped to read. That is no failure of this server.
+            # The client has left, or has stopped reading. That is no failure of this server.
             self._record_abort(pull)
             return _NoResponse(status=pull.status)
         except asyncio.CancelledError:
@@ -248,8 +257,7 @@ class Handler:
                 status = 200 if is_ready else 503
                 return _build_json_response(json.dumps(report).encode(), pull, status)
             case paths.MetricsRequest():
-                # Thousands of lines: the event loop must not wait until all are formatted.
-                text, content_type = await run_in_thread(self._render_metrics)
+                text, content_type = await self._render_metrics()
                 headers = {"Content-Type": content_type, **common_headers(pull)}
                 return web.Response(body=text, headers=headers)
             case unknown:
@@ -267,7 +275,13 @@ class Handler:
         if result.body is None and not is_head:
             raise ManifestUnknown("the upstream no longer has the manifest")
         pull.digest = str(result.digest)
-        body = Body(result.digest, result.media_type, size=result.size, source=result.body)
+        body = Body(
+            result.digest,
+            result.media_type,
+            size=result.size,
+            source=result.body,
+            is_fresh=result.is_fresh,
+        )
         extra = common_headers(pull)
         if isinstance(parsed.reference, Digest):
             extra["Cache-Control"] = _IMMUTABLE
@@ -280,15 +294,31 @@ class Handler:
     ) -> web.StreamResponse:
         _record_request(pull, Kind.BLOB, parsed, str(parsed.digest))
         is_head = request.method == "HEAD"
-        result = await self._service.blob(parsed.repository, parsed.digest, pull, is_head=is_head)
+        wanted = applicable_range(request, parsed.digest)
+        result = await self._service.blob(
+            parsed.repository,
+            parsed.digest,
+            pull,
+            is_head=is_head,
+            select_spans=partial(bounded_spans, wanted) if wanted else None,
+        )
         pull.digest = str(result.digest)
         try:
-            body = Body(result.digest, OCTET_STREAM, size=result.size, source=result.reader)
+            body = Body(
+                result.digest,
+                OCTET_STREAM,
+                size=result.size,
+                source=result.content,
+                is_fresh=result.is_fresh,
+            )
             extra = {"Cache-Control": _IMMUTABLE, **common_headers(pull)}
+            if pull.is_unverified:
+                extra["Cache-Control"] = "no-store"
+                extra["Warning"] = ", ".join(filter(None, (extra.get("Warning"), _UNVERIFIED)))
             return await Sender(request, pull, self._emit).send(body, extra)
         finally:
-            if result.reader is not None:
-                result.reader.close()
+            if result.content is not None and not isinstance(result.content, bytes):
+                result.content.close()
 
     async def _send_repositories(
         self, parsed: paths.RepositoriesRequest, request: web.BaseRequest, pull: RequestRecord
@@ -343,7 +373,9 @@ class Handler:
         extra = common_headers(pull)
         if parsed.artifact_type is not None:
             extra["OCI-Filters-Applied"] = "artifactType"
-        body = Body(Digest.of(data), OCI_INDEX, size=len(data), source=data)
+        body = Body(
+            Digest.of(data), OCI_INDEX, size=len(data), source=data, is_fresh=is_never_fresh
+        )
         return await Sender(request, pull, self._emit).send(body, extra)
 
 

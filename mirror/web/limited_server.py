@@ -14,6 +14,7 @@ from mirror.observability.events import ConnectionRefused, Observer
 from mirror.oci.errors import TooManyRequests
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.handler import Handler
+from mirror.web.stored_responses import ReusingServer
 
 
 def _build_refusal() -> bytes:
@@ -29,7 +30,7 @@ def _build_refusal() -> bytes:
 _REFUSAL: Final = _build_refusal()
 
 
-class LimitedServer(web.Server):
+class LimitedServer(ReusingServer):
     """Refuses a connection at once if its address has too many.
 
     Connections of trusted proxies are not counted, because they belong to many clients.
@@ -41,9 +42,9 @@ class LimitedServer(web.Server):
         Args:
             handler: Handles the requests, and counts what each client has open.
             emit: Receives ``ConnectionRefused``.
-            options: Those of ``aiohttp.web.Server``.
+            options: Those of ``aiohttp.web.RequestHandler``.
         """
-        super().__init__(handler, **options)
+        super().__init__(handler, handler.stored_responses, **options)
         self._emit = emit
         self._addresses = handler.addresses
         self._handler = handler

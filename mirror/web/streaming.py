@@ -42,19 +42,19 @@ from mirror.oci.headers import (
     parse_range_unsized,
 )
 from mirror.oci.reference import Digest
+from mirror.pull.results import IsFresh
 from mirror.store.reader import FileExtent, MemoryExtent, Reader
 from mirror.threads import DISK_READS
+from mirror.web import client_socket
 from mirror.web.client_socket import SocketSendfile, abort_connection, abort_stalled_client
 
-CLIENT_STALL_TIMEOUT_S: Final = 60.0
-"""Seconds for which a client may acknowledge no byte. A client that reads slowly has no limit."""
 _MAX_SEND_BYTES: Final = 4 * 1024 * 1024
 """Bytes in one send. The metrics are updated after each, and would jump with larger ones."""
 _FIRST_SEND_BYTES: Final = 64 * 1024
 """Bytes in the first send. Its end is recorded as the time to the first byte, so it is small."""
 _SINGLE_WRITE_BYTES: Final = 64 * 1024
-"""Bytes of a body in memory that is written at once. A client that does not read occupies at
-most this much memory, so no time limit is needed."""
+"""Bytes of a body in memory that is written at once. So many wait in memory for a client that does
+not read, and twice as many with TLS (see ``ReusingConnection.connection_made``)."""
 _COPY_BYTES: Final = 256 * 1024
 """Bytes in one read if ``sendfile`` cannot be used. Each read is a hop to a thread: a smaller read
 makes more hops, a larger one needs more memory for each client."""
@@ -75,6 +75,8 @@ class Body:
     """Bytes. None while it is not known: the upstream sends no length, and is still sending."""
     source: Reader | bytes | None
     """The content, or None for header fields only (``HEAD``)."""
+    is_fresh: IsFresh
+    """Returns whether the same request would have the same content now."""
 
 
 def content_headers(body: Body) -> dict[str, str]:
@@ -90,6 +92,21 @@ def content_headers(body: Body) -> dict[str, str]:
     return headers
 
 
+def applicable_range(request: web.BaseRequest, digest: Digest) -> str | None:
+    """Return ``Range``, or None if there is none or it has to be ignored.
+
+    It is defined for ``GET`` only (RFC 9110, section 14.2). ``If-Range`` may switch it off, and a
+    304 does.
+    """
+    is_ignored = request.method != "GET" or is_not_modified(
+        request.headers.get("If-None-Match"), entity_tag(digest)
+    )
+    wanted = None if is_ignored else request.headers.get("Range")
+    if wanted is None or is_range_applicable(request.headers.get("If-Range"), entity_tag(digest)):
+        return wanted
+    return None
+
+
 class SingleWriteResponse(web.StreamResponse):
     """A small 200 response in one write, on an HTTP/1.1 connection that is kept open.
 
@@ -97,23 +114,32 @@ class SingleWriteResponse(web.StreamResponse):
     does not, which saves a third of the CPU time (decision 0021).
     """
 
-    def __init__(self, headers: dict[str, str], body: bytes) -> None:
-        """Create a response. ``headers`` must contain the length and the type of ``body``."""
+    def __init__(self, fields: dict[str, str], content: bytes, is_fresh: IsFresh) -> None:
+        """Create a response.
+
+        Args:
+            fields: All header fields but ``Date``. The length and the type must be among them.
+            content: The body. Empty for a ``HEAD``.
+            is_fresh: Returns whether the response may be reused.
+        """
         super().__init__()
-        self._fields = headers
-        self._content = body
+        self.fields = fields
+        self.content = content
+        self.is_fresh = is_fresh
+        self.is_sent = False
         self._keep_alive = True  # The caller checked it. ``force_close`` changes it.
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter:
         """Write the whole response. Raises ``ConnectionError`` if the client has left."""
         writer = request.writer
-        self._fields["Date"] = _format_date(int(time.time()))
+        self.fields["Date"] = format_date(int(time.time()))
         if not self._keep_alive:
-            self._fields["Connection"] = "close"
+            self.fields["Connection"] = "close"
         # The writer only iterates over the pairs, and refuses those with a line break. So a dict
         # will do, and a multidict need not be built.
-        await writer.write_headers("HTTP/1.1 200 OK", cast("CIMultiDict[str]", self._fields))
-        await writer.write_eof(self._content)
+        await writer.write_headers("HTTP/1.1 200 OK", cast("CIMultiDict[str]", self.fields))
+        await writer.write_eof(self.content)
+        self.is_sent = True
         return writer
 
     async def write_eof(self, data: bytes = b"") -> None:
@@ -121,7 +147,7 @@ class SingleWriteResponse(web.StreamResponse):
 
 
 @lru_cache(2)
-def _format_date(second: int) -> str:
+def format_date(second: int) -> str:
     """Return the value of ``Date`` (RFC 9110, section 6.6.1)."""
     return formatdate(second, usegmt=True)
 
@@ -158,38 +184,41 @@ class Sender:
             MirrorError: The content cannot be read (see ``Reader.wait``). If ``pull.status`` is
                 set, the header was being sent, and the connection has been aborted.
             ConnectionError: The client has left.
-            TimeoutError: The client has stopped to read. The connection has been aborted.
+            TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         request, etag = self._request, entity_tag(body.digest)
         if is_not_modified(request.headers.get("If-None-Match"), etag):
             headers = {**content_headers(body), **extra}
             headers.pop("Content-Length", None)
             return web.Response(status=304, headers=headers)
-        # RFC 9110, section 14.2: Range is defined for GET only.
-        wanted = request.headers.get("Range") if request.method == "GET" else None
-        if not is_range_applicable(request.headers.get("If-Range"), etag):
-            wanted = None
-        if body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize):
-            body = replace(body, size=await _wait_for_size(body.source))
+        wanted = applicable_range(request, body.digest)
+        reader = None if isinstance(body.source, bytes) else body.source
+        needs_size = body.size is None and isinstance(parse_range_unsized(wanted), NeedsSize)
+        if reader is not None and needs_size:
+            body = replace(body, size=await reader.wait_for_size())
+        # A server may ignore Range (RFC 9110, section 14.2).
         selected = Whole() if body.size is None else parse_range(wanted, body.size)
         headers = {**content_headers(body), **extra}
         if isinstance(selected, Ranges) and body.size is not None:
             parts = _divide(body.media_type, body.size, selected.spans, headers)
             return await self._stream(body, 206, headers, parts)
         if request.method == "HEAD" or body.source is None:
-            return web.Response(headers=headers)
+            return self._build_small_response(b"", headers, body.is_fresh)
         if isinstance(body.source, bytes) and len(body.source) <= _SINGLE_WRITE_BYTES:
-            return self._build_small_response(body.source, headers)
+            self._pull.is_complete = self._pull.is_sent_in_one_write = True
+            self._pull.bytes_sent = len(body.source)
+            self._pull.first_byte = self._loop.time() - self._pull.started
+            return self._build_small_response(body.source, headers, body.is_fresh)
         return await self._stream(body, 200, headers, [(b"", 0, body.size)])
 
-    def _build_small_response(self, content: bytes, headers: dict[str, str]) -> web.StreamResponse:
-        request, pull = self._request, self._pull
-        pull.is_complete = pull.is_sent_in_one_write = True
-        pull.bytes_sent = len(content)
-        pull.first_byte = self._loop.time() - pull.started
-        if request.version == HttpVersion11 and request.keep_alive:
-            return SingleWriteResponse(headers, content)
-        return web.Response(headers=headers, body=content)
+    def _build_small_response(
+        self, content: bytes, headers: dict[str, str], is_fresh: IsFresh
+    ) -> web.StreamResponse:
+        request = self._request
+        is_kept_open = request.version == HttpVersion11 and request.keep_alive
+        if is_kept_open and "Content-Length" in headers:
+            return SingleWriteResponse(headers, content, is_fresh)
+        return web.Response(headers=headers, body=content or None)
 
     async def _stream(
         self, body: Body, status: int, headers: dict[str, str], parts: list[_Part]
@@ -198,7 +227,8 @@ class Sender:
         has_length = "Content-Length" in headers
         if not has_length and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
-        socket_sendfile = self._open_sendfile() if has_length and len(parts) == 1 else None
+        is_file = has_length and len(parts) == 1 and not isinstance(body.source, bytes)
+        socket_sendfile = self._open_sendfile() if is_file else None
         with socket_sendfile or nullcontext():
             async with self._sending(response):
                 for delimiter, start, stop in parts:
@@ -219,7 +249,7 @@ class Sender:
 
         Raises:
             ConnectionError: The client has left.
-            TimeoutError: The client has stopped to read. The connection has been aborted.
+            TimeoutError: The client has stopped reading. The connection has been aborted.
         """
         response = web.StreamResponse(headers={**headers, "Content-Length": str(length)})
         async with self._sending(response):
@@ -242,7 +272,8 @@ class Sender:
         try:
             with pull.stage("send"):
                 pull.status = response.status
-                async with abort_stalled_client(request.transport, CLIENT_STALL_TIMEOUT_S):
+                seconds = client_socket.CLIENT_STALL_TIMEOUT_S
+                async with abort_stalled_client(request.transport, seconds):
                     await response.prepare(request)
                     yield
                     await response.write_eof()
@@ -348,12 +379,3 @@ def _divide(
     headers["Content-Length"] = str(multipart.length)
     parts = [(multipart.head(index), span.start, span.stop) for index, span in enumerate(spans)]
     return [*parts, (multipart.tail, 0, 0)]
-
-
-async def _wait_for_size(source: Reader | bytes | None) -> int | None:
-    """Wait until all content has arrived if its size is not known. A range needs the size."""
-    if source is None or isinstance(source, bytes):
-        return None
-    while source.size is None and await source.wait(source.arrived) is not None:
-        pass
-    return source.size

@@ -17,7 +17,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self, TypeAlias
@@ -70,10 +71,16 @@ class Fault:
     ignore_range: bool = False
     content_range: str | None = None
     chunked: bool = False
+    unended: bool = False
+    """Do not send the end of a chunked body."""
     no_length: bool = False
     http10: bool = False
     extra: bytes = b""
     """Bytes after the announced length."""
+    surplus: bytes = b""
+    """Bytes after the end of the response, on a connection that stays open."""
+    surplus_gate: asyncio.Event | None = None
+    """The surplus is sent after this event. None: in one packet with the end of the response."""
     drop_headers: tuple[str, ...] = ()
     rate: int | None = None
     """Bytes per second."""
@@ -117,13 +124,30 @@ class FakeRegistry:
         self.token_status = 200
         self.token_delay = 0.0
         self.bytes_sent = 0
+        self.blob_rate: int | None = None
+        """Bytes per second of the body of each blob. None: no limit."""
+        self.total_rate: int | None = None
+        """Bytes per second of the bodies of all blobs together."""
+        self.max_transfers: int | None = None
+        """Blobs that are sent at the same time. One more gets a 429."""
+        self.transfers = 0
+        """Blobs that are being sent."""
+        self.most_transfers = 0
+        """The most of them at the same time."""
         self.stalled = asyncio.Event()
         """Set when a response has reached its ``stall_at``."""
         self.port = 0
+        self._free_at = 0.0
+        """Time at which all bytes that were sent have passed the limit of ``total_rate``."""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     # --- set up by a test --------------------------------------------------------------------
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that nobody has closed."""
+        return len(self._tasks)
 
     @property
     def url(self) -> str:
@@ -179,6 +203,20 @@ class FakeRegistry:
     def count(self, method: str, path: str = "") -> int:
         """Return the number of requests of ``method`` with ``path`` in their path."""
         return sum(1 for seen in self.requests if seen.method == method and path in seen.path)
+
+    def count_to_end(self) -> int:
+        """Return the number of ``GET`` of blobs up to their end, and not of parts of them."""
+        return sum(1 for wanted in self._ranges() if wanted.endswith("-"))
+
+    def parts(self) -> list[str]:
+        """Return ``Range`` of each ``GET`` of a part of a blob. Each part must be there once."""
+        parts = [wanted for wanted in self._ranges() if not wanted.endswith("-")]
+        assert len(parts) == len(set(parts)), parts
+        return parts
+
+    def _ranges(self) -> Iterator[str]:
+        blobs = (seen for seen in self.requests if seen.method == "GET" and "blobs/" in seen.path)
+        return (seen.headers.get("range", "-") for seen in blobs)
 
     # --- serving --------------------------------------------------------------------------------
 
@@ -248,7 +286,29 @@ class FakeRegistry:
             status, found, body = fault.status, {}, b"" if fault.body is None else fault.body
         elif fault.body is not None:
             body = fault.body
-        return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
+        if method != "GET" or "/blobs/" not in seen.path or status != 200:
+            return await self._send(writer, seen, fault, status, {**found, **fault.headers}, body)
+        return await self._send_blob(writer, seen, fault, {**found, **fault.headers}, body)
+
+    async def _send_blob(
+        self,
+        writer: asyncio.StreamWriter,
+        seen: ReceivedRequest,
+        fault: Fault,
+        headers: dict[str, str],
+        body: bytes,
+    ) -> bool:
+        """Send a blob within the limits of all blobs."""
+        if self.max_transfers is not None and self.transfers >= self.max_transfers:
+            return await self._send(writer, seen, fault, 429, {}, b"")
+        if fault.rate is None:
+            fault = replace(fault, rate=self.blob_rate)
+        self.transfers += 1
+        self.most_transfers = max(self.most_transfers, self.transfers)
+        try:
+            return await self._send(writer, seen, fault, 200, headers, body)
+        finally:
+            self.transfers -= 1
 
     def _take_fault(self, method: str, path: str) -> Fault:
         for index, (suffix, fault) in enumerate(self.faults):
@@ -273,13 +333,14 @@ class FakeRegistry:
             body = _flip(body, fault.flip)
         wanted = seen.headers.get("range")
         if status == 200 and wanted and not fault.ignore_range and "blobs/" in seen.path:
-            start = int(wanted.removeprefix("bytes=").partition("-")[0])
-            total = len(body)
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, total = int(first), len(body)
+            stop = min(total, int(last) + 1) if last else total
             if start >= total:
                 status, body, headers = 416, b"", {"Content-Range": f"bytes */{total}"}
             elif seen.headers.get("if-range", headers.get("ETag")) == headers.get("ETag"):
-                status, body = 206, body[start:]
-                headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+                status, body = 206, body[start:stop]
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{total}"
         if fault.content_range is not None and "Content-Range" in headers:
             headers["Content-Range"] = fault.content_range
         framed = not (fault.chunked or fault.no_length or fault.http10)
@@ -291,11 +352,17 @@ class FakeRegistry:
             headers.pop(name, None)
         version = "1.0" if fault.http10 else "1.1"
         lines = [f"HTTP/{version} {status} Status", *(f"{k}: {v}" for k, v in headers.items())]
-        writer.write("\r\n".join((*lines, "", "")).encode("latin-1"))
-        await writer.drain()
-        if seen.method == "HEAD" or status in (204, 304):
-            return True
-        return await self._send_body(writer, fault, body + fault.extra, framed)
+        with _packed(writer, fault):
+            writer.write("\r\n".join((*lines, "", "")).encode("latin-1"))
+            await writer.drain()
+            stays_open = True
+            if seen.method != "HEAD" and status not in (204, 304):
+                stays_open = await self._send_body(writer, fault, body + fault.extra, framed)
+            if fault.surplus_gate is not None:
+                await fault.surplus_gate.wait()
+            writer.write(fault.surplus)
+            await writer.drain()
+        return stays_open
 
     async def _send_body(
         self, writer: asyncio.StreamWriter, fault: Fault, body: bytes, framed: bool
@@ -316,6 +383,8 @@ class FakeRegistry:
             await self._send_pieces(writer, fault, body, len(body), stop)
         while fault.endless:
             await self._send_pieces(writer, fault, b" " * 65_536, 65_536)
+        if fault.unended:
+            await asyncio.Event().wait()
         if fault.chunked:
             writer.write(b"0\r\n\r\n")
         await writer.drain()
@@ -333,6 +402,9 @@ class FakeRegistry:
             await writer.drain()
             if fault.drip is not None:
                 await asyncio.sleep(fault.drip)
+            if self.total_rate is not None:
+                self._free_at = max(self._free_at, time.monotonic()) + len(data) / self.total_rate
+                await asyncio.sleep(max(0.0, self._free_at - time.monotonic()))
             if fault.rate is not None:
                 ahead = (offset - start + len(data)) / fault.rate - (time.monotonic() - begun)
                 await asyncio.sleep(max(0.0, ahead))
@@ -404,6 +476,18 @@ class FakeRegistry:
             headers["Link"] = f'<{target}>; rel="next"'
         body = json.dumps({"name": repository, "tags": names[start:stop]}).encode()
         return 200, headers, body
+
+
+@contextmanager
+def _packed(writer: asyncio.StreamWriter, fault: Fault) -> Iterator[None]:
+    """Send the end of a response in one packet with its surplus (``TCP_CORK``, tcp(7))."""
+    is_packed = fault.surplus != b"" and fault.surplus_gate is None
+    connection = writer.get_extra_info("socket")
+    if is_packed:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    yield
+    if is_packed:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
 
 
 def _flip(body: bytes, offset: int) -> bytes:

@@ -162,15 +162,19 @@ class DockerRegistry(Program):
 class NginxFront(Program):
     """nginx before a registry: limits the rate, and counts requests and bytes by path.
 
-    ``limit_rate``: bytes per second for each connection, 0 for none. With ``cache`` it is a
-    ``proxy_cache`` (for comparison). ``seen`` returns the requests that it sent on or answered.
+    ``limit_rate``: bytes per second for each response, 0 for none. nginx sends the share of the
+    first second at once. With ``cache`` it is a ``proxy_cache`` (for comparison). ``seen`` returns
+    the requests that it sent on or answered.
     """
 
     name = "nginx"
 
-    def __init__(self, upstream: str, *, limit_rate: int = 0, cache: bool = False) -> None:
+    def __init__(
+        self, upstream: str, *, limit_rate: int = 0, cache: bool = False, workers: int = 2
+    ) -> None:
         super().__init__()
         self.upstream, self.limit_rate, self.cache = upstream, limit_rate, cache
+        self.workers = workers
         self.access_log = self.dir / "access.json"
 
     @property
@@ -186,18 +190,8 @@ class NginxFront(Program):
     def command(self) -> Sequence[str | Path]:
         for temporary in ("body", "proxy", "fastcgi", "uwsgi", "scgi", "cache"):
             (self.dir / temporary).mkdir(exist_ok=True)
-        store = (
-            f"proxy_cache_path {self.dir}/cache keys_zone=all:8m max_size=20g use_temp_path=off;"
-        )
-        cached = (
-            "proxy_cache all; proxy_cache_lock on; proxy_cache_lock_age 600s;"
-            " proxy_cache_lock_timeout 600s; proxy_cache_valid 200 206 1h;"
-            " proxy_ignore_headers Cache-Control Expires;"
-        )
-        # A body is not spooled to disk, so that only the limit slows it.
-        straight = "proxy_max_temp_file_size 0; proxy_buffers 64 64k; proxy_buffer_size 64k;"
         config = f"""
-        daemon off; master_process on; worker_processes 2; pid {self.dir}/nginx.pid;
+        daemon off; master_process on; worker_processes {self.workers}; pid {self.dir}/nginx.pid;
         {"user root;" if os.geteuid() == 0 else ""}
         error_log stderr warn;
         events {{ worker_connections 2048; }}
@@ -209,6 +203,26 @@ class NginxFront(Program):
           client_body_temp_path {self.dir}/body; proxy_temp_path {self.dir}/proxy;
           fastcgi_temp_path {self.dir}/fastcgi; uwsgi_temp_path {self.dir}/uwsgi;
           scgi_temp_path {self.dir}/scgi; client_max_body_size 0; sendfile on;
+          {self.servers()}
+        }}
+        """
+        path = self.dir / "nginx.conf"
+        path.write_text(config)
+        return ["nginx", "-e", "stderr", "-p", self.dir, "-c", path]
+
+    def servers(self) -> str:
+        """Return the part of the configuration that says what it serves."""
+        store = (
+            f"proxy_cache_path {self.dir}/cache keys_zone=all:8m max_size=20g use_temp_path=off;"
+        )
+        cached = (
+            "proxy_cache all; proxy_cache_lock on; proxy_cache_lock_age 600s;"
+            " proxy_cache_lock_timeout 600s; proxy_cache_valid 200 206 1h;"
+            " proxy_ignore_headers Cache-Control Expires;"
+        )
+        # A body is not spooled to disk, so that only the limit slows it.
+        straight = "proxy_max_temp_file_size 0; proxy_buffers 64 64k; proxy_buffer_size 64k;"
+        return f"""
           {store if self.cache else ""}
           server {{
             listen {self.host};
@@ -219,11 +233,7 @@ class NginxFront(Program):
               {f"limit_rate {self.limit_rate};" if self.limit_rate else ""}
             }}
           }}
-        }}
         """
-        path = self.dir / "nginx.conf"
-        path.write_text(config)
-        return ["nginx", "-e", "stderr", "-p", self.dir, "-c", path]
 
     def seen(self) -> list[LoggedRequest]:
         """Return the requests so far. nginx logs one when its body has ended."""

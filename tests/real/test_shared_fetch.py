@@ -1,6 +1,6 @@
 """Many clients request one cold blob: one fetch serves all of them while it runs.
 
-These tests assert counts, bytes and digests. ``bench/shared_fetch.py`` measures the times.
+These tests assert counts, bytes and digests. ``bench/window.py`` measures the times.
 """
 
 from __future__ import annotations
@@ -42,10 +42,17 @@ def test_one_fetch_serves_all_clients_before_it_is_complete(
 
             assert [(one.status, one.size) for one in done] == [(200, size)] * CLIENTS
             assert {f"sha256:{one.sha256}" for one in done} == {digest}
-            (fetched,) = front.blob_gets(digest)
-            assert (fetched.status, fetched.sent) == (200, size)
+            # A large blob is fetched by several connections, each of them a part.
+            first, *parts = sorted(front.blob_gets(digest), key=lambda seen: seen.status)
+            assert (first.status, {seen.status for seen in parts} - {206}) == (200, set())
+            ranges = {seen.range for seen in parts}
+            assert len(ranges) == len(parts), "each part is requested once"
+            # On a busy machine, the first response, which is closed early, may lose more: what is
+            # in the buffers of its sockets. The benchmark has the bound of 1 % alone.
+            assert size <= first.sent + sum(seen.sent for seen in parts) <= size * 1.01 + 2e6
             # All clients had data before the upstream had sent everything.
-            assert max(one.first_byte for one in done) < fetched.ended
+            ended = max(seen.ended for seen in (first, *parts))
+            assert max(one.first_byte for one in done) < ended
 
             # Afterwards the upstream is not needed.
             front.stop()

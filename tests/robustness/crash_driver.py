@@ -1,8 +1,9 @@
 """One cold pull of an image as a separate program, which the crash tests trace and kill.
 
-``python -m tests.robustness.crash_driver ROOT [evict | MUTANT]``. ``evict``: pull another blob, for
-which a part of the image must be evicted. ``MUTANT``: plant a fault in the store, to show that the
-tests find it. Prints the digest of content after it was published, and before it may be evicted.
+``python -m tests.robustness.crash_driver ROOT [evict | parallel | MUTANT]``. ``evict``: pull
+another blob, for which a part of the image must be evicted. ``parallel``: fetch a layer by
+several connections. ``MUTANT``: plant a fault in the store, to show that the tests find it. Prints
+the digest of content after it was published, and before it may be evicted.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 
-from mirror.config.settings import Storage
+from mirror.config.settings import Parallel, Storage
 from mirror.observability.events import Published
 from mirror.oci.reference import Digest, Repository, Tag, Verifier
+from mirror.pull import pieces, ramp, trial
 from mirror.store import disk
-from tests.unit.pull.kit import MemoryRegistry, a_pull, pull_kit
-from tests.unit.store.kit import random_bytes, read
+from tests.unit.pull.kit import MemoryRegistry, Stream, a_pull, pull_kit, read_source
+from tests.unit.store.kit import random_bytes
 
 REPOSITORY = Repository("docker.io", "library/app")
 LAYERS = tuple(random_bytes(size, size) for size in (400_000, 90_000, 150_000, 30_000))
@@ -37,8 +38,9 @@ def registry(*, wrong: bool = False) -> tuple[MemoryRegistry, Digest]:
     return made, image
 
 
-async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> None:
-    """Pull all of the image. Every byte must be right."""
+async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> int:
+    """Pull all of the image. Every byte must be right. Returns the most connections of a layer."""
+    most = 0
     async with pull_kit(root, registry=source, storage=SMALL if evict else None) as kit:
         emit = kit.events.append
 
@@ -48,10 +50,11 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             emit(event)  # type: ignore[arg-type] # an event of the kit
 
         async def blob(data: bytes) -> None:
-            result = await kit.service.blob(REPOSITORY, Digest.of(data), a_pull(), is_head=False)
-            assert result.reader
-            with closing(result.reader) as reader:
-                got = await read(reader)
+            nonlocal most
+            record = a_pull()
+            result = await kit.service.blob(REPOSITORY, Digest.of(data), record, is_head=False)
+            got = await read_source(result.content)
+            most = max(most, record.connections)
             assert got == data or "no-digest-check" in sys.argv
 
         object.__setattr__(kit.store._ingest_context, "emit", announce)
@@ -65,11 +68,26 @@ async def pull(root: Path, source: MemoryRegistry, *, evict: bool = False) -> No
             source.add_blob(REPOSITORY.path, MORE)
             await blob(MORE)
             await kit.store.idle()
+    return most
 
 
 def say(line: str) -> None:
     """Print a line without a buffer: a printed line was done before."""
     os.write(1, f"{line}\n".encode())
+
+
+def go_parallel(source: MemoryRegistry) -> None:
+    """Let a layer be fetched by several connections: slowly, and after a short measurement."""
+    ramp.MEASURE_S, ramp._MIN_REMAINING_S = 0.005, 0.01  # type: ignore[misc] # constants
+    trial._MIN_BYTES, trial._MIN_LEFT_S = 8192, 0.0  # type: ignore[misc] # constants
+    ramp._MAX_PAUSED = 1.0  # type: ignore[misc] # in so short a time, the reader takes most of it
+    pieces._FIRST_LATENCY_S = 0.01  # type: ignore[misc] # a constant
+    source.parallel = Parallel(part=65_536)
+
+    def slow_down(stream: Stream) -> None:
+        stream.piece, stream.pace = 8192, 0.002
+
+    source.streams.append(slow_down)
 
 
 def plant(mutant: str) -> None:
@@ -104,10 +122,13 @@ def plant(mutant: str) -> None:
 def main() -> None:
     mutant = sys.argv[2] if len(sys.argv) > 2 else ""
     evict = mutant == "evict"
-    if mutant and not evict:
-        plant(mutant)
     source, _ = registry(wrong=mutant == "no-digest-check")
-    asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
+    if mutant == "parallel":
+        go_parallel(source)
+    elif mutant and not evict:
+        plant(mutant)
+    most = asyncio.run(pull(Path(sys.argv[1]), source, evict=evict))
+    assert most > 1 or mutant != "parallel"
 
 
 if __name__ == "__main__":

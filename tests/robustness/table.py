@@ -85,6 +85,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "L9": Row("rush-after-a-start", "500 clients right after a start"),
     "L10": Row("killed-clients", "ctr, podman and skopeo killed in mid-pull and started again"),
     "L11": Row("open-ended-ranges", "open-ended ranges of clients that hang up after their part"),
+    "L12": Row("lazy-pull", "the requests of stargz, SOCI and overlaybd for cold layers"),
     "HU1": Row("token-realms", "token realms to which no connection may be made"),
     "HU2": Row("redirecting-token-service", "token services that redirect"),
     "HU3": Row("redirects", "redirects to another origin, to plain HTTP, to the mirror itself"),

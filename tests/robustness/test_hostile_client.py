@@ -13,7 +13,7 @@ import pytest
 
 from mirror.config.settings import Log
 from mirror.observability.events import Kind
-from mirror.observability.logs import configure_logging
+from mirror.observability.library_logs import configure_logging
 from mirror.oci.reference import Digest
 from tests.fakes.registry import FakeRegistry
 from tests.real.clients import NOWHERE

@@ -55,6 +55,8 @@ async def test_cached_names_are_served_while_the_upstream_is_down_and_the_index_
     tmp_path: Path, damage: Damage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "_CACHE_PAGES", 1)
+    # All names are served within the second for which memory needs no index.
+    monkeypatch.setattr("mirror.pull.manifests.MEMORY_TTL_S", 0.0)
     async with FakeRegistry() as fake:
         names = add_images(fake)
         async with running(tmp_path, fake.url) as server:

@@ -42,10 +42,14 @@ PARTS = {"openat": 10, "pwrite64": 2}
 
 
 def killed_at(data: Path, call: str, when: int) -> bool:
-    """Pull with a SIGKILL at the n-th ``call`` of a thread. Returns whether the kill fired."""
+    """Pull with a SIGKILL at the n-th ``call`` of a thread. Returns whether the kill fired.
+
+    Half of the pulls fetch a layer by several connections.
+    """
     command = [
         *strace(call, f"{call}:signal=KILL:when={when}"),
         *(sys.executable, "-m", "tests.robustness.crash_driver", str(data)),
+        *(["parallel"] if when // STEPS[call] % 2 else []),
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
     assert done.returncode in (0, -9), done.stderr
@@ -132,13 +136,15 @@ def test_random_sigkills_with_changing_options_lose_nothing(
         held = [images.image(seed, layers=(1_500_000, 1_000_000)) for seed in range(6)]
         for number, image in enumerate(held):
             upstream.push("library/app", image, f"v{number}")
-        with NginxFront(upstream.url, limit_rate=4_000_000) as front:
+        with NginxFront(upstream.url, limit_rate=rng.choice([1_000_000, 4_000_000])) as front:
             mirror = Mirror({"docker.io": front.url})
             try:
                 for _ in range(cycles):
                     mirror.settings["workers"] = rng.choice([1, 2, 3])
                     mirror.settings["storage"] = {"max_size": rng.choice(["1GiB", "20MB"])}
-                    mirror.settings["upstreams"]["docker.io"]["pull_policy"] = rng.choice(POLICIES)
+                    settings = mirror.settings["upstreams"]["docker.io"]
+                    settings["pull_policy"] = rng.choice(POLICIES)
+                    settings["parallel"] = {"connections": rng.choice([1, 4]), "part": "64KiB"}
                     mirror.start()
                     with ThreadPoolExecutor(8) as pool:
                         pulls = [

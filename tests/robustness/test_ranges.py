@@ -63,7 +63,9 @@ async def test_each_form_of_range_gets_its_part(
                 assert int(stated[3]) == len(DATA)
                 assert int(stated[2]) - int(stated[1]) + 1 == len(expected)
                 assert start is None or int(stated[1]) == start
-        assert fake.count("GET", "blobs/") == 1
+        assert fake.count_to_end() == 1
+        # Parts that are ahead of a slow fetch may be requested by themselves: each one once.
+        assert growing or not fake.parts()
         tried(len(FORMS))
 
 
@@ -94,7 +96,8 @@ async def test_several_ranges_are_one_multipart_response(
             wanted = [DATA[first : last + 1] for first, last in spans]
             assert parts_of(headers["Content-Type"], body) == wanted
             tried(len(spans))
-        assert fake.count("GET", "blobs/") == 1
+        assert fake.count_to_end() == 1
+        assert growing or not fake.parts()
 
 
 @pytest.mark.row("L4-ranges")
@@ -144,7 +147,9 @@ async def test_range_ahead_waits_without_polling_and_is_served_when_its_bytes_ar
         assert callbacks[-1] < 50, "the clients wait without being woken"
         rest.set()
         assert [(await one)[2] for one in ahead] == [DATA[n:] for n in range(1_600_000, 1_600_010)]
-        assert fake.count("GET", "blobs/") == 1
+        assert fake.count_to_end() == 1
+        # The range with an end may be requested by itself. Those without one are not.
+        assert set(fake.parts()) <= {"bytes=1400000-1400099"}
 
 
 @pytest.mark.row("L6-conditional-requests")

@@ -80,7 +80,12 @@ def test_200_slow_clients_use_bounded_memory_and_delay_no_fast_client(
                 wait_until(lambda: min(slow.received) > 100_000, "all of them are served", 30)
                 assert max(slow.received) < size / 8, "they are slow"
                 assert most_memory(mirror.pid) < 150e6
-            assert registry.gets().count(digest) == 1
+            seen = [one for one in registry.seen() if one.path.endswith(f"/blobs/{digest}")]
+            fetched = [one for one in seen if one.method == "GET"]
+            assert [one.status for one in fetched].count(200) == 1, "the others are of parts"
+            # The first response, and no other one, may be closed early. What is in its sockets is
+            # lost then: 4 MB of the sender, and up to 1 MB of ours.
+            assert sum(one.sent for one in fetched) <= size * 1.01 + 6e6
             tried(200)
 
 

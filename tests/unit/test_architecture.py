@@ -23,7 +23,12 @@ Sources: TypeAlias = dict[str, str]
 
 SHARED = {"", "oci", "observability.events", "config.settings", "single_flight", "threads"}
 LOADING = {"config.load", "config.values"}
-OBSERVERS = {"observability.logs", "observability.log_stream", "observability.metrics"}
+OBSERVERS = {
+    "observability.library_logs",
+    "observability.log_stream",
+    "observability.logs",
+    "observability.metrics",
+}
 BELOW_SERVER = {"web", "pull", "store", "upstream", *OBSERVERS, *SHARED}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
@@ -45,6 +50,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "web": {"web", "pull", "store.reader", "observability.logs", *SHARED},
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
+    "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
     "server": {"server", "config.reload", *BELOW_SERVER},

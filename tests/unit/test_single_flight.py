@@ -82,6 +82,22 @@ async def test_unexpected_error_does_not_end_other_tasks() -> None:
         assert await other.wait() == "fine"
 
 
+async def test_unexpected_error_is_reported_without_a_waiter_and_a_mirror_error_is_not() -> None:
+    reported: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    unexpected = ZeroDivisionError()
+
+    async def fail(error: Exception) -> None:
+        raise error
+
+    async with SingleFlight() as single_flight:
+        single_flight.run(("broken", "secret"), lambda: fail(unexpected))
+        single_flight.run(("down",), lambda: fail(UpstreamUnavailable("down")))
+        single_flight.run(("cancelled",), asyncio.Event().wait).cancel()
+        await single_flight.drain(5.0)
+    assert reported == [{"message": "unexpected error in the task broken", "exception": unexpected}]
+
+
 async def test_drain_waits_then_cancels_and_refuses_new_tasks() -> None:
     async def quick() -> str:
         await asyncio.sleep(0.05)

@@ -12,6 +12,7 @@ import pytest
 from mirror.threads import (
     HangingCalls,
     TooManyHangingCalls,
+    call_soon_from_any_thread,
     on_running_loop,
     run_in_thread,
 )
@@ -98,6 +99,39 @@ def test_call_that_hangs_does_not_delay_the_end_of_its_event_loop() -> None:
     gate.set()
     thread.join(5)
     assert not calls.is_running("key")
+
+
+# --- call_soon_from_any_thread --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_in_thread", [False, True], ids=["on-the-loop", "in-a-thread"])
+async def test_idle_loop_calls_the_function_at_once(is_in_thread: bool) -> None:
+    call_soon, called = call_soon_from_any_thread(), asyncio.Event()
+
+    def request() -> None:
+        time.sleep(0.1)  # The loop waits for something to happen.
+        call_soon(called.set)
+
+    if is_in_thread:
+        threading.Thread(target=request).start()
+    else:
+        call_soon(called.set)
+    started = time.monotonic()
+    async with asyncio.timeout(30):
+        await called.wait()
+    assert time.monotonic() - started < 20
+
+
+def test_function_for_a_loop_that_has_ended_is_not_called() -> None:
+    async def get() -> Callable[[Callable[[], None]], None]:
+        return call_soon_from_any_thread()
+
+    called: list[bool] = []
+    call_soon = asyncio.run(get())
+    thread = threading.Thread(target=call_soon, args=(lambda: called.append(True),))
+    thread.start()
+    thread.join()
+    assert called == []
 
 
 def test_value_for_a_loop_that_is_closed_is_dropped() -> None:

@@ -219,6 +219,51 @@ def test_kaniko_gets_arguments_and_crio_a_drop_in() -> None:
     assert crio[1] == files("podman")["containers/registries.conf"]
 
 
+@pytest.mark.row("FF6-upstream-by-host-name")
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("stargz", "containerd-stargz-grpc/config.toml"),
+        ("soci", "soci-snapshotter-grpc/config.toml"),
+    ],
+)
+def test_snapshotter_gets_the_host_of_each_upstream_as_its_mirror(name: str, path: str) -> None:
+    named = {
+        **UPSTREAMS,
+        "ghcr.io": Upstream(endpoints=("https://ghcr.io",), hosts=("ghcr.mirror.example",)),
+        "quay.io": Upstream(endpoints=("https://quay.io",), hosts=("quay.mirror.example:80",)),
+    }
+    options = client_files.SetupOptions(PLAIN, named)
+    (file,) = clients.client_setup(name, options).files
+    assert file.path == path
+    hosts = {
+        upstream: one["mirrors"]
+        for upstream, one in tomllib.loads(file.text)["resolver"]["host"].items()
+    }
+    assert hosts == {
+        "docker.io": [{"host": "mirror.example:5100", "insecure": True}],
+        "ghcr.io": [{"host": "ghcr.mirror.example:5100", "insecure": True}],
+        "reg.example:5000": [{"host": "mirror.example:5100", "insecure": True}],
+        "quay.io": [{"host": "quay.mirror.example:80", "insecure": True}],
+    }
+    (secure,) = clients.client_setup(name, client_files.SetupOptions(TLS, named)).files
+    read = tomllib.loads(secure.text)["resolver"]["host"]
+    assert read["docker.io"]["mirrors"] == [{"host": "mirror.example"}]
+    assert read["ghcr.io"]["mirrors"] == [{"host": "ghcr.mirror.example"}]
+
+
+@pytest.mark.row("FF6-upstream-by-host-name")
+@pytest.mark.parametrize("name", ["stargz", "soci"])
+def test_snapshotter_note_asks_for_a_host_of_each_other_upstream(name: str) -> None:
+    note = setup(name).notes[0]
+    assert ("containerd-stargz-grpc before 0.19.0" in note) == (name == "stargz")
+    assert "for ghcr.io, reg.example:5000, set upstreams.<registry>.hosts" in note
+    hub = {"docker.io": UPSTREAMS["docker.io"]}
+    notes = clients.client_setup(name, client_files.SetupOptions(PLAIN, hub)).notes
+    assert "upstreams.<registry>.hosts" not in " ".join(notes)
+    assert "add /etc/ssl/m.pem to those of the system" in " ".join(setup(name, TLS).notes)
+
+
 @pytest.mark.row("FF2-transfer-service")
 @pytest.mark.parametrize("name", ["containerd", "containerd-default"])
 def test_containerd_note_asks_for_one_directory_in_config_path(name: str) -> None:
@@ -258,7 +303,7 @@ def test_enforced_files_name_no_other_host_than_the_mirror() -> None:
 
 
 @pytest.mark.row("FF3-enforced-mirror")
-@pytest.mark.parametrize("name", ["docker", "buildkit", "gke", "bottlerocket"])
+@pytest.mark.parametrize("name", ["docker", "buildkit", "gke", "bottlerocket", "stargz", "soci"])
 def test_client_that_cannot_be_enforced_says_so_first(name: str) -> None:
     assert "--enforce has no effect" in setup(name, enforced=True).notes[0]
     assert files(name, enforced=True) == files(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -68,6 +69,21 @@ CASES: list[tuple[Event, str, dict[str, str], float]] = [
     (events.RateLimitSeen("docker.io", 100, 76, 21600), "ratelimit_limit", {}, 100),
     (events.CircuitChanged("docker.io", "https://x", True), "circuit_open", {}, 1),
     (events.Resumed("docker.io", 5, False, "reset"), "resumed_transfers_total", {}, 1),
+    (events.AsideEnded("docker.io", "ok", 51, ""), "aside_bytes_total", {}, 51),
+    (
+        events.AsideEnded("docker.io", "failed", 7, "reset"),
+        "aside_requests_total",
+        {"result": "failed"},
+        1,
+    ),
+    (events.ConnectionsChanged("docker.io", 3), "further_connections", {}, 3),
+    (events.PieceCut("docker.io", "https://x", 9), "late_parts_total", {}, 1),
+    (
+        events.BackedOff("docker.io", "https://x", "rate_limited", 2),
+        "connection_back_offs_total",
+        {"reason": "rate_limited", "upstream": "docker.io"},
+        1,
+    ),
     (
         events.DigestMismatched("docker.io", "sha256:x", "upstream"),
         "digest_mismatches_total",
@@ -108,6 +124,54 @@ def test_event_changes_its_metric(
     metrics = MetricsObserver(["docker.io"])
     metrics.observe(event)
     assert value(metrics, name, **labels) == expected
+
+
+async def test_scrape_has_the_requests_that_were_not_counted_yet() -> None:
+    """Also the scrape's own request, which has begun in the same turn of the event loop."""
+    metrics = MetricsObserver(["docker.io"], schedule=lambda _: None)
+    for event in (events.RequestStarted, events.RequestEnded, events.RequestStarted):
+        metrics.observe(event(a_pull()))
+    text, _ = await metrics.scrape()
+    assert b"\noci_mirror_requests_in_flight 1.0\n" in text
+    assert value(metrics, "requests_total") == 1
+
+
+def test_requests_of_one_turn_are_counted_together_as_each_would_be() -> None:
+    """Also at the bounds of the histograms, which ``_observe_all`` fills without ``observe``."""
+    rng, turn = random.Random(5), []
+    one_by_one = MetricsObserver(["docker.io"])
+    together = MetricsObserver(["docker.io"], schedule=turn.append)
+    for number in range(300):
+        seconds = rng.choice([0.0, 0.001, 0.005, 0.3, 1, 59.9, 60, 300, 301, rng.random()])
+        pull = a_pull(
+            kind=rng.choice(list(Kind)),
+            outcome=rng.choice(list(Outcome)),
+            upstream=rng.choice(["docker.io", "made-up"]),
+            duration=seconds,
+            first_byte=rng.choice([None, seconds / 2]),
+            bytes_sent=rng.choice([0, 7]),
+            is_sent_in_one_write=rng.random() < 0.5,
+            is_complete=rng.random() < 0.5,
+        )
+        for metrics in (one_by_one, together):
+            metrics.observe(events.RequestStarted(pull))
+            if number:  # One request is still in flight.
+                metrics.observe(events.RequestEnded(pull))
+    (flush,) = turn
+    assert value(together, "requests_total") == 0
+    flush()
+    for line, expected in zip(lines_of(together), lines_of(one_by_one), strict=True):
+        assert line[0] == expected[0]
+        assert line[1] == pytest.approx(expected[1]), line
+    assert value(together, "requests_in_flight") == 1
+    together.observe(events.RequestEnded(a_pull()))
+    assert len(turn) == 2, "the next turn has a flush of its own"
+
+
+def lines_of(metrics: MetricsObserver) -> list[tuple[str, float]]:
+    samples = [line for line in metrics.render()[0].decode().splitlines() if line[0] != "#"]
+    split = [line.rpartition(" ") for line in samples if "_created" not in line]
+    return [(name, float(number)) for name, _, number in split]
 
 
 def test_made_up_upstreams_are_counted_without_new_series() -> None:

@@ -15,12 +15,12 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mirror.config.settings import Settings, Storage, Upstream
+from mirror.config.settings import Parallel, Settings, Storage, Upstream
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import (
@@ -35,8 +35,15 @@ from mirror.pull.content import ContentService
 from mirror.pull.requests import ContentRequest
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
+from mirror.store.reader import Reader
 from mirror.store.store import Store
-from mirror.upstream.api import ContentStream, ManifestBody, ManifestHead
+from mirror.upstream.api import (
+    ContentStream,
+    ManifestBody,
+    ManifestHead,
+    ReclaimConnections,
+    keep_connections,
+)
 from tests.unit.store.kit import read
 
 REPO = Repository("docker.io", "library/app")
@@ -51,7 +58,7 @@ class Stream:
     data: bytes
     start: int
     total: int | None
-    media_type: str
+    media_type: str = "application/x"
     break_at: int | None = None
     error: MirrorError | None = None
     gate: asyncio.Event | None = None
@@ -62,6 +69,9 @@ class Stream:
     validator: str | None = '"tag"'
     endpoint: str = "memory"
     piece: int = 65_536
+    pace: float = 0.0
+    """Seconds between two chunks."""
+    unread: int = 0
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         position = self.start
@@ -79,7 +89,16 @@ class Stream:
             position = stop
             if self.gate is not None:
                 await self.gate.wait()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pace)
+
+    def close(self) -> None:
+        """Do nothing. The reader reads no further."""
+
+    @asynccontextmanager
+    async def open_range(self, start: int, stop: int) -> AsyncIterator[Stream]:
+        """Yield a part of the body, which nothing breaks."""
+        data, pace = self.data[:stop], self.pace
+        yield Stream(data, start, self.total, gate=self.gate, piece=self.piece, pace=pace)
 
 
 @dataclass
@@ -94,9 +113,17 @@ class MemoryRegistry:
     breaks: list[tuple[int, MirrorError]] = field(default_factory=list)
     streams: list[Callable[[Stream], None]] = field(default_factory=list)
     gate: asyncio.Event | None = None
+    part_gate: asyncio.Event | None = None
+    """The first byte of a part waits for this event."""
+    part_failure: MirrorError | None = None
+    """The error of each request for a part."""
+    refused_validator: MirrorError | None = None
+    """The error of each request for a part with a validator."""
     referring: dict[Digest, bytes] = field(default_factory=dict)
     api: bool = True
     idle: float = 30.0
+    min_rate: int = 1024
+    parallel: Parallel = field(default_factory=Parallel)
 
     # --- content, for the tests---------------------------------------------------------------
 
@@ -210,9 +237,12 @@ class MemoryRegistry:
         *,
         accept: Sequence[str] = (),
         offset: int = 0,
+        stop: int | None = None,
         validator: str | None = None,
         total: int | None = None,
         avoid: Collection[str] = (),
+        ruled_out: Mapping[str, MirrorError] | None = None,
+        reclaim: ReclaimConnections = keep_connections,
     ) -> AsyncIterator[ContentStream]:
         await asyncio.sleep(0)
         self._call(f"get_{kind.value}")
@@ -229,7 +259,13 @@ class MemoryRegistry:
             raise UpstreamProtocolError("fewer bytes than are asked for")
         if total not in (None, len(data)):
             raise UpstreamProtocolError("another size")
-        stream = Stream(data, offset, len(data), media_type, gate=self.gate)
+        stream = Stream(data[:stop], offset, len(data), media_type, gate=self.gate)
+        if stop is not None:
+            self._call("get_part")
+            stream.gate, stream.before = None, self.part_gate
+            error = self.part_failure or (self.refused_validator if validator else None)
+            if error is not None:
+                raise error
         if self.breaks:
             stream.break_at, stream.error = self.breaks.pop(0)
         for change in self.streams:
@@ -341,11 +377,16 @@ async def blob(
     """Request a blob. Returns its bytes and the outcome."""
     pull = a_pull()
     result = await kit.service.blob(repository, digest, pull, is_head=False)
-    assert result.reader
-    try:
-        return await read(result.reader), pull.outcome
-    finally:
-        result.reader.close()
+    return await read_source(result.content), pull.outcome
+
+
+async def read_source(source: Reader | bytes | None) -> bytes:
+    """Return the bytes of a blob, and close its reader."""
+    assert source is not None
+    if isinstance(source, bytes):
+        return source
+    with closing(source):
+        return await read(source)
 
 
 class Cancelled(Awaitable[bool]):

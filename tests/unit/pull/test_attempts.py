@@ -226,6 +226,92 @@ def test_range_is_left_out_after_a_wrong_response_or_three_failures(
     assert state.may_use_range is may_use_range
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+        UpstreamUnavailable("500", scope=FailureScope.REQUEST),
+        UpstreamTimeout("silent", scope=FailureScope.SUBJECT),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("is_reading", [False, True], ids=["response", "body"])
+@pytest.mark.parametrize("is_ranged", [True, False], ids=["ranged", "other-endpoint"])
+def test_range_is_kept_while_an_endpoint_fails_whose_ranges_have_brought_bytes(
+    error: MirrorError, is_reading: bool, is_ranged: bool
+) -> None:
+    """Otherwise an outage of three seconds costs all bytes a second time.
+
+    The endpoint may not be the one that was asked last, and that one may fail because of Range.
+    """
+    state = attempts(resumed_from=1)
+    state.note_progress(100.0, 2000, ["http://one"] if is_ranged else ["http://two"])
+    state.begin(2000, 100.0)
+    state.has_transfer_response, error.endpoint = is_reading, "http://one"
+    for beside_a_pause in (False, True) * 3:
+        state.count_failure(limited(error) if beside_a_pause else error, 100.0, has_reader=True)
+    assert state.may_use_range is is_ranged
+    state.count_failure(UpstreamProtocolError("200"), 100.0)
+    assert not state.may_use_range, "a wrong response tells about Range"
+
+
+def test_range_is_kept_after_failures_that_have_another_cause() -> None:
+    """Otherwise a token service that fails for a moment costs all bytes a second time."""
+    state, without_token = attempts(resumed_from=1), UpstreamUnavailable("500")
+    without_token.is_without_token = True
+    unreachable = UpstreamUnavailable("no connection", scope=FailureScope.ENDPOINT)
+    for error in (without_token, unreachable, BROKEN, BROKEN):
+        state.count_failure(error, 100.0)
+    assert state.may_use_range
+    state.count_failure(BROKEN, 100.0)
+    assert not state.may_use_range
+
+
+@pytest.mark.row("U9-rate-limits")
+@pytest.mark.parametrize(("retry_after", "paused_s"), [(None, 2.0), (0.0, 0.0), (110.0, 110.0)])
+def test_endpoint_that_limits_ranges_gets_no_request_as_long_as_it_asks_for(
+    retry_after: float | None, paused_s: float
+) -> None:
+    """Others are asked at once. If there is none, the source has two minutes."""
+    state = attempts(has_transfer_response=True, endpoint="http://one")
+    state.count_failure(UpstreamRateLimited("429", retry_after=retry_after), 100.0, has_reader=True)
+    assert (state.wait_s, state.pause() <= 0.1) == (None, True)
+    waits = {url: error.next_request_in for url, error in state.ruled_out(100.0).items()}
+    assert waits == ({"http://one": paused_s} if paused_s else {})
+    assert state.ruled_out(100.0 + paused_s) == {}
+    state.begin(2000, 101.0)
+    state.count_failure(waiting(UpstreamRateLimited("429"), paused_s), 101.0, has_reader=True)
+    assert state.wait_s == paused_s, "no other endpoint answers"
+    assert not state.is_over(219.9, may_repeat=True)
+    assert state.is_over(220.0, may_repeat=True)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_pause_of_more_than_two_minutes_after_the_429_of_a_range_is_not_waited_for() -> None:
+    state = attempts(has_transfer_response=True, endpoint="http://one")
+    state.count_failure(UpstreamRateLimited("429", retry_after=121.0), 100.0, has_reader=True)
+    assert state.ruled_out(100.0) == {}
+    assert state.is_over(145.0, may_repeat=True)
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_stall_limit_is_the_usual_one_again_after_progress_behind_a_429_of_a_range() -> None:
+    state = attempts(has_transfer_response=True, endpoint="http://one")
+    state.count_failure(UpstreamRateLimited("429"), 100.0, has_reader=True)
+    state.note_progress(103.0, 2000, ())
+    assert state.ends_at == 148.0
+
+
+@pytest.mark.row("U9-rate-limits")
+def test_429s_of_an_endpoint_that_has_sent_ranges_never_leave_out_the_range() -> None:
+    """All bytes would be sent again."""
+    state = attempts(resumed_from=1, has_transfer_response=True, endpoint="http://one")
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(30):
+        state.count_failure(UpstreamRateLimited("429"), 100.0, has_reader=True)
+        assert (state.may_use_range, state.is_over(219.0, may_repeat=True)) == (True, False)
+
+
 def test_endpoint_without_progress_is_asked_last() -> None:
     state = attempts(endpoint="http://one")
     state.count_failure(BROKEN, 100.0)
@@ -291,3 +377,48 @@ def test_first_request_with_a_range_is_repeated_once_without_one_if_the_server_f
     assert (state.may_use_range, state.is_over(100.0)) == (not is_repeated, not is_repeated)
     state.count_failure(error, 100.0)
     assert state.is_over(100.0)
+
+
+def test_request_that_fails_beside_our_own_connections_is_repeated_3_times() -> None:
+    state, repeated = attempts(), 0
+    while state.reclaim(lambda endpoint: True, "https://one.example"):
+        repeated += state.begin_repeat()
+        assert not state.begin_repeat()
+        assert (state.error, state.failed_in_a_row) == (None, 0), "clients that come now wait, too"
+    assert repeated == 3
+    assert not attempts().reclaim(lambda endpoint: False, "https://one.example")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Denied("403"),
+        Unauthorized("401"),
+        BlobUnknown("404"),
+        StorageRefused("403"),
+        UpstreamUnavailable("502", scope=FailureScope.SUBJECT),
+    ],
+    ids=repr,
+)
+def test_source_that_was_read_by_several_connections_has_until_the_stall_limit_for_a_request(
+    error: MirrorError,
+) -> None:
+    """Its plain response, which would have needed no further request, was given up for ranges."""
+    state = attempts(resumed_from=1)
+    error.endpoint = "http://one"
+    state.note_progress(100.0, 2000, ["http://one"], has_split=True)
+    for _ in range(20):
+        state.begin(2000, 100.0)
+        state.count_failure(error, 100.0, has_reader=True)
+        assert not state.is_over(144.0, may_repeat=True)
+        assert state.may_use_range
+        assert state.pause() <= 5.0
+    assert state.is_over(145.0, may_repeat=True)
+    assert state.is_over(100.0), "another source can be tried, or no client has a byte"
+
+
+def test_failure_after_one_beside_our_own_connections_at_another_endpoint_counts() -> None:
+    state = attempts()
+    assert state.reclaim(lambda endpoint: True, "https://one.example")
+    state.begin(0, 100.0)
+    assert not state.begin_repeat()

@@ -6,144 +6,33 @@ The registry is in memory, and the ingest file is real.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import Mock, patch
 
 import pytest
 
 from mirror.observability.events import DigestMismatched, Kind, Resumed
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
-    AllCircuitsOpen,
     BlobUnknown,
     Denied,
     DigestMismatch,
     ManifestInvalid,
     MirrorError,
     UpstreamProtocolError,
-    UpstreamRateLimited,
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from mirror.oci.reference import Digest, Repository
-from mirror.pull.fetch import Fetch, RunningFetches
+from mirror.oci.reference import Digest
 from mirror.pull.requests import ContentRequest, ContentSource
+from mirror.pull.running_fetches import RunningFetches
 from mirror.single_flight import SingleFlight
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
 from mirror.store.records import AccessRecord
-from mirror.upstream.api import ContentStream
-from tests.unit.pull.kit import OTHER, REPO, MemoryRegistry, Stream, a_pull, a_request
-from tests.unit.store.kit import Kit, kit, opened, random_bytes, read
-
-DATA = random_bytes(400_000, 51)
-DIGEST = Digest.of(DATA)
-BROKEN = UpstreamUnavailable("connection reset")
-
-
-@dataclass
-class Recording(MemoryRegistry):
-    """A registry that records the requests for content."""
-
-    asked: list[dict[str, Any]] = field(default_factory=list)
-
-    def open(self, *arguments: Any, **named: Any) -> Any:
-        self.asked.append(named)
-        return super().open(*arguments, **named)
-
-    @property
-    def offsets(self) -> list[int]:
-        return [named["offset"] for named in self.asked]
-
-
-@dataclass
-class FetchEnv:
-    """One fetch: what it is given, and what it reports."""
-
-    kit: Kit
-    registry: Recording
-    ingest: Ingest
-    source: ContentSource
-    granted: list[ContentStream] = field(default_factory=list)
-    suspects: list[str] = field(default_factory=list)
-
-    refusals: list[tuple[Repository, MirrorError]] = field(default_factory=list)
-
-    async def fetch(self, *others: ContentSource) -> None:
-        def suspect(endpoints: dict[str, str]) -> None:
-            assert set(endpoints.values()) == {REPO.upstream}
-            self.suspects += endpoints
-
-        fetch = Fetch(self.ingest, self.source, self.kit.events.append, self, suspect)
-        for other in others:
-            fetch.offer(other)
-        await fetch.run()
-
-    def on_granted(self, source: ContentSource, stream: ContentStream) -> None:
-        self.granted.append(stream)
-
-    async def on_refused(self, source: ContentSource, error: MirrorError) -> None:
-        self.refusals.append((source.request.repository, error))
-
-    async def body(self, *others: ContentSource) -> bytes:
-        """Run the fetch, and return what a follower reads. Raises the error of the fetch."""
-        follower = self.ingest.follow()
-        assert follower is not None
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self.fetch(*others))
-                reading = group.create_task(read_or_error(follower))
-            result = reading.result()
-            if isinstance(result, MirrorError):
-                raise result
-            return result
-        finally:
-            follower.close()
-
-    def happened(self, kind: type) -> list[Any]:
-        return [event for event in self.kit.events if isinstance(event, kind)]
-
-
-async def read_or_error(follower: Any) -> bytes | MirrorError:
-    try:
-        return await read(follower)
-    except MirrorError as error:
-        return error
-
-
-def another(fetch_env: FetchEnv) -> FetchEnv:
-    """Make a second fetch of the same content, as another process would start it."""
-    ingest = Ingest(fetch_env.kit.ingest_context, fetch_env.ingest.digest, None)
-    source = ContentSource(fetch_env.registry, fetch_env.source.request)
-    return FetchEnv(fetch_env.kit, fetch_env.registry, ingest, source)
-
-
-@pytest.fixture
-async def fetch_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FetchEnv]:
-    """A blob at the upstream, and pauses that take no time."""
-    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.0))
-    with kit(tmp_path) as parts:
-        registry = Recording()
-        registry.add_blob(REPO.path, DATA)
-        source = ContentSource(registry, a_request(DIGEST))
-        yield FetchEnv(parts, registry, Ingest(parts.ingest_context, DIGEST, None), source)
-
-
-def change(fetch_env: FetchEnv, *changes: dict[str, Any]) -> None:
-    """Change attributes of the next responses, one after the other."""
-    left = list(changes)
-
-    def apply(stream: Stream) -> None:
-        for name, value in (left.pop(0) if left else {}).items():
-            setattr(stream, name, value)
-
-    fetch_env.registry.streams.append(apply)
-
+from tests.unit.pull.fetch_kit import BROKEN, DATA, DIGEST, FetchEnv, another, change
+from tests.unit.pull.kit import REPO, a_pull
+from tests.unit.store.kit import opened, read
 
 # --- without faults -----------------------------------------------------------------------------
 
@@ -244,183 +133,6 @@ async def test_endpoint_named_by_a_protocol_error_is_asked_last(fetch_env: Fetch
     change(fetch_env, *({"endpoint": "one"} for _ in range(3)))
     assert await fetch_env.body() == DATA
     assert [named["avoid"] for named in fetch_env.registry.asked] == [(), ("one",), ("one", "two")]
-
-
-@pytest.mark.row("U9-rate-limits")
-@pytest.mark.parametrize(
-    "waiting", [AllCircuitsOpen("not asked again yet"), UpstreamRateLimited("a pause")]
-)
-async def test_waits_for_an_endpoint_do_not_count_as_failed_transfers(
-    fetch_env: FetchEnv, waiting: UpstreamUnavailable
-) -> None:
-    waiting.next_request_in, waiting.is_wait = 0.0, True
-    fetch_env.registry.breaks = [(1000, BROKEN), *((1000, waiting) for _ in range(20))]
-    assert await fetch_env.body() == DATA
-    assert len(fetch_env.happened(Resumed)) == 1
-    assert fetch_env.registry.asked[-1]["avoid"] == ("memory",)
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_pause_that_ends_after_the_stall_limit_is_not_waited_for(fetch_env: FetchEnv) -> None:
-    fetch_env.registry.breaks = [(1000, BROKEN), *[(1000, paused(299.0))] * 9]
-    with pytest.raises(UpstreamRateLimited):
-        await fetch_env.body()
-    assert len(fetch_env.registry.asked) == 6
-
-
-def paused(seconds: float) -> UpstreamRateLimited:
-    """Return the error of a source whose endpoint pauses for ``seconds``."""
-    error = UpstreamRateLimited("a pause", retry_after=seconds)
-    error.next_request_in, error.is_wait = seconds, True
-    return error
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_suspected_source_takes_the_place_of_one_that_has_to_wait(
-    fetch_env: FetchEnv,
-) -> None:
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
-    theirs = Recording()
-    theirs.add_blob(OTHER.path, DATA)
-    suspected = ContentSource(theirs, a_request(DIGEST, repository=OTHER), is_suspect=True)
-    async with asyncio.timeout(10):
-        assert await fetch_env.body(suspected) == DATA
-    assert (fetch_env.registry.offsets, theirs.offsets) == ([0, 1000], [1000])
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_source_that_had_to_wait_goes_on_where_it_was_after_another_one_failed(
-    fetch_env: FetchEnv,
-) -> None:
-    """It may still get a 429, because it has responded before."""
-    limit = UpstreamRateLimited("429")
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0)), (1000, limit)]
-    theirs = Recording(failure=Denied("403"))
-    other = ContentSource(theirs, a_request(DIGEST, repository=OTHER))
-    async with asyncio.timeout(10):
-        assert await fetch_env.body(other) == DATA
-    assert fetch_env.registry.offsets == [0, 1000, 1000, 1000]
-    assert theirs.offsets == [1000, 0], "a refused request is repeated without a range"
-    assert fetch_env.registry.asked[-1]["validator"] == '"tag"'
-
-
-@asynccontextmanager
-async def open_never(*arguments: Any, **named: Any) -> AsyncIterator[ContentStream]:
-    """Send no response headers."""
-    await asyncio.Event().wait()
-    raise AssertionError
-    yield
-
-
-@pytest.mark.row("U9-rate-limits")
-@pytest.mark.parametrize("seconds", [0.0, 0.1])
-@pytest.mark.parametrize("repository", [OTHER, Repository("other.io", "app")])
-async def test_source_takes_its_place_back_from_a_slow_one_after_its_pause(
-    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch, seconds: float, repository: Repository
-) -> None:
-    monkeypatch.setattr("mirror.pull.fetch.PREEMPT_AFTER_S", 0.05)
-    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.01))
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(seconds))]
-    theirs, begun = MemoryRegistry(), asyncio.get_running_loop().time()
-    other = ContentSource(theirs, a_request(DIGEST, repository=repository))
-    with patch.object(theirs, "open", open_never):
-        async with asyncio.timeout(10):
-            assert await fetch_env.body(other) == DATA
-    assert fetch_env.registry.offsets == [0, 1000, 1000]
-    assert asyncio.get_running_loop().time() - begun >= seconds
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_slow_source_keeps_its_place_while_the_other_one_pauses(
-    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mirror.pull.fetch.PREEMPT_AFTER_S", 0.05)
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
-    theirs = Recording()
-    repository = Repository("other.io", "app")
-    theirs.add_blob(repository.path, DATA)
-    before = asyncio.Event()
-    theirs.streams = [lambda stream: setattr(stream, "before", before)]
-    asyncio.get_running_loop().call_later(0.3, before.set)
-    async with asyncio.timeout(10):
-        other = ContentSource(theirs, a_request(DIGEST, repository=repository))
-        assert await fetch_env.body(other) == DATA
-    assert theirs.offsets == [1000], "it was not asked a second time"
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_two_sources_that_wait_take_turns(
-    fetch_env: FetchEnv, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one whose pause ends first is asked first. Nobody is asked during a pause."""
-    monkeypatch.setattr("mirror.pull.attempts.random", SimpleNamespace(uniform=lambda *_: 0.01))
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, paused(20.0))]
-    theirs = Recording()
-    theirs.add_blob(OTHER.path, DATA)
-    theirs.breaks = [(1000, BROKEN), *[(1000, paused(0.05))] * 3]
-    async with asyncio.timeout(10):
-        assert await fetch_env.body(ContentSource(theirs, a_request(DIGEST, repository=OTHER)))
-    assert (len(fetch_env.registry.asked), len(theirs.asked)) == (2, 5)
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEnv) -> None:
-    """It may use its next mirror. A client of another repository joins, and its source is tried."""
-    limit = paused(20.0)
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, limit)]
-    fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock())
-    follower = fetch_env.ingest.follow()
-    assert follower is not None
-    async with asyncio.TaskGroup() as group:
-        running = group.create_task(fetch.run())
-        await follower.wait(0, 1)
-        async with asyncio.timeout(10):
-            while not (fetch_env.registry.asked[1:] and fetch._current.resume_at):  # noqa: ASYNC110 - no event
-                await asyncio.sleep(0.001)
-        other = a_request(DIGEST, repository=OTHER)
-        joined = fetch.follow(other)
-        assert joined is not None
-        joined.close()
-        with pytest.raises(UpstreamRateLimited) as caught:
-            fetch.follow(fetch_env.source.request)
-        assert caught.value is limit
-        fetch.offer(ContentSource(Recording(failure=Denied("403")), other))
-        running.cancel()
-    follower.close()
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_client_without_a_byte_does_not_wait_for_a_pause(fetch_env: FetchEnv) -> None:
-    fetch_env.registry.breaks = [(0, BROKEN), *[(0, paused(20.0))] * 9]
-    async with asyncio.timeout(10):
-        with pytest.raises(UpstreamRateLimited):
-            await fetch_env.body()
-
-
-@pytest.mark.row("U9-rate-limits")
-@pytest.mark.parametrize("is_known", [True, False])
-async def test_fetch_that_a_client_reads_waits_for_a_pause_before_its_first_response(
-    fetch_env: FetchEnv, is_known: bool
-) -> None:
-    """Another process was killed, and this one goes on. It may not know of the pause."""
-    fetch_env.registry.breaks = [(100_000, BROKEN)] * 6
-    # A failure drops what is not written.
-    change(fetch_env, {"may_break": lambda: fetch_env.ingest.on_disk == 100_000})
-    with pytest.raises(UpstreamUnavailable):
-        await fetch_env.body()
-    again = another(fetch_env)
-    again.ingest.is_confirmed = True
-    refused = [paused(0.0), paused(0.0), paused(0.0) if is_known else UpstreamRateLimited("429")]
-    open_ = fetch_env.registry.open
-
-    def open_or_refuse(*arguments: Any, **named: Any) -> Any:
-        if refused:
-            raise refused.pop()
-        return open_(*arguments, **named)
-
-    with patch.object(fetch_env.registry, "open", open_or_refuse):
-        assert await again.body() == DATA
-    assert fetch_env.registry.offsets[-1] == 100_000
 
 
 async def test_progress_resets_the_count_of_failed_transfers(fetch_env: FetchEnv) -> None:

@@ -270,7 +270,7 @@ async def test_only_a_source_on_another_upstream_takes_the_place_of_a_slow_one(
         ContentSource(registry, a_request(DIGEST, repository=repository))
         for repository in (REPO, OTHER, THEIRS, Repository("third.io", "app"))
     )
-    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock())
+    sources = Fetch(Mock(), ours, Mock(), Mock(), Mock(), Mock())
     assert take(sources) is ours
     async with sources._preemptible():
         for source in (ours, same, same):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sys
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,21 @@ async def by_tag(
     pull = a_pull()
     result = await kit.service.manifest(REPO, TAG, accept, pull, is_head=head)
     return result.digest, pull.outcome
+
+
+async def test_freshness_check_of_a_tag_keeps_no_manifest_in_memory(
+    tmp_path: Path,
+) -> None:
+    """Stored responses keep it much longer than a second."""
+    async with pull_kit(tmp_path) as kit:
+        kit.registry.add_image(REPO.path, TAG.name, b"layer")
+        await manifest(kit)
+        result = await kit.service.manifest(REPO, TAG, (), a_pull(), is_head=True)
+        body, is_fresh = result.body, result.is_fresh
+        del result
+        assert is_fresh()
+        kit.service._manifests._results.clear()
+        assert sys.getrefcount(body) == 2, "this function, and the call"
 
 
 # --- policies -----------------------------------------------------------------------------------
@@ -140,7 +156,7 @@ async def test_head_on_a_miss_sends_only_a_head_once_the_upstream_has_stated_a_r
         assert not [call for call in kit.registry.calls if call.startswith("get")]
         kit.registry.calls.clear()
         result = await kit.service.blob(REPO, Digest.of(b"layer"), a_pull(), is_head=True)
-        assert (result.size, result.reader) == (5, None)
+        assert (result.size, result.content) == (5, None)
         assert kit.registry.calls == {"head_blob": 1, "get_blob": 1}
 
 
@@ -271,7 +287,7 @@ async def test_serving_a_manifest_refreshes_the_recency_of_its_layers(
 ) -> None:
     """A base layer that no node requests any more stays as long as images that refer to it."""
     # The clock of the test moves on by minutes, and that of the memory cache does not.
-    monkeypatch.setattr("mirror.pull.manifests._CACHE_TTL_S", 0.0)
+    monkeypatch.setattr("mirror.pull.manifests.MEMORY_TTL_S", 0.0)
     base = random_bytes(300_000, 1)
     async with pull_kit(tmp_path, storage=Storage(max_size=1_300_000)) as kit:
         digest = kit.registry.add_image(REPO.path, TAG.name, base)

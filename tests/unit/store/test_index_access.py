@@ -12,7 +12,7 @@ import pytest
 from mirror.observability.events import Event, LogMessage
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.index import Index
-from mirror.store.records import AccessRecord
+from mirror.store.records import AccessRecord, manifest_record
 from tests.unit.store.kit import manifests
 
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("docker.io", "library/other")
@@ -22,14 +22,7 @@ ONE, TWO = Digest.of(b"one"), Digest.of(b"two")
 
 def manifest(digest: Digest, media_type: str, size: int, referrer: Digest | None) -> AccessRecord:
     """The record of a manifest, by the upstream itself (``referrer`` is None) or by an index."""
-    return AccessRecord(
-        digest=digest,
-        kind="manifest",
-        media_type=media_type,
-        size=size,
-        referrer=referrer,
-        expires_at=None,
-    )
+    return replace(manifest_record(digest, media_type, size), referrer=referrer)
 
 
 OWN = manifest(ONE, "a/own", 3, None)

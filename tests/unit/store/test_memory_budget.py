@@ -60,6 +60,24 @@ def test_total_is_the_sum_of_what_is_held_and_the_minimum_is_always_granted(
                 assert may
 
 
+def test_bytes_ahead_and_bytes_that_wait_have_a_limit_each_and_one_together() -> None:
+    budget, most = MemoryBudget(LIMIT), LIMIT * 4 // 3
+    budget.hold_ahead("fetch", LIMIT - 1)
+    assert budget.free_ahead() == 1
+    budget.hold("ingest", most - LIMIT)
+    assert budget.may_take("ingest"), "bytes ahead leave a third"
+    assert budget.free_ahead() == 1
+    budget.hold("ingest", most - LIMIT + 1)
+    assert not budget.may_take("ingest")
+    assert budget.free_ahead() <= 0
+    budget.hold_ahead("fetch", 0)
+    assert budget.may_take("ingest")
+    budget.hold("others", LIMIT)
+    assert not budget.may_take("ingest")
+    assert budget.total == most + 1
+    assert budget.free_ahead() <= 0
+
+
 @pytest.mark.row("G7-memory-budget")
 @pytest.mark.parametrize("is_full", [False, True], ids=["slow-disk", "full-disk"])
 async def test_40_fetches_hold_no_more_memory_than_the_budget(

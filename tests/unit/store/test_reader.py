@@ -225,7 +225,8 @@ async def test_wait_returns_all_bytes_and_then_none(tmp_path: Path, make: Making
             results = await asyncio.gather(*(read(reader) for reader in opened))
         assert [result == DATA for result in results] == [True] * 3
         for reader in opened:
-            assert (reader.digest, reader.size, reader.arrived) == (DIGEST, len(DATA), len(DATA))
+            assert (reader.digest, reader.size) == (DIGEST, len(DATA))
+            assert await reader.wait_for_size() == len(DATA)
             for beyond in (0, 1, 10**9):
                 assert await reader.wait(len(DATA) + beyond) is None
                 assert await reader.wait(len(DATA) + beyond, 10**12) is None

@@ -91,7 +91,7 @@ async def upstream_kit(
             clock or (lambda: times[0]),
             jitter=lambda: 0.0,
         )
-        registry = HttpRegistry(name, client, limits, events.append)
+        registry = HttpRegistry(name, client, limits, upstream.parallel, events.append)
         try:
             yield Kit(client, registry, transport, single_flight, events, times)
         finally:

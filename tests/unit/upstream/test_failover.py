@@ -320,6 +320,21 @@ async def test_refusal_of_the_avoided_endpoint_is_final_after_a_503() -> None:
                 pass
 
 
+@pytest.mark.row("U9-rate-limits")
+async def test_blob_is_asked_of_the_endpoints_that_are_not_ruled_out() -> None:
+    """If there is none, the error says when the first one may be asked."""
+    async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:
+        digest, pause = two.add_blob(DATA), UpstreamRateLimited("429", retry_after=60.0)
+        pause.next_request_in = 60.0
+        assert await kit.read(digest, offset=5, ruled_out={one.url: pause}) == DATA[5:]
+        for fault, is_wait in ((Fault(status=404), True), (Fault(status=DOWN, times=None), False)):
+            two.fault("", fault)
+            with pytest.raises(UpstreamRateLimited) as caught:
+                await kit.read(digest, offset=5, ruled_out={one.url: pause})
+            assert (caught.value.next_request_in, caught.value.is_wait) == (60.0, is_wait)
+        assert not one.requests
+
+
 @pytest.mark.row("U4-wrong-range")
 async def test_error_has_the_url_of_its_endpoint() -> None:
     async with registry() as one, registry() as two, upstream_kit(one.url, two.url) as kit:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.web import client_socket, streaming
+from mirror.web import client_socket
 from mirror.web.client_socket import SocketSendfile, abort_stalled_client
 from tests.fakes.registry import FakeRegistry
 from tests.server_kit import running
@@ -120,7 +120,7 @@ async def test_no_client_is_aborted_if_the_kernel_reports_no_acknowledged_bytes(
 async def test_client_that_stops_reading_a_response_is_aborted_and_the_blob_stays_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(streaming, "CLIENT_STALL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(client_socket, "CLIENT_STALL_TIMEOUT_S", 0.1)
     data = random_bytes(BIG, 64)
     async with FakeRegistry() as fake, running(tmp_path, fake.url) as server:
         path = server.blob(fake.add_blob(data)).removeprefix(server.url)

@@ -20,6 +20,7 @@ import aiohttp
 import pytest
 from aiofiles.base import wrap
 
+from mirror.config.settings import Storage
 from mirror.observability.events import Outcome
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest
@@ -69,11 +70,12 @@ async def half_fetched(
     certificate: Certificate | None = None,
     chunked: bool = False,
     flip: int | None = None,
+    storage: Storage | None = None,
 ) -> AsyncIterator[tuple[FakeRegistry, Server, asyncio.Event]]:
     """A blob of which the upstream sends half, and the rest once the event is set."""
     async with (
         FakeRegistry() as fake,
-        running(root, fake.url, certificate=certificate) as server,
+        running(root, fake.url, certificate=certificate, storage=storage) as server,
     ):
         rest = asyncio.Event()
         fault = Fault(stall_at=len(data) // 2, gate=rest, chunked=chunked, flip=flip)
@@ -247,6 +249,32 @@ async def test_unknown_length_is_200_for_an_open_range_and_206_once_complete(
         await server.store.idle()
         status, headers, _ = await server.get(server.blob(digest), everything)
         assert (status, headers["Content-Length"]) == (206, str(len(LARGE)))
+
+
+@pytest.mark.parametrize("is_full", [True, False], ids=["full-disk", "disk-that-fills-in-mid-blob"])
+async def test_range_is_ignored_if_the_length_is_unknown_and_the_disk_does_not_take_the_content(
+    tmp_path: Path, is_full: bool
+) -> None:
+    """The bytes would have left memory when the length is known."""
+    digest, storage = Digest.of(LARGE), Storage(max_size=100_000) if is_full else None
+    values = ("bytes=100-200", "bytes=-51", "bytes=5-", "bytes=0-1,7-9", f"bytes={len(LARGE)}-")
+    async with (
+        half_fetched(tmp_path, LARGE, chunked=True, storage=storage) as (fake, server, rest),
+        asyncio.TaskGroup() as group,
+    ):
+        asked = [
+            group.create_task(server.get(server.blob(digest), {"Range": value})) for value in values
+        ]
+        await fake.stalled.wait()
+        if not is_full:
+            ingest = server.store.active_ingests[digest]
+            await until(lambda: len(ingest.followers) == len(values))
+            ingest.continue_in_memory("full")
+        rest.set()
+        for task in asked:
+            status, headers, body = await task
+            assert (status, body == LARGE) == (200, True)
+            assert "Content-Range" not in headers
 
 
 # --- TLS ----------------------------------------------------------------------------------------
