@@ -334,10 +334,9 @@ class SourceAttempts:
         errors: dict[str, MirrorError] = {}
         for endpoint, until in self.paused.items():
             if until > now:
-                errors[endpoint] = UpstreamRateLimited(
-                    "the upstream accepts no further connection", retry_after=until - now
-                )
-                errors[endpoint].next_request_in = until - now
+                message = "the upstream accepts no further connection"
+                errors[endpoint] = error = UpstreamRateLimited(message, retry_after=until - now)
+                error.next_request_in = until - now
         return errors
 
     def resumed_event(self, position: int, error: MirrorError) -> Resumed:

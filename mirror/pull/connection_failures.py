@@ -159,7 +159,7 @@ class ConnectionFailures:
     def on_progress(self, now: float, count: int, asked_at: float | None) -> None:
         """Note that ``count`` bytes are handed out.
 
-        ``asked_at``: time of their request. None: they are of the first response.
+        ``asked_at``: time of their request. None: they are of the plain response.
         """
         self._moved += count
         if self._moved >= self._min_rate * (now - self._front_at):

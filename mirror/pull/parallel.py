@@ -250,7 +250,7 @@ class _Transfer:
         now, registry = self._loop.time(), self._registry
         self._failures = ConnectionFailures(now, registry.idle, registry.min_rate)
         self._plain = self._pieces.begin_plain(now)
-        self._start(self._plain, self._read_first(plain))
+        self._start(self._plain, self._read_plain(plain))
         self._ticker = self._group.create_task(self._tick())
         self._restore()
 
@@ -357,7 +357,7 @@ class _Transfer:
         except MirrorError as error:
             self._on_failure(piece, error)
 
-    async def _read_first(self, chunks: AsyncIterator[bytes]) -> None:
+    async def _read_plain(self, chunks: AsyncIterator[bytes]) -> None:
         """Read the response that this transfer began with."""
         try:
             await self._read(self._plain, self._stream, chunks)

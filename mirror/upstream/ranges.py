@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+import aiohttp
 from aiohttp import hdrs
 
 from mirror.observability.events import Kind
@@ -38,6 +39,19 @@ def _may_be_renewed(response: AcceptedResponse) -> bool:
     if status < 500:
         return status >= 400 and status not in _NOT_EXPIRED_STATUSES
     return response.is_cross_origin and retry_after_of(response.http) is None
+
+
+def total_of_range(response: aiohttp.ClientResponse, start: int, stop: int) -> int | None:
+    """Return the size in bytes of the whole content that a 206 states. None: it states none.
+
+    Raises ``UpstreamProtocolError`` unless the response has exactly the bytes from ``start`` up to
+    ``stop`` (RFC 9110, section 14.4).
+    """
+    found = parse_content_range(response.headers.get(hdrs.CONTENT_RANGE))
+    if found is None or (found.start, found.stop) != (start, stop):
+        host = response.url.origin()
+        raise UpstreamProtocolError(f"{host} sent another range than was requested")
+    return found.total
 
 
 class FurtherRanges:
@@ -101,10 +115,8 @@ class FurtherRanges:
         host = http.url.origin()
         match http.status:
             case 206:
-                found = parse_content_range(http.headers.get(hdrs.CONTENT_RANGE))
-                is_right = found is not None and (found.start, found.stop) == (start, stop)
-                if not is_right or found is None or found.total not in (None, self._total):
-                    raise UpstreamProtocolError(f"{host} sent another range than was requested")
+                if total_of_range(http, start, stop) not in (None, self._total):
+                    raise UpstreamProtocolError(f"{host} has content of another size")
             case 200 | 416:
                 raise UpstreamProtocolError(f"{host} does not send ranges of this content")
             case 429 | 503:

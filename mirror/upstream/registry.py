@@ -50,7 +50,7 @@ from mirror.upstream.failover import FailoverClient
 from mirror.upstream.heads import Heads
 from mirror.upstream.messages import AcceptedResponse, RegistryRequest
 from mirror.upstream.paging import ListMemory, collect_pages
-from mirror.upstream.ranges import FurtherRanges
+from mirror.upstream.ranges import FurtherRanges, total_of_range
 from mirror.upstream.retry import is_transient
 from mirror.upstream.transport import Response, check_encoding, read_body, read_chunks
 
@@ -355,13 +355,11 @@ def _range_of(response: Response, offset: int, stop: int | None) -> tuple[int, i
         if stop is not None:
             raise UpstreamProtocolError("the upstream ignores Range")
         return 0, length_of(response.http.headers)
+    if stop is not None:
+        return offset, total_of_range(response.http, offset, stop)
     content_range = parse_content_range(response.http.headers.get(hdrs.CONTENT_RANGE))
     if content_range is None or content_range.start != offset:
         raise UpstreamProtocolError("the response has another range than the requested one")
-    if stop is not None:
-        if content_range.stop != stop:
-            raise UpstreamProtocolError("the range of the response has another end")
-        return offset, content_range.total
     if content_range.total is not None and content_range.stop != content_range.total:
         raise UpstreamProtocolError("the range of the response ends too early")
     return offset, content_range.total if content_range.total is not None else content_range.stop

@@ -154,38 +154,9 @@ async def test_two_sources_that_wait_take_turns(
     assert (len(fetch_env.registry.asked), len(theirs.asked)) == (2, 5)
 
 
-@pytest.mark.row("U9-rate-limits")
-async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEnv) -> None:
-    """It may use its next mirror. A client of another repository joins, and its source is tried."""
-    limit = paused(20.0)
-    fetch_env.registry.breaks = [(1000, BROKEN), (1000, limit)]
-    fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock())
-    follower = fetch_env.ingest.follow()
-    assert follower is not None
-    async with asyncio.TaskGroup() as group:
-        running = group.create_task(fetch.run())
-        await follower.wait(0, 1)
-        async with asyncio.timeout(10):
-            while not (fetch_env.registry.asked[1:] and fetch._current.resume_at):  # noqa: ASYNC110 - no event
-                await asyncio.sleep(0.001)
-        other = a_request(DIGEST, repository=OTHER)
-        joined = fetch.follow(other)
-        assert joined is not None
-        joined.close()
-        with pytest.raises(UpstreamRateLimited) as caught:
-            fetch.follow(fetch_env.source.request)
-        assert caught.value is limit
-        fetch.offer(ContentSource(Recording(failure=Denied("403")), other))
-        running.cancel()
-    follower.close()
-
-
-@pytest.mark.row("U9-rate-limits")
-async def test_new_client_joins_a_fetch_that_waits_because_of_our_ranges(
-    fetch_env: FetchEnv,
-) -> None:
-    limit = UpstreamRateLimited("429", retry_after=60.0)
-    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+@asynccontextmanager
+async def waiting_fetch(fetch_env: FetchEnv) -> AsyncIterator[Fetch]:
+    """Run a fetch that has a client, and yield it once it waits for a pause."""
     fetch = Fetch(fetch_env.ingest, fetch_env.source, Mock(), fetch_env, Mock(), Mock())
     follower = fetch_env.ingest.follow()
     assert follower is not None
@@ -195,11 +166,38 @@ async def test_new_client_joins_a_fetch_that_waits_because_of_our_ranges(
         async with asyncio.timeout(10):
             while not fetch._current.resume_at:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.001)
+        yield fetch
+        running.cancel()
+    follower.close()
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_new_client_gets_the_429_that_a_fetch_waits_for(fetch_env: FetchEnv) -> None:
+    """It may use its next mirror. A client of another repository joins, and its source is tried."""
+    limit = paused(20.0)
+    fetch_env.registry.breaks = [(1000, BROKEN), (1000, limit)]
+    async with waiting_fetch(fetch_env) as fetch:
+        assert len(fetch_env.registry.asked) == 2
+        other = a_request(DIGEST, repository=OTHER)
+        joined = fetch.follow(other)
+        assert joined is not None
+        joined.close()
+        with pytest.raises(UpstreamRateLimited) as caught:
+            fetch.follow(fetch_env.source.request)
+        assert caught.value is limit
+        fetch.offer(ContentSource(Recording(failure=Denied("403")), other))
+
+
+@pytest.mark.row("U9-rate-limits")
+async def test_new_client_joins_a_fetch_that_waits_because_of_our_ranges(
+    fetch_env: FetchEnv,
+) -> None:
+    limit = UpstreamRateLimited("429", retry_after=60.0)
+    fetch_env.registry.breaks = [(1000, limit), (1000, paused(60.0))]
+    async with waiting_fetch(fetch_env) as fetch:
         joined = fetch.follow(fetch_env.source.request)
         assert joined is not None
         joined.close()
-        running.cancel()
-    follower.close()
 
 
 @pytest.mark.row("U9-rate-limits")
