@@ -53,8 +53,8 @@ Decision: TypeAlias = Fresh | Ask | Refuse
 Fallback: TypeAlias = Stale | Fail
 
 
-def decide_by_age(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
-    """Decide whether a cached tag or list may be served, by its age.
+def is_fresh(confirmed: float | None, upstream: Upstream, now: float) -> bool:
+    """Return whether a cached tag or list is fresh (RFC 9111, section 4.2).
 
     Args:
         confirmed: When the upstream last confirmed the cached digest or sent the list, in seconds
@@ -63,14 +63,25 @@ def decide_by_age(confirmed: float | None, upstream: Upstream, now: float) -> De
         upstream: Settings of the upstream.
         now: The current time, in seconds since the epoch.
     """
+    if confirmed is None:
+        return False
     match upstream.pull_policy:
         case "Never":
-            return Fresh() if confirmed is not None else Refuse()
+            return True
         case "Always":
-            return Ask()
+            return False
         case "IfNotPresent":
-            fresh = confirmed is not None and 0 <= now - confirmed < upstream.tag_ttl
-            return Fresh() if fresh else Ask()
+            return 0 <= now - confirmed < upstream.tag_ttl
+
+
+def decide_by_age(confirmed: float | None, upstream: Upstream, now: float) -> Decision:
+    """Decide whether a cached tag or list may be served, by its age.
+
+    The arguments are those of :func:`is_fresh`.
+    """
+    if is_fresh(confirmed, upstream, now):
+        return Fresh()
+    return Refuse() if upstream.pull_policy == "Never" else Ask()
 
 
 def decide_tag(

@@ -322,15 +322,14 @@ class ManifestService:
             return record, None
 
         # `web` stores this function. It must not keep the manifest and the previous digests alive.
-        digest, is_cached_fresh = cached.digest, cached.is_fresh
-        latest = replace(record, previous_digests=())
+        # It is called for each repeated request, so it does as little as possible.
+        confirmed = record.confirmed if cached.digest == record.digest else None
+        upstream, now = self._content.upstream(repository), self._content.now
+        is_cached_fresh = cached.is_fresh
 
         def is_fresh() -> bool:
-            if not (is_record_fresh() and is_cached_fresh()):
-                return False
-            upstream = self._content.upstream(repository)
-            decision = freshness.decide_tag(latest, digest, upstream, self._content.now())
-            return isinstance(decision, freshness.Fresh)
+            is_in_memory = is_record_fresh() and is_cached_fresh()
+            return is_in_memory and freshness.is_fresh(confirmed, upstream, now())
 
         return record, replace(cached, is_fresh=is_fresh)
 

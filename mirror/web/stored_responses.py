@@ -72,7 +72,6 @@ _MAX_BYTES: Final = 16 * 1024 * 1024
 fill it without any use."""
 _EXTRA_BYTES: Final = 2048
 """Bytes that a stored response takes in memory beside its request and its body."""
-_MILLISECONDS: Final = re.compile(r"(?<=;dur=)[0-9.]+")
 
 
 def is_whole_request(data: bytes) -> bool:
@@ -95,7 +94,7 @@ class StoredResponse:
     Nothing is computed until it is reused: most requests are never repeated.
     """
 
-    __slots__ = ("_record", "_request_id", "_stages", "_template", "response")
+    __slots__ = ("_record", "_request_id", "_template", "response")
 
     def __init__(
         self, response: SingleWriteResponse, record: RequestRecord, request_id: str
@@ -113,7 +112,6 @@ class StoredResponse:
         self._request_id = request_id
         self._template = ""
         """The header, to be filled in (see :func:`_build_template`). Empty until it is needed."""
-        self._stages: tuple[str, ...] = ()
 
     def reuse(self, client: str, started: float, seconds: float) -> tuple[RequestRecord, bytes]:
         """Return the record of a further request, and the bytes of its response.
@@ -125,7 +123,6 @@ class StoredResponse:
         """
         if not self._template:
             self._template = _build_template(self.response)
-            self._stages = tuple(dict.fromkeys(name for name, _ in self._record.stages))
         first = self._record
         record = RequestRecord(
             self._request_id or make_request_id(),
@@ -146,24 +143,23 @@ class StoredResponse:
             is_complete=first.is_complete,
             started=started,
             first_byte=seconds,
-            # All that is measured again is whether the result is fresh.
-            stages=[(name, seconds) for name in self._stages],
         )
-        durations = (seconds * 1000,) * (len(self._stages) + 1)
-        header = self._template % (record.request_id, *durations, format_date(int(time.time())))
+        date = format_date(int(time.time()))
+        header = self._template % (record.request_id, seconds * 1000, date)
         return record, header.encode() + self.response.content
 
 
 def _build_template(response: SingleWriteResponse) -> str:
     """Return the header of a response that was sent, to be filled in for each request.
 
-    ``%s`` stands for its id and its date, and ``%.2f`` for each duration of ``Server-Timing``, in
-    milliseconds. The id is before the durations, and the date after them, as in all responses.
-    aiohttp has sent these fields, so it has found no line break in them.
+    ``%s`` stands for its id and its date, and ``%.2f`` for its duration in milliseconds, which is
+    all that ``Server-Timing`` has: no stage is passed again. The id is before the duration, and the
+    date after it, as in all responses. aiohttp has sent these fields, so it has found no line break
+    in them.
     """
     fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
     fields |= {"X-Request-Id": "%s", "Date": "%s"}
-    fields["Server-Timing"] = _MILLISECONDS.sub("%.2f", fields["Server-Timing"])
+    fields["Server-Timing"] = "total;dur=%.2f"
     lines = [f"{name}: {value}" for name, value in fields.items()]
     return "\r\n".join(("HTTP/1.1 200 OK", *lines, "", ""))
 
