@@ -120,8 +120,8 @@ def decide_access(access_record: AccessRecord | None, upstream: Upstream, now: f
     if access_record is None:
         return Ask()
     expires_at = access_record.expires_at
-    is_fresh = expires_at is None or 0 <= expires_at - now <= ACCESS_TTL_S
-    return Fresh() if is_fresh else Ask()
+    is_granted = expires_at is None or 0 <= expires_at - now <= ACCESS_TTL_S
+    return Fresh() if is_granted else Ask()
 
 
 def confirm_timeout(upstream: Upstream, *, has_fallback: bool) -> float | None:

@@ -152,10 +152,10 @@ class StoredResponse:
 def _build_template(response: SingleWriteResponse) -> str:
     """Return the header of a response that was sent, to be filled in for each request.
 
-    ``%s`` stands for its id and its date, and ``%.2f`` for its duration in milliseconds, which is
-    all that ``Server-Timing`` has: no stage is passed again. The id is before the duration, and the
-    date after it, as in all responses. aiohttp has sent these fields, so it has found no line break
-    in them.
+    ``%s`` stands for its id and its date. ``%.2f`` stands for its duration in milliseconds, the
+    only entry of ``Server-Timing``: a reused response has no stages. The order is that of all
+    responses: id, duration, date. aiohttp has sent these fields, so it has found no line break in
+    them.
     """
     fields = {name: value.replace("%", "%%") for name, value in response.fields.items()}
     fields |= {"X-Request-Id": "%s", "Date": "%s"}

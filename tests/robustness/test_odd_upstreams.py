@@ -233,7 +233,8 @@ async def test_blob_is_served_although_ranges_are_refused(
         digest = fake.add_blob(DATA)
         storage.add_blob(DATA)
         sender = storage if is_redirected else fake
-        # A reset drops what was not read. All bytes have to arrive where the leftover is looked at.
+        # A reset drops bytes that were not read yet. Where the leftover is measured, all have to
+        # arrive.
         broken = Fault(end_at=BREAK) if is_restarted else Fault(reset_at=BREAK)
         sender.fault(f"blobs/{digest}", broken)
         if is_redirected:
