@@ -13,8 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from mirror.config.settings import Settings
+from mirror.hosted.database import Database
+from mirror.hosted.service import HostedService
 from mirror.observability.events import Observer
 from mirror.pull.content import ContentService
+from mirror.pull.hosted import HostedPulls
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -32,6 +35,8 @@ class Mirror:
     registries: Registries
     content: ContentService
     service: PullService
+    hosted: HostedService | None
+    """The hosted repositories. None without the section ``hosted``."""
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests. Running fetches keep their connections.
@@ -66,11 +71,34 @@ async def open_mirror(
             open_registries(settings, emit, single_flight) as registries,
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
-            service = PullService(content)
-            try:
-                yield Mirror(settings, store, single_flight, registries, content, service)
-            finally:
-                # Before the registries close: fetches use their connections.
-                await single_flight.drain(0.0)
+            async with _open_hosted(settings, store, now) as hosted:
+                pulls = None if hosted is None else HostedPulls(hosted)
+                service = PullService(content, pulls)
+                try:
+                    yield Mirror(
+                        settings, store, single_flight, registries, content, service, hosted
+                    )
+                finally:
+                    # Before the registries close: fetches use their connections.
+                    await single_flight.drain(0.0)
     finally:
         await store.close()
+
+
+@asynccontextmanager
+async def _open_hosted(
+    settings: Settings, store: Store, now: Callable[[], float]
+) -> AsyncIterator[HostedService | None]:
+    """Open the hosted repositories. Raises ``NamesDamaged``."""
+    if settings.hosted is None:
+        yield None
+        return
+    database = await Database.open(store.layout.hosted_names)
+    try:
+        hosted = HostedService(settings.hosted, database, store, now)
+        try:
+            yield hosted
+        finally:
+            await hosted.close()
+    finally:
+        await database.close()

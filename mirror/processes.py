@@ -46,11 +46,17 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     """
     # A hangup that comes before its handler is there waits for it, in each process.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
-    try:
-        sockets = [_listen(settings, index) for index in range(settings.workers)]
-    except OSError as error:
-        print(f"listen: {settings.listen}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
-        return 1
+    addresses = [settings.listen]
+    if settings.hosted is not None and settings.hosted.listen is not None:
+        addresses.append(settings.hosted.listen)
+    sockets: list[list[socket.socket]] = [[] for _ in range(settings.workers)]
+    for address in addresses:
+        try:
+            for index, of_worker in enumerate(sockets):
+                of_worker.append(_listen(address, index, settings.workers))
+        except OSError as error:
+            print(f"listen: {address}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
+            return 1
     try:
         if settings.workers == 1:
             return asyncio.run(run_worker(settings, sockets[0], load))
@@ -58,12 +64,14 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
             return _Supervisor(settings, sockets, load).run()
     finally:
-        for listener in sockets:
-            listener.close()
+        for of_worker in sockets:
+            for listener in of_worker:
+                listener.close()
 
 
-def _listen(settings: Settings, index: int) -> socket.socket:
-    host, _, raw_port = settings.listen.rpartition(":")
+def _listen(address: str, index: int, workers: int) -> socket.socket:
+    """Listen for one worker. ``workers``: the number of those that share the address."""
+    host, _, raw_port = address.rpartition(":")
     host, port = host.strip("[]"), int(raw_port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if index == 0 and port:
@@ -74,7 +82,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
             probe.bind((host, port))
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if settings.workers > 1:
+    if workers > 1:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
     listener.listen(LISTEN_BACKLOG)
@@ -123,13 +131,13 @@ class _Supervisor:
     """Forks the workers, restarts each that ends, and passes signals on to them."""
 
     def __init__(
-        self, settings: Settings, sockets: list[socket.socket], load: Callable[[], Settings]
+        self, settings: Settings, sockets: list[list[socket.socket]], load: Callable[[], Settings]
     ) -> None:
         """Prepare the start of one worker for each socket.
 
         Args:
             settings: The configuration.
-            sockets: The listening socket of each worker.
+            sockets: The listening sockets of each worker.
             load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
         """
         self._settings = settings
@@ -224,8 +232,9 @@ class _Supervisor:
         try:
             alive, supervisor_end = self._alive_pipe
             os.close(supervisor_end)
-            for listener in self._sockets[:index] + self._sockets[index + 1 :]:
-                listener.close()
+            for of_other in self._sockets[:index] + self._sockets[index + 1 :]:
+                for listener in of_other:
+                    listener.close()
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -16,9 +16,10 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from mirror import __version__
@@ -29,11 +30,10 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
-from mirror.single_flight import SingleFlight
-from mirror.store.store import Store
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
+from mirror.web.hosted_access import Authorize, allow_everybody
 from mirror.web.limited_server import LimitedServer
 from mirror.web.stored_responses import ReusingServer, UnsentConnections
 
@@ -56,6 +56,8 @@ _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
+_UPLOADS_INTERVAL_S: Final = 600.0
+"""Seconds between two searches for abandoned uploads. They end after a day."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
@@ -79,7 +81,7 @@ class Worker:
 
 async def run_worker(
     settings: Settings,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     load: Callable[[], Settings],
     worker: Worker | None = None,
 ) -> int:
@@ -87,7 +89,8 @@ async def run_worker(
 
     Args:
         settings: The configuration.
-        listener: A listening socket. It is closed at the end.
+        listeners: The listening socket of the mirror, and then that of the hosted repositories, if
+            they have one of their own. They are closed at the end.
         load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
         worker: None for the only process.
 
@@ -99,7 +102,8 @@ async def run_worker(
 
     loop = asyncio.get_running_loop()
     index = None if worker is None else worker.index
-    metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
+    names = [*settings.upstreams, *([settings.hosted.name] if settings.hosted else [])]
+    metrics = MetricsObserver(names, index, loop.call_soon)
 
     def emit(event: Event) -> None:
         metrics.observe(event)
@@ -126,7 +130,10 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with start_server(settings, listener, emit, metrics.scrape) as running:
+        push_listener = listeners[1] if len(listeners) > 1 else None
+        async with start_server(
+            settings, listeners[0], emit, metrics.scrape, push_listener=push_listener
+        ) as running:
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -210,20 +217,57 @@ def _reload_at_hangup(
 
 
 @dataclass(slots=True)
-class RunningServer:
-    """A mirror that serves clients on the event loop of this process."""
+class Door:
+    """One listener, with its handler."""
 
-    mirror: Mirror
-    health: Health
     handler: Handler
     unsent: UnsentConnections
     stop_listening: Callable[[], None]
     """Closes the listening socket. Open connections stay."""
 
+    async def wait_until_idle(self) -> None:
+        """Wait until no request is in flight, and all responses are sent."""
+        await self.handler.wait_until_idle()
+        # A request has ended once its response is written, if it is a small one.
+        await self.unsent.wait_until_sent()
+
+
+@dataclass(slots=True)
+class RunningServer:
+    """A mirror that serves clients on the event loop of this process."""
+
+    mirror: Mirror
+    health: Health
+    door: Door
+    """The mirror's own listener."""
+    push_door: Door | None
+    """The listener of the hosted repositories. None: they have none of their own."""
+
+    @property
+    def doors(self) -> tuple[Door, ...]:
+        """All listeners."""
+        return (self.door,) if self.push_door is None else (self.door, self.push_door)
+
+    @property
+    def handler(self) -> Handler:
+        """The handler of the mirror's own listener."""
+        return self.door.handler
+
+    @property
+    def unsent(self) -> UnsentConnections:
+        """The connections to the mirror's own listener with bytes that wait for the client."""
+        return self.door.unsent
+
+    def stop_listening(self) -> None:
+        """Close the listening sockets. Open connections stay."""
+        for door in self.doors:
+            door.stop_listening()
+
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
         self.mirror.apply(settings)
-        self.handler.configure(settings)
+        for door in self.doors:
+            door.handler.configure(settings)
 
 
 @asynccontextmanager
@@ -233,6 +277,8 @@ async def start_server(
     emit: Observer,
     render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
     now: Callable[[], float] = time.time,
+    push_listener: socket.socket | None = None,
+    authorize: Authorize = allow_everybody,
 ) -> AsyncIterator[RunningServer]:
     """Compose all packages, and serve until the context ends.
 
@@ -242,56 +288,96 @@ async def start_server(
         emit: Receives the events of all packages.
         render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
+        push_listener: A listening socket for the hosted repositories. None: they have none of their
+            own. It is closed at the end.
+        authorize: Says who may do what at the door for pushes.
     """
     async with open_mirror(settings, emit, now) as mirror:
-        store = mirror.store
-        health = Health(lambda: store.unwritable_reason)
-        handler = Handler(settings, mirror.service, health, render_metrics, emit)
-        options: dict[str, Any] = {
-            "access_log": None,
-            "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
-            "max_field_size": _MAX_FIELD_BYTES,
-            "logger": logging.getLogger("aiohttp.server"),
-        }
-        is_limited = settings.max_client_connections > 0
-        server = (
-            LimitedServer(handler, emit, **options)
-            if is_limited
-            else ReusingServer(handler, handler.stored_responses, **options)
+        health = Health(lambda: mirror.store.unwritable_reason)
+        make_handler = partial(
+            Handler,
+            settings,
+            mirror.service,
+            health,
+            render_metrics,
+            emit,
+            mirror.hosted,
+            authorize,
         )
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(store, certificate, mirror.single_flight, emit)
+        _start_housekeeping(mirror, certificate, emit)
         context = certificate.context if certificate is not None else None
-        listening = await asyncio.get_running_loop().create_server(
-            server,
-            sock=listener,
-            ssl=context,
-            backlog=LISTEN_BACKLOG,
-            ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
-        )
-        try:
-            yield RunningServer(mirror, health, handler, server.unsent, listening.close)
-        finally:
-            listening.close()
-            # A connection that was accepted has to begin its request before idle ones close.
-            await asyncio.sleep(0)
-            server.pre_shutdown()
-            await server.shutdown(_SHUTDOWN_TIMEOUT_S)
+        async with AsyncExitStack() as stack:
+            push_door = None
+            if push_listener is not None:
+                handler = make_handler(is_push_door=True)
+                listening = _listen(handler, push_listener, settings, context, emit)
+                push_door = await stack.enter_async_context(listening)
+            listening = _listen(make_handler(), listener, settings, context, emit)
+            door = await stack.enter_async_context(listening)
+            yield RunningServer(mirror, health, door, push_door)
 
 
-def _start_housekeeping(
-    store: Store, certificate: Certificate | None, single_flight: SingleFlight, emit: Observer
-) -> None:
+@asynccontextmanager
+async def _listen(
+    handler: Handler,
+    listener: socket.socket,
+    settings: Settings,
+    context: ssl.SSLContext | None,
+    emit: Observer,
+) -> AsyncIterator[Door]:
+    """Serve one listener until the context ends.
+
+    Args:
+        handler: Handles its requests.
+        listener: The listening socket. It is closed at the end.
+        settings: The configuration.
+        context: The certificate. None: no TLS.
+        emit: Receives the events of refused connections.
+    """
+    options: dict[str, Any] = {
+        "access_log": None,
+        "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+        "max_field_size": _MAX_FIELD_BYTES,
+        "logger": logging.getLogger("aiohttp.server"),
+    }
+    is_limited = settings.max_client_connections > 0
+    server = (
+        LimitedServer(handler, emit, **options)
+        if is_limited
+        else ReusingServer(handler, handler.stored_responses, **options)
+    )
+    listening = await asyncio.get_running_loop().create_server(
+        server,
+        sock=listener,
+        ssl=context,
+        backlog=LISTEN_BACKLOG,
+        ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
+    )
+    try:
+        yield Door(handler, server.unsent, listening.close)
+    finally:
+        listening.close()
+        # A connection that was accepted has to begin its request before idle ones close.
+        await asyncio.sleep(0)
+        server.pre_shutdown()
+        await server.shutdown(_SHUTDOWN_TIMEOUT_S)
+
+
+def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: Observer) -> None:
     """Start the periodic jobs. ``certificate``: None without TLS."""
+    store = mirror.store
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
+        mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
+    if mirror.hosted is not None:
+        start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
 
 
 async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:
@@ -317,15 +403,15 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     Waits for at most ``drain_timeout`` seconds. Then it cuts off the clients that still receive.
     """
     running.health.is_draining = True
-    emit(LogMessage("info", "draining", (("pulls", running.handler.in_flight),)))
+    pulls = sum(door.handler.in_flight for door in running.doors)
+    emit(LogMessage("info", "draining", (("pulls", pulls),)))
     try:
         async with asyncio.timeout(running.mirror.settings.drain_timeout):
-            await running.handler.wait_until_idle()
-            # A request has ended once its response is written, if it is a small one.
-            await running.unsent.wait_until_sent()
+            for door in running.doors:
+                await door.wait_until_idle()
             await running.mirror.store.wait_until_published()
     except TimeoutError:
-        cut = running.handler.abort_all()
+        cut = sum(door.handler.abort_all() for door in running.doors)
         emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))
 
 

@@ -1,16 +1,17 @@
-"""The settings of listeners: the certificate, and the admin API.
+"""The settings of listeners: the certificate, the admin API, and the hosted repositories.
 
 Lives here: their keys, descriptions and rules. Must not know: how a listener works.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Self
 
 from pydantic import AfterValidator, model_validator
 
 from mirror.config import values
-from mirror.config.section import FilePath, Host, Section, key_error
+from mirror.config.section import FilePath, Host, Section, Size, key_error
 
 
 class Tls(Section):
@@ -60,3 +61,59 @@ class Admin(Section):
                 f"is needed, because {self.listen} is not a loopback address",
             )
         return self
+
+
+class Hosted(Section):
+    """The repositories that clients push to this server, and the door through which they push."""
+
+    name: Annotated[str, AfterValidator(values.check_upstream_name)]
+    """
+    Host or host:port of these repositories in image references. Not the name of an upstream.
+    """
+    listen: Annotated[str, AfterValidator(values.check_listen)] | None = None
+    """
+    Address and port of a listener of its own, for pushes and pulls. It uses the certificate of tls.
+    """
+    hosts: tuple[Host, ...] = ()
+    """
+    Host names by which clients reach these repositories on the mirror's listener. A name without a
+    port counts for every port.
+    """
+    max_size: Size = 100 * 2**30
+    """
+    Most bytes of all hosted content, and of uploads. It is apart from storage.max_size, and is
+    never evicted: pushes are refused when it is used up.
+    """
+    max_repository_size: Size | None = None
+    """Most bytes of the content of one repository. Default: only max_size counts."""
+    sparse_indexes: bool = False
+    """
+    Accept an index although manifests that it lists were not pushed to its repository.
+    """
+
+    def names(self) -> dict[str, str]:
+        """Return each name by which a request to the mirror may call it, to its name."""
+        # An image reference accepts letters, digits and separators (Distribution, "name").
+        alias = re.sub("[^a-z0-9.-]+", "_", self.name).strip("_")
+        return {self.name: self.name, alias: self.name}
+
+    @model_validator(mode="after")
+    def _check_door(self) -> Self:
+        if self.listen is None and not self.hosts:
+            raise key_error(("listen",), "is needed, or hosts: nobody could push")
+        return self
+
+    def check_reach(self, listen: str) -> None:
+        """Refuse a door that other machines can reach while everybody may push.
+
+        Raises an error of pydantic.
+
+        Args:
+            listen: Address and port of the mirror's own listener.
+        """
+        for key, address in (("listen", self.listen), ("hosts", listen if self.hosts else None)):
+            if address is not None and not values.is_loopback(address):
+                raise key_error(
+                    ("hosted", key),
+                    f"everybody who can reach {address} could push: use a loopback address",
+                )

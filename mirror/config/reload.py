@@ -13,6 +13,7 @@ from mirror.config.settings import Section, Settings
 _NEEDS_RESTART: Final = (
     "listen",
     "admin",
+    "hosted",
     "tls",
     "data_dir",
     "workers",

@@ -18,6 +18,7 @@ from yarl import URL
 
 from mirror.config import values
 from mirror.config.listeners import Admin as Admin
+from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
 from mirror.config.section import (
     Duration,
@@ -299,6 +300,8 @@ class Settings(Section):
     """Finish or cancel a fetch whose last client has left."""
     admin: Admin | None = None
     """Serve the admin API and its page. Without this section, neither is served."""
+    hosted: Hosted | None = None
+    """Host repositories, which clients push to. Without this section, nothing can be pushed."""
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()
@@ -343,6 +346,22 @@ class Settings(Section):
                             ("upstreams", name, key, index),
                             "a pattern must not begin with the upstream's name",
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_hosted(self) -> Self:
+        if self.hosted is None:
+            return self
+        names = self.upstream_names()
+        for name in self.hosted.names():
+            if name in names:
+                raise key_error(("hosted", "name"), f"{name} is already a name of {names[name]}")
+        owners = {host: name for name, one in self.upstreams.items() for host in one.hosts}
+        for index, host in enumerate(self.hosted.hosts):
+            if host in owners:
+                message = f"{host} is already a name of {owners[host]}"
+                raise key_error(("hosted", "hosts", index), message)
+        self.hosted.check_reach(self.listen)
         return self
 
     def upstream_names(self) -> dict[str, str]:

@@ -42,6 +42,8 @@ class Outcome(StrEnum):
     ASIDE = "aside"
     REVALIDATED = "revalidated"
     STALE = "stale"
+    PUSHED = "pushed"
+    DELETED = "deleted"
     NEGATIVE = "negative"
     DENIED = "denied"
     REJECTED = "rejected"
@@ -73,6 +75,8 @@ class RequestRecord:
     warning: str = ""
     """Reason for a stale response; becomes the ``Warning`` header."""
     bytes_sent: int = 0
+    bytes_received: int = 0
+    """Bytes of the request's body, of a push."""
     is_sent_in_one_write: bool = False
     """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
     is_complete: bool = False
@@ -138,6 +142,13 @@ class BytesSent:
     """Bytes of a body were sent to a client. Reported several times for one body."""
 
     upstream: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class BytesPushed:
+    """Bytes of a blob were received from a client that pushes. Reported several times for one."""
+
     count: int
 
 
@@ -388,6 +399,7 @@ Event: TypeAlias = (
     RequestStarted
     | RequestEnded
     | BytesSent
+    | BytesPushed
     | BytesFetched
     | ExchangeEnded
     | TokenFetched

@@ -109,6 +109,7 @@ class MetricsObserver:
         self._fetched = counter(
             "bytes_fetched", "Bytes of response bodies received from upstreams.", "upstream"
         )
+        self._pushed = counter("bytes_pushed", "Bytes of blobs received from clients that push.")
         self._first_byte = histogram(
             "time_to_first_byte_seconds",
             "Seconds from a request to the first byte of its response.",
@@ -313,6 +314,8 @@ class MetricsObserver:
                     self._flush_soon()
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
+            case events.BytesPushed(count):
+                self._pushed.inc(count)
             case events.BytesFetched(upstream, count):
                 self._fetched_by[self._upstream(upstream)].inc(count)
             case events.ExchangeEnded():

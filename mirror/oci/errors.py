@@ -10,6 +10,7 @@ Codes are those of the OCI Distribution specification ("Error Codes"). ``UNKNOWN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Final
 
@@ -90,13 +91,74 @@ class PaginationInvalid(InvalidRequest):
     code = "PAGINATION_NUMBER_INVALID"
 
 
-class MethodUnsupported(MirrorError):
-    """The client requested a method or an operation that a pull-through mirror does not offer.
+class ManifestRefused(InvalidRequest):
+    """A manifest that a client pushes is not accepted. The message says what is wrong with it.
 
-    Raised by ``web``, for uploads and deletions. Code ``UNSUPPORTED``.
+    Raised by ``hosted``. Code ``MANIFEST_INVALID``.
+    """
+
+    code = "MANIFEST_INVALID"
+
+
+class PartsUnknown(InvalidRequest):
+    """A pushed manifest refers to content that its repository does not have (code-1).
+
+    Raised by ``hosted``. Code ``MANIFEST_BLOB_UNKNOWN``.
+    """
+
+    code = "MANIFEST_BLOB_UNKNOWN"
+
+
+class UploadInvalid(InvalidRequest):
+    """An upload was requested, or fed, against the specification.
+
+    Raised by ``hosted`` and ``web``. Code ``BLOB_UPLOAD_INVALID``.
+    """
+
+    code = "BLOB_UPLOAD_INVALID"
+
+
+class SizeInvalid(InvalidRequest):
+    """The length of a chunk is not that of its range. Raised by ``web``. Code ``SIZE_INVALID``."""
+
+    code = "SIZE_INVALID"
+
+
+class TooLarge(MirrorError):
+    """The body of a request is larger than is accepted.
+
+    Raised by ``web``, for manifests of more than 4 MiB. Code ``SIZE_INVALID``.
+    """
+
+    code = "SIZE_INVALID"
+
+
+class UploadOutOfOrder(MirrorError):
+    """A chunk does not begin where the upload ends, or another request feeds the upload now.
+
+    ``offset``: bytes that the upload has. Raised by ``hosted``. Code ``BLOB_UPLOAD_INVALID``.
+    """
+
+    code = "BLOB_UPLOAD_INVALID"
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.location = ""
+        """Path of the upload, for clients. ``web`` sets it."""
+
+
+class MethodUnsupported(MirrorError):
+    """The path does not have the method of the request.
+
+    ``allowed``: the methods that it has. Raised by ``web``. Code ``UNSUPPORTED``.
     """
 
     code = "UNSUPPORTED"
+
+    def __init__(self, message: str, *, allowed: Sequence[str] = ("GET", "HEAD")) -> None:
+        super().__init__(message)
+        self.allowed = tuple(allowed)
 
 
 class RangeNotSatisfiable(MirrorError):
@@ -150,6 +212,15 @@ class BlobUnknown(NotFound):
     code = "BLOB_UNKNOWN"
 
 
+class UploadUnknown(NotFound):
+    """The repository has no such upload: it was finished, cancelled, abandoned, or never begun.
+
+    Raised by ``hosted``. Code ``BLOB_UPLOAD_UNKNOWN``.
+    """
+
+    code = "BLOB_UPLOAD_UNKNOWN"
+
+
 class Denied(MirrorError):
     """The upstream (403), or an allow or deny list, refuses this repository.
 
@@ -159,6 +230,13 @@ class Denied(MirrorError):
     code = "DENIED"
 
 
+class QuotaExceeded(Denied):
+    """A push needs more bytes than the quota of the hosted repositories has left.
+
+    Raised by ``hosted``. Code ``DENIED``: all clients show its message.
+    """
+
+
 class Unauthorized(MirrorError):
     """The upstream needs credentials that we do not have, or refused ours (401).
 
@@ -166,6 +244,20 @@ class Unauthorized(MirrorError):
     """
 
     code = "UNAUTHORIZED"
+
+
+class LoginRequired(MirrorError):
+    """The client has to send credentials, or has sent wrong ones. Code ``UNAUTHORIZED``.
+
+    ``challenge`` is the value of ``WWW-Authenticate``. Raised at the door for pushes only: the
+    mirror's own door never challenges.
+    """
+
+    code = "UNAUTHORIZED"
+
+    def __init__(self, message: str, challenge: str) -> None:
+        super().__init__(message)
+        self.challenge = challenge
 
 
 # --- the upstream is unavailable, or its response is malformed ------------------------------------
@@ -328,6 +420,15 @@ class StorageUnavailable(MirrorError):
 
     The content is not damaged, and it is not fetched again. Raised by ``store`` and ``web``. Code
     ``UNAVAILABLE``.
+    """
+
+    code = "UNAVAILABLE"
+
+
+class NamesDamaged(MirrorError):
+    """The database of the hosted repositories cannot be used. It is never replaced.
+
+    Raised by ``hosted`` when it opens or reads the database. Code ``UNAVAILABLE``.
     """
 
     code = "UNAVAILABLE"

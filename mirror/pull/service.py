@@ -19,6 +19,7 @@ from mirror.oci.errors import BlobUnknown, Denied
 from mirror.oci.reference import Digest, Reference, Repository
 from mirror.pull import admission
 from mirror.pull.content import ContentService
+from mirror.pull.hosted import HostedPulls
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
 from mirror.pull.repositories import RepositoryService
@@ -52,8 +53,10 @@ class PullService:
     while the process shuts down.
     """
 
-    def __init__(self, content: ContentService) -> None:
+    def __init__(self, content: ContentService, hosted: HostedPulls | None = None) -> None:
         self._content = content
+        self._hosted = hosted
+        self._hosted_name = None if hosted is None else hosted.name
         self._manifests = ManifestService(content)
         self._small_blobs: TTLCache[tuple[Repository, Digest], BlobResult] = TTLCache(
             _BLOBS_BYTES, MEMORY_TTL_S, getsizeof=lambda b: _BLOB_EXTRA_BYTES + (b.size or 0)
@@ -97,6 +100,8 @@ class PullService:
                 ``Never``.
             ManifestInvalid: The content is no JSON object, nested too deeply, or larger than 4 MiB.
         """
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            return await self._hosted.manifest(repository, reference, pull, is_head=is_head)
         self._admit(repository, pull)
         if isinstance(reference, Digest):
             request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
@@ -131,6 +136,8 @@ class PullService:
             BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
             Draining: The process shuts down, so no fetch is started.
         """
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            return await self._hosted.blob(repository, digest, pull, is_head=is_head)
         self._admit(repository, pull)
         small = self._small_blobs.get((repository, digest))
         if small is None:
@@ -186,6 +193,8 @@ class PullService:
         Raises:
             StorageUnavailable: The index cannot be read.
         """
+        if self._hosted is not None and upstream == self._hosted_name:
+            return await self._hosted.repositories(count, last)
         return await self._repositories.page(upstream, count, last)
 
     async def tags(
@@ -207,6 +216,8 @@ class PullService:
             NameUnknown: The upstream says 404, or no tag is cached and the pull policy is
                 ``Never``.
         """
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            return await self._hosted.tags(repository, count, last, pull)
         self._admit(repository, pull)
         return await self._lists.tags(repository, count, last, pull)
 
@@ -227,5 +238,7 @@ class PullService:
         Raises:
             ManifestInvalid: The upstream sent no list of referrers.
         """
+        if self._hosted is not None and repository.upstream == self._hosted_name:
+            return await self._hosted.referrers(repository, digest, artifact_type, pull)
         self._admit(repository, pull)
         return await self._lists.referrers(repository, digest, artifact_type, pull)

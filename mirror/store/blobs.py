@@ -302,6 +302,11 @@ class BlobStore:
             self._forget(digest, lease)
             disk.close(lease.fd, self._opening)
 
+    def mark_verified(self, digest: Digest, size: int) -> None:
+        """Record that content of ``size`` bytes was verified now. :meth:`flush` saves that."""
+        self._set_verified(digest, self._now())
+        self._set_length(digest, size)
+
     async def on_verified(self, digest: Digest, size: int) -> None:
         """Record that content of ``size`` bytes was verified now, while it was fetched."""
         now = self._now()

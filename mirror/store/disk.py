@@ -18,6 +18,8 @@ or damaged file.
     ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
+    hosted/names.db          names of the hosted repositories (no cache: see ``mirror/hosted``)
+    uploads/<id>             bytes of an upload to a hosted repository
     eviction.lock            its ``flock`` means that an eviction runs
     index.json.lock          its ``flock`` means that ``index.json`` is being written
     totals                   the running total of all processes (see :mod:`mirror.store.space`)
@@ -87,6 +89,16 @@ class Layout:
     def index(self) -> Path:
         """The directory of the index's databases."""
         return self.root / "index"
+
+    @property
+    def hosted_names(self) -> Path:
+        """The database of the names of the hosted repositories."""
+        return self.root / "hosted" / "names.db"
+
+    @property
+    def uploads(self) -> Path:
+        """The directory of the uploads to hosted repositories."""
+        return self.root / "uploads"
 
     @property
     def save_lock(self) -> Path:

@@ -228,6 +228,16 @@ class Store:
         is_left = ingest.reserved and ingest.failure is not None and ingest.window is None
         self._count(leftover=ingest.on_disk if is_left else 0)
 
+    def on_pushed(self, digest: Digest, size: int, *, is_new: bool) -> None:
+        """Count content of ``size`` bytes that a client has pushed. It was verified just now.
+
+        ``is_new``: False if it has replaced the same content.
+        """
+        self._unwritable = None
+        self.blobs.mark_verified(digest, size)
+        if is_new:
+            self._count(count=1, size=size)
+
     async def wait_until_published(self) -> None:
         """Wait until all verified content is published, or has failed to be."""
         while publishing := [

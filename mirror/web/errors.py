@@ -9,6 +9,7 @@ The statuses are chosen by what clients do next:
   failure of the upstream is never sent as 404, because clients would believe it, and never as 500.
 - An upstream that is unavailable is 502, not 503: containerd repeats 500, 503 and 504 at its last
   host, and never 502.
+- 401 is sent at the door for pushes only, with a challenge.
 - 403, not 401, if the upstream requires credentials that this server does not have. A 401 must
   carry a challenge (RFC 9110, section 15.5.2). A challenge would make clients send us credentials
   that are meant for the upstream: the CRI sends pull secrets to every host that challenges, and
@@ -31,29 +32,35 @@ from mirror.oci.errors import (
     Denied,
     Draining,
     InvalidRequest,
+    LoginRequired,
     MethodUnsupported,
     MirrorError,
+    NamesDamaged,
     NotFound,
     RangeNotSatisfiable,
     StorageUnavailable,
+    TooLarge,
     TooManyRequests,
     Unauthorized,
+    UploadOutOfOrder,
     UpstreamError,
     UpstreamRateLimited,
     UpstreamTimeout,
 )
 from mirror.oci.headers import unsatisfied_range
 from mirror.oci.text import printable
-from mirror.web.paths import METHODS
 
 _STATUS: Final[dict[type, int]] = {
     MirrorError: 500,
     InvalidRequest: 400,
+    LoginRequired: 401,
     Denied: 403,
     Unauthorized: 403,
     NotFound: 404,
     MethodUnsupported: 405,
+    TooLarge: 413,
     RangeNotSatisfiable: 416,
+    UploadOutOfOrder: 416,
     UpstreamRateLimited: 429,
     TooManyRequests: 429,
     UpstreamError: 502,
@@ -61,6 +68,7 @@ _STATUS: Final[dict[type, int]] = {
     Draining: 503,
     ContentLost: 503,
     StorageUnavailable: 503,
+    NamesDamaged: 503,
 }
 
 SAFE_HEADERS: Final = {
@@ -88,7 +96,12 @@ def error_headers(error: MirrorError) -> dict[str, str]:
     """Return the header fields that the response to ``error`` must have, with ``Content-Type``."""
     headers = {"Content-Type": "application/json"}
     if isinstance(error, MethodUnsupported):
-        headers["Allow"] = ", ".join(METHODS)
+        headers["Allow"] = ", ".join(error.allowed)
+    elif isinstance(error, LoginRequired):
+        headers["WWW-Authenticate"] = error.challenge
+    elif isinstance(error, UploadOutOfOrder):
+        headers["Location"] = error.location
+        headers["Range"] = f"0-{max(0, error.offset - 1)}"
     elif isinstance(error, RangeNotSatisfiable):
         headers["Content-Range"] = unsatisfied_range(error.size)
     elif isinstance(error, Draining | TooManyRequests):

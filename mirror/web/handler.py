@@ -24,6 +24,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from mirror.config.settings import Settings
+from mirror.hosted.service import HostedService
 from mirror.observability.events import (
     Kind,
     LogMessage,
@@ -59,6 +60,8 @@ from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
+from mirror.web.hosted_access import Authorize, allow_everybody
+from mirror.web.hosted_handler import HostedHandler
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -84,8 +87,12 @@ class Handler:
         health: Health,
         render_metrics: Callable[[], Awaitable[tuple[bytes, str]]],
         emit: Observer,
+        hosted: HostedService | None = None,
+        authorize: Authorize = allow_everybody,
+        *,
+        is_push_door: bool = False,
     ) -> None:
-        """Create the handler of a server.
+        """Create the handler of a listener.
 
         Args:
             settings: The configuration.
@@ -93,7 +100,23 @@ class Handler:
             health: Readiness of this process. While it drains, pulls are refused.
             render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
             emit: Receives the events of each request.
+            hosted: The hosted repositories. None: there are none.
+            authorize: Says who may do what at the door for pushes.
+            is_push_door: True if all requests to this listener are for the hosted repositories.
         """
+        self._door: HostedHandler | None = None
+        """The door for pushes. None: nothing can be pushed through this listener."""
+        has_door = settings.hosted is not None and (is_push_door or settings.hosted.hosts)
+        if hosted is not None and has_door:
+            self._door = HostedHandler(
+                hosted,
+                authorize,
+                emit,
+                common_headers,
+                self._forwarded_prefix,
+                is_sole=is_push_door,
+            )
+        self._is_push_door = is_push_door
         self.addresses = AddressLimit(settings.max_client_connections)
         """Counts the connections of each client address. Behind trusted proxies: its requests."""
         self.proxies: TrustedProxies | None = None
@@ -112,10 +135,15 @@ class Handler:
 
     def configure(self, settings: Settings) -> None:
         """Use this configuration for new requests."""
-        self._parse = paths.build_parser(settings.upstream_names(), settings.default_upstream)
+        names, default = settings.upstream_names(), settings.default_upstream
         self._upstream_of_host = {
             host.lower(): name for name, one in settings.upstreams.items() for host in one.hosts
         }
+        if (hosted := settings.hosted) is not None:
+            names = hosted.names() if self._is_push_door else {**names, **hosted.names()}
+            default = hosted.name if self._is_push_door else default
+            self._upstream_of_host |= {host.lower(): hosted.name for host in hosted.hosts}
+        self._parse = paths.build_parser(names, default)
         networks = settings.trusted_proxies
         self.proxies = TrustedProxies(networks) if networks else None
         self._has_catalog = settings.catalog
@@ -232,7 +260,13 @@ class Handler:
 
     async def _dispatch(self, request: web.BaseRequest, pull: RequestRecord) -> web.StreamResponse:
         path, _, query = pull.path.partition("?")
-        parsed = self._parse(request.method, path, query, self._named_by_host(request))
+        upstream = self._named_by_host(request)
+        if self._door is not None and self._door.is_door_of(request):
+            response = await self._door.respond(request, pull)
+            if response is not None:
+                return response
+            upstream = self._door.name
+        parsed = self._parse(request.method, path, query, upstream)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
         match parsed:
             case paths.ManifestRequest():
@@ -344,10 +378,14 @@ class Handler:
         """
         if count is not None:
             return path.rpartition("/")[2]
+        return self._forwarded_prefix(request) + path
+
+    def _forwarded_prefix(self, request: web.BaseRequest) -> str:
+        """Return the prefix that a trusted proxy has removed from the paths of a request."""
         forwarded_prefix = request.headers.getall("X-Forwarded-Prefix", ())
         if self.proxies is None or not forwarded_prefix:
-            return path
-        return self.proxies.prefix_of(request.remote or "", forwarded_prefix) + path
+            return ""
+        return self.proxies.prefix_of(request.remote or "", forwarded_prefix)
 
     async def _send_tags(
         self, parsed: paths.TagsRequest, request: web.BaseRequest, pull: RequestRecord

@@ -205,16 +205,16 @@ def parse(
     parameters = _parse_query(query) if query else {}
     ns = parameters.get("ns")
     named = upstream if ns is None else ns
-    repository, prefix = _find_repository(_decode(name, NameInvalid), named, upstreams, default)
+    repository, prefix = _find_repository(decode_part(name, NameInvalid), named, upstreams, default)
     if kind is None:
         count, last = _parse_count(parameters), _parse_last(parameters)
         return TagsRequest(repository, count=count, last=last, ns=ns, prefix=prefix)
     if kind == "manifests":
         error = DigestInvalid if ":" in reference else TagInvalid
-        return ManifestRequest(repository, parse_reference(_decode(reference, error)), ns)
+        return ManifestRequest(repository, parse_reference(decode_part(reference, error)), ns)
     if kind == "blobs" and reference == "uploads":
         raise MethodUnsupported("this mirror is read-only: push to the upstream registry")
-    digest = Digest.parse(_decode(reference, DigestInvalid))
+    digest = Digest.parse(decode_part(reference, DigestInvalid))
     if kind == "blobs":
         return BlobRequest(repository, digest, ns)
     return ReferrersRequest(
@@ -258,7 +258,8 @@ def build_parser(
 # --- the parts of a request -----------------------------------------------------------------------
 
 
-def _decode(raw: str, error: type[InvalidRequest]) -> str:
+def decode_part(raw: str, error: type[InvalidRequest]) -> str:
+    """Percent-decode one part of a path. Raises ``error`` for an encoded slash."""
     if "%" not in raw:
         return raw
     if _ENCODED_SLASH.search(raw):

@@ -1,0 +1,316 @@
+"""The database of the hosted repositories: opening it, its schema, its threads.
+
+Lives here: transactions, one commit for all writes that wait, damage. Must not know: what the rows
+mean (``names.py``).
+
+Theory of operation: SQLite with a write-ahead log. One thread of each process writes. It takes all
+waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of
+the others. A durable write returns after the log is on the disk (``synchronous=FULL``). Several
+processes may use one database: a write waits for the lock of another one. Readers never wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from sqlite3 import Connection
+from typing import Any, Final, Generic, TypeVar
+
+from mirror.oci.errors import MirrorError, NamesDamaged, StorageUnavailable
+from mirror.threads import run_in_thread
+
+T = TypeVar("T")
+
+SCHEMA_VERSION: Final = 1
+"""``user_version`` of a database that this version writes."""
+_BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for a write of another process. One commit takes milliseconds."""
+_MAX_BATCH: Final = 256
+"""Writes of one commit. Each waits for all of them, which takes about 20 ms."""
+_READERS: Final = 2
+"""Threads that read: a read takes less than a millisecond of the processor."""
+_DAMAGE_REMEDY: Final = "restore it from a backup, or remove it to lose all hosted names"
+
+_SCHEMA: Final = """
+CREATE TABLE manifests (
+    repository TEXT NOT NULL, digest TEXT NOT NULL, media_type TEXT NOT NULL,
+    artifact_type TEXT NOT NULL, subject TEXT NOT NULL, size INTEGER NOT NULL,
+    annotations TEXT NOT NULL, pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
+    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+CREATE INDEX manifests_by_subject ON manifests (repository, subject, digest) WHERE subject <> '';
+CREATE TABLE parts (
+    repository TEXT NOT NULL, manifest TEXT NOT NULL, digest TEXT NOT NULL,
+    PRIMARY KEY (repository, manifest, digest)) WITHOUT ROWID;
+CREATE INDEX parts_by_digest ON parts (repository, digest);
+CREATE TABLE tags (
+    repository TEXT NOT NULL, tag TEXT NOT NULL, digest TEXT NOT NULL,
+    pushed_at REAL NOT NULL, pushed_by TEXT NOT NULL,
+    PRIMARY KEY (repository, tag)) WITHOUT ROWID;
+CREATE INDEX tags_by_digest ON tags (repository, digest);
+CREATE TABLE blobs (
+    repository TEXT NOT NULL, digest TEXT NOT NULL, size INTEGER NOT NULL, used_at REAL NOT NULL,
+    PRIMARY KEY (repository, digest)) WITHOUT ROWID;
+CREATE TABLE uploads (
+    id TEXT PRIMARY KEY, repository TEXT NOT NULL, user TEXT NOT NULL, reserved INTEGER NOT NULL,
+    boot TEXT NOT NULL, started_at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE contents (
+    digest TEXT PRIMARY KEY, size INTEGER NOT NULL, names INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE repositories (
+    name TEXT PRIMARY KEY, bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
+    manifests INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE totals (
+    one INTEGER PRIMARY KEY CHECK (one = 1), bytes INTEGER NOT NULL, contents INTEGER NOT NULL,
+    generation INTEGER NOT NULL);
+INSERT INTO totals VALUES (1, 0, 0, 0);
+
+CREATE TRIGGER contents_added AFTER INSERT ON contents BEGIN
+    UPDATE totals SET bytes = bytes + new.size, contents = contents + 1; END;
+CREATE TRIGGER contents_removed AFTER DELETE ON contents BEGIN
+    UPDATE totals SET bytes = bytes - old.size, contents = contents - 1; END;
+CREATE TRIGGER blobs_added AFTER INSERT ON blobs BEGIN
+    INSERT INTO contents VALUES (new.digest, new.size, 1)
+        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
+    INSERT INTO repositories VALUES (new.repository, new.size, 1, 0)
+        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1; END;
+CREATE TRIGGER blobs_removed AFTER DELETE ON blobs BEGIN
+    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
+    DELETE FROM contents WHERE digest = old.digest AND names = 0;
+    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1
+        WHERE name = old.repository;
+    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
+CREATE TRIGGER manifests_added AFTER INSERT ON manifests BEGIN
+    INSERT INTO contents VALUES (new.digest, new.size, 1)
+        ON CONFLICT (digest) DO UPDATE SET names = names + 1;
+    INSERT INTO repositories VALUES (new.repository, new.size, 1, 1)
+        ON CONFLICT (name) DO UPDATE SET bytes = bytes + new.size, contents = contents + 1,
+            manifests = manifests + 1; END;
+CREATE TRIGGER manifests_removed AFTER DELETE ON manifests BEGIN
+    DELETE FROM parts WHERE repository = old.repository AND manifest = old.digest;
+    DELETE FROM tags WHERE repository = old.repository AND digest = old.digest;
+    UPDATE contents SET names = names - 1 WHERE digest = old.digest;
+    DELETE FROM contents WHERE digest = old.digest AND names = 0;
+    UPDATE repositories SET bytes = bytes - old.size, contents = contents - 1,
+        manifests = manifests - 1 WHERE name = old.repository;
+    DELETE FROM repositories WHERE name = old.repository AND contents = 0; END;
+"""
+
+
+@dataclass(slots=True, eq=False)
+class _Write(Generic[T]):
+    """A write that waits for its commit."""
+
+    change: Callable[[Connection], T]
+    is_durable: bool
+    future: asyncio.Future[T]
+    result: T | None = None
+    error: Exception | None = None
+
+
+class Database:
+    """An open database. All methods run on the event loop. Create it with :meth:`open`."""
+
+    def __init__(self, path: Path, connection: Connection) -> None:
+        """Use an open connection. Call :meth:`open` instead."""
+        self._path = path
+        self._loop = asyncio.get_running_loop()
+        self._connection = connection
+        self._is_full = True
+        """Whether the writing connection waits for the disk at each commit."""
+        self._writing = ThreadPoolExecutor(1, "names")
+        self._reading = ThreadPoolExecutor(_READERS, "names-read")
+        self._waiting: deque[_Write[Any]] = deque()
+        self._local = threading.local()
+        self._readers: list[Connection] = []
+
+    @classmethod
+    async def open(cls, path: Path) -> Database:
+        """Open a database, or create it. Raises ``NamesDamaged`` if it cannot be used."""
+        return cls(path, await run_in_thread(open_checked, path))
+
+    async def read(self, query: Callable[[Connection], T]) -> T:
+        """Return ``query(connection)``, called in a thread, in a state that was committed.
+
+        Raises ``NamesDamaged``, ``StorageUnavailable``, or the exception of ``query``.
+        """
+        return await self._loop.run_in_executor(self._reading, self._read, query)
+
+    async def write(self, change: Callable[[Connection], T], *, is_durable: bool = True) -> T:
+        """Return ``change(connection)``, called in a thread in a transaction, once it is committed.
+
+        Cancelling the caller does not undo the write.
+
+        Args:
+            change: Runs in a savepoint of its own. Its exception undoes it, and no other write.
+            is_durable: Return after the commit is on the disk. False: a crash of the machine may
+                undo it.
+
+        Raises:
+            NamesDamaged: The database is damaged.
+            StorageUnavailable: The disk is full or read-only, or another process does not end its
+                transaction. Nothing was changed.
+            Exception: The exception of ``change``.
+        """
+        write = _Write(change, is_durable, self._loop.create_future())
+        self._waiting.append(write)
+        self._writing.submit(self._commit_waiting)
+        await asyncio.wait({write.future})
+        result: T = write.future.result()
+        return result
+
+    async def close(self) -> None:
+        """Finish the writes that wait, and close all connections."""
+        for pool in (self._writing, self._reading):
+            await run_in_thread(pool.shutdown)
+        for connection in (*self._readers, self._connection):
+            connection.close()
+
+    # --- in the threads -------------------------------------------------------------------------
+
+    def _read(self, query: Callable[[Connection], T]) -> T:
+        connection: Connection | None = getattr(self._local, "connection", None)
+        try:
+            if connection is None:
+                connection = self._local.connection = _connect(self._path, "ro")
+                self._readers.append(connection)
+            return query(connection)
+        except sqlite3.Error as error:
+            raise _translate(error, self._path) from error
+
+    def _commit_waiting(self) -> None:
+        """Commit the writes that wait, all together. Often an earlier call has done that."""
+        batch: list[_Write[Any]] = []
+        while self._waiting and len(batch) < _MAX_BATCH:
+            batch.append(self._waiting.popleft())
+        if not batch:
+            return
+        try:
+            self._commit(batch)
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            failure = _translate(error, self._path)
+            for write in batch:
+                write.error = failure
+        with suppress(RuntimeError):  # The event loop has ended, so nobody waits.
+            self._loop.call_soon_threadsafe(_set_results, batch)
+
+    def _commit(self, batch: list[_Write[Any]]) -> None:
+        connection = self._connection
+        is_full = any(write.is_durable for write in batch)
+        if is_full is not self._is_full:
+            connection.execute(f"PRAGMA synchronous = {'FULL' if is_full else 'NORMAL'}")
+            self._is_full = is_full
+        connection.execute("BEGIN IMMEDIATE")
+        for write in batch:
+            connection.execute("SAVEPOINT one")
+            try:
+                write.result = write.change(connection)
+            except sqlite3.Error:
+                raise
+            except Exception as error:
+                write.error = error
+                connection.execute("ROLLBACK TO one")
+            connection.execute("RELEASE one")
+        connection.execute("COMMIT")
+
+
+def _set_results(batch: list[_Write[Any]]) -> None:
+    for write in batch:
+        if write.error is not None:
+            write.future.set_exception(write.error)
+            write.future.exception()  # Retrieved: a caller that was cancelled never asks.
+        else:
+            write.future.set_result(write.result)
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def open_checked(path: Path) -> Connection:
+    """Open a database for writing, or create it. Blocks; every page is read once.
+
+    Raises ``NamesDamaged`` if it is damaged, of another version, or if its directory refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        connection = _connect(path, "rwc")
+        try:
+            _prepare(connection, path)
+            if is_new:
+                _sync_directory(path.parent)
+                _sync_directory(path.parent.parent)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        raise _translate(error, path) from error
+    except OSError as error:
+        raise NamesDamaged(f"{path}: {error.strerror or error}") from error
+    return connection
+
+
+def _connect(path: Path, mode: str) -> Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        timeout=_BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        uri=True,
+    )
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _prepare(connection: Connection, path: Path) -> None:
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        raise NamesDamaged(f"{path}: its file system cannot share memory between processes (WAL)")
+    connection.execute("BEGIN IMMEDIATE")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    tables = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
+    if version == 0 and tables == 0:
+        for statement in _statements(_SCHEMA):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    elif version != SCHEMA_VERSION:
+        raise NamesDamaged(f"{path}: its version is {version}, and this program reads 1")
+    connection.execute("COMMIT")
+    problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise NamesDamaged(f"{path}: damaged: {_DAMAGE_REMEDY}")
+
+
+def _statements(script: str) -> list[str]:
+    """Split a script. ``executescript`` would commit before it, outside of our transaction."""
+    found, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            found.append(part)
+            part = ""
+    return found
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _translate(error: sqlite3.Error, path: Path) -> MirrorError:
+    if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
+        return StorageUnavailable(f"{path}: {error}")
+    if isinstance(error, sqlite3.DatabaseError):
+        return NamesDamaged(f"{path}: {error}: {_DAMAGE_REMEDY}")
+    return StorageUnavailable(f"{path}: {error}")

@@ -1,0 +1,308 @@
+"""The rows of the database: which repository has which content, and which tags name it.
+
+Lives here: each query and each change, as a function of a connection. Must not know: threads,
+transactions (``database.py``), files.
+
+A repository is its path (``team/app``), without the name of the server, which may change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from sqlite3 import Connection
+from typing import Any, Final
+
+from mirror.hosted.manifests import PushedManifest
+from mirror.oci.errors import PartsUnknown
+from mirror.oci.reference import Digest, Tag
+
+_STEP: Final = 500
+"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
+_MAX_SHOWN: Final = 20
+"""Missing parts that an error names: it is one line."""
+_USE_STEP_S: Final = 600.0
+"""Seconds between two records of the use of one blob. Collection waits far longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRow:
+    """A manifest of a repository."""
+
+    digest: Digest
+    media_type: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What all hosted repositories take up."""
+
+    bytes: int
+    contents: int
+    """Number of contents. One that several repositories have counts once."""
+
+
+# --- blobs ----------------------------------------------------------------------------------------
+
+
+def blob_size(connection: Connection, repository: str, digest: Digest) -> int | None:
+    """Return the bytes of a blob of a repository. None if the repository does not have it."""
+    row = connection.execute(
+        "SELECT size FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
+    ).fetchone()
+    return None if row is None else int(row[0])
+
+
+def add_blob(
+    connection: Connection, repository: str, digest: Digest, size: int, now: float
+) -> None:
+    """Record that a repository has a blob of ``size`` bytes, and that it was used now."""
+    connection.execute(
+        "INSERT INTO blobs VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (repository, digest) DO UPDATE SET used_at = max(used_at, excluded.used_at)",
+        (repository, str(digest), size, now),
+    )
+
+
+def mount_blob(
+    connection: Connection, source: str, repository: str, digest: Digest, now: float
+) -> bool:
+    """Give a repository a blob of another one. False if that one does not have it."""
+    size = blob_size(connection, source, digest)
+    if size is not None:
+        add_blob(connection, repository, digest, size, now)
+    return size is not None
+
+
+def mark_blob_used(connection: Connection, repository: str, digest: Digest, now: float) -> None:
+    """Record that a client has just asked for a blob. It may push a manifest that names it."""
+    connection.execute(
+        "UPDATE blobs SET used_at = ? WHERE repository = ? AND digest = ? AND used_at < ?",
+        (now, repository, str(digest), now - _USE_STEP_S),
+    )
+
+
+def delete_blob(connection: Connection, repository: str, digest: Digest) -> bool:
+    """Delete a blob of a repository. False if the repository does not have it."""
+    found = connection.execute(
+        "DELETE FROM blobs WHERE repository = ? AND digest = ?", (repository, str(digest))
+    )
+    return found.rowcount > 0
+
+
+# --- manifests and tags ---------------------------------------------------------------------------
+
+_MANIFEST: Final = "SELECT m.digest, m.media_type, m.size FROM manifests m"
+
+
+def _manifest_row(row: Any) -> ManifestRow | None:
+    return None if row is None else ManifestRow(Digest.parse(row[0]), row[1], row[2])
+
+
+def manifest_by_digest(
+    connection: Connection, repository: str, digest: Digest
+) -> ManifestRow | None:
+    """Return a manifest of a repository. None if the repository does not have it."""
+    row = connection.execute(
+        f"{_MANIFEST} WHERE m.repository = ? AND m.digest = ?",
+        (repository, str(digest)),
+    ).fetchone()
+    return _manifest_row(row)
+
+
+def manifest_by_tag(connection: Connection, repository: str, tag: Tag) -> ManifestRow | None:
+    """Return the manifest that a tag names. None if the repository has no such tag."""
+    row = connection.execute(
+        f"{_MANIFEST} JOIN tags t ON t.repository = m.repository AND t.digest = m.digest"
+        " WHERE t.repository = ? AND t.tag = ?",
+        (repository, str(tag)),
+    ).fetchone()
+    return _manifest_row(row)
+
+
+def check_parts(
+    connection: Connection, repository: str, manifest: PushedManifest, *, may_be_sparse: bool
+) -> None:
+    """Check that a repository has all that a manifest refers to.
+
+    Args:
+        connection: The database.
+        repository: The repository that the manifest is pushed to.
+        manifest: The manifest.
+        may_be_sparse: Manifests that an index lists may be missing.
+
+    Raises:
+        PartsUnknown: Something is missing. The detail names it.
+    """
+    missing = _missing(connection, "blobs", repository, manifest.blobs)
+    if not may_be_sparse:
+        missing += _missing(connection, "manifests", repository, manifest.children)
+    if missing:
+        shown = ", ".join(missing[:_MAX_SHOWN])
+        raise PartsUnknown(
+            f"the repository does not have {len(missing)} of the parts of this manifest:"
+            " push them first",
+            detail=shown,
+        )
+
+
+def _missing(
+    connection: Connection, table: str, repository: str, digests: Iterable[Digest]
+) -> list[str]:
+    wanted = list(dict.fromkeys(map(str, digests)))
+    missing: list[str] = []
+    for start in range(0, len(wanted), _STEP):
+        step = wanted[start : start + _STEP]
+        marks = ",".join("?" * len(step))
+        rows = connection.execute(
+            f"SELECT digest FROM {table} WHERE repository = ? AND digest IN ({marks})",  # noqa: S608 - our own table names
+            (repository, *step),
+        )
+        found = {row[0] for row in rows}
+        missing += [digest for digest in step if digest not in found]
+    return missing
+
+
+def add_manifest(
+    connection: Connection,
+    repository: str,
+    manifest: PushedManifest,
+    tags: Sequence[Tag],
+    now: float,
+    user: str,
+) -> None:
+    """Record a manifest of a repository, and let ``tags`` name it.
+
+    Args:
+        connection: The database.
+        repository: The repository.
+        manifest: The manifest. Its bytes are durable.
+        tags: Tags that name it from now on.
+        now: Seconds since the epoch.
+        user: The user who pushes it. Empty: anonymous.
+    """
+    digest = str(manifest.digest)
+    added = connection.execute(
+        "INSERT INTO manifests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (repository, digest) DO NOTHING",
+        (
+            *(repository, digest, manifest.media_type, manifest.artifact_type),
+            *("" if manifest.subject is None else str(manifest.subject), manifest.size),
+            *(json.dumps(manifest.annotations, separators=(",", ":")), now, user),
+        ),
+    )
+    if added.rowcount:
+        connection.executemany(
+            "INSERT INTO parts VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            [(repository, digest, str(part)) for part in manifest.parts],
+        )
+    else:
+        # The same bytes may be pushed again with another type.
+        connection.execute(
+            "UPDATE manifests SET media_type = ? WHERE repository = ? AND digest = ?",
+            (manifest.media_type, repository, digest),
+        )
+    connection.executemany(
+        "INSERT INTO tags VALUES (?, ?, ?, ?, ?) ON CONFLICT (repository, tag) DO UPDATE SET"
+        " digest = excluded.digest, pushed_at = excluded.pushed_at, pushed_by = excluded.pushed_by",
+        [(repository, str(tag), digest, now, user) for tag in tags],
+    )
+
+
+def delete_manifest(connection: Connection, repository: str, digest: Digest) -> bool:
+    """Delete a manifest, and the tags that name it. False if the repository does not have it."""
+    found = connection.execute(
+        "DELETE FROM manifests WHERE repository = ? AND digest = ?", (repository, str(digest))
+    )
+    return found.rowcount > 0
+
+
+def delete_tag(connection: Connection, repository: str, tag: Tag) -> bool:
+    """Delete a tag. The manifest stays. False if the repository has no such tag."""
+    found = connection.execute(
+        "DELETE FROM tags WHERE repository = ? AND tag = ?", (repository, str(tag))
+    )
+    return found.rowcount > 0
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def has_repository(connection: Connection, repository: str) -> bool:
+    """Return whether a repository has any content."""
+    query = "SELECT 1 FROM repositories WHERE name = ?"
+    return connection.execute(query, (repository,)).fetchone() is not None
+
+
+def tags_page(connection: Connection, repository: str, count: int, last: str) -> list[str]:
+    """Return at most ``count`` tags after ``last``, in the order of their bytes."""
+    rows = connection.execute(
+        "SELECT tag FROM tags WHERE repository = ? AND tag > ? ORDER BY tag LIMIT ?",
+        (repository, last, count),
+    )
+    return [row[0] for row in rows]
+
+
+def repositories_page(connection: Connection, count: int, last: str) -> list[str]:
+    """Return at most ``count`` repositories after ``last`` that have a manifest, in order."""
+    rows = connection.execute(
+        "SELECT name FROM repositories WHERE name > ? AND manifests > 0 ORDER BY name LIMIT ?",
+        (last, count),
+    )
+    return [row[0] for row in rows]
+
+
+def referrers(
+    connection: Connection, repository: str, subject: Digest, artifact_type: str | None
+) -> list[dict[str, Any]]:
+    """Return the descriptors of the manifests whose subject is ``subject``, in order of digest.
+
+    Args:
+        connection: The database.
+        repository: The repository that has them.
+        subject: A digest, which the repository need not have.
+        artifact_type: Only those of this type. None: all.
+    """
+    rows = connection.execute(
+        "SELECT media_type, digest, size, artifact_type, annotations FROM manifests"
+        " WHERE repository = ? AND subject = ? AND subject <> '' ORDER BY digest",
+        (repository, str(subject)),
+    )
+    found = []
+    for media_type, digest, size, artifact, text in rows:
+        if artifact_type is not None and artifact != artifact_type:
+            continue
+        entry = {"mediaType": media_type, "digest": digest, "size": size}
+        if artifact:
+            entry["artifactType"] = artifact
+        if text != "{}":
+            entry["annotations"] = json.loads(text)
+        found.append(entry)
+    return found
+
+
+# --- all repositories -----------------------------------------------------------------------------
+
+
+def usage(connection: Connection) -> Usage:
+    """Return what all hosted repositories take up."""
+    row = connection.execute("SELECT bytes, contents FROM totals").fetchone()
+    return Usage(*row)
+
+
+def named_digests(connection: Connection, digests: Collection[Digest]) -> set[Digest]:
+    """Return those of ``digests`` that any repository has, as a blob or as a manifest."""
+    wanted = {str(digest): digest for digest in digests}
+    names = list(wanted)
+    found: set[Digest] = set()
+    for start in range(0, len(names), _STEP):
+        step = names[start : start + _STEP]
+        rows = connection.execute(
+            f"SELECT digest FROM contents WHERE digest IN ({','.join('?' * len(step))})",  # noqa: S608 - question marks
+            step,
+        )
+        found |= {wanted[row[0]] for row in rows}
+    return found

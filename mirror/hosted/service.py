@@ -1,0 +1,259 @@
+"""The operations on hosted repositories: push, mount, delete, find, list.
+
+Lives here: the order of steps of each operation, so that a push is acknowledged only once it is
+durable. Must not know: HTTP, who may do what.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from sqlite3 import Connection
+from typing import Any, Final
+
+from mirror.config.settings import Hosted
+from mirror.hosted import names, upload_files, upload_rows
+from mirror.hosted.database import Database
+from mirror.hosted.manifests import PushedManifest, read_pushed_manifest
+from mirror.hosted.names import ManifestRow
+from mirror.hosted.sessions import UploadSessions, disk_errors
+from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
+from mirror.oci.reference import Digest, Reference, Tag
+from mirror.store.reader import Reader
+from mirror.store.store import Store
+from mirror.threads import parse_in_thread_if_large, run_in_thread
+
+_MAX_PAGE: Final = 10_000
+"""Names on one page at most, whatever the client's ``n`` is: at most 1.3 MB of JSON."""
+
+_LOST: Final = "the content of this blob is lost: push it again"
+
+
+class HostedService:
+    """The hosted repositories of one process. A repository is its path, such as ``team/app``."""
+
+    def __init__(
+        self, hosted: Hosted, database: Database, store: Store, now: Callable[[], float]
+    ) -> None:
+        """Compose the parts. The caller owns ``database`` and ``store``.
+
+        Args:
+            hosted: The quota, and what is accepted.
+            database: The names.
+            store: The content.
+            now: Returns the seconds since the epoch.
+        """
+        self.settings = hosted
+        self.uploads = UploadSessions(hosted, database, store, now)
+        self._database = database
+        self._store = store
+        self._now = now
+        self._publishing = ThreadPoolExecutor(4, "publish-manifest")
+
+    async def close(self) -> None:
+        """End the threads. Running requests must have ended."""
+        await self.uploads.close()
+        await run_in_thread(self._publishing.shutdown)
+
+    # --- blobs ----------------------------------------------------------------------------------
+
+    async def mount(self, source: str, repository: str, digest: Digest) -> bool:
+        """Give a repository a blob of another one. Returns False if that is not possible.
+
+        The caller has checked that the client may read ``source``.
+        """
+        if not self._store.catalog.has_blob(digest):
+            return False
+        mount = partial(
+            names.mount_blob, source=source, repository=repository, digest=digest, now=self._now()
+        )
+        return await self._database.write(mount)
+
+    async def blob_size(self, repository: str, digest: Digest) -> int:
+        """Return the bytes of a blob. Raises ``BlobUnknown``, also if its content is lost.
+
+        Then a client pushes it again, which repairs it.
+        """
+        find = partial(names.blob_size, repository=repository, digest=digest)
+        size = await self._database.read(find)
+        if size is None or not self._store.catalog.has_blob(digest):
+            raise BlobUnknown("the repository does not have this blob")
+        return size
+
+    async def read_blob(self, digest: Digest, limit: int) -> bytes:
+        """Return the bytes of a small blob. Raises ``BlobUnknown`` if they are lost or damaged."""
+        body = await self._store.blobs.read(digest, limit)
+        if body is None:
+            raise BlobUnknown(_LOST)
+        return body
+
+    async def open_blob(self, digest: Digest, size: int) -> Reader:
+        """Open a blob of ``size`` bytes for reading. The caller closes the reader.
+
+        Raises ``BlobUnknown`` if its content is lost or damaged.
+        """
+        reader = await self._store.blobs.find(digest, size)
+        if reader is None:
+            raise BlobUnknown(_LOST)
+        return reader
+
+    async def mark_blob_used(self, repository: str, digest: Digest) -> None:
+        """Record that a client may be about to push a manifest that names a blob."""
+        mark = partial(names.mark_blob_used, repository=repository, digest=digest, now=self._now())
+        await self._database.write(mark, is_durable=False)
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        """Delete a blob of a repository. Raises ``BlobUnknown``."""
+        delete = partial(names.delete_blob, repository=repository, digest=digest)
+        if not await self._database.write(delete):
+            raise BlobUnknown("the repository does not have this blob")
+
+    # --- manifests ------------------------------------------------------------------------------
+
+    async def put_manifest(
+        self,
+        repository: str,
+        reference: Reference,
+        tags: Sequence[Tag],
+        body: bytes,
+        content_type: str | None,
+        user: str,
+    ) -> PushedManifest:
+        """Store a manifest, and let tags name it. Returns once that is durable.
+
+        Args:
+            repository: The repository.
+            reference: A tag, or the digest that the client states.
+            tags: Further tags.
+            body: The bytes of the manifest.
+            content_type: ``Content-Type`` of the request; None without one.
+            user: The user who pushes. Empty: anonymous.
+
+        Raises:
+            DigestInvalid: The bytes hash to another digest.
+            ManifestRefused: It is no manifest that is accepted.
+            PartsUnknown: The repository does not have all that the manifest refers to.
+            QuotaExceeded: The quota is used up.
+            StorageUnavailable: The disk refuses.
+        """
+        is_digest = isinstance(reference, Digest)
+        algorithm = reference.algorithm if isinstance(reference, Digest) else "sha256"
+        digest = Digest.of(body, algorithm)
+        if is_digest and digest != reference:
+            raise DigestInvalid("the manifest hashes to another digest")
+        manifest = await parse_in_thread_if_large(read_pushed_manifest, body, content_type, digest)
+        all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
+        check = partial(
+            names.check_parts,
+            repository=repository,
+            manifest=manifest,
+            may_be_sparse=self.settings.sparse_indexes,
+        )
+        # Before anything is written. It is checked again in the transaction.
+        await self._database.read(check)
+
+        def record(connection: Connection) -> None:
+            check(connection)
+            names.add_manifest(connection, repository, manifest, all_tags, self._now(), user)
+            upload_rows.check_quota(connection, repository, self.settings)
+
+        async with self._stored(digest, body):
+            await self._database.write(record)
+        return manifest
+
+    @asynccontextmanager
+    async def _stored(self, digest: Digest, body: bytes) -> AsyncIterator[None]:
+        """Make bytes durable as content, and keep them from eviction while the block runs."""
+        with disk_errors():
+            fd, is_new = await asyncio.get_running_loop().run_in_executor(
+                self._publishing,
+                partial(upload_files.store_body, self._store.layout, digest, body, self._now()),
+            )
+        try:
+            self._store.on_pushed(digest, len(body), is_new=is_new)
+            yield
+        finally:
+            os.close(fd)
+
+    async def find_manifest(self, repository: str, reference: Reference) -> ManifestRow:
+        """Return the row of a manifest. Raises ``ManifestUnknown``."""
+        if isinstance(reference, Digest):
+            find = partial(names.manifest_by_digest, repository=repository, digest=reference)
+        else:
+            find = partial(names.manifest_by_tag, repository=repository, tag=reference)
+        row = await self._database.read(find)
+        if row is None:
+            raise ManifestUnknown("the repository does not have this manifest")
+        return row
+
+    async def read_manifest(self, row: ManifestRow) -> bytes:
+        """Return the bytes of a manifest. Raises ``ManifestUnknown`` if they are lost."""
+        body = await self._store.blobs.read(row.digest, MANIFEST_LIMIT)
+        if body is None:
+            raise ManifestUnknown("the content of this manifest is lost: push it again")
+        return body
+
+    async def delete_manifest(self, repository: str, reference: Reference) -> None:
+        """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``."""
+        if isinstance(reference, Digest):
+            delete = partial(names.delete_manifest, repository=repository, digest=reference)
+        else:
+            delete = partial(names.delete_tag, repository=repository, tag=reference)
+        if not await self._database.write(delete):
+            raise ManifestUnknown("the repository does not have this manifest")
+
+    # --- lists ----------------------------------------------------------------------------------
+
+    async def tags(
+        self, repository: str, count: int | None, last: str | None
+    ) -> tuple[list[str], bool]:
+        """Return one page of the tags of a repository, and True if there are more.
+
+        Args:
+            repository: The repository.
+            count: Tags on the page at most. None: as many as one page may have.
+            last: The page begins after this tag. None: with the first one.
+
+        Raises:
+            NameUnknown: There is no such repository.
+        """
+        limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
+
+        def find(connection: Connection) -> list[str]:
+            if not names.has_repository(connection, repository):
+                raise NameUnknown("there is no such repository")
+            return names.tags_page(connection, repository, limit + 1, last or "")
+
+        found = await self._database.read(find)
+        return found[:limit], len(found) > limit > 0
+
+    async def repositories(self, count: int | None, last: str) -> tuple[list[str], bool]:
+        """Return one page of the repositories that have a manifest, and True if there are more."""
+        limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
+        find = partial(names.repositories_page, count=limit + 1, last=last)
+        found = await self._database.read(find)
+        return found[:limit], len(found) > limit > 0
+
+    async def referrers(
+        self, repository: str, subject: Digest, artifact_type: str | None
+    ) -> list[dict[str, Any]]:
+        """Return the descriptors of the manifests whose subject is ``subject``."""
+        find = partial(
+            names.referrers, repository=repository, subject=subject, artifact_type=artifact_type
+        )
+        return await self._database.read(find)
+
+    # --- the whole ------------------------------------------------------------------------------
+
+    async def usage(self) -> names.Usage:
+        """Return what all hosted repositories take up."""
+        return await self._database.read(names.usage)
+
+    async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
+        """Return those of ``digests`` that a hosted repository has."""
+        return await self._database.read(partial(names.named_digests, digests=digests))

@@ -1,0 +1,345 @@
+"""Uploads: begin one, feed it, ask how far it has come, finish it, cancel it.
+
+Lives here: which requests may feed an upload, in which order, and the end of abandoned uploads.
+Must not know: HTTP, who may push.
+
+Theory of operation: an upload is a row, which says whose it is and what it has reserved of the
+quota, and a file, whose length is how far it has come. Both outlive their process. A request that
+feeds an upload holds the lock of the file. To finish an upload, its bytes are verified, synced, and
+renamed to content; then the row of the blob is written, in the same transaction that deletes the
+row of the upload. A crash before that leaves the upload, or content that no row names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from sqlite3 import Connection
+from typing import Final, TypeVar, TypeVarTuple
+
+from cachetools import LRUCache
+
+from mirror.config.settings import Hosted
+from mirror.hosted import names, upload_files, upload_rows
+from mirror.hosted.database import Database
+from mirror.hosted.upload_rows import UploadRow
+from mirror.hosted.upload_writer import RunningHash, UploadWriter
+from mirror.oci.errors import (
+    DigestInvalid,
+    QuotaExceeded,
+    StorageUnavailable,
+    UploadOutOfOrder,
+    UploadUnknown,
+)
+from mirror.oci.reference import Digest
+from mirror.store import disk
+from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.store import Store
+from mirror.threads import run_in_thread
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+UPLOAD_TTL_S: Final = 86400.0
+"""Seconds (one day) without a byte after which an upload has ended."""
+_ORPHAN_TTL_S: Final = 60.0
+"""Seconds for which an upload may have a row without a file, or a file without a row: it begins, or
+ends."""
+_RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
+"""Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
+_MEMORY_BYTES: Final = 16 * 1024 * 1024
+"""Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway."""
+_MAX_HASHES: Final = 1000
+"""Running hashes that are kept between two requests of an upload. Without its hash, an upload is
+hashed once more from the disk when it is finished."""
+_GONE: Final = "there is no such upload: it was finished, cancelled or abandoned"
+
+
+class UploadSessions:
+    """The uploads of all hosted repositories. Several processes may share them."""
+
+    def __init__(
+        self, hosted: Hosted, database: Database, store: Store, now: Callable[[], float]
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            hosted: The quota.
+            database: Has the rows.
+            store: Where content is published.
+            now: Returns the seconds since the epoch.
+        """
+        self._hosted = hosted
+        self._database = database
+        self._store = store
+        self._layout = store.layout
+        self._now = now
+        self._boot = disk.boot_id()
+        self._loop = asyncio.get_running_loop()
+        self._memory = MemoryBudget(_MEMORY_BYTES)
+        self._hashes: LRUCache[str, RunningHash] = LRUCache(_MAX_HASHES)
+        # Each kind of blocking work has its own pool, so that none waits for another.
+        self._opening = ThreadPoolExecutor(4, "upload-open")
+        self._writing = ThreadPoolExecutor(4, "upload")
+        self._publishing = ThreadPoolExecutor(8, "publish-upload")
+
+    async def begin(
+        self, repository: str, user: str, size: int | None, algorithm: str = "sha256"
+    ) -> str:
+        """Begin an upload, and return its id.
+
+        Args:
+            repository: The repository that the blob is for.
+            user: The user. Only the same user can feed the upload.
+            size: Bytes to reserve of the quota. None: they are not known.
+            algorithm: The algorithm of the digest, as far as it is known.
+
+        Raises:
+            QuotaExceeded: The quota does not have that many bytes left.
+            TooManyRequests: There are too many uploads.
+            StorageUnavailable: The disk refuses.
+        """
+        upload_id = secrets.token_hex(16)
+        row = UploadRow(upload_id, repository, user, size or 0, self._boot, self._now())
+        begin = partial(upload_rows.begin_upload, row=row, hosted=self._hosted)
+        await self._database.write(begin, is_durable=False)
+        await self._run(upload_files.create, self._layout, upload_id)
+        if algorithm != "sha256":
+            self._hashes[upload_id] = RunningHash(algorithm)
+        return upload_id
+
+    async def open(
+        self,
+        upload_id: str,
+        repository: str,
+        user: str,
+        *,
+        start: int | None = None,
+        size: int | None = None,
+    ) -> UploadFeed:
+        """Lock an upload, to feed it. The caller closes it.
+
+        Args:
+            upload_id: Its id, as the client has sent it.
+            repository: The repository of the request.
+            user: The user of the request.
+            start: Offset of the first byte that the request has. None: at the end of the upload.
+            size: Bytes that the request has. None: not known.
+
+        Raises:
+            UploadUnknown: The repository and the user have no such upload.
+            UploadOutOfOrder: The upload does not end at ``start``, or another request feeds it.
+            QuotaExceeded: The quota does not have so many bytes left.
+            StorageUnavailable: The disk refuses.
+        """
+        row = await self._find(upload_id, repository, user)
+        opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
+        if opened is None:
+            raise UploadUnknown(_GONE)
+        fd, position = opened
+        if fd is None:
+            raise UploadOutOfOrder("another request feeds this upload", position)
+        running_hash = self._hashes.pop(upload_id, None)
+        if running_hash is None or running_hash.position > position:
+            running_hash = RunningHash("sha256")
+
+        def keep_hash() -> None:
+            self._hashes[upload_id] = running_hash
+
+        writer = UploadWriter(fd, position, running_hash, self._writing, self._memory, keep_hash)
+        feed = UploadFeed(row, writer, self._reserve)
+        try:
+            if start is not None and start != position:
+                message = f"the upload has {position} bytes, and the chunk begins at {start}"
+                raise UploadOutOfOrder(message, position)
+            if size is not None:
+                await feed.reserve(position + size)
+        except BaseException:
+            feed.close()
+            raise
+        return feed
+
+    async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
+        """Return ``work(*args)``, called in a thread. A disk that refuses is StorageUnavailable."""
+        with disk_errors():
+            return await self._loop.run_in_executor(self._opening, partial(work, *args))
+
+    async def _reserve(self, upload_id: str, size: int) -> None:
+        reserve = partial(
+            upload_rows.reserve, upload_id=upload_id, reserved=size, hosted=self._hosted
+        )
+        if not await self._database.write(reserve, is_durable=False):
+            raise UploadUnknown(_GONE)
+
+    async def _find(self, upload_id: str, repository: str, user: str) -> UploadRow:
+        if not upload_files.is_upload_id(upload_id):
+            raise UploadUnknown(_GONE)
+        find = partial(upload_rows.find_upload, upload_id=upload_id)
+        row = await self._database.read(find)
+        # The same answer for an upload of somebody else: its id is nobody else's business.
+        if row is None or (row.repository, row.user) != (repository, user):
+            raise UploadUnknown(_GONE)
+        if row.boot != self._boot:  # Unsynced bytes may be anything after another boot.
+            raise UploadUnknown(_GONE)
+        return row
+
+    async def position(self, upload_id: str, repository: str, user: str) -> int:
+        """Return the bytes that an upload has. Raises ``UploadUnknown``, ``StorageUnavailable``."""
+        await self._find(upload_id, repository, user)
+        length = await self._run(upload_files.length_of, self._layout, upload_id)
+        if length is None:
+            raise UploadUnknown(_GONE)
+        return length
+
+    async def finish(self, feed: UploadFeed, digest: Digest) -> int:
+        """Publish an upload as a blob of its repository. Returns its size in bytes.
+
+        It returns once the blob is durable. The upload has ended, also if its bytes are wrong. The
+        caller closes ``feed``.
+
+        Raises:
+            DigestInvalid: The bytes hash to another digest.
+            StorageUnavailable: The disk refuses.
+        """
+        writer, upload_id = feed.writer, feed.row.id
+        await writer.flush()
+        with disk_errors():
+            is_new = await self._loop.run_in_executor(
+                self._publishing, self._publish, upload_id, writer, digest
+            )
+        size = writer.position
+        if is_new is None:
+            await self._database.write(
+                partial(upload_rows.end_upload, upload_id=upload_id), is_durable=False
+            )
+            raise DigestInvalid("the uploaded bytes hash to another digest")
+        self._store.on_pushed(digest, size, is_new=is_new)
+
+        def record(connection: Connection) -> None:
+            upload_rows.end_upload(connection, upload_id)
+            names.add_blob(connection, feed.row.repository, digest, size, self._now())
+
+        await self._database.write(record)
+        return size
+
+    def _publish(self, upload_id: str, writer: UploadWriter, digest: Digest) -> bool | None:
+        """Verify and publish, in a thread. Returns whether the content is new; None if it is wrong.
+
+        The file of a wrong upload is removed.
+        """
+        running_hash, path = writer.running_hash, upload_files.path_of(self._layout, upload_id)
+        if running_hash.algorithm != digest.algorithm:
+            running_hash = RunningHash(digest.algorithm)
+        running_hash.catch_up(writer.fd, writer.position)
+        if running_hash.position != writer.position or running_hash.digest() != digest:
+            upload_files.drop(path)
+            return None
+        return upload_files.publish(self._layout, path, writer.fd, digest, self._now())
+
+    async def cancel(self, upload_id: str, repository: str, user: str) -> None:
+        """End an upload, and drop its bytes. Raises like :meth:`open`."""
+        feed = await self.open(upload_id, repository, user)
+        try:
+            await self._run(upload_files.remove, self._layout, upload_id)
+        finally:
+            feed.close()
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        await self._database.write(end, is_durable=False)
+
+    async def forget(self, upload_id: str) -> None:
+        """Drop an upload that only this request knows. Its feed is closed, or about to be."""
+        await self._run(upload_files.remove, self._layout, upload_id)
+        end = partial(upload_rows.end_upload, upload_id=upload_id)
+        await self._database.write(end, is_durable=False)
+
+    async def end_abandoned(self) -> int:
+        """End the uploads that nobody has fed for a day. Returns their number.
+
+        The server calls this now and then. Also removes rows without files, files without rows, and
+        uploads of another boot.
+        """
+        rows = await self._database.read(upload_rows.all_uploads)
+        ended = await self._run(self._remove_abandoned, rows)
+
+        def end(connection: Connection) -> None:
+            for upload_id in ended:
+                upload_rows.end_upload(connection, upload_id)
+
+        if ended:
+            await self._database.write(end, is_durable=False)
+        return len(ended)
+
+    def _remove_abandoned(self, rows: list[UploadRow]) -> list[str]:
+        """Remove files, in a thread. Returns the ids of the rows that have no file now."""
+        now, layout, ended = self._now(), self._layout, []
+        for row in rows:
+            ttl = UPLOAD_TTL_S if row.boot == self._boot else 0.0
+            is_starting = now - row.started_at < _ORPHAN_TTL_S
+            if not is_starting and upload_files.remove_abandoned(layout, row.id, now, ttl):
+                ended.append(row.id)
+        known = {row.id for row in rows}
+        for upload_id in upload_files.list_ids(layout):
+            if upload_id not in known:
+                upload_files.remove_abandoned(layout, upload_id, now, _ORPHAN_TTL_S)
+        return ended
+
+    async def close(self) -> None:
+        """End the threads. Running requests must have ended."""
+        for pool in (self._opening, self._writing, self._publishing):
+            await run_in_thread(pool.shutdown)
+
+
+class UploadFeed:
+    """One request that feeds an upload."""
+
+    def __init__(
+        self, row: UploadRow, writer: UploadWriter, reserve: Callable[[str, int], Awaitable[None]]
+    ) -> None:
+        """Feed ``row``. Created by :meth:`UploadSessions.open`."""
+        self.row = row
+        self.writer = writer
+        self._reserved = row.reserved
+        self._reserve = reserve
+
+    @property
+    def position(self) -> int:
+        """Bytes that the upload has, also those that wait for the disk."""
+        return self.writer.position
+
+    async def reserve(self, size: int) -> None:
+        """Reserve as much of the quota as ``size`` bytes of the upload need."""
+        if size > self._reserved:
+            await self._reserve(self.row.id, size)
+            self._reserved = size
+
+    async def write(self, chunk: bytes) -> None:
+        """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
+        end = self.position + len(chunk)
+        if end > self._reserved:
+            try:
+                await self.reserve(end + _RESERVE_STEP_BYTES)
+            except QuotaExceeded:
+                await self.reserve(end)
+        await self.writer.write(chunk)
+
+    async def flush(self) -> None:
+        """Return once all bytes are in the file. Raises ``StorageUnavailable``."""
+        await self.writer.flush()
+
+    def close(self) -> None:
+        """Unlock the upload, once no thread writes to it."""
+        self.writer.close()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turn the errors of the disk into ``StorageUnavailable``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageUnavailable(f"the upload cannot be stored: {reason}") from error

@@ -1,0 +1,239 @@
+"""The files of uploads: creating and locking them, publishing one as content.
+
+Lives here: calls that block, for threads. Must not know: rows, the event loop.
+
+An upload is a file that only grows. Its length is how far the upload has come: no state beside it
+can differ. An exclusive ``flock`` on it means that a request feeds the upload, or finishes it. The
+lock ends with its process, so another one can go on after a crash.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest
+from mirror.store import disk
+from mirror.store.disk import Layout
+from mirror.store.ingest_writer import ShortWrite, write_all
+
+# 128 random bits (secrets.token_hex). Nothing else becomes part of a path.
+_UPLOAD_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_EVICTION_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for an eviction that removes the same content. It takes microseconds."""
+_NANOSECONDS: Final = 10**9
+"""Nanoseconds in a second."""
+# Some file systems cannot sync a directory. There a rename is as durable as it gets.
+_NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+def is_upload_id(text: str) -> bool:
+    """Return whether a text can be the id of an upload, and so the name of its file."""
+    return _UPLOAD_ID.fullmatch(text) is not None
+
+
+def path_of(layout: Layout, upload_id: str) -> Path:
+    """Return the path of an upload's file. Raises ``ValueError`` for what is no id."""
+    if not is_upload_id(upload_id):
+        raise ValueError("not the id of an upload")
+    return layout.uploads / upload_id
+
+
+def create(layout: Layout, upload_id: str) -> None:
+    """Create the empty file of a new upload. Raises ``OSError``."""
+    path = path_of(layout, upload_id)
+    path.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.close(os.open(path, flags, 0o644))
+
+
+def open_to_feed(layout: Layout, upload_id: str) -> tuple[int | None, int] | None:
+    """Open and lock the file of an upload.
+
+    Returns:
+        The descriptor, None if another request has the lock, and the length in bytes. None if
+        there is no such file.
+
+    Raises:
+        OSError: The file cannot be opened or locked.
+    """
+    path = path_of(layout, upload_id)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        return None
+    try:
+        size = os.fstat(fd).st_size
+        if not disk.try_lock(fd):
+            os.close(fd)
+            return None, size
+        if disk.is_at(fd, path):
+            return fd, os.fstat(fd).st_size
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)  # It was finished or cancelled a moment ago.
+    return None
+
+
+def length_of(layout: Layout, upload_id: str) -> int | None:
+    """Return the length of an upload in bytes. None if there is no such file."""
+    try:
+        status = path_of(layout, upload_id).lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def remove(layout: Layout, upload_id: str) -> None:
+    """Remove the file of an upload whose lock we hold. A missing one is passed over."""
+    path_of(layout, upload_id).unlink(missing_ok=True)
+
+
+def remove_abandoned(layout: Layout, upload_id: str, now: float, ttl: float) -> bool:
+    """Remove the file of an upload that nobody has fed for ``ttl`` seconds.
+
+    Returns:
+        True if there is no such file now. False if it was fed since, or is being fed.
+    """
+    try:
+        with disk.open_locked(path_of(layout, upload_id)) as fd:
+            if fd is None or now - os.fstat(fd).st_mtime < ttl:
+                return False
+            remove(layout, upload_id)
+            return True
+    except FileNotFoundError:
+        return True
+
+
+def list_ids(layout: Layout) -> list[str]:
+    """Return the ids of the files of uploads. Other names are passed over."""
+    try:
+        return [name for name in os.listdir(layout.uploads) if is_upload_id(name)]
+    except FileNotFoundError:
+        return []
+
+
+def publish(layout: Layout, path: Path, fd: int, digest: Digest, now: float) -> bool:
+    """Make a verified file durable and visible as content: fsync, rename, fsync of the directory.
+
+    Content of the same digest is replaced: its last verification may be old, and these bytes were
+    hashed just now. The descriptor keeps a shared lock, so nothing evicts the content until the
+    caller closes it. By then a row has to name it.
+
+    Args:
+        layout: The data directory.
+        path: The file.
+        fd: Its descriptor.
+        digest: The digest of its bytes.
+        now: Seconds since the epoch.
+
+    Returns:
+        True if there was no such content before.
+
+    Raises:
+        OSError: One of the steps failed. An ``fsync`` that failed is never tried again.
+        StorageUnavailable: An eviction of the same content does not end.
+    """
+    target = layout.blob(digest)
+    target.parent.mkdir(parents=True, exist_ok=True)  # An operator may have removed it.
+    used = int(now) * _NANOSECONDS
+    os.utime(fd, ns=(used, used))
+    os.fsync(fd)
+    if not disk.is_at(fd, path):
+        raise FileNotFoundError(errno.ENOENT, "the file of the upload was removed", str(path))
+    # From now on clients can open it as whole content, and its readers share the lock.
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    earlier = lease(layout, digest)
+    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        path.rename(target)
+        _sync_directory(directory, target, is_new=earlier is None)
+    finally:
+        os.close(directory)
+        if earlier is not None:
+            os.close(earlier)
+    return earlier is None
+
+
+def _sync_directory(directory: int, target: Path, *, is_new: bool) -> None:
+    try:
+        os.fsync(directory)
+    except OSError as error:
+        if error.errno in _NO_DIRECTORY_SYNC:
+            return
+        if is_new:  # Otherwise other repositories may have it. Either file has the same bytes.
+            target.unlink(missing_ok=True)
+        raise
+
+
+def lease(layout: Layout, digest: Digest) -> int | None:
+    """Keep content from eviction: return a descriptor with a shared lock. None if there is none.
+
+    An eviction that has chosen this content at the same moment ends first: it removes the path that
+    it has locked, which must not be a new file by then.
+
+    Raises:
+        OSError: The content cannot be opened.
+        StorageUnavailable: The eviction does not end.
+    """
+    deadline = time.monotonic() + _EVICTION_TIMEOUT_S
+    while True:
+        opened = disk.open_whole(layout, digest)
+        if opened is not None:
+            return opened[0]
+        try:
+            layout.blob(digest).lstat()
+        except FileNotFoundError:
+            return None
+        if time.monotonic() > deadline:
+            raise StorageUnavailable("an eviction of the same content does not end")
+        time.sleep(0.001)
+
+
+def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple[int, bool]:
+    """Write small content, and publish it.
+
+    Args:
+        layout: The data directory.
+        digest: The digest of ``body``.
+        body: All bytes.
+        now: Seconds since the epoch.
+
+    Returns:
+        A descriptor whose lock keeps the content from eviction, and whether it is new.
+
+    Raises:
+        OSError: One of the steps failed.
+        StorageUnavailable: See :func:`publish`.
+    """
+    draft = path_of(layout, secrets.token_hex(16))
+    draft.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        disk.try_lock(fd)  # No sweep removes it.
+        try:
+            write_all(fd, [body], 0)
+        except ShortWrite as short:
+            raise short.cause from short
+        return fd, publish(layout, draft, fd, digest, now)
+    except BaseException:
+        drop(draft)
+        os.close(fd)
+        raise
+
+
+def drop(path: Path) -> None:
+    """Remove a file that could not be published. Never raises: the next sweep removes it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)

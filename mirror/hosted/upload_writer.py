@@ -1,0 +1,156 @@
+"""Write the bytes of one request to the file of its upload, and hash them beside.
+
+Lives here: batches, the memory for bytes that wait for the disk, the running hash. Must not know:
+rows, what the upload is for.
+
+Theory of operation: as for content that is fetched (``store/ingest_writer.py``). A thread hashes
+and writes one batch, while the next one gathers. The hash covers what is in the file. If it is
+behind, since another process has written the bytes before, it catches up from the file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, Final
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest
+from mirror.store.ingest_writer import MemoryBudget, ShortWrite, append_joined, write_all
+
+_READ_BYTES: Final = 1024 * 1024
+"""Bytes that are read and hashed at a time."""
+
+
+class RunningHash:
+    """The hash of the first bytes of a file. One thread at a time may use it."""
+
+    def __init__(self, algorithm: str) -> None:
+        """Start with no byte. ``algorithm``: one of :data:`mirror.oci.reference.ALGORITHMS`."""
+        self.algorithm = algorithm
+        self.position = 0
+        """Bytes that were hashed so far."""
+        self._hash: Any = hashlib.new(algorithm)
+
+    def update(self, data: bytes | bytearray) -> None:
+        """Hash the next bytes."""
+        self._hash.update(data)
+        self.position += len(data)
+
+    def catch_up(self, fd: int, stop: int) -> None:
+        """Hash the bytes of a file up to ``stop``. Blocks. Raises ``OSError``."""
+        while self.position < stop:
+            data = os.pread(fd, min(_READ_BYTES, stop - self.position), self.position)
+            if not data:
+                return
+            self.update(data)
+
+    def digest(self) -> Digest:
+        """Return the digest of the bytes so far."""
+        return Digest(self.algorithm, self._hash.hexdigest())
+
+
+class UploadWriter:
+    """Appends to the file of an upload whose lock it holds, until it is closed."""
+
+    def __init__(
+        self,
+        fd: int,
+        position: int,
+        running_hash: RunningHash,
+        threads: Executor,
+        memory: MemoryBudget,
+        on_closed: Callable[[], object],
+    ) -> None:
+        """Start at the end of the file.
+
+        Args:
+            fd: The locked file. It is closed with the writer.
+            position: Its length in bytes.
+            running_hash: The hash of at most ``position`` bytes of it.
+            threads: Write and hash.
+            memory: Limits the bytes that wait, of all uploads of this process.
+            on_closed: Called once the file is closed, and unlocked.
+        """
+        self.fd = fd
+        self.position = position
+        """Bytes that were accepted, also those that wait for the disk."""
+        self.running_hash = running_hash
+        self._threads = threads
+        self._memory = memory
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        self._written = position
+        self._pending: list[bytes | bytearray] = []
+        self._job: asyncio.Future[int] | None = None
+        self._error: Exception | None = None
+        self._is_closing = False
+
+    async def write(self, chunk: bytes) -> None:
+        """Add the next bytes. Pauses while the upload may not hold more memory.
+
+        Raises ``StorageUnavailable`` if the disk has refused this batch or an earlier one.
+        """
+        append_joined(self._pending, chunk)
+        self.position += len(chunk)
+        self._start_next_batch()
+        self._memory.hold(self, self.position - self._written)
+        while self._error is None and self._job and not self._memory.may_take(self):
+            await asyncio.wait({self._job})
+        if self._error is not None:
+            raise self._error
+
+    async def flush(self) -> None:
+        """Return once all bytes are in the file. Raises ``StorageUnavailable``."""
+        while self._job is not None:
+            await asyncio.wait({self._job})
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Drop what no thread has begun to write, and close the file once no thread uses it."""
+        self._is_closing = True
+        self._pending = []
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._is_closing and self._job is None and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self._memory.hold(self, 0)
+            self._on_closed()
+
+    def _start_next_batch(self) -> None:
+        if self._job is None and self._pending and self._error is None:
+            batch, self._pending = self._pending, []
+            self._job = self._loop.run_in_executor(
+                self._threads, _append, self.fd, self.running_hash, batch, self._written
+            )
+            self._job.add_done_callback(self._on_batch_written)
+
+    def _on_batch_written(self, job: asyncio.Future[int]) -> None:
+        self._job = None
+        error = job.exception()
+        if error is None:
+            self._written = job.result()
+        elif isinstance(error, ShortWrite):
+            self._written = error.end
+            reason = error.cause.strerror or str(error.cause)
+            self._error = StorageUnavailable(f"the upload cannot be stored: {reason}")
+        else:
+            self._error = StorageUnavailable(f"the upload cannot be stored: {error}")
+        self._memory.hold(self, self.position - self._written)
+        self._start_next_batch()
+        self._close_if_idle()
+
+
+def _append(fd: int, running_hash: RunningHash, batch: list[bytes | bytearray], start: int) -> int:
+    """Write a batch at ``start``, and hash it if the hash has come that far. Returns the end."""
+    end = write_all(fd, batch, start)
+    if running_hash.position == start:
+        for chunk in batch:
+            running_hash.update(chunk)
+    return end

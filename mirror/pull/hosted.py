@@ -1,0 +1,72 @@
+"""Serve hosted repositories, as an upstream of their name.
+
+Lives here: the results of the pull service for content that clients have pushed. Must not know:
+HTTP, pushes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mirror.hosted.service import HostedService
+from mirror.observability.events import Outcome, RequestRecord
+from mirror.oci.descriptor import referrers_index
+from mirror.oci.reference import Digest, Reference, Repository
+from mirror.pull.results import BlobResult, ManifestResult, RepositoriesResult, TagsResult
+
+_MAX_IN_MEMORY_BYTES: Final = 64 * 1024
+"""Bytes of a blob that is read at once: config blobs are smaller, and ``web`` sends so much in one
+write."""
+
+
+class HostedPulls:
+    """Serves what hosted repositories have. Another process may have changed it just now."""
+
+    def __init__(self, hosted: HostedService) -> None:
+        self.name = hosted.settings.name
+        """Name of the upstream that it stands for."""
+        self._hosted = hosted
+
+    async def manifest(
+        self, repository: Repository, reference: Reference, pull: RequestRecord, *, is_head: bool
+    ) -> ManifestResult:
+        """Serve a manifest (see :meth:`mirror.pull.service.PullService.manifest`)."""
+        row = await self._hosted.find_manifest(repository.path, reference)
+        body = None if is_head else await self._hosted.read_manifest(row)
+        pull.outcome = Outcome.HIT
+        return ManifestResult(row.digest, row.media_type, size=row.size, body=body)
+
+    async def blob(
+        self, repository: Repository, digest: Digest, pull: RequestRecord, *, is_head: bool
+    ) -> BlobResult:
+        """Serve a blob (see :meth:`mirror.pull.service.PullService.blob`)."""
+        size = await self._hosted.blob_size(repository.path, digest)
+        pull.outcome = Outcome.HIT
+        if is_head:
+            return BlobResult(digest, size=size, content=None)
+        if size <= _MAX_IN_MEMORY_BYTES:
+            body = await self._hosted.read_blob(digest, _MAX_IN_MEMORY_BYTES)
+            return BlobResult(digest, size=len(body), content=body)
+        reader = await self._hosted.open_blob(digest, size)
+        return BlobResult(digest, size=reader.size, content=reader)
+
+    async def tags(
+        self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
+    ) -> TagsResult:
+        """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`)."""
+        tags, has_more = await self._hosted.tags(repository.path, count, last)
+        pull.outcome = Outcome.HIT
+        return TagsResult(text="\n".join(tags), has_more=has_more)
+
+    async def referrers(
+        self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
+    ) -> bytes:
+        """Serve referrers (see :meth:`mirror.pull.service.PullService.referrers`)."""
+        entries = await self._hosted.referrers(repository.path, digest, artifact_type)
+        pull.outcome = Outcome.HIT
+        return referrers_index(entries)
+
+    async def repositories(self, count: int | None, last: str) -> RepositoriesResult:
+        """Return one page of the repositories that have a manifest."""
+        found, has_more = await self._hosted.repositories(count, last)
+        return RepositoriesResult(tuple(found), has_more)

@@ -1,0 +1,49 @@
+"""What the door for pushes asks before it does something: who is the client, and may it do this?
+
+Lives here: the question, and the answer of a server without rules. Must not know: how users are
+known, which rules there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+from mirror.oci.reference import Repository
+
+
+class Action(StrEnum):
+    """What a request does."""
+
+    PING = "ping"
+    """``/v2/``: clients look there whether they have to log in."""
+    LIST = "list"
+    """List repositories. Each one is asked for with ``PULL`` as well."""
+    PULL = "pull"
+    PUSH = "push"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True)
+class AccessAttempt:
+    """A request, as far as access is concerned."""
+
+    action: Action
+    repository: Repository | None
+    """None for ``PING`` and ``LIST``."""
+    authorization: str | None
+    """The header field ``Authorization``, as sent. None without one."""
+    client: str
+    """The address of the client."""
+
+
+Authorize: TypeAlias = Callable[[AccessAttempt], Awaitable[str]]
+"""Returns the name of the user, empty for an anonymous one. Raises ``LoginRequired`` if the client
+has to send credentials, or has sent wrong ones, and ``Denied`` if the user may not do this."""
+
+
+async def allow_everybody(attempt: AccessAttempt) -> str:
+    """Allow everything to everybody, as an anonymous user."""
+    return ""

@@ -1,0 +1,395 @@
+"""The door for pushes: the requests that change hosted repositories, or are about an upload.
+
+Lives here: the protocol of pushes (Distribution specification, "Push" and "Content Management"),
+and the question whether the client may do it. Must not know: where content is kept, how users are
+known. Requests that only read are left to ``handler.py``, once they are allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from typing import Final, assert_never
+
+from aiohttp import web
+
+from mirror.hosted.service import HostedService
+from mirror.hosted.sessions import UploadFeed
+from mirror.observability.events import BytesPushed, Kind, Observer, Outcome, RequestRecord
+from mirror.oci.descriptor import MANIFEST_LIMIT
+from mirror.oci.errors import (
+    Denied,
+    LoginRequired,
+    NameInvalid,
+    SizeInvalid,
+    TooLarge,
+    UploadOutOfOrder,
+)
+from mirror.oci.links import build_next
+from mirror.oci.reference import Digest, Repository
+from mirror.web import hosted_paths, paths
+from mirror.web.hosted_access import AccessAttempt, Action, Authorize
+from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
+
+CLIENT_SILENCE_S: Final = 60.0
+"""Seconds for which a client that pushes may send nothing. Its upload stays, for a day."""
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+BuildHeaders = Callable[[RequestRecord], dict[str, str]]
+"""Returns the header fields that every response has."""
+FindPrefix = Callable[[web.BaseRequest], str]
+"""Returns the prefix that a trusted proxy has removed from the paths of a request."""
+
+
+class HostedHandler:
+    """Handles the requests at the door for pushes. Raises errors; ``Handler`` renders them."""
+
+    def __init__(
+        self,
+        service: HostedService,
+        authorize: Authorize,
+        emit: Observer,
+        common_headers: BuildHeaders,
+        find_prefix: FindPrefix,
+        *,
+        is_sole: bool,
+    ) -> None:
+        """Create the handler of one listener.
+
+        Args:
+            service: Does what the client requests. Its settings name the door.
+            authorize: Says who the client is, and raises if it may not do something.
+            emit: Receives ``BytesPushed``.
+            common_headers: See :data:`BuildHeaders`.
+            find_prefix: See :data:`FindPrefix`.
+            is_sole: True on a listener of its own: every request is for this door.
+        """
+        self.name = service.settings.name
+        self._hosts = frozenset(host.lower() for host in service.settings.hosts)
+        self._service = service
+        self._authorize = authorize
+        self._emit = emit
+        self._common_headers = common_headers
+        self._find_prefix = find_prefix
+        self._is_sole = is_sole
+
+    def is_door_of(self, request: web.BaseRequest) -> bool:
+        """Return whether a request has come through this door."""
+        if self._is_sole:
+            return True
+        host = request.host.lower()
+        has_port = ":" in host and not host.endswith("]")
+        name = (host.rpartition(":")[0] if has_port else host).removesuffix(".")
+        return host in self._hosts or name in self._hosts
+
+    # --- access ---------------------------------------------------------------------------------
+
+    async def _ask(
+        self,
+        request: web.BaseRequest,
+        pull: RequestRecord,
+        action: Action,
+        repository: Repository | None,
+    ) -> str:
+        """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
+        authorization = request.headers.get("Authorization")
+        return await self._authorize(
+            AccessAttempt(action, repository, authorization, client=pull.client)
+        )
+
+    async def respond(
+        self, request: web.BaseRequest, pull: RequestRecord
+    ) -> web.StreamResponse | None:
+        """Handle a request, or allow it and return None: it only reads, and ``handler.py`` serves.
+
+        Raises ``MirrorError``.
+        """
+        path, _, query = pull.path.partition("?")
+        if hosted_paths.is_change(request.method, path):
+            return await self._change(request, pull, path, query)
+        return await self._allow_read(request, pull, path, query)
+
+    async def _allow_read(
+        self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
+    ) -> web.StreamResponse | None:
+        names = {self.name: self.name}
+        parsed = paths.parse(
+            request.method, path, query, upstreams=names, default=self.name, upstream=self.name
+        )
+        match parsed:
+            case paths.PingRequest():
+                await self._ask(request, pull, Action.PING, None)
+                return None
+            case paths.RepositoriesRequest():
+                pull.kind = Kind.CATALOG
+                await self._ask(request, pull, Action.LIST, None)
+                return await self._send_repositories(request, pull, parsed)
+            case (
+                paths.ManifestRequest()
+                | paths.BlobRequest()
+                | paths.TagsRequest()
+                | paths.ReferrersRequest()
+            ):
+                user = await self._ask(request, pull, Action.PULL, parsed.repository)
+                if isinstance(parsed, paths.BlobRequest) and request.method == "HEAD":
+                    del user
+                    # A client that finds the blob here may push a manifest that names it.
+                    await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
+                return None
+            case _:
+                return None
+
+    async def _send_repositories(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: paths.RepositoriesRequest
+    ) -> web.StreamResponse:
+        """Send one page of the repositories that the client may pull from."""
+        found: list[str] = []
+        last, has_more, count = parsed.last, True, parsed.count
+        while has_more and (count is None or len(found) < count):
+            names, has_more = await self._service.repositories(count, last)
+            for index, name in enumerate(names):
+                last = name
+                if await self._may_pull(request, pull, name):
+                    found.append(name)
+                if count is not None and len(found) == count:
+                    has_more = has_more or index + 1 < len(names)
+                    break
+            if not names or count is None:
+                break
+        headers = {}
+        if has_more and found:
+            link = "_catalog" if count is not None else f"{self._find_prefix(request)}/v2/_catalog"
+            headers["Link"] = build_next(link, {"n": count, "last": last})
+        body = json.dumps({"repositories": found}).encode()
+        return self._reply(pull, 200, {"Content-Type": "application/json", **headers}, body)
+
+    async def _may_pull(self, request: web.BaseRequest, pull: RequestRecord, name: str) -> bool:
+        try:
+            await self._ask(request, pull, Action.PULL, Repository(self.name, name))
+        except (Denied, LoginRequired):
+            return False
+        return True
+
+    # --- changes --------------------------------------------------------------------------------
+
+    async def _change(
+        self, request: web.BaseRequest, pull: RequestRecord, path: str, query: str
+    ) -> web.StreamResponse:
+        parsed = hosted_paths.parse_change(request.method, path, query, self.name)
+        is_manifest = isinstance(parsed, ManifestChange)
+        pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
+        pull.upstream, pull.repository = self.name, parsed.repository.path
+        is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
+        action = Action.DELETE if is_deletion else Action.PUSH
+        user = await self._ask(request, pull, action, parsed.repository)
+        pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
+        match parsed:
+            case StartUpload():
+                return await self._start_upload(request, pull, parsed, user)
+            case UploadRequest():
+                return await self._serve_upload(request, pull, parsed, user)
+            case ManifestChange():
+                pull.reference = str(parsed.reference)
+                if is_deletion:
+                    await self._service.delete_manifest(pull.repository, parsed.reference)
+                    return self._reply(pull, 202)
+                return await self._put_manifest(request, pull, parsed, user)
+            case BlobDeletion():
+                pull.reference = str(parsed.digest)
+                await self._service.delete_blob(pull.repository, parsed.digest)
+                return self._reply(pull, 202)
+            case unknown:
+                assert_never(unknown)
+
+    async def _start_upload(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, user: str
+    ) -> web.StreamResponse:
+        repository = parsed.repository.path
+        if parsed.mount is not None and await self._mount(request, pull, parsed, parsed.mount):
+            return self._reply_created(request, pull, parsed.repository, parsed.mount)
+        uploads = self._service.uploads
+        size = request.content_length if parsed.digest is not None else None
+        upload_id = await uploads.begin(repository, user, size, parsed.algorithm)
+        if parsed.digest is None:
+            return self._reply_progress(request, pull, parsed.repository, upload_id, 0)
+        # One request has the whole blob.
+        feed = await uploads.open(upload_id, repository, user)
+        try:
+            await self._receive(request, pull, feed)
+            await uploads.finish(feed, parsed.digest)
+        except BaseException:
+            feed.close()
+            await uploads.forget(upload_id)
+            raise
+        feed.close()
+        return self._reply_created(request, pull, parsed.repository, parsed.digest)
+
+    async def _mount(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: StartUpload, digest: Digest
+    ) -> bool:
+        """Return whether the blob was mounted.
+
+        A client that may not read the source gets the same answer as for a blob that is not there.
+        So does one that names no source: it could find out what others have.
+        """
+        if parsed.source is None:
+            return False
+        try:
+            source = Repository.parse(self.name, parsed.source)
+            await self._ask(request, pull, Action.PULL, source)
+        except (NameInvalid, Denied, LoginRequired):
+            return False
+        return await self._service.mount(source.path, parsed.repository.path, digest)
+
+    async def _serve_upload(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: UploadRequest, user: str
+    ) -> web.StreamResponse:
+        uploads, repository = self._service.uploads, parsed.repository.path
+        if request.method == "DELETE":
+            await uploads.cancel(parsed.id, repository, user)
+            return self._reply(pull, 204)
+        if request.method == "GET":
+            position = await uploads.position(parsed.id, repository, user)
+            return self._reply_progress(
+                request, pull, parsed.repository, parsed.id, position, status=204
+            )
+        chunk = hosted_paths.parse_chunk_range(request.headers.get("Content-Range"))
+        length = request.content_length
+        if chunk is not None and length is not None and chunk[1] != length:
+            raise SizeInvalid("Content-Length is not the length of Content-Range")
+        start = None if chunk is None else chunk[0]
+        try:
+            feed = await uploads.open(parsed.id, repository, user, start=start, size=length)
+        except UploadOutOfOrder as error:
+            error.location = self._path(request, parsed.repository, f"blobs/uploads/{parsed.id}")
+            raise
+        try:
+            received = await self._receive(request, pull, feed)
+            if chunk is not None and chunk[1] != received:
+                raise SizeInvalid("the chunk is not as long as its Content-Range")
+            if parsed.digest is None:
+                await feed.flush()
+                return self._reply_progress(
+                    request, pull, parsed.repository, parsed.id, feed.position
+                )
+            await uploads.finish(feed, parsed.digest)
+        finally:
+            feed.close()
+        return self._reply_created(request, pull, parsed.repository, parsed.digest)
+
+    async def _receive(
+        self, request: web.BaseRequest, pull: RequestRecord, feed: UploadFeed
+    ) -> int:
+        """Append the body of a request to an upload. Returns its bytes.
+
+        Raises ``TimeoutError`` if the client sends nothing for :data:`CLIENT_SILENCE_S`. The bytes
+        that have come stay in the upload.
+        """
+        await _send_continue(request)
+        loop = asyncio.get_running_loop()
+        before = feed.position
+        async with asyncio.timeout(CLIENT_SILENCE_S) as limit:
+            while chunk := await request.content.readany():
+                await feed.write(chunk)
+                pull.bytes_received += len(chunk)
+                self._emit(BytesPushed(len(chunk)))
+                limit.reschedule(loop.time() + CLIENT_SILENCE_S)
+        return feed.position - before
+
+    async def _put_manifest(
+        self, request: web.BaseRequest, pull: RequestRecord, parsed: ManifestChange, user: str
+    ) -> web.StreamResponse:
+        body = await _read_manifest(request)
+        pull.bytes_received = len(body)
+        manifest = await self._service.put_manifest(
+            parsed.repository.path,
+            parsed.reference,
+            parsed.tags,
+            body,
+            request.headers.get("Content-Type"),
+            user,
+        )
+        pull.digest = str(manifest.digest)
+        headers = {
+            "Location": self._path(request, parsed.repository, f"manifests/{manifest.digest}"),
+            "Docker-Content-Digest": str(manifest.digest),
+        }
+        if manifest.subject is not None:
+            headers["OCI-Subject"] = str(manifest.subject)
+        if parsed.tags:
+            headers["OCI-Tag"] = ", ".join(map(str, parsed.tags))
+        return self._reply(pull, 201, headers)
+
+    # --- responses ------------------------------------------------------------------------------
+
+    def _path(self, request: web.BaseRequest, repository: Repository, rest: str) -> str:
+        """Return a path of ours, for ``Location``. Clients resolve it against the request's URL."""
+        return f"{self._find_prefix(request)}/v2/{repository.path}/{rest}"
+
+    def _reply(
+        self,
+        pull: RequestRecord,
+        status: int,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+    ) -> web.Response:
+        return web.Response(
+            status=status, headers={**(headers or {}), **self._common_headers(pull)}, body=body
+        )
+
+    def _reply_created(
+        self, request: web.BaseRequest, pull: RequestRecord, repository: Repository, digest: Digest
+    ) -> web.Response:
+        pull.digest = str(digest)
+        headers = {
+            "Location": self._path(request, repository, f"blobs/{digest}"),
+            "Docker-Content-Digest": str(digest),
+        }
+        return self._reply(pull, 201, headers)
+
+    def _reply_progress(
+        self,
+        request: web.BaseRequest,
+        pull: RequestRecord,
+        repository: Repository,
+        upload_id: str,
+        position: int,
+        status: int = 202,
+    ) -> web.Response:
+        return self._reply(
+            pull, status, self._progress_headers(request, repository, upload_id, position)
+        )
+
+    def _progress_headers(
+        self, request: web.BaseRequest, repository: Repository, upload_id: str, position: int
+    ) -> dict[str, str]:
+        return {
+            "Location": self._path(request, repository, f"blobs/uploads/{upload_id}"),
+            # Docker refuses a range that ends before it begins, so an empty upload has 0-0, too.
+            "Range": f"0-{max(0, position - 1)}",
+            "Docker-Upload-UUID": upload_id,
+        }
+
+
+async def _send_continue(request: web.BaseRequest) -> None:
+    """Let a client send its body that waits for the permission (RFC 9110, section 10.1.1)."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(_CONTINUE)
+
+
+async def _read_manifest(request: web.BaseRequest) -> bytes:
+    """Read a whole manifest. Raises ``TooLarge``, and ``TimeoutError`` for a silent client."""
+    too_large = f"a manifest may have at most {MANIFEST_LIMIT} bytes"
+    if (request.content_length or 0) > MANIFEST_LIMIT:
+        raise TooLarge(too_large)
+    await _send_continue(request)
+    parts: list[bytes] = []
+    size = 0
+    async with asyncio.timeout(CLIENT_SILENCE_S):
+        while chunk := await request.content.readany():
+            parts.append(chunk)
+            size += len(chunk)
+            if size > MANIFEST_LIMIT:
+                raise TooLarge(too_large)
+    return b"".join(parts)
