@@ -29,6 +29,8 @@ from mirror.oci.errors import DigestInvalid, ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
 from mirror.store.disk import Layout
+from mirror.store.hosted_contents import HostedContents
+from mirror.store.pace import Pace
 from mirror.store.quarantine import quarantine_size, trim_quarantine
 from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
 from mirror.threads import on_running_loop
@@ -45,11 +47,6 @@ _LOCK_HOLD_OFF_S: Final = 1.0
 time."""
 _FLUSH_CONTENTS: Final = 64
 """Contents that are removed between two reports to the fetches that wait: about 5 ms."""
-_WORK_S: Final = 0.00025
-"""Seconds of work between two pauses. A request waits for the interpreter lock for as long, each
-time that the event loop, or a thread that opens a file for it, wakes up."""
-_PAUSE_S: Final = 0.0002
-"""Seconds of a pause. Enough for a thread that waits for the interpreter lock to take it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +57,6 @@ class StoredBlob:
     size: int
     used: float
     """Last use, in seconds since the epoch."""
-
-
-class Pace:
-    """Pauses work that consists of many short system calls.
-
-    Such a thread takes the interpreter lock again before another one has woken up, for 5 ms at a
-    time. Each request that is served meanwhile would wait for that.
-    """
-
-    def __init__(self) -> None:
-        """Start with the time until the first pause."""
-        self._pause_at = time.monotonic() + _WORK_S
-
-    def keep(self) -> None:
-        """Pause if that is due. Call it after each short piece of work."""
-        if time.monotonic() >= self._pause_at:
-            time.sleep(_PAUSE_S)
-            self._pause_at = time.monotonic() + _WORK_S
 
 
 # --- a scan of the directories --------------------------------------------------------------------
@@ -270,6 +249,7 @@ class Evictor:
         """
         self._layout = layout
         self._catalog = catalog
+        self._hosted = HostedContents(layout.hosted_names)
         self._totals = totals
         self._settings = settings
         self._pins = pins
@@ -338,10 +318,12 @@ class Evictor:
                     self._refresh()
 
     def _refresh(self) -> Usage:
+        """Find the usage anew. Returns it without hosted content."""
         begun, before = time.monotonic(), self._totals.begin_scan()
         usage = self._catalog.refresh()
         self._totals.end_scan(before, usage, self._now(), time.monotonic() - begun)
-        return usage
+        count, size = self._totals.hosted = self._hosted.usage()
+        return replace(usage, count=max(0, usage.count - count), bytes=max(0, usage.bytes - size))
 
     def _make_room(self, need: int) -> None:
         with self._locked(_EVICTION_LOCK_TIMEOUT_S) as is_locked:
@@ -427,7 +409,7 @@ class Evictor:
         count = gained = 0
         staying, pace = set(pinned), Pace()
         while gained < free and not self._stopping.is_set():
-            blobs = self._catalog.blobs(self._now())
+            blobs = self._hosted.without(self._catalog.blobs(self._now()))
             chosen = eviction_order(blobs, staying, references, free - gained)
             if not chosen:
                 break
@@ -487,12 +469,16 @@ class Evictor:
             return 0
 
     def _unlink(self, digest: Digest) -> bool:
-        """Unlink whole content, unless a client reads it. True if it was unlinked."""
+        """Unlink whole content, unless a client reads it, or has just pushed it.
+
+        True if it was unlinked.
+        """
         path = self._layout.blob(digest)
         try:
             with disk.open_locked(path) as fd:
-                if fd is not None:
-                    path.unlink()
-                return fd is not None
+                if fd is None or self._hosted.find([digest]):
+                    return False
+                path.unlink()
+                return True
         except OSError:
             return False

@@ -153,6 +153,8 @@ class Totals:
         self._slot = 0
         self._count = self._bytes = self._leftover = 0
         self._reserved = self._unwritten = 0
+        self.hosted = 0, 0
+        """Number and bytes of hosted contents. They have a quota of their own."""
 
     def add(self, *, count: int = 0, size: int = 0, leftover: int = 0) -> None:
         """Count content that was added, or that was removed if negative. Writes nothing yet.
@@ -183,7 +185,10 @@ class Totals:
             self._write_slot(self._open())
 
     def usage(self) -> Usage | None:
-        """Flush, and return the usage of all processes. None before the first scan."""
+        """Flush, and return the usage of all processes, without hosted content.
+
+        None before the first scan.
+        """
         with self._file:
             fd = self._open()
             self._write_slot(fd)
@@ -197,9 +202,10 @@ class Totals:
                 # What a dead process had reserved is not written any more.
                 if slot[3] and (number == self._slot or _is_locked(fd, number)):
                     reserved, unwritten = reserved + slot[3], unwritten + slot[4]
+            hosted_count, hosted_bytes = self.hosted
             return Usage(
-                count=max(0, count),
-                bytes=max(0, size),
+                count=max(0, count - hosted_count),
+                bytes=max(0, size - hosted_bytes),
                 reserved=max(0, reserved),
                 unwritten=max(0, unwritten),
                 leftover=max(0, leftover),

@@ -34,6 +34,7 @@ from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
 from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
+from mirror.store.hosted_contents import HostedContents
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
@@ -117,6 +118,7 @@ class Store:
         )
         self.catalog = Catalog(layout)
         self._totals = Totals(layout.totals)
+        self._hosted_contents = HostedContents(layout.hosted_names)
         self.evictor = Evictor(
             layout, self.catalog, self._totals, settings, self._read_pins, self._observe, now
         )
@@ -236,6 +238,8 @@ class Store:
         self._unwritable = None
         self.blobs.mark_verified(digest, size)
         if is_new:
+            count, total = self._totals.hosted
+            self._totals.hosted = count + 1, total + size
             self._count(count=1, size=size)
 
     async def wait_until_published(self) -> None:
@@ -267,6 +271,11 @@ class Store:
 
         The server calls this every few seconds.
         """
+        # If the database cannot be read, an eviction says so, and removes nothing.
+        with suppress(StorageUnavailable):
+            self._totals.hosted = await self._loop.run_in_executor(
+                self._writing, self._hosted_contents.usage
+            )
         usage = await self.space.measure()
         if usage is not None:
             self._contents, quota = usage.count, self._settings.max_size

@@ -46,16 +46,17 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "threads": set(),
     "store": {"store", *SHARED},
     "upstream": {"upstream", *SHARED},
-    "pull": {"pull", "store", "upstream", *SHARED},
+    "hosted": {"hosted", "store", "config.values", *SHARED},
+    "pull": {"pull", "store", "upstream", "hosted.service", *SHARED},
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
-    "web": {"web", "pull", "store.reader", "observability.logs", *SHARED},
+    "web": {"web", "pull", "hosted", "store.reader", "observability.logs", *SHARED},
     # The start line prints the quota as the configuration does.
     "observability.logs": {*SHARED, "config.values"},
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
-    "composition": {"pull", "store", "upstream", *SHARED},
+    "composition": {"hosted", "pull", "store", "upstream", *SHARED},
     "server": {"server", "composition", "config.reload", *BELOW_SERVER},
     "processes": {"server", "config.reload", "observability.metrics", *SHARED},
     "cli": {"cli", "composition", "processes", *LOADING, *BELOW_SERVER},

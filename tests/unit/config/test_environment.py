@@ -79,6 +79,14 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
         "hosts": ["admin.example"],
         "tls": {"certificate": "/c", "key": "/k"},
     }
+    base["hosted"] = {
+        "name": "registry.example",
+        "listen": "127.0.0.1:5101",
+        "hosts": ["push.example"],
+        "max_size": "1GiB",
+        "max_repository_size": "1MiB",
+        "sparse_indexes": True,
+    }
     base["default_upstream"] = "a-b.example"
     for key in ("ca", "client_certificate", "client_key"):
         base["upstreams"]["a-b.example"][key] = f"/{key}"

@@ -23,6 +23,7 @@ KEPT = {
     *(
         "listen",
         "admin",
+        "hosted",
         "tls",
         "data_dir",
         "workers",

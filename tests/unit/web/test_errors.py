@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from mirror.oci import errors
 from mirror.oci.errors import (
     Denied,
+    LoginRequired,
     MirrorError,
     NotFound,
     RangeNotSatisfiable,
     Unauthorized,
+    UploadOutOfOrder,
     UpstreamError,
     UpstreamRateLimited,
 )
@@ -28,6 +30,16 @@ EXPECTED = {
     "TagInvalid": (400, "TAG_INVALID"),
     "DigestInvalid": (400, "DIGEST_INVALID"),
     "PaginationInvalid": (400, "PAGINATION_NUMBER_INVALID"),
+    "ManifestRefused": (400, "MANIFEST_INVALID"),
+    "PartsUnknown": (400, "MANIFEST_BLOB_UNKNOWN"),
+    "UploadInvalid": (400, "BLOB_UPLOAD_INVALID"),
+    "SizeInvalid": (400, "SIZE_INVALID"),
+    "TooLarge": (413, "SIZE_INVALID"),
+    "UploadOutOfOrder": (416, "BLOB_UPLOAD_INVALID"),
+    "UploadUnknown": (404, "BLOB_UPLOAD_UNKNOWN"),
+    "QuotaExceeded": (403, "DENIED"),
+    "LoginRequired": (401, "UNAUTHORIZED"),
+    "NamesDamaged": (503, "UNAVAILABLE"),
     "MethodUnsupported": (405, "UNSUPPORTED"),
     "RangeNotSatisfiable": (416, "SIZE_INVALID"),
     "NotFound": (404, "UNKNOWN"),
@@ -64,7 +76,11 @@ def every_error() -> list[type[MirrorError]]:
 
 
 def make(kind: type[MirrorError]) -> MirrorError:
-    return RangeNotSatisfiable(5) if kind is RangeNotSatisfiable else kind("reason")
+    if kind is RangeNotSatisfiable:
+        return RangeNotSatisfiable(5)
+    if kind is LoginRequired:
+        return LoginRequired("reason", 'Basic realm="x"')
+    return UploadOutOfOrder("reason", 5) if kind is UploadOutOfOrder else kind("reason")
 
 
 def test_every_error_has_its_status_and_code() -> None:
@@ -80,10 +96,18 @@ def test_upstream_failure_is_never_404_or_500() -> None:
         assert (status_of(make(kind)) == 404) == issubclass(kind, NotFound)
 
 
-def test_no_error_response_is_a_challenge() -> None:
+def test_only_the_door_for_pushes_challenges() -> None:
     for kind in every_error():
-        assert status_of(make(kind)) != 401
-        assert "WWW-Authenticate" not in error_headers(make(kind))
+        is_challenge = kind is LoginRequired
+        assert (status_of(make(kind)) == 401) == is_challenge
+        assert ("WWW-Authenticate" in error_headers(make(kind))) == is_challenge
+
+
+def test_out_of_order_chunk_learns_how_far_the_upload_has_come() -> None:
+    error = UploadOutOfOrder("reason", 5)
+    error.location = "/v2/app/blobs/uploads/1"
+    headers = error_headers(error)
+    assert (headers["Range"], headers["Location"]) == ("0-4", "/v2/app/blobs/uploads/1")
 
 
 def test_subclass_has_the_status_of_its_base_class() -> None:

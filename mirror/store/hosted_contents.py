@@ -1,0 +1,88 @@
+"""Which content clients have pushed here. It is no cache: nothing evicts it.
+
+Lives here: reading the one table that says so (``mirror/hosted/database.py`` has its schema), for
+every process that removes content, whether it hosts repositories itself or not. Must not know:
+repositories, tags.
+
+A push makes content durable, keeps a shared lock on its file, and releases the lock once the row is
+committed. An eviction locks the file exclusively, and then asks here. So it either sees the row, or
+it comes first, and the push brings the bytes again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Final, Protocol, TypeVar
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest
+
+_STEP: Final = 500
+"""Digests of one query: SQLite takes at most 32,766 parameters, and more than these save little."""
+_BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for a writer. Readers of a write-ahead log wait at its recovery only."""
+
+
+class _HasDigest(Protocol):
+    @property
+    def digest(self) -> Digest:
+        """The digest of some content."""
+
+
+T = TypeVar("T", bound=_HasDigest)
+
+
+class HostedContents:
+    """The hosted content of one data directory. All methods block; threads may share it."""
+
+    def __init__(self, database: Path) -> None:
+        """Open nothing yet. ``database``: the path of the names, which need not exist."""
+        self._database = database
+        self._local = threading.local()
+
+    def find(self, digests: Sequence[Digest]) -> set[Digest]:
+        """Return those of ``digests`` that a hosted repository has.
+
+        Raises ``StorageUnavailable`` if the database cannot be read: any may be hosted then.
+        """
+        if not digests or not self._database.exists():
+            return set()
+        wanted = {str(digest): digest for digest in digests}
+        marks = ",".join("?" * len(wanted))
+        query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
+        return {wanted[row[0]] for row in self._query(query, list(wanted))}
+
+    def without(self, contents: Iterable[T]) -> Iterator[T]:
+        """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
+        remaining = iter(contents)
+        while step := list(islice(remaining, _STEP)):
+            hosted = self.find([content.digest for content in step])
+            yield from (content for content in step if content.digest not in hosted)
+
+    def usage(self) -> tuple[int, int]:
+        """Return the number and the bytes of all hosted content. Raises ``StorageUnavailable``."""
+        if not self._database.exists():
+            return 0, 0
+        rows = self._query("SELECT contents, bytes FROM totals", [])
+        return (int(rows[0][0]), int(rows[0][1])) if rows else (0, 0)
+
+    def _query(self, query: str, parameters: list[str]) -> list[tuple[str, ...]]:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        try:
+            if connection is None:
+                # Closed with its thread: a thread-local value ends with it.
+                connection = self._local.connection = sqlite3.connect(
+                    f"{self._database.absolute().as_uri()}?mode=ro",
+                    timeout=_BUSY_TIMEOUT_S,
+                    isolation_level=None,
+                    uri=True,
+                )
+            return connection.execute(query, parameters).fetchall()
+        except sqlite3.Error as error:
+            self._local.connection = None
+            message = f"{self._database}: {error}: nothing is removed, because it may be hosted"
+            raise StorageUnavailable(message) from error
