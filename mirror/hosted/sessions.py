@@ -51,8 +51,9 @@ _ORPHAN_TTL_S: Final = 60.0
 ends."""
 _RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
-_MEMORY_BYTES: Final = 16 * 1024 * 1024
-"""Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway."""
+_MEMORY_BYTES: Final = 8 * 1024 * 1024
+"""Bytes of all uploads of a process that wait for the disk: the disk takes the batches of one upload
+well. Each may hold 256 KiB anyway."""
 _MAX_HASHES: Final = 1000
 """Running hashes that are kept between two requests of an upload. Without its hash, an upload is
 hashed once more from the disk when it is finished."""
