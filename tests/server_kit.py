@@ -20,6 +20,7 @@ from mirror.observability.metrics import MetricsObserver
 from mirror.server import RunningServer, start_server
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
+from mirror.web.hosted_access import Authorize, allow_everybody
 from tests.real.tokens import Certificate
 
 QUICK = Limits(connect=2.0, headers=2.0, first_byte=2.0, idle=2.0)
@@ -39,6 +40,8 @@ class Server:
     client: aiohttp.ClientSession
     running_server: RunningServer
     events: list[Event] = field(default_factory=list)
+    push_url: str = ""
+    """URL of the listener of the hosted repositories. Empty without one."""
 
     @property
     def port(self) -> int:
@@ -94,6 +97,8 @@ async def running(
     other: Upstream | None = None,
     more: Mapping[str, Any] | None = None,
     others: Mapping[str, Upstream] | None = None,
+    hosted: Mapping[str, Any] | None = None,
+    authorize: Authorize = allow_everybody,
     **upstream: Any,
 ) -> AsyncIterator[Server]:
     """Run a server with the upstreams ``docker.io`` and ``other.io``.
@@ -109,6 +114,9 @@ async def running(
         other: Replaces the settings of ``other.io``.
         more: More keys of the configuration, such as ``catalog``.
         others: Further upstreams, by name.
+        hosted: Keys of the section ``hosted``, which has a listener of its own unless they have
+            ``hosts``. None: nothing is hosted.
+        authorize: Says who may do what at the door for pushes.
         upstream: More settings of the upstreams.
     """
     listener = socket.create_server(("127.0.0.1", 0))
@@ -122,9 +130,13 @@ async def running(
             "storage": storage or Storage(),
             "abandoned": abandoned,
             "upstreams": {"docker.io": one, "other.io": other or one, **(others or {})},
+            **_hosted_section(hosted),
             **(more or {}),
         }
     )
+    push_listener = None
+    if settings.hosted is not None and settings.hosted.listen is not None:
+        push_listener = socket.create_server(("127.0.0.1", 0))
     events: list[Event] = []
     metrics = MetricsObserver(settings.upstreams)
 
@@ -132,16 +144,37 @@ async def running(
         metrics.observe(event)
         events.append(event)
 
-    extra = {} if clock is None else {"now": clock}
-    async with start_server(settings, listener, emit, metrics.scrape, **extra) as running_server:
+    extra: dict[str, Any] = {} if clock is None else {"now": clock}
+    push_url = ""
+    if push_listener is not None:
+        push_url = (
+            f"{'https' if certificate else 'http'}://127.0.0.1:{push_listener.getsockname()[1]}"
+        )
+    async with start_server(
+        settings,
+        listener,
+        emit,
+        metrics.scrape,
+        push_listener=push_listener,
+        authorize=authorize,
+        **extra,
+    ) as running_server:
         trusted = certificate and ssl.create_default_context(cafile=certificate.cert_file)
         connector = aiohttp.TCPConnector(limit=0, ssl=trusted or True)
         async with aiohttp.ClientSession(
             connector=connector, auto_decompress=False, timeout=aiohttp.ClientTimeout(60)
         ) as client:
             scheme = "https" if certificate else "http"
-            yield Server(f"{scheme}://127.0.0.1:{port}", client, running_server, events)
+            url = f"{scheme}://127.0.0.1:{port}"
+            yield Server(url, client, running_server, events, push_url)
     await asyncio.sleep(0)
+
+
+def _hosted_section(hosted: Mapping[str, Any] | None) -> dict[str, Any]:
+    if hosted is None:
+        return {}
+    door = {} if "hosts" in hosted else {"listen": "127.0.0.1:0"}
+    return {"hosted": {"name": "registry.example", **door, **hosted}}
 
 
 def _tls(certificate: Certificate | None) -> dict[str, str] | None:

@@ -52,8 +52,8 @@ ends."""
 _RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of all uploads of a process that wait for the disk: the disk takes the batches of one upload
-well. Each may hold 256 KiB anyway."""
+"""Bytes of all uploads of a process that wait for the disk: batches that it writes well. Each upload
+may hold 256 KiB anyway."""
 _MAX_HASHES: Final = 1000
 """Running hashes that are kept between two requests of an upload. Without its hash, an upload is
 hashed once more from the disk when it is finished."""
@@ -83,6 +83,8 @@ class UploadSessions:
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
         self._hashes: LRUCache[str, RunningHash] = LRUCache(_MAX_HASHES)
+        self._writers: dict[str, UploadWriter] = {}
+        """The uploads that a request of this process feeds, or has fed a moment ago."""
         # Each kind of blocking work has its own pool, so that none waits for another.
         self._opening = ThreadPoolExecutor(4, "upload-open")
         self._writing = ThreadPoolExecutor(4, "upload")
@@ -138,6 +140,7 @@ class UploadSessions:
             StorageUnavailable: The disk refuses.
         """
         row = await self._find(upload_id, repository, user)
+        await self._wait_for_closing(upload_id)
         opened = await self._run(upload_files.open_to_feed, self._layout, upload_id)
         if opened is None:
             raise UploadUnknown(_GONE)
@@ -148,10 +151,12 @@ class UploadSessions:
         if running_hash is None or running_hash.position > position:
             running_hash = RunningHash("sha256")
 
-        def keep_hash() -> None:
+        def on_closed() -> None:
             self._hashes[upload_id] = running_hash
+            del self._writers[upload_id]
 
-        writer = UploadWriter(fd, position, running_hash, self._writing, self._memory, keep_hash)
+        writer = UploadWriter(fd, position, running_hash, self._writing, self._memory, on_closed)
+        self._writers[upload_id] = writer
         feed = UploadFeed(row, writer, self._reserve)
         try:
             if start is not None and start != position:
@@ -176,6 +181,12 @@ class UploadSessions:
         if not await self._database.write(reserve, is_durable=False):
             raise UploadUnknown(_GONE)
 
+    async def _wait_for_closing(self, upload_id: str) -> None:
+        """Wait until a request that was cut off has written its last bytes."""
+        writer = self._writers.get(upload_id)
+        if writer is not None and writer.is_closing:
+            await writer.closed.wait()
+
     async def _find(self, upload_id: str, repository: str, user: str) -> UploadRow:
         if not upload_files.is_upload_id(upload_id):
             raise UploadUnknown(_GONE)
@@ -191,6 +202,7 @@ class UploadSessions:
     async def position(self, upload_id: str, repository: str, user: str) -> int:
         """Return the bytes that an upload has. Raises ``UploadUnknown``, ``StorageUnavailable``."""
         await self._find(upload_id, repository, user)
+        await self._wait_for_closing(upload_id)
         length = await self._run(upload_files.length_of, self._layout, upload_id)
         if length is None:
             raise UploadUnknown(_GONE)

@@ -87,7 +87,10 @@ class UploadWriter:
         self._pending: list[bytes | bytearray] = []
         self._job: asyncio.Future[int] | None = None
         self._error: Exception | None = None
-        self._is_closing = False
+        self.is_closing = False
+        """Whether no more bytes are accepted. A thread may still write some."""
+        self.closed = asyncio.Event()
+        """Set once the file is closed, and unlocked."""
 
     async def write(self, chunk: bytes) -> None:
         """Add the next bytes. Pauses while the upload may not hold more memory.
@@ -112,14 +115,14 @@ class UploadWriter:
 
     def close(self) -> None:
         """Drop what no thread has begun to write, and close the file once no thread uses it."""
-        self._is_closing = True
+        self.is_closing = True
         self._pending = []
         self._close_if_idle()
 
     def _close_if_idle(self) -> None:
-        if self._is_closing and self._job is None and self.fd >= 0:
+        if self.is_closing and self._job is None and not self.closed.is_set():
             os.close(self.fd)
-            self.fd = -1
+            self.closed.set()
             self._memory.hold(self, 0)
             self._on_closed()
 

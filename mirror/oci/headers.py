@@ -184,9 +184,7 @@ def _parse_specs(header: str | None) -> list[_Spec] | None:
             return None
         first = None if match["first"] is None else int(match["first"])
         last = None if match["last"] is None else int(match["last"])
-        # "-" alone is no range. Section 14.1.1: "An int-range is invalid if the last-pos value is
-        # present and less than first-pos".
-        if last is None if first is None else last is not None and last < first:
+        if first is None and last is None:
             return None
         specs.append((first, last))
     return specs or None
@@ -197,7 +195,9 @@ def _resolve(spec: _Spec, size: int) -> Span | None:
     first, last = spec
     if first is None:
         return Span(max(0, size - (last or 0)), size) if last else None
-    if first >= size:
+    # A range that ends before it begins is invalid (section 14.1.1), and may be rejected (14.2).
+    # The conformance tests of the Distribution specification ask for that.
+    if first >= size or (last is not None and last < first):
         return None
     return Span(first, size if last is None else min(last + 1, size))
 

@@ -83,8 +83,6 @@ def test_valid_range_gives_merged_sorted_spans(
         "bytes=-",
         "bytes=a-b",
         "bytes=5",
-        "bytes=9-5",
-        "bytes=0-1,9-5",
         "bytes=0-1,x",
         "bytes=0-1;3-4",
         "bytes=+0-1",
@@ -110,7 +108,15 @@ def test_malformed_range_is_ignored(header: str | None) -> None:
 @pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
     "header",
-    ["bytes=100-", "bytes=100-200", "bytes=-0", f"bytes={2**63}-", "bytes=100-,200-", "bytes=-00"],
+    [
+        "bytes=100-",
+        "bytes=100-200",
+        "bytes=-0",
+        f"bytes={2**63}-",
+        "bytes=100-,200-",
+        "bytes=-00",
+        "bytes=9-5",
+    ],
 )
 def test_range_outside_the_content_raises_with_its_size(header: str) -> None:
     with pytest.raises(RangeNotSatisfiable) as caught:
@@ -120,7 +126,7 @@ def test_range_outside_the_content_raises_with_its_size(header: str) -> None:
 
 @pytest.mark.row("L4-ranges")
 @pytest.mark.parametrize(
-    "header", ["bytes=0-1,100-", "bytes=0-5,3-9", "bytes=-1,99-", "bytes=0-,-0"]
+    "header", ["bytes=0-1,100-", "bytes=0-5,3-9", "bytes=-1,99-", "bytes=0-,-0", "bytes=0-1,9-5"]
 )
 def test_several_ranges_that_become_one_span_give_the_whole(header: str) -> None:
     assert parse_range(header, SIZE) == Whole()
