@@ -52,7 +52,7 @@ ends."""
 _RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of all uploads of a process that wait for the disk: batches that it writes well. Each upload
+"""Bytes of all uploads of a process that wait for the disk, in batches that it writes well. Each one
 may hold 256 KiB anyway."""
 _MAX_HASHES: Final = 1000
 """Running hashes that are kept between two requests of an upload. Without its hash, an upload is
