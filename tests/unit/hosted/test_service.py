@@ -1,0 +1,174 @@
+"""Hosted repositories without HTTP: content, manifests, lists, quota, shared content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirror.config.settings import Storage
+from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
+from mirror.oci.errors import (
+    BlobUnknown,
+    DigestInvalid,
+    ManifestUnknown,
+    NameUnknown,
+    PartsUnknown,
+    QuotaExceeded,
+)
+from mirror.oci.reference import Digest, Tag
+from tests.unit.hosted.kit import CONFIG, CONFIG_DIGEST, hosted_kit, index_of, manifest_of
+from tests.unit.store.kit import random_bytes
+
+LAYER = random_bytes(200_000, 11)
+DIGEST = Digest.of(LAYER)
+
+
+async def test_image_outlives_a_restart(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        digest = await kit.push_image(LAYER)
+    async with hosted_kit(tmp_path) as kit:
+        row = await kit.service.find_manifest("app", Tag("v1"))
+        assert (row.digest, row.media_type) == (digest, OCI_MANIFEST)
+        assert await kit.service.read_manifest(row) == manifest_of(LAYER)
+        assert await kit.read_blob(DIGEST) == LAYER
+
+
+async def test_repositories_share_bytes_and_no_names(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(LAYER, "one")
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("two", DIGEST)
+        with pytest.raises(BlobUnknown):
+            await kit.service.delete_blob("two", DIGEST)
+        await kit.push_blob(LAYER, "two")
+        usage = await kit.service.usage()
+        assert (usage.bytes, usage.contents) == (len(LAYER), 1)
+        await kit.service.delete_blob("one", DIGEST)
+        assert await kit.read_blob(DIGEST, "two") == LAYER
+        await kit.service.delete_blob("two", DIGEST)
+        assert (await kit.service.usage()).contents == 0
+        assert kit.store.catalog.has_blob(DIGEST), "it is cache now"
+
+
+async def test_parts_of_another_repository_do_not_count(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_image(LAYER, repository="one")
+        put = kit.service.put_manifest
+        with pytest.raises(PartsUnknown, match="2 of the parts"):
+            await put("two", Tag("v1"), (), manifest_of(LAYER), OCI_MANIFEST, "")
+        with pytest.raises(PartsUnknown, match="1 of the parts") as caught:
+            await put("two", Tag("v1"), (), index_of(manifest_of(LAYER)), OCI_INDEX, "")
+        assert str(Digest.of(manifest_of(LAYER))) in str(caught.value.detail)
+        assert not kit.store.catalog.has_blob(Digest.of(index_of(manifest_of(LAYER))))
+
+
+async def test_many_parts_are_checked(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        layers = [str(number).encode() for number in range(1200)]
+        with pytest.raises(PartsUnknown, match="1201 of the parts") as caught:
+            await kit.service.put_manifest(
+                "app", Tag("v1"), (), manifest_of(*layers), OCI_MANIFEST, ""
+            )
+        assert str(caught.value.detail).count("sha256:") == 20
+
+
+async def test_moved_tag_names_the_new_manifest_and_the_old_one_stays(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        old = await kit.push_image(LAYER)
+        new = await kit.push_image()
+        assert (await kit.service.find_manifest("app", Tag("v1"))).digest == new
+        assert (await kit.service.find_manifest("app", old)).digest == old
+        assert (await kit.service.tags("app", None, None)) == (["v1"], False)
+
+
+async def test_deleted_manifest_takes_its_tags_and_referrers_along(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        digest = await kit.push_image()
+        subject = {"mediaType": OCI_MANIFEST, "digest": str(digest), "size": 1}
+        referrer = await kit.push_image(LAYER, tag="sig", subject=subject)
+        assert len(await kit.service.referrers("app", digest, None)) == 1
+        await kit.service.delete_manifest("app", referrer)
+        assert await kit.service.referrers("app", digest, None) == []
+        with pytest.raises(ManifestUnknown):
+            await kit.service.find_manifest("app", Tag("sig"))
+        with pytest.raises(ManifestUnknown):
+            await kit.service.delete_manifest("app", referrer)
+
+
+async def test_repository_ends_with_its_last_content(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        digest = await kit.push_image()
+        assert await kit.service.repositories(None, "") == (["app"], False)
+        await kit.service.delete_manifest("app", digest)
+        assert await kit.service.repositories(None, "") == ([], False)
+        assert await kit.service.tags("app", None, None) == ([], False)
+        await kit.service.delete_blob("app", CONFIG_DIGEST)
+        with pytest.raises(NameUnknown):
+            await kit.service.tags("app", None, None)
+
+
+async def test_manifest_beyond_the_quota_is_refused_and_leaves_no_row(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="1kB") as kit:
+        await kit.push_blob(CONFIG)
+        body = manifest_of(annotations={"a": "x" * 1000})
+        with pytest.raises(QuotaExceeded):
+            await kit.service.put_manifest("app", Tag("v1"), (), body, OCI_MANIFEST, "")
+        with pytest.raises(ManifestUnknown):
+            await kit.service.find_manifest("app", Digest.of(body))
+        assert (await kit.service.usage()).bytes == len(CONFIG)
+
+
+async def test_wrong_digest_of_a_manifest_stores_nothing(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(CONFIG)
+        body = manifest_of()
+        with pytest.raises(DigestInvalid):
+            await kit.service.put_manifest("app", Digest.of(b"other"), (), body, OCI_MANIFEST, "")
+        assert not kit.store.catalog.has_blob(Digest.of(body))
+
+
+async def test_lost_and_damaged_content_is_unknown_until_it_is_pushed_again(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(reverify=0)) as kit:
+        await kit.push_image(LAYER)
+        kit.store.layout.blob(DIGEST).unlink()
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", DIGEST)
+        await kit.push_blob(LAYER)
+        assert await kit.read_blob(DIGEST) == LAYER
+        kit.store.layout.blob(DIGEST).write_bytes(b"x" + LAYER[1:])
+        with pytest.raises(BlobUnknown, match="push it again"):
+            await kit.read_blob(DIGEST)
+        await kit.push_blob(LAYER)
+        assert await kit.read_blob(DIGEST) == LAYER
+        row = await kit.service.find_manifest("app", Tag("v1"))
+        kit.store.layout.blob(row.digest).unlink()
+        with pytest.raises(ManifestUnknown, match="push it again"):
+            await kit.service.read_manifest(row)
+
+
+async def test_mount_needs_the_row_and_the_content(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(LAYER, "one")
+        assert not await kit.service.mount("nothing", "two", DIGEST)
+        assert await kit.service.mount("one", "two", DIGEST)
+        assert await kit.service.blob_size("two", DIGEST) == len(LAYER)
+        kit.store.layout.blob(DIGEST).unlink()
+        assert not await kit.service.mount("one", "three", DIGEST)
+
+
+async def test_use_of_a_blob_is_recorded_once_in_a_while(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        await kit.push_blob(LAYER)
+
+        async def used_at() -> float:
+            query = "SELECT used_at FROM blobs"
+            return float(await kit.database.read(lambda c: c.execute(query).fetchone()[0]))
+
+        pushed = kit.clock[0]
+        for seconds, expected in ((599, pushed), (601, pushed + 601), (602, pushed + 601)):
+            kit.clock[0] = pushed + seconds
+            await kit.service.mark_blob_used("app", DIGEST)
+            assert await used_at() == expected

@@ -1,0 +1,248 @@
+"""Uploads: who may feed one, the quota, crashes, and the end of abandoned ones."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mirror.hosted import sessions, upload_files, upload_rows
+from mirror.hosted.sessions import UPLOAD_TTL_S
+from mirror.oci.errors import (
+    BlobUnknown,
+    QuotaExceeded,
+    StorageUnavailable,
+    TooManyRequests,
+    UploadOutOfOrder,
+    UploadUnknown,
+)
+from mirror.oci.reference import Digest
+from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit
+from tests.unit.store.kit import random_bytes
+
+DATA = random_bytes(900_000, 3)
+DIGEST = Digest.of(DATA)
+
+
+async def feed_some(kit: HostedKit, upload_id: str, data: bytes, **keys: int) -> int:
+    feed = await kit.service.uploads.open(upload_id, "app", "", **keys)
+    try:
+        await feed.write(data)
+        await feed.flush()
+        return feed.position
+    finally:
+        feed.close()
+
+
+async def finish(kit: HostedKit, upload_id: str, digest: Digest = DIGEST) -> int:
+    feed = await kit.service.uploads.open(upload_id, "app", "")
+    try:
+        return await kit.service.uploads.finish(feed, digest)
+    finally:
+        feed.close()
+
+
+async def reserved(kit: HostedKit) -> dict[str, int]:
+    rows = await kit.database.read(upload_rows.all_uploads)
+    return {row.id: row.reserved for row in rows}
+
+
+async def test_upload_goes_on_in_another_process(tmp_path: Path) -> None:
+    """The other one does not know the hash of the first bytes: it reads them again."""
+    async with hosted_kit(tmp_path) as one:
+        upload_id = await one.service.uploads.begin("app", "", None)
+        await feed_some(one, upload_id, DATA[:400_000])
+    async with hosted_kit(tmp_path) as two:
+        assert await two.service.uploads.position(upload_id, "app", "") == 400_000
+        await feed_some(two, upload_id, DATA[400_000:], start=400_000)
+        assert await finish(two, upload_id) == len(DATA)
+        assert await two.read_blob(DIGEST) == DATA
+
+
+async def test_two_processes_do_not_feed_one_upload_at_once(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as one, hosted_kit(tmp_path) as two:
+        upload_id = await one.service.uploads.begin("app", "", None)
+        feed = await one.service.uploads.open(upload_id, "app", "")
+        await feed.write(DATA[:1000])
+        await feed.flush()
+        with pytest.raises(UploadOutOfOrder) as caught:
+            await two.service.uploads.open(upload_id, "app", "")
+        assert caught.value.offset == 1000
+        feed.close()
+        assert await feed_some(two, upload_id, DATA[1000:]) == len(DATA)
+        # The first process knows the hash of 1000 bytes only.
+        assert await finish(one, upload_id) == len(DATA)
+
+
+async def test_upload_belongs_to_its_repository_user_and_boot(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "ci", None)
+        for repository, user in (("other", "ci"), ("app", ""), ("app", "other")):
+            with pytest.raises(UploadUnknown):
+                await uploads.open(upload_id, repository, user)
+        uploads._boot = "another boot"
+        with pytest.raises(UploadUnknown):
+            await uploads.open(upload_id, "app", "ci")
+
+
+async def test_quota_counts_content_and_what_uploads_have_reserved(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="1MB") as kit:
+        uploads = kit.service.uploads
+        upload_id = await uploads.begin("app", "", 900_000)
+        with pytest.raises(QuotaExceeded, match="max_size is 1MB"):
+            await uploads.begin("other", "", 200_000)
+        await feed_some(kit, upload_id, DATA)
+        await finish(kit, upload_id)
+        assert await reserved(kit) == {}
+        with pytest.raises(QuotaExceeded):
+            await uploads.begin("other", "", 200_000)
+        await kit.service.delete_blob("app", DIGEST)
+        await uploads.begin("other", "", 200_000)
+
+
+async def test_stream_of_unknown_length_ends_at_the_quota(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_size="500kB") as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        feed = await kit.service.uploads.open(upload_id, "app", "")
+        for start in range(0, 500_000, 100_000):
+            await feed.write(DATA[start : start + 100_000])
+        with pytest.raises(QuotaExceeded):
+            await feed.write(b"x")
+        feed.close()
+        assert await kit.service.uploads.position(upload_id, "app", "") <= 500_000
+
+
+async def test_one_repository_has_a_quota_of_its_own(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, max_repository_size="1MB") as kit:
+        await kit.push_blob(DATA)
+        with pytest.raises(QuotaExceeded, match="max_repository_size is 1MB"):
+            await kit.push_blob(random_bytes(200_000, 8))
+        await kit.push_blob(random_bytes(200_000, 8), repository="other")
+
+
+async def test_number_of_uploads_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upload_rows, "MAX_UPLOADS", 3)
+    async with hosted_kit(tmp_path) as kit:
+        first, *_ = [await kit.service.uploads.begin("app", "", None) for _ in range(3)]
+        with pytest.raises(TooManyRequests):
+            await kit.service.uploads.begin("app", "", None)
+        await kit.service.uploads.cancel(first, "app", "")
+        await kit.service.uploads.begin("app", "", None)
+
+
+async def test_abandoned_upload_ends_after_a_day_and_a_fed_one_does_not(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads = kit.service.uploads
+        left, fed, held = [await uploads.begin("app", "", None) for _ in range(3)]
+        feed = await uploads.open(held, "app", "")
+        for upload_id, age in ((left, UPLOAD_TTL_S), (fed, UPLOAD_TTL_S - 1), (held, 2e9)):
+            path = upload_files.path_of(kit.store.layout, upload_id)
+            os.utime(path, (NOW + 100 - age, NOW + 100 - age))
+        kit.clock[0] = NOW + 100
+        assert await uploads.end_abandoned() == 1
+        assert set(await reserved(kit)) == {fed, held}
+        assert set(upload_files.list_ids(kit.store.layout)) == {fed, held}
+        feed.close()
+
+
+async def test_rows_and_files_that_a_crash_left_alone_are_removed(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads, layout = kit.service.uploads, kit.store.layout
+        without_file, of_other_boot, new = [await uploads.begin("app", "", None) for _ in range(3)]
+        upload_files.remove(layout, without_file)
+        orphan = upload_files.path_of(layout, "0" * 32)
+        orphan.write_bytes(b"x")
+        os.utime(orphan, (NOW - 100, NOW - 100))
+        (layout.uploads / "foreign").write_bytes(b"x")
+
+        def change(connection: sessions.Connection) -> None:
+            connection.execute("UPDATE uploads SET boot = 'old' WHERE id = ?", (of_other_boot,))
+            connection.execute("UPDATE uploads SET started_at = 0 WHERE id <> ?", (new,))
+
+        await kit.database.write(change)
+        os.utime(upload_files.path_of(layout, of_other_boot), (NOW, NOW))
+        assert await uploads.end_abandoned() == 2
+        assert set(await reserved(kit)) == {new}
+        assert sorted(path.name for path in layout.uploads.iterdir()) == sorted([new, "foreign"])
+
+
+async def test_full_disk_fails_the_push_and_leaves_the_upload_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        write, is_full = os.pwritev, [True]
+
+        def pwritev(fd: int, buffers: list[bytes], offset: int) -> int:
+            if is_full[0] and offset >= 65_536:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(fd, [memoryview(buffers[0])[:65_536]], offset)
+
+        monkeypatch.setattr(os, "pwritev", pwritev)
+        with pytest.raises(StorageUnavailable, match="No space left"):
+            await feed_some(kit, upload_id, DATA)
+        position = await kit.service.uploads.position(upload_id, "app", "")
+        assert position == 65_536
+        is_full[0] = False
+        await feed_some(kit, upload_id, DATA[position:], start=position)
+        assert await finish(kit, upload_id) == len(DATA)
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+async def test_disk_that_fails_at_the_end_acknowledges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await kit.service.uploads.begin("app", "", len(DATA))
+        await feed_some(kit, upload_id, DATA)
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "rename")), fail)
+            with pytest.raises(StorageUnavailable, match="Input/output error"):
+                await finish(kit, upload_id)
+        with pytest.raises(BlobUnknown):
+            await kit.service.blob_size("app", DIGEST)
+        assert not kit.store.catalog.has_blob(DIGEST)
+
+
+async def test_cancelled_request_keeps_the_bytes_that_were_written(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        upload_id = await kit.service.uploads.begin("app", "", None)
+        feed = await kit.service.uploads.open(upload_id, "app", "")
+        await feed.write(DATA[:300_000])
+        feed.close()
+        position = await kit.service.uploads.position(upload_id, "app", "")
+        assert 0 <= position <= 300_000
+        await feed_some(kit, upload_id, DATA[position:], start=position)
+        assert await finish(kit, upload_id) == len(DATA)
+
+
+async def test_uploads_hold_little_memory_together(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path) as kit:
+        uploads, most = kit.service.uploads, 0
+
+        async def push(seed: int) -> None:
+            nonlocal most
+            data = random_bytes(600_000, seed)
+            upload_id = await uploads.begin(f"app{seed}", "", None)
+            feed = await uploads.open(upload_id, f"app{seed}", "")
+            for start in range(0, len(data), 100_000):
+                await feed.write(data[start : start + 100_000])
+                most = max(most, uploads._memory.total)
+            await uploads.finish(feed, Digest.of(data))
+            feed.close()
+
+        async with asyncio.TaskGroup() as group:
+            for seed in range(20):
+                group.create_task(push(seed))
+        assert most <= sessions._MEMORY_BYTES + 20 * 100_000
+        assert uploads._memory.total == 0

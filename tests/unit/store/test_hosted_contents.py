@@ -1,0 +1,121 @@
+"""Hosted content and the cache: nothing evicts it, and it does not count against the cache."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from mirror.config.settings import Storage
+from mirror.oci.errors import StorageUnavailable
+from mirror.oci.reference import Digest
+from mirror.store.eviction import StoredBlob
+from mirror.store.hosted_contents import HostedContents
+from tests.unit.hosted.kit import HostedKit, hosted_kit
+from tests.unit.store.kit import random_bytes
+from tests.waiting import until
+
+SIZE = 100_000
+QUOTA = Storage(max_size=10 * SIZE, high_water=0.9, low_water=0.5)
+
+
+def content(seed: int) -> bytes:
+    return random_bytes(SIZE, seed)
+
+
+async def cache(kit: HostedKit, seed: int) -> Digest:
+    """Store content as a fetch does."""
+    data = content(seed)
+    ingest = kit.store.start_ingest(Digest.of(data))
+    await ingest.try_lead()
+    await ingest.declare(len(data))
+    await ingest.feed(data)
+    await ingest.finish()
+    ingest.release()
+    kit.store.end_ingest(ingest)
+    return Digest.of(data)
+
+
+async def test_pushed_content_is_never_evicted_however_old(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, storage=QUOTA) as kit:
+        hosted = [await kit.push_blob(content(seed)) for seed in range(20)]
+        for seed in range(100, 130):
+            kit.clock[0] += 100
+            await cache(kit, seed)
+            await kit.store.evictor.wait_until_idle()
+        assert all(kit.store.catalog.has_blob(digest) for digest in hosted)
+        usage = await kit.store.space.measure()
+        assert usage is not None
+        assert 0 < usage.bytes <= 10 * SIZE, "the cache has its whole quota beside them"
+        assert usage.count * SIZE == usage.bytes
+
+
+async def test_content_is_cache_again_once_no_repository_has_it(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, storage=QUOTA) as kit:
+        kept, deleted = [await kit.push_blob(content(seed)) for seed in range(2)]
+        await kit.service.delete_blob("app", deleted)
+        for seed in range(100, 115):
+            kit.clock[0] += 100
+            await cache(kit, seed)
+            await kit.store.evictor.wait_until_idle()
+        assert kit.store.catalog.has_blob(kept)
+        assert not kit.store.catalog.has_blob(deleted)
+
+
+async def test_cached_content_is_kept_from_the_moment_it_is_pushed(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, storage=QUOTA) as kit:
+        digest = await cache(kit, 1)
+        await kit.push_blob(content(1))
+        assert kit.store.evictor._unlink(digest) is False
+        await kit.service.delete_blob("app", digest)
+        assert kit.store.evictor._unlink(digest) is True
+
+
+async def test_section_that_was_removed_does_not_give_its_content_to_eviction(
+    tmp_path: Path,
+) -> None:
+    async with hosted_kit(tmp_path, storage=QUOTA) as kit:
+        digest = await kit.push_blob(content(1))
+    hosted = HostedContents(tmp_path / "hosted" / "names.db")
+    assert hosted.find([digest, Digest.of(b"x")]) == {digest}
+    assert hosted.usage() == (1, SIZE)
+
+
+async def test_database_that_cannot_be_read_stops_eviction_and_says_so(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, storage=QUOTA) as kit:
+        digest = await kit.push_blob(content(1))
+        names = kit.store.layout.hosted_names
+        moved = names.rename(names.with_name("moved"))
+        names.write_bytes(b"not a database" * 100)
+        kit.store.evictor.start(8 * SIZE)
+        await until(lambda: any("may be hosted" in str(event) for event in kit.events))
+        assert kit.store.catalog.has_blob(digest)
+        names.unlink()
+        moved.rename(names)
+
+
+def test_without_a_database_nothing_is_hosted(tmp_path: Path) -> None:
+    hosted = HostedContents(tmp_path / "names.db")
+    assert hosted.find([Digest.of(b"x")]) == set()
+    assert hosted.usage() == (0, 0)
+
+
+def test_many_contents_are_looked_up_in_steps(tmp_path: Path) -> None:
+    path = tmp_path / "names.db"
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE contents (digest TEXT PRIMARY KEY)")
+    blobs = [StoredBlob(Digest.of(str(n).encode()), n, 0.0) for n in range(1234)]
+    rows = [(str(blob.digest),) for blob in blobs[::3]]
+    connection.executemany("INSERT INTO contents VALUES (?)", rows)
+    connection.commit()
+    connection.close()
+    left = list(HostedContents(path).without(iter(blobs)))
+    assert left == [blob for n, blob in enumerate(blobs) if n % 3]
+
+
+def test_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "names.db"
+    path.write_bytes(b"x" * 1000)
+    with pytest.raises(StorageUnavailable, match="it may be hosted"):
+        HostedContents(path).find([Digest.of(b"x")])
