@@ -52,8 +52,9 @@ ends."""
 _RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
-"""Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway. With more,
-a push is not faster: the disk takes batches of this size well."""
+"""Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
+
+More would not make a push faster: the disk takes batches of this size well."""
 _MAX_HASHES: Final = 1000
 """Running hashes that are kept between two requests of an upload. Without its hash, an upload is
 hashed once more from the disk when it is finished."""

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from mirror.config.settings import Storage
+from mirror.observability.events import Event
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.store import Store
 from tests.unit.hosted.kit import HostedKit, hosted_kit
 from tests.unit.store.kit import random_bytes
 from tests.waiting import until
@@ -85,14 +87,13 @@ async def test_section_that_was_removed_does_not_give_its_content_to_eviction(
 async def test_database_that_cannot_be_read_stops_eviction_and_says_so(tmp_path: Path) -> None:
     async with hosted_kit(tmp_path, storage=QUOTA) as kit:
         digest = await kit.push_blob(content(1))
-        names = kit.store.layout.hosted_names
-        moved = names.rename(names.with_name("moved"))
-        names.write_bytes(b"not a database" * 100)
-        kit.store.evictor.start(8 * SIZE)
-        await until(lambda: any("may be hosted" in str(event) for event in kit.events))
-        assert kit.store.catalog.has_blob(digest)
-        names.unlink()
-        moved.rename(names)
+    kit.store.layout.hosted_names.write_bytes(b"not a database" * 100)
+    events: list[Event] = []
+    store = await Store.open(str(tmp_path), QUOTA, events.append)
+    store.evictor.start(8 * SIZE)
+    await until(lambda: any("may be hosted" in str(event) for event in events))
+    assert store.catalog.has_blob(digest)
+    await store.close()
 
 
 def test_without_a_database_nothing_is_hosted(tmp_path: Path) -> None:
