@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from mirror.config.settings import Settings
 from mirror.hosted.database import Database
-from mirror.hosted.service import HostedService
+from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Observer
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls

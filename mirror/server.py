@@ -47,7 +47,7 @@ _SHUTDOWN_TIMEOUT_S: Final = 1.0
 """Seconds that a handler may take to end after the drain, and again once it was cancelled."""
 _MAX_FIELD_BYTES: Final = 32 * 1024
 """Bytes of one header field. Podman's partial pulls request a thousand ranges in one ``Range``."""
-_READ_BUFFER_BYTES: Final = 32 * 1024
+_REQUEST_BUFFER_BYTES: Final = 32 * 1024
 """Bytes of a request's body after which the socket of a client that pushes is not read until they
 are taken. One read of a socket adds 256 KiB; with twice as many, 50 pushes take 40 MiB more."""
 _MEASURE_INTERVAL_S: Final = 5.0
@@ -342,7 +342,7 @@ async def _listen(
         "access_log": None,
         "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
         "max_field_size": _MAX_FIELD_BYTES,
-        "read_bufsize": _READ_BUFFER_BYTES,
+        "read_bufsize": _REQUEST_BUFFER_BYTES,
         "logger": logging.getLogger("aiohttp.server"),
     }
     is_limited = settings.max_client_connections > 0

@@ -82,11 +82,13 @@ FOREIGN_FLAGS: Final[dict[str, str]] = {
     "raiseExceptions": "variable of logging",
     "read": "parameter of diskcache.Disk",
     "serve_stale": "key of the configuration, which users write",
+    "sparse_indexes": "key of the configuration, which users write",
 }
 """Names that ``booleans`` does not count, each with its reason."""
 
 COMMANDS: Final = {
     *("accept", "begin", "evict", "keep", "make", "mark", "pin", "put", "quarantine", "read"),
+    *("delete", "end", "mount", "publish", "remove", "reserve"),
     *("receive", "reclaim", "refresh", "restore", "reuse", "send", "set", "start", "try"),
     *("unlink", "wait", "write"),
 }

@@ -1,7 +1,7 @@
 """The database of the hosted repositories: opening it, its schema, its threads.
 
 Lives here: transactions, one commit for all writes that wait, damage. Must not know: what the rows
-mean (``names.py``).
+mean (``name_rows.py``).
 
 Theory of operation: SQLite with a write-ahead log. One thread of each process writes. It takes all
 waiting writes, and commits them together: each is a savepoint, so one that fails undoes nothing of

@@ -24,7 +24,7 @@ from typing import Final, TypeVar, TypeVarTuple
 from cachetools import LRUCache
 
 from mirror.config.settings import Hosted
-from mirror.hosted import names, upload_files, upload_rows
+from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.database import Database
 from mirror.hosted.upload_rows import UploadRow
 from mirror.hosted.upload_writer import RunningHash, UploadWriter
@@ -36,7 +36,7 @@ from mirror.oci.errors import (
     UploadUnknown,
 )
 from mirror.oci.reference import Digest
-from mirror.store import disk
+from mirror.store.disk import boot_id
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -49,7 +49,7 @@ UPLOAD_TTL_S: Final = 86400.0
 _ORPHAN_TTL_S: Final = 60.0
 """Seconds for which an upload may have a row without a file, or a file without a row: it begins, or
 ends."""
-_RESERVE_STEP_BYTES: Final = 64 * 1024 * 1024
+_UPLOAD_STEP_BYTES: Final = 64 * 1024 * 1024
 """Bytes that an upload of unknown length reserves at a time: each step is one small transaction."""
 _MEMORY_BYTES: Final = 8 * 1024 * 1024
 """Bytes of all uploads of a process that wait for the disk. Each may hold 256 KiB anyway.
@@ -80,7 +80,7 @@ class UploadSessions:
         self._store = store
         self._layout = store.layout
         self._now = now
-        self._boot = disk.boot_id()
+        self._boot = boot_id()
         self._loop = asyncio.get_running_loop()
         self._memory = MemoryBudget(_MEMORY_BYTES)
         self._hashes: LRUCache[str, RunningHash] = LRUCache(_MAX_HASHES)
@@ -201,10 +201,20 @@ class UploadSessions:
         return row
 
     async def position(self, upload_id: str, repository: str, user: str) -> int:
-        """Return the bytes that an upload has. Raises ``UploadUnknown``, ``StorageUnavailable``."""
+        """Return the bytes that an upload has.
+
+        Args:
+            upload_id: Its id, as the client has sent it.
+            repository: The repository of the request.
+            user: The user of the request.
+
+        Raises:
+            UploadUnknown: The repository and the user have no such upload.
+            StorageUnavailable: The disk refuses.
+        """
         await self._find(upload_id, repository, user)
         await self._wait_for_closing(upload_id)
-        length = await self._run(upload_files.length_of, self._layout, upload_id)
+        length = await self._run(upload_files.upload_length, self._layout, upload_id)
         if length is None:
             raise UploadUnknown(_GONE)
         return length
@@ -235,7 +245,7 @@ class UploadSessions:
 
         def record(connection: Connection) -> None:
             upload_rows.end_upload(connection, upload_id)
-            names.add_blob(connection, feed.row.repository, digest, size, self._now())
+            name_rows.add_blob(connection, feed.row.repository, digest, size, self._now())
 
         await self._database.write(record)
         return size
@@ -252,10 +262,16 @@ class UploadSessions:
         if running_hash.position != writer.position or running_hash.digest() != digest:
             upload_files.drop(path)
             return None
-        return upload_files.publish(self._layout, path, writer.fd, digest, self._now())
+        return upload_files.publish_upload(self._layout, path, writer.fd, digest, self._now())
 
     async def cancel(self, upload_id: str, repository: str, user: str) -> None:
-        """End an upload, and drop its bytes. Raises like :meth:`open`."""
+        """End an upload, and drop its bytes. Raises like :meth:`open`.
+
+        Args:
+            upload_id: Its id, as the client has sent it.
+            repository: The repository of the request.
+            user: The user of the request.
+        """
         feed = await self.open(upload_id, repository, user)
         try:
             await self._run(upload_files.remove, self._layout, upload_id)
@@ -335,7 +351,7 @@ class UploadFeed:
         end = self.position + len(chunk)
         if end > self._reserved:
             try:
-                await self.reserve(end + _RESERVE_STEP_BYTES)
+                await self.reserve(end + _UPLOAD_STEP_BYTES)
             except QuotaExceeded:
                 await self.reserve(end)
         await self.writer.write(chunk)

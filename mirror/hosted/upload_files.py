@@ -22,8 +22,7 @@ from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.disk import Layout, is_at, open_locked, open_whole, try_lock
 from mirror.store.ingest_writer import ShortWrite, write_all
 
 # 128 random bits (secrets.token_hex). Nothing else becomes part of a path.
@@ -74,10 +73,10 @@ def open_to_feed(layout: Layout, upload_id: str) -> tuple[int | None, int] | Non
         return None
     try:
         size = os.fstat(fd).st_size
-        if not disk.try_lock(fd):
+        if not try_lock(fd):
             os.close(fd)
             return None, size
-        if disk.is_at(fd, path):
+        if is_at(fd, path):
             return fd, os.fstat(fd).st_size
     except BaseException:
         os.close(fd)
@@ -86,7 +85,7 @@ def open_to_feed(layout: Layout, upload_id: str) -> tuple[int | None, int] | Non
     return None
 
 
-def length_of(layout: Layout, upload_id: str) -> int | None:
+def upload_length(layout: Layout, upload_id: str) -> int | None:
     """Return the length of an upload in bytes. None if there is no such file."""
     try:
         status = path_of(layout, upload_id).lstat()
@@ -107,7 +106,7 @@ def remove_abandoned(layout: Layout, upload_id: str, now: float, ttl: float) -> 
         True if there is no such file now. False if it was fed since, or is being fed.
     """
     try:
-        with disk.open_locked(path_of(layout, upload_id)) as fd:
+        with open_locked(path_of(layout, upload_id)) as fd:
             if fd is None or now - os.fstat(fd).st_mtime < ttl:
                 return False
             remove(layout, upload_id)
@@ -124,7 +123,7 @@ def list_ids(layout: Layout) -> list[str]:
         return []
 
 
-def publish(layout: Layout, path: Path, fd: int, digest: Digest, now: float) -> bool:
+def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: float) -> bool:
     """Make a verified file durable and visible as content: fsync, rename, fsync of the directory.
 
     Content of the same digest is replaced: its last verification may be old, and these bytes were
@@ -150,7 +149,7 @@ def publish(layout: Layout, path: Path, fd: int, digest: Digest, now: float) -> 
     used = int(now) * _NANOSECONDS
     os.utime(fd, ns=(used, used))
     os.fsync(fd)
-    if not disk.is_at(fd, path):
+    if not is_at(fd, path):
         raise FileNotFoundError(errno.ENOENT, "the file of the upload was removed", str(path))
     # From now on clients can open it as whole content, and its readers share the lock.
     fcntl.flock(fd, fcntl.LOCK_SH)
@@ -189,7 +188,7 @@ def lease(layout: Layout, digest: Digest) -> int | None:
     """
     deadline = time.monotonic() + _EVICTION_TIMEOUT_S
     while True:
-        opened = disk.open_whole(layout, digest)
+        opened = open_whole(layout, digest)
         if opened is not None:
             return opened[0]
         try:
@@ -215,18 +214,18 @@ def store_body(layout: Layout, digest: Digest, body: bytes, now: float) -> tuple
 
     Raises:
         OSError: One of the steps failed.
-        StorageUnavailable: See :func:`publish`.
+        StorageUnavailable: See :func:`publish_upload`.
     """
     draft = path_of(layout, secrets.token_hex(16))
     draft.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        disk.try_lock(fd)  # No sweep removes it.
+        try_lock(fd)  # No sweep removes it.
         try:
             write_all(fd, [body], 0)
         except ShortWrite as short:
             raise short.cause from short
-        return fd, publish(layout, draft, fd, digest, now)
+        return fd, publish_upload(layout, draft, fd, digest, now)
     except BaseException:
         drop(draft)
         os.close(fd)

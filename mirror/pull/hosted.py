@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from mirror.hosted.service import HostedService
+from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Outcome, RequestRecord
 from mirror.oci.descriptor import referrers_index
 from mirror.oci.reference import Digest, Reference, Repository
@@ -30,7 +30,14 @@ class HostedPulls:
     async def manifest(
         self, repository: Repository, reference: Reference, pull: RequestRecord, *, is_head: bool
     ) -> ManifestResult:
-        """Serve a manifest (see :meth:`mirror.pull.service.PullService.manifest`)."""
+        """Serve a manifest (see :meth:`mirror.pull.service.PullService.manifest`).
+
+        Args:
+            repository: The repository that the client named.
+            reference: A tag or a digest.
+            pull: Record of the client's request.
+            is_head: True for a ``HEAD``: the result has no body.
+        """
         row = await self._hosted.find_manifest(repository.path, reference)
         body = None if is_head else await self._hosted.read_manifest(row)
         pull.outcome = Outcome.HIT
@@ -39,7 +46,14 @@ class HostedPulls:
     async def blob(
         self, repository: Repository, digest: Digest, pull: RequestRecord, *, is_head: bool
     ) -> BlobResult:
-        """Serve a blob (see :meth:`mirror.pull.service.PullService.blob`)."""
+        """Serve a blob (see :meth:`mirror.pull.service.PullService.blob`).
+
+        Args:
+            repository: The repository that the client named.
+            digest: The digest of the blob.
+            pull: Record of the client's request.
+            is_head: True for a ``HEAD``: the result has no content.
+        """
         size = await self._hosted.blob_size(repository.path, digest)
         pull.outcome = Outcome.HIT
         if is_head:
@@ -53,7 +67,14 @@ class HostedPulls:
     async def tags(
         self, repository: Repository, count: int | None, last: str | None, pull: RequestRecord
     ) -> TagsResult:
-        """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`)."""
+        """Serve one page of tags (see :meth:`mirror.pull.service.PullService.tags`).
+
+        Args:
+            repository: The repository that the client named.
+            count: Tags on the page at most. None: as many as one page may have.
+            last: The page starts after this tag. None: the first page.
+            pull: Record of the client's request.
+        """
         tags, has_more = await self._hosted.tags(repository.path, count, last)
         pull.outcome = Outcome.HIT
         return TagsResult(text="\n".join(tags), has_more=has_more)
@@ -61,7 +82,14 @@ class HostedPulls:
     async def referrers(
         self, repository: Repository, digest: Digest, artifact_type: str | None, pull: RequestRecord
     ) -> bytes:
-        """Serve referrers (see :meth:`mirror.pull.service.PullService.referrers`)."""
+        """Serve referrers (see :meth:`mirror.pull.service.PullService.referrers`).
+
+        Args:
+            repository: The repository that the client named.
+            digest: The digest whose referrers are listed.
+            artifact_type: Only referrers of this type. None: all.
+            pull: Record of the client's request.
+        """
         entries = await self._hosted.referrers(repository.path, digest, artifact_type)
         pull.outcome = Outcome.HIT
         return referrers_index(entries)

@@ -33,7 +33,7 @@ class _HasDigest(Protocol):
         """The digest of some content."""
 
 
-T = TypeVar("T", bound=_HasDigest)
+Listed = TypeVar("Listed", bound=_HasDigest)
 
 
 class HostedContents:
@@ -56,7 +56,7 @@ class HostedContents:
         query = f"SELECT digest FROM contents WHERE digest IN ({marks})"  # noqa: S608 - question marks
         return {wanted[row[0]] for row in self._query(query, list(wanted))}
 
-    def without(self, contents: Iterable[T]) -> Iterator[T]:
+    def without(self, contents: Iterable[Listed]) -> Iterator[Listed]:
         """Return ``contents`` without what is hosted. Raises ``StorageUnavailable``."""
         remaining = iter(contents)
         while step := list(islice(remaining, _STEP)):

@@ -24,7 +24,7 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from mirror.config.settings import Settings
-from mirror.hosted.service import HostedService
+from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import (
     Kind,
     LogMessage,

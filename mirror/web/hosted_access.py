@@ -15,7 +15,7 @@ from mirror.oci.reference import Repository
 
 
 class Action(StrEnum):
-    """What a request does."""
+    """The kind of thing that a request does."""
 
     PING = "ping"
     """``/v2/``: clients look there whether they have to log in."""

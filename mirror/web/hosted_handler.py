@@ -14,7 +14,7 @@ from typing import Final, assert_never
 
 from aiohttp import web
 
-from mirror.hosted.service import HostedService
+from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
 from mirror.observability.events import BytesPushed, Kind, Observer, Outcome, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT
@@ -95,7 +95,12 @@ class HostedHandler:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
         authorization = request.headers.get("Authorization")
         return await self._authorize(
-            AccessAttempt(action, repository, authorization, client=pull.client)
+            AccessAttempt(
+                action=action,
+                repository=repository,
+                authorization=authorization,
+                client=pull.client,
+            )
         )
 
     async def respond(

@@ -25,7 +25,7 @@ from mirror.web.paths import decode_part
 
 DOOR_METHODS: Final = ("GET", "HEAD", "POST", "PATCH", "PUT", "DELETE")
 """Methods of the door for pushes."""
-_MAX_QUERY_PARAMETERS: Final = 64
+_MAX_PUSH_PARAMETERS: Final = 64
 """Parameters in one query. The specification asks for at least 10 tags."""
 # Greedy: a repository may have components named "blobs" or "manifests", so the last one counts.
 _UPLOADS: Final = re.compile(r"/v2/(?P<name>[^?#]*)/blobs/uploads(?:/(?P<id>[^/?#]*))?")
@@ -156,7 +156,7 @@ def _require(method: str, *allowed: str) -> None:
 
 def _parse_query(query: str) -> dict[str, list[str]]:
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=_MAX_QUERY_PARAMETERS)
+        pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=_MAX_PUSH_PARAMETERS)
     except ValueError:
         raise InvalidRequest("the query has too many parameters") from None
     parameters: dict[str, list[str]] = {}

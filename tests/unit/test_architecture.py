@@ -47,7 +47,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "store": {"store", *SHARED},
     "upstream": {"upstream", *SHARED},
     "hosted": {"hosted", "store", "config.values", *SHARED},
-    "pull": {"pull", "store", "upstream", "hosted.service", *SHARED},
+    "pull": {"pull", "store", "upstream", "hosted.hosted_service", *SHARED},
     # The header Server-Timing and the log line format the stages of a request with the same code.
     # A response is sent from the extents of a reader. ``pull`` would only pass these types on.
     "web": {"web", "pull", "hosted", "store.reader", "observability.logs", *SHARED},

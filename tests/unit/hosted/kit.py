@@ -16,7 +16,7 @@ from yarl import URL
 
 from mirror.config.settings import Hosted, Storage
 from mirror.hosted.database import Database
-from mirror.hosted.service import HostedService
+from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Event
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest, Tag

@@ -38,7 +38,7 @@ def test_link_in_place_of_an_upload_is_not_followed(tmp_path: Path) -> None:
         upload_files.open_to_feed(layout, ID)
     with pytest.raises(FileExistsError):
         upload_files.create(layout, ID)
-    assert upload_files.length_of(layout, ID) is None
+    assert upload_files.upload_length(layout, ID) is None
 
 
 def written(layout: Layout) -> tuple[Path, int]:
@@ -53,7 +53,7 @@ def written(layout: Layout) -> tuple[Path, int]:
 def test_published_content_is_whole_and_kept_until_the_caller_lets_go(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     path, fd = written(layout)
-    assert upload_files.publish(layout, path, fd, DIGEST, NOW) is True
+    assert upload_files.publish_upload(layout, path, fd, DIGEST, NOW) is True
     target = layout.blob(DIGEST)
     assert target.read_bytes() == DATA
     assert has_our_mtime(target.lstat())
@@ -71,7 +71,7 @@ def test_content_that_is_there_is_replaced_by_what_was_just_verified(tmp_path: P
     layout.blob(DIGEST).parent.mkdir(parents=True)
     layout.blob(DIGEST).write_bytes(b"damaged")
     path, fd = written(layout)
-    assert upload_files.publish(layout, path, fd, DIGEST, NOW) is False
+    assert upload_files.publish_upload(layout, path, fd, DIGEST, NOW) is False
     assert layout.blob(DIGEST).read_bytes() == DATA
     os.close(fd)
 
@@ -86,7 +86,7 @@ def test_eviction_of_the_same_content_ends_first(tmp_path: Path) -> None:
     path, fd = written(layout)
     results: list[bool] = []
     thread = threading.Thread(
-        target=lambda: results.append(upload_files.publish(layout, path, fd, DIGEST, NOW))
+        target=lambda: results.append(upload_files.publish_upload(layout, path, fd, DIGEST, NOW))
     )
     thread.start()
     thread.join(0.05)
@@ -113,13 +113,13 @@ def test_directory_that_cannot_be_synced_leaves_the_content_that_others_have(
     monkeypatch.setattr(os, "fsync", fail)
     path, fd = written(layout)
     with pytest.raises(OSError, match="Input/output"):
-        upload_files.publish(layout, path, fd, DIGEST, NOW)
+        upload_files.publish_upload(layout, path, fd, DIGEST, NOW)
     assert not layout.blob(DIGEST).exists(), "what was not synced is not there"
     os.close(fd)
     layout.blob(DIGEST).write_bytes(DATA)
     path, fd = written(layout)
     with pytest.raises(OSError, match="Input/output"):
-        upload_files.publish(layout, path, fd, DIGEST, NOW)
+        upload_files.publish_upload(layout, path, fd, DIGEST, NOW)
     assert layout.blob(DIGEST).read_bytes() == DATA
     os.close(fd)
 

@@ -16,10 +16,10 @@ from sqlite3 import Connection
 from typing import Any, Final
 
 from mirror.config.settings import Hosted
-from mirror.hosted import names, upload_files, upload_rows
+from mirror.hosted import name_rows, upload_files, upload_rows
 from mirror.hosted.database import Database
-from mirror.hosted.manifests import PushedManifest, read_pushed_manifest
-from mirror.hosted.names import ManifestRow
+from mirror.hosted.name_rows import ManifestRow
+from mirror.hosted.pushed_manifest import PushedManifest, read_pushed_manifest
 from mirror.hosted.sessions import UploadSessions, disk_errors
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import BlobUnknown, DigestInvalid, ManifestUnknown, NameUnknown
@@ -70,7 +70,11 @@ class HostedService:
         if not self._store.catalog.has_blob(digest):
             return False
         mount = partial(
-            names.mount_blob, source=source, repository=repository, digest=digest, now=self._now()
+            name_rows.mount_blob,
+            source=source,
+            repository=repository,
+            digest=digest,
+            now=self._now(),
         )
         return await self._database.write(mount)
 
@@ -79,7 +83,7 @@ class HostedService:
 
         Then a client pushes it again, which repairs it.
         """
-        find = partial(names.blob_size, repository=repository, digest=digest)
+        find = partial(name_rows.blob_size, repository=repository, digest=digest)
         size = await self._database.read(find)
         if size is None or not self._store.catalog.has_blob(digest):
             raise BlobUnknown("the repository does not have this blob")
@@ -104,12 +108,14 @@ class HostedService:
 
     async def mark_blob_used(self, repository: str, digest: Digest) -> None:
         """Record that a client may be about to push a manifest that names a blob."""
-        mark = partial(names.mark_blob_used, repository=repository, digest=digest, now=self._now())
+        mark = partial(
+            name_rows.mark_blob_used, repository=repository, digest=digest, now=self._now()
+        )
         await self._database.write(mark, is_durable=False)
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         """Delete a blob of a repository. Raises ``BlobUnknown``."""
-        delete = partial(names.delete_blob, repository=repository, digest=digest)
+        delete = partial(name_rows.delete_blob, repository=repository, digest=digest)
         if not await self._database.write(delete):
             raise BlobUnknown("the repository does not have this blob")
 
@@ -149,7 +155,7 @@ class HostedService:
         manifest = await parse_in_thread_if_large(read_pushed_manifest, body, content_type, digest)
         all_tags = [*([] if isinstance(reference, Digest) else [reference]), *tags]
         check = partial(
-            names.check_parts,
+            name_rows.check_parts,
             repository=repository,
             manifest=manifest,
             may_be_sparse=self.settings.sparse_indexes,
@@ -159,7 +165,7 @@ class HostedService:
 
         def record(connection: Connection) -> None:
             check(connection)
-            names.add_manifest(connection, repository, manifest, all_tags, self._now(), user)
+            name_rows.add_manifest(connection, repository, manifest, all_tags, self._now(), user)
             upload_rows.check_quota(connection, repository, self.settings)
 
         async with self._stored(digest, body):
@@ -183,9 +189,9 @@ class HostedService:
     async def find_manifest(self, repository: str, reference: Reference) -> ManifestRow:
         """Return the row of a manifest. Raises ``ManifestUnknown``."""
         if isinstance(reference, Digest):
-            find = partial(names.manifest_by_digest, repository=repository, digest=reference)
+            find = partial(name_rows.manifest_by_digest, repository=repository, digest=reference)
         else:
-            find = partial(names.manifest_by_tag, repository=repository, tag=reference)
+            find = partial(name_rows.manifest_by_tag, repository=repository, tag=reference)
         row = await self._database.read(find)
         if row is None:
             raise ManifestUnknown("the repository does not have this manifest")
@@ -201,9 +207,9 @@ class HostedService:
     async def delete_manifest(self, repository: str, reference: Reference) -> None:
         """Delete a manifest with its tags, or one tag. Raises ``ManifestUnknown``."""
         if isinstance(reference, Digest):
-            delete = partial(names.delete_manifest, repository=repository, digest=reference)
+            delete = partial(name_rows.delete_manifest, repository=repository, digest=reference)
         else:
-            delete = partial(names.delete_tag, repository=repository, tag=reference)
+            delete = partial(name_rows.delete_tag, repository=repository, tag=reference)
         if not await self._database.write(delete):
             raise ManifestUnknown("the repository does not have this manifest")
 
@@ -225,9 +231,9 @@ class HostedService:
         limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
 
         def find(connection: Connection) -> list[str]:
-            if not names.has_repository(connection, repository):
+            if not name_rows.has_repository(connection, repository):
                 raise NameUnknown("there is no such repository")
-            return names.tags_page(connection, repository, limit + 1, last or "")
+            return name_rows.tags_page(connection, repository, limit + 1, last or "")
 
         found = await self._database.read(find)
         return found[:limit], len(found) > limit > 0
@@ -235,7 +241,7 @@ class HostedService:
     async def repositories(self, count: int | None, last: str) -> tuple[list[str], bool]:
         """Return one page of the repositories that have a manifest, and True if there are more."""
         limit = _MAX_PAGE if count is None else min(count, _MAX_PAGE)
-        find = partial(names.repositories_page, count=limit + 1, last=last)
+        find = partial(name_rows.repositories_page, count=limit + 1, last=last)
         found = await self._database.read(find)
         return found[:limit], len(found) > limit > 0
 
@@ -244,16 +250,16 @@ class HostedService:
     ) -> list[dict[str, Any]]:
         """Return the descriptors of the manifests whose subject is ``subject``."""
         find = partial(
-            names.referrers, repository=repository, subject=subject, artifact_type=artifact_type
+            name_rows.referrers, repository=repository, subject=subject, artifact_type=artifact_type
         )
         return await self._database.read(find)
 
     # --- the whole ------------------------------------------------------------------------------
 
-    async def usage(self) -> names.Usage:
+    async def usage(self) -> name_rows.HostedUsage:
         """Return what all hosted repositories take up."""
-        return await self._database.read(names.usage)
+        return await self._database.read(name_rows.usage)
 
     async def named_digests(self, digests: Collection[Digest]) -> set[Digest]:
         """Return those of ``digests`` that a hosted repository has."""
-        return await self._database.read(partial(names.named_digests, digests=digests))
+        return await self._database.read(partial(name_rows.named_digests, digests=digests))

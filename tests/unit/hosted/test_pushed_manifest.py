@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.hosted.manifests import read_pushed_manifest
+from mirror.hosted.pushed_manifest import read_pushed_manifest
 from mirror.oci.descriptor import (
     DOCKER_LIST,
     DOCKER_MANIFEST,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any, Final
 
-from mirror.hosted.manifests import PushedManifest
+from mirror.hosted.pushed_manifest import PushedManifest
 from mirror.oci.errors import PartsUnknown
 from mirror.oci.reference import Digest, Tag
 
@@ -37,8 +37,8 @@ class ManifestRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """What all hosted repositories take up."""
+class HostedUsage:
+    """The space that all hosted repositories take up."""
 
     bytes: int
     contents: int
@@ -287,10 +287,10 @@ def referrers(
 # --- all repositories -----------------------------------------------------------------------------
 
 
-def usage(connection: Connection) -> Usage:
+def usage(connection: Connection) -> HostedUsage:
     """Return what all hosted repositories take up."""
     row = connection.execute("SELECT bytes, contents FROM totals").fetchone()
-    return Usage(*row)
+    return HostedUsage(*row)
 
 
 def named_digests(connection: Connection, digests: Collection[Digest]) -> set[Digest]:
