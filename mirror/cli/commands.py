@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import in_use, marking
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    marking.add_parser,
+    in_use.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

@@ -27,7 +27,7 @@ from typing import Final, TypeAlias, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.links import Links, find_links
+from mirror.store.links import Links, find_links, read_tag
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
@@ -149,6 +149,14 @@ class Index:
         send them another manifest.
         """
         return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
+
+    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord]:
+        """Return the record of a tag and all variants of it, the one for most clients first.
+
+        Empty if the tag is not known, or if the database fails.
+        """
+        unanswered: list[TagRecord] = []
+        return await self._rows.read(partial(read_tag, name=f"{repository}:{tag}"), unanswered)
 
     async def confirm_tag(
         self,
