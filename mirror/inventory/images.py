@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from mirror.config.settings import Upstream
-from mirror.inventory.blocking import block_reason
 from mirror.inventory.model import (
     MANIFEST_TYPES,
     Content,
@@ -27,6 +26,7 @@ from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
 from mirror.oci.reference import Digest
+from mirror.pull.admission import Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
@@ -68,7 +68,8 @@ def build_inventory(
     parts = {one: tuple([part.text for part in m.parts]) for one, m in manifests.items()}
     sharing = Sharing.of({str(name.digest) for name in names}, parts)
     sizes = _sizes(on_disk)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, now)
+    restrictions = Restrictions.of_marks(marks)
+    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, now)
     images = tuple(sorted(map(builder.build, names), key=_order))
     marked = set(map(str, protected_roots(marks, now)))
     if marks.pins or marks.freezes:
@@ -111,6 +112,7 @@ class _Builder:
     sharing: Sharing
     upstreams: Mapping[str, Upstream]
     marks: Marks
+    restrictions: Restrictions
     now: float
 
     def build(self, name: Name) -> Image:
@@ -157,7 +159,11 @@ class _Builder:
         if not (marks.pins or marks.freezes or marks.blocks or marks.leases):
             return (), None
         digests = [Digest.parse(one) for one in reached]
-        reason = block_reason(marks.blocks.values(), name.repository, name.tag, digests)
+        reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
+        if reason is None:
+            # A block of a part counts: the image cannot be pulled without it.
+            blocked = self.restrictions.digests
+            reason = next((blocked[one] for one in digests if one in blocked), None)
         leases = [marks.leases[one] for one in digests if one in marks.leases]
         has = {
             "pinned": name.text in marks.pins,
