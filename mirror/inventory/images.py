@@ -6,8 +6,9 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
@@ -38,7 +39,7 @@ _UNKNOWN_PLATFORM: Final = "unknown"
 class OnDisk:
     """What was read of the directories."""
 
-    present: Set[DigestText]
+    present: frozenset[DigestText]
     """All whole content."""
     manifests: Mapping[DigestText, Manifest]
     """The manifests that names and marks reach."""
@@ -65,7 +66,7 @@ def build_inventory(
         now: Seconds since the epoch.
     """
     manifests = on_disk.manifests
-    parts = {one: tuple([part.text for part in m.parts]) for one, m in manifests.items()}
+    parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
     sharing = Sharing.of({str(name.digest) for name in names}, parts)
     sizes = _sizes(on_disk)
     restrictions = Restrictions.of_marks(marks)
@@ -89,10 +90,11 @@ def build_inventory(
 
 def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
     present = on_disk.present
-    stated = {
-        part.text: part.size for manifest in on_disk.manifests.values() for part in manifest.parts
-    }
-    sizes = {one: size for one, size in stated.items() if one in present}
+    sizes: dict[DigestText, int] = {}
+    for manifest in on_disk.manifests.values():
+        sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
+    for missing in sizes.keys() - present:
+        del sizes[missing]
     sizes.update({one: size for one, (size, _) in on_disk.status.items()})
     return sizes
 
@@ -133,10 +135,12 @@ class _Builder:
             current=name.current,
             variant=name.variant,
             checked=name.checked,
-            used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0.0]),
+            used=max(
+                [status[one][1] for one in (root, *parts.children) if one in status], default=0
+            ),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,
-            size=sum([sizes[one] for one in reached if one in sizes]),
+            size=sum(map(sizes.get, reached, repeat(0))),
             missing=parts.missing,
             stale=self._why_stale(name, is_frozen=_FROZEN in marks),
             marks=marks,
@@ -199,9 +203,12 @@ def _find_parts(root: Manifest, on_disk: OnDisk) -> _Parts:
     missing: dict[DigestText, Part] = {}
     queue = [root]
     for manifest in queue:  # It grows while it is read.
+        is_image = manifest.type is ContentType.MANIFEST
+        if is_image and present.issuperset(manifest.columns.digests):
+            continue  # It lacks nothing, as most images do.
         for part in manifest.parts:
             text = part.text
-            if manifest.type is ContentType.MANIFEST or part.type not in MANIFEST_TYPES:
+            if is_image or part.type not in MANIFEST_TYPES:
                 if text not in present and not part.is_elsewhere:
                     missing[text] = part
             elif text not in manifests:
