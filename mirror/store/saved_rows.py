@@ -12,7 +12,6 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from typing import Final
-from urllib.parse import quote
 
 from mirror.oci.errors import StorageUnavailable
 from mirror.store.disk import Layout
@@ -42,13 +41,14 @@ def read_names(layout: Layout) -> list[tuple[str, str]] | None:
     try:
         if not path.exists():
             return None
+        uri = path.absolute().as_uri()
         try:
-            return _select(f"file:{quote(str(path))}?mode=ro")
+            return _select(f"{uri}?mode=ro")
         except sqlite3.OperationalError:
             # A disk that refuses writes also refuses the file that readers and writers share.
             if path.with_name("cache.db-wal").exists():
                 raise
-            return _select(f"file:{quote(str(path))}?mode=ro&immutable=1")
+            return _select(f"{uri}?mode=ro&immutable=1")
     except (sqlite3.Error, OSError) as error:
         raise IndexUnreadable(
             f"the index cannot be read ({error}): start the server, which repairs it, or check the "
