@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import in_use, marking
+from mirror.cli import du, in_use, ls, marking, show
 from mirror.cli.arguments import Commands
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
-    marking.add_parser,
+    du.add_parser,
     in_use.add_parser,
+    ls.add_parser,
+    marking.add_parser,
+    show.add_parser,
 )
 """In the order of ``oci-mirror --help``."""

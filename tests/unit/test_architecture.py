@@ -53,11 +53,13 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
+    # Listings say which tags are stale and which images are refused, by the rules that serve them.
+    "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
     "operations": {"operations", "composition", "pull", "store", *SHARED},
     "server": {"server", "composition", "config.reload", *BELOW_SERVER},
     "processes": {"server", "config.reload", "observability.metrics", *SHARED},
-    "cli": {"cli", "operations", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -75,6 +77,7 @@ FORBIDDEN_STDLIB: dict[str, set[str]] = {
     "oci": {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "tempfile", "threading"},
     "observability.events": {"asyncio", "os", "pathlib", "socket"},
     "store": {"http", "socket", "ssl", "urllib"},
+    "inventory": {"asyncio", "http", "socket", "ssl", "subprocess", "urllib"},
     "pull": {"http", "os", "pathlib", "socket", "ssl", "urllib"},
 }
 """Package -> the modules of the standard library that it must not import ("Must not know")."""
