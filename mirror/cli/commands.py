@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import completion
 from mirror.cli.arguments import Commands
+from mirror.cli.doctor import command as doctor
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    completion.add_parser,
+    doctor.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

@@ -117,9 +117,7 @@ class ProbeImage:
 @cache
 def probe_index() -> ProbeContent:
     """Return the manifest list to which each nonce resolves."""
-    manifests = [
-        _manifest_for(platform).descriptor(platform=platform) for platform in _PLATFORMS
-    ]
+    manifests = [_manifest_for(platform).descriptor(platform=platform) for platform in _PLATFORMS]
     return _document(DOCKER_LIST, manifests=manifests)
 
 

@@ -1,4 +1,4 @@
-"""The probe image: whole, served without any upstream, and never mixed with an upstream's content."""
+"""The probe image: whole, served without an upstream, never mixed with the content of one."""
 
 from __future__ import annotations
 
