@@ -14,9 +14,9 @@ from mirror.cli.output import print_line
 
 SHELLS: Final = ("bash", "zsh", "fish")
 """Shells for which a completion is printed."""
-_FILES: Final = frozenset({"FILE", "LIST"})
+_FILE_PLACEHOLDERS: Final = frozenset({"FILE", "LIST"})
 """Placeholders (``metavar``) of arguments that are files."""
-_DIRECTORIES: Final = frozenset({"DIR", "DIRS"})
+_DIRECTORY_PLACEHOLDERS: Final = frozenset({"DIR", "DIRS"})
 """Placeholders of arguments that are directories."""
 
 
@@ -31,16 +31,19 @@ def add_parser(commands: Commands) -> None:
         "~/.config/fish/completions/oci-mirror.fish.",
     )
     parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=print_completion)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def print_completion(arguments: argparse.Namespace) -> int:
     """Print the completion of ``arguments.whole_parser``, which ``main`` sets."""
     # Imported here: no other command needs it.
     import shtab
 
     parser: argparse.ArgumentParser = arguments.whole_parser
-    kinds = {**dict.fromkeys(_FILES, shtab.FILE), **dict.fromkeys(_DIRECTORIES, shtab.DIRECTORY)}
+    kinds = {
+        **dict.fromkeys(_FILE_PLACEHOLDERS, shtab.FILE),
+        **dict.fromkeys(_DIRECTORY_PLACEHOLDERS, shtab.DIRECTORY),
+    }
     for action in _actions(parser):
         kind = kinds.get(str(action.metavar))
         if kind is not None:

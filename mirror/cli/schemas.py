@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-Schema: TypeAlias = Mapping[str, Any]
-"""A JSON Schema (draft 2020-12)."""
+RowSchema: TypeAlias = Mapping[str, Any]
+"""A JSON RowSchema (draft 2020-12)."""
 
 
-def _row(**fields: Any) -> Schema:
+def _row(**fields: Any) -> RowSchema:
     """Return the schema of an object that has exactly these fields."""
     return {
         "type": "object",
@@ -28,7 +28,7 @@ def _row(**fields: Any) -> Schema:
 _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
-SCHEMAS: Final[Mapping[str, Schema]] = {
+SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "doctor": _row(
         check=_TEXT,
         subject=_TEXT,

@@ -31,8 +31,10 @@ def findings(
 ) -> dict[str, dict[str, Any]]:
     """Run ``doctor --node --json``. Returns the findings by check and subject."""
     done = subprocess.run(
-        [sys.executable, "-m", "mirror", "doctor", "--node", "--json"]
-        + ["--config", str(mirror.config_file), *map(str, argv)],
+        [
+            *(sys.executable, "-m", "mirror", "doctor", "--node", "--json"),
+            *("--config", str(mirror.config_file), *map(str, argv)),
+        ],
         env={**environment(env), "PYTHONPATH": str(ROOT)},
         cwd=mirror.dir,
         capture_output=True,

@@ -15,7 +15,7 @@ from typing import Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, config_file
 from mirror.cli.client_files import HUB
-from mirror.cli.doctor.findings import Finding, Status, Subject
+from mirror.cli.doctor.findings import Checked, Finding, Status
 from mirror.cli.doctor.runtimes import CONTAINERD_CONFIG, RUNTIMES, Node
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.health import own_url
@@ -26,7 +26,7 @@ from mirror.config.settings import Settings
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 
-_MAX_LINE_CHARS: Final = 2000
+_MAX_FINDING_CHARS: Final = 2000
 """Characters of a finding: one line that a terminal can show."""
 _COLORS: Final = {Status.OK: "32", Status.WARNING: "33", Status.PROBLEM: "31"}
 """Status -> colour on a terminal (ECMA-48, "SGR")."""
@@ -73,10 +73,10 @@ def add_parser(commands: Commands) -> None:
         default=CONTAINERD_CONFIG,
         help="configuration file of containerd (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_doctor)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_doctor(arguments: argparse.Namespace) -> int:
     """Run the checks, and print each finding as soon as it is known."""
     checks = _check_node(arguments) if arguments.node else _check_mirror(arguments)
     counts: Counter[Status] = Counter()
@@ -100,10 +100,10 @@ def _print_finding(finding: Finding) -> None:
     status = f"{finding.status.value:<8}"
     if is_terminal():
         status = f"\x1b[{_COLORS[finding.status]}m{status}\x1b[0m"
-    text = printable(f"{finding.check}: {finding.subject}: {finding.message}", _MAX_LINE_CHARS)
+    text = printable(f"{finding.check}: {finding.subject}: {finding.message}", _MAX_FINDING_CHARS)
     print_line(f"{status} {text}")
     if finding.remedy:
-        print_line(f"         remedy: {printable(finding.remedy, _MAX_LINE_CHARS)}")
+        print_line(f"         remedy: {printable(finding.remedy, _MAX_FINDING_CHARS)}")
 
 
 # --- the mirror -----------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     if given:
         raise UsageError(f"--{given[0]} needs --node")
     file = config_file(arguments.config)
-    subject = Subject("configuration", file or "the environment")
+    subject = Checked("configuration", file or "the environment")
     try:
         settings, findings = _load(file, subject)
     except ConfigError as error:
@@ -134,7 +134,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield machine_checks.check_clock(report.clock_offsets)
 
 
-def _load(file: str | None, subject: Subject) -> tuple[Settings, list[Finding]]:
+def _load(file: str | None, subject: Checked) -> tuple[Settings, list[Finding]]:
     """Read the configuration as ``check-config`` does. Raises ``ConfigError``."""
     from mirror.cli import check
 

@@ -22,7 +22,7 @@ from typing import Final
 
 from yarl import URL
 
-from mirror.cli.doctor.findings import Finding, Subject
+from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.online import example_repository
 from mirror.config.settings import Settings, Upstream
 from mirror.observability.events import Event, Kind, RateLimitSeen
@@ -52,7 +52,7 @@ _CERTIFICATE_WARNING_S: Final = 14 * 86400.0
 """Seconds: certificates of 90 days are renewed 30 days before their end."""
 _CERTIFICATE_PROBLEM_S: Final = 2 * 86400.0
 """Seconds until the end of a certificate that nobody may have time to renew."""
-_LOW_SHARE: Final = 0.1
+_FEW_PULLS_SHARE: Final = 0.1
 """Share of the pulls of a rate limit below which a warning is given."""
 
 Samples = Mapping[str, tuple[Repository, Reference]]
@@ -84,15 +84,17 @@ def check_endpoints(
     settings: Settings, samples: Samples, environ: Mapping[str, str]
 ) -> EndpointReport:
     """Ask each endpoint. ``environ``: the variables that name the proxies."""
-    return asyncio.run(_check_all(settings, samples, Proxies.from_environment(environ)))
+    return asyncio.run(_check_all(settings, samples, environ))
 
 
-async def _check_all(settings: Settings, samples: Samples, proxies: Proxies) -> EndpointReport:
+async def _check_all(
+    settings: Settings, samples: Samples, environ: Mapping[str, str]
+) -> EndpointReport:
     report = EndpointReport([], [])
     looks = HangingCalls("doctor", _MAX_LOOKS)
     async with SingleFlight() as single_flight:
         checks = [
-            _check_upstream(settings, name, samples.get(name), proxies, looks, single_flight)
+            _check_upstream(settings, name, samples.get(name), environ, looks, single_flight)
             for name in settings.upstreams
         ]
         for one in await asyncio.gather(*checks):
@@ -105,7 +107,7 @@ async def _check_upstream(
     settings: Settings,
     name: str,
     sample: tuple[Repository, Reference] | None,
-    proxies: Proxies,
+    environ: Mapping[str, str],
     looks: HangingCalls,
     single_flight: SingleFlight,
 ) -> EndpointReport:
@@ -115,17 +117,18 @@ async def _check_upstream(
         settings: The configuration.
         name: The upstream.
         sample: An image of it to ask for. None: an example that may not exist.
-        proxies: The proxies of the environment.
+        environ: The variables that name the proxies.
         looks: Runs what may hang.
         single_flight: Runs requests for tokens.
     """
     report, upstream = EndpointReport([], []), settings.upstreams[name]
     if upstream.pull_policy == "Never":
-        finding = Subject("endpoint", name).ok("not asked, because of pull_policy Never")
+        finding = Checked("endpoint", name).ok("not asked, because of pull_policy Never")
         return EndpointReport([finding], [])
     limit = RateLimit()
     own = own_addresses(settings.listen)
-    transport = Transport(upstream, own_addresses=own)
+    proxies = Proxies.from_environment(environ)
+    transport = Transport(upstream, environ, own_addresses=own)
     try:
         client = FailoverClient(
             name, upstream, transport, limit.observe, single_flight, own_addresses=own
@@ -153,7 +156,7 @@ async def _check_endpoint(
     report: EndpointReport,
 ) -> list[Finding]:
     """Return the findings of one endpoint. The clock of the endpoint is added to ``report``."""
-    subject = Subject("endpoint", f"{asked[0].upstream} {endpoint}")
+    subject = Checked("endpoint", f"{asked[0].upstream} {endpoint}")
     findings: list[Finding] = []
     try:
         async with asyncio.timeout(_ENDPOINT_TIMEOUT_S):
@@ -251,7 +254,7 @@ def _look_at(url: URL, upstream: Upstream) -> _Look:
 def _certificate_findings(subject: str, ends: float | None) -> list[Finding]:
     if ends is None:
         return []
-    certificate = Subject("certificate", subject)
+    certificate = Checked("certificate", subject)
     left = ends - time.time()
     text = f"ends in {left / 86400:.0f} days"
     remedy = "let the operator of the registry renew it"
@@ -270,7 +273,7 @@ async def _ask(
     upstream: Upstream,
     url: URL,
     asked: tuple[Repository, Reference],
-    subject: Subject,
+    subject: Checked,
     way: str,
 ) -> Finding:
     """Ask for the API and for one manifest. ``way``: how the endpoint is reached."""
@@ -345,9 +348,9 @@ class RateLimit:
         """Return the finding for the upstream ``name``. None was stated: there is none."""
         if self._seen is None:
             return []
-        seen, subject = self._seen, Subject("rate limit", name)
+        seen, subject = self._seen, Checked("rate limit", name)
         text = f"{seen.remaining} of {seen.limit} pulls are left (in {seen.window // 3600} h)"
-        if seen.remaining > seen.limit * _LOW_SHARE:
+        if seen.remaining > seen.limit * _FEW_PULLS_SHARE:
             return [subject.ok(text)]
         remedy = (
             "raise tag_ttl, and see oci-mirror savings for who pulls"

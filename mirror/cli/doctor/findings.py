@@ -42,7 +42,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class Checked:
     """The subject of one check. Makes its findings."""
 
     check: str

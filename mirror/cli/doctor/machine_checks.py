@@ -19,7 +19,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Final
 
-from mirror.cli.doctor.findings import Finding, Subject
+from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.health import WILDCARD_ADDRESSES, own_url
 from mirror.cli.own_server import OwnServer
 from mirror.config.settings import Settings, Storage
@@ -33,7 +33,7 @@ _MOUNT: Final = re.compile(r"\S+ \S+ \S+ \S+ (?P<path>\S+) \S+ .*?- (?P<type>\S+
 _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 _NETWORK_FILE_SYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"})
 """File systems whose ``flock`` may not reach other machines, and that can hang."""
-_LOW_SHARE: Final = 0.05
+_LITTLE_SPACE_SHARE: Final = 0.05
 """Share of free space, or of free inodes, below which a warning is given."""
 _QUICK_CHECK_S: Final = 5.0
 """Seconds for which a database is read: one of 100,000 rows takes less than one."""
@@ -51,7 +51,7 @@ _CLOCK_PROBLEM_S: Final = 300.0
 def check_data_directory(settings: Settings) -> Iterator[Finding]:
     """Check that content can be stored: directory, owner, file system, space, inodes."""
     root = Path(settings.data_dir)
-    subject = Subject("data directory", str(root))
+    subject = Checked("data directory", str(root))
     if not os.path.lexists(root):
         yield subject.warning(
             "it does not exist yet",
@@ -93,14 +93,14 @@ def _check_owners(root: Path) -> Iterator[Finding]:
             names.setdefault(path.lstat().st_uid, []).append(str(path.relative_to(root)))
     if len(names) > 1:
         uid = min(names, key=lambda one: len(names[one]))
-        yield Subject("owner", str(root)).warning(
+        yield Checked("owner", str(root)).warning(
             f"{', '.join(sorted(names[uid])[:3])} belong to user {uid}, and other files do not",
             f"stop the server, chown -R USER {root}, and run commands as the user of the server",
         )
 
 
 def _check_file_system(root: Path) -> Finding:
-    subject = Subject("file system", str(root))
+    subject = Checked("file system", str(root))
     kind = file_system_of(root.resolve(), _read_mounts())
     if kind in _NETWORK_FILE_SYSTEMS:
         return subject.warning(
@@ -143,7 +143,7 @@ def file_system_of(path: Path, mounts: str) -> str:
 
 
 def _check_space(root: Path, storage: Storage) -> Finding:
-    subject = Subject("disk space", str(root))
+    subject = Checked("disk space", str(root))
     status = os.statvfs(root)
     free, size = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
     quota = storage.max_size
@@ -159,7 +159,7 @@ def _check_space(root: Path, storage: Storage) -> Finding:
             f"{text}: the quota is larger than the disk",
             f"set storage.max_size to at most 90 % of the disk ({size_text(int(size * 0.9))})",
         )
-    if free < size * _LOW_SHARE:
+    if free < size * _LITTLE_SPACE_SHARE:
         return subject.warning(
             f"{text}: less than 5 % are free",
             "the mirror evicts content when the disk is full; a smaller storage.max_size "
@@ -169,7 +169,7 @@ def _check_space(root: Path, storage: Storage) -> Finding:
 
 
 def _check_inodes(root: Path) -> Finding:
-    subject = Subject("inodes", str(root))
+    subject = Checked("inodes", str(root))
     status = os.statvfs(root)
     if status.f_files == 0:
         return subject.ok("the file system has no limit")
@@ -179,7 +179,7 @@ def _check_inodes(root: Path) -> Finding:
         return subject.problem(
             f"{text}: no file can be created soon", "remove small files, or use a larger disk"
         )
-    if share < _LOW_SHARE:
+    if share < _LITTLE_SPACE_SHARE:
         return subject.warning(f"{text}: less than 5 %", "remove small files, or use a larger disk")
     return subject.ok(text)
 
@@ -193,10 +193,10 @@ def check_index(root: Path, clock: Callable[[], float] = time.monotonic) -> Iter
     ``root``: the data directory. ``clock``: returns seconds.
     """
     index = root / "index"
-    subject = Subject("index", str(index))
+    subject = Checked("index", str(index))
     aside = root / "index.damaged"
     if os.path.lexists(aside):
-        yield Subject("index", str(aside)).warning(
+        yield Checked("index", str(aside)).warning(
             "an index was damaged, and the server has made a new one from index.json",
             f"check the disk (dmesg, smartctl); then delete {aside}",
         )
@@ -207,7 +207,7 @@ def check_index(root: Path, clock: Callable[[], float] = time.monotonic) -> Iter
     for database in databases:
         damage = _damage_of(database, clock)
         if damage is not None:
-            yield Subject("index", str(database)).problem(
+            yield Checked("index", str(database)).problem(
                 f"it cannot be used: {damage}",
                 f"stop the server, delete {index} and start it again: names come back from "
                 "index.json, and no content is lost",
@@ -233,7 +233,7 @@ def _damage_of(database: Path, clock: Callable[[], float]) -> str | None:
 
 def check_marks(path: Path, read: Callable[[], object]) -> Finding:
     """Check that pins, freezes, blocks and leases can be read. ``read`` raises if they cannot."""
-    subject = Subject("marks", str(path))
+    subject = Checked("marks", str(path))
     try:
         read()
     except (OSError, MirrorError) as error:
@@ -251,7 +251,7 @@ def check_marks(path: Path, read: Callable[[], object]) -> Finding:
 
 def check_port(settings: Settings) -> Finding:
     """Check whether the server listens, or could listen."""
-    subject = Subject("port", settings.listen)
+    subject = Checked("port", settings.listen)
     url = own_url(settings.listen, has_tls=settings.tls is not None)
     server = OwnServer(url.removesuffix("/healthz"))
     try:
@@ -275,7 +275,7 @@ def check_port(settings: Settings) -> Finding:
     return subject.ok("the server listens there")
 
 
-def _check_free(subject: Subject, listen: str) -> Finding:
+def _check_free(subject: Checked, listen: str) -> Finding:
     host, port = split_host(listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -300,7 +300,7 @@ def check_clock(offsets: Sequence[float]) -> Finding:
 
     ``offsets``: for each endpoint that sent a ``Date``, our time minus its time, in seconds.
     """
-    subject = Subject("clock", "this machine")
+    subject = Checked("clock", "this machine")
     if not offsets:
         return subject.warning(
             "it was not compared: no endpoint has sent a Date", "compare it with timedatectl"

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from mirror.cli.doctor.findings import Finding, Subject
+from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.runtimes import Command, Node, Runtime, find_runtimes
 from mirror.cli.own_server import OwnServer
 from mirror.oci.text import printable
@@ -42,7 +42,7 @@ _MAX_REASON_CHARS: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
+class _CommandEnd:
     """The end of a command. ``reason``: its last line if it failed, otherwise empty."""
 
     reason: str
@@ -67,13 +67,13 @@ def check_node(
     runtimes = find_runtimes(node, chosen)
     if not runtimes:
         names = ", ".join(chosen) or "containerd, crictl, k3s, docker, podman"
-        yield Subject("runtime", "this node").problem(
+        yield Checked("runtime", "this node").problem(
             f"none of these was found: {names}", "run this command on the node, with its PATH"
         )
         return
     missing = sorted(set(chosen) - {runtime.name for runtime in runtimes})
     for name in missing:
-        yield Subject("runtime", name).problem(
+        yield Checked("runtime", name).problem(
             "it is not installed", "leave out --runtime, or add its directory to the PATH"
         )
     for runtime in runtimes:
@@ -92,7 +92,7 @@ def _check_mirror(
     mirror: OwnServer, registries: Sequence[str]
 ) -> Iterator[tuple[Finding, str | None]]:
     """Yield findings of the mirror. With each: a registry that it does not serve, or None."""
-    subject = Subject("mirror", mirror.url)
+    subject = Checked("mirror", mirror.url)
     try:
         response = mirror.get("/healthz")
     except (OSError, ValueError) as error:
@@ -116,7 +116,7 @@ def _check_mirror(
             response = mirror.get(f"/v2/{_PROBE}/manifests/{secrets.token_hex(16)}?ns={registry}")
             if response.status != 200:
                 yield (
-                    Subject("mirror", f"{mirror.url} {registry}").problem(
+                    Checked("mirror", f"{mirror.url} {registry}").problem(
                         f"it does not serve this registry (status {response.status})",
                         f"add upstreams.{registry} to its configuration, and reload it (SIGHUP)",
                     ),
@@ -129,7 +129,7 @@ def _check_pull(node: Node, mirror: OwnServer, runtime: Runtime, registry: str) 
     nonce = secrets.token_hex(16)
     image = f"{registry}/{_PROBE}:{nonce}"
     result = _run(runtime.pull(image), node)
-    subject = Subject("pull", f"{runtime.name} {registry}")
+    subject = Checked("pull", f"{runtime.name} {registry}")
     has_arrived = _has_arrived(mirror, registry, nonce)
     if not result.reason:
         _run(runtime.remove(image), node)
@@ -162,7 +162,7 @@ def _has_arrived(mirror: OwnServer, registry: str, nonce: str) -> bool:
     return False
 
 
-def _run(command: Command, node: Node) -> _Result:
+def _run(command: Command, node: Node) -> _CommandEnd:
     """Run a command with a time limit. Its children are killed, too."""
     with tempfile.TemporaryFile() as output:
         try:
@@ -175,11 +175,11 @@ def _run(command: Command, node: Node) -> _Result:
                 start_new_session=True,
             )
         except OSError as error:
-            return _Result(f"{command[0]}: {error.strerror}")
+            return _CommandEnd(reason=f"{command[0]}: {error.strerror}")
         try:
             code = process.wait(_PULL_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return _Result(f"no result after {_PULL_TIMEOUT_S:.0f} s")
+            return _CommandEnd(reason=f"no result after {_PULL_TIMEOUT_S:.0f} s")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -187,5 +187,7 @@ def _run(command: Command, node: Node) -> _Result:
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
     if code == 0:
-        return _Result("")
-    return _Result(printable(lines[-1] if lines else f"exit code {code}", _MAX_REASON_CHARS))
+        return _CommandEnd(reason="")
+    return _CommandEnd(
+        reason=printable(lines[-1] if lines else f"exit code {code}", _MAX_REASON_CHARS)
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mirror.cli.client_files import HUB
-from mirror.cli.doctor.findings import Finding, Subject
+from mirror.cli.doctor.findings import Checked, Finding
 
 CONTAINERD_CONFIG: Final = "/etc/containerd/config.toml"
 """Configuration file of containerd, unless the arguments name another one."""
@@ -46,7 +46,7 @@ class Runtime:
     may_mirror: Callable[[str], bool] = lambda registry: True
     """Returns whether it can pull from a registry through a mirror at all."""
     findings: tuple[Finding, ...] = ()
-    """What is wrong with its configuration."""
+    """Findings about its configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _address_of(config: Mapping[str, Any]) -> str:
 def _config_path_findings(
     file: str, config: Mapping[str, Any], directories: Sequence[str]
 ) -> tuple[Finding, ...]:
-    subject = Subject("config_path", file)
+    subject = Checked("config_path", file)
     disabled = config.get("disabled_plugins") or []
     if any(plugin in disabled for plugin in ("cri", *_CRI_PLUGINS)):
         return ()  # Kubernetes cannot use this containerd.
