@@ -113,6 +113,8 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     # Imported here: start-up counts, and these need aiohttp.
     from mirror.cli.doctor import machine_checks
     from mirror.cli.doctor.endpoint_checks import check_endpoints, read_samples
+    from mirror.store.disk import Layout
+    from mirror.store.marks import read_marks
 
     given = [name for name in ("runtime", "registry", "mirror") if getattr(arguments, name)]
     if given:
@@ -128,6 +130,7 @@ def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
     root = Path(settings.data_dir)
     yield from machine_checks.check_data_directory(settings)
     yield from machine_checks.check_index(root)
+    yield machine_checks.check_marks(root / "marks.json", lambda: read_marks(Layout(root)))
     yield machine_checks.check_port(settings)
     report = check_endpoints(settings, read_samples(root, settings), os.environ)
     yield from report.findings

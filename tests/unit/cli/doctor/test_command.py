@@ -40,7 +40,7 @@ async def test_healthy_mirror_has_no_problem_and_each_line_fits_the_schema(
     validator = Draft202012Validator(SCHEMAS["doctor"])
     assert [error for row in rows for error in validator.iter_errors(row)] == []
     assert {row["check"] for row in rows} >= {
-        *("configuration", "data directory", "disk space", "inodes", "index", "port"),
+        *("configuration", "data directory", "disk space", "inodes", "index", "port", "marks"),
         *("endpoint", "clock"),
     }
 
