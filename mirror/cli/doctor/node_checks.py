@@ -34,9 +34,9 @@ _PULL_TIMEOUT_S: Final = 30.0
 wait for a registry that it cannot reach."""
 _PULLS: Final = 8
 """Pulls that run at the same time."""
-_CONFIRM_REQUESTS: Final = 16
+_CONFIRM_REQUESTS: Final = 64
 """Requests after which a mirror with several workers is no longer asked for a nonce: each worker
-knows its own. Of 4 workers, one is missed by all of them in one check of a hundred."""
+knows its own. Of 8 workers, one is missed by all of them in two checks of ten thousand."""
 _MAX_REASON_CHARS: Final = 300
 """Characters of the last line of a command that failed."""
 
