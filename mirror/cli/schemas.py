@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 RowSchema: TypeAlias = Mapping[str, Any]
-"""A JSON RowSchema (draft 2020-12)."""
+"""A JSON Schema (draft 2020-12)."""
 
 
 def _row(**fields: Any) -> RowSchema:
