@@ -13,7 +13,6 @@ scan.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import stat
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Final, Protocol
 
 from mirror.oci.errors import DigestInvalid
@@ -39,7 +39,7 @@ MARKS_PAUSE_S: Final = 0.003
 """Seconds of a pause after that, in which a command that waits sets its mark."""
 _LOCK_INTERVAL_S: Final = 0.02
 """Seconds between two attempts to get the eviction lock."""
-_BLOCK_BYTES: Final = 512
+BLOCK_BYTES: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
 
 
@@ -126,6 +126,13 @@ def _wait_for_lock(
 
 
 # --- whole content --------------------------------------------------------------------------------
+
+
+def batches(contents: Iterable[Candidate]) -> Iterator[Sequence[Candidate]]:
+    """Split a list into parts for :func:`remove_batch`."""
+    rest = iter(contents)
+    while batch := list(islice(rest, BATCH_CONTENTS)):
+        yield batch
 
 
 def remove_batch(
@@ -223,7 +230,7 @@ def find_leftovers(layout: Layout) -> list[Leftover]:
             except (DigestInvalid, OSError):
                 continue
             if stat.S_ISREG(status.st_mode) and not disk.is_locked(layout.ingest(digest)):
-                taken = status.st_blocks * _BLOCK_BYTES
+                taken = status.st_blocks * BLOCK_BYTES
                 found.append(Leftover(digest, taken, status.st_mtime))
     return sorted(found, key=lambda leftover: leftover.modified)
 
@@ -237,7 +244,7 @@ def drop_leftover(layout: Layout, digest: Digest) -> int:
         with disk.open_locked(layout.ingest(digest)) as fd:
             if fd is None:
                 return 0
-            taken = os.fstat(fd).st_blocks * _BLOCK_BYTES
+            taken = os.fstat(fd).st_blocks * BLOCK_BYTES
             disk.drop_state(layout, digest)
             disk.drop_ingest(layout, digest, fd)
             return taken

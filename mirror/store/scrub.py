@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from mirror.oci.errors import DigestMismatch, InvalidRequest
+from mirror.oci.errors import DigestMismatch
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
 from mirror.store.disk import Layout
@@ -65,7 +65,7 @@ class Scrubbed:
         return json.dumps(asdict(self))
 
     @classmethod
-    def load(cls, line: str | bytes) -> Scrubbed:
+    def load(cls, line: str) -> Scrubbed:
         """Parse a line of the process. Raises ``ValueError`` or ``TypeError``."""
         return cls(**json.loads(line))
 
@@ -154,15 +154,16 @@ def main() -> int:
     give_way()
     layout = Layout(Path(sys.argv[1]))
     for line in sys.stdin:
+        text = line.strip()
         try:
-            digest = Digest.parse(line.strip())
-            print(scrub(layout, digest).dump(), flush=True)
-        except InvalidRequest:
-            return 2
+            scrubbed = scrub(layout, Digest.parse(text))
+        except OSError:
+            scrubbed = Scrubbed(text, "unreadable")
+        try:
+            sys.stdout.write(f"{scrubbed.dump()}\n")
+            sys.stdout.flush()
         except BrokenPipeError:
             return 1
-        except OSError:
-            print(Scrubbed(line.strip(), "unreadable").dump(), flush=True)
     return 0
 
 
