@@ -93,12 +93,12 @@ def _decide_in_repository(
         elif image in newest:
             yield Decision(image, False, f"one of the last {rule.keep_last} of its repository")
         elif rule.older_than is not None and age <= rule.older_than:
-            yield Decision(image, False, f"used {_age_text(age)} ago")
+            yield Decision(image, False, f"used {age_text(age)} ago")
         elif rule.keep_last is not None:
-            why = f"not one of the last {rule.keep_last}, last used {_age_text(age)} ago"
+            why = f"not one of the last {rule.keep_last}, last used {age_text(age)} ago"
             yield Decision(image, True, why)
         else:
-            yield Decision(image, True, f"last used {_age_text(age)} ago")
+            yield Decision(image, True, f"last used {age_text(age)} ago")
 
 
 def _newest(images: Sequence[Image], count: int) -> set[Image]:
@@ -134,7 +134,8 @@ def _first(images: Sequence[Image], count: int) -> set[Image]:
     return kept
 
 
-def _age_text(seconds: float) -> str:
+def age_text(seconds: float) -> str:
+    """Return an age of ``seconds`` for a person, such as ``3 d``."""
     for length, unit in _UNITS:
         if seconds >= 2 * length:
             return f"{int(seconds // length)} {unit}"

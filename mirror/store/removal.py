@@ -206,7 +206,9 @@ class Leftover:
 
     digest: Digest
     bytes: int
-    """Bytes that it takes up on the disk. A sparse file has more bytes."""
+    """Bytes that it takes up on the disk."""
+    length: int
+    """Bytes of the file. A sparse file takes up less."""
     modified: float
     """When it was last written, in seconds since the epoch."""
 
@@ -231,7 +233,7 @@ def find_leftovers(layout: Layout) -> list[Leftover]:
                 continue
             if stat.S_ISREG(status.st_mode) and not disk.is_locked(layout.ingest(digest)):
                 taken = status.st_blocks * BLOCK_BYTES
-                found.append(Leftover(digest, taken, status.st_mtime))
+                found.append(Leftover(digest, taken, status.st_size, status.st_mtime))
     return sorted(found, key=lambda leftover: leftover.modified)
 
 

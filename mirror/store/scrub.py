@@ -55,7 +55,7 @@ class Scrubbed:
 
     digest: str
     result: ScrubResult
-    bytes: int = 0
+    size: int = 0
     """Bytes of the file."""
     is_moved: bool = False
     """Whether this process has moved it to ``quarantine/``. If not, it is still in its place."""
