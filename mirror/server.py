@@ -53,6 +53,8 @@ _INDEX_INTERVAL_S: Final = 5.0
 this time."""
 _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
+_RETENTION_CHECK_S: Final = 60.0
+"""Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
@@ -290,6 +292,7 @@ def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: O
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("retention", _RETENTION_CHECK_S, keep_images)
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
 

@@ -15,9 +15,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from mirror.cli.listing import size_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import CommandFailed, print_line
+from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -90,7 +90,7 @@ async def opened_store(settings: Settings) -> AsyncIterator[Store]:
     """
     from mirror.store.store import Store
 
-    owner = os.stat(settings.data_dir).st_uid  # noqa: ASYNC240 - one call, before anything runs
+    owner = os.stat(settings.data_dir).st_uid
     if os.geteuid() == 0 and owner != 0:
         raise CommandFailed(
             f"{settings.data_dir} belongs to user {owner}: run the command as that user, so that "

@@ -21,8 +21,9 @@ from mirror.cli.cleaning import (
     opened_store,
     read_inventory,
 )
-from mirror.cli.listing import Column, print_rows, size_text
+from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
+from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -49,9 +50,9 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         "gc",
         help="remove what no image needs",
-        description="Removes content that no image needs and nobody has used for a while, leftovers "
-        "of fetches, damaged content, and rows of the index whose time is over. Works beside a "
-        "running server.",
+        description="Removes content that no image needs and nobody has used for a while, "
+        "leftovers of fetches, damaged content, and rows of the index whose time is over. Works "
+        "beside a running server.",
     )
     add_dry_run(parser)
     parser.add_argument(

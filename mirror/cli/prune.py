@@ -20,9 +20,10 @@ from mirror.cli.cleaning import (
     read_inventory,
     summary,
 )
-from mirror.cli.listing import Column, print_rows, size_text
+from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.tag_selection import TagSelection
+from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.cleaning import give_way, opened_store, read_inventory
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import size_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.cli.rm import find_images
+from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
@@ -84,7 +84,7 @@ async def _verify(
     from mirror.operations.verify import verify
 
     async with opened_store(settings) as store:
-        return await verify(store, inventory, images, subset, _show_progress())
+        return await verify(store, inventory, images, subset, _progress().show)
 
 
 async def _verify_and_repair(
@@ -97,7 +97,7 @@ async def _verify_and_repair(
     from mirror.threads import run_in_thread
 
     async with open_mirror(settings, print_warnings) as mirror:
-        report = await verify(mirror.store, inventory, images, subset, _show_progress())
+        report = await verify(mirror.store, inventory, images, subset, _progress().show)
         if report.problems:
             await repair(
                 report,
@@ -109,30 +109,24 @@ async def _verify_and_repair(
 
 
 class _Progress:
-    """Prints how much was hashed, on a terminal, each time that another percent is done."""
+    """Prints how much was hashed, each time that another percent is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shown: bool) -> None:
+        self._is_shown = is_shown
         self._percent = -1
 
-    def __call__(self, done: int, total: int) -> None:
+    def show(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` bytes."""
         percent = 100 * done // max(total, 1)
-        if percent != self._percent:
+        if self._is_shown and percent != self._percent:
             self._percent = percent
             end = "\n" if done >= total else "\r"
             sys.stderr.write(f"{size_text(done)} of {size_text(total)}, {percent} %{end}")
             sys.stderr.flush()
 
 
-def _show_progress() -> _Progress | type[_NoProgress]:
-    is_shown = sys.stderr is not None and sys.stderr.isatty()
-    return _Progress() if is_shown else _NoProgress
-
-
-class _NoProgress:
-    """Prints nothing."""
-
-    def __init__(self, done: int, total: int) -> None:
-        pass
+def _progress() -> _Progress:
+    return _Progress(is_shown=sys.stderr is not None and sys.stderr.isatty())
 
 
 def _print(report: VerifyReport, *, is_json: bool) -> None:
@@ -151,6 +145,6 @@ def _print(report: VerifyReport, *, is_json: bool) -> None:
     if not is_json:
         mended = sum(problem.is_mended for problem in report.problems)
         print_line(
-            f"{report.contents} contents ({size_text(report.bytes)}) hashed, {report.images} images "
-            f"checked: {len(report.problems)} problems, {mended} mended"
+            f"{report.contents} contents ({size_text(report.bytes)}) hashed, "
+            f"{report.images} images checked: {len(report.problems)} problems, {mended} mended"
         )

@@ -131,6 +131,7 @@ class _Builder:
             current=name.current,
             variant=name.variant,
             checked=name.checked,
+            first_seen=name.first_seen,
             used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0.0]),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,

@@ -6,8 +6,9 @@ disk, databases.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from mirror.inventory.model import DigestText
 from mirror.oci.errors import InvalidRequest
@@ -21,8 +22,9 @@ class TagName:
 
     repository: Repository
     tag: Tag
-    digests: tuple[Digest, ...]
-    """The current digest, and the earlier ones, newest first."""
+    digests: Mapping[Digest, float]
+    """The current digest, and the earlier ones, newest first -> when it was first seen, in seconds
+    since the epoch. Zero: not known."""
     variant: str = ""
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
@@ -44,6 +46,8 @@ class Name:
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+    first_seen: float = 0.0
+    """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
 
     @property
     def text(self) -> str:
@@ -71,14 +75,33 @@ class Names:
         for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
             digest = next((one for one in row.digests if str(one) in present), None)
             if digest is not None:
-                current = row.digests[0]
-                name = Name(row.repository, row.tag, digest, current, row.variant, row.checked)
+                name = Name(
+                    row.repository,
+                    row.tag,
+                    digest,
+                    current=next(iter(row.digests)),
+                    variant=row.variant,
+                    checked=row.checked,
+                    first_seen=row.digests[digest],
+                )
                 found.setdefault((row.repository, row.tag, digest), name)
         tagged = {f"{repository}@{digest}" for repository, _, digest in found}
+        seen = self._first_seen()
         for key, (repository, digest, _) in self.manifests.items():
             if str(digest) in present and key not in tagged:
-                found[repository, None, digest] = Name(repository, None, digest, digest)
+                at = seen.get((repository, digest), 0.0)
+                found[repository, None, digest] = Name(
+                    repository, None, digest, digest, first_seen=at
+                )
         return list(found.values())
+
+    def _first_seen(self) -> dict[tuple[Repository, Digest], float]:
+        """Return when the digests that tags had earlier were first seen."""
+        return {
+            (row.repository, digest): at
+            for row in self.tags
+            for digest, at in islice(row.digests.items(), 1, None)
+        }
 
     def media_type(self, name: Name) -> str:
         """Return the media type that a source has stated for a manifest. Empty: none has."""
@@ -113,7 +136,10 @@ def _load_tag(key: str, text: str) -> Iterator[TagName]:
         variant = key.removeprefix(f"{record.repository}:{record.tag}")
         # A restored record has no time, so the upstream has not confirmed it since.
         checked = record.confirmed or None
-        yield TagName(record.repository, record.tag, record.digests, variant, checked)
+        digests = {record.digest: record.first_seen}
+        for previous in record.previous_digests:
+            digests.setdefault(previous.digest, previous.first_seen)
+        yield TagName(record.repository, record.tag, digests, variant, checked)
 
 
 def saved_names(saved: Iterable[NamedManifest]) -> Names:
@@ -123,5 +149,7 @@ def saved_names(saved: Iterable[NamedManifest]) -> Names:
         key = f"{named.repository}@{named.digest}"
         names.manifests.setdefault(key, (named.repository, named.digest, ""))
         if named.tag is not None:
-            names.tags.append(TagName(named.repository, named.tag, (named.digest,), named.variant))
+            names.tags.append(
+                TagName(named.repository, named.tag, {named.digest: 0.0}, named.variant)
+            )
     return names

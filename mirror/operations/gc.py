@@ -15,14 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from mirror.inventory.model import Inventory
+from mirror.inventory.model import Content, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import age_text
 from mirror.store import disk
 from mirror.store.disk import Layout
-from mirror.store.eviction import StoredBlob
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.quarantine import quarantined_files
@@ -108,11 +107,12 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
 
 def _old_orphans(
     layout: Layout, inventory: Inventory, grace: float, protected: Collection[Digest] = ()
-) -> list[StoredBlob]:
+) -> list[Content]:
     """Return content that no name reaches and nobody has used, the oldest first."""
-    found = [inventory.contents[digest] for digest in inventory.orphans]
-    if found and not inventory.images:
+    orphans = inventory.orphans
+    if orphans and not inventory.images:
         raise NothingNamed
+    found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
     old = [blob for blob in found if inventory.now - blob.used > grace]
     if old:
         unclear = _unclear_content(layout, inventory)
@@ -124,13 +124,13 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
     """Return the content of repositories of which a manifest is not understood, or is damaged."""
     repositories = set()
     for image in inventory.images:
-        manifest = inventory.manifests.get(image.digest)
+        manifest = inventory.manifests.get(image.root)
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
     return {digest for one in repositories for digest in read_access_of(layout, one)}
 
 
-def _content_items(orphans: Iterable[StoredBlob], removal: Removal, now: float) -> Iterator[Item]:
+def _content_items(orphans: Iterable[Content], removal: Removal, now: float) -> Iterator[Item]:
     for blob in orphans:
         if blob.digest in removal.sizes:
             yield _content_item(blob, removal.sizes[blob.digest], now)
@@ -144,7 +144,7 @@ def _content_items(orphans: Iterable[StoredBlob], removal: Removal, now: float) 
             )
 
 
-def _content_item(blob: StoredBlob, size: int, now: float) -> Item:
+def _content_item(blob: Content, size: int, now: float) -> Item:
     why = f"{_NO_NAME}, last used {age_text(now - blob.used)} ago"
     return Item(action="removed", kind="content", digest=str(blob.digest), bytes=size, why=why)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mirror.inventory.model import Image, Inventory
+from mirror.inventory.model import DigestText, Image, Inventory
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import remove_images
 from mirror.operations.retention import RetentionRule, decide
@@ -18,12 +18,12 @@ from mirror.store.store import Store
 def choose(inventory: Inventory, rules: Sequence[RetentionRule]) -> CleaningReport:
     """Return what the rules would remove now, as a report of images. Changes nothing."""
     report = CleaningReport(is_dry_run=True)
-    freed = {}
+    freed: dict[Image, set[DigestText]] = {}
     decisions = decide(_subjects(inventory), rules, inventory.now)
     removed = [decision.image for decision in decisions if decision.is_removed]
     left = set(inventory.freed_by(removed))
     for image in removed:
-        own = left.intersection(inventory.sharing.reached(image.digest))
+        own = left.intersection(inventory.sharing.reached(image.root))
         left -= own
         freed[image] = own
     for decision in decisions:
@@ -33,7 +33,7 @@ def choose(inventory: Inventory, rules: Sequence[RetentionRule]) -> CleaningRepo
                 action="removed" if decision.is_removed else "kept",
                 kind="image",
                 name=decision.image.name,
-                digest=str(decision.image.digest),
+                digest=decision.image.root,
                 bytes=inventory.size_of(own) if decision.is_removed else decision.image.size,
                 count=len(own) if decision.is_removed else 1,
                 why=decision.why,
@@ -57,7 +57,7 @@ async def prune(
             action="kept",
             kind="image",
             name=decision.image.name,
-            digest=str(decision.image.digest),
+            digest=decision.image.root,
             bytes=decision.image.size,
             why=decision.why,
         )
@@ -72,5 +72,5 @@ def _subjects(inventory: Inventory) -> list[Image]:
     return [
         image
         for image in inventory.images
-        if image.subject is None or not inventory.sharing.owners[image.subject]
+        if image.subject is None or not inventory.sharing.owners.get(image.subject)
     ]

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final
 
-from mirror.inventory.model import MANIFEST_TYPES, Image, Inventory
+from mirror.inventory.model import MANIFEST_TYPES, Content, DigestText, Image, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import KEEPING_MARKS
-from mirror.store.eviction import StoredBlob
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.removal import KeptBecause, Removal
@@ -42,8 +42,7 @@ def plan_removal(
     """Return what :func:`remove_images` would do now. Changes nothing."""
     report = CleaningReport(is_dry_run=True)
     chosen = _without_kept(report, images)
-    freed = inventory.freed_by(chosen)
-    removal = Removal(sizes={digest: inventory.contents[digest].size for digest in freed})
+    removal = _Result({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
     _describe(report, inventory, inventory.going_with(chosen), removal, whys)
     return report
 
@@ -65,7 +64,8 @@ async def remove_images(
     """
     report = CleaningReport()
     chosen = _without_kept(report, images)
-    used = await run_in_thread(_used_since, store, inventory, chosen)
+    contents = await run_in_thread(lambda: inventory.contents)
+    used = await run_in_thread(_used_since, store, contents, chosen)
     report.items += [_kept(image, str(KeptBecause.USED)) for image in used]
     chosen = [image for image in chosen if image not in used]
     going = inventory.going_with(chosen)
@@ -88,53 +88,69 @@ def _without_kept(report: CleaningReport, images: Iterable[Image]) -> list[Image
 
 
 def _kept(image: Image, why: str) -> Item:
-    digest = str(image.digest)
     return Item(
-        action="kept", kind="image", name=image.name, digest=digest, bytes=image.size, why=why
+        action="kept", kind="image", name=image.name, digest=image.root, bytes=image.size, why=why
     )
 
 
-def _used_since(store: Store, inventory: Inventory, images: Collection[Image]) -> set[Image]:
+def _used_since(
+    store: Store, contents: Mapping[Digest, Content], images: Collection[Image]
+) -> set[Image]:
     """Return the images whose manifest a client has requested since the inventory was read."""
     used = set()
     for image in images:
         with suppress(OSError, KeyError):
             modified = store.layout.blob(image.digest).lstat().st_mtime
-            if modified > inventory.contents[image.digest].used:
+            if modified > contents[image.digest].used:
                 used.add(image)
     return used
 
 
+@dataclass(slots=True)
+class _Result:
+    """The result of a removal, by text of the digests."""
+
+    sizes: dict[DigestText, int] = field(default_factory=dict)
+    """The removed contents, and their bytes."""
+    kept: dict[DigestText, KeptBecause] = field(default_factory=dict)
+
+    def add(self, removal: Removal) -> None:
+        """Add the result of a step."""
+        self.sizes.update({str(digest): size for digest, size in removal.sizes.items()})
+        self.kept.update({str(digest): why for digest, why in removal.kept.items()})
+
+
 async def _remove(
-    store: Store, inventory: Inventory, going: Collection[Image], freed: Collection[Digest]
-) -> Removal:
+    store: Store,
+    inventory: Inventory,
+    going: Collection[Image],
+    freed: Collection[DigestText],
+) -> _Result:
     """Remove contents and names, in an order that can be interrupted."""
-    roots = dict.fromkeys(image.digest for image in going if image.digest in freed)
-    parts: dict[Digest, None] = {}
+    result = _Result()
+    roots = dict.fromkeys(image.root for image in going if image.root in freed)
+    parts: dict[DigestText, None] = {}
     for image in going:
         # Below the manifest of an index come its layers, so its parts go from the last one.
-        below = reversed(inventory.sharing.reached(image.digest))
-        parts.update((digest, None) for digest in below if digest in freed and digest not in roots)
-    removal = await _remove_contents(store, inventory, parts)
+        below = reversed(list(inventory.sharing.reached(image.root)))
+        parts.update((one, None) for one in below if one in freed and one not in roots)
+    result.add(await _remove_contents(store, inventory, parts))
     # A mark that was set meanwhile keeps the name.
-    marked = {digest for digest, why in removal.kept.items() if why is KeptBecause.MARKED}
-    names = [
-        image for image in going if not marked.intersection(inventory.sharing.reached(image.digest))
-    ]
+    marked = {one for one, why in result.kept.items() if why is KeptBecause.MARKED}
+    names = [i for i in going if marked.isdisjoint(inventory.sharing.reached(i.root))]
     if not await store.index.remove_names(removed_names(inventory, names)):
         raise StorageUnavailable("the index could not be written: try again")
-    last = await _remove_contents(store, inventory, [root for root in roots if root not in marked])
-    removal.sizes |= last.sizes
-    removal.kept |= last.kept
-    return removal
+    left = {image.root for image in names}
+    result.add(await _remove_contents(store, inventory, [one for one in roots if one in left]))
+    return result
 
 
 async def _remove_contents(
-    store: Store, inventory: Inventory, digests: Iterable[Digest]
+    store: Store, inventory: Inventory, digests: Iterable[DigestText]
 ) -> Removal:
-    contents: list[StoredBlob] = [inventory.contents[digest] for digest in digests]
+    contents, parsed = inventory.contents, map(Digest.parse, digests)
     try:
-        return await store.evictor.remove(contents)
+        return await store.evictor.remove([contents[one] for one in parsed if one in contents])
     except ProtectionUnknown as error:
         raise StorageUnavailable(f"nothing more was removed: {error}") from None
 
@@ -142,32 +158,30 @@ async def _remove_contents(
 def removed_names(inventory: Inventory, going: Collection[Image]) -> list[RemovedName]:
     """Return the names of images with the access that no other name of their repository needs."""
     gone = set(going)
-    repositories = {image.repository for image in going}
-    needed: dict[Repository, set[Digest]] = {repository: set() for repository in repositories}
+    needed: dict[Repository, set[DigestText]] = {image.repository: set() for image in going}
     for image in inventory.images:
         if image.repository in needed and image not in gone:
-            needed[image.repository].update(inventory.sharing.reached(image.digest))
-            needed[image.repository].add(image.current)
+            needed[image.repository].update(inventory.sharing.reached(image.root))
+            needed[image.repository].add(str(image.current))
     names = []
     for image in going:
-        unneeded = {image.current, *inventory.sharing.reached(image.digest)}
+        unneeded = {str(image.current), *inventory.sharing.reached(image.root)}
         unneeded -= needed[image.repository]
-        manifests = {digest for digest in unneeded if _is_manifest(inventory, image, digest)}
+        manifests = {one for one in unneeded if _is_manifest(inventory, image, one)}
         names.append(
             RemovedName(
                 repository=image.repository,
                 tag=image.tag,
-                variant=image.variant,
                 digest=image.current,
-                manifests=frozenset(manifests),
-                blobs=frozenset(unneeded - manifests),
+                manifests=frozenset(map(Digest.parse, manifests)),
+                blobs=frozenset(map(Digest.parse, unneeded - manifests)),
             )
         )
     return names
 
 
-def _is_manifest(inventory: Inventory, image: Image, digest: Digest) -> bool:
-    is_root = digest in (image.digest, image.current)
+def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
+    is_root = digest in (image.root, str(image.current))
     return is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_TYPES
 
 
@@ -177,40 +191,38 @@ def _is_manifest(inventory: Inventory, image: Image, digest: Digest) -> bool:
 def _describe(
     report: CleaningReport,
     inventory: Inventory,
-    going: Iterable[Image],
-    removal: Removal,
+    going: Collection[Image],
+    result: _Result,
     whys: Mapping[Image, str],
 ) -> None:
     """Add an item for each image, and one for each reason for which some of its content stays."""
-    counted: set[Digest] = set()
-    going = list(going)
-    others = _other_names(inventory, going, removal)
+    counted: set[DigestText] = set()
+    others = _other_names(inventory, going, result)
     for image in going:
-        reached = [one for one in inventory.sharing.reached(image.digest) if one not in counted]
+        reached = [one for one in inventory.sharing.reached(image.root) if one not in counted]
         counted.update(reached)
-        freed = [one for one in reached if one in removal.sizes]
+        freed = [one for one in reached if one in result.sizes]
         report.items.append(
             Item(
                 action="removed",
                 kind="image",
                 name=image.name,
-                digest=str(image.digest),
-                bytes=sum(removal.sizes[one] for one in freed),
+                digest=image.root,
+                bytes=sum(result.sizes[one] for one in freed),
                 count=len(freed),
                 why=whys.get(image, "belongs to an image that was removed"),
             )
         )
-        staying: dict[str, list[Digest]] = {}
+        staying: dict[str, list[DigestText]] = {}
         for digest in reached:
-            if digest in inventory.contents and digest not in removal.sizes:
-                why = _why_kept(inventory, digest, removal, others)
-                staying.setdefault(why, []).append(digest)
+            if digest in inventory.sizes and digest not in result.sizes:
+                staying.setdefault(_why_kept(digest, result, others), []).append(digest)
         report.items += [
             Item(
                 action="kept",
                 kind="content",
                 name=image.name,
-                digest=str(digests[0]) if len(digests) == 1 else None,
+                digest=digests[0] if len(digests) == 1 else None,
                 bytes=inventory.size_of(digests),
                 count=len(digests),
                 why=why,
@@ -219,13 +231,8 @@ def _describe(
         ]
 
 
-def _why_kept(
-    inventory: Inventory,
-    digest: Digest,
-    removal: Removal,
-    others: Mapping[Digest, list[str]],
-) -> str:
-    why = removal.kept.get(digest)
+def _why_kept(digest: DigestText, result: _Result, others: Mapping[DigestText, list[str]]) -> str:
+    why = result.kept.get(digest)
     if why is not None:
         return f"{why}: oci-mirror gc removes it later" if why is KeptBecause.READ else str(why)
     names = others.get(digest, [])
@@ -236,19 +243,19 @@ def _why_kept(
 
 
 def _other_names(
-    inventory: Inventory, going: Collection[Image], removal: Removal
-) -> dict[Digest, list[str]]:
+    inventory: Inventory, going: Collection[Image], result: _Result
+) -> dict[DigestText, list[str]]:
     """Return which other images share the content of these that stays."""
     gone = set(going)
     shared = {
         digest
         for image in going
-        for digest in inventory.sharing.reached(image.digest)
-        if digest in inventory.contents and digest not in removal.sizes
+        for digest in inventory.sharing.reached(image.root)
+        if digest in inventory.sizes and digest not in result.sizes
     }
-    others: dict[Digest, list[str]] = {}
+    others: dict[DigestText, list[str]] = {}
     for image in inventory.images if shared else ():
         if image not in gone:
-            for digest in shared.intersection(inventory.sharing.reached(image.digest)):
+            for digest in shared.intersection(inventory.sharing.reached(image.root)):
                 others.setdefault(digest, []).append(image.name)
     return others

@@ -6,12 +6,12 @@ know: how content is hashed (:mod:`mirror.store.scrub`) or fetched (:mod:`mirror
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
-from mirror.inventory.model import MANIFEST_TYPES, Image, Inventory
+from mirror.inventory.model import MANIFEST_TYPES, DigestText, Image, Inventory
 from mirror.observability.events import Kind
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.scrubbing import scrub_each
@@ -141,10 +141,11 @@ async def verify(
 def _digests(
     inventory: Inventory, images: Collection[Image] | None, subset: Subset | None
 ) -> list[Digest]:
-    found: Collection[Digest] = inventory.contents
+    contents = inventory.contents
+    found: Collection[Digest] = contents
     if images is not None:
-        reached = (d for image in images for d in inventory.sharing.reached(image.digest))
-        found = dict.fromkeys(digest for digest in reached if digest in inventory.contents)
+        texts = (one for image in images for one in inventory.sharing.reached(image.root))
+        found = [one for one in map(Digest.parse, dict.fromkeys(texts)) if one in contents]
     return [digest for digest in found if subset is None or subset.has(digest)]
 
 
@@ -154,11 +155,11 @@ async def _hash(
     digests: Sequence[Digest],
     report: VerifyReport,
     on_progress: OnProgress,
-) -> dict[Digest, ProblemKind]:
+) -> dict[DigestText, ProblemKind]:
     """Hash content. Returns that which is broken."""
-    broken: dict[Digest, ProblemKind] = {}
+    broken: dict[DigestText, ProblemKind] = {}
     verified: list[tuple[Digest, float]] = []
-    total = inventory.size_of(digests)
+    total = sum(inventory.contents[digest].size for digest in digests)
     async with aclosing(scrub_each(store.layout, digests)) as results:
         async for result in results:
             digest = Digest.parse(result.digest)
@@ -167,7 +168,7 @@ async def _hash(
             if result.result == "intact":
                 verified.append((digest, store.now()))
             elif result.result != "missing":
-                broken[digest] = result.result
+                broken[result.digest] = result.result
                 if result.is_moved:
                     store.count_quarantined(result.size)
             if len(verified) >= _RECORD_STEP:
@@ -178,10 +179,10 @@ async def _hash(
     return broken
 
 
-def _damage(inventory: Inventory, broken: dict[Digest, ProblemKind]) -> Iterator[Problem]:
-    names: dict[Digest, list[str]] = {}
+def _damage(inventory: Inventory, broken: dict[DigestText, ProblemKind]) -> Iterator[Problem]:
+    names: dict[DigestText, list[str]] = {}
     for image in inventory.images if broken else ():
-        for digest in broken.keys() & set(inventory.sharing.reached(image.digest)):
+        for digest in broken.keys() & set(inventory.sharing.reached(image.root)):
             names.setdefault(digest, []).append(image.name)
     for digest, problem in broken.items():
         of = names.get(digest, [])
@@ -191,23 +192,23 @@ def _damage(inventory: Inventory, broken: dict[Digest, ProblemKind]) -> Iterator
         yield Problem(
             problem=problem,
             image=of[0] if of else None,
-            digest=str(digest),
-            bytes=inventory.size_of([digest]),
+            digest=digest,
+            bytes=inventory.contents[Digest.parse(digest)].size,
             what=f"{inventory.type_of(digest)} {words}: it is in quarantine/, {where}",
             command=_command(of[0]) if of else None,
         )
 
 
-def _incomplete(images: Collection[Image], broken: Collection[Digest]) -> Iterator[Problem]:
+def _incomplete(images: Collection[Image], broken: Collection[DigestText]) -> Iterator[Problem]:
     for image in images:
-        missing = [part for part in image.missing if part.digest not in broken]
+        missing = [part for part in image.missing if part.text not in broken]
         if missing:
             yield Problem(
                 problem="incomplete",
                 image=image.name,
                 digest=str(image.digest),
                 bytes=sum(part.size for part in missing),
-                what=f"lacks {len(missing)} of its contents, such as {missing[0].digest}",
+                what=f"lacks {len(missing)} of its contents, such as {missing[0].text}",
                 command=_command(image.name),
             )
 
@@ -262,20 +263,20 @@ async def repair(
     ]
 
 
-def _is_due(inventory: Inventory, image: Image, due: Collection[str]) -> bool:
-    return any(str(digest) in due for digest in inventory.sharing.reached(image.digest))
+def _is_due(inventory: Inventory, image: Image, due: Set[DigestText]) -> bool:
+    return not due.isdisjoint(inventory.sharing.reached(image.root))
 
 
 def _broken_contents(
-    inventory: Inventory, images: Collection[Image], due: Collection[str]
+    inventory: Inventory, images: Collection[Image], due: Set[DigestText]
 ) -> list[tuple[Repository, Digest, Kind]]:
     """Return the content that was damaged, through one repository each, manifests first."""
-    found: dict[Digest, tuple[Repository, Digest, Kind]] = {}
+    found: dict[DigestText, tuple[Repository, Digest, Kind]] = {}
     for image in images:
-        for digest in inventory.sharing.reached(image.digest):
-            is_manifest = digest in inventory.manifests or digest == image.digest
-            if str(digest) in due and digest not in found:
-                found[digest] = (image.repository, digest, _kind(is_manifest))
+        for text in inventory.sharing.reached(image.root):
+            is_manifest = text in inventory.manifests or text == image.root
+            if text in due and text not in found:
+                found[text] = (image.repository, Digest.parse(text), _kind(is_manifest))
     return sorted(found.values(), key=lambda one: one[2] is not Kind.MANIFEST)
 
 
@@ -286,4 +287,4 @@ def _kind(is_manifest: bool) -> Kind:
 def _is_mended(problem: Problem, latest: Inventory, incomplete: Collection[str]) -> bool:
     if problem.problem == "incomplete":
         return problem.image not in incomplete
-    return problem.command is None or Digest.parse(problem.digest) in latest.contents
+    return problem.command is None or problem.digest in latest.present

@@ -28,7 +28,7 @@ from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.links import Links, find_links
-from mirror.store.name_removal import RemovedName, updates_of
+from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
@@ -285,7 +285,11 @@ class Index:
 
     async def remove_names(self, removed: Iterable[RemovedName]) -> bool:
         """Delete the records of names whose content was removed. True if all was written."""
-        for table, updates in updates_of(removed):
+        names, unanswered = list(removed), None
+        variants = await self._rows.read(partial(read_variants, removed=names), unanswered)
+        if variants is None:
+            return False
+        for table, updates in updates_of(names, variants):
             if await self._update(table, updates) is None:
                 return False
         self.has_changed = True  # Otherwise a restore from index.json would bring them back.

@@ -11,10 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.names import ACCESS, NAMED, access_key, manifest_key
 from mirror.store.records import load_tag
+from mirror.store.rows import Tables
+
+_AFTER_SPACE: Final = "!"
+"""The character after the space, with which the variant of a key begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +29,9 @@ class RemovedName:
     repository: Repository
     tag: Tag | None
     """None: the name is a digest."""
-    variant: str = ""
-    """See :meth:`mirror.store.index.Index.tag`."""
     digest: Digest
-    """The digest that the tag has. Its record stays if the tag has got another one since."""
+    """The digest that the tag has. Its records (one for each variant, see
+    :meth:`mirror.store.index.Index.tag`) stay if they have another one, or have got one since."""
     manifests: frozenset[Digest] = frozenset()
     """Manifests that no other name of the repository has or refers to."""
     blobs: frozenset[Digest] = frozenset()
@@ -37,20 +41,34 @@ class RemovedName:
 _Updates = list[tuple[str, Callable[[str | None], str | None]]]
 
 
-def updates_of(removed: Iterable[RemovedName]) -> Iterator[tuple[str, _Updates]]:
-    """Return the changes of each table: (key, function of the text). None deletes a row."""
+def read_variants(tables: Tables, removed: Iterable[RemovedName]) -> list[tuple[str, Digest]]:
+    """Return (key, digest of the removed name) of the records of all variants of removed tags."""
+    found = []
+    for name in removed:
+        if name.tag is not None:
+            key = f"{name.repository}:{name.tag}"
+            rows = tables.read_range(NAMED, f"{key} ", f"{key}{_AFTER_SPACE}")
+            found += [(one, name.digest) for one in (key, *(row.key for row in rows))]
+    return found
+
+
+def updates_of(
+    removed: Iterable[RemovedName], variants: Iterable[tuple[str, Digest]]
+) -> Iterator[tuple[str, _Updates]]:
+    """Return the changes of each table: (key, function of the text). None deletes a row.
+
+    ``variants``: the result of :func:`read_variants`.
+    """
     named: _Updates = []
     access: _Updates = []
     for name in removed:
         repository = name.repository
-        if name.tag is not None:
-            key = f"{repository}:{name.tag}{name.variant}"
-            named.append((key, partial(_without, name.digest)))
         for digest in name.manifests:
             named.append((manifest_key(repository, digest), partial(_nothing)))
             access.append((access_key(repository, digest, "manifest"), partial(_nothing)))
         for digest in name.blobs:
             access.append((access_key(repository, digest, "blob"), partial(_nothing)))
+    named += [(key, partial(_without, digest)) for key, digest in variants]
     # The names last: as long as they are there, a removal that was interrupted can be repeated.
     yield ACCESS, access
     yield NAMED, named
