@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import gc, prune, rm, verify
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    gc.add_parser,
+    prune.add_parser,
+    rm.add_parser,
+    verify.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

@@ -40,7 +40,7 @@ NO_UPSTREAM: Final = "none"
 _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Seconds; from a cached manifest (1 ms) to a large layer over a slow line (5 minutes)."""
 # The values of the label ``reason``, or ``where``. Any other value is counted as "other".
-_EVICTION_REASONS: Final = ("quota", "disk", "corrupt")
+_EVICTION_REASONS: Final = ("quota", "disk", "corrupt", "removed")
 _UNCACHED_REASONS: Final = (
     "full",
     "readonly",
