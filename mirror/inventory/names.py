@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mirror.inventory.model import DigestText
@@ -27,8 +28,9 @@ class TagName:
 
     repository: Repository
     tag: Tag
-    digests: tuple[DigestText, ...]
-    """The current digest, and the earlier ones, newest first."""
+    digests: Mapping[DigestText, float]
+    """The current digest, and the earlier ones, newest first -> when it was first seen, in seconds
+    since the epoch. Zero: not known."""
     variant: str = ""
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
@@ -50,6 +52,8 @@ class Name:
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+    first_seen: float = 0.0
+    """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
 
     @property
     def text(self) -> str:
@@ -83,16 +87,28 @@ class Names:
             key = f"{repository}:{tag}@{text}"
             if key not in found:
                 digest = Digest.parse(text)
-                current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
-                found[key] = Name(repository, tag, digest, current, row.variant, row.checked)
+                newest = next(iter(row.digests))
+                current = digest if text == newest else Digest.parse(newest)
+                found[key] = Name(
+                    repository, tag, digest, current, row.variant, row.checked, row.digests[text]
+                )
                 tagged.add(f"{repository}@{text}")
+        seen = self._first_seen()
         for key in self.manifests:
             name, _, text = key.partition("@")
             if text in present and key not in tagged:
                 digest, untagged = Digest.parse(text), repository_of(name)
                 if untagged is not None:
-                    found[key] = Name(untagged, None, digest, digest)
+                    found[key] = Name(untagged, None, digest, digest, first_seen=seen.get(key, 0.0))
         return list(found.values())
+
+    def _first_seen(self) -> dict[str, float]:
+        """Return when the digests that tags had earlier were first seen, by repository@digest."""
+        return {
+            f"{row.repository}@{digest}": at
+            for row in self.tags
+            for digest, at in islice(row.digests.items(), 1, None)
+        }
 
     def media_type(self, name: Name) -> str:
         """Return the media type that a source has stated for a manifest. Empty: none has."""
@@ -140,14 +156,17 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     if repository is None:
         repository = repositories[place] = Repository.parse(*place)
     tag, checked = Tag.parse(document["tag"]), document["confirmed"]
-    if type(checked) not in (int, float) or not math.isfinite(checked):
-        raise ValueError("not a time")
-    digests = dict.fromkeys((document["digest"], *(earlier[0] for earlier in document["ledger"])))
+    digests = {document["digest"]: document["first_seen"]}
+    for digest, first_seen, _ in document["ledger"]:
+        digests.setdefault(digest, first_seen)
+    for at in (checked, *digests.values()):
+        if type(at) not in (int, float) or not math.isfinite(at):
+            raise ValueError("not a time")
     # Only one that is on disk is used, so an earlier one needs no check.
     Digest.parse(document["digest"])
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
-    return TagName(repository, tag, tuple(digests), variant, checked or None)
+    return TagName(repository, tag, digests, variant, checked or None)
 
 
 def saved_names(saved: Iterable[NamedManifest]) -> Names:
@@ -157,5 +176,5 @@ def saved_names(saved: Iterable[NamedManifest]) -> Names:
         digest = str(named.digest)
         names.manifests.setdefault(f"{named.repository}@{digest}", "")
         if named.tag is not None:
-            names.tags.append(TagName(named.repository, named.tag, (digest,), named.variant))
+            names.tags.append(TagName(named.repository, named.tag, {digest: 0.0}, named.variant))
     return names
