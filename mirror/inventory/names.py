@@ -99,6 +99,16 @@ class Names:
         record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
         return "" if record is None else record.media_type
 
+    def add_saved(self, saved: Iterable[NamedManifest]) -> None:
+        """Add the names in ``index.json`` that the index lacks, as the next server does."""
+        known = {f"{row.repository}:{row.tag}{row.variant}" for row in self.tags}
+        for named in saved:
+            digest = str(named.digest)
+            self.manifests.setdefault(f"{named.repository}@{digest}", "")
+            if named.tag is not None and f"{named.name}{named.variant}" not in known:
+                tag = TagName(named.repository, named.tag, (digest,), named.variant)
+                self.tags.append(tag)
+
 
 def load_names(rows: Iterable[tuple[str, str]]) -> Names:
     """Return the names in (key, text) rows of the index. Malformed rows are passed over."""
@@ -148,14 +158,3 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
     return TagName(repository, tag, tuple(digests), variant, checked or None)
-
-
-def saved_names(saved: Iterable[NamedManifest]) -> Names:
-    """Return the names in ``index.json``, from which the next server restores a lost index."""
-    names = Names([], {})
-    for named in saved:
-        digest = str(named.digest)
-        names.manifests.setdefault(f"{named.repository}@{digest}", "")
-        if named.tag is not None:
-            names.tags.append(TagName(named.repository, named.tag, (digest,), named.variant))
-    return names
