@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import du, ls, show
+from mirror.cli import completion, du, ls, show
 from mirror.cli.arguments import Commands
+from mirror.cli.doctor import command as doctor
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    completion.add_parser,
+    doctor.add_parser,
     du.add_parser,
     ls.add_parser,
     show.add_parser,
