@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import gc, prune, rm, verify
+from mirror.cli import completion, du, gc, ls, prune, rm, show, verify
 from mirror.cli.arguments import Commands
+from mirror.cli.doctor import command as doctor
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    completion.add_parser,
+    doctor.add_parser,
+    du.add_parser,
     gc.add_parser,
+    ls.add_parser,
     prune.add_parser,
     rm.add_parser,
+    show.add_parser,
     verify.add_parser,
 )
 """In the order of ``oci-mirror --help``."""

@@ -55,10 +55,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
+    # Listings say which tags are stale and which images are refused, by the rules that serve them.
+    "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
     "server": {"server", "composition", "config.reload", *BELOW_SERVER},
     "processes": {"server", "config.reload", "observability.metrics", *SHARED},
-    "cli": {"cli", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {"cli", "composition", "inventory", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -76,6 +78,7 @@ FORBIDDEN_STDLIB: dict[str, set[str]] = {
     "oci": {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "tempfile", "threading"},
     "observability.events": {"asyncio", "os", "pathlib", "socket"},
     "store": {"http", "socket", "ssl", "urllib"},
+    "inventory": {"asyncio", "http", "socket", "ssl", "subprocess", "urllib"},
     "pull": {"http", "os", "pathlib", "socket", "ssl", "urllib"},
 }
 """Package -> the modules of the standard library that it must not import ("Must not know")."""
