@@ -22,18 +22,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
-from mirror.pull.content import ContentService
-from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
-from mirror.upstream.registries import Registries, open_registries
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.limited_server import LimitedServer
@@ -136,7 +134,7 @@ async def run_worker(
                 ("version", __version__),
                 ("listen", settings.listen),
                 ("upstreams", ",".join(settings.upstreams)),
-                ("data_dir", str(running.store.layout.root)),
+                ("data_dir", str(running.mirror.store.layout.root)),
             )
             emit(LogMessage("info", "serving", fields))
             await stop.wait()
@@ -186,7 +184,7 @@ def _reload_at_hangup(
 
     async def reload() -> None:
         new = await loading.run("configuration", load)
-        merged = merge_settings(running.settings, new)
+        merged = merge_settings(running.mirror.settings, new)
         add_upstreams(merged.settings.upstreams)
         running.apply(merged.settings)
         lines.configure(merged.settings.log)
@@ -206,38 +204,26 @@ def _reload_at_hangup(
                 why = (("why", str(error) or type(error).__name__),)
                 emit(LogMessage("error", "the configuration was not applied", why))
 
-    running.single_flight.run(("reload",), reload_at_requests)
+    running.mirror.single_flight.run(("reload",), reload_at_requests)
     loop.add_signal_handler(signal.SIGHUP, requested.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP,))
 
 
 @dataclass(slots=True)
 class RunningServer:
-    """The parts of a server that is running on the event loop of this process."""
+    """A mirror that serves clients on the event loop of this process."""
 
-    settings: Settings
-    """The configuration in use."""
-    store: Store
-    single_flight: SingleFlight
-    registries: Registries
+    mirror: Mirror
     health: Health
     handler: Handler
     unsent: UnsentConnections
-    content: ContentService
-    service: PullService
     stop_listening: Callable[[], None]
     """Closes the listening socket. Open connections stay."""
 
     def apply(self, settings: Settings) -> None:
-        """Use a changed configuration for new requests. Running fetches keep their connections.
-
-        Raises ``OSError`` or ``ValueError`` if a file that it names cannot be used. Nothing has
-        changed then.
-        """
-        self.registries.configure(settings.upstreams)
-        self.content.configure(settings)
+        """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
+        self.mirror.apply(settings)
         self.handler.configure(settings)
-        self.settings = settings
 
 
 @asynccontextmanager
@@ -257,61 +243,40 @@ async def start_server(
         render_metrics: Returns (body, ``Content-Type``) for ``/metrics``.
         now: Returns the Unix time in seconds. Tests pass a clock of their own.
     """
-    store = await Store.open(settings.data_dir, settings.storage, emit, now)
-    health = Health(lambda: store.unwritable_reason)
-    try:
-        async with (
-            SingleFlight() as single_flight,
-            open_registries(settings, emit, single_flight) as registries,
-        ):
-            content = ContentService(settings, store, registries, single_flight, emit, now)
-            service = PullService(content)
-            handler = Handler(settings, service, health, render_metrics, emit)
-            options: dict[str, Any] = {
-                "access_log": None,
-                "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
-                "max_field_size": _MAX_FIELD_BYTES,
-                "logger": logging.getLogger("aiohttp.server"),
-            }
-            is_limited = settings.max_client_connections > 0
-            server = (
-                LimitedServer(handler, emit, **options)
-                if is_limited
-                else ReusingServer(handler, handler.stored_responses, **options)
-            )
-            certificate = Certificate(settings.tls) if settings.tls is not None else None
-            _start_housekeeping(store, certificate, single_flight, emit)
-            context = certificate.context if certificate is not None else None
-            listening = await asyncio.get_running_loop().create_server(
-                server,
-                sock=listener,
-                ssl=context,
-                backlog=LISTEN_BACKLOG,
-                ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
-            )
-            try:
-                yield RunningServer(
-                    settings=settings,
-                    store=store,
-                    single_flight=single_flight,
-                    registries=registries,
-                    health=health,
-                    handler=handler,
-                    unsent=server.unsent,
-                    content=content,
-                    service=service,
-                    stop_listening=listening.close,
-                )
-            finally:
-                listening.close()
-                # A connection that was accepted has to begin its request before idle ones close.
-                await asyncio.sleep(0)
-                server.pre_shutdown()
-                await server.shutdown(_SHUTDOWN_TIMEOUT_S)
-                # Before the registries close: fetches use their connections.
-                await single_flight.drain(0.0)
-    finally:
-        await store.close()
+    async with open_mirror(settings, emit, now) as mirror:
+        store = mirror.store
+        health = Health(lambda: store.unwritable_reason)
+        handler = Handler(settings, mirror.service, health, render_metrics, emit)
+        options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+            "max_field_size": _MAX_FIELD_BYTES,
+            "logger": logging.getLogger("aiohttp.server"),
+        }
+        is_limited = settings.max_client_connections > 0
+        server = (
+            LimitedServer(handler, emit, **options)
+            if is_limited
+            else ReusingServer(handler, handler.stored_responses, **options)
+        )
+        certificate = Certificate(settings.tls) if settings.tls is not None else None
+        _start_housekeeping(store, certificate, mirror.single_flight, emit)
+        context = certificate.context if certificate is not None else None
+        listening = await asyncio.get_running_loop().create_server(
+            server,
+            sock=listener,
+            ssl=context,
+            backlog=LISTEN_BACKLOG,
+            ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
+        )
+        try:
+            yield RunningServer(mirror, health, handler, server.unsent, listening.close)
+        finally:
+            listening.close()
+            # A connection that was accepted has to begin its request before idle ones close.
+            await asyncio.sleep(0)
+            server.pre_shutdown()
+            await server.shutdown(_SHUTDOWN_TIMEOUT_S)
 
 
 def _start_housekeeping(
@@ -354,11 +319,11 @@ async def _drain(running: RunningServer, emit: Observer) -> None:
     running.health.is_draining = True
     emit(LogMessage("info", "draining", (("pulls", running.handler.in_flight),)))
     try:
-        async with asyncio.timeout(running.settings.drain_timeout):
+        async with asyncio.timeout(running.mirror.settings.drain_timeout):
             await running.handler.wait_until_idle()
             # A request has ended once its response is written, if it is a small one.
             await running.unsent.wait_until_sent()
-            await running.store.wait_until_published()
+            await running.mirror.store.wait_until_published()
     except TimeoutError:
         cut = running.handler.abort_all()
         emit(LogMessage("warning", "the drain timeout is over", (("cut", cut),)))

@@ -46,11 +46,11 @@ class Server:
 
     @property
     def store(self) -> Store:
-        return self.running_server.store
+        return self.running_server.mirror.store
 
     @property
     def single_flight(self) -> SingleFlight:
-        return self.running_server.single_flight
+        return self.running_server.mirror.single_flight
 
     @property
     def pulls(self) -> list[Any]:

@@ -7,34 +7,39 @@ error, never a traceback. Must not know: how a command does its work.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from mirror import __version__
-from mirror.cli import check, client_files, clients, health, schema
+from mirror.cli import client_files, clients, health, schema
+from mirror.cli.arguments import CONFIG_HELP, config_file
+from mirror.cli.commands import ADD_PARSERS
+from mirror.cli.exit_codes import (
+    EX_CONFIG,
+    EX_FAILED,
+    EX_INTERRUPTED,
+    EX_IOERR,
+    EX_SOFTWARE,
+    EX_USAGE,
+)
+from mirror.cli.output import (
+    CommandFailed,
+    OutputError,
+    UsageError,
+    discard_output,
+    flush,
+    print_line,
+    print_note,
+)
 from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
 from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
 
-EX_FAILED: Final = 1
-"""Exit code: the command failed (address in use, not healthy, a file exists and differs)."""
-EX_USAGE: Final = 2
-"""Exit code: the arguments are wrong (the value that argparse uses)."""
-EX_SOFTWARE: Final = 70
-"""Exit code: a fault in our code (``sysexits.h``)."""
-EX_IOERR: Final = 74
-"""Exit code: standard output could not be written (``sysexits.h``)."""
-EX_CONFIG: Final = 78
-"""Exit code: the configuration cannot be used (``sysexits.h``)."""
-EX_INTERRUPTED: Final = 130
-"""Exit code: interrupted by the user; 128 plus the number of SIGINT, the value that shells use."""
 _EPILOG: Final = (
     "exit codes: 0 success, 1 failure (address in use, not healthy, a file exists and differs), "
     "2 wrong usage, 70 internal fault, 74 the output could not be written, "
@@ -44,23 +49,17 @@ _MAX_MESSAGE_CHARS: Final = 2000
 """Characters of a message on standard error: one line that a terminal can show."""
 
 
-class _UsageError(Exception):
-    """The arguments contradict each other."""
-
-
-class _OutputError(Exception):
-    """Standard output cannot be written: it is closed, or its disk is full."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. ``argv``: None is ``sys.argv``. Raises nothing."""
     try:
         code = _run(argv)
-        _flush()
-    except _OutputError as error:
+        flush()
+    except OutputError as error:
         code = _fail(f"the output could not be written: {error}", EX_IOERR)
-    except _UsageError as error:
+    except UsageError as error:
         code = _fail(str(error), EX_USAGE)
+    except CommandFailed as error:
+        code = _fail(str(error), error.code)
     except ConfigError as error:
         code = _fail(str(error), EX_CONFIG)
     except MirrorError as error:
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = EX_INTERRUPTED
     except Exception as error:
         code = _fail(_describe_fault(error), EX_SOFTWARE)
-    _discard_output()
+    discard_output()
     return code
 
 
@@ -92,47 +91,10 @@ def _describe_fault(error: Exception) -> str:
     return f"internal fault{where}: {type(error).__name__}: {error}"
 
 
-def _print_error(text: str) -> None:
-    """Print a line on standard error. A closed or full one changes no exit code."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"oci-mirror: {text}", file=sys.stderr, flush=True)
-
-
 def _fail(text: str, code: int) -> int:
     """Print why a command failed, as one line, and return its exit code."""
-    _print_error(printable(text, _MAX_MESSAGE_CHARS))
+    print_note(printable(text, _MAX_MESSAGE_CHARS))
     return code
-
-
-def _print(text: str) -> None:
-    """Print a line on standard output. Raises ``_OutputError``."""
-    if sys.stdout is None:
-        raise _OutputError("it is closed")
-    try:
-        sys.stdout.write(f"{text}\n")
-    except OSError as error:
-        raise _OutputError(error.strerror) from None
-
-
-def _flush() -> None:
-    if sys.stdout is not None:
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            raise _OutputError(error.strerror) from None
-
-
-def _discard_output() -> None:
-    """Drop text that a stream did not accept: Python would try again at exit, with a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -142,15 +104,15 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose help fails if standard output cannot be written. argparse ignores that."""
 
     def print_help(self, file: object = None) -> None:
-        """Print the help. Raises ``_OutputError``."""
-        _print(self.format_help().rstrip("\n"))
+        """Print the help. Raises :class:`mirror.cli.output.OutputError`."""
+        print_line(self.format_help().rstrip("\n"))
 
 
 class _Version(argparse.Action):
     """``--version``, with the same check of standard output."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        _print(f"oci-mirror {__version__}")
+        print_line(f"oci-mirror {__version__}")
         parser.exit()
 
 
@@ -234,14 +196,14 @@ def _parser() -> argparse.ArgumentParser:
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
+    for add_parser in ADD_PARSERS:
+        add_parser(commands)
     return parser
 
 
 def _add_config_option(parser: argparse.ArgumentParser) -> None:
     """Add ``FILE`` and ``--config FILE``, which mean the same."""
-    parser.add_argument(
-        "file", metavar="FILE", nargs="?", help="configuration file (default: only the environment)"
-    )
+    parser.add_argument("file", metavar="FILE", nargs="?", help=CONFIG_HELP)
     # Not the same destination: without FILE, argparse would store its default over the option.
     parser.add_argument("--config", metavar="FILE", help="another way to write FILE")
 
@@ -249,16 +211,18 @@ def _add_config_option(parser: argparse.ArgumentParser) -> None:
 def _config_file(arguments: argparse.Namespace) -> str | None:
     """Return the name of the configuration file. None: only the environment."""
     if None not in (arguments.file, arguments.config) and arguments.file != arguments.config:
-        raise _UsageError("give the configuration file once: FILE or --config FILE")
-    name: str | None = arguments.file if arguments.config is None else arguments.config
-    return name
+        raise UsageError("give the configuration file once: FILE or --config FILE")
+    return config_file(arguments.file if arguments.config is None else arguments.config)
 
 
 def _check(settings: Settings, origins: ValueOrigins, *, has_logins: bool) -> None:
     """Check what the configuration names, and print the warnings."""
+    # Imported here: its checks need aiohttp, which takes half of the start of a command.
+    from mirror.cli import check
+
     check.check_environment(settings, origins.prefix, has_logins=has_logins)
     for warning in check.warnings(settings, origins.prefix, has_logins=has_logins):
-        _print_error(f"warning: {warning}")
+        print_note(f"warning: {warning}")
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -284,9 +248,12 @@ def _check_config(arguments: argparse.Namespace) -> int:
 
         results = ask_endpoints(settings)
         for result in results:
-            _print(result.text)
+            print_line(result.text)
         return 0 if all(result.is_good for result in results) else EX_FAILED
-    _print(check.effective(settings).rstrip("\n"))
+    # Imported here, as in `_check`.
+    from mirror.cli.check import effective
+
+    print_line(effective(settings).rstrip("\n"))
     return 0
 
 
@@ -314,23 +281,23 @@ def _clients(arguments: argparse.Namespace) -> int:
     if arguments.write is not None:
         try:
             for path, is_new in client_files.write_files(arguments.write, files):
-                _print(f"{path}{'' if is_new else ' (unchanged)'}")
+                print_line(f"{path}{'' if is_new else ' (unchanged)'}")
         except FileExistsError as error:
             return _fail(str(error), EX_FAILED)
     else:
         for file in files:
             # A single file is printed without its path, so that it can be piped.
             if len(files) > 1:
-                _print(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
-            _print(file.text)
+                print_line(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
+            print_line(file.text)
     for client, setup in setups.items():
         for note in setup.notes:
-            _print_error(f"{client}: {note}")
+            print_note(f"{client}: {note}")
     return 0
 
 
 def _schema(arguments: argparse.Namespace) -> int:
-    _print(schema.schema_text())
+    print_line(schema.schema_text())
     return 0
 
 
@@ -346,10 +313,10 @@ def _healthcheck(arguments: argparse.Namespace) -> int:
     reason = health.check_health(url)
     if reason is not None:
         return _fail(f"{url}: {reason}", EX_FAILED)
-    _print("healthy")
+    print_line("healthy")
     return 0
 
 
 def _version(arguments: argparse.Namespace) -> int:
-    _print(f"oci-mirror {__version__}")
+    print_line(f"oci-mirror {__version__}")
     return 0

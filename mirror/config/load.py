@@ -24,6 +24,8 @@ from mirror.config.settings import InvalidSetting, KeyPath, Section, Settings, b
 from mirror.oci.errors import ConfigError
 from mirror.oci.text import printable
 
+FILE_VARIABLE: Final = "OCI_MIRROR_CONFIG"
+"""Environment variable that names the configuration file. It is no key of the configuration."""
 PREFIX: Final = "OCI_MIRROR_"
 """Begins the name of each environment variable."""
 _MAX_FILE_BYTES: Final = 1 << 20
@@ -275,7 +277,7 @@ def _variable_part(name: str) -> str:
 
 def _apply_environment(tree: Tree, environ: Mapping[str, str], origins: ValueOrigins) -> None:
     """Put the value of each of our variables into ``tree``."""
-    variables = {name for name in environ if name.startswith(PREFIX)}
+    variables = {name for name in environ if name.startswith(PREFIX)} - {FILE_VARIABLE}
     # A section comes before its keys. Sorted, so that the order of the environment has no effect.
     for name in sorted(variables, key=lambda name: (name.count("__"), name)):
         rest = name.removeprefix(PREFIX)

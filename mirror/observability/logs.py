@@ -23,7 +23,7 @@ from mirror.config.settings import Log
 from mirror.config.values import format_size
 from mirror.observability import events
 from mirror.observability.events import Event, Kind, Outcome, RequestRecord
-from mirror.oci.text import printable
+from mirror.oci.text import printable, size_text
 from mirror.threads import Schedule
 
 _ENCODE: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
@@ -56,7 +56,6 @@ _SHOWN_IN_MS_S: Final = 10.0
 """Seconds from which a duration is shown in seconds on a terminal."""
 _SHORT_DIGEST_CHARS: Final = 12
 """Hex digits of a digest on a terminal, as in the output of ``docker images``."""
-_SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _NOT_TOKEN: Final = re.compile(r"[^A-Za-z0-9!#$%&'*+.^_`|~-]")
 _LEVELS: Final = {
     "debug": logging.DEBUG,
@@ -330,7 +329,7 @@ class LogObserver:
                 self._write_limited(logging.WARNING, message, {"client": client})
             case events.StorageMeasured(count, size, quota) if not self._has_measured:
                 self._has_measured = True
-                used = {"contents": count, "used": approximate_size(size)}
+                used = {"contents": count, "used": size_text(size)}
                 self._write_limited(logging.INFO, "storage", {**used, "quota": format_size(quota)})
 
     def _write_limited(self, level: int, message: str, fields: dict[str, Any]) -> None:
@@ -415,7 +414,7 @@ def format_request(pull: RequestRecord) -> tuple[str, list[str]]:
         pull.method,
         pull.kind.value,
         target,
-        approximate_size(pull.bytes_sent) if pull.bytes_sent else "",
+        size_text(pull.bytes_sent) if pull.bytes_sent else "",
         _milliseconds(pull.duration),
         f"({', '.join(long)})" if long else "",
         pull.client,
@@ -436,12 +435,6 @@ def _milliseconds(seconds: float) -> str:
     if seconds < _SHOWN_STAGE_S:
         return "<1ms"
     return f"{seconds * 1000:.0f}ms" if seconds < _SHOWN_IN_MS_S else f"{seconds:.1f}s"
-
-
-def approximate_size(size: int) -> str:
-    """Return a number of bytes for people, such as ``3.4MiB``."""
-    exponent = min(max(size.bit_length() - 1, 0) // 10, len(_SIZE_UNITS) - 1)
-    return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"
 
 
 @lru_cache(4096)

@@ -1,8 +1,8 @@
-"""Untrusted text, made safe to print.
+"""Text to print: untrusted text, made safe, and sizes.
 
 Lives here: the escape of text from an upstream or a client, before it goes into a header, an error
-body or a log line; and the ``token`` pattern that the header grammars share. Must not know: where
-the text is printed.
+body or a log line; sizes for people; and the ``token`` pattern that the header grammars share. Must
+not know: where the text is printed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 # RFC 9110, section 5.6.2: token = 1*tchar
 TCHARS: Final = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 
+_SIZE_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _UNSAFE: Final = re.compile(r"[^ -~]")
 
 
@@ -31,3 +32,9 @@ def _escape(match: re.Match[str]) -> str:
     if character < "\x80":  # the codec below does not escape control characters
         return f"\\x{ord(character):02x}"
     return character.encode("ascii", "backslashreplace").decode()
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes for people, such as ``3.4MiB``."""
+    exponent = min(max(size.bit_length() - 1, 0) // 10, len(_SIZE_UNITS) - 1)
+    return f"{size / 1024**exponent:.{1 if exponent else 0}f}{_SIZE_UNITS[exponent]}"

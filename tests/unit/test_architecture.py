@@ -53,9 +53,10 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
-    "server": {"server", "config.reload", *BELOW_SERVER},
+    "composition": {"pull", "store", "upstream", *SHARED},
+    "server": {"server", "composition", "config.reload", *BELOW_SERVER},
     "processes": {"server", "config.reload", "observability.metrics", *SHARED},
-    "cli": {"cli", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {"cli", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages

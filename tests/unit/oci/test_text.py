@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mirror.oci.text import printable
+from mirror.oci.text import printable, size_text
 
 
 @pytest.mark.row("HU15-hostile-error-bodies")
@@ -24,3 +24,11 @@ def test_result_is_printable_ascii_within_the_limit(text: str, limit: int) -> No
     assert shown.isascii()
     assert shown.isprintable()
     assert len(shown) <= limit
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0B"), (1023, "1023B"), (1024, "1.0KiB"), (5 << 30, "5.0GiB"), (1 << 60, "1024.0PiB")],
+)
+def test_size_is_printed_in_the_largest_unit(size: int, text: str) -> None:
+    assert size_text(size) == text

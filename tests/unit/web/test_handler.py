@@ -72,7 +72,7 @@ async def test_unexpected_exception_is_500_without_details_and_is_logged(
         async def broken(*arguments: object, **named: object) -> None:
             raise ZeroDivisionError("canary")
 
-        monkeypatch.setattr(server.running_server.service, "blob", broken)
+        monkeypatch.setattr(server.running_server.mirror.service, "blob", broken)
         status, headers, body = await server.get(server.blob(DIGEST))
         assert status == 500
         assert json.loads(body)["errors"][0] == {"code": "UNKNOWN", "message": "internal error"}

@@ -128,7 +128,7 @@ async def test_small_response_during_which_draining_begins_closes_the_connection
         await server.get(server.manifest("latest"))
         gate = asyncio.Event()
         held = asyncio.Event()
-        service = server.running_server.service
+        service = server.running_server.mirror.service
         answer = service.manifest
 
         async def slow(*arguments: object, **named: object) -> object:

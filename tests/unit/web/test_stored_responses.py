@@ -490,9 +490,9 @@ async def test_response_to_a_tag_that_is_due_for_a_check_is_not_reused(tmp_path:
 def deny_all(server: Server) -> None:
     """Apply a configuration that does not admit the image."""
     one = server.running_server
-    denying = one.settings.upstreams["docker.io"].model_copy(update={"deny": ("library/*",)})
-    upstreams = {**one.settings.upstreams, "docker.io": denying}
-    one.apply(one.settings.model_copy(update={"upstreams": upstreams}))
+    denying = one.mirror.settings.upstreams["docker.io"].model_copy(update={"deny": ("library/*",)})
+    upstreams = {**one.mirror.settings.upstreams, "docker.io": denying}
+    one.apply(one.mirror.settings.model_copy(update={"upstreams": upstreams}))
 
 
 async def test_new_configuration_discards_all_stored_responses(tmp_path: Path) -> None:
@@ -519,8 +519,8 @@ async def test_response_to_a_request_that_began_before_a_new_configuration_is_no
             return await read(*arguments)
 
         monkeypatch.setattr(store, "read", read_slowly)
-        server.running_server.service._small_blobs.clear()
-        server.running_server.service._manifests._results.clear()
+        server.running_server.mirror.service._small_blobs.clear()
+        server.running_server.mirror.service._manifests._results.clear()
         client, other = Client(server), Client(server)
         client.connection.data_received(a_request(path))
         await started.wait()

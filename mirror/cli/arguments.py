@@ -1,0 +1,68 @@
+"""Arguments that many commands have, and what they mean.
+
+Lives here: ``--config``, ``--json``, image names. Must not know: the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any, Final, TypeAlias
+
+from mirror.config.load import FILE_VARIABLE, load
+from mirror.config.settings import Settings
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.image_name import ImageName
+
+DEFAULT_CONFIG: Final = "config/mirror.yaml"
+"""Configuration file without ``--config`` and the variable, if it exists."""
+
+Commands: TypeAlias = "argparse._SubParsersAction[Any]"
+"""The object of argparse to which a command adds its parser."""
+
+
+CONFIG_HELP: Final = (
+    f"configuration file (default: ${FILE_VARIABLE}, else {DEFAULT_CONFIG} if it exists, "
+    "else only the environment)"
+)
+"""Help of ``--config``."""
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add ``--config FILE``. :func:`load_settings` reads it."""
+    parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+
+
+def config_file(name: str | None) -> str | None:
+    """Return the configuration file of a command. None: there is only the environment.
+
+    ``name``: the file that the arguments name. None: they name none.
+    """
+    default = DEFAULT_CONFIG if os.path.exists(DEFAULT_CONFIG) else None
+    return name or os.environ.get(FILE_VARIABLE) or default
+
+
+def load_settings(arguments: argparse.Namespace) -> Settings:
+    """Read the configuration of :func:`config_file`, and the environment.
+
+    Raises :class:`mirror.oci.errors.ConfigError`.
+    """
+    return load(config_file(arguments.config), os.environ)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, as ``is_json``."""
+    parser.add_argument(
+        "--json", dest="is_json", action="store_true", help="print one JSON object a line"
+    )
+
+
+def image_name(text: str) -> ImageName:
+    """Parse an image name: the ``type`` of an argument.
+
+    Raises ``argparse.ArgumentTypeError``, which argparse reports as wrong usage.
+    """
+    try:
+        return ImageName.parse(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no image name: {error.message}") from None

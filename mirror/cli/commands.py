@@ -1,0 +1,16 @@
+"""The table of the commands that have a module of their own.
+
+Lives here: which there are. Must not know: what they do. Each module has ``add_parser(commands)``,
+which adds its parsers and sets ``run`` to a function that takes the arguments and returns the exit
+code. The modules import what is slow to import inside that function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from mirror.cli.arguments import Commands
+
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+"""In the order of ``oci-mirror --help``."""

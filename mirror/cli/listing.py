@@ -1,0 +1,124 @@
+"""Tables of the listing commands: for a terminal, for other programs, and as JSON.
+
+Lives here: the three forms of the same rows. Must not know: what is listed.
+
+A row is a mapping of JSON values, by key: times are RFC 3339 text in UTC, sizes bytes, durations
+seconds. ``--json`` prints it as it is. A :class:`Column` says how a person reads one value of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, TypeAlias
+
+from mirror.cli.output import print_line
+from mirror.oci.text import printable
+
+Values: TypeAlias = Mapping[str, Any]
+"""Key -> JSON value: one row of a listing."""
+
+_AGE_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
+"""(seconds, unit) from the largest: an age is printed in the first one that it reaches twice."""
+_MAX_CELL_CHARS: Final = 400
+"""Characters of a cell: the longest image name has 255, and a tag 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its title, the key of its values in a row, and their text."""
+
+    title: str
+    key: str
+    render: Callable[[Any], str] = str
+    is_number: bool = False
+    """Whether the text is aligned at the right."""
+
+
+def print_rows(columns: Sequence[Column], rows: Iterable[Values], *, is_json: bool) -> None:
+    """Print rows. An empty table has its titles only, and an empty JSON listing no line.
+
+    Raises :class:`mirror.cli.output.OutputError`.
+    """
+    if is_json:
+        for row in rows:
+            print_line(json.dumps(row))
+        return
+    cells = [[_cell(column, row) for column in columns] for row in rows]
+    if is_terminal():
+        _print_table(columns, cells)
+        return
+    lines = [[column.title for column in columns], *cells]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    for line in lines:
+        texts = (
+            text.rjust(width) if column.is_number else text.ljust(width)
+            for text, width, column in zip(line, widths, columns, strict=True)
+        )
+        print_line("  ".join(texts).rstrip())
+
+
+def is_terminal() -> bool:
+    """Return whether a person reads the standard output."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _cell(column: Column, row: Values) -> str:
+    value = row.get(column.key)
+    return "-" if value is None else printable(column.render(value), _MAX_CELL_CHARS)
+
+
+def _print_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
+    # Imported here: a table on a terminal is the only thing that needs it.
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(
+            column.title,
+            justify="right" if column.is_number else "left",
+            no_wrap=column.is_number,
+            overflow="fold",
+        )
+    for line in cells:
+        table.add_row(*(Text(text) for text in line))  # Text: a cell is no markup.
+    Console().print(table)
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+def time_text(seconds: float | None) -> str | None:
+    """Return a Unix time in seconds as RFC 3339 text in UTC. None for None: not known."""
+    if seconds is None:
+        return None
+    return datetime.fromtimestamp(int(seconds), UTC).isoformat().replace("+00:00", "Z")
+
+
+def age_text(seconds: float) -> str:
+    """Return a duration of ``seconds`` for a person, such as ``3 d``."""
+    for length, unit in _AGE_UNITS:
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(int(seconds), 0)} s"
+
+
+def since_text(now: float) -> Callable[[str], str]:
+    """Return a ``render`` of RFC 3339 text as ``3 d ago``. ``now``: Unix time in seconds."""
+
+    def render(text: str) -> str:
+        return f"{age_text(now - datetime.fromisoformat(text).timestamp())} ago"
+
+    return render
+
+
+def short_digest(text: str) -> str:
+    """Return the algorithm and the first 12 hexadecimal digits, as Docker prints a digest."""
+    algorithm, _, digits = text.partition(":")
+    return f"{algorithm}:{digits[:12]}"

@@ -1,0 +1,76 @@
+"""All parts of one process but the listener: the store, the registries, the pull service.
+
+Lives here: how these parts are put together, for the server and for commands that fetch. A command
+may run beside a server: file locks let the processes share a data directory. Must not know: HTTP
+clients of ours, signals, the command line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from mirror.config.settings import Settings
+from mirror.observability.events import Observer
+from mirror.pull.content import ContentService
+from mirror.pull.service import PullService
+from mirror.single_flight import SingleFlight
+from mirror.store.store import Store
+from mirror.upstream.registries import Registries, open_registries
+
+
+@dataclass(slots=True)
+class Mirror:
+    """The parts of a mirror that works on the event loop of this process."""
+
+    settings: Settings
+    """The configuration in use."""
+    store: Store
+    single_flight: SingleFlight
+    registries: Registries
+    content: ContentService
+    service: PullService
+
+    def apply(self, settings: Settings) -> None:
+        """Use a changed configuration for new requests. Running fetches keep their connections.
+
+        Raises ``OSError`` or ``ValueError`` if a file that it names cannot be used. Nothing has
+        changed then.
+        """
+        self.registries.configure(settings.upstreams)
+        self.content.configure(settings)
+        self.settings = settings
+
+
+@asynccontextmanager
+async def open_mirror(
+    settings: Settings, emit: Observer, now: Callable[[], float] = time.time
+) -> AsyncIterator[Mirror]:
+    """Open the data directory, and compose the parts that fetch and store content.
+
+    At the end, running fetches are cancelled, and all connections and files are closed.
+
+    Args:
+        settings: The configuration.
+        emit: Receives the events of all parts.
+        now: Returns the Unix time in seconds. Tests pass a clock of their own.
+
+    Does not raise for a disk that refuses: see :meth:`mirror.store.store.Store.open`.
+    """
+    store = await Store.open(settings.data_dir, settings.storage, emit, now)
+    try:
+        async with (
+            SingleFlight() as single_flight,
+            open_registries(settings, emit, single_flight) as registries,
+        ):
+            content = ContentService(settings, store, registries, single_flight, emit, now)
+            service = PullService(content)
+            try:
+                yield Mirror(settings, store, single_flight, registries, content, service)
+            finally:
+                # Before the registries close: fetches use their connections.
+                await single_flight.drain(0.0)
+    finally:
+        await store.close()
