@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import warm
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (warm.add_parser,)
 """In the order of ``oci-mirror --help``."""
