@@ -1,12 +1,14 @@
-"""Admission: allow- and deny-lists."""
+"""Admission: allow- and deny-lists, the operator's blocks and freezes."""
 
 from __future__ import annotations
 
 import pytest
 
 from mirror.config.settings import Upstream
-from mirror.oci.reference import Repository
-from mirror.pull.admission import Allow, admit
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest, parse_target
+from mirror.store.marks import Block, Freeze, Marks
 
 
 @pytest.mark.parametrize(
@@ -26,3 +28,85 @@ def test_allow_and_deny_lists_decide_by_repository_path_and_deny_wins(
 ) -> None:
     upstream = Upstream(endpoints=("http://x",), allow=allow, deny=deny)
     assert isinstance(admit(Repository("quay.io", path), upstream), Allow) is served
+
+
+# --- blocks and freezes ---------------------------------------------------------------------------
+
+REPO = Repository("docker.io", "library/app")
+UPSTREAM = Upstream(endpoints=("http://x",))
+DIGEST, CHILD = Digest.of(b"image"), Digest.of(b"child")
+
+
+def restrictions(*targets: str, digests: frozenset[Digest] = frozenset()) -> Restrictions:
+    blocks = {target: Block(target, f"by {target}", 0.0, digests) for target in targets}
+    return Restrictions.of_marks(Marks(blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("docker.io/library/app:v1", {"v1"}),
+        ("docker.io/library/app", {"v1", "v2", "digest", "repository"}),
+        ("docker.io/library/a*", {"v1", "v2", "digest", "repository"}),
+        ("*/app", {"v1", "v2", "digest", "repository"}),
+        ("docker.io/library/b*", set()),
+        (str(DIGEST), {"digest"}),
+        (f"ghcr.io/other@{DIGEST}", {"digest"}),
+        ("not a target", set()),
+    ],
+)
+def test_target_of_a_block_decides_which_requests_are_refused(
+    target: str, refused: set[str]
+) -> None:
+    references = {"v1": Tag("v1"), "v2": Tag("v2"), "digest": DIGEST, "repository": None}
+    found = {
+        name
+        for name, reference in references.items()
+        if isinstance(admit(REPO, UPSTREAM, restrictions(target), reference), Deny)
+    }
+    assert found == refused
+
+
+def test_client_is_told_the_reason() -> None:
+    denied = admit(REPO, UPSTREAM, restrictions("docker.io/library/app"))
+    said = "this image is blocked by the operator of the mirror: by docker.io/library/app"
+    assert denied == Deny(said)
+
+
+def test_digests_of_a_blocked_image_are_refused_in_every_repository() -> None:
+    blocked = restrictions("docker.io/library/app:v1", digests=frozenset({DIGEST, CHILD}))
+    for digest in (DIGEST, CHILD):
+        assert isinstance(admit_digest(digest, blocked), Deny)
+        assert isinstance(admit(Repository("ghcr.io", "x"), UPSTREAM, blocked, digest), Deny)
+    assert isinstance(admit_digest(Digest.of(b"other"), blocked), Allow)
+
+
+def test_freezes_are_found_by_repository_and_tag() -> None:
+    names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
+    marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
+    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): DIGEST}
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("nginx", "docker.io/library/nginx"),
+        ("nginx:1", "docker.io/library/nginx:1"),
+        (str(DIGEST), str(DIGEST)),
+        (f"nginx@{DIGEST}", f"docker.io/library/nginx@{DIGEST}"),
+        ("docker.io/org/*", "docker.io/org/*"),
+        ("*/evil*", "*/evil*"),
+        ("localhost/[ab]", "localhost/[ab]"),
+    ],
+)
+def test_target_has_the_whole_name(text: str, target: str) -> None:
+    assert str(parse_target(text)) == target
+    assert str(parse_target(target)) == target
+
+
+@pytest.mark.parametrize(
+    "text", ["evil*", "org/evil*", "docker.io/a*:v1", "docker.io/a*@sha256:1", "sha256:1", "A", "*"]
+)
+def test_target_that_could_be_misread_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_target(text)

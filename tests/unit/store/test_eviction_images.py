@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.config.settings import Storage
-from mirror.observability.events import Event, Evicted, Uncached
+from mirror.observability.events import Event, Evicted, LogMessage, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import eviction
@@ -24,10 +24,12 @@ from tests.unit.store.kit import (
     keep,
     mark_used,
     opened,
+    pin,
     pulled,
     random_bytes,
     read,
     served,
+    unpin,
 )
 
 NOW = 1_800_000_000.0
@@ -134,7 +136,7 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for data in (*layers, *images, *inner, outer):
             await keep(store, data)
-        await store.index.pin([Digest.of(outer)])
+        pin(store.layout, Digest.of(outer))
         kept = {Digest.of(data) for data in (*layers, *images, *inner, outer)}
         for seed in range(10, 20):
             clock[0] += 100
@@ -142,7 +144,7 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
             assert kept <= held(store)
             assert store.catalog.refresh().total <= HIGH
         assert [e for e in events if isinstance(e, Evicted)]
-        await store.index.pin([Digest.of(outer)], is_pinned=False)
+        unpin(store.layout, Digest.of(outer))
         for seed in range(20, 26):
             clock[0] += 100
             await keep(store, layer(seed))
@@ -155,7 +157,7 @@ async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: 
     body = image(*layers)
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await pulled(store, body, Tag("1.0"), *layers)
-        await store.index.pin([Digest.of(body)])
+        pin(store.layout, Digest.of(body))
         before = held(store)
         content = store.start_ingest(Digest.of(layer(9)))
         follower = content.follow()
@@ -173,26 +175,34 @@ async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: 
         assert Digest.of(layer(9)) not in held(store)
 
 
-async def test_no_content_goes_while_the_index_does_not_answer_for_pins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["marks", "index"])
+async def test_no_content_goes_while_the_marks_or_their_links_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     clock, events = [NOW], list[Event]()
 
-    async def silent(self: Index) -> None:
+    async def silent(self: Index, names: object, subjects: object) -> None:
         return None
 
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(4):
             await keep(store, layer(seed))
+        pin(store.layout, Digest.of(layer(3)))
+        if what == "marks":
+            store.layout.marks.write_text("{}")
         before = held(store)
         with monkeypatch.context() as patch:
-            patch.setattr(Index, "pinned", silent)
+            if what == "index":
+                patch.setattr(Index, "links", silent)
             await keep(store, layer(8))
             assert not [e for e in events if isinstance(e, Uncached)], "there is room for it"
             await keep(store, layer(9))
         assert held(store) == before | {Digest.of(layer(8))}
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
         assert not [e for e in events if isinstance(e, Evicted)]
+        assert [e.message for e in events if isinstance(e, LogMessage)][:1] == [
+            "nothing is evicted"
+        ]
 
 
 @pytest.mark.row("G2-long-eviction")
@@ -202,14 +212,15 @@ async def test_content_goes_soon_after_the_index_has_hung_for_a_while(
     """The pause after a vain eviction lasts for 20 times its duration, but not for 20 waits."""
     clock, events = [NOW], list[Event]()
 
-    async def hung(self: Index) -> None:
+    async def hung(self: Index, names: object, subjects: object) -> None:
         await asyncio.sleep(0.5)
 
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(4):
             await keep(store, layer(seed))
+        pin(store.layout, Digest.of(layer(3)))
         with monkeypatch.context() as patch:
-            patch.setattr(Index, "pinned", hung)
+            patch.setattr(Index, "links", hung)
             await keep(store, layer(8))
             await keep(store, layer(9))
         assert not [e for e in events if isinstance(e, Evicted)]
