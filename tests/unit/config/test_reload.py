@@ -20,7 +20,16 @@ APPLIED = {
     *("drain_timeout", "trusted_proxies", "catalog", "log", "default_upstream", "upstreams"),
 }
 KEPT = {
-    *("listen", "tls", "data_dir", "workers", "abandoned", "storage", "max_client_connections"),
+    *(
+        "listen",
+        "admin",
+        "tls",
+        "data_dir",
+        "workers",
+        "abandoned",
+        "storage",
+        "max_client_connections",
+    ),
 }
 
 
