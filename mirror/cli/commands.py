@@ -10,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import warm
+from mirror.cli import forget, refresh, warm
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (warm.add_parser,)
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    forget.add_parser,
+    refresh.add_parser,
+    warm.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

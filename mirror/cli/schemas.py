@@ -28,11 +28,28 @@ def _row(**fields: Any) -> Schema:
 _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
+_TIME_OR_NULL: Final = {"type": ["string", "null"], "format": "date-time"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _TEXTS: Final = {"type": "array", "items": _TEXT}
 
 SCHEMAS: Final[Mapping[str, Schema]] = {
+    "forget": _row(
+        image=_TEXT,
+        tags=_TEXTS,
+        manifests=_COUNT,
+        blobs=_COUNT,
+        refusals=_COUNT,
+        error=_TEXT_OR_NULL,
+    ),
+    "refresh": _row(
+        image=_TEXT,
+        state={"enum": ["moved", "unchanged", "new", "failed"]},
+        digest=_TEXT_OR_NULL,
+        previous=_TEXT_OR_NULL,
+        previous_confirmed=_TIME_OR_NULL,
+        error=_TEXT_OR_NULL,
+    ),
     "warm": _row(
         image=_TEXT,
         digest=_TEXT_OR_NULL,

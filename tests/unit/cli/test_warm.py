@@ -5,44 +5,24 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import jsonschema
 import pytest
 
-from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.threads import run_in_thread
 from tests.fakes.registry import FakeRegistry
+from tests.unit.cli.kit import Run, make_run
 from tests.unit.operations.kit import add_index
-
-Run = Callable[..., "Result"]
-
-
-class Result(SimpleNamespace):
-    """Exit code and output of a command."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Return a function that runs ``warm`` with a configuration. It blocks."""
-
-    def run_command(url: str, *arguments: str) -> Result:
-        config = tmp_path / "mirror.yaml"
-        config.write_text(
-            f"data_dir: {tmp_path}/data\nupstreams: {{docker.io: {{endpoints: [{url}]}}}}\n"
-        )
-        code = main(["warm", *arguments, "--config", str(config)])
-        output = capsys.readouterr()
-        return Result(code=code, out=output.out, err=output.err)
-
-    return run_command
+    run_command = make_run(tmp_path, capsys)
+    return lambda url, *arguments: run_command(url, "warm", *arguments)
 
 
 async def test_complete_image_is_one_line(run: Run) -> None:
