@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import forget, refresh, warm
+from mirror.cli import forget, gc, prune, refresh, rm, verify, warm
 from mirror.cli.arguments import Commands
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
     forget.add_parser,
+    gc.add_parser,
+    prune.add_parser,
     refresh.add_parser,
+    rm.add_parser,
+    verify.add_parser,
     warm.add_parser,
 )
 """In the order of ``oci-mirror --help``."""

@@ -305,6 +305,16 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
+class RetentionEnded:
+    """A run of the retention rules has removed ``images``, and freed ``bytes``."""
+
+    images: int
+    bytes: int
+    is_ok: bool
+    """Whether it came to its end."""
+
+
+@dataclass(frozen=True, slots=True)
 class Uncached:
     """A pull was served, but its content was not stored.
 
@@ -401,6 +411,7 @@ Event: TypeAlias = (
     | DigestMismatched
     | Reverified
     | Evicted
+    | RetentionEnded
     | Uncached
     | Published
     | StorageMeasured
