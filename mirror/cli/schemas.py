@@ -60,6 +60,16 @@ _TYPE_USAGE: Final = _row(
     size=_NUMBER_OF,
     reclaimable=_NUMBER_OF,
 )
+_SECONDS: Final = {"type": "number", "minimum": 0}
+_CLEANED: Final = _row(
+    action={"enum": ["removed", "kept"]},
+    kind={"enum": ["image", "content", "leftover", "quarantine", "response"]},
+    name=_TEXT_OR_NULL,
+    digest=_DIGEST_OR_NULL,
+    bytes=_NUMBER_OF,
+    count=_NUMBER_OF,
+    why=_TEXT,
+)
 _NEXT_EVICTION: Final = _row(
     kind={"const": "eviction"},
     digest=_DIGEST,
@@ -79,6 +89,15 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         remedy=_TEXT_OR_NULL,
     ),
     "du": {"oneOf": [_TYPE_USAGE, _GROUP_USAGE, _NEXT_EVICTION]},
+    "forget": _row(
+        image=_TEXT,
+        tags=_TEXTS,
+        manifests=_NUMBER_OF,
+        blobs=_NUMBER_OF,
+        refusals=_NUMBER_OF,
+        error=_TEXT_OR_NULL,
+    ),
+    "gc": _CLEANED,
     "ls": _row(
         name=_TEXT,
         kind={"enum": ["image", "referrer"]},
@@ -101,6 +120,16 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         subject=_DIGEST_OR_NULL,
         accept=_TEXT_OR_NULL,
     ),
+    "prune": _CLEANED,
+    "refresh": _row(
+        image=_TEXT,
+        state={"enum": ["moved", "unchanged", "new", "failed"]},
+        digest=_TEXT_OR_NULL,
+        previous=_TEXT_OR_NULL,
+        previous_confirmed=_TIME_OR_NULL,
+        error=_TEXT_OR_NULL,
+    ),
+    "rm": _CLEANED,
     "show": _row(
         image=_TEXT,
         depth=_NUMBER_OF,
@@ -114,6 +143,28 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         is_here={"type": "boolean"},
         name=_TEXT_OR_NULL,
         shared_with=_TEXTS,
+    ),
+    "verify": _row(
+        problem={"enum": ["damaged", "unreadable", "incomplete"]},
+        image=_TEXT_OR_NULL,
+        digest=_DIGEST,
+        bytes=_NUMBER_OF,
+        what=_TEXT,
+        command=_TEXT_OR_NULL,
+        is_mended={"type": "boolean"},
+    ),
+    "warm": _row(
+        image=_TEXT,
+        digest=_TEXT_OR_NULL,
+        state={"enum": ["complete", "failed"]},
+        error=_TEXT_OR_NULL,
+        contents=_NUMBER_OF,
+        bytes=_NUMBER_OF,
+        added=_NUMBER_OF,
+        added_bytes=_NUMBER_OF,
+        referrers=_NUMBER_OF,
+        missing_platforms=_TEXTS,
+        seconds=_SECONDS,
     ),
 }
 """Command -> the schema of one line of its ``--json``."""
