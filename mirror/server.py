@@ -29,6 +29,7 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
+from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
@@ -54,6 +55,9 @@ _INDEX_INTERVAL_S: Final = 5.0
 this time."""
 _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
+_PREFETCH_CHECK_S: Final = 30.0
+"""Seconds between two looks whether an entry of prefetch is to run: half of the shortest interval
+that it may have."""
 _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
@@ -291,6 +295,7 @@ def _start_housekeeping(
     """Start the periodic jobs. ``certificate``: None without TLS. The rest as of the caller."""
     store = mirror.store
     retention = RetentionJob(store.layout, emit)
+    prefetch = PrefetchJob(mirror, emit)
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
         mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
@@ -299,6 +304,7 @@ def _start_housekeeping(
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
     start(
         "retention",
         _RETENTION_CHECK_S,

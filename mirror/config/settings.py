@@ -19,6 +19,7 @@ from yarl import URL
 from mirror.config import values
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Tls as Tls
+from mirror.config.prefetch import Prefetch as Prefetch
 from mirror.config.retention import RetentionRule as RetentionRule
 from mirror.config.section import (
     Duration,
@@ -304,6 +305,11 @@ class Settings(Section):
     """The log lines on standard output."""
     storage: Storage = Storage()
     """How much content is kept, in how much memory, and how long its verification is valid."""
+    prefetch: tuple[Prefetch, ...] = ()
+    """
+    Images that the server fetches ahead, again and again, each entry with images, tags, newest,
+    platforms, referrers and interval.
+    """
     retention: tuple[RetentionRule, ...] = ()
     """
     Rules that remove images, each with match, older_than, keep_last and tags. Pinned, frozen and
@@ -351,6 +357,15 @@ class Settings(Section):
                             ("upstreams", name, key, index),
                             "a pattern must not begin with the upstream's name",
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prefetch(self) -> Self:
+        for number, entry in enumerate(self.prefetch):
+            for index, name in enumerate(entry.upstreams()):
+                if name not in self.upstreams:
+                    path = ("prefetch", number, "images", index)
+                    raise key_error(path, f"{name} is not one of upstreams")
         return self
 
     def upstream_names(self) -> dict[str, str]:

@@ -196,6 +196,15 @@ class MetricsObserver:
             "Contents hashed again because their verification was too old.",
             "result",
         )
+        self._prefetch_runs = counter(
+            "prefetch_runs", "Runs of entries of prefetch, by this process.", "result"
+        )
+        self._prefetch_images = counter(
+            "prefetch_images",
+            "Images of runs of prefetch, each time that they were looked at.",
+            "result",
+        )
+        self._prefetch_bytes = counter("prefetch_bytes", "Bytes of content fetched by prefetch.")
         self._retention_runs = counter(
             "retention_runs", "Runs of the retention rules, by this process.", "result"
         )
@@ -304,6 +313,9 @@ class MetricsObserver:
             self._index_repairs.labels(step)
         for result in ("ok", "damaged"):
             self._reverified.labels(result)
+        for result in ("ok", "failed"):
+            self._prefetch_runs.labels(result)
+            self._prefetch_images.labels(result)
 
     def _upstream(self, name: str) -> str:
         """Return the label of an upstream."""
@@ -355,6 +367,11 @@ class MetricsObserver:
             case events.Evicted(count, size, reason):
                 self._evicted.labels(_bounded(reason, _EVICTION_REASONS)).inc(count)
                 self._evicted_bytes.labels(_bounded(reason, _EVICTION_REASONS)).inc(size)
+            case events.PrefetchEnded(complete, failed, size, ok):
+                self._prefetch_runs.labels("ok" if ok else "failed").inc()
+                self._prefetch_images.labels("ok").inc(complete)
+                self._prefetch_images.labels("failed").inc(failed)
+                self._prefetch_bytes.inc(size)
             case events.RetentionEnded(images, size, ok):
                 self._retention_runs.labels("ok" if ok else "failed").inc()
                 self._retention_images.inc(images)

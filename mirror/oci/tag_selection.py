@@ -5,12 +5,16 @@ Lives here: which of the two a text is. Must not know: what the tags are selecte
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Self
+from typing import Final, Self
 
 from mirror.oci.versions import VersionRange, parse_version
+
+_PATTERN: Final = re.compile(r"[A-Za-z0-9_.*?\[\]!-]+", re.ASCII)
+"""Characters of tags, and wildcards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +27,20 @@ class TagSelection:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse a range or a pattern. Raises ``ValueError`` if the text is empty."""
+        """Parse a range or a pattern. Raises ``ValueError`` if the text is neither.
+
+        A pattern has only characters of tags and wildcards. So a range with a mistake is no
+        pattern that matches no tag.
+        """
         if not text.strip():
             raise ValueError("must not be empty")
+        if text == "*":
+            return cls(text, None)  # As a range, it would have versions only.
         try:
             return cls(text, VersionRange.parse(text))
-        except ValueError:
+        except ValueError as error:
+            if not _PATTERN.fullmatch(text):
+                raise ValueError(f"neither a range nor a pattern of tags: {error}") from None
             return cls(text, None)
 
     def matches(self, tag: str) -> bool:

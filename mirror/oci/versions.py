@@ -34,7 +34,8 @@ _VERSION: Final = re.compile(
 _X_NUMBER: Final = rf"(?:{_NUMBER}|[xX*])"
 _COMPARATOR: Final = re.compile(
     r"(?P<operator>>=|<=|>|<|=|~>|~|\^|)\s*[vV=]?"
-    rf"(?P<major>{_X_NUMBER})(?:\.(?P<minor>{_X_NUMBER})(?:\.(?P<patch>{_X_NUMBER}))?)?{_SUFFIX}",
+    rf"(?P<major>{_X_NUMBER})(?:\.(?P<minor>{_X_NUMBER})(?:\.(?P<patch>{_X_NUMBER}))?)?{_SUFFIX}"
+    r"(?![^\s,])",
     re.ASCII,
 )
 _HYPHEN: Final = re.compile(r"\s*(?P<low>\S+)\s+-\s+(?P<high>\S+)\s*")
@@ -199,10 +200,7 @@ def _bounds_of(text: str) -> Iterator[_Bound]:
         if match is None:
             raise ValueError(f"'{text[position:].strip()}' is no version or bound, such as >=1.2")
         yield from _to_bounds(match)
-        end = _after_separator(text, match.end())
-        if end == match.end() and end < len(text):
-            raise ValueError(f"'{text[match.start() :].strip()}' is no version or bound")
-        position = end
+        position = _after_separator(text, match.end())
 
 
 def _after_separator(text: str, position: int) -> int:
@@ -224,8 +222,9 @@ def _to_bounds(match: re.Match[str]) -> Iterator[_Bound]:
         if text is None or text in "xX*":
             break
         numbers.append(int(text))
-    is_whole = len(numbers) == 3
-    prerelease = _identifiers(match["prerelease"]) if is_whole else ()
+    is_whole, prerelease = len(numbers) == 3, _identifiers(match["prerelease"])
+    if prerelease and not is_whole:
+        raise ValueError(f"'{match[0].strip()}' is no version: a prerelease needs three numbers")
     low = Version(*_to_core(numbers), prerelease=prerelease)
     is_named = bool(prerelease)
 

@@ -28,6 +28,7 @@ from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.links import Links, find_links, read_tag
+from mirror.store.name_records import NameRecords
 from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
@@ -89,6 +90,7 @@ class Index:
         self._pending: dict[tuple[str, str], _PendingRow] = {}
         """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
+        self.name_records = NameRecords(self._rows, self._update)
         self._is_checked = False
         self.has_changed = True
         """Whether names have changed since the store last reset this.

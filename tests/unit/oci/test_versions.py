@@ -114,7 +114,10 @@ def test_range_has_the_versions_that_npm_says(
     assert [tag for tag in outside if is_in(text, tag)] == []
 
 
-@pytest.mark.parametrize("text", ["latest", ">=", ">=1.2 <two", "1.2.3.4", "1 -", "a - 2", "!1"])
+@pytest.mark.parametrize(
+    "text",
+    ["latest", ">=", ">=1.2 <two", "1.2.3.4", "1 -", "a - 2", "!1", "*-alpine", ">=1.2-rc.1"],
+)
 def test_text_that_is_no_range_is_refused_with_the_bad_part(text: str) -> None:
     with pytest.raises(ValueError, match="is no"):
         VersionRange.parse(text)
