@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import forget, gc, prune, refresh, rm, verify, warm
+from mirror.cli import forget, gc, in_use, marking, prune, refresh, rm, verify, warm
 from mirror.cli.arguments import Commands
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
     forget.add_parser,
     gc.add_parser,
+    in_use.add_parser,
+    marking.add_parser,
     prune.add_parser,
     refresh.add_parser,
     rm.add_parser,

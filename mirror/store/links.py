@@ -21,7 +21,7 @@ from mirror.oci.descriptor import parse_referrers, referrers_tag
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
-from mirror.store.records import MALFORMED, load_tag
+from mirror.store.records import MALFORMED, TagRecord, load_tag
 from mirror.store.rows import Row, Rows, Tables
 
 REFERRERS_LIST: Final = "list referrers "
@@ -89,14 +89,18 @@ async def find_links(
 
 
 def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:
-    """Return the digests of tags, also those of clients that do not accept every media type."""
-    texts = []
-    for name in names:
-        texts.append(tables.read_or_none(NAMED, name)[0])
-        variants = tables.read_range(NAMED, f"{name} ", f"{name}{_AFTER_SPACE}")
-        texts += [row.text for row in variants]
-    records = map(load_tag, texts)
-    return {record.digest for record in records if record is not None}
+    """Return the digests that tags have now."""
+    return {record.digest for name in names for record in read_tag(tables, name)}
+
+
+def read_tag(tables: Tables, name: str) -> list[TagRecord]:
+    """Return the record of a tag, and its variants for clients that do not accept every media type.
+
+    ``name``: the whole name, ``host/path:tag``. Empty: the tag is not known.
+    """
+    variants = tables.read_range(NAMED, f"{name} ", f"{name}{_AFTER_SPACE}")
+    texts = (tables.read_or_none(NAMED, name)[0], *(row.text for row in variants))
+    return [record for record in map(load_tag, texts) if record is not None]
 
 
 def _read_tags_of_referrers(

@@ -131,7 +131,7 @@ def test_full_disk_leaves_the_earlier_marks_and_no_draft(tmp_path: Path) -> None
         change_marks(layout, lambda earlier: ALL)
         fill_up(mount)
         digests = [Digest.of(b"%d" % number) for number in range(2000)]
-        with pytest.raises(OSError) as raised:  # noqa: PT011 - its number follows
+        with pytest.raises(OSError) as raised:  # noqa: PT011 - its number is compared below
             change_marks(layout, lambda one: replace_leases(one, "pods", digests, 300.0, 0.0))
         assert raised.value.errno == errno.ENOSPC
         assert read_marks(layout) == ALL
@@ -194,7 +194,7 @@ def test_reader_reads_again_only_after_a_change(
 
     def counted(file: object) -> object:
         reads[0] += 1
-        return load_entries(file)  # type: ignore[arg-type]
+        return load_entries(file)  # type: ignore[arg-type]  # it is passed on
 
     monkeypatch.setattr(marks, "load_entries", counted)
     reader = MarksReader(layout)
