@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -155,6 +156,6 @@ def _measure(command: str, run: Run) -> Iterator[str]:
 
 
 ROWS: Final[dict[str, Callable[[Run], Iterator[str]]]] = {
-    command: lambda run, command=command: _measure(command, run) for command in BOUNDS
+    command: partial(_measure, command) for command in BOUNDS
 }
 """Measurements by name."""

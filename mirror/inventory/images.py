@@ -6,12 +6,12 @@ databases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
-from mirror.inventory.blocking import block_reason
 from mirror.inventory.model import (
     MANIFEST_TYPES,
     Content,
@@ -27,6 +27,7 @@ from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
 from mirror.oci.reference import Digest
+from mirror.pull.admission import Restrictions
 from mirror.store.marks import Marks, protected_roots
 
 _FROZEN: Final = "frozen"
@@ -38,7 +39,7 @@ _UNKNOWN_PLATFORM: Final = "unknown"
 class OnDisk:
     """What was read of the directories."""
 
-    present: Set[DigestText]
+    present: frozenset[DigestText]
     """All whole content."""
     manifests: Mapping[DigestText, Manifest]
     """The manifests that names and marks reach."""
@@ -65,10 +66,11 @@ def build_inventory(
         now: Seconds since the epoch.
     """
     manifests = on_disk.manifests
-    parts = {one: tuple([part.text for part in m.parts]) for one, m in manifests.items()}
+    parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
     sharing = Sharing.of({str(name.digest) for name in names}, parts)
     sizes = _sizes(on_disk)
-    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, now)
+    restrictions = Restrictions.of_marks(marks)
+    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, now)
     images = tuple(sorted(map(builder.build, names), key=_order))
     marked = set(map(str, protected_roots(marks, now)))
     if marks.pins or marks.freezes:
@@ -88,10 +90,11 @@ def build_inventory(
 
 def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
     present = on_disk.present
-    stated = {
-        part.text: part.size for manifest in on_disk.manifests.values() for part in manifest.parts
-    }
-    sizes = {one: size for one, size in stated.items() if one in present}
+    sizes: dict[DigestText, int] = {}
+    for manifest in on_disk.manifests.values():
+        sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
+    for missing in sizes.keys() - present:
+        del sizes[missing]
     sizes.update({one: size for one, (size, _) in on_disk.status.items()})
     return sizes
 
@@ -111,6 +114,7 @@ class _Builder:
     sharing: Sharing
     upstreams: Mapping[str, Upstream]
     marks: Marks
+    restrictions: Restrictions
     now: float
 
     def build(self, name: Name) -> Image:
@@ -132,10 +136,12 @@ class _Builder:
             variant=name.variant,
             checked=name.checked,
             first_seen=name.first_seen,
-            used=max([status[one][1] for one in (root, *parts.children) if one in status] or [0.0]),
+            used=max(
+                [status[one][1] for one in (root, *parts.children) if one in status], default=0
+            ),
             platforms=parts.platforms,
             missing_platforms=parts.missing_platforms,
-            size=sum([sizes[one] for one in reached if one in sizes]),
+            size=sum(map(sizes.get, reached, repeat(0))),
             missing=parts.missing,
             stale=self._why_stale(name, is_frozen=_FROZEN in marks),
             marks=marks,
@@ -158,7 +164,11 @@ class _Builder:
         if not (marks.pins or marks.freezes or marks.blocks or marks.leases):
             return (), None
         digests = [Digest.parse(one) for one in reached]
-        reason = block_reason(marks.blocks.values(), name.repository, name.tag, digests)
+        reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
+        if reason is None:
+            # A block of a part counts: the image cannot be pulled without it.
+            blocked = self.restrictions.digests
+            reason = next((blocked[one] for one in digests if one in blocked), None)
         leases = [marks.leases[one] for one in digests if one in marks.leases]
         has = {
             "pinned": name.text in marks.pins,
@@ -194,9 +204,12 @@ def _find_parts(root: Manifest, on_disk: OnDisk) -> _Parts:
     missing: dict[DigestText, Part] = {}
     queue = [root]
     for manifest in queue:  # It grows while it is read.
+        is_image = manifest.type is ContentType.MANIFEST
+        if is_image and present.issuperset(manifest.columns.digests):
+            continue  # It lacks nothing, as most images do.
         for part in manifest.parts:
             text = part.text
-            if manifest.type is ContentType.MANIFEST or part.type not in MANIFEST_TYPES:
+            if is_image or part.type not in MANIFEST_TYPES:
                 if text not in present and not part.is_elsewhere:
                     missing[text] = part
             elif text not in manifests:

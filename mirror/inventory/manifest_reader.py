@@ -15,7 +15,7 @@ from typing import Final
 
 from mirror.inventory import manifests
 from mirror.inventory.manifest_cache import ManifestCache
-from mirror.inventory.model import MANIFEST_TYPES, ContentType, DigestText, Manifest, Part
+from mirror.inventory.model import MANIFEST_TYPES, ContentType, DigestText, Manifest
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
@@ -43,21 +43,23 @@ def read_manifests(
     """
     reader = _Reader(layout, present, stated_type, cache)
     found = reader.found
-    queue: list[Part] = []
+    queue: list[tuple[DigestText, str]] = []
     for root in roots:
         if root not in found and root in present:
-            queue += _children(reader.read(root))
-    for part in queue:  # It grows while it is read.
-        if part.text not in found and part.text in present:
-            queue += _children(reader.read(part.text, part.media_type))
+            _add_children(reader.read(root), queue)
+    for text, media_type in queue:  # It grows while it is read.
+        if text not in found and text in present:
+            _add_children(reader.read(text, media_type), queue)
     reader.save()
     return found
 
 
-def _children(manifest: Manifest | None) -> Iterable[Part]:
-    if manifest is None or manifest.type is ContentType.MANIFEST:
-        return ()
-    return [part for part in manifest.parts if part.type in MANIFEST_TYPES]
+def _add_children(manifest: Manifest | None, queue: list[tuple[DigestText, str]]) -> None:
+    """Add (digest, stated media type) of the manifests that a manifest refers to."""
+    if manifest is not None and manifest.type is not ContentType.MANIFEST:
+        columns = manifest.columns
+        entries = zip(columns.digests, columns.media_types, columns.types, strict=True)
+        queue += [(text, stated) for text, stated, kind in entries if kind in MANIFEST_TYPES]
 
 
 class _Reader:

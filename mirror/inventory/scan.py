@@ -19,25 +19,27 @@ from mirror.inventory.model import Content, DigestText
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
 
-_IS_HEX: Final = {
-    "sha256": re.compile("[0-9a-f]{64}").fullmatch,
-    "sha512": re.compile("[0-9a-f]{128}").fullmatch,
-}
-"""Algorithm -> whether a name is that of content. To parse each as a digest takes twice as long."""
+_HEX_LENGTHS: Final = {"sha256": 64, "sha512": 128}
+"""Algorithm -> the length of the names of its files."""
+_HEX: Final = b"0123456789abcdef"
+_IS_HEX: Final = re.compile("[0-9a-f]+").fullmatch
 
 
-def list_contents(layout: Layout) -> set[DigestText]:
+def list_contents(layout: Layout) -> frozenset[DigestText]:
     """Return the digests of all whole content. It takes 0.1 s for 100,000 contents.
 
     Names that are no digests are passed over. Raises ``OSError`` if a directory cannot be listed:
     its content must not count as gone.
     """
-    found: set[DigestText] = set()
+    found: list[DigestText] = []
     for directory in layout.content_directories():
-        algorithm, is_hex = directory.name, _IS_HEX[directory.name]
+        length, prefix = _HEX_LENGTHS[directory.name], f"{directory.name}:"
         with suppress(FileNotFoundError):
-            found.update([f"{algorithm}:{name}" for name in os.listdir(directory) if is_hex(name)])
-    return found
+            names = [name for name in os.listdir(directory) if len(name) == length]
+            if os.fsencode("".join(names)).translate(None, _HEX):
+                names = list(filter(_IS_HEX, names))  # Some are foreign: look at each one.
+            found += [prefix + name for name in names]
+    return frozenset(found)
 
 
 def scan(layout: Layout, now: float) -> dict[Digest, Content]:
@@ -50,14 +52,15 @@ def scan(layout: Layout, now: float) -> dict[Digest, Content]:
     """
     found: dict[Digest, Content] = {}
     for directory in layout.content_directories():
-        algorithm, is_hex = directory.name, _IS_HEX[directory.name]
+        algorithm, length = directory.name, _HEX_LENGTHS[directory.name]
         with suppress(FileNotFoundError), os.scandir(directory) as entries:
             for entry in entries:
                 try:
                     status = entry.stat(follow_symlinks=False)
                 except OSError:  # It was just evicted.
                     continue
-                if is_hex(entry.name) and stat.S_ISREG(status.st_mode):
+                is_digest = len(entry.name) == length and _IS_HEX(entry.name)
+                if is_digest and stat.S_ISREG(status.st_mode):
                     digest = Digest(algorithm, entry.name)
                     found[digest] = Content(digest, status.st_size, min(status.st_mtime, now))
     return found

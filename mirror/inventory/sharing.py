@@ -7,8 +7,9 @@ are text (see :mod:`mirror.inventory.model`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 
 
@@ -18,7 +19,7 @@ class Sharing:
 
     parts: Mapping[str, Collection[str]] = field(repr=False)
     """Manifest -> the content that it refers to."""
-    closures: Mapping[str, Collection[str]] = field(repr=False)
+    closures: Mapping[str, Set[str]] = field(repr=False)
     """Root -> itself and all that it refers to, directly or through an index, each once."""
     owners: Mapping[str, int] = field(repr=False)
     """Content -> the number of roots that reach it."""
@@ -35,21 +36,26 @@ class Sharing:
         closures = {root: reached(root, parts) for root in roots}
         return cls(parts, closures, Counter(chain.from_iterable(closures.values())))
 
-    def reached(self, digest: str) -> Collection[str]:
+    def reached(self, digest: str) -> Set[str]:
         """Return a content and all that it refers to, each once."""
         known = self.closures.get(digest)
         return reached(digest, self.parts) if known is None else known
 
-    def reached_only_by(self, roots: Collection[str]) -> set[str]:
+    @cached_property
+    def _alone(self) -> Set[str]:
+        """The content that one root reaches."""
+        return {digest for digest, count in self.owners.items() if count == 1}
+
+    def reached_only_by(self, roots: Collection[str]) -> Set[str]:
         """Return the content that these roots reach, and no other root."""
-        owners = self.owners
         if len(roots) == 1:
-            return {one for root in roots for one in self.reached(root) if owners[one] == 1}
+            (root,) = roots
+            return self.reached(root) & self._alone
         tally = Counter(chain.from_iterable(map(self.reached, roots)))
-        return {digest for digest, count in tally.items() if count == owners[digest]}
+        return {digest for digest, count in tally.items() if count == self.owners[digest]}
 
 
-def reached(root: str, parts: Mapping[str, Collection[str]]) -> Collection[str]:
+def reached(root: str, parts: Mapping[str, Collection[str]]) -> Set[str]:
     """Return ``root`` and all that it refers to, each once, in the order of the documents."""
     found = dict.fromkeys((root,))
     queue = [root]

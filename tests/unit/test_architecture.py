@@ -39,7 +39,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
-    "config.settings": {"config.listeners", "config.section", "config.values", "oci"},
+    "config.prefetch": {"config.section", "oci"},
+    "config.retention": {"config.section", "oci"},
+    "config.settings": {
+        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
+        *("config.values", "oci"),
+    },
     "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
@@ -55,11 +60,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.library_logs": {"observability.logs", *SHARED},
     "observability.log_stream": set(),
     "observability.metrics": SHARED,
+    # Listings say which tags are stale and which images are refused, by the rules that serve them.
+    "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
-    "operations": {"operations", "composition", "pull", "store", *SHARED},
-    "server": {"server", "composition", "config.reload", *BELOW_SERVER},
+    "operations": {
+        *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
+    },
+    "server": {"server", "composition", "operations", "config.reload", *BELOW_SERVER},
     "processes": {"server", "config.reload", "observability.metrics", *SHARED},
-    "cli": {"cli", "operations", "composition", "processes", *LOADING, *BELOW_SERVER},
+    "cli": {"cli", "operations", "composition", "inventory", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -77,6 +86,7 @@ FORBIDDEN_STDLIB: dict[str, set[str]] = {
     "oci": {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "tempfile", "threading"},
     "observability.events": {"asyncio", "os", "pathlib", "socket"},
     "store": {"http", "socket", "ssl", "urllib"},
+    "inventory": {"asyncio", "http", "socket", "ssl", "subprocess", "urllib"},
     "pull": {"http", "os", "pathlib", "socket", "ssl", "urllib"},
 }
 """Package -> the modules of the standard library that it must not import ("Must not know")."""
