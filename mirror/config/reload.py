@@ -12,6 +12,7 @@ from mirror.config.settings import Section, Settings
 
 _NEEDS_RESTART: Final = (
     "listen",
+    "admin",
     "tls",
     "data_dir",
     "workers",

@@ -11,89 +11,39 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
 
 from mirror.config import values
-from mirror.config.values import format_duration, format_size
+from mirror.config.listeners import Admin as Admin
+from mirror.config.listeners import Tls as Tls
+from mirror.config.prefetch import Prefetch as Prefetch
+from mirror.config.retention import RetentionRule as RetentionRule
+from mirror.config.section import (
+    Duration,
+    FilePath,
+    FiniteDuration,
+    Host,
+    NonEmptyText,
+    PositiveDuration,
+    Ratio,
+    Size,
+    key_error,
+)
+from mirror.config.section import KeyPath as KeyPath
+from mirror.config.section import Section as Section
 from mirror.oci.reference import UPSTREAM_ALIASES
 
-_as_duration = PlainSerializer(format_duration, return_type=str, when_used="json")
-_read_duration = BeforeValidator(values.parse_duration)
-
-Size = Annotated[
-    int,
-    BeforeValidator(values.parse_size),
-    PlainSerializer(format_size, return_type=str, when_used="json"),
-    WithJsonSchema(values.SIZE_SCHEMA),
-]
-"""Bytes, or bytes per second."""
-Duration = Annotated[float, _read_duration, _as_duration, WithJsonSchema(values.DURATION_SCHEMA)]
-"""Seconds; 0 and ``inf`` are allowed."""
-FiniteDuration = Annotated[
-    float,
-    AfterValidator(values.check_finite),
-    _read_duration,
-    _as_duration,
-    WithJsonSchema(values.FINITE_DURATION_SCHEMA),
-]
-"""Seconds; 0 is allowed."""
-PositiveDuration = Annotated[
-    float,
-    AfterValidator(values.check_positive),
-    _read_duration,
-    _as_duration,
-    WithJsonSchema(values.POSITIVE_DURATION_SCHEMA),
-]
-"""Seconds; neither 0 nor ``inf``."""
-Ratio = Annotated[float, BeforeValidator(values.parse_ratio), WithJsonSchema(values.RATIO_SCHEMA)]
-"""More than 0 and at most 1."""
-NonEmptyText = Annotated[str, AfterValidator(values.check_not_empty)]
-FilePath = Annotated[str, AfterValidator(values.check_path)]
 Endpoint = Annotated[str, AfterValidator(values.normalise_endpoint)]
-Host = Annotated[str, AfterValidator(values.check_host)]
 Network = Annotated[str, AfterValidator(values.check_network)]
 RedirectHost = Annotated[str, AfterValidator(values.check_redirect_host)]
 UpstreamName = Annotated[str, AfterValidator(values.check_upstream_name)]
 Pattern = Annotated[str, AfterValidator(values.check_pattern)]
 PullPolicy: TypeAlias = Literal["Always", "IfNotPresent", "Never"]
-KeyPath: TypeAlias = tuple[str | int, ...]
-"""Keys and list indexes from the root to one value: ``("upstreams", "docker.io", "ca")``."""
 
 # --- sections -------------------------------------------------------------------------------------
-
-
-def _key_error(below: KeyPath, reason: str) -> PydanticCustomError:
-    """Return the error of one key of a section. ``below``: the path of the key in the section."""
-    return PydanticCustomError("key_error", "{reason}", {"reason": reason, "below": below})
-
-
-class Section(BaseModel):
-    """The base of every section. Unknown keys are errors, and values never change."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Tls(Section):
-    """The server's certificate and its private key."""
-
-    certificate: FilePath
-    """PEM file with the certificate, followed by its intermediates."""
-    key: FilePath
-    """PEM file with the private key of the certificate."""
 
 
 class Log(Section):
@@ -133,7 +83,7 @@ class Storage(Section):
     @model_validator(mode="after")
     def _check_marks(self) -> Self:
         if self.low_water >= self.high_water:
-            raise _key_error(
+            raise key_error(
                 ("low_water",),
                 f"{self.low_water:g} is not less than high_water, {self.high_water:g}",
             )
@@ -209,15 +159,13 @@ class Credentials(Section):
         if len(given) > 1:
             raise ValueError(f"more than one source: {' and '.join(given)}")
         if self.hosts and self.username is None:
-            raise _key_error(
-                ("hosts",), "needs username: other sources name their hosts themselves"
-            )
+            raise key_error(("hosts",), "needs username: other sources name their hosts themselves")
         for name, text in (("username", self.username), ("password", self.password)):
             # A password may contain such characters. One that is a variable is a mistake.
             if text is not None and re.fullmatch(r"\$\{\w+\}|\$\(.*\)|\{\{.*\}\}", text):
-                raise _key_error((name,), "is a variable, and none is expanded: use file:/path")
+                raise key_error((name,), "is a variable, and none is expanded: use file:/path")
         if self.password == "file:":  # noqa: S105 - the prefix of a reference, no password
-            raise _key_error(("password",), "file: must be followed by a path")
+            raise key_error(("password",), "file: must be followed by a path")
         return self
 
 
@@ -298,25 +246,25 @@ class Upstream(Section):
     @model_validator(mode="after")
     def _check_endpoints(self) -> Self:
         if not self.endpoints:
-            raise _key_error(("endpoints",), "must not be empty")
+            raise key_error(("endpoints",), "must not be empty")
         ends = self.endpoints
         duplicate = next((end for end in ends if ends.count(end) > 1), None)
         if duplicate is not None:
-            raise _key_error(("endpoints",), f"{duplicate} is listed twice")
+            raise key_error(("endpoints",), f"{duplicate} is listed twice")
         hosts = [URL(endpoint).host_port_subcomponent for endpoint in self.endpoints]
         for index, host in enumerate(self.credentials.hosts):
             if host not in hosts:
                 names = " or ".join(host or "" for host in hosts)
                 message = f"{host} is the host of no endpoint: use {names}"
-                raise _key_error(("credentials", "hosts", index), message)
+                raise key_error(("credentials", "hosts", index), message)
         return self
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:
         if self.client_key is not None and self.client_certificate is None:
-            raise _key_error(("client_key",), "needs client_certificate")
+            raise key_error(("client_key",), "needs client_certificate")
         if self.insecure and self.ca is not None:
-            raise _key_error(("insecure",), "no certificate is checked, so leave out ca")
+            raise key_error(("insecure",), "no certificate is checked, so leave out ca")
         return self
 
 
@@ -351,16 +299,30 @@ class Settings(Section):
     """
     abandoned: Literal["finish", "cancel"] = "finish"
     """Finish or cancel a fetch whose last client has left."""
+    admin: Admin | None = None
+    """Serve the admin API and its page. Without this section, neither is served."""
     log: Log = Log()
     """The log lines on standard output."""
     storage: Storage = Storage()
     """How much content is kept, in how much memory, and how long its verification is valid."""
+    prefetch: tuple[Prefetch, ...] = ()
+    """
+    Images that the server fetches ahead, again and again, each entry with images, tags, newest,
+    platforms, referrers and interval.
+    """
+    retention: tuple[RetentionRule, ...] = ()
+    """
+    Rules that remove images, each with match, older_than, keep_last and tags. Pinned, frozen and
+    leased images stay. Empty: only eviction removes content.
+    """
+    retention_interval: PositiveDuration = 21600.0
+    """Time between two runs of the rules of retention, by one process of a data directory."""
     default_upstream: Annotated[str, AfterValidator(values.usual_name)] = "docker.io"
     """
     Upstream for clients that cannot name one, such as Docker with registry-mirrors.
     Must be one of upstreams.
     """
-    upstreams: dict[UpstreamName, Upstream] = {}
+    upstreams: dict[UpstreamName, Upstream] = Field(default={})
     """The registries to mirror, by the host or host:port in image references."""
 
     @model_validator(mode="before")
@@ -370,7 +332,7 @@ class Settings(Section):
         usual: set[str] = set()
         for name in upstreams if isinstance(upstreams, Mapping) else ():
             if values.usual_name(name) in usual:
-                raise _key_error(("upstreams", name), "is docker.io, which is configured already")
+                raise key_error(("upstreams", name), "is docker.io, which is configured already")
             usual.add(values.usual_name(name))
         return tree
 
@@ -382,7 +344,7 @@ class Settings(Section):
             "default_upstream" in self.model_fields_set
             and self.default_upstream not in self.upstreams
         ):
-            raise _key_error(("default_upstream",), "is not one of upstreams")
+            raise key_error(("default_upstream",), "is not one of upstreams")
         self._check_unique("alias", lambda name, one: (one.alias_of(name),), self.upstreams)
         self._check_unique("hosts", lambda _, one: one.hosts, ())
         for name, upstream in self.upstreams.items():
@@ -391,10 +353,19 @@ class Settings(Section):
                     first, slash, _ = pattern.partition("/")
                     if slash and values.usual_name(first) == name:
                         # It would match no repository, so a deny list would deny nothing.
-                        raise _key_error(
+                        raise key_error(
                             ("upstreams", name, key, index),
                             "a pattern must not begin with the upstream's name",
                         )
+        return self
+
+    @model_validator(mode="after")
+    def _check_prefetch(self) -> Self:
+        for number, entry in enumerate(self.prefetch):
+            for index, name in enumerate(entry.upstreams()):
+                if name not in self.upstreams:
+                    path = ("prefetch", number, "images", index)
+                    raise key_error(path, f"{name} is not one of upstreams")
         return self
 
     def upstream_names(self) -> dict[str, str]:
@@ -417,17 +388,19 @@ class Settings(Section):
             for one in names_of(name, upstream):
                 other = owner.setdefault(one, name)
                 if other != name:
-                    raise _key_error(
-                        ("upstreams", name, key), f"{one} is already a name of {other}"
-                    )
+                    raise key_error(("upstreams", name, key), f"{one} is already a name of {other}")
 
 
 def section_type(model: type[Section], key: str) -> type[Section] | None:
-    """Return the type of a key that is a section, also of ``Tls | None``; None for a plain value.
+    """Return the type of a key that is a section, also of ``Tls | None``.
+
+    None for a plain value, and for a list of sections.
 
     For ``upstreams`` this is the type of one entry.
     """
     annotation = model.model_fields[key].annotation
+    if get_origin(annotation) is tuple:
+        return None
     options = get_args(annotation) or (annotation,)
     return next(
         (one for one in options if isinstance(one, type) and issubclass(one, Section)), None

@@ -264,6 +264,15 @@ def check_listen(text: str) -> str:
     return text
 
 
+def is_loopback(listen: str) -> bool:
+    """Return whether only this machine can connect to an ``address:port`` that was checked."""
+    host = split_host(listen)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 def check_http_url(text: str) -> str:
     """Check an absolute http(s) URL."""
     if "://" not in text:

@@ -26,7 +26,11 @@ class Registries(dict[str, Registry]):
     ) -> None:
         """Open the registries of ``settings``. ``stack`` closes their connections."""
         super().__init__()
-        self._listeners = own_addresses(settings.listen)
+        self._listeners = {
+            address
+            for listen in (settings.listen, *([settings.admin.listen] if settings.admin else ()))
+            for address in own_addresses(listen)
+        }
         self._emit = emit
         self._single_flight = single_flight
         self._stack = stack

@@ -72,6 +72,13 @@ def test_every_key_can_be_set_by_its_variable(tmp_path: Path) -> None:
     base = read(tmp_path, text).model_dump(mode="json")
     base["upstreams"]["a-b.example"]["credentials"] = {"helper": "x", "hosts": []}
     base["tls"] = {"certificate": "/c", "key": "/k"}
+    base["admin"] = {
+        "listen": "0.0.0.0:5102",
+        "token_file": "/t",
+        "read_only_token_file": "/r",
+        "hosts": ["admin.example"],
+        "tls": {"certificate": "/c", "key": "/k"},
+    }
     base["default_upstream"] = "a-b.example"
     for key in ("ca", "client_certificate", "client_key"):
         base["upstreams"]["a-b.example"][key] = f"/{key}"

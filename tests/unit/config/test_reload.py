@@ -18,9 +18,19 @@ def settings(**more: Any) -> Settings:
 
 APPLIED = {
     *("drain_timeout", "trusted_proxies", "catalog", "log", "default_upstream", "upstreams"),
+    "prefetch",
 }
 KEPT = {
-    *("listen", "tls", "data_dir", "workers", "abandoned", "storage", "max_client_connections"),
+    *(
+        "listen",
+        "admin",
+        "tls",
+        "data_dir",
+        "workers",
+        "abandoned",
+        "storage",
+        "max_client_connections",
+    ),
 }
 
 
