@@ -23,7 +23,7 @@ from typing import Final
 
 from mirror.cli.doctor.findings import Checked, Finding
 from mirror.cli.doctor.runtimes import Command, Node, Runtime, find_runtimes
-from mirror.cli.own_server import OwnServer
+from mirror.cli.own_server import OwnServer, ServerResponse
 from mirror.oci.text import printable
 
 _PROBE: Final = "oci-mirror-check/probe"
@@ -115,13 +115,21 @@ def _check_mirror(
         with contextlib.suppress(OSError, ValueError):
             response = mirror.get(f"/v2/{_PROBE}/manifests/{secrets.token_hex(16)}?ns={registry}")
             if response.status != 200:
-                yield (
-                    Checked("mirror", f"{mirror.url} {registry}").problem(
-                        f"it does not serve this registry (status {response.status})",
-                        f"add upstreams.{registry} to its configuration, and reload it (SIGHUP)",
-                    ),
-                    registry,
-                )
+                yield _why_unserved(mirror, registry, response), registry
+
+
+def _why_unserved(mirror: OwnServer, registry: str, response: ServerResponse) -> Finding:
+    """Return the finding for a registry of which the mirror does not serve the probe image."""
+    subject = Checked("mirror", f"{mirror.url} {registry}")
+    if b"NAME_UNKNOWN" in response.body:
+        return subject.problem(
+            "it is not configured for this registry",
+            f"add upstreams.{registry} to its configuration, and reload it (SIGHUP)",
+        )
+    return subject.problem(
+        f"it does not serve the probe image (status {response.status})",
+        "update the mirror to this version, and read its log",
+    )
 
 
 def _check_pull(node: Node, mirror: OwnServer, runtime: Runtime, registry: str) -> Finding:

@@ -95,6 +95,20 @@ async def test_mirror_that_does_not_respond_or_is_another_server_is_a_problem(
         assert "no oci-mirror" in found[f"mirror {url}"].message
 
 
+async def test_registry_and_version_that_cannot_serve_the_probe_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path / "data") as server:
+        found = await check(install(tmp_path, "pass"), server.url, "unknown.example")
+        finding = found[f"mirror {server.url} unknown.example"]
+        assert "upstreams.unknown.example" in finding.remedy
+    page = b"HTTP/1.1 404 Not Found\r\nServer: oci-mirror\r\nContent-Length: 2\r\n\r\n{}"
+    async with serve_page(page) as url:
+        found = await check(install(tmp_path, "pass"), url)
+        assert "does not serve the probe image" in found[f"mirror {url} docker.io"].message
+        assert "pull cri docker.io" not in found
+
+
 async def test_runtime_that_is_not_installed_is_a_problem(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as server:
         found = await check(Node({"PATH": os.devnull}), server.url)
