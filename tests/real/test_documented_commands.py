@@ -52,6 +52,8 @@ FILES: Final = {
     ),
 }
 """Files that examples read -> their text."""
+HISTORY: Final = ("history", "rollback")
+"""Commands that need what a tag was, which `forget` and `rm` in earlier examples remove."""
 ALWAYS: Final = ("docker.io/library/nginx:1.27", "ghcr.io/org/app:v1")
 """Images that the server has for every example."""
 
@@ -121,23 +123,22 @@ class Site:
         self.directory = directory
         self.registry = registry
         self.mirror = mirror
-        self.digests: dict[str, tuple[str, str]] = {}
-        """Whole name of an image -> its earlier and its current digest."""
+        self.versions: dict[str, list[images.Image]] = {}
+        """Whole name of an image -> what its tag was, and what it is."""
 
     def fill(self, name: ImageName) -> None:
-        """Push an image twice, and pull it through the server each time."""
-        if str(name) in self.digests:
-            self._pull(name, *self.digests[str(name)])
-            return
-        path, tag = name.repository.path, str(name.reference)
-        digests = []
-        for version in (1, 2):
-            seed = 1000 + 2 * len(self.digests) + version
-            image = images.image(seed, layers=(3000, 20_000))
-            self.registry.push(path, image, tag)
+        """Push an image twice, and pull it through the server each time: its tag has a history."""
+        names = list(self.versions)
+        number = names.index(str(name)) if str(name) in names else len(names)
+        versions = [images.image(1000 + 2 * number + n, layers=(3000, 20_000)) for n in (0, 1)]
+        self.versions[str(name)] = versions
+        for image in versions:
+            self.registry.push(name.repository.path, image, str(name.reference))
             self._pull(name)
-            digests.append(image.digest)
-        self.digests[str(name)] = (digests[0], digests[1])
+
+    def refill(self, name: ImageName) -> None:
+        """Pull an image again, which an earlier example may have removed."""
+        self._pull(name, *(image.digest for image in self.versions[str(name)]))
 
     def _pull(self, name: ImageName, *digests: str) -> None:
         """Pull as containerd does: the tag, the manifest by digest, its blobs."""
@@ -159,12 +160,12 @@ class Site:
         for word in words_of(command):
             name, at, _ = word.partition("@")
             for known in (name, f"{name}:latest", f"docker.io/library/{name}"):
-                named = known if known in self.digests else named
-            earlier, current = self.digests[named]
+                named = known if known in self.versions else named
+            earlier, current = self.versions[named]
             if at:
-                word = f"{name}@{current}"
+                word = f"{name}@{current.digest}"
             elif _DIGEST.fullmatch(word):
-                word = earlier
+                word = earlier.digest
             arguments.append(word)
         return arguments
 
@@ -181,9 +182,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_text(text)
             filled = Site(directory, registry, mirror)
-            for block in BLOCKS:
-                for name in images_of(block.commands):
-                    filled.fill(name)
+            for name in images_of(tuple(one for block in BLOCKS for one in block.commands)):
+                filled.fill(name)
             yield filled
 
 
@@ -205,8 +205,9 @@ def test_examples_of_a_document_run(
     monkeypatch.delenv("OCI_MIRROR_CONFIG", raising=False)
     failures = []
     for block in (one for one in BLOCKS if one.document == document):
+        has_to_have_history = any(words_of(one)[0] in HISTORY for one in block.commands)
         for name in images_of(block.commands):
-            site.fill(name)  # An earlier example may have removed it.
+            (site.fill if has_to_have_history else site.refill)(name)
         for command in block.commands:
             arguments = site.arguments(command)
             if why_not_run(arguments) is not None:
@@ -218,7 +219,7 @@ def test_examples_of_a_document_run(
             elif "--json" in arguments:
                 errors = errors_of(arguments[0], said.out)
                 failures += [(block.line, command, line, error) for line, error in errors]
-    assert failures == []
+    assert failures == [], "\n".join(map(str, failures))
 
 
 def errors_of(command: str, output: str) -> list[tuple[str, str]]:
