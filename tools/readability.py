@@ -64,6 +64,7 @@ HELP: Final[dict[str, str]] = {
 
 SAME_SENSE: Final[dict[str, str]] = {
     "module __init__": "every package has one",
+    "function add_parser": "each command of the command line has one",
     "module health": "the command asks the server's own health report",
     "module errors": "web/errors.py renders the errors that oci/errors.py defines",
     "constant GARBAGE": "exceptions that malformed input raises in the parser of that module",

@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import completion, du, in_use, ls, marking, show
+from mirror.cli.doctor import command as doctor
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    completion.add_parser,
+    doctor.add_parser,
+    du.add_parser,
+    in_use.add_parser,
+    ls.add_parser,
+    marking.add_parser,
+    show.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

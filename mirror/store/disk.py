@@ -20,6 +20,8 @@ or damaged file.
     index/                   databases of the index
     eviction.lock            its ``flock`` means that an eviction runs
     index.json.lock          its ``flock`` means that ``index.json`` is being written
+    marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
+    marks.lock               its ``flock`` means that ``marks.json`` is being changed
     totals                   the running total of all processes (see :mod:`mirror.store.space`)
 
 ``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
@@ -97,6 +99,16 @@ class Layout:
     def eviction_lock(self) -> Path:
         """The file whose lock is held while an eviction runs."""
         return self.root / "eviction.lock"
+
+    @property
+    def marks(self) -> Path:
+        """The file of the operator's marks."""
+        return self.root / "marks.json"
+
+    @property
+    def marks_lock(self) -> Path:
+        """The file whose lock is held while the marks are changed, or must not be."""
+        return self.root / "marks.lock"
 
     @property
     def totals(self) -> Path:
@@ -444,10 +456,18 @@ def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: i
     fcntl.flock(fd, fcntl.LOCK_SH)
     source.rename(target)
     try:
-        os.fsync(directory)
+        sync_directory(directory)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(fd: int) -> None:
+    """Make a rename in an open directory durable, if its file system can. Raises ``OSError``."""
+    try:
+        os.fsync(fd)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
-            target.unlink(missing_ok=True)
             raise
 
 

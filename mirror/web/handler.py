@@ -59,6 +59,7 @@ from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
 from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
 from mirror.web.health import Health
+from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -102,6 +103,7 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
+        self._probe_image = ProbeImage()
         self.stored_responses = StoredResponses(health, emit)
         """Responses that are reused, so that their requests do not come here."""
         self.configure(settings)
@@ -234,6 +236,11 @@ class Handler:
         path, _, query = pull.path.partition("?")
         parsed = self._parse(request.method, path, query, self._named_by_host(request))
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
+        if (
+            isinstance(parsed, paths.RepositoryRequest)
+            and parsed.repository.path == PROBE_REPOSITORY
+        ):
+            return self._send_probe(parsed, pull)
         match parsed:
             case paths.ManifestRequest():
                 return await self._send_manifest(parsed, request, pull)
@@ -262,6 +269,32 @@ class Handler:
                 return web.Response(body=text, headers=headers)
             case unknown:
                 assert_never(unknown)
+
+    def _send_probe(
+        self, parsed: paths.RepositoryRequest, pull: RequestRecord
+    ) -> web.StreamResponse:
+        """Send a part of the probe image. It counts as a ping, and is not stored for reuse."""
+        match parsed:
+            case paths.ManifestRequest():
+                content = self._probe_image.manifest(parsed.reference)
+            case paths.BlobRequest():
+                content = self._probe_image.blob(parsed.digest)
+            case paths.TagsRequest():
+                name = parsed.prefix + parsed.repository.path
+                tags = {"name": name, "tags": self._probe_image.pulled_nonces()}
+                return _build_json_response(json.dumps(tags).encode(), pull)
+            case paths.ReferrersRequest():
+                raise NotFound("the probe image has no referrers")
+            case unknown:
+                assert_never(unknown)
+        headers = {
+            **common_headers(pull),
+            "Content-Type": content.media_type,
+            "Docker-Content-Digest": str(content.digest),
+            "ETag": f'"{content.digest}"',
+            "Cache-Control": "no-store",
+        }
+        return web.Response(body=content.body, headers=headers)
 
     async def _send_manifest(
         self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: RequestRecord

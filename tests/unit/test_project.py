@@ -300,7 +300,7 @@ def test_release_guide_names_every_place_of_the_version() -> None:
         for name in ("pyproject.toml", "mirror/__init__.py", "docker-compose.yml")
         if re.search(rf"[\"':]\s*{re.escape(__version__)}\b|:{re.escape(__version__)}", read(name))
     }
-    places.add("config/kubernetes/kustomization.yaml")
+    places |= {str(path.relative_to(ROOT)) for path in ROOT.glob("config/*/kustomization.yaml")}
     assert places == set(re.findall(r"^\s*\| `([\w./-]+)` \|", guide, re.MULTILINE))
 
 

@@ -1,0 +1,161 @@
+"""The names of images, as the index has them.
+
+Lives here: from the rows of the index to one name after another. Must not know: which content is on
+disk, databases.
+
+Tag records are read here without :func:`mirror.store.records.load_tag`, and all at once: 10,000
+take half as long. The rule is the same: a malformed record is a missing record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mirror.inventory.model import DigestText
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
+
+
+@dataclass(frozen=True, slots=True)
+class TagName:
+    """A tag in the index."""
+
+    repository: Repository
+    tag: Tag
+    digests: tuple[DigestText, ...]
+    """The current digest, and the earlier ones, newest first."""
+    variant: str = ""
+    """See :attr:`mirror.inventory.model.Image.variant`."""
+    checked: float | None = None
+    """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name whose manifest is on disk."""
+
+    repository: Repository
+    tag: Tag | None
+    """None: a digest that was pulled, and that no tag of the repository has now."""
+    digest: Digest
+    """The newest manifest of it on disk."""
+    current: Digest
+    """The manifest that the upstream has named last."""
+    variant: str = ""
+    """See :attr:`mirror.inventory.model.Image.variant`."""
+    checked: float | None = None
+    """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+
+    @property
+    def text(self) -> str:
+        """The image reference, as in :attr:`mirror.inventory.model.Image.name`."""
+        if self.tag is None:
+            return f"{self.repository}@{self.digest}"
+        return f"{self.repository}:{self.tag}"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """All names in the index."""
+
+    tags: list[TagName]
+    manifests: dict[str, str]
+    """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
+
+    def images(self, present: Container[DigestText]) -> list[Name]:
+        """Return the names whose manifest is on disk, each once.
+
+        A variant of a tag (see :attr:`mirror.inventory.model.Image.variant`) is a name of its own
+        if its manifest is another one.
+        """
+        found: dict[str, Name] = {}
+        tagged: set[str] = set()
+        for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
+            text = next((one for one in row.digests if one in present), None)
+            if text is None:
+                continue
+            repository, tag = row.repository, row.tag
+            key = f"{repository}:{tag}@{text}"
+            if key not in found:
+                digest = Digest.parse(text)
+                current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
+                found[key] = Name(repository, tag, digest, current, row.variant, row.checked)
+                tagged.add(f"{repository}@{text}")
+        for key in self.manifests:
+            name, _, text = key.partition("@")
+            if text in present and key not in tagged:
+                digest, untagged = Digest.parse(text), repository_of(name)
+                if untagged is not None:
+                    found[key] = Name(untagged, None, digest, digest)
+        return list(found.values())
+
+    def media_type(self, name: Name) -> str:
+        """Return the media type that a source has stated for a manifest. Empty: none has."""
+        record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
+        return "" if record is None else record.media_type
+
+
+def load_names(rows: Iterable[tuple[str, str]]) -> Names:
+    """Return the names in (key, text) rows of the index. Malformed rows are passed over."""
+    names = Names([], {})
+    tags: list[tuple[str, str]] = []
+    for key, text in rows:
+        if "@" in key:
+            names.manifests[key] = text
+        elif ":" in key:  # Other keys, such as that of the pins, are about no content.
+            tags.append((key, text))
+    repositories: dict[tuple[str, str], Repository] = {}
+    for (key, _), document in zip(tags, _parse_all([text for _, text in tags]), strict=True):
+        with suppress(*MALFORMED):
+            names.tags.append(_to_tag(key, document, repositories))
+    return names
+
+
+def _parse_all(texts: list[str]) -> list[Any]:
+    """Parse JSON texts. One that is malformed is None."""
+    try:
+        documents: list[Any] = json.loads(f"[{','.join(texts)}]")
+    except MALFORMED:
+        documents = []
+    return documents if len(documents) == len(texts) else list(_parse_each(texts))
+
+
+def _parse_each(texts: Iterable[str]) -> Iterator[Any]:
+    for text in texts:
+        try:
+            yield json.loads(text)
+        except MALFORMED:
+            yield None
+
+
+def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Repository]) -> TagName:
+    """Return a tag record as a name. Raises ``MALFORMED``."""
+    place = document["upstream"], document["repository"]
+    repository = repositories.get(place)
+    if repository is None:
+        repository = repositories[place] = Repository.parse(*place)
+    tag, checked = Tag.parse(document["tag"]), document["confirmed"]
+    if type(checked) not in (int, float) or not math.isfinite(checked):
+        raise ValueError("not a time")
+    digests = dict.fromkeys((document["digest"], *(earlier[0] for earlier in document["ledger"])))
+    # Only one that is on disk is used, so an earlier one needs no check.
+    Digest.parse(document["digest"])
+    variant = key.removeprefix(f"{repository}:{tag}")
+    # A restored record has the time zero: the upstream has not confirmed it since.
+    return TagName(repository, tag, tuple(digests), variant, checked or None)
+
+
+def saved_names(saved: Iterable[NamedManifest]) -> Names:
+    """Return the names in ``index.json``, from which the next server restores a lost index."""
+    names = Names([], {})
+    for named in saved:
+        digest = str(named.digest)
+        names.manifests.setdefault(f"{named.repository}@{digest}", "")
+        if named.tag is not None:
+            names.tags.append(TagName(named.repository, named.tag, (digest,), named.variant))
+    return names
