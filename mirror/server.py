@@ -29,6 +29,8 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
+from mirror.operations.prefetch import PrefetchJob
+from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
@@ -53,6 +55,11 @@ _INDEX_INTERVAL_S: Final = 5.0
 this time."""
 _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
+_PREFETCH_CHECK_S: Final = 30.0
+"""Seconds between two looks whether an entry of prefetch is to run: half of the shortest interval
+that it may have."""
+_RETENTION_CHECK_S: Final = 60.0
+"""Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
@@ -260,7 +267,7 @@ async def start_server(
             else ReusingServer(handler, handler.stored_responses, **options)
         )
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(mirror, certificate, emit)
+        _start_housekeeping(mirror, certificate, emit, now)
         context = certificate.context if certificate is not None else None
         listening = await asyncio.get_running_loop().create_server(
             server,
@@ -279,9 +286,16 @@ async def start_server(
             await server.shutdown(_SHUTDOWN_TIMEOUT_S)
 
 
-def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: Observer) -> None:
-    """Start the periodic jobs. ``certificate``: None without TLS."""
+def _start_housekeeping(
+    mirror: Mirror,
+    certificate: Certificate | None,
+    emit: Observer,
+    now: Callable[[], float],
+) -> None:
+    """Start the periodic jobs. ``certificate``: None without TLS. The rest as of the caller."""
     store = mirror.store
+    retention = RetentionJob(store.layout, emit)
+    prefetch = PrefetchJob(mirror, emit)
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
         mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
@@ -290,6 +304,12 @@ def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: O
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
     start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
+    start(
+        "retention",
+        _RETENTION_CHECK_S,
+        lambda: retention.run_if_due(mirror.settings, now()),
+    )
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
 

@@ -54,6 +54,7 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
+@common.collector_paused()
 def run(arguments: argparse.Namespace) -> int:
     """Run ``du``. Returns the exit code."""
     settings = load_settings(arguments)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,21 @@ if TYPE_CHECKING:
     from mirror.inventory.model import Inventory
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Run the block without garbage collections.
+
+    They would look at a million objects several times, and none of these is garbage.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def read(settings: Settings) -> Inventory:
     """Read the inventory of the data directory.
 
@@ -30,9 +47,6 @@ def read(settings: Settings) -> Inventory:
     from mirror.store.disk import Layout
     from mirror.store.marks import read_marks
 
-    # The collector would look at a million objects several times, none of which is garbage. The
-    # process ends soon.
-    gc.disable()
     layout = Layout(Path(settings.data_dir))
     if not layout.root.is_dir():
         raise CommandFailed(

@@ -71,6 +71,7 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
+@common.collector_paused()
 def run(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]

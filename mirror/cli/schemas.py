@@ -28,6 +28,58 @@ def _row(**fields: Any) -> RowSchema:
 _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
+_NUMBER_OF: Final = {"type": "integer", "minimum": 0}
+_DIGEST: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
+_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST, {"type": "null"}]}
+_TIME_OR_NULL: Final = {
+    "type": ["string", "null"],
+    "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$",
+}
+_TEXTS: Final = {"type": "array", "items": _TEXT}
+_CONTENT_TYPE: Final = {"enum": ["index", "manifest", "config", "layer", "referrer", "other"]}
+_FILE_TYPE: Final = {
+    "enum": [*_CONTENT_TYPE["enum"], "fetching", "unfinished", "damaged"],
+}
+_STATE: Final = {"enum": ["complete", "partial", "stale", "pinned", "frozen", "leased", "blocked"]}
+
+_GROUP_USAGE: Final = _row(
+    kind={"enum": ["upstream", "repository"]},
+    name=_TEXT,
+    images=_NUMBER_OF,
+    contents=_NUMBER_OF,
+    size=_NUMBER_OF,
+    shared=_NUMBER_OF,
+    unique=_NUMBER_OF,
+    last_used=_TIME_OR_NULL,
+)
+_TYPE_USAGE: Final = _row(
+    kind={"const": "type"},
+    type=_FILE_TYPE,
+    total=_NUMBER_OF,
+    active=_NUMBER_OF,
+    size=_NUMBER_OF,
+    reclaimable=_NUMBER_OF,
+)
+_SECONDS: Final = {"type": "number", "minimum": 0}
+_CLEANED: Final = _row(
+    action={"enum": ["removed", "kept"]},
+    kind={"enum": ["image", "content", "leftover", "quarantine", "response"]},
+    name=_TEXT_OR_NULL,
+    digest=_DIGEST_OR_NULL,
+    bytes=_NUMBER_OF,
+    count=_NUMBER_OF,
+    why=_TEXT,
+)
+_NEXT_EVICTION: Final = _row(
+    kind={"const": "eviction"},
+    digest=_DIGEST,
+    type=_FILE_TYPE,
+    size=_NUMBER_OF,
+    last_used=_TIME_OR_NULL,
+    why=_TEXT,
+    images=_TEXTS,
+)
+
 SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "doctor": _row(
         check=_TEXT,
@@ -35,6 +87,84 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         status={"enum": ["ok", "warning", "problem"]},
         message=_TEXT,
         remedy=_TEXT_OR_NULL,
+    ),
+    "du": {"oneOf": [_TYPE_USAGE, _GROUP_USAGE, _NEXT_EVICTION]},
+    "forget": _row(
+        image=_TEXT,
+        tags=_TEXTS,
+        manifests=_NUMBER_OF,
+        blobs=_NUMBER_OF,
+        refusals=_NUMBER_OF,
+        error=_TEXT_OR_NULL,
+    ),
+    "gc": _CLEANED,
+    "ls": _row(
+        name=_TEXT,
+        kind={"enum": ["image", "referrer"]},
+        upstream=_TEXT,
+        repository=_TEXT,
+        tag=_TEXT_OR_NULL,
+        digest=_DIGEST,
+        current_digest=_DIGEST,
+        platforms=_TEXTS,
+        missing_platforms=_TEXTS,
+        size=_NUMBER_OF,
+        unique=_NUMBER_OF,
+        last_used=_TIME_OR_NULL,
+        checked=_TIME_OR_NULL,
+        state={"type": "array", "items": _STATE, "minItems": 1},
+        missing_parts=_NUMBER_OF,
+        missing_bytes=_NUMBER_OF,
+        stale_why=_TEXT_OR_NULL,
+        blocked_why=_TEXT_OR_NULL,
+        subject=_DIGEST_OR_NULL,
+        accept=_TEXT_OR_NULL,
+    ),
+    "prune": _CLEANED,
+    "refresh": _row(
+        image=_TEXT,
+        state={"enum": ["moved", "unchanged", "new", "failed"]},
+        digest=_TEXT_OR_NULL,
+        previous=_TEXT_OR_NULL,
+        previous_confirmed=_TIME_OR_NULL,
+        error=_TEXT_OR_NULL,
+    ),
+    "rm": _CLEANED,
+    "show": _row(
+        image=_TEXT,
+        depth=_NUMBER_OF,
+        type=_CONTENT_TYPE,
+        digest=_DIGEST,
+        parent=_DIGEST_OR_NULL,
+        media_type=_TEXT_OR_NULL,
+        artifact_type=_TEXT_OR_NULL,
+        platform=_TEXT_OR_NULL,
+        size=_NUMBER_OF,
+        is_here={"type": "boolean"},
+        name=_TEXT_OR_NULL,
+        shared_with=_TEXTS,
+    ),
+    "verify": _row(
+        problem={"enum": ["damaged", "unreadable", "incomplete"]},
+        image=_TEXT_OR_NULL,
+        digest=_DIGEST,
+        bytes=_NUMBER_OF,
+        what=_TEXT,
+        command=_TEXT_OR_NULL,
+        is_mended={"type": "boolean"},
+    ),
+    "warm": _row(
+        image=_TEXT,
+        digest=_TEXT_OR_NULL,
+        state={"enum": ["complete", "failed"]},
+        error=_TEXT_OR_NULL,
+        contents=_NUMBER_OF,
+        bytes=_NUMBER_OF,
+        added=_NUMBER_OF,
+        added_bytes=_NUMBER_OF,
+        referrers=_NUMBER_OF,
+        missing_platforms=_TEXTS,
+        seconds=_SECONDS,
     ),
 }
 """Command -> the schema of one line of its ``--json``."""

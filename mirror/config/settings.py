@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
@@ -19,6 +19,8 @@ from yarl import URL
 from mirror.config import values
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Tls as Tls
+from mirror.config.prefetch import Prefetch as Prefetch
+from mirror.config.retention import RetentionRule as RetentionRule
 from mirror.config.section import (
     Duration,
     FilePath,
@@ -303,6 +305,18 @@ class Settings(Section):
     """The log lines on standard output."""
     storage: Storage = Storage()
     """How much content is kept, in how much memory, and how long its verification is valid."""
+    prefetch: tuple[Prefetch, ...] = ()
+    """
+    Images that the server fetches ahead, again and again, each entry with images, tags, newest,
+    platforms, referrers and interval.
+    """
+    retention: tuple[RetentionRule, ...] = ()
+    """
+    Rules that remove images, each with match, older_than, keep_last and tags. Pinned, frozen and
+    leased images stay. Empty: only eviction removes content.
+    """
+    retention_interval: PositiveDuration = 21600.0
+    """Time between two runs of the rules of retention, by one process of a data directory."""
     default_upstream: Annotated[str, AfterValidator(values.usual_name)] = "docker.io"
     """
     Upstream for clients that cannot name one, such as Docker with registry-mirrors.
@@ -345,6 +359,15 @@ class Settings(Section):
                         )
         return self
 
+    @model_validator(mode="after")
+    def _check_prefetch(self) -> Self:
+        for number, entry in enumerate(self.prefetch):
+            for index, name in enumerate(entry.upstreams()):
+                if name not in self.upstreams:
+                    path = ("prefetch", number, "images", index)
+                    raise key_error(path, f"{name} is not one of upstreams")
+        return self
+
     def upstream_names(self) -> dict[str, str]:
         """Return each name by which a request may call an upstream, to the upstream's own name."""
         aliases = {upstream.alias_of(name): name for name, upstream in self.upstreams.items()}
@@ -369,11 +392,15 @@ class Settings(Section):
 
 
 def section_type(model: type[Section], key: str) -> type[Section] | None:
-    """Return the type of a key that is a section, also of ``Tls | None``; None for a plain value.
+    """Return the type of a key that is a section, also of ``Tls | None``.
+
+    None for a plain value, and for a list of sections.
 
     For ``upstreams`` this is the type of one entry.
     """
     annotation = model.model_fields[key].annotation
+    if get_origin(annotation) is tuple:
+        return None
     options = get_args(annotation) or (annotation,)
     return next(
         (one for one in options if isinstance(one, type) and issubclass(one, Section)), None

@@ -135,6 +135,7 @@ class _Builder:
             current=name.current,
             variant=name.variant,
             checked=name.checked,
+            first_seen=name.first_seen,
             used=max(
                 [status[one][1] for one in (root, *parts.children) if one in status], default=0
             ),

@@ -152,6 +152,8 @@ class Image:
     """Media types of the clients that get this manifest. Empty: clients that accept all."""
     checked: float | None = None
     """When the upstream last confirmed the tag. None: never, or not a tag."""
+    first_seen: float = 0.0
+    """When the digest was first seen under a tag of the repository. Zero: not known."""
     used: float = 0.0
     """Last use of its manifests."""
     platforms: tuple[str, ...] = ()

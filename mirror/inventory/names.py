@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from mirror.inventory.model import DigestText
@@ -27,8 +28,9 @@ class TagName:
 
     repository: Repository
     tag: Tag
-    digests: tuple[DigestText, ...]
-    """The current digest, and the earlier ones, newest first."""
+    digests: Mapping[DigestText, object]
+    """The current digest, and the earlier ones, newest first -> when it was first seen, in seconds
+    since the epoch. Anything else: not known."""
     variant: str = ""
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
@@ -50,6 +52,8 @@ class Name:
     """See :attr:`mirror.inventory.model.Image.variant`."""
     checked: float | None = None
     """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+    first_seen: float = 0.0
+    """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
 
     @property
     def text(self) -> str:
@@ -83,21 +87,43 @@ class Names:
             key = f"{repository}:{tag}@{text}"
             if key not in found:
                 digest = Digest.parse(text)
-                current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
-                found[key] = Name(repository, tag, digest, current, row.variant, row.checked)
+                latest = next(iter(row.digests))
+                current = digest if text == latest else Digest.parse(latest)
+                seen = _time(row.digests[text])
+                found[key] = Name(repository, tag, digest, current, row.variant, row.checked, seen)
                 tagged.add(f"{repository}@{text}")
+        first_seen = self._first_seen()
         for key in self.manifests:
             name, _, text = key.partition("@")
             if text in present and key not in tagged:
                 digest, untagged = Digest.parse(text), repository_of(name)
                 if untagged is not None:
-                    found[key] = Name(untagged, None, digest, digest)
+                    seen = _time(first_seen.get(key))
+                    found[key] = Name(untagged, None, digest, digest, first_seen=seen)
         return list(found.values())
+
+    def _first_seen(self) -> dict[str, object]:
+        """Return when the digests that tags had earlier were first seen, by repository@digest."""
+        return {
+            f"{row.repository}@{text}": at
+            for row in self.tags
+            for text, at in islice(row.digests.items(), 1, None)
+        }
 
     def media_type(self, name: Name) -> str:
         """Return the media type that a source has stated for a manifest. Empty: none has."""
         record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
         return "" if record is None else record.media_type
+
+    def add_saved(self, saved: Iterable[NamedManifest]) -> None:
+        """Add the names in ``index.json`` that the index lacks, as the next server does."""
+        known = {f"{row.repository}:{row.tag}{row.variant}" for row in self.tags}
+        for named in saved:
+            digest = str(named.digest)
+            self.manifests.setdefault(f"{named.repository}@{digest}", "")
+            if named.tag is not None and f"{named.name}{named.variant}" not in known:
+                tag = TagName(named.repository, named.tag, {digest: None}, named.variant)
+                self.tags.append(tag)
 
 
 def load_names(rows: Iterable[tuple[str, str]]) -> Names:
@@ -142,20 +168,18 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     tag, checked = Tag.parse(document["tag"]), document["confirmed"]
     if type(checked) not in (int, float) or not math.isfinite(checked):
         raise ValueError("not a time")
-    digests = dict.fromkeys((document["digest"], *(earlier[0] for earlier in document["ledger"])))
+    digests: dict[DigestText, object] = {document["digest"]: document.get("first_seen")}
+    for text, first_seen, *_ in document["ledger"]:
+        digests.setdefault(text, first_seen)
     # Only one that is on disk is used, so an earlier one needs no check.
     Digest.parse(document["digest"])
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
-    return TagName(repository, tag, tuple(digests), variant, checked or None)
+    return TagName(repository, tag, digests, variant, checked or None)
 
 
-def saved_names(saved: Iterable[NamedManifest]) -> Names:
-    """Return the names in ``index.json``, from which the next server restores a lost index."""
-    names = Names([], {})
-    for named in saved:
-        digest = str(named.digest)
-        names.manifests.setdefault(f"{named.repository}@{digest}", "")
-        if named.tag is not None:
-            names.tags.append(TagName(named.repository, named.tag, (digest,), named.variant))
-    return names
+def _time(value: object) -> float:
+    """Return a time of a record. Zero if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return 0.0
+    return float(value)

@@ -14,7 +14,7 @@ from mirror.inventory.images import OnDisk, build_inventory
 from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.manifest_reader import read_manifests
 from mirror.inventory.model import DigestText, Inventory
-from mirror.inventory.names import load_names, saved_names
+from mirror.inventory.names import load_names
 from mirror.inventory.scan import list_contents, scan, stat_contents
 from mirror.store.disk import Layout
 from mirror.store.image_layout import read_index_json
@@ -41,15 +41,17 @@ def read_inventory(
         now: Seconds since the epoch.
 
     Raises:
-        IndexUnreadable: There is an index, and it cannot be read. (A lost one is replaced by the
-            names in ``index.json``.)
+        IndexUnreadable: There is an index, and it cannot be read. (Of a lost one, the names are
+            those in ``index.json``.)
         OSError: A directory cannot be listed.
         ValueError: The index is lost, and ``index.json`` is damaged.
     """
     # The directories come first: content that is named meanwhile is not taken for an orphan.
     present = list_contents(layout)
-    rows = read_names(layout)
-    names = load_names(rows) if rows else saved_names(read_index_json(layout))
+    rows, is_all = read_names(layout)
+    names = load_names(rows)
+    if not is_all:
+        names.add_saved(read_index_json(layout))
     found = names.images(present)
     by_root = {str(name.digest): name for name in found}
 

@@ -305,6 +305,28 @@ class Evicted:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchEnded:
+    """A run of an entry of prefetch has ended. ``bytes``: how many were fetched."""
+
+    complete: int
+    """Images that are complete on disk."""
+    failed: int
+    bytes: int
+    is_ok: bool
+    """Whether all images of the entry were found, and are complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionEnded:
+    """A run of the retention rules has removed ``images``, and freed ``bytes``."""
+
+    images: int
+    bytes: int
+    is_ok: bool
+    """Whether it came to its end."""
+
+
+@dataclass(frozen=True, slots=True)
 class Uncached:
     """A pull was served, but its content was not stored.
 
@@ -401,6 +423,8 @@ Event: TypeAlias = (
     | DigestMismatched
     | Reverified
     | Evicted
+    | PrefetchEnded
+    | RetentionEnded
     | Uncached
     | Published
     | StorageMeasured

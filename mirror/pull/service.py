@@ -95,6 +95,7 @@ class PullService:
         pull: RequestRecord,
         *,
         is_head: bool,
+        is_refresh: bool = False,
     ) -> ManifestResult:
         """Serve a manifest.
 
@@ -104,6 +105,8 @@ class PullService:
             accept: Media types of the client's ``Accept`` header. Empty if it sent none.
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the body of the result may be None.
+            is_refresh: True to ask the upstream for a tag also if the cached one is fresh, or if a
+                404 is remembered, and to serve nothing stale.
 
         Returns:
             The manifest, byte for byte as the upstream sent it.
@@ -120,7 +123,9 @@ class PullService:
         if isinstance(reference, Tag):
             frozen = self.restrictions.frozen.get((repository, reference))
             if frozen is None:
-                return await self._by_tag(TagRequest(repository, reference, pull, accept, is_head))
+                return await self._by_tag(
+                    TagRequest(repository, reference, pull, accept, is_head, is_refresh)
+                )
             reference = frozen
             self._apply(admit_digest(reference, self.restrictions), pull)
         request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)

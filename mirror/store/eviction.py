@@ -16,9 +16,9 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -31,11 +31,20 @@ from mirror.store.disk import Layout
 from mirror.store.pace import Pace
 from mirror.store.protection import Protection, ProtectionUnknown
 from mirror.store.quarantine import quarantine_size, trim_quarantine
+from mirror.store.removal import (
+    BLOCK_BYTES,
+    MARKS_PAUSE_S,
+    Candidate,
+    Removal,
+    batches,
+    drop_leftover,
+    eviction_locked,
+    find_leftovers,
+    remove_batch,
+)
 from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
 from mirror.threads import on_running_loop
 
-_BLOCK_BYTES: Final = 512
-"""Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
 _EVICTION_LOCK_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process that evicts, counted from its last freed byte."""
 _HOLD_OFF_FACTOR: Final = 20.0
@@ -44,11 +53,8 @@ full of pinned content spends at most a twentieth of the time on looking for mor
 _LOCK_HOLD_OFF_S: Final = 1.0
 """Seconds without an eviction after an error, or after another process did not release its lock in
 time."""
-_FLUSH_CONTENTS: Final = 64
-"""Contents that are removed between two reports to the fetches that wait: about 5 ms. No command
-can set a mark meanwhile."""
-_MARKS_PAUSE_S: Final = 0.003
-"""Seconds of a pause after that, in which a command that waits sets its mark."""
+_REMOVAL_LOCK_TIMEOUT_S: Final = 30.0
+"""Seconds that a command waits for a process that evicts, and frees nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ class Catalog:
     def _usage_of_ingest(self, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):
             # A leftover counts with the blocks that it takes up, not with its announced size.
-            return Usage(0, 0, reserved=0, leftover=status.st_blocks * _BLOCK_BYTES)
+            return Usage(0, 0, reserved=0, leftover=status.st_blocks * BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
         announced = max(state[0].size or 0, state[0].reserved) if state is not None else 0
         return Usage(
@@ -129,13 +135,6 @@ class Catalog:
             reserved=max(announced, status.st_size),
             unwritten=max(announced - status.st_size, 0),
         )
-
-    def leftovers(self) -> list[Digest]:
-        """Return the ingest files of ended fetches, the oldest first."""
-        oldest_first = sorted((status.st_mtime, digest) for digest, status in self._ingests())
-        return [
-            digest for _, digest in oldest_first if not disk.is_locked(self._layout.ingest(digest))
-        ]
 
     def has_blob(self, digest: Digest) -> bool:
         """Return whether there is whole content of this digest."""
@@ -285,6 +284,29 @@ class Evictor:
             self._scan = self._run(self._scan_if_due, "the usage could not be found")
         return self._scan
 
+    async def remove(self, contents: Iterable[Candidate]) -> Removal:
+        """Remove listed contents, in their order. Evictions take turns with it.
+
+        Content stays if a mark protects it, a client reads it, or a client has used it since it was
+        listed (:class:`Candidate`). Ends early if the store is closed.
+
+        Raises:
+            ProtectionUnknown: It is not known what the marks protect. Nothing more was removed.
+            OSError: Another process does not release the lock, or there are too few descriptors.
+        """
+        removal, protection = Removal(), self._protect()
+        try:
+            for batch in batches(contents):
+                if self._stopping.is_set():
+                    break
+                await self._loop.run_in_executor(
+                    self._thread, self._remove_listed, batch, protection, removal
+                )
+                await asyncio.sleep(MARKS_PAUSE_S)
+        finally:
+            self._report(removal, "removed")
+        return removal
+
     def _run(self, work: Callable[[], None], failed: str) -> asyncio.Future[None]:
         """Run in the thread. Logs an unexpected error under the message ``failed``."""
 
@@ -353,41 +375,8 @@ class Evictor:
         usage = replace(usage, reserved=min(usage.reserved, most))
         return bytes_to_free(usage, need, free_bytes(self._layout.root), self._settings)
 
-    @contextmanager
-    def _locked(self, timeout: float) -> Iterator[bool]:
-        """Hold the eviction lock while the block runs. Yields whether the block may go on.
-
-        It may not if another process has the lock and frees nothing for ``timeout`` seconds, or if
-        there are too few descriptors: then no directory could be listed either. It may without the
-        lock if the disk refuses to create the file. Two processes that evict at once free too much,
-        which is better than nothing.
-        """
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        try:
-            fd = os.open(self._layout.eviction_lock, flags, 0o644)
-        except OSError as error:
-            yield disk.reason_of(error) != "descriptors"
-            return
-        try:
-            yield self._wait_for_lock(fd, timeout)
-        finally:
-            os.close(fd)
-
-    def _wait_for_lock(self, fd: int, timeout: float) -> bool:
-        """Wait until this process has the lock.
-
-        Returns False if the other process has freed nothing for ``timeout`` seconds, or if the
-        store is being closed.
-        """
-        deadline, held = time.monotonic() + timeout, math.inf
-        while not disk.try_lock(fd):
-            usage = self._totals.usage()
-            if usage is not None and usage.total < held:
-                deadline, held = time.monotonic() + timeout, usage.total
-            if time.monotonic() >= deadline or self._stopping.is_set():
-                return False
-            time.sleep(0.02)
-        return True
+    def _locked(self, timeout: float) -> AbstractContextManager[bool]:
+        return eviction_locked(self._layout, self._totals, timeout, self._stopping.is_set)
 
     def _evict(self, free: int, reason: str, protection: Protection) -> bool:
         """Free ``free`` bytes. False if that much could not be freed.
@@ -395,82 +384,50 @@ class Evictor:
         Raises ``ProtectionUnknown``.
         """
         dropped = trim_quarantine(self._layout, keep=0)
-        for digest in self._catalog.leftovers():
+        for leftover in find_leftovers(self._layout):
             if dropped < free:
-                dropped += self._drop_leftover(digest)
+                dropped += drop_leftover(self._layout, leftover.digest)
         self._totals.add(leftover=-dropped)
         self._totals.flush()
-        removed: list[int] = []
+        removal = Removal()
         try:
-            self._evict_contents(free - dropped, protection, removed)
+            self._evict_contents(free - dropped, protection, removal)
         finally:
-            if removed:
-                self._emit(Evicted(len(removed), sum(removed), reason))
-        return dropped + sum(removed) >= free
+            self._report(removal, reason)
+        return dropped + removal.bytes >= free
 
-    def _evict_contents(self, free: int, protection: Protection, removed: list[int]) -> None:
-        """Evict ``free`` bytes of whole content. Appends the size of each content to ``removed``.
+    def _report(self, removal: Removal, reason: str) -> None:
+        if removal.sizes:
+            self._emit(Evicted(len(removal.sizes), removal.bytes, reason))
+
+    def _evict_contents(self, free: int, protection: Protection, removal: Removal) -> None:
+        """Evict ``free`` bytes of whole content. ``removal`` gets the results.
 
         Raises ``ProtectionUnknown``, after any number of contents.
         """
-        in_use: set[Digest] = set()
-        while sum(removed) < free and not self._stopping.is_set():
+        while removal.bytes < free and not self._stopping.is_set():
             blobs = self._catalog.blobs(self._now())
-            staying = protection.digests | in_use
-            chosen = eviction_order(blobs, staying, {}, free - sum(removed))
+            # Other content is evicted in the place of what a client reads.
+            staying = protection.digests | removal.kept.keys()
+            chosen = eviction_order(blobs, staying, {}, free - removal.bytes)
             if not chosen:
                 break
-            for start in range(0, len(chosen), _FLUSH_CONTENTS):
-                some = chosen[start : start + _FLUSH_CONTENTS]
-                # A mark that was set since they were chosen counts.
-                with protection.held():
-                    self._remove(some, protection.digests, removed, in_use)
-                self._totals.flush()
-                time.sleep(_MARKS_PAUSE_S)
+            for batch in batches(chosen):
+                self._remove_batch(batch, protection, removal)
+                time.sleep(MARKS_PAUSE_S)
 
-    def _remove(
-        self,
-        contents: Iterable[StoredBlob],
-        protected: Collection[Digest],
-        removed: list[int],
-        in_use: set[Digest],
+    def _remove_batch(
+        self, batch: Sequence[Candidate], protection: Protection, removal: Removal
     ) -> None:
-        """Remove content that is neither protected nor read. Adds to the last two arguments."""
-        pace = Pace()
-        for blob in contents:
-            if self._stopping.is_set():
-                return
-            pace.keep()
-            if blob.digest in protected:
-                continue
-            if not self._unlink(blob.digest):
-                # A client reads it. Other content is evicted in its place.
-                in_use.add(blob.digest)
-                continue
-            removed.append(blob.size)
-            self._totals.add(count=-1, size=-blob.size)
+        remove_batch(self._layout, self._totals, batch, protection, removal, self._stopping.is_set)
 
-    def _drop_leftover(self, digest: Digest) -> int:
-        """Remove the leftover of an ended fetch, unless a fetch resumes it. Returns its bytes."""
-        try:
-            with disk.open_locked(self._layout.ingest(digest)) as fd:
-                if fd is None:
-                    return 0
-                # A sparse file has more bytes than it takes up.
-                taken = os.fstat(fd).st_blocks * _BLOCK_BYTES
-                disk.drop_state(self._layout, digest)
-                disk.drop_ingest(self._layout, digest, fd)
-                return taken
-        except OSError:
-            return 0
-
-    def _unlink(self, digest: Digest) -> bool:
-        """Unlink whole content, unless a client reads it. True if it was unlinked."""
-        path = self._layout.blob(digest)
-        try:
-            with disk.open_locked(path) as fd:
-                if fd is not None:
-                    path.unlink()
-                return fd is not None
-        except OSError:
-            return False
+    def _remove_listed(
+        self, batch: Sequence[Candidate], protection: Protection, removal: Removal
+    ) -> None:
+        with self._locked(_REMOVAL_LOCK_TIMEOUT_S) as is_locked:
+            if not is_locked:
+                raise TimeoutError(
+                    f"another process has held {self._layout.eviction_lock} for "
+                    f"{_REMOVAL_LOCK_TIMEOUT_S:.0f} s: end it, and try again"
+                )
+            self._remove_batch(batch, protection, removal)

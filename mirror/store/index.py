@@ -28,7 +28,9 @@ from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
 from mirror.store.links import Links, find_links, read_tag
-from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, manifest_key
+from mirror.store.name_records import NameRecords
+from mirror.store.name_removal import RemovedName, read_variants, updates_of
+from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
 from mirror.store.records import (
@@ -88,6 +90,7 @@ class Index:
         self._pending: dict[tuple[str, str], _PendingRow] = {}
         """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
+        self.name_records = NameRecords(self._rows, self._update)
         self._is_checked = False
         self.has_changed = True
         """Whether names have changed since the store last reset this.
@@ -241,7 +244,7 @@ class Index:
             digest: A digest that it may refer to.
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
-        key = _access_key(repository, digest, kind)
+        key = access_key(repository, digest, kind)
         return await self._load(ACCESS, key, load_access_record, None)
 
     async def put_access_records(
@@ -253,7 +256,7 @@ class Index:
         """
         records = list(access_records)
         updates = [
-            (_access_key(repository, record.digest, record.kind), partial(merge_into, new=record))
+            (access_key(repository, record.digest, record.kind), partial(merge_into, new=record))
             for record in records
         ]
         texts = await self._update(ACCESS, updates)
@@ -285,10 +288,22 @@ class Index:
             kind: ``manifest`` or ``blob``. The record of the other kind stays.
         """
         deleted = _replace_by(None)
-        await self._update(ACCESS, [(_access_key(repository, digest, kind), deleted)])
+        await self._update(ACCESS, [(access_key(repository, digest, kind), deleted)])
         if kind == "manifest":
             await self._update(NAMED, [(manifest_key(repository, digest), deleted)])
             self.has_changed = True  # Otherwise a restore from index.json would bring it back.
+
+    async def remove_names(self, removed: Iterable[RemovedName]) -> bool:
+        """Delete the records of names whose content was removed. True if all was written."""
+        names, unanswered = list(removed), None
+        variants = await self._rows.read(partial(read_variants, removed=names), unanswered)
+        if variants is None:
+            return False
+        for table, updates in updates_of(names, variants):
+            if await self._update(table, updates) is None:
+                return False
+        self.has_changed = True  # Otherwise a restore from index.json would bring them back.
+        return True
 
     # --- verification times, marked images ------------------------------------------------------
 
@@ -487,7 +502,3 @@ def _write(
 def _try_write(tables: Tables) -> None:
     tables.write(RESPONSES, "probe", "")
     tables.delete(RESPONSES, "probe")
-
-
-def _access_key(repository: Repository, digest: Digest, kind: str) -> str:
-    return f"{kind} {repository}@{digest}"

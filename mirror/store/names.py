@@ -63,6 +63,11 @@ def manifest_key(repository: Repository, digest: Digest) -> str:
     return f"{repository}@{digest}"
 
 
+def access_key(repository: Repository, digest: Digest, kind: str) -> str:
+    """Return the key of an access record. ``kind``: ``manifest`` or ``blob``."""
+    return f"{kind} {repository}@{digest}"
+
+
 def root_record(named: NamedManifest) -> AccessRecord:
     """Return the access record of a manifest that was pulled by name."""
     return AccessRecord(

@@ -17,8 +17,9 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.store.disk import Layout
 from mirror.store.statements import SELECT_TEXTS
 
+# The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
-"""The table :data:`mirror.store.names.NAMED`. That module is slow to import: it has diskcache."""
+_RESTORED: Final = "restored"
 _BUSY_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash. Reads do not wait for
 writers."""
@@ -28,11 +29,12 @@ class IndexUnreadable(StorageUnavailable):
     """The names in the index cannot be read. That does not mean that there are none."""
 
 
-def read_names(layout: Layout) -> list[tuple[str, str]] | None:
-    """Return (key, text) of all rows about names. It takes 50 ms with 20,000 rows.
+def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
+    """Read all rows about names. It takes 50 ms with 20,000 rows.
 
     Returns:
-        The rows; None if there is no index: it was lost, or no server has run yet.
+        (key, text) of the rows, and whether these are all. They are not if there is no index, or a
+        new one that does not have the names in ``index.json`` yet.
 
     Raises:
         IndexUnreadable: There is one, and it cannot be read.
@@ -40,15 +42,16 @@ def read_names(layout: Layout) -> list[tuple[str, str]] | None:
     path = layout.index / _NAMED / "cache.db"
     try:
         if not path.exists():
-            return None
+            return [], False
         uri = path.absolute().as_uri()
         try:
-            return _select(f"{uri}?mode=ro")
+            rows = _select(f"{uri}?mode=ro")
         except sqlite3.OperationalError:
             # A disk that refuses writes also refuses the file that readers and writers share.
             if path.with_name("cache.db-wal").exists():
                 raise
-            return _select(f"{uri}?mode=ro&immutable=1")
+            rows = _select(f"{uri}?mode=ro&immutable=1")
+        return rows, any(key == _RESTORED for key, _ in rows)
     except (sqlite3.Error, OSError) as error:
         raise IndexUnreadable(
             f"the index cannot be read ({error}): start the server, which repairs it, or check the "

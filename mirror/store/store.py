@@ -97,7 +97,7 @@ class Store:
         self.memory = MemoryBudget(settings.memory)
         self.marks = MarksReader(layout)
         self._emit = emit
-        self._now = now
+        self.now = now
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         # Each kind of blocking work has its own pool, so that none waits for another.
@@ -198,6 +198,14 @@ class Store:
         with suppress(RuntimeError):  # The store is closed.
             self._writing.submit(self._totals.flush)
 
+    def count_dropped(self, size: int) -> None:
+        """Count ``size`` bytes of leftovers and of damaged content that were removed."""
+        self._count(leftover=-size)
+
+    def count_quarantined(self, size: int) -> None:
+        """Count content of ``size`` bytes that another process has moved to ``quarantine/``."""
+        self._observe(Evicted(1, size, "corrupt"))
+
     def _reservations(self) -> tuple[int, int]:
         """Return the bytes that the ingests of this process were granted, and the unwritten ones.
 
@@ -209,7 +217,7 @@ class Store:
 
     def protection(self) -> Protection:
         """Return a new record of what the marks protect, for a thread that removes content."""
-        return Protection(self.layout, self.marks, self._find_links, self._now)
+        return Protection(self.layout, self.marks, self._find_links, self.now)
 
     def _find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
         """Read the index for a thread. None if it fails, or does not answer in time."""
@@ -302,7 +310,7 @@ class Store:
             self._leftovers_removed_at = time.monotonic()
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(
-                self._opening, remove_leftovers, self.layout, self._now(), disk.boot_id()
+                self._opening, remove_leftovers, self.layout, self.now(), disk.boot_id()
             )
 
     async def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.inventory.names import load_names, saved_names
+from mirror.inventory.names import load_names
 from mirror.oci.reference import Digest, Tag
 from mirror.store.records import (
     NamedManifest,
@@ -107,12 +107,22 @@ def test_media_type_is_the_recorded_one() -> None:
 
 
 def test_saved_names_are_tags_that_were_never_checked_and_digests() -> None:
-    saved = [
-        NamedManifest(APP, Tag("v1"), ONE, "a/b", 1),
-        NamedManifest(APP, None, TWO, "a/b", 1),
-    ]
+    names = load_names([])
+    names.add_saved(
+        [NamedManifest(APP, Tag("v1"), ONE, "a/b", 1), NamedManifest(APP, None, TWO, "a/b", 1)]
+    )
 
-    found = saved_names(saved).images(ALL)
+    found = names.images(ALL)
 
     assert [name.text for name in found] == [f"{APP}:v1", f"{APP}@{TWO}"]
     assert found[0].checked is None
+
+
+def test_tag_of_the_index_comes_before_the_saved_one() -> None:
+    names = load_names([tag_row("v1", ONE), manifest_row(ONE)])
+    names.add_saved([NamedManifest(APP, Tag("v1"), TWO, "a/b", 1)])
+
+    assert [(name.text, name.digest) for name in names.images(ALL)] == [
+        (f"{APP}:v1", ONE),
+        (f"{APP}@{TWO}", TWO),
+    ]
