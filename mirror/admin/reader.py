@@ -58,7 +58,7 @@ class Reader:
         self._has_to_forget = False
         self._idle: asyncio.TimerHandle | None = None
 
-    async def ask(self, name: str, **given: Any) -> Any:
+    async def ask(self, name: str, /, **given: Any) -> Any:
         """Return the answer. Raises ``Problem``."""
         async with self._turn:
             try:
@@ -153,7 +153,7 @@ class ReadImages:
 
     async def show(self, image: str) -> Json:
         """Return one image with its tree."""
-        result: Json = await self._reader.ask("show", name=image)
+        result: Json = await self._reader.ask("show", image=image)
         return result
 
     async def usage(self) -> Json:
