@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from mirror.cli import explain, history, savings
 from mirror.cli.arguments import Commands
 
-ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = ()
+ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    explain.add_parser,
+    history.add_parser,
+    savings.add_parser,
+)
 """In the order of ``oci-mirror --help``."""

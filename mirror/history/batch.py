@@ -34,6 +34,12 @@ FetchKey: TypeAlias = tuple[str, str, str, str]
 """Upstream, repository, client, outcome. The last three are empty if no request caused a fetch."""
 
 
+def is_fetched_elsewhere(pull: RequestRecord) -> bool:
+    """Return whether another process has fetched the bytes that were sent: no further fetch."""
+    progress = pull.trace.progress if pull.trace is not None else None
+    return progress is not None and progress.bytes == 0 and pull.bytes_sent > 0
+
+
 class Batch:
     """All that was observed since the last batch, as sums and as rows."""
 
@@ -73,6 +79,8 @@ class Batch:
             outcome, kind = pull.outcome, pull.kind
             if kind is Kind.PING:
                 continue
+            if outcome is Outcome.MISS and is_fetched_elsewhere(pull):
+                outcome = Outcome.JOIN
             key = (
                 *(pull.upstream, pull.repository, pull.client, outcome, kind),
                 *(pull.method, pull.digest),

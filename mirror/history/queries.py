@@ -108,7 +108,8 @@ class HistoryReader:
         *,
         last: int = 20,
         repository: Repository | None = None,
-        reference: str = "",
+        tag: str = "",
+        digest: str = "",
         request_id: str = "",
         client: str = "",
         outcomes: Collection[Outcome] = (),
@@ -119,7 +120,8 @@ class HistoryReader:
         Args:
             last: Number of rows at most.
             repository: Only those for this repository.
-            reference: Only those for this tag or digest.
+            tag: Only those for this tag, or for a digest: these have no tag.
+            digest: Only those for this content.
             request_id: Only the one with this id.
             client: Only those of this address, or of this network (``10.0.0.0/24``).
             outcomes: Only those with one of these outcomes. Empty: all.
@@ -135,9 +137,12 @@ class HistoryReader:
             if value:
                 conditions.append(condition)
                 values.append(value)
-        if reference:
+        if tag:
+            conditions.append("(reference = ? OR instr(reference, ':'))")
+            values.append(tag)
+        if digest:
             conditions.append("(reference = ? OR digest = ?)")
-            values += [reference, reference]
+            values += [digest, digest]
         if outcomes:
             conditions.append(f"outcome IN ({', '.join('?' * len(outcomes))})")
             values += [outcome.value for outcome in outcomes]

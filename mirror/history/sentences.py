@@ -88,6 +88,8 @@ def _miss_reason(pull: StoredPull) -> str:
         )
     if is_tag:
         return "the tag was known, but its manifest was not on the disk: it had been evicted."
+    if pull.is_fetched_elsewhere:
+        return "it was not on the disk, and another process of the mirror fetched it."
     if pull.is_known:
         return (
             "an image of this repository refers to it, but it was not on the disk: it had not been "
@@ -150,7 +152,8 @@ def _rates(pull: StoredPull) -> Iterator[str]:
         if pull.fetched_bytes:
             yield f"The client waited for bytes for {share}: the upstream is the bottleneck."
         else:
-            yield f"The response waited for the disk, or another process's fetch, for {share}."
+            source = "another process's fetch" if pull.is_fetched_elsewhere else "the disk"
+            yield f"The client waited for {source} for {share}."
         return
     rate = _rate(pull.bytes_sent, sending - pull.source_wait)
     yield f"The client read {rate}: the client, or its network, is the bottleneck."

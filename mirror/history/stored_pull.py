@@ -67,6 +67,13 @@ class StoredPull:
     fetched_seconds: float = 0.0
 
     @property
+    def is_fetched_elsewhere(self) -> bool:
+        """Whether another process has fetched the bytes that were sent."""
+        is_miss = self.outcome in (Outcome.MISS.value, Outcome.JOIN.value)
+        is_streamed = self.kind == Kind.BLOB.value and self.bytes_sent > 0
+        return is_miss and is_streamed and not self.fetched_bytes
+
+    @property
     def name(self) -> str:
         """The full name of the image or the content, as far as the request names one."""
         if not self.repository:
@@ -122,6 +129,20 @@ class StoredPull:
             **more,
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of a row of ``explain --json``. A value that is not known is None."""
+        values = asdict(self)
+        for key in ("row_id", "path", "at", "is_known"):
+            del values[key]
+        values["name"] = self.name
+        for key in ("upstream", "repository", "reference", "digest", "previous_digest"):
+            values[key] = values[key] or None
+        for key in ("client", "user_agent", "error", "warning"):
+            values[key] = values[key] or None
+        if not self.fetched_bytes:
+            values["fetched_bytes"] = values["fetched_seconds"] = None
+        return values
+
     def dump(self) -> str:
         """Return the JSON of the row, without the fields that have their default."""
         default = StoredPull(at=0.0, request_id="", method="")
@@ -137,7 +158,7 @@ class StoredPull:
         """
         try:
             raw = json.loads(text)
-            known = {name: raw[name] for name in _PULL_FIELDS if name in raw}
+            known = {name: raw[name] for name in raw.keys() & _PULL_FIELDS}
             return cls(**{"at": 0.0, "request_id": "", "method": "", **known, "row_id": row_id})
         except (ValueError, TypeError, AttributeError):
             return None
