@@ -19,12 +19,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
+from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -32,6 +34,9 @@ from mirror.observability.logs import LogObserver, LogWriter
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
+from mirror.single_flight import SingleFlight
+from mirror.store.disk import Layout
+from mirror.store.store import Store
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -64,6 +69,8 @@ _CERTIFICATE_INTERVAL_S: Final = 5.0
 """Seconds between two looks at the certificate's files."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
+_LAST_ROWS_TIMEOUT_S: Final = 1.0
+"""Seconds that the last rows of the history may take at a stop, if the disk is slow."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """Signals after which the server drains and ends."""
 
@@ -110,6 +117,7 @@ async def run_worker(
     def emit(event: Event) -> None:
         metrics.observe(event)
         log.observe(event)
+        history.observe(event)
 
     emit_from_thread = on_running_loop(emit)
 
@@ -124,6 +132,8 @@ async def run_worker(
     call_soon = call_soon_from_any_thread()
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
+    layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
+    history = HistoryRecorder(layout, emit, loop.call_later)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -146,6 +156,7 @@ async def run_worker(
             await stop.wait()
             await _drain(running, emit)
     finally:
+        history.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
