@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
@@ -36,7 +37,6 @@ from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
 from mirror.single_flight import SingleFlight
 from mirror.store.disk import Layout
-from mirror.store.store import Store
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -66,7 +66,7 @@ that it may have."""
 _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the certificate's files."""
+"""Seconds between two looks at the files of certificates and of tokens."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
 _LAST_ROWS_TIMEOUT_S: Final = 1.0
@@ -95,6 +95,7 @@ async def run_worker(
     listener: socket.socket,
     load: Callable[[], Settings],
     worker: Worker | None = None,
+    admin_sockets: AdminSockets | None = None,
 ) -> int:
     """Run one process on one event loop, until a signal or the end of its supervisor.
 
@@ -103,6 +104,7 @@ async def run_worker(
         listener: A listening socket. It is closed at the end.
         load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
         worker: None for the only process.
+        admin_sockets: Those of the admin API. None: it is not served.
 
     Returns:
         The exit code.
@@ -113,11 +115,14 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
+    admin = AdminPart(admin_sockets, index or 0) if admin_sockets is not None else None
 
     def emit(event: Event) -> None:
         metrics.observe(event)
         log.observe(event)
         history.observe(event)
+        if admin is not None:
+            admin.observe(event)
 
     emit_from_thread = on_running_loop(emit)
 
@@ -142,7 +147,10 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with start_server(settings, listener, emit, metrics.scrape) as running:
+        async with (
+            start_server(settings, listener, emit, metrics.scrape) as running,
+            _serve_admin(admin, running.mirror, emit),
+        ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -160,6 +168,27 @@ async def run_worker(
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
+
+
+@asynccontextmanager
+async def _serve_admin(
+    admin: AdminPart | None, mirror: Mirror, emit: Observer
+) -> AsyncIterator[None]:
+    """Serve the admin API until the context ends. ``admin``: None if it is not configured."""
+    settings = mirror.settings.admin
+    if admin is None or settings is None:
+        yield
+        return
+    certificate = Certificate(settings.tls) if settings.tls is not None else None
+    context = certificate.context if certificate is not None else None
+    async with admin.run(mirror, context, emit) as running:
+        jobs = [("admin-certificate", certificate.refresh)] if certificate is not None else []
+        if running is not None:
+            emit(LogMessage("info", "serving the admin API", (("listen", settings.listen),)))
+            jobs.append(("admin-tokens", running.tokens.refresh))
+        for name, job in jobs:
+            _start_job(mirror.single_flight, name, _CERTIFICATE_INTERVAL_S, job, emit)
+        yield
 
 
 def _stdout() -> int:
@@ -309,7 +338,7 @@ def _start_housekeeping(
     prefetch = PrefetchJob(mirror, emit)
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
+        _start_job(mirror.single_flight, name, interval, job, emit)
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
@@ -323,6 +352,17 @@ def _start_housekeeping(
     )
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
+
+
+def _start_job(
+    single_flight: SingleFlight,
+    name: str,
+    interval: float,
+    job: Callable[[], object],
+    emit: Observer,
+) -> None:
+    """Start a periodic job. See :func:`_run_every`."""
+    single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
 
 async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:

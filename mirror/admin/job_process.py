@@ -1,9 +1,9 @@
 """The process of one job that looks at the whole store: ``python -m mirror.admin.job_process``.
 
-Lives here: its protocol, and one function for each kind of job. Standard input has one JSON object:
+Lives here: its protocol, and one function for each kind of job. Standard input has a JSON object:
 the configuration, the kind and the arguments. Standard output has one JSON object a line:
-``progress``, ``note``, and at last ``result`` or ``error``. Must not know: who has started it, how a
-job is done (:mod:`mirror.operations`).
+``progress``, ``note``, and at last ``result`` or ``error``. Must not know: who has started it, or
+how a job is done (:mod:`mirror.operations`).
 
 The requests of a server would wait for the interpreter lock while a job works. And a process can be
 ended at any moment: each operation goes on where it was ended.

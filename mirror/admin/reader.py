@@ -1,6 +1,7 @@
 """The questions about the store, answered by a process of their own.
 
-Lives here: the process's start and end, and the protocol's other side. Must not know: what is asked.
+Lives here: the process's start and end, and the protocol's other side. Must not know: what is
+asked.
 
 The process is started by the first question, and ended when nobody has asked for a minute.
 """

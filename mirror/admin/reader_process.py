@@ -1,4 +1,4 @@
-"""The process that answers the questions about the store: ``python -m mirror.admin.reader_process``.
+"""The process that answers questions about the store: ``python -m mirror.admin.reader_process``.
 
 Lives here: its protocol, one JSON object a line. The first line is the configuration, each further
 line a question, and each is answered by one line. It ends with its standard input. Must not know:

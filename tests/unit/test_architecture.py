@@ -72,7 +72,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "server": {"server", "admin", "composition", "config.reload", *BELOW_SERVER},
     "processes": {
-        *("admin.worker_channel", "server", "config.reload", "observability.metrics", *SHARED),
+        *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
