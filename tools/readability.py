@@ -93,7 +93,7 @@ COMMANDS: Final = {
 }
 """First words of functions that do something, and return whether they did."""
 
-OBSERVERS: Final = {"logs", "metrics"}
+OBSERVERS: Final = {"logs", "metrics", "recorder", "batch", "writer"}
 """Modules that only hear of a request. They are not counted among those that it passes."""
 
 _RELATIVE: Final = re.compile(

@@ -28,10 +28,13 @@ _OFFSET: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 10_000_000
 _ROW: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
 _YES: Final[Schema] = {"type": "boolean"}
 
-SORT_KEYS: Final = ("name", "size", "unique", "used", "checked")
+SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
 """Keys of a row of images that they can be sorted by."""
-STATES: Final = ("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased")
-"""States of an image that can be asked for."""
+STATES: Final = (
+    *("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased"),
+    "referrer",
+)
+"""States of an image that can be asked for. ``referrer``: signatures, SBOMs and the like."""
 OUTCOMES: Final = (
     *("hit", "join", "miss", "aside", "revalidated", "stale"),
     *("negative", "denied", "rejected", "error"),

@@ -26,7 +26,14 @@ from itertools import islice
 from math import inf
 from typing import Final
 
-from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
+from mirror.observability.events import (
+    ContentUsed,
+    DigestMismatched,
+    Evicted,
+    LogMessage,
+    Observer,
+    Reverified,
+)
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
@@ -333,6 +340,7 @@ class BlobStore:
         if len(self._used_at) > _MAX_REMEMBERED:
             self._used_at.clear()
         self._used_at.update(dict.fromkeys(digests, now))
+        self._emit(ContentUsed(tuple(map(str, digests))))
         with suppress(RuntimeError):  # The store is closed.
             job = self._opening.submit(disk.touch, self._layout, tuple(digests), now)
             job.add_done_callback(lambda job: self._touches.release())

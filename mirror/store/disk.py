@@ -18,6 +18,7 @@ or damaged file.
     ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
     quarantine/<alg>/<hex>   content that did not hash to its name
     index/                   databases of the index
+    history/                 the history of pulls (see :mod:`mirror.history`)
     eviction.lock            its ``flock`` means that an eviction runs
     index.json.lock          its ``flock`` means that ``index.json`` is being written
     marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
@@ -89,6 +90,11 @@ class Layout:
     def index(self) -> Path:
         """The directory of the index's databases."""
         return self.root / "index"
+
+    @property
+    def history(self) -> Path:
+        """The directory of the history (:mod:`mirror.history`)."""
+        return self.root / "history"
 
     @property
     def save_lock(self) -> Path:
@@ -216,7 +222,7 @@ def touch_open(fd: int, now: float) -> None:
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of whole content, in whole seconds (see :func:`has_our_mtime`).
+    """Set the last use of ``digests``, in whole seconds (see :func:`has_our_mtime`).
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
@@ -321,7 +327,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
 
 
 def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
-    """Replace the state atomically. Raises ``OSError``, and leaves no draft then."""
+    """Replace the state by ``state``, atomically. Raises ``OSError``, and leaves no draft then."""
     path = layout.ingest_state(digest)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     document = {
@@ -422,7 +428,7 @@ def is_locked(path: Path) -> bool:
 
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
-    """Make verified content durable and visible: fsync, rename, fsync of the directory.
+    """Make the content in ``fd`` durable and visible: fsync, rename, fsync of the directory.
 
     Raises:
         OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
@@ -484,7 +490,7 @@ def _open_directory(path: Path) -> int:
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
-    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
+    """Remove the ingest file ``fd``, whose lock we hold. Never raises: recovery removes it, too."""
     with suppress(OSError):
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)

@@ -45,6 +45,7 @@ from mirror.store.records import (
     load_negative,
     load_tag,
     merge_into,
+    moved_event,
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
@@ -168,8 +169,7 @@ class Index:
     ) -> TagRecord | None:
         """Record that the upstream has just resolved ``tag`` to ``digest``.
 
-        The earlier record is read and written in one transaction, so a confirmation by another
-        process at the same time is not lost.
+        One transaction reads and writes the record: no confirmation of another process is lost.
 
         Args:
             repository: Where the tag is.
@@ -190,9 +190,11 @@ class Index:
         texts = await self._update(NAMED, [(key, lambda text: dump_tag(confirmed(text)))])
         if texts is None:
             return None
-        earlier = load_tag(texts[0])
-        self.has_changed = self.has_changed or earlier is None or earlier.digest != digest
-        return confirmed(texts[0])
+        record = confirmed(texts[0])
+        if (moved := moved_event(load_tag(texts[0]), record, variant)) is not None:
+            self.has_changed = True
+            self._emit(moved)
+        return record
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""
