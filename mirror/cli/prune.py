@@ -15,9 +15,8 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
-    give_way,
     opened_store,
-    read_inventory,
+    read_inventory_gently,
     summary,
 )
 from mirror.cli.listing import Column, print_rows
@@ -95,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises :class:`mirror.cli.output.UsageError` if nothing says what goes."""
     settings = load_settings(arguments)
     rules = _rules(arguments, settings)
-    give_way()
-    inventory = read_inventory(settings)
+    inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
         from mirror.operations.prune import choose
 
