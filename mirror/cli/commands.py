@@ -10,7 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import completion, du, forget, gc, ls, prune, refresh, rm, show, verify, warm
+from mirror.cli import (
+    completion,
+    du,
+    forget,
+    gc,
+    in_use,
+    ls,
+    marking,
+    prune,
+    refresh,
+    rm,
+    show,
+    verify,
+    warm,
+)
 from mirror.cli.arguments import Commands
 from mirror.cli.doctor import command as doctor
 
@@ -20,7 +34,9 @@ ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
     du.add_parser,
     forget.add_parser,
     gc.add_parser,
+    in_use.add_parser,
     ls.add_parser,
+    marking.add_parser,
     prune.add_parser,
     refresh.add_parser,
     rm.add_parser,

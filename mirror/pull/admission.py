@@ -17,14 +17,11 @@ from fnmatch import fnmatchcase
 from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.errors import InvalidRequest, NameInvalid
+from mirror.oci.block_target import Target, parse_target
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName, parse_with_reference
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.store.marks import Block, Marks
-
-_WILDCARDS: Final = frozenset("*?[")
-_MAX_TARGET_CHARS: Final = 512
-"""Characters of a target: a name has at most 255, its tag 128, and a digest 135."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +38,6 @@ class Deny:
 
 Admission: TypeAlias = Allow | Deny
 _ALLOW = Allow()
-
-Target: TypeAlias = "Digest | ImageName | str"
-"""What a block is about: content, a repository or an image of it, or a pattern of repositories."""
-
-
-def parse_target(text: str) -> Target:
-    """Parse the target of a block, as a user writes it. Its ``str()`` is its whole name.
-
-    A pattern is shell-style, and matched against whole names such as ``docker.io/library/app``. So
-    it begins with a registry, or with ``*``.
-
-    Raises ``InvalidRequest``.
-    """
-    if text.startswith(("sha256:", "sha512:")):
-        return Digest.parse(text)
-    if not _WILDCARDS & set(text):
-        return ImageName.parse(text)
-    first, slash, _ = text.partition("/")
-    has_registry = "." in first or ":" in first or first == "localhost" or first.startswith("*")
-    if not slash or not has_registry:
-        raise NameInvalid("a pattern begins with its registry: docker.io/library/app*, or */app")
-    if "@" in text or ":" in text.rpartition("/")[2]:
-        raise NameInvalid("a pattern is about repositories: it has neither tag nor digest")
-    if len(text) > _MAX_TARGET_CHARS or not text.isprintable():
-        raise NameInvalid("not a pattern of repository names")
-    return text
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ Reading order:
    :mod:`~mirror.store.marks`: pins, freezes, blocks and leases. :mod:`~mirror.store.protection`:
    the content that they keep.
 7. :mod:`~mirror.store.index`: tags, access records, negative responses. ``records`` are its
-   values, ``rows`` its database, ``index_directory`` replaces a damaged one, ``names`` restores it,
+   values, ``rows`` its database, ``pending_rows`` what is queued for it,
+   ``index_directory`` replaces a damaged one, ``names`` restores it,
    ``orphans`` decides which records are deleted, and ``orphaned_rows`` deletes them.
 8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
    crash, and ``index.json``, from which a lost index is restored.

@@ -11,7 +11,7 @@ schema 1 have a time to live, and a bound on their bytes.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
-it. Some may be in that text already: :class:`_PendingRow` knows which, and each counts once.
+it. Some may be in that text already: :class:`PendingRow` knows which, and each counts once.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.links import Links, find_links
+from mirror.store.links import Links, find_links, read_tag
 from mirror.store.name_records import NameRecords
 from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
+from mirror.store.pending_rows import PendingRow, Update, apply_updates, write_updates
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
@@ -51,9 +51,6 @@ from mirror.store.rows import Rows, Tables
 from mirror.threads import on_running_loop
 
 T = TypeVar("T")
-
-Update: TypeAlias = Callable[[str | None], str | None]
-"""Returns the new text of a row, or None to delete it. Gets its text, or None if it is missing."""
 
 _TABLES: Final = {NAMED: None, ACCESS: None, RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
@@ -87,7 +84,7 @@ class Index:
         self._emit_from_thread = on_running_loop(emit)
         self._now = now
         self._read_saved_names = read_saved_names
-        self._pending: dict[tuple[str, str], _PendingRow] = {}
+        self._pending: dict[tuple[str, str], PendingRow] = {}
         """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
         self.name_records = NameRecords(self._rows, self._update)
@@ -152,6 +149,14 @@ class Index:
         send them another manifest.
         """
         return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
+
+    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord]:
+        """Return the record of a tag and all variants of it, the one for most clients first.
+
+        Empty if the tag is not known, or if the database fails.
+        """
+        unanswered: list[TagRecord] = []
+        return await self._rows.read(partial(read_tag, name=f"{repository}:{tag}"), unanswered)
 
     async def confirm_tag(
         self,
@@ -394,7 +399,9 @@ class Index:
     def _pending_rows(self, table: str) -> list[tuple[str, str]]:
         """Return (key, text) of queued rows, which the pages of the table may lack."""
         rows = [(key, row.queued) for (of, key), row in self._pending.items() if of == table]
-        return [(key, text) for key, queued in rows if (text := _apply(queued, None)) is not None]
+        return [
+            (key, text) for key, queued in rows if (text := apply_updates(queued, None)) is not None
+        ]
 
     async def _update(
         self, table: str, updates: Sequence[tuple[str, Update]], ttl: float | None = None
@@ -408,7 +415,7 @@ class Index:
             for start in range(0, len(updates), _STEP_UPDATES):
                 step = updates[start : start + _STEP_UPDATES]
                 due = [(key, self._pending[table, key], update) for key, update in step]
-                texts = await self._rows.write(table, partial(_write, table, due, ttl), None)
+                texts = await self._rows.write(table, partial(write_updates, table, due, ttl), None)
                 if texts is None:
                     return None
                 earlier += texts
@@ -418,7 +425,7 @@ class Index:
     def _visible(self, table: str, updates: Sequence[tuple[str, Update]]) -> Iterator[None]:
         """Let reads see updates while they are written."""
         for key, update in updates:
-            row = self._pending.setdefault((table, key), _PendingRow())
+            row = self._pending.setdefault((table, key), PendingRow())
             row.queued = (*row.queued, update)
         try:
             yield
@@ -435,60 +442,8 @@ class Index:
                 del self._pending[table, key]
 
 
-@dataclass(slots=True, eq=False)
-class _PendingRow:
-    """Updates of one row. The text in the database may have some of them, and lack others."""
-
-    queued: tuple[Update, ...] = ()
-    """Updates whose transactions have not ended. Set by the loop only."""
-    applied: tuple[tuple[Update, ...], str | None] = (), None
-    """(updates that were applied in a transaction, the text after the last one). Set by the writing
-    thread only."""
-
-    def apply(self, update: Update, text: str | None) -> str | None:
-        """Return the new text. ``text`` is that of the row, in the transaction."""
-        new = update(text)
-        self.applied = (*filter(self.queued.__contains__, self.applied[0]), update), new
-        return new
-
-    def read(self, tables: Tables, table: str, key: str) -> str | None:
-        """Return the text with each update applied once."""
-        while True:
-            queued, latest = self.queued, self.applied
-            applied, new = latest
-            # While its transaction ends, the database may have the text before it or after it.
-            text = new if applied and applied[-1] in queued else tables.read(table, key)[0]
-            if self.queued is queued and self.applied is latest:
-                return _apply((update for update in queued if update not in applied), text)
-
-
-def _apply(updates: Iterable[Update], text: str | None) -> str | None:
-    for update in updates:
-        text = update(text)
-    return text
-
-
 def _replace_by(text: str | None) -> Update:
     return lambda earlier: text
-
-
-def _write(
-    table: str,
-    due: Iterable[tuple[str, _PendingRow, Update]],
-    ttl: float | None,
-    tables: Tables,
-) -> list[str | None]:
-    """Update rows. Returns their earlier texts."""
-    earlier = []
-    for key, row, update in due:
-        text, mark = tables.read_or_none(table, key)
-        earlier.append(text)
-        new = row.apply(update, text)
-        if new is None:
-            tables.delete(table, key)
-        elif ttl is not None or (new, None) != (text, mark):
-            tables.write(table, key, new, ttl=ttl)
-    return earlier
 
 
 def _try_write(tables: Tables) -> None:

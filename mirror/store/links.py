@@ -21,8 +21,9 @@ from mirror.oci.descriptor import parse_referrers, referrers_tag
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
-from mirror.store.records import MALFORMED, load_tag
+from mirror.store.records import MALFORMED, TagRecord, load_tag
 from mirror.store.rows import Row, Rows, Tables
+from mirror.threads import run_in_thread
 
 REFERRERS_LIST: Final = "list referrers "
 """Start of the key of a list of referrers. The repository, ``@`` and the subject follow it."""
@@ -68,7 +69,8 @@ async def find_links(
         current |= found
     if not subjects:
         return Links(current, referrers)
-    tags = {referrers_tag(subject) for subject in subjects}
+    # In a thread: with 50,000 leases, it takes 0.1 s.
+    tags, keys = await run_in_thread(_keys_of, subjects)
     after: int | None = 0
     while after is not None:
         unanswered: tuple[int | None, set[Digest]] | None = None
@@ -80,7 +82,7 @@ async def find_links(
     key = REFERRERS_LIST
     while key:
         listed: tuple[str, set[Digest]] | None = None
-        lists = await rows.read(partial(_read_lists, {str(one) for one in subjects}, key), listed)
+        lists = await rows.read(partial(_read_lists, keys, key), listed)
         if lists is None:
             return None
         key, found = lists
@@ -88,15 +90,24 @@ async def find_links(
     return Links(current, referrers)
 
 
+def _keys_of(subjects: Collection[Digest]) -> tuple[Set[str], Set[str]]:
+    """Return the tags of the referrers of manifests, and the manifests as text."""
+    return set(map(referrers_tag, subjects)), set(map(str, subjects))
+
+
 def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:
-    """Return the digests of tags, also those of clients that do not accept every media type."""
-    texts = []
-    for name in names:
-        texts.append(tables.read_or_none(NAMED, name)[0])
-        variants = tables.read_range(NAMED, f"{name} ", f"{name}{_AFTER_SPACE}")
-        texts += [row.text for row in variants]
-    records = map(load_tag, texts)
-    return {record.digest for record in records if record is not None}
+    """Return the digests that tags have now."""
+    return {record.digest for name in names for record in read_tag(tables, name)}
+
+
+def read_tag(tables: Tables, name: str) -> list[TagRecord]:
+    """Return the record of a tag, and its variants for clients that do not accept every media type.
+
+    ``name``: the whole name, ``host/path:tag``. Empty: the tag is not known.
+    """
+    variants = tables.read_range(NAMED, f"{name} ", f"{name}{_AFTER_SPACE}")
+    texts = (tables.read_or_none(NAMED, name)[0], *(row.text for row in variants))
+    return [record for record in map(load_tag, texts) if record is not None]
 
 
 def _read_tags_of_referrers(

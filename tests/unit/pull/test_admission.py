@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mirror.config.settings import Upstream
-from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest, parse_target
+from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest
 from mirror.store.marks import Block, Freeze, Marks
 
 
@@ -85,28 +84,3 @@ def test_freezes_are_found_by_repository_and_tag() -> None:
     names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
     marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
     assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): DIGEST}
-
-
-@pytest.mark.parametrize(
-    ("text", "target"),
-    [
-        ("nginx", "docker.io/library/nginx"),
-        ("nginx:1", "docker.io/library/nginx:1"),
-        (str(DIGEST), str(DIGEST)),
-        (f"nginx@{DIGEST}", f"docker.io/library/nginx@{DIGEST}"),
-        ("docker.io/org/*", "docker.io/org/*"),
-        ("*/evil*", "*/evil*"),
-        ("localhost/[ab]", "localhost/[ab]"),
-    ],
-)
-def test_target_has_the_whole_name(text: str, target: str) -> None:
-    assert str(parse_target(text)) == target
-    assert str(parse_target(target)) == target
-
-
-@pytest.mark.parametrize(
-    "text", ["evil*", "org/evil*", "docker.io/a*:v1", "docker.io/a*@sha256:1", "sha256:1", "A", "*"]
-)
-def test_target_that_could_be_misread_is_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest):
-        parse_target(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from mirror.observability.events import Event, Evicted, LogMessage, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
 from mirror.store import eviction
+from mirror.store.eviction import StoredBlob
 from mirror.store.index import Index
+from mirror.store.marks import Marks, Pin, change_marks
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     image,
@@ -149,6 +152,53 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
             clock[0] += 100
             await keep(store, layer(seed))
         assert not kept & held(store)
+
+
+async def test_mark_that_is_set_while_an_eviction_runs_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content was chosen before the command, and would go in a later step."""
+    monkeypatch.setattr(eviction, "_FLUSH_CONTENTS", 1)
+    clock = [NOW]
+    late = layer(1)
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+            clock[0] += 100
+        remove, removed = store.evictor._remove, list[Digest]()
+
+        def remove_slowly(some: list[StoredBlob], *rest: object) -> None:
+            remove(some, *rest)  # type: ignore[arg-type]  # they are passed on
+            removed.extend(blob.digest for blob in some)
+            if len(removed) == 1:
+                # Another process: it waits until this step has ended.
+                marking.start()
+
+        marking = threading.Thread(target=pin, args=(store.layout, Digest.of(late)))
+        monkeypatch.setattr(store.evictor, "_remove", remove_slowly)
+        monkeypatch.setattr(eviction, "_MARKS_PAUSE_S", 0.05)
+        await keep(store, layer(4))
+        marking.join()
+        assert removed[:2] == [Digest.of(layer(0)), Digest.of(late)], "it was chosen"
+        assert Digest.of(late) in held(store)
+        assert Digest.of(layer(2)) not in held(store), "other content goes in its place"
+
+
+async def test_signatures_and_the_current_digest_of_a_pinned_tag_stay(tmp_path: Path) -> None:
+    clock = [NOW]
+    first, second, signature = image(layer(0, 50_000)), image(layer(1, 50_000)), image(b"signed")
+    kept = (first, second, signature, layer(0, 50_000), layer(1, 50_000), b"signed")
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        await pulled(store, first, Tag("latest"), layer(0, 50_000), b"{}")
+        name = "docker.io/library/app:latest"
+        change_marks(store.layout, lambda _: Marks({name: Pin(name, Digest.of(first), 0.0)}))
+        await pulled(store, second, Tag("latest"), layer(1, 50_000))
+        tag = Tag(f"sha256-{Digest.of(second).hex}.sig")
+        await pulled(store, signature, tag, b"signed")
+        for seed in range(10, 20):
+            clock[0] += 100
+            await keep(store, layer(seed))
+        assert set(map(Digest.of, kept)) <= held(store)
 
 
 async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: Path) -> None:

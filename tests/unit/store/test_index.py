@@ -22,6 +22,7 @@ from mirror.store import orphans
 from mirror.store.index import Index
 from mirror.store.links import Links
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
+from mirror.store.pending_rows import PendingRow, Update
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
     AccessRecord,
@@ -273,9 +274,9 @@ async def test_reads_apply_each_queued_update_once_while_its_transaction_ends(
 
 
 def test_update_that_is_committed_while_a_row_is_read_is_applied_once() -> None:
-    row = index_module._PendingRow()
+    row = PendingRow()
 
-    def add(letter: str) -> index_module.Update:
+    def add(letter: str) -> Update:
         return lambda text: f"{text}{letter}"
 
     one, two = add("1"), add("2")

@@ -33,6 +33,9 @@ async def test_tag_has_its_current_digest_and_that_of_each_variant(tmp_path: Pat
     await index.confirm_tag(REPO, Tag("1.0-alpine"), of("another tag"))
     names = [f"{REPO}:1.0", f"{REPO}:missing", f"{REPO}@{SUBJECT}"]
     assert await index.links(names, []) == Links({of("new"), of("for old clients")}, set())
+    records = await index.tag_records(REPO, Tag("1.0"))
+    assert [record.digest for record in records] == [of("new"), of("for old clients")]
+    assert await index.tag_records(REPO, Tag("missing")) == []
     await index.close()
 
 

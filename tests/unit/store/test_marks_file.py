@@ -31,7 +31,7 @@ def test_entries_are_read_back_as_written_also_as_one_json_document(
 @pytest.mark.parametrize("cut", range(1, 130, 3))
 def test_file_that_ends_early_is_damaged(cut: int) -> None:
     text = "".join(dump_entries(ENTRIES))
-    with pytest.raises(ValueError, match="ends early|no JSON"):
+    with pytest.raises(ValueError, match=r"ends early|no JSON"):
         load(text[:-cut])
 
 
