@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         for item in report.items:
             print_line(json.dumps(item.row()))
         return 0
-    print_rows(_COLUMNS, _rows(report), is_json=False)
+    if report.items:
+        print_rows(_COLUMNS, _rows(report), is_json=False)
     verb = "would be freed" if arguments.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
     return 0

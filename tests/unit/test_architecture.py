@@ -39,7 +39,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
-    "config.settings": {"config.listeners", "config.section", "config.values", "oci"},
+    "config.prefetch": {"config.section", "oci"},
+    "config.retention": {"config.section", "oci"},
+    "config.settings": {
+        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
+        *("config.values", "oci"),
+    },
     "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
@@ -58,13 +63,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
-    "operations": {"operations", "composition", "pull", "store", *SHARED},
+    "operations": {
+        *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
+    },
     # Its listener cuts off clients as that of ``web`` does.
     "admin": {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "config.reload", *BELOW_SERVER},
+    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
     "processes": {
         *("admin.worker_channel", "server", "config.reload", "observability.metrics", *SHARED),
     },
