@@ -83,7 +83,7 @@ async def _forget_all(settings: Settings, images: list[ImageName], *, is_json: b
                 else:
                     print_note(f"{image}: {error.message}")
             else:
-                print_line(json.dumps(to_row(report)) if is_json else _text(report))
+                print_line(json.dumps(forget_row(report)) if is_json else _text(report))
     finally:
         await store.close()
     return is_good
@@ -102,7 +102,7 @@ def _text(report: ForgetReport) -> str:
     return f"{report.image}  forgotten  {', '.join(texts)}"
 
 
-def to_row(report: ForgetReport) -> dict[str, Any]:
+def forget_row(report: ForgetReport) -> dict[str, Any]:
     """Return the JSON object of a report (``docs/commands.md``)."""
     return _row(
         report.image,
