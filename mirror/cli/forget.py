@@ -12,7 +12,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.data_directory import find_layout
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, print_line, print_note
@@ -57,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--all-tags is about a repository: write {tagged.repository}")
     else:
         images = [image.with_default_tag() for image in images]
+    # Imported here: it imports the index, which other commands do not need.
+    from mirror.cli.data_directory import find_layout
+
     settings = load_settings(arguments)
     find_layout(settings)  # With a wrong configuration, nothing would seem to be known.
     is_good = asyncio.run(_forget_all(settings, images, is_json=arguments.is_json))
