@@ -70,7 +70,7 @@ async def open_mirror(
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
-            marks = MarksWatch(store.layout, store.marks, service.restrict, emit)
+            marks = MarksWatch(store.layout, service.restrict, emit)
             await marks.check()
             try:
                 yield Mirror(settings, store, single_flight, registries, content, service, marks)

@@ -12,16 +12,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, age_text, print_rows, short_digest, time_text
+from mirror.cli.listing import Column, age_text, print_rows, time_text
 from mirror.cli.output import CommandFailed, print_line, print_note
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
 from mirror.store.disk import Layout
-from mirror.store.marks import read_marks
 
 _MAX_LIST_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a list that is read: 500,000 images."""
@@ -29,7 +28,8 @@ _SHOWN_NAMES: Final = 5
 """Names that mean no digest and are printed. All are in the JSON."""
 _COLUMNS: Final = (
     Column("SOURCE", "source"),
-    Column("DIGEST", "digest", short_digest),
+    Column("DIGESTS", "digests", is_number=True),
+    Column("IN CACHE", "cached", is_number=True),
     Column("UNTIL", "until"),
 )
 
@@ -51,13 +51,19 @@ def run(arguments: argparse.Namespace) -> int:
         source = arguments.file if arguments.file == "-" else str(Path(arguments.file).absolute())
         images = in_use.parse_list(_read_list(arguments.file))
         return _put(arguments, layout, source, images, f"{len(images)} lines")
-    leases = in_use.leases_in_force(read_marks(layout), time.time())
-    rows = (
-        {"source": one.source, "digest": str(one.digest), "until": time_text(one.until)}
-        for one in leases
-    )
+    rows = map(_row, in_use.list_leases(layout, time.time()))
     print_rows(_COLUMNS, rows, is_json=arguments.is_json)
     return 0
+
+
+def _row(leased: in_use.Leased) -> dict[str, Any]:
+    return {
+        "source": leased.source,
+        "digests": len(leased.digests),
+        "cached": leased.cached,
+        "unknown": list(leased.unknown),
+        "until": time_text(leased.until),
+    }
 
 
 def _sorted(images: frozenset[UsedImage]) -> list[UsedImage]:
@@ -102,14 +108,7 @@ def _put(
 
     leased = asyncio.run(lease())
     if arguments.is_json:
-        row = {
-            "source": leased.source,
-            "digests": len(leased.digests),
-            "cached": leased.cached,
-            "unknown": list(leased.unknown),
-            "until": time_text(leased.until),
-        }
-        print_rows((), [row], is_json=True)
+        print_rows((), [_row(leased)], is_json=True)
         return 0
     print_line(
         f"leased {len(leased.digests)} digests of {origin} for {age_text(arguments.lease)}: "

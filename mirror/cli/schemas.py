@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 RowSchema: TypeAlias = Mapping[str, Any]
-"""A JSON RowSchema (draft 2020-12)."""
+"""A JSON Schema (draft 2020-12)."""
 
 
 def _row(**fields: Any) -> RowSchema:
@@ -60,6 +60,11 @@ _TYPE_USAGE: Final = _row(
     size=_NUMBER_OF,
     reclaimable=_NUMBER_OF,
 )
+_TIME: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
+_MARK: Final = _row(image=_TEXT, digest=_DIGEST, since=_TIME)
+_BLOCK: Final = _row(
+    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST}
+)
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _CLEANED: Final = _row(
     action={"enum": ["removed", "kept"]},
@@ -81,6 +86,7 @@ _NEXT_EVICTION: Final = _row(
 )
 
 SCHEMAS: Final[Mapping[str, RowSchema]] = {
+    "block": _BLOCK,
     "doctor": _row(
         check=_TEXT,
         subject=_TEXT,
@@ -97,7 +103,15 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         refusals=_NUMBER_OF,
         error=_TEXT_OR_NULL,
     ),
+    "freeze": _MARK,
     "gc": _CLEANED,
+    "in-use": _row(
+        source=_TEXT,
+        digests=_NUMBER_OF,
+        cached=_NUMBER_OF,
+        unknown=_TEXTS,
+        until=_TIME,
+    ),
     "ls": _row(
         name=_TEXT,
         kind={"enum": ["image", "referrer"]},
@@ -120,6 +134,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         subject=_DIGEST_OR_NULL,
         accept=_TEXT_OR_NULL,
     ),
+    "pin": _MARK,
     "prune": _CLEANED,
     "refresh": _row(
         image=_TEXT,
@@ -130,6 +145,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         error=_TEXT_OR_NULL,
     ),
     "rm": _CLEANED,
+    "rollback": _row(image=_TEXT, digest=_DIGEST, since=_TIME, missing=_NUMBER_OF),
     "show": _row(
         image=_TEXT,
         depth=_NUMBER_OF,
@@ -144,6 +160,9 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         name=_TEXT_OR_NULL,
         shared_with=_TEXTS,
     ),
+    "unblock": _BLOCK,
+    "unfreeze": _MARK,
+    "unpin": _MARK,
     "verify": _row(
         problem={"enum": ["damaged", "unreadable", "incomplete"]},
         image=_TEXT_OR_NULL,

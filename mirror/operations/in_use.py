@@ -19,7 +19,7 @@ from mirror.operations.kubernetes import UsedImage
 from mirror.operations.marking import change
 from mirror.store.disk import Layout
 from mirror.store.index import Index
-from mirror.store.marks import Lease, Marks, replace_leases
+from mirror.store.marks import Lease, Marks, read_marks, replace_leases
 from mirror.threads import run_in_thread
 
 
@@ -34,7 +34,8 @@ class Leased:
     cached: int
     """How many of the digests are on the disk."""
     unknown: tuple[str, ...]
-    """Names that mean no digest here: a tag that is not in the cache, or no name of an image."""
+    """Names of the list that mean no digest here: a tag that is not in the cache, or no name of an
+    image. They are not kept."""
 
 
 async def lease(
@@ -75,10 +76,22 @@ async def release(layout: Layout, source: str, now: float) -> None:
     await change(layout, lambda marks: replace_leases(marks, source, (), now, now))
 
 
-def leases_in_force(marks: Marks, now: float) -> list[Lease]:
-    """Return the leases of all sources that have not ended, by source and digest."""
-    leases = [one for one in marks.all_leases() if one.until > now]
-    return sorted(leases, key=lambda one: (one.source, one.digest))
+def list_leases(layout: Layout, now: float) -> list[Leased]:
+    """Return the leases of each source that have not ended, by source. Blocks.
+
+    Raises like :func:`mirror.store.marks.read_marks`.
+    """
+    leases: dict[str, list[Lease]] = {}
+    for one in read_marks(layout).all_leases():
+        if one.until > now:
+            leases.setdefault(one.source, []).append(one)
+    return [_leases_of(layout, source, leases[source]) for source in sorted(leases)]
+
+
+def _leases_of(layout: Layout, source: str, leases: Collection[Lease]) -> Leased:
+    digests = frozenset(one.digest for one in leases)
+    until = max(one.until for one in leases)
+    return Leased(source, until, digests, _count_cached(layout, digests), unknown=())
 
 
 def parse_list(text: str) -> list[UsedImage]:

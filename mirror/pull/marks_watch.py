@@ -11,13 +11,14 @@ read later, the latest ones stay in force.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import StorageUnavailable
 from mirror.pull.admission import Restrictions
 from mirror.store.disk import Layout
-from mirror.store.marks import MarksReader, Stamp, stamp_of_marks
+from mirror.store.marks import Stamp, read_marks, stamp_of_marks
 from mirror.threads import HangingCalls
 
 WATCH_INTERVAL_S: Final = 0.5
@@ -30,7 +31,6 @@ class MarksWatch:
     def __init__(
         self,
         layout: Layout,
-        reader: MarksReader,
         restrict: Callable[[Restrictions], None],
         emit: Observer,
     ) -> None:
@@ -38,12 +38,10 @@ class MarksWatch:
 
         Args:
             layout: The data directory.
-            reader: Reads its marks.
             restrict: Called with the restrictions in force, after each change of them.
             emit: Receives log messages.
         """
         self._layout = layout
-        self._reader = reader
         self._callbacks: list[Callable[[Restrictions], object]] = [restrict]
         self._emit = emit
         self._calls = HangingCalls("marks", limit=1)
@@ -64,7 +62,7 @@ class MarksWatch:
             stamp = (stamp_of_marks(self._layout),)
             if stamp == self._stamp:
                 return
-            marks = await self._calls.run("read", self._reader.read)
+            marks = await self._calls.run("read", partial(read_marks, self._layout))
         except OSError as error:
             self._fail(f"marks.json cannot be read: {error.strerror or error}", stamp)
             return

@@ -23,6 +23,7 @@ from mirror.oci.reference import Digest
 from mirror.store.names import NAMED, RESPONSES
 from mirror.store.records import MALFORMED, TagRecord, load_tag
 from mirror.store.rows import Row, Rows, Tables
+from mirror.threads import run_in_thread
 
 REFERRERS_LIST: Final = "list referrers "
 """Start of the key of a list of referrers. The repository, ``@`` and the subject follow it."""
@@ -68,7 +69,8 @@ async def find_links(
         current |= found
     if not subjects:
         return Links(current, referrers)
-    tags = {referrers_tag(subject) for subject in subjects}
+    # In a thread: with 50,000 leases, it takes 0.1 s.
+    tags, keys = await run_in_thread(_keys_of, subjects)
     after: int | None = 0
     while after is not None:
         unanswered: tuple[int | None, set[Digest]] | None = None
@@ -80,12 +82,17 @@ async def find_links(
     key = REFERRERS_LIST
     while key:
         listed: tuple[str, set[Digest]] | None = None
-        lists = await rows.read(partial(_read_lists, {str(one) for one in subjects}, key), listed)
+        lists = await rows.read(partial(_read_lists, keys, key), listed)
         if lists is None:
             return None
         key, found = lists
         referrers |= found
     return Links(current, referrers)
+
+
+def _keys_of(subjects: Collection[Digest]) -> tuple[Set[str], Set[str]]:
+    """Return the tags of the referrers of manifests, and the manifests as text."""
+    return set(map(referrers_tag, subjects)), set(map(str, subjects))
 
 
 def _read_tags(tables: Tables, names: list[str]) -> set[Digest]:

@@ -17,7 +17,6 @@ import fcntl
 import math
 import os
 import stat
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -173,6 +172,18 @@ def replace_leases(
 # --- reading --------------------------------------------------------------------------------------
 
 
+def stamp_of_marks(layout: Layout) -> Stamp | None:
+    """Return a value that differs after each change of the marks. None if there is no file.
+
+    Raises ``OSError`` if the disk does not say whether there is one.
+    """
+    try:
+        status = layout.marks.lstat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def read_marks(layout: Layout) -> Marks:
     """Read the marks. There are none if the file is missing. Blocks: 50,000 leases take 0.1 s.
 
@@ -180,66 +191,22 @@ def read_marks(layout: Layout) -> Marks:
         OSError: The file cannot be read.
         MarksDamaged: It cannot be understood.
     """
-    return _read(layout)[1]
-
-
-def stamp_of_marks(layout: Layout) -> Stamp | None:
-    """Return a value that differs after each change of the marks. None if there is no file.
-
-    Raises ``OSError`` if the disk does not say whether there is one.
-    """
     try:
-        return _stamp(layout.marks.lstat())
+        fd = os.open(layout.marks, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return None
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _read(layout: Layout) -> tuple[Stamp | None, Marks]:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    try:
-        fd = os.open(layout.marks, flags)
-    except FileNotFoundError:
-        return None, Marks()
+        return Marks()
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise MarksDamaged("it is a link") from None
         raise
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise MarksDamaged("it is no regular file")
     with os.fdopen(fd, encoding="utf-8") as file:
         try:
-            return _stamp(status), _load(load_entries(file))
+            return _load(load_entries(file))
         except ValueError as error:
             raise MarksDamaged(str(error)) from None
-
-
-class MarksReader:
-    """Reads the marks again only after they have changed. Threads may share it."""
-
-    def __init__(self, layout: Layout) -> None:
-        """Start without having read: the first use does."""
-        self._layout = layout
-        self._lock = threading.Lock()
-        self._latest: tuple[Stamp | None, Marks] | None = None
-
-    def read(self) -> Marks:
-        """Return the marks. Blocks. Raises like :func:`read_marks`."""
-        with self._lock:
-            if not self.is_current(self._latest):
-                self._latest = None
-                self._latest = _read(self._layout)
-            assert self._latest is not None
-            return self._latest[1]
-
-    def is_current(self, latest: tuple[Stamp | None, Marks] | None) -> bool:
-        """Return whether the file is still the one that was read. Raises ``OSError``."""
-        return latest is not None and latest[0] == stamp_of_marks(self._layout)
 
 
 # --- the entries of the file ----------------------------------------------------------------------

@@ -25,10 +25,10 @@ from mirror.store.links import Links
 from mirror.store.marks import (
     Marks,
     MarksDamaged,
-    MarksReader,
     Stamp,
     marks_held,
     protected_roots,
+    read_marks,
     stamp_of_marks,
 )
 from mirror.store.pace import Pace
@@ -51,7 +51,6 @@ class Protection:
     def __init__(
         self,
         layout: Layout,
-        reader: MarksReader,
         find_links: FindLinks,
         now: Callable[[], float],
     ) -> None:
@@ -59,12 +58,10 @@ class Protection:
 
         Args:
             layout: The data directory.
-            reader: Reads its marks.
             find_links: Finds the digests of tags, and referrers.
             now: Returns the seconds since the epoch.
         """
         self._layout = layout
-        self._reader = reader
         self._find_links = find_links
         self._now = now
         self._stamp: tuple[Stamp | None] | None = None
@@ -82,9 +79,9 @@ class Protection:
         Raises:
             ProtectionUnknown: The marks cannot be read, or the index does not answer.
         """
-        stamp, marks = self._read()
-        if self._stamp == (stamp,):
+        if self._is_current():
             return
+        stamp, marks = self._read()
         names = [*marks.pins, *marks.freezes]
         found = self._add(protected_roots(marks, self._now()))
         for _ in range(_MAX_ROUNDS):
@@ -100,7 +97,7 @@ class Protection:
     def _read(self) -> tuple[Stamp | None, Marks]:
         try:
             # First: if the marks change in between, the next comparison finds that.
-            return stamp_of_marks(self._layout), self._reader.read()
+            return stamp_of_marks(self._layout), read_marks(self._layout)
         except MarksDamaged as error:
             raise ProtectionUnknown(error.message) from None
         except OSError as error:

@@ -39,7 +39,6 @@ from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.ingest_writer import MemoryBudget
 from mirror.store.links import Links
-from mirror.store.marks import MarksReader
 from mirror.store.names import root_record
 from mirror.store.protection import Protection
 from mirror.store.records import AccessRecord, parse_with_records
@@ -95,7 +94,6 @@ class Store:
         self.index = index
         self.active_ingests: dict[Digest, Ingest] = {}
         self.memory = MemoryBudget(settings.memory)
-        self.marks = MarksReader(layout)
         self._emit = emit
         self.now = now
         self._settings = settings
@@ -217,7 +215,7 @@ class Store:
 
     def protection(self) -> Protection:
         """Return a new record of what the marks protect, for a thread that removes content."""
-        return Protection(self.layout, self.marks, self._find_links, self.now)
+        return Protection(self.layout, self._find_links, self.now)
 
     def _find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
         """Read the index for a thread. None if it fails, or does not answer in time."""

@@ -94,9 +94,7 @@ def kill_and_run_again(root: Path, command: str, call: str, when: int) -> bool:
     [
         ("pin", "fsync", 1),
         ("pin", "rename", 1),
-        ("pin", "fsync", 2),
         ("block", "rename", 1),
-        ("freeze", "rename", 1),
         ("in-use", "rename", 1),
     ],
 )

@@ -66,9 +66,16 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "operations": {
         *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
     },
-    "server": {"server", "composition", "operations", "config.reload", *BELOW_SERVER},
-    "processes": {"server", "config.reload", "observability.metrics", *SHARED},
-    "cli": {"cli", "operations", "composition", "inventory", "processes", *LOADING, *BELOW_SERVER},
+    # Its listener cuts off clients as that of ``web`` does.
+    "admin": {
+        *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
+        *("store", "web.client_socket", *SHARED),
+    },
+    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
+    "processes": {
+        *("admin.worker_channel", "server", "config.reload", "observability.metrics", *SHARED),
+    },
+    "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
 }
 """Package -> the packages, or single modules, that it may import. Modules of ``SPLIT`` packages
@@ -79,7 +86,10 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
     "diskcache": ("mirror.store.rows",),
     "prometheus_client": ("mirror.observability.metrics",),
     "pydantic": ("mirror.config",),
-    "aiohttp": ("mirror.web", "mirror.upstream", "mirror.server"),
+    "aiohttp": (
+        *("mirror.web", "mirror.upstream", "mirror.server"),
+        *("mirror.admin.dispatch", "mirror.admin.listener"),
+    ),
 }
 """Third-party package -> the only packages and modules that may import it."""
 FORBIDDEN_STDLIB: dict[str, set[str]] = {

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from mirror.cli.main import main
+from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.disk import Layout
 from mirror.store.marks import protected_roots, read_marks
@@ -56,10 +58,12 @@ def test_list_is_leased_by_digest_and_by_tag(run: Run, layout: Layout, tmp_path:
     marks = read_marks(layout)
     assert protected_roots(marks, 0.0) == {Digest.of(BODY), OTHER}
     assert {one.source for one in marks.leases.values()} == {str(names)}
-    rows = [json.loads(line) for line in run("--json").splitlines()]
-    assert [(row["source"], row["digest"]) for row in rows] == [
-        (str(names), str(digest)) for digest in sorted((Digest.of(BODY), OTHER))
-    ]
+    [row] = [json.loads(line) for line in run("--json").splitlines()]
+    jsonschema.validate(row, SCHEMAS["in-use"])
+    assert (row["source"], row["digests"], row["cached"]) == (str(names), 2, 1)
+    title, line = run().splitlines()
+    assert title.split() == ["SOURCE", "DIGESTS", "IN", "CACHE", "UNTIL"]
+    assert line.split() == [str(names), "2", "1", row["until"]]
 
 
 def test_newer_list_of_a_source_replaces_the_older_one_and_release_ends_it(
@@ -69,6 +73,7 @@ def test_newer_list_of_a_source_replaces_the_older_one_and_release_ends_it(
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
         out = run("--file", "-", "--source", "site a", "--lease", "2h", "--json")
         row = json.loads(out)
+        jsonschema.validate(row, SCHEMAS["in-use"])
         assert (row["source"], row["digests"], row["unknown"]) == ("site a", 1, [])
         assert protected_roots(read_marks(layout), 0.0) == {digest}
     assert run("--release", "--source", "site a") == "site a has no lease any more\n"

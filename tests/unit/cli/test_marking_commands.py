@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from mirror.cli.main import main
-from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
-from mirror.oci.reference import Digest
+from mirror.cli.schemas import SCHEMAS
+from mirror.oci.reference import Digest, Tag
 from mirror.store.disk import Layout
 from mirror.store.marks import Marks, read_marks
-from tests.fakes.registry import FakeRegistry
-from tests.server_kit import running
-from tests.unit.store.kit import image, index_of
+from tests.unit.store.kit import image, index_of, opened, pulled
 
-ACCEPT = {"Accept": f"{OCI_MANIFEST}, {OCI_INDEX}"}
 LAYERS = (b"layer of v1", b"layer of v2")
 OLD, NEW = (image(layer) for layer in LAYERS)
 INDEX = index_of(NEW)
@@ -43,32 +42,34 @@ class Filled:
         return out
 
     def rows(self, *argv: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.run(*argv, "--json").splitlines()]
+        rows = [json.loads(line) for line in self.run(*argv, "--json").splitlines()]
+        for row in rows:
+            jsonschema.validate(row, SCHEMAS[argv[0]])
+        return rows
 
     @property
     def marks(self) -> Marks:
         return read_marks(self.layout)
 
 
-async def fill(root: Path) -> None:
-    """Fill the directory as a client that accepts few media types: its tags are variants."""
-    async with FakeRegistry() as fake, running(root, fake.url, pull_policy="Always") as server:
-        for data in (*LAYERS, b"{}"):
-            fake.add_blob(data)
-        for body, media_type in ((OLD, OCI_MANIFEST), (INDEX, OCI_INDEX)):
-            fake.add_manifest(NEW)
-            fake.add_manifest(body, tag="latest", media_type=media_type)
-            await server.get(server.manifest("latest"), ACCEPT)
-        await server.get(server.manifest(Digest.of(NEW)), ACCEPT)
-        for data in (*LAYERS, b"{}"):
-            await server.get(server.blob(Digest.of(data)))
-        await server.store.idle()
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("template")
+
+    async def fill() -> None:
+        async with opened(root / "data") as store:
+            await pulled(store, OLD, Tag("latest"), LAYERS[0], b"{}")
+            await pulled(store, NEW, None, LAYERS[1])
+            await pulled(store, INDEX, Tag("latest"))
+
+    asyncio.run(fill())
+    return root / "data"
 
 
 @pytest.fixture
-def filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Filled:
+def filled(template: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Filled:
     root = tmp_path / "data"
-    asyncio.run(fill(root))
+    shutil.copytree(template, root)
     config = tmp_path / "mirror.yaml"
     config.write_text(
         f"data_dir: {root}\nupstreams: {{docker.io: {{endpoints: ['http://127.0.0.1:9']}}}}\n"

@@ -27,7 +27,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(digest)
         return parse(digest, *arguments)
 
-    monkeypatch.setattr(manifest_reader.manifests, "parse", noting)
+    monkeypatch.setattr(manifests, "parse", noting)
     return found
 
 

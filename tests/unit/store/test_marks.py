@@ -21,7 +21,6 @@ from mirror.store.marks import (
     Lease,
     Marks,
     MarksDamaged,
-    MarksReader,
     Pin,
     change_marks,
     marks_held,
@@ -184,32 +183,6 @@ def test_change_waits_while_the_marks_are_held(tmp_path: Path) -> None:
         assert read_marks(layout) == Marks()
     change.join()
     assert protected_roots(read_marks(layout), 0.0) == {ONE}
-
-
-def test_reader_reads_again_only_after_a_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout, reads = Layout(tmp_path), [0]
-    load_entries = marks.load_entries
-
-    def counted(file: object) -> object:
-        reads[0] += 1
-        return load_entries(file)  # type: ignore[arg-type]  # it is passed on
-
-    monkeypatch.setattr(marks, "load_entries", counted)
-    reader = MarksReader(layout)
-    assert reader.read() == Marks()
-    change_marks(layout, lambda earlier: ALL)
-    before = reads[0]
-    assert reader.read() == ALL
-    assert reader.read() is reader.read()
-    assert reads[0] == before + 1
-    layout.marks.write_text("{}")
-    for _ in range(2):
-        with pytest.raises(MarksDamaged):
-            reader.read()
-    layout.marks.unlink()
-    assert reader.read() == Marks()
 
 
 # --- leases, and what is protected ----------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
 from mirror.store.links import Links
-from mirror.store.marks import Freeze, Marks, MarksReader, Pin, change_marks, replace_leases
+from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
 from mirror.store.protection import Protection, ProtectionUnknown, read_parts
 from tests.unit.store.kit import image, index_of, pin
 
@@ -52,7 +52,7 @@ class Fixture:
         )
 
     def protection(self, now: float = 0.0) -> Protection:
-        return Protection(self.layout, MarksReader(self.layout), self.find_links, lambda: now)
+        return Protection(self.layout, self.find_links, lambda: now)
 
     def protected(self, now: float = 0.0) -> set[Digest]:
         protection = self.protection(now)

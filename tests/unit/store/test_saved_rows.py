@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from contextlib import closing
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_database_on_a_disk_that_refuses_writes_is_read(
 
     def refusing(uri: str) -> list[tuple[str, str]]:
         if "immutable" not in uri:
-            raise saved_rows.sqlite3.OperationalError("unable to open database file")
+            raise sqlite3.OperationalError("unable to open database file")
         return select(uri)
 
     monkeypatch.setattr(saved_rows, "_select", refusing)
