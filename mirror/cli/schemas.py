@@ -30,9 +30,9 @@ _TEXT: Final = {"type": "string"}
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _TEXTS: Final = {"type": "array", "items": _TEXT}
 
-_TIME: Final = {"type": "string", "format": "date-time"}
-_MARK: Final = _row(image=_TEXT, digest=_TEXT, since=_TIME)
-_BLOCK: Final = _row(target=_TEXT, reason=_TEXT, since=_TIME, digests=_TEXTS)
+_RFC3339: Final = {"type": "string", "format": "date-time"}
+_MARK: Final = _row(image=_TEXT, digest=_TEXT, since=_RFC3339)
+_BLOCK: Final = _row(target=_TEXT, reason=_TEXT, since=_RFC3339, digests=_TEXTS)
 
 SCHEMAS: Final[Mapping[str, Schema]] = {
     "block": _BLOCK,
@@ -42,10 +42,10 @@ SCHEMAS: Final[Mapping[str, Schema]] = {
         digests=_COUNT,
         cached=_COUNT,
         unknown=_TEXTS,
-        until=_TIME,
+        until=_RFC3339,
     ),
     "pin": _MARK,
-    "rollback": _row(image=_TEXT, digest=_TEXT, since=_TIME, missing=_COUNT),
+    "rollback": _row(image=_TEXT, digest=_TEXT, since=_RFC3339, missing=_COUNT),
     "unblock": _BLOCK,
     "unfreeze": _MARK,
     "unpin": _MARK,

@@ -27,7 +27,7 @@ from typing import Final, TypeAlias, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.links import Links, find_links, read_tag
+from mirror.store.image_links import Links, find_links, read_tag
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
@@ -445,7 +445,13 @@ class _PendingRow:
         return new
 
     def read(self, tables: Tables, table: str, key: str) -> str | None:
-        """Return the text with each update applied once."""
+        """Return the text with each update applied once.
+
+        Args:
+            tables: The open tables, in the reading thread.
+            table: The table of the row.
+            key: Its key.
+        """
         while True:
             queued, latest = self.queued, self.applied
             applied, new = latest

@@ -28,11 +28,11 @@ from typing import Any, Final, TypeAlias
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks_file import Entry, dump_entries, load_entries
 from mirror.store.records import MALFORMED
 
-LOCK_TIMEOUT_S: Final = 30.0
+CHANGE_TIMEOUT_S: Final = 30.0
 """Seconds that a change waits for another one. Each takes less than a second, even of 50,000
 leases, so a longer wait means that a process was stopped."""
 _LOCK_INTERVAL_S: Final = 0.002
@@ -94,7 +94,7 @@ class Lease:
     until: float
     """Seconds since the epoch."""
     source: str
-    """Where the list of used content came from. A newer list of the same source replaces it."""
+    """Name of the list of used content. A newer list of this name replaces it."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _load(entries: Iterable[Entry]) -> Marks:
                     raise ValueError
         except MALFORMED:
             raise ValueError(f"mark {number} is not understood") from None
-    return with_leases(Marks(pins, freezes, blocks), leases)
+    return with_leases(Marks(pins=pins, freezes=freezes, blocks=blocks), leases)
 
 
 def _text(value: Any) -> str:
@@ -295,7 +295,7 @@ def change_marks(layout: Layout, change: Callable[[Marks], Marks]) -> Marks:
         The new marks, which are on the disk.
 
     Raises:
-        TimeoutError: Another process holds the lock for :data:`LOCK_TIMEOUT_S`.
+        TimeoutError: Another process holds the lock for :data:`CHANGE_TIMEOUT_S`.
         OSError: The disk refuses. The earlier marks are unchanged.
         MarksDamaged: The file cannot be understood, so it is not replaced.
     """
@@ -313,12 +313,12 @@ def change_marks(layout: Layout, change: Callable[[Marks], Marks]) -> Marks:
 
 
 def _wait_for_lock(fd: int) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    deadline = time.monotonic() + CHANGE_TIMEOUT_S
     while not disk.try_lock(fd):
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"another process has held marks.lock for {LOCK_TIMEOUT_S:.0f} s: end it, and try "
-                "again"
+                f"another process has held marks.lock for {CHANGE_TIMEOUT_S:.0f} s: end it, and "
+                "try again"
             )
         time.sleep(_LOCK_INTERVAL_S)
 

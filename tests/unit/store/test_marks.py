@@ -165,7 +165,7 @@ def test_draft_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
 def test_stopped_process_with_the_lock_is_named_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(marks, "CHANGE_TIMEOUT_S", 0.05)
     layout = Layout(tmp_path)
     with layout.marks_lock.open("w") as file:
         assert disk.try_lock(file.fileno())
