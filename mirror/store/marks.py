@@ -296,12 +296,14 @@ def change_marks(layout: Layout, change: Callable[[Marks], Marks]) -> Marks:
 
     Raises:
         TimeoutError: Another process holds the lock for :data:`CHANGE_TIMEOUT_S`.
-        OSError: The disk refuses. The earlier marks are unchanged.
+        OSError: The disk refuses. The text says whether the marks have changed.
         MarksDamaged: The file cannot be understood, so it is not replaced.
     """
     layout.root.mkdir(parents=True, exist_ok=True)
     fd = os.open(layout.marks_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
+        with suppress(PermissionError):  # Another user has created it, for all to read.
+            os.fchmod(fd, 0o644)
         _wait_for_lock(fd)
         earlier = read_marks(layout)
         marks = change(earlier)
@@ -331,19 +333,30 @@ def _write(layout: Layout, marks: Marks) -> None:
     try:
         _write_draft(draft, dump_entries(_entries(marks)))
         draft.replace(layout.marks)
-        disk.sync_directory(directory)
-    except OSError:
+    except OSError as error:
+        os.close(directory)
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+        raise _with_consequence(error, layout, "the marks are as they were") from None
+    try:
+        disk.sync_directory(directory)
+    except OSError as error:
+        why = "the marks have changed, but a power cut may undo that"
+        raise _with_consequence(error, layout, why) from None
     finally:
         os.close(directory)
+
+
+def _with_consequence(error: OSError, layout: Layout, consequence: str) -> OSError:
+    return OSError(error.errno, f"{error.strerror}: {consequence}", str(layout.marks))
 
 
 def _write_draft(draft: Path, lines: Iterable[str]) -> None:
     # An earlier draft is one of a process that was killed.
     draft.unlink(missing_ok=True)
     with draft.open("x", encoding="utf-8") as file:
+        # Whatever the umask of a command is: the server, of another user, has to read it.
+        os.fchmod(file.fileno(), 0o644)
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
