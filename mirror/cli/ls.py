@@ -68,16 +68,16 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="list signatures and other referrers, too (as --filter kind=referrer does)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=list_images)
 
 
 @common.collector_paused()
-def run(arguments: argparse.Namespace) -> int:
+def list_images(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
     inventory = common.read(settings)
-    from mirror.inventory.rows import image_row
+    from mirror.inventory.json_rows import image_row
 
     images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
     has_referrers = arguments.has_all or any(key == "kind" for key, _ in filters)

@@ -84,14 +84,21 @@ class Names:
             if key not in found:
                 digest = Digest.parse(text)
                 current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
-                found[key] = Name(repository, tag, digest, current, row.variant, row.checked)
+                found[key] = Name(
+                    repository=repository,
+                    tag=tag,
+                    digest=digest,
+                    current=current,
+                    variant=row.variant,
+                    checked=row.checked,
+                )
                 tagged.add(f"{repository}@{text}")
         for key in self.manifests:
             name, _, text = key.partition("@")
             if text in present and key not in tagged:
                 digest, untagged = Digest.parse(text), repository_of(name)
                 if untagged is not None:
-                    found[key] = Name(untagged, None, digest, digest)
+                    found[key] = Name(untagged, tag=None, digest=digest, current=digest)
         return list(found.values())
 
     def media_type(self, name: Name) -> str:
@@ -110,7 +117,7 @@ class Names:
                 self.tags.append(tag)
 
 
-def load_names(rows: Iterable[tuple[str, str]]) -> Names:
+def parse_names(rows: Iterable[tuple[str, str]]) -> Names:
     """Return the names in (key, text) rows of the index. Malformed rows are passed over."""
     names = Names([], {})
     tags: list[tuple[str, str]] = []
@@ -157,4 +164,4 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     Digest.parse(document["digest"])
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
-    return TagName(repository, tag, tuple(digests), variant, checked or None)
+    return TagName(repository, tag, tuple(digests), variant=variant, checked=checked or None)
