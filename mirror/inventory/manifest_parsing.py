@@ -199,7 +199,7 @@ def dump_manifest(manifest: StoredManifest) -> str:
 
 
 def load_manifest(row: Any) -> StoredManifest:
-    """Return the manifest of the value that :func:`dump_manifest` has written. Raises ``MALFORMED``."""
+    """Return the manifest of a value that :func:`dump_manifest` wrote. Raises ``MALFORMED``."""
     (text, media_type, content_type, artifact_type, subject, platform, is_opaque), columns = row
     digests, media_types, sizes, types, platforms, elsewhere = map(str.split, columns)
     number = len(digests)
