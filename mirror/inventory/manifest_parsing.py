@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Any, Final
 
 from mirror.inventory.model import (
@@ -174,6 +175,8 @@ def _text(value: object) -> str | None:
 
 # --- JSON -----------------------------------------------------------------------------------------
 
+_KNOWN_COLUMNS: Final = 1000
+"""Columns of the same text that are parsed once. One takes about 1 KB."""
 _NONE: Final = "-"
 """Stands for an empty text between spaces."""
 
@@ -198,23 +201,41 @@ def dump_manifest(manifest: StoredManifest) -> str:
     return json.dumps([head, [" ".join(column) for column in columns]], separators=(",", ":"))
 
 
+# Most manifests have the same columns as others, but for digests and sizes.
+@lru_cache(_KNOWN_COLUMNS)
+def _to_media_types(text: str) -> tuple[str, ...]:
+    return tuple("" if word == _NONE else word for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_types(text: str) -> tuple[str, ...]:
+    return tuple(_TYPES[word].value for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_platforms(text: str) -> tuple[str | None, ...]:
+    return tuple(None if word == _NONE else word for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_flags(text: str) -> tuple[bool, ...]:
+    return tuple(word == "1" for word in text.split())
+
+
 def load_manifest(row: Any) -> StoredManifest:
     """Return the manifest of a value that :func:`dump_manifest` wrote. Raises ``MALFORMED``."""
     (text, media_type, content_type, artifact_type, subject, platform, is_opaque), columns = row
-    digests, media_types, sizes, types, platforms, elsewhere = map(str.split, columns)
-    number = len(digests)
-    if not number == len(media_types) == len(sizes) == len(types):
-        raise ValueError("columns of different lengths")
-    if _NONE in media_types:
-        media_types = ["" if one == _NONE else one for one in media_types]
+    digests, media_types, sizes, types, platforms, elsewhere = columns
     parts = PartColumns(
-        digests=digests,
-        media_types=media_types,
-        sizes=list(map(int, sizes)),
-        types=types,
-        platforms=[None if one == _NONE else one for one in platforms],
-        elsewhere=[one == "1" for one in elsewhere],
+        digests=digests.split(),
+        media_types=_to_media_types(media_types),
+        sizes=list(map(int, sizes.split())),
+        types=_to_types(types),
+        platforms=_to_platforms(platforms),
+        elsewhere=_to_flags(elsewhere),
     )
+    if not len(parts.digests) == len(parts.media_types) == len(parts.sizes) == len(parts.types):
+        raise ValueError("columns of different lengths")
     return StoredManifest(
         *(text, media_type, _TYPES[content_type], parts),
         *(artifact_type, subject, platform, is_opaque),
