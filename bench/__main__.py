@@ -16,7 +16,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import crowds, fetch_memory, growth, index_costs, ranges, store_costs, table, window
+from bench import (
+    crowds,
+    fetch_memory,
+    growth,
+    index_costs,
+    listings,
+    ranges,
+    store_costs,
+    table,
+    window,
+)
 from bench.table import Run
 
 
@@ -38,6 +48,7 @@ ROWS = (
     | growth.ROWS
     | store_costs.ROWS
     | index_costs.ROWS
+    | listings.ROWS
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -92,7 +93,7 @@ def list_images(arguments: argparse.Namespace) -> int:
 
 
 def _columns(now: float, arguments: argparse.Namespace) -> list[Column]:
-    since = since_text(now)
+    since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
     return [
         Column("UPSTREAM", "upstream"),
         Column("REPOSITORY", "repository"),

@@ -7,6 +7,7 @@ times RFC 3339 text in UTC; null: not known.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 from mirror.inventory.model import Image, Inventory
@@ -48,6 +49,9 @@ def state_words(image: Image) -> list[str]:
 
 def utc_text(seconds: float | None) -> str | None:
     """Return a time in seconds since the epoch as RFC 3339 text in UTC. None for None."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return None if seconds is None else _utc_text(int(seconds))
+
+
+@lru_cache(10_000)
+def _utc_text(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -365,7 +365,8 @@ class Inventory:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))
-        return self.size_of(self.sharing.reached_only_by((root,)) - self.protected)
+        alone = self.sharing.reached_only_by((root,))
+        return self.size_of(alone - self.protected if self.protected else alone)
 
     def size_of(self, digests: Iterable[DigestText]) -> int:
         """Return the bytes on disk of contents that names reach."""
