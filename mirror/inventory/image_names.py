@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mirror.inventory.model import DigestText
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
@@ -83,7 +84,10 @@ class Names:
             key = f"{repository}:{tag}@{text}"
             if key not in found:
                 digest = Digest.parse(text)
-                current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
+                try:
+                    current = digest if text == row.digests[0] else Digest.parse(row.digests[0])
+                except InvalidRequest:
+                    continue
                 found[key] = Name(
                     repository=repository,
                     tag=tag,
@@ -160,8 +164,6 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     if type(checked) not in (int, float) or not math.isfinite(checked):
         raise ValueError("not a time")
     digests = dict.fromkeys((document["digest"], *(earlier[0] for earlier in document["ledger"])))
-    # Only one that is on disk is used, so an earlier one needs no check.
-    Digest.parse(document["digest"])
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
     return TagName(repository, tag, tuple(digests), variant=variant, checked=checked or None)

@@ -206,20 +206,26 @@ def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
         is_image = manifest.type is ContentType.MANIFEST
         if is_image and present.issuperset(manifest.columns.digests):
             continue  # It lacks nothing, as most images do.
-        for part in manifest.parts:
-            text = part.text
-            if is_image or part.type not in MANIFEST_PART_TYPES:
-                if text not in present and not part.is_elsewhere:
-                    missing[text] = part
+        columns = manifest.columns
+        platforms_of = columns.platforms or [None] * len(columns.digests)
+        lacking: list[int] = []
+        entries = zip(columns.digests, columns.types, platforms_of, strict=True)
+        for number, (text, kind, stated) in enumerate(entries):
+            if is_image or kind not in MANIFEST_PART_TYPES:
+                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                    lacking.append(number)
             elif text not in manifests:
-                if part.type is not ContentType.REFERRER:
-                    missing_platforms.add(part.platform or _UNKNOWN_PLATFORM)
+                if kind != ContentType.REFERRER:
+                    missing_platforms.add(stated or _UNKNOWN_PLATFORM)
             elif text not in children:
                 children[text] = None
                 child = manifests[text]
-                if platform := part.platform or child.platform:
+                if platform := stated or child.platform:
                     platforms.add(platform)
                 queue.append(child)
+        if lacking:
+            parts = manifest.parts
+            missing.update({parts[number].text: parts[number] for number in lacking})
     if root.type is ContentType.INDEX and not children:
         missing.update({part.text: part for part in root.parts if part.type in MANIFEST_PART_TYPES})
     return _Parts(

@@ -234,7 +234,10 @@ def load_manifest(row: Any) -> StoredManifest:
         platforms=_to_platforms(platforms),
         elsewhere=_to_flags(elsewhere),
     )
-    if not len(parts.digests) == len(parts.media_types) == len(parts.sizes) == len(parts.types):
+    number = len(parts.digests)
+    if not number == len(parts.media_types) == len(parts.sizes) == len(parts.types):
+        raise ValueError("columns of different lengths")
+    if not {len(parts.platforms), len(parts.elsewhere)} <= {0, number}:
         raise ValueError("columns of different lengths")
     return StoredManifest(
         *(text, media_type, _TYPES[content_type], parts),

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Final
 
 from mirror.inventory import manifest_parsing
@@ -110,7 +109,7 @@ class _ManifestReader:
         body = self._read_file(config.text, manifest_parsing.CONFIG_LIMIT)
         platform = manifest_parsing.platform_of_config(body or b"")
         # Empty: so it is not read again each time.
-        manifest = replace(manifest, platform=platform or "")
+        manifest = manifest._replace(platform=platform or "")
         self._new.append(manifest)
         return manifest
 

@@ -96,9 +96,8 @@ class PartColumns(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class StoredManifest:
-    """A manifest on disk, parsed."""
+class StoredManifest(NamedTuple):
+    """A manifest on disk, parsed. A tuple: an inventory has 20,000 of them."""
 
     text: DigestText
     media_type: str
@@ -114,9 +113,13 @@ class StoredManifest:
     is_opaque: bool = False
     """Whether its parts are not known."""
 
-    @cached_property
+    @property
     def parts(self) -> tuple[ManifestPart, ...]:
-        """In the order of the document: the manifests of an index; or the config, then layers."""
+        """Its parts, made at each call.
+
+        They are in the order of the document: the manifests of an index; or the config, then the
+        layers.
+        """
         columns = self.columns
         return tuple(
             map(

@@ -152,10 +152,11 @@ def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
         lambda row: None,
         lambda row: [row[0]],
         lambda row: [row[0], [row[1][0], *([""] * 5)]],
+        lambda row: [row[0], [*row[1][:4], "a/b a/b a/b", row[1][5]]],
         lambda row: [row[0], [*row[1][:2], "many", *row[1][3:]]],
         lambda row: [[*row[0][:2], "blob", *row[0][3:]], row[1]],
     ],
-    ids=["nothing", "no parts", "columns differ", "size", "type"],
+    ids=["nothing", "no parts", "columns differ", "platforms differ", "size", "type"],
 )
 def test_damaged_cached_row_is_refused(damage: object) -> None:
     assert callable(damage)
