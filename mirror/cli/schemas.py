@@ -29,8 +29,8 @@ _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 _NUMBER_OF: Final = {"type": "integer", "minimum": 0}
-_DIGEST: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
-_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST, {"type": "null"}]}
+_DIGEST_TEXT: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
+_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST_TEXT, {"type": "null"}]}
 _TIME_OR_NULL: Final = {
     "type": ["string", "null"],
     "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$",
@@ -81,7 +81,7 @@ _CLEANED: Final = _row(
 )
 _NEXT_EVICTION: Final = _row(
     kind={"const": "eviction"},
-    digest=_DIGEST,
+    digest=_DIGEST_TEXT,
     type=_FILE_TYPE,
     size=_NUMBER_OF,
     last_used=_TIME_OR_NULL,
@@ -164,8 +164,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         upstream=_TEXT,
         repository=_TEXT,
         tag=_TEXT_OR_NULL,
-        digest=_DIGEST,
-        current_digest=_DIGEST,
+        digest=_DIGEST_TEXT,
+        current_digest=_DIGEST_TEXT,
         platforms=_TEXTS,
         missing_platforms=_TEXTS,
         size=_NUMBER_OF,
@@ -210,7 +210,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         image=_TEXT,
         depth=_NUMBER_OF,
         type=_CONTENT_TYPE,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         parent=_DIGEST_OR_NULL,
         media_type=_TEXT_OR_NULL,
         artifact_type=_TEXT_OR_NULL,
