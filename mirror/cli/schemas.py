@@ -65,9 +65,9 @@ _TYPE_USAGE: Final = _row(
     reclaimable=_NUMBER_OF,
 )
 _TIME: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
-_MARK: Final = _row(image=_TEXT, digest=_DIGEST, since=_TIME)
+_MARK: Final = _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME)
 _BLOCK: Final = _row(
-    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST}
+    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST_TEXT}
 )
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _CLEANED: Final = _row(
@@ -191,7 +191,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         error=_TEXT_OR_NULL,
     ),
     "rm": _CLEANED,
-    "rollback": _row(image=_TEXT, digest=_DIGEST, since=_TIME, missing=_NUMBER_OF),
+    "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME, missing=_NUMBER_OF),
     "savings": _row(
         kind={"enum": ["upstream", "repository", "network", "total", "disk"]},
         name=_TEXT,
@@ -226,7 +226,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "verify": _row(
         problem={"enum": ["damaged", "unreadable", "incomplete"]},
         image=_TEXT_OR_NULL,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         bytes=_NUMBER_OF,
         what=_TEXT,
         command=_TEXT_OR_NULL,
