@@ -22,7 +22,7 @@ from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import KEEPING_MARKS
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
-from mirror.store.removal import KeptBecause, Removal
+from mirror.store.removal import KeptBecause, Removal, reset_future_uses
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -65,6 +65,7 @@ async def remove_images(
     report = CleaningReport()
     chosen = _without_kept(report, images)
     contents = await run_in_thread(lambda: inventory.contents)
+    await run_in_thread(reset_future_uses, store.layout, contents.values(), inventory.now)
     used = await run_in_thread(_used_since, store, contents, chosen)
     report.items += [_kept(image, str(KeptBecause.USED)) for image in used]
     chosen = [image for image in chosen if image not in used]
