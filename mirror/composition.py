@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mirror.config.settings import Settings
 from mirror.observability.events import Observer
 from mirror.pull.content import ContentService
+from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -32,6 +33,8 @@ class Mirror:
     registries: Registries
     content: ContentService
     service: PullService
+    marks: MarksWatch
+    """Has the service follow the operator's blocks and freezes."""
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests. Running fetches keep their connections.
@@ -67,8 +70,10 @@ async def open_mirror(
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
             service = PullService(content)
+            marks = MarksWatch(store.layout, service.restrict, emit)
+            await marks.check()
             try:
-                yield Mirror(settings, store, single_flight, registries, content, service)
+                yield Mirror(settings, store, single_flight, registries, content, service, marks)
             finally:
                 # Before the registries close: fetches use their connections.
                 await single_flight.drain(0.0)

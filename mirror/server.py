@@ -31,9 +31,8 @@ from mirror.observability.events import Event, LogLinesDropped, LogMessage, Obse
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
-from mirror.single_flight import SingleFlight
-from mirror.store.disk import Layout
-from mirror.store.store import Store
+from mirror.pull.marks_watch import WATCH_INTERVAL_S
+from mirror.store.layout import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -256,6 +255,7 @@ async def start_server(
         store = mirror.store
         health = Health(lambda: store.unwritable_reason)
         handler = Handler(settings, mirror.service, health, render_metrics, emit)
+        mirror.marks.call_after_changes(lambda _: handler.stored_responses.clear())
         options: dict[str, Any] = {
             "access_log": None,
             "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
@@ -269,7 +269,7 @@ async def start_server(
             else ReusingServer(handler, handler.stored_responses, **options)
         )
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(store, certificate, mirror.single_flight, emit)
+        _start_housekeeping(mirror, certificate, emit)
         context = certificate.context if certificate is not None else None
         listening = await asyncio.get_running_loop().create_server(
             server,
@@ -288,17 +288,17 @@ async def start_server(
             await server.shutdown(_SHUTDOWN_TIMEOUT_S)
 
 
-def _start_housekeeping(
-    store: Store, certificate: Certificate | None, single_flight: SingleFlight, emit: Observer
-) -> None:
+def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: Observer) -> None:
     """Start the periodic jobs. ``certificate``: None without TLS."""
+    store = mirror.store
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
+        mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
+    start("marks", WATCH_INTERVAL_S, mirror.marks.check)
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
 

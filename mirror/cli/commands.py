@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from mirror.cli import explain, history, savings
+from mirror.cli import explain, history, in_use, marking, savings
 from mirror.cli.arguments import Commands
 
 ADD_PARSERS: Final[tuple[Callable[[Commands], None], ...]] = (
+    marking.add_parser,
+    in_use.add_parser,
     explain.add_parser,
     history.add_parser,
     savings.add_parser,

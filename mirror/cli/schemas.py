@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-RowSchema: TypeAlias = Mapping[str, Any]
-"""A JSON RowSchema (draft 2020-12)."""
+Schema: TypeAlias = Mapping[str, Any]
+"""A JSON Schema (draft 2020-12)."""
 
 
-def _row(**fields: Any) -> RowSchema:
+def _row(**fields: Any) -> Schema:
     """Return the schema of an object that has exactly these fields."""
     return {
         "type": "object",
@@ -26,20 +26,25 @@ def _row(**fields: Any) -> RowSchema:
 
 
 _TEXT: Final = {"type": "string"}
-_TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 _COUNT: Final = {"type": "integer", "minimum": 0}
 _COUNT_OR_NULL: Final = {"type": ["integer", "null"], "minimum": 0}
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _SECONDS_OR_NULL: Final = {"type": ["number", "null"]}
 _RATIO_OR_NULL: Final = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
-_TIME: Final = {"type": "string", "format": "date-time"}
-_TIME_OR_NULL: Final = {"type": ["string", "null"], "format": "date-time"}
 _YES_NO: Final = {"type": "boolean"}
+_TEXT_OR_NULL: Final = {"type": ["string", "null"]}
+_TEXTS: Final = {"type": "array", "items": _TEXT}
 
-SCHEMAS: Final[Mapping[str, RowSchema]] = {
+_RFC3339: Final = {"type": "string", "format": "date-time"}
+_RFC3339_OR_NULL: Final = {"type": ["string", "null"], "format": "date-time"}
+_MARK: Final = _row(image=_TEXT, digest=_TEXT, since=_RFC3339)
+_BLOCK: Final = _row(target=_TEXT, reason=_TEXT, since=_RFC3339, digests=_TEXTS)
+
+SCHEMAS: Final[Mapping[str, Schema]] = {
+    "block": _BLOCK,
     "explain": _row(
-        time=_TIME,
+        time=_RFC3339,
         name=_TEXT,
         sentences={"type": "array", "items": _TEXT},
         outcome=_TEXT,
@@ -72,18 +77,28 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         tag_ttl=_SECONDS_OR_NULL,
         previous_digest=_TEXT_OR_NULL,
     ),
+    "freeze": _MARK,
     "history": _row(
         image=_TEXT,
         digest=_TEXT,
-        first_seen=_TIME_OR_NULL,
-        last_seen=_TIME_OR_NULL,
+        first_seen=_RFC3339_OR_NULL,
+        last_seen=_RFC3339_OR_NULL,
         is_current=_YES_NO,
         is_here=_YES_NO,
     ),
+    "in-use": _row(
+        source=_TEXT,
+        digests=_COUNT,
+        cached=_COUNT,
+        unknown=_TEXTS,
+        until=_RFC3339,
+    ),
+    "pin": _MARK,
+    "rollback": _row(image=_TEXT, digest=_TEXT, since=_RFC3339, missing=_COUNT),
     "savings": _row(
         kind={"enum": ["upstream", "repository", "network", "total", "disk"]},
         name=_TEXT,
-        since=_TIME_OR_NULL,
+        since=_RFC3339_OR_NULL,
         requests=_COUNT,
         hit_ratio=_RATIO_OR_NULL,
         bytes_sent=_COUNT_OR_NULL,
@@ -94,5 +109,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         billable_saved={"type": ["integer", "null"]},
         max_size=_COUNT_OR_NULL,
     ),
+    "unblock": _BLOCK,
+    "unfreeze": _MARK,
+    "unpin": _MARK,
 }
 """Command -> the schema of one line of its ``--json``."""

@@ -15,9 +15,10 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.errors import BlobUnknown, Denied
-from mirror.oci.reference import Digest, Reference, Repository
+from mirror.oci.errors import BlobUnknown, Denied, StorageUnavailable
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
+from mirror.pull.admission import NO_RESTRICTIONS, Restrictions
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
@@ -46,7 +47,7 @@ class PullService:
 
     Every method takes the ``pull`` record of the client's request and writes its outcome, its
     stages and its warning there. Every method raises :class:`mirror.oci.errors.Denied` if the
-    repository is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
+    request is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
     an ``UpstreamError`` if the upstream fails and no cached result may be served instead,
     ``StorageUnavailable`` or ``ContentLost`` if content cannot be opened or read, and ``Draining``
     while the process shuts down.
@@ -59,10 +60,21 @@ class PullService:
             _BLOBS_BYTES, MEMORY_TTL_S, getsizeof=lambda b: _BLOB_EXTRA_BYTES + (b.size or 0)
         )
         self._lists = ListService(content, self._manifests)
-        self._repositories = RepositoryService(content)
+        self._repositories = RepositoryService(content, lambda: self.restrictions)
+        self.restrictions = NO_RESTRICTIONS
+        """The operator's blocks and freezes that are in force."""
 
-    def _admit(self, repository: Repository, pull: RequestRecord) -> None:
-        match admission.admit(repository, self._content.upstream(repository)):
+    def restrict(self, restrictions: Restrictions) -> None:
+        """Apply these blocks and freezes to all requests from now on."""
+        self.restrictions = restrictions
+
+    def _admit(
+        self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
+    ) -> None:
+        if self.restrictions.unknown_why:
+            raise StorageUnavailable(self.restrictions.unknown_why)
+        upstream = self._content.upstream(repository)
+        match admission.admit(repository, upstream, self.restrictions, reference):
             case admission.Allow():
                 return
             case admission.Deny(reason):
@@ -70,6 +82,13 @@ class PullService:
                 raise Denied(reason)
             case unknown:
                 assert_never(unknown)
+
+    def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
+        """Raise ``Denied`` if the manifest of a tag is blocked."""
+        decision = admission.admit_digest(digest, self.restrictions)
+        if isinstance(decision, admission.Deny):
+            pull.outcome = Outcome.DENIED
+            raise Denied(decision.reason)
 
     async def manifest(
         self,
@@ -96,14 +115,25 @@ class PullService:
             ManifestUnknown: The upstream says 404, or nothing is cached and the pull policy is
                 ``Never``.
             ManifestInvalid: The content is no JSON object, nested too deeply, or larger than 4 MiB.
+
+        A tag that the operator has frozen is served as a digest, and the upstream is not asked for
+        it.
         """
-        self._admit(repository, pull)
-        if isinstance(reference, Digest):
-            request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
-            return await self._manifests.by_digest(request, is_head=is_head)
-        return await self._manifests.by_tag(
-            TagRequest(repository, reference, pull, accept, is_head)
-        )
+        self._admit(repository, pull, reference)
+        if isinstance(reference, Tag):
+            frozen = self.restrictions.frozen.get((repository, reference))
+            if frozen is None:
+                return await self._by_tag(TagRequest(repository, reference, pull, accept, is_head))
+            reference = frozen
+            self._admit_digest(reference, pull)
+        request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
+        return await self._manifests.by_digest(request, is_head=is_head)
+
+    async def _by_tag(self, request: TagRequest) -> ManifestResult:
+        result = await self._manifests.by_tag(request)
+        # Only now is it known which manifest the tag has.
+        self._admit_digest(result.digest, request.pull)
+        return result
 
     async def blob(
         self,
@@ -131,7 +161,7 @@ class PullService:
             BlobUnknown: The repository does not have the blob, or has a manifest of that digest.
             Draining: The process shuts down, so no fetch is started.
         """
-        self._admit(repository, pull)
+        self._admit(repository, pull, digest)
         small = self._small_blobs.get((repository, digest))
         if small is None:
             if await self._content.is_manifest(repository, digest):

@@ -1,6 +1,6 @@
-"""Files and paths of the data directory. The functions make system calls that block.
+"""Files of the data directory. The functions make system calls that block.
 
-Lives here: the paths, opening and leasing whole content, locking an ingest file, appending with the
+Lives here: opening and leasing whole content, locking an ingest file, appending with the
 hash beside it, durable publishing. Must not know: the event loop, followers, clients.
 
 Functions that read or write content run in a thread. Single ``stat`` calls, ``close`` and reading a
@@ -9,22 +9,6 @@ state file also run on the event loop.
 Errors are ``OSError``. Only :func:`verify` also raises ``DigestMismatch``. The callers decide what
 a full or failing disk means. Too few descriptors (``EMFILE``, ``ENFILE``) never count as a missing
 or damaged file.
-
-::
-
-    oci-layout, index.json   the directory is a valid OCI image layout
-    blobs/<alg>/<hex>        whole and verified content
-    ingest/<alg>/<hex>       content of a running or interrupted fetch
-    ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
-    quarantine/<alg>/<hex>   content that did not hash to its name
-    index/                   databases of the index
-    history/                 the history of pulls (see :mod:`mirror.history`)
-    eviction.lock            its ``flock`` means that an eviction runs
-    index.json.lock          its ``flock`` means that ``index.json`` is being written
-    totals                   the running total of all processes (see :mod:`mirror.store.space`)
-
-``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
-on an ingest file means that a process is fetching the content.
 """
 
 from __future__ import annotations
@@ -44,7 +28,8 @@ from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
-from mirror.oci.reference import ALGORITHMS, Digest, Verifier
+from mirror.oci.reference import Digest, Verifier
+from mirror.store.layout import Layout as Layout
 from mirror.store.records import MALFORMED
 
 _READ_BYTES: Final = 1024 * 1024
@@ -60,62 +45,6 @@ _STATE_LIMIT_BYTES: Final = 16 * 1024
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
 # Some file systems cannot sync a directory. There a rename is as durable as it gets.
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The paths of one data directory. Digests are parsed before, so no path leaves ``root``."""
-
-    root: Path
-
-    def blob(self, digest: Digest) -> Path:
-        """Return the path of whole content."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
-
-    def ingest(self, digest: Digest) -> Path:
-        """Return the path of the file that a fetch appends to."""
-        return self.root / "ingest" / digest.algorithm / digest.hex
-
-    def ingest_state(self, digest: Digest) -> Path:
-        """Return the path of the state of a fetch (:class:`IngestState`)."""
-        return self.root / "ingest" / digest.algorithm / f"{digest.hex}.json"
-
-    def quarantine(self, digest: Digest) -> Path:
-        """Return the path of damaged content."""
-        return self.root / "quarantine" / digest.algorithm / digest.hex
-
-    @property
-    def index(self) -> Path:
-        """The directory of the index's databases."""
-        return self.root / "index"
-
-    @property
-    def history(self) -> Path:
-        """The directory of the history (:mod:`mirror.history`)."""
-        return self.root / "history"
-
-    @property
-    def save_lock(self) -> Path:
-        """The file whose lock is held while ``index.json`` is written."""
-        return self.root / "index.json.lock"
-
-    @property
-    def eviction_lock(self) -> Path:
-        """The file whose lock is held while an eviction runs."""
-        return self.root / "eviction.lock"
-
-    @property
-    def totals(self) -> Path:
-        """The file of the running total."""
-        return self.root / "totals"
-
-    def content_directories(self) -> list[Path]:
-        """Return ``blobs/<alg>`` for each registered algorithm."""
-        return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
-
-    def ingest_directories(self) -> list[Path]:
-        """Return ``ingest/<alg>`` for each registered algorithm."""
-        return [self.root / "ingest" / algorithm for algorithm in ALGORITHMS]
 
 
 def boot_id() -> str:
@@ -210,7 +139,7 @@ def touch_open(fd: int, now: float) -> None:
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of ``digests``, in whole seconds (see :func:`has_our_mtime`).
+    """Set the last use of whole content, in whole seconds (see :func:`has_our_mtime`).
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
@@ -315,7 +244,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
 
 
 def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
-    """Replace the state by ``state``, atomically. Raises ``OSError``, and leaves no draft then."""
+    """Replace the state atomically. Raises ``OSError``, and leaves no draft then."""
     path = layout.ingest_state(digest)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     document = {
@@ -416,7 +345,7 @@ def is_locked(path: Path) -> bool:
 
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
-    """Make the content in ``fd`` durable and visible: fsync, rename, fsync of the directory.
+    """Make verified content durable and visible: fsync, rename, fsync of the directory.
 
     Raises:
         OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
@@ -450,10 +379,18 @@ def _rename_durably(source: Path, target: Path, fd: int, directory: int, used: i
     fcntl.flock(fd, fcntl.LOCK_SH)
     source.rename(target)
     try:
-        os.fsync(directory)
+        sync_directory(directory)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(fd: int) -> None:
+    """Make a rename in an open directory durable, if its file system can. Raises ``OSError``."""
+    try:
+        os.fsync(fd)
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
-            target.unlink(missing_ok=True)
             raise
 
 
@@ -470,7 +407,7 @@ def _open_directory(path: Path) -> int:
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
-    """Remove the ingest file ``fd``, whose lock we hold. Never raises: recovery removes it, too."""
+    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
     with suppress(OSError):
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)

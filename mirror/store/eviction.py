@@ -24,11 +24,12 @@ from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
-from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
-from mirror.oci.errors import DigestInvalid, ManifestInvalid
+from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
+from mirror.store.pace import Pace
+from mirror.store.protection import Protection, ProtectionUnknown
 from mirror.store.quarantine import quarantine_size, trim_quarantine
 from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
 from mirror.threads import on_running_loop
@@ -44,12 +45,10 @@ _LOCK_HOLD_OFF_S: Final = 1.0
 """Seconds without an eviction after an error, or after another process did not release its lock in
 time."""
 _FLUSH_CONTENTS: Final = 64
-"""Contents that are removed between two reports to the fetches that wait: about 5 ms."""
-_WORK_S: Final = 0.00025
-"""Seconds of work between two pauses. A request waits for the interpreter lock for as long, each
-time that the event loop, or a thread that opens a file for it, wakes up."""
-_PAUSE_S: Final = 0.0002
-"""Seconds of a pause. Enough for a thread that waits for the interpreter lock to take it."""
+"""Contents that are removed between two reports to the fetches that wait: about 5 ms. No command
+can set a mark meanwhile."""
+_MARKS_PAUSE_S: Final = 0.003
+"""Seconds of a pause after that, in which a command that waits sets its mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +59,6 @@ class StoredBlob:
     size: int
     used: float
     """Last use, in seconds since the epoch."""
-
-
-class Pace:
-    """Pauses work that consists of many short system calls.
-
-    Such a thread takes the interpreter lock again before another one has woken up, for 5 ms at a
-    time. Each request that is served meanwhile would wait for that.
-    """
-
-    def __init__(self) -> None:
-        """Start with the time until the first pause."""
-        self._pause_at = time.monotonic() + _WORK_S
-
-    def keep(self) -> None:
-        """Pause if that is due. Call it after each short piece of work."""
-        if time.monotonic() >= self._pause_at:
-            time.sleep(_PAUSE_S)
-            self._pause_at = time.monotonic() + _WORK_S
 
 
 # --- a scan of the directories --------------------------------------------------------------------
@@ -252,7 +233,7 @@ class Evictor:
         catalog: Catalog,
         totals: Totals,
         settings: Storage,
-        pins: Callable[[], set[Digest] | None],
+        protect: Callable[[], Protection],
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
@@ -263,8 +244,7 @@ class Evictor:
             catalog: Lists its content.
             totals: Its running total. What is evicted is subtracted from it.
             settings: The quota and its water marks.
-            pins: Blocks, and returns the pinned manifests; None if they cannot be read. Called in
-                the thread.
+            protect: Returns a new record of what the marks protect. Called in the thread.
             emit: Receives events, on the event loop.
             now: Returns the seconds since the epoch.
         """
@@ -272,7 +252,7 @@ class Evictor:
         self._catalog = catalog
         self._totals = totals
         self._settings = settings
-        self._pins = pins
+        self._protect = protect
         self._emit = on_running_loop(emit)
         self._now = now
         self._thread = ThreadPoolExecutor(1, "evict")
@@ -353,11 +333,16 @@ class Evictor:
             shortage = self._shortage(self._refresh(), need)
             if shortage is None or not shortage[0]:
                 return
-            asked = time.monotonic()
-            pinned = self._pins()
-            # A hold-off in proportion to the wait for the index would last for minutes.
-            begun += time.monotonic() - asked
-            if not self._evict(*shortage, pinned):
+            protection, asked = self._protect(), time.monotonic()
+            try:
+                protection.update()
+                # A hold-off in proportion to the wait for the index would last for minutes.
+                begun += time.monotonic() - asked
+                is_enough = self._evict(*shortage, protection)
+            except ProtectionUnknown as error:
+                self._emit(LogMessage("warning", "nothing is evicted", (("why", str(error)),)))
+                is_enough, begun = False, begun + time.monotonic() - asked
+            if not is_enough:
                 elapsed = time.monotonic() - begun
                 self._held_off_until = time.monotonic() + elapsed * _HOLD_OFF_FACTOR
 
@@ -404,73 +389,66 @@ class Evictor:
             time.sleep(0.02)
         return True
 
-    def _evict(self, free: int, reason: str, pinned: set[Digest] | None) -> bool:
-        """Free ``free`` bytes. False if that much could not be freed."""
-        if pinned is None:
-            message = "nothing is evicted: the index does not say what is pinned"
-            self._emit(LogMessage("warning", message, ()))
-            return False
+    def _evict(self, free: int, reason: str, protection: Protection) -> bool:
+        """Free ``free`` bytes. False if that much could not be freed.
+
+        Raises ``ProtectionUnknown``.
+        """
         dropped = trim_quarantine(self._layout, keep=0)
         for digest in self._catalog.leftovers():
             if dropped < free:
                 dropped += self._drop_leftover(digest)
         self._totals.add(leftover=-dropped)
         self._totals.flush()
-        count, gained = self._evict_contents(free - dropped, pinned)
-        if count:
-            self._emit(Evicted(count, gained, reason))
-        return dropped + gained >= free
+        removed: list[int] = []
+        try:
+            self._evict_contents(free - dropped, protection, removed)
+        finally:
+            if removed:
+                self._emit(Evicted(len(removed), sum(removed), reason))
+        return dropped + sum(removed) >= free
 
-    def _evict_contents(self, free: int, pinned: set[Digest]) -> tuple[int, int]:
-        """Evict ``free`` bytes of whole content. Returns the number and the bytes."""
-        references = self._references(pinned)
-        count = gained = 0
-        staying, pace = set(pinned), Pace()
-        while gained < free and not self._stopping.is_set():
+    def _evict_contents(self, free: int, protection: Protection, removed: list[int]) -> None:
+        """Evict ``free`` bytes of whole content. Appends the size of each content to ``removed``.
+
+        Raises ``ProtectionUnknown``, after any number of contents.
+        """
+        in_use: set[Digest] = set()
+        while sum(removed) < free and not self._stopping.is_set():
             blobs = self._catalog.blobs(self._now())
-            chosen = eviction_order(blobs, staying, references, free - gained)
+            staying = protection.digests | in_use
+            chosen = eviction_order(blobs, staying, {}, free - sum(removed))
             if not chosen:
                 break
-            for blob in chosen:
-                if self._stopping.is_set():
-                    break
-                pace.keep()
-                if not self._unlink(blob.digest):
-                    # A client reads it. Other content is evicted in its place.
-                    staying.add(blob.digest)
-                    continue
-                count, gained = count + 1, gained + blob.size
-                self._totals.add(count=-1, size=-blob.size)
-                if count % _FLUSH_CONTENTS == 0:
-                    self._totals.flush()
-            self._totals.flush()
-        return count, gained
+            for start in range(0, len(chosen), _FLUSH_CONTENTS):
+                some = chosen[start : start + _FLUSH_CONTENTS]
+                # A mark that was set since they were chosen counts.
+                with protection.held():
+                    self._remove(some, protection.digests, removed, in_use)
+                self._totals.flush()
+                time.sleep(_MARKS_PAUSE_S)
 
-    def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
-        """Return the parts of each pinned manifest, and of each manifest among those parts."""
-        references: dict[Digest, list[Digest]] = {}
-        queue = list(pinned)
-        while queue:
-            digest = queue.pop()
-            if digest not in references:
-                manifests, blobs = self._parts(digest)
-                references[digest] = manifests + blobs
-                queue += manifests
-        return references
-
-    def _parts(self, digest: Digest) -> tuple[list[Digest], list[Digest]]:
-        """Return the manifests and the blobs that a manifest refers to."""
-        opened = disk.open_whole(self._layout, digest)
-        if opened is None:
-            return [], []
-        try:
-            body = os.pread(opened[0], MANIFEST_LIMIT + 1, 0)
-            parsed = parse_manifest(body, sniff_media_type(body))
-        except ManifestInvalid:
-            return [], []
-        finally:
-            os.close(opened[0])
-        return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]
+    def _remove(
+        self,
+        contents: Iterable[StoredBlob],
+        protected: Collection[Digest],
+        removed: list[int],
+        in_use: set[Digest],
+    ) -> None:
+        """Remove content that is neither protected nor read. Adds to the last two arguments."""
+        pace = Pace()
+        for blob in contents:
+            if self._stopping.is_set():
+                return
+            pace.keep()
+            if blob.digest in protected:
+                continue
+            if not self._unlink(blob.digest):
+                # A client reads it. Other content is evicted in its place.
+                in_use.add(blob.digest)
+                continue
+            removed.append(blob.size)
+            self._totals.add(count=-1, size=-blob.size)
 
     def _drop_leftover(self, digest: Digest) -> int:
         """Remove the leftover of an ended fetch, unless a fetch resumes it. Returns its bytes."""

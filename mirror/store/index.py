@@ -6,8 +6,7 @@ Theory of operation: all of the index can be lost without a wrong byte being ser
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
 database that is damaged, deleted or new gets the names in ``index.json`` before it is used
 (:mod:`mirror.store.names`). A record about content stays as long as the content
-(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses, lists and manifests of
-schema 1 have a time to live, and a bound on their bytes.
+(:mod:`mirror.store.orphans`), whatever the clock does. Other rows have a time to live and a bound.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
@@ -17,7 +16,7 @@ it. Some may be in that text already: :class:`_PendingRow` knows which, and each
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +26,8 @@ from typing import Final, TypeAlias, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
+from mirror.store.image_links import Links, find_links, read_tag
+from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
 from mirror.store.records import (
@@ -36,12 +36,10 @@ from mirror.store.records import (
     TagRecord,
     confirm,
     dump_access_record,
-    dump_pins,
     dump_tag,
     is_contradiction,
     load_access_record,
     load_negative,
-    load_pins,
     load_tag,
     merge_into,
     moved_event,
@@ -55,16 +53,14 @@ T = TypeVar("T")
 Update: TypeAlias = Callable[[str | None], str | None]
 """Returns the new text of a row, or None to delete it. Gets its text, or None if it is missing."""
 
-_RESPONSES: Final = "answers"
-"""Table of negative responses, lists and manifests of schema 1. Its name on disk is an old one."""
-_TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
+_TABLES: Final = {NAMED: None, ACCESS: None, RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
 _STEP_UPDATES: Final = 50
 """Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
 
 
 class Index:
-    """Tag records, access records, verification times, pins, negative responses, lists.
+    """Tag records, access records, verification times, negative responses, lists.
 
     Create it with :meth:`open`. The methods are safe beside other processes on the same directory.
     """
@@ -153,6 +149,14 @@ class Index:
         send them another manifest.
         """
         return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
+
+    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord]:
+        """Return the record of a tag and all variants of it, the one for most clients first.
+
+        Empty if the tag is not known, or if the database fails.
+        """
+        unanswered: list[TagRecord] = []
+        return await self._rows.read(partial(read_tag, name=f"{repository}:{tag}"), unanswered)
 
     async def confirm_tag(
         self,
@@ -287,7 +291,7 @@ class Index:
             await self._update(NAMED, [(manifest_key(repository, digest), deleted)])
             self.has_changed = True  # Otherwise a restore from index.json would bring it back.
 
-    # --- verification times, pins -----------------------------------------------------------------
+    # --- verification times, marked images ------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
         """Return when content was last hashed, in seconds since the epoch. None: not recorded."""
@@ -303,30 +307,20 @@ class Index:
                     return False
         return True
 
-    async def pinned(self) -> set[Digest] | None:
-        """Return the pinned manifests. None if the database fails: any may be pinned then."""
-        unknown: set[Digest] | None = None
-        return await self._load(NAMED, PINS, load_pins, unknown)
+    async def links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
+        """Find what the index knows of marked images. None if the database fails.
 
-    async def pin(self, digests: Iterable[Digest], *, is_pinned: bool = True) -> bool:
-        """Pin manifests, or unpin them. True if that was written."""
-        chosen = set(digests)
-
-        def update(text: str | None) -> str:
-            pins = load_pins(text)
-            return dump_pins(pins | chosen if is_pinned else pins - chosen)
-
-        if await self.pinned() is None:
-            return False  # A row that cannot be read is not replaced: it may pin other manifests.
-        was_written = await self._update(NAMED, [(PINS, update)]) is not None
-        self.has_changed = self.has_changed or was_written
-        return was_written
+        Args:
+            names: Whole names of images, whose current digests are wanted.
+            subjects: Digests of manifests, whose referrers are wanted.
+        """
+        return await find_links(self._rows, names, subjects)
 
     # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
         """Return the message of a recorded 404. None without one, or if its time is over."""
-        return load_negative(await self._get(_RESPONSES, f"negative {key}"), self._now())
+        return load_negative(await self._get(RESPONSES, f"negative {key}"), self._now())
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
         """Record a 404 of an upstream.
@@ -342,7 +336,7 @@ class Index:
 
     async def cached_list(self, key: str) -> str | None:
         """Return the text of :meth:`put_list`. None without one, or if its time to live is over."""
-        return await self._get(_RESPONSES, f"list {key}")
+        return await self._get(RESPONSES, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
         """Record a list of an upstream, or a manifest of schema 1.
@@ -355,7 +349,7 @@ class Index:
         await self._put_response(f"list {key}", value, ttl)
 
     async def _put_response(self, key: str, text: str, ttl: float) -> None:
-        await self._update(_RESPONSES, [(key, _replace_by(text))], ttl)
+        await self._update(RESPONSES, [(key, _replace_by(text))], ttl)
 
     # --- upkeep ---------------------------------------------------------------------------------
 
@@ -372,7 +366,7 @@ class Index:
         """
         await self._rows.return_to_disk()
         if self._rows.refusal is not None:
-            await self._rows.write(_RESPONSES, _try_write, None)
+            await self._rows.write(RESPONSES, _try_write, None)
 
     # --- rows -----------------------------------------------------------------------------------
 
@@ -452,7 +446,13 @@ class _PendingRow:
         return new
 
     def read(self, tables: Tables, table: str, key: str) -> str | None:
-        """Return the text with each update applied once."""
+        """Return the text with each update applied once.
+
+        Args:
+            tables: The open tables, in the reading thread.
+            table: The table of the row.
+            key: Its key.
+        """
         while True:
             queued, latest = self.queued, self.applied
             applied, new = latest
@@ -492,8 +492,8 @@ def _write(
 
 
 def _try_write(tables: Tables) -> None:
-    tables.write(_RESPONSES, "probe", "")
-    tables.delete(_RESPONSES, "probe")
+    tables.write(RESPONSES, "probe", "")
+    tables.delete(RESPONSES, "probe")
 
 
 def _access_key(repository: Repository, digest: Digest, kind: str) -> str:

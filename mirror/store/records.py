@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -87,8 +86,6 @@ class NamedManifest:
     digest: Digest
     media_type: str
     size: int | None
-    is_pinned: bool = False
-    """Whether it is never evicted, nor any content that it refers to."""
     variant: str = ""
     """See :meth:`mirror.store.index.Index.tag`. Empty: the manifest of clients that accept all."""
 
@@ -345,22 +342,6 @@ def load_access_record(text: object) -> AccessRecord | None:
         )
     except MALFORMED:
         return None
-
-
-def load_pins(text: str | None) -> set[Digest]:
-    """Return the digests in the row of pins. A malformed one is passed over."""
-    pins = set()
-    for digest in (text or "").split():
-        try:
-            pins.add(Digest.parse(digest))
-        except InvalidRequest:
-            continue
-    return pins
-
-
-def dump_pins(pins: Iterable[Digest]) -> str:
-    """Return the text of the row of pins."""
-    return " ".join(map(str, sorted(pins)))
 
 
 def _time(value: Any) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -32,13 +32,15 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
-from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
+from mirror.store.image_links import Links
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.layout import Layout
 from mirror.store.names import root_record
+from mirror.store.protection import Protection
 from mirror.store.records import AccessRecord, parse_with_records
 from mirror.store.recovery import recover, remove_leftovers
 from mirror.store.space import Space, Totals
@@ -61,8 +63,8 @@ names takes 5 s of processor time."""
 _SAVE_LOCK_TIMEOUT_S: Final = 2.0
 """Seconds that a write of ``index.json`` waits for one of another process. At a stop, the next
 start writes the file in its place."""
-_PINS_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for the pins. After that nothing is evicted, because anything may be pinned."""
+_LINKS_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for what the index knows of marked images. After that nothing is evicted."""
 
 
 class Store:
@@ -118,7 +120,7 @@ class Store:
         self.catalog = Catalog(layout)
         self._totals = Totals(layout.totals)
         self.evictor = Evictor(
-            layout, self.catalog, self._totals, settings, self._read_pins, self._observe, now
+            layout, self.catalog, self._totals, settings, self.protection, self._observe, now
         )
         self.space = Space(
             layout,
@@ -203,11 +205,16 @@ class Store:
         granted = sum(max(ingest.granted, ingest.on_disk) for ingest in ingests)
         return granted, sum(max(0, ingest.granted - ingest.on_disk) for ingest in ingests)
 
-    def _read_pins(self) -> set[Digest] | None:
-        """Return the pinned manifests, for the thread that evicts. None if they cannot be read."""
-        reading = asyncio.run_coroutine_threadsafe(self.index.pinned(), self._loop)
+    def protection(self) -> Protection:
+        """Return a new record of what the marks protect, for a thread that removes content."""
+        return Protection(self.layout, self._find_links, self._now)
+
+    def _find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
+        """Read the index for a thread. None if it fails, or does not answer in time."""
+        links = self.index.links(names, subjects)
+        reading = asyncio.run_coroutine_threadsafe(links, self._loop)
         try:
-            return reading.result(_PINS_TIMEOUT_S)
+            return reading.result(_LINKS_TIMEOUT_S)
         except TimeoutError:
             reading.cancel()
             return None

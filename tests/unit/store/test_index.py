@@ -19,6 +19,7 @@ from mirror.observability.events import Event, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store import orphans
+from mirror.store.image_links import Links
 from mirror.store.index import Index
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
 from mirror.store.records import (
@@ -66,7 +67,6 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     record = await index.confirm_tag(REPO, TAG, ONE)
     await index.put_access_records(REPO, [root(ONE)])
     await index.set_verified([(ONE, 5.0)])
-    await index.pin([ONE])
     await index.close()
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) == record
@@ -77,11 +77,8 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     names = {named.name for named in await manifests(index)}
     assert names == {f"{REPO}@{ONE}", "docker.io/library/app:1.0"}
     assert await index.verified_at(ONE) == 5.0
-    assert await index.pinned() == {ONE}
     await index.revoke_access(REPO, ONE, "manifest")
-    await index.pin([ONE], is_pinned=False)
     assert await index.access_record(REPO, ONE, "manifest") is None
-    assert await index.pinned() == set()
     await index.close()
     (event,) = events
     assert event == TagMoved(
@@ -183,7 +180,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         await index.confirm_tag(REPO, TAG, ONE)
         untyped = replace(part(ONE, "manifest"), media_type="")
         await index.put_access_records(REPO, [untyped, part(old, "blob")])
-        await index.pin([ONE])
 
         async def check() -> None:
             record = await index.tag(REPO, TAG)
@@ -196,7 +192,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
             assert await index.access_record(REPO, layer, "blob")
             assert await index.access_record(REPO, old, "blob") is None, "it was revoked"
             assert await index.verified_at(ONE) == 7.0
-            assert await index.pinned() == {ONE, TWO}
             assert await index.negative("blob a@b") == "gone"
             assert await index.cached_list("tags c") == "1.0"
 
@@ -204,7 +199,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         writes: list[Coroutine[Any, Any, object]] = [
             index.confirm_tag(REPO, TAG, TWO),
             index.confirm_tag(REPO, Tag("new"), TWO),
-            index.pin([TWO]),
             index.put_negative("blob a@b", "gone", 60.0),
             index.put_list("tags c", "1.0", 60.0),
             index.put_access_records(REPO, [stated, part(layer, "blob")]),
@@ -213,7 +207,7 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         ]
         with locked(tmp_path, "named", "members", "answers"):
             tasks = [asyncio.ensure_future(write) for write in writes]  # noqa: TID251 - a test
-            while await index.pinned() != {ONE, TWO}:
+            while await index.verified_at(ONE) != 7.0:
                 continue
             await check()
             assert not any(task.done() for task in tasks)
@@ -406,11 +400,10 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
         await index.confirm_tag(REPO, TAG, ONE)
         await index.confirm_tag(REPO, Tag("child"), TWO)
         await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
-        await index.pin([ONE])
         assert await manifests(index) == [
-            NamedManifest(REPO, TAG, ONE, "a/b", 3, is_pinned=True),
-            NamedManifest(REPO, Tag("old"), ONE, "a/b", 3, is_pinned=True, variant=" variant"),
-            NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
+            NamedManifest(REPO, TAG, ONE, "a/b", 3),
+            NamedManifest(REPO, Tag("old"), ONE, "a/b", 3, variant=" variant"),
+            NamedManifest(REPO, None, ONE, "a/b", 3),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
         assert await index.tags_of(Repository("ghcr.io", "app")) == []
@@ -446,7 +439,6 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
             lambda: index.confirm_tag(REPO, TAG, ONE),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.put_access_records(REPO, [replace(root(ONE), size=5)]),
-            lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
             index.has_changed = False
@@ -467,7 +459,6 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_access_records(REPO, [root(ONE)])
-    await index.pin([ONE])
     index.has_changed = False
 
     def broken(*arguments: object, **named: object) -> None:
@@ -481,12 +472,11 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
         patch.setattr(Tables, "write", broken)
         patch.setattr(Tables, "write_all", broken)
         assert await index.names(0) is None
-        assert await index.pinned() is None
+        assert await index.links([f"{REPO}:{TAG}"], [ONE]) is None
         assert not await index.put_access_records(REPO, [root(TWO)])
         assert await index.confirm_tag(REPO, TAG, ONE) is None
-        assert not await index.pin([TWO])
         assert not index.has_changed, "nothing was written"
-    assert await index.pinned() == {ONE}
+    assert await index.links([f"{REPO}:{TAG}"], [ONE]) == Links(set(), set())
     await index.close()
 
 
@@ -582,12 +572,10 @@ async def test_records_of_content_on_disk_stay_whatever_the_clock_does(
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await remember(index, ONE)
-        await index.pin([ONE])
         for jump in jumps:
             clock[0] += jump
             await check_all(index, {ONE})
             assert await is_known(index, ONE)
-        assert await index.pinned() == {ONE}
     async with opened(tmp_path, clock) as index:
         assert await is_known(index, ONE)
 
@@ -660,7 +648,6 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
     async with opened(tmp_path, clock) as index:
         held = Digest.of(b"held")
         await remember(index, held)
-        await index.pin([held])
         for number in range(40):
             await remember(index, Digest.of(b"%d" % number))
         gone = [Digest.of(b"gone %d" % number) for number in range(1000)]
@@ -676,7 +663,6 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
         for _ in range(80):
             await index.orphans.drop({held}.__contains__, contents=2)
         assert len(await index.tags_of(REPO)) <= 140
-        assert await index.pinned() == {held}
 
 
 async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.unit.store.kit import (
     image,
     keep,
     opened,
+    pin,
     pulled,
     random_bytes,
     read,
@@ -416,7 +417,7 @@ async def test_eviction_that_frees_too_little_is_not_repeated_for_each_fetch(
     body = image(*layers)
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await pulled(store, body, None, *layers)
-        await store.index.pin([Digest.of(body)])
+        pin(store.layout, Digest.of(body))
         slow = SlowEviction(monkeypatch, pause=0.0)
         monkeypatch.setattr("mirror.store.eviction._HOLD_OFF_FACTOR", 10_000.0)
         for seed in range(10, 30):
