@@ -26,7 +26,7 @@ from mirror.inventory import usage
 from mirror.inventory.leftovers import find_leftovers
 from mirror.inventory.model import Image, Inventory
 from mirror.inventory.read import read_inventory
-from mirror.inventory.rows import image_row
+from mirror.inventory.json_rows import image_row
 from mirror.inventory.tree import image_tree, node_row
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound

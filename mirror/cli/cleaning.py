@@ -10,8 +10,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -50,12 +50,34 @@ def duration(text: str) -> float:
         raise argparse.ArgumentTypeError(f"'{text}' is {error}") from None
 
 
-def give_way() -> None:
-    """Let a server on the same machine go first. Never raises."""
-    try:
+@contextmanager
+def giving_way() -> Iterator[None]:
+    """Use only processor time that nothing else wants, while the block runs.
+
+    The block must hold no lock that a server waits for.
+
+    After it, a server on the same machine still goes first.
+    """
+    with suppress(OSError):
         os.nice(_NICENESS)
-    except OSError:
-        return
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def read_inventory_gently(settings: Settings) -> Inventory:
+    """Read the content of the data directory with the lowest priority, for long operations.
+
+    Raises what :func:`read_inventory` raises.
+    """
+    with giving_way():
+        inventory = read_inventory(settings)
+        assert inventory.contents is not None  # Asks each file for its size now.
+        return inventory
 
 
 def layout_of(settings: Settings) -> Layout:

@@ -16,10 +16,10 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
-    give_way,
+    giving_way,
     layout_of,
     opened_store,
-    read_inventory,
+    read_inventory_gently,
 )
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
@@ -74,17 +74,18 @@ def run(arguments: argparse.Namespace) -> int:
     if grace < MIN_GRACE_S:
         raise UsageError("--grace must be at least 10m: the blobs of an image come before its name")
     settings = load_settings(arguments)
-    give_way()
-    inventory = read_inventory(settings)
+    inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
-        report = find_garbage(layout_of(settings), inventory, grace)
+        with giving_way():
+            report = find_garbage(layout_of(settings), inventory, grace)
     else:
         report = asyncio.run(_collect(settings, inventory, grace))
     if arguments.is_json:
         for item in report.items:
             print_line(json.dumps(item.row()))
         return 0
-    print_rows(_COLUMNS, _rows(report), is_json=False)
+    if report.items:
+        print_rows(_COLUMNS, _rows(report), is_json=False)
     verb = "would be freed" if arguments.is_dry_run else "freed"
     print_line(f"{size_text(report.freed)} {verb}")
     return 0

@@ -40,7 +40,7 @@ class Bars(Protocol):
 
 
 class NoBars:
-    """Where nobody watches: nothing is shown."""
+    """No bars: nobody watches."""
 
     def move(self, key: Hashable, label: str, position: int, size: int | None) -> None:
         """Show nothing."""

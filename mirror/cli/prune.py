@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
-    give_way,
     opened_store,
-    read_inventory,
+    read_inventory_gently,
     summary,
 )
 from mirror.cli.listing import Column, print_rows
@@ -95,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises :class:`mirror.cli.output.UsageError` if nothing says what goes."""
     settings = load_settings(arguments)
     rules = _rules(arguments, settings)
-    give_way()
-    inventory = read_inventory(settings)
+    inventory = read_inventory_gently(settings)
     if arguments.is_dry_run:
         from mirror.operations.prune import choose
 
@@ -107,7 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
         for item in report.items:
             print_line(json.dumps(item.row()))
         return 0
-    print_rows(_COLUMNS, [item.row() for item in report.removed("image")], is_json=False)
+    rows = [item.row() for item in report.removed("image")]
+    if rows:
+        print_rows(_COLUMNS, rows, is_json=False)
     for text in _kept(report):
         print_line(text)
     print_line(summary(report, "image", report.removed("image")))
@@ -155,8 +155,3 @@ def _kept(report: CleaningReport) -> list[str]:
             key = word if word in ("pinned", "frozen", "leased") else "in use, or among the latest"
             counts[key] = counts.get(key, 0) + 1
     return [f"kept {count} images: {why}" for why, count in sorted(counts.items())]
-
-
-def rows_of(report: CleaningReport) -> list[dict[str, Any]]:
-    """Return the rows of ``--json``."""
-    return [item.row() for item in report.items]

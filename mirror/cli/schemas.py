@@ -29,8 +29,8 @@ _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 _NUMBER_OF: Final = {"type": "integer", "minimum": 0}
-_DIGEST: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
-_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST, {"type": "null"}]}
+_DIGEST_TEXT: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
+_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST_TEXT, {"type": "null"}]}
 _TIME_OR_NULL: Final = {
     "type": ["string", "null"],
     "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$",
@@ -65,9 +65,9 @@ _TYPE_USAGE: Final = _row(
     reclaimable=_NUMBER_OF,
 )
 _TIME: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
-_MARK: Final = _row(image=_TEXT, digest=_DIGEST, since=_TIME)
+_MARK: Final = _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME)
 _BLOCK: Final = _row(
-    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST}
+    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST_TEXT}
 )
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _CLEANED: Final = _row(
@@ -81,7 +81,7 @@ _CLEANED: Final = _row(
 )
 _NEXT_EVICTION: Final = _row(
     kind={"const": "eviction"},
-    digest=_DIGEST,
+    digest=_DIGEST_TEXT,
     type=_FILE_TYPE,
     size=_NUMBER_OF,
     last_used=_TIME_OR_NULL,
@@ -164,8 +164,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         upstream=_TEXT,
         repository=_TEXT,
         tag=_TEXT_OR_NULL,
-        digest=_DIGEST,
-        current_digest=_DIGEST,
+        digest=_DIGEST_TEXT,
+        current_digest=_DIGEST_TEXT,
         platforms=_TEXTS,
         missing_platforms=_TEXTS,
         size=_NUMBER_OF,
@@ -191,7 +191,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         error=_TEXT_OR_NULL,
     ),
     "rm": _CLEANED,
-    "rollback": _row(image=_TEXT, digest=_DIGEST, since=_TIME, missing=_NUMBER_OF),
+    "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME, missing=_NUMBER_OF),
     "savings": _row(
         kind={"enum": ["upstream", "repository", "network", "total", "disk"]},
         name=_TEXT,
@@ -210,7 +210,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         image=_TEXT,
         depth=_NUMBER_OF,
         type=_CONTENT_TYPE,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         parent=_DIGEST_OR_NULL,
         media_type=_TEXT_OR_NULL,
         artifact_type=_TEXT_OR_NULL,
@@ -226,7 +226,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "verify": _row(
         problem={"enum": ["damaged", "unreadable", "incomplete"]},
         image=_TEXT_OR_NULL,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         bytes=_NUMBER_OF,
         what=_TEXT,
         command=_TEXT_OR_NULL,

@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.cleaning import give_way, opened_store, read_inventory
+from mirror.cli.cleaning import opened_store, read_inventory, read_inventory_gently
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
@@ -69,8 +69,7 @@ def _subset(text: str) -> Subset:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ``CommandFailed`` if an image is not known."""
     settings = load_settings(arguments)
-    give_way()
-    inventory = read_inventory(settings)
+    inventory = read_inventory_gently(settings)
     images = find_images(inventory, arguments.images) if arguments.images else None
     work = _verify_and_repair if arguments.is_repairing else _verify
     report = asyncio.run(work(settings, inventory, images, arguments.subset))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.observability.events import Kind, Outcome, RequestRecord, TagMoved
@@ -30,8 +31,19 @@ _MAX_SUMS: Final = 20_000
 
 RequestKey: TypeAlias = tuple[str, str, str, Outcome, Kind, str, str]
 """Upstream, repository, client, outcome, kind, method, digest."""
-FetchKey: TypeAlias = tuple[str, str, str, str]
-"""Upstream, repository, client, outcome. The last three are empty if no request caused a fetch."""
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Work of an upstream for one request."""
+
+    record: RequestRecord | None
+    """The request that has caused it. None: there is none."""
+    upstream: str
+    bytes: int = 0
+    """Bytes of bodies that were received."""
+    billed: int = 0
+    """Requests that the upstream may have billed."""
 
 
 def is_fetched_elsewhere(pull: RequestRecord) -> bool:
@@ -51,10 +63,8 @@ class Batch:
         """Time of ``time.monotonic`` at :attr:`at`."""
         self.requests: dict[RequestKey, list[int]] = {}
         """Request -> [number, bytes sent]."""
-        self.fetched: list[tuple[RequestRecord | None, str, int, int]] = []
-        """(record, upstream, bytes fetched, billed requests), of each record once."""
-        self._fetched_by: dict[tuple[int, str], int] = {}
-        """(``id()`` of the record, upstream) -> position in :attr:`fetched`."""
+        self.fetched: dict[tuple[int, str], Fetched] = {}
+        """(``id()`` of the record, upstream) -> work of the upstream. It keeps the record alive."""
         self.rows: list[RequestRecord] = []
         """Requests that get a row of their own."""
         self.hits: deque[RequestRecord] = deque(maxlen=_MAX_HITS)
@@ -68,9 +78,8 @@ class Batch:
     @property
     def weight(self) -> int:
         """Number of its entries: about the number of rows that are written."""
-        return sum(
-            map(len, (self.requests, self.fetched, self.rows, self.hits, self.uses, self.moves))
-        )
+        sums = len(self.requests) + len(self.fetched)
+        return sums + len(self.rows) + len(self.hits) + len(self.uses) + len(self.moves)
 
     def add_requests(self, ended: Iterable[RequestRecord]) -> None:
         """Add requests that have ended."""
@@ -111,14 +120,11 @@ class Batch:
             size: Bytes of a body that were received.
             billed: Requests that the upstream may have billed.
         """
-        key = (id(record), upstream)  # The record stays alive in the list.
-        position = self._fetched_by.get(key)
-        if position is None:
-            self._fetched_by[key] = len(self.fetched)
-            self.fetched.append((record, upstream, size, billed))
-        else:
-            _, _, earlier, earlier_billed = self.fetched[position]
-            self.fetched[position] = record, upstream, earlier + size, earlier_billed + billed
+        fetched = self.fetched.get((id(record), upstream))
+        if fetched is None:
+            fetched = self.fetched[id(record), upstream] = Fetched(record, upstream)
+        fetched.bytes += size
+        fetched.billed += billed
 
     def end(self, now: float) -> None:
         """Note the time at which the batch ends. ``now``: Unix time in seconds."""

@@ -76,6 +76,8 @@ class HistoryRecorder:
             ended.append(event.pull)  # type: ignore[union-attr] # its type is known
             if len(ended) >= _MAX_ENDED:
                 self._sum_up()
+        elif kind is BytesFetched:
+            self._batch.add_fetched(CURRENT_RECORD.get(), event.upstream, event.count, 0)  # type: ignore[union-attr] # its type is known
         elif kind in _OTHERS:
             self._observe_other(event)
         else:
@@ -86,8 +88,6 @@ class HistoryRecorder:
 
     def _observe_other(self, event: Event) -> None:
         match event:
-            case BytesFetched(upstream, count):
-                self._batch.add_fetched(CURRENT_RECORD.get(), upstream, count, 0)
             case ExchangeEnded(upstream=upstream, is_billed=True):
                 self._batch.add_fetched(CURRENT_RECORD.get(), upstream, 0, 1)
             case ContentUsed(digests):
@@ -120,4 +120,4 @@ class HistoryRecorder:
         self._writer.close(timeout)
 
 
-_OTHERS: Final = frozenset({BytesFetched, ExchangeEnded, ContentUsed, TagMoved})
+_OTHERS: Final = frozenset({ExchangeEnded, ContentUsed, TagMoved})

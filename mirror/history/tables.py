@@ -172,8 +172,9 @@ def _insert_counts(connection: sqlite3.Connection, batch: Batch) -> None:
         name = repository if is_served else ""
         key = (upstream, name, network_of(client), outcome.value)
         counts.add(key, number, size, 0, number if is_billable else 0, 0)
-    for record, upstream, size, billed in batch.fetched:
-        counts.add(_fetch_key(record, upstream), 0, 0, size, 0, billed)
+    for fetched in batch.fetched.values():
+        key = _fetch_key(fetched.record, fetched.upstream)
+        counts.add(key, 0, 0, fetched.bytes, 0, fetched.billed)
     minute = int(batch.at) // 60 * 60
     period = int(batch.at) // PERIOD_S * PERIOD_S
     connection.executemany(_ADD_COUNT, ((period, *key, *sums) for key, sums in _items(counts)))

@@ -15,14 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from mirror.inventory.model import MANIFEST_TYPES, Content, DigestText, Image, Inventory
+from mirror.inventory.model import MANIFEST_PART_TYPES, Content, DigestText, Image, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.retention import KEEPING_MARKS
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
-from mirror.store.removal import KeptBecause, Removal
+from mirror.store.removal import KeptBecause, Removal, reset_future_uses
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
 
@@ -65,6 +65,7 @@ async def remove_images(
     report = CleaningReport()
     chosen = _without_kept(report, images)
     contents = await run_in_thread(lambda: inventory.contents)
+    await run_in_thread(reset_future_uses, store.layout, contents.values(), inventory.now)
     used = await run_in_thread(_used_since, store, contents, chosen)
     report.items += [_kept(image, str(KeptBecause.USED)) for image in used]
     chosen = [image for image in chosen if image not in used]
@@ -182,7 +183,7 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
 
 def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
     is_root = digest in (image.root, str(image.current))
-    return is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_TYPES
+    return is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
 
 
 # --- the report -----------------------------------------------------------------------------------

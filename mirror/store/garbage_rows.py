@@ -12,7 +12,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Final
-from urllib.parse import quote
 
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
@@ -88,7 +87,7 @@ def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connectio
         if not path.exists():
             yield None
             return
-        uri = f"file:{quote(str(path))}?mode={mode}"
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
         connect = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
         with closing(connect) as database:
             yield database

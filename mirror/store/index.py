@@ -26,7 +26,7 @@ from typing import Final, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.links import Links, find_links, read_tag
+from mirror.store.image_links import Links, find_links, read_tag
 from mirror.store.name_records import NameRecords
 from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key

@@ -18,7 +18,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
@@ -37,6 +37,8 @@ BATCH_CONTENTS: Final = 64
 can set a mark meanwhile."""
 MARKS_PAUSE_S: Final = 0.003
 """Seconds of a pause after that, in which a command that waits sets its mark."""
+_FUTURE_S: Final = 60.0
+"""Seconds after which a last use is in the future. A client may use content while it is listed."""
 _LOCK_INTERVAL_S: Final = 0.02
 """Seconds between two attempts to get the eviction lock."""
 BLOCK_BYTES: Final = 512
@@ -195,6 +197,19 @@ def _unlink(layout: Layout, content: Candidate) -> int | KeptBecause | None:
         return None
     except OSError:
         return KeptBecause.REFUSED
+
+
+def reset_future_uses(layout: Layout, contents: Iterable[Candidate], now: float) -> None:
+    """Set last uses far in the future to ``now``, as an eviction does: a clock was set back.
+
+    Otherwise this content would count as used since it was listed, for as long. Blocks. Never
+    raises. ``now``: when the contents were listed, in seconds since the epoch.
+    """
+    for content in contents:
+        if content.used >= now:
+            with suppress(OSError):
+                if layout.blob(content.digest).lstat().st_mtime > now + _FUTURE_S:
+                    disk.touch(layout, [content.digest], now)
 
 
 # --- leftovers ------------------------------------------------------------------------------------

@@ -43,7 +43,12 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "config.values": {"oci"},
     "config.section": {"config.values"},
     "config.listeners": {"config.section", "config.values"},
-    "config.settings": {"config.listeners", "config.section", "config.values", "oci"},
+    "config.prefetch": {"config.section", "oci"},
+    "config.retention": {"config.section", "oci"},
+    "config.settings": {
+        *("config.listeners", "config.prefetch", "config.retention", "config.section"),
+        *("config.values", "oci"),
+    },
     "config.reload": {"config.settings"},
     "config.load": {"config.settings", "config.values", "oci"},
     "single_flight": {"oci"},
@@ -64,13 +69,15 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Where the data directory is, and which contents it has.
     "history": {"history", "store.disk", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
-    "operations": {"operations", "composition", "pull", "store", *SHARED},
+    "operations": {
+        *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
+    },
     # Its listener cuts off clients as that of ``web`` does.
     "admin": {
         *("admin", "composition", "config.values", "history", "inventory", "operations", "pull"),
         *("store", "web.client_socket", *SHARED),
     },
-    "server": {"server", "admin", "composition", "config.reload", *BELOW_SERVER},
+    "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
     "processes": {
         *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },

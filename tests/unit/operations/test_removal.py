@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mirror.inventory.model import Content, Image, Inventory
 from mirror.oci.errors import StorageUnavailable
-from mirror.oci.reference import Digest, Tag
+from mirror.oci.reference import Digest, Repository, Tag
 from mirror.operations.cleaning_report import CleaningReport
 from mirror.operations.removal import plan_removal, remove_images, removed_names
 from mirror.store.eviction import Evictor
@@ -270,7 +270,7 @@ PULLS = st.lists(
 )
 def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
     tmp_path_factory: pytest.TempPathFactory,
-    pulls: list[tuple[object, str, int]],
+    pulls: list[tuple[Repository, str, int]],
     removed: set[int],
     marked: dict[int, str],
 ) -> None:
@@ -280,7 +280,7 @@ def test_nothing_that_a_kept_name_or_a_mark_needs_is_removed(
         async with opened(root, [NOW]) as store:
             for repository, tag, number in pulls:
                 blobs = [CONFIG, *LAYERS]
-                await pull(store, BODIES[number], tag, blobs, repository)  # type: ignore[arg-type]
+                await pull(store, BODIES[number], tag, blobs, repository)
             images = inventory_of(root).images
             of = {kind: [images[n] for n, k in marked.items() if k == kind and n < len(images)]
                   for kind in ("pin", "freeze", "lease")}  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mirror.inventory.model import Inventory
-from mirror.observability.events import Evicted, Kind
+from mirror.observability.events import Event, Evicted, Kind
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
 from mirror.store.store import Store
@@ -44,8 +44,8 @@ async def test_intact_content_gets_its_verification_recorded(tmp_path: Path) -> 
 
 
 async def test_damaged_layer_is_moved_counted_and_named_with_its_remedy(tmp_path: Path) -> None:
-    events: list[object] = []
-    async with opened(tmp_path, [NOW], events) as store:  # type: ignore[arg-type]
+    events: list[Event] = []
+    async with opened(tmp_path, [NOW], events) as store:
         await pull(store, image(LAYERS[0]), "v1", [CONFIG, LAYERS[0]])
         await store.space.measure()
         digest = damage(store, LAYERS[0])

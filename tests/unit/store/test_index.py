@@ -19,8 +19,8 @@ from mirror.observability.events import Event, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store import orphans
+from mirror.store.image_links import Links
 from mirror.store.index import Index
-from mirror.store.links import Links
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
 from mirror.store.pending_rows import PendingRow, Update
 from mirror.store.records import (

@@ -21,6 +21,7 @@ from mirror.store.removal import (
     batches,
     drop_leftover,
     find_leftovers,
+    reset_future_uses,
 )
 from mirror.store.store import Store
 from tests.unit.store.kit import keep, opened, random_bytes
@@ -87,6 +88,16 @@ async def test_content_that_was_used_since_it_was_listed_stays(tmp_path: Path) -
         removal = await store.evictor.remove(blobs)
         assert removal.kept == {digest: KeptBecause.USED}
         assert store.layout.blob(digest).exists()
+
+
+async def test_last_use_that_a_clock_has_put_into_the_future_is_no_use(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        (digest,) = await filled(store, 1)
+        now = NOW - 3600
+        blobs = [StoredBlob(digest, 1_000, used=now)]
+        assert (await store.evictor.remove(blobs)).kept == {digest: KeptBecause.USED}
+        reset_future_uses(store.layout, blobs, now)
+        assert list((await store.evictor.remove(blobs)).sizes) == [digest]
 
 
 async def test_mark_that_is_set_between_two_batches_counts(tmp_path: Path) -> None:
