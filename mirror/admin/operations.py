@@ -78,6 +78,8 @@ class Operation:
     body: tuple[Field, ...] | None = None
     status: int = 200
     is_change: bool = False
+    is_public: bool = False
+    """Whether no token is needed."""
     media_type: str = "application/json"
 
 
@@ -139,6 +141,14 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
 """Kind of a job -> (summary, fields of its body)."""
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
+    Operation(
+        "access",
+        "GET",
+        f"{PREFIX}/access",
+        "Whether a token is needed. The only operation that needs none itself.",
+        "Access",
+        is_public=True,
+    ),
     _read("session", "/session", "Session", "The role of the token, and the quota."),
     _read(
         "list_images",

@@ -42,6 +42,7 @@ def _map_of(values: Schema) -> Schema:
 
 SCHEMAS: Final[dict[str, Schema]] = {
     "Problem": record(title=TEXT, status={"type": "integer"}, detail=TEXT),
+    "Access": record(is_open=TRUTH),
     "Session": record(
         version=TEXT,
         role={"type": "string", "enum": ["full", "read-only"]},
