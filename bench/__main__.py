@@ -16,7 +16,18 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from bench import crowds, fetch_memory, growth, index_costs, ranges, store_costs, table, window
+from bench import (
+    cleaning,
+    crowds,
+    fetch_memory,
+    growth,
+    index_costs,
+    listings,
+    ranges,
+    store_costs,
+    table,
+    window,
+)
 from bench.table import Run
 
 
@@ -38,6 +49,8 @@ ROWS = (
     | growth.ROWS
     | store_costs.ROWS
     | index_costs.ROWS
+    | cleaning.ROWS
+    | listings.ROWS
 )
 
 

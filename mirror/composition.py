@@ -18,6 +18,7 @@ from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import Observer
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls
+from mirror.pull.marks_watch import MarksWatch
 from mirror.pull.service import PullService
 from mirror.single_flight import SingleFlight
 from mirror.store.store import Store
@@ -35,6 +36,8 @@ class Mirror:
     registries: Registries
     content: ContentService
     service: PullService
+    marks: MarksWatch
+    """Has the service follow the operator's blocks and freezes."""
     hosted: HostedService | None
     """The hosted repositories. None without the section ``hosted``."""
 
@@ -72,11 +75,19 @@ async def open_mirror(
         ):
             content = ContentService(settings, store, registries, single_flight, emit, now)
             async with _open_hosted(settings, store, now) as hosted:
-                pulls = None if hosted is None else HostedPulls(hosted)
-                service = PullService(content, pulls)
+                service = PullService(content, None if hosted is None else HostedPulls(hosted))
+                marks = MarksWatch(store.layout, service.restrict, emit)
+                await marks.check()
                 try:
                     yield Mirror(
-                        settings, store, single_flight, registries, content, service, hosted
+                        settings,
+                        store,
+                        single_flight,
+                        registries,
+                        content,
+                        service,
+                        marks,
+                        hosted,
                     )
                 finally:
                     # Before the registries close: fetches use their connections.

@@ -25,9 +25,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
+from mirror.admin.tokens import Tokens
+from mirror.admin.worker_channel import open_channel
+from mirror.admin.worker_part import AdminSockets
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
-from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, run_worker
+from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, WorkerSockets, run_worker
 
 _RESTART_INTERVAL_S: Final = 1.0
 """Minimum number of seconds between two starts of the same worker, so that a worker that ends at
@@ -46,31 +49,69 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     """
     # A hangup that comes before its handler is there waits for it, in each process.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
-    addresses = [settings.listen]
-    if settings.hosted is not None and settings.hosted.listen is not None:
-        addresses.append(settings.hosted.listen)
-    sockets: list[list[socket.socket]] = [[] for _ in range(settings.workers)]
-    for address in addresses:
-        try:
-            for index, of_worker in enumerate(sockets):
-                of_worker.append(_listen(address, index, settings.workers))
-        except OSError as error:
-            print(f"listen: {address}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
-            return 1
+    sockets: list[WorkerSockets] = []
+    admin: AdminSockets | None = None
     try:
+        # One by one: those that are open are closed if a further one cannot be.
+        sockets.extend(_open_worker(settings, index) for index in range(settings.workers))
+        admin = _open_admin(settings)
         if settings.workers == 1:
-            return asyncio.run(run_worker(settings, sockets[0], load))
+            return asyncio.run(run_worker(settings, sockets[0], load, None, admin))
         with _metrics_directory() as directory:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-            return _Supervisor(settings, sockets, load).run()
+            return _Supervisor(settings, sockets, load, admin).run()
+    except _CannotListen as error:
+        print(error, file=sys.stderr)  # noqa: T201 - before logging
+        return 1
     finally:
         for of_worker in sockets:
-            for listener in of_worker:
-                listener.close()
+            of_worker.close()
+        if admin is not None:
+            admin.close()
 
 
-def _listen(address: str, index: int, workers: int) -> socket.socket:
-    """Listen for one worker. ``workers``: the number of those that share the address."""
+def _open_worker(settings: Settings, index: int) -> WorkerSockets:
+    """Open the listening sockets of one worker. Raises ``_CannotListen``."""
+    is_shared = settings.workers > 1
+    mirror = _listen(settings.listen, index, is_shared=is_shared)
+    if settings.hosted is None or settings.hosted.listen is None:
+        return WorkerSockets(mirror, None)
+    try:
+        address = settings.hosted.listen
+        push = _listen(address, index, is_shared=is_shared, key="hosted.listen")
+    except BaseException:
+        mirror.close()
+        raise
+    return WorkerSockets(mirror, push)
+
+
+class _CannotListen(Exception):
+    """A socket cannot be bound. The message names the key of the configuration."""
+
+
+def _open_admin(settings: Settings) -> AdminSockets | None:
+    """Open the sockets of the admin API. None: it is not configured.
+
+    Raises ``ConfigError`` if a file of tokens cannot be used: a worker that found out would be
+    started again and again.
+    """
+    if settings.admin is None:
+        return None
+    Tokens(settings.admin)
+    listener = _listen(settings.admin.listen, 0, is_shared=False, key="admin.listen")
+    sender, receiver = open_channel() if settings.workers > 1 else (None, None)
+    return AdminSockets(listener, sender, receiver)
+
+
+def _listen(address: str, index: int, *, is_shared: bool, key: str = "listen") -> socket.socket:
+    """Return a listening socket. Raises ``_CannotListen``. ``is_shared``: with other workers."""
+    try:
+        return _bind(address, index, is_shared=is_shared)
+    except OSError as error:
+        raise _CannotListen(f"{key}: {address}: {error.strerror}") from None
+
+
+def _bind(address: str, index: int, *, is_shared: bool) -> socket.socket:
     host, _, raw_port = address.rpartition(":")
     host, port = host.strip("[]"), int(raw_port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -82,7 +123,7 @@ def _listen(address: str, index: int, workers: int) -> socket.socket:
             probe.bind((host, port))
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if workers > 1:
+    if is_shared:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
     listener.listen(LISTEN_BACKLOG)
@@ -131,7 +172,11 @@ class _Supervisor:
     """Forks the workers, restarts each that ends, and passes signals on to them."""
 
     def __init__(
-        self, settings: Settings, sockets: list[list[socket.socket]], load: Callable[[], Settings]
+        self,
+        settings: Settings,
+        sockets: list[WorkerSockets],
+        load: Callable[[], Settings],
+        admin: AdminSockets | None,
     ) -> None:
         """Prepare the start of one worker for each socket.
 
@@ -139,8 +184,10 @@ class _Supervisor:
             settings: The configuration.
             sockets: The listening sockets of each worker.
             load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
+            admin: The sockets of the admin API, for all workers. None: it is not served.
         """
         self._settings = settings
+        self._admin = admin
         self._sockets = sockets
         self._load = load
         self._workers: dict[int, tuple[int, float]] = {}
@@ -232,9 +279,8 @@ class _Supervisor:
         try:
             alive, supervisor_end = self._alive_pipe
             os.close(supervisor_end)
-            for of_other in self._sockets[:index] + self._sockets[index + 1 :]:
-                for listener in of_other:
-                    listener.close()
+            for listener in self._sockets[:index] + self._sockets[index + 1 :]:
+                listener.close()
             for number in STOP_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -243,7 +289,7 @@ class _Supervisor:
                 supervisor_alive=alive,
                 predecessor=predecessor,
             )
-            run = run_worker(self._settings, self._sockets[index], self._load, worker)
+            run = run_worker(self._settings, self._sockets[index], self._load, worker, self._admin)
             code = asyncio.run(run)
         except Exception as error:
             print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up

@@ -16,26 +16,34 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
+from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
 from mirror.observability.logs import LogObserver, LogWriter
+from mirror.operations.prefetch import PrefetchJob
+from mirror.operations.retention_job import RetentionJob
+from mirror.pull.marks_watch import WATCH_INTERVAL_S
+from mirror.single_flight import SingleFlight
+from mirror.store.disk import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
+from mirror.web.doors import Door, listen
 from mirror.web.handler import Handler
 from mirror.web.health import Health
 from mirror.web.hosted_access import Authorize, allow_everybody
-from mirror.web.limited_server import LimitedServer
-from mirror.web.stored_responses import ReusingServer, UnsentConnections
+from mirror.web.stored_responses import UnsentConnections
 
 LISTEN_BACKLOG: Final = 1024
 """Connections that the kernel queues until they are accepted. A thousand nodes may start to pull at
@@ -57,12 +65,19 @@ _INDEX_INTERVAL_S: Final = 5.0
 this time."""
 _SAVE_INTERVAL_S: Final = 10.0
 """Seconds between two writes of the OCI image layout's ``index.json``, if tags have changed."""
+_PREFETCH_CHECK_S: Final = 30.0
+"""Seconds between two looks whether an entry of prefetch is to run: half of the shortest interval
+that it may have."""
+_RETENTION_CHECK_S: Final = 60.0
+"""Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the certificate's files."""
+"""Seconds between two looks at the files of certificates and of tokens."""
 _UPLOADS_INTERVAL_S: Final = 600.0
 """Seconds between two searches for abandoned uploads. They end after a day."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
+_LAST_ROWS_TIMEOUT_S: Final = 1.0
+"""Seconds that the last rows of the history may take at a stop, if the disk is slow."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """Signals after which the server drains and ends."""
 
@@ -82,20 +97,36 @@ class Worker:
     """(pid, exit code) of the dead worker that it replaces. None: it is the first."""
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerSockets:
+    """The listening sockets of one worker."""
+
+    mirror: socket.socket
+    push: socket.socket | None
+    """That of the hosted repositories. None: they have none of their own."""
+
+    def close(self) -> None:
+        """Close them. Closed ones are passed over."""
+        self.mirror.close()
+        if self.push is not None:
+            self.push.close()
+
+
 async def run_worker(
     settings: Settings,
-    listeners: Sequence[socket.socket],
+    sockets: WorkerSockets,
     load: Callable[[], Settings],
     worker: Worker | None = None,
+    admin_sockets: AdminSockets | None = None,
 ) -> int:
     """Run one process on one event loop, until a signal or the end of its supervisor.
 
     Args:
         settings: The configuration.
-        listeners: The listening socket of the mirror, and then that of the hosted repositories, if
-            they have one of their own. They are closed at the end.
+        sockets: Those of this worker. They are closed at the end.
         load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
         worker: None for the only process.
+        admin_sockets: Those of the admin API. None: it is not served.
 
     Returns:
         The exit code.
@@ -107,10 +138,14 @@ async def run_worker(
     index = None if worker is None else worker.index
     names = [*settings.upstreams, *([settings.hosted.name] if settings.hosted else [])]
     metrics = MetricsObserver(names, index, loop.call_soon)
+    admin = AdminPart(admin_sockets, index or 0) if admin_sockets is not None else None
 
     def emit(event: Event) -> None:
         metrics.observe(event)
         log.observe(event)
+        history.observe(event)
+        if admin is not None:
+            admin.observe(event)
 
     emit_from_thread = on_running_loop(emit)
 
@@ -125,6 +160,8 @@ async def run_worker(
     call_soon = call_soon_from_any_thread()
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
+    layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
+    history = HistoryRecorder(layout, emit, loop.call_later)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -133,10 +170,12 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        push_listener = listeners[1] if len(listeners) > 1 else None
-        async with start_server(
-            settings, listeners[0], emit, metrics.scrape, push_listener=push_listener
-        ) as running:
+        async with (
+            start_server(
+                settings, sockets.mirror, emit, metrics.scrape, push_listener=sockets.push
+            ) as running,
+            _serve_admin(admin, running.mirror, emit),
+        ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -150,9 +189,31 @@ async def run_worker(
             await stop.wait()
             await _drain(running, emit)
     finally:
+        history.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
+
+
+@asynccontextmanager
+async def _serve_admin(
+    admin: AdminPart | None, mirror: Mirror, emit: Observer
+) -> AsyncIterator[None]:
+    """Serve the admin API until the context ends. ``admin``: None if it is not configured."""
+    settings = mirror.settings.admin
+    if admin is None or settings is None:
+        yield
+        return
+    certificate = Certificate(settings.tls) if settings.tls is not None else None
+    context = certificate.context if certificate is not None else None
+    async with admin.run(mirror, context, emit) as running:
+        jobs = [("admin-certificate", certificate.refresh)] if certificate is not None else []
+        if running is not None:
+            emit(LogMessage("info", "serving the admin API", (("listen", settings.listen),)))
+            jobs.append(("admin-tokens", running.tokens.refresh))
+        for name, job in jobs:
+            _start_job(mirror.single_flight, name, _CERTIFICATE_INTERVAL_S, job, emit)
+        yield
 
 
 def _stdout() -> int:
@@ -220,22 +281,6 @@ def _reload_at_hangup(
 
 
 @dataclass(slots=True)
-class Door:
-    """One listener, with its handler."""
-
-    handler: Handler
-    unsent: UnsentConnections
-    stop_listening: Callable[[], None]
-    """Closes the listening socket. Open connections stay."""
-
-    async def wait_until_idle(self) -> None:
-        """Wait until no request is in flight, and all responses are sent."""
-        await self.handler.wait_until_idle()
-        # A request has ended once its response is written, if it is a small one.
-        await self.unsent.wait_until_sent()
-
-
-@dataclass(slots=True)
 class RunningServer:
     """A mirror that serves clients on the event loop of this process."""
 
@@ -265,6 +310,11 @@ class RunningServer:
         """Close the listening sockets. Open connections stay."""
         for door in self.doors:
             door.stop_listening()
+
+    def forget_responses(self) -> None:
+        """Reuse no stored response any more."""
+        for door in self.doors:
+            door.handler.stored_responses.clear()
 
     def apply(self, settings: Settings) -> None:
         """Use a changed configuration for new requests, as :meth:`Mirror.apply` does."""
@@ -297,91 +347,75 @@ async def start_server(
     """
     async with open_mirror(settings, emit, now) as mirror:
         health = Health(lambda: mirror.store.unwritable_reason)
-        make_handler = partial(
-            Handler,
-            settings,
-            mirror.service,
-            health,
-            render_metrics,
-            emit,
-            mirror.hosted,
-            authorize,
-        )
+        build = partial(Handler, settings, mirror.service, health, render_metrics, emit)
+        options: dict[str, Any] = {
+            "access_log": None,
+            "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
+            "max_field_size": _MAX_FIELD_BYTES,
+            "read_bufsize": _REQUEST_BUFFER_BYTES,
+            "logger": logging.getLogger("aiohttp.server"),
+        }
         certificate = Certificate(settings.tls) if settings.tls is not None else None
-        _start_housekeeping(mirror, certificate, emit)
-        context = certificate.context if certificate is not None else None
+        _start_housekeeping(mirror, certificate, emit, now)
+        listening = partial(
+            listen,
+            is_limited=settings.max_client_connections > 0,
+            context=certificate.context if certificate is not None else None,
+            backlog=LISTEN_BACKLOG,
+            emit=emit,
+            options=options,
+        )
         async with AsyncExitStack() as stack:
             push_door = None
             if push_listener is not None:
-                handler = make_handler(is_push_door=True)
-                listening = _listen(handler, push_listener, settings, context, emit)
-                push_door = await stack.enter_async_context(listening)
-            listening = _listen(make_handler(), listener, settings, context, emit)
-            door = await stack.enter_async_context(listening)
-            yield RunningServer(mirror, health, door, push_door)
+                handler = build(mirror.hosted, authorize, is_push_door=True)
+                push_door = await stack.enter_async_context(listening(handler, push_listener))
+            handler = build(mirror.hosted, authorize)
+            door = await stack.enter_async_context(listening(handler, listener))
+            running = RunningServer(mirror, health, door, push_door)
+            mirror.marks.call_after_changes(lambda _: running.forget_responses())
+            yield running
 
 
-@asynccontextmanager
-async def _listen(
-    handler: Handler,
-    listener: socket.socket,
-    settings: Settings,
-    context: ssl.SSLContext | None,
+def _start_housekeeping(
+    mirror: Mirror,
+    certificate: Certificate | None,
     emit: Observer,
-) -> AsyncIterator[Door]:
-    """Serve one listener until the context ends.
-
-    Args:
-        handler: Handles its requests.
-        listener: The listening socket. It is closed at the end.
-        settings: The configuration.
-        context: The certificate. None: no TLS.
-        emit: Receives the events of refused connections.
-    """
-    options: dict[str, Any] = {
-        "access_log": None,
-        "keepalive_timeout": KEEPALIVE_TIMEOUT_S,
-        "max_field_size": _MAX_FIELD_BYTES,
-        "read_bufsize": _REQUEST_BUFFER_BYTES,
-        "logger": logging.getLogger("aiohttp.server"),
-    }
-    is_limited = settings.max_client_connections > 0
-    server = (
-        LimitedServer(handler, emit, **options)
-        if is_limited
-        else ReusingServer(handler, handler.stored_responses, **options)
-    )
-    listening = await asyncio.get_running_loop().create_server(
-        server,
-        sock=listener,
-        ssl=context,
-        backlog=LISTEN_BACKLOG,
-        ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
-    )
-    try:
-        yield Door(handler, server.unsent, listening.close)
-    finally:
-        listening.close()
-        # A connection that was accepted has to begin its request before idle ones close.
-        await asyncio.sleep(0)
-        server.pre_shutdown()
-        await server.shutdown(_SHUTDOWN_TIMEOUT_S)
-
-
-def _start_housekeeping(mirror: Mirror, certificate: Certificate | None, emit: Observer) -> None:
-    """Start the periodic jobs. ``certificate``: None without TLS."""
+    now: Callable[[], float],
+) -> None:
+    """Start the periodic jobs. ``certificate``: None without TLS. The rest as of the caller."""
     store = mirror.store
+    retention = RetentionJob(store.layout, emit)
+    prefetch = PrefetchJob(mirror, emit)
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
+        _start_job(mirror.single_flight, name, interval, job, emit)
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
     start("save", _SAVE_INTERVAL_S, store.save_image_layout)
+    start("marks", WATCH_INTERVAL_S, mirror.marks.check)
+    start("prefetch", _PREFETCH_CHECK_S, lambda: prefetch.run_if_due(now()))
+    start(
+        "retention",
+        _RETENTION_CHECK_S,
+        lambda: retention.run_if_due(mirror.settings, now()),
+    )
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
     if mirror.hosted is not None:
         start("uploads", _UPLOADS_INTERVAL_S, mirror.hosted.uploads.end_abandoned)
+
+
+def _start_job(
+    single_flight: SingleFlight,
+    name: str,
+    interval: float,
+    job: Callable[[], object],
+    emit: Observer,
+) -> None:
+    """Start a periodic job. See :func:`_run_every`."""
+    single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
 
 async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:

@@ -9,6 +9,9 @@ In reading order:
 - ``check.py``: ``check-config``, and the checks that ``serve`` makes before it starts.
 - ``online.py``: ``check-config --online``, one request to each endpoint.
 - ``clients.py``: ``clients``, the configuration files of container clients.
+- ``completion.py``: ``completion``, for shells.
+- ``doctor/``: ``doctor``, and ``own_server.py``: requests to a running server.
+- ``schemas.py``: the JSON Schemas of the lines of ``--json``.
 - ``schema.py``: ``schema``, the JSON Schema of the configuration.
 - ``health.py``: ``healthcheck``.
 

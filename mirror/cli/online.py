@@ -67,7 +67,9 @@ async def _ask_endpoint(
 ) -> Result:
     has_login = bool(upstream.credentials.model_fields_set)
     try:
-        status, content_type = await client.ping(as_url(endpoint), _example(name, upstream))
+        status, content_type = await client.ping(
+            as_url(endpoint), example_repository(name, upstream)
+        )
     except (Unauthorized, Denied) as error:
         return _refused(name, endpoint, error.message, has_login=has_login)
     except MirrorError as error:
@@ -94,7 +96,7 @@ def _refused(name: str, endpoint: str, reason: str, *, has_login: bool) -> Resul
     )
 
 
-def _example(name: str, upstream: Upstream) -> Repository:
+def example_repository(name: str, upstream: Upstream) -> Repository:
     """Return a repository to name in the request for a token: an allowed one, if one is named."""
     named = (pattern for pattern in upstream.allow if not set(pattern) & set("*?["))
     return Repository.parse(name, next(named, "library/alpine"))

@@ -60,6 +60,8 @@ def _inline(
         schema.pop("default", None)
     if isinstance(entry := schema.get("additionalProperties"), dict):
         schema["additionalProperties"] = _inline(entry, sections)
+    if "$ref" in (items := schema.get("items") or {}):  # of a list of sections
+        schema["items"] = _inline(items, sections)
     if properties := schema.pop("properties", None):
         required = schema.get("required", ())
         schema["properties"] = {

@@ -346,7 +346,7 @@ def _variable_names(tree: Tree) -> Iterator[str]:
 
 
 def _parse_variable(name: str, text: str, path: KeyPath) -> Any:
-    """Read a variable: a section is JSON, a list is separated by commas, all else is text.
+    """Read a variable: a section is JSON, a list is separated by commas or JSON, all else is text.
 
     Returns None for an empty variable, which is no value.
     """
@@ -356,14 +356,21 @@ def _parse_variable(name: str, text: str, path: KeyPath) -> Any:
     for key in sections:
         model = section_type(model, key) or model
     if get_origin(model.model_fields[last].annotation) is tuple:
+        if text.lstrip().startswith("["):  # Items that are sections.
+            return _parse_json(name, text, path, list)
         return [part.strip() for part in text.split(",") if part.strip()]
     if section_type(model, last) is None or not text:
         return text or None
+    return _parse_json(name, text, path, dict)
+
+
+def _parse_json(name: str, text: str, path: KeyPath, kind: type[dict[str, Any] | list[Any]]) -> Any:
+    """Parse the JSON text of a variable. ``null`` is no value."""
     try:
         value = json.loads(text, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         raise ConfigError(f"{name}: {_dotted(path)}: not JSON") from None
-    if value is not None and not isinstance(value, dict):
+    if value is not None and not isinstance(value, kind):
         raise ConfigError(f"{name}: {_dotted(path)}: must be a JSON object")
     return value
 

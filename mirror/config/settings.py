@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from yarl import URL
@@ -20,6 +20,8 @@ from mirror.config import values
 from mirror.config.listeners import Admin as Admin
 from mirror.config.listeners import Hosted as Hosted
 from mirror.config.listeners import Tls as Tls
+from mirror.config.prefetch import Prefetch as Prefetch
+from mirror.config.retention import RetentionRule as RetentionRule
 from mirror.config.section import (
     Duration,
     FilePath,
@@ -306,6 +308,18 @@ class Settings(Section):
     """The log lines on standard output."""
     storage: Storage = Storage()
     """How much content is kept, in how much memory, and how long its verification is valid."""
+    prefetch: tuple[Prefetch, ...] = ()
+    """
+    Images that the server fetches ahead, again and again, each entry with images, tags, newest,
+    platforms, referrers and interval.
+    """
+    retention: tuple[RetentionRule, ...] = ()
+    """
+    Rules that remove images, each with match, older_than, keep_last and tags. Pinned, frozen and
+    leased images stay. Empty: only eviction removes content.
+    """
+    retention_interval: PositiveDuration = 21600.0
+    """Time between two runs of the rules of retention, by one process of a data directory."""
     default_upstream: Annotated[str, AfterValidator(values.usual_name)] = "docker.io"
     """
     Upstream for clients that cannot name one, such as Docker with registry-mirrors.
@@ -349,6 +363,15 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_prefetch(self) -> Self:
+        for number, entry in enumerate(self.prefetch):
+            for index, name in enumerate(entry.upstreams()):
+                if name not in self.upstreams:
+                    path = ("prefetch", number, "images", index)
+                    raise key_error(path, f"{name} is not one of upstreams")
+        return self
+
+    @model_validator(mode="after")
     def _check_hosted(self) -> Self:
         if self.hosted is None:
             return self
@@ -388,11 +411,15 @@ class Settings(Section):
 
 
 def section_type(model: type[Section], key: str) -> type[Section] | None:
-    """Return the type of a key that is a section, also of ``Tls | None``; None for a plain value.
+    """Return the type of a key that is a section, also of ``Tls | None``.
+
+    None for a plain value, and for a list of sections.
 
     For ``upstreams`` this is the type of one entry.
     """
     annotation = model.model_fields[key].annotation
+    if get_origin(annotation) is tuple:
+        return None
     options = get_args(annotation) or (annotation,)
     return next(
         (one for one in options if isinstance(one, type) and issubclass(one, Section)), None

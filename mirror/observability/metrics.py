@@ -40,7 +40,7 @@ NO_UPSTREAM: Final = "none"
 _BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 """Seconds; from a cached manifest (1 ms) to a large layer over a slow line (5 minutes)."""
 # The values of the label ``reason``, or ``where``. Any other value is counted as "other".
-_EVICTION_REASONS: Final = ("quota", "disk", "corrupt")
+_EVICTION_REASONS: Final = ("quota", "disk", "corrupt", "removed")
 _UNCACHED_REASONS: Final = (
     "full",
     "readonly",
@@ -197,6 +197,24 @@ class MetricsObserver:
             "Contents hashed again because their verification was too old.",
             "result",
         )
+        self._prefetch_runs = counter(
+            "prefetch_runs", "Runs of entries of prefetch, by this process.", "result"
+        )
+        self._prefetch_images = counter(
+            "prefetch_images",
+            "Images of runs of prefetch, each time that they were looked at.",
+            "result",
+        )
+        self._prefetch_bytes = counter("prefetch_bytes", "Bytes of content fetched by prefetch.")
+        self._retention_runs = counter(
+            "retention_runs", "Runs of the retention rules, by this process.", "result"
+        )
+        self._retention_images = counter(
+            "retention_removed_images", "Images removed by the retention rules."
+        )
+        self._retention_bytes = counter(
+            "retention_freed_bytes", "Bytes freed by the retention rules."
+        )
         self._evicted = counter("evictions", "Contents deleted, or moved to quarantine.", "reason")
         self._evicted_bytes = counter(
             "evicted_bytes", "Bytes of contents deleted, or moved to quarantine.", "reason"
@@ -226,6 +244,10 @@ class MetricsObserver:
         )
         self._log_lines = counter(
             "log_lines_dropped", "Log lines that were lost: the standard output is full or broken."
+        )
+        self._history_rows = counter(
+            "history_rows_dropped",
+            "Rows of the history that were lost: too many at once, or the disk refused them.",
         )
         self._ingest = gauge(
             "growing_contents", "Running fetches of content (ingests).", mode="livesum"
@@ -296,6 +318,9 @@ class MetricsObserver:
             self._index_repairs.labels(step)
         for result in ("ok", "damaged"):
             self._reverified.labels(result)
+        for result in ("ok", "failed"):
+            self._prefetch_runs.labels(result)
+            self._prefetch_images.labels(result)
 
     def _upstream(self, name: str) -> str:
         """Return the label of an upstream."""
@@ -349,6 +374,15 @@ class MetricsObserver:
             case events.Evicted(count, size, reason):
                 self._evicted.labels(_bounded(reason, _EVICTION_REASONS)).inc(count)
                 self._evicted_bytes.labels(_bounded(reason, _EVICTION_REASONS)).inc(size)
+            case events.PrefetchEnded(complete, failed, size, ok):
+                self._prefetch_runs.labels("ok" if ok else "failed").inc()
+                self._prefetch_images.labels("ok").inc(complete)
+                self._prefetch_images.labels("failed").inc(failed)
+                self._prefetch_bytes.inc(size)
+            case events.RetentionEnded(images, size, ok):
+                self._retention_runs.labels("ok" if ok else "failed").inc()
+                self._retention_images.inc(images)
+                self._retention_bytes.inc(size)
             case events.Uncached(_, reason):
                 self._uncached.labels(_bounded(reason, _UNCACHED_REASONS)).inc()
             case events.Published(_, size):
@@ -370,7 +404,9 @@ class MetricsObserver:
                 self._refused.inc()
             case events.LogLinesDropped(lines):
                 self._log_lines.inc(lines)
-            case events.LogMessage():
+            case events.HistoryRowsDropped(rows):
+                self._history_rows.inc(rows)
+            case events.LogMessage() | events.TagMoved() | events.ContentUsed():
                 pass
             case unknown:
                 assert_never(unknown)

@@ -1,31 +1,37 @@
-"""Decide whether a repository may be served.
+"""Decide whether a repository, a tag or content may be served.
 
-Called before anything is read or fetched, also for cached content.
+Called before anything is read or fetched, also for cached content. The digest of a tag is known
+only later, so :func:`admit_digest` is called once more before the first byte.
 
 Lives here: the rules, as pure functions with typed results. Must not know: I/O, caches.
 
-Every future rule belongs into this module. A rule about a tag or about content (its age, its
-signature) needs a second function, because ``admit`` is called before they are known.
+Every future rule belongs into this module.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.reference import Repository
+from mirror.oci.block_target import Target, parse_target
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.image_name import ImageName, parse_with_reference
+from mirror.oci.reference import Digest, Reference, Repository, Tag
+from mirror.store.marks import Block, Marks
 
 
 @dataclass(frozen=True, slots=True)
 class Allow:
-    """The repository may be served."""
+    """The request may be served."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deny:
-    """The repository is not served."""
+    """The request is refused."""
 
     reason: str
 
@@ -34,14 +40,115 @@ Admission: TypeAlias = Allow | Deny
 _ALLOW = Allow()
 
 
-def admit(repository: Repository, upstream: Upstream) -> Admission:
-    """Apply the allow-list and the deny-list of an upstream. The deny-list wins.
+@dataclass(frozen=True)
+class Restrictions:
+    """The blocks and freezes of the operator, in the form in which a request needs them."""
 
-    Patterns are shell-style, matched against the repository's path (``library/*``).
+    digests: Mapping[Digest, str] = field(default_factory=dict)
+    """Content that is refused in every repository -> the reason."""
+    images: Mapping[tuple[Repository, Tag], str] = field(default_factory=dict)
+    """Tags that are refused -> the reason."""
+    repositories: Mapping[Repository, str] = field(default_factory=dict)
+    patterns: tuple[tuple[str, str], ...] = ()
+    """(pattern of whole repository names, reason)."""
+    frozen: Mapping[tuple[Repository, Tag], Digest] = field(default_factory=dict)
+    """Tags that are served as one digest."""
+    unknown_why: str = ""
+    """Why the marks are not known. All requests are refused then: any may be blocked. Empty: they
+    are known."""
+
+    @classmethod
+    def of_marks(cls, marks: Marks) -> Restrictions:
+        """Return what the marks restrict. A mark whose name is malformed is passed over."""
+        digests: dict[Digest, str] = {}
+        images: dict[tuple[Repository, Tag], str] = {}
+        repositories: dict[Repository, str] = {}
+        patterns: list[tuple[str, str]] = []
+        for block in marks.blocks.values():
+            reason = _reason_of(block)
+            digests |= dict.fromkeys(block.digests, reason)
+            match _target_of(block):
+                case Digest() as digest:
+                    digests[digest] = reason
+                case ImageName(_, Digest() as digest):
+                    digests[digest] = reason
+                case ImageName(repository, Tag() as tag):
+                    images[repository, tag] = reason
+                case ImageName(repository, None):
+                    repositories[repository] = reason
+                case str() as pattern:
+                    patterns.append((pattern, reason))
+        frozen: dict[tuple[Repository, Tag], Digest] = {}
+        for freeze in marks.freezes.values():
+            with suppress(InvalidRequest):
+                repository, reference = parse_with_reference(freeze.name)
+                if isinstance(reference, Tag):
+                    frozen[repository, reference] = freeze.digest
+        return cls(digests, images, repositories, tuple(patterns), frozen)
+
+    def reason_for(self, repository: Repository, reference: Reference | None) -> str | None:
+        """Return why a request is refused. None: no block is about it.
+
+        ``reference``: the tag or digest of the request. None: it is about the repository.
+        """
+        if repository in self.repositories:
+            return self.repositories[repository]
+        if isinstance(reference, Tag) and (repository, reference) in self.images:
+            return self.images[repository, reference]
+        if isinstance(reference, Digest) and reference in self.digests:
+            return self.digests[reference]
+        if self.patterns:
+            name = str(repository)
+            for pattern, reason in self.patterns:
+                if fnmatchcase(name, pattern):
+                    return reason
+        return None
+
+
+NO_RESTRICTIONS: Final = Restrictions()
+
+
+def _reason_of(block: Block) -> str:
+    said = "this image is blocked by the operator of the mirror"
+    return f"{said}: {block.reason}" if block.reason else said
+
+
+def _target_of(block: Block) -> Target | None:
+    try:
+        return parse_target(block.target)
+    except InvalidRequest:
+        return None
+
+
+def admit(
+    repository: Repository,
+    upstream: Upstream,
+    restrictions: Restrictions = NO_RESTRICTIONS,
+    reference: Reference | None = None,
+) -> Admission:
+    """Apply the operator's blocks, and the allow-list and the deny-list of an upstream.
+
+    A block wins over both lists, and the deny-list over the allow-list. The patterns of the lists
+    are shell-style, matched against the repository's path (``library/*``).
+
+    Args:
+        repository: The repository of the request.
+        upstream: Settings of its upstream.
+        restrictions: The operator's blocks.
+        reference: The tag or digest of the request. None: it is about the repository.
     """
+    reason = restrictions.reason_for(repository, reference)
+    if reason is not None:
+        return Deny(reason)
     path = repository.path
     if any(fnmatchcase(path, pattern) for pattern in upstream.deny):
         return Deny("this repository is on the mirror's deny-list")
     if upstream.allow and not any(fnmatchcase(path, pattern) for pattern in upstream.allow):
         return Deny("this repository is not on the mirror's allow-list")
     return _ALLOW
+
+
+def admit_digest(digest: Digest, restrictions: Restrictions) -> Admission:
+    """Decide whether a manifest may be served that a tag has resolved to."""
+    reason = restrictions.digests.get(digest)
+    return _ALLOW if reason is None else Deny(reason)

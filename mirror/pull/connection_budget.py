@@ -53,6 +53,10 @@ class ConnectionBudget:
         if count:
             self._further[owner] = endpoint, count
 
+    def held_by(self, owner: Hashable) -> int:
+        """Return the number of further connections of an owner."""
+        return self._further.get(owner, ("", 0))[1]
+
     @contextmanager
     def connection(self, endpoint: str) -> Iterator[None]:
         """Count a further connection to ``endpoint`` while the block runs."""

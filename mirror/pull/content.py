@@ -81,14 +81,14 @@ class ContentService:
         self.now = now
         self._has_right_sizes: dict[str, bool] = {}
         """Upstream -> whether each size in a response to ``HEAD`` of a manifest was right."""
-        self._fetches = RunningFetches(
+        self.fetches = RunningFetches(
             store,
             single_flight,
             emit,
             callbacks=self,
             may_finish_abandoned=settings.abandoned == "finish",
         )
-        self._asides = AsideRequests(single_flight, store.memory, self._fetches.connections, emit)
+        self._asides = AsideRequests(single_flight, store.memory, self.fetches.connections, emit)
 
     def configure(self, settings: Settings) -> None:
         """Use these settings from now on."""
@@ -285,7 +285,7 @@ class ContentService:
             return reader.size
         if not self.may_ask(request.repository):
             raise BlobUnknown(NOT_CACHED_MESSAGE)
-        ingest = self._fetches.find_proven(request)
+        ingest = self.fetches.find_proven(request)
         if ingest is not None and ingest.size is not None:
             request.pull.outcome = Outcome.JOIN
             return ingest.size
@@ -425,15 +425,15 @@ class ContentService:
         registry = self.registries[request.repository.upstream]
         source = ContentSource(registry, source_request, access_record)
         # After wrong bytes of a content were found, none of it is sent unverified.
-        may_request_aside = request.select_spans is not None and not self._fetches.suspects.of(
+        may_request_aside = request.select_spans is not None and not self.fetches.suspects.of(
             request.digest
         )
         if may_request_aside:
-            running = self._fetches.find_active(request.digest)
+            running = self.fetches.find_active(request.digest)
             reader = await self._asides.open_unstored(running, source)
             if reader is not None:
                 return reader
-        fetch, follower, has_joined = self._fetches.join_or_start(source)
+        fetch, follower, has_joined = self.fetches.join_or_start(source)
         pull.outcome = Outcome.MISS
         if has_joined:
             pull.outcome, pull.joined_at_byte = Outcome.JOIN, follower.arrived

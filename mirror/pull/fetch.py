@@ -29,6 +29,7 @@ from mirror.oci.errors import (
     UpstreamRateLimited,
     UpstreamUnavailable,
 )
+from mirror.oci.reference import Repository
 from mirror.pull.attempts import REPEAT_AFTER_S, STALL_GRACE_S, Preempted, SourceAttempts
 from mirror.pull.parallel import ParallelReader
 from mirror.pull.pieces import MIN_PIECE_BYTES
@@ -93,6 +94,17 @@ class Fetch:
     def endpoint(self) -> str:
         """URL of the endpoint that sent bytes last. Empty if none has."""
         return next(reversed(self.endpoints_used), "")
+
+    @property
+    def repository(self) -> Repository:
+        """The repository whose upstream is asked now, or was asked last."""
+        return self._current.source.request.repository
+
+    @property
+    def connections(self) -> int:
+        """Connections that bring bytes now, or that wait for a response."""
+        further = 0 if self._reader is None else self._reader.connections.held_by(self._reader)
+        return 1 + further
 
     # --- for followers --------------------------------------------------------------------------
 

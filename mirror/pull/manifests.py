@@ -263,6 +263,8 @@ class ManifestService:
         """
         with request.pull.stage("index"):
             record, cached = await self._find_tag(request)
+        if request.is_refresh:
+            return await self._revalidate(request, cached)
         match self._decide(request.repository, record, cached):
             case freshness.Fresh():
                 assert cached is not None
@@ -274,6 +276,8 @@ class ManifestService:
             case freshness.Refuse():
                 raise ManifestUnknown(NOT_CACHED_MESSAGE)
             case freshness.Ask():
+                upstream, now = self._content.upstream(request.repository), self._content.now()
+                request.pull.trace = freshness.trace_tag(record, upstream, now)
                 return await self._revalidate(request, cached)
             case unknown:
                 assert_never(unknown)
@@ -355,17 +359,19 @@ class ManifestService:
     ) -> ManifestResult:
         """Resolve the tag at the upstream, and serve the manifest that it names now.
 
-        If the upstream fails and ``serve_stale`` is set, ``cached`` is served.
+        If the upstream fails and ``serve_stale`` is set, ``cached`` is served, unless the request
+        is a refresh.
         """
         repository, pull = request.repository, request.pull
-        upstream, has_cached = self._content.upstream(repository), cached is not None
+        has_fallback = cached is not None and not request.is_refresh
+        upstream = self._content.upstream(repository)
         try:
             with pull.stage("resolve"):
-                timeout = freshness.confirm_timeout(upstream, has_fallback=has_cached)
+                timeout = freshness.confirm_timeout(upstream, has_fallback=has_fallback)
                 head = await self._resolve(request, timeout)
             return await self._serve_resolved(request, head, cached)
         except MirrorError as error:
-            match freshness.after_failure(error, upstream, has_fallback=has_cached):
+            match freshness.after_failure(error, upstream, has_fallback=has_fallback):
                 case freshness.Stale(reason):
                     assert cached is not None
                     return _stale(pull, reason, cached)
@@ -432,7 +438,8 @@ class ManifestService:
         repository, tag = request.repository, request.tag
         accept = request.accept if has_media_types(request.accept) else DEFAULT_ACCEPT
         key = f"tag {repository}:{tag} {','.join(accept)}"
-        await self._content.raise_if_negative(key, ManifestUnknown)
+        if not request.is_refresh:
+            await self._content.raise_if_negative(key, ManifestUnknown)
         shared_task = self._single_flight.run(
             ("resolve", key, is_by_get),
             lambda: self._request_tag(repository, tag, accept, key, is_by_get=is_by_get),

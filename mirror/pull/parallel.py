@@ -319,7 +319,7 @@ class _Transfer:
         """Tell the budget and the metrics how many connections there are beside the first one."""
         count = max(0, len(self._tasks) - 1)
         if count != self._further:
-            self._reader.connections.hold(self, self._stream.endpoint, count)
+            self._reader.connections.hold(self._reader, self._stream.endpoint, count)
             self._reader.emit(ConnectionsChanged(self._upstream, count - self._further))
             self._further = count
 

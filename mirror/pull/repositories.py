@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from operator import is_not
 from typing import Final
 
 from mirror.config.settings import Settings
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.pull import admission
+from mirror.pull.admission import Restrictions
 from mirror.pull.content import ContentService
 from mirror.pull.results import RepositoriesResult
 
@@ -29,10 +31,11 @@ MAX_PAGE_REPOSITORIES: Final = 1000
 class RepositoryService:
     """Lists repositories with at least one manifest on disk."""
 
-    def __init__(self, content: ContentService) -> None:
+    def __init__(self, content: ContentService, restrictions: Callable[[], Restrictions]) -> None:
         self._content = content
+        self._restrictions = restrictions
         self._listed: tuple[str, ...] = ()
-        self._listed_for: Settings | None = None
+        self._listed_for: tuple[Settings, Restrictions] | None = None
         self._listed_at = 0.0
 
     async def page(self, upstream: str | None, count: int | None, last: str) -> RepositoriesResult:
@@ -49,15 +52,19 @@ class RepositoryService:
 
     async def _names(self) -> tuple[str, ...]:
         age = time.monotonic() - self._listed_at
-        settings = self._content.settings
-        if self._listed_for is not settings or age > _LIST_TTL_S:
+        rules = self._content.settings, self._restrictions()
+        if self._is_outdated(rules) or age > _LIST_TTL_S:
             names = await self._content.single_flight.share(("repositories",), self._list)
-            self._listed, self._listed_for, self._listed_at = names, settings, time.monotonic()
+            self._listed, self._listed_for, self._listed_at = names, rules, time.monotonic()
         return self._listed
+
+    def _is_outdated(self, rules: tuple[Settings, Restrictions]) -> bool:
+        listed_for = self._listed_for
+        return listed_for is None or any(map(is_not, listed_for, rules))
 
     async def _list(self) -> tuple[str, ...]:
         store = self._content.store
-        may_list = _admission_of(self._content.settings)
+        may_list = _admission_of(self._content.settings, self._restrictions())
         has_blob = store.catalog.has_blob
 
         def is_listed(repository: Repository, digest: Digest) -> bool:
@@ -69,7 +76,7 @@ class RepositoryService:
         return names
 
 
-def _admission_of(settings: Settings) -> Callable[[Repository], bool]:
+def _admission_of(settings: Settings, restrictions: Restrictions) -> Callable[[Repository], bool]:
     """Return a function that says whether a repository may be served. It remembers its results."""
     known: dict[Repository, bool] = {}
 
@@ -77,7 +84,7 @@ def _admission_of(settings: Settings) -> Callable[[Repository], bool]:
         if repository not in known:
             upstream = settings.upstreams.get(repository.upstream)
             known[repository] = upstream is not None and isinstance(
-                admission.admit(repository, upstream), admission.Allow
+                admission.admit(repository, upstream, restrictions), admission.Allow
             )
         return known[repository]
 

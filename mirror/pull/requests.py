@@ -68,6 +68,8 @@ class TagRequest:
     """Media types of the client's ``Accept`` header."""
     is_head: bool = False
     """True if the client wants no body."""
+    is_refresh: bool = False
+    """True to ask the upstream also if the cached tag is fresh, and to serve nothing stale."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,15 @@ Must not know: how content is fetched (:mod:`mirror.pull.fetch`).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from cachetools import TTLCache
 
 from mirror.observability.events import Observer
-from mirror.oci.reference import Digest
+from mirror.observability.traces import PullTrace
+from mirror.oci.reference import Digest, Repository
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch
 from mirror.pull.parallel import ParallelReader
@@ -28,6 +29,25 @@ _SUSPECT_TTL_S: Final = 600.0
 short enough for a repaired endpoint to come back into use."""
 _MAX_SUSPECTED_DIGESTS: Final = 1000
 """Digests whose suspected endpoints are kept in memory. Wrong bytes are rare."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """A fetch of this process at one moment."""
+
+    digest: Digest
+    repository: Repository
+    """The repository whose upstream is asked."""
+    endpoint: str
+    """URL of the endpoint that sent bytes last. Empty if none has."""
+    position: int
+    """Bytes that have arrived."""
+    size: int | None
+    """Bytes of the whole content. None while unknown."""
+    connections: int
+    """Connections to the upstream. 0: another process fetches, and this one follows."""
+    followers: int
+    """Clients of this process that read it."""
 
 
 class Suspects:
@@ -94,10 +114,15 @@ class RunningFetches:
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self.find_active(source.request.digest)
         follower = fetch.follow(source.request) if fetch is not None else None
+        has_joined = fetch is not None and follower is not None
         if fetch is None or follower is None:
-            return *self._start(source), False
-        fetch.offer(source)
-        return fetch, follower, True
+            fetch, follower = self._start(source)
+        else:
+            fetch.offer(source)
+        pull = source.request.pull
+        pull.trace = trace = pull.trace or PullTrace()
+        trace.progress, trace.is_known = fetch.ingest.progress, source.access_record is not None
+        return fetch, follower, has_joined
 
     def find_active(self, digest: Digest) -> Fetch | None:
         """Find the fetch of this content, unless it has failed or ended."""
@@ -105,6 +130,21 @@ class RunningFetches:
         if fetch is None or fetch.ingest.failure is not None or fetch.ingest.released.is_set():
             return None
         return fetch
+
+    def progress(self) -> list[FetchProgress]:
+        """Return how far each fetch is, the oldest one first."""
+        return [
+            FetchProgress(
+                digest=fetch.ingest.digest,
+                repository=fetch.repository,
+                endpoint=fetch.endpoint,
+                position=fetch.ingest.position,
+                size=fetch.ingest.size,
+                connections=fetch.connections if fetch.ingest.is_led else 0,
+                followers=len(fetch.ingest.followers),
+            )
+            for fetch in self._active.values()
+        ]
 
     def _start(self, source: ContentSource) -> tuple[Fetch, Follower]:
         digest = source.request.digest

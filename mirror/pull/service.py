@@ -15,9 +15,10 @@ from typing import Final, assert_never
 from cachetools import TTLCache
 
 from mirror.observability.events import Kind, Outcome, RequestRecord
-from mirror.oci.errors import BlobUnknown, Denied
-from mirror.oci.reference import Digest, Reference, Repository
+from mirror.oci.errors import BlobUnknown, Denied, StorageUnavailable
+from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
+from mirror.pull.admission import NO_RESTRICTIONS, Restrictions
 from mirror.pull.content import ContentService
 from mirror.pull.hosted import HostedPulls
 from mirror.pull.lists import ListService
@@ -47,7 +48,7 @@ class PullService:
 
     Every method takes the ``pull`` record of the client's request and writes its outcome, its
     stages and its warning there. Every method raises :class:`mirror.oci.errors.Denied` if the
-    repository is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
+    request is not admitted or the upstream says 403, ``Unauthorized`` if the upstream says 401,
     an ``UpstreamError`` if the upstream fails and no cached result may be served instead,
     ``StorageUnavailable`` or ``ContentLost`` if content cannot be opened or read, and ``Draining``
     while the process shuts down.
@@ -62,10 +63,21 @@ class PullService:
             _BLOBS_BYTES, MEMORY_TTL_S, getsizeof=lambda b: _BLOB_EXTRA_BYTES + (b.size or 0)
         )
         self._lists = ListService(content, self._manifests)
-        self._repositories = RepositoryService(content)
+        self._repositories = RepositoryService(content, lambda: self.restrictions)
+        self.restrictions = NO_RESTRICTIONS
+        """The operator's blocks and freezes that are in force."""
 
-    def _admit(self, repository: Repository, pull: RequestRecord) -> None:
-        match admission.admit(repository, self._content.upstream(repository)):
+    def restrict(self, restrictions: Restrictions) -> None:
+        """Apply these blocks and freezes to all requests from now on."""
+        self.restrictions = restrictions
+
+    def _admit(
+        self, repository: Repository, pull: RequestRecord, reference: Reference | None = None
+    ) -> None:
+        if self.restrictions.unknown_why:
+            raise StorageUnavailable(self.restrictions.unknown_why)
+        upstream = self._content.upstream(repository)
+        match admission.admit(repository, upstream, self.restrictions, reference):
             case admission.Allow():
                 return
             case admission.Deny(reason):
@@ -73,6 +85,13 @@ class PullService:
                 raise Denied(reason)
             case unknown:
                 assert_never(unknown)
+
+    def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
+        """Raise ``Denied`` if the manifest of a tag is blocked."""
+        decision = admission.admit_digest(digest, self.restrictions)
+        if isinstance(decision, admission.Deny):
+            pull.outcome = Outcome.DENIED
+            raise Denied(decision.reason)
 
     async def manifest(
         self,
@@ -82,6 +101,7 @@ class PullService:
         pull: RequestRecord,
         *,
         is_head: bool,
+        is_refresh: bool = False,
     ) -> ManifestResult:
         """Serve a manifest.
 
@@ -91,6 +111,8 @@ class PullService:
             accept: Media types of the client's ``Accept`` header. Empty if it sent none.
             pull: Record of the client's request.
             is_head: True for a ``HEAD``: the body of the result may be None.
+            is_refresh: True to ask the upstream for a tag also if the cached one is fresh, or if a
+                404 is remembered, and to serve nothing stale.
 
         Returns:
             The manifest, byte for byte as the upstream sent it.
@@ -99,16 +121,29 @@ class PullService:
             ManifestUnknown: The upstream says 404, or nothing is cached and the pull policy is
                 ``Never``.
             ManifestInvalid: The content is no JSON object, nested too deeply, or larger than 4 MiB.
+
+        A tag that the operator has frozen is served as a digest, and the upstream is not asked for
+        it.
         """
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.manifest(repository, reference, pull, is_head=is_head)
-        self._admit(repository, pull)
-        if isinstance(reference, Digest):
-            request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
-            return await self._manifests.by_digest(request, is_head=is_head)
-        return await self._manifests.by_tag(
-            TagRequest(repository, reference, pull, accept, is_head)
-        )
+        self._admit(repository, pull, reference)
+        if isinstance(reference, Tag):
+            frozen = self.restrictions.frozen.get((repository, reference))
+            if frozen is None:
+                return await self._by_tag(
+                    TagRequest(repository, reference, pull, accept, is_head, is_refresh)
+                )
+            reference = frozen
+            self._admit_digest(reference, pull)
+        request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
+        return await self._manifests.by_digest(request, is_head=is_head)
+
+    async def _by_tag(self, request: TagRequest) -> ManifestResult:
+        result = await self._manifests.by_tag(request)
+        # Only now is it known which manifest the tag has.
+        self._admit_digest(result.digest, request.pull)
+        return result
 
     async def blob(
         self,
@@ -138,7 +173,7 @@ class PullService:
         """
         if self._hosted is not None and repository.upstream == self._hosted_name:
             return await self._hosted.blob(repository, digest, pull, is_head=is_head)
-        self._admit(repository, pull)
+        self._admit(repository, pull, digest)
         small = self._small_blobs.get((repository, digest))
         if small is None:
             if await self._content.is_manifest(repository, digest):

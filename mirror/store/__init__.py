@@ -19,8 +19,11 @@ Reading order:
    ``window`` and ``other_process``.
 6. :mod:`~mirror.store.space`: the running total of what the directory holds, and room for more.
    :mod:`~mirror.store.eviction`: scans of the directory, and which content is evicted first.
-7. :mod:`~mirror.store.index`: tags, access records, pins, negative responses. ``records`` are its
-   values, ``rows`` its database, ``index_directory`` replaces a damaged one, ``names`` restores it,
+   :mod:`~mirror.store.marks`: pins, freezes, blocks and leases. :mod:`~mirror.store.protection`:
+   the content that they keep.
+7. :mod:`~mirror.store.index`: tags, access records, negative responses. ``records`` are its
+   values, ``rows`` its database, ``pending_rows`` what is queued for it,
+   ``index_directory`` replaces a damaged one, ``names`` restores it,
    ``orphans`` decides which records are deleted, and ``orphaned_rows`` deletes them.
 8. :mod:`~mirror.store.recovery` and :mod:`~mirror.store.image_layout`: what a start repairs after a
    crash, and ``index.json``, from which a lost index is restored.

@@ -16,27 +16,36 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
 from mirror.config.settings import Storage
 from mirror.observability.events import Evicted, LogMessage, Observer
-from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
-from mirror.oci.errors import DigestInvalid, ManifestInvalid
+from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.layout import Layout
 from mirror.store.pace import Pace
+from mirror.store.protection import Protection, ProtectionUnknown
 from mirror.store.quarantine import quarantine_size, trim_quarantine
+from mirror.store.removal import (
+    BLOCK_BYTES,
+    MARKS_PAUSE_S,
+    Candidate,
+    Removal,
+    batches,
+    drop_leftover,
+    eviction_locked,
+    find_leftovers,
+    remove_batch,
+)
 from mirror.store.space import Totals, Usage, bytes_to_free, free_bytes
 from mirror.threads import on_running_loop
 
-_BLOCK_BYTES: Final = 512
-"""Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
 _EVICTION_LOCK_TIMEOUT_S: Final = 5.0
 """Seconds to wait for another process that evicts, counted from its last freed byte."""
 _HOLD_OFF_FACTOR: Final = 20.0
@@ -45,8 +54,8 @@ full of pinned content spends at most a twentieth of the time on looking for mor
 _LOCK_HOLD_OFF_S: Final = 1.0
 """Seconds without an eviction after an error, or after another process did not release its lock in
 time."""
-_FLUSH_CONTENTS: Final = 64
-"""Contents that are removed between two reports to the fetches that wait: about 5 ms."""
+_REMOVAL_LOCK_TIMEOUT_S: Final = 30.0
+"""Seconds that a command waits for a process that evicts, and frees nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ class Catalog:
     def _usage_of_ingest(self, digest: Digest, status: os.stat_result) -> Usage:
         if not disk.is_locked(self._layout.ingest(digest)):
             # A leftover counts with the blocks that it takes up, not with its announced size.
-            return Usage(0, 0, reserved=0, leftover=status.st_blocks * _BLOCK_BYTES)
+            return Usage(0, 0, reserved=0, leftover=status.st_blocks * BLOCK_BYTES)
         state = disk.read_state(self._layout, digest)
         announced = max(state[0].size or 0, state[0].reserved) if state is not None else 0
         return Usage(
@@ -127,13 +136,6 @@ class Catalog:
             reserved=max(announced, status.st_size),
             unwritten=max(announced - status.st_size, 0),
         )
-
-    def leftovers(self) -> list[Digest]:
-        """Return the ingest files of ended fetches, the oldest first."""
-        oldest_first = sorted((status.st_mtime, digest) for digest, status in self._ingests())
-        return [
-            digest for _, digest in oldest_first if not disk.is_locked(self._layout.ingest(digest))
-        ]
 
     def has_blob(self, digest: Digest) -> bool:
         """Return whether there is whole content of this digest."""
@@ -231,7 +233,7 @@ class Evictor:
         catalog: Catalog,
         totals: Totals,
         settings: Storage,
-        pins: Callable[[], set[Digest] | None],
+        protect: Callable[[], Protection],
         emit: Observer,
         now: Callable[[], float],
     ) -> None:
@@ -242,8 +244,7 @@ class Evictor:
             catalog: Lists its content.
             totals: Its running total. What is evicted is subtracted from it.
             settings: The quota and its water marks.
-            pins: Blocks, and returns the pinned manifests; None if they cannot be read. Called in
-                the thread.
+            protect: Returns a new record of what the marks protect. Called in the thread.
             emit: Receives events, on the event loop.
             now: Returns the seconds since the epoch.
         """
@@ -252,7 +253,7 @@ class Evictor:
         self._hosted = HostedContents(layout.hosted_names)
         self._totals = totals
         self._settings = settings
-        self._pins = pins
+        self._protect = protect
         self._emit = on_running_loop(emit)
         self._now = now
         self._thread = ThreadPoolExecutor(1, "evict")
@@ -284,6 +285,29 @@ class Evictor:
         if self._scan is None or self._scan.done():
             self._scan = self._run(self._scan_if_due, "the usage could not be found")
         return self._scan
+
+    async def remove(self, contents: Iterable[Candidate]) -> Removal:
+        """Remove listed contents, in their order. Evictions take turns with it.
+
+        Content stays if a mark protects it, a client reads it, or a client has used it since it was
+        listed (:class:`Candidate`). Ends early if the store is closed.
+
+        Raises:
+            ProtectionUnknown: It is not known what the marks protect. Nothing more was removed.
+            OSError: Another process does not release the lock, or there are too few descriptors.
+        """
+        removal, protection = Removal(), self._protect()
+        try:
+            for batch in batches(contents):
+                if self._stopping.is_set():
+                    break
+                await self._loop.run_in_executor(
+                    self._thread, self._remove_listed, batch, protection, removal
+                )
+                await asyncio.sleep(MARKS_PAUSE_S)
+        finally:
+            self._report(removal, "removed")
+        return removal
 
     def _run(self, work: Callable[[], None], failed: str) -> asyncio.Future[None]:
         """Run in the thread. Logs an unexpected error under the message ``failed``."""
@@ -335,11 +359,16 @@ class Evictor:
             shortage = self._shortage(self._refresh(), need)
             if shortage is None or not shortage[0]:
                 return
-            asked = time.monotonic()
-            pinned = self._pins()
-            # A hold-off in proportion to the wait for the index would last for minutes.
-            begun += time.monotonic() - asked
-            if not self._evict(*shortage, pinned):
+            protection, asked = self._protect(), time.monotonic()
+            try:
+                protection.update()
+                # A hold-off in proportion to the wait for the index would last for minutes.
+                begun += time.monotonic() - asked
+                is_enough = self._evict(*shortage, protection)
+            except ProtectionUnknown as error:
+                self._emit(LogMessage("warning", "nothing is evicted", (("why", str(error)),)))
+                is_enough, begun = False, begun + time.monotonic() - asked
+            if not is_enough:
                 elapsed = time.monotonic() - begun
                 self._held_off_until = time.monotonic() + elapsed * _HOLD_OFF_FACTOR
 
@@ -350,135 +379,59 @@ class Evictor:
         usage = replace(usage, reserved=min(usage.reserved, most))
         return bytes_to_free(usage, need, free_bytes(self._layout.root), self._settings)
 
-    @contextmanager
-    def _locked(self, timeout: float) -> Iterator[bool]:
-        """Hold the eviction lock while the block runs. Yields whether the block may go on.
+    def _locked(self, timeout: float) -> AbstractContextManager[bool]:
+        return eviction_locked(self._layout, self._totals, timeout, self._stopping.is_set)
 
-        It may not if another process has the lock and frees nothing for ``timeout`` seconds, or if
-        there are too few descriptors: then no directory could be listed either. It may without the
-        lock if the disk refuses to create the file. Two processes that evict at once free too much,
-        which is better than nothing.
+    def _evict(self, free: int, reason: str, protection: Protection) -> bool:
+        """Free ``free`` bytes. False if that much could not be freed.
+
+        Raises ``ProtectionUnknown``.
         """
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        try:
-            fd = os.open(self._layout.eviction_lock, flags, 0o644)
-        except OSError as error:
-            yield disk.reason_of(error) != "descriptors"
-            return
-        try:
-            yield self._wait_for_lock(fd, timeout)
-        finally:
-            os.close(fd)
-
-    def _wait_for_lock(self, fd: int, timeout: float) -> bool:
-        """Wait until this process has the lock.
-
-        Returns False if the other process has freed nothing for ``timeout`` seconds, or if the
-        store is being closed.
-        """
-        deadline, held = time.monotonic() + timeout, math.inf
-        while not disk.try_lock(fd):
-            usage = self._totals.usage()
-            if usage is not None and usage.total < held:
-                deadline, held = time.monotonic() + timeout, usage.total
-            if time.monotonic() >= deadline or self._stopping.is_set():
-                return False
-            time.sleep(0.02)
-        return True
-
-    def _evict(self, free: int, reason: str, pinned: set[Digest] | None) -> bool:
-        """Free ``free`` bytes. False if that much could not be freed."""
-        if pinned is None:
-            message = "nothing is evicted: the index does not say what is pinned"
-            self._emit(LogMessage("warning", message, ()))
-            return False
         dropped = trim_quarantine(self._layout, keep=0)
-        for digest in self._catalog.leftovers():
+        for leftover in find_leftovers(self._layout):
             if dropped < free:
-                dropped += self._drop_leftover(digest)
+                dropped += drop_leftover(self._layout, leftover.digest)
         self._totals.add(leftover=-dropped)
         self._totals.flush()
-        count, gained = self._evict_contents(free - dropped, pinned)
-        if count:
-            self._emit(Evicted(count, gained, reason))
-        return dropped + gained >= free
+        removal = Removal()
+        try:
+            self._evict_contents(free - dropped, protection, removal)
+        finally:
+            self._report(removal, reason)
+        return dropped + removal.bytes >= free
 
-    def _evict_contents(self, free: int, pinned: set[Digest]) -> tuple[int, int]:
-        """Evict ``free`` bytes of whole content. Returns the number and the bytes."""
-        references = self._references(pinned)
-        count = gained = 0
-        staying, pace = set(pinned), Pace()
-        while gained < free and not self._stopping.is_set():
-            blobs = self._hosted.without(self._catalog.blobs(self._now()))
-            chosen = eviction_order(blobs, staying, references, free - gained)
+    def _report(self, removal: Removal, reason: str) -> None:
+        if removal.sizes:
+            self._emit(Evicted(len(removal.sizes), removal.bytes, reason))
+
+    def _evict_contents(self, free: int, protection: Protection, removal: Removal) -> None:
+        """Evict ``free`` bytes of whole content. ``removal`` gets the results.
+
+        Raises ``ProtectionUnknown``, after any number of contents.
+        """
+        while removal.bytes < free and not self._stopping.is_set():
+            blobs = protection.without_hosted(self._catalog.blobs(self._now()))
+            # Other content is evicted in the place of what a client reads.
+            staying = protection.digests | removal.kept.keys()
+            chosen = eviction_order(blobs, staying, {}, free - removal.bytes)
             if not chosen:
                 break
-            for blob in chosen:
-                if self._stopping.is_set():
-                    break
-                pace.keep()
-                if not self._unlink(blob.digest):
-                    # A client reads it. Other content is evicted in its place.
-                    staying.add(blob.digest)
-                    continue
-                count, gained = count + 1, gained + blob.size
-                self._totals.add(count=-1, size=-blob.size)
-                if count % _FLUSH_CONTENTS == 0:
-                    self._totals.flush()
-            self._totals.flush()
-        return count, gained
+            for batch in batches(chosen):
+                self._remove_batch(batch, protection, removal)
+                time.sleep(MARKS_PAUSE_S)
 
-    def _references(self, pinned: Iterable[Digest]) -> dict[Digest, list[Digest]]:
-        """Return the parts of each pinned manifest, and of each manifest among those parts."""
-        references: dict[Digest, list[Digest]] = {}
-        queue = list(pinned)
-        while queue:
-            digest = queue.pop()
-            if digest not in references:
-                manifests, blobs = self._parts(digest)
-                references[digest] = manifests + blobs
-                queue += manifests
-        return references
+    def _remove_batch(
+        self, batch: Sequence[Candidate], protection: Protection, removal: Removal
+    ) -> None:
+        remove_batch(self._layout, self._totals, batch, protection, removal, self._stopping.is_set)
 
-    def _parts(self, digest: Digest) -> tuple[list[Digest], list[Digest]]:
-        """Return the manifests and the blobs that a manifest refers to."""
-        opened = disk.open_whole(self._layout, digest)
-        if opened is None:
-            return [], []
-        try:
-            body = os.pread(opened[0], MANIFEST_LIMIT + 1, 0)
-            parsed = parse_manifest(body, sniff_media_type(body))
-        except ManifestInvalid:
-            return [], []
-        finally:
-            os.close(opened[0])
-        return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]
-
-    def _drop_leftover(self, digest: Digest) -> int:
-        """Remove the leftover of an ended fetch, unless a fetch resumes it. Returns its bytes."""
-        try:
-            with disk.open_locked(self._layout.ingest(digest)) as fd:
-                if fd is None:
-                    return 0
-                # A sparse file has more bytes than it takes up.
-                taken = os.fstat(fd).st_blocks * _BLOCK_BYTES
-                disk.drop_state(self._layout, digest)
-                disk.drop_ingest(self._layout, digest, fd)
-                return taken
-        except OSError:
-            return 0
-
-    def _unlink(self, digest: Digest) -> bool:
-        """Unlink whole content, unless a client reads it, or has just pushed it.
-
-        True if it was unlinked.
-        """
-        path = self._layout.blob(digest)
-        try:
-            with disk.open_locked(path) as fd:
-                if fd is None or self._hosted.find([digest]):
-                    return False
-                path.unlink()
-                return True
-        except OSError:
-            return False
+    def _remove_listed(
+        self, batch: Sequence[Candidate], protection: Protection, removal: Removal
+    ) -> None:
+        with self._locked(_REMOVAL_LOCK_TIMEOUT_S) as is_locked:
+            if not is_locked:
+                raise TimeoutError(
+                    f"another process has held {self._layout.eviction_lock} for "
+                    f"{_REMOVAL_LOCK_TIMEOUT_S:.0f} s: end it, and try again"
+                )
+            self._remove_batch(batch, protection, removal)

@@ -23,12 +23,11 @@ from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"
 _UPSTREAM: Final = "org.oci-mirror.upstream"
-_PINNED: Final = "org.oci-mirror.pinned"
 _VARIANT: Final = "org.oci-mirror.variant"
 """The media types that a client accepts, for the manifest that the upstream has sent it."""
 _VARIANT_NAME: Final = "org.oci-mirror.variant.name"
@@ -130,7 +129,6 @@ def _line(named: NamedManifest) -> str:
             (_VARIANT_NAME if named.variant else _REF_NAME): named.name,
             _UPSTREAM: named.repository.upstream,
             **({_VARIANT: named.variant} if named.variant else {}),
-            **({_PINNED: "true"} if named.is_pinned else {}),
         },
     }
     return json.dumps(entry)
@@ -204,7 +202,6 @@ def _parse_entry(entry: Any) -> NamedManifest | None:
             digest=Digest.parse(entry["digest"]),
             media_type=media_type_of(entry["mediaType"]),
             size=parse_size_bytes(entry["size"]),
-            is_pinned=annotations.get(_PINNED) == "true",
             variant=f" {variant.strip()}" if variant else "",
         )
     except MALFORMED:

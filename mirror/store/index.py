@@ -6,44 +6,45 @@ Theory of operation: all of the index can be lost without a wrong byte being ser
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
 database that is damaged, deleted or new gets the names in ``index.json`` before it is used
 (:mod:`mirror.store.names`). A record about content stays as long as the content
-(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses, lists and manifests of
-schema 1 have a time to live, and a bound on their bytes.
+(:mod:`mirror.store.orphans`), whatever the clock does. Other rows have a time to live and a bound.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
-it. Some may be in that text already: :class:`_PendingRow` knows which, and each counts once.
+it. Some may be in that text already: :class:`PendingRow` knows which, and each counts once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeVar
 
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.names import ACCESS, NAMED, PINS, NamesPage, manifest_key
+from mirror.store.image_links import Links, find_links, read_tag
+from mirror.store.name_records import NameRecords
+from mirror.store.name_removal import RemovedName, read_variants, updates_of
+from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
 from mirror.store.orphaned_rows import OrphanedRows
 from mirror.store.orphans import VERIFIED_PREFIX
+from mirror.store.pending_rows import PendingRow, Update, apply_updates, write_updates
 from mirror.store.records import (
     AccessRecord,
     NamedManifest,
     TagRecord,
     confirm,
     dump_access_record,
-    dump_pins,
     dump_tag,
     is_contradiction,
     load_access_record,
     load_negative,
-    load_pins,
     load_tag,
     merge_into,
+    moved_event,
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
@@ -51,19 +52,14 @@ from mirror.threads import on_running_loop
 
 T = TypeVar("T")
 
-Update: TypeAlias = Callable[[str | None], str | None]
-"""Returns the new text of a row, or None to delete it. Gets its text, or None if it is missing."""
-
-_RESPONSES: Final = "answers"
-"""Table of negative responses, lists and manifests of schema 1. Its name on disk is an old one."""
-_TABLES: Final = {NAMED: None, ACCESS: None, _RESPONSES: 64 * 1024 * 1024}
+_TABLES: Final = {NAMED: None, ACCESS: None, RESPONSES: 64 * 1024 * 1024}
 """Table -> the bytes that it may take up. None: no bound (see :mod:`mirror.store.orphans`)."""
 _STEP_UPDATES: Final = 50
 """Rows that are read and written in one transaction: 5 ms, for which other processes wait."""
 
 
 class Index:
-    """Tag records, access records, verification times, pins, negative responses, lists.
+    """Tag records, access records, verification times, negative responses, lists.
 
     Create it with :meth:`open`. The methods are safe beside other processes on the same directory.
     """
@@ -88,9 +84,10 @@ class Index:
         self._emit_from_thread = on_running_loop(emit)
         self._now = now
         self._read_saved_names = read_saved_names
-        self._pending: dict[tuple[str, str], _PendingRow] = {}
+        self._pending: dict[tuple[str, str], PendingRow] = {}
         """(table, key) -> the updates of that row which the database may lack."""
         self.orphans = OrphanedRows(self._rows, now)
+        self.name_records = NameRecords(self._rows, self._update)
         self._is_checked = False
         self.has_changed = True
         """Whether names have changed since the store last reset this.
@@ -153,6 +150,14 @@ class Index:
         """
         return load_tag(await self._get(NAMED, f"{repository}:{tag}{variant}"))
 
+    async def tag_records(self, repository: Repository, tag: Tag) -> list[TagRecord]:
+        """Return the record of a tag and all variants of it, the one for most clients first.
+
+        Empty if the tag is not known, or if the database fails.
+        """
+        unanswered: list[TagRecord] = []
+        return await self._rows.read(partial(read_tag, name=f"{repository}:{tag}"), unanswered)
+
     async def confirm_tag(
         self,
         repository: Repository,
@@ -163,8 +168,7 @@ class Index:
     ) -> TagRecord | None:
         """Record that the upstream has just resolved ``tag`` to ``digest``.
 
-        The earlier record is read and written in one transaction, so a confirmation by another
-        process at the same time is not lost.
+        One transaction reads and writes the record: no confirmation of another process is lost.
 
         Args:
             repository: Where the tag is.
@@ -185,9 +189,11 @@ class Index:
         texts = await self._update(NAMED, [(key, lambda text: dump_tag(confirmed(text)))])
         if texts is None:
             return None
-        earlier = load_tag(texts[0])
-        self.has_changed = self.has_changed or earlier is None or earlier.digest != digest
-        return confirmed(texts[0])
+        record = confirmed(texts[0])
+        if (moved := moved_event(load_tag(texts[0]), record, variant)) is not None:
+            self.has_changed = True
+            self._emit(moved)
+        return record
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""
@@ -236,7 +242,7 @@ class Index:
             digest: A digest that it may refer to.
             kind: ``manifest`` or ``blob``. A digest may be of both kinds.
         """
-        key = _access_key(repository, digest, kind)
+        key = access_key(repository, digest, kind)
         return await self._load(ACCESS, key, load_access_record, None)
 
     async def put_access_records(
@@ -248,7 +254,7 @@ class Index:
         """
         records = list(access_records)
         updates = [
-            (_access_key(repository, record.digest, record.kind), partial(merge_into, new=record))
+            (access_key(repository, record.digest, record.kind), partial(merge_into, new=record))
             for record in records
         ]
         texts = await self._update(ACCESS, updates)
@@ -280,12 +286,24 @@ class Index:
             kind: ``manifest`` or ``blob``. The record of the other kind stays.
         """
         deleted = _replace_by(None)
-        await self._update(ACCESS, [(_access_key(repository, digest, kind), deleted)])
+        await self._update(ACCESS, [(access_key(repository, digest, kind), deleted)])
         if kind == "manifest":
             await self._update(NAMED, [(manifest_key(repository, digest), deleted)])
             self.has_changed = True  # Otherwise a restore from index.json would bring it back.
 
-    # --- verification times, pins -----------------------------------------------------------------
+    async def remove_names(self, removed: Iterable[RemovedName]) -> bool:
+        """Delete the records of names whose content was removed. True if all was written."""
+        names, unanswered = list(removed), None
+        variants = await self._rows.read(partial(read_variants, removed=names), unanswered)
+        if variants is None:
+            return False
+        for table, updates in updates_of(names, variants):
+            if await self._update(table, updates) is None:
+                return False
+        self.has_changed = True  # Otherwise a restore from index.json would bring them back.
+        return True
+
+    # --- verification times, marked images ------------------------------------------------------
 
     async def verified_at(self, digest: Digest) -> float | None:
         """Return when content was last hashed, in seconds since the epoch. None: not recorded."""
@@ -301,30 +319,20 @@ class Index:
                     return False
         return True
 
-    async def pinned(self) -> set[Digest] | None:
-        """Return the pinned manifests. None if the database fails: any may be pinned then."""
-        unknown: set[Digest] | None = None
-        return await self._load(NAMED, PINS, load_pins, unknown)
+    async def links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
+        """Find what the index knows of marked images. None if the database fails.
 
-    async def pin(self, digests: Iterable[Digest], *, is_pinned: bool = True) -> bool:
-        """Pin manifests, or unpin them. True if that was written."""
-        chosen = set(digests)
-
-        def update(text: str | None) -> str:
-            pins = load_pins(text)
-            return dump_pins(pins | chosen if is_pinned else pins - chosen)
-
-        if await self.pinned() is None:
-            return False  # A row that cannot be read is not replaced: it may pin other manifests.
-        was_written = await self._update(NAMED, [(PINS, update)]) is not None
-        self.has_changed = self.has_changed or was_written
-        return was_written
+        Args:
+            names: Whole names of images, whose current digests are wanted.
+            subjects: Digests of manifests, whose referrers are wanted.
+        """
+        return await find_links(self._rows, names, subjects)
 
     # --- negative responses, lists ----------------------------------------------------------------
 
     async def negative(self, key: str) -> str | None:
         """Return the message of a recorded 404. None without one, or if its time is over."""
-        return load_negative(await self._get(_RESPONSES, f"negative {key}"), self._now())
+        return load_negative(await self._get(RESPONSES, f"negative {key}"), self._now())
 
     async def put_negative(self, key: str, message: str, ttl: float) -> None:
         """Record a 404 of an upstream.
@@ -340,7 +348,7 @@ class Index:
 
     async def cached_list(self, key: str) -> str | None:
         """Return the text of :meth:`put_list`. None without one, or if its time to live is over."""
-        return await self._get(_RESPONSES, f"list {key}")
+        return await self._get(RESPONSES, f"list {key}")
 
     async def put_list(self, key: str, value: str, ttl: float) -> None:
         """Record a list of an upstream, or a manifest of schema 1.
@@ -353,7 +361,7 @@ class Index:
         await self._put_response(f"list {key}", value, ttl)
 
     async def _put_response(self, key: str, text: str, ttl: float) -> None:
-        await self._update(_RESPONSES, [(key, _replace_by(text))], ttl)
+        await self._update(RESPONSES, [(key, _replace_by(text))], ttl)
 
     # --- upkeep ---------------------------------------------------------------------------------
 
@@ -370,7 +378,7 @@ class Index:
         """
         await self._rows.return_to_disk()
         if self._rows.refusal is not None:
-            await self._rows.write(_RESPONSES, _try_write, None)
+            await self._rows.write(RESPONSES, _try_write, None)
 
     # --- rows -----------------------------------------------------------------------------------
 
@@ -392,7 +400,9 @@ class Index:
     def _pending_rows(self, table: str) -> list[tuple[str, str]]:
         """Return (key, text) of queued rows, which the pages of the table may lack."""
         rows = [(key, row.queued) for (of, key), row in self._pending.items() if of == table]
-        return [(key, text) for key, queued in rows if (text := _apply(queued, None)) is not None]
+        return [
+            (key, text) for key, queued in rows if (text := apply_updates(queued, None)) is not None
+        ]
 
     async def _update(
         self, table: str, updates: Sequence[tuple[str, Update]], ttl: float | None = None
@@ -406,7 +416,7 @@ class Index:
             for start in range(0, len(updates), _STEP_UPDATES):
                 step = updates[start : start + _STEP_UPDATES]
                 due = [(key, self._pending[table, key], update) for key, update in step]
-                texts = await self._rows.write(table, partial(_write, table, due, ttl), None)
+                texts = await self._rows.write(table, partial(write_updates, table, due, ttl), None)
                 if texts is None:
                     return None
                 earlier += texts
@@ -416,7 +426,7 @@ class Index:
     def _visible(self, table: str, updates: Sequence[tuple[str, Update]]) -> Iterator[None]:
         """Let reads see updates while they are written."""
         for key, update in updates:
-            row = self._pending.setdefault((table, key), _PendingRow())
+            row = self._pending.setdefault((table, key), PendingRow())
             row.queued = (*row.queued, update)
         try:
             yield
@@ -433,66 +443,10 @@ class Index:
                 del self._pending[table, key]
 
 
-@dataclass(slots=True, eq=False)
-class _PendingRow:
-    """Updates of one row. The text in the database may have some of them, and lack others."""
-
-    queued: tuple[Update, ...] = ()
-    """Updates whose transactions have not ended. Set by the loop only."""
-    applied: tuple[tuple[Update, ...], str | None] = (), None
-    """(updates that were applied in a transaction, the text after the last one). Set by the writing
-    thread only."""
-
-    def apply(self, update: Update, text: str | None) -> str | None:
-        """Return the new text. ``text`` is that of the row, in the transaction."""
-        new = update(text)
-        self.applied = (*filter(self.queued.__contains__, self.applied[0]), update), new
-        return new
-
-    def read(self, tables: Tables, table: str, key: str) -> str | None:
-        """Return the text with each update applied once."""
-        while True:
-            queued, latest = self.queued, self.applied
-            applied, new = latest
-            # While its transaction ends, the database may have the text before it or after it.
-            text = new if applied and applied[-1] in queued else tables.read(table, key)[0]
-            if self.queued is queued and self.applied is latest:
-                return _apply((update for update in queued if update not in applied), text)
-
-
-def _apply(updates: Iterable[Update], text: str | None) -> str | None:
-    for update in updates:
-        text = update(text)
-    return text
-
-
 def _replace_by(text: str | None) -> Update:
     return lambda earlier: text
 
 
-def _write(
-    table: str,
-    due: Iterable[tuple[str, _PendingRow, Update]],
-    ttl: float | None,
-    tables: Tables,
-) -> list[str | None]:
-    """Update rows. Returns their earlier texts."""
-    earlier = []
-    for key, row, update in due:
-        text, mark = tables.read_or_none(table, key)
-        earlier.append(text)
-        new = row.apply(update, text)
-        if new is None:
-            tables.delete(table, key)
-        elif ttl is not None or (new, None) != (text, mark):
-            tables.write(table, key, new, ttl=ttl)
-    return earlier
-
-
 def _try_write(tables: Tables) -> None:
-    tables.write(_RESPONSES, "probe", "")
-    tables.delete(_RESPONSES, "probe")
-
-
-def _access_key(repository: Repository, digest: Digest, kind: str) -> str:
-    return f"{kind} {repository}@{digest}"
+    tables.write(RESPONSES, "probe", "")
+    tables.delete(RESPONSES, "probe")

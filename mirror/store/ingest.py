@@ -111,6 +111,11 @@ class Ingest(ReadableIngest):
         """Offset up to which space on disk may be used: the last ``reserved`` that got room."""
         self._writer = IngestWriter(self)
 
+    @property
+    def is_led(self) -> bool:
+        """Whether this process fetches, and not another one."""
+        return self.lock.is_locked or self.window is not None
+
     async def try_lead(self) -> Role:
         """Try to become the process that fetches.
 
@@ -124,7 +129,7 @@ class Ingest(ReadableIngest):
         """
         if self.is_verified:
             return Role.DONE
-        if self.lock.is_locked or self.window is not None:
+        if self.is_led:
             return Role.LEADER
         try:
             role = await self.lock.try_acquire(self.size, self.on_disk)
@@ -183,6 +188,7 @@ class Ingest(ReadableIngest):
                 f"upstream states {size} bytes, {self.position} have arrived"
             )
         self.size = size if size is not None else self.size
+        self.progress.began = self.progress.began or time.monotonic()
         self.is_confirmed = True
         self.wake_followers()
         if self.window is None:
@@ -232,6 +238,8 @@ class Ingest(ReadableIngest):
         if self.window is None and end > self.reserved:
             await self._writer.wait_until_written()
             await self._reserve_space()
+        self.progress.bytes += len(chunk)
+        self.progress.latest = time.monotonic()
         await self._writer.write(chunk)
 
     # --- the three ends -----------------------------------------------------------------------

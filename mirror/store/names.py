@@ -20,21 +20,21 @@ from mirror.store.records import (
     NamedManifest,
     TagRecord,
     dump_access_record,
-    dump_pins,
     dump_tag,
     load_access_record,
-    load_pins,
     load_tag,
     repository_of,
 )
 from mirror.store.rows import Row, Rows, Tables
 
 NAMED: Final = "named"
-"""Table of tag records, manifests that were pulled by name, and pins: the source of index.json."""
+"""Table of tag records and of manifests that were pulled by name: the source of index.json."""
 ACCESS: Final = "members"
 """Table of access records and verification times. On disk it keeps its first name."""
-PINS: Final = "pins"
-"""Key of the row that lists all pinned digests."""
+RESPONSES: Final = "answers"
+"""Table of negative responses, lists and manifests of schema 1. Its name on disk is an old one."""
+_FORMER_PINS: Final = "pins"
+"""Key of a row that earlier versions have written. Pins are marks now, and nothing reads it."""
 _RESTORED: Final = "restored"
 """Key of a row in both tables. Without it, a table is new, and must be restored before it is used.
 Its text in :data:`NAMED` is one of the two below."""
@@ -44,7 +44,7 @@ _STEP_NAMES: Final = 1000
 """Names that one transaction inserts: it takes 30 ms."""
 _LAST_KEY: Final = "\U0010ffff"
 """Comes after every key."""
-UNBOUND_KEYS: Final = frozenset({PINS, _RESTORED})
+UNBOUND_KEYS: Final = frozenset({_FORMER_PINS, _RESTORED})
 """Keys of rows that are about no single content."""
 
 
@@ -63,6 +63,11 @@ def manifest_key(repository: Repository, digest: Digest) -> str:
     return f"{repository}@{digest}"
 
 
+def access_key(repository: Repository, digest: Digest, kind: str) -> str:
+    """Return the key of an access record. ``kind``: ``manifest`` or ``blob``."""
+    return f"{kind} {repository}@{digest}"
+
+
 def root_record(named: NamedManifest) -> AccessRecord:
     """Return the access record of a manifest that was pulled by name."""
     return AccessRecord(
@@ -78,12 +83,7 @@ def root_record(named: NamedManifest) -> AccessRecord:
 def load_names(tables: Tables, after: int) -> NamesPage:
     """Read the names in the next rows after row id ``after``."""
     page = tables.read_page(NAMED, after)
-    pins = load_pins(tables.read_or_none(NAMED, PINS)[0])
-    names = [
-        [replace(named, is_pinned=named.digest in pins) for named in manifests]
-        for row in page
-        if (manifests := _load_manifests(tables, row))
-    ]
+    names = [manifests for row in page if (manifests := _load_manifests(tables, row))]
     return NamesPage(names, page[-1].id if page else None)
 
 
@@ -202,15 +202,11 @@ def restore(tables: Tables, saved: Iterator[NamedManifest]) -> int:
     Rows that exist are not changed: other processes may have written them since.
     """
     count = 0
-    pins: set[Digest] = set()
     while step := list(islice(saved, _STEP_NAMES)):
         count += len(step)
-        pins.update(named.digest for named in step if named.is_pinned)
         _insert(tables, step)
     _restore_access(tables)
     with tables.transaction(NAMED):
-        pins |= load_pins(tables.read_or_none(NAMED, PINS)[0])
-        tables.write(NAMED, PINS, dump_pins(pins))
         tables.write(NAMED, _RESTORED, _NAMES_ONLY)
     with tables.transaction(ACCESS):
         tables.write(ACCESS, _RESTORED, _NAMES_ONLY)

@@ -12,7 +12,7 @@ from typing import Final
 
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 MAX_QUARANTINED_FILES: Final = 16
 """Damaged files that are kept, the newest ones: enough to find the cause of the damage."""
@@ -42,7 +42,9 @@ def quarantine(layout: Layout, digest: Digest, fd: int) -> bool:
 
 def trim_quarantine(layout: Layout, keep: int) -> int:
     """Remove damaged files except the newest ``keep``. Returns the freed bytes."""
-    newest_first = sorted(_quarantined(layout), key=lambda file: file[1].st_ctime, reverse=True)
+    newest_first = sorted(
+        quarantined_files(layout), key=lambda file: file[1].st_ctime, reverse=True
+    )
     freed = 0
     for path, status in newest_first[keep:]:
         with suppress(OSError):
@@ -53,10 +55,11 @@ def trim_quarantine(layout: Layout, keep: int) -> int:
 
 def quarantine_size(layout: Layout) -> int:
     """Return the bytes of all damaged files."""
-    return sum(status.st_size for _, status in _quarantined(layout))
+    return sum(status.st_size for _, status in quarantined_files(layout))
 
 
-def _quarantined(layout: Layout) -> list[tuple[Path, os.stat_result]]:
+def quarantined_files(layout: Layout) -> list[tuple[Path, os.stat_result]]:
+    """Return all damaged files. The change time of each is that of its quarantine."""
     files = []
     for path in (layout.root / "quarantine").glob("*/*"):
         with suppress(OSError):

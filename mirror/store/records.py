@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from mirror.observability.events import TagMoved
 from mirror.oci.descriptor import Manifest, parse_manifest, sniff_media_type
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.headers import OCTET_STREAM
@@ -86,8 +86,6 @@ class NamedManifest:
     digest: Digest
     media_type: str
     size: int | None
-    is_pinned: bool = False
-    """Whether it is never evicted, nor any content that it refers to."""
     variant: str = ""
     """See :meth:`mirror.store.index.Index.tag`. Empty: the manifest of clients that accept all."""
 
@@ -131,6 +129,27 @@ def confirm(
         del previous[next(droppable, -1)]
     return TagRecord(
         repository, tag, digest, first_seen=now, confirmed=now, previous_digests=tuple(previous)
+    )
+
+
+def moved_event(earlier: TagRecord | None, new: TagRecord, variant: str) -> TagMoved | None:
+    """Return the event of a tag that has another digest than before. None: it has the same.
+
+    Args:
+        earlier: Its record until now. None: it was not known.
+        new: Its record from now on.
+        variant: See :meth:`mirror.store.index.Index.tag`.
+    """
+    if earlier is not None and earlier.digest == new.digest:
+        return None
+    return TagMoved(
+        new.repository.upstream,
+        new.repository.path,
+        new.tag.name,
+        variant,
+        str(new.digest),
+        new.first_seen,
+        None if earlier is None else (str(earlier.digest), earlier.first_seen, earlier.confirmed),
     )
 
 
@@ -323,22 +342,6 @@ def load_access_record(text: object) -> AccessRecord | None:
         )
     except MALFORMED:
         return None
-
-
-def load_pins(text: str | None) -> set[Digest]:
-    """Return the digests in the row of pins. A malformed one is passed over."""
-    pins = set()
-    for digest in (text or "").split():
-        try:
-            pins.add(Digest.parse(digest))
-        except InvalidRequest:
-            continue
-    return pins
-
-
-def dump_pins(pins: Iterable[Digest]) -> str:
-    """Return the text of the row of pins."""
-    return " ".join(map(str, sorted(pins)))
 
 
 def _time(value: Any) -> float:

@@ -17,7 +17,7 @@ from typing import Final
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.quarantine import MAX_QUARANTINED_FILES, trim_quarantine
 
 _INGEST_TTL_S: Final = 86400.0
@@ -97,16 +97,23 @@ def _remove_unless_resumable(layout: Layout, path: Path, now: float, boot: str) 
     with disk.open_locked(path) as fd:
         if fd is None:
             return  # Another process fetches it, or has removed it.
-        last = disk.read_state(layout, digest)
-        is_resumable = (
-            last is not None
-            and last[0].boot == boot  # After another boot, unsynced bytes may be anything.
-            and now - last[1] < _INGEST_TTL_S
-            and (last[0].size is None or status.st_size <= last[0].size)
-        )
-        if not is_resumable:
+        if not is_resumable(layout, digest, status.st_size, now, boot):
             disk.drop_ingest(layout, digest, fd)
             disk.drop_state(layout, digest)
+
+
+def is_resumable(layout: Layout, digest: Digest, length: int, now: float, boot: str) -> bool:
+    """Return whether a fetch may resume an ingest file of ``length`` bytes. Blocks.
+
+    ``now`` and ``boot`` are those of :func:`recover`.
+    """
+    last = disk.read_state(layout, digest)
+    return (
+        last is not None
+        and last[0].boot == boot  # After another boot, unsynced bytes may be anything.
+        and now - last[1] < _INGEST_TTL_S
+        and (last[0].size is None or length <= last[0].size)
+    )
 
 
 def _remove(path: Path) -> None:

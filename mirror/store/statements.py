@@ -27,3 +27,7 @@ SELECT_BY_KEY: Final = SELECT_BY_ID.replace("rowid > ?", "key > ? AND key < ?").
 SELECT_VERSION: Final = (
     "SELECT store_time, value, tag, expire_time FROM Cache WHERE key = ? AND raw = 1"
 )
+SELECT_TEXTS: Final = (
+    "SELECT key, value FROM Cache WHERE raw = 1 AND mode = 1"
+    " AND typeof(key) = 'text' AND typeof(value) = 'text'"
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -32,14 +32,16 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
-from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.image_links import Links
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.layout import Layout
 from mirror.store.names import root_record
+from mirror.store.protection import Protection
 from mirror.store.records import AccessRecord, parse_with_records
 from mirror.store.recovery import recover, remove_leftovers
 from mirror.store.space import Space, Totals
@@ -62,8 +64,8 @@ names takes 5 s of processor time."""
 _SAVE_LOCK_TIMEOUT_S: Final = 2.0
 """Seconds that a write of ``index.json`` waits for one of another process. At a stop, the next
 start writes the file in its place."""
-_PINS_TIMEOUT_S: Final = 10.0
-"""Seconds to wait for the pins. After that nothing is evicted, because anything may be pinned."""
+_LINKS_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for what the index knows of marked images. After that nothing is evicted."""
 
 
 class Store:
@@ -94,7 +96,7 @@ class Store:
         self.active_ingests: dict[Digest, Ingest] = {}
         self.memory = MemoryBudget(settings.memory)
         self._emit = emit
-        self._now = now
+        self.now = now
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         # Each kind of blocking work has its own pool, so that none waits for another.
@@ -120,7 +122,7 @@ class Store:
         self._totals = Totals(layout.totals)
         self._hosted_contents = HostedContents(layout.hosted_names)
         self.evictor = Evictor(
-            layout, self.catalog, self._totals, settings, self._read_pins, self._observe, now
+            layout, self.catalog, self._totals, settings, self.protection, self._observe, now
         )
         self.space = Space(
             layout,
@@ -196,6 +198,14 @@ class Store:
         with suppress(RuntimeError):  # The store is closed.
             self._writing.submit(self._totals.flush)
 
+    def count_dropped(self, size: int) -> None:
+        """Count ``size`` bytes of leftovers and of damaged content that were removed."""
+        self._count(leftover=-size)
+
+    def count_quarantined(self, size: int) -> None:
+        """Count content of ``size`` bytes that another process has moved to ``quarantine/``."""
+        self._observe(Evicted(1, size, "corrupt"))
+
     def _reservations(self) -> tuple[int, int]:
         """Return the bytes that the ingests of this process were granted, and the unwritten ones.
 
@@ -205,11 +215,16 @@ class Store:
         granted = sum(max(ingest.granted, ingest.on_disk) for ingest in ingests)
         return granted, sum(max(0, ingest.granted - ingest.on_disk) for ingest in ingests)
 
-    def _read_pins(self) -> set[Digest] | None:
-        """Return the pinned manifests, for the thread that evicts. None if they cannot be read."""
-        reading = asyncio.run_coroutine_threadsafe(self.index.pinned(), self._loop)
+    def protection(self) -> Protection:
+        """Return a new record of what the marks protect, for a thread that removes content."""
+        return Protection(self.layout, self._find_links, self.now)
+
+    def _find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
+        """Read the index for a thread. None if it fails, or does not answer in time."""
+        links = self.index.links(names, subjects)
+        reading = asyncio.run_coroutine_threadsafe(links, self._loop)
         try:
-            return reading.result(_PINS_TIMEOUT_S)
+            return reading.result(_LINKS_TIMEOUT_S)
         except TimeoutError:
             reading.cancel()
             return None
@@ -312,7 +327,7 @@ class Store:
             self._leftovers_removed_at = time.monotonic()
             loop = asyncio.get_running_loop()
             await loop.run_in_executor(
-                self._opening, remove_leftovers, self.layout, self._now(), disk.boot_id()
+                self._opening, remove_leftovers, self.layout, self.now(), disk.boot_id()
             )
 
     async def close(self) -> None:

@@ -21,11 +21,11 @@ from functools import partial
 from typing import Final, assert_never
 
 from aiohttp import HttpVersion10, HttpVersion11, web
-from aiohttp.abc import AbstractStreamWriter
 
 from mirror.config.settings import Settings
 from mirror.hosted.hosted_service import HostedService
 from mirror.observability.events import (
+    CURRENT_RECORD,
     Kind,
     LogMessage,
     Observer,
@@ -39,16 +39,12 @@ from mirror.oci import tag_list
 from mirror.oci.accept import parse_accept
 from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.errors import (
-    Denied,
     Draining,
     InvalidRequest,
     ManifestUnknown,
-    MethodUnsupported,
     MirrorError,
     NotFound,
-    RangeNotSatisfiable,
     TooManyRequests,
-    Unauthorized,
 )
 from mirror.oci.headers import OCTET_STREAM, bounded_spans
 from mirror.oci.links import build_next
@@ -58,10 +54,12 @@ from mirror.pull.service import PullService
 from mirror.web import paths
 from mirror.web.client_address import AddressLimit, TrustedProxies
 from mirror.web.client_socket import abort_connection
-from mirror.web.errors import SAFE_HEADERS, body_of, error_headers, status_of
+from mirror.web.error_responses import NoResponse, build_error_response
+from mirror.web.errors import SAFE_HEADERS
 from mirror.web.health import Health
 from mirror.web.hosted_access import Authorize, allow_everybody
 from mirror.web.hosted_handler import HostedHandler
+from mirror.web.probe_image import PROBE_REPOSITORY, ProbeImage
 from mirror.web.stored_responses import StoredResponses, make_request_id
 from mirror.web.streaming import Body, Sender, SingleWriteResponse, applicable_range
 
@@ -125,6 +123,7 @@ class Handler:
         """The requests in flight, by their ``id()``."""
         self._is_aborting = False
         self._idle = asyncio.Event()
+        self._probe_image = ProbeImage()
         self.stored_responses = StoredResponses(health, emit)
         """Responses that are reused, so that their requests do not come here."""
         self.configure(settings)
@@ -188,6 +187,7 @@ class Handler:
             outcome=Outcome.HIT,
         )
         self._requests[id(request)] = request
+        CURRENT_RECORD.set(pull)
         self._emit(RequestStarted(pull))
         try:
             response = await self._respond(request, pull)
@@ -219,17 +219,17 @@ class Handler:
                 return await self._dispatch_for_proxy(request, pull)
             return await self._dispatch(request, pull)
         except MirrorError as error:
-            return _build_error_response(error, pull)
+            return build_error_response(error, pull, common_headers(pull))
         except (ConnectionError, TimeoutError):
             # The client has left, or has stopped reading. That is no failure of this server.
             self._record_abort(pull)
-            return _NoResponse(status=pull.status)
+            return NoResponse(status=pull.status)
         except asyncio.CancelledError:
             self._record_abort(pull)
             raise
         except Exception as error:
             self._emit(LogMessage("error", "unexpected error", (("error", repr(error)),)))
-            return _build_error_response(MirrorError("internal error"), pull)
+            return build_error_response(MirrorError("internal error"), pull, common_headers(pull))
 
     def _named_by_host(self, request: web.BaseRequest) -> str | None:
         """Return the upstream whose ``hosts`` have the host of the request, or None."""
@@ -268,6 +268,11 @@ class Handler:
             upstream = self._door.name
         parsed = self._parse(request.method, path, query, upstream)
         pull.kind = Kind.PING  # Requests for a repository overwrite it.
+        if (
+            isinstance(parsed, paths.RepositoryRequest)
+            and parsed.repository.path == PROBE_REPOSITORY
+        ):
+            return self._send_probe(parsed, pull)
         match parsed:
             case paths.ManifestRequest():
                 return await self._send_manifest(parsed, request, pull)
@@ -296,6 +301,32 @@ class Handler:
                 return web.Response(body=text, headers=headers)
             case unknown:
                 assert_never(unknown)
+
+    def _send_probe(
+        self, parsed: paths.RepositoryRequest, pull: RequestRecord
+    ) -> web.StreamResponse:
+        """Send a part of the probe image. It counts as a ping, and is not stored for reuse."""
+        match parsed:
+            case paths.ManifestRequest():
+                content = self._probe_image.manifest(parsed.reference)
+            case paths.BlobRequest():
+                content = self._probe_image.blob(parsed.digest)
+            case paths.TagsRequest():
+                name = parsed.prefix + parsed.repository.path
+                tags = {"name": name, "tags": self._probe_image.pulled_nonces()}
+                return _build_json_response(json.dumps(tags).encode(), pull)
+            case paths.ReferrersRequest():
+                raise NotFound("the probe image has no referrers")
+            case unknown:
+                assert_never(unknown)
+        headers = {
+            **common_headers(pull),
+            "Content-Type": content.media_type,
+            "Docker-Content-Digest": str(content.digest),
+            "ETag": f'"{content.digest}"',
+            "Cache-Control": "no-store",
+        }
+        return web.Response(body=content.body, headers=headers)
 
     async def _send_manifest(
         self, parsed: paths.ManifestRequest, request: web.BaseRequest, pull: RequestRecord
@@ -434,26 +465,6 @@ def _build_json_response(body: bytes, pull: RequestRecord, status: int = 200) ->
     return web.Response(status=status, body=body, headers=headers)
 
 
-def _build_error_response(error: MirrorError, pull: RequestRecord) -> web.StreamResponse:
-    """Record the error, and return its response."""
-    pull.error = f"{error.code}: {error.message}"
-    match error:
-        case NotFound():
-            pull.outcome = Outcome.NEGATIVE
-        case Denied() | Unauthorized() | TooManyRequests():
-            pull.outcome = Outcome.DENIED
-        case InvalidRequest() | RangeNotSatisfiable() | MethodUnsupported():
-            pull.outcome = Outcome.REJECTED
-        case _:
-            pull.outcome = Outcome.ERROR
-    if pull.status:
-        # The response failed after its header was sent, at least in part. The sender has already
-        # aborted the connection.
-        return _NoResponse(status=pull.status)
-    headers = {**error_headers(error), **common_headers(pull)}
-    return web.Response(status=status_of(error), headers=headers, body=body_of(error))
-
-
 def common_headers(pull: RequestRecord) -> dict[str, str]:
     """Return the header fields that every response has, an error response too."""
     headers = {
@@ -470,15 +481,3 @@ def common_headers(pull: RequestRecord) -> dict[str, str]:
         text = pull.warning.replace("\\", "").replace('"', "'")[:_MAX_WARNING_CHARS]
         headers["Warning"] = f'299 - "served from the cache: {text}"'
     return headers
-
-
-class _NoResponse(web.StreamResponse):
-    """Placeholder for a response that cannot be sent: the connection is closed.
-
-    aiohttp logs an exception of a handler with a traceback. It treats the ``ConnectionResetError``
-    of a response as a client that has left.
-    """
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Raise ``ConnectionResetError``."""
-        raise ConnectionResetError("the client has left")

@@ -16,8 +16,8 @@ bytes of its request.
 - **A response is not reused after its content has left memory.** The pull service keeps the result
   of a hit in memory for a second, and says whether it is fresh
   (:data:`~mirror.pull.results.IsFresh`). This also decides again whether a tag is fresh. A new
-  configuration discards all responses: admission and the choice of the upstream depend on nothing
-  else but the request. A server that drains reuses none.
+  configuration discards all responses, and so does a new block or freeze: admission and the choice
+  of the upstream depend on nothing else but the request. A server that drains reuses none.
 - **A request is a request.** Each has its own record, id and events. The client is the peer of the
   connection. Behind a trusted proxy, it is not, so nothing is stored if one is configured.
 - **Memory is bounded.** A stored response has its bytes, and refers to nothing else that is large.
@@ -194,7 +194,7 @@ class StoredResponses:
     def clear(self) -> None:
         """Discard all responses, also those of requests that are being handled.
 
-        The configuration has changed, or there are too many.
+        The configuration or the operator's marks have changed, or there are too many.
         """
         self._responses.clear()
         self._bytes = 0

@@ -58,11 +58,11 @@ QUOTA_BYTES = 24_000_000
 DISK_BYTES = 48_000_000
 DATA_FILES = {
     *("blobs", "ingest", "quarantine", "index", "index.lock", "index.json", "oci-layout"),
-    *("totals", "eviction.lock", "index.json.lock"),
+    *("totals", "eviction.lock", "index.json.lock", "marks.lock"),
 }
 """All that may be in a data directory: no draft, and no damaged index."""
-OWN_ROWS = 2
-"""Rows of a table that are about no content: the pins, and a note of a restore."""
+OWN_ROWS = 1
+"""Rows of a table that are about no content: a note of a restore."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ def settings(**more: Any) -> Settings:
 
 APPLIED = {
     *("drain_timeout", "trusted_proxies", "catalog", "log", "default_upstream", "upstreams"),
+    "prefetch",
+    "retention",
+    "retention_interval",
 }
 KEPT = {
     *(

@@ -47,6 +47,20 @@ def test_dashboard_and_alerts_name_exposed_metrics_only() -> None:
     assert rules <= recorded
 
 
+def test_every_alert_is_documented_with_its_severity() -> None:
+    text = (CONFIG.parent / "docs/metrics.md").read_text(encoding="utf-8")
+    documented = re.findall(
+        r"^\| `(OciMirror\w+)` \| (\w+) \|.*\]\(runbook\.md#", text, re.MULTILINE
+    )
+    rules = [
+        (rule["alert"], rule["labels"]["severity"])
+        for group in yaml.safe_load(ALERTS.read_text())["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    assert sorted(documented) == sorted(rules)
+
+
 @pytest.mark.row("FE9-quiet-alerts")
 def test_promtool_accepts_rules_configuration_and_metrics() -> None:
     promtool = need("promtool")

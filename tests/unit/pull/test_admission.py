@@ -1,12 +1,13 @@
-"""Admission: allow- and deny-lists."""
+"""Admission: allow- and deny-lists, the operator's blocks and freezes."""
 
 from __future__ import annotations
 
 import pytest
 
 from mirror.config.settings import Upstream
-from mirror.oci.reference import Repository
-from mirror.pull.admission import Allow, admit
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.pull.admission import Allow, Deny, Restrictions, admit, admit_digest
+from mirror.store.marks import Block, Freeze, Marks
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,60 @@ def test_allow_and_deny_lists_decide_by_repository_path_and_deny_wins(
 ) -> None:
     upstream = Upstream(endpoints=("http://x",), allow=allow, deny=deny)
     assert isinstance(admit(Repository("quay.io", path), upstream), Allow) is served
+
+
+# --- blocks and freezes ---------------------------------------------------------------------------
+
+REPO = Repository("docker.io", "library/app")
+UPSTREAM = Upstream(endpoints=("http://x",))
+DIGEST, CHILD = Digest.of(b"image"), Digest.of(b"child")
+
+
+def restrictions(*targets: str, digests: frozenset[Digest] = frozenset()) -> Restrictions:
+    blocks = {target: Block(target, f"by {target}", 0.0, digests) for target in targets}
+    return Restrictions.of_marks(Marks(blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    ("target", "refused"),
+    [
+        ("docker.io/library/app:v1", {"v1"}),
+        ("docker.io/library/app", {"v1", "v2", "digest", "repository"}),
+        ("docker.io/library/a*", {"v1", "v2", "digest", "repository"}),
+        ("*/app", {"v1", "v2", "digest", "repository"}),
+        ("docker.io/library/b*", set()),
+        (str(DIGEST), {"digest"}),
+        (f"ghcr.io/other@{DIGEST}", {"digest"}),
+        ("not a target", set()),
+    ],
+)
+def test_target_of_a_block_decides_which_requests_are_refused(
+    target: str, refused: set[str]
+) -> None:
+    references = {"v1": Tag("v1"), "v2": Tag("v2"), "digest": DIGEST, "repository": None}
+    found = {
+        name
+        for name, reference in references.items()
+        if isinstance(admit(REPO, UPSTREAM, restrictions(target), reference), Deny)
+    }
+    assert found == refused
+
+
+def test_client_is_told_the_reason() -> None:
+    denied = admit(REPO, UPSTREAM, restrictions("docker.io/library/app"))
+    said = "this image is blocked by the operator of the mirror: by docker.io/library/app"
+    assert denied == Deny(said)
+
+
+def test_digests_of_a_blocked_image_are_refused_in_every_repository() -> None:
+    blocked = restrictions("docker.io/library/app:v1", digests=frozenset({DIGEST, CHILD}))
+    for digest in (DIGEST, CHILD):
+        assert isinstance(admit_digest(digest, blocked), Deny)
+        assert isinstance(admit(Repository("ghcr.io", "x"), UPSTREAM, blocked, digest), Deny)
+    assert isinstance(admit_digest(Digest.of(b"other"), blocked), Allow)
+
+
+def test_freezes_are_found_by_repository_and_tag() -> None:
+    names = (f"{REPO}:v1", f"{REPO}@{DIGEST}", "malformed")
+    marks = Marks(freezes={name: Freeze(name, DIGEST, 0.0) for name in names})
+    assert Restrictions.of_marks(marks).frozen == {(REPO, Tag("v1")): DIGEST}

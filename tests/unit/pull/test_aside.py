@@ -470,7 +470,7 @@ async def test_upstream_with_one_connection_gets_no_request_for_a_range(tmp_path
 
 async def test_no_range_is_requested_after_wrong_bytes_of_the_content(tmp_path: Path) -> None:
     async with lazy_pull(tmp_path) as lazy:
-        lazy.kit.content._fetches.suspects.add(lazy.digest, {"memory": "docker.io"})
+        lazy.kit.content.fetches.suspects.add(lazy.digest, {"memory": "docker.io"})
         reader, pull = await lazy.open(range_of(TAIL))
         reader.close()
         assert not pull.is_unverified

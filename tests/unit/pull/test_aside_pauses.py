@@ -24,7 +24,7 @@ async def test_endpoint_that_has_asked_for_a_pause_gets_no_request_for_a_range(
     async with lazy_pull(tmp_path) as lazy:
         first, _ = await lazy.open(range_of(TAIL))
         assert isinstance(first, AsideReader)
-        connections = lazy.kit.content._fetches.connections
+        connections = lazy.kit.content.fetches.connections
         connections.on_refused("memory", 600.0)
         second, pull = await lazy.open("bytes=-100")
         assert not isinstance(second, AsideReader)

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,6 +29,7 @@ from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext, Role
 from mirror.store.ingest_writer import MemoryBudget
+from mirror.store.marks import Marks, Pin, change_marks
 from mirror.store.other_process import follow_other_process
 from mirror.store.reader import FileExtent, Reader
 from mirror.store.records import AccessRecord, NamedManifest, access_records_of
@@ -319,6 +320,26 @@ async def manifests(index: Index) -> list[NamedManifest]:
         found += [named for manifests in page.names for named in manifests]
         after = page.after
     return sorted(found, key=lambda named: named.name)
+
+
+def pin(layout: Layout, *digests: Digest) -> None:
+    """Pin manifests, under names with their digests."""
+
+    def change(marks: Marks) -> Marks:
+        pins = [Pin(f"docker.io/library/app@{digest}", digest, 0.0) for digest in digests]
+        return replace(marks, pins={**marks.pins, **{one.name: one for one in pins}})
+
+    change_marks(layout, change)
+
+
+def unpin(layout: Layout, *digests: Digest) -> None:
+    """Unpin manifests."""
+
+    def change(marks: Marks) -> Marks:
+        kept = {name: one for name, one in marks.pins.items() if one.digest not in digests}
+        return replace(marks, pins=kept)
+
+    change_marks(layout, change)
 
 
 async def served(store: Store, data: bytes) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mirror.config.settings import Storage
-from mirror.observability.events import Event, Evicted, Uncached
+from mirror.observability.events import Event, Evicted, LogMessage, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import eviction
+from mirror.store import eviction, removal
+from mirror.store.eviction import StoredBlob
 from mirror.store.index import Index
+from mirror.store.marks import Marks, Pin, change_marks
 from mirror.store.store import Store
 from tests.unit.store.kit import (
     image,
@@ -24,10 +27,12 @@ from tests.unit.store.kit import (
     keep,
     mark_used,
     opened,
+    pin,
     pulled,
     random_bytes,
     read,
     served,
+    unpin,
 )
 
 NOW = 1_800_000_000.0
@@ -134,7 +139,7 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for data in (*layers, *images, *inner, outer):
             await keep(store, data)
-        await store.index.pin([Digest.of(outer)])
+        pin(store.layout, Digest.of(outer))
         kept = {Digest.of(data) for data in (*layers, *images, *inner, outer)}
         for seed in range(10, 20):
             clock[0] += 100
@@ -142,11 +147,58 @@ async def test_pinned_index_keeps_its_manifests_and_layers_at_any_depth(tmp_path
             assert kept <= held(store)
             assert store.catalog.refresh().total <= HIGH
         assert [e for e in events if isinstance(e, Evicted)]
-        await store.index.pin([Digest.of(outer)], is_pinned=False)
+        unpin(store.layout, Digest.of(outer))
         for seed in range(20, 26):
             clock[0] += 100
             await keep(store, layer(seed))
         assert not kept & held(store)
+
+
+async def test_mark_that_is_set_while_an_eviction_runs_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content was chosen before the command, and would go in a later step."""
+    monkeypatch.setattr(removal, "BATCH_CONTENTS", 1)
+    clock = [NOW]
+    late = layer(1)
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        for seed in range(4):
+            await keep(store, layer(seed))
+            clock[0] += 100
+        remove, removed = store.evictor._remove_batch, list[Digest]()
+
+        def remove_slowly(some: list[StoredBlob], *rest: object) -> None:
+            remove(some, *rest)  # type: ignore[arg-type]  # they are passed on
+            removed.extend(blob.digest for blob in some)
+            if len(removed) == 1:
+                # Another process: it waits until this step has ended.
+                marking.start()
+
+        marking = threading.Thread(target=pin, args=(store.layout, Digest.of(late)))
+        monkeypatch.setattr(store.evictor, "_remove_batch", remove_slowly)
+        monkeypatch.setattr(eviction, "MARKS_PAUSE_S", 0.05)
+        await keep(store, layer(4))
+        marking.join()
+        assert removed[:2] == [Digest.of(layer(0)), Digest.of(late)], "it was chosen"
+        assert Digest.of(late) in held(store)
+        assert Digest.of(layer(2)) not in held(store), "other content goes in its place"
+
+
+async def test_signatures_and_the_current_digest_of_a_pinned_tag_stay(tmp_path: Path) -> None:
+    clock = [NOW]
+    first, second, signature = image(layer(0, 50_000)), image(layer(1, 50_000)), image(b"signed")
+    kept = (first, second, signature, layer(0, 50_000), layer(1, 50_000), b"signed")
+    async with opened(tmp_path, clock, settings=QUOTA) as store:
+        await pulled(store, first, Tag("latest"), layer(0, 50_000), b"{}")
+        name = "docker.io/library/app:latest"
+        change_marks(store.layout, lambda _: Marks({name: Pin(name, Digest.of(first), 0.0)}))
+        await pulled(store, second, Tag("latest"), layer(1, 50_000))
+        tag = Tag(f"sha256-{Digest.of(second).hex}.sig")
+        await pulled(store, signature, tag, b"signed")
+        for seed in range(10, 20):
+            clock[0] += 100
+            await keep(store, layer(seed))
+        assert set(map(Digest.of, kept)) <= held(store)
 
 
 async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: Path) -> None:
@@ -155,7 +207,7 @@ async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: 
     body = image(*layers)
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await pulled(store, body, Tag("1.0"), *layers)
-        await store.index.pin([Digest.of(body)])
+        pin(store.layout, Digest.of(body))
         before = held(store)
         content = store.start_ingest(Digest.of(layer(9)))
         follower = content.follow()
@@ -173,26 +225,34 @@ async def test_pull_is_served_but_not_kept_when_all_content_is_pinned(tmp_path: 
         assert Digest.of(layer(9)) not in held(store)
 
 
-async def test_no_content_goes_while_the_index_does_not_answer_for_pins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["marks", "index"])
+async def test_no_content_goes_while_the_marks_or_their_links_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     clock, events = [NOW], list[Event]()
 
-    async def silent(self: Index) -> None:
+    async def silent(self: Index, names: object, subjects: object) -> None:
         return None
 
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(4):
             await keep(store, layer(seed))
+        pin(store.layout, Digest.of(layer(3)))
+        if what == "marks":
+            store.layout.marks.write_text("{}")
         before = held(store)
         with monkeypatch.context() as patch:
-            patch.setattr(Index, "pinned", silent)
+            if what == "index":
+                patch.setattr(Index, "links", silent)
             await keep(store, layer(8))
             assert not [e for e in events if isinstance(e, Uncached)], "there is room for it"
             await keep(store, layer(9))
         assert held(store) == before | {Digest.of(layer(8))}
         assert [e.reason for e in events if isinstance(e, Uncached)] == ["full"]
         assert not [e for e in events if isinstance(e, Evicted)]
+        assert [e.message for e in events if isinstance(e, LogMessage)][:1] == [
+            "nothing is evicted"
+        ]
 
 
 @pytest.mark.row("G2-long-eviction")
@@ -202,14 +262,15 @@ async def test_content_goes_soon_after_the_index_has_hung_for_a_while(
     """The pause after a vain eviction lasts for 20 times its duration, but not for 20 waits."""
     clock, events = [NOW], list[Event]()
 
-    async def hung(self: Index) -> None:
+    async def hung(self: Index, names: object, subjects: object) -> None:
         await asyncio.sleep(0.5)
 
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(4):
             await keep(store, layer(seed))
+        pin(store.layout, Digest.of(layer(3)))
         with monkeypatch.context() as patch:
-            patch.setattr(Index, "pinned", hung)
+            patch.setattr(Index, "links", hung)
             await keep(store, layer(8))
             await keep(store, layer(9))
         assert not [e for e in events if isinstance(e, Evicted)]

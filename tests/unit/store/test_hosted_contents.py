@@ -13,6 +13,7 @@ from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
+from mirror.store.removal import KeptBecause
 from mirror.store.store import Store
 from tests.unit.hosted.kit import HostedKit, hosted_kit
 from tests.unit.store.kit import random_bytes
@@ -69,9 +70,10 @@ async def test_cached_content_is_kept_from_the_moment_it_is_pushed(tmp_path: Pat
     async with hosted_kit(tmp_path, storage=QUOTA) as kit:
         digest = await cache(kit, 1)
         await kit.push_blob(content(1))
-        assert kit.store.evictor._unlink(digest) is False
+        listed = [StoredBlob(digest, SIZE, kit.clock[0])]
+        assert (await kit.store.evictor.remove(listed)).kept == {digest: KeptBecause.HOSTED}
         await kit.service.delete_blob("app", digest)
-        assert kit.store.evictor._unlink(digest) is True
+        assert (await kit.store.evictor.remove(listed)).sizes == {digest: SIZE}
 
 
 async def test_section_that_was_removed_does_not_give_its_content_to_eviction(

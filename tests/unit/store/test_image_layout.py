@@ -62,15 +62,15 @@ def test_names_are_read_back_as_written(tmp_path: Path) -> None:
         named(layout, PORT, "1.0", b"two"),
         named(layout, PORT, None, b"three"),
     ]
-    pinned = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3, is_pinned=True)
+    other = NamedManifest(PORT, Tag("kept"), Digest.of(b"one"), OCI_INDEX, 3)
     variant = replace(entries[0], variant=" application/vnd.oci.image.index.v1+json")
-    write(layout, [*entries, pinned, variant])
-    assert set(read(tmp_path)) == {*entries, pinned, variant}
+    write(layout, [*entries, other, variant])
+    assert set(read(tmp_path)) == {*entries, other, variant}
     names = [
         entry["annotations"].get("org.opencontainers.image.ref.name")
         for entry in document(layout)["manifests"]
     ]
-    assert names == [*(entry.name for entry in (*entries, pinned)), None], "no name is there twice"
+    assert names == [*(entry.name for entry in (*entries, other)), None], "no name is there twice"
 
 
 def test_index_json_is_an_oci_index_with_reference_names(tmp_path: Path) -> None:

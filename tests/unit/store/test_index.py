@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from mirror.observability.events import Event
+from mirror.observability.events import Event, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store import orphans
+from mirror.store.image_links import Links
 from mirror.store.index import Index
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
+from mirror.store.pending_rows import PendingRow, Update
 from mirror.store.records import (
     MAX_PREVIOUS_DIGESTS,
     AccessRecord,
@@ -49,7 +51,7 @@ class Evil:
 
 @asynccontextmanager
 async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[Index]:
-    """Open an index, and expect no warnings."""
+    """Open an index, and expect no events but those of tags."""
     events: list[Event] = []
     times = clock or [1_800_000_000.0]
     index = await Index.open(path / "index", events.append, lambda: times[0])
@@ -57,7 +59,7 @@ async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[
         yield index
     finally:
         await index.close()
-    assert not events
+    assert all(isinstance(event, TagMoved) for event in events), events
 
 
 async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
@@ -66,7 +68,6 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     record = await index.confirm_tag(REPO, TAG, ONE)
     await index.put_access_records(REPO, [root(ONE)])
     await index.set_verified([(ONE, 5.0)])
-    await index.pin([ONE])
     await index.close()
     index = await Index.open(tmp_path / "index", events.append)
     assert await index.tag(REPO, TAG) == record
@@ -77,13 +78,13 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     names = {named.name for named in await manifests(index)}
     assert names == {f"{REPO}@{ONE}", "docker.io/library/app:1.0"}
     assert await index.verified_at(ONE) == 5.0
-    assert await index.pinned() == {ONE}
     await index.revoke_access(REPO, ONE, "manifest")
-    await index.pin([ONE], is_pinned=False)
     assert await index.access_record(REPO, ONE, "manifest") is None
-    assert await index.pinned() == set()
     await index.close()
-    assert not events
+    (event,) = events
+    assert event == TagMoved(
+        "docker.io", "library/app", "1.0", "", str(ONE), record.confirmed, None
+    )
 
 
 @pytest.mark.row("M10-hostile-index")
@@ -180,7 +181,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         await index.confirm_tag(REPO, TAG, ONE)
         untyped = replace(part(ONE, "manifest"), media_type="")
         await index.put_access_records(REPO, [untyped, part(old, "blob")])
-        await index.pin([ONE])
 
         async def check() -> None:
             record = await index.tag(REPO, TAG)
@@ -193,7 +193,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
             assert await index.access_record(REPO, layer, "blob")
             assert await index.access_record(REPO, old, "blob") is None, "it was revoked"
             assert await index.verified_at(ONE) == 7.0
-            assert await index.pinned() == {ONE, TWO}
             assert await index.negative("blob a@b") == "gone"
             assert await index.cached_list("tags c") == "1.0"
 
@@ -201,7 +200,6 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         writes: list[Coroutine[Any, Any, object]] = [
             index.confirm_tag(REPO, TAG, TWO),
             index.confirm_tag(REPO, Tag("new"), TWO),
-            index.pin([TWO]),
             index.put_negative("blob a@b", "gone", 60.0),
             index.put_list("tags c", "1.0", 60.0),
             index.put_access_records(REPO, [stated, part(layer, "blob")]),
@@ -210,7 +208,7 @@ async def test_reads_see_all_that_this_process_has_queued_while_another_one_writ
         ]
         with locked(tmp_path, "named", "members", "answers"):
             tasks = [asyncio.ensure_future(write) for write in writes]  # noqa: TID251 - a test
-            while await index.pinned() != {ONE, TWO}:
+            while await index.verified_at(ONE) != 7.0:
                 continue
             await check()
             assert not any(task.done() for task in tasks)
@@ -279,9 +277,9 @@ async def test_reads_apply_each_queued_update_once_while_its_transaction_ends(
 
 
 def test_update_that_is_committed_while_a_row_is_read_is_applied_once() -> None:
-    row = index_module._PendingRow()
+    row = PendingRow()
 
-    def add(letter: str) -> index_module.Update:
+    def add(letter: str) -> Update:
         return lambda text: f"{text}{letter}"
 
     one, two = add("1"), add("2")
@@ -403,11 +401,10 @@ async def test_manifests_lists_only_those_pulled_by_tag_or_digest(tmp_path: Path
         await index.confirm_tag(REPO, TAG, ONE)
         await index.confirm_tag(REPO, Tag("child"), TWO)
         await index.confirm_tag(REPO, Tag("old"), ONE, " variant")
-        await index.pin([ONE])
         assert await manifests(index) == [
-            NamedManifest(REPO, TAG, ONE, "a/b", 3, is_pinned=True),
-            NamedManifest(REPO, Tag("old"), ONE, "a/b", 3, is_pinned=True, variant=" variant"),
-            NamedManifest(REPO, None, ONE, "a/b", 3, is_pinned=True),
+            NamedManifest(REPO, TAG, ONE, "a/b", 3),
+            NamedManifest(REPO, Tag("old"), ONE, "a/b", 3, variant=" variant"),
+            NamedManifest(REPO, None, ONE, "a/b", 3),
         ]
         assert sorted(await index.tags_of(REPO)) == [TAG, Tag("child")]
         assert await index.tags_of(Repository("ghcr.io", "app")) == []
@@ -443,7 +440,6 @@ async def test_changed_is_set_only_when_a_name_gets_another_digest_or_is_revoked
             lambda: index.confirm_tag(REPO, TAG, ONE),
             lambda: index.confirm_tag(REPO, TAG, TWO),
             lambda: index.put_access_records(REPO, [replace(root(ONE), size=5)]),
-            lambda: index.pin([ONE]),
             lambda: index.revoke_access(REPO, ONE, "manifest"),
         ):
             index.has_changed = False
@@ -464,7 +460,6 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
     events: list[Event] = []
     index = await Index.open(tmp_path / "index", events.append)
     await index.put_access_records(REPO, [root(ONE)])
-    await index.pin([ONE])
     index.has_changed = False
 
     def broken(*arguments: object, **named: object) -> None:
@@ -478,12 +473,11 @@ async def test_failing_database_is_told_apart_from_an_empty_one(
         patch.setattr(Tables, "write", broken)
         patch.setattr(Tables, "write_all", broken)
         assert await index.names(0) is None
-        assert await index.pinned() is None
+        assert await index.links([f"{REPO}:{TAG}"], [ONE]) is None
         assert not await index.put_access_records(REPO, [root(TWO)])
         assert await index.confirm_tag(REPO, TAG, ONE) is None
-        assert not await index.pin([TWO])
         assert not index.has_changed, "nothing was written"
-    assert await index.pinned() == {ONE}
+    assert await index.links([f"{REPO}:{TAG}"], [ONE]) == Links(set(), set())
     await index.close()
 
 
@@ -579,12 +573,10 @@ async def test_records_of_content_on_disk_stay_whatever_the_clock_does(
     clock = [1_800_000_000.0]
     async with opened(tmp_path, clock) as index:
         await remember(index, ONE)
-        await index.pin([ONE])
         for jump in jumps:
             clock[0] += jump
             await check_all(index, {ONE})
             assert await is_known(index, ONE)
-        assert await index.pinned() == {ONE}
     async with opened(tmp_path, clock) as index:
         assert await is_known(index, ONE)
 
@@ -657,7 +649,6 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
     async with opened(tmp_path, clock) as index:
         held = Digest.of(b"held")
         await remember(index, held)
-        await index.pin([held])
         for number in range(40):
             await remember(index, Digest.of(b"%d" % number))
         gone = [Digest.of(b"gone %d" % number) for number in range(1000)]
@@ -673,7 +664,6 @@ async def test_rows_are_bounded_by_the_contents_on_disk_and_orphaned_ones_go_fir
         for _ in range(80):
             await index.orphans.drop({held}.__contains__, contents=2)
         assert len(await index.tags_of(REPO)) <= 140
-        assert await index.pinned() == {held}
 
 
 async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Path) -> None:
@@ -691,3 +681,21 @@ async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Pa
         record = await index.tag(REPO, TAG)
         assert record
         assert record.digest == TWO
+
+
+async def test_event_tells_of_each_new_digest_of_a_tag_with_the_one_before(tmp_path: Path) -> None:
+    events: list[Event] = []
+    times = [100.0]
+    index = await Index.open(tmp_path / "index", events.append, lambda: times[0])
+    for digest in (ONE, ONE, TWO, TWO, ONE):
+        await index.confirm_tag(REPO, TAG, digest)
+        times[0] += 10
+    await index.confirm_tag(REPO, TAG, TWO, " variant")
+    await index.close()
+    moves = [event for event in events if isinstance(event, TagMoved)]
+    assert [(m.variant, m.digest, m.at, m.previous) for m in moves] == [
+        ("", str(ONE), 100.0, None),
+        ("", str(TWO), 120.0, (str(ONE), 100.0, 110.0)),
+        ("", str(ONE), 140.0, (str(TWO), 120.0, 130.0)),
+        (" variant", str(TWO), 150.0, None),
+    ]

@@ -63,7 +63,6 @@ async def test_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path:
     async with opened(tmp_path) as store:
         await pulled(store, child, None, LAYER, b"{}")
         await pulled(store, body, TAG)
-        await store.index.pin([Digest.of(body)])
     shutil.rmtree(tmp_path / "index")
     async with opened(tmp_path) as store:
         tag = await store.index.tag(REPO, TAG)
@@ -73,7 +72,6 @@ async def test_lost_index_is_restored_from_index_json_but_not_as_fresh(tmp_path:
             record = await store.index.access_record(REPO, Digest.of(data), kind)
             assert record
             assert (record.kind, record.size) == (kind, len(data))
-        assert await store.index.pinned() == {Digest.of(body)}
         assert await store.index.access_record(REPO, Digest.of(b"another"), "blob") is None
 
 
@@ -229,7 +227,7 @@ async def test_start_restores_once_and_reads_index_json_never_again(
 
 @pytest.mark.row("G3-index-damage-while-running")
 @pytest.mark.parametrize("damage", damages.IN_USE)
-async def test_index_that_is_damaged_in_use_loses_no_name_tag_or_pin(
+async def test_index_that_is_damaged_in_use_loses_no_name_or_tag(
     tmp_path: Path,
     damage: Damage,
     monkeypatch: pytest.MonkeyPatch,
@@ -244,12 +242,10 @@ async def test_index_that_is_damaged_in_use_loses_no_name_tag_or_pin(
             assert record
             assert record.digest == Digest.of(body)
             assert await store.index.access_record(REPO, record.digest, "manifest")
-        assert await store.index.pinned() == {Digest.of(bodies[Tag("0.0")])}
 
     async with opened(tmp_path, events=events) as store:
         for tag, body in bodies.items():
             await pulled(store, body, tag)
-        await store.index.pin([Digest.of(bodies[Tag("0.0")])])
         await store.save_image_layout(share=1.0)
         before = names(tmp_path)
         assert len(before) == 80
@@ -314,13 +310,11 @@ async def test_the_next_start_adds_names_that_a_crash_kept_out_of_index_json(
         await store.save_image_layout(share=1.0)
         before = (tmp_path / "index.json").read_bytes()
         await pulled(store, body, TAG)
-        await store.index.pin([Digest.of(body)])
     (tmp_path / "index.json").write_bytes(before)
     async with opened(tmp_path):
         pass
     named = list(image_layout.read_index_json(Layout(tmp_path)))
     assert {entry.name for entry in named} == {f"{REPO}:{TAG}", f"{REPO}@{Digest.of(body)}"}
-    assert all(entry.is_pinned for entry in named)
 
 
 async def test_name_that_is_put_during_a_write_is_in_the_next_one(

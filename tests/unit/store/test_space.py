@@ -30,6 +30,7 @@ from tests.unit.store.kit import (
     image,
     keep,
     opened,
+    pin,
     pulled,
     random_bytes,
     read,
@@ -350,7 +351,7 @@ async def test_fetch_beyond_the_quota_waits_for_room_and_not_for_the_end_of_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, events = [NOW], list[Event]()
-    monkeypatch.setattr("mirror.store.eviction._FLUSH_CONTENTS", 1)
+    monkeypatch.setattr("mirror.store.removal.BATCH_CONTENTS", 1)
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(9):
             await keep(store, layer(seed, 100_000))
@@ -416,7 +417,7 @@ async def test_eviction_that_frees_too_little_is_not_repeated_for_each_fetch(
     body = image(*layers)
     async with opened(tmp_path, events=events, settings=QUOTA) as store:
         await pulled(store, body, None, *layers)
-        await store.index.pin([Digest.of(body)])
+        pin(store.layout, Digest.of(body))
         slow = SlowEviction(monkeypatch, pause=0.0)
         monkeypatch.setattr("mirror.store.eviction._HOLD_OFF_FACTOR", 10_000.0)
         for seed in range(10, 30):

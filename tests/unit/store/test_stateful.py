@@ -43,9 +43,11 @@ from tests.unit.store.kit import (
     mark_used,
     no_trace,
     pieces,
+    pin,
     random_bytes,
     read,
     remember,
+    unpin,
 )
 
 T = TypeVar("T")
@@ -80,7 +82,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.readers: list[tuple[Reader, bytes]] = []
         self.damaged: set[Digest] = set()
         self.named: set[int] = set()
-        """Images with a recorded name: only those are in ``index.json``, with their pins."""
+        """Images with a recorded name: only those are in ``index.json``."""
         self.pins: set[int] = set()
         self.there: set[Digest] = set()
         self.store: Store | None = None
@@ -260,7 +262,7 @@ class StoreMachine(RuleBasedStateMachine):
     def pin(self, number: int) -> None:
         assert self.store
         if number in self.named and self.parts(number) <= self.on_disk() - self.damaged:
-            self.run(self.store.index.pin([Digest.of(IMAGES[number])]))
+            pin(self.store.layout, Digest.of(IMAGES[number]))
             self.pins.add(number)
 
     @precondition(lambda self: self.pins)
@@ -268,7 +270,7 @@ class StoreMachine(RuleBasedStateMachine):
     def unpin(self, data: st.DataObject) -> None:
         assert self.store
         number = data.draw(st.sampled_from(sorted(self.pins)))
-        self.run(self.store.index.pin([Digest.of(IMAGES[number])], is_pinned=False))
+        unpin(self.store.layout, Digest.of(IMAGES[number]))
         self.pins.discard(number)
 
     @rule(seconds=st.sampled_from([1.0, 61.0, -61.0, 4000.0, 86_401.0, YEAR, -YEAR]))

@@ -1,0 +1,146 @@
+"""The admin listener: its connections, and how the parts of the API are put together.
+
+Lives here: :func:`start_admin`, the limit on connections, and the cut of clients that stop reading.
+Must not know: what an operation does.
+
+One process of a server has it: the only one, or the first worker. The others send their live state
+to it (:mod:`mirror.admin.worker_channel`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from aiohttp import web
+
+from mirror.admin.api import Api
+from mirror.admin.dispatch import Dispatcher
+from mirror.admin.event_stream import EventStreams
+from mirror.admin.jobs import Jobs
+from mirror.admin.live_state import LiveState
+from mirror.admin.page_files import PageFiles
+from mirror.admin.sources import Sources
+from mirror.admin.tokens import Tickets, Tokens
+from mirror.admin.worker_channel import WorkerStates
+from mirror.config.settings import Settings
+from mirror.observability.events import Observer
+from mirror.single_flight import SingleFlight
+from mirror.web.client_socket import StallWatch, abort_connection
+
+MAX_CONNECTIONS: Final = 128
+"""Connections at the same time. A browser opens up to six for a page."""
+KEEPALIVE_TIMEOUT_S: Final = 15.0
+"""Seconds until a connection is closed that is idle, or whose TLS handshake or request header is
+incomplete."""
+STALL_TIMEOUT_S: Final = 15.0
+"""Seconds after which a client is cut off that acknowledges no byte although there are some for
+it."""
+_SHUTDOWN_TIMEOUT_S: Final = 0.5
+"""Seconds that a request may take to end when the server stops. Event streams never end."""
+_MAX_FIELD_BYTES: Final = 8 * 1024
+"""Bytes of the request line, and of one header field."""
+
+
+class AdminServer(web.Server):
+    """aiohttp's server, with a limit on connections, and on clients that do not read."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        """Create the server. ``dispatcher`` answers the requests."""
+        super().__init__(
+            dispatcher,
+            handler_cancellation=True,
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_TIMEOUT_S,
+            max_line_size=_MAX_FIELD_BYTES,
+            max_field_size=_MAX_FIELD_BYTES,
+            logger=logging.getLogger("aiohttp.server"),
+        )
+        self._watches: dict[web.RequestHandler, StallWatch] = {}
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        """Watch a new connection, or close it if there are too many."""
+        super().connection_made(handler, transport)
+        if len(self._watches) >= MAX_CONNECTIONS:
+            transport.abort()
+            return
+        self._watches[handler] = StallWatch(
+            transport, STALL_TIMEOUT_S, lambda: abort_connection(transport, is_reset=True)
+        )
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        """Forget a connection that has ended."""
+        super().connection_lost(handler, exc)
+        if (watch := self._watches.pop(handler, None)) is not None:
+            watch.stop()
+
+
+@dataclass(frozen=True, slots=True)
+class RunningAdmin:
+    """The admin listener while it runs."""
+
+    jobs: Jobs
+    tokens: Tokens
+    port: int
+
+
+@asynccontextmanager
+async def start_admin(
+    settings: Callable[[], Settings],
+    listener: socket.socket,
+    context: ssl.SSLContext | None,
+    sources: Sources,
+    live: LiveState,
+    receiver: socket.socket | None,
+    single_flight: SingleFlight,
+    emit: Observer,
+    now: Callable[[], float] = time.time,
+) -> AsyncIterator[RunningAdmin]:
+    """Serve the admin API until the context ends.
+
+    Args:
+        settings: Returns the configuration in use. It has the section ``admin``.
+        listener: A listening socket. It is closed at the end.
+        context: For TLS. None: plain HTTP.
+        sources: The functions of other packages.
+        live: The live state of this process.
+        receiver: The live states of other workers arrive here. None: there is one process.
+        single_flight: Runs the jobs.
+        emit: Receives log lines.
+        now: Returns the Unix time in seconds.
+
+    Raises:
+        ConfigError: A file of tokens cannot be used.
+    """
+    admin = settings().admin
+    assert admin is not None
+    tokens, tickets = Tokens(admin), Tickets(time.monotonic)
+    jobs = Jobs(single_flight, emit, now)
+    jobs.on_end = sources.images.forget_read
+    workers = WorkerStates(live.snapshot, receiver)
+    streams = EventStreams(workers.merged, jobs)
+    api = Api(settings, sources, workers, jobs, tickets, streams, emit)
+    server = AdminServer(Dispatcher(admin, api, tokens, tickets, PageFiles(), emit))
+    listening = await asyncio.get_running_loop().create_server(
+        server,
+        sock=listener,
+        ssl=context,
+        ssl_handshake_timeout=KEEPALIVE_TIMEOUT_S if context is not None else None,
+    )
+    workers.start()
+    try:
+        yield RunningAdmin(jobs, tokens, listener.getsockname()[1])
+    finally:
+        workers.stop()
+        listening.close()
+        server.pre_shutdown()
+        await server.shutdown(_SHUTDOWN_TIMEOUT_S)

@@ -1,0 +1,159 @@
+"""The bearer tokens of the admin listener, and the tickets of its event streams.
+
+Lives here: which role a token has, in constant time, and tickets that are valid once. Must not
+know: requests, what a role may do.
+
+A browser's ``EventSource`` sends no ``Authorization``. So a page gets a ticket with its token, and
+puts the ticket into the address of the stream. It is valid once, for a short time, and for nothing
+else. An address may be logged by a proxy; the ticket in it is worth nothing by then. A cookie would
+be sent to every port of the host.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from mirror.config.settings import Admin
+from mirror.oci.errors import ConfigError
+
+MIN_TOKEN_CHARS: Final = 16
+"""Characters of a token at least: one that is shorter can be guessed."""
+_MAX_FILE_BYTES: Final = 64 * 1024
+"""Bytes of a file of tokens. A token is a line of at most some hundred characters."""
+TICKET_TTL_S: Final = 30.0
+"""Seconds in which a page opens the stream for which it has got a ticket."""
+_MAX_TICKETS: Final = 256
+"""Tickets that are valid at the same time. The oldest ones end first."""
+# RFC 6750, section 2.1: credentials = "Bearer" 1*SP b64token. Schemes are compared without case.
+_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | re.ASCII)
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)
+
+
+class Role(StrEnum):
+    """The requests that a caller may send."""
+
+    FULL = "full"
+    READ_ONLY = "read-only"
+
+
+class Tokens:
+    """The tokens in the files of the configuration, as digests."""
+
+    def __init__(self, admin: Admin) -> None:
+        """Read the files. Raises ``ConfigError`` if one cannot be used."""
+        self._admin = admin
+        self._stamp = self._find_stamp()
+        self._roles = self._read()
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed.
+
+        Raises ``ConfigError`` if one cannot be used, or ``OSError``. The tokens in use stay, and
+        the next call tries again.
+        """
+        stamp = self._find_stamp()
+        if stamp != self._stamp:
+            self._roles = self._read()
+            self._stamp = stamp
+
+    def role_of(self, authorization: str | None) -> Role | None:
+        """Return the role of an ``Authorization`` header field. None: it permits nothing."""
+        if self._admin.is_open:
+            return Role.FULL
+        match = _BEARER.fullmatch(authorization or "")
+        given = _digest(match[1] if match else "")
+        role = None
+        # No early end: the time must not depend on which token is nearly right.
+        for digest, its_role in self._roles:
+            if hmac.compare_digest(digest, given):
+                role = its_role
+        return role
+
+    def _files(self) -> list[tuple[str, str, Role]]:
+        """Return (key, path, role) of each file."""
+        files = (
+            ("admin.token_file", self._admin.token_file, Role.FULL),
+            ("admin.read_only_token_file", self._admin.read_only_token_file, Role.READ_ONLY),
+        )
+        return [(key, path, role) for key, path, role in files if path is not None]
+
+    def _find_stamp(self) -> tuple[int, ...]:
+        """Return times and inodes of the files. A file that is not there counts as time 0."""
+        stamp = []
+        for _, path, _ in self._files():
+            try:
+                status = os.stat(path)
+                stamp += [status.st_mtime_ns, status.st_ino, status.st_size]
+            except OSError:
+                stamp += [0, 0, 0]
+        return tuple(stamp)
+
+    def _read(self) -> list[tuple[bytes, Role]]:
+        """Return the digests of all tokens. The read-only ones come first: a full one wins."""
+        roles: list[tuple[bytes, Role]] = []
+        for key, path, role in self._files():
+            roles = [(_digest(token), role) for token in _read_tokens(key, path)] + roles
+        return roles
+
+
+def _read_tokens(key: str, path: str) -> list[str]:
+    """Return the tokens of a file. Raises ``ConfigError``; its message has no part of a token."""
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path}: {error.strerror}") from None
+    if len(raw) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{key}: {path}: larger than {_MAX_FILE_BYTES} bytes")
+    lines = [line.strip() for line in raw.decode("utf-8-sig", errors="replace").splitlines()]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
+    for number, line in numbered:
+        if len(line) < MIN_TOKEN_CHARS:
+            raise ConfigError(
+                f"{key}: {path}:{number}: shorter than {MIN_TOKEN_CHARS} characters: make one with"
+                " `openssl rand -hex 32`"
+            )
+        if not _TOKEN.fullmatch(line):
+            raise ConfigError(f"{key}: {path}:{number}: only letters, digits and . _ ~ + / = -")
+    if not numbered:
+        raise ConfigError(f"{key}: {path}: no token: make one with `openssl rand -hex 32`")
+    return [line for _, line in numbered]
+
+
+def _digest(token: str) -> bytes:
+    """Return the hash of a token: all have the same length, and none is kept in memory."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+class Tickets:
+    """Tickets for event streams. Each is valid once, and for :data:`TICKET_TTL_S`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Start without tickets. ``clock`` returns seconds."""
+        self._clock = clock
+        self._valid: dict[str, tuple[float, Role]] = {}
+        """Ticket -> (time at which it ends, role of its caller). The oldest one first."""
+
+    def issue(self, role: Role) -> str:
+        """Return a new ticket for a caller that has ``role``."""
+        now = self._clock()
+        for ticket, (until, _) in list(self._valid.items()):
+            if until > now and len(self._valid) < _MAX_TICKETS:
+                break
+            del self._valid[ticket]
+        ticket = secrets.token_urlsafe(24)
+        self._valid[ticket] = now + TICKET_TTL_S, role
+        return ticket
+
+    def redeem(self, ticket: str) -> Role | None:
+        """Return the role of a ticket, and end the ticket. None: it is not valid."""
+        until, role = self._valid.pop(ticket, (0.0, None))
+        return role if until > self._clock() else None

@@ -1,0 +1,169 @@
+"""``doctor``: the arguments, the order of the checks, and the printing.
+
+Must not know: how anything is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from mirror.cli.arguments import Commands, add_config, add_json, config_file
+from mirror.cli.client_files import HUB
+from mirror.cli.doctor.findings import Checked, Finding, Status
+from mirror.cli.doctor.runtimes import CONTAINERD_CONFIG, RUNTIMES, NodeMachine
+from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.health import own_url
+from mirror.cli.output import UsageError, flush, print_line
+from mirror.cli.own_server import OwnServer
+from mirror.config.load import load_with_origins
+from mirror.config.settings import Settings
+from mirror.oci.errors import ConfigError
+from mirror.oci.text import printable
+
+_MAX_FINDING_CHARS: Final = 2000
+"""Characters of a finding: one line that a terminal can show."""
+_COLORS: Final = {Status.OK: "32", Status.WARNING: "33", Status.PROBLEM: "31"}
+"""Status -> colour on a terminal (ECMA-48, "SGR")."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``doctor``."""
+    parser = commands.add_parser(
+        "doctor",
+        help="find what is wrong with the mirror, or with a node that should use it",
+        description="Checks the configuration, the data directory, the index, the port, the clock "
+        "and each endpoint. With --node: whether the container runtimes of this machine pull "
+        "through the mirror. Ends with 1 if there is a problem; warnings are not counted.",
+    )
+    add_config(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--node", action="store_true", help="check the container runtimes of this machine"
+    )
+    node = parser.add_argument_group("with --node")
+    node.add_argument(
+        "--runtime",
+        action="append",
+        choices=tuple(RUNTIMES),
+        default=[],
+        help="check only this runtime; may be repeated (default: all that are installed)",
+    )
+    node.add_argument(
+        "--registry",
+        action="append",
+        metavar="HOST",
+        default=[],
+        help="check pulls from this registry; may be repeated (default: the configured upstreams, "
+        f"else {HUB})",
+    )
+    node.add_argument(
+        "--mirror",
+        metavar="URL",
+        help="URL at which clients reach the mirror (default: its listen address)",
+    )
+    node.add_argument(
+        "--containerd-config",
+        metavar="FILE",
+        default=CONTAINERD_CONFIG,
+        help="configuration file of containerd (default: %(default)s)",
+    )
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Run the checks, and print each finding as soon as it is known."""
+    checks = _check_node(arguments) if arguments.node else _check_mirror(arguments)
+    counts: Counter[Status] = Counter()
+    for finding in checks:
+        counts[finding.status] += 1
+        if arguments.is_json:
+            print_line(json.dumps(finding.values()))
+        else:
+            _print_finding(finding)
+        flush()
+    if not arguments.is_json:
+        problems, warnings = counts[Status.PROBLEM], counts[Status.WARNING]
+        print_line(f"{problems} problems, {warnings} warnings, {counts[Status.OK]} ok")
+    return EX_FAILED if counts[Status.PROBLEM] else 0
+
+
+def _print_finding(finding: Finding) -> None:
+    # Imported here: it is about terminals, and --json needs none.
+    from mirror.cli.listing import is_terminal
+
+    status = f"{finding.status.value:<8}"
+    if is_terminal():
+        status = f"\x1b[{_COLORS[finding.status]}m{status}\x1b[0m"
+    text = printable(f"{finding.check}: {finding.subject}: {finding.message}", _MAX_FINDING_CHARS)
+    print_line(f"{status} {text}")
+    if finding.remedy:
+        print_line(f"         remedy: {printable(finding.remedy, _MAX_FINDING_CHARS)}")
+
+
+# --- the mirror -----------------------------------------------------------------------------------
+
+
+def _check_mirror(arguments: argparse.Namespace) -> Iterator[Finding]:
+    # Imported here: start-up counts, and these need aiohttp.
+    from mirror.cli.doctor import machine_checks
+    from mirror.cli.doctor.endpoint_checks import check_endpoints, read_samples
+    from mirror.store.disk import Layout
+    from mirror.store.marks import read_marks
+
+    given = [name for name in ("runtime", "registry", "mirror") if getattr(arguments, name)]
+    if given:
+        raise UsageError(f"--{given[0]} needs --node")
+    file = config_file(arguments.config)
+    subject = Checked("configuration", file or "the environment")
+    try:
+        settings, findings = _load(file, subject)
+    except ConfigError as error:
+        yield subject.problem(str(error), "correct the configuration; oci-mirror check-config")
+        return
+    yield from findings
+    root = Path(settings.data_dir)
+    yield from machine_checks.check_data_directory(settings)
+    yield from machine_checks.check_index(root)
+    yield machine_checks.check_marks(root / "marks.json", lambda: read_marks(Layout(root)))
+    yield machine_checks.check_port(settings)
+    report = check_endpoints(settings, read_samples(root, settings), os.environ)
+    yield from report.findings
+    yield machine_checks.check_clock(report.clock_offsets)
+
+
+def _load(file: str | None, subject: Checked) -> tuple[Settings, list[Finding]]:
+    """Read the configuration as ``check-config`` does. Raises ``ConfigError``."""
+    from mirror.cli import check
+
+    settings, origins = load_with_origins(file, os.environ)
+    check.check_environment(settings, origins.prefix)
+    remedy = "see the key in config/mirror.yaml"
+    findings = [subject.warning(text, remedy) for text in check.warnings(settings, origins.prefix)]
+    return settings, findings or [subject.ok("it is valid")]
+
+
+# --- the node -------------------------------------------------------------------------------------
+
+
+def _check_node(arguments: argparse.Namespace) -> Iterator[Finding]:
+    from mirror.cli.doctor.node_checks import check_node
+
+    file = config_file(arguments.config)
+    # A node needs no configuration of the mirror.
+    settings = load_with_origins(file, os.environ)[0] if file else Settings()
+    url = arguments.mirror
+    if url is None:
+        url = own_url(settings.listen, has_tls=settings.tls is not None).removesuffix("/healthz")
+    try:
+        mirror = OwnServer(url)
+    except ValueError as error:
+        raise UsageError(f"--mirror '{url}': {error}") from None
+    registries = arguments.registry or list(settings.upstreams) or [HUB]
+    node = NodeMachine(dict(os.environ), arguments.containerd_config)
+    yield from check_node(node, arguments.runtime, registries, mirror)

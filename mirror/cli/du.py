@@ -1,0 +1,176 @@
+"""``du``: what fills the disk, what could go, and what an eviction takes next.
+
+Lives here: the arguments, the columns, the line with the quota. Must not know: how an inventory is
+read, how an eviction chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Final
+
+from mirror.cli import inventory as common
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.listing import Column, print_rows, since_text
+from mirror.cli.output import print_line
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Storage
+    from mirror.inventory.leftovers import Leftover
+    from mirror.inventory.model import Inventory
+
+_NEXT: Final = 20
+"""Rows of ``--verbose``: more do not fit on a screen."""
+_MAX_IMAGES: Final = 3
+"""Names of a cell: a base layer may be in hundreds of images."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the parser of ``du``."""
+    parser = commands.add_parser(
+        "du",
+        help="show what fills the disk, and what an eviction takes next",
+        description="Shows the content of the data directory by type. ACTIVE is content that an "
+        "image or a mark reaches. RECLAIMABLE is all other, which `gc` removes.",
+    )
+    add_config(parser)
+    add_json(parser)
+    common.add_no_trunc(parser)
+    parser.add_argument(
+        "--by",
+        choices=("type", "upstream", "repository"),
+        default="type",
+        help="one row for each type (default), upstream or repository",
+    )
+    parser.add_argument(
+        *("-v", "--verbose"),
+        dest="is_verbose",
+        action="store_true",
+        help=f"also list what an eviction removes next, in its order ({_NEXT} contents at most)",
+    )
+    parser.set_defaults(run=show_usage)
+
+
+@common.collector_paused()
+def show_usage(arguments: argparse.Namespace) -> int:
+    """Run ``du``. Returns the exit code."""
+    settings = load_settings(arguments)
+    inventory = common.read(settings)
+    from pathlib import Path
+
+    from mirror.inventory import usage
+    from mirror.inventory.leftovers import find_leftovers
+    from mirror.store.disk import Layout
+
+    leftovers = find_leftovers(Layout(Path(settings.data_dir)))
+    types = usage.usage_by_type(inventory, leftovers)
+    if arguments.by == "type":
+        rows = [{"kind": "type"} | asdict(one) for one in types]
+        columns: tuple[Column, ...] = _TYPE_COLUMNS
+    else:
+        rows = _group_rows(inventory, arguments.by)
+        columns = _group_columns(inventory.now, arguments.by)
+    print_rows(columns, rows, is_json=arguments.is_json)
+    if not arguments.is_json:
+        print_line("")
+        print_line(_quota_text(usage.total_size(types), settings.storage))
+    if arguments.is_verbose:
+        evictions = list(_eviction_rows(inventory, leftovers, settings.storage))
+        if not arguments.is_json:
+            print_line("")
+            print_line("Next to be evicted:" if evictions else "Nothing can be evicted.")
+        if evictions or arguments.is_json:
+            columns = _eviction_columns(inventory.now, arguments)
+            print_rows(columns, evictions, is_json=arguments.is_json)
+    return 0
+
+
+_TYPE_COLUMNS: Final = (
+    Column("TYPE", "type"),
+    Column("TOTAL", "total", is_number=True),
+    Column("ACTIVE", "active", is_number=True),
+    Column("SIZE", "size", size_text, is_number=True),
+    Column("RECLAIMABLE", "reclaimable", size_text, is_number=True),
+)
+
+
+def _group_columns(now: float, by: str) -> tuple[Column, ...]:
+    return (
+        Column(by.upper(), "name"),
+        Column("IMAGES", "images", is_number=True),
+        Column("CONTENTS", "contents", is_number=True),
+        Column("SIZE", "size", size_text, is_number=True),
+        Column("SHARED", "shared", size_text, is_number=True),
+        Column("UNIQUE", "unique", size_text, is_number=True),
+        Column("LAST USED", "last_used", since_text(now)),
+    )
+
+
+def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
+    from mirror.inventory import usage
+    from mirror.inventory.json_rows import utc_text
+
+    groups = usage.usage_by_group(
+        inventory,
+        lambda image: image.repository.upstream if by == "upstream" else str(image.repository),
+    )
+    return [
+        {
+            "kind": by,
+            "name": group.name,
+            "images": group.images,
+            "contents": group.contents,
+            "size": group.size,
+            "shared": group.shared,
+            "unique": group.unique,
+            "last_used": utc_text(group.used or None),
+        }
+        for group in groups
+    ]
+
+
+def _quota_text(size: int, storage: Storage) -> str:
+    begins = int(storage.max_size * storage.high_water)
+    share = f"{size / storage.max_size:.0%}" if storage.max_size else "-"
+    return (
+        f"{size_text(size)} of {size_text(storage.max_size)} ({share}); "
+        f"evictions begin at {size_text(begins)}"
+    )
+
+
+def _eviction_columns(now: float, arguments: argparse.Namespace) -> tuple[Column, ...]:
+    return (
+        common.digest_column(arguments),
+        Column("TYPE", "type"),
+        Column("SIZE", "size", size_text, is_number=True),
+        Column("LAST USED", "last_used", since_text(now)),
+        Column("WHY", "why"),
+        Column("IMAGES", "images", _names_text),
+    )
+
+
+def _names_text(names: list[str]) -> str:
+    text = ", ".join(names[:_MAX_IMAGES]) or "-"
+    return f"{text}, and {len(names) - _MAX_IMAGES} more" if len(names) > _MAX_IMAGES else text
+
+
+def _eviction_rows(
+    inventory: Inventory, leftovers: list[Leftover], storage: Storage
+) -> Iterable[dict[str, Any]]:
+    from mirror.inventory import usage
+    from mirror.inventory.json_rows import utc_text
+
+    enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
+    for one in usage.next_evictions(inventory, leftovers, enough, _NEXT):
+        yield {
+            "kind": "eviction",
+            "digest": str(one.digest),
+            "type": one.type,
+            "size": one.size,
+            "last_used": utc_text(one.used),
+            "why": one.why,
+            "images": [image.name for image in one.images],
+        }

@@ -1,0 +1,117 @@
+"""``gc``: remove what no image needs.
+
+Lives here: its arguments, and what is printed. Must not know: what garbage is
+(:mod:`mirror.operations.gc`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.cleaning import (
+    add_dry_run,
+    duration,
+    giving_way,
+    layout_of,
+    opened_store,
+    read_inventory_gently,
+)
+from mirror.cli.listing import Column, print_rows
+from mirror.cli.output import UsageError, print_line
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Settings
+    from mirror.inventory.model import Inventory
+    from mirror.operations.cleaning_report import CleaningReport, Item
+
+_WORDS: Final = {
+    "content": "content that no image needs",
+    "leftover": "leftovers of fetches that ended",
+    "quarantine": "damaged content",
+    "response": "remembered responses whose time is over",
+}
+"""Kind of garbage -> its name for a person."""
+_COLUMNS: Final = (
+    Column("WHAT", "what"),
+    Column("COUNT", "count", is_number=True),
+    Column("SIZE", "bytes", size_text, is_number=True),
+    Column("RESULT", "result"),
+)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``gc``."""
+    parser = commands.add_parser(
+        "gc",
+        help="remove what no image needs",
+        description="Removes content that no image needs and nobody has used for a while, "
+        "leftovers of fetches, damaged content, and rows of the index whose time is over. Works "
+        "beside a running server.",
+    )
+    add_dry_run(parser)
+    parser.add_argument(
+        "--grace",
+        metavar="TIME",
+        type=duration,
+        help="keep what was used or written within this time, at least 10m (default: 1d)",
+    )
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Raises :class:`mirror.cli.output.UsageError` for too short a grace."""
+    from mirror.operations.gc import DEFAULT_GRACE_S, MIN_GRACE_S, find_garbage
+
+    grace = DEFAULT_GRACE_S if arguments.grace is None else arguments.grace
+    if grace < MIN_GRACE_S:
+        raise UsageError("--grace must be at least 10m: the blobs of an image come before its name")
+    settings = load_settings(arguments)
+    inventory = read_inventory_gently(settings)
+    if arguments.is_dry_run:
+        with giving_way():
+            report = find_garbage(layout_of(settings), inventory, grace)
+    else:
+        report = asyncio.run(_collect(settings, inventory, grace))
+    if arguments.is_json:
+        for item in report.items:
+            print_line(json.dumps(item.row()))
+        return 0
+    if report.items:
+        print_rows(_COLUMNS, _rows(report), is_json=False)
+    verb = "would be freed" if arguments.is_dry_run else "freed"
+    print_line(f"{size_text(report.freed)} {verb}")
+    return 0
+
+
+async def _collect(settings: Settings, inventory: Inventory, grace: float) -> CleaningReport:
+    from mirror.operations.gc import collect_garbage
+
+    async with opened_store(settings) as store:
+        return await collect_garbage(store, inventory, grace)
+
+
+def _rows(report: CleaningReport) -> Iterator[dict[str, Any]]:
+    """Return a row for each kind of garbage, and for each reason for which some stays."""
+    sums: dict[tuple[str, str], list[Item]] = {}
+    removed = "would be removed" if report.is_dry_run else "removed"
+    for item in report.items:
+        result = removed if item.action == "removed" else f"kept: {item.why}"
+        sums.setdefault((_WORDS[item.kind], result), []).append(item)
+    for (what, result), items in sums.items():
+        yield {"what": what, "count": _count(items), "bytes": _bytes(items), "result": result}
+
+
+def _count(items: Iterable[Item]) -> int:
+    return sum(item.count for item in items)
+
+
+def _bytes(items: Iterable[Item]) -> int:
+    return sum(item.bytes for item in items)

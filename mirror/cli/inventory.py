@@ -1,0 +1,102 @@
+"""What the commands that list the data directory share.
+
+Lives here: reading the inventory, and the texts of its values. Must not know: what a command shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirror.cli.listing import Column, age_text, short_digest
+from mirror.cli.output import CommandFailed, print_note
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Settings
+    from mirror.inventory.model import Inventory
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Run the block without garbage collections.
+
+    They would look at a million objects several times, and none of these is garbage.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def read(settings: Settings) -> Inventory:
+    """Read the inventory of the data directory.
+
+    Raises :class:`CommandFailed` if there is no data directory, and what
+    :func:`mirror.inventory.read.read_inventory` and :func:`mirror.store.marks.read_marks` raise.
+    """
+    from mirror.inventory.read import read_inventory
+    from mirror.store.disk import Layout
+    from mirror.store.marks import read_marks
+
+    layout = Layout(Path(settings.data_dir))
+    if not layout.root.is_dir():
+        raise CommandFailed(
+            f"there is no data directory {settings.data_dir}: start the server once, "
+            "or set data_dir"
+        )
+    try:
+        return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
+    except ValueError as error:
+        raise CommandFailed(
+            f"{error}: start the server, which restores the index from what is readable"
+        ) from None
+
+
+def add_no_trunc(parser: argparse.ArgumentParser) -> None:
+    """Add ``--no-trunc``, as ``is_whole``."""
+    parser.add_argument(
+        "--no-trunc", dest="is_whole", action="store_true", help="print whole digests"
+    )
+
+
+def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Column:
+    """Return the column of digests. Those of :func:`add_no_trunc` are printed whole."""
+    return Column(title, "digest", str if arguments.is_whole else short_digest)
+
+
+def state_text(row: dict[str, Any]) -> str:
+    """Return the state of an image with the reasons. ``row``: its row of ``ls --json``."""
+    reasons = {
+        "partial": f"lacks {_count(row['missing_parts'], 'part')}, "
+        f"{size_text(row['missing_bytes'])}",
+        "stale": row["stale_why"],
+        "blocked": row["blocked_why"],
+    }
+    words = (f"{word} ({reasons[word]})" if reasons.get(word) else word for word in row["state"])
+    return ", ".join(words)
+
+
+def ago(now: float, seconds: float | None) -> str:
+    """Return a time in seconds since the epoch as an age, such as ``3 d ago``."""
+    return "-" if seconds is None else f"{age_text(now - seconds)} ago"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def note_if_empty(inventory: Inventory, data_dir: str) -> None:
+    """Say on standard error that there is no image at all: an empty table explains nothing."""
+    if not inventory.images:
+        print_note(
+            f"no image in {data_dir} yet: pull one through the mirror, or run `oci-mirror warm`"
+        )

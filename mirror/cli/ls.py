@@ -1,0 +1,134 @@
+"""``ls``: list the images in the data directory.
+
+Lives here: the arguments, the columns, sorting and filtering. Must not know: how an inventory is
+read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, Final
+
+from mirror.cli import inventory as common
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.listing import Column, print_rows, since_text
+from mirror.cli.output import UsageError
+from mirror.oci.text import size_text
+
+SORT_KEYS: Final[Mapping[str, tuple[str, bool]]] = {
+    "name": ("name", False),
+    "size": ("size", True),
+    "unique": ("unique", True),
+    "used": ("last_used", True),
+    "checked": ("checked", True),
+}
+"""``--sort`` -> (key of the row, whether the largest or the latest comes first)."""
+FILTER_KEYS: Final = (
+    *("upstream", "repository", "tag", "digest", "platform", "state", "kind", "accept"),
+)
+"""Keys of ``--filter``."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the parser of ``ls``."""
+    parser = commands.add_parser(
+        "ls",
+        help="list the images in the data directory",
+        description="Lists the images in the data directory, also beside a running server. UNIQUE "
+        "is what `rm` would free.",
+    )
+    add_config(parser)
+    add_json(parser)
+    common.add_no_trunc(parser)
+    parser.add_argument(
+        "pattern",
+        metavar="PATTERN",
+        nargs="?",
+        help="shell-style pattern of names, such as 'nginx', '*/team/*' or 'ghcr.io/*:v1*'",
+    )
+    parser.add_argument(
+        "--sort", choices=SORT_KEYS, default="name", help="order of the rows (default: name)"
+    )
+    parser.add_argument("--reverse", action="store_true", help="turn the order around")
+    parser.add_argument(
+        "--filter",
+        dest="filters",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help=f"only rows whose value matches; KEY is one of {', '.join(FILTER_KEYS)}; VALUE may be "
+        "a shell-style pattern; may be repeated, and then all must match",
+    )
+    parser.add_argument(
+        "--all",
+        dest="has_all",
+        action="store_true",
+        help="list signatures and other referrers, too (as --filter kind=referrer does)",
+    )
+    parser.set_defaults(run=list_images)
+
+
+@common.collector_paused()
+def list_images(arguments: argparse.Namespace) -> int:
+    """Run ``ls``. Returns the exit code."""
+    filters = [_parse_filter(text) for text in arguments.filters]
+    settings = load_settings(arguments)
+    inventory = common.read(settings)
+    from mirror.inventory.json_rows import image_row
+
+    images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
+    has_referrers = arguments.has_all or any(key == "kind" for key, _ in filters)
+    rows = (image_row(inventory, one) for one in images if has_referrers or not one.is_referrer)
+    chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
+    chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
+    if not arguments.is_json:
+        chosen = [row | {"state_text": common.state_text(row)} for row in chosen]
+    print_rows(_columns(inventory.now, arguments), chosen, is_json=arguments.is_json)
+    common.note_if_empty(inventory, settings.data_dir)
+    return 0
+
+
+def _columns(now: float, arguments: argparse.Namespace) -> list[Column]:
+    since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
+    return [
+        Column("UPSTREAM", "upstream"),
+        Column("REPOSITORY", "repository"),
+        Column("TAG", "tag"),
+        Column("PLATFORMS", "platforms", lambda names: ", ".join(names) or "-"),
+        common.digest_column(arguments),
+        Column("SIZE", "size", size_text, is_number=True),
+        Column("UNIQUE", "unique", size_text, is_number=True),
+        Column("LAST USED", "last_used", since),
+        Column("CHECKED", "checked", since),
+        Column("STATE", "state_text"),
+    ]
+
+
+def _parse_filter(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or key not in FILTER_KEYS:
+        raise UsageError(f"--filter '{text}': write KEY=VALUE, KEY one of {', '.join(FILTER_KEYS)}")
+    return key, value
+
+
+def _is_match(row: Mapping[str, Any], key: str, pattern: str) -> bool:
+    value = row["platforms" if key == "platform" else key]
+    values: Iterable[str] = value if isinstance(value, list) else (value or "",)
+    if key == "digest" and not pattern.startswith(("sha256:", "sha512:")):
+        values = [one.partition(":")[2] for one in values]
+    pattern = f"{pattern}*" if key == "digest" else pattern
+    return any(fnmatchcase(one, pattern) for one in values)
+
+
+def _sorted(rows: list[dict[str, Any]], order: str, *, is_reversed: bool) -> list[dict[str, Any]]:
+    """Sort rows, which are in the order of their names. Values that are not known come last."""
+    key, is_descending = SORT_KEYS[order]
+    if order != "name":
+        known = [row for row in rows if row[key] is not None]
+        known.sort(key=itemgetter(key), reverse=is_descending)
+        rows = known + [row for row in rows if row[key] is None]
+    return rows[::-1] if is_reversed else rows

@@ -1,0 +1,157 @@
+"""``prune``: remove images by their age and number.
+
+Lives here: its arguments, and what is printed. Must not know: which image a rule removes
+(:mod:`mirror.operations.retention`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from typing import TYPE_CHECKING, Final
+
+from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.cleaning import (
+    add_dry_run,
+    duration,
+    opened_store,
+    read_inventory_gently,
+    summary,
+)
+from mirror.cli.listing import Column, print_rows
+from mirror.cli.output import UsageError, print_line
+from mirror.oci.tag_selection import TagSelection
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Settings
+    from mirror.inventory.model import Inventory
+    from mirror.operations.cleaning_report import CleaningReport
+    from mirror.operations.retention import RetentionRule
+
+_COLUMNS: Final = (
+    Column("IMAGE", "name"),
+    Column("FREES", "bytes", size_text, is_number=True),
+    Column("WHY", "why"),
+)
+_MAX_IMAGES: Final = 1_000_000_000
+"""Most images that ``--keep-last`` can name."""
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``prune``."""
+    parser = commands.add_parser(
+        "prune",
+        help="remove images that were not used for long, or are not the latest",
+        description="Removes the images that fulfil all given conditions, and says why. Without "
+        "--older-than and --keep-last, the rules below `retention` in the configuration decide. "
+        "Pinned, frozen and leased images stay. Works beside a running server.",
+    )
+    parser.add_argument(
+        "--older-than",
+        metavar="TIME",
+        type=duration,
+        help="remove images whose last use is longer ago, such as 30d",
+    )
+    parser.add_argument(
+        "--keep-last",
+        metavar="N",
+        type=_count,
+        help="keep the latest N of each repository: by version of their tags, else by first use",
+    )
+    parser.add_argument(
+        "--match",
+        metavar="PATTERN",
+        help="only images whose name or repository matches, such as 'ghcr.io/org/*'",
+    )
+    parser.add_argument(
+        "--tags",
+        metavar="RANGE",
+        type=_tags,
+        help="only tags in a range of versions ('<2'), or that match a pattern ('pr-*')",
+    )
+    add_dry_run(parser)
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:12]) > _MAX_IMAGES:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of images")
+    return int(text)
+
+
+def _tags(text: str) -> TagSelection:
+    try:
+        return TagSelection.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}': {error}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Raises :class:`mirror.cli.output.UsageError` if nothing says what goes."""
+    settings = load_settings(arguments)
+    rules = _rules(arguments, settings)
+    inventory = read_inventory_gently(settings)
+    if arguments.is_dry_run:
+        from mirror.operations.prune import choose
+
+        report = choose(inventory, rules)
+    else:
+        report = asyncio.run(_prune(settings, inventory, rules))
+    if arguments.is_json:
+        for item in report.items:
+            print_line(json.dumps(item.row()))
+        return 0
+    rows = [item.row() for item in report.removed("image")]
+    if rows:
+        print_rows(_COLUMNS, rows, is_json=False)
+    for text in _kept(report):
+        print_line(text)
+    print_line(summary(report, "image", report.removed("image")))
+    return 0
+
+
+def _rules(arguments: argparse.Namespace, settings: Settings) -> list[RetentionRule]:
+    from mirror.operations.retention import RetentionRule
+    from mirror.operations.retention_job import rules_of
+
+    if arguments.older_than is not None or arguments.keep_last is not None:
+        return [
+            RetentionRule(
+                match=arguments.match or "*",
+                older_than=arguments.older_than,
+                keep_last=arguments.keep_last,
+                tags=arguments.tags,
+            )
+        ]
+    if arguments.match is not None or arguments.tags is not None:
+        raise UsageError("give --older-than or --keep-last, which say what goes")
+    rules = rules_of(settings)
+    if not rules:
+        raise UsageError(
+            "give --older-than or --keep-last, or add rules below `retention` to the configuration"
+        )
+    return rules
+
+
+async def _prune(
+    settings: Settings, inventory: Inventory, rules: list[RetentionRule]
+) -> CleaningReport:
+    from mirror.operations.prune import prune
+
+    async with opened_store(settings) as store:
+        return await prune(store, inventory, rules)
+
+
+def _kept(report: CleaningReport) -> list[str]:
+    """Return a line for each mark that has kept images, with their number."""
+    counts: dict[str, int] = {}
+    for item in report.items:
+        if item.action == "kept" and item.kind == "image":
+            word = item.why.partition(":")[0]
+            key = word if word in ("pinned", "frozen", "leased") else "in use, or among the latest"
+            counts[key] = counts.get(key, 0) + 1
+    return [f"kept {count} images: {why}" for why, count in sorted(counts.items())]

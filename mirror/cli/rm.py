@@ -1,0 +1,82 @@
+"""``rm``: remove images.
+
+Lives here: its arguments, and what is printed. Must not know: how images are removed
+(:mod:`mirror.operations.removal`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import TYPE_CHECKING
+
+from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.cleaning import add_dry_run, opened_store, print_items, read_inventory, summary
+from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.output import CommandFailed, print_line, print_note
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Settings
+    from mirror.inventory.model import Image, Inventory
+    from mirror.oci.image_name import ImageName
+    from mirror.operations.cleaning_report import CleaningReport
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``rm``."""
+    parser = commands.add_parser(
+        "rm",
+        help="remove images from the cache",
+        description="Removes the names, and all content that no other name reaches. Says what "
+        "stays, and why. A digest also stands for the tags of its repository that have it. Works "
+        "beside a running server.",
+    )
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", type=image_name, help="name of an image"
+    )
+    add_dry_run(parser)
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Raises ``CommandFailed`` if an image is not known; nothing is removed."""
+    settings = load_settings(arguments)
+    inventory = read_inventory(settings)
+    images = find_images(inventory, arguments.images)
+    report = asyncio.run(_remove(settings, inventory, images, is_dry_run=arguments.is_dry_run))
+    print_items(report, is_json=arguments.is_json)
+    if not arguments.is_json:
+        print_line(summary(report, "image", report.removed("image")))
+    has_kept = any(item.action == "kept" and item.kind == "image" for item in report.items)
+    return EX_FAILED if has_kept else 0
+
+
+def find_images(inventory: Inventory, names: list[ImageName]) -> list[Image]:
+    """Return the images of all names. Raises ``CommandFailed`` if one names none."""
+    images: dict[Image, None] = {}
+    unknown = []
+    for name in names:
+        name = name.with_default_tag()
+        found = inventory.find(name)
+        images.update(dict.fromkeys(found))
+        if not found:
+            unknown.append(str(name))
+    for text in unknown[:-1]:
+        print_note(f"{text} is not in the cache")
+    if unknown:
+        raise CommandFailed(f"{unknown[-1]} is not in the cache: `oci-mirror ls` lists the images")
+    return list(images)
+
+
+async def _remove(
+    settings: Settings, inventory: Inventory, images: list[Image], *, is_dry_run: bool
+) -> CleaningReport:
+    from mirror.operations.removal import plan_removal, remove_images
+
+    whys = dict.fromkeys(images, "as asked for")
+    if is_dry_run:
+        return plan_removal(inventory, images, whys)
+    async with opened_store(settings) as store:
+        return await remove_images(store, inventory, images, whys)

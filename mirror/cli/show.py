@@ -1,0 +1,118 @@
+"""``show``: the manifests and blobs of one image, what is here, and who shares it.
+
+Lives here: the arguments, the columns, the summary of the image. Must not know: how an inventory is
+read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from mirror.cli import inventory as common
+from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.listing import Column, print_rows
+from mirror.cli.output import CommandFailed, print_line
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.inventory.model import Image, Inventory
+
+_MAX_SHARED_NAMES = 3
+"""Names of a cell: a base layer may be in hundreds of images."""
+_INDENT = "  "
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the parser of ``show``."""
+    parser = commands.add_parser(
+        "show",
+        help="show the parts of an image: what is here, and who shares it",
+        description="Shows the index, manifests, configs, layers, signatures and other referrers "
+        "of an image, with their sizes. Nothing is asked of the upstream.",
+    )
+    add_config(parser)
+    add_json(parser)
+    common.add_no_trunc(parser)
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        type=image_name,
+        help="name of the image, such as nginx:1.27 or ghcr.io/org/app@sha256:…",
+    )
+    parser.set_defaults(run=show_image)
+
+
+@common.collector_paused()
+def show_image(arguments: argparse.Namespace) -> int:
+    """Run ``show``. Returns the exit code."""
+    settings = load_settings(arguments)
+    inventory = common.read(settings)
+    from mirror.inventory.tree import image_tree, node_row
+
+    name = arguments.image.with_default_tag()
+    images = inventory.find(name)
+    if not images:
+        raise CommandFailed(_not_found(inventory, arguments))
+    for number, image in enumerate(images):
+        rows = [node_row(image, node) for node in image_tree(inventory, image)]
+        if not arguments.is_json:
+            if number:
+                print_line("")
+            _print_summary(inventory, image)
+            rows = [row | _texts(row) for row in rows]
+        print_rows(_columns(arguments), rows, is_json=arguments.is_json)
+    return 0
+
+
+def _not_found(inventory: Inventory, arguments: argparse.Namespace) -> str:
+    name = arguments.image.with_default_tag()
+    others = [image.name for image in inventory.images if image.repository == name.repository]
+    if others:
+        return f"{name} is not here: of this repository there is {', '.join(others[:5])}"
+    return f"{name} is not here: `oci-mirror ls` lists what is, `oci-mirror warm {name}` fetches it"
+
+
+def _print_summary(inventory: Inventory, image: Image) -> None:
+    from mirror.inventory.json_rows import image_row
+
+    row = image_row(inventory, image)
+    print_line(f"{image.name}")
+    print_line(f"  digest     {image.digest}")
+    if image.current != image.digest:
+        print_line(f"  upstream   {image.current} (not here)")
+    print_line(f"  platforms  {', '.join(image.platforms) or '-'}")
+    if image.missing_platforms:
+        print_line(f"  not here   {', '.join(image.missing_platforms)}")
+    print_line(
+        f"  size       {size_text(image.size)}, of which rm frees {size_text(row['unique'])}"
+    )
+    print_line(f"  last used  {common.ago(inventory.now, image.used or None)}")
+    print_line(f"  checked    {common.ago(inventory.now, image.checked)}")
+    print_line(f"  state      {common.state_text(row)}")
+    print_line("")
+
+
+def _columns(arguments: argparse.Namespace) -> list[Column]:
+    return [
+        Column("CONTENT", "content"),
+        common.digest_column(arguments),
+        Column("SIZE", "size", size_text, is_number=True),
+        Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no"),
+        Column("SHARED WITH", "shared"),
+    ]
+
+
+def _texts(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a row that only people read."""
+    words = [row["type"], row["platform"], row["artifact_type"]]
+    if row["depth"] == 0 and row["type"] == "referrer":
+        words.append(row["name"])
+    names = row["shared_with"]
+    shared = ", ".join(names[:_MAX_SHARED_NAMES])
+    if len(names) > _MAX_SHARED_NAMES:
+        shared += f", and {len(names) - _MAX_SHARED_NAMES} more"
+    return {
+        "content": _INDENT * row["depth"] + " ".join(word for word in words if word),
+        "shared": shared or None,
+    }

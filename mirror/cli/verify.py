@@ -1,0 +1,149 @@
+"""``verify``: hash content, and check that images are complete.
+
+Lives here: its arguments, and what is printed. Must not know: how content is hashed or fetched
+(:mod:`mirror.operations.verify`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.cleaning import opened_store, read_inventory, read_inventory_gently
+from mirror.cli.exit_codes import EX_FAILED
+from mirror.cli.messages import print_warnings
+from mirror.cli.output import print_line, print_note
+from mirror.cli.rm import find_images
+from mirror.oci.text import size_text
+
+if TYPE_CHECKING:
+    from mirror.config.settings import Settings
+    from mirror.inventory.model import Image, Inventory
+    from mirror.operations.verify import Subset, VerifyReport
+
+
+def add_parser(commands: Commands) -> None:
+    """Add ``verify``."""
+    parser = commands.add_parser(
+        "verify",
+        help="hash content, and check that images are complete",
+        description="Hashes content, moves damaged content to quarantine/, and checks that no "
+        "image lacks content. Each finding names the command that mends it. It runs with the "
+        "lowest priority, so that a running server does not notice it. Exit code 1 if damage "
+        "remains.",
+    )
+    parser.add_argument(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        type=image_name,
+        help="name of an image (default: all content)",
+    )
+    parser.add_argument(
+        "--subset",
+        metavar="N/M",
+        type=_subset,
+        help="hash only one part of M, such as 1/7 on the first day of a week",
+    )
+    parser.add_argument(
+        "--repair", dest="is_repairing", action="store_true", help="fetch what is broken again"
+    )
+    add_config(parser)
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def _subset(text: str) -> Subset:
+    from mirror.operations.verify import Subset
+
+    try:
+        return Subset.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is {error}") from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command. Raises ``CommandFailed`` if an image is not known."""
+    settings = load_settings(arguments)
+    inventory = read_inventory_gently(settings)
+    images = find_images(inventory, arguments.images) if arguments.images else None
+    work = _verify_and_repair if arguments.is_repairing else _verify
+    report = asyncio.run(work(settings, inventory, images, arguments.subset))
+    _print(report, is_json=arguments.is_json)
+    return EX_FAILED if report.has_damage else 0
+
+
+async def _verify(
+    settings: Settings, inventory: Inventory, images: list[Image] | None, subset: Subset | None
+) -> VerifyReport:
+    from mirror.operations.verify import verify
+
+    async with opened_store(settings) as store:
+        return await verify(store, inventory, images, subset, _progress().show)
+
+
+async def _verify_and_repair(
+    settings: Settings, inventory: Inventory, images: list[Image] | None, subset: Subset | None
+) -> VerifyReport:
+    # Imported here: it imports aiohttp, which other commands do not need.
+    from mirror.composition import open_mirror
+    from mirror.operations.refetch import refetch
+    from mirror.operations.verify import repair, verify
+    from mirror.threads import run_in_thread
+
+    async with open_mirror(settings, print_warnings) as mirror:
+        report = await verify(mirror.store, inventory, images, subset, _progress().show)
+        if report.problems:
+            await repair(
+                report,
+                inventory,
+                lambda: run_in_thread(read_inventory, settings),
+                lambda repository, digest, kind: refetch(mirror, repository, digest, kind),
+            )
+        return report
+
+
+class _Progress:
+    """Prints how much was hashed, each time that another percent is done."""
+
+    def __init__(self, *, is_shown: bool) -> None:
+        self._is_shown = is_shown
+        self._percent = -1
+
+    def show(self, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` bytes."""
+        percent = 100 * done // max(total, 1)
+        if self._is_shown and percent != self._percent:
+            self._percent = percent
+            end = "\n" if done >= total else "\r"
+            sys.stderr.write(f"{size_text(done)} of {size_text(total)}, {percent} %{end}")
+            sys.stderr.flush()
+
+
+def _progress() -> _Progress:
+    return _Progress(is_shown=sys.stderr is not None and sys.stderr.isatty())
+
+
+def _print(report: VerifyReport, *, is_json: bool) -> None:
+    for problem in report.problems:
+        if is_json:
+            print_line(json.dumps(problem.row()))
+            continue
+        image = f" {problem.image}" if problem.image else ""
+        print_line(f"{problem.problem}{image} {problem.digest}: {problem.what}")
+        if problem.is_mended:
+            print_line("  fetched again")
+        elif problem.command is not None:
+            print_line(f"  mend it with: {problem.command}")
+    for error in report.errors:
+        print_note(f"not fetched: {error}")
+    if not is_json:
+        mended = sum(problem.is_mended for problem in report.problems)
+        print_line(
+            f"{report.contents} contents ({size_text(report.bytes)}) hashed, "
+            f"{report.images} images checked: {len(report.problems)} problems, {mended} mended"
+        )

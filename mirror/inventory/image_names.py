@@ -1,0 +1,199 @@
+"""The names of images, as the index has them.
+
+Lives here: from the rows of the index to one name after another. Must not know: which content is on
+disk, databases.
+
+Tag records are read here without :func:`mirror.store.records.load_tag`, and all at once: 10,000
+take half as long. The rule is the same: a malformed record is a missing record.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from mirror.inventory.model import DigestText
+from mirror.oci.errors import InvalidRequest
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
+
+
+@dataclass(frozen=True, slots=True)
+class TagName:
+    """A tag in the index."""
+
+    repository: Repository
+    tag: Tag
+    digests: Mapping[DigestText, object]
+    """The current digest, and the earlier ones, newest first -> when it was first seen, in seconds
+    since the epoch. Anything else: not known."""
+    variant: str = ""
+    """See :attr:`mirror.inventory.model.Image.variant`."""
+    checked: float | None = None
+    """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name whose manifest is on disk."""
+
+    repository: Repository
+    tag: Tag | None
+    """None: a digest that was pulled, and that no tag of the repository has now."""
+    digest: Digest
+    """The newest manifest of it on disk."""
+    current: Digest
+    """The manifest that the upstream has named last."""
+    variant: str = ""
+    """See :attr:`mirror.inventory.model.Image.variant`."""
+    checked: float | None = None
+    """When the upstream last confirmed it, in seconds since the epoch. None: never."""
+    first_seen: float = 0.0
+    """When the digest was first seen under a tag, in seconds since the epoch. Zero: not known."""
+
+    @property
+    def text(self) -> str:
+        """The image reference, as in :attr:`mirror.inventory.model.Image.name`."""
+        if self.tag is None:
+            return f"{self.repository}@{self.digest}"
+        return f"{self.repository}:{self.tag}"
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """All names in the index."""
+
+    tags: list[TagName]
+    manifests: dict[str, str]
+    """``repository@digest`` of each manifest that was pulled -> the text of its access record."""
+
+    def images(self, present: Container[DigestText]) -> list[Name]:
+        """Return the names whose manifest is on disk, each once.
+
+        A variant of a tag (see :attr:`mirror.inventory.model.Image.variant`) is a name of its own
+        if its manifest is another one.
+        """
+        found: dict[str, Name] = {}
+        tagged: set[str] = set()
+        for row in sorted(self.tags, key=lambda row: row.variant):  # Variants come last.
+            text = next((one for one in row.digests if one in present), None)
+            if text is None:
+                continue
+            repository, tag = row.repository, row.tag
+            key = f"{repository}:{tag}@{text}"
+            if key not in found:
+                digest = Digest.parse(text)
+                latest = next(iter(row.digests))
+                try:
+                    current = digest if text == latest else Digest.parse(latest)
+                except InvalidRequest:
+                    continue
+                found[key] = Name(
+                    repository=repository,
+                    tag=tag,
+                    digest=digest,
+                    current=current,
+                    variant=row.variant,
+                    checked=row.checked,
+                    first_seen=_time(row.digests[text]),
+                )
+                tagged.add(f"{repository}@{text}")
+        first_seen = self._first_seen()
+        for key in self.manifests:
+            name, _, text = key.partition("@")
+            if text in present and key not in tagged:
+                digest, untagged = Digest.parse(text), repository_of(name)
+                if untagged is not None:
+                    found[key] = Name(
+                        untagged,
+                        tag=None,
+                        digest=digest,
+                        current=digest,
+                        first_seen=_time(first_seen.get(key)),
+                    )
+        return list(found.values())
+
+    def _first_seen(self) -> dict[str, object]:
+        """Return when the digests that tags had earlier were first seen, by repository@digest."""
+        return {
+            f"{row.repository}@{text}": at
+            for row in self.tags
+            for text, at in islice(row.digests.items(), 1, None)
+        }
+
+    def media_type(self, name: Name) -> str:
+        """Return the media type that a source has stated for a manifest. Empty: none has."""
+        record = load_access_record(self.manifests.get(f"{name.repository}@{name.digest}"))
+        return "" if record is None else record.media_type
+
+    def add_saved(self, saved: Iterable[NamedManifest]) -> None:
+        """Add the names in ``index.json`` that the index lacks, as the next server does."""
+        known = {f"{row.repository}:{row.tag}{row.variant}" for row in self.tags}
+        for named in saved:
+            digest = str(named.digest)
+            self.manifests.setdefault(f"{named.repository}@{digest}", "")
+            if named.tag is not None and f"{named.name}{named.variant}" not in known:
+                tag = TagName(named.repository, named.tag, {digest: None}, named.variant)
+                self.tags.append(tag)
+
+
+def parse_names(rows: Iterable[tuple[str, str]]) -> Names:
+    """Return the names in (key, text) rows of the index. Malformed rows are passed over."""
+    names = Names([], {})
+    tags: list[tuple[str, str]] = []
+    for key, text in rows:
+        if "@" in key:
+            names.manifests[key] = text
+        elif ":" in key:  # Other keys, such as that of the pins, are about no content.
+            tags.append((key, text))
+    repositories: dict[tuple[str, str], Repository] = {}
+    for (key, _), document in zip(tags, _parse_all([text for _, text in tags]), strict=True):
+        with suppress(*MALFORMED):
+            names.tags.append(_to_tag(key, document, repositories))
+    return names
+
+
+def _parse_all(texts: list[str]) -> list[Any]:
+    """Parse JSON texts. One that is malformed is None."""
+    try:
+        documents: list[Any] = json.loads(f"[{','.join(texts)}]")
+    except MALFORMED:
+        documents = []
+    return documents if len(documents) == len(texts) else list(_parse_each(texts))
+
+
+def _parse_each(texts: Iterable[str]) -> Iterator[Any]:
+    for text in texts:
+        try:
+            yield json.loads(text)
+        except MALFORMED:
+            yield None
+
+
+def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Repository]) -> TagName:
+    """Return a tag record as a name. Raises ``MALFORMED``."""
+    place = document["upstream"], document["repository"]
+    repository = repositories.get(place)
+    if repository is None:
+        repository = repositories[place] = Repository.parse(*place)
+    tag, checked = Tag.parse(document["tag"]), document["confirmed"]
+    if type(checked) not in (int, float) or not math.isfinite(checked):
+        raise ValueError("not a time")
+    digests: dict[DigestText, object] = {document["digest"]: document.get("first_seen")}
+    for text, first_seen, *_ in document["ledger"]:
+        digests.setdefault(text, first_seen)
+    variant = key.removeprefix(f"{repository}:{tag}")
+    # A restored record has the time zero: the upstream has not confirmed it since.
+    return TagName(repository, tag, digests, variant=variant, checked=checked or None)
+
+
+def _time(value: object) -> float:
+    """Return a time of a record. Zero if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return 0.0
+    return float(value)

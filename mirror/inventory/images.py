@@ -1,0 +1,237 @@
+"""From names, content and manifests to images.
+
+Lives here: the sizes, parts and states of images, as pure functions. Must not know: files,
+databases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Final
+
+from mirror.config.settings import Upstream
+from mirror.inventory.image_names import Name
+from mirror.inventory.model import (
+    MANIFEST_PART_TYPES,
+    Content,
+    ContentType,
+    DigestText,
+    Image,
+    Inventory,
+    ManifestPart,
+    StoredManifest,
+)
+from mirror.inventory.sharing import Sharing
+from mirror.inventory.staleness import why_stale
+from mirror.inventory.subjects import subject_of_tag
+from mirror.oci.reference import Digest
+from mirror.pull.admission import Restrictions
+from mirror.store.marks import Marks, protected_roots
+
+_FROZEN: Final = "frozen"
+_UNKNOWN_PLATFORM: Final = "unknown"
+"""Platform of an entry of an index that states none, and whose manifest is not on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """The content on disk, as the directories and the manifests have it."""
+
+    present: frozenset[DigestText]
+    """All whole content."""
+    manifests: Mapping[DigestText, StoredManifest]
+    """The manifests that names and marks reach."""
+    status: Mapping[DigestText, tuple[int, float]]
+    """Manifest -> (bytes, last use in seconds since the epoch)."""
+    scan: Callable[[], dict[Digest, Content]]
+    """See :attr:`mirror.inventory.model.Inventory.scan`."""
+
+
+def build_inventory(
+    names: Sequence[Name],
+    on_disk: OnDisk,
+    upstreams: Mapping[str, Upstream],
+    marks: Marks,
+    now: float,
+) -> Inventory:
+    """Build an inventory from what was read.
+
+    Args:
+        names: The names whose manifest is on disk.
+        on_disk: The content.
+        upstreams: The configured upstreams.
+        marks: The marks of the data directory.
+        now: Seconds since the epoch.
+    """
+    manifests = on_disk.manifests
+    parts = {one: manifest.columns.digests for one, manifest in manifests.items()}
+    sharing = Sharing.of({str(name.digest) for name in names}, parts)
+    sizes = _sizes(on_disk)
+    restrictions = Restrictions.of_marks(marks)
+    builder = _Builder(on_disk, sizes, sharing, upstreams, marks, restrictions, now)
+    images = tuple(sorted(map(builder.build, names), key=_order))
+    marked = set(map(str, protected_roots(marks, now)))
+    if marks.pins or marks.freezes:
+        named = {*marks.pins, *marks.freezes}
+        marked |= {image.root for image in images if image.name in named}
+    return Inventory(
+        now=now,
+        images=images,
+        present=on_disk.present,
+        manifests=manifests,
+        sizes=sizes,
+        sharing=sharing,
+        marked=frozenset(marked),
+        scan=on_disk.scan,
+    )
+
+
+def _sizes(on_disk: OnDisk) -> dict[DigestText, int]:
+    present = on_disk.present
+    sizes: dict[DigestText, int] = {}
+    for manifest in on_disk.manifests.values():
+        sizes.update(zip(manifest.columns.digests, manifest.columns.sizes, strict=True))
+    for missing in sizes.keys() - present:
+        del sizes[missing]
+    sizes.update({one: size for one, (size, _) in on_disk.status.items()})
+    return sizes
+
+
+def _order(image: Image) -> tuple[str, str, str, str, str]:
+    tag = "" if image.tag is None else image.tag.name
+    repository = image.repository
+    return repository.upstream, repository.path, tag, image.digest.hex, image.variant
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Builds one image after another."""
+
+    on_disk: OnDisk
+    sizes: Mapping[DigestText, int]
+    sharing: Sharing
+    upstreams: Mapping[str, Upstream]
+    marks: Marks
+    restrictions: Restrictions
+    now: float
+
+    def build(self, name: Name) -> Image:
+        """Build the image of a name."""
+        root = str(name.digest)
+        manifest = self.on_disk.manifests.get(root)
+        parts = _damaged(root) if manifest is None else _find_parts(manifest, self.on_disk)
+        subject = manifest.subject if manifest is not None else None
+        if name.tag is not None and subject is None:
+            subject = subject_of_tag(name.tag, self.on_disk.present)
+        reached = self.sharing.reached(root)
+        marks, reason = self._marks_of(name, reached)
+        sizes, status = self.sizes, self.on_disk.status
+        return Image(
+            repository=name.repository,
+            tag=name.tag,
+            digest=name.digest,
+            current=name.current,
+            variant=name.variant,
+            checked=name.checked,
+            first_seen=name.first_seen,
+            used=max(
+                [status[one][1] for one in (root, *parts.children) if one in status], default=0
+            ),
+            platforms=parts.platforms,
+            missing_platforms=parts.missing_platforms,
+            size=sum(map(sizes.get, reached, repeat(0))),
+            missing=parts.missing,
+            stale=self._why_stale(name, is_frozen=_FROZEN in marks),
+            marks=marks,
+            block_reason=reason,
+            subject=subject,
+        )
+
+    def _why_stale(self, name: Name, *, is_frozen: bool) -> str | None:
+        if name.tag is None or is_frozen:
+            return None
+        upstream = self.upstreams.get(name.repository.upstream)
+        is_current = name.current == name.digest
+        return why_stale(name.checked, upstream, self.now, is_current=is_current)
+
+    def _marks_of(
+        self, name: Name, reached: Collection[DigestText]
+    ) -> tuple[tuple[str, ...], str | None]:
+        """Return the marks of an image, and why it is blocked."""
+        marks = self.marks
+        if not (marks.pins or marks.freezes or marks.blocks or marks.leases):
+            return (), None
+        digests = [Digest.parse(one) for one in reached]
+        reason = self.restrictions.reason_for(name.repository, name.tag or name.digest)
+        if reason is None:
+            # A block of a part counts: the image cannot be pulled without it.
+            blocked = self.restrictions.digests
+            reason = next((blocked[one] for one in digests if one in blocked), None)
+        leases = [marks.leases[one] for one in digests if one in marks.leases]
+        has = {
+            "pinned": name.text in marks.pins,
+            _FROZEN: name.text in marks.freezes,
+            "leased": any(lease.until > self.now for lease in leases),
+            "blocked": reason is not None,
+        }
+        return tuple([mark for mark in has if has[mark]]), reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the state of an image depends on."""
+
+    children: tuple[DigestText, ...] = ()
+    """Its manifests on disk, beside the root."""
+    platforms: tuple[str, ...] = ()
+    missing_platforms: tuple[str, ...] = ()
+    missing: tuple[ManifestPart, ...] = ()
+
+
+def _damaged(root: DigestText) -> _Parts:
+    """Return the parts of a manifest whose bytes are wrong: it has to be fetched again."""
+    return _Parts(missing=(ManifestPart(root, media_type="", size=0, type=ContentType.MANIFEST),))
+
+
+def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
+    """Find the parts of an image. Those of platforms that were never pulled do not lack."""
+    manifests, present = on_disk.manifests, on_disk.present
+    children: dict[DigestText, None] = {}
+    platforms = {root.platform} if root.platform else set()
+    missing_platforms: set[str] = set()
+    missing: dict[DigestText, ManifestPart] = {}
+    queue = [root]
+    for manifest in queue:  # It grows while it is read.
+        is_image = manifest.type is ContentType.MANIFEST
+        if is_image and present.issuperset(manifest.columns.digests):
+            continue  # It lacks nothing, as most images do.
+        columns = manifest.columns
+        platforms_of = columns.platforms or [None] * len(columns.digests)
+        lacking: list[int] = []
+        entries = zip(columns.digests, columns.types, platforms_of, strict=True)
+        for number, (text, kind, stated) in enumerate(entries):
+            if is_image or kind not in MANIFEST_PART_TYPES:
+                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                    lacking.append(number)
+            elif text not in manifests:
+                if kind != ContentType.REFERRER:
+                    missing_platforms.add(stated or _UNKNOWN_PLATFORM)
+            elif text not in children:
+                children[text] = None
+                child = manifests[text]
+                if platform := stated or child.platform:
+                    platforms.add(platform)
+                queue.append(child)
+        if lacking:
+            parts = manifest.parts
+            missing.update({parts[number].text: parts[number] for number in lacking})
+    if root.type is ContentType.INDEX and not children:
+        missing.update({part.text: part for part in root.parts if part.type in MANIFEST_PART_TYPES})
+    return _Parts(
+        children=tuple(children),
+        platforms=tuple(sorted(platforms)),
+        missing_platforms=tuple(sorted(missing_platforms)),
+        missing=tuple(missing.values()),
+    )

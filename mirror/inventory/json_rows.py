@@ -1,0 +1,57 @@
+"""An image as a row of JSON values, for ``ls --json`` and for the admin API.
+
+Lives here: the fields of the row and their values. Must not know: who prints it. Sizes are bytes,
+times RFC 3339 text in UTC; null: not known.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from mirror.inventory.model import Image, Inventory
+
+
+def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
+    """Return the row of an image."""
+    return {
+        "name": image.name,
+        "kind": "referrer" if image.is_referrer else "image",
+        "upstream": image.repository.upstream,
+        "repository": image.repository.path,
+        "tag": image.tag.name if image.tag is not None else None,
+        "digest": image.root,
+        "current_digest": str(image.current),
+        "platforms": list(image.platforms),
+        "missing_platforms": list(image.missing_platforms),
+        "size": image.size,
+        "unique": inventory.unique_of(image),
+        "last_used": utc_text(image.used or None),
+        "checked": utc_text(image.checked),
+        "state": state_words(image),
+        "missing_parts": len(image.missing),
+        "missing_bytes": sum([part.size for part in image.missing]),
+        "stale_why": image.stale,
+        "blocked_why": image.block_reason,
+        "subject": image.subject,
+        "accept": image.variant.strip() or None,
+    }
+
+
+def state_words(image: Image) -> list[str]:
+    """Return the state of an image: ``complete`` or ``partial``, ``stale``, and its marks."""
+    words = ["complete" if image.is_complete else "partial"]
+    if image.stale is not None:
+        words.append("stale")
+    return [*words, *image.marks]
+
+
+def utc_text(seconds: float | None) -> str | None:
+    """Return a time in seconds since the epoch as RFC 3339 text in UTC. None for None."""
+    return None if seconds is None else _utc_text(int(seconds))
+
+
+@lru_cache(10_000)
+def _utc_text(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

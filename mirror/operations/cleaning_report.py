@@ -1,0 +1,119 @@
+"""The reports of operations that remove something: what went, what stays, and why.
+
+Lives here: the items of a report, their sum, and the file with the last report of the scheduled
+job. Must not know: how anything is removed, how a report is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from mirror.store.disk import Layout
+
+Action: TypeAlias = Literal["removed", "kept"]
+"""``removed`` also stands for what a dry run would remove."""
+Kind: TypeAlias = Literal["image", "content", "leftover", "quarantine", "response"]
+"""- ``image``: a name, with all content that no other name reaches.
+- ``content``: whole content.
+- ``leftover``: the file of a fetch that has ended without publishing it.
+- ``quarantine``: damaged content.
+- ``response``: rows of the index whose time is over: remembered 404 responses, lists."""
+MAX_SAVED_ITEMS: Final = 1000
+"""Items of the file with the last report: 250 KB."""
+RETENTION_REPORT: Final = "retention.json"
+"""File of the data directory with the last report of the scheduled job."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One thing that was looked at."""
+
+    action: Action
+    kind: Kind
+    name: str | None = None
+    """Name of the image. None: it has none."""
+    digest: str | None = None
+    bytes: int = 0
+    """Bytes on the disk that were freed. Of what is kept: its bytes."""
+    count: int = 1
+    """Number of contents or rows."""
+    why: str
+    """The reason, for people."""
+
+    def row(self) -> dict[str, Any]:
+        """Return the item as JSON values."""
+        return {
+            "action": self.action,
+            "kind": self.kind,
+            "name": self.name,
+            "digest": self.digest,
+            "bytes": self.bytes,
+            "count": self.count,
+            "why": self.why,
+        }
+
+
+@dataclass(slots=True)
+class CleaningReport:
+    """The result of one operation."""
+
+    is_dry_run: bool = False
+    """Whether nothing was removed in fact."""
+    items: list[Item] = field(default_factory=list)
+    """In the order in which they were looked at."""
+
+    def removed(self, kind: Kind | None = None) -> list[Item]:
+        """Return what was removed. ``kind``: only this; None: all."""
+        return [
+            item
+            for item in self.items
+            if item.action == "removed" and (kind is None or item.kind == kind)
+        ]
+
+    @property
+    def freed(self) -> int:
+        """Bytes that were freed."""
+        return sum(item.bytes for item in self.removed())
+
+    def document(self, finished_at: str) -> dict[str, Any]:
+        """Return the report as JSON values. ``finished_at``: RFC 3339 text in UTC."""
+        removed = self.removed()
+        return {
+            "finished_at": finished_at,
+            "is_dry_run": self.is_dry_run,
+            "removed_images": len(self.removed("image")),
+            "freed_bytes": self.freed,
+            "items": [item.row() for item in (removed or self.items)[:MAX_SAVED_ITEMS]],
+        }
+
+
+def save_report(layout: Layout, name: str, document: Mapping[str, Any]) -> None:
+    """Replace the file of the last report. Raises ``OSError``. Blocks."""
+    path = layout.root / name
+    draft = path.with_name(f"{name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(document), encoding="utf-8")
+        draft.replace(path)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def load_report(layout: Layout, name: str) -> dict[str, Any] | None:
+    """Return the last report. None if there is none, or if it cannot be read. Blocks."""
+    try:
+        document = json.loads(Path(layout.root / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def total_bytes(items: Iterable[Item]) -> int:
+    """Return the bytes of all items."""
+    return sum(item.bytes for item in items)

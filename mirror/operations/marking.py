@@ -1,0 +1,328 @@
+"""Mark images: pin, block, freeze, roll back, and take these marks away.
+
+Lives here: what the name of an image means for each mark. Must not know: arguments of a command
+line, the file of the marks, how a server applies them.
+
+Every function may be called again after it was interrupted: a mark that is there stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from mirror.oci.block_target import Target
+from mirror.oci.errors import (
+    DigestInvalid,
+    ManifestUnknown,
+    NameInvalid,
+    StorageUnavailable,
+    TagInvalid,
+)
+from mirror.oci.image_name import ImageName
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.index import Index
+from mirror.store.layout import Layout
+from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
+from mirror.store.protection import read_parts
+from mirror.threads import HangingCalls, run_in_thread
+
+MAX_REASON_CHARS: Final = 500
+"""Characters of the reason of a block: a client prints it in one line."""
+_MIN_PREFIX_CHARS: Final = 4
+"""Hexadecimal digits of a digest that are needed to name it."""
+_CHANGES: Final = HangingCalls("marks", limit=16)
+"""Changes of the marks. Each may wait for a process that was stopped."""
+
+CheckUpstream = Callable[[Repository, Digest], Awaitable[None]]
+"""Returns if the upstream of a repository has a manifest. Raises ``MirrorError`` otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """A tag that was rolled back."""
+
+    freeze: Freeze
+    missing: int
+    """Parts of the image that are not on the disk. The upstream has its manifest."""
+
+
+async def change(layout: Layout, update: Callable[[Marks], Marks]) -> Marks:
+    """Change the marks durably, without blocking the event loop.
+
+    Raises like :func:`mirror.store.marks.change_marks`.
+    """
+    return await _CHANGES.run(object(), lambda: change_marks(layout, update))
+
+
+# --- pins -----------------------------------------------------------------------------------------
+
+
+async def pin(layout: Layout, index: Index, names: Sequence[ImageName], now: float) -> list[Pin]:
+    """Pin images: they are never evicted, nor is the image that the tag has later.
+
+    All of them are pinned, or none. An image that is pinned already stays pinned since then.
+
+    Args:
+        layout: The data directory.
+        index: Its index.
+        names: The images. Without tag and digest, the tag is ``latest``.
+        now: Seconds since the epoch.
+
+    Raises:
+        ManifestUnknown: A tag is not in the cache.
+        StorageUnavailable: The index or the marks cannot be read.
+        OSError: The marks cannot be written.
+    """
+    pins = [await _pin_of(index, name.with_default_tag(), now) for name in names]
+
+    def add(marks: Marks) -> Marks:
+        new = {one.name: _keep_since(one, marks.pins.get(one.name)) for one in pins}
+        return replace(marks, pins={**marks.pins, **new})
+
+    marks = await change(layout, add)
+    return [marks.pins[one.name] for one in pins]
+
+
+async def _pin_of(index: Index, name: ImageName, now: float) -> Pin:
+    if isinstance(name.reference, Digest):
+        return Pin(str(name), name.reference, now)
+    return Pin(str(name), (await find_digests(index, name))[0], now)
+
+
+def _keep_since(new: Pin, earlier: Pin | None) -> Pin:
+    return new if earlier is None else replace(new, since=earlier.since)
+
+
+async def unpin(layout: Layout, names: Sequence[ImageName]) -> list[Pin]:
+    """Take pins away. Returns those that were there. Raises as :func:`pin`."""
+    wanted = {str(name.with_default_tag()) for name in names}
+    removed: list[Pin] = []
+
+    def remove(marks: Marks) -> Marks:
+        removed[:] = [one for one in marks.pins.values() if one.name in wanted]
+        return replace(marks, pins={n: one for n, one in marks.pins.items() if n not in wanted})
+
+    await change(layout, remove)
+    return removed
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+async def block(layout: Layout, index: Index, target: Target, reason: str, now: float) -> Block:
+    """Refuse images from now on. Running responses end.
+
+    The manifests that an image has now are refused in every repository, and under every tag: its
+    digest, and the images that it lists for platforms. Blobs are not: other images share them.
+
+    Args:
+        layout: The data directory.
+        index: Its index.
+        target: An image, a repository (a name without tag and digest), a pattern, or a digest.
+        reason: Clients are told it. Empty: none.
+        now: Seconds since the epoch.
+
+    Raises:
+        StorageUnavailable: The index or the marks cannot be read.
+        OSError: The marks cannot be written.
+        NameInvalid: The reason is too long, or has more than one line.
+    """
+    if len(reason) > MAX_REASON_CHARS or not reason.isprintable():
+        raise NameInvalid(f"a reason is one line of at most {MAX_REASON_CHARS} characters")
+    digests = await _digests_of(layout, index, target)
+
+    def add(marks: Marks) -> Marks:
+        earlier = marks.blocks.get(str(target))
+        new = Block(str(target), reason, now, frozenset(digests))
+        if earlier is not None:
+            # Its tag may have had other digests then.
+            since = now if reason != earlier.reason else earlier.since
+            new = replace(new, since=since, digests=new.digests | earlier.digests)
+        return replace(marks, blocks={**marks.blocks, new.target: new})
+
+    return (await change(layout, add)).blocks[str(target)]
+
+
+async def unblock(layout: Layout, target: Target) -> Block | None:
+    """Serve a blocked target again. Returns its block, or None if there was none."""
+    removed: list[Block] = []
+
+    def remove(marks: Marks) -> Marks:
+        blocks = dict(marks.blocks)
+        removed[:] = [blocks.pop(str(target))] if str(target) in blocks else []
+        return replace(marks, blocks=blocks)
+
+    await change(layout, remove)
+    return removed[0] if removed else None
+
+
+async def _digests_of(layout: Layout, index: Index, target: Target) -> set[Digest]:
+    """Return the manifests of a target: those that it names now, and their children."""
+    match target:
+        case Digest() | ImageName(_, Digest()):
+            digests = {target if isinstance(target, Digest) else _digest_of(target)}
+        case ImageName(_, Tag()):
+            links = await index.links([str(target)], ())
+            if links is None:
+                raise StorageUnavailable("the index cannot be read, so nothing was blocked")
+            digests = set(links.current)
+        case _:
+            return set()
+    queue = list(digests)
+    while queue:
+        children, _ = await run_in_thread(read_parts, layout, queue.pop())
+        new = set(children) - digests
+        digests |= new
+        queue += new
+    return digests
+
+
+def _digest_of(name: ImageName) -> Digest:
+    assert isinstance(name.reference, Digest)
+    return name.reference
+
+
+# --- freezes --------------------------------------------------------------------------------------
+
+
+async def freeze(layout: Layout, index: Index, name: ImageName, now: float) -> Freeze:
+    """Serve a tag from the digest that it has here, whatever the upstream says of it.
+
+    A tag that is frozen already stays at its digest.
+
+    Args:
+        layout: The data directory.
+        index: Its index.
+        name: The tag. Without one, it is ``latest``.
+        now: Seconds since the epoch.
+
+    Raises:
+        TagInvalid: The name has a digest, which never changes.
+        ManifestUnknown: The tag is not in the cache.
+        StorageUnavailable: The marks cannot be read.
+        OSError: The marks cannot be written.
+    """
+    name = _with_tag(name)
+    new = Freeze(str(name), (await find_digests(index, name))[0], now)
+
+    def add(marks: Marks) -> Marks:
+        return replace(marks, freezes={new.name: new, **marks.freezes})
+
+    return (await change(layout, add)).freezes[new.name]
+
+
+async def unfreeze(layout: Layout, name: ImageName) -> Freeze | None:
+    """Let a tag follow the upstream again. Returns its freeze, or None if it had none."""
+    key = str(_with_tag(name))
+    removed: list[Freeze] = []
+
+    def remove(marks: Marks) -> Marks:
+        freezes = dict(marks.freezes)
+        removed[:] = [freezes.pop(key)] if key in freezes else []
+        return replace(marks, freezes=freezes)
+
+    await change(layout, remove)
+    return removed[0] if removed else None
+
+
+async def roll_back(
+    layout: Layout,
+    index: Index,
+    name: ImageName,
+    to: str,
+    now: float,
+    check_upstream: CheckUpstream,
+) -> Rollback:
+    """Serve a tag from a digest that it has had, and freeze it there.
+
+    Args:
+        layout: The data directory.
+        index: Its index.
+        name: The tag. Without one, it is ``latest``.
+        to: The digest, or the first digits of it.
+        now: Seconds since the epoch.
+        check_upstream: Asked only if the image is not complete on the disk.
+
+    Raises:
+        TagInvalid: The name has a digest.
+        ManifestUnknown: The tag has not had this digest.
+        DigestInvalid: ``to`` names no digest, or several.
+        MirrorError: The image is not complete on the disk, and the upstream does not have it.
+        StorageUnavailable: The marks cannot be read.
+        OSError: The marks cannot be written.
+    """
+    name = _with_tag(name)
+    digest = choose_digest(name, await find_digests(index, name), to)
+    missing = await run_in_thread(count_missing, layout, digest)
+    if missing:
+        await check_upstream(name.repository, digest)
+    new = Freeze(str(name), digest, now)
+
+    def put(marks: Marks) -> Marks:
+        earlier = marks.freezes.get(new.name)
+        is_there = earlier is not None and earlier.digest == digest
+        return marks if is_there else replace(marks, freezes={**marks.freezes, new.name: new})
+
+    return Rollback((await change(layout, put)).freezes[new.name], missing)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+async def find_digests(index: Index, name: ImageName) -> list[Digest]:
+    """Return the digests that a tag has and has had, newest first. There is at least one.
+
+    A registry may send another manifest to clients that do not accept every media type. Those
+    digests are the last ones.
+
+    Raises ``ManifestUnknown`` if the tag is not in the cache.
+    """
+    assert isinstance(name.reference, Tag)
+    records = await index.tag_records(name.repository, name.reference)
+    if not records:
+        raise ManifestUnknown(f"{name} is not in the cache: pull it through the mirror first")
+    return list(dict.fromkeys(digest for record in records for digest in record.digests))
+
+
+def choose_digest(name: ImageName, had: Sequence[Digest], prefix: str) -> Digest:
+    """Return the one digest of those that a tag has had that begins with ``prefix``.
+
+    Raises ``ManifestUnknown`` or ``DigestInvalid``.
+    """
+    algorithm, _, digits = prefix.lower().rpartition(":")
+    if len(digits) < _MIN_PREFIX_CHARS:
+        raise DigestInvalid(f"give at least {_MIN_PREFIX_CHARS} digits of the digest")
+    found = [one for one in had if one.hex.startswith(digits) and algorithm in ("", one.algorithm)]
+    if not found:
+        known = ", ".join(f"{one.algorithm}:{one.hex[:12]}" for one in had)
+        raise ManifestUnknown(f"{name} has not had the digest {prefix}: it has had {known}")
+    if len(found) > 1:
+        raise DigestInvalid(f"{prefix} is the begin of {len(found)} digests of {name}: give more")
+    return found[0]
+
+
+def count_missing(layout: Layout, digest: Digest) -> int:
+    """Return how many contents of an image are not on the disk. Blocks.
+
+    Of an index, the images that are there have to be complete, and one has to be there: a mirror
+    has only the platforms that clients have asked for.
+    """
+    if not _is_here(layout, digest):
+        return 1
+    children, blobs = read_parts(layout, digest)
+    missing = sum(not _is_here(layout, blob) for blob in blobs)
+    here = [child for child in children if _is_here(layout, child)]
+    missing += sum(count_missing(layout, child) for child in here)
+    return missing + (1 if children and not here else 0)
+
+
+def _is_here(layout: Layout, digest: Digest) -> bool:
+    return layout.blob(digest).is_file()
+
+
+def _with_tag(name: ImageName) -> ImageName:
+    if isinstance(name.reference, Digest):
+        raise TagInvalid(f"{name} has a digest, which never changes: give a tag")
+    return name.with_default_tag()

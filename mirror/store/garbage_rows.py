@@ -1,0 +1,98 @@
+"""Rows of the index for garbage collection, read and deleted beside the process that opened it.
+
+Lives here: expired responses, and the content that a repository may read. Must not know: which
+content is garbage.
+
+The index drops a response when it reads it after its time, and otherwise when the table is full.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Final
+
+from mirror.oci.errors import InvalidRequest, StorageUnavailable
+from mirror.oci.reference import Digest, Repository
+from mirror.store.disk import Layout
+from mirror.store.names import ACCESS, RESPONSES
+
+_BUSY_TIMEOUT_S: Final = 10.0
+"""Seconds to wait for other processes. Each of their transactions takes milliseconds."""
+_STEP_ROWS: Final = 200
+"""Rows of one transaction: 2 ms, for which other processes wait."""
+_LAST: Final = "\U0010ffff"
+"""Comes after every key with the same beginning."""
+_COUNT_EXPIRED: Final = "SELECT COUNT(*) FROM Cache WHERE expire_time < ?"
+_DELETE_EXPIRED: Final = (
+    "DELETE FROM Cache WHERE rowid IN"
+    " (SELECT rowid FROM Cache WHERE expire_time < ? ORDER BY expire_time LIMIT ?)"
+)
+_KEYS_BETWEEN: Final = (
+    "SELECT key FROM Cache WHERE key >= ? AND key < ? AND raw = 1 AND typeof(key) = 'text'"
+)
+
+
+def count_expired(layout: Layout, now: float) -> int:
+    """Return the number of responses whose time is over. ``now``: seconds since the epoch.
+
+    Blocks. Raises ``StorageUnavailable`` if the index cannot be read.
+    """
+    with _opened(layout, RESPONSES, "ro") as database:
+        if database is None:
+            return 0
+        return int(database.execute(_COUNT_EXPIRED, (now,)).fetchone()[0])
+
+
+def drop_expired(layout: Layout, now: float) -> int:
+    """Delete the responses whose time is over, and return their number. Blocks.
+
+    Raises ``StorageUnavailable`` if the index cannot be written.
+    """
+    count = 0
+    with _opened(layout, RESPONSES, "rw") as database:
+        while database is not None:
+            dropped = database.execute(_DELETE_EXPIRED, (now, _STEP_ROWS)).rowcount
+            count += dropped
+            if dropped < _STEP_ROWS:
+                break
+    return count
+
+
+def read_access_of(layout: Layout, repository: Repository) -> set[Digest]:
+    """Return the content that a repository is known to have. Blocks.
+
+    Raises ``StorageUnavailable`` if the index cannot be read.
+    """
+    found: set[Digest] = set()
+    with _opened(layout, ACCESS, "ro") as database:
+        if database is None:
+            return found
+        for kind in ("blob", "manifest"):
+            start = f"{kind} {repository}@"
+            for (key,) in database.execute(_KEYS_BETWEEN, (start, f"{start}{_LAST}")):
+                try:
+                    found.add(Digest.parse(key.removeprefix(start)))
+                except InvalidRequest:
+                    continue
+    return found
+
+
+@contextmanager
+def _opened(layout: Layout, table: str, mode: str) -> Iterator[sqlite3.Connection | None]:
+    """Open a table, each statement of which is a transaction. None if there is no index."""
+    path = layout.index / table / "cache.db"
+    try:
+        if not path.exists():
+            yield None
+            return
+        uri = f"{path.absolute().as_uri()}?mode={mode}"
+        connect = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+        with closing(connect) as database:
+            yield database
+    except (sqlite3.Error, OSError) as error:
+        raise StorageUnavailable(
+            f"the index cannot be used ({error}): start the server, which repairs it, or check the "
+            f"permissions of {layout.index}"
+        ) from None

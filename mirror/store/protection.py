@@ -1,0 +1,189 @@
+"""Which content the marks protect from removal, for a thread that removes content.
+
+Lives here: the images that pins, freezes and leases name, with all that they refer to and all that
+refers to them. Must not know: who removes content, and why.
+
+Protected are the digests that a mark names and the digests that a pinned or frozen tag has now, all
+parts of these manifests at any depth, and their referrers: signatures, attestations, SBOMs. A
+referrer is known if the index has its tag (``sha256-<hex>``, or that with ``.sig``, ``.att`` or
+``.sbom``), or a list of referrers that a client has asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeAlias
+
+from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_type
+from mirror.oci.errors import ManifestInvalid, StorageUnavailable
+from mirror.oci.reference import Digest
+from mirror.store import disk
+from mirror.store.hosted_contents import HostedContents, Listed
+from mirror.store.image_links import Links
+from mirror.store.layout import Layout
+from mirror.store.marks import (
+    Marks,
+    MarksDamaged,
+    Stamp,
+    marks_held,
+    protected_roots,
+    read_marks,
+    stamp_of_marks,
+)
+from mirror.store.pace import Pace
+
+_MAX_ROUNDS: Final = 4
+"""Searches for referrers: of images, of their signatures, and so on."""
+
+
+FindLinks: TypeAlias = Callable[[Collection[str], Collection[Digest]], Links | None]
+"""Blocks. Gets names of images, and digests of manifests. None: the index does not answer."""
+
+
+class ProtectionUnknown(Exception):
+    """It is not known which content is protected, so none may be removed. The text says why."""
+
+
+class Protection:
+    """The content that must stay. For one thread, and one run of it."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        find_links: FindLinks,
+        now: Callable[[], float],
+    ) -> None:
+        """Start without having read anything. Call :meth:`update` first.
+
+        Args:
+            layout: The data directory.
+            find_links: Finds the digests of tags, and referrers.
+            now: Returns the seconds since the epoch.
+        """
+        self._layout = layout
+        self._find_links = find_links
+        self._now = now
+        self._stamp: tuple[Stamp | None] | None = None
+        self._manifests: set[Digest] = set()
+        """Manifests whose parts were read. A part may itself be a manifest that was not."""
+        self._hosted = HostedContents(layout.hosted_names)
+        self.digests: set[Digest] = set()
+        """All content that must stay, as of the last :meth:`update`."""
+
+    def update(self) -> None:
+        """Find what is protected now. Does nothing unless the marks have changed.
+
+        What was protected before stays protected during this run. Blocks: it reads each marked
+        manifest, which takes about 0.1 ms.
+
+        Raises:
+            ProtectionUnknown: The marks cannot be read, or the index does not answer.
+        """
+        if self._is_current():
+            return
+        stamp, marks = self._read()
+        names = [*marks.pins, *marks.freezes]
+        found = self._add(protected_roots(marks, self._now()))
+        for _ in range(_MAX_ROUNDS):
+            if not found and not names:
+                break
+            links = self._find_links(names, found)
+            if links is None:
+                raise ProtectionUnknown("the index does not say what refers to marked images")
+            names = []
+            found = self._add({*links.current, *links.referrers})
+        self._stamp = (stamp,)
+
+    def without_hosted(self, contents: Iterable[Listed]) -> Iterator[Listed]:
+        """Return ``contents`` without what hosted repositories have. They are no cache.
+
+        Raises ``ProtectionUnknown``.
+        """
+        try:
+            yield from self._hosted.without(contents)
+        except StorageUnavailable as error:
+            raise ProtectionUnknown(error.message) from None
+
+    def is_hosted(self, digest: Digest) -> bool:
+        """Return whether a hosted repository has content. Raises ``ProtectionUnknown``.
+
+        Call it while the file is locked exclusively: a push has committed its row then, or brings
+        the bytes again.
+        """
+        try:
+            return bool(self._hosted.find([digest]))
+        except StorageUnavailable as error:
+            raise ProtectionUnknown(error.message) from None
+
+    def _read(self) -> tuple[Stamp | None, Marks]:
+        try:
+            # First: if the marks change in between, the next comparison finds that.
+            return stamp_of_marks(self._layout), read_marks(self._layout)
+        except MarksDamaged as error:
+            raise ProtectionUnknown(error.message) from None
+        except OSError as error:
+            raise ProtectionUnknown(f"marks.json cannot be read: {error}") from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let no command change the marks while the block removes a few contents.
+
+        :attr:`digests` are up to date then, so compare with them again: a mark may have been set
+        since the content was chosen. The block should take a few milliseconds.
+
+        Raises:
+            ProtectionUnknown: As :meth:`update` raises it.
+            OSError: There are too few descriptors.
+        """
+        while True:
+            self.update()  # Not while the marks are held: it may take a while.
+            with marks_held(self._layout):
+                if self._is_current():
+                    yield
+                    return
+
+    def _is_current(self) -> bool:
+        try:
+            return self._stamp == (stamp_of_marks(self._layout),)
+        except OSError as error:
+            raise ProtectionUnknown(f"marks.json cannot be read: {error}") from None
+
+    def _add(self, roots: Collection[Digest]) -> list[Digest]:
+        """Protect manifests and all their parts. Returns the manifests among them that are new."""
+        new: list[Digest] = []
+        queue, pace = list(roots), Pace()
+        while queue:
+            digest = queue.pop()
+            if digest in self._manifests:
+                continue
+            pace.keep()
+            manifests, blobs = read_parts(self._layout, digest)
+            self._manifests.add(digest)
+            self.digests.add(digest)
+            self.digests.update(blobs)
+            queue += manifests
+            new.append(digest)
+        return new
+
+
+def read_parts(layout: Layout, digest: Digest) -> tuple[list[Digest], list[Digest]]:
+    """Return the manifests and the blobs that a manifest on the disk refers to.
+
+    There are none if it is missing, or no manifest. Blocks. Raises ``OSError`` if the disk does not
+    answer.
+    """
+    opened = disk.open_whole(layout, digest)
+    if opened is None:
+        return [], []
+    try:
+        if opened[1].st_size > MANIFEST_LIMIT:
+            return [], []
+        body = os.pread(opened[0], MANIFEST_LIMIT, 0)
+        parsed = parse_manifest(body, sniff_media_type(body))
+    except ManifestInvalid:
+        return [], []
+    finally:
+        os.close(opened[0])
+    return [part.digest for part in parsed.children], [part.digest for part in parsed.blobs]

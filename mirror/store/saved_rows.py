@@ -1,0 +1,64 @@
+"""The names in the index, read without opening the index: for commands beside a server.
+
+Lives here: a read-only connection to one database of the index. Must not know: what its rows mean.
+
+:class:`mirror.store.index.Index` repairs and restores what it opens, and reads in small pages so
+that requests do not wait. A listing needs neither: it reads one consistent state, and changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from typing import Final
+
+from mirror.oci.errors import StorageUnavailable
+from mirror.store.disk import Layout
+from mirror.store.statements import SELECT_TEXTS
+
+# The same as in mirror.store.names, which is slow to import: it has diskcache.
+_NAMED: Final = "named"
+_RESTORED: Final = "restored"
+_READ_TIMEOUT_S: Final = 10.0
+"""Seconds to wait while a server recovers the database after a crash. Reads do not wait for
+writers."""
+
+
+class IndexUnreadable(StorageUnavailable):
+    """The names in the index cannot be read. That does not mean that there are none."""
+
+
+def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
+    """Read all rows about names. It takes 50 ms with 20,000 rows.
+
+    Returns:
+        (key, text) of the rows, and whether these are all. They are not if there is no index, or a
+        new one that does not have the names in ``index.json`` yet.
+
+    Raises:
+        IndexUnreadable: There is one, and it cannot be read.
+    """
+    path = layout.index / _NAMED / "cache.db"
+    try:
+        if not path.exists():
+            return [], False
+        uri = path.absolute().as_uri()
+        try:
+            rows = _select(f"{uri}?mode=ro")
+        except sqlite3.OperationalError:
+            # A disk that refuses writes also refuses the file that readers and writers share.
+            if path.with_name("cache.db-wal").exists():
+                raise
+            rows = _select(f"{uri}?mode=ro&immutable=1")
+        return rows, any(key == _RESTORED for key, _ in rows)
+    except (sqlite3.Error, OSError) as error:
+        raise IndexUnreadable(
+            f"the index cannot be read ({error}): start the server, which repairs it, or check the "
+            f"permissions of {layout.index}"
+        ) from None
+
+
+def _select(uri: str) -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S)) as database:
+        return database.execute(SELECT_TEXTS).fetchall()

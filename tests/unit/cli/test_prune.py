@@ -1,0 +1,69 @@
+"""``prune``: what it prints, its exit codes, and the rules of the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirror.cli.main import main
+from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, fill, rows
+from tests.unit.cli.kit import Run, make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return make_run(tmp_path, capsys)
+
+
+def test_images_that_go_are_printed_with_the_reason(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    result = run(URL, "prune", "--keep-last", "1", "--match", NAME)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["IMAGE", "FREES", "WHY"]
+    assert [line.split()[0] for line in lines[1:3]] == [f"{NAME}:1.0", f"{NAME}:1.1"]
+    assert lines[1].endswith("not one of the last 1, last used 40 d ago")
+    assert lines[3] == "kept 1 images: in use, or among the latest"
+    assert lines[4].startswith("2 images removed, ")
+    assert not content(data, LAYERS[1]).exists()
+    assert content(data, LAYERS[2]).exists()
+
+
+def test_dry_run_removes_nothing_and_json_follows_the_schema(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    found = rows("prune", run(URL, "prune", "--older-than", "30d", "--dry-run", "--json"))
+    assert {row["action"] for row in found} == {"removed"}
+    assert len(found) == 4
+    assert content(data, LAYERS[1]).exists()
+
+
+def test_range_of_tags_limits_what_goes(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    run(URL, "prune", "--older-than", "1d", "--tags", "<1.2")
+    assert content(data, LAYERS[2]).exists()
+    assert not content(data, LAYERS[1]).exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("--match", "*"), ("--keep-last", "-1"), ("--older-than", "soon")]
+)
+def test_unclear_request_is_wrong_usage(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    fill(tmp_path)
+    assert run(URL, "prune", *arguments).code == 2
+
+
+def test_rules_of_the_configuration_decide_without_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = fill(tmp_path)
+    config = tmp_path / "rules.yaml"
+    config.write_text(
+        f"data_dir: {data}\nupstreams: {{docker.io: {{endpoints: ['{URL}']}}}}\n"
+        f"retention:\n  - match: '{NAME}'\n    keep_last: 2\n    tags: '1.x'\n"
+    )
+    assert main(["prune", "--config", str(config)]) == 0
+    assert "1 image removed" in capsys.readouterr().out
+    assert content(data, LAYERS[1]).exists()

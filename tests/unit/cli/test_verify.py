@@ -1,0 +1,71 @@
+"""``verify``: what it prints, its exit codes, and a repair from a registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mirror.threads import run_in_thread
+from tests.fakes.registry import FakeRegistry
+from tests.unit.cli.cleaning_kit import LAYERS, NAME, URL, content, damage, fill, rows
+from tests.unit.cli.kit import Run, make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return make_run(tmp_path, capsys)
+
+
+def test_intact_content_is_a_success(run: Run, tmp_path: Path) -> None:
+    fill(tmp_path)
+    result = run(URL, "verify")
+    assert result.code == 0
+    assert result.out.endswith("hashed, 4 images checked: 0 problems, 0 mended\n")
+
+
+def test_damage_is_a_failure_and_names_the_command_that_mends_it(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    damage(content(data, LAYERS[1]))
+    result = run(URL, "verify", f"{NAME}:1.1")
+    assert result.code == 1
+    assert result.out.splitlines()[0].startswith(f"damaged {NAME}:1.1 sha256:")
+    assert f"  mend it with: oci-mirror verify --repair {NAME}:1.1" in result.out.splitlines()
+    assert not content(data, LAYERS[1]).exists()
+
+
+def test_json_follows_the_schema(run: Run, tmp_path: Path) -> None:
+    data = fill(tmp_path)
+    damage(content(data, LAYERS[1]))
+    content(data, LAYERS[2]).unlink()
+    found = rows("verify", run(URL, "verify", "--json"))
+    assert [row["problem"] for row in found] == ["damaged", "incomplete"]
+
+
+@pytest.mark.parametrize("subset", ["8/7", "x"])
+def test_malformed_subset_is_wrong_usage(run: Run, subset: str) -> None:
+    assert run(URL, "verify", "--subset", subset).code == 2
+
+
+async def test_repair_fetches_damaged_content_from_the_registry(run: Run, tmp_path: Path) -> None:
+    async with FakeRegistry() as registry:
+        registry.add_image(b"one", tag="v1")
+        await run_in_thread(run, registry.url, "warm", "app:v1")
+        before = {path: path.read_bytes() for path in (tmp_path / "data").glob("blobs/*/*")}
+        largest = max(before, key=lambda path: len(before[path]))
+        damage(largest)
+        result = await run_in_thread(run, registry.url, "verify", "--repair")
+    assert "  fetched again" in result.out.splitlines()
+    assert result.code == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "data").glob("blobs/*/*")} == before
+
+
+async def test_repair_that_the_upstream_refuses_is_a_failure_with_its_reason(
+    run: Run, tmp_path: Path
+) -> None:
+    data = await run_in_thread(fill, tmp_path)
+    damage(content(data, LAYERS[1]))
+    async with FakeRegistry() as registry:
+        result = await run_in_thread(run, registry.url, "verify", "--repair", f"{NAME}:1.1")
+    assert result.code == 1
+    assert "not fetched: docker.io/library/app@sha256:" in result.err

@@ -1,0 +1,62 @@
+"""The listing of the directories."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from mirror.inventory.scan import list_contents, scan, stat_contents
+from mirror.oci.reference import Digest
+from tests.unit.inventory.kit import NOW, DataDirectory, content, text
+
+
+def test_content_is_listed_with_size_and_last_use(data: DataDirectory) -> None:
+    digest = data.add(content("a", 7), used=NOW - 5)
+    sha512 = Digest.of(b"b", "sha512")
+    path = data.layout.blob(sha512)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"b")
+    os.utime(path, (NOW + 100, NOW + 100))
+
+    found = scan(data.layout, NOW)
+
+    assert (found[digest].size, found[digest].used) == (7, NOW - 5)
+    assert found[sha512].used == NOW
+    assert list_contents(data.layout) == {str(digest), str(sha512)}
+
+
+def test_foreign_entries_are_passed_over(data: DataDirectory) -> None:
+    digest = data.add(content("a"))
+    directory = data.layout.blob(digest).parent
+    (directory / "README").write_text("x")
+    (directory / ("G" * 64)).write_text("x")
+    (directory / ("0" * 64)).mkdir()
+    (directory / ("1" * 64)).symlink_to("README")
+
+    assert set(scan(data.layout, NOW)) == {digest}
+    assert f"sha256:{'G' * 64}" not in list_contents(data.layout)
+    assert str(digest) in list_contents(data.layout)
+
+
+def test_directory_that_is_missing_has_no_content(data: DataDirectory) -> None:
+    assert scan(data.layout, NOW) == {}
+    assert list_contents(data.layout) == frozenset()
+
+
+def test_directory_that_cannot_be_listed_is_an_error(data: DataDirectory) -> None:
+    (data.layout.root / "blobs").mkdir(parents=True)
+    (data.layout.root / "blobs" / "sha256").write_text("no directory")
+
+    with pytest.raises(NotADirectoryError):
+        list_contents(data.layout)
+    with pytest.raises(NotADirectoryError):
+        scan(data.layout, NOW)
+
+
+def test_status_of_content_that_is_gone_is_left_out(data: DataDirectory) -> None:
+    data.add(body := content("a", 7), used=NOW - 5)
+
+    found = stat_contents(data.layout, [text(body), text(b"gone")], NOW)
+
+    assert found == {text(body): (7, NOW - 5)}

@@ -1,0 +1,144 @@
+"""Garbage collection: what is garbage, when it is old enough, and what is never touched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mirror.oci.reference import Digest
+from mirror.operations.gc import DEFAULT_GRACE_S, NothingNamed, collect_garbage, find_garbage
+from mirror.store import disk
+from mirror.store.disk import IngestState, Layout
+from mirror.store.store import Store
+from tests.unit.operations.cleaning_kit import DAY, NOW, OTHER, inventory_of, mark, on_disk, pull
+from tests.unit.store.kit import image, keep, opened, random_bytes
+
+LAYER, OTHER_LAYER = random_bytes(2_000, 1), random_bytes(3_000, 2)
+CONFIG = b"{}"
+LATER = NOW + 2 * DAY
+"""When all content is old enough."""
+
+
+async def with_orphan(store: Store) -> Digest:
+    """Store an image, and content that no image needs."""
+    await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+    return await keep(store, OTHER_LAYER)
+
+
+async def test_old_content_that_no_name_reaches_goes(tmp_path: Path) -> None:
+    clock = [NOW]
+    async with opened(tmp_path, clock) as store:
+        orphan = await with_orphan(store)
+        clock[0] = LATER
+        before = on_disk(tmp_path)
+        report = await collect_garbage(store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert on_disk(tmp_path) == before - {str(orphan)}
+        (item,) = report.items
+        assert (item.kind, item.digest, item.bytes) == ("content", str(orphan), 3_000)
+        assert item.why == "no name reaches it, last used 2 d ago"
+
+
+async def test_dry_run_finds_the_same_and_changes_nothing(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await with_orphan(store)
+        before, inventory = on_disk(tmp_path), inventory_of(tmp_path, LATER)
+        found = find_garbage(Layout(tmp_path), inventory, DEFAULT_GRACE_S)
+        assert on_disk(tmp_path) == before
+        report = await collect_garbage(store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert (found.items, found.is_dry_run) == (report.items, True)
+
+
+async def test_young_content_stays_because_its_manifest_may_come(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await with_orphan(store)
+        before = on_disk(tmp_path)
+        inventory = inventory_of(tmp_path, NOW + DEFAULT_GRACE_S)
+        report = await collect_garbage(store, inventory, DEFAULT_GRACE_S)
+        assert (on_disk(tmp_path), report.items) == (before, [])
+
+
+async def test_content_that_an_image_began_to_use_meanwhile_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        orphan = await with_orphan(store)
+        inventory = inventory_of(tmp_path, LATER)
+        assert inventory.contents[orphan].used == NOW
+        disk.touch(store.layout, [orphan], LATER)
+        report = await collect_garbage(store, inventory, DEFAULT_GRACE_S)
+        assert str(orphan) in on_disk(tmp_path)
+        assert [item.action for item in report.items] == ["kept"]
+
+
+async def test_leased_content_without_a_name_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        orphan = await with_orphan(store)
+        mark(tmp_path, leases=[orphan])
+        await collect_garbage(store, inventory_of(tmp_path, NOW + 0.9 * DAY), 700.0)
+        assert str(orphan) in on_disk(tmp_path)
+
+
+async def test_nothing_goes_if_no_image_is_known(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        orphan = await keep(store, OTHER_LAYER)
+        with pytest.raises(NothingNamed):
+            await collect_garbage(store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert str(orphan) in on_disk(tmp_path)
+
+
+async def test_content_of_a_repository_with_a_damaged_manifest_stays(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        root = await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+        await pull(store, image(OTHER_LAYER), "v1", [OTHER_LAYER], OTHER)
+        orphan = await keep(store, random_bytes(500, 3))
+        store.layout.blob(root).write_bytes(b"damaged")
+        disk.touch_open(os.open(store.layout.blob(root), os.O_RDONLY), NOW)
+        await collect_garbage(store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert str(Digest.of(LAYER)) in on_disk(tmp_path)
+        assert str(orphan) not in on_disk(tmp_path)
+
+
+async def test_leftovers_and_damaged_content_go_when_they_are_old(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+        layout, data = store.layout, random_bytes(5_000, 4)
+        digest = Digest.of(data)
+        layout.ingest(digest).write_bytes(data[:4_096])
+        disk.write_state(layout, digest, IngestState(5_000, boot=disk.boot_id()))
+        damaged = layout.quarantine(Digest.of(b"damaged"))
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(b"x" * 100)
+        soon = layout.ingest(digest).stat().st_mtime + 60
+        early = await collect_garbage(store, inventory_of(tmp_path, soon), DEFAULT_GRACE_S)
+        assert early.items == [], "it may be resumed, and inspected"
+        late = await collect_garbage(store, inventory_of(tmp_path, soon + DAY), DEFAULT_GRACE_S)
+        assert [(item.kind, item.bytes) for item in late.items] == [
+            ("leftover", 4_096),
+            ("quarantine", 100),
+        ]
+        assert not layout.ingest(digest).exists()
+        assert not damaged.exists()
+
+
+async def test_leftover_of_an_earlier_boot_goes_at_once(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+        layout, digest = store.layout, Digest.of(b"cut")
+        layout.ingest(digest).write_bytes(b"c")
+        disk.write_state(layout, digest, IngestState(3, boot="another"))
+        now = layout.ingest(digest).stat().st_mtime
+        report = await collect_garbage(store, inventory_of(tmp_path, now), DEFAULT_GRACE_S)
+        assert [item.kind for item in report.items] == ["leftover"]
+
+
+async def test_responses_whose_time_is_over_go(tmp_path: Path) -> None:
+    async with opened(tmp_path, [NOW]) as store:
+        await pull(store, image(LAYER), "v1", [CONFIG, LAYER])
+        await store.index.put_list("one", "text", 3600.0)
+        await store.index.put_list("two", "text", 30 * 365 * DAY)
+        found = find_garbage(Layout(tmp_path), inventory_of(tmp_path, NOW), DEFAULT_GRACE_S)
+        assert [(item.kind, item.count) for item in found.items] == [("response", 1)]
+        await collect_garbage(store, inventory_of(tmp_path, NOW), DEFAULT_GRACE_S)
+        assert await store.index.cached_list("two") == "text"
+        again = find_garbage(Layout(tmp_path), inventory_of(tmp_path, NOW), DEFAULT_GRACE_S)
+        assert again.items == []

@@ -1,0 +1,156 @@
+"""What the marks protect: whole images, their tags' current digests, their referrers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+
+from mirror.oci.reference import Digest
+from mirror.store.disk import Layout
+from mirror.store.image_links import Links
+from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
+from mirror.store.protection import Protection, ProtectionUnknown, read_parts
+from tests.unit.store.kit import image, index_of, pin
+
+NAME = "docker.io/library/app:1.0"
+LAYERS = [b"layer %d" % number for number in range(6)]
+IMAGES = [image(layer) for layer in LAYERS]
+INDEX = index_of(*IMAGES[:2])
+
+
+def put(layout: Layout, *contents: bytes) -> None:
+    for data in contents:
+        path = layout.blob(Digest.of(data))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def whole(*contents: bytes) -> set[Digest]:
+    return set(map(Digest.of, (*contents, b"{}")))
+
+
+class Fixture:
+    """A directory with all images, and an index that knows some links."""
+
+    def __init__(self, root: Path) -> None:
+        self.layout = Layout(root)
+        put(self.layout, *LAYERS, *IMAGES, INDEX, b"{}")
+        self.current: dict[str, Digest] = {}
+        self.referrers: dict[Digest, Digest] = {}
+        self.searches: list[tuple[Collection[str], Collection[Digest]]] = []
+        self.is_answering = True
+
+    def find_links(self, names: Collection[str], subjects: Collection[Digest]) -> Links | None:
+        self.searches.append((names, subjects))
+        if not self.is_answering:
+            return None
+        return Links(
+            [self.current[name] for name in names if name in self.current],
+            [self.referrers[one] for one in subjects if one in self.referrers],
+        )
+
+    def protection(self, now: float = 0.0) -> Protection:
+        return Protection(self.layout, self.find_links, lambda: now)
+
+    def protected(self, now: float = 0.0) -> set[Digest]:
+        protection = self.protection(now)
+        protection.update()
+        return protection.digests
+
+    def mark(self, change: Callable[[Marks], Marks]) -> None:
+        change_marks(self.layout, change)
+
+
+@pytest.fixture
+def fixture(tmp_path: Path) -> Fixture:
+    return Fixture(tmp_path)
+
+
+def test_without_marks_nothing_is_protected_and_no_index_is_read(fixture: Fixture) -> None:
+    assert fixture.protected() == set()
+    assert fixture.searches == []
+
+
+def test_index_keeps_its_manifests_and_their_layers(fixture: Fixture) -> None:
+    pin(fixture.layout, Digest.of(INDEX))
+    assert fixture.protected() == whole(INDEX, *IMAGES[:2], *LAYERS[:2])
+
+
+def test_freeze_and_lease_protect_like_a_pin_until_the_lease_ends(fixture: Fixture) -> None:
+    freeze = Freeze(NAME, Digest.of(IMAGES[0]), 0.0)
+    leased = {Digest.of(IMAGES[1]), Digest.of(b"not here")}
+    fixture.mark(
+        lambda one: replace_leases(Marks(freezes={NAME: freeze}), "pods", leased, 100.0, 0.0)
+    )
+    frozen = whole(IMAGES[0], LAYERS[0])
+    assert fixture.protected(now=99.0) == frozen | whole(IMAGES[1], LAYERS[1]) | leased
+    assert fixture.protected(now=100.0) == frozen
+
+
+def test_current_digest_of_a_pinned_tag_is_protected_beside_the_pinned_one(
+    fixture: Fixture,
+) -> None:
+    fixture.mark(lambda one: Marks(pins={NAME: Pin(NAME, Digest.of(IMAGES[0]), 0.0)}))
+    fixture.current[NAME] = Digest.of(IMAGES[1])
+    assert fixture.protected() == whole(*IMAGES[:2], *LAYERS[:2])
+
+
+def test_referrers_of_each_manifest_and_their_own_are_protected(fixture: Fixture) -> None:
+    pin(fixture.layout, Digest.of(INDEX))
+    fixture.referrers = {
+        Digest.of(INDEX): Digest.of(IMAGES[2]),
+        Digest.of(IMAGES[1]): Digest.of(IMAGES[3]),
+        Digest.of(IMAGES[3]): Digest.of(IMAGES[4]),
+        Digest.of(IMAGES[5]): Digest.of(IMAGES[5]),
+    }
+    assert fixture.protected() == whole(INDEX, *IMAGES[:5], *LAYERS[:5])
+
+
+def test_marks_are_read_again_only_after_a_change_and_then_add_to_the_protected(
+    fixture: Fixture,
+) -> None:
+    pin(fixture.layout, Digest.of(IMAGES[0]))
+    protection = fixture.protection()
+    protection.update()
+    searches = len(fixture.searches)
+    protection.update()
+    with protection.held():
+        assert len(fixture.searches) == searches
+    pin(fixture.layout, Digest.of(IMAGES[1]))
+    with protection.held():
+        assert protection.digests == whole(*IMAGES[:2], *LAYERS[:2])
+
+
+def test_mark_between_the_update_and_the_lock_is_seen(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protection = fixture.protection()
+    update = protection.update
+
+    def update_late() -> None:
+        update()
+        pin(fixture.layout, Digest.of(IMAGES[0]))
+
+    monkeypatch.setattr(protection, "update", update_late)
+    with protection.held():
+        assert protection.digests == whole(IMAGES[0], LAYERS[0])
+
+
+def test_damaged_marks_and_a_failing_index_leave_it_unknown(fixture: Fixture) -> None:
+    protection = fixture.protection()
+    protection.update()
+    pin(fixture.layout, Digest.of(IMAGES[0]))
+    fixture.is_answering = False
+    with pytest.raises(ProtectionUnknown, match="the index does not say"), protection.held():
+        pass
+    fixture.layout.marks.write_text("{}")
+    with pytest.raises(ProtectionUnknown, match=r"marks\.json is damaged"), protection.held():
+        pass
+
+
+def test_parts_of_content_that_is_no_manifest_are_none(fixture: Fixture) -> None:
+    put(fixture.layout, b"no manifest", b"{}" + b" " * 5_000_000)
+    for data in (b"no manifest", b"{}" + b" " * 5_000_000, b"missing"):
+        assert read_parts(fixture.layout, Digest.of(data)) == ([], [])
