@@ -79,7 +79,7 @@ class RequestRecord:
     """Reason for a stale response; becomes the ``Warning`` header."""
     bytes_sent: int = 0
     bytes_received: int = 0
-    """Bytes of the request's body, of a push."""
+    """Bytes of the body of a push."""
     is_sent_in_one_write: bool = False
     """Whether headers and body were one write. Then there are no :class:`BytesSent` events."""
     is_complete: bool = False
@@ -159,13 +159,6 @@ class BytesSent:
     """Bytes of a body were sent to a client. Reported several times for one body."""
 
     upstream: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class BytesPushed:
-    """Bytes of a blob were received from a client that pushes. Reported several times for one."""
-
     count: int
 
 
@@ -470,7 +463,6 @@ Event: TypeAlias = (
     RequestStarted
     | RequestEnded
     | BytesSent
-    | BytesPushed
     | BytesFetched
     | ExchangeEnded
     | TokenFetched

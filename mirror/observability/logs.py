@@ -282,7 +282,7 @@ class LogObserver:
     def observe(self, event: Event) -> None:
         """Write the line of an event, if it has one."""
         match event:
-            case events.RequestStarted() | events.BytesSent() | events.BytesPushed():
+            case events.RequestStarted() | events.BytesSent():
                 pass
             case events.RequestEnded(pull):
                 level = request_level(pull)

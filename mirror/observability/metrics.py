@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Collection
+from itertools import product
 from typing import Final, Literal, TypeAlias, assert_never, get_args
 
 from prometheus_client import (
@@ -109,7 +110,7 @@ class MetricsObserver:
         self._fetched = counter(
             "bytes_fetched", "Bytes of response bodies received from upstreams.", "upstream"
         )
-        self._pushed = counter("bytes_pushed", "Bytes of blobs received from clients that push.")
+        self._pushed = counter("bytes_pushed", "Bytes received from clients that push.")
         self._first_byte = histogram(
             "time_to_first_byte_seconds",
             "Seconds from a request to the first byte of its response.",
@@ -268,8 +269,7 @@ class MetricsObserver:
                 self._first_byte.labels(kind.value, outcome.value),
                 self._duration.labels(kind.value, outcome.value),
             )
-            for kind in Kind
-            for outcome in Outcome
+            for kind, outcome in product(Kind, Outcome)
         }
         self._start_at_zero()
         self._add_upstream(NO_UPSTREAM)
@@ -283,11 +283,9 @@ class MetricsObserver:
 
     def _add_upstream(self, upstream: str) -> None:
         """Create the series of an upstream with 0, or rate() would miss the first event."""
-        for kind in Kind:
-            for outcome in Outcome:
-                self._requests_by[upstream, kind, outcome] = self._requests.labels(
-                    upstream, kind.value, outcome.value
-                )
+        for kind, outcome in product(Kind, Outcome):
+            requests = self._requests.labels(upstream, kind.value, outcome.value)
+            self._requests_by[upstream, kind, outcome] = requests
         self._sent_by[upstream] = self._sent.labels(upstream)
         self._fetched_by[upstream] = self._fetched.labels(upstream)
         self._incomplete.labels(upstream)
@@ -339,8 +337,6 @@ class MetricsObserver:
                     self._flush_soon()
             case events.BytesSent(upstream, count):
                 self._sent_by[self._upstream(upstream)].inc(count)
-            case events.BytesPushed(count):
-                self._pushed.inc(count)
             case events.BytesFetched(upstream, count):
                 self._fetched_by[self._upstream(upstream)].inc(count)
             case events.ExchangeEnded():
@@ -431,6 +427,7 @@ class MetricsObserver:
         for (name, kind, outcome), pulls in batches.items():
             upstream = self._upstream(name)
             self._requests_by[upstream, kind, outcome].inc(len(pulls))
+            self._pushed.inc(sum(pull.bytes_received for pull in pulls))
             first_byte, duration = self._durations_by[kind, outcome]
             _observe_all(
                 first_byte, [p.duration if p.first_byte is None else p.first_byte for p in pulls]

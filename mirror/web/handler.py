@@ -109,7 +109,6 @@ class Handler:
             self._door = HostedHandler(
                 hosted,
                 authorize,
-                emit,
                 common_headers,
                 self._forwarded_prefix,
                 is_sole=is_push_door,

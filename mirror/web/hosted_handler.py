@@ -16,7 +16,7 @@ from aiohttp import web
 
 from mirror.hosted.hosted_service import HostedService
 from mirror.hosted.sessions import UploadFeed
-from mirror.observability.events import BytesPushed, Kind, Observer, Outcome, RequestRecord
+from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.errors import (
     Denied,
@@ -49,7 +49,6 @@ class HostedHandler:
         self,
         service: HostedService,
         authorize: Authorize,
-        emit: Observer,
         common_headers: BuildHeaders,
         find_prefix: FindPrefix,
         *,
@@ -60,7 +59,6 @@ class HostedHandler:
         Args:
             service: Does what the client requests. Its settings name the door.
             authorize: Says who the client is, and raises if it may not do something.
-            emit: Receives ``BytesPushed``.
             common_headers: See :data:`BuildHeaders`.
             find_prefix: See :data:`FindPrefix`.
             is_sole: True on a listener of its own: every request is for this door.
@@ -69,7 +67,6 @@ class HostedHandler:
         self._hosts = frozenset(host.lower() for host in service.settings.hosts)
         self._service = service
         self._authorize = authorize
-        self._emit = emit
         self._common_headers = common_headers
         self._find_prefix = find_prefix
         self._is_sole = is_sole
@@ -298,7 +295,6 @@ class HostedHandler:
             while chunk := await request.content.readany():
                 await feed.write(chunk)
                 pull.bytes_received += len(chunk)
-                self._emit(BytesPushed(len(chunk)))
                 limit.reschedule(loop.time() + CLIENT_SILENCE_S)
         return feed.position - before
 

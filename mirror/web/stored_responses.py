@@ -139,6 +139,7 @@ class StoredResponse:
             outcome=first.outcome,
             status=first.status,
             bytes_sent=first.bytes_sent,
+            bytes_received=first.bytes_received,
             is_sent_in_one_write=first.is_sent_in_one_write,
             is_complete=first.is_complete,
             started=started,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from functools import partial
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -23,7 +24,8 @@ def count(connection: Connection) -> int:
 
 
 def totals(connection: Connection) -> tuple[int, int]:
-    return tuple(connection.execute("SELECT bytes, contents FROM totals").fetchone())  # type: ignore[return-value]
+    size, contents = connection.execute("SELECT bytes, contents FROM totals").fetchone()
+    return size, contents
 
 
 async def test_write_is_read_by_another_process_and_after_a_restart(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ async def test_failed_write_undoes_itself_and_no_other_one_of_its_commit(tmp_pat
         add(connection, "x")
         raise KeyError("no")
 
-    writes = [names.write(lambda c, n=n: add(c, str(n))) for n in range(5)]  # type: ignore[misc]
+    writes = [names.write(partial(add, digest=str(number))) for number in range(5)]
     results = await asyncio.gather(*writes, names.write(fail), return_exceptions=True)
     assert [type(result) for result in results] == [type(None)] * 5 + [KeyError]
     assert await names.read(count) == 5
@@ -60,7 +62,7 @@ async def test_waiting_writes_share_one_commit(tmp_path: Path) -> None:
     names._connection.set_trace_callback(
         lambda statement: commits.append(statement) if statement == "COMMIT" else None
     )
-    await asyncio.gather(*(names.write(lambda c, n=n: add(c, str(n))) for n in range(50)))  # type: ignore[misc]
+    await asyncio.gather(*(names.write(partial(add, digest=str(n))) for n in range(50)))
     assert len(commits) < 10
     assert await names.read(count) == 50
     await names.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mirror.observability.events import BytesPushed, Outcome
+from mirror.observability.events import Outcome
 from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import Denied, LoginRequired
 from mirror.oci.reference import Digest
@@ -786,5 +786,6 @@ async def test_push_is_recorded_with_its_bytes(tmp_path: Path) -> None:
         assert {pull.repository for pull in puts} == {"team/app"}
         assert puts[1].digest == str(DIGEST)
         assert server.pulls[-1].outcome is Outcome.DELETED
-        events = [event for event in server.events if isinstance(event, BytesPushed)]
-        assert sum(event.count for event in events) == 2 + len(DATA)
+        text, _ = await server.running_server.handler._render_metrics()
+        total = 2 + len(DATA) + len(manifest_of(DATA))
+        assert f"oci_mirror_bytes_pushed_total {total:.1f}".encode() in text
