@@ -1,0 +1,130 @@
+"""Real clients push to hosted repositories, and pull from both listeners.
+
+Also the conformance program of the Distribution specification, where `go install` has built it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.real import images
+from tests.real.clients import Containerd, Dockerd, Podman, Skopeo
+from tests.real.process import free_port, go_program, run
+from tests.real.server import Mirror
+
+pytestmark = pytest.mark.timeout(300)
+
+NAME = "registry.example"
+
+
+@pytest.fixture
+def hosting() -> Iterator[tuple[Mirror, str]]:
+    """Run a server that hosts. Yields it, and ``host:port`` of the door for pushes."""
+    door = f"127.0.0.1:{free_port()}"
+    hosted = {"name": NAME, "listen": door}
+    with Mirror({"docker.io": "http://127.0.0.1:9"}, hosted=hosted) as mirror:
+        yield mirror, door
+
+
+@pytest.mark.go_program("conformance")
+@pytest.mark.parametrize("version", ["1.1", "dev"])
+def test_conformance_program_finds_no_failure(
+    hosting: tuple[Mirror, str], tmp_path: Path, version: str
+) -> None:
+    """Only one step is skipped: a mount that names no source would tell what others have."""
+    env = {
+        "OCI_REGISTRY": hosting[1],
+        "OCI_TLS": "disabled",
+        "OCI_VERSION": version,
+        "OCI_RESULTS_DIR": str(tmp_path),
+    }
+    output = run(go_program("conformance"), env=env).stdout.decode()
+    counts = {
+        name: int(number)
+        for line in output.splitlines()
+        if (name := line.strip().partition("..")[0]) in ("Pass", "Skip", "FAIL", "Error")
+        and (number := line.rpartition(":")[2].strip()).isdigit()
+    }
+    assert (counts["FAIL"], counts["Error"], counts["Skip"]) == (0, 0, 2), output[-5000:]
+    assert counts["Pass"] > 800
+
+
+@pytest.mark.parametrize("kind", ["image", "index", "docker"])
+def test_skopeo_pushes_and_pulls_byte_for_byte(
+    hosting: tuple[Mirror, str], tmp_path: Path, kind: str
+) -> None:
+    mirror, door = hosting
+    content = {
+        "image": lambda: images.image(1),
+        "index": lambda: images.index(2),
+        "docker": lambda: images.image(3, flavour="docker"),
+    }[kind]()
+    skopeo = Skopeo()
+    flags = ("--all", "--preserve-digests", "--dest-tls-verify=false")
+    if kind == "docker":  # skopeo reads no such layout.
+        images.push(f"http://{door}", "team/app", content, "v1")
+    else:
+        layout = images.write_layout(tmp_path, content)
+        skopeo.skopeo("copy", *flags, f"oci:{layout}:latest", f"docker://{door}/team/app:v1")
+    assert skopeo.copy(f"{door}/team/app:v1") == content.contents()
+    assert skopeo.copy(f"{mirror.host}/{NAME}/team/app:v1") == content.contents()
+    # To another repository of the same registry: skopeo mounts the blobs.
+    skopeo.skopeo(
+        "copy",
+        *flags,
+        "--src-tls-verify=false",
+        f"docker://{door}/team/app:v1",
+        f"docker://{door}/other/app:v1",
+    )
+    assert skopeo.copy(f"{door}/other/app:v1") == content.contents()
+    skopeo.skopeo("delete", "--tls-verify=false", f"docker://{door}/team/app:v1")
+    assert json.loads(mirror.ask(f"/v2/{NAME}/team/app/tags/list").body)["tags"] == []
+
+
+def test_podman_pushes_and_pulls(hosting: tuple[Mirror, str], tmp_path: Path) -> None:
+    _, door = hosting
+    image = images.image(4)
+    layout = images.write_layout(tmp_path, image)
+    with Podman() as podman:
+        podman.pull(f"oci:{layout}:latest")
+        pulled = podman.podman("images", "--quiet", "--no-trunc").stdout.decode().split()[0]
+        podman.podman("push", "--tls-verify=false", pulled, f"docker://{door}/team/app:v1")
+        podman.forget()
+        podman.pull(f"{door}/team/app:v1", "--tls-verify=false")
+        assert podman.layers(f"{door}/team/app:v1") == list(image.diff_ids)
+
+
+def test_docker_tags_pushes_and_pulls(hosting: tuple[Mirror, str]) -> None:
+    _, door = hosting
+    image = images.image(5, flavour="docker")
+    images.push(f"http://{door}", "from/app", image, "v1")
+    with Dockerd("http://127.0.0.1:9") as docker:
+        docker.pull(f"{door}/from/app:v1")
+        docker.docker("tag", f"{door}/from/app:v1", f"{door}/team/app:v1")
+        docker.docker("push", f"{door}/team/app:v1")
+        docker.forget()
+        docker.pull(f"{door}/team/app:v1")
+        assert docker.layers(f"{door}/team/app:v1") == list(image.diff_ids)
+
+
+def test_containerd_pushes_and_pulls_through_the_mirror(hosting: tuple[Mirror, str]) -> None:
+    mirror, door = hosting
+    index = images.index(6)
+    with Containerd() as containerd:
+        archive = containerd.dir / "image.tar"
+        layout = images.write_layout(containerd.dir / "layout", index, tag="v1")
+        run("tar", "-C", layout, "-cf", archive, ".")
+        containerd.ctr(
+            *("image", "import", "--all-platforms", "--no-unpack"),
+            *("--base-name", f"{door}/team/app", archive),
+        )
+        containerd.ctr("image", "push", "--plain-http", f"{door}/team/app:v1")
+        containerd.ctr("image", "rm", "--sync", f"{door}/team/app:v1")
+        containerd.use(NAME, mirror.url)
+        containerd.pull(f"{NAME}/team/app:v1")
+        for digest, data in containerd.held().items():
+            assert index.contents()[digest] == data
