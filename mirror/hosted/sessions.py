@@ -158,7 +158,7 @@ class UploadSessions:
 
         writer = UploadWriter(fd, position, running_hash, self._writing, self._memory, on_closed)
         self._writers[upload_id] = writer
-        feed = UploadFeed(row, writer, self._reserve)
+        feed = UploadFeed(row, writer, self._reserve, self._store.space.make_room_on_disk)
         try:
             if start is not None and start != position:
                 message = f"the upload has {position} bytes, and the chunk begins at {start}"
@@ -327,13 +327,27 @@ class UploadFeed:
     """One request that feeds an upload."""
 
     def __init__(
-        self, row: UploadRow, writer: UploadWriter, reserve: Callable[[str, int], Awaitable[None]]
+        self,
+        row: UploadRow,
+        writer: UploadWriter,
+        reserve: Callable[[str, int], Awaitable[None]],
+        make_room: Callable[[int], Awaitable[None]],
     ) -> None:
-        """Feed ``row``. Created by :meth:`UploadSessions.open`."""
+        """Feed an upload. Created by :meth:`UploadSessions.open`.
+
+        Args:
+            row: The upload.
+            writer: Appends to its file.
+            reserve: Reserves bytes of the quota for an upload.
+            make_room: Frees so many bytes of the disk, if it can.
+        """
         self.row = row
         self.writer = writer
         self._reserved = row.reserved
         self._reserve = reserve
+        self._make_room = make_room
+        self._has_room_until = 0
+        """Length of the upload up to which the disk was asked for space."""
 
     @property
     def position(self) -> int:
@@ -341,10 +355,13 @@ class UploadFeed:
         return self.writer.position
 
     async def reserve(self, size: int) -> None:
-        """Reserve as much of the quota as ``size`` bytes of the upload need."""
+        """Reserve as much of the quota as ``size`` bytes of the upload need, and of the disk."""
         if size > self._reserved:
             await self._reserve(self.row.id, size)
             self._reserved = size
+        if size > self._has_room_until:
+            await self._make_room(size - self.position)
+            self._has_room_until = size
 
     async def write(self, chunk: bytes) -> None:
         """Append bytes. Raises ``QuotaExceeded``, ``StorageUnavailable``, ``UploadUnknown``."""
@@ -354,6 +371,8 @@ class UploadFeed:
                 await self.reserve(end + _UPLOAD_STEP_BYTES)
             except QuotaExceeded:
                 await self.reserve(end)
+        elif end > self._has_room_until:
+            await self.reserve(self._reserved)
         await self.writer.write(chunk)
 
     async def flush(self) -> None:

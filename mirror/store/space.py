@@ -408,6 +408,22 @@ class Space:
             return False
         return may_write is True
 
+    async def make_room_on_disk(self, need: int) -> None:
+        """Evict content if the disk has fewer than ``need`` free bytes. Waits for the eviction.
+
+        For content that does not count against the quota: clients have pushed it. Frees what it
+        can, and never raises: a write that finds no space fails anyway.
+        """
+        with suppress(OSError):
+            usage, disk_free = await self._read()
+            if usage is None or disk_free >= need:
+                return
+            quota = int(self._settings.max_size * self._settings.high_water)
+            evictable = min(quota, usage.total - usage.unwritten + disk_free)
+            eviction = self._evictor.start(min(need, evictable)) if evictable > 0 else None
+            if eviction is not None:
+                await asyncio.wait({eviction})
+
     def update_reserved(self) -> None:
         """Set the reserved bytes in the total: those that were granted, or are requested now."""
         reserved, unwritten = self._reservations()

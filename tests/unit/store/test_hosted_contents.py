@@ -11,6 +11,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
+from mirror.store import eviction, space
 from mirror.store.eviction import StoredBlob
 from mirror.store.hosted_contents import HostedContents
 from mirror.store.removal import KeptBecause
@@ -122,3 +123,22 @@ def test_file_that_is_no_database_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"x" * 1000)
     with pytest.raises(StorageUnavailable, match="it may be hosted"):
         HostedContents(path).find([Digest.of(b"x")])
+
+
+async def test_push_evicts_cached_content_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted_kit(tmp_path, storage=Storage(max_size=100 * SIZE)) as kit:
+        cached = [await cache(kit, seed) for seed in range(100, 110)]
+        await kit.store.space.measure()
+
+        def free_bytes(path: Path) -> int:
+            taken = sum(one.stat().st_size for one in (path / "blobs").rglob("*") if one.is_file())
+            return 11 * SIZE - taken
+
+        monkeypatch.setattr(space, "free_bytes", free_bytes)
+        monkeypatch.setattr(eviction, "free_bytes", free_bytes)
+        data = random_bytes(5 * SIZE, 7)
+        digest = await kit.push_blob(data)
+        assert await kit.read_blob(digest) == data
+        assert sum(map(kit.store.catalog.has_blob, cached)) <= 6

@@ -1,0 +1,58 @@
+"""The section ``hosted``: its door, its names, and who may reach it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mirror.config.settings import InvalidSetting, build
+
+UPSTREAMS = {
+    "docker.io": {"endpoints": ["https://one.example"], "hosts": ["hub.example"]},
+    "reg.example:5000": {"endpoints": ["https://two.example"]},
+}
+
+
+def read(hosted: dict[str, Any], **more: Any) -> Any:
+    return build({"upstreams": UPSTREAMS, "hosted": hosted, **more}).hosted
+
+
+def test_defaults_and_names() -> None:
+    hosted = read({"name": "registry.example:443", "listen": "127.0.0.1:5101"})
+    assert hosted.max_size == 100 * 2**30
+    assert (hosted.max_repository_size, hosted.sparse_indexes) == (None, False)
+    assert hosted.names() == dict.fromkeys(
+        ("registry.example:443", "registry.example_443"), "registry.example:443"
+    )
+
+
+@pytest.mark.parametrize(
+    ("hosted", "path", "reason"),
+    [
+        ({"listen": "127.0.0.1:1"}, "name", "is missing"),
+        ({"name": "registry.example"}, "listen", "nobody could push"),
+        ({"name": "docker.io", "listen": "127.0.0.1:1"}, "name", "already a name of docker.io"),
+        ({"name": "index.docker.io", "listen": "[::1]:1"}, "name", "already a name"),
+        ({"name": "reg.example:5000", "listen": "[::1]:1"}, "name", "already a name"),
+        ({"name": "registry.example", "listen": "0.0.0.0:1"}, "listen", "everybody who can reach"),
+        ({"name": "registry.example", "listen": "[::]:1"}, "listen", "everybody who can reach"),
+        ({"name": "registry.example", "listen": "10.0.0.1:1"}, "listen", "use a loopback"),
+        ({"name": "registry.example", "hosts": ["hub.example"]}, "hosts", "already a name"),
+        ({"name": "registry", "listen": "127.0.0.1:1"}, "name", "has a dot"),
+        ({"name": "r.example", "listen": "127.0.0.1:1", "max_size": "0"}, "max_size", "at least"),
+    ],
+)
+def test_section_that_cannot_work_or_is_open_is_refused(
+    hosted: dict[str, Any], path: str, reason: str
+) -> None:
+    with pytest.raises(InvalidSetting, match=reason) as caught:
+        read(hosted)
+    assert caught.value.path[:2] == ("hosted", path)
+
+
+def test_host_names_need_a_mirror_that_listens_on_loopback() -> None:
+    hosted = {"name": "registry.example", "hosts": ["push.example"]}
+    assert read(hosted, listen="[::1]:5100").hosts == ("push.example",)
+    with pytest.raises(InvalidSetting, match=r"0\.0\.0\.0:5100"):
+        read(hosted, listen="0.0.0.0:5100")
