@@ -30,7 +30,9 @@ from mirror.admin.worker_channel import open_channel
 from mirror.admin.worker_part import AdminSockets
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
+from mirror.hosted.database import open_checked
 from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, WorkerSockets, run_worker
+from mirror.store.layout import Layout
 
 _RESTART_INTERVAL_S: Final = 1.0
 """Minimum number of seconds between two starts of the same worker, so that a worker that ends at
@@ -55,6 +57,10 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
         # One by one: those that are open are closed if a further one cannot be.
         sockets.extend(_open_worker(settings, index) for index in range(settings.workers))
         admin = _open_admin(settings)
+        if settings.hosted is not None and settings.workers > 1:
+            # Raises: a worker that found damage would be started again and again.
+            layout = Layout(Path(settings.data_dir))
+            open_checked(layout.hosted_names).close()
         if settings.workers == 1:
             return asyncio.run(run_worker(settings, sockets[0], load, None, admin))
         with _metrics_directory() as directory:

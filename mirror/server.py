@@ -51,8 +51,6 @@ once, and none of them should have to connect again."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
 """Seconds until a connection is closed that is idle, or whose TLS handshake or request header is
 incomplete."""
-_SHUTDOWN_TIMEOUT_S: Final = 1.0
-"""Seconds that a handler may take to end after the drain, and again once it was cancelled."""
 _MAX_FIELD_BYTES: Final = 32 * 1024
 """Bytes of one header field. Podman's partial pulls request a thousand ranges in one ``Range``."""
 _REQUEST_BUFFER_BYTES: Final = 32 * 1024
@@ -103,7 +101,7 @@ class WorkerSockets:
 
     mirror: socket.socket
     push: socket.socket | None
-    """That of the hosted repositories. None: they have none of their own."""
+    """The listening socket of the hosted repositories. None: they have none of their own."""
 
     def close(self) -> None:
         """Close them. Closed ones are passed over."""

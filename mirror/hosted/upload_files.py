@@ -153,7 +153,7 @@ def publish_upload(layout: Layout, path: Path, fd: int, digest: Digest, now: flo
         raise FileNotFoundError(errno.ENOENT, "the file of the upload was removed", str(path))
     # From now on clients can open it as whole content, and its readers share the lock.
     fcntl.flock(fd, fcntl.LOCK_SH)
-    earlier = lease(layout, digest)
+    earlier = lease_content(layout, digest)
     directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         path.rename(target)
@@ -176,7 +176,7 @@ def _sync_directory(directory: int, target: Path, *, is_new: bool) -> None:
         raise
 
 
-def lease(layout: Layout, digest: Digest) -> int | None:
+def lease_content(layout: Layout, digest: Digest) -> int | None:
     """Keep content from eviction: return a descriptor with a shared lock. None if there is none.
 
     An eviction that has chosen this content at the same moment ends first: it removes the path that

@@ -23,6 +23,7 @@ from mirror.operations.retention import age_text
 from mirror.store import disk
 from mirror.store.disk import Layout
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of
+from mirror.store.hosted_contents import HostedContents
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.quarantine import quarantined_files
 from mirror.store.recovery import is_resumable
@@ -110,9 +111,11 @@ def _old_orphans(
 ) -> list[Content]:
     """Return content that no name reaches and nobody has used, the oldest first."""
     orphans = inventory.orphans
-    if orphans and not inventory.images:
-        raise NothingNamed
     found = [content for content in inventory.contents.values() if str(content.digest) in orphans]
+    # Hosted content is named elsewhere.
+    found = list(HostedContents(layout.hosted_names).without(found))
+    if found and not inventory.images:
+        raise NothingNamed
     old = [blob for blob in found if inventory.now - blob.used > grace]
     if old:
         unclear = _unclear_content(layout, inventory)

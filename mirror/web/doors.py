@@ -19,7 +19,7 @@ from mirror.web.handler import Handler
 from mirror.web.limited_server import LimitedServer
 from mirror.web.stored_responses import ReusingServer, UnsentConnections
 
-_SHUTDOWN_TIMEOUT_S: Final = 1.0
+_HANDLERS_TIMEOUT_S: Final = 1.0
 """Seconds that a handler may take to end after the drain, and again once it was cancelled."""
 
 
@@ -80,4 +80,4 @@ async def listen(
         # A connection that was accepted has to begin its request before idle ones close.
         await asyncio.sleep(0)
         server.pre_shutdown()
-        await server.shutdown(_SHUTDOWN_TIMEOUT_S)
+        await server.shutdown(_HANDLERS_TIMEOUT_S)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from mirror.oci.reference import Repository
 
 
-class Action(StrEnum):
+class AccessAction(StrEnum):
     """The kind of thing that a request does."""
 
     PING = "ping"
@@ -30,7 +30,7 @@ class Action(StrEnum):
 class AccessAttempt:
     """A request, as far as access is concerned."""
 
-    action: Action
+    action: AccessAction
     repository: Repository | None
     """None for ``PING`` and ``LIST``."""
     authorization: str | None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final, assert_never
 
 from aiohttp import web
@@ -23,13 +24,14 @@ from mirror.oci.errors import (
     LoginRequired,
     NameInvalid,
     SizeInvalid,
+    StorageUnavailable,
     TooLarge,
     UploadOutOfOrder,
 )
 from mirror.oci.links import build_next
 from mirror.oci.reference import Digest, Repository
 from mirror.web import hosted_paths, paths
-from mirror.web.hosted_access import AccessAttempt, Action, Authorize
+from mirror.web.hosted_access import AccessAction, AccessAttempt, Authorize
 from mirror.web.hosted_paths import BlobDeletion, ManifestChange, StartUpload, UploadRequest
 
 CLIENT_SILENCE_S: Final = 60.0
@@ -86,7 +88,7 @@ class HostedHandler:
         self,
         request: web.BaseRequest,
         pull: RequestRecord,
-        action: Action,
+        action: AccessAction,
         repository: Repository | None,
     ) -> str:
         """Return the name of the user. Raises ``LoginRequired`` or ``Denied``."""
@@ -121,11 +123,11 @@ class HostedHandler:
         )
         match parsed:
             case paths.PingRequest():
-                await self._ask(request, pull, Action.PING, None)
+                await self._ask(request, pull, AccessAction.PING, None)
                 return None
             case paths.RepositoriesRequest():
                 pull.kind = Kind.CATALOG
-                await self._ask(request, pull, Action.LIST, None)
+                await self._ask(request, pull, AccessAction.LIST, None)
                 return await self._send_repositories(request, pull, parsed)
             case (
                 paths.ManifestRequest()
@@ -133,11 +135,12 @@ class HostedHandler:
                 | paths.TagsRequest()
                 | paths.ReferrersRequest()
             ):
-                user = await self._ask(request, pull, Action.PULL, parsed.repository)
+                await self._ask(request, pull, AccessAction.PULL, parsed.repository)
                 if isinstance(parsed, paths.BlobRequest) and request.method == "HEAD":
-                    del user
-                    # A client that finds the blob here may push a manifest that names it.
-                    await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
+                    # A client that finds the blob here may push a manifest that names it. On a
+                    # disk that refuses, it cannot push one, and can still pull.
+                    with suppress(StorageUnavailable):
+                        await self._service.mark_blob_used(parsed.repository.path, parsed.digest)
                 return None
             case _:
                 return None
@@ -168,7 +171,7 @@ class HostedHandler:
 
     async def _may_pull(self, request: web.BaseRequest, pull: RequestRecord, name: str) -> bool:
         try:
-            await self._ask(request, pull, Action.PULL, Repository(self.name, name))
+            await self._ask(request, pull, AccessAction.PULL, Repository(self.name, name))
         except (Denied, LoginRequired):
             return False
         return True
@@ -183,7 +186,7 @@ class HostedHandler:
         pull.kind = Kind.MANIFEST if is_manifest else Kind.BLOB
         pull.upstream, pull.repository = self.name, parsed.repository.path
         is_deletion = request.method == "DELETE" and not isinstance(parsed, UploadRequest)
-        action = Action.DELETE if is_deletion else Action.PUSH
+        action = AccessAction.DELETE if is_deletion else AccessAction.PUSH
         user = await self._ask(request, pull, action, parsed.repository)
         pull.outcome = Outcome.DELETED if is_deletion else Outcome.PUSHED
         match parsed:
@@ -239,7 +242,7 @@ class HostedHandler:
             return False
         try:
             source = Repository.parse(self.name, parsed.source)
-            await self._ask(request, pull, Action.PULL, source)
+            await self._ask(request, pull, AccessAction.PULL, source)
         except (NameInvalid, Denied, LoginRequired):
             return False
         return await self._service.mount(source.path, parsed.repository.path, digest)

@@ -80,6 +80,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
     "processes": {
+        "hosted.database",
+        "store.layout",
         *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},

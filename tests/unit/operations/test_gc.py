@@ -12,6 +12,7 @@ from mirror.operations.gc import DEFAULT_GRACE_S, NothingNamed, collect_garbage,
 from mirror.store import disk
 from mirror.store.disk import IngestState, Layout
 from mirror.store.store import Store
+from tests.unit.hosted.kit import hosted_kit
 from tests.unit.operations.cleaning_kit import DAY, NOW, OTHER, inventory_of, mark, on_disk, pull
 from tests.unit.store.kit import image, keep, opened, random_bytes
 
@@ -142,3 +143,14 @@ async def test_responses_whose_time_is_over_go(tmp_path: Path) -> None:
         assert await store.index.cached_list("two") == "text"
         again = find_garbage(Layout(tmp_path), inventory_of(tmp_path, NOW), DEFAULT_GRACE_S)
         assert again.items == []
+
+
+async def test_hosted_content_is_no_garbage_until_no_repository_has_it(tmp_path: Path) -> None:
+    async with hosted_kit(tmp_path, clock=[NOW]) as kit:
+        await pull(kit.store, image(LAYER), "v1", [CONFIG, LAYER])
+        digest = await kit.push_blob(OTHER_LAYER)
+        found = find_garbage(Layout(tmp_path), inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert found.items == []
+        await kit.service.delete_blob("app", digest)
+        await collect_garbage(kit.store, inventory_of(tmp_path, LATER), DEFAULT_GRACE_S)
+        assert str(digest) not in on_disk(tmp_path)

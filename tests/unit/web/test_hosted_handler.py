@@ -18,7 +18,7 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, OCI_INDEX, OCI_MANIFEST
 from mirror.oci.errors import Denied, LoginRequired
 from mirror.oci.reference import Digest
 from mirror.web import hosted_handler
-from mirror.web.hosted_access import AccessAttempt, Action
+from mirror.web.hosted_access import AccessAction, AccessAttempt
 from tests.server_kit import Server, running
 from tests.unit.hosted.kit import (
     CONFIG,
@@ -443,7 +443,7 @@ async def test_referrers_are_there_at_once_and_filtered(tmp_path: Path) -> None:
 async def test_catalog_lists_what_the_client_may_pull_in_pages(tmp_path: Path) -> None:
     async def authorize(attempt: AccessAttempt) -> str:
         name = attempt.repository.path if attempt.repository else ""
-        if attempt.action is Action.PULL and name.startswith("secret"):
+        if attempt.action is AccessAction.PULL and name.startswith("secret"):
             raise Denied("no")
         return ""
 
@@ -579,7 +579,7 @@ async def test_access_is_asked_for_each_request(tmp_path: Path) -> None:
 
 async def test_mount_needs_the_right_to_read_the_source(tmp_path: Path) -> None:
     async def authorize(attempt: AccessAttempt) -> str:
-        if attempt.action is Action.PULL and attempt.authorization != "Basic reader":
+        if attempt.action is AccessAction.PULL and attempt.authorization != "Basic reader":
             raise Denied("no")
         return attempt.authorization or ""
 
