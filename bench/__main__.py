@@ -22,6 +22,7 @@ from bench import (
     fetch_memory,
     growth,
     index_costs,
+    listings,
     ranges,
     store_costs,
     table,
@@ -49,6 +50,7 @@ ROWS = (
     | store_costs.ROWS
     | index_costs.ROWS
     | cleaning.ROWS
+    | listings.ROWS
 )
 
 

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn
 
+from mirror.admin.tokens import Tokens
+from mirror.admin.worker_channel import open_channel
+from mirror.admin.worker_part import AdminSockets
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings
 from mirror.server import LISTEN_BACKLOG, STOP_SIGNALS, Worker, run_worker
@@ -46,24 +49,58 @@ def run(settings: Settings, load: Callable[[], Settings]) -> int:
     """
     # A hangup that comes before its handler is there waits for it, in each process.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP,))
+    sockets: list[socket.socket] = []
+    admin: AdminSockets | None = None
     try:
-        sockets = [_listen(settings, index) for index in range(settings.workers)]
-    except OSError as error:
-        print(f"listen: {settings.listen}: {error.strerror}", file=sys.stderr)  # noqa: T201 - before logging
-        return 1
-    try:
+        is_shared = settings.workers > 1
+        sockets.extend(
+            _listen(settings.listen, index, is_shared=is_shared)
+            for index in range(settings.workers)
+        )
+        admin = _open_admin(settings)
         if settings.workers == 1:
-            return asyncio.run(run_worker(settings, sockets[0], load))
+            return asyncio.run(run_worker(settings, sockets[0], load, None, admin))
         with _metrics_directory() as directory:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-            return _Supervisor(settings, sockets, load).run()
+            return _Supervisor(settings, sockets, load, admin).run()
+    except _CannotListen as error:
+        print(error, file=sys.stderr)  # noqa: T201 - before logging
+        return 1
     finally:
         for listener in sockets:
             listener.close()
+        if admin is not None:
+            admin.close()
 
 
-def _listen(settings: Settings, index: int) -> socket.socket:
-    host, _, raw_port = settings.listen.rpartition(":")
+class _CannotListen(Exception):
+    """A socket cannot be bound. The message names the key of the configuration."""
+
+
+def _open_admin(settings: Settings) -> AdminSockets | None:
+    """Open the sockets of the admin API. None: it is not configured.
+
+    Raises ``ConfigError`` if a file of tokens cannot be used: a worker that found out would be
+    started again and again.
+    """
+    if settings.admin is None:
+        return None
+    Tokens(settings.admin)
+    listener = _listen(settings.admin.listen, 0, is_shared=False, key="admin.listen")
+    sender, receiver = open_channel() if settings.workers > 1 else (None, None)
+    return AdminSockets(listener, sender, receiver)
+
+
+def _listen(address: str, index: int, *, is_shared: bool, key: str = "listen") -> socket.socket:
+    """Return a listening socket. Raises ``_CannotListen``. ``is_shared``: with other workers."""
+    try:
+        return _bind(address, index, is_shared=is_shared)
+    except OSError as error:
+        raise _CannotListen(f"{key}: {address}: {error.strerror}") from None
+
+
+def _bind(address: str, index: int, *, is_shared: bool) -> socket.socket:
+    host, _, raw_port = address.rpartition(":")
     host, port = host.strip("[]"), int(raw_port)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if index == 0 and port:
@@ -74,7 +111,7 @@ def _listen(settings: Settings, index: int) -> socket.socket:
             probe.bind((host, port))
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if settings.workers > 1:
+    if is_shared:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((host, port))
     listener.listen(LISTEN_BACKLOG)
@@ -123,7 +160,11 @@ class _Supervisor:
     """Forks the workers, restarts each that ends, and passes signals on to them."""
 
     def __init__(
-        self, settings: Settings, sockets: list[socket.socket], load: Callable[[], Settings]
+        self,
+        settings: Settings,
+        sockets: list[socket.socket],
+        load: Callable[[], Settings],
+        admin: AdminSockets | None,
     ) -> None:
         """Prepare the start of one worker for each socket.
 
@@ -131,8 +172,10 @@ class _Supervisor:
             settings: The configuration.
             sockets: The listening socket of each worker.
             load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
+            admin: The sockets of the admin API, for all workers. None: it is not served.
         """
         self._settings = settings
+        self._admin = admin
         self._sockets = sockets
         self._load = load
         self._workers: dict[int, tuple[int, float]] = {}
@@ -234,7 +277,7 @@ class _Supervisor:
                 supervisor_alive=alive,
                 predecessor=predecessor,
             )
-            run = run_worker(self._settings, self._sockets[index], self._load, worker)
+            run = run_worker(self._settings, self._sockets[index], self._load, worker, self._admin)
             code = asyncio.run(run)
         except Exception as error:
             print(f"worker: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201 - its log may not be set up

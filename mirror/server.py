@@ -19,12 +19,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from mirror import __version__
+from mirror.admin.worker_part import AdminPart, AdminSockets
 from mirror.composition import Mirror, open_mirror
 from mirror.config.reload import merge_settings
 from mirror.config.settings import Settings, Tls
+from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, LogLinesDropped, LogMessage, Observer
 from mirror.observability.library_logs import configure_logging
 from mirror.observability.log_stream import LogStream
@@ -32,6 +35,8 @@ from mirror.observability.logs import LogObserver, LogWriter
 from mirror.operations.prefetch import PrefetchJob
 from mirror.operations.retention_job import RetentionJob
 from mirror.pull.marks_watch import WATCH_INTERVAL_S
+from mirror.single_flight import SingleFlight
+from mirror.store.disk import Layout
 from mirror.threads import HangingCalls, call_soon_from_any_thread, on_running_loop
 from mirror.web.handler import Handler
 from mirror.web.health import Health
@@ -61,9 +66,11 @@ that it may have."""
 _RETENTION_CHECK_S: Final = 60.0
 """Seconds between two looks whether the retention rules are to run."""
 _CERTIFICATE_INTERVAL_S: Final = 5.0
-"""Seconds between two looks at the certificate's files."""
+"""Seconds between two looks at the files of certificates and of tokens."""
 _LAST_LINES_TIMEOUT_S: Final = 1.0
 """Seconds that the last log lines may take at a stop, if the standard output is slow."""
+_LAST_ROWS_TIMEOUT_S: Final = 1.0
+"""Seconds that the last rows of the history may take at a stop, if the disk is slow."""
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 """Signals after which the server drains and ends."""
 
@@ -88,6 +95,7 @@ async def run_worker(
     listener: socket.socket,
     load: Callable[[], Settings],
     worker: Worker | None = None,
+    admin_sockets: AdminSockets | None = None,
 ) -> int:
     """Run one process on one event loop, until a signal or the end of its supervisor.
 
@@ -96,6 +104,7 @@ async def run_worker(
         listener: A listening socket. It is closed at the end.
         load: Reads the configuration again, at ``SIGHUP``. Raises ``ConfigError``.
         worker: None for the only process.
+        admin_sockets: Those of the admin API. None: it is not served.
 
     Returns:
         The exit code.
@@ -106,10 +115,14 @@ async def run_worker(
     loop = asyncio.get_running_loop()
     index = None if worker is None else worker.index
     metrics = MetricsObserver(settings.upstreams, index, loop.call_soon)
+    admin = AdminPart(admin_sockets, index or 0) if admin_sockets is not None else None
 
     def emit(event: Event) -> None:
         metrics.observe(event)
         log.observe(event)
+        history.observe(event)
+        if admin is not None:
+            admin.observe(event)
 
     emit_from_thread = on_running_loop(emit)
 
@@ -124,6 +137,8 @@ async def run_worker(
     call_soon = call_soon_from_any_thread()
     lines = configure_logging(settings.log, stream, call_soon, on_lines_dropped)
     log = LogObserver(lines)
+    layout = Layout(Path(os.path.abspath(settings.data_dir)))  # noqa: ASYNC240 - reads no disk
+    history = HistoryRecorder(layout, emit, loop.call_later)
 
     if worker is not None and worker.predecessor is not None:
         pid, code = worker.predecessor
@@ -132,7 +147,10 @@ async def run_worker(
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     try:
-        async with start_server(settings, listener, emit, metrics.scrape) as running:
+        async with (
+            start_server(settings, listener, emit, metrics.scrape) as running,
+            _serve_admin(admin, running.mirror, emit),
+        ):
             if worker is not None:
                 _watch_supervisor(worker, running, stop, emit)
             _reload_at_hangup(running, load, lines, metrics.add_upstreams, emit)
@@ -146,9 +164,31 @@ async def run_worker(
             await stop.wait()
             await _drain(running, emit)
     finally:
+        history.close(_LAST_ROWS_TIMEOUT_S)
         lines.flush()
         stream.close(_LAST_LINES_TIMEOUT_S)
     return 0
+
+
+@asynccontextmanager
+async def _serve_admin(
+    admin: AdminPart | None, mirror: Mirror, emit: Observer
+) -> AsyncIterator[None]:
+    """Serve the admin API until the context ends. ``admin``: None if it is not configured."""
+    settings = mirror.settings.admin
+    if admin is None or settings is None:
+        yield
+        return
+    certificate = Certificate(settings.tls) if settings.tls is not None else None
+    context = certificate.context if certificate is not None else None
+    async with admin.run(mirror, context, emit) as running:
+        jobs = [("admin-certificate", certificate.refresh)] if certificate is not None else []
+        if running is not None:
+            emit(LogMessage("info", "serving the admin API", (("listen", settings.listen),)))
+            jobs.append(("admin-tokens", running.tokens.refresh))
+        for name, job in jobs:
+            _start_job(mirror.single_flight, name, _CERTIFICATE_INTERVAL_S, job, emit)
+        yield
 
 
 def _stdout() -> int:
@@ -298,7 +338,7 @@ def _start_housekeeping(
     prefetch = PrefetchJob(mirror, emit)
 
     def start(name: str, interval: float, job: Callable[[], object]) -> None:
-        mirror.single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
+        _start_job(mirror.single_flight, name, interval, job, emit)
 
     start("measure", _MEASURE_INTERVAL_S, store.measure)
     start("index", _INDEX_INTERVAL_S, store.keep_up_index)
@@ -312,6 +352,17 @@ def _start_housekeeping(
     )
     if certificate is not None:
         start("certificate", _CERTIFICATE_INTERVAL_S, certificate.refresh)
+
+
+def _start_job(
+    single_flight: SingleFlight,
+    name: str,
+    interval: float,
+    job: Callable[[], object],
+    emit: Observer,
+) -> None:
+    """Start a periodic job. See :func:`_run_every`."""
+    single_flight.run((name,), lambda: _run_every(name, interval, job, emit))
 
 
 async def _run_every(name: str, interval: float, job: Callable[[], object], emit: Observer) -> None:

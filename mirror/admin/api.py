@@ -86,13 +86,20 @@ class Api:
 
     # --- reading --------------------------------------------------------------------------------
 
+    def _is_open(self) -> bool:
+        admin = self._settings().admin
+        return admin is not None and admin.is_open
+
+    async def access(self, call: Call) -> Json:
+        return {"is_open": self._is_open()}
+
     async def session(self, call: Call) -> Json:
         settings = self._settings()
         storage = settings.storage
         return {
             "version": __version__,
             "role": call.role.value,
-            "is_open": settings.admin is not None and settings.admin.is_open,
+            "is_open": self._is_open(),
             "upstreams": list(settings.upstreams),
             "quota": storage.max_size,
             "high_water": int(storage.max_size * storage.high_water),

@@ -108,8 +108,10 @@ class Dispatcher:
             return _page_response(request, file)
         if not request.path.startswith(PREFIX + "/"):
             raise Problem(404, f"no such path: the API is below {PREFIX}/")
+        public = self._routes.get(request.path, {}).get(request.method)
         # Before the path is looked at: who has no token learns nothing.
-        role = self._role_of(request)
+        is_public = public is not None and public.is_public
+        role = Role.READ_ONLY if is_public else self._role_of(request)
         methods, identifier = self._find(request.path)
         operation = methods.get(request.method)
         if operation is None:

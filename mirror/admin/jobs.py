@@ -181,6 +181,8 @@ class Jobs:
         self._places = asyncio.Semaphore(MAX_RUNNING)
         self.version = 0
         """Grows with each change of any job."""
+        self.on_end: Callable[[], None] = lambda: None
+        """Called when a job has ended, before others see it: it may have changed the cache."""
 
     def start(self, kind: str, arguments: Mapping[str, Any], run: Run) -> Job:
         """Start a job, or let it wait for its turn.
@@ -253,6 +255,7 @@ class Jobs:
         if job.has_ended:
             return
         job.state, job.ended = state, self._now()
+        self.on_end()
         self._touch(job)
         fields = (("job", job.id), ("kind", job.kind), ("state", state.value))
         level = "warning" if state is State.FAILED else "info"

@@ -125,6 +125,7 @@ async def start_admin(
     assert admin is not None
     tokens, tickets = Tokens(admin), Tickets(time.monotonic)
     jobs = Jobs(single_flight, emit, now)
+    jobs.on_end = sources.images.forget_read
     workers = WorkerStates(live.snapshot, receiver)
     streams = EventStreams(workers.merged, jobs)
     api = Api(settings, sources, workers, jobs, tickets, streams, emit)

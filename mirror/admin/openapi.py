@@ -83,6 +83,8 @@ def _describe(operation: Operation) -> Json:
             **{str(status): {"$ref": f"#/components/responses/{status}"} for status in _PROBLEMS},
         },
     }
+    if operation.is_public:
+        described["security"] = []
     parameters: list[Json] = [_parameter(field) for field in operation.query]
     if "{id}" in operation.path:
         pattern = "^[A-Za-z0-9._-]{1,64}$"

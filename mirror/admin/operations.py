@@ -28,10 +28,13 @@ _OFFSET: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 10_000_000
 _ROW: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
 _YES: Final[Schema] = {"type": "boolean"}
 
-SORT_KEYS: Final = ("name", "size", "unique", "used", "checked")
+SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
 """Keys of a row of images that they can be sorted by."""
-STATES: Final = ("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased")
-"""States of an image that can be asked for."""
+STATES: Final = (
+    *("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased"),
+    "referrer",
+)
+"""States of an image that can be asked for. ``referrer``: signatures, SBOMs and the like."""
 OUTCOMES: Final = (
     *("hit", "join", "miss", "aside", "revalidated", "stale"),
     *("negative", "denied", "rejected", "error"),
@@ -75,6 +78,8 @@ class Operation:
     body: tuple[Field, ...] | None = None
     status: int = 200
     is_change: bool = False
+    is_public: bool = False
+    """Whether no token is needed."""
     media_type: str = "application/json"
 
 
@@ -136,6 +141,14 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
 """Kind of a job -> (summary, fields of its body)."""
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
+    Operation(
+        "access",
+        "GET",
+        f"{PREFIX}/access",
+        "Whether a token is needed. The only operation that needs none itself.",
+        "Access",
+        is_public=True,
+    ),
     _read("session", "/session", "Session", "The role of the token, and the quota."),
     _read(
         "list_images",

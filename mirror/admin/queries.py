@@ -23,10 +23,10 @@ from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.inventory import usage
+from mirror.inventory.json_rows import image_row
 from mirror.inventory.leftovers import find_leftovers
 from mirror.inventory.model import Image, Inventory
 from mirror.inventory.read import read_inventory
-from mirror.inventory.rows import image_row
 from mirror.inventory.tree import image_tree, node_row
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
@@ -104,17 +104,17 @@ class Queries:
             "read": timestamp(inventory.now),
         }
 
-    def show(self, name: str) -> Json:
+    def show(self, image: str) -> Json:
         """Return one image and its tree. Raises ``NotFound`` or ``InvalidRequest``."""
         inventory = self.inventory()
-        image = self._one(inventory, name)
+        found = self._one(inventory, image)
         nodes = []
-        for node in image_tree(inventory, image):
-            row = node_row(image, node)
+        for node in image_tree(inventory, found):
+            row = node_row(found, node)
             nodes.append({**row, "shared_with": list(node.shared_with)[:_MAX_SHARING]})
             if len(nodes) >= _MAX_NODES:
                 break
-        return {"image": image_row(inventory, image), "nodes": nodes}
+        return {"image": image_row(inventory, found), "nodes": nodes}
 
     def _one(self, inventory: Inventory, name: str) -> Image:
         parsed = ImageName.parse(name).with_default_tag()
@@ -286,9 +286,7 @@ def _read_counts(
     return history.minutes(since, until)
 
 
-def _points(
-    counts: Iterable[PeriodCount], until: float, seconds: int, step: int
-) -> Iterable[Json]:
+def _points(counts: Iterable[PeriodCount], until: float, seconds: int, step: int) -> Iterable[Json]:
     """Return one point for each step of the period, also for those without a request."""
     last = int(until // step) * step
     groups: dict[int, Saving] = {

@@ -1,6 +1,7 @@
 """The questions about the store, answered by a process of their own.
 
-Lives here: the process's start and end, and the protocol's other side. Must not know: what is asked.
+Lives here: the process's start and end, and the protocol's other side. Must not know: what is
+asked.
 
 The process is started by the first question, and ended when nobody has asked for a minute.
 """
@@ -58,7 +59,7 @@ class Reader:
         self._has_to_forget = False
         self._idle: asyncio.TimerHandle | None = None
 
-    async def ask(self, name: str, **given: Any) -> Any:
+    async def ask(self, name: str, /, **given: Any) -> Any:
         """Return the answer. Raises ``Problem``."""
         async with self._turn:
             try:
@@ -153,7 +154,7 @@ class ReadImages:
 
     async def show(self, image: str) -> Json:
         """Return one image with its tree."""
-        result: Json = await self._reader.ask("show", name=image)
+        result: Json = await self._reader.ask("show", image=image)
         return result
 
     async def usage(self) -> Json:

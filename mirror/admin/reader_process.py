@@ -1,11 +1,11 @@
-"""The process that answers the questions about the store: ``python -m mirror.admin.reader_process``.
+"""The process that answers questions about the store: ``python -m mirror.admin.reader_process``.
 
 Lives here: its protocol, one JSON object a line. The first line is the configuration, each further
 line a question, and each is answered by one line. It ends with its standard input. Must not know:
 HTTP, how a question is answered.
 
-To read 100,000 contents takes a second of processor time. In the server, requests would wait for the
-interpreter lock meanwhile.
+To read 100,000 contents takes a second of processor time. In the server, requests would wait for
+the interpreter lock meanwhile.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def answer(queries: Queries, question: Json) -> Json:
     """Return ``{"result": …}``, or ``{"status": …, "detail": …}``."""
     try:
         return {"result": _ask(queries, question["ask"], question.get("with", {}))}
-    except Problem as problem:
-        return {"status": problem.status, "detail": problem.detail}
-    except (MirrorError, OSError) as error:
-        problem = problem_of(error)
+    except (Problem, MirrorError, OSError) as error:
+        problem = error if isinstance(error, Problem) else problem_of(error)
         return {"status": problem.status, "detail": problem.detail}
 
 
@@ -60,7 +58,9 @@ def main(lines: Iterator[str]) -> None:
     settings = build(json.loads(next(lines)))
     queries = Queries(Layout(Path(settings.data_dir)), settings)
     for line in lines:
-        sys.stdout.write(json.dumps(answer(queries, json.loads(line)), separators=(",", ":")) + "\n")
+        sys.stdout.write(
+            json.dumps(answer(queries, json.loads(line)), separators=(",", ":")) + "\n"
+        )
         sys.stdout.flush()
 
 

@@ -16,6 +16,7 @@ TIME: Final[Schema] = {"type": "string", "format": "date-time"}
 TIME_OR_NULL: Final[Schema] = {"type": ["string", "null"], "format": "date-time"}
 COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
 COUNT_OR_NULL: Final[Schema] = {"type": ["integer", "null"], "minimum": 0}
+DIFFERENCE: Final[Schema] = {"type": "integer"}
 NUMBER: Final[Schema] = {"type": "number"}
 NUMBER_OR_NULL: Final[Schema] = {"type": ["number", "null"]}
 TRUTH: Final[Schema] = {"type": "boolean"}
@@ -41,6 +42,7 @@ def _map_of(values: Schema) -> Schema:
 
 SCHEMAS: Final[dict[str, Schema]] = {
     "Problem": record(title=TEXT, status={"type": "integer"}, detail=TEXT),
+    "Access": record(is_open=TRUTH),
     "Session": record(
         version=TEXT,
         role={"type": "string", "enum": ["full", "read-only"]},
@@ -52,36 +54,50 @@ SCHEMAS: Final[dict[str, Schema]] = {
     ),
     "Image": record(
         name=TEXT,
+        kind={"type": "string", "enum": ["image", "referrer"]},
         upstream=TEXT,
         repository=TEXT,
         tag=TEXT_OR_NULL,
         digest=TEXT,
+        current_digest=TEXT,
         platforms=list_of(TEXT),
+        missing_platforms=list_of(TEXT),
         size=COUNT,
         unique=COUNT,
-        used=TIME,
+        last_used=TIME_OR_NULL,
         checked=TIME_OR_NULL,
         state=list_of(TEXT),
-        why=TEXT_OR_NULL,
+        missing_parts=COUNT,
+        missing_bytes=COUNT,
+        stale_why=TEXT_OR_NULL,
+        blocked_why=TEXT_OR_NULL,
     ),
     "Images": record(images=list_of(_ref("Image")), matching=COUNT, total=COUNT, read=TIME),
     "ImageTree": record(image=_ref("Image"), nodes=list_of(_ref("TreeNode"))),
     "TreeNode": record(
         depth=COUNT,
-        digest=TEXT,
         type=TEXT,
-        size=COUNT,
+        digest=TEXT,
+        media_type=TEXT_OR_NULL,
         platform=TEXT_OR_NULL,
+        size=COUNT,
         is_here=TRUTH,
-        shared_with=COUNT,
+        name=TEXT_OR_NULL,
+        shared_with=list_of(TEXT),
     ),
     "Usage": record(
         contents=COUNT,
         bytes=COUNT,
         quota=COUNT,
         rows=list_of(record(type=TEXT, total=COUNT, active=COUNT, size=COUNT, reclaimable=COUNT)),
-        upstreams=list_of(record(name=TEXT, images=COUNT, size=COUNT, unique=COUNT)),
-        next=list_of(record(digest=TEXT, size=COUNT, used=TIME, images=list_of(TEXT), why=TEXT)),
+        upstreams=list_of(
+            record(name=TEXT, images=COUNT, contents=COUNT, size=COUNT, shared=COUNT, unique=COUNT)
+        ),
+        next=list_of(
+            record(
+                digest=TEXT, type=TEXT, size=COUNT, last_used=TIME, why=TEXT, images=list_of(TEXT)
+            )
+        ),
         read=TIME,
     ),
     "TagHistory": record(
@@ -176,7 +192,7 @@ SCHEMAS: Final[dict[str, Schema]] = {
                 hit_ratio=NUMBER_OR_NULL,
                 bytes_sent=COUNT,
                 bytes_fetched=COUNT,
-                bytes_saved=COUNT,
+                bytes_saved=DIFFERENCE,
             )
         ),
         upstreams=list_of(_ref("Saving")),
@@ -187,8 +203,8 @@ SCHEMAS: Final[dict[str, Schema]] = {
         hit_ratio=NUMBER_OR_NULL,
         bytes_sent=COUNT,
         bytes_fetched=COUNT,
-        bytes_saved=COUNT,
-        billable_saved=COUNT,
+        bytes_saved=DIFFERENCE,
+        billable_saved=DIFFERENCE,
     ),
     "Marks": record(
         pins=list_of(record(name=TEXT, digest=TEXT, since=TIME)),

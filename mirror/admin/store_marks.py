@@ -54,9 +54,7 @@ class StoreMarks:
 
     async def pin(self, image: str) -> Json:
         """Keep an image for ever."""
-        (pin,) = await marking.pin(
-            self._layout, self._index, [ImageName.parse(image)], self._now()
-        )
+        (pin,) = await marking.pin(self._layout, self._index, [ImageName.parse(image)], self._now())
         return {"text": f"pinned {pin.name}"}
 
     async def unpin(self, image: str) -> Json:

@@ -16,8 +16,8 @@ from mirror.cli.output import CommandFailed, print_note
 from mirror.config.settings import Settings
 from mirror.observability.events import Event, LogMessage
 from mirror.store import image_layout
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 
 _MARKER: Final = "oci-layout"
 """A file that every data directory has since the first start of a server."""

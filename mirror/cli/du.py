@@ -51,11 +51,11 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help=f"also list what an eviction removes next, in its order ({_NEXT} contents at most)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=show_usage)
 
 
 @common.collector_paused()
-def run(arguments: argparse.Namespace) -> int:
+def show_usage(arguments: argparse.Namespace) -> int:
     """Run ``du``. Returns the exit code."""
     settings = load_settings(arguments)
     inventory = common.read(settings)
@@ -111,7 +111,7 @@ def _group_columns(now: float, by: str) -> tuple[Column, ...]:
 
 def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
     from mirror.inventory import usage
-    from mirror.inventory.rows import time_text
+    from mirror.inventory.json_rows import utc_text
 
     groups = usage.usage_by_group(
         inventory,
@@ -126,7 +126,7 @@ def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
             "size": group.size,
             "shared": group.shared,
             "unique": group.unique,
-            "last_used": time_text(group.used or None),
+            "last_used": utc_text(group.used or None),
         }
         for group in groups
     ]
@@ -161,7 +161,7 @@ def _eviction_rows(
     inventory: Inventory, leftovers: list[Leftover], storage: Storage
 ) -> Iterable[dict[str, Any]]:
     from mirror.inventory import usage
-    from mirror.inventory.rows import time_text
+    from mirror.inventory.json_rows import utc_text
 
     enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
     for one in usage.next_evictions(inventory, leftovers, enough, _NEXT):
@@ -170,7 +170,7 @@ def _eviction_rows(
             "digest": str(one.digest),
             "type": one.type,
             "size": one.size,
-            "last_used": time_text(one.used),
+            "last_used": utc_text(one.used),
             "why": one.why,
             "images": [image.name for image in one.images],
         }

@@ -56,7 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--all-tags is about a repository: write {tagged.repository}")
     else:
         images = [image.with_default_tag() for image in images]
+    # Imported here: it imports the index, which other commands do not need.
+    from mirror.cli.data_directory import find_layout
+
     settings = load_settings(arguments)
+    find_layout(settings)  # With a wrong configuration, nothing would seem to be known.
     is_good = asyncio.run(_forget_all(settings, images, is_json=arguments.is_json))
     return 0 if is_good else EX_FAILED
 
@@ -81,7 +85,7 @@ async def _forget_all(settings: Settings, images: list[ImageName], *, is_json: b
                 else:
                     print_note(f"{image}: {error.message}")
             else:
-                print_line(json.dumps(to_row(report)) if is_json else _text(report))
+                print_line(json.dumps(forget_row(report)) if is_json else _text(report))
     finally:
         await store.close()
     return is_good
@@ -100,7 +104,7 @@ def _text(report: ForgetReport) -> str:
     return f"{report.image}  forgotten  {', '.join(texts)}"
 
 
-def to_row(report: ForgetReport) -> dict[str, Any]:
+def forget_row(report: ForgetReport) -> dict[str, Any]:
     """Return the JSON object of a report (``docs/commands.md``)."""
     return _row(
         report.image,

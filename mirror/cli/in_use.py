@@ -75,4 +75,4 @@ def _run(arguments: argparse.Namespace) -> int:
     # Imported here: all other commands would start 0.1 s later.
     from mirror.cli import in_use_command
 
-    return in_use_command.run(arguments)
+    return in_use_command.run_in_use(arguments)

@@ -20,7 +20,7 @@ from mirror.cli.listing import Column, age_text, print_rows, time_text
 from mirror.cli.output import CommandFailed, print_line, print_note
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _MAX_LIST_BYTES: Final = 64 * 1024 * 1024
 """Bytes of a list that is read: 500,000 images."""
@@ -34,7 +34,7 @@ _COLUMNS: Final = (
 )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_in_use(arguments: argparse.Namespace) -> int:
     """Run the command, and return its exit code."""
     layout = find_layout(load_settings(arguments))
     if arguments.release:
@@ -75,10 +75,12 @@ def _api_server(arguments: argparse.Namespace) -> ApiServer:
         inside = ApiServer.in_cluster(os.environ)
         return ApiServer(
             inside.url,
-            arguments.token_file or inside.token_file,
-            arguments.ca_file or inside.ca_file,
+            token_file=arguments.token_file or inside.token_file,
+            ca_file=arguments.ca_file or inside.ca_file,
         )
-    return ApiServer(arguments.api_server, arguments.token_file, arguments.ca_file)
+    return ApiServer(
+        arguments.api_server, token_file=arguments.token_file, ca_file=arguments.ca_file
+    )
 
 
 def _read_list(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -68,16 +69,16 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="list signatures and other referrers, too (as --filter kind=referrer does)",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=list_images)
 
 
 @common.collector_paused()
-def run(arguments: argparse.Namespace) -> int:
+def list_images(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
     inventory = common.read(settings)
-    from mirror.inventory.rows import image_row
+    from mirror.inventory.json_rows import image_row
 
     images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
     has_referrers = arguments.has_all or any(key == "kind" for key, _ in filters)
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _columns(now: float, arguments: argparse.Namespace) -> list[Column]:
-    since = since_text(now)
+    since = lru_cache(10_000)(since_text(now))  # Many images were checked at the same time.
     return [
         Column("UPSTREAM", "upstream"),
         Column("REPOSITORY", "repository"),

@@ -108,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
         print_line(self.format_help().rstrip("\n"))
 
 
-class _Version(argparse.Action):
+class _PrintVersion(argparse.Action):
     """``--version``, with the same check of standard output."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version")
     parser.set_defaults(whole_parser=parser)  # For `completion`.
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

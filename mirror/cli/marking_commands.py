@@ -9,7 +9,7 @@ import argparse
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index, print_event
@@ -19,10 +19,8 @@ from mirror.config.settings import Settings
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
 from mirror.operations import marking
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Pin, read_marks
-
-Row: TypeAlias = dict[str, Any]
 
 _SERVER_NOTE: Final = "a running server applies it within a second"
 
@@ -64,7 +62,7 @@ def _unpin(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pin_row(pin: Pin) -> Row:
+def _pin_row(pin: Pin) -> dict[str, Any]:
     return {"image": pin.name, "digest": str(pin.digest), "since": time_text(pin.since)}
 
 
@@ -105,7 +103,7 @@ def _unblock(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _block_row(block: Block) -> Row:
+def _block_row(block: Block) -> dict[str, Any]:
     return {
         "target": block.target,
         "reason": block.reason,
@@ -180,7 +178,7 @@ async def _roll_back(
         return await marking.roll_back(layout, index, name, to, time.time(), check_upstream)
 
 
-def _freeze_row(freeze: Freeze) -> Row:
+def _freeze_row(freeze: Freeze) -> dict[str, Any]:
     return {"image": freeze.name, "digest": str(freeze.digest), "since": time_text(freeze.since)}
 
 
@@ -188,13 +186,15 @@ def _freeze_row(freeze: Freeze) -> Row:
 
 
 def _print_table(
-    columns: Sequence[Column], rows: Iterable[Row], arguments: argparse.Namespace
+    columns: Sequence[Column], rows: Iterable[dict[str, Any]], arguments: argparse.Namespace
 ) -> None:
     since = Column("SINCE", "since", since_text(time.time()))
     print_rows((*columns, since), rows, is_json=arguments.is_json)
 
 
-def _report(rows: Sequence[Row], lines: Sequence[str], arguments: argparse.Namespace) -> None:
+def _report(
+    rows: Sequence[dict[str, Any]], lines: Sequence[str], arguments: argparse.Namespace
+) -> None:
     """Print what was done: the rows as JSON, or a line for each."""
     if arguments.is_json:
         print_rows((), rows, is_json=True)

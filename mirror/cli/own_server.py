@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from mirror.config.values import check_http_url
 
-_TIMEOUT_S: Final = 5.0
+_STEP_TIMEOUT_S: Final = 5.0
 """Seconds of each step of a request: the server answers these from memory."""
 _MAX_BODY_BYTES: Final = 256 * 1024
 """Bytes of a body that are read: ours are smaller, and another program may send anything."""
@@ -53,9 +53,9 @@ class OwnServer:
             context = ssl.create_default_context()
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
-            connection = HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=context)
+            connection = HTTPSConnection(host, port, timeout=_STEP_TIMEOUT_S, context=context)
         else:
-            connection = HTTPConnection(host, port, timeout=_TIMEOUT_S)
+            connection = HTTPConnection(host, port, timeout=_STEP_TIMEOUT_S)
         try:
             connection.request("GET", f"{self._parts.path}{path}")
             response = connection.getresponse()

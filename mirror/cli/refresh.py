@@ -63,7 +63,7 @@ async def _refresh_all(settings: Settings, images: list[ImageName], *, is_json: 
                 is_good = False
                 _print_failure(image, error.message, is_json=is_json)
             else:
-                print_line(json.dumps(to_row(report)) if is_json else _text(report))
+                print_line(json.dumps(refresh_row(report)) if is_json else _text(report))
     return is_good
 
 
@@ -82,7 +82,7 @@ def _text(report: RefreshReport) -> str:
     return f"{report.image}  unchanged  {report.digest}"
 
 
-def to_row(report: RefreshReport) -> dict[str, Any]:
+def refresh_row(report: RefreshReport) -> dict[str, Any]:
     """Return the JSON object of a report (``docs/commands.md``)."""
     state = "unchanged" if report.previous is not None else "new"
     previous = str(report.previous) if report.previous is not None else None

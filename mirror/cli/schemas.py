@@ -29,12 +29,16 @@ _TEXT: Final = {"type": "string"}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 _NUMBER_OF: Final = {"type": "integer", "minimum": 0}
-_DIGEST: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
-_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST, {"type": "null"}]}
+_DIGEST_TEXT: Final = {"type": "string", "pattern": "^sha(256:[0-9a-f]{64}|512:[0-9a-f]{128})$"}
+_DIGEST_OR_NULL: Final = {"anyOf": [_DIGEST_TEXT, {"type": "null"}]}
 _TIME_OR_NULL: Final = {
     "type": ["string", "null"],
     "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$",
 }
+_COUNT_OR_NULL: Final = {"type": ["integer", "null"], "minimum": 0}
+_SECONDS_OR_NULL: Final = {"type": ["number", "null"]}
+_RATIO_OR_NULL: Final = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+_YES_NO: Final = {"type": "boolean"}
 _TEXTS: Final = {"type": "array", "items": _TEXT}
 _CONTENT_TYPE: Final = {"enum": ["index", "manifest", "config", "layer", "referrer", "other"]}
 _FILE_TYPE: Final = {
@@ -61,9 +65,9 @@ _TYPE_USAGE: Final = _row(
     reclaimable=_NUMBER_OF,
 )
 _TIME: Final = {"type": "string", "pattern": _TIME_OR_NULL["pattern"]}
-_MARK: Final = _row(image=_TEXT, digest=_DIGEST, since=_TIME)
+_MARK: Final = _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME)
 _BLOCK: Final = _row(
-    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST}
+    target=_TEXT, reason=_TEXT, since=_TIME, digests={"type": "array", "items": _DIGEST_TEXT}
 )
 _SECONDS: Final = {"type": "number", "minimum": 0}
 _CLEANED: Final = _row(
@@ -77,7 +81,7 @@ _CLEANED: Final = _row(
 )
 _NEXT_EVICTION: Final = _row(
     kind={"const": "eviction"},
-    digest=_DIGEST,
+    digest=_DIGEST_TEXT,
     type=_FILE_TYPE,
     size=_NUMBER_OF,
     last_used=_TIME_OR_NULL,
@@ -95,6 +99,40 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         remedy=_TEXT_OR_NULL,
     ),
     "du": {"oneOf": [_TYPE_USAGE, _GROUP_USAGE, _NEXT_EVICTION]},
+    "explain": _row(
+        time=_TIME_OR_NULL,
+        name=_TEXT,
+        sentences={"type": "array", "items": _TEXT},
+        outcome=_TEXT,
+        status=_NUMBER_OF,
+        method=_TEXT,
+        kind=_TEXT,
+        upstream=_TEXT_OR_NULL,
+        repository=_TEXT_OR_NULL,
+        reference=_TEXT_OR_NULL,
+        digest=_TEXT_OR_NULL,
+        client=_TEXT_OR_NULL,
+        user_agent=_TEXT_OR_NULL,
+        request_id=_TEXT,
+        error=_TEXT_OR_NULL,
+        warning=_TEXT_OR_NULL,
+        bytes_sent=_NUMBER_OF,
+        is_complete=_YES_NO,
+        size=_COUNT_OR_NULL,
+        duration=_SECONDS,
+        first_byte=_SECONDS_OR_NULL,
+        stages={"type": "object", "additionalProperties": _SECONDS},
+        source_wait=_SECONDS,
+        fetched_bytes=_COUNT_OR_NULL,
+        fetched_seconds=_SECONDS_OR_NULL,
+        connections=_NUMBER_OF,
+        late_parts=_NUMBER_OF,
+        joined_at_byte=_COUNT_OR_NULL,
+        aside_bytes=_NUMBER_OF,
+        tag_age=_SECONDS_OR_NULL,
+        tag_ttl=_SECONDS_OR_NULL,
+        previous_digest=_TEXT_OR_NULL,
+    ),
     "forget": _row(
         image=_TEXT,
         tags=_TEXTS,
@@ -105,6 +143,14 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     ),
     "freeze": _MARK,
     "gc": _CLEANED,
+    "history": _row(
+        image=_TEXT,
+        digest=_TEXT,
+        first_seen=_TIME_OR_NULL,
+        last_seen=_TIME_OR_NULL,
+        is_current=_YES_NO,
+        is_here=_YES_NO,
+    ),
     "in-use": _row(
         source=_TEXT,
         digests=_NUMBER_OF,
@@ -118,8 +164,8 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         upstream=_TEXT,
         repository=_TEXT,
         tag=_TEXT_OR_NULL,
-        digest=_DIGEST,
-        current_digest=_DIGEST,
+        digest=_DIGEST_TEXT,
+        current_digest=_DIGEST_TEXT,
         platforms=_TEXTS,
         missing_platforms=_TEXTS,
         size=_NUMBER_OF,
@@ -145,12 +191,26 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
         error=_TEXT_OR_NULL,
     ),
     "rm": _CLEANED,
-    "rollback": _row(image=_TEXT, digest=_DIGEST, since=_TIME, missing=_NUMBER_OF),
+    "rollback": _row(image=_TEXT, digest=_DIGEST_TEXT, since=_TIME, missing=_NUMBER_OF),
+    "savings": _row(
+        kind={"enum": ["upstream", "repository", "network", "total", "disk"]},
+        name=_TEXT,
+        since=_TIME_OR_NULL,
+        requests=_NUMBER_OF,
+        hit_ratio=_RATIO_OR_NULL,
+        bytes_sent=_COUNT_OR_NULL,
+        bytes_fetched=_NUMBER_OF,
+        bytes_saved={"type": ["integer", "null"]},
+        billable=_COUNT_OR_NULL,
+        billed=_COUNT_OR_NULL,
+        billable_saved={"type": ["integer", "null"]},
+        max_size=_COUNT_OR_NULL,
+    ),
     "show": _row(
         image=_TEXT,
         depth=_NUMBER_OF,
         type=_CONTENT_TYPE,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         parent=_DIGEST_OR_NULL,
         media_type=_TEXT_OR_NULL,
         artifact_type=_TEXT_OR_NULL,
@@ -166,7 +226,7 @@ SCHEMAS: Final[Mapping[str, RowSchema]] = {
     "verify": _row(
         problem={"enum": ["damaged", "unreadable", "incomplete"]},
         image=_TEXT_OR_NULL,
-        digest=_DIGEST,
+        digest=_DIGEST_TEXT,
         bytes=_NUMBER_OF,
         what=_TEXT,
         command=_TEXT_OR_NULL,

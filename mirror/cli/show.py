@@ -40,11 +40,11 @@ def add_parser(commands: Commands) -> None:
         type=image_name,
         help="name of the image, such as nginx:1.27 or ghcr.io/org/app@sha256:…",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=show_image)
 
 
 @common.collector_paused()
-def run(arguments: argparse.Namespace) -> int:
+def show_image(arguments: argparse.Namespace) -> int:
     """Run ``show``. Returns the exit code."""
     settings = load_settings(arguments)
     inventory = common.read(settings)
@@ -74,7 +74,7 @@ def _not_found(inventory: Inventory, arguments: argparse.Namespace) -> str:
 
 
 def _print_summary(inventory: Inventory, image: Image) -> None:
-    from mirror.inventory.rows import image_row
+    from mirror.inventory.json_rows import image_row
 
     row = image_row(inventory, image)
     print_line(f"{image.name}")

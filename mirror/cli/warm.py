@@ -163,9 +163,9 @@ def read_lists(images: list[ImageName], files: list[str], manifests: list[str]) 
 
 
 def _read_stdin() -> bytes:
-    from mirror.operations.yaml_documents import MAX_FILE_BYTES
+    from mirror.operations.yaml_documents import MAX_MANIFESTS_BYTES
 
-    return sys.stdin.buffer.read(MAX_FILE_BYTES + 1) if sys.stdin is not None else b""
+    return sys.stdin.buffer.read(MAX_MANIFESTS_BYTES + 1) if sys.stdin is not None else b""
 
 
 async def _warm(
@@ -201,7 +201,7 @@ def _move_bar(bars: Bars, progress: ContentProgress) -> None:
 def print_report(report: ImageReport, *, is_json: bool) -> None:
     """Print what became of an image: a line, or a JSON object. An error goes to standard error."""
     if is_json:
-        print_line(json.dumps(to_row(report)))
+        print_line(json.dumps(warm_row(report)))
     elif report.is_complete:
         added = f"{report.added} new, {size_text(report.added_bytes)}" if report.added else "no new"
         whole = f"{report.contents} contents, {size_text(report.bytes)}"
@@ -216,7 +216,7 @@ def print_report(report: ImageReport, *, is_json: bool) -> None:
     flush()
 
 
-def to_row(report: ImageReport) -> dict[str, Any]:
+def warm_row(report: ImageReport) -> dict[str, Any]:
     """Return the JSON object of a report (``docs/commands.md``)."""
     return {
         "image": str(report.image),

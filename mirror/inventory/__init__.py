@@ -10,10 +10,10 @@ manifests, and works beside running servers.
 Reading order:
 
 1. :mod:`~mirror.inventory.model`: the values, and the questions that they answer.
-2. :mod:`~mirror.inventory.manifests`: a manifest and its parts, parsed.
+2. :mod:`~mirror.inventory.manifest_parsing`: a manifest and its parts, parsed.
    :mod:`~mirror.inventory.manifest_cache` keeps them between runs.
 3. :mod:`~mirror.inventory.sharing`: what each name reaches, and what only one name reaches.
 4. :mod:`~mirror.inventory.read`: from the data directory to an inventory.
 5. :mod:`~mirror.inventory.usage` (``du``), :mod:`~mirror.inventory.tree` (``show``) and
-   :mod:`~mirror.inventory.rows` (JSON).
+   :mod:`~mirror.inventory.json_rows` (JSON).
 """

@@ -12,17 +12,17 @@ from itertools import repeat
 from typing import Final
 
 from mirror.config.settings import Upstream
+from mirror.inventory.image_names import Name
 from mirror.inventory.model import (
-    MANIFEST_TYPES,
+    MANIFEST_PART_TYPES,
     Content,
     ContentType,
     DigestText,
     Image,
     Inventory,
-    Manifest,
-    Part,
+    ManifestPart,
+    StoredManifest,
 )
-from mirror.inventory.names import Name
 from mirror.inventory.sharing import Sharing
 from mirror.inventory.staleness import why_stale
 from mirror.inventory.subjects import subject_of_tag
@@ -37,11 +37,11 @@ _UNKNOWN_PLATFORM: Final = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
-    """What was read of the directories."""
+    """The content on disk, as the directories and the manifests have it."""
 
     present: frozenset[DigestText]
     """All whole content."""
-    manifests: Mapping[DigestText, Manifest]
+    manifests: Mapping[DigestText, StoredManifest]
     """The manifests that names and marks reach."""
     status: Mapping[DigestText, tuple[int, float]]
     """Manifest -> (bytes, last use in seconds since the epoch)."""
@@ -187,45 +187,51 @@ class _Parts:
     """Its manifests on disk, beside the root."""
     platforms: tuple[str, ...] = ()
     missing_platforms: tuple[str, ...] = ()
-    missing: tuple[Part, ...] = ()
+    missing: tuple[ManifestPart, ...] = ()
 
 
 def _damaged(root: DigestText) -> _Parts:
     """Return the parts of a manifest whose bytes are wrong: it has to be fetched again."""
-    return _Parts(missing=(Part(root, "", 0, ContentType.MANIFEST),))
+    return _Parts(missing=(ManifestPart(root, media_type="", size=0, type=ContentType.MANIFEST),))
 
 
-def _find_parts(root: Manifest, on_disk: OnDisk) -> _Parts:
+def _find_parts(root: StoredManifest, on_disk: OnDisk) -> _Parts:
     """Find the parts of an image. Those of platforms that were never pulled do not lack."""
     manifests, present = on_disk.manifests, on_disk.present
     children: dict[DigestText, None] = {}
     platforms = {root.platform} if root.platform else set()
     missing_platforms: set[str] = set()
-    missing: dict[DigestText, Part] = {}
+    missing: dict[DigestText, ManifestPart] = {}
     queue = [root]
     for manifest in queue:  # It grows while it is read.
         is_image = manifest.type is ContentType.MANIFEST
         if is_image and present.issuperset(manifest.columns.digests):
             continue  # It lacks nothing, as most images do.
-        for part in manifest.parts:
-            text = part.text
-            if is_image or part.type not in MANIFEST_TYPES:
-                if text not in present and not part.is_elsewhere:
-                    missing[text] = part
+        columns = manifest.columns
+        platforms_of = columns.platforms or [None] * len(columns.digests)
+        lacking: list[int] = []
+        entries = zip(columns.digests, columns.types, platforms_of, strict=True)
+        for number, (text, kind, stated) in enumerate(entries):
+            if is_image or kind not in MANIFEST_PART_TYPES:
+                if text not in present and not (columns.elsewhere and columns.elsewhere[number]):
+                    lacking.append(number)
             elif text not in manifests:
-                if part.type is not ContentType.REFERRER:
-                    missing_platforms.add(part.platform or _UNKNOWN_PLATFORM)
+                if kind != ContentType.REFERRER:
+                    missing_platforms.add(stated or _UNKNOWN_PLATFORM)
             elif text not in children:
                 children[text] = None
                 child = manifests[text]
-                if platform := part.platform or child.platform:
+                if platform := stated or child.platform:
                     platforms.add(platform)
                 queue.append(child)
+        if lacking:
+            parts = manifest.parts
+            missing.update({parts[number].text: parts[number] for number in lacking})
     if root.type is ContentType.INDEX and not children:
-        missing.update({part.text: part for part in root.parts if part.type in MANIFEST_TYPES})
+        missing.update({part.text: part for part in root.parts if part.type in MANIFEST_PART_TYPES})
     return _Parts(
-        tuple(children),
-        tuple(sorted(platforms)),
-        tuple(sorted(missing_platforms)),
-        tuple(missing.values()),
+        children=tuple(children),
+        platforms=tuple(sorted(platforms)),
+        missing_platforms=tuple(sorted(missing_platforms)),
+        missing=tuple(missing.values()),
     )

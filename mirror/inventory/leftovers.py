@@ -54,7 +54,7 @@ class Leftover:
 
     @property
     def why(self) -> str:
-        """What the file is, in words."""
+        """The meaning of the kind, in words."""
         return _WHY[self.kind]
 
 

@@ -18,7 +18,7 @@ from typing import Final
 
 _FORMAT: Final = 1
 """``user_version`` of the database. A file of another format is made anew."""
-_BUSY_TIMEOUT_S: Final = 1.0
+_CACHE_TIMEOUT_S: Final = 1.0
 """Seconds to wait for another command that writes. Then the rows are not written."""
 _CREATE: Final = "CREATE TABLE manifests (digest TEXT PRIMARY KEY, facts TEXT NOT NULL)"
 
@@ -42,7 +42,7 @@ class ManifestCache:
                 self._delete()
             return {}
 
-    def save(self, rows: Iterable[tuple[str, str]], gone: Iterable[str] = ()) -> bool:
+    def try_save(self, rows: Iterable[tuple[str, str]], gone: Iterable[str] = ()) -> bool:
         """Write (digest, text) rows, and delete those of ``gone``. Returns whether it was done."""
         try:
             with self._open() as database, database:
@@ -56,7 +56,7 @@ class ManifestCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)) as database:
+        with closing(sqlite3.connect(self._path, timeout=_CACHE_TIMEOUT_S)) as database:
             if database.execute("PRAGMA user_version").fetchone() != (_FORMAT,):
                 with database:
                     database.execute("DROP TABLE IF EXISTS manifests")

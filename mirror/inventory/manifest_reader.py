@@ -10,12 +10,11 @@ import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Final
 
-from mirror.inventory import manifests
+from mirror.inventory import manifest_parsing
 from mirror.inventory.manifest_cache import ManifestCache
-from mirror.inventory.model import MANIFEST_TYPES, ContentType, DigestText, Manifest
+from mirror.inventory.model import MANIFEST_PART_TYPES, ContentType, DigestText, StoredManifest
 from mirror.oci.descriptor import MANIFEST_LIMIT
 from mirror.oci.reference import Digest
 from mirror.store.disk import Layout
@@ -31,7 +30,7 @@ def read_manifests(
     roots: Iterable[DigestText],
     stated_type: Callable[[DigestText], str],
     cache: ManifestCache,
-) -> dict[DigestText, Manifest]:
+) -> dict[DigestText, StoredManifest]:
     """Return the manifests on disk that the roots reach, with those of damaged ones left out.
 
     Args:
@@ -41,7 +40,7 @@ def read_manifests(
         stated_type: Returns the media type that a source has stated for a root, or an empty text.
         cache: Read for all manifests, and updated.
     """
-    reader = _Reader(layout, present, stated_type, cache)
+    reader = _ManifestReader(layout, present, stated_type, cache)
     found = reader.found
     queue: list[tuple[DigestText, str]] = []
     for root in roots:
@@ -54,15 +53,15 @@ def read_manifests(
     return found
 
 
-def _add_children(manifest: Manifest | None, queue: list[tuple[DigestText, str]]) -> None:
+def _add_children(manifest: StoredManifest | None, queue: list[tuple[DigestText, str]]) -> None:
     """Add (digest, stated media type) of the manifests that a manifest refers to."""
     if manifest is not None and manifest.type is not ContentType.MANIFEST:
         columns = manifest.columns
         entries = zip(columns.digests, columns.media_types, columns.types, strict=True)
-        queue += [(text, stated) for text, stated, kind in entries if kind in MANIFEST_TYPES]
+        queue += [(text, stated) for text, stated, kind in entries if kind in MANIFEST_PART_TYPES]
 
 
-class _Reader:
+class _ManifestReader:
     def __init__(
         self,
         layout: Layout,
@@ -77,10 +76,10 @@ class _Reader:
         rows = cache.load()
         self._cached = _load({one: row for one, row in rows.items() if one in present})
         self._gone = [one for one in rows if one not in present]
-        self._new: list[Manifest] = []
-        self.found: dict[DigestText, Manifest] = {}
+        self._new: list[StoredManifest] = []
+        self.found: dict[DigestText, StoredManifest] = {}
 
-    def read(self, text: DigestText, media_type: str | None = None) -> Manifest | None:
+    def read(self, text: DigestText, media_type: str | None = None) -> StoredManifest | None:
         """Return a manifest on disk. None if it is damaged.
 
         ``media_type``: as an index states it. None: it is a root.
@@ -91,26 +90,26 @@ class _Reader:
             if body is None:
                 return None
             stated = self._stated_type(text) if media_type is None else media_type
-            manifest = manifests.parse(text, body, stated)
+            manifest = manifest_parsing.parse_stored(text, body, stated)
             self._new.append(manifest)
         if manifest.platform is None and manifest.type is ContentType.MANIFEST:
             manifest = self._with_platform(manifest)
         self.found[text] = manifest
         return manifest
 
-    def _with_platform(self, manifest: Manifest) -> Manifest:
+    def _with_platform(self, manifest: StoredManifest) -> StoredManifest:
         """Return a manifest with the platform of its config, as soon as that is on disk."""
         config = manifest.parts[0] if manifest.parts else None
         if (
             config is None
-            or config.media_type not in manifests.IMAGE_CONFIG_TYPES
+            or config.media_type not in manifest_parsing.IMAGE_CONFIG_TYPES
             or config.text not in self._present
         ):
             return manifest
-        body = self._read_file(config.text, manifests.CONFIG_LIMIT)
-        platform = manifests.platform_of_config(body or b"")
+        body = self._read_file(config.text, manifest_parsing.CONFIG_LIMIT)
+        platform = manifest_parsing.platform_of_config(body or b"")
         # Empty: so it is not read again each time.
-        manifest = replace(manifest, platform=platform or "")
+        manifest = manifest._replace(platform=platform or "")
         self._new.append(manifest)
         return manifest
 
@@ -131,21 +130,23 @@ class _Reader:
         """Write what was read, and delete the rows of many manifests that have left the disk."""
         is_many = len(self._gone) > _MAX_GONE_ROWS + len(self._cached) // 4
         if self._new or is_many:
-            rows = {new.text: manifests.dump(new) for new in self._new}
-            self._cache.save(rows.items(), self._gone if is_many else ())
+            rows = {new.text: manifest_parsing.dump_manifest(new) for new in self._new}
+            self._cache.try_save(rows.items(), self._gone if is_many else ())
 
 
-def _load(rows: Mapping[DigestText, str]) -> dict[DigestText, Manifest]:
+def _load(rows: Mapping[DigestText, str]) -> dict[DigestText, StoredManifest]:
     """Return the manifests of rows of the cache. A damaged one is passed over."""
     try:
         # All at once is twice as fast.
         documents = json.loads(f"[{','.join(rows.values())}]")
-        return {manifest.text: manifest for manifest in map(manifests.load, documents)}
+        return {
+            manifest.text: manifest for manifest in map(manifest_parsing.load_manifest, documents)
+        }
     except MALFORMED:
         return {manifest.text: manifest for manifest in _load_each(rows.values())}
 
 
-def _load_each(rows: Iterable[str]) -> Iterator[Manifest]:
+def _load_each(rows: Iterable[str]) -> Iterator[StoredManifest]:
     for row in rows:
         with suppress(*MALFORMED):
-            yield manifests.load(json.loads(row))
+            yield manifest_parsing.load_manifest(json.loads(row))

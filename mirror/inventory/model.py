@@ -27,7 +27,7 @@ DigestText: TypeAlias = str
 
 
 class ContentType(StrEnum):
-    """What a content is, by the manifests that refer to it."""
+    """The role of a content, by the manifests that refer to it."""
 
     INDEX = "index"
     MANIFEST = "manifest"
@@ -39,14 +39,16 @@ class ContentType(StrEnum):
     """Unknown: no manifest on disk refers to it."""
 
 
-MANIFEST_TYPES: Final = frozenset({ContentType.INDEX, ContentType.MANIFEST, ContentType.REFERRER})
+MANIFEST_PART_TYPES: Final = frozenset(
+    {ContentType.INDEX, ContentType.MANIFEST, ContentType.REFERRER}
+)
 """Types of the parts that are manifests."""
 
 
 _BY_VALUE: Final = {content_type.value: content_type for content_type in ContentType}
 
 
-class Part(NamedTuple):
+class ManifestPart(NamedTuple):
     """One descriptor of a manifest. A tuple: an inventory has 100,000 of them."""
 
     text: DigestText
@@ -67,7 +69,7 @@ class Part(NamedTuple):
 
 
 class PartColumns(NamedTuple):
-    """The parts of a manifest, one sequence for each field of :class:`Part`.
+    """The parts of a manifest, one sequence for each field of :class:`ManifestPart`.
 
     Most listings need two of the fields, and to make 100,000 parts takes 0.1 s.
     """
@@ -82,7 +84,7 @@ class PartColumns(NamedTuple):
     """Empty: a registry needs to have all parts."""
 
     @classmethod
-    def of(cls, parts: Sequence[Part]) -> PartColumns:
+    def of(cls, parts: Sequence[ManifestPart]) -> PartColumns:
         """Return the columns of parts."""
         return cls(
             [part.text for part in parts],
@@ -94,9 +96,8 @@ class PartColumns(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """A manifest on disk, parsed."""
+class StoredManifest(NamedTuple):
+    """A manifest on disk, parsed. A tuple: an inventory has 20,000 of them."""
 
     text: DigestText
     media_type: str
@@ -112,13 +113,17 @@ class Manifest:
     is_opaque: bool = False
     """Whether its parts are not known."""
 
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """In the order of the document: the manifests of an index; or the config, then layers."""
+    @property
+    def parts(self) -> tuple[ManifestPart, ...]:
+        """Its parts, made at each call.
+
+        They are in the order of the document: the manifests of an index; or the config, then the
+        layers.
+        """
         columns = self.columns
         return tuple(
             map(
-                Part,
+                ManifestPart,
                 columns.digests,
                 columns.media_types,
                 columns.sizes,
@@ -162,7 +167,7 @@ class Image:
     """Platforms of its index whose manifests are not here."""
     size: int = 0
     """Bytes on disk of all that it reaches, without referrers."""
-    missing: tuple[Part, ...] = ()
+    missing: tuple[ManifestPart, ...] = ()
     """Content that a client would have to wait for: parts of platforms that are here."""
     stale: str | None = None
     """Why the upstream is asked before the tag is served again. None: it is fresh, or a digest."""
@@ -216,15 +221,15 @@ class Inventory:
     """All names whose manifest is on disk, by repository, tag and digest."""
     present: Set[DigestText]
     """All whole content on disk."""
-    manifests: Mapping[DigestText, Manifest] = field(repr=False)
+    manifests: Mapping[DigestText, StoredManifest] = field(repr=False)
     """The manifests on disk that names and marks reach."""
     sizes: Mapping[DigestText, int] = field(repr=False)
     """Bytes of each content on disk that a name reaches: of manifests as on disk, of parts as their
     manifests state."""
     sharing: Sharing = field(repr=False)
-    """What each root reaches. A root is the manifest of an image."""
+    """The content that each root reaches. A root is the manifest of an image."""
     marked: frozenset[DigestText]
-    """What pins, freezes and leases name, and the digests that pinned and frozen tags have now."""
+    """The digests that pins, freezes and leases name, and those that marked tags have now."""
     scan: Callable[[], dict[Digest, Content]] = field(repr=False)
     """Lists the directories with the sizes and the recency of all content. Raises ``OSError``."""
 
@@ -266,7 +271,7 @@ class Inventory:
         return found
 
     def _add_types(
-        self, root: Manifest, found: dict[DigestText, ContentType], *, is_referrer: bool
+        self, root: StoredManifest, found: dict[DigestText, ContentType], *, is_referrer: bool
     ) -> None:
         is_referrer = is_referrer or root.type is ContentType.REFERRER
         found[root.text] = ContentType.REFERRER if is_referrer else root.type
@@ -365,7 +370,8 @@ class Inventory:
             return 0
         if self._referrers:
             return self.size_of(self.freed_by([image]))
-        return self.size_of(self.sharing.reached_only_by((root,)) - self.protected)
+        alone = self.sharing.reached_only_by((root,))
+        return self.size_of(alone - self.protected if self.protected else alone)
 
     def size_of(self, digests: Iterable[DigestText]) -> int:
         """Return the bytes on disk of contents that names reach."""

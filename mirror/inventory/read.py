@@ -10,11 +10,11 @@ from functools import partial
 from typing import Final
 
 from mirror.config.settings import Upstream
+from mirror.inventory.image_names import parse_names
 from mirror.inventory.images import OnDisk, build_inventory
 from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.manifest_reader import read_manifests
 from mirror.inventory.model import DigestText, Inventory
-from mirror.inventory.names import load_names
 from mirror.inventory.scan import list_contents, scan, stat_contents
 from mirror.store.disk import Layout
 from mirror.store.image_layout import read_index_json
@@ -49,7 +49,7 @@ def read_inventory(
     # The directories come first: content that is named meanwhile is not taken for an orphan.
     present = list_contents(layout)
     rows, is_all = read_names(layout)
-    names = load_names(rows)
+    names = parse_names(rows)
     if not is_all:
         names.add_saved(read_index_json(layout))
     found = names.images(present)

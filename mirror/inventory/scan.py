@@ -71,11 +71,17 @@ def stat_contents(
 ) -> dict[DigestText, tuple[int, float]]:
     """Return (size, last use) of some contents. Those that are gone are left out."""
     found: dict[DigestText, tuple[int, float]] = {}
-    root = f"{layout.root}/blobs/"
-    for text in digests:
+    with suppress(FileNotFoundError):
+        # By its descriptor: the path of the data directory may be long.
+        directory = os.open(layout.root / "blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            status = os.stat(root + text.replace(":", "/", 1), follow_symlinks=False)
-        except OSError:
-            continue
-        found[text] = status.st_size, min(status.st_mtime, now)
+            for text in digests:
+                path = text.replace(":", "/", 1)
+                try:
+                    status = os.stat(path, dir_fd=directory, follow_symlinks=False)
+                except OSError:
+                    continue
+                found[text] = status.st_size, min(status.st_mtime, now)
+        finally:
+            os.close(directory)
     return found

@@ -56,11 +56,11 @@ class Sharing:
 
 
 def reached(root: str, parts: Mapping[str, Collection[str]]) -> Set[str]:
-    """Return ``root`` and all that it refers to, each once, in the order of the documents."""
-    found = dict.fromkeys((root,))
+    """Return ``root`` and all that it refers to, each once."""
+    found = {root}
     queue = [root]
-    for digest in queue:  # It grows while it is read: breadth first.
+    for digest in queue:  # It grows while it is read.
         below = parts.get(digest, ())
         queue += [one for one in below if one in parts and one not in found]
-        found.update(dict.fromkeys(below))
-    return found.keys()
+        found.update(below)
+    return found

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mirror.inventory.model import ContentType, DigestText, Image, Inventory, Part
+from mirror.inventory.model import ContentType, DigestText, Image, Inventory, ManifestPart
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class TreeNode:
     """One content of an image, at its place in the tree."""
 
     depth: int
     """Zero: the manifest of the image."""
-    part: Part
-    """What the manifest above says of it. For the root, what is known of the file."""
+    part: ManifestPart
+    """Its descriptor in the manifest above. For a root: the digest and size of the file."""
     parent: DigestText | None
     """The manifest above. None for the root of the image, and the roots of its referrers."""
     artifact_type: str | None
@@ -31,7 +31,7 @@ class Node:
     """Names of the other images that reach it, in order."""
 
 
-def image_tree(inventory: Inventory, image: Image) -> Iterator[Node]:
+def image_tree(inventory: Inventory, image: Image) -> Iterator[TreeNode]:
     """Return the nodes of an image, then those of its referrers, each manifest before its parts.
 
     A content that the image has in several places is at each of them, and its parts at the first.
@@ -42,7 +42,7 @@ def image_tree(inventory: Inventory, image: Image) -> Iterator[Node]:
         yield from _nodes(inventory, referrer, {*own, referrer.name})
 
 
-def _nodes(inventory: Inventory, image: Image, own: set[str]) -> Iterator[Node]:
+def _nodes(inventory: Inventory, image: Image, own: set[str]) -> Iterator[TreeNode]:
     manifest = inventory.manifests.get(image.root)
     size = inventory.sizes.get(image.root, 0)
     media_type = manifest.media_type if manifest is not None else ""
@@ -50,13 +50,13 @@ def _nodes(inventory: Inventory, image: Image, own: set[str]) -> Iterator[Node]:
     if image.is_referrer:
         content_type = ContentType.REFERRER
     platform = (manifest.platform or None) if manifest is not None else None
-    root = Part(image.root, media_type, size, content_type, platform)
+    root = ManifestPart(image.root, media_type, size, content_type, platform)
     seen: set[DigestText] = set()
-    stack: list[tuple[int, Part, DigestText | None]] = [(0, root, None)]
+    stack: list[tuple[int, ManifestPart, DigestText | None]] = [(0, root, None)]
     while stack:
         depth, part, parent = stack.pop()
         below = inventory.manifests.get(part.text)
-        yield Node(
+        yield TreeNode(
             depth,
             part,
             parent,
@@ -75,7 +75,7 @@ def _others(inventory: Inventory, digest: DigestText, own: set[str]) -> tuple[st
     return tuple(dict.fromkeys(one.name for one in images if one.name not in own))
 
 
-def node_row(image: Image, node: Node) -> dict[str, object]:
+def node_row(image: Image, node: TreeNode) -> dict[str, object]:
     """Return a node as a row of JSON values, for ``show --json`` and for the admin API."""
     part = node.part
     return {

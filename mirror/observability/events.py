@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
+
+from mirror.observability.traces import PullTrace
 
 
 class Kind(StrEnum):
@@ -93,7 +96,10 @@ class RequestRecord:
     """Seconds from the start to the first byte of the response; None before it."""
     duration: float = 0.0
     stages: list[tuple[str, float]] = field(default_factory=list)
-    """(name, seconds) of each measured stage: index, resolve, upstream, fetch, wait, send."""
+    """(name, seconds) of each measured stage: index, resolve, upstream, fetch, wait, send, and
+    token, which is a part of resolve, upstream, fetch or wait."""
+    trace: PullTrace | None = None
+    """Further measurements. None: the response came from memory."""
 
     def stage(self, name: str) -> StageTimer:
         """Return a context that measures one stage. Stages of the same name add up."""
@@ -114,6 +120,17 @@ class StageTimer:
 
     def __exit__(self, *exc_info: object) -> None:
         self._stages.append((self._name, time.monotonic() - self._started))
+
+
+CURRENT_RECORD: Final[ContextVar[RequestRecord | None]] = ContextVar("record", default=None)
+"""The record of the request that the running task works for: it handles the request, or the request
+has started it. So work that several requests share counts for the first one."""
+
+
+def current_stage(name: str) -> StageTimer:
+    """Return a context that measures one stage of the current request, if there is one."""
+    record = CURRENT_RECORD.get()
+    return StageTimer([] if record is None else record.stages, name)
 
 
 # --- events -----------------------------------------------------------------------------------
@@ -373,6 +390,38 @@ class IndexRestored:
 
 
 @dataclass(frozen=True, slots=True)
+class TagMoved:
+    """The upstream has resolved a tag to another digest than before, or for the first time.
+
+    Times are in seconds since the epoch.
+    """
+
+    upstream: str
+    repository: str
+    tag: str
+    variant: str
+    """Empty: for clients that accept all media types. Other clients may get another manifest."""
+    digest: str
+    at: float
+    previous: tuple[str, float, float] | None
+    """(digest, first seen, last seen) of the tag until then. None: the tag was not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentUsed:
+    """The last use of content was set on the disk, if it is there (at most once a minute each)."""
+
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRowsDropped:
+    """``count`` rows of the history were lost: there were too many, or the disk refused them."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class IngestsMeasured:
     """The current number of running ingests of this process.
 
@@ -430,6 +479,9 @@ Event: TypeAlias = (
     | StorageMeasured
     | IndexDamaged
     | IndexRestored
+    | TagMoved
+    | ContentUsed
+    | HistoryRowsDropped
     | IngestsMeasured
     | ConnectionRefused
     | LogLinesDropped

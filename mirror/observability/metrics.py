@@ -244,6 +244,10 @@ class MetricsObserver:
         self._log_lines = counter(
             "log_lines_dropped", "Log lines that were lost: the standard output is full or broken."
         )
+        self._history_rows = counter(
+            "history_rows_dropped",
+            "Rows of the history that were lost: too many at once, or the disk refused them.",
+        )
         self._ingest = gauge(
             "growing_contents", "Running fetches of content (ingests).", mode="livesum"
         )
@@ -397,7 +401,9 @@ class MetricsObserver:
                 self._refused.inc()
             case events.LogLinesDropped(lines):
                 self._log_lines.inc(lines)
-            case events.LogMessage():
+            case events.HistoryRowsDropped(rows):
+                self._history_rows.inc(rows)
+            case events.LogMessage() | events.TagMoved() | events.ContentUsed():
                 pass
             case unknown:
                 assert_never(unknown)

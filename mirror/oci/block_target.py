@@ -16,7 +16,7 @@ _MAX_TARGET_CHARS: Final = 512
 """Characters of a target: a name has at most 255, its tag 128, and a digest 135."""
 
 Target: TypeAlias = "Digest | ImageName | str"
-"""What a block is about: content, a repository or an image of it, or a pattern of repositories."""
+"""Content, a repository or an image of it, or a pattern of repositories."""
 
 
 def parse_target(text: str) -> Target:

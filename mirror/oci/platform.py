@@ -76,7 +76,7 @@ class Platform:
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """What chooses an entry of an index."""
+    """The digest of an entry of an index, and the fields that choose it."""
 
     digest: Digest
     platform: Platform | None
@@ -107,7 +107,7 @@ def entries_of(body: bytes) -> Iterator[IndexEntry]:
         is_attestation = notes.get("vnd.docker.reference.type") == ATTESTATION
         subject = str(notes.get("vnd.docker.reference.digest", "unknown"))
         attests = subject if is_attestation else ""
-        yield IndexEntry(digest, Platform.of_entry(entry), attests)
+        yield IndexEntry(digest, platform=Platform.of_entry(entry), attests=attests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,9 @@ class Choice:
     """All platforms of the index."""
 
 
-def choose(body: bytes, platforms: Collection[Platform], *, has_attestations: bool) -> Choice:
+def choose_entries(
+    body: bytes, platforms: Collection[Platform], *, has_attestations: bool
+) -> Choice:
     """Choose the entries of an index.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from mirror.oci.versions import VersionRange, parse_version
 
-_PATTERN: Final = re.compile(r"[A-Za-z0-9_.*?\[\]!-]+", re.ASCII)
+_TAG_PATTERN: Final = re.compile(r"[A-Za-z0-9_.*?\[\]!-]+", re.ASCII)
 """Characters of tags, and wildcards."""
 
 
@@ -39,7 +39,7 @@ class TagSelection:
         try:
             return cls(text, VersionRange.parse(text))
         except ValueError as error:
-            if not _PATTERN.fullmatch(text):
+            if not _TAG_PATTERN.fullmatch(text):
                 raise ValueError(f"neither a range nor a pattern of tags: {error}") from None
             return cls(text, None)
 

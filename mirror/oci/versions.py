@@ -15,23 +15,23 @@ from dataclasses import dataclass, field
 from functools import total_ordering
 from typing import Final, Self, TypeAlias
 
-_MAX_RANGE_CHARS: Final = 256
+_MAX_VERSION_RANGE_CHARS: Final = 256
 """Characters of a range. A person has written it."""
 _MAX_DIGITS: Final = 18
 """Digits of one number: 20261231235959 is one, and a commit in decimal digits may be longer."""
 
-_NUMBER: Final = rf"(?:0|[1-9][0-9]{{0,{_MAX_DIGITS - 1}}})"
+_VERSION_NUMBER: Final = rf"(?:0|[1-9][0-9]{{0,{_MAX_DIGITS - 1}}})"
 # semver.org, "Backus-Naur Form Grammar": <pre-release>, <build>
-_IDENTIFIER: Final = r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
+_PRERELEASE_PART: Final = r"(?:0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)"
 _SUFFIX: Final = (
-    rf"(?:-(?P<prerelease>{_IDENTIFIER}(?:\.{_IDENTIFIER})*))?"
+    rf"(?:-(?P<prerelease>{_PRERELEASE_PART}(?:\.{_PRERELEASE_PART})*))?"
     r"(?:\+[0-9A-Za-z-]+(?:\.[0-9A-Za-z-]+)*)?"
 )
-_VERSION: Final = re.compile(
-    rf"[vV]?(?P<major>{_NUMBER})(?:\.(?P<minor>{_NUMBER})(?:\.(?P<patch>{_NUMBER}))?)?{_SUFFIX}",
+_WHOLE_VERSION: Final = re.compile(
+    rf"[vV]?(?P<major>{_VERSION_NUMBER})(?:\.(?P<minor>{_VERSION_NUMBER})(?:\.(?P<patch>{_VERSION_NUMBER}))?)?{_SUFFIX}",
     re.ASCII,
 )
-_X_NUMBER: Final = rf"(?:{_NUMBER}|[xX*])"
+_X_NUMBER: Final = rf"(?:{_VERSION_NUMBER}|[xX*])"
 _COMPARATOR: Final = re.compile(
     r"(?P<operator>>=|<=|>|<|=|~>|~|\^|)\s*[vV=]?"
     rf"(?P<major>{_X_NUMBER})(?:\.(?P<minor>{_X_NUMBER})(?:\.(?P<patch>{_X_NUMBER}))?)?{_SUFFIX}"
@@ -39,7 +39,7 @@ _COMPARATOR: Final = re.compile(
     re.ASCII,
 )
 _HYPHEN: Final = re.compile(r"\s*(?P<low>\S+)\s+-\s+(?P<high>\S+)\s*")
-_SEPARATOR: Final = re.compile(r"[\s,]*")
+_BOUND_SEPARATOR: Final = re.compile(r"[\s,]*")
 
 _Core: TypeAlias = tuple[int, int, int]
 
@@ -94,13 +94,13 @@ def parse_version(tag: str) -> Version | None:
     Accepts a leading ``v``, and partial versions (``1``, ``1.2``, ``1.2-alpine``). What follows the
     first hyphen is the prerelease, by SemVer: also ``alpine``.
     """
-    match = _VERSION.fullmatch(tag)
+    match = _WHOLE_VERSION.fullmatch(tag)
     if match is None:
         return None
     numbers = [int(text) for text in match.group("major", "minor", "patch") if text is not None]
     major, minor, patch = _to_core(numbers)
     prerelease = _identifiers(match["prerelease"])
-    return Version(major, minor, patch, prerelease, stated=len(numbers))
+    return Version(major, minor=minor, patch=patch, prerelease=prerelease, stated=len(numbers))
 
 
 def _to_core(numbers: list[int]) -> _Core:
@@ -125,7 +125,7 @@ class _Bound:
     has_prerelease: bool = False
     """Whether the text of the range names the prerelease. npm's rule looks at these only."""
 
-    def allows(self, version: Version) -> bool:
+    def is_satisfied_by(self, version: Version) -> bool:
         """Return whether a version is on the right side."""
         if version == self.version:
             return self.is_inclusive
@@ -146,8 +146,8 @@ class VersionRange:
         Commas between the bounds are allowed, as Helm writes them. ``*`` is every release. Raises
         ``ValueError``, with a message for whoever wrote the range.
         """
-        if len(text) > _MAX_RANGE_CHARS:
-            raise ValueError(f"has more than {_MAX_RANGE_CHARS} characters")
+        if len(text) > _MAX_VERSION_RANGE_CHARS:
+            raise ValueError(f"has more than {_MAX_VERSION_RANGE_CHARS} characters")
         return cls(text, tuple(tuple(_bounds_of(part)) for part in text.split("||")))
 
     def matches(self, version: Version) -> bool:
@@ -160,7 +160,7 @@ class VersionRange:
         return any(self._is_in(bounds, version) for bounds in self._alternatives)
 
     def _is_in(self, bounds: tuple[_Bound, ...], version: Version) -> bool:
-        if not all(bound.allows(version) for bound in bounds):
+        if not all(bound.is_satisfied_by(version) for bound in bounds):
             return False
         return not version.prerelease or any(
             bound.has_prerelease and bound.version.core == version.core for bound in bounds
@@ -204,7 +204,7 @@ def _bounds_of(text: str) -> Iterator[_Bound]:
 
 
 def _after_separator(text: str, position: int) -> int:
-    separator = _SEPARATOR.match(text, position)
+    separator = _BOUND_SEPARATOR.match(text, position)
     return separator.end() if separator is not None else position
 
 
@@ -230,32 +230,32 @@ def _to_bounds(match: re.Match[str]) -> Iterator[_Bound]:
 
     def at_least(version: Version) -> _Bound:
         named = is_named and version is low
-        return _Bound(True, version, is_inclusive=True, has_prerelease=named)
+        return _Bound(is_lower=True, version=version, is_inclusive=True, has_prerelease=named)
 
     def below(core: _Core) -> _Bound:
         # "-0" comes before all other prereleases: `<2` has no 2.0.0-rc.1.
-        return _Bound(False, Version(*core, prerelease=(0,)), is_inclusive=False)
+        return _Bound(is_lower=False, version=Version(*core, prerelease=(0,)), is_inclusive=False)
 
     match match["operator"]:
         case "" | "=" if not numbers:
             return
         case "" | "=" if is_whole:
             yield at_least(low)
-            yield _Bound(False, low, is_inclusive=True)
+            yield _Bound(is_lower=False, version=low, is_inclusive=True)
         case "" | "=":
             yield from (at_least(low), below(_next_core(numbers, len(numbers))))
         case ">=":
             yield at_least(low)
         case "<=" if is_whole:
-            yield _Bound(False, low, is_inclusive=True, has_prerelease=is_named)
+            yield _Bound(is_lower=False, version=low, is_inclusive=True, has_prerelease=is_named)
         case "<=" if numbers:
             yield below(_next_core(numbers, len(numbers)))
         case ">" if is_whole:
-            yield _Bound(True, low, is_inclusive=False, has_prerelease=is_named)
+            yield _Bound(is_lower=True, version=low, is_inclusive=False, has_prerelease=is_named)
         case ">" if numbers:
             yield at_least(Version(*_next_core(numbers, len(numbers))))
         case "<" if is_whole and is_named:
-            yield _Bound(False, low, is_inclusive=False, has_prerelease=True)
+            yield _Bound(is_lower=False, version=low, is_inclusive=False, has_prerelease=True)
         case "<" if numbers:
             yield below(low.core)
         case ">" | "<":  # `>*` and `<*`: nothing.

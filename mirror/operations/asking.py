@@ -17,8 +17,13 @@ async def fetch_manifest(
 ) -> ManifestResult:
     """Return a manifest, from the cache or from the upstream. It is kept.
 
+    Args:
+        service: Serves it, as for a client.
+        repository: The repository.
+        reference: A tag or a digest.
+
     Raises ``MirrorError`` like :meth:`mirror.pull.service.PullService.manifest`.
     """
     path = f"/v2/{repository}/manifests/{reference}"
-    pull = RequestRecord("", "GET", path, kind=Kind.MANIFEST)
+    pull = RequestRecord(request_id="", method="GET", path=path, kind=Kind.MANIFEST)
     return await service.manifest(repository, reference, DEFAULT_ACCEPT, pull, is_head=False)

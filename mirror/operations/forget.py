@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ForgetReport:
-    """What was known, and is not any more."""
+    """The records that were deleted."""
 
     image: ImageName
     tags: tuple[str, ...]

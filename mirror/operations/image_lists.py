@@ -18,7 +18,7 @@ from mirror.oci.image_name import ImageName
 from mirror.oci.text import printable
 from mirror.operations.yaml_documents import (
     MAX_DEPTH,
-    MAX_FILE_BYTES,
+    MAX_MANIFESTS_BYTES,
     DocumentsRefused,
     Value,
     read_documents,
@@ -43,7 +43,7 @@ and kinds of others that are built like them; CronJob; PodTemplate."""
 
 # Compose specification, "Interpolation": ${VAR}, ${VAR:-default}, ${VAR-default}, ${VAR:?error},
 # ${VAR:+other}, $VAR; $$ is a dollar sign
-_VARIABLE: Final = re.compile(
+_COMPOSE_VARIABLE: Final = re.compile(
     r"\$(?:(?P<dollar>\$)|(?P<bare>[A-Za-z_][A-Za-z0-9_]*)"
     r"|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:(?P<operator>:?[-+?])(?P<other>[^{}$]*))?\})"
 )
@@ -59,7 +59,7 @@ class ImageList:
     images: dict[ImageName, str] = field(default_factory=dict)
     """Image -> where it was first named, such as ``deploy.yaml: spec.containers[0]``."""
     problems: list[str] = field(default_factory=list)
-    """What could not be read, each in one line that names the file."""
+    """The lists and names that could not be read, each in one line that names the file."""
 
     def add(self, text: str, where: str) -> None:
         """Add the image that ``text`` names, or a problem."""
@@ -122,13 +122,13 @@ def find_files(directory: Path, found: ImageList) -> list[Path]:
 def read_text(path: Path) -> str:
     """Read a file. Raises ``OSError``, or ``ValueError`` if it is too large or not UTF-8."""
     with path.open("rb") as file:
-        return decode(file.read(MAX_FILE_BYTES + 1))
+        return decode(file.read(MAX_MANIFESTS_BYTES + 1))
 
 
 def decode(raw: bytes) -> str:
     """Decode the bytes of a file. Raises ``ValueError`` if they are too many or not UTF-8."""
-    if len(raw) > MAX_FILE_BYTES:
-        raise ValueError(f"larger than {MAX_FILE_BYTES} bytes")
+    if len(raw) > MAX_MANIFESTS_BYTES:
+        raise ValueError(f"larger than {MAX_MANIFESTS_BYTES} bytes")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,7 +136,13 @@ def decode(raw: bytes) -> str:
 
 
 def add_file(found: ImageList, path: Path, environ: Mapping[str, str]) -> None:
-    """Add the images of a file with manifests, or a problem. See :func:`add_documents`."""
+    """Add the images of a file with manifests, or a problem.
+
+    Args:
+        found: Gets the images and the problems.
+        path: The file.
+        environ: Variables that a Compose file may use.
+    """
     try:
         text = read_text(path)
     except OSError as error:
@@ -162,7 +168,7 @@ def add_documents(found: ImageList, text: str, source: str, environ: Mapping[str
     try:
         for number, document in enumerate(read_documents(text), 1):
             where = source if number == 1 else f"{source}: document {number}"
-            for path, image in images_of(document, found, where, environ):
+            for path, image in images_in(document, found, where, environ):
                 found.add(image, f"{where}: {path}")
     except DocumentsRefused as error:
         hint = ": is it a template? pass what `helm template` prints" if "{{" in text else ""
@@ -170,7 +176,7 @@ def add_documents(found: ImageList, text: str, source: str, environ: Mapping[str
         found.problems.append(f"{source}:{error.line}: {reason}{hint}")
 
 
-def images_of(document: Value, found: ImageList, where: str, environ: Mapping[str, str]) -> _Found:
+def images_in(document: Value, found: ImageList, where: str, environ: Mapping[str, str]) -> _Found:
     """Return the images of one document. ``found`` gets its problems, which ``where`` names."""
     match document:
         case {"apiVersion": str(), "kind": str()} | list():
@@ -245,7 +251,7 @@ def _interpolate(text: str, environ: Mapping[str, str]) -> str:
             return other
         raise ValueError(f"the variable {name} is not set")
 
-    return _VARIABLE.sub(replace, text)
+    return _COMPOSE_VARIABLE.sub(replace, text)
 
 
 def _get(value: object, key: str) -> object:

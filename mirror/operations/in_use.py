@@ -17,8 +17,8 @@ from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
 from mirror.operations.kubernetes import UsedImage
 from mirror.operations.marking import change
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 from mirror.store.marks import Lease, Marks, read_marks, replace_leases
 from mirror.threads import run_in_thread
 
@@ -72,7 +72,13 @@ async def lease(
 
 
 async def release(layout: Layout, source: str, now: float) -> None:
-    """End all leases of a source. Raises as :func:`lease`."""
+    """End all leases of a source. Raises as :func:`lease`.
+
+    Args:
+        layout: The data directory.
+        source: Names the list.
+        now: Seconds since the epoch.
+    """
     await change(layout, lambda marks: replace_leases(marks, source, (), now, now))
 
 
@@ -98,7 +104,7 @@ def parse_list(text: str) -> list[UsedImage]:
     """Read a list: one image or digest a line. Empty lines, and what follows ``#``, are skipped."""
     lines = (line.partition("#")[0].strip() for line in text.splitlines())
     return [
-        UsedImage("", line) if line.startswith(("sha256:", "sha512:")) else UsedImage(line, "")
+        UsedImage(digest=line) if line.startswith(("sha256:", "sha512:")) else UsedImage(name=line)
         for line in lines
         if line
     ]

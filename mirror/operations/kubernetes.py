@@ -24,18 +24,18 @@ from mirror.oci.errors import MirrorError, UpstreamProtocolError, UpstreamUnavai
 from mirror.store.records import MALFORMED
 
 ACCOUNT_DIR: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-"""Where a pod finds the token of its service account, and the certificate of the API server."""
+"""Directory with the token of a pod's service account, and the authority of the API server."""
 _PAGE_PODS: Final = 500
 """Pods of one page, as kubectl asks for them: 5 MiB of JSON."""
 _MAX_PAGE_BYTES: Final = 256 * 1024 * 1024
 """Bytes of one page: pods of 500 KiB each."""
-_TIMEOUT_S: Final = 30.0
+_API_TIMEOUT_S: Final = 30.0
 """Seconds without a byte from the API server."""
 _MAX_ATTEMPTS: Final = 3
 """Lists that are begun before an expired one is an error."""
 _FINISHED_PHASES: Final = frozenset({"Succeeded", "Failed"})
 """Phases of pods whose containers have ended and are not started again."""
-_EXPIRED: Final = 410
+_TOKEN_EXPIRED: Final = 410
 """Status of a ``continue`` token that has expired."""
 _REMEDIES: Final = {
     401: "the API server does not accept the token: see --token-file",
@@ -74,9 +74,9 @@ class ApiServer:
 class UsedImage:
     """An image that a container uses."""
 
-    name: str
+    name: str = ""
     """As the pod names it. Empty: it has no name."""
-    digest: str
+    digest: str = ""
     """The digest that the node has pulled, such as ``sha256:…``. Empty: not known yet."""
 
 
@@ -136,11 +136,11 @@ class _Connection:
         if parts.scheme == "https":
             context = ssl.create_default_context(cafile=server.ca_file)
             self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, parts.port, timeout=_TIMEOUT_S, context=context
+                parts.hostname, parts.port, timeout=_API_TIMEOUT_S, context=context
             )
         else:
             self._connection = http.client.HTTPConnection(
-                parts.hostname, parts.port, timeout=_TIMEOUT_S
+                parts.hostname, parts.port, timeout=_API_TIMEOUT_S
             )
 
     def __enter__(self) -> _Connection:
@@ -161,7 +161,7 @@ class _Connection:
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UpstreamUnavailable(f"{self._name} cannot be asked: {why}") from None
-        if response.status == _EXPIRED and token:
+        if response.status == _TOKEN_EXPIRED and token:
             raise _ListExpired
         if response.status != http.HTTPStatus.OK:
             raise self._refusal(response.status)
@@ -198,13 +198,13 @@ def images_of(pod: Any) -> Iterator[UsedImage]:
         for container in _items(spec, kind):
             name, digest = container.get("image"), digests.pop(container.get("name"), "")
             if isinstance(name, str) and name:
-                yield UsedImage(name, digest)
+                yield UsedImage(name=name, digest=digest)
             elif digest:
-                yield UsedImage("", digest)
+                yield UsedImage(digest=digest)
     for volume in _items(spec, "volumes"):
         name = _fields(volume, "image").get("reference")
         if isinstance(name, str) and name:
-            yield UsedImage(name, "")
+            yield UsedImage(name=name)
 
 
 def digest_of_image_id(image_id: Any) -> str:

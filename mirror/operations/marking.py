@@ -22,8 +22,8 @@ from mirror.oci.errors import (
 )
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository, Tag
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Marks, Pin, change_marks
 from mirror.store.protection import read_parts
 from mirror.threads import HangingCalls, run_in_thread

@@ -43,11 +43,11 @@ from mirror.threads import run_in_thread
 
 PREFETCH_REPORT: Final = "prefetch.json"
 """File of the data directory with the last run of each entry."""
-_LOCK: Final = "prefetch.lock"
+_PREFETCH_LOCK: Final = "prefetch.lock"
 """File of the data directory whose lock is held while entries run."""
-_JOBS: Final = 2
+_PREFETCH_JOBS: Final = 2
 """Contents that are fetched at the same time: pulls of clients go first."""
-_MAX_IMAGES: Final = 1000
+_MAX_RUN_IMAGES: Final = 1000
 """Images of one entry that are fetched in one run."""
 _MAX_SAVED_ERRORS: Final = 100
 """Errors of one run that the report keeps."""
@@ -92,7 +92,7 @@ class PrefetchRun:
 # --- the images of an entry -----------------------------------------------------------------------
 
 
-async def find_images(mirror: Mirror, entry: Prefetch, errors: list[str]) -> list[ImageName]:
+async def find_entry_images(mirror: Mirror, entry: Prefetch, errors: list[str]) -> list[ImageName]:
     """Return the images that an entry names now, each once. Asks upstreams for lists of tags.
 
     Args:
@@ -124,9 +124,9 @@ async def find_images(mirror: Mirror, entry: Prefetch, errors: list[str]) -> lis
                 continue
             found.update((ImageName(repository, tag), None) for tag in tags)
     images = list(found)
-    if len(images) > _MAX_IMAGES:
-        errors.append(f"{len(images)} images are chosen, and only {_MAX_IMAGES} are fetched")
-    return images[:_MAX_IMAGES]
+    if len(images) > _MAX_RUN_IMAGES:
+        errors.append(f"{len(images)} images are chosen, and only {_MAX_RUN_IMAGES} are fetched")
+    return images[:_MAX_RUN_IMAGES]
 
 
 async def _matching(mirror: Mirror, pattern: str) -> AsyncIterator[Repository]:
@@ -160,9 +160,9 @@ async def _choose_tags(mirror: Mirror, entry: Prefetch, repository: Repository) 
 
 async def _list_tags(mirror: Mirror, repository: Repository) -> list[str]:
     record = RequestRecord(
-        "prefetch",
-        "GET",
-        "",
+        request_id="prefetch",
+        method="GET",
+        path="",
         kind=Kind.TAGS,
         upstream=repository.upstream,
         repository=repository.path,
@@ -187,10 +187,10 @@ async def run_entry(mirror: Mirror, entry: Prefetch) -> PrefetchRun:
     options = WarmOptions(
         platforms=frozenset(map(Platform.parse, entry.platforms)),
         has_referrers=entry.referrers,
-        jobs=_JOBS,
+        jobs=_PREFETCH_JOBS,
     )
     try:
-        images = await find_images(mirror, entry, run.errors)
+        images = await find_entry_images(mirror, entry, run.errors)
         run.images = await warm(mirror, images, options, _ignore)
     except Draining:
         raise
@@ -260,7 +260,7 @@ class PrefetchJob:
         self._emit(PrefetchEnded(run.complete, failed, run.added_bytes, is_ok=is_ok))
 
 
-def last_report(layout: Layout) -> dict[str, Any]:
+def last_runs(layout: Layout) -> dict[str, Any]:
     """Return the last run of each entry (``runs``), for the admin API. Blocks."""
     return load_report(layout, PREFETCH_REPORT) or {"runs": []}
 
@@ -276,7 +276,7 @@ def _due(layout: Layout, entries: tuple[Prefetch, ...], now: float) -> list[Pref
 
 
 def _runs(layout: Layout) -> list[dict[str, Any]]:
-    runs = last_report(layout).get("runs")
+    runs = last_runs(layout).get("runs")
     return [run for run in runs if isinstance(run, dict)] if isinstance(runs, list) else []
 
 
@@ -295,7 +295,7 @@ def _save_run(layout: Layout, entries: tuple[Prefetch, ...], document: dict[str,
 def _try_lock(layout: Layout) -> int | None:
     """Return a descriptor that holds the lock of the job. None if another process has it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(layout.root / _LOCK, flags, 0o644)
+    fd = os.open(layout.root / _PREFETCH_LOCK, flags, 0o644)
     if disk.try_lock(fd):
         return fd
     os.close(fd)

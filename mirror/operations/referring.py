@@ -29,7 +29,7 @@ _MAX_REFERRERS: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Referring:
-    """What refers to one manifest."""
+    """The manifests that refer to one manifest."""
 
     referrers: tuple[Digest, ...]
     """Manifests, each once."""

@@ -63,9 +63,9 @@ async def refresh(mirror: Mirror, image: ImageName) -> RefreshReport:
         raise Denied(f"{image} is frozen at {frozen}: run `oci-mirror unfreeze {image}` first")
     previous = await mirror.store.index.tag(repository, tag)
     record = RequestRecord(
-        "refresh",
-        "GET",
-        "",
+        request_id="refresh",
+        method="GET",
+        path="",
         kind=Kind.MANIFEST,
         upstream=repository.upstream,
         repository=repository.path,

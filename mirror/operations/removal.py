@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from mirror.inventory.model import MANIFEST_TYPES, Content, DigestText, Image, Inventory
+from mirror.inventory.model import MANIFEST_PART_TYPES, Content, DigestText, Image, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
@@ -183,7 +183,9 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
 
 def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
     is_root = digest in (image.root, str(image.current))
-    return is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_TYPES
+    return (
+        is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
+    )
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ the total that they correct."""
 
 
 async def start_upkeep(store: Store, single_flight: SingleFlight, emit: Observer) -> None:
-    """Measure the storage, and go on measuring it in the background. Raises ``Draining`` only."""
+    """Measure the storage, and go on measuring it in the background. Raises ``Draining`` only.
+
+    Args:
+        store: The data directory.
+        single_flight: Runs the measurements, until it is drained.
+        emit: Receives a warning if the storage cannot be measured.
+    """
     await _measure(store, emit)
 
     async def measure_again() -> None:

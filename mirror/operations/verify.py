@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self, TypeAlias
 
-from mirror.inventory.model import MANIFEST_TYPES, DigestText, Image, Inventory
+from mirror.inventory.model import MANIFEST_PART_TYPES, DigestText, Image, Inventory
 from mirror.observability.events import Kind
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.scrubbing import scrub_each
@@ -248,7 +248,7 @@ async def repair(
         latest = await read_inventory()
         again = [image for image in latest.images if (image.name, image.digest) in names]
         wanted = [
-            (image.repository, part.digest, _kind(part.type in MANIFEST_TYPES))
+            (image.repository, part.digest, _kind(part.type in MANIFEST_PART_TYPES))
             for image in again
             for part in image.missing
             if (image.repository, part.digest) not in failed

@@ -29,7 +29,7 @@ from mirror.oci.errors import (
     StorageUnavailable,
 )
 from mirror.oci.image_name import DEFAULT_TAG, ImageName
-from mirror.oci.platform import Choice, Platform, choose
+from mirror.oci.platform import Choice, Platform, choose_entries
 from mirror.oci.reference import Digest, Reference
 from mirror.operations.limited import Work, run_limited
 from mirror.operations.referring import find_referring
@@ -69,7 +69,7 @@ class ContentProgress:
 
 @dataclass(slots=True)
 class ImageReport:
-    """What became of one image."""
+    """The result of one image."""
 
     image: ImageName
     digest: Digest | None = None
@@ -82,7 +82,7 @@ class ImageReport:
     """Manifests and blobs that belong to it and are on disk."""
     bytes: int = 0
     added: int = 0
-    """Those of them that were not on disk before."""
+    """Contents among them that were not on disk before."""
     added_bytes: int = 0
     referrers: int = 0
     """Signatures, SBOMs and other manifests that refer to it."""
@@ -100,7 +100,7 @@ Report: TypeAlias = Callable[[ContentProgress | ImageReport], None]
 
 @dataclass(frozen=True, slots=True)
 class WarmOptions:
-    """What is fetched of each image, and how much at once."""
+    """The choice of what is fetched of each image, and how much at once."""
 
     platforms: frozenset[Platform] = frozenset()
     """Empty: all. The index itself is fetched as it is, and what is left out is not fetched."""
@@ -209,7 +209,7 @@ class _ImageRun:
         options, is_root = self.options, manifest.digest == self.result.digest
 
         def run(body: bytes) -> Choice:
-            return choose(body, options.platforms, has_attestations=options.has_referrers)
+            return choose_entries(body, options.platforms, has_attestations=options.has_referrers)
 
         choice = await parse_in_thread_if_large(run, manifest.body)
         if is_root and choice.missing:
@@ -259,9 +259,9 @@ class _ImageRun:
     def _record(self, kind: Kind) -> RequestRecord:
         repository = self.image.repository
         return RequestRecord(
-            "warm",
-            "GET",
-            "",
+            request_id="warm",
+            method="GET",
+            path="",
             kind=kind,
             upstream=repository.upstream,
             repository=repository.path,
@@ -338,7 +338,7 @@ class _ImageRun:
         position: int = 0,
         size: int | None = None,
     ) -> None:
-        self.report(ContentProgress(self.image, digest, kind, state, position, size))
+        self.report(ContentProgress(self.image, digest, kind, state, position=position, size=size))
 
     # --- the end --------------------------------------------------------------------------------
 

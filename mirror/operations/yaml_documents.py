@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 import yaml
 
-MAX_FILE_BYTES: Final = 16 * 1024 * 1024
+MAX_MANIFESTS_BYTES: Final = 16 * 1024 * 1024
 """Bytes of one file: the output of ``helm template`` for a whole cluster has 5 MiB."""
 MAX_VALUES: Final = 1_000_000
 """Values of one file: those of such an output, three times. They are read in 3 s."""
@@ -43,7 +43,7 @@ def read_documents(text: str) -> Iterator[Value]:
 
     Raises :class:`DocumentsRefused` where it cannot, after all documents before that.
     """
-    builder = _Builder()
+    builder = _DocumentBuilder()
     try:
         for event in yaml.parse(text, Loader=_LOADER):
             document = builder.add(event)
@@ -76,7 +76,7 @@ class _Frame:
     """Values in it so far, with those below an alias as often as they are used."""
 
 
-class _Builder:
+class _DocumentBuilder:
     """Builds the values of documents from the events of the parser."""
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
+from mirror.observability.traces import PullTrace
 from mirror.oci.errors import ManifestInvalid, MirrorError, UpstreamError
 from mirror.oci.reference import Digest
 from mirror.store.records import AccessRecord, TagRecord
@@ -106,6 +107,17 @@ def decide_tag(
     if isinstance(decision, Refuse) and upstream.serve_stale:
         return Stale("the tag has moved to content that is not cached")
     return decision
+
+
+def trace_tag(record: TagRecord | None, upstream: Upstream, now: float) -> PullTrace:
+    """Return why the upstream is asked for a tag. The arguments are those of :func:`decide_tag`."""
+    if record is None:
+        return PullTrace()
+    return PullTrace(
+        tag_age=now - record.confirmed,
+        tag_ttl=upstream.tag_ttl if upstream.pull_policy == "IfNotPresent" else None,
+        previous_digest=str(record.digest),
+    )
 
 
 def decide_access(access_record: AccessRecord | None, upstream: Upstream, now: float) -> Decision:

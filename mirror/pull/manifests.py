@@ -276,6 +276,8 @@ class ManifestService:
             case freshness.Refuse():
                 raise ManifestUnknown(NOT_CACHED_MESSAGE)
             case freshness.Ask():
+                upstream, now = self._content.upstream(request.repository), self._content.now()
+                request.pull.trace = freshness.trace_tag(record, upstream, now)
                 return await self._revalidate(request, cached)
             case unknown:
                 assert_never(unknown)

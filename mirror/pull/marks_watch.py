@@ -17,7 +17,7 @@ from typing import Final
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import StorageUnavailable
 from mirror.pull.admission import Restrictions
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Stamp, read_marks, stamp_of_marks
 from mirror.threads import HangingCalls
 

@@ -13,6 +13,7 @@ from typing import Final
 from cachetools import TTLCache
 
 from mirror.observability.events import Observer
+from mirror.observability.traces import PullTrace
 from mirror.oci.reference import Digest, Repository
 from mirror.pull.connection_budget import ConnectionBudget
 from mirror.pull.fetch import Fetch
@@ -113,10 +114,15 @@ class RunningFetches:
         source = replace(source, avoid=tuple(suspects), is_suspect=is_suspect)
         fetch = self.find_active(source.request.digest)
         follower = fetch.follow(source.request) if fetch is not None else None
+        has_joined = fetch is not None and follower is not None
         if fetch is None or follower is None:
-            return *self._start(source), False
-        fetch.offer(source)
-        return fetch, follower, True
+            fetch, follower = self._start(source)
+        else:
+            fetch.offer(source)
+        pull = source.request.pull
+        pull.trace = trace = pull.trace or PullTrace()
+        trace.progress, trace.is_known = fetch.ingest.progress, source.access_record is not None
+        return fetch, follower, has_joined
 
     def find_active(self, digest: Digest) -> Fetch | None:
         """Find the fetch of this content, unless it has failed or ended."""

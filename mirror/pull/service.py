@@ -18,7 +18,7 @@ from mirror.observability.events import Kind, Outcome, RequestRecord
 from mirror.oci.errors import BlobUnknown, Denied, StorageUnavailable
 from mirror.oci.reference import Digest, Reference, Repository, Tag
 from mirror.pull import admission
-from mirror.pull.admission import NO_RESTRICTIONS, Admission, Restrictions, admit_digest
+from mirror.pull.admission import NO_RESTRICTIONS, Restrictions
 from mirror.pull.content import ContentService
 from mirror.pull.lists import ListService
 from mirror.pull.manifests import ManifestService
@@ -74,11 +74,7 @@ class PullService:
         if self.restrictions.unknown_why:
             raise StorageUnavailable(self.restrictions.unknown_why)
         upstream = self._content.upstream(repository)
-        self._apply(admission.admit(repository, upstream, self.restrictions, reference), pull)
-
-    def _apply(self, decision: Admission, pull: RequestRecord) -> None:
-        """Raise ``Denied`` if the decision is to refuse."""
-        match decision:
+        match admission.admit(repository, upstream, self.restrictions, reference):
             case admission.Allow():
                 return
             case admission.Deny(reason):
@@ -86,6 +82,13 @@ class PullService:
                 raise Denied(reason)
             case unknown:
                 assert_never(unknown)
+
+    def _admit_digest(self, digest: Digest, pull: RequestRecord) -> None:
+        """Raise ``Denied`` if the manifest of a tag is blocked."""
+        decision = admission.admit_digest(digest, self.restrictions)
+        if isinstance(decision, admission.Deny):
+            pull.outcome = Outcome.DENIED
+            raise Denied(decision.reason)
 
     async def manifest(
         self,
@@ -127,14 +130,14 @@ class PullService:
                     TagRequest(repository, reference, pull, accept, is_head, is_refresh)
                 )
             reference = frozen
-            self._apply(admit_digest(reference, self.restrictions), pull)
+            self._admit_digest(reference, pull)
         request = ContentRequest(repository, reference, Kind.MANIFEST, pull, accept)
         return await self._manifests.by_digest(request, is_head=is_head)
 
     async def _by_tag(self, request: TagRequest) -> ManifestResult:
         result = await self._manifests.by_tag(request)
         # Only now is it known which manifest the tag has.
-        self._apply(admit_digest(result.digest, self.restrictions), request.pull)
+        self._admit_digest(result.digest, request.pull)
         return result
 
     async def blob(

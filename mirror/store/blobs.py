@@ -26,12 +26,19 @@ from itertools import islice
 from math import inf
 from typing import Final
 
-from mirror.observability.events import DigestMismatched, Evicted, LogMessage, Observer, Reverified
+from mirror.observability.events import (
+    ContentUsed,
+    DigestMismatched,
+    Evicted,
+    LogMessage,
+    Observer,
+    Reverified,
+)
 from mirror.oci.errors import ContentLost, DigestMismatch, StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
 from mirror.store.index import Index
+from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 from mirror.store.reader import FileExtent
 
@@ -50,7 +57,7 @@ _RECENCY_STEP_S: Final = 60.0
 
 
 @dataclass(slots=True, eq=False)
-class _Lease:
+class _LeasedFile:
     """One open file, shared by all its readers. It is closed after the last one."""
 
     fd: int
@@ -96,7 +103,7 @@ class BlobStore:
         self._emit = emit
         self._now = now
         self._loop = asyncio.get_running_loop()
-        self._leases: dict[Digest, _Lease] = {}
+        self._leases: dict[Digest, _LeasedFile] = {}
         self._verified: dict[Digest, float] = {}
         self._unsaved: set[Digest] = set()
         self._lengths: dict[Digest, int] = {}
@@ -143,7 +150,7 @@ class BlobStore:
             raise
         return reader
 
-    async def _lease(self, digest: Digest) -> _Lease | None:
+    async def _lease(self, digest: Digest) -> _LeasedFile | None:
         lease = self._leases.get(digest)
         if lease is not None and os.fstat(lease.fd).st_nlink > 0:
             return lease
@@ -163,7 +170,7 @@ class BlobStore:
         if present is not None and os.path.samestat(os.fstat(present.fd), opened[1]):
             os.close(opened[0])
             return present
-        self._leases[digest] = _Lease(opened[0], opened[1].st_size)
+        self._leases[digest] = _LeasedFile(opened[0], opened[1].st_size)
         return self._leases[digest]
 
     async def read(self, digest: Digest, limit: int) -> bytes | None:
@@ -244,7 +251,7 @@ class BlobStore:
             self._lengths.clear()
         self._lengths[digest] = size
 
-    def _start_verification(self, digest: Digest, lease: _Lease) -> None:
+    def _start_verification(self, digest: Digest, lease: _LeasedFile) -> None:
         lease.readers += 1  # The verification reads the file as well.
         # Clients wait for small content. It must not wait for large content, which takes seconds.
         threads = self._opening if lease.size <= SMALL_BYTES else self._hashing
@@ -272,7 +279,9 @@ class BlobStore:
         if quarantine(self._layout, digest, fd):
             self._loop.call_soon_threadsafe(self._emit, Evicted(1, size, "corrupt"))
 
-    def _verification_done(self, job: asyncio.Future[None], digest: Digest, lease: _Lease) -> None:
+    def _verification_done(
+        self, job: asyncio.Future[None], digest: Digest, lease: _LeasedFile
+    ) -> None:
         if isinstance(job.exception(), StorageUnavailable):
             self._forget(digest, lease)  # The store is closed: nothing is known.
         elif job.exception() is not None:
@@ -291,11 +300,11 @@ class BlobStore:
         self._emit(DigestMismatched(upstream="", digest=str(digest), where="disk"))
         self._emit(Reverified(str(digest), is_ok=False))
 
-    def _forget(self, digest: Digest, lease: _Lease) -> None:
+    def _forget(self, digest: Digest, lease: _LeasedFile) -> None:
         if self._leases.get(digest) is lease:
             del self._leases[digest]
 
-    def release(self, digest: Digest, lease: _Lease) -> None:
+    def release(self, digest: Digest, lease: _LeasedFile) -> None:
         """Count one reader less, and close the file after the last one."""
         lease.readers -= 1
         if lease.readers == 0:
@@ -333,6 +342,7 @@ class BlobStore:
         if len(self._used_at) > _MAX_REMEMBERED:
             self._used_at.clear()
         self._used_at.update(dict.fromkeys(digests, now))
+        self._emit(ContentUsed(tuple(map(str, digests))))
         with suppress(RuntimeError):  # The store is closed.
             job = self._opening.submit(disk.touch, self._layout, tuple(digests), now)
             job.add_done_callback(lambda job: self._touches.release())
@@ -374,7 +384,7 @@ def _close_opened(job: asyncio.Future[tuple[int, os.stat_result] | None]) -> Non
 class WholeReader:
     """One reader of whole content (see :class:`mirror.store.reader.Reader`)."""
 
-    def __init__(self, blobs: BlobStore, digest: Digest, lease: _Lease) -> None:
+    def __init__(self, blobs: BlobStore, digest: Digest, lease: _LeasedFile) -> None:
         self.digest = digest
         self._blobs = blobs
         self._lease = lease

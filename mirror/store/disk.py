@@ -1,6 +1,6 @@
-"""Files and paths of the data directory. The functions make system calls that block.
+"""Files of the data directory. The functions make system calls that block.
 
-Lives here: the paths, opening and leasing whole content, locking an ingest file, appending with the
+Lives here: opening and leasing whole content, locking an ingest file, appending with the
 hash beside it, durable publishing. Must not know: the event loop, followers, clients.
 
 Functions that read or write content run in a thread. Single ``stat`` calls, ``close`` and reading a
@@ -9,23 +9,6 @@ state file also run on the event loop.
 Errors are ``OSError``. Only :func:`verify` also raises ``DigestMismatch``. The callers decide what
 a full or failing disk means. Too few descriptors (``EMFILE``, ``ENFILE``) never count as a missing
 or damaged file.
-
-::
-
-    oci-layout, index.json   the directory is a valid OCI image layout
-    blobs/<alg>/<hex>        whole and verified content
-    ingest/<alg>/<hex>       content of a running or interrupted fetch
-    ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
-    quarantine/<alg>/<hex>   content that did not hash to its name
-    index/                   databases of the index
-    eviction.lock            its ``flock`` means that an eviction runs
-    index.json.lock          its ``flock`` means that ``index.json`` is being written
-    marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
-    marks.lock               its ``flock`` means that ``marks.json`` is being changed
-    totals                   the running total of all processes (see :mod:`mirror.store.space`)
-
-``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
-on an ingest file means that a process is fetching the content.
 """
 
 from __future__ import annotations
@@ -45,7 +28,8 @@ from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import DigestMismatch, StorageUnavailable
-from mirror.oci.reference import ALGORITHMS, Digest, Verifier
+from mirror.oci.reference import Digest, Verifier
+from mirror.store.layout import Layout as Layout
 from mirror.store.records import MALFORMED
 
 _READ_BYTES: Final = 1024 * 1024
@@ -61,67 +45,6 @@ _STATE_LIMIT_BYTES: Final = 16 * 1024
 _ABSENT: Final = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.EISDIR, errno.ENOTDIR})
 # Some file systems cannot sync a directory. There a rename is as durable as it gets.
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP})
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The paths of one data directory. Digests are parsed before, so no path leaves ``root``."""
-
-    root: Path
-
-    def blob(self, digest: Digest) -> Path:
-        """Return the path of whole content."""
-        return self.root / "blobs" / digest.algorithm / digest.hex
-
-    def ingest(self, digest: Digest) -> Path:
-        """Return the path of the file that a fetch appends to."""
-        return self.root / "ingest" / digest.algorithm / digest.hex
-
-    def ingest_state(self, digest: Digest) -> Path:
-        """Return the path of the state of a fetch (:class:`IngestState`)."""
-        return self.root / "ingest" / digest.algorithm / f"{digest.hex}.json"
-
-    def quarantine(self, digest: Digest) -> Path:
-        """Return the path of damaged content."""
-        return self.root / "quarantine" / digest.algorithm / digest.hex
-
-    @property
-    def index(self) -> Path:
-        """The directory of the index's databases."""
-        return self.root / "index"
-
-    @property
-    def save_lock(self) -> Path:
-        """The file whose lock is held while ``index.json`` is written."""
-        return self.root / "index.json.lock"
-
-    @property
-    def eviction_lock(self) -> Path:
-        """The file whose lock is held while an eviction runs."""
-        return self.root / "eviction.lock"
-
-    @property
-    def marks(self) -> Path:
-        """The file of the operator's marks."""
-        return self.root / "marks.json"
-
-    @property
-    def marks_lock(self) -> Path:
-        """The file whose lock is held while the marks are changed, or must not be."""
-        return self.root / "marks.lock"
-
-    @property
-    def totals(self) -> Path:
-        """The file of the running total."""
-        return self.root / "totals"
-
-    def content_directories(self) -> list[Path]:
-        """Return ``blobs/<alg>`` for each registered algorithm."""
-        return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
-
-    def ingest_directories(self) -> list[Path]:
-        """Return ``ingest/<alg>`` for each registered algorithm."""
-        return [self.root / "ingest" / algorithm for algorithm in ALGORITHMS]
 
 
 def boot_id() -> str:

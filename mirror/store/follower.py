@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from mirror.observability.events import Uncached
+from mirror.observability.traces import FetchProgress
 from mirror.oci.errors import ContentLost, DigestMismatch, MirrorError
 from mirror.oci.reference import Digest
 from mirror.store.ingest_lock import IngestContext, IngestLock
@@ -87,6 +88,8 @@ class ReadableIngest:
         """The followers whose bytes stay in memory. A dropped one is not in the set."""
         self.last_progress = time.monotonic()
         """When bytes last arrived, on the monotonic clock."""
+        self.progress = FetchProgress()
+        """Bytes that this process has received for it."""
         self.released = asyncio.Event()
         """Set once the fetch uses this ingest no more."""
         self.lock = IngestLock(context, digest, self._close_if_unused)

@@ -23,7 +23,7 @@ from mirror.oci.descriptor import OCI_INDEX
 from mirror.oci.headers import media_type_of
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import MALFORMED, NamedManifest, parse_size_bytes
 
 _REF_NAME: Final = "org.opencontainers.image.ref.name"

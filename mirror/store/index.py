@@ -6,8 +6,7 @@ Theory of operation: all of the index can be lost without a wrong byte being ser
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
 database that is damaged, deleted or new gets the names in ``index.json`` before it is used
 (:mod:`mirror.store.names`). A record about content stays as long as the content
-(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses, lists and manifests of
-schema 1 have a time to live, and a bound on their bytes.
+(:mod:`mirror.store.orphans`), whatever the clock does. Other rows have a time to live and a bound.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before
@@ -26,7 +25,7 @@ from typing import Final, TypeVar
 from mirror.observability.events import IndexRestored, LogMessage, Observer
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import names
-from mirror.store.links import Links, find_links, read_tag
+from mirror.store.image_links import Links, find_links, read_tag
 from mirror.store.name_records import NameRecords
 from mirror.store.name_removal import RemovedName, read_variants, updates_of
 from mirror.store.names import ACCESS, NAMED, RESPONSES, NamesPage, access_key, manifest_key
@@ -45,6 +44,7 @@ from mirror.store.records import (
     load_negative,
     load_tag,
     merge_into,
+    moved_event,
     parse_time,
 )
 from mirror.store.rows import Rows, Tables
@@ -168,8 +168,7 @@ class Index:
     ) -> TagRecord | None:
         """Record that the upstream has just resolved ``tag`` to ``digest``.
 
-        The earlier record is read and written in one transaction, so a confirmation by another
-        process at the same time is not lost.
+        One transaction reads and writes the record: no confirmation of another process is lost.
 
         Args:
             repository: Where the tag is.
@@ -190,9 +189,11 @@ class Index:
         texts = await self._update(NAMED, [(key, lambda text: dump_tag(confirmed(text)))])
         if texts is None:
             return None
-        earlier = load_tag(texts[0])
-        self.has_changed = self.has_changed or earlier is None or earlier.digest != digest
-        return confirmed(texts[0])
+        record = confirmed(texts[0])
+        if (moved := moved_event(load_tag(texts[0]), record, variant)) is not None:
+            self.has_changed = True
+            self._emit(moved)
+        return record
 
     async def tags_of(self, repository: Repository) -> list[Tag]:
         """Return all recorded tags of a repository."""

@@ -188,6 +188,7 @@ class Ingest(ReadableIngest):
                 f"upstream states {size} bytes, {self.position} have arrived"
             )
         self.size = size if size is not None else self.size
+        self.progress.began = self.progress.began or time.monotonic()
         self.is_confirmed = True
         self.wake_followers()
         if self.window is None:
@@ -237,6 +238,8 @@ class Ingest(ReadableIngest):
         if self.window is None and end > self.reserved:
             await self._writer.wait_until_written()
             await self._reserve_space()
+        self.progress.bytes += len(chunk)
+        self.progress.latest = time.monotonic()
         await self._writer.write(chunk)
 
     # --- the three ends -----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from mirror.observability.events import Observer, Published, Uncached
 from mirror.oci.errors import ContentLost, DigestMismatch
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.quarantine import quarantine
 
 T = TypeVar("T")

@@ -28,11 +28,11 @@ from typing import Any, Final, TypeAlias
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks_file import Entry, dump_entries, load_entries
 from mirror.store.records import MALFORMED
 
-LOCK_TIMEOUT_S: Final = 30.0
+CHANGE_TIMEOUT_S: Final = 30.0
 """Seconds that a change waits for another one. Each takes less than a second, even of 50,000
 leases, so a longer wait means that a process was stopped."""
 _LOCK_INTERVAL_S: Final = 0.002
@@ -94,7 +94,7 @@ class Lease:
     until: float
     """Seconds since the epoch."""
     source: str
-    """Where the list of used content came from. A newer list of the same source replaces it."""
+    """Name of the list of used content. A newer list of this name replaces it."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _load(entries: Iterable[Entry]) -> Marks:
                     raise ValueError
         except MALFORMED:
             raise ValueError(f"mark {number} is not understood") from None
-    return with_leases(Marks(pins, freezes, blocks), leases)
+    return with_leases(Marks(pins=pins, freezes=freezes, blocks=blocks), leases)
 
 
 def _text(value: Any) -> str:
@@ -295,13 +295,15 @@ def change_marks(layout: Layout, change: Callable[[Marks], Marks]) -> Marks:
         The new marks, which are on the disk.
 
     Raises:
-        TimeoutError: Another process holds the lock for :data:`LOCK_TIMEOUT_S`.
-        OSError: The disk refuses. The earlier marks are unchanged.
+        TimeoutError: Another process holds the lock for :data:`CHANGE_TIMEOUT_S`.
+        OSError: The disk refuses. The text says whether the marks have changed.
         MarksDamaged: The file cannot be understood, so it is not replaced.
     """
     layout.root.mkdir(parents=True, exist_ok=True)
     fd = os.open(layout.marks_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
+        with suppress(PermissionError):  # Another user has created it, for all to read.
+            os.fchmod(fd, 0o644)
         _wait_for_lock(fd)
         earlier = read_marks(layout)
         marks = change(earlier)
@@ -313,12 +315,12 @@ def change_marks(layout: Layout, change: Callable[[Marks], Marks]) -> Marks:
 
 
 def _wait_for_lock(fd: int) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    deadline = time.monotonic() + CHANGE_TIMEOUT_S
     while not disk.try_lock(fd):
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"another process has held marks.lock for {LOCK_TIMEOUT_S:.0f} s: end it, and try "
-                "again"
+                f"another process has held marks.lock for {CHANGE_TIMEOUT_S:.0f} s: end it, and "
+                "try again"
             )
         time.sleep(_LOCK_INTERVAL_S)
 
@@ -331,19 +333,30 @@ def _write(layout: Layout, marks: Marks) -> None:
     try:
         _write_draft(draft, dump_entries(_entries(marks)))
         draft.replace(layout.marks)
-        disk.sync_directory(directory)
-    except OSError:
+    except OSError as error:
+        os.close(directory)
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
+        raise _with_consequence(error, layout, "the marks are as they were") from None
+    try:
+        disk.sync_directory(directory)
+    except OSError as error:
+        why = "the marks have changed, but a power cut may undo that"
+        raise _with_consequence(error, layout, why) from None
     finally:
         os.close(directory)
+
+
+def _with_consequence(error: OSError, layout: Layout, consequence: str) -> OSError:
+    return OSError(error.errno, f"{error.strerror}: {consequence}", str(layout.marks))
 
 
 def _write_draft(draft: Path, lines: Iterable[str]) -> None:
     # An earlier draft is one of a process that was killed.
     draft.unlink(missing_ok=True)
     with draft.open("x", encoding="utf-8") as file:
+        # Whatever the umask of a command is: the server, of another user, has to read it.
+        os.fchmod(file.fileno(), 0o644)
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

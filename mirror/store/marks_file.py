@@ -20,13 +20,13 @@ Entry: TypeAlias = dict[str, Any]
 
 _VERSION: Final = 1
 """Version of the form. A file with another one is not read: it may have other kinds of marks."""
-_FIRST_LINE: Final = f'{{"version": {_VERSION}, "marks": ['
+_OPENING_LINE: Final = f'{{"version": {_VERSION}, "marks": ['
 _LAST_LINE: Final = "]}"
 
 
 def dump_entries(entries: Iterable[Entry]) -> Iterator[str]:
     """Return the lines of a file with these marks."""
-    yield _FIRST_LINE
+    yield _OPENING_LINE
     separator = "\n"
     for entry in entries:
         yield separator + json.dumps(entry)
@@ -43,7 +43,7 @@ def load_entries(file: IO[str]) -> Iterator[Entry]:
     """
     first = file.readline()
     pace = Pace()
-    if first != f"{_FIRST_LINE}\n":
+    if first != f"{_OPENING_LINE}\n":
         yield from _load_whole(first + file.read())
         return
     number, line, is_ended = 1, "", False

@@ -18,15 +18,15 @@ from typing import Final, TypeAlias
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.names import ACCESS, NAMED, RESPONSES
+from mirror.store.pending_rows import Update
 from mirror.store.records import TagRecord, dump_tag, load_tag
 from mirror.store.rows import Row, Rows, Tables
 
-_Update: TypeAlias = Callable[[str | None], str | None]
 _UpdateRows: TypeAlias = Callable[
-    [str, Sequence[tuple[str, _Update]]], Awaitable[list[str | None] | None]
+    [str, Sequence[tuple[str, Update]]], Awaitable[list[str | None] | None]
 ]
 """Applies (key, update) pairs to a table. Returns the earlier texts, or None if that failed."""
-_NEXT: Final = {" ": "!", ":": ";", "@": "A"}
+_AFTER_PREFIX: Final = {" ": "!", ":": ";", "@": "A"}
 """The last character of a prefix -> the one after it: it ends the range of keys with the prefix."""
 
 
@@ -82,7 +82,7 @@ class NameRecords:
         rows = await self._range(NAMED, f"{repository}:{tag} ")
         if not rows:
             return rows is not None
-        updates: list[tuple[str, _Update]] = [(row.key, partial(_expire)) for row in rows]
+        updates: list[tuple[str, Update]] = [(row.key, partial(_expire)) for row in rows]
         return await self._update(NAMED, updates) is not None
 
     async def forget_tags(self, keys: Iterable[str]) -> bool:
@@ -151,7 +151,7 @@ class NameRecords:
     async def _range(self, table: str, prefix: str) -> list[Row] | None:
         """Return the rows whose keys begin with ``prefix``. None if the database fails."""
         found: list[Row] = []
-        after, end = prefix, f"{prefix[:-1]}{_NEXT[prefix[-1]]}"
+        after, end = prefix, f"{prefix[:-1]}{_AFTER_PREFIX[prefix[-1]]}"
         unanswered: list[Row] | None = None
         while page := await self._rows.read(
             partial(Tables.read_range, table=table, after=after, end=end), unanswered

@@ -13,9 +13,9 @@ from typing import Final
 from mirror.oci.errors import ContentLost, UpstreamUnavailable
 from mirror.oci.reference import Digest, Verifier
 from mirror.store import disk
-from mirror.store.disk import Layout
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import Role
+from mirror.store.layout import Layout
 
 STALLED_S: Final = 10.0
 """Seconds without a heartbeat or a byte after which the other process counts as stopped.

@@ -33,7 +33,13 @@ class PendingRow:
         return new
 
     def read(self, tables: Tables, table: str, key: str) -> str | None:
-        """Return the text with each update applied once."""
+        """Return the text with each update applied once.
+
+        Args:
+            tables: The open tables, in the reading thread.
+            table: The table of the row.
+            key: Its key.
+        """
         while True:
             queued, latest = self.queued, self.applied
             applied, new = latest

@@ -20,8 +20,8 @@ from mirror.oci.descriptor import MANIFEST_LIMIT, parse_manifest, sniff_media_ty
 from mirror.oci.errors import ManifestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
-from mirror.store.links import Links
+from mirror.store.image_links import Links
+from mirror.store.layout import Layout
 from mirror.store.marks import (
     Marks,
     MarksDamaged,

@@ -12,7 +12,7 @@ from typing import Final
 
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 MAX_QUARANTINED_FILES: Final = 16
 """Damaged files that are kept, the newest ones: enough to find the cause of the damage."""

@@ -17,7 +17,7 @@ from typing import Final
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.quarantine import MAX_QUARANTINED_FILES, trim_quarantine
 
 _INGEST_TTL_S: Final = 86400.0

@@ -36,7 +36,7 @@ from typing import Final, Protocol
 from mirror.config.settings import Storage
 from mirror.observability.events import LogMessage, Observer
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _DISK_RESERVE: Final = 0.01
 """Fraction of a disk that is left free: the index needs space of its own."""

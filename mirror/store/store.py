@@ -32,13 +32,13 @@ from mirror.oci.errors import ManifestInvalid, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.store import disk, image_layout
 from mirror.store.blobs import BlobStore
-from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
+from mirror.store.image_links import Links
 from mirror.store.index import Index
 from mirror.store.ingest import Ingest
 from mirror.store.ingest_lock import IngestContext
 from mirror.store.ingest_writer import MemoryBudget
-from mirror.store.links import Links
+from mirror.store.layout import Layout
 from mirror.store.names import root_record
 from mirror.store.protection import Protection
 from mirror.store.records import AccessRecord, parse_with_records

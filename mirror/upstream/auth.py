@@ -28,7 +28,13 @@ from cachetools import LRUCache
 from yarl import URL
 
 from mirror.config.settings import Upstream
-from mirror.observability.events import LogMessage, Observer, TokenFetched, TokenResult
+from mirror.observability.events import (
+    LogMessage,
+    Observer,
+    TokenFetched,
+    TokenResult,
+    current_stage,
+)
 from mirror.oci.challenge import Basic, Bearer, parse_challenges, pull_scope
 from mirror.oci.errors import (
     Denied,
@@ -230,9 +236,10 @@ class Authenticator:
         token = self._tokens.get(key)
         if token is not None and token.renew_at > self._clock():
             return replace(token.authorization, is_from_cache=True)
-        token = await self._single_flight.share(
-            ("token", self._upstream, key), lambda: self._request_token(key, lookup, policy)
-        )
+        with current_stage("token"):
+            token = await self._single_flight.share(
+                ("token", self._upstream, key), lambda: self._request_token(key, lookup, policy)
+            )
         return token.authorization
 
     async def _request_token(

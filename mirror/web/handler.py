@@ -25,6 +25,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from mirror.config.settings import Settings
 from mirror.observability.events import (
+    CURRENT_RECORD,
     Kind,
     LogMessage,
     Observer,
@@ -162,6 +163,7 @@ class Handler:
             outcome=Outcome.HIT,
         )
         self._requests[id(request)] = request
+        CURRENT_RECORD.set(pull)
         self._emit(RequestStarted(pull))
         try:
             response = await self._respond(request, pull)

@@ -43,7 +43,7 @@ _MAX_NONCES: Final = 256
 
 _CONFIG_TYPE: Final = "application/vnd.docker.container.image.v1+json"
 _LAYER_TYPE: Final = "application/vnd.docker.image.rootfs.diff.tar.gzip"
-_PLATFORMS: Final = (
+_PROBE_PLATFORMS: Final = (
     {"architecture": "amd64", "os": "linux"},
     {"architecture": "arm64", "os": "linux", "variant": "v8"},
     {"architecture": "arm", "os": "linux", "variant": "v7"},
@@ -117,20 +117,22 @@ class ProbeImage:
 @cache
 def probe_index() -> ProbeContent:
     """Return the manifest list to which each nonce resolves."""
-    manifests = [_manifest_for(platform).descriptor(platform=platform) for platform in _PLATFORMS]
+    manifests = [
+        _manifest_for(platform).descriptor(platform=platform) for platform in _PROBE_PLATFORMS
+    ]
     return _document(DOCKER_LIST, manifests=manifests)
 
 
 @cache
 def _manifests() -> Mapping[Digest, ProbeContent]:
-    found = (probe_index(), *map(_manifest_for, _PLATFORMS))
+    found = (probe_index(), *map(_manifest_for, _PROBE_PLATFORMS))
     return {content.digest: content for content in found}
 
 
 @cache
 def _blobs() -> Mapping[Digest, ProbeContent]:
     layer, _ = _layer()
-    found = (layer, *map(_config_for, _PLATFORMS))
+    found = (layer, *map(_config_for, _PROBE_PLATFORMS))
     # The type of a blob is only in its descriptor.
     return {one.digest: ProbeContent(one.digest, OCTET_STREAM, one.body) for one in found}
 

@@ -27,6 +27,7 @@ from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
 from mirror.observability.events import BytesSent, Observer, RequestRecord
+from mirror.observability.traces import PullTrace
 from mirror.oci.errors import ContentLost, StorageUnavailable
 from mirror.oci.headers import (
     Multipart,
@@ -167,6 +168,7 @@ class Sender:
         self._pull = pull
         self._emit = emit
         self._loop = asyncio.get_running_loop()
+        self._trace = pull.trace or PullTrace()
 
     async def send(self, body: Body, extra: Mapping[str, str]) -> web.StreamResponse:
         """Send ``body``, or the part of it that ``Range`` requests.
@@ -224,6 +226,8 @@ class Sender:
         self, body: Body, status: int, headers: dict[str, str], parts: list[_Part]
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=status, headers=headers)
+        self._pull.trace = self._trace
+        self._trace.size = body.size
         has_length = "Content-Length" in headers
         if not has_length and self._request.version != HttpVersion10:
             response.enable_chunked_encoding()
@@ -313,7 +317,9 @@ class Sender:
         assert source is not None
         position = start
         while stop is None or position < stop:
+            waiting_since = self._loop.time()
             extent = await source.wait(position, stop)
+            self._trace.source_wait += self._loop.time() - waiting_since
             if extent is None:
                 break
             limit = _MAX_SEND_BYTES if position > start else _FIRST_SEND_BYTES

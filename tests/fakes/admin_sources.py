@@ -29,10 +29,16 @@ def image(number: int) -> Json:
         "platforms": ["linux/amd64", "linux/arm64"],
         "size": 1_000_000 * (number % 97 + 1),
         "unique": 250_000 * (number % 89),
-        "used": AT,
+        "last_used": AT,
         "checked": AT,
         "state": ["partial"] if number % 7 == 3 else ["complete"],
-        "why": None,
+        "kind": "image",
+        "current_digest": digest(number),
+        "missing_platforms": [],
+        "missing_parts": 1 if number % 7 == 3 else 0,
+        "missing_bytes": 4096 if number % 7 == 3 else 0,
+        "stale_why": None,
+        "blocked_why": None,
     }
 
 
@@ -68,7 +74,9 @@ class FakeImages:
                         "size": 4000 * 10**depth,
                         "platform": None,
                         "is_here": depth < 3,
-                        "shared_with": depth,
+                        "media_type": None,
+                        "name": None,
+                        "shared_with": [f"docker.io/library/other:{n}" for n in range(depth)],
                     }
                     for depth, kind in enumerate(("index", "manifest", "config", "layer"))
                 ]
@@ -87,13 +95,21 @@ class FakeImages:
                 for kind in kinds
             ],
             "upstreams": [
-                {"name": "docker.io", "images": len(self.rows), "size": size, "unique": size // 3}
+                {
+                    "name": "docker.io",
+                    "images": len(self.rows),
+                    "contents": 4 * len(self.rows),
+                    "size": size,
+                    "shared": size - size // 3,
+                    "unique": size // 3,
+                }
             ],
             "next": [
                 {
                     "digest": row["digest"],
                     "size": row["size"],
-                    "used": AT,
+                    "type": "layer",
+                    "last_used": AT,
                     "images": [row["name"]],
                     "why": "least recently used",
                 }

@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[2]
 Sources: TypeAlias = dict[str, str]
 """Dotted module name -> its text. A package is named without ``__init__``."""
 
-SHARED = {"", "oci", "observability.events", "config.settings", "single_flight", "threads"}
+SHARED = {
+    *("", "oci", "observability.events", "observability.traces", "config.settings"),
+    *("single_flight", "threads"),
+}
 LOADING = {"config.load", "config.values"}
 OBSERVERS = {
     "observability.library_logs",
@@ -29,12 +32,13 @@ OBSERVERS = {
     "observability.logs",
     "observability.metrics",
 }
-BELOW_SERVER = {"web", "pull", "store", "upstream", *OBSERVERS, *SHARED}
+BELOW_SERVER = {"web", "pull", "store", "upstream", "history", *OBSERVERS, *SHARED}
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "": set(),
     "oci": {"oci"},
     "observability": set(),
-    "observability.events": {"oci"},
+    "observability.events": {"oci", "observability.traces"},
+    "observability.traces": set(),
     "config": set(),
     "config.values": {"oci"},
     "config.section": {"config.values"},
@@ -62,6 +66,8 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "observability.metrics": SHARED,
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
+    # Where the data directory is, and which contents it has.
+    "history": {"history", "store.layout", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
     "operations": {
         *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),
@@ -73,7 +79,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     },
     "server": {"server", "admin", "composition", "operations", "config.reload", *BELOW_SERVER},
     "processes": {
-        *("admin.worker_channel", "server", "config.reload", "observability.metrics", *SHARED),
+        *("admin", "server", "config.reload", "observability.metrics", *SHARED),
     },
     "cli": {"cli", "operations", "inventory", "composition", "processes", *LOADING, *BELOW_SERVER},
     "__main__": {"cli"},
@@ -95,6 +101,7 @@ THIRD_PARTIES: dict[str, tuple[str, ...]] = {
 FORBIDDEN_STDLIB: dict[str, set[str]] = {
     "oci": {"asyncio", "io", "os", "pathlib", "socket", "subprocess", "tempfile", "threading"},
     "observability.events": {"asyncio", "os", "pathlib", "socket"},
+    "history": {"asyncio", "http", "socket", "ssl", "urllib"},
     "store": {"http", "socket", "ssl", "urllib"},
     "inventory": {"asyncio", "http", "socket", "ssl", "subprocess", "urllib"},
     "pull": {"http", "os", "pathlib", "socket", "ssl", "urllib"},

@@ -270,14 +270,17 @@ def test_links_in_documents_have_existing_targets(name: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["CONTRIBUTING.md", "README.md", "docs/releasing.md", ".github/PULL_REQUEST_TEMPLATE.md"],
+    [
+        *("CONTRIBUTING.md", "README.md", ".github/PULL_REQUEST_TEMPLATE.md", "docs/releasing.md"),
+        *("docs/commands.md", "docs/kubernetes.md", "docs/metrics.md", "docs/runbook.md"),
+    ],
 )
 def test_documents_name_commands_and_files_that_exist(name: str) -> None:
     text = read(name)
     for target in re.findall(r"(?:`|^\$ )make ([a-z-]+)", text, re.MULTILINE):
         assert target in TARGETS, target
     roots = r"mirror|tests|tools|docs|config|bench|\.github|\.ci"
-    for path in re.findall(rf"(?<![\w/.])((?:{roots})/[\w./-]*\w)", text):
+    for path in re.findall(rf"(?<![\w/.-])((?:{roots})/[\w./-]*\w)", text):
         assert (ROOT / path).exists(), path
 
 

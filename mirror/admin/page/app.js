@@ -22,14 +22,16 @@ function setStatus(state) {
 
 /** Ask for the token until one is right. Returns the session. */
 async function signIn() {
+  // A request without a token would be refused, and stay in the console as an error.
+  const { is_open: isOpen } = await get("/access");
   for (let detail = ""; ;) {
+    if (!isOpen && !hasToken()) await askForToken(detail);
     try {
       return await get("/session");
     } catch (error) {
       if (error.status !== 401) throw error;
-      detail = hasToken() ? "This token is not right." : "";
+      detail = "This token is not right.";
       setToken("");
-      await askForToken(detail);
     }
   }
 }
@@ -97,6 +99,7 @@ async function start() {
   document.body.classList.toggle("read-only", session.role !== "full");
   byId("version").textContent = `oci-mirror ${session.version}`;
   byId("sign-out").hidden = session.is_open;
+  byId("openapi").hidden = !session.is_open;
   byId("sign-out").addEventListener("click", () => {
     setToken("");
     location.reload();

@@ -12,11 +12,11 @@ const COLUMNS = [
   [null, "State", ""],
   ["size", "Size", "number"],
   ["unique", "Frees", "number"],
-  ["used", "Used", "number"],
+  ["last_used", "Used", "number"],
   ["checked", "Checked", "number"],
 ];
 
-const view = { search: "", state: "", sort: "used", order: "desc", offset: 0 };
+const view = { search: "", state: "", sort: "last_used", order: "desc", offset: 0 };
 let isReadOnly = false;
 let latest = 0;
 
@@ -76,7 +76,7 @@ function row(image) {
     el("td", { class: "wide" }, stateChips(image)),
     cell("Size", bytes(image.size)),
     cell("Frees", bytes(image.unique)),
-    cell("Used", ago(image.used), moment(image.used)),
+    cell("Used", ago(image.last_used), moment(image.last_used)),
     cell("Checked", ago(image.checked), moment(image.checked)),
     !isReadOnly && el("td", { class: "wide" }, el("div", { class: "row-actions" }, actions(image))),
   );
@@ -87,10 +87,18 @@ function platformText(platforms) {
   return platforms.slice(0, 3).join(", ") + (more > 0 ? ` and ${more} more` : "");
 }
 
+function reasons(image) {
+  return {
+    partial: image.missing_parts ? `lacks ${plural(image.missing_parts, "part")}, ${bytes(image.missing_bytes)}` : "",
+    stale: image.stale_why ?? "",
+    blocked: image.blocked_why ?? "",
+  };
+}
+
 function stateChips(image) {
   return image.state.map((state) => {
     const made = chip(state, STATE_KIND[state] ?? "");
-    if (image.why && state !== "complete") made.title = image.why;
+    made.title = reasons(image)[state] ?? "";
     return made;
   });
 }
@@ -183,11 +191,11 @@ export async function showImage(name) {
     ? (await get("/images/history", { image: name }).catch(() => ({ digests: [] }))).digests
     : [];
   openDialog(image.name, [
-    el("p", {}, stateChips(image), image.why && ` ${image.why}`),
+    el("p", {}, stateChips(image), Object.values(reasons(image)).filter(Boolean).join(" · ")),
     el("dl", { class: "facts" }, [
       ["Size", bytes(image.size)],
       ["Removing frees", bytes(image.unique)],
-      ["Last used", ago(image.used)],
+      ["Last used", ago(image.last_used)],
       ["Upstream confirmed", ago(image.checked)],
       ["Platforms", image.platforms.join(", ") || "–"],
     ].map(([title, value]) => el("div", {}, el("dt", {}, title), el("dd", {}, value))),
@@ -212,7 +220,7 @@ function treeTable(nodes) {
           first,
           el("td", {}, el("code", { title: node.digest }, shortDigest(node.digest)), !node.is_here && " not here"),
           el("td", { class: "number" }, bytes(node.size)),
-          el("td", { class: "number" }, node.shared_with ? plural(node.shared_with, "image") : "–"));
+          el("td", { class: "number", title: node.shared_with.slice(0, 8).join("\n") || null }, node.shared_with.length ? plural(node.shared_with.length, "image") : "–"));
       }))),
   );
 }

@@ -144,7 +144,7 @@ function drawNext(usage, openImage) {
         ? el("button", { class: "link", type: "button", on: { click: () => openImage(row.images[0]) } }, row.images[0])
         : el("code", {}, shortDigest(row.digest)),
       el("span", { class: "number" }, bytes(row.size)),
-      el("span", { class: "why" }, `${row.why} · used ${ago(row.used)}`),
+      el("span", { class: "why" }, `${row.why} · used ${ago(row.last_used)}`),
     ));
   fill(
     byId("next"),

@@ -16,7 +16,7 @@ from typing import Final
 from mirror.cli.arguments import Commands, add_config, add_json, config_file
 from mirror.cli.client_files import HUB
 from mirror.cli.doctor.findings import Checked, Finding, Status
-from mirror.cli.doctor.runtimes import CONTAINERD_CONFIG, RUNTIMES, Node
+from mirror.cli.doctor.runtimes import CONTAINERD_CONFIG, RUNTIMES, NodeMachine
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.health import own_url
 from mirror.cli.output import UsageError, flush, print_line
@@ -165,5 +165,5 @@ def _check_node(arguments: argparse.Namespace) -> Iterator[Finding]:
     except ValueError as error:
         raise UsageError(f"--mirror '{url}': {error}") from None
     registries = arguments.registry or list(settings.upstreams) or [HUB]
-    node = Node(dict(os.environ), arguments.containerd_config)
+    node = NodeMachine(dict(os.environ), arguments.containerd_config)
     yield from check_node(node, arguments.runtime, registries, mirror)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from mirror.cli.doctor.findings import Checked, Finding
-from mirror.cli.doctor.runtimes import Command, Node, Runtime, find_runtimes
-from mirror.cli.own_server import OwnServer
+from mirror.cli.doctor.runtimes import Command, NodeMachine, Runtime, find_runtimes
+from mirror.cli.own_server import OwnServer, ServerResponse
 from mirror.oci.text import printable
 
 _PROBE: Final = "oci-mirror-check/probe"
@@ -32,12 +32,12 @@ server's packages)."""
 _PULL_TIMEOUT_S: Final = 30.0
 """Seconds of one pull of a few hundred bytes. A client whose file for the mirror is ignored may
 wait for a registry that it cannot reach."""
-_PULLS: Final = 8
+_PARALLEL_PULLS: Final = 8
 """Pulls that run at the same time."""
 _CONFIRM_REQUESTS: Final = 64
 """Requests after which a mirror with several workers is no longer asked for a nonce: each worker
 knows its own. Of 8 workers, one is missed by all of them in two checks of ten thousand."""
-_MAX_REASON_CHARS: Final = 300
+_MAX_LAST_LINE_CHARS: Final = 300
 """Characters of the last line of a command that failed."""
 
 
@@ -49,7 +49,7 @@ class _CommandEnd:
 
 
 def check_node(
-    node: Node, chosen: Sequence[str], registries: Sequence[str], mirror: OwnServer
+    node: NodeMachine, chosen: Sequence[str], registries: Sequence[str], mirror: OwnServer
 ) -> Iterator[Finding]:
     """Let the runtimes of a node pull, and yield what was found.
 
@@ -84,7 +84,7 @@ def check_node(
         for registry in registries
         if registry not in unserved and runtime.may_mirror(registry)
     ]
-    with ThreadPoolExecutor(_PULLS) as threads:
+    with ThreadPoolExecutor(_PARALLEL_PULLS) as threads:
         yield from threads.map(lambda pull: _check_pull(node, mirror, *pull), pulls)
 
 
@@ -115,16 +115,24 @@ def _check_mirror(
         with contextlib.suppress(OSError, ValueError):
             response = mirror.get(f"/v2/{_PROBE}/manifests/{secrets.token_hex(16)}?ns={registry}")
             if response.status != 200:
-                yield (
-                    Checked("mirror", f"{mirror.url} {registry}").problem(
-                        f"it does not serve this registry (status {response.status})",
-                        f"add upstreams.{registry} to its configuration, and reload it (SIGHUP)",
-                    ),
-                    registry,
-                )
+                yield _why_unserved(mirror, registry, response), registry
 
 
-def _check_pull(node: Node, mirror: OwnServer, runtime: Runtime, registry: str) -> Finding:
+def _why_unserved(mirror: OwnServer, registry: str, response: ServerResponse) -> Finding:
+    """Return the finding for a registry of which the mirror does not serve the probe image."""
+    subject = Checked("mirror", f"{mirror.url} {registry}")
+    if b"NAME_UNKNOWN" in response.body:
+        return subject.problem(
+            "it is not configured for this registry",
+            f"add upstreams.{registry} to its configuration, and reload it (SIGHUP)",
+        )
+    return subject.problem(
+        f"it does not serve the probe image (status {response.status})",
+        "update the mirror to this version, and read its log",
+    )
+
+
+def _check_pull(node: NodeMachine, mirror: OwnServer, runtime: Runtime, registry: str) -> Finding:
     """Let a runtime pull the probe image of a registry."""
     nonce = secrets.token_hex(16)
     image = f"{registry}/{_PROBE}:{nonce}"
@@ -162,7 +170,7 @@ def _has_arrived(mirror: OwnServer, registry: str, nonce: str) -> bool:
     return False
 
 
-def _run(command: Command, node: Node) -> _CommandEnd:
+def _run(command: Command, node: NodeMachine) -> _CommandEnd:
     """Run a command with a time limit. Its children are killed, too."""
     with tempfile.TemporaryFile() as output:
         try:
@@ -189,5 +197,5 @@ def _run(command: Command, node: Node) -> _CommandEnd:
     if code == 0:
         return _CommandEnd(reason="")
     return _CommandEnd(
-        reason=printable(lines[-1] if lines else f"exit code {code}", _MAX_REASON_CHARS)
+        reason=printable(lines[-1] if lines else f"exit code {code}", _MAX_LAST_LINE_CHARS)
     )

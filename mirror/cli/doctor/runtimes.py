@@ -50,7 +50,7 @@ class Runtime:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeMachine:
     """The machine whose runtimes are checked. Tests replace its parts."""
 
     environ: Mapping[str, str]
@@ -76,7 +76,7 @@ class Node:
         return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
 
 
-def find_runtimes(node: Node, chosen: Sequence[str]) -> list[Runtime]:
+def find_runtimes(node: NodeMachine, chosen: Sequence[str]) -> list[Runtime]:
     """Return the runtimes on a node. ``chosen``: their names; empty for all that there are."""
     found = (build(node) for name, build in RUNTIMES.items() if not chosen or name in chosen)
     return [runtime for runtime in found if runtime is not None]
@@ -85,7 +85,7 @@ def find_runtimes(node: Node, chosen: Sequence[str]) -> list[Runtime]:
 # --- containerd, Kubernetes -----------------------------------------------------------------------
 
 
-def _containerd(node: Node) -> Runtime | None:
+def _containerd(node: NodeMachine) -> Runtime | None:
     """Return containerd as ``ctr`` uses it, with the directory that its configuration names."""
     ctr = node.find("ctr")
     if ctr is None or not (node.find("containerd") or os.path.exists(_SOCKET)):
@@ -116,7 +116,7 @@ def _containerd(node: Node) -> Runtime | None:
     )
 
 
-def _read_containerd_config(node: Node) -> dict[str, Any]:
+def _read_containerd_config(node: NodeMachine) -> dict[str, Any]:
     """Return the configuration of containerd with its defaults and imports, as it states it."""
     text = node.query("containerd", "--config", node.containerd_config, "config", "dump")
     try:
@@ -170,13 +170,13 @@ def _config_path_findings(
     return (subject.ok(f"config_path is {directories[0]}"),)
 
 
-def _cri(node: Node) -> Runtime | None:
+def _cri(node: NodeMachine) -> Runtime | None:
     """Return the runtime behind the CRI, as the kubelet uses it."""
     crictl = node.find("crictl")
     return None if crictl is None else _crictl("cri", (crictl,))
 
 
-def _k3s(node: Node) -> Runtime | None:
+def _k3s(node: NodeMachine) -> Runtime | None:
     k3s = node.find("k3s")
     if k3s is None:
         return None
@@ -203,7 +203,7 @@ def _crictl(
 # --- Docker, Podman -------------------------------------------------------------------------------
 
 
-def _docker(node: Node) -> Runtime | None:
+def _docker(node: NodeMachine) -> Runtime | None:
     docker = node.find("docker")
     if docker is None:
         return None
@@ -228,7 +228,7 @@ def _docker(node: Node) -> Runtime | None:
     )
 
 
-def _podman(node: Node) -> Runtime | None:
+def _podman(node: NodeMachine) -> Runtime | None:
     podman = node.find("podman")
     if podman is None:
         return None
@@ -243,7 +243,7 @@ def _podman(node: Node) -> Runtime | None:
     )
 
 
-RUNTIMES: Final[Mapping[str, Callable[[Node], Runtime | None]]] = {
+RUNTIMES: Final[Mapping[str, Callable[[NodeMachine], Runtime | None]]] = {
     "containerd": _containerd,
     "cri": _cri,
     "k3s": _k3s,

@@ -80,3 +80,11 @@ def test_tag_beside_all_tags_is_wrong_usage(run: Run) -> None:
 
     assert result.code == 2
     assert "write docker.io/library/app" in result.err
+
+
+def test_directory_that_is_no_data_directory_is_a_failure(run: Run, tmp_path: Path) -> None:
+    result = run("http://127.0.0.1:9", "forget", "app:v1")
+
+    assert result.code == 1
+    assert "is no data directory of a mirror" in result.err
+    assert not (tmp_path / "data").exists()

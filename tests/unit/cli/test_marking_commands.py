@@ -18,7 +18,7 @@ from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest, Tag
 from mirror.store.disk import Layout
 from mirror.store.marks import Marks, read_marks
-from tests.unit.store.kit import image, index_of, opened, pulled
+from tests.unit.store.kit import fill_up, image, index_of, opened, pin, pulled, small_disk
 
 LAYERS = (b"layer of v1", b"layer of v2")
 OLD, NEW = (image(layer) for layer in LAYERS)
@@ -215,6 +215,28 @@ def test_directory_without_a_mirror_is_not_created(
         filled.run(*argv, code=1)
         assert f"{tmp_path}/typo is no data directory of a mirror" in filled.notes
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.row("D2-full-disk")
+def test_full_disk_is_named_and_the_earlier_marks_stay(
+    filled: Filled, template: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small").mkdir()
+    with small_disk(tmp_path / "small", "8m") as mount:
+        shutil.copytree(template, mount / "data")
+        filled.config.write_text(
+            filled.config.read_text().replace(str(tmp_path / "data"), str(mount / "data"))
+        )
+        layout = Layout(mount / "data")
+        pins = [Digest.of(b"%d" % number) for number in range(100)]
+        pin(layout, *pins)
+        before = read_marks(layout)
+        fill_up(mount)
+        for command in ("pin", "block", "freeze"):
+            filled.run(command, "app", code=1)
+            said = "marks.json: No space left on device: the marks are as they were\n"
+            assert filled.notes.endswith(said)
+        assert read_marks(layout) == before
 
 
 @pytest.mark.parametrize("damage", ["{}", "directory"])

@@ -18,8 +18,8 @@ def cache(tmp_path: Path) -> ManifestCache:
 
 def test_rows_are_kept_and_replaced_and_deleted(cache: ManifestCache) -> None:
     assert cache.load() == {}
-    assert cache.save([("a", "1"), ("b", "2")])
-    assert cache.save([("a", "3")], gone=["b"])
+    assert cache.try_save([("a", "1"), ("b", "2")])
+    assert cache.try_save([("a", "3")], gone=["b"])
 
     assert cache.load() == {"a": "3"}
 
@@ -28,12 +28,12 @@ def test_damaged_file_counts_as_lost_and_is_made_anew(cache: ManifestCache, tmp_
     (tmp_path / "manifests.db").write_bytes(b"no database" * 1000)
 
     assert cache.load() == {}
-    assert cache.save([("a", "1")])
+    assert cache.try_save([("a", "1")])
     assert cache.load() == {"a": "1"}
 
 
 def test_file_of_another_format_counts_as_lost(cache: ManifestCache, tmp_path: Path) -> None:
-    cache.save([("a", "1")])
+    cache.try_save([("a", "1")])
     with closing(sqlite3.connect(tmp_path / "manifests.db")) as database:
         database.execute("PRAGMA user_version = 99")
 
@@ -43,19 +43,19 @@ def test_file_of_another_format_counts_as_lost(cache: ManifestCache, tmp_path: P
 def test_directory_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     cache = ManifestCache(tmp_path / "missing" / "manifests.db")
 
-    assert not cache.save([("a", "1")])
+    assert not cache.try_save([("a", "1")])
     assert cache.load() == {}
 
 
 def test_rows_are_not_written_while_another_command_writes(
     cache: ManifestCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mirror.inventory.manifest_cache._BUSY_TIMEOUT_S", 0.01)
-    cache.save([("a", "1")])
+    monkeypatch.setattr("mirror.inventory.manifest_cache._CACHE_TIMEOUT_S", 0.01)
+    cache.try_save([("a", "1")])
     with closing(sqlite3.connect(tmp_path / "manifests.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
 
-        assert not cache.save([("b", "2")])
+        assert not cache.try_save([("b", "2")])
         assert cache.load() == {}
 
     assert cache.load() == {"a": "1"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mirror.inventory import manifest_reader, manifests
+from mirror.inventory import manifest_parsing, manifest_reader
 from mirror.inventory.manifest_cache import ManifestCache
 from mirror.oci.descriptor import OCI_MANIFEST
 from tests.unit.inventory.kit import DataDirectory, config, content, entry, index, manifest, text
@@ -21,13 +21,13 @@ INDEX = index(entry(IMAGE, "amd64"))
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The digests of the manifests that were parsed."""
     found: list[str] = []
-    parse = manifests.parse
+    parse = manifest_parsing.parse_stored
 
     def noting(digest: str, *arguments: Any) -> Any:
         found.append(digest)
         return parse(digest, *arguments)
 
-    monkeypatch.setattr(manifests, "parse", noting)
+    monkeypatch.setattr(manifest_parsing, "parse_stored", noting)
     return found
 
 
@@ -60,7 +60,7 @@ def test_damaged_row_is_parsed_again_and_others_are_not(
 ) -> None:
     one, two = data.image("app:v1", "one"), data.image("app:v2", "two")
     data.read()
-    cache_of(data).save([(text(one), "[")])
+    cache_of(data).try_save([(text(one), "[")])
     parsed.clear()
 
     assert set(data.read().manifests) == {text(one), text(two)}
@@ -85,7 +85,9 @@ def test_config_without_a_platform_is_read_once(
     data.add(b"{}", body)
     data.name("app:v1", body, media_type=OCI_MANIFEST)
     data.read()
-    monkeypatch.setattr(manifests, "platform_of_config", lambda body: pytest.fail("read again"))
+    monkeypatch.setattr(
+        manifest_parsing, "platform_of_config", lambda body: pytest.fail("read again")
+    )
 
     assert data.find("app:v1").platforms == ()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mirror.oci.platform import Choice, Platform, choose, entries_of
+from mirror.oci.platform import Choice, Platform, choose_entries, entries_of
 from mirror.oci.reference import Digest
 
 AMD64, ARM64 = Platform("linux", "amd64"), Platform("linux", "arm64")
@@ -67,29 +67,29 @@ def test_other_text_is_no_platform(text: str) -> None:
 
 
 def test_without_platforms_all_entries_are_chosen() -> None:
-    choice = choose(BODY, (), has_attestations=False)
+    choice = choose_entries(BODY, (), has_attestations=False)
     assert chosen(choice) == set("abcAB")
     assert choice.missing == ()
     assert list(map(str, choice.present)) == ["linux/amd64", "linux/arm/v6", "linux/arm64"]
 
 
 def test_chosen_platforms_leave_out_the_others_and_attestations() -> None:
-    assert chosen(choose(BODY, {AMD64}, has_attestations=False)) == {"a"}
-    assert chosen(choose(BODY, {AMD64, ARM64}, has_attestations=False)) == {"a", "b"}
+    assert chosen(choose_entries(BODY, {AMD64}, has_attestations=False)) == {"a"}
+    assert chosen(choose_entries(BODY, {AMD64, ARM64}, has_attestations=False)) == {"a", "b"}
 
 
 def test_attestations_of_chosen_entries_come_with_them_if_wanted() -> None:
-    assert chosen(choose(BODY, {AMD64}, has_attestations=True)) == {"a", "A"}
+    assert chosen(choose_entries(BODY, {AMD64}, has_attestations=True)) == {"a", "A"}
 
 
 def test_missing_platforms_are_named() -> None:
-    choice = choose(BODY, {AMD64, Platform("linux", "s390x")}, has_attestations=False)
+    choice = choose_entries(BODY, {AMD64, Platform("linux", "s390x")}, has_attestations=False)
     assert choice.missing == (Platform("linux", "s390x"),)
     assert chosen(choice) == {"a"}
 
 
 def test_entries_without_platform_are_for_all_platforms() -> None:
-    choice = choose(index(entry("a"), entry("b")), {AMD64}, has_attestations=False)
+    choice = choose_entries(index(entry("a"), entry("b")), {AMD64}, has_attestations=False)
     assert chosen(choice) == {"a", "b"}
     assert choice.missing == ()
 

@@ -175,7 +175,7 @@ def test_directory_without_manifests_and_too_many_files_are_problems(
 def test_file_that_cannot_be_read_is_a_problem_and_the_others_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_lists, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(image_lists, "MAX_MANIFESTS_BYTES", 1000)
     (tmp_path / "large.yaml").write_text("# " + "x" * 2000)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9")
     (tmp_path / "good.yaml").write_text(workload("Pod", f"spec: {POD}"))

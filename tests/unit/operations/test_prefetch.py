@@ -12,7 +12,7 @@ from mirror.observability.events import Event, LogMessage, PrefetchEnded
 from mirror.oci.descriptor import referrers_tag
 from mirror.oci.reference import Digest
 from mirror.operations import prefetch
-from mirror.operations.prefetch import PrefetchJob, find_images, last_report, run_entry
+from mirror.operations.prefetch import PrefetchJob, find_entry_images, last_runs, run_entry
 from mirror.store.disk import Layout
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.operations.kit import on_disk, opened
@@ -28,7 +28,7 @@ def add_tags(registry: FakeRegistry, *tags: str, repository: str = "library/app"
 async def images_of(root: Path, registry: FakeRegistry, **entry: Any) -> list[str]:
     errors: list[str] = []
     async with opened(root, registry) as mirror:
-        images = await find_images(mirror, Prefetch(**entry), errors)
+        images = await find_entry_images(mirror, Prefetch(**entry), errors)
     assert errors == []
     return [str(image).removeprefix("docker.io/library/") for image in images]
 
@@ -62,8 +62,8 @@ async def test_pattern_matches_repositories_that_were_pulled_with_their_tags(
             await mirror.store.measure()
             errors: list[str] = []
             pattern = ("docker.io/library/app*",)
-            pulled = await find_images(mirror, Prefetch(images=pattern), errors)
-            newest = await find_images(mirror, Prefetch(images=pattern, newest=1), errors)
+            pulled = await find_entry_images(mirror, Prefetch(images=pattern), errors)
+            newest = await find_entry_images(mirror, Prefetch(images=pattern, newest=1), errors)
 
     assert [str(one) for one in pulled] == [
         "docker.io/library/app1:v1",
@@ -105,7 +105,7 @@ async def test_list_of_tags_that_cannot_be_had_is_named_and_others_are_fetched(
 
 
 async def test_number_of_images_is_bounded(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(prefetch, "_MAX_IMAGES", 2)
+    monkeypatch.setattr(prefetch, "_MAX_RUN_IMAGES", 2)
     async with FakeRegistry() as registry:
         add_tags(registry, "1.0.0", "1.1.0", "1.2.0")
         async with opened(tmp_path, registry) as mirror:
@@ -148,7 +148,7 @@ async def test_entry_runs_again_after_its_interval_only(tmp_path: Path) -> None:
         "prefetch ended",
         "prefetch ended",
     ]
-    runs = last_report(Layout(tmp_path))["runs"]
+    runs = last_runs(Layout(tmp_path))["runs"]
     assert [(run["complete"], run["images"]) for run in runs] == [(0, 1), (1, 1)]
     assert "app:v2" in runs[0]["errors"][0]
 
@@ -178,7 +178,7 @@ async def test_changed_entry_is_due_at_once_and_a_removed_one_leaves_the_report(
             async with opened(tmp_path, registry, more=more) as mirror:
                 await PrefetchJob(mirror, lambda event: None).run(10_000.0)
 
-    runs = last_report(Layout(tmp_path))["runs"]
+    runs = last_runs(Layout(tmp_path))["runs"]
     assert [run["entry"]["images"] for run in runs] == [["app:v2"]]
 
 
@@ -191,7 +191,7 @@ async def test_damaged_report_counts_as_none(tmp_path: Path) -> None:
             ) as mirror:
                 (tmp_path / prefetch.PREFETCH_REPORT).write_text(text)
                 await PrefetchJob(mirror, lambda event: None).run(10_000.0)
-            assert len(last_report(Layout(tmp_path))["runs"]) == 1
+            assert len(last_runs(Layout(tmp_path))["runs"]) == 1
 
 
 async def test_nothing_runs_without_entries_or_right_after_the_start(tmp_path: Path) -> None:
@@ -201,4 +201,4 @@ async def test_nothing_runs_without_entries_or_right_after_the_start(tmp_path: P
         async with opened(tmp_path, registry, more=configured({"images": ["app:v1"]})) as mirror:
             await PrefetchJob(mirror, lambda event: None).run_if_due(10_000.0)
         assert registry.requests == []
-    assert json.dumps(last_report(Layout(tmp_path))) == '{"runs": []}'
+    assert json.dumps(last_runs(Layout(tmp_path))) == '{"runs": []}'

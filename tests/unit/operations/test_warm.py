@@ -14,6 +14,7 @@ from mirror.oci.platform import Platform
 from mirror.oci.reference import Digest
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
 from tests.fakes.registry import FakeRegistry, Fault
+from tests.server_kit import running
 from tests.unit.operations.kit import add_index, add_referrer, image, on_disk, opened
 
 ALL = WarmOptions()
@@ -225,6 +226,31 @@ async def test_cancelled_run_ends_and_the_next_one_resumes(tmp_path: Path) -> No
     assert ranges[0] is None
     assert ranges[1] is not None
     assert str(digest) in on_disk(tmp_path)
+
+
+async def test_content_that_a_server_is_fetching_is_not_fetched_a_second_time(
+    tmp_path: Path,
+) -> None:
+    layer, gate = b"s" * 2_000_000, asyncio.Event()
+    async with FakeRegistry() as registry:
+        registry.add_image(layer, tag="v1")
+        digest = Digest.of(layer)
+        registry.fault(f"blobs/{digest}", Fault(stall_at=1_000_000, gate=gate))
+        async with running(tmp_path, registry.url) as server:
+            await server.get(server.manifest("v1"))
+            client = asyncio.get_running_loop().create_task(server.get(server.blob(digest)))
+            await registry.stalled.wait()
+
+            def open_gate(event: ContentProgress | ImageReport) -> None:
+                if isinstance(event, ContentProgress) and event.state == "fetching":
+                    gate.set()
+
+            async with opened(tmp_path, registry) as mirror:
+                (report,) = await warm(mirror, [image("app:v1")], ALL, open_gate)
+            status, _, body = await client
+
+        assert registry.count("GET", str(digest)) == 1
+    assert (report.error, status, body == layer) == ("", 200, True)
 
 
 # --- referrers ------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from mirror.observability.events import Event
+from mirror.observability.events import Event, TagMoved
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store import index as index_module
 from mirror.store import orphans
+from mirror.store.image_links import Links
 from mirror.store.index import Index
-from mirror.store.links import Links
 from mirror.store.orphans import ORPHAN_ROW_TTL_S
 from mirror.store.pending_rows import PendingRow, Update
 from mirror.store.records import (
@@ -51,7 +51,7 @@ class Evil:
 
 @asynccontextmanager
 async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[Index]:
-    """Open an index, and expect no warnings."""
+    """Open an index, and expect no events but those of tags."""
     events: list[Event] = []
     times = clock or [1_800_000_000.0]
     index = await Index.open(path / "index", events.append, lambda: times[0])
@@ -59,7 +59,7 @@ async def opened(path: Path, clock: list[float] | None = None) -> AsyncIterator[
         yield index
     finally:
         await index.close()
-    assert not events
+    assert all(isinstance(event, TagMoved) for event in events), events
 
 
 async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
@@ -81,7 +81,10 @@ async def test_all_records_are_read_after_a_restart(tmp_path: Path) -> None:
     await index.revoke_access(REPO, ONE, "manifest")
     assert await index.access_record(REPO, ONE, "manifest") is None
     await index.close()
-    assert not events
+    (event,) = events
+    assert event == TagMoved(
+        "docker.io", "library/app", "1.0", "", str(ONE), record.confirmed, None
+    )
 
 
 @pytest.mark.row("M10-hostile-index")
@@ -678,3 +681,21 @@ async def test_row_that_another_process_writes_during_a_check_stays(tmp_path: Pa
         record = await index.tag(REPO, TAG)
         assert record
         assert record.digest == TWO
+
+
+async def test_event_tells_of_each_new_digest_of_a_tag_with_the_one_before(tmp_path: Path) -> None:
+    events: list[Event] = []
+    times = [100.0]
+    index = await Index.open(tmp_path / "index", events.append, lambda: times[0])
+    for digest in (ONE, ONE, TWO, TWO, ONE):
+        await index.confirm_tag(REPO, TAG, digest)
+        times[0] += 10
+    await index.confirm_tag(REPO, TAG, TWO, " variant")
+    await index.close()
+    moves = [event for event in events if isinstance(event, TagMoved)]
+    assert [(m.variant, m.digest, m.at, m.previous) for m in moves] == [
+        ("", str(ONE), 100.0, None),
+        ("", str(TWO), 120.0, (str(ONE), 100.0, 110.0)),
+        ("", str(ONE), 140.0, (str(TWO), 120.0, 130.0)),
+        (" variant", str(TWO), 150.0, None),
+    ]

@@ -133,6 +133,7 @@ def test_full_disk_leaves_the_earlier_marks_and_no_draft(tmp_path: Path) -> None
         with pytest.raises(OSError) as raised:  # noqa: PT011 - its number is compared below
             change_marks(layout, lambda one: replace_leases(one, "pods", digests, 300.0, 0.0))
         assert raised.value.errno == errno.ENOSPC
+        assert raised.value.strerror == "No space left on device: the marks are as they were"
         assert read_marks(layout) == ALL
         assert "marks.json.tmp" not in os.listdir(mount)
 
@@ -154,6 +155,28 @@ def test_failing_disk_leaves_the_earlier_marks(
     assert sorted(os.listdir(tmp_path)) == ["marks.json", "marks.lock"]
 
 
+def test_failing_sync_of_the_directory_says_that_a_power_cut_may_undo_the_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(disk, "sync_directory", fail)
+    with pytest.raises(OSError, match="a power cut may undo that"):
+        change_marks(Layout(tmp_path), lambda earlier: ALL)
+    assert read_marks(Layout(tmp_path)) == ALL
+
+
+def test_other_users_can_read_the_marks_whatever_the_umask_is(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        change_marks(Layout(tmp_path), lambda earlier: ALL)
+    finally:
+        os.umask(before)
+    for file in (Layout(tmp_path).marks, Layout(tmp_path).marks_lock):
+        assert file.stat().st_mode & 0o777 == 0o644
+
+
 def test_draft_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     (tmp_path / "marks.json.tmp").write_text("half of")
@@ -165,7 +188,7 @@ def test_draft_of_a_killed_process_is_replaced(tmp_path: Path) -> None:
 def test_stopped_process_with_the_lock_is_named_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks, "LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(marks, "CHANGE_TIMEOUT_S", 0.05)
     layout = Layout(tmp_path)
     with layout.marks_lock.open("w") as file:
         assert disk.try_lock(file.fileno())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mirror.cli.doctor.findings import Finding, Status
 from mirror.cli.doctor.node_checks import check_node
-from mirror.cli.doctor.runtimes import Node
+from mirror.cli.doctor.runtimes import NodeMachine
 from mirror.cli.own_server import OwnServer
 from mirror.threads import run_in_thread
 from mirror.web.probe_image import PROBE_REPOSITORY
@@ -24,15 +24,15 @@ urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).read()
 """
 
 
-def install(directory: Path, body: str) -> Node:
+def install(directory: Path, body: str) -> NodeMachine:
     """Install a script as ``crictl``."""
     script = directory / "crictl"
     script.write_text(f"#!{sys.executable}\n{body}")
     script.chmod(0o755)
-    return Node({"PATH": str(directory)}, str(directory / "none.toml"))
+    return NodeMachine({"PATH": str(directory)}, str(directory / "none.toml"))
 
 
-async def check(node: Node, url: str, *registries: str) -> dict[str, Finding]:
+async def check(node: NodeMachine, url: str, *registries: str) -> dict[str, Finding]:
     def run() -> list[Finding]:
         return list(check_node(node, ["cri"], registries or ("docker.io",), OwnServer(url)))
 
@@ -95,7 +95,21 @@ async def test_mirror_that_does_not_respond_or_is_another_server_is_a_problem(
         assert "no oci-mirror" in found[f"mirror {url}"].message
 
 
+async def test_registry_and_version_that_cannot_serve_the_probe_are_told_apart(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path / "data") as server:
+        found = await check(install(tmp_path, "pass"), server.url, "unknown.example")
+        finding = found[f"mirror {server.url} unknown.example"]
+        assert "upstreams.unknown.example" in finding.remedy
+    page = b"HTTP/1.1 404 Not Found\r\nServer: oci-mirror\r\nContent-Length: 2\r\n\r\n{}"
+    async with serve_page(page) as url:
+        found = await check(install(tmp_path, "pass"), url)
+        assert "does not serve the probe image" in found[f"mirror {url} docker.io"].message
+        assert "pull cri docker.io" not in found
+
+
 async def test_runtime_that_is_not_installed_is_a_problem(tmp_path: Path) -> None:
     async with running(tmp_path / "data") as server:
-        found = await check(Node({"PATH": os.devnull}), server.url)
+        found = await check(NodeMachine({"PATH": os.devnull}), server.url)
         assert found["runtime this node"].status is Status.PROBLEM

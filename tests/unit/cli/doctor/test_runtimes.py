@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from mirror.cli.doctor.findings import Status
-from mirror.cli.doctor.runtimes import RUNTIMES, Node, Runtime, find_runtimes
+from mirror.cli.doctor.runtimes import RUNTIMES, NodeMachine, Runtime, find_runtimes
 
 IMAGE = "docker.io/oci-mirror-check/probe:1"
 V1, V2 = "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images"
 
 
 @dataclass(frozen=True, slots=True)
-class FakeNode(Node):
+class FakeNode(NodeMachine):
     """A node with these programs, whose queries have these outputs."""
 
     programs: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ def node(*programs: str, config: str = "/none", **outputs: str) -> FakeNode:
     return FakeNode({}, config, frozenset(programs), outputs)
 
 
-def the(name: str, found: Node) -> Runtime:
+def the(name: str, found: NodeMachine) -> Runtime:
     (runtime,) = find_runtimes(found, [name])
     return runtime
 
@@ -102,7 +102,7 @@ def test_containerd_without_config_path_is_a_problem_unless_kubernetes_cannot_us
 
 
 def test_query_that_fails_has_no_output(tmp_path: Path) -> None:
-    here = Node({"PATH": "/usr/bin:/bin"})
+    here = NodeMachine({"PATH": "/usr/bin:/bin"})
     assert here.query("sh", "-c", "echo said") == "said\n"
     assert here.query("sh", "-c", "echo said; exit 1") == ""
     assert here.query(str(tmp_path / "none")) == ""

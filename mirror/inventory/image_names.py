@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any
 
 from mirror.inventory.model import DigestText
+from mirror.oci.errors import InvalidRequest
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.store.records import MALFORMED, NamedManifest, load_access_record, repository_of
 
@@ -88,9 +89,19 @@ class Names:
             if key not in found:
                 digest = Digest.parse(text)
                 latest = next(iter(row.digests))
-                current = digest if text == latest else Digest.parse(latest)
-                seen = _time(row.digests[text])
-                found[key] = Name(repository, tag, digest, current, row.variant, row.checked, seen)
+                try:
+                    current = digest if text == latest else Digest.parse(latest)
+                except InvalidRequest:
+                    continue
+                found[key] = Name(
+                    repository=repository,
+                    tag=tag,
+                    digest=digest,
+                    current=current,
+                    variant=row.variant,
+                    checked=row.checked,
+                    first_seen=_time(row.digests[text]),
+                )
                 tagged.add(f"{repository}@{text}")
         first_seen = self._first_seen()
         for key in self.manifests:
@@ -98,8 +109,13 @@ class Names:
             if text in present and key not in tagged:
                 digest, untagged = Digest.parse(text), repository_of(name)
                 if untagged is not None:
-                    seen = _time(first_seen.get(key))
-                    found[key] = Name(untagged, None, digest, digest, first_seen=seen)
+                    found[key] = Name(
+                        untagged,
+                        tag=None,
+                        digest=digest,
+                        current=digest,
+                        first_seen=_time(first_seen.get(key)),
+                    )
         return list(found.values())
 
     def _first_seen(self) -> dict[str, object]:
@@ -126,7 +142,7 @@ class Names:
                 self.tags.append(tag)
 
 
-def load_names(rows: Iterable[tuple[str, str]]) -> Names:
+def parse_names(rows: Iterable[tuple[str, str]]) -> Names:
     """Return the names in (key, text) rows of the index. Malformed rows are passed over."""
     names = Names([], {})
     tags: list[tuple[str, str]] = []
@@ -171,11 +187,9 @@ def _to_tag(key: str, document: Any, repositories: dict[tuple[str, str], Reposit
     digests: dict[DigestText, object] = {document["digest"]: document.get("first_seen")}
     for text, first_seen, *_ in document["ledger"]:
         digests.setdefault(text, first_seen)
-    # Only one that is on disk is used, so an earlier one needs no check.
-    Digest.parse(document["digest"])
     variant = key.removeprefix(f"{repository}:{tag}")
     # A restored record has the time zero: the upstream has not confirmed it since.
-    return TagName(repository, tag, digests, variant, checked or None)
+    return TagName(repository, tag, digests, variant=variant, checked=checked or None)
 
 
 def _time(value: object) -> float:

@@ -9,8 +9,8 @@ import pytest
 
 from mirror.oci.descriptor import referrers_index, referrers_tag
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.image_links import Links
 from mirror.store.index import Index
-from mirror.store.links import Links
 
 REPO, OTHER = Repository("docker.io", "library/app"), Repository("ghcr.io", "org/app")
 SUBJECT, STRANGER = Digest.of(b"subject"), Digest.of(b"stranger")

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from mirror.inventory import manifests
-from mirror.inventory.model import ContentType, Manifest
+from mirror.inventory import manifest_parsing
+from mirror.inventory.model import ContentType, StoredManifest
 from mirror.oci.descriptor import OCI_INDEX, OCI_MANIFEST
 from mirror.oci.reference import Digest
 from mirror.store.records import MALFORMED
@@ -28,8 +28,8 @@ IMAGE = manifest(CONFIG, [LAYER])
 ATTESTATION = {"vnd.docker.reference.type": "attestation-manifest"}
 
 
-def parse(body: bytes, media_type: str = "") -> Manifest:
-    return manifests.parse(text(body), body, media_type)
+def parse(body: bytes, media_type: str = "") -> StoredManifest:
+    return manifest_parsing.parse_stored(text(body), body, media_type)
 
 
 def test_parts_of_an_image_are_its_config_and_its_layers_in_order() -> None:
@@ -118,12 +118,12 @@ def test_content_that_is_not_understood_is_opaque(body: bytes) -> None:
     ],
 )
 def test_platform_text_is_that_of_a_whole_platform(platform: object, expected: str | None) -> None:
-    assert manifests.platform_text(platform) == expected
+    assert manifest_parsing.platform_text(platform) == expected
 
 
 @pytest.mark.parametrize(("body", "expected"), [(CONFIG, "linux/amd64"), (b"{", None)])
 def test_platform_of_a_config_is_read_from_its_fields(body: bytes, expected: str | None) -> None:
-    assert manifests.platform_of_config(body) == expected
+    assert manifest_parsing.platform_of_config(body) == expected
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_platform_of_a_config_is_read_from_its_fields(body: bytes, expected: str
 def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
     parsed = parse(body)
 
-    loaded = manifests.load(json.loads(manifests.dump(parsed)))
+    loaded = manifest_parsing.load_manifest(json.loads(manifest_parsing.dump_manifest(parsed)))
 
     assert loaded.parts == parsed.parts
-    assert manifests.dump(loaded) == manifests.dump(parsed)
+    assert manifest_parsing.dump_manifest(loaded) == manifest_parsing.dump_manifest(parsed)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +152,15 @@ def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
         lambda row: None,
         lambda row: [row[0]],
         lambda row: [row[0], [row[1][0], *([""] * 5)]],
+        lambda row: [row[0], [*row[1][:4], "a/b a/b a/b", row[1][5]]],
         lambda row: [row[0], [*row[1][:2], "many", *row[1][3:]]],
         lambda row: [[*row[0][:2], "blob", *row[0][3:]], row[1]],
     ],
-    ids=["nothing", "no parts", "columns differ", "size", "type"],
+    ids=["nothing", "no parts", "columns differ", "platforms differ", "size", "type"],
 )
 def test_damaged_cached_row_is_refused(damage: object) -> None:
     assert callable(damage)
-    row = json.loads(manifests.dump(parse(IMAGE)))
+    row = json.loads(manifest_parsing.dump_manifest(parse(IMAGE)))
 
     with pytest.raises(MALFORMED):
-        manifests.load(damage(row))
+        manifest_parsing.load_manifest(damage(row))

@@ -11,9 +11,16 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 from typing import Any, Final
 
-from mirror.inventory.model import ContentType, DigestText, Manifest, Part, PartColumns
+from mirror.inventory.model import (
+    ContentType,
+    DigestText,
+    ManifestPart,
+    PartColumns,
+    StoredManifest,
+)
 from mirror.oci.descriptor import (
     INDEX_TYPES,
     Descriptor,
@@ -43,7 +50,7 @@ _TYPES: Final = {content_type.value: content_type for content_type in ContentTyp
 _PLATFORM_WORD: Final = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 
 
-def parse(text: DigestText, body: bytes, media_type: str) -> Manifest:
+def parse_stored(text: DigestText, body: bytes, media_type: str) -> StoredManifest:
     """Parse a manifest. One that is not understood is opaque, and has no parts. Never raises.
 
     Args:
@@ -53,16 +60,20 @@ def parse(text: DigestText, body: bytes, media_type: str) -> Manifest:
     """
     parsed = _parse_as(body, media_type)
     if parsed.is_opaque:
-        return Manifest(
-            text, parsed.media_type, ContentType.MANIFEST, PartColumns(), is_opaque=True
+        return StoredManifest(
+            text=text,
+            media_type=parsed.media_type,
+            type=ContentType.MANIFEST,
+            columns=PartColumns(),
+            is_opaque=True,
         )
     document: dict[str, Any] = json.loads(body)
     subject = _subject(document)
-    return Manifest(
-        text,
-        parsed.media_type,
-        _type_of(parsed, has_subject=subject is not None),
-        PartColumns.of(_parts(parsed, document)),
+    return StoredManifest(
+        text=text,
+        media_type=parsed.media_type,
+        type=_type_of(parsed, has_subject=subject is not None),
+        columns=PartColumns.of(_parts(parsed, document)),
         artifact_type=_text(document.get("artifactType")),
         subject=subject,
     )
@@ -107,7 +118,7 @@ def _type_of(parsed: ParsedManifest, *, has_subject: bool) -> ContentType:
     return ContentType.INDEX if is_index else ContentType.MANIFEST
 
 
-def _parts(parsed: ParsedManifest, document: dict[str, Any]) -> tuple[Part, ...]:
+def _parts(parsed: ParsedManifest, document: dict[str, Any]) -> tuple[ManifestPart, ...]:
     entries = document.get("manifests") or ()
     by_digest = {entry["digest"]: entry for entry in entries if isinstance(entry, dict)}
     children = [_child(child, by_digest.get(str(child.digest), {})) for child in parsed.children]
@@ -125,7 +136,7 @@ def _parts(parsed: ParsedManifest, document: dict[str, Any]) -> tuple[Part, ...]
     return (*children, *blobs)
 
 
-def _child(child: Descriptor, entry: dict[str, Any]) -> Part:
+def _child(child: Descriptor, entry: dict[str, Any]) -> ManifestPart:
     annotations = entry.get("annotations")
     is_attestation = isinstance(annotations, dict) and _ATTESTATION_KEY in annotations
     if is_attestation or "artifactType" in entry:
@@ -137,14 +148,16 @@ def _child(child: Descriptor, entry: dict[str, Any]) -> Part:
     return _part(child, content_type, platform_text(entry.get("platform")))
 
 
-def _part(descriptor: Descriptor, content_type: ContentType, platform: str | None = None) -> Part:
-    return Part(
-        str(descriptor.digest),
-        descriptor.media_type,
-        descriptor.size,
-        content_type,
-        platform,
-        descriptor.is_elsewhere,
+def _part(
+    descriptor: Descriptor, content_type: ContentType, platform: str | None = None
+) -> ManifestPart:
+    return ManifestPart(
+        text=str(descriptor.digest),
+        media_type=descriptor.media_type,
+        size=descriptor.size,
+        type=content_type,
+        platform=platform,
+        is_elsewhere=descriptor.is_elsewhere,
     )
 
 
@@ -162,11 +175,13 @@ def _text(value: object) -> str | None:
 
 # --- JSON -----------------------------------------------------------------------------------------
 
+_KNOWN_COLUMNS: Final = 1000
+"""Columns of the same text that are parsed once. One takes about 1 KB."""
 _NONE: Final = "-"
 """Stands for an empty text between spaces."""
 
 
-def dump(manifest: Manifest) -> str:
+def dump_manifest(manifest: StoredManifest) -> str:
     """Return the JSON of a manifest.
 
     Each column of its parts is one text: 100,000 parts are parsed three times as fast so.
@@ -186,24 +201,45 @@ def dump(manifest: Manifest) -> str:
     return json.dumps([head, [" ".join(column) for column in columns]], separators=(",", ":"))
 
 
-def load(row: Any) -> Manifest:
-    """Return the manifest of the value that :func:`dump` has written. Raises ``MALFORMED``."""
+# Most manifests have the same columns as others, but for digests and sizes.
+@lru_cache(_KNOWN_COLUMNS)
+def _to_media_types(text: str) -> tuple[str, ...]:
+    return tuple("" if word == _NONE else word for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_types(text: str) -> tuple[str, ...]:
+    return tuple(_TYPES[word].value for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_platforms(text: str) -> tuple[str | None, ...]:
+    return tuple(None if word == _NONE else word for word in text.split())
+
+
+@lru_cache(_KNOWN_COLUMNS)
+def _to_flags(text: str) -> tuple[bool, ...]:
+    return tuple(word == "1" for word in text.split())
+
+
+def load_manifest(row: Any) -> StoredManifest:
+    """Return the manifest of a value that :func:`dump_manifest` wrote. Raises ``MALFORMED``."""
     (text, media_type, content_type, artifact_type, subject, platform, is_opaque), columns = row
-    digests, media_types, sizes, types, platforms, elsewhere = map(str.split, columns)
-    number = len(digests)
-    if not number == len(media_types) == len(sizes) == len(types):
-        raise ValueError("columns of different lengths")
-    if _NONE in media_types:
-        media_types = ["" if one == _NONE else one for one in media_types]
+    digests, media_types, sizes, types, platforms, elsewhere = columns
     parts = PartColumns(
-        digests,
-        media_types,
-        list(map(int, sizes)),
-        types,
-        [None if one == _NONE else one for one in platforms],
-        [one == "1" for one in elsewhere],
+        digests=digests.split(),
+        media_types=_to_media_types(media_types),
+        sizes=list(map(int, sizes.split())),
+        types=_to_types(types),
+        platforms=_to_platforms(platforms),
+        elsewhere=_to_flags(elsewhere),
     )
-    return Manifest(
+    number = len(parts.digests)
+    if not number == len(parts.media_types) == len(parts.sizes) == len(parts.types):
+        raise ValueError("columns of different lengths")
+    if not {len(parts.platforms), len(parts.elsewhere)} <= {0, number}:
+        raise ValueError("columns of different lengths")
+    return StoredManifest(
         *(text, media_type, _TYPES[content_type], parts),
         *(artifact_type, subject, platform, is_opaque),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.inventory.names import load_names
+from mirror.inventory.image_names import parse_names
 from mirror.oci.reference import Digest, Tag
 from mirror.store.records import (
     NamedManifest,
@@ -33,11 +33,11 @@ def manifest_row(digest: Digest, media_type: str = "a/b") -> tuple[str, str]:
 
 
 def listed(rows: list[tuple[str, str]], present: set[str] = ALL) -> list[str]:
-    return [name.text for name in load_names(rows).images(present)]
+    return [name.text for name in parse_names(rows).images(present)]
 
 
 def test_tag_and_its_digest_are_one_name() -> None:
-    (name,) = load_names([tag_row("v1", ONE), manifest_row(ONE)]).images(ALL)
+    (name,) = parse_names([tag_row("v1", ONE), manifest_row(ONE)]).images(ALL)
 
     assert (name.text, name.digest, name.current) == (f"{APP}:v1", ONE, ONE)
     assert name.checked == 5.0
@@ -52,7 +52,7 @@ def test_earlier_digest_of_a_tag_is_a_name_of_its_own() -> None:
 def test_tag_that_moved_to_content_that_is_not_here_has_its_newest_earlier_digest() -> None:
     rows = [tag_row("v1", THREE, TWO, ONE), *map(manifest_row, (ONE, TWO, THREE))]
 
-    first, second = load_names(rows).images({str(ONE), str(TWO)})
+    first, second = parse_names(rows).images({str(ONE), str(TWO)})
 
     assert (first.digest, first.current) == (TWO, THREE)
     assert second.text == f"{APP}@{ONE}"
@@ -67,14 +67,14 @@ def test_variant_is_a_name_of_its_own_only_with_another_manifest() -> None:
     other = [tag_row("v1", TWO, variant=" a/b"), tag_row("v1", ONE)]
 
     assert listed(same) == [f"{APP}:v1"]
-    assert [(n.digest, n.variant) for n in load_names(other).images(ALL)] == [
+    assert [(n.digest, n.variant) for n in parse_names(other).images(ALL)] == [
         (ONE, ""),
         (TWO, " a/b"),
     ]
 
 
 def test_restored_tag_was_never_checked() -> None:
-    (name,) = load_names([tag_row("v1", ONE, confirmed=0.0)]).images(ALL)
+    (name,) = parse_names([tag_row("v1", ONE, confirmed=0.0)]).images(ALL)
 
     assert name.checked is None
 
@@ -99,7 +99,7 @@ def test_malformed_and_foreign_rows_are_passed_over(row: tuple[str, str]) -> Non
 
 
 def test_media_type_is_the_recorded_one() -> None:
-    names = load_names([tag_row("v1", ONE), manifest_row(ONE, "a/b"), tag_row("v2", TWO)])
+    names = parse_names([tag_row("v1", ONE), manifest_row(ONE, "a/b"), tag_row("v2", TWO)])
     first, second = names.images(ALL)
 
     assert names.media_type(first) == "a/b"
@@ -107,7 +107,7 @@ def test_media_type_is_the_recorded_one() -> None:
 
 
 def test_saved_names_are_tags_that_were_never_checked_and_digests() -> None:
-    names = load_names([])
+    names = parse_names([])
     names.add_saved(
         [NamedManifest(APP, Tag("v1"), ONE, "a/b", 1), NamedManifest(APP, None, TWO, "a/b", 1)]
     )
@@ -119,7 +119,7 @@ def test_saved_names_are_tags_that_were_never_checked_and_digests() -> None:
 
 
 def test_tag_of_the_index_comes_before_the_saved_one() -> None:
-    names = load_names([tag_row("v1", ONE), manifest_row(ONE)])
+    names = parse_names([tag_row("v1", ONE), manifest_row(ONE)])
     names.add_saved([NamedManifest(APP, Tag("v1"), TWO, "a/b", 1)])
 
     assert [(name.text, name.digest) for name in names.images(ALL)] == [

@@ -27,7 +27,7 @@ from mirror.threads import run_in_thread
 
 REFERRERS_LIST: Final = "list referrers "
 """Start of the key of a list of referrers. The repository, ``@`` and the subject follow it."""
-_STEP_NAMES: Final = 50
+_STEP_TAGS: Final = 50
 """Tags that are read at a time, in 1 ms. Requests wait for as long."""
 # A tag of referrers, in the key of its record. A variant of the record may follow it.
 _REFERRERS_TAG: Final = re.compile(
@@ -39,7 +39,7 @@ _AFTER_SPACE: Final = "!"
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What the index knows of marked images."""
+    """Digests of the index that belong to marked images."""
 
     current: Collection[Digest]
     """The digests that the named tags have now."""
@@ -62,7 +62,7 @@ async def find_links(
     current: set[Digest] = set()
     referrers: set[Digest] = set()
     waiting = iter(names)
-    while some := list(islice(waiting, _STEP_NAMES)):
+    while some := list(islice(waiting, _STEP_TAGS)):
         found = await rows.read(partial(_read_tags, names=some), None)
         if found is None:
             return None

@@ -1,0 +1,133 @@
+"""``history``: list the digests that a tag has named.
+
+Lives here: the arguments, and how the history and the index become one list. Must not know: where
+either is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.listing import Column, print_rows, short_digest, time_text
+from mirror.cli.output import UsageError, print_note
+from mirror.oci.reference import Digest, Repository, Tag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from mirror.config.settings import Settings
+    from mirror.history.stored_pull import TagDigest
+    from mirror.store.layout import Layout
+    from mirror.store.records import TagRecord
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the parser of ``history``."""
+    parser = commands.add_parser(
+        "history",
+        help="list the digests that a tag has named",
+        description="Lists each digest that a tag has named, the newest first, with the times at "
+        "which the upstream has named it first and last, and whether its manifest is still on the "
+        "disk.",
+    )
+    add_config(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--no-trunc", dest="is_whole", action="store_true", help="print whole digests"
+    )
+    parser.add_argument("image", metavar="IMAGE:TAG", type=image_name, help="image with a tag")
+    parser.set_defaults(run=run)
+
+
+def layout_of(settings: Settings) -> Layout:
+    """Return the data directory of a configuration."""
+    from mirror.store.layout import Layout
+
+    return Layout(Path(settings.data_dir).absolute())
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``history``. Returns the exit code."""
+    from mirror.history.queries import open_history
+
+    name = arguments.image.with_default_tag()
+    if not isinstance(name.reference, Tag):
+        raise UsageError(f"{name} is a digest, which never changes: name a tag")
+    layout = layout_of(load_settings(arguments))
+    with open_history(layout) as history:
+        digests = history.tag_digests(name.repository, name.reference)
+    record = asyncio.run(_read_record(layout, name.repository, name.reference))
+    rows = build_rows(str(name), digests, record, lambda one: _is_here(layout, one))
+    columns = (
+        Column("DIGEST", "digest", str if arguments.is_whole else short_digest),
+        Column("FIRST SEEN", "first_seen"),
+        Column("LAST SEEN", "last_seen"),
+        Column("HERE", "is_here", lambda is_here: "yes" if is_here else "no"),
+    )
+    print_rows(columns, rows, is_json=arguments.is_json)
+    if not rows:
+        print_note(f"{name} has not been pulled through this mirror")
+    return 0
+
+
+async def _read_record(layout: Layout, repository: Repository, tag: Tag) -> TagRecord | None:
+    from mirror.store.index import Index
+
+    if not layout.index.is_dir():
+        return None
+    index = await Index.open(layout.index, lambda event: None)
+    try:
+        return await index.tag(repository, tag)
+    finally:
+        await index.close()
+
+
+def _is_here(layout: Layout, digest: str) -> bool:
+    return layout.blob(Digest.parse(digest)).is_file()
+
+
+def build_rows(
+    name: str,
+    digests: Iterable[TagDigest],
+    record: TagRecord | None,
+    is_here: Callable[[str], bool],
+) -> list[dict[str, Any]]:
+    """Return the rows of ``history``, the newest first.
+
+    Args:
+        name: The name of the image.
+        digests: From the history, which may be lost.
+        record: The tag record of the index, which has the latest confirmation, and some earlier
+            digests. None: there is none.
+        is_here: Returns whether a manifest is on the disk.
+    """
+    seen: dict[tuple[str, int], float] = {}
+    """(digest, first seen in whole seconds) -> last seen."""
+    found = [(one.digest, one.first_seen, one.last_seen) for one in digests]
+    if record is not None:
+        found.append((str(record.digest), record.first_seen, record.confirmed))
+        found += [(str(p.digest), p.first_seen, p.last_seen) for p in record.previous_digests]
+    for digest, first_seen, last_seen in found:
+        key = (digest, int(first_seen))
+        seen[key] = max(seen.get(key, 0.0), last_seen)
+    order = sorted(seen.items(), key=lambda item: (item[0][1], item[1]), reverse=True)
+    current = str(record.digest) if record is not None else None
+    rows: list[dict[str, Any]] = []
+    for (digest, first_seen), last_seen in order:
+        is_current = digest == current and not any(row["is_current"] for row in rows)
+        rows.append(
+            {
+                "image": name,
+                "digest": digest,
+                # An index that was restored knows no times.
+                "first_seen": time_text(first_seen or None),
+                "last_seen": time_text(last_seen or None),
+                "is_current": is_current,
+                "is_here": is_here(digest),
+            }
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""The paths of the data directory.
+
+Lives here: where each file is. Must not know: what is done with it.
+
+::
+
+    oci-layout, index.json   the directory is a valid OCI image layout
+    blobs/<alg>/<hex>        whole and verified content
+    ingest/<alg>/<hex>       content of a running or interrupted fetch
+    ingest/<alg>/<hex>.json  its state: declared size, bytes written, failure
+    quarantine/<alg>/<hex>   content that did not hash to its name
+    index/                   databases of the index
+    history/                 the history of pulls (see :mod:`mirror.history`)
+    eviction.lock            its ``flock`` means that an eviction runs
+    index.json.lock          its ``flock`` means that ``index.json`` is being written
+    marks.json               pins, freezes, blocks, leases (see :mod:`mirror.store.marks`)
+    marks.lock               its ``flock`` means that ``marks.json`` is being changed
+    totals                   the running total of all processes (see :mod:`mirror.store.space`)
+
+``<alg>`` and ``<hex>`` are the two parts of a digest, ``<algorithm>:<hex>``. An exclusive ``flock``
+on an ingest file means that a process is fetching the content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mirror.oci.reference import ALGORITHMS, Digest
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one data directory. Digests are parsed before, so no path leaves ``root``."""
+
+    root: Path
+
+    def blob(self, digest: Digest) -> Path:
+        """Return the path of whole content."""
+        return self.root / "blobs" / digest.algorithm / digest.hex
+
+    def ingest(self, digest: Digest) -> Path:
+        """Return the path of the file that a fetch appends to."""
+        return self.root / "ingest" / digest.algorithm / digest.hex
+
+    def ingest_state(self, digest: Digest) -> Path:
+        """Return the path of the state of a fetch (:class:`IngestState`)."""
+        return self.root / "ingest" / digest.algorithm / f"{digest.hex}.json"
+
+    def quarantine(self, digest: Digest) -> Path:
+        """Return the path of damaged content."""
+        return self.root / "quarantine" / digest.algorithm / digest.hex
+
+    @property
+    def index(self) -> Path:
+        """The directory of the index's databases."""
+        return self.root / "index"
+
+    @property
+    def history(self) -> Path:
+        """The directory of the history (:mod:`mirror.history`)."""
+        return self.root / "history"
+
+    @property
+    def save_lock(self) -> Path:
+        """The file whose lock is held while ``index.json`` is written."""
+        return self.root / "index.json.lock"
+
+    @property
+    def eviction_lock(self) -> Path:
+        """The file whose lock is held while an eviction runs."""
+        return self.root / "eviction.lock"
+
+    @property
+    def marks(self) -> Path:
+        """The file of the operator's marks."""
+        return self.root / "marks.json"
+
+    @property
+    def marks_lock(self) -> Path:
+        """The file whose lock is held while the marks are changed, or must not be."""
+        return self.root / "marks.lock"
+
+    @property
+    def totals(self) -> Path:
+        """The file of the running total."""
+        return self.root / "totals"
+
+    def content_directories(self) -> list[Path]:
+        """Return ``blobs/<alg>`` for each registered algorithm."""
+        return [self.root / "blobs" / algorithm for algorithm in ALGORITHMS]
+
+    def ingest_directories(self) -> list[Path]:
+        """Return ``ingest/<alg>`` for each registered algorithm."""
+        return [self.root / "ingest" / algorithm for algorithm in ALGORITHMS]

@@ -1,0 +1,213 @@
+"""``explain``, ``history`` and ``savings``: what they print, and the schema of ``--json``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from mirror.cli.history import build_rows
+from mirror.cli.main import main
+from mirror.cli.schemas import SCHEMAS
+from mirror.history.stored_pull import TagDigest
+from mirror.observability.events import (
+    CURRENT_RECORD,
+    BytesFetched,
+    ExchangeEnded,
+    Kind,
+    Outcome,
+)
+from mirror.observability.traces import FetchProgress, PullTrace
+from mirror.oci.reference import Digest, Repository, Tag
+from mirror.store.index import Index
+from mirror.store.records import PreviousDigest, TagRecord
+from tests.unit.history.kit import Recording, a_pull, recording
+
+APP, V1 = Repository("docker.io", "library/app"), Tag("v1")
+ONE, TWO, THREE = (Digest.of(text.encode()) for text in ("one", "two", "three"))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "mirror.yaml"
+    upstreams = "upstreams: {docker.io: {endpoints: [http://127.0.0.1:9]}}"
+    file.write_text(f"data_dir: {tmp_path / 'data'}\n{upstreams}\n")
+    return file
+
+
+@pytest.fixture
+def run(config: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run_command(command: str, *arguments: str) -> tuple[int, str, str]:
+        code = main([command, "--config", str(config), *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def rows(
+    run: Callable[..., tuple[int, str, str]],
+) -> Callable[..., list[dict[str, Any]]]:
+    """Run a command with ``--json``. Its lines must keep the schema."""
+
+    def run_command(command: str, *arguments: str) -> list[dict[str, Any]]:
+        code, out, _ = run(command, *arguments, "--json")
+        assert code == 0
+        lines = [json.loads(line) for line in out.splitlines()]
+        for line in lines:
+            jsonschema.validate(line, SCHEMAS[command])
+        return lines
+
+    return run_command
+
+
+def record(root: Path, fill: Callable[[Recording], None]) -> None:
+    async def fill_and_write() -> None:
+        with recording(root, time.time()) as made:
+            fill(made)
+            made.write()
+
+    asyncio.run(fill_and_write())
+
+
+def fill(made: Recording) -> None:
+    """A cold pull of a tag, its layer, a hit, and a refusal."""
+    digest = made.has_blob(b"layer" * 100)
+    manifest = {"kind": Kind.MANIFEST, "reference": "v1", "digest": str(ONE)}
+    first = a_pull(request_id="cold", outcome=Outcome.MISS, **manifest)
+    CURRENT_RECORD.set(first)
+    exchange = ExchangeEnded("docker.io", "https://x", "GET", Kind.MANIFEST, 200, 0.1, True)
+    made.recorder.observe(exchange)
+    made.recorder.observe(BytesFetched("docker.io", 100))
+    progress = FetchProgress(began=1.0, latest=3.0, bytes=80_000_000)
+    layer = a_pull(request_id="layer", outcome=Outcome.MISS, digest=digest, reference=digest)
+    layer.trace = PullTrace(size=80_000_000, source_wait=1.9, progress=progress)
+    layer.bytes_sent, layer.stages = 80_000_000, [("send", 2.0)]
+    refused = a_pull(
+        request_id="refused", outcome=Outcome.DENIED, error="DENIED: no", client="10.9.9.9"
+    )
+    for pull in (first, layer, a_pull(request_id="hit", **manifest), refused):
+        made.end(pull)
+
+
+def test_explain_tells_of_the_last_pulls(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    record(tmp_path / "data", fill)
+    code, out, err = run("explain", "app:v1")
+    assert (code, err) == (0, "")
+    assert "Miss: the tag was not known" in out
+    assert "The upstream sent 40 MB/s." in out
+    assert "the upstream is the bottleneck" in out
+    code, out, _ = run("explain", "layer")
+    assert out.count("(id ") == 1
+    code, out, _ = run("explain", "--client", "10.9.9.0/24")
+    assert "Refused: DENIED: no." in out
+    assert out.count("(id ") == 1
+
+
+def test_explain_filters_by_image_digest_outcome_and_number(
+    tmp_path: Path, rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    record(tmp_path / "data", fill)
+    assert len(rows("explain")) == 4
+    assert len(rows("explain", "--last", "1")) == 1
+    assert [row["request_id"] for row in rows("explain", "--outcome", "denied")] == ["refused"]
+    assert {row["request_id"] for row in rows("explain", str(ONE))} == {"cold", "hit"}
+    assert rows("explain", "docker.io/library/other") == []
+    (layer,) = rows("explain", "layer")
+    assert layer["fetched_bytes"] == 80_000_000
+    assert layer["sentences"][0].startswith("Miss")
+
+
+def test_explain_without_a_history_says_so(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run("explain")
+    assert (code, out) == (0, "")
+    assert "no such request is in the history" in err
+
+
+@pytest.mark.parametrize("arguments", [["NO IMAGE"], ["--last", "0"], ["--outcome", "x"]])
+def test_explain_refuses_wrong_arguments(
+    run: Callable[..., tuple[int, str, str]], arguments: list[str]
+) -> None:
+    assert run("explain", *arguments)[0] == 2
+
+
+def test_damaged_history_is_one_line_with_the_remedy(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "data" / "history").mkdir(parents=True)
+    (tmp_path / "data" / "history" / "history.1.db").write_bytes(b"no database" * 1000)
+    for command in (["explain"], ["savings"], ["history", "app:v1"]):
+        code, out, err = run(*command)
+        assert (code, out, err.count("\n")) == (1, "", 1)
+        assert "may be deleted" in err
+
+
+def test_savings_shows_bytes_billable_requests_and_other_disk_sizes(
+    tmp_path: Path, rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    record(tmp_path / "data", fill)
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for row in rows("savings", "--by", "repository", "--last", "hour"):
+        by_kind.setdefault(row["kind"], []).append(row)
+    assert {row["name"] for row in by_kind["repository"]} == {"docker.io/library/app", ""}
+    (total,) = by_kind["total"]
+    assert (total["billable"], total["billed"], total["billable_saved"]) == (2, 1, 1)
+    assert total["hit_ratio"] == round(1 / 3, 4)
+    assert [row["name"] for row in by_kind["disk"]] == ["0.5x", "1x", "2x", "4x"]
+
+
+def test_savings_of_an_empty_history_has_a_total_only(
+    rows: Callable[..., list[dict[str, Any]]], run: Callable[..., tuple[int, str, str]]
+) -> None:
+    (total,) = rows("savings")
+    assert (total["kind"], total["hit_ratio"], total["since"]) == ("total", None, None)
+    assert run("savings")[1].splitlines()[0].startswith("UPSTREAM")
+
+
+def test_history_lists_each_digest_with_its_times(
+    tmp_path: Path,
+    rows: Callable[..., list[dict[str, Any]]],
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    async def move_twice(made: Recording) -> None:
+        times = iter([1000.0, 2000.0, 3000.0])
+        index = await Index.open(made.layout.index, made.recorder.observe, lambda: next(times))
+        for digest in (ONE, TWO, TWO):
+            await index.confirm_tag(APP, V1, digest)
+        await index.close()
+
+    async def record_moves() -> None:
+        with recording(tmp_path / "data") as made:
+            await move_twice(made)
+            made.has_blob(b"two")
+
+    (tmp_path / "data").mkdir()
+    asyncio.run(record_moves())
+    found = rows("history", "app:v1")
+    assert [(row["digest"], row["first_seen"], row["last_seen"]) for row in found] == [
+        (str(TWO), "1970-01-01T00:33:20Z", "1970-01-01T00:50:00Z"),
+        (str(ONE), "1970-01-01T00:16:40Z", "1970-01-01T00:16:40Z"),
+    ]
+    assert [(row["is_current"], row["is_here"]) for row in found] == [(True, True), (False, False)]
+    assert run("history", "app:v1")[1].splitlines()[1].startswith(f"{str(TWO)[:19]} ")
+    assert run("history", f"app@{ONE}")[0] == 2
+    assert "has not been pulled" in run("history", "other:v1")[2]
+
+
+def test_history_joins_the_index_and_the_history_without_doubles() -> None:
+    digests = [TagDigest(str(TWO), 20.0, 20.0), TagDigest(str(ONE), 10.0, 15.0)]
+    previous = (PreviousDigest(ONE, 10.0, 15.0), PreviousDigest(THREE, 1.0, 5.0))
+    tag = TagRecord(APP, V1, TWO, first_seen=20.0, confirmed=99.0, previous_digests=previous)
+    joined = build_rows("app:v1", digests, tag, lambda digest: False)
+    assert [row["digest"] for row in joined] == [str(TWO), str(ONE), str(THREE)]
+    assert joined[0]["last_seen"] == "1970-01-01T00:01:39Z"
+    assert build_rows("app:v1", digests, None, lambda digest: True)[0]["is_current"] is False
