@@ -23,10 +23,10 @@ from mirror.history.sentences import explain
 from mirror.history.stored_pull import PeriodCount, StoredPull
 from mirror.history.sums import Saving, build_savings, build_total
 from mirror.inventory import usage
+from mirror.inventory.json_rows import image_row
 from mirror.inventory.leftovers import find_leftovers
 from mirror.inventory.model import Image, Inventory
 from mirror.inventory.read import read_inventory
-from mirror.inventory.json_rows import image_row
 from mirror.inventory.tree import image_tree, node_row
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
