@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_LAST: Final = 10
 """Pulls without ``--last``: a few more than a screen has."""
-_MAX_LINE_CHARS: Final = 2000
+_MAX_SENTENCE_CHARS: Final = 2000
 """Characters of a line: the text of an error may be long."""
 
 
@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     for number, pull in enumerate(pulls):
         if number:
             print_line("")
-        print_line(printable(_headline(pull), _MAX_LINE_CHARS))
+        print_line(printable(_headline(pull), _MAX_SENTENCE_CHARS))
         for sentence in explain(pull):
-            print_line(f"  {printable(sentence, _MAX_LINE_CHARS)}")
+            print_line(f"  {printable(sentence, _MAX_SENTENCE_CHARS)}")
     if not pulls:
         print_note("no such request is in the history (it begins with the first start of a server)")
     return 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from mirror.config.settings import Settings
     from mirror.history.stored_pull import TagDigest
-    from mirror.store.disk import Layout
+    from mirror.store.layout import Layout
     from mirror.store.records import TagRecord
 
 
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
 
 def layout_of(settings: Settings) -> Layout:
     """Return the data directory of a configuration."""
-    from mirror.store.disk import Layout
+    from mirror.store.layout import Layout
 
     return Layout(Path(settings.data_dir).absolute())
 

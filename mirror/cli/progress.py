@@ -134,11 +134,14 @@ def _make_progress(console: Any, *, may_redirect: bool) -> Progress:
             """Return the rate. Nothing for the bar of the whole."""
             return super().render(task) if task.fields["is_bytes"] else Text("")
 
-    return Progress(
+    columns: tuple[Any, ...] = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(),
         only_for_bytes(DownloadColumn(binary_units=True)),
         Speed(),
+    )
+    return Progress(
+        *columns,
         console=console,
         transient=True,
         refresh_per_second=_REFRESHES_PER_S,

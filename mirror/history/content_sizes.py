@@ -11,7 +11,7 @@ from typing import Final
 
 from mirror.oci.errors import DigestInvalid
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _MAX_REMEMBERED: Final = 100_000
 """Contents whose size is kept in memory: 10 MB. A forgotten one costs a system call."""

@@ -20,7 +20,7 @@ from mirror.history.tables import SAMPLE_BITS
 from mirror.observability.events import Outcome
 from mirror.oci.errors import MirrorError
 from mirror.oci.reference import Repository, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 REFUSED_OUTCOMES: Final = (Outcome.DENIED, Outcome.REJECTED, Outcome.NEGATIVE, Outcome.ERROR)
 """Outcomes of requests that got no content."""

@@ -27,7 +27,7 @@ from mirror.observability.events import (
     RequestRecord,
     TagMoved,
 )
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.threads import on_running_loop
 
 CallLater: TypeAlias = Callable[[float, Callable[[], None]], object]

@@ -18,7 +18,7 @@ from mirror.history.batch import Batch
 from mirror.history.content_sizes import ContentSizes
 from mirror.history.history_file import HistoryFile, is_file_damaged
 from mirror.observability.events import HistoryRowsDropped, LogMessage, Observer
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 _MAX_QUEUED: Final = 50_000
 """Entries that wait for the thread: some seconds of a busy server. Further ones are dropped."""

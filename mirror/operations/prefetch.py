@@ -45,7 +45,7 @@ PREFETCH_REPORT: Final = "prefetch.json"
 """File of the data directory with the last run of each entry."""
 _PREFETCH_LOCK: Final = "prefetch.lock"
 """File of the data directory whose lock is held while entries run."""
-_JOBS: Final = 2
+_PREFETCH_JOBS: Final = 2
 """Contents that are fetched at the same time: pulls of clients go first."""
 _MAX_RUN_IMAGES: Final = 1000
 """Images of one entry that are fetched in one run."""
@@ -187,7 +187,7 @@ async def run_entry(mirror: Mirror, entry: Prefetch) -> PrefetchRun:
     options = WarmOptions(
         platforms=frozenset(map(Platform.parse, entry.platforms)),
         has_referrers=entry.referrers,
-        jobs=_JOBS,
+        jobs=_PREFETCH_JOBS,
     )
     try:
         images = await find_entry_images(mirror, entry, run.errors)

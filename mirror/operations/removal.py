@@ -183,7 +183,9 @@ def removed_names(inventory: Inventory, going: Collection[Image]) -> list[Remove
 
 def _is_manifest(inventory: Inventory, image: Image, digest: DigestText) -> bool:
     is_root = digest in (image.root, str(image.current))
-    return is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
+    return (
+        is_root or digest in inventory.manifests or inventory.type_of(digest) in MANIFEST_PART_TYPES
+    )
 
 
 # --- the report -----------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def touch_open(fd: int, now: float) -> None:
 
 
 def touch(layout: Layout, digests: Iterable[Digest], now: float) -> None:
-    """Set the last use of ``digests``, in whole seconds (see :func:`has_our_mtime`).
+    """Set the last use of whole content, in whole seconds (see :func:`has_our_mtime`).
 
     A missing file is passed over. So is a file that another program wrote to: its time is the
     evidence of that write. Never raises for a disk that refuses.
@@ -244,7 +244,7 @@ def read_state(layout: Layout, digest: Digest) -> tuple[IngestState, float] | No
 
 
 def write_state(layout: Layout, digest: Digest, state: IngestState) -> None:
-    """Replace the state by ``state``, atomically. Raises ``OSError``, and leaves no draft then."""
+    """Replace the state atomically. Raises ``OSError``, and leaves no draft then."""
     path = layout.ingest_state(digest)
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     document = {
@@ -345,7 +345,7 @@ def is_locked(path: Path) -> bool:
 
 
 def publish(layout: Layout, digest: Digest, fd: int, now: float) -> None:
-    """Make the content in ``fd`` durable and visible: fsync, rename, fsync of the directory.
+    """Make verified content durable and visible: fsync, rename, fsync of the directory.
 
     Raises:
         OSError: One of these steps failed. Nothing is left under ``blobs/``, and the ingest file is
@@ -407,7 +407,7 @@ def _open_directory(path: Path) -> int:
 
 
 def drop_ingest(layout: Layout, digest: Digest, fd: int) -> None:
-    """Remove the ingest file ``fd``, whose lock we hold. Never raises: recovery removes it, too."""
+    """Remove an ingest file whose lock we hold. Never raises: recovery removes it later."""
     with suppress(OSError):
         if is_at(fd, layout.ingest(digest)):
             layout.ingest(digest).unlink(missing_ok=True)

@@ -6,8 +6,7 @@ Theory of operation: all of the index can be lost without a wrong byte being ser
 here ever raises for a failing database: a read is a miss, and a write is dropped and logged. A
 database that is damaged, deleted or new gets the names in ``index.json`` before it is used
 (:mod:`mirror.store.names`). A record about content stays as long as the content
-(:mod:`mirror.store.orphans`), whatever the clock does. Negative responses, lists and manifests of
-schema 1 have a time to live, and a bound on their bytes.
+(:mod:`mirror.store.orphans`), whatever the clock does. Other rows have a time to live and a bound.
 
 Reads do not wait for writes, which may wait for other processes. So a read applies the updates of
 its row that are queued here to the text that the database has: it sees all that was written before

@@ -67,7 +67,7 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     # Listings say which tags are stale and which images are refused, by the rules that serve them.
     "inventory": {"inventory", "store", "pull.admission", "pull.freshness", *SHARED},
     # Where the data directory is, and which contents it has.
-    "history": {"history", "store.disk", *SHARED},
+    "history": {"history", "store.layout", *SHARED},
     "composition": {"pull", "store", "upstream", *SHARED},
     "operations": {
         *("operations", "composition", "config.prefetch", "inventory", "pull", "store", *SHARED),

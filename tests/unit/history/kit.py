@@ -12,7 +12,7 @@ from typing import Any
 from mirror.history.recorder import HistoryRecorder
 from mirror.observability.events import Event, Kind, Outcome, RequestEnded, RequestRecord
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 
 NOON = 1_800_000_000.0
 """Unix time in seconds at which tests begin: the begin of an hour, and of a day."""

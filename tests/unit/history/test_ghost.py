@@ -19,8 +19,8 @@ from mirror.history.history_file import CREATE_TABLES
 from mirror.history.queries import Access, AccessTrace, HistoryReader
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
 from mirror.store.eviction import StoredBlob, eviction_order
+from mirror.store.layout import Layout
 from mirror.store.space import Usage, bytes_to_free
 from tests.unit.history.kit import NOON, a_pull
 

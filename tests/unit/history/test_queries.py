@@ -10,7 +10,7 @@ import pytest
 from mirror.history.queries import HistoryReader, HistoryUnreadable, open_history
 from mirror.observability.events import Kind, Outcome
 from mirror.oci.reference import Repository, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.unit.history.kit import NOON, a_pull, recording
 
 A = "sha256:" + "a" * 64

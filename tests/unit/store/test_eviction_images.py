@@ -16,7 +16,7 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event, Evicted, LogMessage, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest, Tag
-from mirror.store import eviction
+from mirror.store import eviction, removal
 from mirror.store.eviction import StoredBlob
 from mirror.store.index import Index
 from mirror.store.marks import Marks, Pin, change_marks
@@ -158,14 +158,14 @@ async def test_mark_that_is_set_while_an_eviction_runs_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The content was chosen before the command, and would go in a later step."""
-    monkeypatch.setattr(eviction, "_FLUSH_CONTENTS", 1)
+    monkeypatch.setattr(removal, "BATCH_CONTENTS", 1)
     clock = [NOW]
     late = layer(1)
     async with opened(tmp_path, clock, settings=QUOTA) as store:
         for seed in range(4):
             await keep(store, layer(seed))
             clock[0] += 100
-        remove, removed = store.evictor._remove, list[Digest]()
+        remove, removed = store.evictor._remove_batch, list[Digest]()
 
         def remove_slowly(some: list[StoredBlob], *rest: object) -> None:
             remove(some, *rest)  # type: ignore[arg-type]  # they are passed on
@@ -175,8 +175,8 @@ async def test_mark_that_is_set_while_an_eviction_runs_counts(
                 marking.start()
 
         marking = threading.Thread(target=pin, args=(store.layout, Digest.of(late)))
-        monkeypatch.setattr(store.evictor, "_remove", remove_slowly)
-        monkeypatch.setattr(eviction, "_MARKS_PAUSE_S", 0.05)
+        monkeypatch.setattr(store.evictor, "_remove_batch", remove_slowly)
+        monkeypatch.setattr(eviction, "MARKS_PAUSE_S", 0.05)
         await keep(store, layer(4))
         marking.join()
         assert removed[:2] == [Digest.of(layer(0)), Digest.of(late)], "it was chosen"

@@ -351,7 +351,7 @@ async def test_fetch_beyond_the_quota_waits_for_room_and_not_for_the_end_of_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, events = [NOW], list[Event]()
-    monkeypatch.setattr("mirror.store.eviction._FLUSH_CONTENTS", 1)
+    monkeypatch.setattr("mirror.store.removal.BATCH_CONTENTS", 1)
     async with opened(tmp_path, clock, events, QUOTA) as store:
         for seed in range(9):
             await keep(store, layer(seed, 100_000))
