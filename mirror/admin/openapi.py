@@ -74,12 +74,16 @@ def document() -> Json:
 def _describe(operation: Operation) -> Json:
     schema = {"$ref": f"#/components/schemas/{operation.response}"}
     is_json = operation.media_type == "application/json"
-    content = {operation.media_type: {"schema": schema} if is_json else {}}
+    # OpenAPI 3.1 cannot say what a line or an event of a stream is.
+    body = {"schema": schema} if is_json else {"x-item": schema}
     described: Json = {
         "operationId": operation.name,
         "summary": operation.summary,
         "responses": {
-            str(operation.status): {"description": "Done.", "content": content},
+            str(operation.status): {
+                "description": "Done.",
+                "content": {operation.media_type: body},
+            },
             **{str(status): {"$ref": f"#/components/responses/{status}"} for status in _PROBLEMS},
         },
     }
