@@ -18,9 +18,9 @@ from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
 from mirror.admin.problems import Problem, problem_of
-from mirror.admin.times import timestamp
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import MirrorError
+from mirror.oci.text import time_text
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.threads import on_running_loop
 
@@ -108,9 +108,9 @@ class Job:
             "kind": self.kind,
             "arguments": dict(self.arguments),
             "state": self.state.value,
-            "created": timestamp(self.created),
-            "started": timestamp(self.started),
-            "ended": timestamp(self.ended),
+            "created": time_text(self.created),
+            "started": time_text(self.started),
+            "ended": time_text(self.ended),
             "progress": {
                 "done": progress.done,
                 "total": progress.total,

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from mirror.admin.times import timestamp
 from mirror.observability.events import (
     BackedOff,
     CircuitChanged,
@@ -29,6 +28,7 @@ from mirror.observability.events import (
     RequestStarted,
     StorageMeasured,
 )
+from mirror.oci.text import time_text
 from mirror.pull.running_fetches import FetchProgress
 
 Json: TypeAlias = dict[str, Any]
@@ -143,12 +143,12 @@ class LiveState:
                     "limit": event.limit,
                     "remaining": event.remaining,
                     "window": event.window,
-                    "seen": timestamp(self._now()),
+                    "seen": time_text(self._now()),
                 }
             case BackedOff(upstream, endpoint, reason, connections):
                 self._upstream(upstream).back_offs.append(
                     {
-                        "at": timestamp(self._now()),
+                        "at": time_text(self._now()),
                         "endpoint": endpoint,
                         "reason": reason,
                         "connections": connections,
@@ -267,10 +267,10 @@ def _upstream_row(upstream: _Upstream) -> Json:
                 "failures": one.failures,
                 "last_status": one.status,
                 "last_seconds": round(one.seconds, 4),
-                "last_at": timestamp(one.last_at),
+                "last_at": time_text(one.last_at),
                 "last_error": one.last_error,
-                "last_failure": timestamp(one.last_failure_at),
-                "rate_limited": timestamp(one.rate_limited_at),
+                "last_failure": time_text(one.last_failure_at),
+                "rate_limited": time_text(one.rate_limited_at),
             }
             for url, one in upstream.endpoints.items()
         },

@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import Any, Final, TypeAlias
 
 from mirror.admin.sources import ImageQuery, PullQuery
-from mirror.admin.times import timestamp
 from mirror.config.settings import Settings
 from mirror.history.queries import HistoryReader, open_history
 from mirror.history.sentences import explain
@@ -32,6 +31,7 @@ from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
+from mirror.oci.text import time_text
 from mirror.store.disk import Layout
 from mirror.store.marks import read_marks
 
@@ -101,7 +101,7 @@ class Queries:
             "images": [image_row(inventory, image) for image in page],
             "matching": len(found),
             "total": sum(not image.is_referrer for image in inventory.images),
-            "read": timestamp(inventory.now),
+            "read": time_text(inventory.now),
         }
 
     def show(self, image: str) -> Json:
@@ -152,13 +152,13 @@ class Queries:
                     "digest": str(one.digest),
                     "type": one.type,
                     "size": one.size,
-                    "last_used": timestamp(one.used),
+                    "last_used": time_text(one.used),
                     "why": one.why,
                     "images": [image.name for image in one.images][:_MAX_SHARING],
                 }
                 for one in usage.next_evictions(inventory, leftovers, enough, _NEXT_EVICTIONS)
             ],
-            "read": timestamp(inventory.now),
+            "read": time_text(inventory.now),
         }
 
     # --- history --------------------------------------------------------------------------------
@@ -208,8 +208,8 @@ class Queries:
             return [
                 {
                     "digest": one.digest,
-                    "first_seen": timestamp(one.first_seen),
-                    "last_seen": timestamp(one.last_seen),
+                    "first_seen": time_text(one.first_seen),
+                    "last_seen": time_text(one.last_seen),
                 }
                 for one in history.tag_digests(name.repository, name.reference, 200)
             ]
@@ -272,7 +272,7 @@ def pull_row(pull: StoredPull) -> Json:
         **pull.to_json(),
         "row": pull.row_id,
         "id": pull.request_id,
-        "at": timestamp(pull.at),
+        "at": time_text(pull.at),
         "client": pull.client,
         "error": pull.error,
     }
@@ -298,7 +298,7 @@ def _points(counts: Iterable[PeriodCount], until: float, seconds: int, step: int
             group.add(count)
     for start, group in groups.items():
         yield {
-            "at": timestamp(start),
+            "at": time_text(start),
             "requests": group.requests,
             "hits": group.hits,
             "hit_ratio": None if group.hit_ratio is None else round(group.hit_ratio, 4),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from mirror.admin.times import timestamp
 from mirror.composition import Mirror
 from mirror.oci.block_target import parse_target
 from mirror.oci.errors import NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import time_text
 from mirror.operations import marking
 from mirror.operations.asking import fetch_manifest
 from mirror.store.marks import read_marks
@@ -38,15 +38,15 @@ class StoreMarks:
         marks = await run_in_thread(read_marks, self._layout)
         return {
             "pins": [
-                {"name": one.name, "digest": str(one.digest), "since": timestamp(one.since)}
+                {"name": one.name, "digest": str(one.digest), "since": time_text(one.since)}
                 for one in marks.pins.values()
             ],
             "freezes": [
-                {"name": one.name, "digest": str(one.digest), "since": timestamp(one.since)}
+                {"name": one.name, "digest": str(one.digest), "since": time_text(one.since)}
                 for one in marks.freezes.values()
             ],
             "blocks": [
-                {"target": one.target, "reason": one.reason, "since": timestamp(one.since)}
+                {"target": one.target, "reason": one.reason, "since": time_text(one.since)}
                 for one in marks.blocks.values()
             ],
             "leases": len(marks.leases),

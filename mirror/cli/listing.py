@@ -12,17 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from mirror.cli.output import print_line
-from mirror.oci.text import printable
+from mirror.oci.text import age_text, printable
 
 Values: TypeAlias = Mapping[str, Any]
 """Key -> JSON value: one row of a listing."""
 
-_AGE_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
-"""(seconds, unit) from the largest: an age is printed in the first one that it reaches twice."""
 _MAX_CELL_CHARS: Final = 400
 """Characters of a cell: the longest image name has 255, and a tag 128."""
 
@@ -92,21 +90,6 @@ def _print_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
 
 
 # --- values ---------------------------------------------------------------------------------------
-
-
-def time_text(seconds: float | None) -> str | None:
-    """Return a Unix time in seconds as RFC 3339 text in UTC. None for None: not known."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(int(seconds), UTC).isoformat().replace("+00:00", "Z")
-
-
-def age_text(seconds: float) -> str:
-    """Return a duration of ``seconds`` for a person, such as ``3 d``."""
-    for length, unit in _AGE_UNITS:
-        if seconds >= 2 * length:
-            return f"{int(seconds // length)} {unit}"
-    return f"{max(int(seconds), 0)} s"
 
 
 def since_text(now: float) -> Callable[[str], str]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import Column, print_rows, since_text
 from mirror.cli.output import UsageError
 from mirror.oci.text import size_text
@@ -77,7 +78,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
-    inventory = common.read(settings)
+    inventory = load_inventory(settings)
     from mirror.inventory.json_rows import image_row
 
     images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images

@@ -15,10 +15,10 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
-    opened_store,
     read_inventory_gently,
     summary,
 )
+from mirror.cli.data_directory import opened_store
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.tag_selection import TagSelection

@@ -17,12 +17,11 @@ from typing import Final, Protocol
 
 from mirror.inventory.model import Image, is_match
 from mirror.oci.reference import Digest
+from mirror.oci.text import age_text
 from mirror.oci.versions import Version, parse_version
 
 KEEPING_MARKS: Final = ("pinned", "frozen", "leased")
 """Marks of images that no rule removes."""
-_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
-"""(seconds, unit) of an age in a reason, the largest first."""
 
 
 class TagCondition(Protocol):
@@ -134,11 +133,3 @@ def _first(images: Sequence[Image], count: int) -> set[Image]:
         digests.add(image.digest)
         kept.add(image)
     return kept
-
-
-def age_text(seconds: float) -> str:
-    """Return an age of ``seconds`` for a person, such as ``3 d``."""
-    for length, unit in _UNITS:
-        if seconds >= 2 * length:
-            return f"{int(seconds // length)} {unit}"
-    return f"{int(seconds)} s"
