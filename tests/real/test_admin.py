@@ -192,7 +192,8 @@ async def test_page_has_no_violation_of_axe_and_fits_on_a_phone(
                 await browser.wait_for(f"document.querySelectorAll('{ROWS}').length")
                 await browser.wait_for("document.querySelectorAll('#tiles .tile').length")
                 wide = (
-                    "[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, nav')"
+                    "[...document.querySelectorAll('body *')]"
+                    ".filter(e => !e.closest('.scroll, nav')"
                     f" && e.getBoundingClientRect().right > {width})"
                     ".map(e => e.tagName + '.' + e.className)"
                 )
