@@ -13,7 +13,7 @@ import pytest
 from mirror.admin import event_stream as module
 from mirror.admin.event_stream import EventStreams
 from mirror.admin.jobs import Jobs
-from mirror.admin.problems import Problem
+from mirror.admin.problems import ApiProblem
 from mirror.observability.events import Kind, RequestRecord, RequestStarted
 from mirror.single_flight import SingleFlight
 from tests.unit.admin.kit import running_admin
@@ -39,7 +39,7 @@ async def test_stream_sends_what_has_changed_and_a_heartbeat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "UPDATE_INTERVAL_S", 0.0)
-    monkeypatch.setattr(module, "HEARTBEAT_S", 0.0)
+    monkeypatch.setattr(module, "STREAM_HEARTBEAT_S", 0.0)
     live = {"fetches": 1}
     async with SingleFlight() as single_flight:
         jobs = Jobs(single_flight, lambda event: None, lambda: 0.0)
@@ -63,7 +63,7 @@ async def test_number_of_streams_is_bounded_and_a_closed_one_makes_room() -> Non
         for _ in range(module.MAX_STREAMS):
             opened.append(await stack.enter_async_context(aclosing(streams.open())))
             await anext(opened[-1])
-        with pytest.raises(Problem, match="open already") as raised:
+        with pytest.raises(ApiProblem, match="open already") as raised:
             streams.open()
         assert raised.value.status == 429
         await opened[0].aclose()

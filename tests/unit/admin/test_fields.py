@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from mirror.admin.fields import Field, read_body, read_query
-from mirror.admin.problems import Problem
+from mirror.admin.fields import Field, read_json_fields, read_query_fields
+from mirror.admin.problems import ApiProblem
 
 FIELDS = (
     Field("name", {"type": "string", "minLength": 2, "maxLength": 4}, "", is_required=True),
@@ -33,7 +33,7 @@ DEFAULTS = {"name": "app", "limit": 5, "deep": False, "order": None, "part": Non
     ],
 )
 def test_query_has_the_types_of_its_fields(query: str, more: dict[str, Any]) -> None:
-    assert read_query(FIELDS, query) == {**DEFAULTS, **more}
+    assert read_query_fields(FIELDS, query) == {**DEFAULTS, **more}
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_query_has_the_types_of_its_fields(query: str, more: dict[str, Any]) -> 
     ],
 )
 def test_other_query_is_a_problem_that_names_the_field(query: str, why: str) -> None:
-    with pytest.raises(Problem, match=why) as raised:
-        read_query(FIELDS, query)
+    with pytest.raises(ApiProblem, match=why) as raised:
+        read_query_fields(FIELDS, query)
     assert raised.value.status == 400
 
 
@@ -74,9 +74,12 @@ def test_other_query_is_a_problem_that_names_the_field(query: str, why: str) -> 
     ],
 )
 def test_other_body_is_a_problem(body: bytes, why: str) -> None:
-    with pytest.raises(Problem, match=why):
-        read_body(FIELDS, body)
+    with pytest.raises(ApiProblem, match=why):
+        read_json_fields(FIELDS, body)
 
 
 def test_body_has_the_defaults_of_missing_fields() -> None:
-    assert read_body(FIELDS, b'{"name": "app", "tags": ["a"]}') == {**DEFAULTS, "tags": ["a"]}
+    assert read_json_fields(FIELDS, b'{"name": "app", "tags": ["a"]}') == {
+        **DEFAULTS,
+        "tags": ["a"],
+    }

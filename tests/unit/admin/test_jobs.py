@@ -11,7 +11,7 @@ import pytest
 
 from mirror.admin import jobs as module
 from mirror.admin.jobs import Jobs, Reporter, State
-from mirror.admin.problems import Problem
+from mirror.admin.problems import ApiProblem
 from mirror.observability.events import Event
 from mirror.oci.errors import NotFound
 from mirror.single_flight import SingleFlight
@@ -63,7 +63,7 @@ async def test_job_reports_progress_and_notes_and_keeps_its_result() -> None:
     ("error", "text"),
     [
         (NotFound("it is not here"), "it is not here"),
-        (Problem(409, "not now"), "not now"),
+        (ApiProblem(409, "not now"), "not now"),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )
@@ -96,7 +96,7 @@ async def test_cancelled_job_ends_also_before_its_turn() -> None:
         return {}
 
     async with running_jobs() as jobs:
-        started = [jobs.start("warm", {}, run) for _ in range(module.MAX_RUNNING + 1)]
+        started = [jobs.start("warm", {}, run) for _ in range(module.MAX_RUNNING_JOBS + 1)]
         jobs.cancel(started[-1].id)
         assert (await ended(jobs, started[-1].id))["state"] == "cancelled"
         await asyncio.sleep(0)
@@ -115,18 +115,18 @@ async def test_numbers_of_waiting_and_of_ended_jobs_are_bounded() -> None:
 
     async with running_jobs() as jobs:
         first = jobs.start("gc", {}, run)
-        for _ in range(module.MAX_WAITING - 1):
+        for _ in range(module.MAX_WAITING_JOBS - 1):
             jobs.start("gc", {}, run)
-        with pytest.raises(Problem, match="are waiting") as raised:
+        with pytest.raises(ApiProblem, match="are waiting") as raised:
             jobs.start("gc", {}, run)
         assert raised.value.status == 429
         may_end.set()
         for job in jobs.list():
             await ended(jobs, job.id)
-        for _ in range(module.MAX_ENDED):
+        for _ in range(module.MAX_ENDED_JOBS):
             await ended(jobs, jobs.start("gc", {}, run).id)
-        assert len(jobs.list()) == module.MAX_ENDED + 1
-        with pytest.raises(Problem, match="no such job"):
+        assert len(jobs.list()) == module.MAX_ENDED_JOBS + 1
+        with pytest.raises(ApiProblem, match="no such job"):
             jobs.find(first.id)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mirror.admin.live_state import MAX_ROWS, LiveState
+from mirror.admin.live_state import MAX_LIVE_ROWS, LiveState
 from mirror.observability.events import (
     BackedOff,
     CircuitChanged,
@@ -114,8 +114,11 @@ def test_rate_limit_back_offs_and_storage_are_the_latest() -> None:
 
 def test_rows_of_a_snapshot_are_bounded_and_counted() -> None:
     live, _ = state()
-    for number in range(MAX_ROWS + 5):
+    for number in range(MAX_LIVE_ROWS + 5):
         record = RequestRecord(str(number), "GET", "/", kind=Kind.MANIFEST)
         live.observe(RequestStarted(record))
     found = live.snapshot()
-    assert (len(found["requests"]), found["counts"]["requests"]) == (MAX_ROWS, MAX_ROWS + 5)
+    assert (len(found["requests"]), found["counts"]["requests"]) == (
+        MAX_LIVE_ROWS,
+        MAX_LIVE_ROWS + 5,
+    )

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 
 from mirror.admin.openapi import document, openapi_text
 from mirror.admin.operations import OPERATIONS
-from mirror.admin.schemas import SCHEMAS
+from mirror.admin.response_schemas import RESPONSE_SCHEMAS
 from tests.unit.admin.kit import FULL, running_admin
 
 CHECKS = [
@@ -45,7 +45,7 @@ def test_checked_in_document_is_the_generated_one() -> None:
 
 def test_every_schema_is_valid_and_used() -> None:
     text = openapi_text()
-    for name, schema in SCHEMAS.items():
+    for name, schema in RESPONSE_SCHEMAS.items():
         Draft202012Validator.check_schema(schema)
         assert f'"#/components/schemas/{name}"' in text, name
     assert len({one.name for one in OPERATIONS}) == len(OPERATIONS)

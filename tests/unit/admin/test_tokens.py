@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mirror.admin.tokens import TICKET_TTL_S, Role, Tickets, Tokens
+from mirror.admin.tokens import TICKET_TTL_S, CallerRole, Tickets, Tokens
 from mirror.config.settings import Admin
 from mirror.oci.errors import ConfigError
 
@@ -27,19 +27,19 @@ def tokens(tmp_path: Path, full: str | None = FULL, read_only: str | None = READ
 
 def test_role_is_that_of_the_file_that_has_the_token(tmp_path: Path) -> None:
     found = tokens(tmp_path, f"# old\n{'x' * 16}\n\n  {FULL}  \n")
-    assert found.role_of(f"Bearer {FULL}") is Role.FULL
-    assert found.role_of(f"bearer   {READ_ONLY} ") is Role.READ_ONLY
-    assert found.role_of(f"Bearer {'x' * 16}") is Role.FULL
+    assert found.role_of(f"Bearer {FULL}") is CallerRole.FULL
+    assert found.role_of(f"bearer   {READ_ONLY} ") is CallerRole.READ_ONLY
+    assert found.role_of(f"Bearer {'x' * 16}") is CallerRole.FULL
     for wrong in (None, "", "Bearer", f"Bearer {FULL}x", f"Basic {FULL}", FULL, "Bearer # old"):
         assert found.role_of(wrong) is None
 
 
 def test_token_in_both_files_permits_everything(tmp_path: Path) -> None:
-    assert tokens(tmp_path, FULL, FULL).role_of(f"Bearer {FULL}") is Role.FULL
+    assert tokens(tmp_path, FULL, FULL).role_of(f"Bearer {FULL}") is CallerRole.FULL
 
 
 def test_without_files_everything_is_permitted() -> None:
-    assert Tokens(Admin()).role_of(None) is Role.FULL
+    assert Tokens(Admin()).role_of(None) is CallerRole.FULL
 
 
 @pytest.mark.parametrize(
@@ -74,19 +74,19 @@ def test_changed_file_is_read_again_and_a_broken_one_leaves_the_tokens_in_use(
     os.utime(path, (1, 1))
     found.refresh()
     assert found.role_of(f"Bearer {FULL}") is None
-    assert found.role_of("Bearer another-token-0123456789") is Role.FULL
+    assert found.role_of("Bearer another-token-0123456789") is CallerRole.FULL
     path.unlink()
     for _ in range(2):  # It is tried again each time.
         with pytest.raises(ConfigError):
             found.refresh()
-    assert found.role_of("Bearer another-token-0123456789") is Role.FULL
+    assert found.role_of("Bearer another-token-0123456789") is CallerRole.FULL
 
 
 def test_ticket_is_valid_once_and_for_a_short_time() -> None:
     now = 0.0
     tickets = Tickets(lambda: now)
-    first, second = tickets.issue(Role.FULL), tickets.issue(Role.READ_ONLY)
-    assert tickets.redeem(second) is Role.READ_ONLY
+    first, second = tickets.issue(CallerRole.FULL), tickets.issue(CallerRole.READ_ONLY)
+    assert tickets.redeem(second) is CallerRole.READ_ONLY
     assert tickets.redeem(second) is None
     assert tickets.redeem("other") is None
     now = TICKET_TTL_S
@@ -95,6 +95,6 @@ def test_ticket_is_valid_once_and_for_a_short_time() -> None:
 
 def test_number_of_tickets_is_bounded() -> None:
     tickets = Tickets(lambda: 0.0)
-    issued = [tickets.issue(Role.FULL) for _ in range(300)]
+    issued = [tickets.issue(CallerRole.FULL) for _ in range(300)]
     valid = [ticket for ticket in issued if tickets.redeem(ticket)]
     assert valid == issued[-256:]

@@ -12,10 +12,10 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from mirror.admin.openapi import document
-from mirror.admin.problems import Problem
-from mirror.admin.queries import Queries
-from mirror.admin.reader import Reader, ReadHistory, ReadImages, reader_settings
+from mirror.admin.problems import ApiProblem
 from mirror.admin.sources import ImageQuery, PullQuery
+from mirror.admin.store_answers import StoreAnswers
+from mirror.admin.store_reader import ReadHistory, ReadImages, StoreReader, reader_settings
 from mirror.config.settings import Settings
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
@@ -83,7 +83,7 @@ def test_page_of_images_is_searched_sorted_and_cut(
     tmp_path: Path, more: dict[str, Any], names: list[str], matching: int
 ) -> None:
     filled(tmp_path)
-    queries = Queries(DataDirectory(tmp_path).layout, settings(tmp_path), lambda: NOW)
+    queries = StoreAnswers(DataDirectory(tmp_path).layout, settings(tmp_path), lambda: NOW)
     found = queries.find(page(**more))
     check("Images", found)
     shown = [image["name"].removeprefix("docker.io/library/") for image in found["images"]]
@@ -93,7 +93,7 @@ def test_page_of_images_is_searched_sorted_and_cut(
 
 
 def test_image_is_shown_with_its_parts_and_who_shares_them(tmp_path: Path) -> None:
-    queries = Queries(filled(tmp_path).layout, settings(tmp_path), lambda: NOW)
+    queries = StoreAnswers(filled(tmp_path).layout, settings(tmp_path), lambda: NOW)
     shown = queries.show("app:v1")
     check("ImageTree", shown)
     assert [node["type"] for node in shown["nodes"]] == ["manifest", "config", "layer", "layer"]
@@ -106,7 +106,7 @@ def test_image_is_shown_with_its_parts_and_who_shares_them(tmp_path: Path) -> No
 
 
 def test_usage_says_what_goes_next(tmp_path: Path) -> None:
-    queries = Queries(filled(tmp_path).layout, settings(tmp_path), lambda: NOW)
+    queries = StoreAnswers(filled(tmp_path).layout, settings(tmp_path), lambda: NOW)
     usage = queries.usage()
     check("Usage", usage)
     assert usage["quota"] == 10_000
@@ -119,7 +119,7 @@ def test_usage_says_what_goes_next(tmp_path: Path) -> None:
 
 def test_inventory_is_read_again_when_it_is_old_or_something_was_changed(tmp_path: Path) -> None:
     now, directory = NOW, filled(tmp_path)
-    queries = Queries(directory.layout, settings(tmp_path), lambda: now)
+    queries = StoreAnswers(directory.layout, settings(tmp_path), lambda: now)
     first = queries.inventory()
     assert queries.inventory() is first
     queries.forget()
@@ -136,7 +136,7 @@ async def test_history_is_shown_explained_and_summed_up(tmp_path: Path) -> None:
             made.end(a_pull(request_id=outcome.value, client="10.0.0.1", outcome=outcome))
             made.recorder.hand_over()
         made.write()
-        queries = Queries(made.layout, settings(tmp_path), lambda: made.now + 1)
+        queries = StoreAnswers(made.layout, settings(tmp_path), lambda: made.now + 1)
         pulls = queries.pulls(PullQuery("app", "10.0.0.0/24", ("hit", "miss"), None, 10))
         check("Pulls", {"pulls": pulls})
         assert [one["id"] for one in pulls] == ["hit", "miss"]
@@ -164,20 +164,20 @@ async def test_history_is_shown_explained_and_summed_up(tmp_path: Path) -> None:
 
 async def test_process_answers_and_is_started_again_when_it_has_ended(tmp_path: Path) -> None:
     filled(tmp_path)
-    reader = Reader(lambda: settings(tmp_path), str(tmp_path))
+    reader = StoreReader(lambda: settings(tmp_path), str(tmp_path))
     images, history = ReadImages(reader), ReadHistory(reader)
     try:
         assert (await images.find(page(search="other")))["matching"] == 1
         images.forget_read()
         assert (await images.usage())["quota"] == 10_000
-        with pytest.raises(Problem, match="is not in the cache") as raised:
+        with pytest.raises(ApiProblem, match="is not in the cache") as raised:
             await images.show("app:v9")
         assert raised.value.status == 404
         assert await history.refused(5) == []
         assert reader._process is not None
         reader._process.kill()
         await reader._process.wait()
-        with pytest.raises(Problem, match="has ended: try again") as raised:
+        with pytest.raises(ApiProblem, match="has ended: try again") as raised:
             await history.pulls(PullQuery("", "", (), None, 5))
         assert raised.value.status == 503
         assert await history.pulls(PullQuery("", "", (), None, 5)) == []
