@@ -54,4 +54,4 @@ def utc_text(seconds: float | None) -> str | None:
 
 @lru_cache(10_000)
 def _utc_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")

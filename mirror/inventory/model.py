@@ -200,9 +200,8 @@ class Image:
         return self.subject is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """One whole content on disk."""
+class Content(NamedTuple):
+    """One whole content on disk. A tuple: there are 100,000 of them."""
 
     digest: Digest
     size: int
@@ -275,15 +274,16 @@ class Inventory:
     ) -> None:
         is_referrer = is_referrer or root.type is ContentType.REFERRER
         found[root.text] = ContentType.REFERRER if is_referrer else root.type
-        for part in root.parts:
-            if part.text in found:
+        manifests = self.manifests
+        for text, kind in zip(root.columns.digests, root.columns.types, strict=True):
+            if text in found:
                 continue
-            child = self.manifests.get(part.text)
+            child = manifests.get(text)
             if child is not None:
-                is_below = is_referrer or part.type is ContentType.REFERRER
+                is_below = is_referrer or kind == ContentType.REFERRER
                 self._add_types(child, found, is_referrer=is_below)
             else:
-                found[part.text] = ContentType.REFERRER if is_referrer else part.type
+                found[text] = ContentType.REFERRER if is_referrer else _BY_VALUE[kind]
 
     def type_of(self, digest: DigestText) -> ContentType:
         """Return the type of a content. ``OTHER`` if no name reaches it."""
