@@ -45,7 +45,7 @@ class RetentionRule:
     tags: TagCondition | None = None
     """The rule is about these tags only. None: about all images, also those without a tag."""
 
-    def covers(self, image: Image) -> bool:
+    def is_about(self, image: Image) -> bool:
         """Return whether the rule is about an image."""
         if self.tags is not None and (image.tag is None or not self.tags.matches(image.tag.name)):
             return False
@@ -73,7 +73,7 @@ def decide(images: Iterable[Image], rules: Sequence[RetentionRule], now: float) 
     decisions: list[Decision] = []
     rest = sorted(images, key=lambda image: str(image.repository))
     for rule in rules:
-        covered = [image for image in rest if rule.covers(image)]
+        covered = [image for image in rest if rule.is_about(image)]
         done = set(covered)
         rest = [image for image in rest if image not in done]
         for _, in_repository in groupby(covered, key=lambda image: image.repository):
@@ -89,16 +89,18 @@ def _decide_in_repository(
         mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
         age = max(0.0, now - image.used)
         if mark is not None:
-            yield Decision(image, False, mark)
+            yield Decision(image, is_removed=False, why=mark)
         elif image in newest:
-            yield Decision(image, False, f"one of the last {rule.keep_last} of its repository")
+            yield Decision(
+                image, is_removed=False, why=f"one of the last {rule.keep_last} of its repository"
+            )
         elif rule.older_than is not None and age <= rule.older_than:
-            yield Decision(image, False, f"used {age_text(age)} ago")
+            yield Decision(image, is_removed=False, why=f"used {age_text(age)} ago")
         elif rule.keep_last is not None:
             why = f"not one of the last {rule.keep_last}, last used {age_text(age)} ago"
-            yield Decision(image, True, why)
+            yield Decision(image, is_removed=True, why=why)
         else:
-            yield Decision(image, True, f"last used {age_text(age)} ago")
+            yield Decision(image, is_removed=True, why=f"last used {age_text(age)} ago")
 
 
 def _newest(images: Sequence[Image], count: int) -> set[Image]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import axe_core_python
+import axe_core_python  # type: ignore[import-untyped]  # it ships a file of JavaScript
 import pytest
 
 from tests.real import images
@@ -192,7 +192,8 @@ async def test_page_has_no_violation_of_axe_and_fits_on_a_phone(
                 await browser.wait_for(f"document.querySelectorAll('{ROWS}').length")
                 await browser.wait_for("document.querySelectorAll('#tiles .tile').length")
                 wide = (
-                    "[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, nav')"
+                    "[...document.querySelectorAll('body *')]"
+                    ".filter(e => !e.closest('.scroll, nav')"
                     f" && e.getBoundingClientRect().right > {width})"
                     ".map(e => e.tagName + '.' + e.className)"
                 )

@@ -1,12 +1,15 @@
-"""Times as the API writes them.
+"""Values as the API writes them.
 
-Lives here: RFC 3339 in UTC. Must not know: what the times are of.
+Lives here: the type of a JSON object, and times in RFC 3339. Must not know: what the values are of.
 """
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import overload
+from typing import Any, TypeAlias, overload
+
+JsonObject: TypeAlias = dict[str, Any]
+"""JSON values by key."""
 
 
 @overload
