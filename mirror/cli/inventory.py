@@ -48,6 +48,8 @@ def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Colum
 
 def state_text(row: dict[str, Any]) -> str:
     """Return the state of an image with the reasons. ``row``: its row of ``ls --json``."""
+    if row["state"] == ["complete"]:
+        return "complete"
     reasons = {
         "partial": f"lacks {_count(row['missing_parts'], 'part')}, "
         f"{size_text(row['missing_bytes'])}",

@@ -87,7 +87,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
     chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
     if not arguments.is_json:
-        chosen = [row | {"state_text": common.state_text(row)} for row in chosen]
+        for row in chosen:
+            row["state_text"] = common.state_text(row)
     print_rows(_columns(inventory.now, arguments), chosen, is_json=arguments.is_json)
     common.note_if_empty(inventory, settings.data_dir)
     return 0
