@@ -106,7 +106,7 @@ def _open_admin(settings: Settings) -> AdminSockets | None:
     Tokens(settings.admin)
     listener = _listen(settings.admin.listen, 0, is_shared=False, key="admin.listen")
     sender, receiver = open_channel() if settings.workers > 1 else (None, None)
-    return AdminSockets(listener, sender, receiver)
+    return AdminSockets(listener=listener, sender=sender, receiver=receiver)
 
 
 def _listen(address: str, index: int, *, is_shared: bool, key: str = "listen") -> socket.socket:

@@ -168,6 +168,18 @@ class GoPrograms:
 # --- row R5 -----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="session", autouse=True)
+def usual_priority() -> Iterator[None]:
+    """Let no test lower the priority of its process: all tests after it would be slow.
+
+    Some commands run with the lowest one, and many tests run commands in their own process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "nice", lambda increment: 0)
+        patch.setattr(os, "sched_setscheduler", lambda pid, policy, param: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def watch() -> Iterator[Watch]:
     """Measure the callbacks of all event loops of this process."""

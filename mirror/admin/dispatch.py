@@ -16,13 +16,14 @@ from typing import Any, Final, TypeAlias
 from aiohttp import web
 
 from mirror.admin import problems
-from mirror.admin.api import Api, Call
-from mirror.admin.fields import Json, read_body, read_query
+from mirror.admin.admin_api import Api, Call
+from mirror.admin.fields import read_json_fields, read_query_fields
 from mirror.admin.guard import is_same_site, may_be_host
-from mirror.admin.operations import OPERATIONS, PREFIX, Operation
+from mirror.admin.json_values import JsonObject
+from mirror.admin.operations import API_PREFIX, OPERATIONS, Operation
 from mirror.admin.page_files import PageFile, PageFiles
-from mirror.admin.problems import Problem, problem_of
-from mirror.admin.tokens import Role, Tickets, Tokens
+from mirror.admin.problems import ApiProblem, problem_of
+from mirror.admin.tokens import CallerRole, Tickets, Tokens
 from mirror.config.settings import Admin
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import MirrorError
@@ -36,7 +37,7 @@ BODY_TIMEOUT_S: Final = 10.0
 OPERATION_TIMEOUT_S: Final = 60.0
 """Seconds after which an operation that is no stream is given up. The largest store is read in
 less."""
-_SAFE_HEADERS: Final = {
+_ADMIN_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -85,7 +86,7 @@ class Dispatcher:
         """Answer one request."""
         try:
             return await self._respond(request)
-        except Problem as problem:
+        except ApiProblem as problem:
             return _problem_response(problem)
         except (ConnectionError, asyncio.CancelledError):
             raise  # The client has left.
@@ -99,32 +100,32 @@ class Dispatcher:
     async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         hosts = request.headers.getall("Host", ())
         if len(hosts) != 1 or not may_be_host(hosts[0], self._hosts):
-            raise Problem(403, "this Host is not ours: add it to admin.hosts if it is")
+            raise ApiProblem(403, "this Host is not ours: add it to admin.hosts if it is")
         file = self._page.find(request.path)
         is_page = file is not None and request.path == "/"
         if not is_same_site(request.headers, hosts[0], is_navigation=is_page):
-            raise Problem(403, "another web site has caused this request")
+            raise ApiProblem(403, "another web site has caused this request")
         if file is not None:
             return _page_response(request, file)
-        if not request.path.startswith(PREFIX + "/"):
-            raise Problem(404, f"no such path: the API is below {PREFIX}/")
+        if not request.path.startswith(API_PREFIX + "/"):
+            raise ApiProblem(404, f"no such path: the API is below {API_PREFIX}/")
         public = self._routes.get(request.path, {}).get(request.method)
         # Before the path is looked at: who has no token learns nothing.
         is_public = public is not None and public.is_public
-        role = Role.READ_ONLY if is_public else self._role_of(request)
+        role = CallerRole.READ_ONLY if is_public else self._role_of(request)
         methods, identifier = self._find(request.path)
         operation = methods.get(request.method)
         if operation is None:
-            raise Problem(405, "the path has no such method", Allow=", ".join(methods))
-        if operation.is_change and role is not Role.FULL:
-            raise Problem(403, "this token is read-only")
+            raise ApiProblem(405, "the path has no such method", Allow=", ".join(methods))
+        if operation.is_change and role is not CallerRole.FULL:
+            raise ApiProblem(403, "this token is read-only")
         fields = await self._fields(request, operation)
         client = request.remote or ""
         call = Call(role, client, fields, identifier)
         async with asyncio.timeout(OPERATION_TIMEOUT_S):
             result = await self._carry_out(operation, call)
         if isinstance(result, dict):
-            headers = {"Content-Security-Policy": _API_POLICY, **_SAFE_HEADERS}
+            headers = {"Content-Security-Policy": _API_POLICY, **_ADMIN_HEADERS}
             return web.Response(
                 body=json.dumps(result).encode(),
                 status=operation.status,
@@ -137,15 +138,15 @@ class Dispatcher:
             return self._api.start_job(operation.name.removeprefix("start_"), call)
         return await getattr(self._api, operation.name)(call)
 
-    def _role_of(self, request: web.BaseRequest) -> Role:
-        """Return the role of the caller. Raises ``Problem`` (401)."""
-        if request.path == f"{PREFIX}/events" and "Authorization" not in request.headers:
+    def _role_of(self, request: web.BaseRequest) -> CallerRole:
+        """Return the role of the caller. Raises ``ApiProblem`` (401)."""
+        if request.path == f"{API_PREFIX}/events" and "Authorization" not in request.headers:
             ticket = request.rel_url.query.get("ticket", "")
             if ticket and (role := self._tickets.redeem(ticket)) is not None:
                 return role
         role_of_token = self._tokens.role_of(request.headers.get("Authorization"))
         if role_of_token is None:
-            raise Problem(
+            raise ApiProblem(
                 401,
                 "a bearer token of admin.token_file or admin.read_only_token_file is needed",
                 WWW_Authenticate='Bearer realm="oci-mirror admin"',
@@ -153,7 +154,7 @@ class Dispatcher:
         return role_of_token
 
     def _find(self, path: str) -> tuple[Methods, str]:
-        """Return the methods of a path, and the id in it. Raises ``Problem`` (404)."""
+        """Return the methods of a path, and the id in it. Raises ``ApiProblem`` (404)."""
         if (methods := self._routes.get(path)) is not None:
             return methods, ""
         parts = path.split("/")
@@ -161,46 +162,46 @@ class Dispatcher:
             pattern = "/".join([*parts[:place], "{id}", *parts[place + 1 :]])
             if (methods := self._routes.get(pattern)) and _ID.fullmatch(parts[place]):
                 return methods, parts[place]
-        raise Problem(404, "no such path: see openapi.json for those that there are")
+        raise ApiProblem(404, "no such path: see openapi.json for those that there are")
 
-    async def _fields(self, request: web.BaseRequest, operation: Operation) -> Json:
-        query = read_query(operation.query, request.query_string)
+    async def _fields(self, request: web.BaseRequest, operation: Operation) -> JsonObject:
+        query = read_query_fields(operation.query, request.query_string)
         if operation.body is None:
             return query
         body = await _read_body(request)
         if request.content_type != "application/json":
-            raise Problem(415, "the body must be application/json")
-        return read_body(operation.body, body)
+            raise ApiProblem(415, "the body must be application/json")
+        return read_json_fields(operation.body, body)
 
 
 async def _read_body(request: web.BaseRequest) -> bytes:
-    """Return the body. Raises ``Problem`` (413, or 408 if it is too slow)."""
+    """Return the body. Raises ``ApiProblem`` (413, or 408 if it is too slow)."""
     if (request.content_length or 0) > MAX_BODY_BYTES:
-        raise Problem(413, f"the body is larger than {MAX_BODY_BYTES} bytes", Connection="close")
+        raise ApiProblem(413, f"the body is larger than {MAX_BODY_BYTES} bytes", Connection="close")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             while chunk := await request.content.readany():
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise Problem(
+                    raise ApiProblem(
                         413, f"the body is larger than {MAX_BODY_BYTES} bytes", Connection="close"
                     )
     except TimeoutError:
-        raise Problem(
+        raise ApiProblem(
             408, f"the body has not arrived within {BODY_TIMEOUT_S:g} s", Connection="close"
         ) from None
     return bytes(body)
 
 
-def _problem_response(problem: Problem) -> web.Response:
+def _problem_response(problem: ApiProblem) -> web.Response:
     response = web.Response(
         body=problem.body(),
         status=problem.status,
         headers={
-            "Content-Type": problems.CONTENT_TYPE,
+            "Content-Type": problems.PROBLEM_TYPE,
             "Content-Security-Policy": _API_POLICY,
-            **_SAFE_HEADERS,
+            **_ADMIN_HEADERS,
             **problem.headers,
         },
     )
@@ -211,9 +212,9 @@ def _problem_response(problem: Problem) -> web.Response:
 
 def _page_response(request: web.BaseRequest, file: PageFile) -> web.Response:
     if request.method not in ("GET", "HEAD"):
-        raise Problem(405, "the page can only be read", Allow="GET, HEAD")
+        raise ApiProblem(405, "the page can only be read", Allow="GET, HEAD")
     headers = {
-        **_SAFE_HEADERS,
+        **_ADMIN_HEADERS,
         "Content-Type": file.content_type,
         "Content-Security-Policy": file.policy,
         "Cache-Control": "no-cache",
@@ -232,7 +233,7 @@ async def _stream(
             "Content-Type": operation.media_type,
             "Content-Security-Policy": _API_POLICY,
             "X-Accel-Buffering": "no",
-            **_SAFE_HEADERS,
+            **_ADMIN_HEADERS,
         }
     )
     await response.prepare(request)

@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from mirror.admin.jobs import Jobs
-from mirror.admin.problems import Problem
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem
 
-Json: TypeAlias = dict[str, Any]
 MAX_STREAMS: Final = 32
 """Streams that are open at the same time. Further ones are refused."""
 UPDATE_INTERVAL_S: Final = 0.5
 """Seconds between two looks for changes."""
-HEARTBEAT_S: Final = 15.0
+STREAM_HEARTBEAT_S: Final = 15.0
 """Seconds without an event after which a comment is sent, so that no proxy closes the stream."""
 _SHOWN_JOBS: Final = 20
 """Jobs of an event: the newest ones."""
@@ -32,7 +32,7 @@ class EventStreams:
 
     def __init__(
         self,
-        live: Callable[[], Json],
+        live: Callable[[], JsonObject],
         jobs: Jobs,
         sleep: Callable[[float], Any] = asyncio.sleep,
     ) -> None:
@@ -56,9 +56,9 @@ class EventStreams:
         self._changes += 1
 
     def open(self) -> AsyncGenerator[bytes, None]:
-        """Return a new stream. Raises ``Problem`` (429) if there are too many."""
+        """Return a new stream. Raises ``ApiProblem`` (429) if there are too many."""
         if self._count >= MAX_STREAMS:
-            raise Problem(429, f"{MAX_STREAMS} event streams are open already")
+            raise ApiProblem(429, f"{MAX_STREAMS} event streams are open already")
         return self._events()
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -79,7 +79,7 @@ class EventStreams:
                     changes = self._changes
                     parts.append(_event("changed", b"{}"))
                 silence = 0.0 if parts else silence + UPDATE_INTERVAL_S
-                if silence >= HEARTBEAT_S:
+                if silence >= STREAM_HEARTBEAT_S:
                     silence = 0.0
                     parts.append(b": still here\n\n")
                 if parts:

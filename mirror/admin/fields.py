@@ -13,23 +13,22 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 from urllib.parse import parse_qsl
 
-from mirror.admin.problems import Problem
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem
 from mirror.oci.text import printable
 
-Json: TypeAlias = dict[str, Any]
-"""An object of JSON values."""
-Schema: TypeAlias = Mapping[str, Any]
+FieldSchema: TypeAlias = Mapping[str, Any]
 """A JSON Schema (2020-12), of the keywords that :func:`_check` knows."""
 
 MAX_QUERY_FIELDS: Final = 20
 """Fields of a query. No operation declares as many."""
-_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+_PYTHON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "string": (str,),
     "integer": (int,),
     "boolean": (bool,),
     "array": (list,),
 }
-_TRUTH: Final = {"true": True, "false": False}
+_YES_NO_TEXTS: Final = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,35 +36,35 @@ class Field:
     """One field. ``default``: its value if it is missing; None if it has none."""
 
     name: str
-    schema: Schema
+    schema: FieldSchema
     description: str
     is_required: bool = False
     default: str | int | bool | None = None
 
 
-def read_query(fields: Sequence[Field], query: str) -> Json:
-    """Return the fields of a query. Raises ``Problem`` (400) if they are not as declared."""
+def read_query_fields(fields: Sequence[Field], query: str) -> JsonObject:
+    """Return the fields of a query. Raises ``ApiProblem`` (400) if they are not as declared."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS)
     except ValueError:
-        raise Problem(400, "the query has too many fields") from None
-    values: Json = {}
+        raise ApiProblem(400, "the query has too many fields") from None
+    values: JsonObject = {}
     types = {field.name: field.schema["type"] for field in fields}
     for name, text in pairs:
         if name in values:
-            raise Problem(400, f"{printable(name, 80)} is in the query twice")
+            raise ApiProblem(400, f"{printable(name, 80)} is in the query twice")
         values[name] = _from_text(text, types.get(name, "string"))
     return _read(fields, values)
 
 
-def read_body(fields: Sequence[Field], body: bytes) -> Json:
-    """Return the fields of a JSON object. Raises ``Problem`` (400) if they are not as declared."""
+def read_json_fields(fields: Sequence[Field], body: bytes) -> JsonObject:
+    """Return the fields of a JSON object. Raises ``ApiProblem`` (400) for other ones."""
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
-        raise Problem(400, "the body is not JSON") from None
+        raise ApiProblem(400, "the body is not JSON") from None
     if not isinstance(values, dict):
-        raise Problem(400, "the body must be a JSON object")
+        raise ApiProblem(400, "the body must be a JSON object")
     return _read(fields, values)
 
 
@@ -73,31 +72,31 @@ def _from_text(text: str, kind: str) -> Any:
     """Return the value that a text in a query stands for. The text itself if it stands for none."""
     if kind == "integer" and re.fullmatch(r"-?[0-9]{1,18}", text, re.ASCII):
         return int(text)
-    return _TRUTH.get(text, text) if kind == "boolean" else text
+    return _YES_NO_TEXTS.get(text, text) if kind == "boolean" else text
 
 
-def _read(fields: Sequence[Field], values: Mapping[str, Any]) -> Json:
+def _read(fields: Sequence[Field], values: Mapping[str, Any]) -> JsonObject:
     unknown = sorted(set(values) - {field.name for field in fields})
     if unknown:
         known = ", ".join(field.name for field in fields) or "none"
-        raise Problem(400, f"unknown field {printable(unknown[0], 80)}; known: {known}")
-    result: Json = {}
+        raise ApiProblem(400, f"unknown field {printable(unknown[0], 80)}; known: {known}")
+    result: JsonObject = {}
     for field in fields:
         if field.name not in values:
             if field.is_required:
-                raise Problem(400, f"{field.name} is missing")
+                raise ApiProblem(400, f"{field.name} is missing")
             result[field.name] = field.default
             continue
         if reason := _check(field.schema, values[field.name]):
-            raise Problem(400, f"{field.name} {reason}")
+            raise ApiProblem(400, f"{field.name} {reason}")
         result[field.name] = values[field.name]
     return result
 
 
-def _check(schema: Schema, value: Any) -> str:
+def _check(schema: FieldSchema, value: Any) -> str:
     """Return why a value does not have the schema, as the end of a sentence. Empty if it does."""
     kind = schema["type"]
-    is_right = isinstance(value, _TYPES[kind])
+    is_right = isinstance(value, _PYTHON_TYPES[kind])
     if not is_right or (isinstance(value, bool) and kind != "boolean"):
         return f"must be of the type {kind}"
     if "enum" in schema and value not in schema["enum"]:
@@ -118,7 +117,7 @@ def _check(schema: Schema, value: Any) -> str:
     return ""
 
 
-def _check_text(schema: Schema, text: str) -> str:
+def _check_text(schema: FieldSchema, text: str) -> str:
     least, most = schema.get("minLength", 0), schema.get("maxLength", 1 << 16)
     if not least <= len(text) <= most:
         return f"must have {least} to {most} characters"

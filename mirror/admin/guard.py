@@ -34,7 +34,7 @@ def may_be_host(host: str, names: Collection[str]) -> bool:
         name, port = split_host(host)
     except ValueError:
         return False
-    name = name.lower().removesuffix(".")
+    name = name.lower()
     configured = {one.lower() for one in names}
     if name == "localhost" or name in configured or f"{name}:{port}" in configured:
         return True

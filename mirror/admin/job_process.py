@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
+from mirror.admin.json_values import JsonObject
 from mirror.admin.problems import problem_of
 from mirror.config.settings import Settings, build
 from mirror.inventory.model import Image, Inventory
@@ -38,8 +39,6 @@ from mirror.store.disk import Layout
 from mirror.store.marks import read_marks
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
-
-Json: TypeAlias = dict[str, Any]
 
 _NICENESS: Final = 10
 """The server goes first."""
@@ -83,7 +82,9 @@ def _find(inventory: Inventory, names: Iterable[str]) -> list[Image]:
     return list(images)
 
 
-async def _with_store(settings: Settings, work: Callable[[Store], Awaitable[Json]]) -> Json:
+async def _with_store(
+    settings: Settings, work: Callable[[Store], Awaitable[JsonObject]]
+) -> JsonObject:
     store = await Store.open(settings.data_dir, settings.storage, _on_event)
     try:
         if store.unwritable_reason is not None:
@@ -93,7 +94,7 @@ async def _with_store(settings: Settings, work: Callable[[Store], Awaitable[Json
         await store.close()
 
 
-def _cleaning_result(report: CleaningReport) -> Json:
+def _cleaning_result(report: CleaningReport) -> JsonObject:
     """Tell the items of a report, and return its numbers."""
     for item in report.items[:_MAX_NOTES]:
         name = item.name or item.digest or item.kind
@@ -111,21 +112,21 @@ def _cleaning_result(report: CleaningReport) -> Json:
 # --- the kinds ------------------------------------------------------------------------------------
 
 
-async def _remove(settings: Settings, given: Json) -> Json:
+async def _remove(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
     images = _find(inventory, given["images"])
     whys = dict.fromkeys(images, "as asked for")
     if given.get("dry_run"):
         return _cleaning_result(plan_removal(inventory, images, whys))
 
-    async def run(store: Store) -> Json:
+    async def run(store: Store) -> JsonObject:
         return _cleaning_result(await remove_images(store, inventory, images, whys))
 
     return await _with_store(settings, run)
 
 
-async def _forget(settings: Settings, given: Json) -> Json:
-    async def run(store: Store) -> Json:
+async def _forget(settings: Settings, given: JsonObject) -> JsonObject:
+    async def run(store: Store) -> JsonObject:
         report = await forget(store, ImageName.parse(given["image"]), read_marks(_layout(settings)))
         return {
             "tags": len(report.tags),
@@ -137,18 +138,18 @@ async def _forget(settings: Settings, given: Json) -> Json:
     return await _with_store(settings, run)
 
 
-async def _gc(settings: Settings, given: Json) -> Json:
+async def _gc(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
     if given.get("dry_run"):
         return _cleaning_result(find_garbage(_layout(settings), inventory, DEFAULT_GRACE_S))
 
-    async def run(store: Store) -> Json:
+    async def run(store: Store) -> JsonObject:
         return _cleaning_result(await collect_garbage(store, inventory, DEFAULT_GRACE_S))
 
     return await _with_store(settings, run)
 
 
-async def _prune(settings: Settings, given: Json) -> Json:
+async def _prune(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
     rule = RetentionRule(
         match=given.get("match", "*"),
@@ -158,13 +159,13 @@ async def _prune(settings: Settings, given: Json) -> Json:
     if given.get("dry_run"):
         return _cleaning_result(choose(inventory, [rule]))
 
-    async def run(store: Store) -> Json:
+    async def run(store: Store) -> JsonObject:
         return _cleaning_result(await prune(store, inventory, [rule]))
 
     return await _with_store(settings, run)
 
 
-async def _verify(settings: Settings, given: Json) -> Json:
+async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
     images = _find(inventory, [given["image"]]) if "image" in given else None
     subset = Subset.parse(given["subset"]) if "subset" in given else None
@@ -178,7 +179,7 @@ async def _verify(settings: Settings, given: Json) -> Json:
 
     if not given.get("repair"):
 
-        async def run(store: Store) -> Json:
+        async def run(store: Store) -> JsonObject:
             return _verify_result(await verify(store, inventory, images, subset, on_progress))
 
         return await _with_store(settings, run)
@@ -198,7 +199,7 @@ async def _verify(settings: Settings, given: Json) -> Json:
         return _verify_result(report)
 
 
-def _verify_result(report: VerifyReport) -> Json:
+def _verify_result(report: VerifyReport) -> JsonObject:
     for problem in report.problems[:_MAX_NOTES]:
         mended = " (fetched again)" if problem.is_mended else ""
         tell(note=f"{problem.problem} {problem.image or problem.digest}: {problem.what}{mended}")
@@ -214,7 +215,7 @@ def _verify_result(report: VerifyReport) -> Json:
     }
 
 
-KINDS: Final[dict[str, Callable[[Settings, Json], Coroutine[Any, Any, Json]]]] = {
+KINDS: Final[dict[str, Callable[[Settings, JsonObject], Coroutine[Any, Any, JsonObject]]]] = {
     "remove": _remove,
     "forget": _forget,
     "gc": _gc,
@@ -224,7 +225,7 @@ KINDS: Final[dict[str, Callable[[Settings, Json], Coroutine[Any, Any, Json]]]] =
 """Kind of a job -> the function that does it, and returns its result."""
 
 
-def main(text: str) -> None:
+def do_job(text: str) -> None:
     """Do the job that ``text`` describes."""
     os.nice(_NICENESS)
     document = json.loads(text)
@@ -236,4 +237,4 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.stdin.read())
+    do_job(sys.stdin.read())

@@ -16,10 +16,11 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from mirror.admin.jobs import Reporter, Run
-from mirror.admin.problems import Problem
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem
 from mirror.composition import Mirror
 from mirror.config.settings import Settings
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
@@ -29,9 +30,7 @@ from mirror.operations.refresh import refresh
 from mirror.operations.verify import Subset
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
 
-Json: TypeAlias = dict[str, Any]
-
-_MAX_LINE_BYTES: Final = 1024 * 1024
+_MAX_TOLD_BYTES: Final = 1024 * 1024
 """Bytes of a line of the process: a reason, or a result of a few numbers."""
 
 
@@ -64,7 +63,9 @@ class JobRuns:
                     raise InvalidRequest(f"subset is {error}") from None
         return lambda report: self._run_process(kind, arguments, report)
 
-    async def _warm(self, images: list[ImageName], options: WarmOptions, report: Reporter) -> Json:
+    async def _warm(
+        self, images: list[ImageName], options: WarmOptions, report: Reporter
+    ) -> JsonObject:
         progress = _WarmProgress()
 
         def on_report(event: ContentProgress | ImageReport) -> None:
@@ -79,7 +80,7 @@ class JobRuns:
         reports = await warm(self._mirror, images, options, on_report)
         failed = [one for one in reports if not one.is_complete]
         if failed and len(failed) == len(reports):
-            raise Problem(502, "; ".join(f"{one.image}: {one.error}" for one in failed[:3]))
+            raise ApiProblem(502, "; ".join(f"{one.image}: {one.error}" for one in failed[:3]))
         return {
             "images": len(reports),
             "failed_images": len(failed),
@@ -87,7 +88,7 @@ class JobRuns:
             "added_bytes": sum(one.added_bytes for one in reports),
         }
 
-    async def _refresh(self, image: ImageName) -> Json:
+    async def _refresh(self, image: ImageName) -> JsonObject:
         report = await refresh(self._mirror, image)
         return {
             "digest": str(report.digest),
@@ -95,7 +96,9 @@ class JobRuns:
             "has_moved": report.has_moved,
         }
 
-    async def _run_process(self, kind: str, arguments: Mapping[str, Any], report: Reporter) -> Json:
+    async def _run_process(
+        self, kind: str, arguments: Mapping[str, Any], report: Reporter
+    ) -> JsonObject:
         settings = job_settings(self._mirror.settings, str(self._mirror.store.layout.root))
         document = {"settings": settings, "kind": kind, "arguments": dict(arguments)}
         async with self._cleaning:
@@ -104,7 +107,7 @@ class JobRuns:
                     *(sys.executable, "-m", "mirror.admin.job_process"),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    limit=_MAX_LINE_BYTES,
+                    limit=_MAX_TOLD_BYTES,
                 )
             except OSError as error:
                 raise StorageUnavailable(f"no process can be started: {error.strerror}") from None
@@ -116,7 +119,7 @@ class JobRuns:
                 await process.wait()
 
 
-def job_settings(settings: Settings, data_dir: str) -> Json:
+def job_settings(settings: Settings, data_dir: str) -> JsonObject:
     """Return the configuration for a process: the pipe to it is read by nobody else."""
     document = settings.model_dump(mode="json", exclude_unset=True, exclude={"admin"})
     return {**document, "data_dir": data_dir}
@@ -129,8 +132,10 @@ def _platform(text: str) -> Platform:
         raise InvalidRequest(f"platforms: {error}") from None
 
 
-async def _follow(process: asyncio.subprocess.Process, document: bytes, report: Reporter) -> Json:
-    """Pass on what a process tells, and return its result. Raises ``Problem`` for its error."""
+async def _follow(
+    process: asyncio.subprocess.Process, document: bytes, report: Reporter
+) -> JsonObject:
+    """Pass on what a process tells, and return its result. Raises ``ApiProblem`` for its error."""
     assert process.stdin is not None
     assert process.stdout is not None
     with suppress(ConnectionError):
@@ -144,9 +149,9 @@ async def _follow(process: asyncio.subprocess.Process, document: bytes, report: 
         elif "note" in told:
             report.note(told["note"])
         elif "error" in told:
-            raise Problem(409, told["error"])
+            raise ApiProblem(409, told["error"])
         else:
-            result: Json = told["result"]
+            result: JsonObject = told["result"]
             return result
     raise StorageUnavailable("the process of the job has ended without a result")
 

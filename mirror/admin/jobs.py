@@ -17,23 +17,22 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
-from mirror.admin.problems import Problem, problem_of
-from mirror.admin.times import timestamp
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem, problem_of
 from mirror.observability.events import LogMessage, Observer
 from mirror.oci.errors import MirrorError
+from mirror.oci.text import time_text
 from mirror.single_flight import SharedTask, SingleFlight
 from mirror.threads import on_running_loop
 
-MAX_RUNNING: Final = 4
+MAX_RUNNING_JOBS: Final = 4
 """Jobs that run at the same time. Further ones wait."""
-MAX_WAITING: Final = 100
+MAX_WAITING_JOBS: Final = 100
 """Jobs that wait for their turn. Further ones are refused."""
-MAX_ENDED: Final = 200
+MAX_ENDED_JOBS: Final = 200
 """Jobs that have ended, and can be looked at. The oldest ones are dropped."""
 MAX_NOTES: Final = 200
 """Notes of one job that are kept: the last ones."""
-
-Json: TypeAlias = dict[str, Any]
 
 
 class State(StrEnum):
@@ -47,7 +46,7 @@ class State(StrEnum):
 
 
 @dataclass(slots=True)
-class Progress:
+class JobProgress:
     """How far a job is. ``total``: None while it is not known."""
 
     done: int = 0
@@ -55,7 +54,7 @@ class Progress:
     unit: str = ""
     """``bytes`` or the plural of what is counted."""
     text: str = ""
-    """What it works at."""
+    """The image or content at which it works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class Note:
     text: str
 
 
-Run: TypeAlias = Callable[["Reporter"], Awaitable[Json]]
+Run: TypeAlias = Callable[["Reporter"], Awaitable[JsonObject]]
 """The work of a job. Returns its result. A ``MirrorError`` or ``OSError`` is its failure."""
 
 
@@ -83,9 +82,9 @@ class Job:
     state: State = State.WAITING
     started: float | None = None
     ended: float | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: JobProgress = field(default_factory=JobProgress)
     notes: deque[Note] = field(default_factory=lambda: deque(maxlen=MAX_NOTES))
-    result: Json | None = None
+    result: JsonObject | None = None
     error: str | None = None
     version: int = 0
     """Grows with each change."""
@@ -100,7 +99,7 @@ class Job:
         """Whether it will not change any more."""
         return self.state not in (State.WAITING, State.RUNNING)
 
-    def to_json(self) -> Json:
+    def to_json(self) -> JsonObject:
         """Return the job as the API shows it."""
         progress = self.progress
         return {
@@ -108,9 +107,9 @@ class Job:
             "kind": self.kind,
             "arguments": dict(self.arguments),
             "state": self.state.value,
-            "created": timestamp(self.created),
-            "started": timestamp(self.started),
-            "ended": timestamp(self.ended),
+            "created": time_text(self.created),
+            "started": time_text(self.started),
+            "ended": time_text(self.ended),
             "progress": {
                 "done": progress.done,
                 "total": progress.total,
@@ -144,16 +143,16 @@ class Reporter:
 
     def progress(self, done: int, total: int | None, unit: str, text: str = "") -> None:
         """Report how far the work is. ``total``: None if it is not known."""
-        self._apply(Progress(done, total, unit, text))
+        self._apply(JobProgress(done=done, total=total, unit=unit, text=text))
 
     def note(self, text: str) -> None:
         """Report a line."""
         self._apply(text)
 
-    def _update(self, change: Progress | str) -> None:
+    def _update(self, change: JobProgress | str) -> None:
         if self._job.has_ended:
             return
-        if isinstance(change, Progress):
+        if isinstance(change, JobProgress):
             self._job.progress = change
         else:
             self._count += 1
@@ -178,7 +177,7 @@ class Jobs:
         self._emit = emit
         self._now = now
         self._jobs: dict[str, Job] = {}
-        self._places = asyncio.Semaphore(MAX_RUNNING)
+        self._places = asyncio.Semaphore(MAX_RUNNING_JOBS)
         self.version = 0
         """Grows with each change of any job."""
         self.on_end: Callable[[], None] = lambda: None
@@ -188,11 +187,13 @@ class Jobs:
         """Start a job, or let it wait for its turn.
 
         Raises:
-            Problem: 429 if too many wait.
+            ApiProblem: 429 if too many wait.
             Draining: The server stops.
         """
-        if sum(job.state is State.WAITING for job in self._jobs.values()) >= MAX_WAITING:
-            raise Problem(429, f"{MAX_WAITING} jobs are waiting: cancel some, or try again later")
+        if sum(job.state is State.WAITING for job in self._jobs.values()) >= MAX_WAITING_JOBS:
+            raise ApiProblem(
+                429, f"{MAX_WAITING_JOBS} jobs are waiting: cancel some, or try again later"
+            )
         job = Job(secrets.token_hex(6), kind, arguments, self._now(), run)
         job.task = self._single_flight.run(("admin-job", job.id), lambda: self._run(job))
         assert job.task.task is not None
@@ -204,9 +205,9 @@ class Jobs:
         return job
 
     def find(self, job_id: str) -> Job:
-        """Return a job. Raises ``Problem`` (404) if there is none, or no more."""
+        """Return a job. Raises ``ApiProblem`` (404) if there is none, or no more."""
         if (job := self._jobs.get(job_id)) is None:
-            raise Problem(404, "no such job: jobs of an earlier start of the server are gone")
+            raise ApiProblem(404, "no such job: jobs of an earlier start of the server are gone")
         return job
 
     def list(self) -> list[Job]:
@@ -223,7 +224,7 @@ class Jobs:
             self._touch(job)
         return job
 
-    async def follow(self, job: Job) -> AsyncGenerator[Json, None]:
+    async def follow(self, job: Job) -> AsyncGenerator[JsonObject, None]:
         """Yield the job and its new notes after each change, until it has ended."""
         seen = 0
         while True:
@@ -241,8 +242,8 @@ class Jobs:
             self._touch(job)
             try:
                 job.result = await job.run(Reporter(job))
-            except (MirrorError, OSError, Problem) as error:
-                job.error = (error if isinstance(error, Problem) else problem_of(error)).detail
+            except (MirrorError, OSError, ApiProblem) as error:
+                job.error = (error if isinstance(error, ApiProblem) else problem_of(error)).detail
                 self._end(job, State.FAILED)
             except Exception:
                 job.error = problem_of(Exception()).detail
@@ -268,5 +269,5 @@ class Jobs:
 
     def _drop_old(self) -> None:
         ended = [job.id for job in self._jobs.values() if job.has_ended]
-        for job_id in ended[: max(0, len(ended) - MAX_ENDED)]:
+        for job_id in ended[: max(0, len(ended) - MAX_ENDED_JOBS)]:
             del self._jobs[job_id]

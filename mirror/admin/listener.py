@@ -21,7 +21,7 @@ from typing import Final
 
 from aiohttp import web
 
-from mirror.admin.api import Api
+from mirror.admin.admin_api import Api
 from mirror.admin.dispatch import Dispatcher
 from mirror.admin.event_stream import EventStreams
 from mirror.admin.jobs import Jobs
@@ -35,7 +35,7 @@ from mirror.observability.events import Observer
 from mirror.single_flight import SingleFlight
 from mirror.web.client_socket import StallWatch, abort_connection
 
-MAX_CONNECTIONS: Final = 128
+MAX_ADMIN_CONNECTIONS: Final = 128
 """Connections at the same time. A browser opens up to six for a page."""
 KEEPALIVE_TIMEOUT_S: Final = 15.0
 """Seconds until a connection is closed that is idle, or whose TLS handshake or request header is
@@ -43,9 +43,9 @@ incomplete."""
 STALL_TIMEOUT_S: Final = 15.0
 """Seconds after which a client is cut off that acknowledges no byte although there are some for
 it."""
-_SHUTDOWN_TIMEOUT_S: Final = 0.5
+_ADMIN_SHUTDOWN_S: Final = 0.5
 """Seconds that a request may take to end when the server stops. Event streams never end."""
-_MAX_FIELD_BYTES: Final = 8 * 1024
+_MAX_HEADER_LINE_BYTES: Final = 32 * 1024
 """Bytes of the request line, and of one header field."""
 
 
@@ -59,8 +59,8 @@ class AdminServer(web.Server):
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_TIMEOUT_S,
-            max_line_size=_MAX_FIELD_BYTES,
-            max_field_size=_MAX_FIELD_BYTES,
+            max_line_size=_MAX_HEADER_LINE_BYTES,
+            max_field_size=_MAX_HEADER_LINE_BYTES,
             logger=logging.getLogger("aiohttp.server"),
         )
         self._watches: dict[web.RequestHandler, StallWatch] = {}
@@ -68,7 +68,7 @@ class AdminServer(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """Watch a new connection, or close it if there are too many."""
         super().connection_made(handler, transport)
-        if len(self._watches) >= MAX_CONNECTIONS:
+        if len(self._watches) >= MAX_ADMIN_CONNECTIONS:
             transport.abort()
             return
         self._watches[handler] = StallWatch(
@@ -143,4 +143,4 @@ async def start_admin(
         workers.stop()
         listening.close()
         server.pre_shutdown()
-        await server.shutdown(_SHUTDOWN_TIMEOUT_S)
+        await server.shutdown(_ADMIN_SHUTDOWN_S)

@@ -13,9 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-from mirror.admin.times import timestamp
+from mirror.admin.json_values import JsonObject
 from mirror.observability.events import (
     BackedOff,
     CircuitChanged,
@@ -29,10 +29,10 @@ from mirror.observability.events import (
     RequestStarted,
     StorageMeasured,
 )
+from mirror.oci.text import time_text
 from mirror.pull.running_fetches import FetchProgress
 
-Json: TypeAlias = dict[str, Any]
-MAX_ROWS: Final = 100
+MAX_LIVE_ROWS: Final = 100
 """Fetches, and requests, of a snapshot. A person reads no more; the number of others is stated."""
 _MAX_ENDPOINTS: Final = 500
 """Endpoints whose health is kept. The configuration has a few; earlier ones leave with it."""
@@ -47,7 +47,7 @@ _PULLS: Final = frozenset({Kind.MANIFEST, Kind.BLOB, Kind.TAGS, Kind.REFERRERS})
 
 
 @dataclass(slots=True)
-class _Endpoint:
+class _EndpointHealth:
     """The health of one endpoint, as its exchanges show it."""
 
     requests: int = 0
@@ -75,10 +75,10 @@ class _Endpoint:
 
 
 @dataclass(slots=True)
-class _Upstream:
-    endpoints: dict[str, _Endpoint] = field(default_factory=dict)
-    rate_limit: Json | None = None
-    back_offs: deque[Json] = field(default_factory=lambda: deque(maxlen=_MAX_BACK_OFFS))
+class _UpstreamHealth:
+    endpoints: dict[str, _EndpointHealth] = field(default_factory=dict)
+    rate_limit: JsonObject | None = None
+    back_offs: deque[JsonObject] = field(default_factory=lambda: deque(maxlen=_MAX_BACK_OFFS))
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ class LiveState:
         self._clock = clock
         self._requests: dict[int, RequestRecord] = {}
         """Requests in flight, by the ``id()`` of their record."""
-        self._upstreams: dict[str, _Upstream] = {}
+        self._upstreams: dict[str, _UpstreamHealth] = {}
         self._storage: StorageMeasured | None = None
         self._rates: dict[str, _Rate] = {}
         """Digest of a fetch, or id of a request -> its rate."""
@@ -143,12 +143,12 @@ class LiveState:
                     "limit": event.limit,
                     "remaining": event.remaining,
                     "window": event.window,
-                    "seen": timestamp(self._now()),
+                    "seen": time_text(self._now()),
                 }
             case BackedOff(upstream, endpoint, reason, connections):
                 self._upstream(upstream).back_offs.append(
                     {
-                        "at": timestamp(self._now()),
+                        "at": time_text(self._now()),
                         "endpoint": endpoint,
                         "reason": reason,
                         "connections": connections,
@@ -168,14 +168,14 @@ class LiveState:
 
         return observe
 
-    def _upstream(self, name: str) -> _Upstream:
-        return self._upstreams.setdefault(name, _Upstream())
+    def _upstream(self, name: str) -> _UpstreamHealth:
+        return self._upstreams.setdefault(name, _UpstreamHealth())
 
-    def _endpoint(self, upstream: str, url: str) -> _Endpoint:
+    def _endpoint(self, upstream: str, url: str) -> _EndpointHealth:
         endpoints = self._upstream(upstream).endpoints
         if url not in endpoints and len(endpoints) >= _MAX_ENDPOINTS:
             endpoints.pop(next(iter(endpoints)))
-        return endpoints.setdefault(url, _Endpoint())
+        return endpoints.setdefault(url, _EndpointHealth())
 
     def _on_exchange(self, event: ExchangeEnded) -> None:
         endpoint = self._endpoint(event.upstream, event.endpoint)
@@ -192,14 +192,14 @@ class LiveState:
         endpoint.last_failure_at = self._now()
         endpoint.last_error = event.error or f"status {event.status}"
 
-    def snapshot(self) -> Json:
+    def snapshot(self) -> JsonObject:
         """Return the state as JSON values. ``at`` is in monotonic seconds, for other processes."""
         now = self._clock()
         requests = [one for one in self._requests.values() if one.kind in _PULLS]
         fetches = self.fetches()
         rows = {
-            "fetches": [self._fetch_row(one, now) for one in fetches[:MAX_ROWS]],
-            "requests": [self._request_row(one, now) for one in requests[:MAX_ROWS]],
+            "fetches": [self._fetch_row(one, now) for one in fetches[:MAX_LIVE_ROWS]],
+            "requests": [self._request_row(one, now) for one in requests[:MAX_LIVE_ROWS]],
         }
         alive = {row["digest"] for row in rows["fetches"]} | {row["id"] for row in rows["requests"]}
         for ended in self._rates.keys() - alive:
@@ -213,7 +213,7 @@ class LiveState:
             "storage": _storage_row(self._storage),
         }
 
-    def _fetch_row(self, fetch: FetchProgress, now: float) -> Json:
+    def _fetch_row(self, fetch: FetchProgress, now: float) -> JsonObject:
         digest = str(fetch.digest)
         rate = self._rates.setdefault(digest, _Rate(fetch.position, now))
         return {
@@ -228,7 +228,7 @@ class LiveState:
             "followers": fetch.followers,
         }
 
-    def _request_row(self, pull: RequestRecord, now: float) -> Json:
+    def _request_row(self, pull: RequestRecord, now: float) -> JsonObject:
         rate = self._rates.setdefault(pull.request_id, _Rate(pull.bytes_sent, now))
         return {
             "id": pull.request_id,
@@ -247,7 +247,7 @@ class LiveState:
         }
 
 
-def _storage_row(storage: StorageMeasured | None) -> Json | None:
+def _storage_row(storage: StorageMeasured | None) -> JsonObject | None:
     if storage is None:
         return None
     return {
@@ -258,7 +258,7 @@ def _storage_row(storage: StorageMeasured | None) -> Json | None:
     }
 
 
-def _upstream_row(upstream: _Upstream) -> Json:
+def _upstream_row(upstream: _UpstreamHealth) -> JsonObject:
     return {
         "endpoints": {
             url: {
@@ -267,10 +267,10 @@ def _upstream_row(upstream: _Upstream) -> Json:
                 "failures": one.failures,
                 "last_status": one.status,
                 "last_seconds": round(one.seconds, 4),
-                "last_at": timestamp(one.last_at),
+                "last_at": time_text(one.last_at),
                 "last_error": one.last_error,
-                "last_failure": timestamp(one.last_failure_at),
-                "rate_limited": timestamp(one.rate_limited_at),
+                "last_failure": time_text(one.last_failure_at),
+                "rate_limited": time_text(one.rate_limited_at),
             }
             for url, one in upstream.endpoints.items()
         },

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from mirror.admin import problems
 from mirror.admin.fields import Field
+from mirror.admin.json_values import JsonObject
 from mirror.admin.operations import OPERATIONS, Operation
-from mirror.admin.schemas import SCHEMAS
-
-Json: TypeAlias = dict[str, Any]
+from mirror.admin.response_schemas import RESPONSE_SCHEMAS
 
 _PROBLEMS: Final = {
     400: "The request has wrong fields, or names nothing that exists in this form.",
@@ -40,9 +39,9 @@ def openapi_text() -> str:
     return json.dumps(document(), indent=2) + "\n"
 
 
-def document() -> Json:
+def document() -> JsonObject:
     """Return the document."""
-    paths: Json = {}
+    paths: JsonObject = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _describe(operation)
     return {
@@ -57,12 +56,12 @@ def document() -> Json:
         "paths": paths,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
-            "schemas": {**SCHEMAS, "OpenApi": {"type": "object"}},
+            "schemas": {**RESPONSE_SCHEMAS, "OpenApi": {"type": "object"}},
             "responses": {
                 str(status): {
                     "description": text,
                     "content": {
-                        problems.CONTENT_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
+                        problems.PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
                     },
                 }
                 for status, text in _PROBLEMS.items()
@@ -71,21 +70,25 @@ def document() -> Json:
     }
 
 
-def _describe(operation: Operation) -> Json:
+def _describe(operation: Operation) -> JsonObject:
     schema = {"$ref": f"#/components/schemas/{operation.response}"}
     is_json = operation.media_type == "application/json"
-    content = {operation.media_type: {"schema": schema} if is_json else {}}
-    described: Json = {
+    # OpenAPI 3.1 cannot say what a line or an event of a stream is.
+    body = {"schema": schema} if is_json else {"x-item": schema}
+    described: JsonObject = {
         "operationId": operation.name,
         "summary": operation.summary,
         "responses": {
-            str(operation.status): {"description": "Done.", "content": content},
+            str(operation.status): {
+                "description": "Done.",
+                "content": {operation.media_type: body},
+            },
             **{str(status): {"$ref": f"#/components/responses/{status}"} for status in _PROBLEMS},
         },
     }
     if operation.is_public:
         described["security"] = []
-    parameters: list[Json] = [_parameter(field) for field in operation.query]
+    parameters: list[JsonObject] = [_parameter(field) for field in operation.query]
     if "{id}" in operation.path:
         pattern = "^[A-Za-z0-9._-]{1,64}$"
         identifier = {"type": "string", "pattern": pattern}
@@ -100,7 +103,7 @@ def _describe(operation: Operation) -> Json:
     return described
 
 
-def _parameter(field: Field) -> Json:
+def _parameter(field: Field) -> JsonObject:
     return {
         "name": field.name,
         "in": "query",
@@ -110,8 +113,8 @@ def _parameter(field: Field) -> Json:
     }
 
 
-def _body(fields: tuple[Field, ...]) -> Json:
-    schema: Json = {
+def _body(fields: tuple[Field, ...]) -> JsonObject:
+    schema: JsonObject = {
         "type": "object",
         "properties": {
             field.name: {**_schema(field), "description": field.description} for field in fields
@@ -122,7 +125,7 @@ def _body(fields: tuple[Field, ...]) -> Json:
     return {**schema, "required": required} if required else schema
 
 
-def _schema(field: Field) -> Json:
+def _schema(field: Field) -> JsonObject:
     schema = dict(field.schema)
     return schema if field.default is None else {**schema, "default": field.default}
 

@@ -2,7 +2,7 @@
 
 Lives here: method, path, fields and response of each, as one declaration. The server routes by it,
 checks requests by it, and ``openapi.py`` writes the document from it. Must not know: how an
-operation is carried out (``api.py``).
+operation is carried out (``admin_api.py``).
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from mirror.admin.fields import Field, Schema
+from mirror.admin.fields import Field, FieldSchema
 
-PREFIX: Final = "/admin/v1"
+API_PREFIX: Final = "/admin/v1"
 _MAX_NAME_CHARS: Final = 512
 """Characters of the name of an image: a repository has at most 255, a tag 128, a digest 136."""
-_MAX_IMAGES: Final = 500
+_MAX_JOB_IMAGES: Final = 500
 """Images of one request. A longer list belongs into several jobs."""
-_MAX_ROWS: Final = 500
+_MAX_PAGE_ROWS: Final = 500
 """Rows of one response."""
 
-NAME: Final[Schema] = {"type": "string", "minLength": 1, "maxLength": _MAX_NAME_CHARS}
-_WORDS: Final[Schema] = {"type": "string", "maxLength": _MAX_NAME_CHARS}
-_LIMIT: Final[Schema] = {"type": "integer", "minimum": 1, "maximum": _MAX_ROWS}
-_OFFSET: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 10_000_000}
-_ROW: Final[Schema] = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
-_YES: Final[Schema] = {"type": "boolean"}
+IMAGE_TEXT: Final[FieldSchema] = {"type": "string", "minLength": 1, "maxLength": _MAX_NAME_CHARS}
+_SEARCH_TEXT: Final[FieldSchema] = {"type": "string", "maxLength": _MAX_NAME_CHARS}
+_LIMIT: Final[FieldSchema] = {"type": "integer", "minimum": 1, "maximum": _MAX_PAGE_ROWS}
+_OFFSET: Final[FieldSchema] = {"type": "integer", "minimum": 0, "maximum": 10_000_000}
+_ROW: Final[FieldSchema] = {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
+_YES: Final[FieldSchema] = {"type": "boolean"}
 
-SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
+IMAGE_SORT_KEYS: Final = ("name", "size", "unique", "last_used", "checked")
 """Keys of a row of images that they can be sorted by."""
 STATES: Final = (
     *("complete", "partial", "stale", "pinned", "frozen", "blocked", "leased"),
@@ -40,14 +40,14 @@ OUTCOMES: Final = (
     *("negative", "denied", "rejected", "error"),
 )
 """Outcomes of pulls that can be asked for."""
-PERIODS: Final = ("hour", "day", "month")
+PLOT_PERIODS: Final = ("hour", "day", "month")
 
 _IMAGE: Final = Field(
-    "image", NAME, "Name of the image, such as nginx or ghcr.io/o/app:v1.", is_required=True
+    "image", IMAGE_TEXT, "Name of the image, such as nginx or ghcr.io/o/app:v1.", is_required=True
 )
 _IMAGES: Final = Field(
     "images",
-    {"type": "array", "items": NAME, "minItems": 1, "maxItems": _MAX_IMAGES},
+    {"type": "array", "items": IMAGE_TEXT, "minItems": 1, "maxItems": _MAX_JOB_IMAGES},
     "Names of images.",
     is_required=True,
 )
@@ -84,12 +84,12 @@ class Operation:
 
 
 def _read(name: str, path: str, response: str, summary: str, *query: Field) -> Operation:
-    return Operation(name, "GET", PREFIX + path, summary, response, query)
+    return Operation(name, "GET", API_PREFIX + path, summary, response, query)
 
 
 def _change(name: str, path: str, response: str, summary: str, *body: Field) -> Operation:
     return Operation(
-        name, "POST", PREFIX + path, summary, response, body=body or None, is_change=True
+        name, "POST", API_PREFIX + path, summary, response, body=body or None, is_change=True
     )
 
 
@@ -109,7 +109,7 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
     "prune": (
         "Remove images by age.",
         (
-            Field("match", _WORDS, "Shell-style pattern of image names.", default="*"),
+            Field("match", _SEARCH_TEXT, "Shell-style pattern of image names.", default="*"),
             Field(
                 "older_than",
                 {"type": "integer", "minimum": 0, "maximum": 10**9},
@@ -128,7 +128,7 @@ JOBS: Final[Mapping[str, tuple[str, tuple[Field, ...]]]] = {
     "verify": (
         "Hash content, and check that images are complete.",
         (
-            Field("image", NAME, "Only this image. None: all content."),
+            Field("image", IMAGE_TEXT, "Only this image. None: all content."),
             Field(
                 "subset",
                 {"type": "string", "pattern": "^[1-9][0-9]{0,3}/[1-9][0-9]{0,3}$"},
@@ -144,7 +144,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         "access",
         "GET",
-        f"{PREFIX}/access",
+        f"{API_PREFIX}/access",
         "Whether a token is needed. The only operation that needs none itself.",
         "Access",
         is_public=True,
@@ -155,9 +155,9 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "/images",
         "Images",
         "The cached images, by pages.",
-        Field("search", _WORDS, "Part of the name.", default=""),
+        Field("search", _SEARCH_TEXT, "Part of the name.", default=""),
         Field("state", {"type": "string", "enum": STATES}, "A state that they have."),
-        Field("sort", {"type": "string", "enum": SORT_KEYS}, "Order.", default="name"),
+        Field("sort", {"type": "string", "enum": IMAGE_SORT_KEYS}, "Order.", default="name"),
         Field("order", {"type": "string", "enum": ("asc", "desc")}, "Direction.", default="asc"),
         Field("offset", _OFFSET, "Images to skip.", default=0),
         Field("limit", _LIMIT, "Images of the page.", default=50),
@@ -172,8 +172,8 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "/pulls",
         "Pulls",
         "The pulls that have ended, the newest one first.",
-        Field("image", _WORDS, "Only of this image or repository.", default=""),
-        Field("client", _WORDS, "Only of this address or network.", default=""),
+        Field("image", _SEARCH_TEXT, "Only of this image or repository.", default=""),
+        Field("client", _SEARCH_TEXT, "Only of this address or network.", default=""),
         Field("outcome", {"type": "string", "enum": OUTCOMES}, "Only with this outcome."),
         Field("before", _ROW, "Only older ones than this row."),
         Field("limit", _LIMIT, "Pulls of the page.", default=50),
@@ -191,7 +191,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "/savings",
         "Savings",
         "Bytes and requests saved, with points for a plot.",
-        Field("period", {"type": "string", "enum": PERIODS}, "The last …", default="day"),
+        Field("period", {"type": "string", "enum": PLOT_PERIODS}, "The last …", default="day"),
     ),
     _read("list_marks", "/marks", "Marks", "Pins, freezes, blocks, and the number of leases."),
     _change("pin", "/pin", "Changed", "Keep an image through every eviction.", _IMAGE),
@@ -202,7 +202,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "Changed",
         "Serve a tag as one digest. With an earlier digest, this is a rollback.",
         _IMAGE,
-        Field("digest", NAME, "The digest. None: the one that the tag has."),
+        Field("digest", IMAGE_TEXT, "The digest. None: the one that the tag has."),
     ),
     _change("unfreeze", "/unfreeze", "Changed", "Let a tag follow its upstream again.", _IMAGE),
     _change(
@@ -210,7 +210,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "/block",
         "Changed",
         "Refuse images from now on.",
-        Field("target", NAME, "Image, pattern of repositories, or digest.", is_required=True),
+        Field("target", IMAGE_TEXT, "Image, pattern of repositories, or digest.", is_required=True),
         Field(
             "reason",
             {"type": "string", "minLength": 1, "maxLength": 300},
@@ -223,14 +223,14 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         "/unblock",
         "Changed",
         "Serve blocked images again.",
-        Field("target", NAME, "As it was blocked.", is_required=True),
+        Field("target", IMAGE_TEXT, "As it was blocked.", is_required=True),
     ),
     _read("list_jobs", "/jobs", "Jobs", "The jobs, the newest one first."),
     *(
         Operation(
             f"start_{kind}",
             "POST",
-            f"{PREFIX}/jobs/{kind}",
+            f"{API_PREFIX}/jobs/{kind}",
             summary,
             "Job",
             body=fields,
@@ -243,7 +243,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         "cancel_job",
         "POST",
-        f"{PREFIX}/jobs/{{id}}/cancel",
+        f"{API_PREFIX}/jobs/{{id}}/cancel",
         "End a job as soon as it can.",
         "Job",
         is_change=True,
@@ -251,7 +251,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         "follow_job",
         "GET",
-        f"{PREFIX}/jobs/{{id}}/events",
+        f"{API_PREFIX}/jobs/{{id}}/events",
         "The job after each change, one JSON object a line, until it has ended.",
         "JobEvent",
         media_type="application/x-ndjson",
@@ -259,17 +259,17 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
         "issue_ticket",
         "POST",
-        f"{PREFIX}/events/ticket",
+        f"{API_PREFIX}/events/ticket",
         "A ticket to open the event stream with, valid once.",
         "Ticket",
     ),
     Operation(
         "stream_events",
         "GET",
-        f"{PREFIX}/events",
+        f"{API_PREFIX}/events",
         "Server-sent events: live (the live state), jobs and marks (something has changed).",
         "Live",
-        (Field("ticket", _WORDS, "In place of a token, which an EventSource cannot send."),),
+        (Field("ticket", _SEARCH_TEXT, "In place of a token, which an EventSource cannot send."),),
         media_type="text/event-stream",
     ),
     _read("openapi", "/openapi.json", "OpenApi", "This document."),

@@ -17,7 +17,7 @@ POLICY: Final = (
     " require-trusted-types-for 'script'; trusted-types 'none'"
 )
 """Content security policy of the page: only our own files, and no text ever becomes markup."""
-_TYPES: Final = {
+_PAGE_TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -43,12 +43,12 @@ class PageFiles:
         self._files: dict[str, PageFile] = {}
         for entry in resources.files("mirror.admin").joinpath("page").iterdir():
             suffix = entry.name[entry.name.rfind(".") :]
-            if suffix not in _TYPES:
+            if suffix not in _PAGE_TYPES:
                 continue
             body = entry.read_bytes()
             etag = f'"{hashlib.sha256(body).hexdigest()[:16]}"'
             path = "/" if entry.name == "index.html" else f"/page/{entry.name}"
-            self._files[path] = PageFile(body, _TYPES[suffix], etag)
+            self._files[path] = PageFile(body, _PAGE_TYPES[suffix], etag)
 
     def find(self, path: str) -> PageFile | None:
         """Return the file of a path. None: there is none."""

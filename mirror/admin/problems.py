@@ -20,10 +20,10 @@ from mirror.oci.errors import (
 )
 from mirror.oci.text import printable
 
-CONTENT_TYPE: Final = "application/problem+json"
+PROBLEM_TYPE: Final = "application/problem+json"
 _MAX_DETAIL_CHARS: Final = 500
 """Characters of a detail: a sentence or two."""
-_STATUS: Final[tuple[tuple[type[Exception], int], ...]] = (
+_STATUS_OF_ERROR: Final[tuple[tuple[type[Exception], int], ...]] = (
     (InvalidRequest, 400),
     (NotFound, 404),
     (Draining, 503),
@@ -35,7 +35,7 @@ _STATUS: Final[tuple[tuple[type[Exception], int], ...]] = (
 """Error -> status of the response. The first match counts."""
 
 
-class Problem(Exception):
+class ApiProblem(Exception):
     """A request is refused. The status and the text go to the caller."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
@@ -61,12 +61,12 @@ class Problem(Exception):
         return json.dumps(fields).encode()
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception) -> ApiProblem:
     """Return the problem for an error of the packages below. An unknown one is a 500."""
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    status = next((status for kind, status in _STATUS_OF_ERROR if isinstance(error, kind)), 500)
     if status == 500:
-        return Problem(500, "an unexpected error: see the log of the server")
+        return ApiProblem(500, "an unexpected error: see the log of the server")
     if isinstance(error, MirrorError):
-        return Problem(status, error.message)
+        return ApiProblem(status, error.message)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return Problem(status, text)
+    return ApiProblem(status, text)

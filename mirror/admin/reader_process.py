@@ -15,31 +15,30 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-from mirror.admin.problems import Problem, problem_of
-from mirror.admin.queries import Queries
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem, problem_of
 from mirror.admin.sources import ImageQuery, PullQuery
+from mirror.admin.store_answers import StoreAnswers
 from mirror.config.settings import build
 from mirror.oci.errors import MirrorError
 from mirror.store.disk import Layout
-
-Json: TypeAlias = dict[str, Any]
 
 _NICENESS: Final = 10
 """The server goes first."""
 
 
-def answer(queries: Queries, question: Json) -> Json:
+def answer(queries: StoreAnswers, question: JsonObject) -> JsonObject:
     """Return ``{"result": …}``, or ``{"status": …, "detail": …}``."""
     try:
         return {"result": _ask(queries, question["ask"], question.get("with", {}))}
-    except (Problem, MirrorError, OSError) as error:
-        problem = error if isinstance(error, Problem) else problem_of(error)
+    except (ApiProblem, MirrorError, OSError) as error:
+        problem = error if isinstance(error, ApiProblem) else problem_of(error)
         return {"status": problem.status, "detail": problem.detail}
 
 
-def _ask(queries: Queries, name: str, given: Json) -> Any:
+def _ask(queries: StoreAnswers, name: str, given: JsonObject) -> Any:
     match name:
         case "find":
             return queries.find(ImageQuery(**given))
@@ -49,14 +48,14 @@ def _ask(queries: Queries, name: str, given: Json) -> Any:
         case "show" | "usage" | "pull" | "refused" | "tag_digests" | "savings" | "forget":
             return getattr(queries, name)(**given)
         case _:
-            raise Problem(500, f"no such question: {name}")
+            raise ApiProblem(500, f"no such question: {name}")
 
 
-def main(lines: Iterator[str]) -> None:
+def answer_lines(lines: Iterator[str]) -> None:
     """Answer the questions in ``lines``, until they end."""
     os.nice(_NICENESS)
     settings = build(json.loads(next(lines)))
-    queries = Queries(Layout(Path(settings.data_dir)), settings)
+    queries = StoreAnswers(Layout(Path(settings.data_dir)), settings)
     for line in lines:
         sys.stdout.write(
             json.dumps(answer(queries, json.loads(line)), separators=(",", ":")) + "\n"
@@ -65,4 +64,4 @@ def main(lines: Iterator[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(iter(sys.stdin))
+    answer_lines(iter(sys.stdin))

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from mirror.admin.jobs import Run
-
-Json: TypeAlias = dict[str, Any]
+from mirror.admin.json_values import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +47,13 @@ class PullQuery:
 class Images(Protocol):
     """The cached images."""
 
-    async def find(self, query: ImageQuery) -> Json:
+    async def find(self, query: ImageQuery) -> JsonObject:
         """Return ``{"images": […], "matching": n, "total": n, "read": time}``."""
 
-    async def show(self, image: str) -> Json:
+    async def show(self, image: str) -> JsonObject:
         """Return one image with its tree. Raises ``NotFound`` or ``InvalidRequest``."""
 
-    async def usage(self) -> Json:
+    async def usage(self) -> JsonObject:
         """Return what takes up the disk, and what eviction takes next."""
 
     def forget_read(self) -> None:
@@ -62,49 +61,49 @@ class Images(Protocol):
 
 
 class History(Protocol):
-    """What has happened. A lost history is empty."""
+    """The pulls that have ended. A lost history is empty."""
 
-    async def pulls(self, query: PullQuery) -> list[Json]:
+    async def pulls(self, query: PullQuery) -> list[JsonObject]:
         """Return the pulls that have ended, the newest one first."""
 
-    async def pull(self, request_id: str) -> Json:
+    async def pull(self, request_id: str) -> JsonObject:
         """Return one pull with its timeline, explained. Raises ``NotFound``."""
 
-    async def refused(self, limit: int) -> list[Json]:
+    async def refused(self, limit: int) -> list[JsonObject]:
         """Return the requests that were refused or have failed, the newest one first."""
 
-    async def tag_digests(self, image: str) -> list[Json]:
+    async def tag_digests(self, image: str) -> list[JsonObject]:
         """Return each digest of a tag. Raises ``InvalidRequest``."""
 
-    async def savings(self, period: str) -> Json:
+    async def savings(self, period: str) -> JsonObject:
         """Return totals and points of ``hour``, ``day`` or ``month``."""
 
 
-class Marks(Protocol):
+class MarkSource(Protocol):
     """Pins, freezes, blocks and leases. Each change is durable when it returns.
 
     All raise ``InvalidRequest``, ``NotFound`` or ``MarksDamaged``.
     """
 
-    async def list(self) -> Json:
+    async def list(self) -> JsonObject:
         """Return all marks."""
 
-    async def pin(self, image: str) -> Json:
+    async def pin(self, image: str) -> JsonObject:
         """Keep an image for ever."""
 
-    async def unpin(self, image: str) -> Json:
+    async def unpin(self, image: str) -> JsonObject:
         """Let an image be evicted again."""
 
-    async def freeze(self, image: str, digest: str | None) -> Json:
+    async def freeze(self, image: str, digest: str | None) -> JsonObject:
         """Serve a tag as one digest: ``digest``, or the one that it has."""
 
-    async def unfreeze(self, image: str) -> Json:
+    async def unfreeze(self, image: str) -> JsonObject:
         """Let a tag follow its upstream again."""
 
-    async def block(self, target: str, reason: str) -> Json:
+    async def block(self, target: str, reason: str) -> JsonObject:
         """Refuse images from now on."""
 
-    async def unblock(self, target: str) -> Json:
+    async def unblock(self, target: str) -> JsonObject:
         """Serve them again."""
 
 
@@ -121,5 +120,5 @@ class Sources:
 
     images: Images
     history: History
-    marks: Marks
+    marks: MarkSource
     operations: Operations

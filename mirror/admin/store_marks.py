@@ -7,24 +7,22 @@ a mark means (:mod:`mirror.operations.marking`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
-from mirror.admin.times import timestamp
+from mirror.admin.json_values import JsonObject
 from mirror.composition import Mirror
 from mirror.oci.block_target import parse_target
 from mirror.oci.errors import NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import time_text
 from mirror.operations import marking
 from mirror.operations.asking import fetch_manifest
 from mirror.store.marks import read_marks
 from mirror.threads import run_in_thread
 
-Json: TypeAlias = dict[str, Any]
-
 
 class StoreMarks:
-    """:class:`mirror.admin.sources.Marks`, in the data directory of a mirror."""
+    """:class:`mirror.admin.sources.MarkSource`, in the data directory of a mirror."""
 
     def __init__(self, mirror: Mirror, now: Callable[[], float]) -> None:
         """Change the marks of ``mirror``. ``now``: returns the Unix time in seconds."""
@@ -33,38 +31,38 @@ class StoreMarks:
         self._index = mirror.store.index
         self._now = now
 
-    async def list(self) -> Json:
+    async def list(self) -> JsonObject:
         """Return all marks."""
         marks = await run_in_thread(read_marks, self._layout)
         return {
             "pins": [
-                {"name": one.name, "digest": str(one.digest), "since": timestamp(one.since)}
+                {"name": one.name, "digest": str(one.digest), "since": time_text(one.since)}
                 for one in marks.pins.values()
             ],
             "freezes": [
-                {"name": one.name, "digest": str(one.digest), "since": timestamp(one.since)}
+                {"name": one.name, "digest": str(one.digest), "since": time_text(one.since)}
                 for one in marks.freezes.values()
             ],
             "blocks": [
-                {"target": one.target, "reason": one.reason, "since": timestamp(one.since)}
+                {"target": one.target, "reason": one.reason, "since": time_text(one.since)}
                 for one in marks.blocks.values()
             ],
             "leases": len(marks.leases),
         }
 
-    async def pin(self, image: str) -> Json:
+    async def pin(self, image: str) -> JsonObject:
         """Keep an image for ever."""
         (pin,) = await marking.pin(self._layout, self._index, [ImageName.parse(image)], self._now())
         return {"text": f"pinned {pin.name}"}
 
-    async def unpin(self, image: str) -> Json:
+    async def unpin(self, image: str) -> JsonObject:
         """Let an image be evicted again."""
         name = ImageName.parse(image)
         if not await marking.unpin(self._layout, [name]):
             raise NotFound(f"{name.with_default_tag()} is not pinned")
         return {"text": f"unpinned {name.with_default_tag()}"}
 
-    async def freeze(self, image: str, digest: str | None) -> Json:
+    async def freeze(self, image: str, digest: str | None) -> JsonObject:
         """Serve a tag as one digest."""
         name = ImageName.parse(image)
         if digest is None:
@@ -79,7 +77,7 @@ class StoreMarks:
     async def _check_upstream(self, repository: Repository, digest: Digest) -> None:
         await fetch_manifest(self._mirror.service, repository, digest)
 
-    async def unfreeze(self, image: str) -> Json:
+    async def unfreeze(self, image: str) -> JsonObject:
         """Let a tag follow its upstream again."""
         name = ImageName.parse(image)
         freeze = await marking.unfreeze(self._layout, name)
@@ -87,14 +85,14 @@ class StoreMarks:
             raise NotFound(f"{name.with_default_tag()} is not frozen")
         return {"text": f"unfroze {freeze.name}"}
 
-    async def block(self, target: str, reason: str) -> Json:
+    async def block(self, target: str, reason: str) -> JsonObject:
         """Refuse images from now on."""
         block = await marking.block(
             self._layout, self._index, parse_target(target), reason, self._now()
         )
         return {"text": f"blocked {block.target}"}
 
-    async def unblock(self, target: str) -> Json:
+    async def unblock(self, target: str) -> JsonObject:
         """Serve them again."""
         parsed = parse_target(target)
         if await marking.unblock(self._layout, parsed) is None:

@@ -26,7 +26,7 @@ from mirror.oci.errors import ConfigError
 
 MIN_TOKEN_CHARS: Final = 16
 """Characters of a token at least: one that is shorter can be guessed."""
-_MAX_FILE_BYTES: Final = 64 * 1024
+_MAX_TOKEN_FILE_BYTES: Final = 64 * 1024
 """Bytes of a file of tokens. A token is a line of at most some hundred characters."""
 TICKET_TTL_S: Final = 30.0
 """Seconds in which a page opens the stream for which it has got a ticket."""
@@ -37,7 +37,7 @@ _BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/=-]+) *", re.IGNORECASE | 
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/=-]+", re.ASCII)
 
 
-class Role(StrEnum):
+class CallerRole(StrEnum):
     """The requests that a caller may send."""
 
     FULL = "full"
@@ -64,10 +64,10 @@ class Tokens:
             self._roles = self._read()
             self._stamp = stamp
 
-    def role_of(self, authorization: str | None) -> Role | None:
+    def role_of(self, authorization: str | None) -> CallerRole | None:
         """Return the role of an ``Authorization`` header field. None: it permits nothing."""
         if self._admin.is_open:
-            return Role.FULL
+            return CallerRole.FULL
         match = _BEARER.fullmatch(authorization or "")
         given = _digest(match[1] if match else "")
         role = None
@@ -77,11 +77,11 @@ class Tokens:
                 role = its_role
         return role
 
-    def _files(self) -> list[tuple[str, str, Role]]:
+    def _files(self) -> list[tuple[str, str, CallerRole]]:
         """Return (key, path, role) of each file."""
         files = (
-            ("admin.token_file", self._admin.token_file, Role.FULL),
-            ("admin.read_only_token_file", self._admin.read_only_token_file, Role.READ_ONLY),
+            ("admin.token_file", self._admin.token_file, CallerRole.FULL),
+            ("admin.read_only_token_file", self._admin.read_only_token_file, CallerRole.READ_ONLY),
         )
         return [(key, path, role) for key, path, role in files if path is not None]
 
@@ -96,9 +96,9 @@ class Tokens:
                 stamp += [0, 0, 0]
         return tuple(stamp)
 
-    def _read(self) -> list[tuple[bytes, Role]]:
+    def _read(self) -> list[tuple[bytes, CallerRole]]:
         """Return the digests of all tokens. The read-only ones come first: a full one wins."""
-        roles: list[tuple[bytes, Role]] = []
+        roles: list[tuple[bytes, CallerRole]] = []
         for key, path, role in self._files():
             roles = [(_digest(token), role) for token in _read_tokens(key, path)] + roles
         return roles
@@ -108,11 +108,11 @@ def _read_tokens(key: str, path: str) -> list[str]:
     """Return the tokens of a file. Raises ``ConfigError``; its message has no part of a token."""
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(_MAX_FILE_BYTES + 1)
+            raw = file.read(_MAX_TOKEN_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{key}: {path}: {error.strerror}") from None
-    if len(raw) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{key}: {path}: larger than {_MAX_FILE_BYTES} bytes")
+    if len(raw) > _MAX_TOKEN_FILE_BYTES:
+        raise ConfigError(f"{key}: {path}: larger than {_MAX_TOKEN_FILE_BYTES} bytes")
     lines = [line.strip() for line in raw.decode("utf-8-sig", errors="replace").splitlines()]
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line and line[0] != "#"]
     for number, line in numbered:
@@ -139,10 +139,10 @@ class Tickets:
     def __init__(self, clock: Callable[[], float]) -> None:
         """Start without tickets. ``clock`` returns seconds."""
         self._clock = clock
-        self._valid: dict[str, tuple[float, Role]] = {}
+        self._valid: dict[str, tuple[float, CallerRole]] = {}
         """Ticket -> (time at which it ends, role of its caller). The oldest one first."""
 
-    def issue(self, role: Role) -> str:
+    def issue(self, role: CallerRole) -> str:
         """Return a new ticket for a caller that has ``role``."""
         now = self._clock()
         for ticket, (until, _) in list(self._valid.items()):
@@ -153,7 +153,7 @@ class Tickets:
         self._valid[ticket] = now + TICKET_TTL_S, role
         return ticket
 
-    def redeem(self, ticket: str) -> Role | None:
+    def redeem(self, ticket: str) -> CallerRole | None:
         """Return the role of a ticket, and end the ticket. None: it is not valid."""
         until, role = self._valid.pop(ticket, (0.0, None))
         return role if until > self._clock() else None

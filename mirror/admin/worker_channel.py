@@ -17,14 +17,15 @@ import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any, Final, TypeAlias
+from typing import Final
 
-Json: TypeAlias = dict[str, Any]
+from mirror.admin.json_values import JsonObject
+
 SEND_INTERVAL_S: Final = 1.0
 """Seconds between two snapshots of a worker."""
 MAX_AGE_S: Final = 5.0
 """Seconds after which the snapshot of a worker no longer counts: it has ended, or it hangs."""
-_MAX_BYTES: Final = 160 * 1024
+_MAX_DATAGRAM_BYTES: Final = 160 * 1024
 """Bytes of a datagram. Linux allows 208 KiB by default (net.core.wmem_default)."""
 _MAX_READS: Final = 256
 """Snapshots that are read at one turn of the event loop: one for each possible worker."""
@@ -40,10 +41,10 @@ def open_channel() -> tuple[socket.socket, socket.socket]:
     return sender, receiver
 
 
-def send_state(sender: socket.socket, snapshot: Json) -> bool:
+def send_state(sender: socket.socket, snapshot: JsonObject) -> bool:
     """Send the snapshot of this worker. Returns False if it was dropped. Never waits."""
     body = json.dumps(snapshot, separators=(",", ":")).encode()
-    if len(body) > _MAX_BYTES:
+    if len(body) > _MAX_DATAGRAM_BYTES:
         shorter = {**snapshot, "requests": snapshot["requests"][:10], "fetches": []}
         body = json.dumps(shorter, separators=(",", ":")).encode()
     try:
@@ -58,7 +59,7 @@ class WorkerStates:
 
     def __init__(
         self,
-        own: Callable[[], Json],
+        own: Callable[[], JsonObject],
         receiver: socket.socket | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -72,7 +73,7 @@ class WorkerStates:
         self._own = own
         self._receiver = receiver
         self._clock = clock
-        self._others: dict[int, Json] = {}
+        self._others: dict[int, JsonObject] = {}
 
     def start(self) -> None:
         """Begin to read."""
@@ -89,10 +90,10 @@ class WorkerStates:
         assert self._receiver is not None
         with suppress(BlockingIOError):
             for _ in range(_MAX_READS):
-                snapshot = json.loads(self._receiver.recv(_MAX_BYTES))
+                snapshot = json.loads(self._receiver.recv(_MAX_DATAGRAM_BYTES))
                 self._others[snapshot["worker"]] = snapshot
 
-    def merged(self) -> Json:
+    def merged(self) -> JsonObject:
         """Return the state of all workers together."""
         own, now = self._own(), self._clock()
         others = (
@@ -103,9 +104,9 @@ class WorkerStates:
         return merge_states([own, *others])
 
 
-def merge_states(states: list[Json]) -> Json:
+def merge_states(states: list[JsonObject]) -> JsonObject:
     """Return the states of all workers as one. The first one is that of the process itself."""
-    upstreams: dict[str, Json] = {}
+    upstreams: dict[str, JsonObject] = {}
     for state in states:
         for name, upstream in state["upstreams"].items():
             upstreams[name] = _merge_upstream(upstreams.get(name), upstream)
@@ -121,9 +122,9 @@ def merge_states(states: list[Json]) -> Json:
     }
 
 
-def _merge_fetches(rows: Iterable[Json]) -> list[Json]:
+def _merge_fetches(rows: Iterable[JsonObject]) -> list[JsonObject]:
     """Return one row for each digest: of the process that fetches, with the clients of all."""
-    merged: dict[str, Json] = {}
+    merged: dict[str, JsonObject] = {}
     for row in rows:
         other = merged.get(row["digest"])
         if other is None:
@@ -135,7 +136,7 @@ def _merge_fetches(rows: Iterable[Json]) -> list[Json]:
     return list(merged.values())
 
 
-def _merge_upstream(one: Json | None, other: Json) -> Json:
+def _merge_upstream(one: JsonObject | None, other: JsonObject) -> JsonObject:
     if one is None:
         return other
     endpoints = dict(one["endpoints"])
@@ -151,7 +152,7 @@ def _merge_upstream(one: Json | None, other: Json) -> Json:
     }
 
 
-def _merge_endpoint(one: Json, other: Json) -> Json:
+def _merge_endpoint(one: JsonObject, other: JsonObject) -> JsonObject:
     newer = max(one, other, key=lambda row: row["last_at"] or "")
     failed = max(one, other, key=lambda row: row["last_failure"] or "")
     return {

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from mirror.admin.job_runs import JobRuns
 from mirror.admin.listener import RunningAdmin, start_admin
 from mirror.admin.live_state import LiveState
-from mirror.admin.reader import Reader, ReadHistory, ReadImages
 from mirror.admin.sources import Sources
 from mirror.admin.store_marks import StoreMarks
+from mirror.admin.store_reader import ReadHistory, ReadImages, StoreReader
 from mirror.admin.worker_channel import SEND_INTERVAL_S, send_state
 from mirror.composition import Mirror
 from mirror.observability.events import Observer
@@ -78,7 +78,7 @@ class AdminPart:
             finally:
                 task.cancel()
             return
-        reader = Reader(lambda: mirror.settings, str(mirror.store.layout.root))
+        reader = StoreReader(lambda: mirror.settings, str(mirror.store.layout.root))
         sources = Sources(
             images=ReadImages(reader),
             history=ReadHistory(reader),

@@ -9,6 +9,7 @@ import argparse
 import os
 from typing import Any, Final, TypeAlias
 
+from mirror.cli.output import UsageError
 from mirror.config.load import FILE_VARIABLE, load
 from mirror.config.settings import Settings
 from mirror.oci.errors import InvalidRequest
@@ -31,6 +32,23 @@ CONFIG_HELP: Final = (
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add ``--config FILE``. :func:`load_settings` reads it."""
     parser.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
+
+
+def add_config_or_file(parser: argparse.ArgumentParser) -> None:
+    """Add ``FILE`` and ``--config FILE``, which mean the same. :func:`config_or_file` reads it."""
+    parser.add_argument("file", metavar="FILE", nargs="?", help=CONFIG_HELP)
+    # Not the same destination: without FILE, argparse would store its default over the option.
+    parser.add_argument("--config", metavar="FILE", help="another way to write FILE")
+
+
+def config_or_file(arguments: argparse.Namespace) -> str | None:
+    """Return the name of the configuration file. None: only the environment.
+
+    Raises :class:`mirror.cli.output.UsageError` if the arguments name two.
+    """
+    if None not in (arguments.file, arguments.config) and arguments.file != arguments.config:
+        raise UsageError("give the configuration file once: FILE or --config FILE")
+    return config_file(arguments.file if arguments.config is None else arguments.config)
 
 
 def config_file(name: str | None) -> str | None:

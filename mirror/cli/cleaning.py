@@ -1,7 +1,6 @@
-"""What the commands that remove and verify content share: opening the data directory, reports.
+"""What the commands that remove and verify content share: their priority, and their reports.
 
-Lives here: reading the inventory, opening the store beside a server, printing what went and why.
-Must not know: what is removed.
+Lives here: giving way to a server, and printing what went and why. Must not know: what is removed.
 """
 
 from __future__ import annotations
@@ -9,22 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from mirror.cli.messages import print_warnings
-from mirror.cli.output import CommandFailed, print_line
+from mirror.cli.data_directory import load_inventory
+from mirror.cli.output import print_line
 from mirror.oci.text import size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings
     from mirror.inventory.model import Inventory
     from mirror.operations.cleaning_report import CleaningReport, Item
-    from mirror.store.disk import Layout
-    from mirror.store.store import Store
 
 _NICENESS: Final = 10
 """A server on the same machine goes first."""
@@ -72,59 +67,12 @@ def giving_way() -> Iterator[None]:
 def read_inventory_gently(settings: Settings) -> Inventory:
     """Read the content of the data directory with the lowest priority, for long operations.
 
-    Raises what :func:`read_inventory` raises.
+    Raises what :func:`load_inventory` raises.
     """
     with giving_way():
-        inventory = read_inventory(settings)
+        inventory = load_inventory(settings)
         assert inventory.contents is not None  # Asks each file for its size now.
         return inventory
-
-
-def layout_of(settings: Settings) -> Layout:
-    """Return the paths of the data directory."""
-    from mirror.store.disk import Layout
-
-    return Layout(Path(settings.data_dir).absolute())
-
-
-def read_inventory(settings: Settings) -> Inventory:
-    """Read the content of the data directory.
-
-    Raises ``CommandFailed`` if there is none, and what the inventory raises if it is not readable.
-    """
-    from mirror.inventory.read import read_inventory
-    from mirror.store.marks import read_marks
-
-    layout = layout_of(settings)
-    if not layout.root.is_dir():
-        raise CommandFailed(
-            f"{layout.root} does not exist: check data_dir and --config, or start the server, "
-            "which creates it"
-        )
-    return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
-
-
-@asynccontextmanager
-async def opened_store(settings: Settings) -> AsyncIterator[Store]:
-    """Open the data directory for changes, beside servers.
-
-    Raises ``CommandFailed`` if a server could not write to the files that this process creates.
-    """
-    from mirror.store.store import Store
-
-    owner = os.stat(settings.data_dir).st_uid
-    if os.geteuid() == 0 and owner != 0:
-        raise CommandFailed(
-            f"{settings.data_dir} belongs to user {owner}: run the command as that user, so that "
-            "the server can use the files that it writes"
-        )
-    store = await Store.open(settings.data_dir, settings.storage, print_warnings)
-    try:
-        if store.unwritable_reason is not None:
-            raise CommandFailed(f"nothing can be removed: {store.unwritable_reason}")
-        yield store
-    finally:
-        await store.close()
 
 
 # --- reports --------------------------------------------------------------------------------------

@@ -35,11 +35,11 @@ def add_parser(commands: Commands) -> None:
 
 
 def print_completion(arguments: argparse.Namespace) -> int:
-    """Print the completion of ``arguments.whole_parser``, which ``main`` sets."""
+    """Print the completion of ``arguments.whole_parser()``, which ``main`` sets."""
     # Imported here: no other command needs it.
     import shtab
 
-    parser: argparse.ArgumentParser = arguments.whole_parser
+    parser: argparse.ArgumentParser = arguments.whole_parser()
     kinds = {
         **dict.fromkeys(_FILE_PLACEHOLDERS, shtab.FILE),
         **dict.fromkeys(_DIRECTORY_PLACEHOLDERS, shtab.DIRECTORY),

@@ -1,26 +1,40 @@
 """The data directory of a command that works on it beside a running server.
 
-Lives here: finding the directory, opening its index. Must not know: what a command does there.
+Lives here: finding the directory, reading its inventory, opening its index and its store. Must not
+know: what a command does there.
+
+Packages are imported where they are used: a listing has 0.3 s, and needs no store.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from mirror.cli.output import CommandFailed, print_note
+from mirror.cli.messages import print_warnings
+from mirror.cli.output import CommandFailed
 from mirror.config.settings import Settings
-from mirror.observability.events import Event, LogMessage
-from mirror.store import image_layout
-from mirror.store.index import Index
-from mirror.store.layout import Layout
+
+if TYPE_CHECKING:
+    from mirror.inventory.model import Inventory
+    from mirror.store.index import Index
+    from mirror.store.layout import Layout
+    from mirror.store.store import Store
 
 _MARKER: Final = "oci-layout"
 """A file that every data directory has since the first start of a server."""
+
+
+def layout_of(settings: Settings) -> Layout:
+    """Return the paths of the data directory, which may be missing."""
+    from mirror.store.layout import Layout
+
+    return Layout(Path(settings.data_dir).absolute())
 
 
 def find_layout(settings: Settings) -> Layout:
@@ -29,28 +43,65 @@ def find_layout(settings: Settings) -> Layout:
     Raises :class:`CommandFailed` if no server has ever used it: a command with a wrong
     configuration must not seem to succeed.
     """
-    root = Path(settings.data_dir).absolute()
-    if not (root / _MARKER).exists():
+    layout = layout_of(settings)
+    if not (layout.root / _MARKER).exists():
         raise CommandFailed(
-            f"{root} is no data directory of a mirror: start the server once, or name its "
+            f"{layout.root} is no data directory of a mirror: start the server once, or name its "
             "configuration by --config"
         )
-    return Layout(root)
+    return layout
+
+
+def load_inventory(settings: Settings) -> Inventory:
+    """Read the content of the data directory.
+
+    Raises :class:`CommandFailed` if there is none, or if its index is damaged, and what
+    :func:`mirror.inventory.read.read_inventory` and :func:`mirror.store.marks.read_marks` raise.
+    """
+    from mirror.inventory.read import read_inventory
+    from mirror.store.marks import read_marks
+
+    layout = find_layout(settings)
+    try:
+        return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
+    except ValueError as error:
+        raise CommandFailed(
+            f"{error}: start the server, which restores the index from what is readable"
+        ) from None
 
 
 @asynccontextmanager
 async def opened_index(layout: Layout) -> AsyncIterator[Index]:
-    """Open the index of a data directory. What it logs goes to standard error."""
-    read_saved_names = partial(image_layout.read_saved_names, layout, print_event)
-    index = await Index.open(layout.index, print_event, time.time, read_saved_names)
+    """Open the index of a data directory. Its warnings go to standard error."""
+    from mirror.store import image_layout
+    from mirror.store.index import Index
+
+    read_saved_names = partial(image_layout.read_saved_names, layout, print_warnings)
+    index = await Index.open(layout.index, print_warnings, time.time, read_saved_names)
     try:
         yield index
     finally:
         await index.close()
 
 
-def print_event(event: Event) -> None:
-    """Print a log message of the parts that a command uses. Other events are dropped."""
-    if isinstance(event, LogMessage):
-        fields = " ".join(f"{name}={value}" for name, value in event.fields)
-        print_note(f"{event.level}: {event.message} {fields}".rstrip())
+@asynccontextmanager
+async def opened_store(settings: Settings) -> AsyncIterator[Store]:
+    """Open the data directory for changes, beside servers.
+
+    Raises ``CommandFailed`` if a server could not write to the files that this process creates.
+    """
+    from mirror.store.store import Store
+
+    owner = os.stat(settings.data_dir).st_uid
+    if os.geteuid() == 0 and owner != 0:
+        raise CommandFailed(
+            f"{settings.data_dir} belongs to user {owner}: run the command as that user, so that "
+            "the server can use the files that it writes"
+        )
+    store = await Store.open(settings.data_dir, settings.storage, print_warnings)
+    try:
+        if store.unwritable_reason is not None:
+            raise CommandFailed(f"nothing can be removed: {store.unwritable_reason}")
+        yield store
+    finally:
+        await store.close()

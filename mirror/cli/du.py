@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.data_directory import layout_of, load_inventory
 from mirror.cli.listing import Column, print_rows, since_text
 from mirror.cli.output import print_line
 from mirror.oci.text import size_text
@@ -58,14 +59,11 @@ def add_parser(commands: Commands) -> None:
 def show_usage(arguments: argparse.Namespace) -> int:
     """Run ``du``. Returns the exit code."""
     settings = load_settings(arguments)
-    inventory = common.read(settings)
-    from pathlib import Path
-
+    inventory = load_inventory(settings)
     from mirror.inventory import usage
     from mirror.inventory.leftovers import find_leftovers
-    from mirror.store.disk import Layout
 
-    leftovers = find_leftovers(Layout(Path(settings.data_dir)))
+    leftovers = find_leftovers(layout_of(settings))
     types = usage.usage_by_type(inventory, leftovers)
     if arguments.by == "type":
         rows = [{"kind": "type"} | asdict(one) for one in types]
@@ -111,7 +109,7 @@ def _group_columns(now: float, by: str) -> tuple[Column, ...]:
 
 def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
     from mirror.inventory import usage
-    from mirror.inventory.json_rows import utc_text
+    from mirror.oci.text import time_text
 
     groups = usage.usage_by_group(
         inventory,
@@ -126,7 +124,7 @@ def _group_rows(inventory: Inventory, by: str) -> list[dict[str, Any]]:
             "size": group.size,
             "shared": group.shared,
             "unique": group.unique,
-            "last_used": utc_text(group.used or None),
+            "last_used": time_text(group.used or None),
         }
         for group in groups
     ]
@@ -161,7 +159,7 @@ def _eviction_rows(
     inventory: Inventory, leftovers: list[Leftover], storage: Storage
 ) -> Iterable[dict[str, Any]]:
     from mirror.inventory import usage
-    from mirror.inventory.json_rows import utc_text
+    from mirror.oci.text import time_text
 
     enough = max(1, int(storage.max_size * (storage.high_water - storage.low_water)))
     for one in usage.next_evictions(inventory, leftovers, enough, _NEXT):
@@ -170,7 +168,7 @@ def _eviction_rows(
             "digest": str(one.digest),
             "type": one.type,
             "size": one.size,
-            "last_used": utc_text(one.used),
+            "last_used": time_text(one.used),
             "why": one.why,
             "images": [image.name for image in one.images],
         }

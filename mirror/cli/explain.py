@@ -10,13 +10,13 @@ import json
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.listing import time_text
+from mirror.cli.data_directory import layout_of
 from mirror.cli.output import UsageError, print_line, print_note
 from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
-from mirror.oci.text import printable, size_text
+from mirror.oci.text import printable, size_text, time_text
 
 if TYPE_CHECKING:
     from mirror.history.queries import HistoryReader
@@ -65,7 +65,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``explain``. Returns the exit code."""
-    from mirror.cli.history import layout_of
     from mirror.history.queries import open_history
     from mirror.history.sentences import explain
 

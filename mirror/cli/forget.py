@@ -12,8 +12,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import find_layout, opened_store
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, print_line, print_note
 from mirror.oci.errors import MirrorError
 from mirror.oci.image_name import ImageName
@@ -56,9 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--all-tags is about a repository: write {tagged.repository}")
     else:
         images = [image.with_default_tag() for image in images]
-    # Imported here: it imports the index, which other commands do not need.
-    from mirror.cli.data_directory import find_layout
-
     settings = load_settings(arguments)
     find_layout(settings)  # With a wrong configuration, nothing would seem to be known.
     is_good = asyncio.run(_forget_all(settings, images, is_json=arguments.is_json))
@@ -68,12 +65,10 @@ def run(arguments: argparse.Namespace) -> int:
 async def _forget_all(settings: Settings, images: list[ImageName], *, is_json: bool) -> bool:
     from mirror.operations.forget import forget
     from mirror.store.marks import read_marks
-    from mirror.store.store import Store
     from mirror.threads import run_in_thread
 
     is_good = True
-    store = await Store.open(settings.data_dir, settings.storage, print_warnings)
-    try:
+    async with opened_store(settings) as store:
         for image in images:
             try:
                 marks = await run_in_thread(read_marks, store.layout)
@@ -86,8 +81,6 @@ async def _forget_all(settings: Settings, images: list[ImageName], *, is_json: b
                     print_note(f"{image}: {error.message}")
             else:
                 print_line(json.dumps(forget_row(report)) if is_json else _text(report))
-    finally:
-        await store.close()
     return is_good
 
 

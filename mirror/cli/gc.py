@@ -17,10 +17,9 @@ from mirror.cli.cleaning import (
     add_dry_run,
     duration,
     giving_way,
-    layout_of,
-    opened_store,
     read_inventory_gently,
 )
+from mirror.cli.data_directory import layout_of, opened_store
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.text import size_text

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.listing import Column, print_rows, short_digest, time_text
+from mirror.cli.data_directory import layout_of
+from mirror.cli.listing import Column, print_rows, short_digest
 from mirror.cli.output import UsageError, print_note
 from mirror.oci.reference import Digest, Repository, Tag
+from mirror.oci.text import time_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from mirror.config.settings import Settings
     from mirror.history.stored_pull import TagDigest
     from mirror.store.layout import Layout
     from mirror.store.records import TagRecord
@@ -41,13 +41,6 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("image", metavar="IMAGE:TAG", type=image_name, help="image with a tag")
     parser.set_defaults(run=run)
-
-
-def layout_of(settings: Settings) -> Layout:
-    """Return the data directory of a configuration."""
-    from mirror.store.layout import Layout
-
-    return Layout(Path(settings.data_dir).absolute())
 
 
 def run(arguments: argparse.Namespace) -> int:

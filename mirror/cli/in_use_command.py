@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
 from mirror.cli.data_directory import find_layout, opened_index
-from mirror.cli.listing import Column, age_text, print_rows, time_text
+from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import CommandFailed, print_line, print_note
+from mirror.oci.text import age_text, time_text
 from mirror.operations import in_use, kubernetes
 from mirror.operations.kubernetes import ApiServer, UsedImage
 from mirror.store.layout import Layout

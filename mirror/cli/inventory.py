@@ -1,24 +1,21 @@
 """What the commands that list the data directory share.
 
-Lives here: reading the inventory, and the texts of its values. Must not know: what a command shows.
+Lives here: their common arguments, and the texts of values. Must not know: what a command shows.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mirror.cli.listing import Column, age_text, short_digest
-from mirror.cli.output import CommandFailed, print_note
-from mirror.oci.text import size_text
+from mirror.cli.listing import Column, short_digest
+from mirror.cli.output import print_note
+from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
-    from mirror.config.settings import Settings
     from mirror.inventory.model import Inventory
 
 
@@ -37,30 +34,6 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def read(settings: Settings) -> Inventory:
-    """Read the inventory of the data directory.
-
-    Raises :class:`CommandFailed` if there is no data directory, and what
-    :func:`mirror.inventory.read.read_inventory` and :func:`mirror.store.marks.read_marks` raise.
-    """
-    from mirror.inventory.read import read_inventory
-    from mirror.store.disk import Layout
-    from mirror.store.marks import read_marks
-
-    layout = Layout(Path(settings.data_dir))
-    if not layout.root.is_dir():
-        raise CommandFailed(
-            f"there is no data directory {settings.data_dir}: start the server once, "
-            "or set data_dir"
-        )
-    try:
-        return read_inventory(layout, settings.upstreams, read_marks(layout), time.time())
-    except ValueError as error:
-        raise CommandFailed(
-            f"{error}: start the server, which restores the index from what is readable"
-        ) from None
-
-
 def add_no_trunc(parser: argparse.ArgumentParser) -> None:
     """Add ``--no-trunc``, as ``is_whole``."""
     parser.add_argument(
@@ -75,6 +48,8 @@ def digest_column(arguments: argparse.Namespace, title: str = "DIGEST") -> Colum
 
 def state_text(row: dict[str, Any]) -> str:
     """Return the state of an image with the reasons. ``row``: its row of ``ls --json``."""
+    if row["state"] == ["complete"]:
+        return "complete"
     reasons = {
         "partial": f"lacks {_count(row['missing_parts'], 'part')}, "
         f"{size_text(row['missing_bytes'])}",

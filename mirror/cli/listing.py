@@ -12,17 +12,15 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final, TypeAlias
 
 from mirror.cli.output import print_line
-from mirror.oci.text import printable
+from mirror.oci.text import age_text, printable
 
 Values: TypeAlias = Mapping[str, Any]
 """Key -> JSON value: one row of a listing."""
 
-_AGE_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
-"""(seconds, unit) from the largest: an age is printed in the first one that it reaches twice."""
 _MAX_CELL_CHARS: Final = 400
 """Characters of a cell: the longest image name has 255, and a tag 128."""
 
@@ -47,18 +45,19 @@ def print_rows(columns: Sequence[Column], rows: Iterable[Values], *, is_json: bo
         for row in rows:
             print_line(json.dumps(row))
         return
-    cells = [[_cell(column, row) for column in columns] for row in rows]
+    rows = list(rows)
+    texts = [_texts(column, rows) for column in columns]
     if is_terminal():
-        _print_table(columns, cells)
+        _print_table(columns, zip(*texts, strict=True))
         return
-    lines = [[column.title for column in columns], *cells]
-    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
-    for line in lines:
-        texts = (
-            text.rjust(width) if column.is_number else text.ljust(width)
-            for text, width, column in zip(line, widths, columns, strict=True)
-        )
-        print_line("  ".join(texts).rstrip())
+    padded = []
+    for column, cells in zip(columns, texts, strict=True):
+        cells = [column.title, *cells]
+        width = max(map(len, cells))
+        pad = str.rjust if column.is_number else str.ljust
+        padded.append([pad(cell, width) for cell in cells])
+    for line in zip(*padded, strict=True):
+        print_line("  ".join(line).rstrip())
 
 
 def is_terminal() -> bool:
@@ -66,12 +65,21 @@ def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def _cell(column: Column, row: Values) -> str:
-    value = row.get(column.key)
-    return "-" if value is None else printable(column.render(value), _MAX_CELL_CHARS)
+def _texts(column: Column, rows: Iterable[Values]) -> list[str]:
+    """Return the texts of a column. A whole column at once: a listing has 100,000 cells."""
+    key, render = column.key, column.render
+    texts = ["-" if (value := row.get(key)) is None else render(value) for row in rows]
+    joined = "".join(texts)
+    if (
+        joined.isascii()
+        and joined.isprintable()
+        and len(max(texts, key=len, default="")) <= _MAX_CELL_CHARS
+    ):
+        return texts  # Nothing to escape, as nearly always.
+    return [printable(text, _MAX_CELL_CHARS) for text in texts]
 
 
-def _print_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
+def _print_table(columns: Sequence[Column], lines: Iterable[Sequence[str]]) -> None:
     # Imported here: a table on a terminal is the only thing that needs it.
     from rich import box
     from rich.console import Console
@@ -86,27 +94,12 @@ def _print_table(columns: Sequence[Column], cells: list[list[str]]) -> None:
             no_wrap=column.is_number,
             overflow="fold",
         )
-    for line in cells:
+    for line in lines:
         table.add_row(*(Text(text) for text in line))  # Text: a cell is no markup.
     Console().print(table)
 
 
 # --- values ---------------------------------------------------------------------------------------
-
-
-def time_text(seconds: float | None) -> str | None:
-    """Return a Unix time in seconds as RFC 3339 text in UTC. None for None: not known."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(int(seconds), UTC).isoformat().replace("+00:00", "Z")
-
-
-def age_text(seconds: float) -> str:
-    """Return a duration of ``seconds`` for a person, such as ``3 d``."""
-    for length, unit in _AGE_UNITS:
-        if seconds >= 2 * length:
-            return f"{int(seconds // length)} {unit}"
-    return f"{max(int(seconds), 0)} s"
 
 
 def since_text(now: float) -> Callable[[str], str]:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
+from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import Column, print_rows, since_text
 from mirror.cli.output import UsageError
 from mirror.oci.text import size_text
@@ -77,7 +78,7 @@ def list_images(arguments: argparse.Namespace) -> int:
     """Run ``ls``. Returns the exit code."""
     filters = [_parse_filter(text) for text in arguments.filters]
     settings = load_settings(arguments)
-    inventory = common.read(settings)
+    inventory = load_inventory(settings)
     from mirror.inventory.json_rows import image_row
 
     images = inventory.match(arguments.pattern) if arguments.pattern else inventory.images
@@ -86,7 +87,8 @@ def list_images(arguments: argparse.Namespace) -> int:
     chosen = [row for row in rows if all(_is_match(row, *one) for one in filters)]
     chosen = _sorted(chosen, arguments.sort, is_reversed=arguments.reverse)
     if not arguments.is_json:
-        chosen = [row | {"state_text": common.state_text(row)} for row in chosen]
+        for row in chosen:
+            row["state_text"] = common.state_text(row)
     print_rows(_columns(inventory.now, arguments), chosen, is_json=arguments.is_json)
     common.note_if_empty(inventory, settings.data_dir)
     return 0

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from mirror import __version__
-from mirror.cli import client_files, clients, health, schema
-from mirror.cli.arguments import CONFIG_HELP, config_file
-from mirror.cli.commands import ADD_PARSERS
+from mirror.cli.arguments import add_config_or_file, config_or_file
+from mirror.cli.commands import add_parsers
 from mirror.cli.exit_codes import (
     EX_CONFIG,
     EX_FAILED,
@@ -36,7 +36,6 @@ from mirror.cli.output import (
 )
 from mirror.config.load import ValueOrigins, load, load_with_origins
 from mirror.config.settings import Settings
-from mirror.config.values import split_host
 from mirror.oci.errors import ConfigError, MirrorError
 from mirror.oci.text import printable
 
@@ -76,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(words[0] if words else None).parse_args(words)
     except SystemExit as stop:  # argparse: --help and --version (0), usage (2)
         return stop.code if isinstance(stop.code, int) else EX_USAGE
     code: int = arguments.run(arguments)
@@ -116,7 +116,8 @@ class _PrintVersion(argparse.Action):
         parser.exit()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser. ``name``: the command to parse, if it is one. None: all are needed."""
     parser = _Parser(
         prog="oci-mirror",
         description="A pull-through mirror for container registries.",
@@ -124,11 +125,11 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version")
-    parser.set_defaults(whole_parser=parser)  # For `completion`.
+    parser.set_defaults(whole_parser=_parser)  # For `completion`.
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     serve = commands.add_parser("serve", help="run the server until SIGTERM or SIGINT")
-    _add_config_option(serve)
+    add_config_or_file(serve)
     serve.set_defaults(run=_serve)
 
     checking = commands.add_parser(
@@ -137,49 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads FILE and the environment as `serve` does, checks the files that "
         "they name, and prints the whole configuration without secrets.",
     )
-    _add_config_option(checking)
+    add_config_or_file(checking)
     checking.add_argument(
         "--online",
         action="store_true",
         help="ask each endpoint once, and print the results in place of the configuration",
     )
     checking.set_defaults(run=_check_config)
-
-    configure = commands.add_parser(
-        "clients",
-        help="print or write the configuration files of container clients",
-        description="Prints the files, unless --write is given. Notes go to standard error.",
-    )
-    _add_config_option(configure)
-    configure.add_argument(
-        "--mirror",
-        metavar="URL",
-        help="URL at which clients reach the mirror (default: its listen address)",
-    )
-    configure.add_argument(
-        *("--for", "--client"),
-        dest="client",
-        choices=(*clients.CLIENTS, "all"),
-        default="all",
-        help=f"client or Kubernetes distribution (default: all, which is {', '.join(clients.ALL)})",
-    )
-    configure.add_argument(
-        "--enforce",
-        action="store_true",
-        help="leave out the fallback to the upstream: a pull that the mirror refuses fails",
-    )
-    configure.add_argument(
-        "--ca",
-        metavar="FILE",
-        help="certificate authority (PEM) of an https:// mirror; clients read it at the same path",
-    )
-    configure.add_argument(
-        "--write",
-        metavar="DIR",
-        type=Path,
-        help="write the files below DIR, in place of /etc; never overwrites a file",
-    )
-    configure.set_defaults(run=_clients)
 
     describing = commands.add_parser(
         "schema",
@@ -191,29 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     healthy = commands.add_parser(
         "healthcheck", help="check the health of the server on this machine"
     )
-    _add_config_option(healthy)
+    add_config_or_file(healthy)
     healthy.add_argument("--url", help="URL to request (default: the configured address)")
     healthy.set_defaults(run=_healthcheck)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
-    for add_parser in ADD_PARSERS:
-        add_parser(commands)
+    if name not in commands.choices:
+        add_parsers(commands, name)
     return parser
-
-
-def _add_config_option(parser: argparse.ArgumentParser) -> None:
-    """Add ``FILE`` and ``--config FILE``, which mean the same."""
-    parser.add_argument("file", metavar="FILE", nargs="?", help=CONFIG_HELP)
-    # Not the same destination: without FILE, argparse would store its default over the option.
-    parser.add_argument("--config", metavar="FILE", help="another way to write FILE")
-
-
-def _config_file(arguments: argparse.Namespace) -> str | None:
-    """Return the name of the configuration file. None: only the environment."""
-    if None not in (arguments.file, arguments.config) and arguments.file != arguments.config:
-        raise UsageError("give the configuration file once: FILE or --config FILE")
-    return config_file(arguments.file if arguments.config is None else arguments.config)
 
 
 def _check(settings: Settings, origins: ValueOrigins, *, has_logins: bool) -> None:
@@ -228,7 +179,7 @@ def _check(settings: Settings, origins: ValueOrigins, *, has_logins: bool) -> No
 
 def _serve(arguments: argparse.Namespace) -> int:
     def load_checked() -> Settings:
-        settings, origins = load_with_origins(_config_file(arguments), os.environ)
+        settings, origins = load_with_origins(config_or_file(arguments), os.environ)
         # Secrets are read at each use, so they may be written after the server has started.
         _check(settings, origins, has_logins=False)
         return settings
@@ -241,7 +192,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check_config(arguments: argparse.Namespace) -> int:
-    settings, origins = load_with_origins(_config_file(arguments), os.environ)
+    settings, origins = load_with_origins(config_or_file(arguments), os.environ)
     _check(settings, origins, has_logins=True)
     if arguments.online:
         # Imported here: no other command connects to upstreams without a server.
@@ -258,54 +209,21 @@ def _check_config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _clients(arguments: argparse.Namespace) -> int:
-    settings = load(_config_file(arguments), os.environ)
-    if arguments.mirror is None and split_host(settings.listen)[0] in health.WILDCARD_ADDRESSES:
-        return _fail(f"--mirror is needed: the server listens on {settings.listen}", EX_USAGE)
-    scheme = "https" if settings.tls else "http"
-    own = f"{scheme}://{settings.listen}"
-    url = own if arguments.mirror is None else arguments.mirror
-    ca = Path(arguments.ca).absolute() if arguments.ca else None
-    try:
-        ca_text = ca.read_text(encoding="utf-8") if ca else ""
-        if ca and "-----BEGIN CERTIFICATE-----" not in ca_text:
-            raise ValueError(f"{ca} has no certificate (PEM)")
-        mirror = client_files.MirrorAddress.parse(url, str(ca) if ca else None, ca_text)
-    except ValueError as error:
-        return _fail(f"--mirror '{url}': {error}", EX_USAGE)
-    request = client_files.SetupOptions(
-        mirror, settings.upstreams, settings.default_upstream, is_enforced=arguments.enforce
-    )
-    chosen = clients.ALL if arguments.client == "all" else (arguments.client,)
-    setups = {client: clients.client_setup(client, request) for client in chosen}
-    files = [file for setup in setups.values() for file in setup.files]
-    if arguments.write is not None:
-        try:
-            for path, is_new in client_files.write_files(arguments.write, files):
-                print_line(f"{path}{'' if is_new else ' (unchanged)'}")
-        except FileExistsError as error:
-            return _fail(str(error), EX_FAILED)
-    else:
-        for file in files:
-            # A single file is printed without its path, so that it can be piped.
-            if len(files) > 1:
-                print_line(f"# {'/etc/' if file.is_on_node else ''}{file.path}")
-            print_line(file.text)
-    for client, setup in setups.items():
-        for note in setup.notes:
-            print_note(f"{client}: {note}")
-    return 0
-
-
 def _schema(arguments: argparse.Namespace) -> int:
-    print_line(schema.schema_text())
+    # Imported here, as in `_check`.
+    from mirror.cli.schema import schema_text
+
+    print_line(schema_text())
     return 0
 
 
 def _healthcheck(arguments: argparse.Namespace) -> int:
+    # Imported here: its HTTP client is slow to import.
+    from mirror.cli import health
+
     url = arguments.url
     if url is None:
-        file = _config_file(arguments)
+        file = config_or_file(arguments)
         settings = load(file, os.environ) if file else None
         try:
             url = health.health_url(settings, os.environ)

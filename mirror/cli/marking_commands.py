@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from mirror.cli.arguments import load_settings
-from mirror.cli.data_directory import find_layout, opened_index, print_event
-from mirror.cli.listing import Column, print_rows, short_digest, since_text, time_text
+from mirror.cli.data_directory import find_layout, opened_index
+from mirror.cli.listing import Column, print_rows, short_digest, since_text
+from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.config.settings import Settings
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Repository
+from mirror.oci.text import time_text
 from mirror.operations import marking
 from mirror.store.layout import Layout
 from mirror.store.marks import Block, Freeze, Pin, read_marks
@@ -171,7 +173,7 @@ async def _roll_back(
         from mirror.composition import open_mirror
         from mirror.operations.asking import fetch_manifest
 
-        async with open_mirror(settings, print_event) as mirror:
+        async with open_mirror(settings, print_warnings) as mirror:
             await fetch_manifest(mirror.service, repository, digest)
 
     async with opened_index(layout) as index:

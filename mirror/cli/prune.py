@@ -15,10 +15,10 @@ from mirror.cli.arguments import Commands, add_config, add_json, load_settings
 from mirror.cli.cleaning import (
     add_dry_run,
     duration,
-    opened_store,
     read_inventory_gently,
     summary,
 )
+from mirror.cli.data_directory import opened_store
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import UsageError, print_line
 from mirror.oci.tag_selection import TagSelection
@@ -35,7 +35,7 @@ _COLUMNS: Final = (
     Column("FREES", "bytes", size_text, is_number=True),
     Column("WHY", "why"),
 )
-_MAX_IMAGES: Final = 1_000_000_000
+_MAX_KEEP_LAST: Final = 1_000_000_000
 """Most images that ``--keep-last`` can name."""
 
 
@@ -78,7 +78,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text[:12]) > _MAX_IMAGES:
+    if not text.isascii() or not text.isdigit() or int(text[:12]) > _MAX_KEEP_LAST:
         raise argparse.ArgumentTypeError(f"'{text}' is no number of images")
     return int(text)
 

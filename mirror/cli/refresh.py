@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import time_text
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
 from mirror.oci.errors import MirrorError
 from mirror.oci.image_name import ImageName
+from mirror.oci.text import time_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings

@@ -11,7 +11,8 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.cleaning import add_dry_run, opened_store, print_items, read_inventory, summary
+from mirror.cli.cleaning import add_dry_run, print_items, summary
+from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.output import CommandFailed, print_line, print_note
 
@@ -43,7 +44,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises ``CommandFailed`` if an image is not known; nothing is removed."""
     settings = load_settings(arguments)
-    inventory = read_inventory(settings)
+    inventory = load_inventory(settings)
     images = find_images(inventory, arguments.images)
     report = asyncio.run(_remove(settings, inventory, images, is_dry_run=arguments.is_dry_run))
     print_items(report, is_json=arguments.is_json)

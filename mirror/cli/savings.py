@@ -10,9 +10,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from mirror.cli.arguments import Commands, add_config, add_json, load_settings
-from mirror.cli.listing import Column, print_rows, time_text
+from mirror.cli.data_directory import layout_of
+from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import print_line
-from mirror.oci.text import size_text
+from mirror.oci.text import size_text, time_text
 
 if TYPE_CHECKING:
     from mirror.history.ghost import Prediction
@@ -44,7 +45,6 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``savings``. Returns the exit code."""
-    from mirror.cli.history import layout_of
     from mirror.history.ghost import predict
     from mirror.history.queries import open_history
     from mirror.history.sums import build_savings, build_total

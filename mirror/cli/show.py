@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli import inventory as common
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
+from mirror.cli.data_directory import load_inventory
 from mirror.cli.listing import Column, print_rows
 from mirror.cli.output import CommandFailed, print_line
 from mirror.oci.text import size_text
@@ -47,7 +48,7 @@ def add_parser(commands: Commands) -> None:
 def show_image(arguments: argparse.Namespace) -> int:
     """Run ``show``. Returns the exit code."""
     settings = load_settings(arguments)
-    inventory = common.read(settings)
+    inventory = load_inventory(settings)
     from mirror.inventory.tree import image_tree, node_row
 
     name = arguments.image.with_default_tag()

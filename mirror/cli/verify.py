@@ -13,7 +13,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
-from mirror.cli.cleaning import opened_store, read_inventory, read_inventory_gently
+from mirror.cli.cleaning import read_inventory_gently
+from mirror.cli.data_directory import load_inventory, opened_store
 from mirror.cli.exit_codes import EX_FAILED
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import print_line, print_note
@@ -101,7 +102,7 @@ async def _verify_and_repair(
             await repair(
                 report,
                 inventory,
-                lambda: run_in_thread(read_inventory, settings),
+                lambda: run_in_thread(load_inventory, settings),
                 lambda repository, digest, kind: refetch(mirror, repository, digest, kind),
             )
         return report

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from mirror.cli.arguments import Commands, add_config, add_json, image_name, load_settings
 from mirror.cli.exit_codes import EX_FAILED
-from mirror.cli.listing import age_text, short_digest
+from mirror.cli.listing import short_digest
 from mirror.cli.messages import print_warnings
 from mirror.cli.output import UsageError, flush, print_line, print_note
 from mirror.cli.progress import Bars, label_of, open_bars
 from mirror.oci.image_name import ImageName
 from mirror.oci.platform import Platform
-from mirror.oci.text import size_text
+from mirror.oci.text import age_text, size_text
 
 if TYPE_CHECKING:
     from mirror.config.settings import Settings

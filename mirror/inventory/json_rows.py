@@ -6,11 +6,10 @@ times RFC 3339 text in UTC; null: not known.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
 from mirror.inventory.model import Image, Inventory
+from mirror.oci.text import time_text
 
 
 def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
@@ -27,8 +26,8 @@ def image_row(inventory: Inventory, image: Image) -> dict[str, Any]:
         "missing_platforms": list(image.missing_platforms),
         "size": image.size,
         "unique": inventory.unique_of(image),
-        "last_used": utc_text(image.used or None),
-        "checked": utc_text(image.checked),
+        "last_used": time_text(image.used or None),
+        "checked": time_text(image.checked),
         "state": state_words(image),
         "missing_parts": len(image.missing),
         "missing_bytes": sum([part.size for part in image.missing]),
@@ -45,13 +44,3 @@ def state_words(image: Image) -> list[str]:
     if image.stale is not None:
         words.append("stale")
     return [*words, *image.marks]
-
-
-def utc_text(seconds: float | None) -> str | None:
-    """Return a time in seconds since the epoch as RFC 3339 text in UTC. None for None."""
-    return None if seconds is None else _utc_text(int(seconds))
-
-
-@lru_cache(10_000)
-def _utc_text(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """``user_version`` of the database. A file of another format is made anew."""
 _CACHE_TIMEOUT_S: Final = 1.0
 """Seconds to wait for another command that writes. Then the rows are not written."""

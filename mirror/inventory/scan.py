@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from mirror.inventory.model import Content, DigestText
@@ -53,7 +54,7 @@ def scan(layout: Layout, now: float) -> dict[Digest, Content]:
     found: dict[Digest, Content] = {}
     for directory in layout.content_directories():
         algorithm, length = directory.name, _HEX_LENGTHS[directory.name]
-        with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        with suppress(FileNotFoundError), _opened(directory) as fd, os.scandir(fd) as entries:
             for entry in entries:
                 try:
                     status = entry.stat(follow_symlinks=False)
@@ -71,17 +72,22 @@ def stat_contents(
 ) -> dict[DigestText, tuple[int, float]]:
     """Return (size, last use) of some contents. Those that are gone are left out."""
     found: dict[DigestText, tuple[int, float]] = {}
-    with suppress(FileNotFoundError):
-        # By its descriptor: the path of the data directory may be long.
-        directory = os.open(layout.root / "blobs", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            for text in digests:
-                path = text.replace(":", "/", 1)
-                try:
-                    status = os.stat(path, dir_fd=directory, follow_symlinks=False)
-                except OSError:
-                    continue
-                found[text] = status.st_size, min(status.st_mtime, now)
-        finally:
-            os.close(directory)
+    with suppress(FileNotFoundError), _opened(layout.root / "blobs") as directory:
+        for text in digests:
+            path = text.replace(":", "/", 1)
+            try:
+                status = os.stat(path, dir_fd=directory, follow_symlinks=False)
+            except OSError:
+                continue
+            found[text] = status.st_size, min(status.st_mtime, now)
     return found
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    """Open a directory: the system looks up its path once, and not for each file."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -46,6 +46,11 @@ class Sharing:
         """The content that one root reaches."""
         return {digest for digest, count in self.owners.items() if count == 1}
 
+    @cached_property
+    def shared(self) -> Set[str]:
+        """The content that several roots reach."""
+        return {digest for digest, count in self.owners.items() if count > 1}
+
     def reached_only_by(self, roots: Collection[str]) -> Set[str]:
         """Return the content that these roots reach, and no other root."""
         if len(roots) == 1:

@@ -68,28 +68,25 @@ class NextEviction:
 def usage_by_type(inventory: Inventory, leftovers: Iterable[Leftover]) -> list[TypeUsage]:
     """Return the use of the disk by type. Raises ``OSError``: the directories are listed."""
     types, orphans = inventory.types, inventory.orphans
-    totals: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    idle: Counter[str] = Counter()
-    idle_sizes: Counter[str] = Counter()
-
-    def add(kind: str, size: int, *, is_idle: bool) -> None:
-        totals[kind] += 1
-        sizes[kind] += size
-        if is_idle:
-            idle[kind] += 1
-            idle_sizes[kind] += size
-
+    active: dict[str, list[int]] = {content_type.value: [] for content_type in ContentType}
+    idle: dict[str, list[int]] = {kind: [] for kind in active}
     for content in inventory.contents.values():
         text = str(content.digest)
-        kind = types.get(text, ContentType.OTHER).value
-        add(kind, content.size, is_idle=text in orphans)
+        kind = types.get(text, ContentType.OTHER)
+        (idle if text in orphans else active)[kind].append(content.size)
     for leftover in leftovers:
-        add(leftover.kind, leftover.size, is_idle=not leftover.is_active)
-    order = dict.fromkeys((*(content_type.value for content_type in ContentType), *totals))
+        chosen, other = (active, idle) if leftover.is_active else (idle, active)
+        chosen.setdefault(leftover.kind, []).append(leftover.size)
+        other.setdefault(leftover.kind, [])
     return [
-        TypeUsage(kind, totals[kind], totals[kind] - idle[kind], sizes[kind], idle_sizes[kind])
-        for kind in order
+        TypeUsage(
+            type=kind,
+            total=len(active[kind]) + len(idle[kind]),
+            active=len(active[kind]),
+            size=sum(active[kind]) + sum(idle[kind]),
+            reclaimable=sum(idle[kind]),
+        )
+        for kind in active
     ]
 
 

@@ -18,8 +18,8 @@ from typing import Final
 from mirror.inventory.model import Content, Inventory
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest
+from mirror.oci.text import age_text
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.retention import age_text
 from mirror.store import disk
 from mirror.store.disk import Layout
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of

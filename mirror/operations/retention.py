@@ -17,12 +17,11 @@ from typing import Final, Protocol
 
 from mirror.inventory.model import Image, is_match
 from mirror.oci.reference import Digest
+from mirror.oci.text import age_text
 from mirror.oci.versions import Version, parse_version
 
 KEEPING_MARKS: Final = ("pinned", "frozen", "leased")
 """Marks of images that no rule removes."""
-_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
-"""(seconds, unit) of an age in a reason, the largest first."""
 
 
 class TagCondition(Protocol):
@@ -45,7 +44,7 @@ class RetentionRule:
     tags: TagCondition | None = None
     """The rule is about these tags only. None: about all images, also those without a tag."""
 
-    def covers(self, image: Image) -> bool:
+    def is_about(self, image: Image) -> bool:
         """Return whether the rule is about an image."""
         if self.tags is not None and (image.tag is None or not self.tags.matches(image.tag.name)):
             return False
@@ -73,7 +72,7 @@ def decide(images: Iterable[Image], rules: Sequence[RetentionRule], now: float) 
     decisions: list[Decision] = []
     rest = sorted(images, key=lambda image: str(image.repository))
     for rule in rules:
-        covered = [image for image in rest if rule.covers(image)]
+        covered = [image for image in rest if rule.is_about(image)]
         done = set(covered)
         rest = [image for image in rest if image not in done]
         for _, in_repository in groupby(covered, key=lambda image: image.repository):
@@ -89,16 +88,18 @@ def _decide_in_repository(
         mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
         age = max(0.0, now - image.used)
         if mark is not None:
-            yield Decision(image, False, mark)
+            yield Decision(image, is_removed=False, why=mark)
         elif image in newest:
-            yield Decision(image, False, f"one of the last {rule.keep_last} of its repository")
+            yield Decision(
+                image, is_removed=False, why=f"one of the last {rule.keep_last} of its repository"
+            )
         elif rule.older_than is not None and age <= rule.older_than:
-            yield Decision(image, False, f"used {age_text(age)} ago")
+            yield Decision(image, is_removed=False, why=f"used {age_text(age)} ago")
         elif rule.keep_last is not None:
             why = f"not one of the last {rule.keep_last}, last used {age_text(age)} ago"
-            yield Decision(image, True, why)
+            yield Decision(image, is_removed=True, why=why)
         else:
-            yield Decision(image, True, f"last used {age_text(age)} ago")
+            yield Decision(image, is_removed=True, why=f"last used {age_text(age)} ago")
 
 
 def _newest(images: Sequence[Image], count: int) -> set[Image]:
@@ -132,11 +133,3 @@ def _first(images: Sequence[Image], count: int) -> set[Image]:
         digests.add(image.digest)
         kept.add(image)
     return kept
-
-
-def age_text(seconds: float) -> str:
-    """Return an age of ``seconds`` for a person, such as ``3 d``."""
-    for length, unit in _UNITS:
-        if seconds >= 2 * length:
-            return f"{int(seconds // length)} {unit}"
-    return f"{int(seconds)} s"

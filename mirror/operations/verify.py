@@ -48,7 +48,7 @@ class Subset:
             raise ValueError(f"not a number from 1 to {count}")
         return cls(number, count)
 
-    def has(self, digest: Digest) -> bool:
+    def has_content(self, digest: Digest) -> bool:
         """Return whether a content is in this part."""
         return int(digest.hex[:12], 16) % self.count == self.number - 1
 
@@ -65,7 +65,7 @@ class Problem:
     bytes: int
     """Bytes of the content, or of what lacks."""
     what: str
-    """What is wrong, for people."""
+    """The problem in words, for people."""
     command: str | None
     """Mends it. None: nothing has to be mended."""
     is_mended: bool = False
@@ -146,7 +146,7 @@ def _digests(
     if images is not None:
         texts = (one for image in images for one in inventory.sharing.reached(image.root))
         found = [one for one in map(Digest.parse, dict.fromkeys(texts)) if one in contents]
-    return [digest for digest in found if subset is None or subset.has(digest)]
+    return [digest for digest in found if subset is None or subset.has_content(digest)]
 
 
 async def _hash(

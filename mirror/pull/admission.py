@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Final, TypeAlias
 
 from mirror.config.settings import Upstream
-from mirror.oci.block_target import Target, parse_target
+from mirror.oci.block_target import Target, is_match, parse_target
 from mirror.oci.errors import InvalidRequest
 from mirror.oci.image_name import ImageName, parse_with_reference
 from mirror.oci.reference import Digest, Reference, Repository, Tag
@@ -97,11 +97,9 @@ class Restrictions:
             return self.images[repository, reference]
         if isinstance(reference, Digest) and reference in self.digests:
             return self.digests[reference]
-        if self.patterns:
-            name = str(repository)
-            for pattern, reason in self.patterns:
-                if fnmatchcase(name, pattern):
-                    return reason
+        for pattern, reason in self.patterns:
+            if is_match(repository, pattern):
+                return reason
         return None
 
 

@@ -39,7 +39,7 @@ MARKS_PAUSE_S: Final = 0.003
 """Seconds of a pause after that, in which a command that waits sets its mark."""
 _FUTURE_S: Final = 60.0
 """Seconds after which a last use is in the future. A client may use content while it is listed."""
-_LOCK_INTERVAL_S: Final = 0.02
+_EVICTION_LOCK_INTERVAL_S: Final = 0.02
 """Seconds between two attempts to get the eviction lock."""
 BLOCK_BYTES: Final = 512
 """Bytes of a block in ``st_blocks``, whatever the file system's own block size (stat(2))."""
@@ -124,7 +124,7 @@ def _wait_for_lock(
             deadline, held = time.monotonic() + timeout, usage.total
         if time.monotonic() >= deadline or is_stopping():
             return False
-        time.sleep(_LOCK_INTERVAL_S)
+        time.sleep(_EVICTION_LOCK_INTERVAL_S)
     return True
 
 

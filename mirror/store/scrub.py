@@ -39,6 +39,7 @@ _IDLE_NICENESS: Final = 19
 _IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
 """Machine -> number of the system call ioprio_set(2), which the C library does not wrap."""
 _IOPRIO_WHO_PROCESS: Final = 1
+"""The priority is that of one process (ioprio_set(2))."""
 _IOPRIO_CLASS_IDLE: Final = 3 << 13
 """The idle class, in the upper bits of the priority (ioprio_set(2))."""
 

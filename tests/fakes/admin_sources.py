@@ -54,7 +54,7 @@ class FakeImages:
             if query.search.lower() in row["name"]
             and (not query.state or query.state in row["state"])
         ]
-        found.sort(key=lambda row: row[query.sort] or "", reverse=query.is_descending)
+        found.sort(key=lambda row: row[query.sort], reverse=query.is_descending)
         return {
             "images": found[query.offset : query.offset + query.limit],
             "matching": len(found),

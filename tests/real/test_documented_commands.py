@@ -194,8 +194,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 (directory / name).write_text(text)
             filled = Site(directory, registry, mirror)
-            for name in images_of(tuple(one for block in BLOCKS for one in block.commands)):
-                filled.fill(name)
+            for image in images_of(tuple(one for block in BLOCKS for one in block.commands)):
+                filled.fill(image)
             yield filled
 
 
@@ -215,7 +215,7 @@ def test_examples_of_a_document_run(
 ) -> None:
     monkeypatch.chdir(site.directory)
     monkeypatch.delenv("OCI_MIRROR_CONFIG", raising=False)
-    failures = []
+    failures: list[tuple[int, str, int | str, str]] = []
     for block in (one for one in BLOCKS if one.document == document):
         has_to_have_history = any(words_of(one)[0] in HISTORY for one in block.commands)
         for name in images_of(block.commands):
@@ -256,7 +256,8 @@ def test_json_of_every_command_fits_its_schema(
         "EARLIER": site.versions[ALWAYS[0]][0].digest,
         "SOURCE": str(site.directory / "images.txt"),
     }
-    failures, printed = [], set()
+    failures: list[tuple[str, int | str, str]] = []
+    printed = set()
     for run in JSON_RUNS:
         arguments = [words.get(word, word) for word in run.split()]
         code = main([*arguments, "--json"])

@@ -21,7 +21,7 @@ FOLLOWED_S = 10.0
 
 def run(mirror: Mirror, *argv: str) -> list[dict[str, Any]]:
     """Run a command with the configuration of the server. Returns the rows of its JSON."""
-    command = [sys.executable, "-m", "mirror", *argv, "--json", "--config", mirror.config_file]
+    command = [sys.executable, "-m", "mirror", *argv, "--json", "--config", str(mirror.config_file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

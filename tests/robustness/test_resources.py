@@ -130,6 +130,8 @@ def test_descriptors_threads_and_files_are_back_at_the_baseline() -> None:
             assert mirror.ask(blob_path(cold[0])).status == 502
             wait_until(lambda: not temporary(mirror.data_dir), "the first pull is over", 10)
             wait_until(lambda: open_sockets(mirror.pid) == 3, "no connection is open", 10)
+            opened = "the file of the history, its log and their shared memory are open"
+            wait_until(lambda: str(descriptors(mirror.pid)).count("/history.1.db") == 3, opened, 10)
             # A file is removed first, and closed a moment later.
             wait_until(lambda: "(deleted)" not in str(descriptors(mirror.pid)), "closed", 10)
             before = descriptors(mirror.pid)

@@ -105,11 +105,12 @@ async function start() {
     location.reload();
   });
 
+  // In this order, since the server answers one after the other: the use of the disk takes longest.
   repeat(refreshSavings, SLOW_INTERVAL_MS);
-  const readUsage = repeat(() => refreshUsage(showImage), SLOW_INTERVAL_MS);
-  const readImages = repeat(refreshImages, SLOW_INTERVAL_MS);
   repeat(refreshRecent, FAST_INTERVAL_MS);
   repeat(refreshRefused, FAST_INTERVAL_MS);
+  const readImages = repeat(refreshImages, SLOW_INTERVAL_MS);
+  const readUsage = repeat(() => refreshUsage(showImage), SLOW_INTERVAL_MS);
 
   const onChanged = () => {
     readImages();

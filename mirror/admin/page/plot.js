@@ -16,7 +16,9 @@ function shape(name, attributes) {
 function ceiling(value, base) {
   if (value <= 0) return 1;
   const power = base ** Math.floor(Math.log(value) / Math.log(base));
-  const steps = base === 1024 ? [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024] : [1, 2, 4, 8, 10];
+  const steps = base === 1024
+    ? [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    : [1, 2, 4, 8, 10];
   return steps.map((step) => step * power).find((edge) => edge >= value) ?? value;
 }
 

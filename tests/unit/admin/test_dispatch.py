@@ -133,7 +133,7 @@ async def test_slow_body_gets_408(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_connection_above_the_limit_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mirror.admin.listener.MAX_CONNECTIONS", 1)
+    monkeypatch.setattr("mirror.admin.listener.MAX_ADMIN_CONNECTIONS", 1)
     async with running_admin() as kit:
         assert (await kit.get("/admin/v1/session"))[0] == 200  # Its connection stays open.
         reader, writer = await asyncio.open_connection("127.0.0.1", kit.admin.port)

@@ -29,6 +29,7 @@ class Site:
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.data = DataDirectory(root / "data")
         self.data.layout.root.mkdir()
+        (self.data.layout.root / "oci-layout").write_text("{}")
         self.now = time.time()
         self.config = root / "mirror.yaml"
         self.config.write_text(CONFIG.format(data_dir=self.data.layout.root))

@@ -20,7 +20,7 @@ def test_missing_data_directory_is_a_failure_with_a_remedy(site: Site, command: 
     code, out, err = site.run_without_saving(*command)
 
     assert (code, out) == (1, "")
-    assert "there is no data directory" in err
+    assert "is no data directory of a mirror" in err
     assert err.count("\n") == 1
 
 

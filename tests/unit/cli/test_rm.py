@@ -70,6 +70,5 @@ def test_json_follows_the_schema(run: Run, tmp_path: Path) -> None:
 def test_missing_data_directory_is_one_line_with_a_remedy(run: Run) -> None:
     result = run(URL, "rm", "app:1.0")
     assert result.code == 1
-    assert result.err.endswith(
-        "data does not exist: check data_dir and --config, or start the server, which creates it\n"
-    )
+    assert "data is no data directory of a mirror: start the server once" in result.err
+    assert result.err.count("\n") == 1

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
-from mirror.inventory.json_rows import image_row, state_words, utc_text
+from mirror.inventory.json_rows import image_row, state_words
 from mirror.oci.reference import Digest
+from mirror.oci.text import time_text
 from mirror.store.marks import Block
 from tests.unit.inventory.kit import NOW, DataDirectory, config, content, text
 
@@ -31,8 +30,8 @@ def test_row_has_sizes_in_bytes_and_times_in_utc(data: DataDirectory) -> None:
         "missing_platforms": [],
         "size": size,
         "unique": size,
-        "last_used": utc_text(NOW - 1000),
-        "checked": utc_text(NOW - 10),
+        "last_used": time_text(NOW - 1000),
+        "checked": time_text(NOW - 10),
         "state": ["complete"],
         "missing_parts": 0,
         "missing_bytes": 0,
@@ -65,11 +64,3 @@ def test_referrer_has_its_subject(data: DataDirectory) -> None:
     row = image_row(inventory, inventory.images[0])
 
     assert (row["kind"], row["subject"]) == ("referrer", str(subject))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(None, None), (0.0, "1970-01-01T00:00:00Z"), (1.9, "1970-01-01T00:00:01Z")],
-)
-def test_time_is_rfc_3339_in_utc(seconds: float | None, expected: str | None) -> None:
-    assert utc_text(seconds) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -140,7 +141,7 @@ def test_platform_of_a_config_is_read_from_its_fields(body: bytes, expected: str
 def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
     parsed = parse(body)
 
-    loaded = manifest_parsing.load_manifest(json.loads(manifest_parsing.dump_manifest(parsed)))
+    loaded = manifest_parsing.load_manifest(parsed.text, manifest_parsing.dump_manifest(parsed))
 
     assert loaded.parts == parsed.parts
     assert manifest_parsing.dump_manifest(loaded) == manifest_parsing.dump_manifest(parsed)
@@ -149,18 +150,24 @@ def test_cached_text_gives_the_same_manifest(body: bytes) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda row: None,
-        lambda row: [row[0]],
-        lambda row: [row[0], [row[1][0], *([""] * 5)]],
-        lambda row: [row[0], [*row[1][:4], "a/b a/b a/b", row[1][5]]],
-        lambda row: [row[0], [*row[1][:2], "many", *row[1][3:]]],
-        lambda row: [[*row[0][:2], "blob", *row[0][3:]], row[1]],
+        lambda facts, digests, sizes: [],
+        lambda facts, digests, sizes: [facts, digests],
+        lambda facts, digests, sizes: [facts, "", sizes],
+        lambda facts, digests, sizes: [facts, digests, "1"],
+        lambda facts, digests, sizes: [facts, digests, f"{sizes}x"],
+        lambda facts, digests, sizes: [json.dumps(json.loads(facts)[:-1]), digests, sizes],
+        lambda facts, digests, sizes: [facts.replace("config layer", "config x"), digests, sizes],
+        lambda facts, digests, sizes: [facts.replace('"manifest"', '"blob"'), digests, sizes],
+        lambda facts, digests, sizes: [facts.replace('"",""', '"a/b",""'), digests, sizes],
     ],
-    ids=["nothing", "no parts", "columns differ", "platforms differ", "size", "type"],
+    ids=[
+        *("nothing", "no sizes", "no digests", "fewer sizes", "size", "fewer facts"),
+        *("type of a part", "type", "platforms"),
+    ],
 )
-def test_damaged_cached_row_is_refused(damage: object) -> None:
-    assert callable(damage)
-    row = json.loads(manifest_parsing.dump_manifest(parse(IMAGE)))
+def test_damaged_cached_row_is_refused(damage: Callable[..., list[str]]) -> None:
+    parsed = parse(IMAGE)
+    row = "\n".join(damage(*manifest_parsing.dump_manifest(parsed).split("\n")))
 
     with pytest.raises(MALFORMED):
-        manifest_parsing.load_manifest(damage(row))
+        manifest_parsing.load_manifest(parsed.text, row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -75,7 +74,7 @@ def test_platform_is_read_once_its_config_has_come(data: DataDirectory) -> None:
     data.add(CONFIG)
 
     assert data.find("app:v1").platforms == ("linux/amd64",)
-    assert json.loads(cache_of(data).load()[text(IMAGE)])[0][5] == "linux/amd64"
+    assert '"linux/amd64"' in cache_of(data).load()[text(IMAGE)]
 
 
 def test_config_without_a_platform_is_read_once(

@@ -7,7 +7,7 @@ import pytest
 from mirror.inventory.model import Image
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.oci.tag_selection import TagSelection
-from mirror.operations.retention import RetentionRule, age_text, decide
+from mirror.operations.retention import RetentionRule, decide
 from tests.unit.operations.cleaning_kit import APP, DAY, NOW, OTHER
 
 
@@ -129,10 +129,3 @@ def test_first_rule_that_matches_decides() -> None:
 
 def test_last_use_in_the_future_is_no_age() -> None:
     assert removed([named("a", -5)], RetentionRule(older_than=0.0)) == []
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(30 * DAY, "30 d"), (7300.0, "2 h"), (130.0, "2 min"), (3.5, "3 s")]
-)
-def test_age_is_text_for_people(seconds: float, text: str) -> None:
-    assert age_text(seconds) == text

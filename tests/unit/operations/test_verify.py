@@ -93,7 +93,7 @@ async def test_only_the_content_of_given_images_is_hashed(tmp_path: Path) -> Non
 
 def test_subsets_together_are_all_content() -> None:
     digests = [Digest.of(b"%d" % number) for number in range(200)]
-    parts = [[d for d in digests if Subset(n, 7).has(d)] for n in range(1, 8)]
+    parts = [[d for d in digests if Subset(n, 7).has_content(d)] for n in range(1, 8)]
     assert sorted(d for part in parts for d in part) == sorted(digests)
     assert min(map(len, parts)) > 10
 

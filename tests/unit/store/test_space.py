@@ -20,9 +20,11 @@ from mirror.config.settings import Storage
 from mirror.observability.events import Event, Evicted, LogMessage, StorageMeasured, Uncached
 from mirror.oci.errors import UpstreamUnavailable
 from mirror.oci.reference import Digest
-from mirror.store import disk, space
+from mirror.store import disk, eviction, removal, space
+from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.ingest import Ingest
+from mirror.store.removal import Candidate, KeptBecause
 from mirror.store.space import Totals, Usage
 from mirror.store.store import Store
 from tests.unit.store.kit import (
@@ -294,18 +296,18 @@ class SlowEviction:
         self.begun = 0
         self.is_removing = False
         """Whether the scan at the start of the eviction is over."""
-        unlink, make_room = Evictor._unlink, Evictor._make_room
+        unlink, make_room = removal._unlink, Evictor._make_room
 
-        def slow(evictor: Evictor, digest: Digest) -> bool:
+        def slow(layout: Layout, content: Candidate) -> int | KeptBecause | None:
             self.is_removing = True
             self.go.wait(pause)
-            return unlink(evictor, digest)
+            return unlink(layout, content)
 
         def counted(evictor: Evictor, need: int) -> None:
             self.begun += 1
             make_room(evictor, need)
 
-        patch.setattr(Evictor, "_unlink", slow)
+        patch.setattr(removal, "_unlink", slow)
         patch.setattr(Evictor, "_make_room", counted)
 
 
@@ -448,7 +450,7 @@ async def test_unexpected_error_of_an_eviction_is_logged_and_the_next_one_runs(
         for seed in range(5):
             with monkeypatch.context() as patch:
                 if seed == 4:
-                    patch.setattr(Catalog, "leftovers", lambda self: 1 / 0)
+                    patch.setattr(eviction, "find_leftovers", lambda layout: 1 / 0)
                 await keep(store, layer(seed))
                 await store.evictor.wait_until_idle()  # The fetch itself need not wait.
         logged = [e for e in events if isinstance(e, LogMessage)]

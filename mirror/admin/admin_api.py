@@ -10,20 +10,20 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from mirror import __version__
 from mirror.admin.event_stream import EventStreams
 from mirror.admin.jobs import Jobs
+from mirror.admin.json_values import JsonObject
 from mirror.admin.openapi import document
 from mirror.admin.operations import JOBS
 from mirror.admin.sources import ImageQuery, PullQuery, Sources
-from mirror.admin.tokens import TICKET_TTL_S, Role, Tickets
+from mirror.admin.tokens import TICKET_TTL_S, CallerRole, Tickets
 from mirror.admin.worker_channel import WorkerStates
 from mirror.config.settings import Settings
 from mirror.observability.events import LogMessage, Observer
 
-Json: TypeAlias = dict[str, Any]
 Lines: TypeAlias = AsyncGenerator[bytes, None]
 """The parts of a response that goes on."""
 _SHOWN_ARGUMENT_CHARS: Final = 200
@@ -34,10 +34,10 @@ _SHOWN_ARGUMENT_CHARS: Final = 200
 class Call:
     """A request that was checked."""
 
-    role: Role
+    role: CallerRole
     client: str
-    fields: Json
-    """Those of the query, or of the body."""
+    fields: JsonObject
+    """The fields of the query, or of the body."""
     id: str = ""
     """The part of the path in the place of ``{id}``."""
 
@@ -90,10 +90,10 @@ class Api:
         admin = self._settings().admin
         return admin is not None and admin.is_open
 
-    async def access(self, call: Call) -> Json:
+    async def access(self, call: Call) -> JsonObject:
         return {"is_open": self._is_open()}
 
-    async def session(self, call: Call) -> Json:
+    async def session(self, call: Call) -> JsonObject:
         settings = self._settings()
         storage = settings.storage
         return {
@@ -106,7 +106,7 @@ class Api:
             "low_water": int(storage.max_size * storage.low_water),
         }
 
-    async def list_images(self, call: Call) -> Json:
+    async def list_images(self, call: Call) -> JsonObject:
         fields = call.fields
         query = ImageQuery(
             search=fields["search"],
@@ -118,22 +118,22 @@ class Api:
         )
         return await self._sources.images.find(query)
 
-    async def show_image(self, call: Call) -> Json:
+    async def show_image(self, call: Call) -> JsonObject:
         return await self._sources.images.show(call.fields["image"])
 
-    async def tag_history(self, call: Call) -> Json:
+    async def tag_history(self, call: Call) -> JsonObject:
         return {"digests": await self._sources.history.tag_digests(call.fields["image"])}
 
-    async def usage(self, call: Call) -> Json:
+    async def usage(self, call: Call) -> JsonObject:
         return await self._sources.images.usage()
 
-    async def live(self, call: Call) -> Json:
+    async def live(self, call: Call) -> JsonObject:
         return self._workers.merged()
 
-    async def upstreams(self, call: Call) -> Json:
+    async def upstreams(self, call: Call) -> JsonObject:
         return {"upstreams": self._workers.merged()["upstreams"]}
 
-    async def list_pulls(self, call: Call) -> Json:
+    async def list_pulls(self, call: Call) -> JsonObject:
         fields = call.fields
         outcomes = (fields["outcome"],) if fields["outcome"] else ()
         query = PullQuery(
@@ -141,48 +141,48 @@ class Api:
         )
         return {"pulls": await self._sources.history.pulls(query)}
 
-    async def show_pull(self, call: Call) -> Json:
+    async def show_pull(self, call: Call) -> JsonObject:
         return await self._sources.history.pull(call.id)
 
-    async def list_refused(self, call: Call) -> Json:
+    async def list_refused(self, call: Call) -> JsonObject:
         return {"pulls": await self._sources.history.refused(call.fields["limit"])}
 
-    async def savings(self, call: Call) -> Json:
+    async def savings(self, call: Call) -> JsonObject:
         return await self._sources.history.savings(call.fields["period"])
 
-    async def list_marks(self, call: Call) -> Json:
+    async def list_marks(self, call: Call) -> JsonObject:
         return await self._sources.marks.list()
 
-    async def openapi(self, call: Call) -> Json:
+    async def openapi(self, call: Call) -> JsonObject:
         return document()
 
     # --- marks ----------------------------------------------------------------------------------
 
-    async def pin(self, call: Call) -> Json:
+    async def pin(self, call: Call) -> JsonObject:
         return self._marked(call, "pin", await self._sources.marks.pin(call.fields["image"]))
 
-    async def unpin(self, call: Call) -> Json:
+    async def unpin(self, call: Call) -> JsonObject:
         return self._marked(call, "unpin", await self._sources.marks.unpin(call.fields["image"]))
 
-    async def freeze(self, call: Call) -> Json:
+    async def freeze(self, call: Call) -> JsonObject:
         fields = call.fields
         changed = await self._sources.marks.freeze(fields["image"], fields["digest"])
         return self._marked(call, "freeze", changed)
 
-    async def unfreeze(self, call: Call) -> Json:
+    async def unfreeze(self, call: Call) -> JsonObject:
         changed = await self._sources.marks.unfreeze(call.fields["image"])
         return self._marked(call, "unfreeze", changed)
 
-    async def block(self, call: Call) -> Json:
+    async def block(self, call: Call) -> JsonObject:
         fields = call.fields
         changed = await self._sources.marks.block(fields["target"], fields["reason"])
         return self._marked(call, "block", changed)
 
-    async def unblock(self, call: Call) -> Json:
+    async def unblock(self, call: Call) -> JsonObject:
         changed = await self._sources.marks.unblock(call.fields["target"])
         return self._marked(call, "unblock", changed)
 
-    def _marked(self, call: Call, action: str, changed: Json) -> Json:
+    def _marked(self, call: Call, action: str, changed: JsonObject) -> JsonObject:
         self._log(call, action)
         self._sources.images.forget_read()
         self._streams.mark_changed()
@@ -190,13 +190,13 @@ class Api:
 
     # --- jobs -----------------------------------------------------------------------------------
 
-    async def list_jobs(self, call: Call) -> Json:
+    async def list_jobs(self, call: Call) -> JsonObject:
         return {"jobs": [job.to_json() for job in self._jobs.list()]}
 
-    async def show_job(self, call: Call) -> Json:
+    async def show_job(self, call: Call) -> JsonObject:
         return self._jobs.find(call.id).to_json()
 
-    async def cancel_job(self, call: Call) -> Json:
+    async def cancel_job(self, call: Call) -> JsonObject:
         self._log(replace(call, fields={"job": call.id}), "cancel")
         return self._jobs.cancel(call.id).to_json()
 
@@ -208,7 +208,7 @@ class Api:
             async for event in events:
                 yield json.dumps(event).encode() + b"\n"
 
-    def start_job(self, kind: str, call: Call) -> Json:
+    def start_job(self, kind: str, call: Call) -> JsonObject:
         """Start a job of one kind."""
         assert kind in JOBS
         given = {name: value for name, value in call.fields.items() if value is not None}
@@ -218,7 +218,7 @@ class Api:
 
     # --- events ---------------------------------------------------------------------------------
 
-    async def issue_ticket(self, call: Call) -> Json:
+    async def issue_ticket(self, call: Call) -> JsonObject:
         return {"ticket": self._tickets.issue(call.role), "expires_in": TICKET_TTL_S}
 
     async def stream_events(self, call: Call) -> Lines:

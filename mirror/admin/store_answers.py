@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
+from mirror.admin.json_values import JsonObject
 from mirror.admin.sources import ImageQuery, PullQuery
-from mirror.admin.times import timestamp
 from mirror.config.settings import Settings
 from mirror.history.queries import HistoryReader, open_history
 from mirror.history.sentences import explain
@@ -32,10 +32,9 @@ from mirror.observability.events import Outcome
 from mirror.oci.errors import InvalidRequest, NotFound
 from mirror.oci.image_name import ImageName
 from mirror.oci.reference import Digest, Tag
+from mirror.oci.text import time_text
 from mirror.store.disk import Layout
 from mirror.store.marks import read_marks
-
-Json: TypeAlias = dict[str, Any]
 
 MIN_AGE_S: Final = 3.0
 """Seconds for which an inventory is used at least, unless something was changed here."""
@@ -47,11 +46,11 @@ _MAX_NODES: Final = 2000
 """Nodes of the tree of one image. An index of 40 platforms with 20 layers each has 880."""
 _MAX_SHARING: Final = 20
 """Names of other images that share one content."""
-PERIODS: Final = {"hour": (3600, 60), "day": (86400, 600), "month": (30 * 86400, 21600)}
+PERIOD_STEPS: Final = {"hour": (3600, 60), "day": (86400, 600), "month": (30 * 86400, 21600)}
 """Period -> (its seconds, the seconds between two points of its plot)."""
 
 
-class Queries:
+class StoreAnswers:
     """The questions of the API about one data directory."""
 
     def __init__(
@@ -88,7 +87,7 @@ class Queries:
 
     # --- images ---------------------------------------------------------------------------------
 
-    def find(self, query: ImageQuery) -> Json:
+    def find(self, query: ImageQuery) -> JsonObject:
         """Return a page of images."""
         inventory = self.inventory()
         wanted = query.search.lower()
@@ -101,10 +100,10 @@ class Queries:
             "images": [image_row(inventory, image) for image in page],
             "matching": len(found),
             "total": sum(not image.is_referrer for image in inventory.images),
-            "read": timestamp(inventory.now),
+            "read": time_text(inventory.now),
         }
 
-    def show(self, image: str) -> Json:
+    def show(self, image: str) -> JsonObject:
         """Return one image and its tree. Raises ``NotFound`` or ``InvalidRequest``."""
         inventory = self.inventory()
         found = self._one(inventory, image)
@@ -124,7 +123,7 @@ class Queries:
             raise NotFound(f"{parsed} is not in the cache")
         return (exact or found)[0]
 
-    def usage(self) -> Json:
+    def usage(self) -> JsonObject:
         """Return what takes up the disk."""
         inventory, storage = self.inventory(), self._settings.storage
         leftovers = find_leftovers(self._layout)
@@ -152,18 +151,18 @@ class Queries:
                     "digest": str(one.digest),
                     "type": one.type,
                     "size": one.size,
-                    "last_used": timestamp(one.used),
+                    "last_used": time_text(one.used),
                     "why": one.why,
                     "images": [image.name for image in one.images][:_MAX_SHARING],
                 }
                 for one in usage.next_evictions(inventory, leftovers, enough, _NEXT_EVICTIONS)
             ],
-            "read": timestamp(inventory.now),
+            "read": time_text(inventory.now),
         }
 
     # --- history --------------------------------------------------------------------------------
 
-    def pulls(self, query: PullQuery) -> list[Json]:
+    def pulls(self, query: PullQuery) -> list[JsonObject]:
         """Return pulls that have ended. Raises ``InvalidRequest``."""
         name = ImageName.parse(query.image) if query.image else None
         reference = name.reference if name is not None else None
@@ -181,7 +180,7 @@ class Queries:
             )
             return [pull_row(pull) for pull in found]
 
-    def pull(self, request_id: str) -> Json:
+    def pull(self, request_id: str) -> JsonObject:
         """Return one pull, explained. Raises ``NotFound``."""
         with open_history(self._layout) as history:
             found = history.pulls(last=1, request_id=request_id)
@@ -194,12 +193,12 @@ class Queries:
             "explanation": explain(pull),
         }
 
-    def refused(self, limit: int) -> list[Json]:
+    def refused(self, limit: int) -> list[JsonObject]:
         """Return requests that got no content."""
         with open_history(self._layout) as history:
             return [pull_row(pull) for pull in history.refused(limit)]
 
-    def tag_digests(self, image: str) -> list[Json]:
+    def tag_digests(self, image: str) -> list[JsonObject]:
         """Return the digests of a tag. Raises ``InvalidRequest``."""
         name = ImageName.parse(image).with_default_tag()
         if not isinstance(name.reference, Tag):
@@ -208,15 +207,15 @@ class Queries:
             return [
                 {
                     "digest": one.digest,
-                    "first_seen": timestamp(one.first_seen),
-                    "last_seen": timestamp(one.last_seen),
+                    "first_seen": time_text(one.first_seen),
+                    "last_seen": time_text(one.last_seen),
                 }
                 for one in history.tag_digests(name.repository, name.reference, 200)
             ]
 
-    def savings(self, period: str) -> Json:
+    def savings(self, period: str) -> JsonObject:
         """Return sums and the points of a plot."""
-        seconds, step = PERIODS[period]
+        seconds, step = PERIOD_STEPS[period]
         until = self._now()
         with open_history(self._layout) as history:
             counts = _read_counts(history, period, until - seconds, until)
@@ -266,13 +265,13 @@ def _check_network(client: str) -> None:
     raise InvalidRequest("client is not an address or a network, such as 10.0.0.0/24")
 
 
-def pull_row(pull: StoredPull) -> Json:
+def pull_row(pull: StoredPull) -> JsonObject:
     """Return a pull as the API shows it: the fields of ``explain --json``, and its place."""
     return {
         **pull.to_json(),
         "row": pull.row_id,
         "id": pull.request_id,
-        "at": timestamp(pull.at),
+        "at": time_text(pull.at),
         "client": pull.client,
         "error": pull.error,
     }
@@ -286,11 +285,13 @@ def _read_counts(
     return history.minutes(since, until)
 
 
-def _points(counts: Iterable[PeriodCount], until: float, seconds: int, step: int) -> Iterable[Json]:
+def _points(
+    counts: Iterable[PeriodCount], until: float, seconds: int, step: int
+) -> Iterable[JsonObject]:
     """Return one point for each step of the period, also for those without a request."""
     last = int(until // step) * step
     groups: dict[int, Saving] = {
-        start: Saving("") for start in range(last - seconds + step, last + step, step)
+        start: Saving(name="") for start in range(last - seconds + step, last + step, step)
     }
     for count in counts:
         group = groups.get(count.start // step * step)
@@ -298,7 +299,7 @@ def _points(counts: Iterable[PeriodCount], until: float, seconds: int, step: int
             group.add(count)
     for start, group in groups.items():
         yield {
-            "at": timestamp(start),
+            "at": time_text(start),
             "requests": group.requests,
             "hits": group.hits,
             "hit_ratio": None if group.hit_ratio is None else round(group.hit_ratio, 4),
@@ -308,5 +309,5 @@ def _points(counts: Iterable[PeriodCount], until: float, seconds: int, step: int
         }
 
 
-def _saving_row(saving: Saving) -> Json:
+def _saving_row(saving: Saving) -> JsonObject:
     return saving.to_json()

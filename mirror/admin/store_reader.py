@@ -15,22 +15,21 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-from mirror.admin.problems import Problem
+from mirror.admin.json_values import JsonObject
+from mirror.admin.problems import ApiProblem
 from mirror.admin.sources import ImageQuery, PullQuery
 from mirror.config.settings import Settings
-
-Json: TypeAlias = dict[str, Any]
 
 IDLE_S: Final = 60.0
 """Seconds without a question after which the process is ended: its memory is that of an inventory,
 some hundred bytes for each content."""
-_MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+_MAX_ANSWER_BYTES: Final = 64 * 1024 * 1024
 """Bytes of an answer. The largest one, a page of 500 images, has less than a megabyte."""
 
 
-def reader_settings(settings: Settings, data_dir: str) -> Json:
+def reader_settings(settings: Settings, data_dir: str) -> JsonObject:
     """Return the part of the configuration that reading needs, without logins."""
     document = settings.model_dump(
         mode="json", include={"storage", "upstreams", "default_upstream"}, exclude_unset=True
@@ -40,7 +39,7 @@ def reader_settings(settings: Settings, data_dir: str) -> Json:
     return {**document, "data_dir": data_dir}
 
 
-class Reader:
+class StoreReader:
     """Asks the process. Questions wait for each other."""
 
     def __init__(self, settings: Callable[[], Settings], data_dir: str) -> None:
@@ -53,14 +52,14 @@ class Reader:
         self._settings = settings
         self._data_dir = data_dir
         self._process: asyncio.subprocess.Process | None = None
-        self._given: Json = {}
+        self._given: JsonObject = {}
         """The configuration that the process has got."""
         self._turn = asyncio.Lock()
         self._has_to_forget = False
         self._idle: asyncio.TimerHandle | None = None
 
     async def ask(self, name: str, /, **given: Any) -> Any:
-        """Return the answer. Raises ``Problem``."""
+        """Return the answer. Raises ``ApiProblem``."""
         async with self._turn:
             try:
                 if self._has_to_forget and self._process is not None:
@@ -73,7 +72,7 @@ class Reader:
                 raise
         self._wait_for_idleness()
         if "result" not in answer:
-            raise Problem(answer["status"], answer["detail"])
+            raise ApiProblem(answer["status"], answer["detail"])
         return answer["result"]
 
     def forget_read(self) -> None:
@@ -90,7 +89,7 @@ class Reader:
                 process.kill()
             await process.wait()
 
-    async def _exchange(self, name: str, given: Json) -> Json:
+    async def _exchange(self, name: str, given: JsonObject) -> JsonObject:
         process = await self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -102,8 +101,8 @@ class Reader:
             line = b""
         if not line:
             await self.close()
-            raise Problem(503, "the process that reads the store has ended: try again")
-        answer: Json = json.loads(line)
+            raise ApiProblem(503, "the process that reads the store has ended: try again")
+        answer: JsonObject = json.loads(line)
         return answer
 
     async def _start(self) -> asyncio.subprocess.Process:
@@ -117,10 +116,10 @@ class Reader:
                     *(sys.executable, "-m", "mirror.admin.reader_process"),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    limit=_MAX_LINE_BYTES,
+                    limit=_MAX_ANSWER_BYTES,
                 )
             except OSError as error:
-                raise Problem(503, f"no process can be started: {error.strerror}") from None
+                raise ApiProblem(503, f"no process can be started: {error.strerror}") from None
             self._given = given
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(given).encode() + b"\n")
@@ -143,23 +142,23 @@ class Reader:
 class ReadImages:
     """:class:`mirror.admin.sources.Images`, by the process."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: StoreReader) -> None:
         """Ask ``reader``."""
         self._reader = reader
 
-    async def find(self, query: ImageQuery) -> Json:
+    async def find(self, query: ImageQuery) -> JsonObject:
         """Return a page of images."""
-        result: Json = await self._reader.ask("find", **asdict(query))
+        result: JsonObject = await self._reader.ask("find", **asdict(query))
         return result
 
-    async def show(self, image: str) -> Json:
+    async def show(self, image: str) -> JsonObject:
         """Return one image with its tree."""
-        result: Json = await self._reader.ask("show", image=image)
+        result: JsonObject = await self._reader.ask("show", image=image)
         return result
 
-    async def usage(self) -> Json:
+    async def usage(self) -> JsonObject:
         """Return what takes up the disk."""
-        result: Json = await self._reader.ask("usage")
+        result: JsonObject = await self._reader.ask("usage")
         return result
 
     def forget_read(self) -> None:
@@ -170,31 +169,31 @@ class ReadImages:
 class ReadHistory:
     """:class:`mirror.admin.sources.History`, by the process."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: StoreReader) -> None:
         """Ask ``reader``."""
         self._reader = reader
 
-    async def pulls(self, query: PullQuery) -> list[Json]:
+    async def pulls(self, query: PullQuery) -> list[JsonObject]:
         """Return pulls that have ended."""
-        result: list[Json] = await self._reader.ask("pulls", **asdict(query))
+        result: list[JsonObject] = await self._reader.ask("pulls", **asdict(query))
         return result
 
-    async def pull(self, request_id: str) -> Json:
+    async def pull(self, request_id: str) -> JsonObject:
         """Return one pull, explained."""
-        result: Json = await self._reader.ask("pull", request_id=request_id)
+        result: JsonObject = await self._reader.ask("pull", request_id=request_id)
         return result
 
-    async def refused(self, limit: int) -> list[Json]:
+    async def refused(self, limit: int) -> list[JsonObject]:
         """Return requests that got no content."""
-        result: list[Json] = await self._reader.ask("refused", limit=limit)
+        result: list[JsonObject] = await self._reader.ask("refused", limit=limit)
         return result
 
-    async def tag_digests(self, image: str) -> list[Json]:
+    async def tag_digests(self, image: str) -> list[JsonObject]:
         """Return the digests of a tag."""
-        result: list[Json] = await self._reader.ask("tag_digests", image=image)
+        result: list[JsonObject] = await self._reader.ask("tag_digests", image=image)
         return result
 
-    async def savings(self, period: str) -> Json:
+    async def savings(self, period: str) -> JsonObject:
         """Return sums and the points of a plot."""
-        result: Json = await self._reader.ask("savings", period=period)
+        result: JsonObject = await self._reader.ask("savings", period=period)
         return result

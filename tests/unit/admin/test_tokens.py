@@ -1,0 +1,100 @@
+"""Roles of bearer tokens, their files, and the tickets of event streams."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mirror.admin.tokens import TICKET_TTL_S, CallerRole, Tickets, Tokens
+from mirror.config.settings import Admin
+from mirror.oci.errors import ConfigError
+
+FULL = "full-token-0123456789"
+READ_ONLY = "read-only-0123456789"
+
+
+def tokens(tmp_path: Path, full: str | None = FULL, read_only: str | None = READ_ONLY) -> Tokens:
+    files = {}
+    for key, text in (("token_file", full), ("read_only_token_file", read_only)):
+        if text is not None:
+            path = tmp_path / key
+            path.write_text(text)
+            files[key] = str(path)
+    return Tokens(Admin.model_validate(files))
+
+
+def test_role_is_that_of_the_file_that_has_the_token(tmp_path: Path) -> None:
+    found = tokens(tmp_path, f"# old\n{'x' * 16}\n\n  {FULL}  \n")
+    assert found.role_of(f"Bearer {FULL}") is CallerRole.FULL
+    assert found.role_of(f"bearer   {READ_ONLY} ") is CallerRole.READ_ONLY
+    assert found.role_of(f"Bearer {'x' * 16}") is CallerRole.FULL
+    for wrong in (None, "", "Bearer", f"Bearer {FULL}x", f"Basic {FULL}", FULL, "Bearer # old"):
+        assert found.role_of(wrong) is None
+
+
+def test_token_in_both_files_permits_everything(tmp_path: Path) -> None:
+    assert tokens(tmp_path, FULL, FULL).role_of(f"Bearer {FULL}") is CallerRole.FULL
+
+
+def test_without_files_everything_is_permitted() -> None:
+    assert Tokens(Admin()).role_of(None) is CallerRole.FULL
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no token"),
+        ("# only a comment\n", "no token"),
+        ("tiny-token\n", ":1: shorter than 16 characters"),
+        (f"{FULL}\nwith a space in it\n", ":2: only letters"),
+        ("x" * 70_000, "larger than 65536 bytes"),
+    ],
+)
+def test_unusable_file_is_an_error_that_names_it_and_shows_no_token(
+    tmp_path: Path, text: str, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why) as raised:
+        tokens(tmp_path, text)
+    assert "admin.token_file" in str(raised.value)
+    assert text.strip() not in str(raised.value) or not text.strip()
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        Tokens(Admin(token_file=str(tmp_path / "none")))
+
+
+def test_changed_file_is_read_again_and_a_broken_one_leaves_the_tokens_in_use(
+    tmp_path: Path,
+) -> None:
+    found, path = tokens(tmp_path), tmp_path / "token_file"
+    path.write_text("another-token-0123456789")
+    os.utime(path, (1, 1))
+    found.refresh()
+    assert found.role_of(f"Bearer {FULL}") is None
+    assert found.role_of("Bearer another-token-0123456789") is CallerRole.FULL
+    path.unlink()
+    for _ in range(2):  # It is tried again each time.
+        with pytest.raises(ConfigError):
+            found.refresh()
+    assert found.role_of("Bearer another-token-0123456789") is CallerRole.FULL
+
+
+def test_ticket_is_valid_once_and_for_a_short_time() -> None:
+    now = 0.0
+    tickets = Tickets(lambda: now)
+    first, second = tickets.issue(CallerRole.FULL), tickets.issue(CallerRole.READ_ONLY)
+    assert tickets.redeem(second) is CallerRole.READ_ONLY
+    assert tickets.redeem(second) is None
+    assert tickets.redeem("other") is None
+    now = TICKET_TTL_S
+    assert tickets.redeem(first) is None
+
+
+def test_number_of_tickets_is_bounded() -> None:
+    tickets = Tickets(lambda: 0.0)
+    issued = [tickets.issue(CallerRole.FULL) for _ in range(300)]
+    valid = [ticket for ticket in issued if tickets.redeem(ticket)]
+    assert valid == issued[-256:]
