@@ -166,8 +166,8 @@ def _push_memory(run: Run) -> Iterator[str]:
             with costs(mirror.pid) as cost, ThreadPoolExecutor(PUSHES) as threads:
                 list(threads.map(push, range(PUSHES)))
             peak = max(peak, cost.peak)
-        verdict = "MISSED" if peak > MEMORY_BOUND else ""
-        yield f"{PUSHES} pushes of {size // MIB} MiB at once: peak {peak / MIB:.0f} MiB {verdict}"
+        verdict = " MISSED" if peak > MEMORY_BOUND else ""
+        yield f"{PUSHES} pushes of {size // MIB} MiB at once: peak {peak / MIB:.0f} MiB{verdict}"
 
 
 ROWS = {"push": _push, "push-memory": _push_memory}

@@ -24,6 +24,7 @@ from mirror.store import disk, eviction, removal, space
 from mirror.store.disk import Layout
 from mirror.store.eviction import Catalog, Evictor
 from mirror.store.ingest import Ingest
+from mirror.store.protection import Protection
 from mirror.store.removal import Candidate, KeptBecause
 from mirror.store.space import Totals, Usage
 from mirror.store.store import Store
@@ -298,10 +299,12 @@ class SlowEviction:
         """Whether the scan at the start of the eviction is over."""
         unlink, make_room = removal._unlink, Evictor._make_room
 
-        def slow(layout: Layout, content: Candidate) -> int | KeptBecause | None:
+        def slow(
+            layout: Layout, content: Candidate, protection: Protection
+        ) -> int | KeptBecause | None:
             self.is_removing = True
             self.go.wait(pause)
-            return unlink(layout, content)
+            return unlink(layout, content, protection)
 
         def counted(evictor: Evictor, need: int) -> None:
             self.begun += 1
