@@ -22,7 +22,9 @@ from tests.unit.hosted.kit import NOW, HostedKit, hosted_kit
 ROOT = Path(__file__).parents[2]
 STEPS = {
     **dict.fromkeys(("mkdir", "pwritev2", "utimensat", "fsync", "rename", "unlink"), 1),
-    **{"fdatasync": 3, "pwrite64": 7, "openat": 40},
+    "fdatasync": 3,
+    "pwrite64": 7,
+    "openat": 40,
 }
 """Calls that change a disk, and the step between kills. Most files that are opened are modules."""
 
