@@ -16,8 +16,8 @@ from mirror.inventory.manifest_cache import ManifestCache
 from mirror.inventory.manifest_reader import read_manifests
 from mirror.inventory.model import DigestText, Inventory
 from mirror.inventory.scan import list_contents, scan, stat_contents
-from mirror.store.disk import Layout
 from mirror.store.image_layout import read_index_json
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots
 from mirror.store.saved_rows import read_names
 

@@ -25,7 +25,12 @@ async def refetch(mirror: Mirror, repository: Repository, digest: Digest, kind: 
         Draining: The process ends.
     """
     record = RequestRecord(
-        "verify", "GET", "", kind=kind, upstream=repository.upstream, repository=repository.path
+        request_id="verify",
+        method="GET",
+        path="",
+        kind=kind,
+        upstream=repository.upstream,
+        repository=repository.path,
     )
     if repository.upstream not in mirror.settings.upstreams:
         return f"{repository.upstream} is not one of upstreams: configure it"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
 from mirror.store.image_links import Links
+from mirror.store.layout import Layout
 from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
 from mirror.store.protection import Protection, ProtectionUnknown, read_parts
 from tests.unit.store.kit import image, index_of, pin
