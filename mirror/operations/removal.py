@@ -19,7 +19,6 @@ from mirror.inventory.model import MANIFEST_PART_TYPES, Content, DigestText, Ima
 from mirror.oci.errors import StorageUnavailable
 from mirror.oci.reference import Digest, Repository
 from mirror.operations.cleaning_report import CleaningReport, Item
-from mirror.operations.retention import KEEPING_MARKS
 from mirror.store.name_removal import RemovedName
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.removal import KeptBecause, Removal, reset_future_uses
@@ -28,12 +27,6 @@ from mirror.threads import run_in_thread
 
 _MAX_NAMES: Final = 3
 """Names of other images in a reason."""
-REMEDIES: Final = {
-    "pinned": "unpin it first: oci-mirror unpin",
-    "frozen": "unfreeze it first: oci-mirror unfreeze",
-    "leased": "a node uses it: wait until its lease ends",
-}
-"""Mark that keeps an image -> what to do about it."""
 
 
 def plan_removal(
@@ -47,7 +40,7 @@ def plan_removal(
         whys: Image -> the reason of its removal.
     """
     report = CleaningReport(is_dry_run=True)
-    chosen = _without_kept(report, images)
+    chosen = _without_kept(report, inventory, images)
     removal = _RemovalState({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
     _describe(report, inventory, inventory.going_with(chosen), removal, whys)
     return report
@@ -69,7 +62,7 @@ async def remove_images(
         OSError: Another process does not release the eviction lock, or the disk refuses.
     """
     report = CleaningReport()
-    chosen = _without_kept(report, images)
+    chosen = _without_kept(report, inventory, images)
     contents = await run_in_thread(lambda: inventory.contents)
     await run_in_thread(reset_future_uses, store.layout, contents.values(), inventory.now)
     used = await run_in_thread(_used_since, store, contents, chosen)
@@ -81,17 +74,36 @@ async def remove_images(
     return report
 
 
-def _without_kept(report: CleaningReport, images: Iterable[Image]) -> list[Image]:
-    """Return the images that no mark keeps. Adds the others to the report."""
+def _without_kept(
+    report: CleaningReport, inventory: Inventory, images: Iterable[Image]
+) -> list[Image]:
+    """Return the images that nothing keeps. Adds the others to the report."""
     chosen: list[Image] = []
     for image in dict.fromkeys(images):
-        mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
-        if mark is None:
+        if image.keeper is None:
             chosen.append(image)
         else:
-            remedy = f"{REMEDIES[mark]} {image.name}" if mark != "leased" else REMEDIES[mark]
-            report.items.append(_kept(image, f"{mark}: {remedy}"))
-    return chosen
+            report.items.append(_kept(image, f"{image.keeper.why}: {image.keeper.remedy}"))
+    parts = find_parts(inventory, set(chosen))
+    report.items += [_kept(image, why) for image, why in parts.items()]
+    return [image for image in chosen if image not in parts]
+
+
+def find_parts(inventory: Inventory, chosen: Collection[Image]) -> dict[Image, str]:
+    """Return the digests that are part of an image of their repository that stays, and the reason.
+
+    Clients pull an index by its tag, and then one of its manifests by its digest. That name goes
+    with the index: the repository needs access to it as long as that is there.
+    """
+    going = {image for image in chosen if image.tag is None}
+    repositories = {image.repository for image in going}
+    whole: dict[tuple[Repository, DigestText], str] = {}
+    for image in inventory.images if going else ():
+        if image.repository in repositories and image not in chosen and not image.is_referrer:
+            for digest in inventory.sharing.reached(image.root):
+                whole.setdefault((image.repository, digest), image.name)
+    keys = {image: (image.repository, image.root) for image in going}
+    return {image: f"part of {whole[key]}" for image, key in keys.items() if key in whole}
 
 
 def _kept(image: Image, why: str) -> Item:

@@ -13,15 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Final, Protocol
+from typing import Protocol
 
 from mirror.inventory.model import Image, is_named
 from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.oci.versions import Version, parse_version
-
-KEEPING_MARKS: Final = ("pinned", "frozen", "leased")
-"""Marks of images that no rule removes."""
 
 
 class TagCondition(Protocol):
@@ -85,10 +82,9 @@ def _decide_in_repository(
 ) -> Iterator[PruneDecision]:
     newest = _newest(images, rule.keep_last or 0)
     for image in images:
-        mark = next((mark for mark in KEEPING_MARKS if mark in image.marks), None)
         age = max(0.0, now - image.used)
-        if mark is not None:
-            yield PruneDecision(image, is_removed=False, why=mark)
+        if image.keeper is not None:
+            yield PruneDecision(image, is_removed=False, why=image.keeper.why)
         elif image in newest:
             yield PruneDecision(
                 image, is_removed=False, why=f"one of the last {rule.keep_last} of its repository"

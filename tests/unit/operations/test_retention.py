@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mirror.inventory.model import Image
+from mirror.inventory.model import Image, Keeper
 from mirror.oci.reference import Digest, Repository, Tag
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.retention import PruneRule, decide
@@ -30,6 +30,7 @@ def named(
         used=NOW - age * DAY,
         first_seen=first_seen,
         marks=marks,
+        keeper=next((Keeper(mark, "") for mark in marks if mark != "blocked"), None),
     )
 
 
