@@ -21,10 +21,10 @@ from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store import disk
-from mirror.store.disk import Layout
-from mirror.store.garbage_rows import count_expired, drop_expired, read_access_of
+from mirror.store.garbage_rows import count_expired, drop_expired, read_access_beside
+from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
-from mirror.store.quarantine import quarantined_files
+from mirror.store.quarantine import digest_of_file, quarantined_files
 from mirror.store.recovery import is_resumable
 from mirror.store.removal import Leftover, Removal, drop_leftover, find_leftovers
 from mirror.store.store import Store
@@ -68,7 +68,7 @@ def find_garbage(
         report.items.append(_content_item(blob, blob.size, inventory.now))
     for leftover in _old_leftovers(layout, inventory.now, grace):
         report.items.append(_leftover_item(leftover, leftover.bytes, inventory.now))
-    for path, size, age in _old_quarantine(layout, inventory.now, grace):
+    for path, size, age in _old_quarantine(layout, inventory, grace):
         report.items.append(_quarantine_item(path, size, age))
     expired = count_expired(layout, inventory.now)
     if expired:
@@ -78,6 +78,11 @@ def find_garbage(
 
 async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> CleaningReport:
     """Remove the garbage of a data directory. Says what went, and what was used meanwhile.
+
+    Args:
+        store: The open data directory.
+        inventory: Its content.
+        grace: As for :func:`find_garbage`.
 
     Raises what :func:`find_garbage` raises, and ``StorageUnavailable`` if the marks cannot be read.
     """
@@ -93,7 +98,7 @@ async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> C
     dropped = await run_in_thread(_drop_leftovers, layout, leftovers)
     for leftover, size in dropped.items():
         report.items.append(_leftover_item(leftover, size, now))
-    quarantined = await run_in_thread(_drop_quarantined, layout, now, grace)
+    quarantined = await run_in_thread(_drop_quarantined, layout, inventory, grace)
     report.items += quarantined
     store.count_dropped(sum(dropped.values()) + sum(item.bytes for item in quarantined))
     expired = await run_in_thread(drop_expired, layout, now)
@@ -127,7 +132,10 @@ def _unclear_content(layout: Layout, inventory: Inventory) -> set[Digest]:
         manifest = inventory.manifests.get(image.root)
         if manifest is None or manifest.is_opaque:
             repositories.add(image.repository)
-    return {digest for one in repositories for digest in read_access_of(layout, one)}
+    # What verify has moved away is in no inventory, nor is a damaged child of an index.
+    damaged = {digest_of_file(path) for path, _ in quarantined_files(layout)} - {None}
+    moved = [one for one in damaged if one is not None and str(one) not in inventory.present]
+    return read_access_beside(layout, moved, [str(one) for one in repositories])
 
 
 def _content_items(orphans: Iterable[Content], removal: Removal, now: float) -> Iterator[Item]:
@@ -183,16 +191,21 @@ def _leftover_item(leftover: Leftover, size: int, now: float) -> Item:
     )
 
 
-def _old_quarantine(layout: Layout, now: float, grace: float) -> Iterator[tuple[Path, int, float]]:
+def _old_quarantine(
+    layout: Layout, inventory: Inventory, grace: float
+) -> Iterator[tuple[Path, int, float]]:
     for path, status in quarantined_files(layout):
-        age = now - status.st_ctime
+        digest = digest_of_file(path)
+        if str(digest) in inventory.protected and str(digest) not in inventory.present:
+            continue  # As long as it is there, what may belong to it stays.
+        age = inventory.now - status.st_ctime
         if age > grace:
             yield path, status.st_size, age
 
 
-def _drop_quarantined(layout: Layout, now: float, grace: float) -> list[Item]:
+def _drop_quarantined(layout: Layout, inventory: Inventory, grace: float) -> list[Item]:
     items = []
-    for path, size, age in list(_old_quarantine(layout, now, grace)):
+    for path, size, age in list(_old_quarantine(layout, inventory, grace)):
         with suppress(OSError):
             path.unlink()
             items.append(_quarantine_item(path, size, age))

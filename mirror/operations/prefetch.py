@@ -37,7 +37,7 @@ from mirror.operations.cleaning_report import load_report, save_report
 from mirror.operations.own_requests import OwnRequests
 from mirror.operations.warm import ContentProgress, ImageReport, WarmOptions, warm
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.records import repository_of
 from mirror.threads import run_in_thread
 

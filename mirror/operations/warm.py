@@ -35,7 +35,7 @@ from mirror.operations.limited import Work, run_limited
 from mirror.operations.own_requests import OwnRequests
 from mirror.operations.referring import find_referring
 from mirror.pull.results import ManifestResult
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.reader import Reader
 from mirror.threads import parse_in_thread_if_large, run_in_thread
 

@@ -383,7 +383,7 @@ class Evictor:
 
         Raises ``ProtectionUnknown``.
         """
-        dropped = trim_quarantine(self._layout, keep=0)
+        dropped = trim_quarantine(self._layout, keep=0, staying=protection.digests)
         for leftover in find_leftovers(self._layout):
             if dropped < free:
                 dropped += drop_leftover(self._layout, leftover.digest)

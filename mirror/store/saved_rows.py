@@ -14,13 +14,13 @@ from contextlib import closing
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.statements import SELECT_TEXTS
 
 # The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
 _RESTORED: Final = "restored"
-_READ_TIMEOUT_S: Final = 10.0
+_INDEX_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash. Reads do not wait for
 writers."""
 
@@ -60,5 +60,5 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
 
 
 def _select(uri: str) -> list[tuple[str, str]]:
-    with closing(sqlite3.connect(uri, uri=True, timeout=_READ_TIMEOUT_S)) as database:
+    with closing(sqlite3.connect(uri, uri=True, timeout=_INDEX_TIMEOUT_S)) as database:
         return database.execute(SELECT_TEXTS).fetchall()

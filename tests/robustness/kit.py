@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.real.process import need
 from tests.real.server import ROOT, Mirror
 from tests.server_kit import Server

@@ -16,7 +16,7 @@ import pytest
 from mirror.cli.main import main
 from mirror.cli.schemas import SCHEMAS
 from mirror.oci.reference import Digest, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, read_marks
 from tests.unit.store.kit import fill_up, image, index_of, opened, pin, pulled, small_disk
 
