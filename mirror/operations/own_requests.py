@@ -32,7 +32,7 @@ from mirror.oci.reference import Repository
 from mirror.store.layout import Layout
 from mirror.threads import run_in_thread
 
-_LAST_ROWS_TIMEOUT_S: Final = 5.0
+_HISTORY_TIMEOUT_S: Final = 5.0
 """Seconds that the last rows of the history may take at the end of a command."""
 
 
@@ -114,7 +114,7 @@ async def open_recorded_mirror(settings: Settings, emit: Observer) -> AsyncItera
         async with open_mirror(settings, emit_all) as mirror:
             yield mirror
     finally:
-        history.close(_LAST_ROWS_TIMEOUT_S)
+        history.close(_HISTORY_TIMEOUT_S)
 
 
 def _layout_of(settings: Settings) -> Layout:
