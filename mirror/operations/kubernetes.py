@@ -28,7 +28,7 @@ ACCOUNT_DIR: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Directory with the token of a pod's service account, and the authority of the API server."""
 _PAGE_PODS: Final = 500
 """Pods of one page, as kubectl asks for them: 5 MiB of JSON."""
-_MAX_PAGES: Final = 10_000
+_MAX_POD_PAGES: Final = 10_000
 """Pages of a list: 5 million pods, which no cluster has."""
 _MAX_PAGE_BYTES: Final = 256 * 1024 * 1024
 """Bytes of one page: pods of 500 KiB each."""
@@ -123,7 +123,7 @@ def _list_images(server: ApiServer) -> PodImages:
             token = str(page["metadata"].get("continue") or "")
             if not token:
                 return PodImages(count, frozenset(images))
-            if token in seen or len(seen) >= _MAX_PAGES:
+            if token in seen or len(seen) >= _MAX_POD_PAGES:
                 raise UpstreamProtocolError("the API server has sent an endless list of pods")
             seen.add(token)
 
