@@ -33,9 +33,9 @@ from mirror.operations.forget import forget
 from mirror.operations.gc import DEFAULT_GRACE_S, collect_garbage, find_garbage
 from mirror.operations.prune import choose, prune
 from mirror.operations.removal import plan_removal, remove_images
-from mirror.operations.retention import RetentionRule
+from mirror.operations.retention import PruneRule
 from mirror.operations.verify import Subset, VerifyReport, repair, verify
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -153,7 +153,7 @@ async def _gc(settings: Settings, given: JsonObject) -> JsonObject:
 
 async def _prune(settings: Settings, given: JsonObject) -> JsonObject:
     inventory = _read(settings)
-    rule = RetentionRule(
+    rule = PruneRule(
         match=given.get("match", "*"),
         older_than=float(given["older_than"]),
         keep_last=given.get("keep_last"),
@@ -186,10 +186,10 @@ async def _verify(settings: Settings, given: JsonObject) -> JsonObject:
 
         return await _with_store(settings, run)
     # Imported here: it imports aiohttp, which the other jobs do not need.
-    from mirror.composition import open_mirror
+    from mirror.operations.own_requests import open_recorded_mirror
     from mirror.operations.refetch import refetch
 
-    async with open_mirror(settings, _on_event) as mirror:
+    async with open_recorded_mirror(settings, _on_event) as mirror:
         report = await verify(mirror.store, inventory, images, subset, on_progress)
         if report.problems:
             await repair(

@@ -29,7 +29,7 @@ _SHOWN_NAMES: Final = 5
 """Names that mean no digest and are printed. All are in the JSON."""
 _SHOWN_CHARS: Final = 200
 """Characters of a name in a message: any tenant of a cluster chooses it."""
-_COLUMNS: Final = (
+_LEASE_COLUMNS: Final = (
     Column("SOURCE", "source"),
     Column("DIGESTS", "digests", is_number=True),
     Column("IN CACHE", "cached", is_number=True),
@@ -47,7 +47,7 @@ def run_in_use(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.from_kubernetes:
         server = _api_server(arguments)
-        pods = kubernetes.list_images(server)
+        pods = kubernetes.list_pod_images(server)
         origin = f"{pods.pods} pods"
         return _put(arguments, layout, server.url, _sorted(pods.images), origin)
     if arguments.file is not None:
@@ -55,7 +55,7 @@ def run_in_use(arguments: argparse.Namespace) -> int:
         images = in_use.parse_list(_read_list(arguments.file))
         return _put(arguments, layout, source, images, f"{len(images)} lines")
     rows = map(_row, in_use.list_leases(layout, time.time()))
-    print_rows(_COLUMNS, rows, is_json=arguments.is_json)
+    print_rows(_LEASE_COLUMNS, rows, is_json=arguments.is_json)
     return 0
 
 

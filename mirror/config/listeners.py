@@ -54,7 +54,7 @@ class Admin(Section):
 
     @model_validator(mode="after")
     def _check_token(self) -> Self:
-        if self.is_open and not values.is_loopback(self.listen):
+        if self.is_open and not values.is_loopback_only(self.listen):
             raise key_error(
                 ("token_file",),
                 f"is needed, because {self.listen} is not a loopback address",

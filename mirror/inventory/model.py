@@ -145,7 +145,7 @@ class Keeper(NamedTuple):
     why: str
     """``pinned``, ``frozen`` or ``leased``, or a sentence."""
     remedy: str
-    """What ends it, for people."""
+    """The way to end the mark, for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -326,7 +326,7 @@ class Inventory:
         The pattern may leave out the tag, the upstream, and ``docker.io/library/``. Its ``*`` also
         stands for ``/``.
         """
-        return [image for image in self.images if is_match(image, pattern)]
+        return [image for image in self.images if is_named(image, pattern)]
 
     # --- who shares -------------------------------------------------------------------------------
 
@@ -413,7 +413,7 @@ def _group(pairs: Iterable[tuple[DigestText, Image]]) -> Mapping[DigestText, tup
     return {digest: tuple(images) for digest, images in found.items()}
 
 
-def is_match(image: Image, pattern: str) -> bool:
+def is_named(image: Image, pattern: str) -> bool:
     """Return whether a pattern matches the name of an image (see :meth:`Inventory.match`)."""
     repository = str(image.repository)
     reference = image.name.removeprefix(repository)

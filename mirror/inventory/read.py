@@ -18,8 +18,8 @@ from mirror.inventory.manifest_reader import read_manifests
 from mirror.inventory.model import MANIFEST_PART_TYPES, DigestText, Inventory, StoredManifest
 from mirror.inventory.scan import list_contents, scan, stat_contents
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
 from mirror.store.image_layout import read_index_json
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, protected_roots
 from mirror.store.saved_rows import read_names
 

@@ -21,8 +21,8 @@ from mirror.oci.reference import Digest
 from mirror.oci.text import age_text
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.store import disk
-from mirror.store.disk import Layout
 from mirror.store.garbage_rows import count_expired, drop_expired, read_access_beside
+from mirror.store.layout import Layout
 from mirror.store.protection import ProtectionUnknown
 from mirror.store.quarantine import digest_of_file, quarantined_files
 from mirror.store.recovery import is_resumable
@@ -78,6 +78,11 @@ def find_garbage(
 
 async def collect_garbage(store: Store, inventory: Inventory, grace: float) -> CleaningReport:
     """Remove the garbage of a data directory. Says what went, and what was used meanwhile.
+
+    Args:
+        store: The open data directory.
+        inventory: Its content.
+        grace: As for :func:`find_garbage`.
 
     Raises what :func:`find_garbage` raises, and ``StorageUnavailable`` if the marks cannot be read.
     """

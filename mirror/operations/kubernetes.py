@@ -42,7 +42,7 @@ _FINISHED_PHASES: Final = frozenset({"Succeeded", "Failed"})
 """Phases of pods whose containers have ended and are not started again."""
 _TOKEN_EXPIRED: Final = 410
 """Status of a ``continue`` token that has expired."""
-_REMEDIES: Final = {
+_STATUS_REMEDIES: Final = {
     401: "the API server does not accept the token: see --token-file",
     403: "the account may not list pods: bind a ClusterRole with the verb list on pods to it",
     404: "this is no Kubernetes API server: see --api-server",
@@ -93,7 +93,7 @@ class PodImages:
     images: frozenset[UsedImage]
 
 
-def list_images(server: ApiServer) -> PodImages:
+def list_pod_images(server: ApiServer) -> PodImages:
     """Ask the API server for all pods, and return their images. Blocks.
 
     Raises:
@@ -181,7 +181,7 @@ class _Connection:
         return self._parse(body)
 
     def _refusal(self, status: int) -> MirrorError:
-        remedy = _REMEDIES.get(status, "try again later")
+        remedy = _STATUS_REMEDIES.get(status, "try again later")
         return UpstreamUnavailable(f"{self._name} has answered with {status}: {remedy}")
 
     def _parse(self, body: bytes) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from mirror.inventory.model import DigestText, Image, Inventory
 from mirror.operations.cleaning_report import CleaningReport, Item
 from mirror.operations.removal import find_parts, remove_images
-from mirror.operations.retention import RetentionRule, decide
+from mirror.operations.retention import PruneRule, decide
 from mirror.store.store import Store
 
 
-def choose(inventory: Inventory, rules: Sequence[RetentionRule]) -> CleaningReport:
+def choose(inventory: Inventory, rules: Sequence[PruneRule]) -> CleaningReport:
     """Return what the rules would remove now, as a report of images. Changes nothing."""
     report = CleaningReport(is_dry_run=True)
     freed: dict[Image, set[DigestText]] = {}
@@ -44,10 +44,13 @@ def choose(inventory: Inventory, rules: Sequence[RetentionRule]) -> CleaningRepo
     return report
 
 
-async def prune(
-    store: Store, inventory: Inventory, rules: Sequence[RetentionRule]
-) -> CleaningReport:
+async def prune(store: Store, inventory: Inventory, rules: Sequence[PruneRule]) -> CleaningReport:
     """Remove the images that the rules name. Says which ones went and stayed, and why.
+
+    Args:
+        store: The open data directory.
+        inventory: Its content.
+        rules: The first one that is about an image decides.
 
     Raises what :func:`mirror.operations.removal.remove_images` raises.
     """

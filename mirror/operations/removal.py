@@ -32,10 +32,16 @@ _MAX_NAMES: Final = 3
 def plan_removal(
     inventory: Inventory, images: Iterable[Image], whys: Mapping[Image, str]
 ) -> CleaningReport:
-    """Return what :func:`remove_images` would do now. Changes nothing."""
+    """Return what :func:`remove_images` would do now. Changes nothing.
+
+    Args:
+        inventory: The content of the data directory.
+        images: The images to remove.
+        whys: Image -> the reason of its removal.
+    """
     report = CleaningReport(is_dry_run=True)
     chosen = _without_kept(report, inventory, images)
-    removal = _Result({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
+    removal = _RemovalState({one: inventory.sizes[one] for one in inventory.freed_by(chosen)})
     _describe(report, inventory, inventory.going_with(chosen), removal, whys)
     return report
 
@@ -120,7 +126,7 @@ def _used_since(
 
 
 @dataclass(slots=True)
-class _Result:
+class _RemovalState:
     """The result of a removal, by text of the digests."""
 
     sizes: dict[DigestText, int] = field(default_factory=dict)
@@ -138,9 +144,9 @@ async def _remove(
     inventory: Inventory,
     going: Collection[Image],
     freed: Collection[DigestText],
-) -> _Result:
+) -> _RemovalState:
     """Remove contents and names, in an order that can be interrupted."""
-    result = _Result()
+    result = _RemovalState()
     roots = dict.fromkeys(image.root for image in going if image.root in freed)
     parts: dict[DigestText, None] = {}
     for image in going:
@@ -208,7 +214,7 @@ def _describe(
     report: CleaningReport,
     inventory: Inventory,
     going: Collection[Image],
-    result: _Result,
+    result: _RemovalState,
     whys: Mapping[Image, str],
 ) -> None:
     """Add an item for each image, and one for each reason for which some of its content stays."""
@@ -247,7 +253,9 @@ def _describe(
         ]
 
 
-def _why_kept(digest: DigestText, result: _Result, others: Mapping[DigestText, list[str]]) -> str:
+def _why_kept(
+    digest: DigestText, result: _RemovalState, others: Mapping[DigestText, list[str]]
+) -> str:
     why = result.kept.get(digest)
     if why is not None:
         return f"{why}: oci-mirror gc removes it later" if why is KeptBecause.READ else str(why)
@@ -259,7 +267,7 @@ def _why_kept(digest: DigestText, result: _Result, others: Mapping[DigestText, l
 
 
 def _other_names(
-    inventory: Inventory, going: Collection[Image], result: _Result
+    inventory: Inventory, going: Collection[Image], result: _RemovalState
 ) -> dict[DigestText, list[str]]:
     """Return which other images share the content of these that stays."""
     gone = set(going)

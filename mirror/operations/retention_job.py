@@ -29,9 +29,9 @@ from mirror.oci.errors import MirrorError
 from mirror.oci.tag_selection import TagSelection
 from mirror.operations.cleaning_report import RETENTION_REPORT, load_report, save_report
 from mirror.operations.prune import prune
-from mirror.operations.retention import RetentionRule
+from mirror.operations.retention import PruneRule
 from mirror.store import disk
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import read_marks
 from mirror.store.store import Store
 from mirror.threads import run_in_thread
@@ -48,10 +48,10 @@ _SECTIONS: Final = {"data_dir", "storage", "retention", "retention_interval"}
 """Keys of the configuration that the process needs. The others may hold secrets."""
 
 
-def rules_of(settings: Settings) -> list[RetentionRule]:
+def rules_of(settings: Settings) -> list[PruneRule]:
     """Return the configured rules."""
     return [
-        RetentionRule(
+        PruneRule(
             match=rule.match,
             older_than=rule.older_than,
             keep_last=rule.keep_last,

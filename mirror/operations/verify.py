@@ -21,7 +21,7 @@ _RECORD_STEP: Final = 1000
 """Verification times that are written to the index at once."""
 _MAX_NAMES: Final = 3
 """Names of images in one finding."""
-_MAX_ROUNDS: Final = 5
+_MAX_REPAIR_ROUNDS: Final = 5
 """Rounds of a repair: an index, its manifests, their layers, and one more after a new damage."""
 
 ProblemKind: TypeAlias = Literal["damaged", "unreadable", "incomplete"]
@@ -104,7 +104,7 @@ class VerifyReport:
 
 OnProgress: TypeAlias = Callable[[int, int], None]
 """Receives the bytes that were hashed so far, and those of all content that is to be hashed."""
-Fetch: TypeAlias = Callable[[Repository, Digest, Kind], Awaitable[str | None]]
+Refetch: TypeAlias = Callable[[Repository, Digest, Kind], Awaitable[str | None]]
 """Fetches content through a repository. Returns why it could not, or None."""
 ReadInventory: TypeAlias = Callable[[], Awaitable[Inventory]]
 
@@ -225,7 +225,7 @@ def _command(name: str, *, is_manifest: bool) -> str:
 
 
 async def repair(
-    report: VerifyReport, inventory: Inventory, read_inventory: ReadInventory, fetch: Fetch
+    report: VerifyReport, inventory: Inventory, read_inventory: ReadInventory, fetch: Refetch
 ) -> None:
     """Fetch what a verification has found broken. Updates the findings of ``report``.
 
@@ -243,7 +243,7 @@ async def repair(
     images = [image for image in inventory.images if _is_due(inventory, image, due)]
     wanted = _broken_contents(inventory, images, due)
     names = {(image.name, image.digest) for image in images}
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(_MAX_REPAIR_ROUNDS):
         for repository, digest, kind in wanted:
             why = await fetch(repository, digest, kind)
             if why is not None:

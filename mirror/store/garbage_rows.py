@@ -16,7 +16,7 @@ from typing import Final
 
 from mirror.oci.errors import InvalidRequest, StorageUnavailable
 from mirror.oci.reference import Digest, Repository
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.names import ACCESS, RESPONSES
 from mirror.store.saved_rows import connect_to_read
 

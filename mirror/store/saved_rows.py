@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from mirror.oci.errors import StorageUnavailable
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.statements import SELECT_TEXTS
 
 # The same as in mirror.store.names, which is slow to import: it has diskcache.
 _NAMED: Final = "named"
 _RESTORED: Final = "restored"
-_READ_TIMEOUT_S: Final = 10.0
+_INDEX_TIMEOUT_S: Final = 10.0
 """Seconds to wait while a server recovers the database after a crash. Reads do not wait for
 writers."""
 
@@ -44,7 +44,7 @@ def read_names(layout: Layout) -> tuple[list[tuple[str, str]], bool]:
     try:
         if not path.exists():
             return [], False
-        with closing(connect_to_read(path, _READ_TIMEOUT_S)) as database:
+        with closing(connect_to_read(path, _INDEX_TIMEOUT_S)) as database:
             rows = database.execute(SELECT_TEXTS).fetchall()
         return rows, any(key == _RESTORED for key, _ in rows)
     except (sqlite3.Error, OSError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import axe_core_python  # type: ignore[import-untyped]  # it ships a file of JavaScript
+import axe_core_python
 import pytest
 
 from tests.real import images
@@ -25,7 +25,7 @@ TOKEN = "a-token-of-the-tests-0123456789"
 READ_ONLY = "a-read-only-token-0123456789"
 BIG = 24 << 20
 """Bytes of a blob that is seen moving."""
-RATE = 4 << 20
+RATE = 1 << 20
 """Bytes per second of each response of the upstream."""
 AXE = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 ROWS = "#images-table tbody tr"

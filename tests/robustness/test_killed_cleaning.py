@@ -15,7 +15,7 @@ import pytest
 
 from mirror.inventory.read import read_inventory
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks, Pin, change_marks, read_marks
 from tests.real import images
 from tests.real.registry import DockerRegistry

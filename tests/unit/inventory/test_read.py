@@ -15,7 +15,7 @@ from mirror.inventory.model import Inventory
 from mirror.inventory.read import read_inventory
 from mirror.oci.descriptor import OCI_MANIFEST
 from mirror.oci.reference import Digest, Tag
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.marks import Marks
 from mirror.store.records import manifest_record
 from mirror.store.saved_rows import IndexUnreadable

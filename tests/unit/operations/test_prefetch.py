@@ -13,7 +13,7 @@ from mirror.oci.descriptor import referrers_tag
 from mirror.oci.reference import Digest
 from mirror.operations import prefetch
 from mirror.operations.prefetch import PrefetchJob, find_entry_images, last_runs, run_entry
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from tests.fakes.registry import FakeRegistry, Fault
 from tests.unit.operations.kit import on_disk, opened
 

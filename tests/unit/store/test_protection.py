@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mirror.oci.reference import Digest
-from mirror.store.disk import Layout
 from mirror.store.image_links import Links
+from mirror.store.layout import Layout
 from mirror.store.marks import Freeze, Marks, Pin, change_marks, replace_leases
 from mirror.store.names import ACCESS
 from mirror.store.protection import Protection, ProtectionUnknown, read_parts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mirror.store import names, saved_rows
-from mirror.store.disk import Layout
+from mirror.store.layout import Layout
 from mirror.store.names import NAMED
 from mirror.store.rows import Tables
 from mirror.store.saved_rows import IndexUnreadable, read_names
