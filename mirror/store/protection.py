@@ -170,8 +170,9 @@ class Protection:
 def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> set[Digest]:
     """Return the content that may be part of protected manifests whose parts are not known.
 
-    That is all content that their repositories may serve. Manifests of leases, and parts of an
-    index, count only if they are damaged: if they are missing, nobody may have pulled them. Blocks.
+    That is all content that their repositories may serve. A missing manifest counts only if a pin
+    or a freeze names it, and the index knows that its repository has it: otherwise it was never
+    here. Blocks.
 
     Args:
         layout: The data directory.
@@ -182,8 +183,10 @@ def read_unclear(layout: Layout, marks: Marks, unknown: Collection[Digest]) -> s
         StorageUnavailable: The index cannot be read.
     """
     kept = {name: some.intersection(unknown) for name, some in kept_manifests(marks).items()}
-    repositories = [name for name, some in kept.items() if some]
-    unclear = {one for one in unknown if is_damaged(layout, one)}.union(*kept.values())
+    damaged = {one for one in unknown if is_damaged(layout, one)}
+    # A damaged one was here, although the index may have lost its record.
+    repositories = [name for name, some in kept.items() if not some.isdisjoint(damaged)]
+    unclear = damaged.union(*kept.values())
     return read_access_beside(layout, unclear, repositories) if unclear else set()
 
 

@@ -197,3 +197,11 @@ def test_manifest_of_a_lease_counts_as_damaged_only_if_it_was_here(fixture: Fixt
     moved.parent.mkdir(parents=True)
     moved.write_bytes(b"damaged")
     assert fixture.protected() == leased | {Digest.of(LAYERS[0])}
+
+
+def test_pin_of_a_manifest_that_was_never_here_keeps_nothing_else(fixture: Fixture) -> None:
+    """It may be a typing error. The repository can still be evicted."""
+    access_to(fixture, "docker.io/library/app", IMAGES[0], LAYERS[0], LAYERS[3])
+    missing = Digest.of(b"never pulled")
+    fixture.mark(lambda one: Marks(pins={NAME: Pin(NAME, missing, 0.0)}))
+    assert fixture.protected() == {missing}
